@@ -1,0 +1,184 @@
+"""Model shapes: one frozen dataclass, the presets, and the dialects of config.json it can read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """Context extension by YaRN (Peng et al. 2023, arXiv 2309.00071).
+
+    Positions up to `factor * original_max_position_embeddings` become usable. `attention_factor` scales cos
+    and sin (and so the logits by its square); None takes the paper's 0.1 * ln(factor) + 1.
+    """
+
+    factor: float = 16.0
+    original_max_position_embeddings: int = 2048
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a decoder-only transformer. `num_experts == 0` means a dense feed-forward.
+
+    Raises ValueError on shapes that cannot work together.
+    """
+
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    head_dim: int = 64
+    intermediate_size: int = 1408
+    vocab_size: int = 6400
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    rope_scaling: YarnScaling | None = None
+    qk_norm: bool = False
+    tie_word_embeddings: bool = True
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+    num_shared_experts: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.0
+    router_aux_loss_level: Literal["sequence", "batch"] = "sequence"
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must lie in 1..num_experts={self.num_experts}"
+            )
+        if self.num_experts and self.moe_intermediate_size <= 0:
+            raise ValueError("moe_intermediate_size must be positive when num_experts > 0")
+
+    @staticmethod
+    def preset(name: str, **overrides: Any) -> ModelConfig:
+        """The preset `name` (see PRESETS), with any field overridden."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+        return dataclasses.replace(PRESETS[name], **overrides)
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> ModelConfig:
+        """Read our own, upstream MiniMind's (2 and 3) or transformers' Llama/Qwen3 config keys."""
+        return _from_dict(dict(raw))
+
+    @staticmethod
+    def from_json(path: str | Path) -> ModelConfig:
+        return ModelConfig.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dict of this dataclass's own fields; `from_dict` inverts it."""
+        return dataclasses.asdict(self)
+
+
+PRESETS: dict[str, ModelConfig] = {
+    # Small enough for two CPU cores to learn words within minutes.
+    "nano": ModelConfig(
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=512,
+        qk_norm=True,
+        max_position_embeddings=4096,
+    ),
+    "minimind2-small": ModelConfig(),
+    "minimind2": ModelConfig(hidden_size=768, num_hidden_layers=16, head_dim=96, intermediate_size=2048),
+    "minimind2-moe": ModelConfig(
+        hidden_size=640,
+        head_dim=80,
+        intermediate_size=1728,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_shared_experts=1,
+        moe_intermediate_size=1728,
+        router_aux_loss_coef=0.1,
+    ),
+    "minimind3": ModelConfig(
+        hidden_size=768,
+        num_key_value_heads=4,
+        head_dim=96,
+        intermediate_size=2432,
+        rms_norm_eps=1e-6,
+        qk_norm=True,
+    ),
+    "minimind3-moe": ModelConfig(
+        hidden_size=768,
+        num_key_value_heads=4,
+        head_dim=96,
+        intermediate_size=2432,
+        rms_norm_eps=1e-6,
+        qk_norm=True,
+        num_experts=4,
+        num_experts_per_tok=1,
+        moe_intermediate_size=2432,
+        router_aux_loss_coef=5e-4,
+        router_aux_loss_level="batch",
+    ),
+}
+
+
+def _from_dict(raw: dict[str, Any]) -> ModelConfig:
+    own = {f.name for f in dataclasses.fields(ModelConfig)}
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act={raw['hidden_act']!r} is not supported; only 'silu' (SwiGLU) is")
+    out = {k: v for k, v in raw.items() if k in own and k != "rope_scaling" and v is not None}
+    hidden = int(raw.get("hidden_size", ModelConfig.hidden_size))
+    heads = int(raw.get("num_attention_heads", ModelConfig.num_attention_heads))
+    out.setdefault("head_dim", hidden // heads)
+
+    is_v3 = "router_aux_loss_coef" in raw and raw.get("model_type") == "minimind"
+    is_v2 = "n_routed_experts" in raw
+    if is_v2:  # upstream MiniMind2
+        out["num_experts"] = raw["n_routed_experts"]
+        out["num_shared_experts"] = raw.get("n_shared_experts", 0)
+        out["router_aux_loss_coef"] = raw.get("aux_loss_alpha", 0.1)
+        out["router_aux_loss_level"] = "sequence" if raw.get("seq_aux", True) else "batch"
+        out.setdefault("intermediate_size", 64 * -(-int(hidden * 8 / 3) // 64))
+        out["moe_intermediate_size"] = out["intermediate_size"]
+        if raw.get("num_experts_per_tok") == 1:  # MiniMind2 never normalises a single gate
+            out["norm_topk_prob"] = False
+    elif is_v3:  # upstream MiniMind3
+        out.update(qk_norm=True, router_aux_loss_level="batch")
+    elif raw.get("model_type") in ("qwen3", "qwen3_moe"):
+        out.update(qk_norm=True, router_aux_loss_level="batch")
+    if not raw.get("use_moe", True) or raw.get("model_type") in ("llama", "qwen3"):
+        out.update(num_experts=0, num_shared_experts=0, moe_intermediate_size=0, router_aux_loss_coef=0.0)
+
+    out["rope_scaling"] = _rope_scaling(raw)
+    theta = (raw.get("rope_parameters") or {}).get("rope_theta")
+    if "rope_theta" not in out and theta is not None:
+        out["rope_theta"] = theta
+    return ModelConfig(**out)
+
+
+def _rope_scaling(raw: dict[str, Any]) -> YarnScaling | None:
+    scaling = raw.get("rope_scaling") or raw.get("rope_parameters")
+    if not scaling or raw.get("inference_rope_scaling") is False:
+        return None
+    kind = scaling.get("rope_type", scaling.get("type", "yarn"))
+    if kind == "default":
+        return None
+    if kind != "yarn":
+        raise ValueError(f"rope_scaling type {kind!r} is not supported; only 'yarn' is")
+    known = {f.name for f in dataclasses.fields(YarnScaling)}
+    return YarnScaling(**{k: v for k, v in scaling.items() if k in known})

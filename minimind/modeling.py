@@ -1,0 +1,295 @@
+"""The decoder: Attention, MLP, MoE, Block, Model. Thin modules that call ops.
+
+Weights are held packed (qkv, gate_up, stacked experts) and saved under upstream's names (minimind/weights.py).
+Parameters stay in the dtype they were made in, float32 for training; every matrix product runs in the dtype of
+its input, which is `Model.compute_dtype`. No autocast: what runs in which precision is written here.
+
+Shapes in comments: B batch, T tokens in a row, C hidden size, H query heads, G key/value heads, D head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimind import ops
+from minimind.attention import Layout, document_ids, make_layout
+from minimind.config import ModelConfig
+from minimind.rope import rope_cos_sin
+
+
+@dataclass
+class ModelOutput:
+    """hidden_states [B, T, C] after the last norm; logits [B, T, V] unless they were not asked for; aux_loss, the
+    sum of the layers' load-balance losses; tokens_per_expert int64 [layers, E] of a MoE model."""
+
+    hidden_states: Tensor
+    logits: Tensor | None
+    aux_loss: Tensor
+    tokens_per_expert: Tensor | None
+
+
+class Linear(nn.Linear):
+    """A bias-free projection in the dtype of its input."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query causal attention with RoPE and optional per-head RMSNorm of q and k."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.groups, self.head_dim = heads, groups, dim
+        self.qkv_proj = Linear(config.hidden_size, (heads + 2 * groups) * dim)
+        self.o_proj = Linear(heads * dim, config.hidden_size)
+        self.q_norm = RMSNorm(dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 G, D]
+        q, k, v = qkv.split((self.heads, self.groups, self.groups), dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = layout.attend(ops.rope(q, cos, sin), ops.rope(k, cos, sin), v)  # [B, T, H, D]
+        return self.o_proj(out.flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward with gate and up in one matrix."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.swiglu(self.gate_up_proj(x)))
+
+
+@dataclass
+class Routing:
+    """What one MoE layer reports: aux_loss, a scalar; tokens_per_expert int64 [E]."""
+
+    aux_loss: Tensor
+    tokens_per_expert: Tensor
+
+
+class MoE(nn.Module):
+    """Softmax router, top-k experts (gates normalised on request), optional shared experts."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, hidden, inter = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.config = config
+        self.router = Linear(hidden, experts)
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inter, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inter))
+        self.shared_experts = nn.ModuleList(
+            MLP(hidden, config.intermediate_size) for _ in range(config.num_shared_experts)
+        )
+
+    def forward(self, x: Tensor, sequence_ids: Tensor, sequences: int, mask: Tensor) -> tuple[Tensor, Routing]:
+        """x [B, T, C]; sequence_ids int64 [B * T] in 0..sequences-1; mask float32 [B * T], 0 at padding."""
+        flat = x.flatten(0, 1)
+        router_dtype = torch.promote_types(x.dtype, torch.float32)
+        scores = self.router(flat.to(router_dtype)).softmax(dim=-1)  # [B * T, E]
+        gates, expert_ids = scores.topk(self.config.num_experts_per_tok, dim=-1, sorted=False)
+        if self.config.norm_topk_prob:
+            gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)
+        out = ops.moe_experts(flat, self.gate_up_proj, self.down_proj, expert_ids, gates).view_as(x)
+        for expert in self.shared_experts:
+            out = out + expert(x)
+        aux = load_balance_loss(scores, expert_ids, sequence_ids, sequences, mask, self.config)
+        return out, Routing(aux, ops.expert_counts(expert_ids, self.config.num_experts))
+
+
+def load_balance_loss(
+    scores: Tensor, expert_ids: Tensor, sequence_ids: Tensor, sequences: int, mask: Tensor, config: ModelConfig
+) -> Tensor:
+    """coef * E * sum_e (share of token copies sent to e) * (mean router probability of e).
+
+    Switch Transformer (arXiv 2101.03961) over the whole batch, or per sequence as in DeepSeek-V2 (arXiv
+    2405.04434). Sequences count by their length, so that packing changes nothing; for sequences of one length
+    that is the plain mean over sequences. The batch form counts each of the k choices separately.
+    """
+    experts, top_k = config.num_experts, expert_ids.shape[1]
+    if config.router_aux_loss_level == "batch":
+        sequence_ids, sequences = torch.zeros_like(sequence_ids), 1
+    chosen = torch.zeros_like(scores).scatter_(1, expert_ids, 1.0) * mask.unsqueeze(1)
+    per_sequence = scores.new_zeros(sequences, 2 * experts + 1)
+    stats = torch.cat((chosen, scores * mask.unsqueeze(1), mask.unsqueeze(1)), dim=1)
+    chosen_sum, score_sum, length = per_sequence.index_add(0, sequence_ids, stats).split(
+        (experts, experts, 1), dim=1
+    )
+    divisor = length.clamp(min=1)
+    if config.router_aux_loss_level == "sequence":
+        divisor = divisor * top_k
+    balance = (chosen_sum / divisor * score_sum / length.clamp(min=1)).sum(dim=1) * experts
+    return config.router_aux_loss_coef * (balance * length.squeeze(1)).sum() / length.sum().clamp(min=1)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config) if config.num_experts else MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, routing: tuple[Tensor, int, Tensor] | None
+    ) -> tuple[Tensor, Routing | None]:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
+        normed = self.post_attention_layernorm(x)
+        if routing is None:
+            return x + self.mlp(normed), None
+        out, report = self.mlp(normed, *routing)
+        return x + out, report
+
+
+class Model(nn.Module):
+    """A causal language model. `Model(config)` is initialised and ready to train."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None  # None: the dtype of the parameters
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.reset_parameters()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output projection [V, C]: the embedding itself when tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """N(0, 0.02); what writes into the residual stream is smaller by sqrt(2 layers) (GPT-2)."""
+        residual_std = 0.02 / (2 * self.config.num_hidden_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
+                parameter.normal_(0.0, residual_std if residual else 0.02)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_logits: bool = True,
+    ) -> ModelOutput:
+        """input_ids int64 [B, T]. Two kinds of batches, equal in their losses:
+
+        packed: cu_seqlens int [n + 1], the documents' boundaries in the flattened B * T tokens, row ends among
+          them; position_ids [B, T] restart in each document (made from cu_seqlens when absent). attention_mask
+          then only says which tokens the router statistics count.
+        padded: attention_mask [B, T], 0 at padding on either side; positions count the unmasked tokens.
+        """
+        batch, length = input_ids.shape
+        device = input_ids.device
+        layout = _layout(batch, length, device, cu_seqlens, attention_mask)
+        if position_ids is None:
+            position_ids = _positions(batch, length, device, cu_seqlens, attention_mask)
+        cos, sin = rope_cos_sin(self.config, position_ids)  # [B or 1, T, D / 2]
+        routing = None
+        if self.config.num_experts:
+            routing = _sequences(batch, length, device, cu_seqlens, attention_mask)
+
+        x = self.embed_tokens(input_ids)
+        x = x if self.compute_dtype is None else x.to(self.compute_dtype)
+        reports = []
+        for layer in self.layers:
+            x, report = layer(x, cos, sin, layout, routing)
+            if report is not None:
+                reports.append(report)
+        x = self.norm(x)
+        logits = F.linear(x, self.head_weight.to(x.dtype)) if return_logits else None
+        aux = x.new_zeros((), dtype=torch.float32)
+        counts = None
+        if reports:
+            aux = torch.stack([report.aux_loss for report in reports]).sum()
+            counts = torch.stack([report.tokens_per_expert for report in reports])
+        return ModelOutput(x, logits, aux, counts)
+
+    def num_parameters(self, active: bool = False) -> int:
+        """Stored parameters; `active`: only those one token passes through."""
+        total = sum(p.numel() for p in self.parameters())
+        cfg = self.config
+        if active and cfg.num_experts:
+            expert = 3 * cfg.hidden_size * cfg.moe_intermediate_size
+            total -= cfg.num_hidden_layers * (cfg.num_experts - cfg.num_experts_per_tok) * expert
+        return total
+
+    def flops_per_token(self, context_length: int, training: bool = True) -> int:
+        """Floating-point operations of one token in a causal context of `context_length`: matrix products and
+        attention scores (half of the square); the backward costs twice the forward (Kaplan et al. 2020)."""
+        cfg = self.config
+        norms = sum(p.numel() for p in self.parameters() if p.ndim == 1)
+        matrices = self.num_parameters(active=True) - norms
+        if not cfg.tie_word_embeddings:
+            matrices -= cfg.vocab_size * cfg.hidden_size  # the lookup multiplies nothing
+        attention = cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim * 2 * context_length
+        return (2 * matrices + attention) * (3 if training else 1)
+
+    def kv_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes of key/value cache that one token of one sequence takes."""
+        cfg = self.config
+        return 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim * dtype.itemsize
+
+
+@torch.compiler.disable  # reads the boundaries on the host; the compiled graph starts behind it
+def _layout(batch, length, device, cu_seqlens, attention_mask) -> Layout:
+    return make_layout(
+        batch, length, device, cu_seqlens, attention_mask, stacked=ops.get_mode() == "fused"
+    )
+
+
+def _positions(
+    batch: int, length: int, device: torch.device, cu_seqlens: Tensor | None, attention_mask: Tensor | None
+) -> Tensor:
+    if cu_seqlens is not None:
+        cu = cu_seqlens.to(device)
+        start = cu[document_ids(cu, batch * length)]
+        return (torch.arange(batch * length, device=device) - start).view(batch, length)
+    if attention_mask is not None:
+        return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return torch.arange(length, device=device).unsqueeze(0)
+
+
+def _sequences(
+    batch: int, length: int, device: torch.device, cu_seqlens: Tensor | None, attention_mask: Tensor | None
+) -> tuple[Tensor, int, Tensor]:
+    """(sequence of each token, number of sequences, 1.0 where a token counts) for the router statistics."""
+    if cu_seqlens is not None:
+        ids, sequences = document_ids(cu_seqlens.to(device), batch * length), cu_seqlens.shape[0] - 1
+    else:
+        ids, sequences = torch.arange(batch * length, device=device) // length, batch
+    if attention_mask is None:
+        return ids, sequences, torch.ones(batch * length, device=device)
+    return ids, sequences, attention_mask.flatten().float()

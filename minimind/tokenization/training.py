@@ -1,0 +1,103 @@
+"""Train a byte-level BPE tokenizer from a stream of texts.
+
+Byte-pair encoding: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; on bytes rather than characters:
+Radford et al. 2019 (GPT-2), so every string has an encoding and no unknown token exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CONTROL_TOKENS = (PAD, BOS, EOS)
+# Kept by decode(skip_special_tokens=True): a chat client has to see reasoning and tool calls to show them.
+MARKUP_TOKENS = (
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<tools>",
+    "</tools>",
+)
+RESERVED_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(5))
+SPECIAL_TOKENS = CONTROL_TOKENS + MARKUP_TOKENS + RESERVED_TOKENS
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+# The split of Qwen2, to the letter: GGUF names pre-tokenizers rather than storing them, and "qwen2" is this one.
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GGUF_PRE_TOKENIZER = "qwen2"
+# Longer texts are cut before counting: the trainer's memory for one item is many times its length.
+MAX_CHARS = 1 << 20
+
+
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int = 6400,
+    *,
+    min_frequency: int = 2,
+    max_token_length: int | None = None,
+    show_progress: bool = False,
+) -> Tokenizer:
+    """Learn merges from `texts` and return a ready `tokenizers.Tokenizer`.
+
+    texts: read once, in order; memory grows with the number of distinct words, not with the corpus.
+    vocab_size: entries in all, the special tokens and the 256 bytes included; at least MIN_VOCAB_SIZE. Data too
+        small for that many merges gives fewer entries.
+    min_frequency: a pair seen less often is never merged.
+    max_token_length: longest token in byte-level characters (bytes); None sets no limit.
+    The result depends on the multiset of texts alone: the same data gives the same bytes.
+    Raises ValueError if vocab_size is too small or texts hold nothing.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(f"vocab_size is {vocab_size}: it needs {MIN_VOCAB_SIZE} for all bytes and special tokens")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[_added(token) for token in SPECIAL_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        max_token_length=max_token_length,
+        show_progress=show_progress,
+    )
+    pieces = _Counted(_pieces(texts))
+    tokenizer.train_from_iterator(pieces, trainer)
+    if not pieces.count:
+        raise ValueError("no text to train on: the data is empty")
+    return tokenizer
+
+
+def _added(token: str) -> AddedToken:
+    return AddedToken(token, normalized=False, special=token not in MARKUP_TOKENS)
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for start in range(0, len(text), MAX_CHARS):
+            yield text[start : start + MAX_CHARS]
+
+
+class _Counted:
+    """Counts what passes through, to tell an empty stream from a short one."""
+
+    def __init__(self, items: Iterator[str]) -> None:
+        self._items = items
+        self.count = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for item in self._items:
+            self.count += 1
+            yield item
