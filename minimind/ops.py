@@ -115,12 +115,16 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                 scale = scale * loss_weights[part]
             index = targets[part].clamp(min=0).unsqueeze(1)
             logits = F.linear(x[part], w).float()
-            normaliser = logits.logsumexp(dim=1, keepdim=True)
-            total += ((normaliser - logits.gather(1, index)).squeeze(1) * scale).sum()
+            # shifted by the maximum before anything is summed: near p = 1 the loss is a small difference
+            logits -= logits.amax(dim=1, keepdim=True)
+            target_logit = logits.gather(1, index)
+            weights = logits.exp_()
+            normaliser = weights.sum(dim=1, keepdim=True)
+            total += ((normaliser.log() - target_logit).squeeze(1) * scale).sum()
             if not (need_x or need_w):
                 continue
-            # float32 until after the target's 1 is taken off: near p = 1 the difference is lost in bf16
-            grad = logits.sub_(normaliser).exp_()
+            # float32 until after the target's 1 is taken off, for the same reason
+            grad = weights.div_(normaliser)
             grad.scatter_add_(1, index, torch.full_like(normaliser, -1.0))
             grad = grad.mul_(scale.unsqueeze(1)).to(x.dtype)
             if grad_x is not None:

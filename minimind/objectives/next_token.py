@@ -1,0 +1,46 @@
+"""Next-token prediction: what pretraining minimises and what held-out loss measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minimind import ops
+from minimind.modeling import Model
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Packed rows on the model's device. input_ids, targets, position_ids int64 [B, T], targets -100 where there
+    is none; cu_seqlens int32 [n + 1] on the HOST for a CPU model, with the model otherwise."""
+
+    input_ids: Tensor
+    targets: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+
+
+def next_token_loss(model: Model, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """(sum over targets of -log p, mean auxiliary loss): float32 scalars, differentiable.
+
+    The sum is not normalised here: the caller divides by the GLOBAL number of targets, so that accumulation,
+    packing and world size change nothing.
+    """
+    out = model(
+        batch.input_ids,
+        position_ids=batch.position_ids,
+        cu_seqlens=batch.cu_seqlens,
+        attention_mask=batch.targets.ne(-100),
+        return_logits=False,
+    )
+    hidden = out.hidden_states.flatten(0, 1)
+    loss = ops.linear_cross_entropy(hidden, model.head_weight, batch.targets.flatten())
+    return loss, out.aux_loss
+
+
+@torch.no_grad()
+def next_token_nats(model: Model, batch: TokenBatch) -> Tensor:
+    """Sum of -log p over the batch's targets, without the auxiliary loss."""
+    return next_token_loss(model, batch)[0]

@@ -1,0 +1,89 @@
+"""Atomic checkpoints: a folder is either whole or not there.
+
+    checkpoints/step-00000250/
+        config.json  model.safetensors    what load_model opens: float32, upstream's names
+        tokenizer.json ...                the tokenizer it was trained with
+        trainer.pt                        optimizer, RNG, data position; loads with weights_only=True
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minimind.modeling import Model
+from minimind.tokenization import Tokenizer
+from minimind.weights import load_model, save_weights
+
+_PREFIX = "step-"
+
+
+def save_checkpoint(
+    run: Path, step: int, model: Model, tokenizer: Tokenizer, trainer: dict[str, Any], keep: int
+) -> Path:
+    """Write step `step` under run/checkpoints, then drop all but the newest `keep`.
+
+    trainer: plain Python values and tensors. Raises ValueError when the disk is full; what was there stays.
+    """
+    root = run / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    final = root / f"{_PREFIX}{step:08d}"
+    if final.exists():
+        return final
+    partial = root / f".partial-{step:08d}-{os.getpid()}"
+    try:
+        save_weights(model, partial)
+        tokenizer.save(partial)
+        torch.save(trainer, partial / "trainer.pt")
+        for file in [*partial.iterdir(), partial]:
+            _fsync(file)
+        os.replace(partial, final)
+        _fsync(root)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ValueError(
+            f"{final}: cannot write the checkpoint ({error}); free some space, then run the same command again"
+        ) from error
+    for old in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(run.glob(f"checkpoints/{_PREFIX}*"))
+
+
+def remove_partial(run: Path) -> None:
+    """Delete what a killed process left half-written."""
+    for folder in run.glob("checkpoints/.partial-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{checkpoint / 'trainer.pt'}: unreadable ({error}); delete that folder to resume from the one before"
+        ) from error
+
+
+def load_weights_into(model: Model, checkpoint: Path) -> None:
+    """Copy a checkpoint's float32 weights into `model` in place (its parameters keep their identity)."""
+    saved = load_model(checkpoint, config=model.config)
+    with torch.no_grad():
+        for target, source in zip(model.parameters(), saved.parameters(), strict=True):
+            target.copy_(source)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,67 @@
+"""Which device, and the one explicit precision policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+PrecisionName = Literal["auto", "bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Weights are float32 masters always; `compute_dtype` is what matrix products run in."""
+
+    compute_dtype: torch.dtype
+    reason: str
+
+    def __str__(self) -> str:
+        name = "bf16" if self.compute_dtype == torch.bfloat16 else "fp32"
+        return f"fp32 master weights, {name} compute ({self.reason})"
+
+
+def choose_device(requested: str) -> torch.device:
+    """'auto' takes CUDA when there is one, else the CPU. A device asked for by name that is not there raises."""
+    if requested == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(requested)
+    except RuntimeError as error:
+        raise ValueError(f"--device {requested}: not a device name; try auto, cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {requested}: PyTorch sees no CUDA GPU here; use --device cpu")
+    return device
+
+
+def choose_precision(device: torch.device, requested: PrecisionName = "auto") -> Precision:
+    if requested == "fp32":
+        return Precision(torch.float32, "asked for by --precision")
+    native, reason = _native_bf16(device)
+    if requested == "bf16":
+        return Precision(torch.bfloat16, "asked for by --precision" + ("" if native else f"; slow, {reason}"))
+    return Precision(torch.bfloat16 if native else torch.float32, reason)
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return f"CPU, {torch.get_num_threads()} threads, {capability}"
+    return str(device)
+
+
+def _native_bf16(device: torch.device) -> tuple[bool, str]:
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return major >= 8, f"sm_{major}{minor} {'has' if major >= 8 else 'lacks'} bf16 tensor cores"
+    if device.type == "cpu":
+        for probe, name in (("_is_amx_tile_supported", "AMX"), ("_is_avx512_bf16_supported", "AVX512-BF16")):
+            supported = getattr(torch.cpu, probe, None)
+            if supported is not None and supported():
+                return True, f"this CPU has {name}"
+        return False, "this CPU has no bf16 instructions"
+    return False, f"bf16 is not verified on {device.type}"

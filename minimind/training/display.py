@@ -1,0 +1,51 @@
+"""What a run shows: a live progress line in a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+_PLAIN_SECONDS = 10.0
+
+
+class Display:
+    def __init__(self, console: Console, steps: int, start: int) -> None:
+        self.console, self.steps = console, steps
+        self.plain_due = 0.0
+        self.progress: Progress | None = None
+        if console.is_terminal:
+            self.progress = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}"),
+                console=console,
+                transient=False,
+            )
+            self.task = self.progress.add_task("", total=steps, completed=start)
+            self.progress.start()
+
+    def update(self, step: int, line: str) -> None:
+        """line: loss, rate and so on. Every call redraws in a terminal; elsewhere one line per 10 seconds."""
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step, description=line)
+        elif time.monotonic() >= self.plain_due or step == self.steps:
+            self.plain_due = time.monotonic() + _PLAIN_SECONDS
+            self.console.print(f"step {step}/{self.steps}  {line}", highlight=False, soft_wrap=True)
+
+    def say(self, text: str | Text) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+def duration(seconds: float) -> str:
+    """'2h05m', '3m20s' or '12s'."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"

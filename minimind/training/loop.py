@@ -1,0 +1,292 @@
+"""The one training loop. A stage gives it a loss, its data and what to show; it does the rest.
+
+Order within a step: fetch the micro-batches, so that the global number of targets is known; forward and backward
+of each; clip; update. Nothing on the way waits for the device: losses are read back on log steps only, and a
+non-finite step is skipped on the device itself through the optimizer's `found_inf`.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from minimind.modeling import Model
+from minimind.tokenization import Tokenizer
+from minimind.training.checkpoint import load_trainer_state, load_weights_into, save_checkpoint
+from minimind.training.display import Display, duration
+from minimind.training.metrics import MetricsLog, plot_losses
+from minimind.training.optim import set_lr
+from minimind.training.run_folder import RunFolder, truncate, write_json
+from minimind.training.tracking import Tracker
+
+
+class HostBatch(Protocol):
+    """A micro-batch on the host."""
+
+    num_targets: int
+
+
+class Loader(Protocol):
+    def next_batch(self) -> Any: ...
+
+    def state(self) -> dict[str, int]: ...
+
+    def load_state(self, state: dict[str, int]) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    steps: int
+    micro_batches: int = 1  # per step
+    tokens_per_step: int = 0  # tokens of a step, padding included: the x axis
+    grad_clip: float = 1.0
+    log_every: int = 10
+    eval_every: int = 100
+    save_every: int = 100
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage brings.
+
+    loss(batch) -> (sum over targets, mean auxiliary loss), differentiable device scalars.
+    lr(step) -> learning rate of the step. evaluate(final) -> reproducible held-out figures.
+    sample() -> text shown and kept in samples.txt. describe(batch) -> what was in it, for a post-mortem.
+    """
+
+    model: Model
+    tokenizer: Tokenizer
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    loss: Callable[[Any], tuple[Tensor, Tensor]]
+    lr: Callable[[int], float]
+    evaluate: Callable[[bool], dict[str, float]]
+    sample: Callable[[], str]
+    describe: Callable[[Any], Any]
+    title: str
+    data_fingerprint: str
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or a gradient became NaN or infinite; the weights were not touched by it."""
+
+
+@dataclass
+class _Row:
+    """One step's figures, still on the device."""
+
+    step: int
+    figures: Tensor  # float32 [3]: loss, auxiliary loss, gradient norm
+    lr: float
+    targets: int
+    position: dict[str, int]
+
+
+@dataclass
+class Trainer:
+    stage: Stage
+    options: LoopOptions
+    run: RunFolder
+    tracker: Tracker
+    console: Console
+    step: int = 0
+    targets_seen: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+    pending: list[_Row] = field(default_factory=list)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Take everything back to the state after `checkpoint`'s last step."""
+        state = load_trainer_state(checkpoint)
+        if state["data"] != self.stage.data_fingerprint:
+            raise ValueError(
+                f"{self.run.path}: the data or the tokenizer changed since this run began; "
+                "put them back or start anew with --resume never"
+            )
+        load_weights_into(self.stage.model, checkpoint)
+        self.stage.optimizer.load_state_dict(state["optimizer"])
+        self.stage.loader.load_state(state["loader"])
+        torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available() and state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self.step, self.targets_seen = state["step"], state["targets_seen"]
+        self.seconds = state["seconds"]
+        truncate(self.run.metrics, state["metrics_bytes"])
+        truncate(self.run.samples, state["samples_bytes"])
+
+    def fit(self) -> None:
+        """Train to the last step. Ctrl-C or SIGTERM saves after the current step and returns, `interrupted` set."""
+        self.metrics = MetricsLog(self.run.metrics)
+        self.display = Display(self.console, self.options.steps, self.step)
+        previous = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.heldout = ""
+        self.clock, self.clock_step = time.perf_counter(), self.step
+        try:
+            if self.step == 0:
+                self._sample()
+                self._evaluate()
+            while self.step < self.options.steps and not self.interrupted:
+                self._train_step()
+                self._after_step()
+            if self.interrupted:
+                self._save()
+                self.display.say(
+                    f"stopped at step {self.step}, saved; the same command continues (or --resume never)"
+                )
+            else:
+                self._evaluate(final=True)
+                self._sample()
+                self._save()
+                self.run.mark_finished()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self.metrics.close()
+            self.display.close()
+            self.tracker.finish()
+            plot_losses(self.run.metrics, self.run.path / "loss.png", self.stage.title)
+
+    def _train_step(self) -> None:
+        stage, options = self.stage, self.options
+        position = stage.loader.state()
+        batches = [stage.loader.next_batch() for _ in range(options.micro_batches)]
+        total = sum(b.num_targets for b in batches)
+        lr = stage.lr(self.step)
+        set_lr(stage.optimizer, lr)
+        stage.model.train()
+        figures = []
+        for batch in batches:
+            loss, aux = stage.loss(batch)
+            loss, aux = loss / total, aux * (batch.num_targets / total)
+            (loss + aux).backward()
+            figures.append(torch.stack((loss.detach(), aux.detach())))
+        norm = torch.nn.utils.clip_grad_norm_(stage.model.parameters(), options.grad_clip)
+        figures = torch.cat((torch.stack(figures).sum(0), norm.unsqueeze(0)))
+        stage.optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
+        stage.optimizer.step()
+        stage.optimizer.zero_grad()
+        self.pending.append(_Row(self.step + 1, figures, lr, total, position))
+        self.step += 1
+        self.targets_seen += total
+
+    def _after_step(self) -> None:
+        options = self.options
+        last = self.step == options.steps
+        evaluate = self.step % options.eval_every == 0 and not last
+        save = self.step % options.save_every == 0 and not last
+        if last or self.interrupted or evaluate or save or self.step % options.log_every == 0:
+            self._log()
+        if evaluate:
+            self._evaluate()
+            self._sample()
+        if save:
+            self._save()
+
+    def _log(self) -> None:
+        """Read the pending steps back in one copy, write them, show the newest."""
+        values = torch.stack([row.figures for row in self.pending]).tolist()
+        now = time.perf_counter()
+        per_step = (now - self.clock) / max(1, self.step - self.clock_step)
+        self.seconds += now - self.clock
+        self.clock, self.clock_step = now, self.step
+        rate = self.options.tokens_per_step / per_step
+        for row, (loss, aux, norm) in zip(self.pending, values, strict=True):
+            if not all(abs(v) < float("inf") for v in (loss, aux, norm)):
+                self._non_finite(row, loss, norm)
+            self.metrics.write(
+                "train",
+                row.step,
+                {
+                    "tokens": row.step * self.options.tokens_per_step,
+                    "targets": row.targets,
+                    "loss": loss,
+                    "aux_loss": aux,
+                    "grad_norm": norm,
+                    "lr": row.lr,
+                },
+                {"tokens_per_second": round(rate, 1), "seconds": round(self.seconds, 3)},
+            )
+        self.metrics.flush()
+        row, (loss, aux, norm) = self.pending[-1], values[-1]
+        self.pending = []
+        self.tracker.log(
+            row.step, {"loss": loss, "aux_loss": aux, "grad_norm": norm, "lr": row.lr, "tokens_per_second": rate}
+        )
+        left = duration(per_step * (self.options.steps - self.step))
+        self.display.update(
+            self.step,
+            f"loss {loss:.3f}  {self.heldout}lr {row.lr:.1e}  grad {norm:.2f}  {rate:,.0f} tokens/s  ETA {left}",
+        )
+
+    def _evaluate(self, final: bool = False) -> None:
+        started = time.perf_counter()
+        values = self.stage.evaluate(final)
+        tokens = self.step * self.options.tokens_per_step
+        self.metrics.write(
+            "eval", self.step, {"tokens": tokens, **values}, {"seconds": round(time.perf_counter() - started, 3)}
+        )
+        self.metrics.flush()
+        self.tracker.log(self.step, values)
+        self.heldout = f"held-out {values['heldout_loss']:.3f}  " if "heldout_loss" in values else ""
+        if values:
+            scope = "all of it" if final else "same part each time"
+            self.display.say(
+                f"step {self.step}: held-out loss {values['heldout_loss']:.4f} nats/token, "
+                f"{values['heldout_bpb']:.4f} bits/byte ({values['heldout_tokens']:,} tokens, {scope})"
+            )
+        self.clock = time.perf_counter()
+
+    def _sample(self) -> None:
+        text = self.stage.sample()
+        with self.run.samples.open("a", encoding="utf-8") as file:
+            file.write(f"=== step {self.step}\n{text}\n\n")
+        self.display.say(f"samples at step {self.step}\n{text}")
+        self.clock = time.perf_counter()
+
+    def _save(self) -> None:
+        stage = self.stage
+        samples = self.run.samples.stat().st_size if self.run.samples.exists() else 0
+        state = {
+            "step": self.step,
+            "targets_seen": self.targets_seen,
+            "seconds": self.seconds,
+            "optimizer": stage.optimizer.state_dict(),
+            "loader": stage.loader.state(),
+            "data": stage.data_fingerprint,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "tracker_id": self.tracker.run_id,
+            "metrics_bytes": self.metrics.flush(),
+            "samples_bytes": samples,
+        }
+        save_checkpoint(
+            self.run.path, self.step, stage.model, stage.tokenizer, state, self.options.keep_checkpoints
+        )
+        self.clock = time.perf_counter()
+
+    def _non_finite(self, row: _Row, loss: float, norm: float) -> None:
+        """Keep what is needed to look at the batch, then stop. The update of that step was skipped."""
+        report = self.run.path / "nonfinite.json"
+        self.stage.loader.load_state(row.position)
+        batches = [self.stage.loader.next_batch() for _ in range(self.options.micro_batches)]
+        found = {"step": row.step, "loss": str(loss), "grad_norm": str(norm), "position": row.position}
+        write_json(report, {**found, "batches": [self.stage.describe(batch) for batch in batches]})
+        raise NonFiniteLossError(
+            f"step {row.step}: loss {loss}, gradient norm {norm}; the weights were not updated. The batch is in "
+            f"{report}; look at its documents or lower --lr"
+        )
+
+    def _interrupt(self, number: int, _frame: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self.display.say(f"{signal.Signals(number).name}: saving after this step; once more to quit at once")

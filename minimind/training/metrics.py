@@ -1,0 +1,85 @@
+"""metrics.jsonl and the picture drawn from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+
+class MetricsLog:
+    """Append-only JSON lines. `kind` is "train" (every step) or "eval"; wall-clock values are under "time", the
+    rest is reproducible to the bit on one CPU process."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, kind: str, step: int, values: dict[str, Any], time: dict[str, float]) -> None:
+        row = {"kind": kind, "step": step, **values, "time": time}
+        self.file.write(json.dumps(row, allow_nan=True) + "\n")
+
+    def flush(self) -> int:
+        """Bytes written so far, all on their way to the disk."""
+        self.file.flush()
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def plot_losses(metrics: Path, picture: Path, title: str) -> None:
+    """Draw training and held-out loss over tokens, with the learning rate and the gradient norm below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(metrics)
+    train = [r for r in rows if r["kind"] == "train"]
+    evals = [r for r in rows if r["kind"] == "eval"]
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(8, 6.5), height_ratios=(3, 1), sharex=True, layout="constrained"
+    )
+    if train:
+        tokens = [r["tokens"] / 1e6 for r in train]
+        losses = [r["loss"] for r in train]
+        top.plot(tokens, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+        top.plot(tokens, _smooth(losses), color="tab:blue", label="training")
+        bottom.plot(tokens, [r["grad_norm"] for r in train], color="tab:gray", linewidth=0.8)
+        rate = bottom.twinx()
+        rate.plot(tokens, [r["lr"] for r in train], color="tab:green")
+        rate.set_ylabel("learning rate", color="tab:green")
+        rate.set_ylim(bottom=0)
+    if evals:
+        top.plot(
+            [r["tokens"] / 1e6 for r in evals],
+            [r["heldout_loss"] for r in evals],
+            "o-",
+            color="tab:red",
+            label=f"held-out, last {evals[-1]['heldout_bpb']:.3f} bits per byte",
+        )
+    top.set_ylabel("loss, nats per token")
+    top.set_title(title)
+    top.grid(alpha=0.3)
+    if train or evals:
+        top.legend()
+    bottom.set_xlabel("tokens trained on, millions")
+    bottom.set_ylabel("gradient norm", color="tab:gray")
+    bottom.set_yscale("log")
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def _smooth(values: list[float], decay: float = 0.95) -> list[float]:
+    """Bias-corrected exponential moving average that steps over non-finite values."""
+    out, mean, weight = [], 0.0, 0.0
+    for value in values:
+        if math.isfinite(value):
+            mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        out.append(mean / weight if weight else float("nan"))
+    return out

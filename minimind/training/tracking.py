@@ -1,0 +1,81 @@
+"""Experiment trackers behind one small interface. The run id lives in the checkpoint, so a resumed run goes on
+drawing the same curve."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+TrackerName = Literal["none", "tensorboard", "wandb", "swanlab"]
+
+
+class Tracker(Protocol):
+    run_id: str | None
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class NoTracker:
+    run_id: str | None = None
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class TensorBoardTracker:
+    def __init__(self, folder: Path, start_step: int) -> None:
+        writer = _require("torch.utils.tensorboard", "tensorboard")
+        # purge_step hides what a killed run had drawn past its checkpoint
+        self.writer = writer.SummaryWriter(str(folder / "tensorboard"), purge_step=start_step or None)
+        self.run_id: str | None = None
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+class HostedTracker:
+    """wandb and swanlab, whose init and log agree."""
+
+    def __init__(self, package: str, folder: Path, config: dict[str, Any], run_id: str | None) -> None:
+        module = _require(package, package)
+        place = {"wandb": {"dir": str(folder)}, "swanlab": {"logdir": str(folder / "swanlab")}}[package]
+        self.run = module.init(
+            project="minimind", name=folder.name, config=config, id=run_id, resume="allow", **place
+        )
+        self.run_id = str(self.run.id)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def finish(self) -> None:
+        self.run.finish()
+
+
+def make_tracker(
+    name: TrackerName, folder: Path, config: dict[str, Any], run_id: str | None, start_step: int
+) -> Tracker:
+    """run_id and start_step come from the checkpoint, None and 0 at a fresh start."""
+    if name == "none":
+        return NoTracker()
+    if name == "tensorboard":
+        return TensorBoardTracker(folder, start_step)
+    return HostedTracker(name, folder, config, run_id)
+
+
+def _require(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"--track {package}: the package is not installed; run `pip install 'minimind[track]'`"
+        ) from error

@@ -1,0 +1,33 @@
+"""Shared fixtures. Tests run on two threads' worth of small shapes; nothing here needs a GPU or the network."""
+
+import pytest
+import torch
+
+from minimind import ops
+
+
+@pytest.fixture(autouse=True)
+def _restore_ops_mode():
+    """A test may switch implementations; the next one starts from the default."""
+    mode = ops.get_mode()
+    yield
+    ops.set_mode(mode)
+
+
+@pytest.fixture(params=["reference", "fused"])
+def ops_mode(request) -> str:
+    ops.set_mode(request.param)
+    return request.param
+
+
+def documents_batch(lengths: list[list[int]], length: int, vocab: int, seed: int = 0):
+    """Random packed rows: (input_ids [B, T], cu_seqlens) for the documents' lengths in each row."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocab, (len(lengths), length), generator=generator)
+    boundaries = [0]
+    for row, docs in enumerate(lengths):
+        assert sum(docs) == length
+        for n in docs:
+            boundaries.append(boundaries[-1] + n)
+        assert boundaries[-1] == (row + 1) * length
+    return ids, torch.tensor(boundaries, dtype=torch.int32)

@@ -1,0 +1,274 @@
+"""Pretrain a model from nothing: `python train/pretrain.py` works as it is, on text found on this machine.
+
+Next-token prediction over packed documents. Run the same command again after any interruption and it continues
+where the last checkpoint was. Every run leaves a folder under runs/ with its metrics, plot, samples and weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+
+from minimind import ops
+from minimind.config import PRESETS, ModelConfig
+from minimind.data.cache import Corpus, open_corpus
+from minimind.data.corpus import builtin_corpus
+from minimind.data.loader import Batch, PackedLoader
+from minimind.inference.generate import generate
+from minimind.modeling import Model
+from minimind.objectives.next_token import TokenBatch, next_token_loss, next_token_nats
+from minimind.tokenization import Tokenizer, load_tokenizer
+from minimind.training.checkpoint import load_trainer_state
+from minimind.training.device import PrecisionName, choose_device, choose_precision, describe_device
+from minimind.training.loop import LoopOptions, Stage, Trainer
+from minimind.training.optim import ScheduleName, build_adamw, lr_factor
+from minimind.training.run_folder import ResumeMode, open_run, versions, write_json
+from minimind.training.tracking import TrackerName, make_tracker
+
+
+@dataclass(frozen=True)
+class Args:
+    """Pretrain a language model. Every default works."""
+
+    preset: Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "minimind3", "minimind3-moe"] = "nano"
+    """Model shape. nano is made for a CPU."""
+    data: tuple[str, ...] = ()
+    """Files, folders or globs of .jsonl ({"text": ...} rows) and .txt, plain, .gz or .zst. None: the docstrings of
+    the installed Python packages."""
+    tokenizer: str | None = None
+    """Folder with tokenizer.json; None takes the one shipped."""
+    tokens: int | None = None
+    """How many tokens to train on; overrides --epochs."""
+    epochs: float = 2.0
+    """Passes over the training part of the data."""
+    seq_len: int = 512
+    """Tokens in a row; longer documents are cut."""
+    batch_tokens: int | None = None
+    """Tokens per optimizer step, padding included; a multiple of --seq-len. None: 4096 on a CPU, 65536 on a GPU."""
+    micro_tokens: int | None = None
+    """Tokens per forward and backward; a step accumulates batch_tokens / micro_tokens of them. None: all at once,
+    but no more than 65536."""
+    lr: float | None = None
+    """Peak learning rate. None takes the preset's."""
+    schedule: ScheduleName = "cosine"
+    """How the rate falls after the warm-up."""
+    warmup: float = 0.02
+    """Share of the steps over which the rate rises."""
+    weight_decay: float = 0.1
+    """For matrices; norm gains never decay."""
+    grad_clip: float = 1.0
+    """Largest gradient norm."""
+    heldout: float = 0.05
+    """Share of the data, its last documents, that is never trained on."""
+    eval_tokens: int = 65536
+    """Held-out tokens used for the figures on the way; the last figure uses all."""
+    evals: int = 10
+    """How often to measure held-out loss and print samples."""
+    save_every: int | None = None
+    """Steps between checkpoints. None: twenty in a run."""
+    log_every: int = 10
+    """Steps between reads of the loss from the device."""
+    compile: bool = False
+    """Compile the model with torch.compile (a minute at the start)."""
+    fused: bool = True
+    """Use the fastest form of every op this device has; --no-fused takes the plain reference."""
+    precision: PrecisionName = "auto"
+    """What matrix products run in; weights are float32 always."""
+    resume: ResumeMode = "auto"
+    """auto continues an unfinished run of this very configuration; never starts a new folder."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a malformed row: stop and name it, or count it and go on."""
+    cache_dir: str | None = None
+    """Where tokenized data is kept. None: $MINIMIND_CACHE or ~/.cache/minimind."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    seed: int = 42
+    """Decides initial weights and data order."""
+    track: TrackerName = "none"
+    """Also send the metrics to an experiment tracker."""
+    out: str | None = None
+    """Run folder. None: runs/pretrain-PRESET-DATA, numbered when taken."""
+
+
+# Peak rates by preset for batches of a CPU's size; see docs/LOG.md.
+PEAK_LR = {"nano": 4e-3, "minimind2-small": 1e-3}
+
+
+def main(args: Args, console: Console) -> Path:
+    """Run the stage; returns the run folder. Bad input raises ValueError with one clear line."""
+    device = choose_device(args.device)
+    precision = choose_precision(device, args.precision)
+    ops_line = ops.set_mode("fused" if args.fused else "reference")
+    tokenizer = load_tokenizer(args.tokenizer)
+    config = ModelConfig.preset(args.preset)
+    if tokenizer.vocab_size > config.vocab_size:
+        config = ModelConfig.preset(args.preset, vocab_size=tokenizer.vocab_size)
+    corpus = _open_data(args, tokenizer, console)
+    train, heldout = corpus.split(args.heldout) if args.heldout > 0 else (corpus, None)
+
+    rows, micro_batches = _batch_shape(args, device)
+    loader = PackedLoader(train, args.seq_len, rows, args.seed)
+    step_tokens = rows * args.seq_len * micro_batches
+    budget = args.tokens if args.tokens is not None else round(args.epochs * loader.tokens_per_epoch)
+    steps = max(1, math.ceil(budget / step_tokens))
+
+    saved_args = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("resume", "out", "track")}
+    run = open_run(
+        args.out,
+        f"pretrain-{args.preset}-{_data_name(args)}",
+        {"stage": "pretrain", "args": saved_args, "model": config.to_dict()},
+        args.resume,
+    )
+    write_json(run.path / "versions.json", versions(describe_device(device)))
+    tracker_id, start = None, 0
+    if run.checkpoint is not None:
+        state = load_trainer_state(run.checkpoint)
+        tracker_id, start = state["tracker_id"], state["step"]
+
+    torch.manual_seed(args.seed)
+    model = Model(config).to(device)
+    model.compute_dtype = precision.compute_dtype
+    if args.compile:
+        model.compile()
+    peak = args.lr if args.lr is not None else PEAK_LR.get(args.preset, 5e-4)
+    warmup = max(1, round(args.warmup * steps))
+    stage = Stage(
+        model=model,
+        tokenizer=tokenizer,
+        optimizer=build_adamw(model, peak, args.weight_decay),
+        loader=loader,
+        loss=lambda batch: next_token_loss(model, to_device(batch, device)),
+        lr=lambda step: peak * lr_factor(args.schedule, step, steps, warmup),
+        evaluate=lambda final: evaluate(model, heldout, args, device, final),
+        sample=lambda: sample(model, tokenizer, heldout or corpus),
+        describe=lambda batch: describe(batch, corpus, tokenizer),
+        title=f"{run.path.name}: {model.num_parameters() / 1e6:.1f}M parameters",
+        data_fingerprint=f"{corpus.fingerprint}-{tokenizer.fingerprint}",
+    )
+    options = LoopOptions(
+        steps=steps,
+        micro_batches=micro_batches,
+        tokens_per_step=step_tokens,
+        grad_clip=args.grad_clip,
+        log_every=args.log_every,
+        eval_every=max(1, steps // max(1, args.evals)),
+        save_every=args.save_every or max(1, steps // 20),
+    )
+    for line in (
+        f"device: {describe_device(device)}",
+        f"precision: {precision}",
+        ops_line,
+        f"model: {args.preset}, {model.num_parameters() / 1e6:.1f}M parameters "
+        f"({model.num_parameters(active=True) / 1e6:.1f}M active), "
+        f"{model.flops_per_token(args.seq_len) / 1e6:.0f} MFLOP per token trained, "
+        f"{model.kv_bytes_per_token() / 1024:.1f} KiB of bf16 KV per token",
+        f"data: {train.num_documents:,} documents, {loader.tokens_per_epoch:,} tokens to train on"
+        + (f"; held out {heldout.num_documents:,} documents" if heldout else ""),
+        f"run: {run.path}, {steps} steps of {step_tokens:,} tokens"
+        + (f", continuing after step {start}" if run.checkpoint else ""),
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+    tracker = make_tracker(args.track, run.path, saved_args, tracker_id, start)
+    trainer = Trainer(stage, options, run, tracker, console)
+    if run.checkpoint is not None:
+        trainer.resume(run.checkpoint)
+    trainer.fit()
+    if trainer.interrupted:
+        sys.exit(130)
+    console.print(f"finished in {run.path}: see loss.png and samples.txt", highlight=False, soft_wrap=True)
+    return run.path
+
+
+def to_device(batch: Batch, device: torch.device) -> TokenBatch:
+    """The packed rows as tensors; cu_seqlens stays on the host for a CPU model."""
+    parts = [torch.from_numpy(a) for a in (batch.input_ids, batch.targets, batch.position_ids, batch.cu_seqlens)]
+    if device.type == "cuda":
+        parts = [part.pin_memory().to(device, non_blocking=True) for part in parts]
+    return TokenBatch(*parts)
+
+
+def evaluate(
+    model: Model, heldout: Any, args: Args, device: torch.device, final: bool
+) -> dict[str, float]:
+    """Held-out loss in nats per token and bits per UTF-8 byte, over the first --eval-tokens or over all."""
+    if heldout is None:
+        return {}
+    model.eval()
+    rows = max(1, 4096 // args.seq_len)
+    nats = torch.zeros((), dtype=torch.float64)
+    targets = text_bytes = 0
+    for batch in PackedLoader(heldout, args.seq_len, rows, args.seed, shuffle=False).epoch_batches():
+        nats += next_token_nats(model, to_device(batch, device)).double().cpu()
+        targets += batch.num_targets
+        text_bytes += batch.num_bytes
+        if not final and targets >= args.eval_tokens:
+            break
+    total = float(nats)
+    return {
+        "heldout_loss": total / targets,
+        "heldout_bpb": total / math.log(2) / max(1, text_bytes),
+        "heldout_tokens": targets,
+    }
+
+
+def sample(model: Model, tokenizer: Tokenizer, source: Any, count: int = 3, new_tokens: int = 64) -> str:
+    """Continuations of the first tokens of `count` held-out documents, prompt and continuation divided by ' | '."""
+    indices = [i * source.num_documents // count for i in range(min(count, source.num_documents))]
+    prompts = [[int(t) for t in source.document(i)[:17]] for i in indices]
+    prompts = [p[:-1] if p[-1] == tokenizer.eos_token_id else p for p in prompts]
+    answers = generate(model, prompts, new_tokens, stop_ids=(tokenizer.eos_token_id,))
+    return "\n".join(
+        f"{tokenizer.decode(prompt[1:])} | {tokenizer.decode(answer)}".replace("\n", "\\n")
+        for prompt, answer in zip(prompts, answers, strict=True)
+    )
+
+
+def describe(batch: Batch, corpus: Any, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Which documents are in a batch and how they begin, for the report on a non-finite loss."""
+    indices = sorted({int(i) for row in batch.documents for i in row})
+    return [
+        {"document": i, "begins": tokenizer.decode(corpus.document(i)[:48].tolist())} for i in indices
+    ]
+
+
+def _open_data(args: Args, tokenizer: Tokenizer, console: Console) -> Corpus:
+    cache_dir = Path(args.cache_dir) if args.cache_dir else None
+    paths = list(args.data) or [builtin_corpus(cache_dir)]
+    return open_corpus(paths, tokenizer, cache_dir, args.on_bad_row, console)
+
+
+def _data_name(args: Args) -> str:
+    if not args.data:
+        return "builtin"
+    name = Path(args.data[0]).name.split(".")[0].strip("*") or "data"
+    return name + (f"+{len(args.data) - 1}" if len(args.data) > 1 else "")
+
+
+def _batch_shape(args: Args, device: torch.device) -> tuple[int, int]:
+    """(rows of a micro-batch, micro-batches of a step)."""
+    batch_tokens = args.batch_tokens or (65536 if device.type == "cuda" else 4096)
+    micro_tokens = args.micro_tokens or min(batch_tokens, 65536)
+    if batch_tokens % micro_tokens or micro_tokens % args.seq_len:
+        raise ValueError(
+            f"--batch-tokens {batch_tokens} must be a multiple of --micro-tokens {micro_tokens}, "
+            f"and that of --seq-len {args.seq_len}"
+        )
+    return micro_tokens // args.seq_len, batch_tokens // micro_tokens
+
+
+if __name__ == "__main__":
+    parsed = tyro.cli(Args, description=__doc__)
+    output = Console()
+    try:
+        main(parsed, output)
+    except ValueError as problem:
+        output.print(f"[bold red]error:[/] {problem}", highlight=False, soft_wrap=True)
+        sys.exit(2)
