@@ -7,6 +7,9 @@ start quickly.
 from __future__ import annotations
 
 import importlib
+import sys
+import types
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
@@ -23,3 +26,15 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'minimind' has no attribute {name!r}")
+
+
+def _map_kernels() -> None:
+    """In a checkout, minimind.kernels is the folder kernels/ beside this package (setup.py maps it on install)."""
+    beside = Path(__file__).parent.parent / "kernels"
+    if not (Path(__file__).parent / "kernels").is_dir() and beside.is_dir():
+        module = types.ModuleType("minimind.kernels")
+        module.__path__ = [str(beside)]
+        sys.modules["minimind.kernels"] = module
+
+
+_map_kernels()

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind.attention import permute_rows
+from minimind.kernels.triton_support import why_no_triton
+
 Mode = Literal["reference", "fused"]
 _mode: Mode = "fused"
 
@@ -21,13 +24,12 @@ _mode: Mode = "fused"
 LOSS_CHUNK = 1024
 
 
-def set_mode(mode: Mode) -> str:
-    """Choose the implementation for the whole process; returns one line that says what it resolved to."""
+def set_mode(mode: Mode) -> None:
+    """Choose the implementation for the whole process; `describe` says what it resolves to."""
     global _mode
     if mode not in ("reference", "fused"):
         raise ValueError(f"unknown ops mode {mode!r}; choose 'reference' or 'fused'")
     _mode = mode
-    return describe()
 
 
 def get_mode() -> Mode:
@@ -45,10 +47,15 @@ def using(mode: Mode) -> Iterator[None]:
         set_mode(previous)
 
 
-def describe() -> str:
+def describe(device: torch.device | None = None) -> str:
+    """What the switch resolves to, and why: one line for the head of a run."""
     if _mode == "reference":
         return "ops: reference (plain PyTorch, full logits)"
-    return "ops: fused resolves to PyTorch's own forms (F.rms_norm, chunked linear cross-entropy)"
+    forms = "F.rms_norm, stacked-document SDPA on a CPU, chunked linear cross-entropy"
+    reason = why_no_triton(device) if device is not None else None
+    return f"ops: fused = PyTorch's fastest forms ({forms}); no Triton kernels yet" + (
+        f", and {reason}" if reason else ""
+    )
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -150,8 +157,6 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, ga
     Token copies are sorted by expert and each projection is one grouped matrix product: no loop over experts,
     no padding, no host sync of ours.
     """
-    from minimind.attention import permute_rows
-
     tokens, top_k = expert_ids.shape
     flat = expert_ids.flatten()
     order = flat.argsort(stable=True)

@@ -19,9 +19,10 @@ from rich.console import Console
 
 from minimind import ops
 from minimind.config import PRESETS, ModelConfig
-from minimind.data.cache import Corpus, open_corpus
+from minimind.data.cache import open_corpus
 from minimind.data.corpus import builtin_corpus
 from minimind.data.loader import Batch, PackedLoader
+from minimind.data.store import Corpus
 from minimind.inference.generate import generate
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss, next_token_nats
@@ -29,7 +30,7 @@ from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.training.checkpoint import load_trainer_state
 from minimind.training.device import PrecisionName, choose_device, choose_precision, describe_device
 from minimind.training.loop import LoopOptions, Stage, Trainer
-from minimind.training.optim import ScheduleName, build_adamw, lr_factor
+from minimind.training.optim import OptimizerName, ScheduleName, build_optimizers, lr_factor
 from minimind.training.run_folder import ResumeMode, open_run, versions, write_json
 from minimind.training.tracking import TrackerName, make_tracker
 
@@ -56,6 +57,8 @@ class Args:
     micro_tokens: int | None = None
     """Tokens per forward and backward; a step accumulates batch_tokens / micro_tokens of them. None: all at once,
     but no more than 65536."""
+    optimizer: OptimizerName = "muon"
+    """muon: Muon for the matrices and AdamW for the rest; adamw: AdamW for all."""
     lr: float | None = None
     """Peak learning rate. None takes the preset's."""
     schedule: ScheduleName = "cosine"
@@ -106,7 +109,7 @@ def main(args: Args, console: Console) -> Path:
     """Run the stage; returns the run folder. Bad input raises ValueError with one clear line."""
     device = choose_device(args.device)
     precision = choose_precision(device, args.precision)
-    ops_line = ops.set_mode("fused" if args.fused else "reference")
+    ops.set_mode("fused" if args.fused else "reference")
     tokenizer = load_tokenizer(args.tokenizer)
     config = ModelConfig.preset(args.preset)
     if tokenizer.vocab_size > config.vocab_size:
@@ -143,15 +146,16 @@ def main(args: Args, console: Console) -> Path:
     stage = Stage(
         model=model,
         tokenizer=tokenizer,
-        optimizer=build_adamw(model, peak, args.weight_decay),
+        optimizer=build_optimizers(model, args.optimizer, peak, args.weight_decay),
         loader=loader,
         loss=lambda batch: next_token_loss(model, to_device(batch, device)),
-        lr=lambda step: peak * lr_factor(args.schedule, step, steps, warmup),
+        peak_lr=peak,
+        lr_factor=lambda step: lr_factor(args.schedule, step, steps, warmup),
         evaluate=lambda final: evaluate(model, heldout, args, device, final),
         sample=lambda: sample(model, tokenizer, heldout or corpus),
-        describe=lambda batch: describe(batch, corpus, tokenizer),
+        describe=lambda batch: describe(batch, train, tokenizer),
         title=f"{run.path.name}: {model.num_parameters() / 1e6:.1f}M parameters",
-        data_fingerprint=f"{corpus.fingerprint}-{tokenizer.fingerprint}",
+        data_fingerprint=f"{corpus.identity:016x}",
     )
     options = LoopOptions(
         steps=steps,
@@ -165,7 +169,7 @@ def main(args: Args, console: Console) -> Path:
     for line in (
         f"device: {describe_device(device)}",
         f"precision: {precision}",
-        ops_line,
+        ops.describe(device),
         f"model: {args.preset}, {model.num_parameters() / 1e6:.1f}M parameters "
         f"({model.num_parameters(active=True) / 1e6:.1f}M active), "
         f"{model.flops_per_token(args.seq_len) / 1e6:.0f} MFLOP per token trained, "
@@ -196,7 +200,7 @@ def to_device(batch: Batch, device: torch.device) -> TokenBatch:
 
 
 def evaluate(
-    model: Model, heldout: Any, args: Args, device: torch.device, final: bool
+    model: Model, heldout: Corpus | None, args: Args, device: torch.device, final: bool
 ) -> dict[str, float]:
     """Held-out loss in nats per token and bits per UTF-8 byte, over the first --eval-tokens or over all."""
     if heldout is None:
@@ -219,11 +223,11 @@ def evaluate(
     }
 
 
-def sample(model: Model, tokenizer: Tokenizer, source: Any, count: int = 3, new_tokens: int = 64) -> str:
+def sample(model: Model, tokenizer: Tokenizer, source: Corpus, count: int = 3, new_tokens: int = 64) -> str:
     """Continuations of the first tokens of `count` held-out documents, prompt and continuation divided by ' | '."""
     indices = [i * source.num_documents // count for i in range(min(count, source.num_documents))]
-    prompts = [[int(t) for t in source.document(i)[:17]] for i in indices]
-    prompts = [p[:-1] if p[-1] == tokenizer.eos_token_id else p for p in prompts]
+    documents = [source.document(i) for i in indices]
+    prompts = [[int(t) for t in d[: min(17, 1 + len(d) // 2)]] for d in documents]
     answers = generate(model, prompts, new_tokens, stop_ids=(tokenizer.eos_token_id,))
     return "\n".join(
         f"{tokenizer.decode(prompt[1:])} | {tokenizer.decode(answer)}".replace("\n", "\\n")
@@ -231,12 +235,14 @@ def sample(model: Model, tokenizer: Tokenizer, source: Any, count: int = 3, new_
     )
 
 
-def describe(batch: Batch, corpus: Any, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Which documents are in a batch and how they begin, for the report on a non-finite loss."""
-    indices = sorted({int(i) for row in batch.documents for i in row})
-    return [
-        {"document": i, "begins": tokenizer.decode(corpus.document(i)[:48].tolist())} for i in indices
-    ]
+def describe(batch: Batch, corpus: Corpus, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Which documents are in a batch, where they stand and how they begin, for a post-mortem."""
+    found = []
+    for i in sorted({int(i) for row in batch.documents for i in row}):
+        path, number = corpus.locate(i)
+        text = tokenizer.decode(corpus.document(i)[:48].tolist())
+        found.append({"file": str(path), "document": number, "begins": text})
+    return found
 
 
 def _open_data(args: Args, tokenizer: Tokenizer, console: Console) -> Corpus:

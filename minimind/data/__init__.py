@@ -1,1 +1,17 @@
+"""Text to batches: read files, tokenize once into a memory-mapped cache, pack, load."""
 
+from minimind.data.cache import Corpus, open_corpus
+from minimind.data.corpus import builtin_corpus
+from minimind.data.loader import Batch, PackedLoader
+from minimind.data.reader import expand_paths, iter_texts, read_documents
+
+__all__ = [
+    "Batch",
+    "Corpus",
+    "PackedLoader",
+    "builtin_corpus",
+    "expand_paths",
+    "iter_texts",
+    "open_corpus",
+    "read_documents",
+]

@@ -1,8 +1,8 @@
 """Text files to documents, streaming and with one-line errors that name file:line.
 
-Formats: `.jsonl` with one `{"text": str}` object per line (upstream MiniMind's pretraining format) and `.txt`,
-either of them plain, gzipped (`.gz`) or Zstandard-compressed (`.zst`). Memory is one line (jsonl) or one
-64 KiB piece (txt), whatever the file's size.
+Formats: `.jsonl` with one `{"text": str}` object per line (upstream MiniMind's pretraining format) and
+`.txt`, either of them plain, gzipped (`.gz`) or Zstandard-compressed (`.zst`). Memory is one line (jsonl) or
+one 64 KiB piece (txt), whatever the file's size.
 """
 
 import glob
@@ -65,9 +65,9 @@ def read_documents(
 def iter_texts(path: Path | str, on_bad_row: str = "error", bad: BadRows | None = None) -> Iterator[str]:
     """Every non-empty text in a file of any training stage, to train a tokenizer on.
 
-    Rows: `{"text"}`; `{"conversations": [message]}`; `{"chosen": [message], "rejected": [message]}`, a message
-    giving its content, reasoning_content, tools and tool_calls. A .txt file gives its pieces. Errors as in
-    `read_documents`.
+    Rows: `{"text"}`, `{"conversations": [message]}` or `{"chosen": [message], "rejected": [message]}`; a
+    message gives its content, reasoning_content, tools and tool_calls; a .txt file gives its pieces. Errors
+    as in `read_documents`.
     """
     report = reporter(path, on_bad_row, bad)
     if _is_text(path):
@@ -141,7 +141,7 @@ def _rows(path: Path, start: Position, report: Report) -> Iterator[tuple[int, Po
 
 
 def _parse(body: bytes) -> dict[str, Any]:
-    text = body.decode()
+    text = body.decode().rstrip()
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:

@@ -23,7 +23,7 @@ START = Position()
 
 @dataclass(frozen=True)
 class Document:
-    """One text. `num_bytes` is its UTF-8 length, `line` (from 1) where it starts, `end` the place after it."""
+    """One text. `num_bytes` is its UTF-8 length, `line` (from 1) where it begins, `end` the place after."""
 
     text: str
     num_bytes: int

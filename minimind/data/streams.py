@@ -1,10 +1,10 @@
-"""Decompressed bytes of plain, gzip and Zstandard files; a torn or corrupt stream is an error, never an end."""
+"""Decompressed bytes of plain, gzip and Zstandard files; a torn stream is an error, never an end."""
 
 import gzip
 import io
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import zstandard
 
@@ -17,14 +17,14 @@ class StreamError(ValueError):
 
 
 def open_stream(path: Path, offset: int = 0) -> IO[bytes]:
-    """Open `path` for reading after `offset` decompressed bytes. Reading raises StreamError, opening OSError."""
+    """Open `path` from `offset` decompressed bytes on. Opening raises OSError, reading StreamError."""
     name = str(path)
     if name.endswith(".gz"):
         stream: IO[bytes] = io.BufferedReader(_Gzip(path), _SKIP_CHUNK)
     elif name.endswith(".zst"):
         stream = io.BufferedReader(_Zstandard(path), _SKIP_CHUNK)
     else:
-        stream = open(path, "rb", buffering=_SKIP_CHUNK)
+        stream = open(path, "rb", buffering=_SKIP_CHUNK)  # noqa: SIM115 - the caller closes it
         stream.seek(offset)
         return stream
     while offset > 0:
@@ -39,7 +39,7 @@ class _Raw(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def, override]
+    def readinto(self, buffer: Any) -> int:
         data = self._read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
@@ -50,11 +50,11 @@ class _Raw(io.RawIOBase):
 
 class _Gzip(_Raw):
     def __init__(self, path: Path) -> None:
-        self._file = gzip.open(path, "rb")
+        self._file = gzip.open(path, "rb")  # noqa: SIM115 - close() does
 
     def _read(self, size: int) -> bytes:
         try:
-            return self._file.read1(size)  # type: ignore[union-attr]
+            return self._file.read1(size)
         except EOFError:
             raise StreamError("the gzip stream is truncated") from None
         except (gzip.BadGzipFile, zlib.error) as error:
@@ -69,9 +69,9 @@ class _Zstandard(_Raw):
     """zstandard's own stream_reader ends quietly inside a frame, so frames are followed here."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "rb")
+        self._file = open(path, "rb")  # noqa: SIM115 - close() does
         self._context = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # what `zstd --long=31` writes
-        self._frame = None
+        self._frame: zstandard.ZstdDecompressionObj | None = None
         self._input = b""
         self._output = memoryview(b"")
 
@@ -91,14 +91,31 @@ class _Zstandard(_Raw):
         if self._frame is None:
             self._frame = self._context.decompressobj()
         try:
-            data = self._frame.decompress(self._input)  # type: ignore[attr-defined]
+            data = self._frame.decompress(self._input)
         except zstandard.ZstdError as error:
             raise StreamError(f"the Zstandard stream is corrupt ({error})") from None
         self._input = b""
-        if self._frame.eof:  # type: ignore[attr-defined]
-            self._input, self._frame = self._frame.unused_data, None  # type: ignore[attr-defined]
+        if self._frame.eof:
+            self._input, self._frame = self._frame.unused_data, None
         return data
 
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def decompressed_size(path: Path) -> int | None:
+    """Bytes in `path` once decompressed, as its header or trailer tells (for a single frame), or None."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if path.name.endswith(".gz"):
+            file.seek(max(size - 4, 0))
+            told = int.from_bytes(file.read(4), "little")
+            return told if told >= size else None  # kept modulo 2**32
+        if path.name.endswith(".zst"):
+            try:
+                told = zstandard.frame_content_size(file.read(18))
+            except zstandard.ZstdError:
+                return None
+            return told if told > 0 else None
+    return size

@@ -6,6 +6,7 @@ Radford et al. 2019 (GPT-2), so every string has an encoding and no unknown toke
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -27,7 +28,7 @@ RESERVED_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(5))
 SPECIAL_TOKENS = CONTROL_TOKENS + MARKUP_TOKENS + RESERVED_TOKENS
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
-# The split of Qwen2, to the letter: GGUF names pre-tokenizers rather than storing them, and "qwen2" is this one.
+# The split of Qwen2, to the letter: GGUF files name a pre-tokenizer and do not store it; "qwen2" is this one.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -42,21 +43,18 @@ def train_bpe(
     vocab_size: int = 6400,
     *,
     min_frequency: int = 2,
-    max_token_length: int | None = None,
-    show_progress: bool = False,
 ) -> Tokenizer:
     """Learn merges from `texts` and return a ready `tokenizers.Tokenizer`.
 
     texts: read once, in order; memory grows with the number of distinct words, not with the corpus.
-    vocab_size: entries in all, the special tokens and the 256 bytes included; at least MIN_VOCAB_SIZE. Data too
-        small for that many merges gives fewer entries.
+    vocab_size: entries in all, the special tokens and the 256 bytes included; at least MIN_VOCAB_SIZE. Data
+        too small for that many merges gives fewer entries.
     min_frequency: a pair seen less often is never merged.
-    max_token_length: longest token in byte-level characters (bytes); None sets no limit.
     The result depends on the multiset of texts alone: the same data gives the same bytes.
     Raises ValueError if vocab_size is too small or texts hold nothing.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"vocab_size is {vocab_size}: it needs {MIN_VOCAB_SIZE} for all bytes and special tokens")
+        raise ValueError(f"vocab_size is {vocab_size}; bytes and special tokens alone need {MIN_VOCAB_SIZE}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -68,20 +66,23 @@ def train_bpe(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        special_tokens=[_added(token) for token in SPECIAL_TOKENS],
+        special_tokens=[AddedToken(token, normalized=False) for token in SPECIAL_TOKENS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        max_token_length=max_token_length,
-        show_progress=show_progress,
+        show_progress=False,
     )
     pieces = _Counted(_pieces(texts))
     tokenizer.train_from_iterator(pieces, trainer)
     if not pieces.count:
         raise ValueError("no text to train on: the data is empty")
-    return tokenizer
+    return _with_visible_markup(tokenizer)
 
 
-def _added(token: str) -> AddedToken:
-    return AddedToken(token, normalized=False, special=token not in MARKUP_TOKENS)
+def _with_visible_markup(tokenizer: Tokenizer) -> Tokenizer:
+    """The trainer marks every token it is given as special, MARKUP_TOKENS too, and no setter undoes that."""
+    content = json.loads(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = token["content"] not in MARKUP_TOKENS
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:

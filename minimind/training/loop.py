@@ -1,8 +1,8 @@
 """The one training loop. A stage gives it a loss, its data and what to show; it does the rest.
 
 Order within a step: fetch the micro-batches, so that the global number of targets is known; forward and backward
-of each; clip; update. Nothing on the way waits for the device: losses are read back on log steps only, and a
-non-finite step is skipped on the device itself through the optimizer's `found_inf`.
+of each; clip; update. Nothing on the way waits for the device: losses are read back on log steps only. A
+checkpoint is written only after every loss before it was read and found finite, so the newest one is always sound.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from minimind.tokenization import Tokenizer
 from minimind.training.checkpoint import load_trainer_state, load_weights_into, save_checkpoint
 from minimind.training.display import Display, duration
 from minimind.training.metrics import MetricsLog, plot_losses
-from minimind.training.optim import set_lr
+from minimind.training.optim import Optimizers
 from minimind.training.run_folder import RunFolder, truncate, write_json
 from minimind.training.tracking import Tracker
 
@@ -59,16 +59,17 @@ class Stage:
     """What a stage brings.
 
     loss(batch) -> (sum over targets, mean auxiliary loss), differentiable device scalars.
-    lr(step) -> learning rate of the step. evaluate(final) -> reproducible held-out figures.
+    lr_factor(step) -> share of the peak rate. evaluate(final) -> reproducible held-out figures.
     sample() -> text shown and kept in samples.txt. describe(batch) -> what was in it, for a post-mortem.
     """
 
     model: Model
     tokenizer: Tokenizer
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
     loader: Loader
     loss: Callable[[Any], tuple[Tensor, Tensor]]
-    lr: Callable[[int], float]
+    peak_lr: float
+    lr_factor: Callable[[int], float]
     evaluate: Callable[[bool], dict[str, float]]
     sample: Callable[[], str]
     describe: Callable[[Any], Any]
@@ -77,7 +78,7 @@ class Stage:
 
 
 class NonFiniteLossError(ValueError):
-    """The loss or a gradient became NaN or infinite; the weights were not touched by it."""
+    """The loss or a gradient became NaN or infinite. The newest checkpoint is from before that."""
 
 
 @dataclass
@@ -160,8 +161,8 @@ class Trainer:
         position = stage.loader.state()
         batches = [stage.loader.next_batch() for _ in range(options.micro_batches)]
         total = sum(b.num_targets for b in batches)
-        lr = stage.lr(self.step)
-        set_lr(stage.optimizer, lr)
+        factor = stage.lr_factor(self.step)
+        stage.optimizer.set_lr_factor(factor)
         stage.model.train()
         figures = []
         for batch in batches:
@@ -171,10 +172,9 @@ class Trainer:
             figures.append(torch.stack((loss.detach(), aux.detach())))
         norm = torch.nn.utils.clip_grad_norm_(stage.model.parameters(), options.grad_clip)
         figures = torch.cat((torch.stack(figures).sum(0), norm.unsqueeze(0)))
-        stage.optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]
         stage.optimizer.step()
         stage.optimizer.zero_grad()
-        self.pending.append(_Row(self.step + 1, figures, lr, total, position))
+        self.pending.append(_Row(self.step + 1, figures, stage.peak_lr * factor, total, position))
         self.step += 1
         self.targets_seen += total
 
@@ -274,15 +274,15 @@ class Trainer:
         self.clock = time.perf_counter()
 
     def _non_finite(self, row: _Row, loss: float, norm: float) -> None:
-        """Keep what is needed to look at the batch, then stop. The update of that step was skipped."""
+        """Keep what is needed to look at the batch, then stop."""
         report = self.run.path / "nonfinite.json"
         self.stage.loader.load_state(row.position)
         batches = [self.stage.loader.next_batch() for _ in range(self.options.micro_batches)]
         found = {"step": row.step, "loss": str(loss), "grad_norm": str(norm), "position": row.position}
         write_json(report, {**found, "batches": [self.stage.describe(batch) for batch in batches]})
         raise NonFiniteLossError(
-            f"step {row.step}: loss {loss}, gradient norm {norm}; the weights were not updated. The batch is in "
-            f"{report}; look at its documents or lower --lr"
+            f"step {row.step}: loss {loss}, gradient norm {norm}. The batch is described in {report}; look at its "
+            "documents or lower --lr. Checkpoints are from before this step"
         )
 
     def _interrupt(self, number: int, _frame: Any) -> None:

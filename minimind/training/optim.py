@@ -3,24 +3,74 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from minimind.modeling import Model
+
+OptimizerName = Literal["muon", "adamw"]
 ScheduleName = Literal["cosine", "wsd", "constant"]
 
 
-def build_adamw(
-    model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
-) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); matrices decay, norm gains do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+class Optimizers:
+    """Several torch optimizers stepped as one; every group's rate is its peak times one common factor."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = list(parts)
+        self.peaks = [[group["lr"] for group in part.param_groups] for part in parts]
+
+    def set_lr_factor(self, factor: float) -> None:
+        for part, peaks in zip(self.parts, self.peaks, strict=True):
+            for group, peak in zip(part.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
+def build_optimizers(
+    model: Model, name: OptimizerName, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
+) -> Optimizers:
+    """The optimizer of a run. Matrices and embeddings decay, norm gains do not.
+
+    adamw: fused AdamW for everything (Loshchilov & Hutter 2019, arXiv 1711.05101).
+    muon: momentum orthogonalised by Newton-Schulz for the matrices inside the blocks (Jordan et al. 2024), its
+      update scaled to the size of AdamW's so that one `lr` serves both (Moonlight, arXiv 2502.16982); AdamW for
+      the embedding, the head, the router, stacked experts (torch.optim.Muon takes 2-D tensors only) and the gains.
+    """
+    parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    muon = [p for n, p in parameters if name == "muon" and _is_block_matrix(n, p)]
+    orthogonal = {id(p) for p in muon}
+    rest = [p for _, p in parameters if id(p) not in orthogonal]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
+    if muon:
+        parts.append(
+            torch.optim.Muon(muon, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return Optimizers(parts)
+
+
+def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim == 2 and name.startswith("layers.") and "router" not in name
 
 
 def lr_factor(schedule: ScheduleName, step: int, steps: int, warmup: int, final: float = 0.1) -> float:
@@ -40,8 +90,3 @@ def lr_factor(schedule: ScheduleName, step: int, steps: int, warmup: int, final:
         progress = (step - warmup + 1) / max(1, steps - warmup)
         return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
     raise ValueError(f"unknown schedule {schedule!r}; choose cosine, wsd or constant")
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr

@@ -1,0 +1,29 @@
+# make demo   from nothing to a model that writes, in minutes, on any machine
+# make test   the test suite; make lint: ruff and mypy; make venv: the environment alone
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint venv clean
+
+venv: $(VENV)/installed
+
+$(VENV)/installed: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: venv
+	$(RUN) train/pretrain.py --tokens 2_400_000
+
+test: venv
+	$(RUN) -m pytest tests/
+
+lint: venv
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy minimind kernels train bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,226 @@
+"""Tokenize one file into the files of a `Source`, in parts, so that a killed build goes on where it was.
+
+Data is appended and synced; then `progress.json` is replaced atomically and says how much of it counts and
+where in the text to go on. What lies beyond that (a part cut short) is cut off before more is written.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+
+from minimind.data.files import disk_full, is_disk_full, read_json, write_json
+from minimind.data.progress import ByteProgress
+from minimind.data.reader import read_documents
+from minimind.data.records import BadRows, Document, Position, bad_row_error
+from minimind.data.store import DOCUMENTS, ENTRY_BYTES, META, TOKEN_BYTES, TOKENS
+from minimind.data.streams import decompressed_size
+
+PROGRESS = "progress.json"
+PART_BYTES = 32 << 20
+BATCH_BYTES = 1 << 20
+
+
+class Encoder(Protocol):
+    """What is needed of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def bos_token_id(self) -> int: ...
+    @property
+    def eos_token_id(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> Sequence[npt.ArrayLike]: ...
+
+
+@dataclass
+class Progress:
+    """What the files hold for certain, and where in the text the next part begins."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    position: Position = Position()  # noqa: RUF009 - frozen
+    bad: BadRows = field(default_factory=BadRows)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Progress":
+        """The progress recorded in `folder`; none without a record or when the files are shorter than it."""
+        value = read_json(folder / PROGRESS)
+        if value is None:
+            return cls()
+        try:
+            bad = load_bad_rows(value.pop("bad"))
+            progress = cls(position=Position(**value.pop("position")), bad=bad, **value)
+            whole = all(os.path.getsize(folder / name) >= size for name, size in progress.sizes().items())
+        except (OSError, TypeError, KeyError):
+            return cls()
+        return progress if whole else cls()
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file."""
+        return {TOKENS: self.tokens * TOKEN_BYTES, DOCUMENTS: (self.documents + 1) * ENTRY_BYTES}
+
+
+def load_bad_rows(value: dict[str, Any]) -> BadRows:
+    """The inverse of `asdict(bad_rows)` through JSON."""
+    return BadRows(value["count"], [(line, reason) for line, reason in value["first"]])
+
+
+def build(
+    folder: Path,
+    path: Path,
+    tokenizer: Encoder,
+    on_bad_row: str,
+    console: Console,
+    part_bytes: int = PART_BYTES,
+    batch_bytes: int = BATCH_BYTES,
+) -> None:
+    """Fill `folder`, going on after the last complete part. The caller holds the folder's lock.
+
+    Raises ValueError on a bad row (unless skipped), on a file without documents, and on a full disk.
+    """
+    progress = Progress.load(folder)
+    if on_bad_row == "error" and progress.bad.count:
+        raise bad_row_error(path, *progress.bad.first[0])
+    total = decompressed_size(path)
+    try:
+        with _Files(folder, progress) as files:
+            title = f"tokenizing {path.name}"
+            with ByteProgress(console, title, total, progress.position.offset) as shown:
+                reading = read_documents(path, on_bad_row, progress.position, progress.bad)
+                since = 0
+                for batch in _batches(reading, batch_bytes):
+                    files.append(batch, *_encode(batch, tokenizer))
+                    shown.update(progress.position.offset)
+                    since += sum(document.num_bytes for document in batch)
+                    if since >= part_bytes:
+                        files.commit()
+                        since = 0
+            files.commit()
+        if not progress.documents:
+            raise ValueError(f"{path}: no document in this file{_all_bad(progress.bad)}")
+        meta = asdict(progress) | {"sizes": progress.sizes(), "source": path.name}
+        write_json(folder / META, meta)
+    except OSError as error:
+        if is_disk_full(error):
+            _cut_back(folder)
+            raise disk_full(folder, _bytes_needed(progress, total or os.path.getsize(path))) from None
+        raise
+    (folder / PROGRESS).unlink(missing_ok=True)
+
+
+def _all_bad(bad: BadRows) -> str:
+    if not bad.count:
+        return "; give a file with text in it"
+    line, reason = bad.first[0]
+    return f", as all {bad.count} rows are bad (line {line}: {reason}); fix the rows or leave the file out"
+
+
+class _Files:
+    """The two growing files; `append` writes, `commit` makes what was written count."""
+
+    def __init__(self, folder: Path, progress: Progress) -> None:
+        self._folder, self._progress = folder, progress
+        self._files: dict[str, BinaryIO] = {}
+        try:
+            for name, size in progress.sizes().items():
+                self._files[name] = _open_at(folder / name, size if progress.documents else 0)
+            if not progress.documents:
+                _write(self._files[DOCUMENTS], np.zeros(2, "<i8"))
+        except OSError:
+            self.close()
+            raise
+
+    def __enter__(self) -> "_Files":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def append(self, batch: list[Document], tokens: np.ndarray, lengths: np.ndarray) -> None:
+        progress = self._progress
+        sizes = np.array([document.num_bytes for document in batch])
+        entries = np.stack([lengths.cumsum() + progress.tokens, sizes.cumsum() + progress.bytes], axis=1)
+        _write(self._files[TOKENS], tokens.astype("<u2", copy=False))
+        _write(self._files[DOCUMENTS], entries.astype("<i8"))
+        progress.documents += len(batch)
+        progress.tokens, progress.bytes = int(entries[-1, 0]), int(entries[-1, 1])
+        progress.position = batch[-1].end
+
+    def commit(self) -> None:
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        if self._progress.documents:
+            write_json(self._folder / PROGRESS, asdict(self._progress))
+
+
+def _write(file: BinaryIO, array: np.ndarray) -> None:
+    """Write all of `array`; an unbuffered write may stop short, on a disk that fills up for one."""
+    data = memoryview(array.tobytes())
+    while data:
+        data = data[file.write(data) :]
+
+
+def _open_at(path: Path, size: int) -> BinaryIO:
+    if size == 0:
+        path.unlink(missing_ok=True)  # not truncated: another process may still have an old one mapped
+    file = open(path, "r+b" if size else "w+b", buffering=0)  # noqa: SIM115 - kept open
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _batches(documents: Iterator[Document], batch_bytes: int) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    held = 0
+    for document in documents:
+        batch.append(document)
+        held += document.num_bytes
+        if held >= batch_bytes:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(batch: list[Document], tokenizer: Encoder) -> tuple[np.ndarray, np.ndarray]:
+    """(uint16 [tokens], int64 [documents]): bos, text, eos of each document; tokens of each document."""
+    ids = tokenizer.encode_batch([document.text for document in batch], allow_special=False)
+    texts = [np.asarray(row, np.uint16) for row in ids]
+    lengths = np.array([len(row) for row in texts]) + 2
+    ends = lengths.cumsum()
+    tokens = np.empty(int(ends[-1]), np.uint16)
+    inner = np.ones(len(tokens), bool)
+    inner[ends - lengths] = inner[ends - 1] = False
+    tokens[ends - lengths], tokens[ends - 1] = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokens[inner] = np.concatenate(texts)
+    return tokens, lengths
+
+
+def _cut_back(folder: Path) -> None:
+    """Give back what a failed part took; what counts stays."""
+    progress = Progress.load(folder)
+    for name, size in progress.sizes().items():
+        if progress.documents and (folder / name).exists():
+            os.truncate(folder / name, size)
+        elif not progress.documents:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _bytes_needed(progress: Progress, total: int) -> int:
+    """Bytes still to be written, at the rate so far, or else 1 for each byte of text."""
+    done = progress.position.offset
+    rate = sum(progress.sizes().values()) / done if done else 1.0
+    return int(rate * max(total - done, 0)) + BATCH_BYTES

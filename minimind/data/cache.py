@@ -1,0 +1,158 @@
+"""Every file is tokenized once, into memory-mapped uint16 keyed by its content and the tokenizer."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+
+from rich.console import Console
+
+from minimind.data.build import PART_BYTES, PROGRESS, Encoder, build, load_bad_rows
+from minimind.data.files import (
+    cache_root,
+    locked,
+    make_folder,
+    read_json,
+    write_json,
+)
+from minimind.data.progress import ByteProgress, say
+from minimind.data.reader import EXTENSIONS, expand_paths
+from minimind.data.records import bad_row_error, reporter
+from minimind.data.store import DOCUMENTS, META, TOKENS, Corpus, Source
+
+FORMAT_VERSION = 1
+_HASH_CHUNK = 1 << 20
+_SETTLED_NS = 2_000_000_000  # a file changed less than 2 s ago may change again within one clock tick
+
+__all__ = ["Corpus", "Source", "open_corpus"]
+
+
+def open_corpus(
+    paths: Sequence[str | Path],
+    tokenizer: Encoder,
+    cache_dir: str | Path | None = None,
+    on_bad_row: str = "error",
+    console: Console | None = None,
+    part_bytes: int = PART_BYTES,
+) -> Corpus:
+    """The documents of `paths` (files, folders, globs) as tokens: bos, text, eos, in order.
+
+    Files not tokenized before are tokenized now, with progress on `console` (default: standard error), and
+    kept under `cache_dir` (default: $MINIMIND_CACHE, else ~/.cache/minimind). Memory is constant. A build
+    killed at any moment goes on, next time, after its last complete part of `part_bytes` of text; of several
+    processes one builds and the others wait. Special tokens written in the text are plain text.
+
+    Raises ValueError, in one line, on a bad row (file:line, unless `on_bad_row` is "skip"), a file without
+    documents, a vocabulary beyond 65536 and a folder that is full or cannot be written.
+    """
+    console = console or Console(stderr=True)
+    reporter("", on_bad_row, None)
+    if tokenizer.vocab_size > 1 << 16:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the token cache stores 16-bit numbers; "
+            "use a vocabulary of at most 65536"
+        )
+    root = cache_root(cache_dir)
+    files = expand_paths(paths)
+    return Corpus.of([_open_source(file, tokenizer, root, on_bad_row, console, part_bytes) for file in files])
+
+
+def _open_source(
+    path: Path, tokenizer: Encoder, root: Path, on_bad_row: str, console: Console, part_bytes: int
+) -> Source:
+    try:
+        stamp = _stamp(path)
+        key = _key(path, _content_hash(path, stamp, root, console), tokenizer)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
+        ) from None
+    folder = root / "tokens" / key
+    source = _complete(folder, path)
+    if source is None:
+        make_folder(folder)
+        with locked(folder.parent / f"{key}.lock", f"that is tokenizing {path.name}", console):
+            source = _complete(folder, path) or _built(
+                folder, path, tokenizer, on_bad_row, console, part_bytes, stamp
+            )
+    bad = load_bad_rows(source.meta["bad"])
+    if bad.count and on_bad_row == "error":
+        raise bad_row_error(path, *bad.first[0])
+    if bad.count:
+        line, reason = bad.first[0]
+        text = f"{path}: {bad.count} bad rows left out, the first at {path}:{line}: {reason}"
+        say(console, text)
+    return source
+
+
+def _built(
+    folder: Path,
+    path: Path,
+    tokenizer: Encoder,
+    on_bad_row: str,
+    console: Console,
+    part_bytes: int,
+    stamp: list[int],
+) -> Source:
+    if (folder / META).exists():
+        say(console, f"{folder}: damaged, so built anew")
+        for name in (META, PROGRESS, TOKENS, DOCUMENTS):
+            (folder / name).unlink(missing_ok=True)
+    began = time.monotonic()
+    build(folder, path, tokenizer, on_bad_row, console, part_bytes)
+    if _stamp(path) != stamp:
+        (folder / META).unlink()
+        raise ValueError(f"{path}: changed while it was being tokenized; run again when it is complete")
+    source = _complete(folder, path)
+    if source is None:
+        raise ValueError(f"{folder}: what was written there cannot be read back; check the disk")
+    done = f"{source.meta['documents']:,} documents, {source.meta['tokens']:,} tokens"
+    say(console, f"tokenized {path.name}: {done} in {time.monotonic() - began:.1f} s")
+    return source
+
+
+def _complete(folder: Path, path: Path) -> Source | None:
+    """The source in `folder`; None unless it is complete and its files are as long as they should be."""
+    meta = read_json(folder / META)
+    try:
+        if meta is None or any(os.path.getsize(folder / n) != size for n, size in meta["sizes"].items()):
+            return None
+        load_bad_rows(meta["bad"])
+        return Source.open(folder, path, meta)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _key(path: Path, content_hash: str, tokenizer: Encoder) -> str:
+    """Names the tokens of this content, read as this kind of file, by this tokenizer."""
+    kind = next(extension for extension in EXTENSIONS if path.name.endswith(extension))
+    parts = [FORMAT_VERSION, kind, content_hash, tokenizer.fingerprint]
+    parts += [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _stamp(path: Path) -> list[int]:
+    info = path.stat()
+    return [info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino]
+
+
+def _content_hash(path: Path, stamp: list[int], root: Path, console: Console) -> str:
+    """blake2b of the file's bytes, remembered under `root` as long as the file's stamp stays the same."""
+    resolved = str(path.resolve())
+    memo = root / "hashes" / f"{blake2b(os.fsencode(resolved), digest_size=16).hexdigest()}.json"
+    known = read_json(memo)
+    if known is not None and known.get("stamp") == stamp and isinstance(known.get("hash"), str):
+        return known["hash"]
+    digest = blake2b(digest_size=32)
+    with open(path, "rb") as file, ByteProgress(console, f"checking {path.name}", stamp[0]) as shown:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+            shown.update(file.tell())
+    if time.time_ns() - max(stamp[1:3]) > _SETTLED_NS and _stamp(path) == stamp:
+        with suppress(OSError, ValueError):  # a memo only saves time, and the cache may be read-only
+            make_folder(memo.parent)
+            write_json(memo, {"path": resolved, "stamp": stamp, "hash": digest.hexdigest()})
+    return digest.hexdigest()

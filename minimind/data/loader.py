@@ -1,0 +1,265 @@
+"""Packed batches in an order that is a function of (seed, epoch) alone, in constant memory.
+
+An epoch visits the documents in a pseudo-random order, in windows of at most 16384 documents and about 2^22
+tokens. A window's documents are cut into pieces, packed into rows of `seq_len` and the rows shuffled; batches
+are taken from the stream of rows and may span windows and epochs, so that no row is ever dropped.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from minimind.data.packing import assign_rows, cut_documents
+from minimind.data.permutation import Permutation
+from minimind.data.store import Corpus
+
+IGNORE_INDEX = -100
+_WINDOW_DOCUMENTS = 1 << 14
+_WINDOW_TOKENS = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of packed documents; numpy arrays.
+
+    input_ids, targets, position_ids: int64 [rows, seq_len]. Targets are -100 at padding, which has input 0;
+    positions restart at 0 with every piece of a document and every padding tail.
+    cu_seqlens: int32 [n + 1], boundaries over the flattened rows * seq_len tokens: every piece and every
+    padding tail is a segment, so that it begins with 0, ends with rows * seq_len, and has every row boundary.
+    num_targets: pairs trained on here. global_num_targets: those of all ranks together.
+    num_bytes: UTF-8 bytes of text predicted here; a document that was cut counts where its last piece is.
+    documents: for each row the numbers of its documents in the corpus, int64.
+    """
+
+    input_ids: np.ndarray
+    targets: np.ndarray
+    position_ids: np.ndarray
+    cu_seqlens: np.ndarray
+    num_targets: int
+    global_num_targets: int
+    num_bytes: int
+    documents: list[np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class _Pieces:
+    """Pieces in the order of their rows: document, token address, length, bytes counted; int64 [pieces].
+
+    Row r is the pieces row_starts[r]:row_starts[r + 1].
+    """
+
+    document: np.ndarray
+    address: np.ndarray
+    length: np.ndarray
+    num_bytes: np.ndarray
+    row_starts: np.ndarray
+
+    def rows(self, picked: np.ndarray) -> "_Pieces":
+        """Only the rows `picked`, in that order."""
+        counts = self.row_starts[picked + 1] - self.row_starts[picked]
+        ends = counts.cumsum()
+        total = int(ends[-1]) if len(ends) else 0
+        at = np.arange(total) + np.repeat(self.row_starts[picked] - (ends - counts), counts)
+        starts = np.concatenate([[0], ends])
+        return _Pieces(self.document[at], self.address[at], self.length[at], self.num_bytes[at], starts)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_starts) - 1
+
+
+class PackedLoader:
+    """Batches of `rows` rows of `seq_len` over `view`, without end; rank r has rows r::world_size of each.
+
+    The rows of all ranks together do not depend on `world_size`. When it does not divide `rows`, the later
+    ranks get a last row of padding. Raises ValueError on sizes below 1 or more ranks than rows.
+    """
+
+    def __init__(
+        self,
+        view: Corpus,
+        seq_len: int,
+        rows: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if seq_len < 1 or rows < 1:
+            raise ValueError(f"seq_len={seq_len} and rows={rows} must both be at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} must be from 0 to below world_size={world_size}")
+        if rows < world_size:
+            raise ValueError(
+                f"a batch of {rows} rows cannot be shared by {world_size} ranks; use larger batches"
+            )
+        if view.num_tokens <= view.num_documents:
+            raise ValueError("the data has nothing to predict: no document is longer than one token")
+        self.view, self.seq_len, self.rows, self.seed, self.shuffle = view, seq_len, rows, seed, shuffle
+        self.rank, self.world_size = rank, world_size
+        mean = -(-view.num_tokens // view.num_documents)
+        self._window_documents = max(1, min(_WINDOW_DOCUMENTS, _WINDOW_TOKENS // mean))
+        self._epoch = self._window = self._row = 0
+        self._packed: tuple[tuple[int, int], _Pieces] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Passes begun before the one the next row is from."""
+        return self._epoch
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """(input, target) pairs of one pass."""
+        return self.view.num_tokens - self.view.num_documents
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of one pass."""
+        return -(-self.view.num_documents // self._window_documents)
+
+    def next_batch(self) -> Batch:
+        """The next batch; after an epoch's last row come the first of the next epoch."""
+        taken, missing = [], self.rows
+        while missing:
+            pieces = self._pieces(self._epoch, self._window)
+            stop = min(self._row + missing, pieces.num_rows)
+            if stop > self._row:
+                taken.append(pieces.rows(np.arange(self._row, stop)))
+            missing -= stop - self._row
+            self._row = stop
+            if stop == pieces.num_rows:
+                self._advance()
+        return self._assemble(_join(taken))
+
+    def epoch_batches(self) -> Iterator[Batch]:
+        """One whole pass, the first epoch's; rows of padding fill the last batch. Leaves the cursor alone."""
+        held: list[_Pieces] = []
+        for window in range(self.num_windows):
+            pieces = self._pieces(0, window)
+            held = [_join([*held, pieces])]
+            whole = held[0].num_rows // self.rows * self.rows
+            for first in range(0, whole, self.rows):
+                yield self._assemble(held[0].rows(np.arange(first, first + self.rows)))
+            held = [held[0].rows(np.arange(whole, held[0].num_rows))]
+        if held[0].num_rows:
+            yield self._assemble(held[0])
+
+    def state(self) -> dict[str, int]:
+        """The place in the stream of rows, and what it is a place in. JSON-able, the same on all ranks."""
+        cursor = {"epoch": self._epoch, "window": self._window, "row": self._row}
+        return cursor | self._identity()
+
+    def load_state(self, state: dict[str, int]) -> None:
+        """Go to the place that `state()` gave, also on another rank or number of ranks.
+
+        Raises ValueError when it is a place in other data, or in the same data packed differently.
+        """
+        for name, mine in self._identity().items():
+            theirs = state.get(name)
+            if theirs != mine:
+                raise ValueError(
+                    f"the checkpoint does not fit this data: {name} was {theirs} and is {mine} now; "
+                    "resume with the same data and settings, or start a new run"
+                )
+        cursor = [state.get(name, -1) for name in ("epoch", "window", "row")]
+        epoch, window, row = cursor
+        if min(cursor) < 0 or window >= self.num_windows or row > self._pieces(epoch, window).num_rows:
+            raise ValueError(f"the checkpoint's place in the data is damaged: {state}")
+        self._epoch, self._window, self._row = epoch, window, row
+
+    def _identity(self) -> dict[str, int]:
+        view = self.view
+        return {
+            "data": view.identity,
+            "documents": view.num_documents,
+            "tokens": view.num_tokens,
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+            "rows": self.rows,
+            "shuffle": int(self.shuffle),
+            "window_documents": self._window_documents,
+        }
+
+    def _advance(self) -> None:
+        self._row, self._window = 0, self._window + 1
+        if self._window == self.num_windows:
+            self._window, self._epoch = 0, self._epoch + 1
+
+    def _pieces(self, epoch: int, window: int) -> _Pieces:
+        if self._packed is None or self._packed[0] != (epoch, window):
+            self._packed = (epoch, window), self._pack(epoch, window)
+        return self._packed[1]
+
+    def _pack(self, epoch: int, window: int) -> _Pieces:
+        first = window * self._window_documents
+        documents = np.arange(first, min(first + self._window_documents, self.view.num_documents))
+        if self.shuffle:
+            documents = Permutation(self.view.num_documents, self.seed, epoch)(documents)
+        lengths = self.view.lengths(documents)
+        which, start, length = cut_documents(lengths, self.seq_len)
+        last = start + length == lengths[which] - 1
+        num_bytes = np.where(last, self.view.bytes_of(documents)[which], 0)
+        row = assign_rows(length, self.seq_len)
+        num_rows = int(row.max()) + 1 if len(row) else 0
+        if self.shuffle:
+            rank_of = np.random.default_rng([self.seed & (1 << 64) - 1, epoch, window]).permutation(num_rows)
+        else:  # rows in the order of their first documents
+            firsts = np.full(num_rows, len(row))
+            np.minimum.at(firsts, row, np.arange(len(row)))
+            rank_of = np.argsort(np.argsort(firsts))
+        row = rank_of[row]
+        order = np.argsort(row, kind="stable")
+        starts = np.searchsorted(row[order], np.arange(num_rows + 1))
+        address = self.view.addresses(documents)[which] + start
+        return _Pieces(documents[which][order], address[order], length[order], num_bytes[order], starts)
+
+    def _assemble(self, batch: _Pieces) -> Batch:
+        """This rank's share of a global batch (which may be short of rows)."""
+        mine = batch.rows(np.arange(self.rank, batch.num_rows, self.world_size))
+        rows = -(-self.rows // self.world_size)
+        segments, is_piece = _segments(mine, rows, self.seq_len)
+        ends = segments.cumsum()
+        position_ids = np.arange(rows * self.seq_len) - np.repeat(ends - segments, segments)
+        filled = np.repeat(is_piece, segments)
+        input_ids = np.zeros(rows * self.seq_len, np.int64)
+        targets = np.full(rows * self.seq_len, IGNORE_INDEX, np.int64)
+        input_ids[filled] = self.view.gather(mine.address, mine.length)
+        targets[filled] = self.view.gather(mine.address + 1, mine.length)
+        shape = (rows, self.seq_len)
+        starts = np.append(mine.row_starts, np.full(rows - mine.num_rows, len(mine.document)))
+        return Batch(
+            input_ids.reshape(shape),
+            targets.reshape(shape),
+            position_ids.reshape(shape),
+            np.concatenate([[0], ends]).astype(np.int32),
+            int(mine.length.sum()),
+            int(batch.length.sum()),
+            int(mine.num_bytes.sum()),
+            [mine.document[a:b] for a, b in pairwise(starts)],
+        )
+
+
+def _segments(pieces: _Pieces, rows: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """(length, whether it is a piece) of each segment of `rows` rows: the pieces and the padding tails."""
+    row_of = np.repeat(np.arange(pieces.num_rows), np.diff(pieces.row_starts))
+    tails = seq_len - np.bincount(row_of, weights=pieces.length, minlength=rows).astype(np.int64)
+    padded = np.flatnonzero(tails)
+    order = np.argsort(np.concatenate([row_of, padded]), kind="stable")  # a row's tail after its pieces
+    lengths = np.concatenate([pieces.length, tails[padded]])
+    return lengths[order], order < len(row_of)
+
+
+def _join(parts: list[_Pieces]) -> _Pieces:
+    if len(parts) == 1:
+        return parts[0]
+    sizes = np.cumsum([0] + [len(part.document) for part in parts])
+    starts = [part.row_starts[:-1] + size for part, size in zip(parts, sizes, strict=False)]
+    return _Pieces(
+        np.concatenate([part.document for part in parts]),
+        np.concatenate([part.address for part in parts]),
+        np.concatenate([part.length for part in parts]),
+        np.concatenate([part.num_bytes for part in parts]),
+        np.concatenate([*starts, sizes[-1:]]),
+    )

@@ -1,0 +1,229 @@
+"""A tokenizer folder in Hugging Face's layout: tokenizer.json, tokenizer_config.json, chat_template.jinja.
+
+Only the `tokenizers` library is needed, so data workers start without torch or transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from minimind.tokenization.chat_template import Message, render_chat
+from minimind.tokenization.training import BOS, EOS, PAD
+
+DEFAULT_FOLDER = Path(__file__).parent / "default"
+MODEL_FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+# The parts of tokenizer.json that decide which ids a text gets; encode() never runs the post-processor.
+_ID_FIELDS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+
+
+def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
+    """Load a tokenizer: None is the one shipped with MiniMind, else a folder or its tokenizer.json.
+
+    Raises ValueError naming the file that is missing or broken.
+    """
+    place = DEFAULT_FOLDER if path is None else Path(path).expanduser()
+    folder = place if place.is_dir() else place.parent
+    model_file = folder / MODEL_FILE if place.is_dir() else place
+    model = _load_model(model_file)
+    config = _load_config(folder / CONFIG_FILE)
+    template = _load_template(folder / TEMPLATE_FILE, config)
+    return Tokenizer(model, config, template, source=str(model_file))
+
+
+class Tokenizer:
+    """Text to token ids and back, and conversations to text.
+
+    vocab_size: number of entries, special tokens included; every id is below it.
+    bos_token_id, eos_token_id, pad_token_id: a folder that names no bos or pad gets eos for it.
+    special_tokens: added tokens (those that text is searched for) to their ids, by id.
+    fingerprint: hex SHA-256 of what decides the ids; equal in every process and on every machine.
+    dtype: np.uint16 where all ids fit, else np.uint32.
+    """
+
+    def __init__(
+        self, model: tokenizers.Tokenizer, config: dict[str, Any], template: str | None, source: str
+    ) -> None:
+        model.no_truncation()
+        model.no_padding()
+        self._model, self._config, self._template, self._source = model, config, template, source
+        content = json.loads(model.to_str())
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
+        self.fingerprint = _fingerprint(content)
+        self.special_tokens = {token["content"]: int(token["id"]) for token in content["added_tokens"]}
+        self.vocab_size = 1 + max(model.get_vocab(with_added_tokens=True).values())
+        self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        eos = self._named("eos_token", EOS)
+        if eos is None:
+            raise ValueError(f'{source}: no end-of-sequence token; name it as "eos_token" in {CONFIG_FILE}')
+        bos, pad = self._named("bos_token", BOS), self._named("pad_token", PAD)
+        self.eos_token_id = eos
+        self.bos_token_id = eos if bos is None else bos
+        self.pad_token_id = eos if pad is None else pad
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self._source!r}, vocab_size={self.vocab_size})"
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja2 source that apply_chat_template renders, or None."""
+        return self._template
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a vocabulary entry, special tokens included, or None."""
+        return self._model.token_to_id(token)
+
+    def encode(self, text: str, allow_special: bool = True) -> list[int]:
+        """Token ids of `text`; nothing is added before or after.
+
+        allow_special: read the names of special tokens, such as "<|im_end|>", as those tokens. Use False for
+            text that strangers wrote: the names then are ordinary characters.
+        """
+        model = self._model if allow_special else self._plain
+        try:
+            return model.encode(text, add_special_tokens=False).ids
+        except TypeError:  # what the Rust library makes of a lone surrogate
+            return model.encode(_without_surrogates(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str], allow_special: bool = True) -> list[np.ndarray]:
+        """`encode` for many texts on all cores: one array [length] of self.dtype for each."""
+        model = self._model if allow_special else self._plain
+        try:
+            encodings = model.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:  # what the Rust library makes of a lone surrogate
+            clean = [_without_surrogates(text) for text in texts]
+            encodings = model.encode_batch_fast(clean, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of `ids`; bytes that are no UTF-8, as at a cut character, become U+FFFD.
+
+        skip_special_tokens: leave out control tokens such as <|im_end|>; <think> and <tool_call> stay.
+        Raises ValueError for an id outside the vocabulary.
+        """
+        numbers = [int(i) for i in ids]
+        wrong = next((i for i in numbers if not 0 <= i < self.vocab_size), None)
+        if wrong is not None:
+            raise ValueError(f"token id {wrong} is outside the vocabulary of {self.vocab_size}")
+        return self._model.decode(numbers, skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | str | None = None,
+        add_generation_prompt: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The text of a conversation, to be encoded with allow_special=True; see `render_chat`.
+
+        The shipped template knows `enable_thinking` (or `open_thinking`): True opens a reasoning block in the
+        generation prompt, False writes an empty one there and in replies without reasoning, and left out it
+        adds nothing. The text of the first k messages is a prefix of the text of all of them.
+        Raises ValueError if the folder has no template or the messages do not fit it.
+        """
+        if self._template is None:
+            raise ValueError(
+                f'{self._source}: no chat template; add {TEMPLATE_FILE} or "chat_template" in {CONFIG_FILE}'
+            )
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        tokens = {name: token for name in names if (token := _content(self._config.get(name))) is not None}
+        return render_chat(self._template, messages, tools, add_generation_prompt, **{**tokens, **variables})
+
+    def with_model(self, model: tokenizers.Tokenizer) -> Tokenizer:
+        """A new vocabulary, as train_bpe returns it, under this tokenizer's settings and chat template."""
+        return Tokenizer(model, self._config, self._template, source="trained tokenizer")
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that load_tokenizer, and transformers' AutoTokenizer, read back to the same ids."""
+        out = Path(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        config = {key: value for key, value in self._config.items() if key != "chat_template"}
+        config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        for name in ("bos_token", "eos_token", "pad_token"):
+            config.setdefault(name, self._model.id_to_token(getattr(self, f"{name}_id")))
+        if self._template is not None:
+            config["chat_template"] = self._template
+        _write(out / MODEL_FILE, self._model.to_str(pretty=True))
+        _write(out / CONFIG_FILE, json.dumps(config, ensure_ascii=False, indent=2))
+
+    def _named(self, name: str, default: str) -> int | None:
+        token = _content(self._config.get(name)) or default
+        token_id = self._model.token_to_id(token)
+        if token_id is None and token != default:
+            raise ValueError(f"{self._source}: {name} {token!r} of {CONFIG_FILE} is not in the vocabulary")
+        return token_id
+
+
+def _fingerprint(content: dict[str, Any]) -> str:
+    fields = {name: content[name] for name in _ID_FIELDS}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _content(token: Any) -> str | None:
+    """A token in tokenizer_config.json is a string or an object that holds it as "content"."""
+    value = token.get("content") if isinstance(token, dict) else token
+    return value if isinstance(value, str) else None
+
+
+def _without_surrogates(text: str) -> str:
+    """Join surrogate pairs and replace lone halves, which JSON escapes can hold and UTF-8 cannot."""
+    if not isinstance(text, str):
+        raise TypeError(f"a text to encode is a str, not {type(text).__name__}")
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _load_model(path: Path) -> tokenizers.Tokenizer:
+    text = _read(path, f"{path}: no tokenizer here; give a folder with {MODEL_FILE} or leave the path out")
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the Rust library raises bare Exception
+        reason = _one_line(error)
+        raise ValueError(f"{path}: not a tokenizer file ({reason}); download or train it anew") from None
+
+
+def _load_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(_read(path, f"{path}: missing"))
+    except json.JSONDecodeError as error:
+        reason = f"malformed JSON: {error.msg} at line {error.lineno}"
+        raise ValueError(f"{path}: {reason}; download it anew") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: not a JSON object; download it anew")
+    return config
+
+
+def _load_template(path: Path, config: dict[str, Any]) -> str | None:
+    if path.is_file():
+        return _read(path, f"{path}: missing")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _read(path: Path, missing: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(missing) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({_one_line(error)})") from None
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from minimind import ModelConfig
+from minimind.modeling import Model
+from minimind.training.optim import build_optimizers, lr_factor
+
+CONFIG = ModelConfig(32, 1, 2, 1, 16, 48, 50, num_experts=2, num_experts_per_tok=1, num_shared_experts=1,
+                     moe_intermediate_size=24)  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 1000])
+def test_schedules_warm_up_and_end_where_they_should(schedule, steps):
+    warmup = max(1, steps // 50)
+    factors = [lr_factor(schedule, step, steps, warmup) for step in range(steps)]
+    assert all(0 < f <= 1 for f in factors)
+    assert factors[warmup - 1] == 1.0
+    if steps > 2:
+        assert factors[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+        after = factors[warmup - 1 :]
+        assert after == sorted(after, reverse=True)
+    if schedule == "wsd" and steps == 1000:
+        assert factors[799] == 1.0 > factors[801]
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    for name in ("muon", "adamw"):
+        model = Model(CONFIG)
+        optimizers = build_optimizers(model, name, 1e-3, 0.1)
+        ids = [id(p) for part in optimizers.parts for g in part.param_groups for p in g["params"]]
+        assert sorted(ids) == sorted(id(p) for p in model.parameters())
+        assert len(optimizers.parts) == (2 if name == "muon" else 1)
+
+
+def test_norm_gains_do_not_decay_and_matrices_do():
+    for name in ("muon", "adamw"):
+        model = Model(CONFIG)
+        optimizers = build_optimizers(model, name, 1e-2, 0.5)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizers.set_lr_factor(0.5)
+        optimizers.step()
+        for n, p in model.named_parameters():
+            shrink = 1.0 if p.ndim == 1 else 1 - 0.5 * 1e-2 * 0.5
+            torch.testing.assert_close(p, before[n] * shrink, msg=n)
+
+
+def test_state_goes_on_exactly():
+    def run(steps, state=None, weights=None):
+        torch.manual_seed(0)
+        model = Model(CONFIG)
+        optimizers = build_optimizers(model, "muon", 1e-2, 0.1)
+        if weights is not None:
+            model.load_state_dict(weights)
+            optimizers.load_state_dict(state)
+        for step in steps:
+            optimizers.set_lr_factor(1 / (1 + step))
+            ids = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(step))
+            model(ids).logits.square().mean().backward()
+            optimizers.step()
+            optimizers.zero_grad()
+        return {k: v.clone() for k, v in model.state_dict().items()}, optimizers.state_dict()
+
+    whole, _ = run(range(6))
+    half, state = run(range(3))
+    resumed, _ = run(range(3, 6), state, half)
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)

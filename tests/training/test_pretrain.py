@@ -1,0 +1,226 @@
+"""train/pretrain.py as a user runs it: a subprocess, killed and restarted."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind import load_model, load_tokenizer
+
+SCRIPT = Path(__file__).parents[2] / "train" / "pretrain.py"
+# One thread: the shapes are too small for two, and two suffer when other tests run beside them.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Sums in words: something a tiny model can learn, made here."""
+    words = "zero one two three four five six seven eight nine ten".split()
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(3000):
+            a, b = rng.randrange(6), rng.randrange(5)
+            file.write(json.dumps({"text": f"{words[a]} and {words[b]} make {words[a + b]}."}) + "\n")
+    return path
+
+
+def command(data: Path, out: Path, *extra: str) -> list[str]:
+    flags = ["--data", str(data), "--out", str(out), "--seq-len", "64", "--batch-tokens", "512",
+             "--evals", "2", "--log-every", "3", "--cache-dir", str(data.parent / "cache"), *extra]  # fmt: skip
+    return [sys.executable, str(SCRIPT), *flags]
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
+
+
+def reproducible(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "time"} for row in rows]
+
+
+LENGTH = ["--tokens", str(512 * 40), "--save-every", "7"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    answer = run(command(data, out, *LENGTH))
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return out
+
+
+def test_run_leaves_its_folder_and_learns(unbroken):
+    for name in ("config.json", "metrics.jsonl", "loss.png", "samples.txt", "versions.json", "finished"):
+        assert (unbroken / name).exists(), name
+    assert (unbroken / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (unbroken / "samples.txt").read_text(encoding="utf-8").count("=== step") == 3
+    rows = reproducible(unbroken)
+    steps = [row["step"] for row in rows if row["kind"] == "train"]
+    assert steps == list(range(1, 41))
+    held_out = [row["heldout_loss"] for row in rows if row["kind"] == "eval"]
+    assert held_out[0] > 8 and held_out[-1] < 3
+    assert len(list((unbroken / "checkpoints").iterdir())) == 2  # keep-last-k
+    assert json.loads((unbroken / "versions.json").read_text())["torch"] == torch.__version__
+
+
+def test_checkpoint_opens_as_a_model_and_its_loss_is_the_recorded_one(unbroken, data):
+    model, tokenizer = load_model(unbroken), load_tokenizer(unbroken / "checkpoints" / "step-00000040")
+    texts = [json.loads(line)["text"] for line in data.read_text().splitlines()][-100:]
+    nats = targets = 0.0
+    for text in texts:
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(text), tokenizer.eos_token_id]])
+        with torch.no_grad():
+            logits = model(ids[:, :-1]).logits[0]
+        nats += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        targets += ids.shape[1] - 1
+    recorded = [row for row in reproducible(unbroken) if row["kind"] == "eval"][-1]["heldout_loss"]
+    assert nats / targets == pytest.approx(recorded, rel=0.05)  # other documents of the same kind, fp32 compute
+    trainer = torch.load(unbroken / "checkpoints" / "step-00000040" / "trainer.pt", weights_only=True)
+    assert trainer["step"] == 40
+
+
+def test_killed_three_times_the_curve_is_the_same_to_the_bit(unbroken, data, tmp_path):
+    """SIGKILL at random steps, the same command again: metrics and weights equal the unbroken run's."""
+    out = tmp_path / "killed"
+    rng = random.Random(time.time_ns())
+    kills = sorted(rng.sample(range(3, 39, 3), 3))
+    for step in kills:
+        process = subprocess.Popen(command(data, out, *LENGTH), stdout=subprocess.DEVNULL, env=ONE_THREAD)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None and _last_step(out) < step:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, f"ended before step {step} of {kills}"
+    answer = run(command(data, out, *LENGTH))
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "continuing after step" in answer.stdout
+    assert reproducible(out) == reproducible(unbroken), f"killed at {kills}"
+    assert (out / "samples.txt").read_text() == (unbroken / "samples.txt").read_text()
+    last = "checkpoints/step-00000040/model.safetensors"
+    assert (out / last).read_bytes() == (unbroken / last).read_bytes()
+
+
+def _last_step(out: Path) -> int:
+    """The newest complete training row on the disk."""
+    if not (out / "metrics.jsonl").exists():
+        return 0
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return max((row["step"] for row in rows if row["kind"] == "train"), default=0)
+
+
+def test_interrupt_saves_and_the_same_command_continues(unbroken, data, tmp_path):
+    out = tmp_path / "interrupted"
+    process = subprocess.Popen(command(data, out, *LENGTH), stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
+    while process.poll() is None and _last_step(out) < 9:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == 130
+    assert "saved; the same command continues" in text
+    assert (out / "loss.png").exists() and not (out / "finished").exists()
+    assert run(command(data, out, *LENGTH)).returncode == 0
+    assert reproducible(out) == reproducible(unbroken)
+
+
+def test_other_settings_do_not_continue_a_run(unbroken, data):
+    answer = run(command(data, unbroken, *LENGTH))
+    assert answer.returncode == 2 and "this run is finished" in answer.stdout
+    (unbroken / "finished").unlink()
+    answer = run(command(data, unbroken, *LENGTH, "--lr", "0.5"))
+    (unbroken / "finished").touch()
+    assert answer.returncode == 2
+    assert "repeat that command or name another folder" in answer.stdout.replace("\n", " ")
+
+
+def test_non_finite_loss_stops_with_its_batch_on_record(data, tmp_path):
+    out = tmp_path / "burnt"
+    answer = run(command(data, out, *LENGTH, "--lr", "1e30", "--warmup", "0", "--optimizer", "adamw"))
+    assert answer.returncode == 2, answer.stdout
+    assert "error: step" in answer.stdout and "nonfinite.json" in answer.stdout
+    report = json.loads((out / "nonfinite.json").read_text())
+    assert report["position"]["epoch"] == 0
+    first = report["batches"][0][0]
+    assert first["file"] == str(data) and " and " in first["begins"]
+    assert (out / "loss.png").exists()
+    for checkpoint in (out / "checkpoints").glob("step-*"):
+        assert all(p.isfinite().all() for p in load_model(checkpoint).parameters())
+
+
+def test_accumulated_micro_batches_give_the_same_losses(data, tmp_path):
+    curves = []
+    for name, micro in (("whole", "512"), ("parts", "128")):
+        flags = ["--tokens", "4096", "--precision", "fp32", "--micro-tokens", micro]
+        answer = run(command(data, tmp_path / name, *flags))
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        curves.append([row["loss"] for row in reproducible(tmp_path / name) if row["kind"] == "train"])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_reference_and_fused_train_alike(data, tmp_path):
+    """The convergence pair: same seed, N steps, plain PyTorch against the fused forms."""
+    curves = []
+    for switch in ("--fused", "--no-fused"):
+        out = tmp_path / switch.strip("-")
+        answer = run(command(data, out, "--tokens", str(512 * 16), "--precision", "fp32", switch))
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        curves.append([row["loss"] for row in reproducible(out) if row["kind"] == "train"])
+    assert len(curves[0]) == 16
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+
+
+BAD = {
+    "absent file": (["--data", "absent.jsonl"], "absent.jsonl"),
+    "bad batch": (["--batch-tokens", "500"], "--batch-tokens 500 must be a multiple"),
+    "no gpu": (["--device", "cuda"], "use --device cpu"),
+    "not a device": (["--device", "abacus"], "--device abacus"),
+    "no tokenizer": (["--tokenizer", "nowhere"], "nowhere"),
+    "heldout": (["--heldout", "1.5"], "--heldout must be a fraction"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_flags_are_one_clear_line(case, data, tmp_path):
+    flags, message = BAD[case]
+    if case == "no gpu" and torch.cuda.is_available():
+        pytest.skip("this machine has the GPU that the case needs absent")
+    answer = run(command(data, tmp_path / "out", *flags))
+    assert answer.returncode == 2
+    assert message in answer.stdout and "Traceback" not in answer.stdout + answer.stderr
+    assert len([line for line in answer.stdout.splitlines() if "error:" in line]) == 1
+
+
+def test_malformed_row_names_file_and_line(data, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"text": "cut\n{"text": "also fine"}\n{"text": "and this"}\n')
+    answer = run(command(bad, tmp_path / "out"))
+    assert answer.returncode == 2 and f"{bad}:2" in answer.stdout and "--on-bad-row skip" in answer.stdout
+    answer = run(command(bad, tmp_path / "out2", "--on-bad-row", "skip", "--tokens", "512", "--heldout", "0"))
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "1 bad row" in answer.stdout + answer.stderr
+
+
+@pytest.mark.slow
+def test_compiled_run_resumes(data, tmp_path):
+    """Resume with compile on is what upstream could not do."""
+    out = tmp_path / "compiled"
+    flags = ["--compile", "--tokens", str(512 * 12), "--save-every", "4"]
+    process = subprocess.Popen(command(data, out, *flags), stdout=subprocess.DEVNULL, env=ONE_THREAD)
+    while process.poll() is None and _last_step(out) < 6:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    answer = run(command(data, out, *flags))
+    assert answer.returncode == 0 and "continuing after step" in answer.stdout
+    assert [r["step"] for r in reproducible(out) if r["kind"] == "train"] == list(range(1, 13))
+    names = set(load_model(out).state_dict())
+    assert not any("_orig_mod" in name for name in names)

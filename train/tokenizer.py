@@ -1,0 +1,152 @@
+"""Train a byte-level BPE tokenizer on your own data.
+
+    python train/tokenizer.py --data corpus.jsonl notes/ 'books/*.txt' --vocab-size 6400 --out my_tokenizer
+
+The folder it writes loads with load_tokenizer(folder) and with transformers' AutoTokenizer.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from minimind.data.reader import expand_paths, iter_texts
+from minimind.tokenization import Tokenizer, load_tokenizer
+from minimind.tokenization.training import train_bpe
+
+SAMPLE_BYTES = 2_000_000
+# --overwrite removes nothing else.
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a byte-level BPE tokenizer on text, chat or preference data."""
+
+    data: tuple[str, ...]
+    """Files (.jsonl or .txt, also compressed), folders, or glob patterns."""
+    out: Path
+    """Folder to write tokenizer.json and tokenizer_config.json into."""
+    vocab_size: int = 6400
+    """Entries in all: 256 bytes, the special tokens, and merges."""
+    weights: tuple[float, ...] = ()
+    """One per --data entry: 3 uses its texts three times, 0.1 every tenth of them. Left out: 1 for all."""
+    eval_data: tuple[str, ...] = ()
+    """Data to measure on instead of a sample; no text that occurs in it is trained on."""
+    min_frequency: int = 2
+    """Pairs seen less often are never merged."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a row that cannot be read."""
+    overwrite: bool = False
+    """Replace an existing folder."""
+
+
+def main(config: Config) -> None:
+    """Train, save and measure. Raises ValueError for a setting or a file that cannot be used."""
+    check_out(config)
+    sources = weighted_sources(config)
+    held_out = {text for path in eval_paths(config) for text in iter_texts(path, config.on_bad_row)}
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        texts = stream(sources, config.on_bad_row, held_out, progress)
+        model = train_bpe(texts, config.vocab_size, min_frequency=config.min_frequency)
+    save_atomically(load_tokenizer().with_model(model), config.out)
+    tokenizer = load_tokenizer(config.out)
+    print(f"{config.out}: {tokenizer.vocab_size} entries, fingerprint {tokenizer.fingerprint[:12]}")
+    if tokenizer.vocab_size < config.vocab_size:
+        print(f"fewer than --vocab-size {config.vocab_size}: the data has no more pairs to merge")
+    for path in eval_paths(config) or [path for path, _ in sources]:
+        report(path, tokenizer, config.on_bad_row)
+
+
+def check_out(config: Config) -> None:
+    """Raise ValueError unless config.out may be written."""
+    if config.out.exists() and not config.out.is_dir():
+        raise ValueError(f"--out {config.out} is a file; name a folder")
+    names = {path.name for path in config.out.iterdir()} if config.out.is_dir() else set()
+    if names and not config.overwrite:
+        raise ValueError(f"--out {config.out} is not empty; choose another folder or add --overwrite")
+    if others := sorted(names - TOKENIZER_FILES):
+        raise ValueError(f"--out {config.out} also holds {others[0]}; choose another folder")
+
+
+def weighted_sources(config: Config) -> list[tuple[Path, float]]:
+    """Every file with its weight."""
+    weights = config.weights or (1.0,) * len(config.data)
+    if len(weights) != len(config.data):
+        raise ValueError(f"--weights has {len(weights)} numbers for {len(config.data)} entries of --data")
+    if min(weights, default=0) < 0:
+        raise ValueError("--weights must not be negative")
+    pairs = zip(config.data, weights, strict=True)
+    return [(path, weight) for entry, weight in pairs for path in expand_paths([entry])]
+
+
+def eval_paths(config: Config) -> list[Path]:
+    """Files of --eval-data, in order."""
+    return expand_paths(config.eval_data) if config.eval_data else []
+
+
+def stream(
+    sources: list[tuple[Path, float]], on_bad_row: str, held_out: set[str], progress: Progress
+) -> Iterator[str]:
+    """Texts of all sources, each repeated or thinned out evenly by its weight."""
+    for number, (path, weight) in enumerate(sources, 1):
+        task = progress.add_task(f"reading {number}/{len(sources)} {path.name}", total=path.stat().st_size)
+        owed = 0.0
+        for text in iter_texts(path, on_bad_row):
+            progress.advance(task, len(text.encode()))
+            if text in held_out:
+                continue
+            owed += weight
+            for _ in range(int(owed)):
+                yield text
+            owed -= int(owed)
+        progress.update(task, completed=path.stat().st_size)
+    progress.add_task("merging pairs", total=None)
+
+
+def save_atomically(tokenizer: Tokenizer, out: Path) -> None:
+    """Write beside the goal and rename, so that `out` is never half a tokenizer."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as staged:
+        new, old = Path(staged, "new"), Path(staged, "old")
+        tokenizer.save(new)
+        if out.exists():
+            os.replace(out, old)
+        try:
+            os.replace(new, out)
+        except OSError:
+            if old.exists():
+                os.replace(old, out)
+            raise
+
+
+def report(path: Path, tokenizer: Tokenizer, on_bad_row: str) -> None:
+    """Print how well the tokenizer packs the first megabytes of a file."""
+    sample, size = [], 0
+    for text in iter_texts(path, on_bad_row):
+        sample.append(text)
+        size += len(text.encode())
+        if size >= SAMPLE_BYTES:
+            break
+    tokens = sum(map(len, tokenizer.encode_batch(sample, allow_special=False)))
+    if tokens:
+        print(f"{path.name}: {size / tokens:.2f} bytes/token ({size} bytes, {tokens} tokens)")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config, description=__doc__))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
