@@ -209,7 +209,9 @@ def _summary(timings: list[tuple[float, int, int]], peak_mib: float) -> dict[str
 
 def show(result: dict[str, Any], args: Args) -> None:
     base = result["contenders"][args.contenders[-1]]
-    table = Table(title=f"{args.preset}, {args.rows} x {args.seq_len}, {args.steps} steps, {result['device']}")
+    table = Table(
+        title=f"{args.preset}, {args.rows} x {args.seq_len}, {args.steps} steps, {result['device']}"
+    )
     for column in ("", "tokens/s", "ratio", "padded tokens/s", "step s, p20-p80", "peak MiB", "ratio"):
         table.add_column(column, justify="right" if column else "left")
     for name, row in result["contenders"].items():

@@ -157,9 +157,7 @@ def _from_dict(raw: dict[str, Any]) -> ModelConfig:
         out["moe_intermediate_size"] = out["intermediate_size"]
         if raw.get("num_experts_per_tok") == 1:  # MiniMind2 never normalises a single gate
             out["norm_topk_prob"] = False
-    elif is_v3:  # upstream MiniMind3
-        out.update(qk_norm=True, router_aux_loss_level="batch")
-    elif raw.get("model_type") in ("qwen3", "qwen3_moe"):
+    elif is_v3 or raw.get("model_type") in ("qwen3", "qwen3_moe"):  # upstream MiniMind3
         out.update(qk_norm=True, router_aux_loss_level="batch")
     if not raw.get("use_moe", True) or raw.get("model_type") in ("llama", "qwen3"):
         out.update(num_experts=0, num_shared_experts=0, moe_intermediate_size=0, router_aux_loss_coef=0.0)

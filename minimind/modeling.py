@@ -107,7 +107,9 @@ class MoE(nn.Module):
             MLP(hidden, config.intermediate_size) for _ in range(config.num_shared_experts)
         )
 
-    def forward(self, x: Tensor, sequence_ids: Tensor, sequences: int, mask: Tensor) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x: Tensor, sequence_ids: Tensor, sequences: int, mask: Tensor
+    ) -> tuple[Tensor, Routing]:
         """x [B, T, C]; sequence_ids int64 [B * T] in 0..sequences-1; mask float32 [B * T], 0 at padding."""
         flat = x.flatten(0, 1)
         router_dtype = torch.promote_types(x.dtype, torch.float32)
@@ -123,7 +125,12 @@ class MoE(nn.Module):
 
 
 def load_balance_loss(
-    scores: Tensor, expert_ids: Tensor, sequence_ids: Tensor, sequences: int, mask: Tensor, config: ModelConfig
+    scores: Tensor,
+    expert_ids: Tensor,
+    sequence_ids: Tensor,
+    sequences: int,
+    mask: Tensor,
+    config: ModelConfig,
 ) -> Tensor:
     """coef * E * sum_e (share of token copies sent to e) * (mean router probability of e).
 
@@ -265,9 +272,7 @@ class Model(nn.Module):
 
 @torch.compiler.disable  # reads the boundaries on the host; the compiled graph starts behind it
 def _layout(batch, length, device, cu_seqlens, attention_mask) -> Layout:
-    return make_layout(
-        batch, length, device, cu_seqlens, attention_mask, stacked=ops.get_mode() == "fused"
-    )
+    return make_layout(batch, length, device, cu_seqlens, attention_mask, stacked=ops.get_mode() == "fused")
 
 
 def _positions(

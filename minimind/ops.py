@@ -86,7 +86,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def linear_cross_entropy_ref(x: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor | None) -> Tensor:
+def linear_cross_entropy_ref(
+    x: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor | None
+) -> Tensor:
     logits = F.linear(x, weight.to(x.dtype))
     logits = logits.float() if logits.dtype != torch.float64 else logits
     loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
@@ -109,7 +111,7 @@ def linear_cross_entropy(
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, loss_weights):  # type: ignore[override]
+    def forward(ctx, x, weight, targets, loss_weights):
         need_x, need_w = ctx.needs_input_grad[:2]
         w = weight.to(x.dtype)
         total = torch.zeros((), dtype=torch.float32, device=x.device)

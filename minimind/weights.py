@@ -34,7 +34,7 @@ def load_model(
     path = Path(path)
     if path.is_dir():
         folder = checkpoint_folder(path)
-        cfg = _as_config(config) or ModelConfig.from_json(folder / "config.json")
+        cfg = ModelConfig.from_json(folder / "config.json") if config is None else _as_config(config)
         state = _read_folder(folder)
     elif path.is_file():
         if config is None:
@@ -42,7 +42,6 @@ def load_model(
                 f"{path}: a bare weight file does not tell its shape; pass config= (a preset name or a dict)"
             )
         cfg = _as_config(config)
-        assert cfg is not None
         state = _read_file(path)
     else:
         raise ValueError(f"{path}: no such file or folder")
@@ -102,7 +101,9 @@ def to_stock(state: Mapping[str, Tensor], config: ModelConfig) -> StateDict:
 
 def from_stock(state: Mapping[str, Tensor], config: ModelConfig, source: str = "state dict") -> StateDict:
     """Upstream's names -> the packed state dict of `Model(config)`; ValueError when a tensor lacks or is left."""
-    left = {k: v for k, v in state.items() if not k.endswith(("freqs_cos", "freqs_sin", "rotary_emb.inv_freq"))}
+    left = {
+        k: v for k, v in state.items() if not k.endswith(("freqs_cos", "freqs_sin", "rotary_emb.inv_freq"))
+    }
 
     def take(name: str) -> Tensor:
         if name not in left:
@@ -138,7 +139,9 @@ def from_stock(state: Mapping[str, Tensor], config: ModelConfig, source: str = "
             out[f"{layer}.{mlp}.down_proj.weight"] = take(f"{stock}.{mlp}.down_proj.weight")
     out["norm.weight"] = take("model.norm.weight")
     if left:
-        raise ValueError(f"{source}: tensor {next(iter(left))!r} has no place in this config ({len(left)} such)")
+        raise ValueError(
+            f"{source}: tensor {next(iter(left))!r} has no place in this config ({len(left)} such)"
+        )
     _check_shapes(out, config, source)
     return out
 
@@ -157,8 +160,8 @@ def _check_shapes(packed: StateDict, config: ModelConfig, source: str) -> None:
             )
 
 
-def _as_config(config: ModelConfig | Mapping[str, Any] | str | None) -> ModelConfig | None:
-    if config is None or isinstance(config, ModelConfig):
+def _as_config(config: ModelConfig | Mapping[str, Any] | str) -> ModelConfig:
+    if isinstance(config, ModelConfig):
         return config
     return ModelConfig.preset(config) if isinstance(config, str) else ModelConfig.from_dict(config)
 

@@ -172,7 +172,9 @@ def test_bf16_compute_keeps_fp32_masters():
     out = model(ids, cu_seqlens=cu, return_logits=False)
     assert out.hidden_states.dtype == torch.bfloat16
     ops.linear_cross_entropy(out.hidden_states.flatten(0, 1), model.head_weight, ids.flatten()).backward()
-    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    assert (
+        {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    )
 
 
 def test_costs_the_model_reports():
@@ -188,7 +190,9 @@ def test_costs_the_model_reports():
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_yarn", "qwen3_moe"])
 def test_equal_to_transformers(kind):
-    transformers = pytest.importorskip("transformers", reason="install minimind[export] to compare with transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="install minimind[export] to compare with transformers"
+    )
     shape = dict(TINY, max_position_embeddings=512, rms_norm_eps=1e-6)
     theirs = {**shape, "tie_word_embeddings": True, "attention_bias": False}
     rope: dict = {"rope_type": "default", "rope_theta": 1e6}

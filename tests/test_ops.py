@@ -39,7 +39,9 @@ def test_rms_norm(dtype, shape):
     weight = 1 + torch.randn(shape[-1], generator=generator, dtype=torch.float64) / 10
     # truth sees the very values the low-precision forms see
     x, weight = x.to(dtype).double(), weight.to(dtype).double()
-    check(lambda a, w: ops.rms_norm(a, w, 1e-5), lambda a, w: ops.rms_norm_ref(a, w, 1e-5), [x, weight], dtype)
+    check(
+        lambda a, w: ops.rms_norm(a, w, 1e-5), lambda a, w: ops.rms_norm_ref(a, w, 1e-5), [x, weight], dtype
+    )
 
 
 LOSS_CASES = {

@@ -12,7 +12,9 @@ from minimind.weights import from_stock, save_weights, to_stock
 CONFIGS = {
     "dense": ModelConfig(64, 2, 4, 2, 16, 96, 97),
     "qk_norm_untied": ModelConfig(64, 2, 4, 2, 16, 96, 97, qk_norm=True, tie_word_embeddings=False),
-    "moe": ModelConfig(64, 2, 4, 2, 16, 96, 97, num_experts=3, num_shared_experts=2, moe_intermediate_size=48),
+    "moe": ModelConfig(
+        64, 2, 4, 2, 16, 96, 97, num_experts=3, num_shared_experts=2, moe_intermediate_size=48
+    ),
 }
 
 

@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from minimind import ops
-from minimind.config import PRESETS, ModelConfig
+from minimind.config import ModelConfig
 from minimind.data.cache import open_corpus
 from minimind.data.corpus import builtin_corpus
 from minimind.data.loader import Batch, PackedLoader
@@ -39,7 +39,9 @@ from minimind.training.tracking import TrackerName, make_tracker
 class Args:
     """Pretrain a language model. Every default works."""
 
-    preset: Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "minimind3", "minimind3-moe"] = "nano"
+    preset: Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "minimind3", "minimind3-moe"] = (
+        "nano"
+    )
     """Model shape. nano is made for a CPU."""
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl ({"text": ...} rows) and .txt, plain, .gz or .zst. None: the docstrings of
@@ -193,7 +195,9 @@ def main(args: Args, console: Console) -> Path:
 
 def to_device(batch: Batch, device: torch.device) -> TokenBatch:
     """The packed rows as tensors; cu_seqlens stays on the host for a CPU model."""
-    parts = [torch.from_numpy(a) for a in (batch.input_ids, batch.targets, batch.position_ids, batch.cu_seqlens)]
+    parts = [
+        torch.from_numpy(a) for a in (batch.input_ids, batch.targets, batch.position_ids, batch.cu_seqlens)
+    ]
     if device.type == "cuda":
         parts = [part.pin_memory().to(device, non_blocking=True) for part in parts]
     return TokenBatch(*parts)
@@ -247,7 +251,7 @@ def describe(batch: Batch, corpus: Corpus, tokenizer: Tokenizer) -> list[dict[st
 
 def _open_data(args: Args, tokenizer: Tokenizer, console: Console) -> Corpus:
     cache_dir = Path(args.cache_dir) if args.cache_dir else None
-    paths = list(args.data) or [builtin_corpus(cache_dir)]
+    paths = list(args.data) or [str(builtin_corpus(cache_dir, console))]
     return open_corpus(paths, tokenizer, cache_dir, args.on_bad_row, console)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from minimind.data.packing import assign_rows, cut_documents
 from minimind.data.permutation import Permutation
+from minimind.data.rows import Pieces, join, segments
 from minimind.data.store import Corpus
 
 IGNORE_INDEX = -100
@@ -41,33 +42,6 @@ class Batch:
     global_num_targets: int
     num_bytes: int
     documents: list[np.ndarray]
-
-
-@dataclass(frozen=True, eq=False)
-class _Pieces:
-    """Pieces in the order of their rows: document, token address, length, bytes counted; int64 [pieces].
-
-    Row r is the pieces row_starts[r]:row_starts[r + 1].
-    """
-
-    document: np.ndarray
-    address: np.ndarray
-    length: np.ndarray
-    num_bytes: np.ndarray
-    row_starts: np.ndarray
-
-    def rows(self, picked: np.ndarray) -> "_Pieces":
-        """Only the rows `picked`, in that order."""
-        counts = self.row_starts[picked + 1] - self.row_starts[picked]
-        ends = counts.cumsum()
-        total = int(ends[-1]) if len(ends) else 0
-        at = np.arange(total) + np.repeat(self.row_starts[picked] - (ends - counts), counts)
-        starts = np.concatenate([[0], ends])
-        return _Pieces(self.document[at], self.address[at], self.length[at], self.num_bytes[at], starts)
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.row_starts) - 1
 
 
 class PackedLoader:
@@ -102,7 +76,7 @@ class PackedLoader:
         mean = -(-view.num_tokens // view.num_documents)
         self._window_documents = max(1, min(_WINDOW_DOCUMENTS, _WINDOW_TOKENS // mean))
         self._epoch = self._window = self._row = 0
-        self._packed: tuple[tuple[int, int], _Pieces] | None = None
+        self._packed: tuple[tuple[int, int], Pieces] | None = None
 
     @property
     def epoch(self) -> int:
@@ -131,14 +105,14 @@ class PackedLoader:
             self._row = stop
             if stop == pieces.num_rows:
                 self._advance()
-        return self._assemble(_join(taken))
+        return self._assemble(join(taken))
 
     def epoch_batches(self) -> Iterator[Batch]:
         """One whole pass, the first epoch's; rows of padding fill the last batch. Leaves the cursor alone."""
-        held: list[_Pieces] = []
+        held: list[Pieces] = []
         for window in range(self.num_windows):
             pieces = self._pieces(0, window)
-            held = [_join([*held, pieces])]
+            held = [join([*held, pieces])]
             whole = held[0].num_rows // self.rows * self.rows
             for first in range(0, whole, self.rows):
                 yield self._assemble(held[0].rows(np.arange(first, first + self.rows)))
@@ -187,12 +161,12 @@ class PackedLoader:
         if self._window == self.num_windows:
             self._window, self._epoch = 0, self._epoch + 1
 
-    def _pieces(self, epoch: int, window: int) -> _Pieces:
+    def _pieces(self, epoch: int, window: int) -> Pieces:
         if self._packed is None or self._packed[0] != (epoch, window):
             self._packed = (epoch, window), self._pack(epoch, window)
         return self._packed[1]
 
-    def _pack(self, epoch: int, window: int) -> _Pieces:
+    def _pack(self, epoch: int, window: int) -> Pieces:
         first = window * self._window_documents
         documents = np.arange(first, min(first + self._window_documents, self.view.num_documents))
         if self.shuffle:
@@ -213,16 +187,16 @@ class PackedLoader:
         order = np.argsort(row, kind="stable")
         starts = np.searchsorted(row[order], np.arange(num_rows + 1))
         address = self.view.addresses(documents)[which] + start
-        return _Pieces(documents[which][order], address[order], length[order], num_bytes[order], starts)
+        return Pieces(documents[which][order], address[order], length[order], num_bytes[order], starts)
 
-    def _assemble(self, batch: _Pieces) -> Batch:
+    def _assemble(self, batch: Pieces) -> Batch:
         """This rank's share of a global batch (which may be short of rows)."""
         mine = batch.rows(np.arange(self.rank, batch.num_rows, self.world_size))
         rows = -(-self.rows // self.world_size)
-        segments, is_piece = _segments(mine, rows, self.seq_len)
-        ends = segments.cumsum()
-        position_ids = np.arange(rows * self.seq_len) - np.repeat(ends - segments, segments)
-        filled = np.repeat(is_piece, segments)
+        sizes, is_piece = segments(mine, rows, self.seq_len)
+        ends = sizes.cumsum()
+        position_ids = np.arange(rows * self.seq_len) - np.repeat(ends - sizes, sizes)
+        filled = np.repeat(is_piece, sizes)
         input_ids = np.zeros(rows * self.seq_len, np.int64)
         targets = np.full(rows * self.seq_len, IGNORE_INDEX, np.int64)
         input_ids[filled] = self.view.gather(mine.address, mine.length)
@@ -239,27 +213,3 @@ class PackedLoader:
             int(mine.num_bytes.sum()),
             [mine.document[a:b] for a, b in pairwise(starts)],
         )
-
-
-def _segments(pieces: _Pieces, rows: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """(length, whether it is a piece) of each segment of `rows` rows: the pieces and the padding tails."""
-    row_of = np.repeat(np.arange(pieces.num_rows), np.diff(pieces.row_starts))
-    tails = seq_len - np.bincount(row_of, weights=pieces.length, minlength=rows).astype(np.int64)
-    padded = np.flatnonzero(tails)
-    order = np.argsort(np.concatenate([row_of, padded]), kind="stable")  # a row's tail after its pieces
-    lengths = np.concatenate([pieces.length, tails[padded]])
-    return lengths[order], order < len(row_of)
-
-
-def _join(parts: list[_Pieces]) -> _Pieces:
-    if len(parts) == 1:
-        return parts[0]
-    sizes = np.cumsum([0] + [len(part.document) for part in parts])
-    starts = [part.row_starts[:-1] + size for part, size in zip(parts, sizes, strict=False)]
-    return _Pieces(
-        np.concatenate([part.document for part in parts]),
-        np.concatenate([part.address for part in parts]),
-        np.concatenate([part.length for part in parts]),
-        np.concatenate([part.num_bytes for part in parts]),
-        np.concatenate([*starts, sizes[-1:]]),
-    )

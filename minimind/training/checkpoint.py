@@ -1,9 +1,9 @@
 """Atomic checkpoints: a folder is either whole or not there.
 
-    checkpoints/step-00000250/
-        config.json  model.safetensors    what load_model opens: float32, upstream's names
-        tokenizer.json ...                the tokenizer it was trained with
-        trainer.pt                        optimizer, RNG, data position; loads with weights_only=True
+checkpoints/step-00000250/
+    config.json  model.safetensors    what load_model opens: float32, upstream's names
+    tokenizer.json ...                the tokenizer it was trained with
+    trainer.pt                        optimizer, RNG, data position; loads with weights_only=True
 """
 
 from __future__ import annotations

@@ -164,14 +164,14 @@ class Trainer:
         factor = stage.lr_factor(self.step)
         stage.optimizer.set_lr_factor(factor)
         stage.model.train()
-        figures = []
+        losses = []
         for batch in batches:
             loss, aux = stage.loss(batch)
             loss, aux = loss / total, aux * (batch.num_targets / total)
             (loss + aux).backward()
-            figures.append(torch.stack((loss.detach(), aux.detach())))
+            losses.append(torch.stack((loss.detach(), aux.detach())))
         norm = torch.nn.utils.clip_grad_norm_(stage.model.parameters(), options.grad_clip)
-        figures = torch.cat((torch.stack(figures).sum(0), norm.unsqueeze(0)))
+        figures = torch.cat((torch.stack(losses).sum(0), norm.unsqueeze(0)))
         stage.optimizer.step()
         stage.optimizer.zero_grad()
         self.pending.append(_Row(self.step + 1, figures, stage.peak_lr * factor, total, position))
@@ -219,7 +219,8 @@ class Trainer:
         row, (loss, aux, norm) = self.pending[-1], values[-1]
         self.pending = []
         self.tracker.log(
-            row.step, {"loss": loss, "aux_loss": aux, "grad_norm": norm, "lr": row.lr, "tokens_per_second": rate}
+            row.step,
+            {"loss": loss, "aux_loss": aux, "grad_norm": norm, "lr": row.lr, "tokens_per_second": rate},
         )
         left = duration(per_step * (self.options.steps - self.step))
         self.display.update(
@@ -230,14 +231,13 @@ class Trainer:
     def _evaluate(self, final: bool = False) -> None:
         started = time.perf_counter()
         values = self.stage.evaluate(final)
-        tokens = self.step * self.options.tokens_per_step
-        self.metrics.write(
-            "eval", self.step, {"tokens": tokens, **values}, {"seconds": round(time.perf_counter() - started, 3)}
-        )
-        self.metrics.flush()
-        self.tracker.log(self.step, values)
-        self.heldout = f"held-out {values['heldout_loss']:.3f}  " if "heldout_loss" in values else ""
         if values:
+            seconds = {"seconds": round(time.perf_counter() - started, 3)}
+            tokens = self.step * self.options.tokens_per_step
+            self.metrics.write("eval", self.step, {"tokens": tokens, **values}, seconds)
+            self.metrics.flush()
+            self.tracker.log(self.step, values)
+            self.heldout = f"held-out {values['heldout_loss']:.3f}  "
             scope = "all of it" if final else "same part each time"
             self.display.say(
                 f"step {self.step}: held-out loss {values['heldout_loss']:.4f} nats/token, "

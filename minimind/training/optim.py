@@ -44,7 +44,11 @@ class Optimizers:
 
 
 def build_optimizers(
-    model: Model, name: OptimizerName, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
+    model: Model,
+    name: OptimizerName,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.95),
 ) -> Optimizers:
     """The optimizer of a run. Matrices and embeddings decay, norm gains do not.
 
@@ -63,9 +67,7 @@ def build_optimizers(
     ]
     parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
     if muon:
-        parts.append(
-            torch.optim.Muon(muon, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
+        parts.append(torch.optim.Muon(muon, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     return Optimizers(parts)
 
 

@@ -78,7 +78,7 @@ def truncate(path: Path, size: int) -> None:
 
 def versions(device: str) -> dict[str, Any]:
     """What it ran on and with; git commit where the code is a checkout."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in ("torch", "triton", "numpy", "tokenizers", "safetensors"):
         try:
             packages[name] = metadata.version(name)

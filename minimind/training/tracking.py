@@ -52,7 +52,7 @@ class HostedTracker:
         self.run = module.init(
             project="minimind", name=folder.name, config=config, id=run_id, resume="allow", **place
         )
-        self.run_id = str(self.run.id)
+        self.run_id: str | None = str(self.run.id)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)

@@ -11,15 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import zstandard
 from rich.console import Console
 
 from minimind.data import build as build_module
 from minimind.data import open_corpus
-from minimind.data.store import Corpus
-from tests.data.fake import QUIET, ByteTokenizer, corpus_of, ids_of, some_texts, text_of, write_jsonl
+from tests.data.fake import QUIET, ByteTokenizer, some_texts, text_of, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 TEXTS = some_texts(300)
@@ -80,26 +78,6 @@ def wait_for(condition, seconds: float = 30) -> None:
 
 def listening() -> Console:
     return Console(file=io.StringIO(), record=True, force_terminal=False, width=60)
-
-
-def test_documents_tokens_and_bytes(tmp_path):
-    corpus = corpus_of(tmp_path, TEXTS[:100], TEXTS[100:101], TEXTS[101:])
-    assert corpus.num_documents == 300 and corpus.num_bytes == len("".join(TEXTS).encode())
-    assert corpus.num_tokens == corpus.num_bytes + 600
-    for i, text in enumerate(TEXTS):
-        assert corpus.document(i).tolist() == ids_of(text)
-    assert corpus.document(5).dtype == np.uint16 and corpus.document(5).base is not None
-    some = np.array([299, 0, 100, 101, 99, 100])
-    assert corpus.lengths(some).tolist() == [len(ids_of(TEXTS[i])) for i in some]
-    assert corpus.bytes_of(some).tolist() == [len(TEXTS[i].encode()) for i in some]
-    starts, lengths = corpus.addresses(some), corpus.lengths(some)
-    assert corpus.gather(starts + 1, lengths - 1).tolist() == [t for i in some for t in ids_of(TEXTS[i])[1:]]
-    assert corpus.locate(100) == (tmp_path / "1.jsonl", 0) and corpus.locate(299)[1] == 198
-    for i in (-1, 300):
-        with pytest.raises(IndexError):
-            corpus.document(i)
-    empty = np.array([], np.int64)
-    assert len(corpus.lengths(empty)) == len(corpus.gather(empty, empty)) == 0
 
 
 def test_a_file_is_tokenized_once(path, tmp_path):
@@ -349,50 +327,6 @@ def test_progress_where_there_is_no_terminal(path, tmp_path, monkeypatch):
     )
     terminal = Console(file=io.StringIO(), force_terminal=True)
     open_corpus([path], ByteTokenizer(), tmp_path / "other", console=terminal)
-
-
-def tail(corpus: Corpus) -> list[str]:
-    return [text_of(corpus.document(i)) for i in range(corpus.num_documents)]
-
-
-def test_a_split_holds_out_the_last_documents_of_every_source(tmp_path):
-    files = TEXTS[:150], TEXTS[150:152], TEXTS[152:153], TEXTS[153:]
-    corpus = corpus_of(tmp_path, *files)
-    train, held = corpus.split(0.1)
-    assert train.num_documents + held.num_documents == 300
-    assert train.num_tokens + held.num_tokens == corpus.num_tokens
-    assert train.num_bytes + held.num_bytes == corpus.num_bytes
-    kept, out = tail(train), tail(held)
-    for texts in files:
-        n = sum(text in out for text in texts)
-        assert texts == [t for t in kept if t in texts] + [t for t in out if t in texts]
-        assert [t for t in out if t in texts] == texts[len(texts) - n :]
-        total, part = sum(len(ids_of(t)) for t in texts), sum(len(ids_of(t)) for t in texts[len(texts) - n :])
-        if len(texts) > 2:
-            assert 0.09 * total < part <= 0.1 * total
-        else:
-            assert n == len(texts) - 1
-    assert train.identity != held.identity != corpus.identity
-    whole, none = corpus.split(0)
-    assert whole is corpus and none.num_documents == none.num_tokens == none.num_bytes == 0
-
-
-def test_a_split_is_capped(tmp_path):
-    corpus = corpus_of(tmp_path, TEXTS[:100], TEXTS[100:])
-    _, held = corpus.split(0.5, max_tokens=700)
-    assert 500 < held.num_tokens <= 700 and len(held.sources) == 2
-    assert corpus.split(0.5, max_tokens=1)[1].num_documents == 1
-
-
-def test_a_split_of_single_documents(tmp_path):
-    train, held = corpus_of(tmp_path / "two", TEXTS[:1], TEXTS[1:2]).split()
-    assert (tail(train), tail(held)) == (TEXTS[:1], TEXTS[1:2])
-    one = corpus_of(tmp_path / "one", TEXTS[:1])
-    with pytest.raises(ValueError, match=r"the data is a single document, .* pass --heldout 0"):
-        one.split()
-    assert one.split(0)[0] is one
-    with pytest.raises(ValueError, match="--heldout must be a fraction"):
-        one.split(1.5)
 
 
 MEMORY = """

@@ -22,7 +22,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Sums in words: something a tiny model can learn, made here."""
-    words = "zero one two three four five six seven eight nine ten".split()
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     rng = random.Random(0)
     path = tmp_path_factory.mktemp("data") / "sums.jsonl"
     with path.open("w", encoding="utf-8") as file:
@@ -83,7 +83,9 @@ def test_checkpoint_opens_as_a_model_and_its_loss_is_the_recorded_one(unbroken, 
         nats += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
         targets += ids.shape[1] - 1
     recorded = [row for row in reproducible(unbroken) if row["kind"] == "eval"][-1]["heldout_loss"]
-    assert nats / targets == pytest.approx(recorded, rel=0.05)  # other documents of the same kind, fp32 compute
+    assert nats / targets == pytest.approx(
+        recorded, rel=0.05
+    )  # other documents of the same kind, fp32 compute
     trainer = torch.load(unbroken / "checkpoints" / "step-00000040" / "trainer.pt", weights_only=True)
     assert trainer["step"] == 40
 
@@ -159,7 +161,7 @@ def test_non_finite_loss_stops_with_its_batch_on_record(data, tmp_path):
 def test_accumulated_micro_batches_give_the_same_losses(data, tmp_path):
     curves = []
     for name, micro in (("whole", "512"), ("parts", "128")):
-        flags = ["--tokens", "4096", "--precision", "fp32", "--micro-tokens", micro]
+        flags = ["--tokens", "4096", "--precision", "fp32", "--optimizer", "adamw", "--micro-tokens", micro]
         answer = run(command(data, tmp_path / name, *flags))
         assert answer.returncode == 0, answer.stdout + answer.stderr
         curves.append([row["loss"] for row in reproducible(tmp_path / name) if row["kind"] == "train"])
@@ -171,7 +173,9 @@ def test_reference_and_fused_train_alike(data, tmp_path):
     curves = []
     for switch in ("--fused", "--no-fused"):
         out = tmp_path / switch.strip("-")
-        answer = run(command(data, out, "--tokens", str(512 * 16), "--precision", "fp32", switch))
+        # AdamW: Muon's bf16 Newton-Schulz turns last-digit differences into visible ones
+        flags = ["--tokens", str(512 * 16), "--precision", "fp32", "--optimizer", "adamw", switch]
+        answer = run(command(data, out, *flags))
         assert answer.returncode == 0, answer.stdout + answer.stderr
         curves.append([row["loss"] for row in reproducible(out) if row["kind"] == "train"])
     assert len(curves[0]) == 16

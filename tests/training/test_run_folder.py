@@ -14,7 +14,9 @@ CONFIG = {"stage": "pretrain", "args": {"lr": 1e-3, "data": ("a", "b")}}
 def test_auto_continues_the_unfinished_run_only(tmp_path):
     first = open_run(None, "x", CONFIG, "auto", tmp_path)
     assert (first.path.name, first.checkpoint) == ("x", None)
-    assert open_run(None, "x", CONFIG, "auto", tmp_path).path == first.path  # killed before its first checkpoint
+    assert (
+        open_run(None, "x", CONFIG, "auto", tmp_path).path == first.path
+    )  # killed before its first checkpoint
     (first.path / "checkpoints" / "step-00000010").mkdir(parents=True)
     (first.path / "checkpoints" / "step-00000020").mkdir()
     (first.path / "checkpoints" / ".partial-00000030-1").mkdir()

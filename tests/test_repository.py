@@ -1,0 +1,75 @@
+"""Promises about the repository itself."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code: str, cwd: Path = ROOT) -> str:
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+    assert answer.returncode == 0, answer.stderr
+    return answer.stdout.strip()
+
+
+def test_kernels_folder_is_no_package_that_transformers_finds():
+    pytest.importorskip("transformers", reason="install minimind[export] to probe transformers")
+    code = "from transformers.utils import is_kernels_available as f; import transformers.modeling_utils; print(f())"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert python(code) == "False"
+
+
+@pytest.mark.parametrize("cwd", [ROOT, ROOT.parent])
+def test_kernels_import_as_part_of_minimind(cwd):
+    code = "import minimind.kernels.triton_support as t; print(t.__file__)"
+    assert Path(python(code, cwd)) == ROOT / "kernels" / "triton_support.py"
+
+
+def test_data_workers_need_no_torch():
+    code = (
+        "import sys, minimind.data, minimind.data.cache, minimind.tokenization; print('torch' in sys.modules)"
+    )
+    assert python(code) == "False"
+
+
+def test_arrows_point_one_way():
+    """kernels import nothing of minimind; the model does not know the stages; data knows no model."""
+    allowed = {
+        "kernels": set(),
+        "minimind/modeling.py": {"attention", "config", "ops", "rope"},
+        "minimind/ops.py": {"attention", "kernels"},
+        "minimind/objectives": {"modeling", "ops"},
+        "minimind/data": {"data"},
+        "minimind/tokenization": {"tokenization"},
+        "minimind/inference": {"modeling"},
+    }
+    for place, modules in allowed.items():
+        path = ROOT / place
+        for file in [path] if path.is_file() else path.rglob("*.py"):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                words = line.split()
+                if words[:1] in (["from"], ["import"]) and words[1].split(".")[0] == "minimind":
+                    parts = words[1].split(".") if len(words[1].split(".")) > 1 else ["", words[3]]
+                    assert parts[1] in modules, f"{file.relative_to(ROOT)}: {line}"
+
+
+def test_readme_names_commands_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in ("demo", "test", "lint", "venv"):
+        assert f"make {target}" in text and f"\n{target}:" in makefile
+    for script in ("train/pretrain.py", "train/tokenizer.py", "bench/throughput.py"):
+        assert script in text and (ROOT / script).exists()
+
+
+@pytest.mark.parametrize("script", ["train/pretrain.py", "train/tokenizer.py", "bench/throughput.py"])
+def test_help_works(script):
+    answer = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert answer.returncode == 0 and "usage:" in answer.stdout

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from minimind.training.device import choose_device, choose_precision
+
+
+def test_precision_says_why(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    native = choose_precision(cpu)
+    assert native.compute_dtype == torch.bfloat16 and "AVX512-BF16" in str(native)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    plain = choose_precision(cpu)
+    assert plain.compute_dtype == torch.float32
+    assert str(plain) == "fp32 master weights, fp32 compute (this CPU has no bf16 instructions)"
+    assert "slow" in str(choose_precision(cpu, "bf16"))
+    assert choose_precision(cpu, "fp32").compute_dtype == torch.float32
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 6), torch.bfloat16)])
+def test_precision_of_a_gpu(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_precision(torch.device("cuda")).compute_dtype == dtype
+
+
+def test_auto_takes_a_gpu_when_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto").type == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match="use --device cpu"):
+        choose_device("cuda")
