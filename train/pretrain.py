@@ -29,6 +29,7 @@ from minimind.objectives.next_token import TokenBatch, next_token_loss, next_tok
 from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.training.checkpoint import load_trainer_state
 from minimind.training.device import PrecisionName, choose_device, choose_precision, describe_device
+from minimind.training.display import say
 from minimind.training.loop import LoopOptions, Stage, Trainer
 from minimind.training.optim import OptimizerName, ScheduleName, build_optimizers, lr_factor
 from minimind.training.run_folder import ResumeMode, open_run, versions, write_json
@@ -50,12 +51,13 @@ class Args:
     """Folder with tokenizer.json; None takes the one shipped."""
     tokens: int | None = None
     """How many tokens to train on; overrides --epochs."""
-    epochs: float = 2.0
+    epochs: float = 1.0
     """Passes over the training part of the data."""
     seq_len: int = 512
     """Tokens in a row; longer documents are cut."""
     batch_tokens: int | None = None
-    """Tokens per optimizer step, padding included; a multiple of --seq-len. None: 4096 on a CPU, 65536 on a GPU."""
+    """Tokens per optimizer step, padding included; a multiple of --seq-len. None: 65536 on a GPU for models larger
+    than nano, else 4096."""
     micro_tokens: int | None = None
     """Tokens per forward and backward; a step accumulates batch_tokens / micro_tokens of them. None: all at once,
     but no more than 65536."""
@@ -103,8 +105,8 @@ class Args:
     """Run folder. None: runs/pretrain-PRESET-DATA, numbered when taken."""
 
 
-# Peak rates by preset for batches of a CPU's size; see docs/LOG.md.
-PEAK_LR = {"nano": 4e-3, "minimind2-small": 1e-3}
+# Peak rates by preset; nano was tuned (docs/LOG.md), the others are not yet.
+PEAK_LR = {"nano": 4e-3, "minimind2-small": 2e-3}
 
 
 def main(args: Args, console: Console) -> Path:
@@ -143,7 +145,7 @@ def main(args: Args, console: Console) -> Path:
     model.compute_dtype = precision.compute_dtype
     if args.compile:
         model.compile()
-    peak = args.lr if args.lr is not None else PEAK_LR.get(args.preset, 5e-4)
+    peak = args.lr if args.lr is not None else PEAK_LR.get(args.preset, 1e-3)
     warmup = max(1, round(args.warmup * steps))
     stage = Stage(
         model=model,
@@ -181,7 +183,7 @@ def main(args: Args, console: Console) -> Path:
         f"run: {run.path}, {steps} steps of {step_tokens:,} tokens"
         + (f", continuing after step {start}" if run.checkpoint else ""),
     ):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(console, line)
     tracker = make_tracker(args.track, run.path, saved_args, tracker_id, start)
     trainer = Trainer(stage, options, run, tracker, console)
     if run.checkpoint is not None:
@@ -189,7 +191,7 @@ def main(args: Args, console: Console) -> Path:
     trainer.fit()
     if trainer.interrupted:
         sys.exit(130)
-    console.print(f"finished in {run.path}: see loss.png and samples.txt", highlight=False, soft_wrap=True)
+    say(console, f"finished in {run.path}: see loss.png and samples.txt")
     return run.path
 
 
@@ -264,7 +266,7 @@ def _data_name(args: Args) -> str:
 
 def _batch_shape(args: Args, device: torch.device) -> tuple[int, int]:
     """(rows of a micro-batch, micro-batches of a step)."""
-    batch_tokens = args.batch_tokens or (65536 if device.type == "cuda" else 4096)
+    batch_tokens = args.batch_tokens or (65536 if device.type == "cuda" and args.preset != "nano" else 4096)
     micro_tokens = args.micro_tokens or min(batch_tokens, 65536)
     if batch_tokens % micro_tokens or micro_tokens % args.seq_len:
         raise ValueError(
@@ -280,5 +282,7 @@ if __name__ == "__main__":
     try:
         main(parsed, output)
     except ValueError as problem:
-        output.print(f"[bold red]error:[/] {problem}", highlight=False, soft_wrap=True)
+        say(output, f"error: {problem}")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

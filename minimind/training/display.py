@@ -33,14 +33,19 @@ class Display:
             self.progress.update(self.task, completed=step, description=line)
         elif time.monotonic() >= self.plain_due or step == self.steps:
             self.plain_due = time.monotonic() + _PLAIN_SECONDS
-            self.console.print(f"step {step}/{self.steps}  {line}", highlight=False, soft_wrap=True)
+            self.say(f"step {step}/{self.steps}  {line}")
 
-    def say(self, text: str | Text) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+    def say(self, text: str) -> None:
+        say(self.console, text)
 
     def close(self) -> None:
         if self.progress is not None:
             self.progress.stop()
+
+
+def say(console: Console, text: str) -> None:
+    """Print as it is: no markup, no colours for numbers, no wrapping."""
+    console.print(Text(text), soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

@@ -126,6 +126,9 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last step. Ctrl-C or SIGTERM saves after the current step and returns, `interrupted` set."""
+        if self.step == 0:  # what a run killed before its first checkpoint had written
+            truncate(self.run.metrics, 0)
+            truncate(self.run.samples, 0)
         self.metrics = MetricsLog(self.run.metrics)
         self.display = Display(self.console, self.options.steps, self.step)
         previous = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
