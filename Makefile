@@ -15,7 +15,7 @@ $(VENV)/installed: setup.py constraints.txt
 	touch $@
 
 demo: venv
-	$(RUN) train/pretrain.py --tokens 2_400_000
+	$(RUN) train/pretrain.py --tokens 1_600_000
 
 test: venv
 	$(RUN) -m pytest tests/

@@ -19,20 +19,18 @@ from rich.console import Console
 
 from minimind import ops
 from minimind.config import ModelConfig
-from minimind.data.cache import open_corpus
-from minimind.data.corpus import builtin_corpus
-from minimind.data.loader import Batch, PackedLoader
-from minimind.data.store import Corpus
+from minimind.data import Batch, Corpus, PackedLoader, builtin_corpus, open_corpus
+from minimind.data.files import write_json
+from minimind.data.progress import say
 from minimind.inference.generate import generate
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss, next_token_nats
 from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.training.checkpoint import load_trainer_state
 from minimind.training.device import PrecisionName, choose_device, choose_precision, describe_device
-from minimind.training.display import say
 from minimind.training.loop import LoopOptions, Stage, Trainer
 from minimind.training.optim import OptimizerName, ScheduleName, build_optimizers, lr_factor
-from minimind.training.run_folder import ResumeMode, open_run, versions, write_json
+from minimind.training.run_folder import ResumeMode, open_run, versions
 from minimind.training.tracking import TrackerName, make_tracker
 
 
@@ -167,7 +165,7 @@ def main(args: Args, console: Console) -> Path:
         tokens_per_step=step_tokens,
         grad_clip=args.grad_clip,
         log_every=args.log_every,
-        eval_every=max(1, steps // max(1, args.evals)),
+        eval_every=math.ceil(steps / max(1, args.evals)),
         save_every=args.save_every or max(1, steps // 20),
     )
     for line in (
@@ -207,7 +205,7 @@ def to_device(batch: Batch, device: torch.device) -> TokenBatch:
 
 def evaluate(
     model: Model, heldout: Corpus | None, args: Args, device: torch.device, final: bool
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Held-out loss in nats per token and bits per UTF-8 byte, over the first --eval-tokens or over all."""
     if heldout is None:
         return {}
@@ -226,6 +224,7 @@ def evaluate(
         "heldout_loss": total / targets,
         "heldout_bpb": total / math.log(2) / max(1, text_bytes),
         "heldout_tokens": targets,
+        "heldout_all": final,
     }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from minimind.data.files import sync
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.weights import load_model, save_weights
@@ -40,9 +41,9 @@ def save_checkpoint(
         tokenizer.save(partial)
         torch.save(trainer, partial / "trainer.pt")
         for file in [*partial.iterdir(), partial]:
-            _fsync(file)
+            sync(file)
         os.replace(partial, final)
-        _fsync(root)
+        sync(root)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(
@@ -79,11 +80,3 @@ def load_weights_into(model: Model, checkpoint: Path) -> None:
     with torch.no_grad():
         for target, source in zip(model.parameters(), saved.parameters(), strict=True):
             target.copy_(source)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,7 +6,8 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.text import Text
+
+from minimind.data.progress import say
 
 _PLAIN_SECONDS = 10.0
 
@@ -41,11 +42,6 @@ class Display:
     def close(self) -> None:
         if self.progress is not None:
             self.progress.stop()
-
-
-def say(console: Console, text: str) -> None:
-    """Print as it is: no markup, no colours for numbers, no wrapping."""
-    console.print(Text(text), soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

@@ -18,13 +18,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from minimind.data.files import write_json
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.training.checkpoint import load_trainer_state, load_weights_into, save_checkpoint
 from minimind.training.display import Display, duration
 from minimind.training.metrics import MetricsLog, plot_losses
 from minimind.training.optim import Optimizers
-from minimind.training.run_folder import RunFolder, truncate, write_json
+from minimind.training.run_folder import RunFolder, truncate
 from minimind.training.tracking import Tracker
 
 
@@ -70,7 +71,7 @@ class Stage:
     loss: Callable[[Any], tuple[Tensor, Tensor]]
     peak_lr: float
     lr_factor: Callable[[int], float]
-    evaluate: Callable[[bool], dict[str, float]]
+    evaluate: Callable[[bool], dict[str, Any]]
     sample: Callable[[], str]
     describe: Callable[[Any], Any]
     title: str
@@ -239,7 +240,7 @@ class Trainer:
             tokens = self.step * self.options.tokens_per_step
             self.metrics.write("eval", self.step, {"tokens": tokens, **values}, seconds)
             self.metrics.flush()
-            self.tracker.log(self.step, values)
+            self.tracker.log(self.step, {k: float(v) for k, v in values.items()})
             self.heldout = f"held-out {values['heldout_loss']:.3f}  "
             scope = "all of it" if final else "same part each time"
             self.display.say(

@@ -55,14 +55,14 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> None:
         rate.plot(tokens, [r["lr"] for r in train], color="tab:green")
         rate.set_ylabel("learning rate", color="tab:green")
         rate.set_ylim(bottom=0)
-    if evals:
-        top.plot(
-            [r["tokens"] / 1e6 for r in evals],
-            [r["heldout_loss"] for r in evals],
-            "o-",
-            color="tab:red",
-            label=f"held-out, last {evals[-1]['heldout_bpb']:.3f} bits per byte",
-        )
+    for rows_of, style, name in (
+        ([r for r in evals if not r["heldout_all"]], "o-", "held-out, the same part each time"),
+        ([r for r in evals if r["heldout_all"]], "*", "all of held-out"),
+    ):
+        if rows_of:
+            x, y = [r["tokens"] / 1e6 for r in rows_of], [r["heldout_loss"] for r in rows_of]
+            label = f"{name}: {rows_of[-1]['heldout_bpb']:.3f} bits per byte"
+            top.plot(x, y, style, color="tab:red", markersize=5 if style == "o-" else 14, label=label)
     top.set_ylabel("loss, nats per token")
     top.set_title(title)
     top.grid(alpha=0.3)

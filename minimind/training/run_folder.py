@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from minimind.data.files import write_json
 from minimind.training.checkpoint import list_checkpoints, remove_partial
 
 ResumeMode = Literal["auto", "never"]
@@ -91,10 +92,6 @@ def versions(device: str) -> dict[str, Any]:
         "commit": _git_commit(),
         **packages,
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _create(path: Path, config: dict[str, Any]) -> RunFolder:
