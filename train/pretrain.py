@@ -210,6 +210,9 @@ def evaluate(
     if heldout is None:
         return {}
     model.eval()
+    if not final and heldout.num_tokens > args.eval_tokens:
+        # whole documents: with a part of the packed rows instead, bytes and tokens would not belong together
+        heldout, _ = heldout.split(1 - args.eval_tokens / heldout.num_tokens, max_tokens=heldout.num_tokens)
     rows = max(1, 4096 // args.seq_len)
     nats = torch.zeros((), dtype=torch.float64)
     targets = text_bytes = 0
@@ -217,8 +220,6 @@ def evaluate(
         nats += next_token_nats(model, to_device(batch, device)).double().cpu()
         targets += batch.num_targets
         text_bytes += batch.num_bytes
-        if not final and targets >= args.eval_tokens:
-            break
     total = float(nats)
     return {
         "heldout_loss": total / targets,
