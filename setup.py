@@ -38,7 +38,7 @@ setup(
         "gpu": ["triton>=3.6; platform_system == 'Linux'"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.32"],
         "export": ["gguf>=0.10", "huggingface_hub>=0.26", "transformers>=4.57"],
-        "track": ["tensorboard>=2.18", "wandb>=0.18", "swanlab>=0.4"],
+        "track": ["tensorboard>=2.18", "wandb>=0.18", "swanlab>=0.10"],
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.11",

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -80,8 +80,7 @@ def minimind_step(args: Args, device: torch.device, compile_model: bool) -> Step
     torch.manual_seed(0)
     model = Model(ModelConfig.preset(args.preset)).to(device)
     model.compute_dtype = choose_precision(device).compute_dtype
-    if compile_model:
-        model.compile()
+    trained = cast(Model, torch.compile(model)) if compile_model else model
     optimizer = build_optimizers(model, args.optimizer, 1e-4, 0.1)
     loader = PackedLoader(_corpus(args), args.seq_len, args.rows, seed=0)
 
@@ -89,7 +88,7 @@ def minimind_step(args: Args, device: torch.device, compile_model: bool) -> Step
         batch = loader.next_batch()
         arrays = (batch.input_ids, batch.targets, batch.position_ids, batch.cu_seqlens)
         tensors = TokenBatch(*(torch.from_numpy(a).to(device, non_blocking=True) for a in arrays))
-        loss, aux = next_token_loss(model, tensors)
+        loss, aux = next_token_loss(trained, tensors)
         (loss / batch.num_targets + aux).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -164,6 +163,7 @@ def main(args: Args) -> dict[str, Any]:
         pipes[name], theirs = context.Pipe()
         process = context.Process(target=work, args=(name, args, theirs), daemon=True)
         process.start()
+        theirs.close()  # so that a dead worker is an end of file here
         processes.append(process)
         answer = pipes[name].recv()
         if answer != "ready":
@@ -242,6 +242,10 @@ if __name__ == "__main__":
         outcome = main(parsed)
     except ValueError as problem:
         raise SystemExit(f"error: {problem}") from None
+    except EOFError:
+        raise SystemExit(
+            "error: a contender's process died; most likely memory ran out: fewer --rows"
+        ) from None
     show(outcome, parsed)
     if parsed.json:
         with open(parsed.json, "w", encoding="utf-8") as file:

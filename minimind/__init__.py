@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-import types
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ def _map_kernels() -> None:
     """In a checkout, minimind.kernels is the folder kernels/ beside this package (setup.py maps it on install)."""
     beside = Path(__file__).parent.parent / "kernels"
     if not (Path(__file__).parent / "kernels").is_dir() and beside.is_dir():
-        module = types.ModuleType("minimind.kernels")
-        module.__path__ = [str(beside)]
-        sys.modules["minimind.kernels"] = module
+        spec = ModuleSpec("minimind.kernels", None, is_package=True)
+        spec.submodule_search_locations = [str(beside)]
+        sys.modules[spec.name] = globals()["kernels"] = module_from_spec(spec)
 
 
 _map_kernels()

@@ -117,11 +117,12 @@ class MoE(nn.Module):
         gates, expert_ids = scores.topk(self.config.num_experts_per_tok, dim=-1, sorted=False)
         if self.config.norm_topk_prob:
             gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)
-        out = ops.moe_experts(flat, self.gate_up_proj, self.down_proj, expert_ids, gates).view_as(x)
+        counts = ops.expert_counts(expert_ids, self.config.num_experts)
+        out = ops.moe_experts(flat, self.gate_up_proj, self.down_proj, expert_ids, gates, counts).view_as(x)
         for expert in self.shared_experts:
             out = out + expert(x)
         aux = load_balance_loss(scores, expert_ids, sequence_ids, sequences, mask, self.config)
-        return out, Routing(aux, ops.expert_counts(expert_ids, self.config.num_experts))
+        return out, Routing(aux, counts)
 
 
 def load_balance_loss(

@@ -20,8 +20,9 @@ from minimind.kernels.triton_support import why_no_triton
 Mode = Literal["reference", "fused"]
 _mode: Mode = "fused"
 
-# Tokens whose logits exist at one time in the fused loss: 512 x 6400 float32 is 13 MB, and stays in a CPU's cache.
-LOSS_CHUNK = 512
+# Tokens whose logits exist at one time in the fused loss. 512 x 6400 float32 is 13 MB, and stays in a CPU's cache;
+# a GPU wants fewer, larger launches (105 MB).
+LOSS_CHUNK = {"cpu": 512, "cuda": 4096}
 
 
 def set_mode(mode: Mode) -> None:
@@ -106,6 +107,8 @@ def linear_cross_entropy(
     """
     if _mode == "reference":
         return linear_cross_entropy_ref(x, weight, targets, loss_weights)
+    if not torch.is_grad_enabled():  # needs_input_grad does not look at this, and would make the gradients
+        x, weight = x.detach(), weight.detach()
     return _ChunkedLinearCrossEntropy.apply(x, weight, targets, loss_weights)
 
 
@@ -117,8 +120,9 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if need_x else None
         grad_w = torch.zeros(w.shape, dtype=torch.float32, device=x.device) if need_w else None
-        for start in range(0, x.shape[0], LOSS_CHUNK):
-            part = slice(start, start + LOSS_CHUNK)
+        chunk = LOSS_CHUNK[x.device.type]
+        for start in range(0, x.shape[0], chunk):
+            part = slice(start, start + chunk)
             scale = targets[part].ne(-100).float()
             if loss_weights is not None:
                 scale = scale * loss_weights[part]
@@ -152,10 +156,13 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         return grad_x, grad_w, None, None
 
 
-def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, gates: Tensor) -> Tensor:
+def moe_experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, gates: Tensor, counts: Tensor
+) -> Tensor:
     """Every token through its own experts: sum over k of gates[t, k] * expert[expert_ids[t, k]](x[t]).
 
-    x [N, D]; gate_up [E, 2 I, D]; down [E, D, I]; expert_ids int64 [N, K]; gates float32 [N, K] -> [N, D].
+    x [N, D]; gate_up [E, 2 I, D]; down [E, D, I]; expert_ids int64 [N, K]; gates float32 [N, K]; counts int64 [E],
+    what `expert_counts` gives -> [N, D].
     Token copies are sorted by expert and each projection is one grouped matrix product: no loop over experts,
     no padding, no host sync of ours.
     """
@@ -163,7 +170,7 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, ga
     flat = expert_ids.flatten()
     order = flat.argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device))
-    ends = expert_counts(expert_ids, gate_up.shape[0]).cumsum(0).to(torch.int32)
+    ends = counts.cumsum(0).to(torch.int32)
     copies = x.unsqueeze(1).expand(-1, top_k, -1).reshape(tokens * top_k, -1)
     hidden = permute_rows(copies, order, inverse)
     hidden = swiglu(F.grouped_mm(hidden, gate_up.to(x.dtype).transpose(1, 2), offs=ends))

@@ -1,5 +1,7 @@
 """Shared fixtures. Tests run on two threads' worth of small shapes; nothing here needs a GPU or the network."""
 
+import sys
+
 import pytest
 import torch
 
@@ -12,6 +14,26 @@ def _restore_ops_mode():
     mode = ops.get_mode()
     yield
     ops.set_mode(mode)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_empty(monkeypatch):
+    """Memory that this package's own code takes without filling holds NaN, so that a forgotten write shows."""
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+
+
+def _poisoned(original):
+    def wrapper(*args, **kwargs):
+        tensor = original(*args, **kwargs)
+        ours = "minimind" in sys._getframe(1).f_globals.get("__name__", "")
+        return (
+            tensor.fill_(float("nan"))
+            if ours and tensor.is_floating_point() and not tensor.is_meta
+            else tensor
+        )
+
+    return wrapper
 
 
 @pytest.fixture(params=["reference", "fused"])

@@ -76,6 +76,66 @@ def test_linear_cross_entropy(dtype, case):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("case", ["odd", "confident"])
+def test_linear_cross_entropy_as_training_calls_it(case):
+    """bf16 hidden states, strided, against a float32 master weight."""
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(211, 32, generator=generator) * 0.3).bfloat16().float()
+    targets = torch.randint(0, 211, (123,), generator=generator)
+    wide = torch.randn(123, 64, generator=generator) if case == "odd" else weight[targets].repeat(1, 2) * 32
+    x = wide.bfloat16()[:, ::2] if case == "odd" else wide.bfloat16()[:, :32]
+    assert not x.is_contiguous()
+    results = []
+    for function, cast in (
+        (ops.linear_cross_entropy_ref, torch.float64),
+        (ops.linear_cross_entropy_ref, None),
+        (ops.linear_cross_entropy, None),
+    ):
+        a = x.detach().to(cast or x.dtype).requires_grad_()
+        w = weight.detach().to(cast or weight.dtype).requires_grad_()
+        loss = function(a, w, targets, None)
+        loss.backward()
+        assert a.grad is not None and w.grad is not None
+        results.append((loss.detach(), a.grad, w.grad))
+    for truth, plain, mine in zip(*results, strict=True):
+        eps = 4 * torch.finfo(torch.float32).eps * (1 + truth.abs().max().item())
+        assert error(mine, truth) <= 2 * error(plain, truth) + eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_moe_experts_by_the_contract(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, gate_up, down = (
+        torch.randn(shape, generator=generator).mul(scale).to(dtype).double()
+        for shape, scale in (((123, 64), 1.0), ((4, 96, 64), 0.2), ((4, 64, 48), 0.2))
+    )
+    ids = torch.rand(123, 4, generator=generator).argsort(dim=1)[:, :2]
+    ids[ids == 2] = 3  # expert 2 gets nothing; a token may name expert 3 twice
+    gates = torch.rand(123, 2, generator=generator)
+
+    def loop(x, gate_up, down):
+        out = torch.zeros_like(x)
+        for e in range(4):
+            gate, up = (x @ gate_up[e].t()).chunk(2, dim=1)
+            weight = (gates * (ids == e)).sum(dim=1, keepdim=True).to(x.dtype)
+            out = out + weight * ((F.silu(gate) * up) @ down[e].t())
+        return out
+
+    def fused(x, gate_up, down):
+        return ops.moe_experts(x, gate_up, down, ids, gates, ops.expert_counts(ids, 4))
+
+    check(fused, loop, [x, gate_up, down], dtype)
+
+
+def test_no_gradient_is_made_where_none_is_wanted(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: calls.append(a))
+    weight = torch.randn(50, 16, requires_grad=True)
+    with torch.no_grad():
+        ops.linear_cross_entropy(torch.randn(70, 16), weight, torch.randint(0, 50, (70,)))
+    assert not calls
+
+
 def test_linear_cross_entropy_survives_a_second_backward():
     x = torch.randn(70, 16, requires_grad=True)
     weight = torch.randn(50, 16, requires_grad=True)

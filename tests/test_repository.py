@@ -1,5 +1,6 @@
 """Promises about the repository itself."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ def test_kernels_folder_is_no_package_that_transformers_finds():
 def test_kernels_import_as_part_of_minimind(cwd):
     code = "import minimind.kernels.triton_support as t; print(t.__file__)"
     assert Path(python(code, cwd)) == ROOT / "kernels" / "triton_support.py"
+    code = "import importlib.util as u, minimind; print(bool(minimind.kernels), u.find_spec('minimind.kernels').name)"
+    assert python(code, cwd) == "True minimind.kernels"
 
 
 def test_data_workers_need_no_torch():
@@ -61,6 +64,7 @@ def test_arrows_point_one_way():
 def test_readme_names_commands_that_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert not re.search(r"@[A-Z]+@", text), "a placeholder was left in the README"
     for target in ("demo", "test", "lint", "venv"):
         assert f"make {target}" in text and f"\n{target}:" in makefile
     for script in ("train/pretrain.py", "train/tokenizer.py", "bench/throughput.py"):

@@ -11,7 +11,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import tyro
@@ -20,7 +20,6 @@ from rich.console import Console
 from minimind import ops
 from minimind.config import ModelConfig
 from minimind.data import Batch, Corpus, PackedLoader, builtin_corpus, open_corpus
-from minimind.data.files import write_json
 from minimind.data.progress import say
 from minimind.inference.generate import generate
 from minimind.modeling import Model
@@ -30,7 +29,7 @@ from minimind.training.checkpoint import load_trainer_state
 from minimind.training.device import PrecisionName, choose_device, choose_precision, describe_device
 from minimind.training.loop import LoopOptions, Stage, Trainer
 from minimind.training.optim import OptimizerName, ScheduleName, build_optimizers, lr_factor
-from minimind.training.run_folder import ResumeMode, open_run, versions
+from minimind.training.run_folder import ResumeMode, open_run, record_versions
 from minimind.training.tracking import TrackerName, make_tracker
 
 
@@ -48,7 +47,7 @@ class Args:
     tokenizer: str | None = None
     """Folder with tokenizer.json; None takes the one shipped."""
     tokens: int | None = None
-    """How many tokens to train on; overrides --epochs."""
+    """How many tokens to train on, padding (about 1%) included; overrides --epochs."""
     epochs: float = 1.0
     """Passes over the training part of the data."""
     seq_len: int = 512
@@ -72,13 +71,15 @@ class Args:
     grad_clip: float = 1.0
     """Largest gradient norm."""
     heldout: float = 0.05
-    """Share of the data, its last documents, that is never trained on."""
+    """Share of every file, its last documents, that is never trained on; at most a million tokens in all."""
     eval_tokens: int = 65536
     """Held-out tokens used for the figures on the way; the last figure uses all."""
     evals: int = 10
     """How often to measure held-out loss and print samples."""
     save_every: int | None = None
     """Steps between checkpoints. None: twenty in a run."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
     log_every: int = 10
     """Steps between reads of the loss from the device."""
     compile: bool = False
@@ -109,12 +110,17 @@ PEAK_LR = {"nano": 4e-3, "minimind2-small": 2e-3}
 
 def main(args: Args, console: Console) -> Path:
     """Run the stage; returns the run folder. Bad input raises ValueError with one clear line."""
+    check(args)
     device = choose_device(args.device)
     precision = choose_precision(device, args.precision)
     ops.set_mode("fused" if args.fused else "reference")
     tokenizer = load_tokenizer(args.tokenizer)
     config = ModelConfig.preset(args.preset)
-    if tokenizer.vocab_size > config.vocab_size:
+    if tokenizer.vocab_size != config.vocab_size:
+        say(
+            console,
+            f"the tokenizer has {tokenizer.vocab_size} entries: so does the model, instead of {config.vocab_size}",
+        )
         config = ModelConfig.preset(args.preset, vocab_size=tokenizer.vocab_size)
     corpus = _open_data(args, tokenizer, console)
     train, heldout = corpus.split(args.heldout) if args.heldout > 0 else (corpus, None)
@@ -122,7 +128,7 @@ def main(args: Args, console: Console) -> Path:
     rows, micro_batches = _batch_shape(args, device)
     loader = PackedLoader(train, args.seq_len, rows, args.seed)
     step_tokens = rows * args.seq_len * micro_batches
-    budget = args.tokens if args.tokens is not None else round(args.epochs * loader.tokens_per_epoch)
+    budget = args.tokens if args.tokens is not None else args.epochs * loader.tokens_per_epoch / loader.fill
     steps = max(1, math.ceil(budget / step_tokens))
 
     saved_args = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("resume", "out", "track")}
@@ -132,17 +138,17 @@ def main(args: Args, console: Console) -> Path:
         {"stage": "pretrain", "args": saved_args, "model": config.to_dict()},
         args.resume,
     )
-    write_json(run.path / "versions.json", versions(describe_device(device)))
-    tracker_id, start = None, 0
+    record_versions(run.path, describe_device(device))
+    state: dict[str, Any] = {"step": 0, "tracker": {}}
     if run.checkpoint is not None:
         state = load_trainer_state(run.checkpoint)
-        tracker_id, start = state["tracker_id"], state["step"]
+    start = state["step"]
 
     torch.manual_seed(args.seed)
     model = Model(config).to(device)
     model.compute_dtype = precision.compute_dtype
-    if args.compile:
-        model.compile()
+    # sampling and evaluation stay eager: their shapes differ from step to step
+    trained = cast(Model, torch.compile(model)) if args.compile else model
     peak = args.lr if args.lr is not None else PEAK_LR.get(args.preset, 1e-3)
     warmup = max(1, round(args.warmup * steps))
     stage = Stage(
@@ -150,7 +156,7 @@ def main(args: Args, console: Console) -> Path:
         tokenizer=tokenizer,
         optimizer=build_optimizers(model, args.optimizer, peak, args.weight_decay),
         loader=loader,
-        loss=lambda batch: next_token_loss(model, to_device(batch, device)),
+        loss=lambda batch: next_token_loss(trained, to_device(batch, device)),
         peak_lr=peak,
         lr_factor=lambda step: lr_factor(args.schedule, step, steps, warmup),
         evaluate=lambda final: evaluate(model, heldout, args, device, final),
@@ -167,6 +173,7 @@ def main(args: Args, console: Console) -> Path:
         log_every=args.log_every,
         eval_every=math.ceil(steps / max(1, args.evals)),
         save_every=args.save_every or max(1, steps // 20),
+        keep_checkpoints=args.keep_checkpoints,
     )
     for line in (
         f"device: {describe_device(device)}",
@@ -182,12 +189,13 @@ def main(args: Args, console: Console) -> Path:
         + (f", continuing after step {start}" if run.checkpoint else ""),
     ):
         say(console, line)
-    tracker = make_tracker(args.track, run.path, saved_args, tracker_id, start)
+    tracker = make_tracker(args.track, run.path, saved_args, state["tracker"], start)
     trainer = Trainer(stage, options, run, tracker, console)
     if run.checkpoint is not None:
-        trainer.resume(run.checkpoint)
+        trainer.resume(state)
+    del state  # a copy of the optimizer's
     trainer.fit()
-    if trainer.interrupted:
+    if not run.finished:
         sys.exit(130)
     say(console, f"finished in {run.path}: see loss.png and samples.txt")
     return run.path
@@ -210,9 +218,9 @@ def evaluate(
     if heldout is None:
         return {}
     model.eval()
-    if not final and heldout.num_tokens > args.eval_tokens:
+    if not final:
         # whole documents: with a part of the packed rows instead, bytes and tokens would not belong together
-        heldout, _ = heldout.split(1 - args.eval_tokens / heldout.num_tokens, max_tokens=heldout.num_tokens)
+        heldout = heldout.head(args.eval_tokens)
     rows = max(1, 4096 // args.seq_len)
     nats = torch.zeros((), dtype=torch.float64)
     targets = text_bytes = 0
@@ -251,6 +259,15 @@ def describe(batch: Batch, corpus: Corpus, tokenizer: Tokenizer) -> list[dict[st
     return found
 
 
+def check(args: Args) -> None:
+    """Refuse numbers that no run can use, in one line."""
+    for name in ("tokens", "epochs", "seq_len", "batch_tokens", "micro_tokens", "lr", "grad_clip", "eval_tokens",
+                 "evals", "save_every", "keep_checkpoints", "log_every"):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+
+
 def _open_data(args: Args, tokenizer: Tokenizer, console: Console) -> Corpus:
     cache_dir = Path(args.cache_dir) if args.cache_dir else None
     paths = list(args.data) or [str(builtin_corpus(cache_dir, console))]
@@ -281,7 +298,7 @@ if __name__ == "__main__":
     output = Console()
     try:
         main(parsed, output)
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:  # OSError: a full disk, a folder that is not ours
         say(output, f"error: {problem}")
         sys.exit(2)
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from minimind.data.reader import EXTENSIONS, expand_paths
 from minimind.data.records import bad_row_error, reporter
 from minimind.data.store import DOCUMENTS, META, TOKENS, Corpus, Source
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _HASH_CHUNK = 1 << 20
 _SETTLED_NS = 2_000_000_000  # a file changed less than 2 s ago may change again within one clock tick
 

@@ -89,6 +89,12 @@ class PackedLoader:
         return self.view.num_tokens - self.view.num_documents
 
     @property
+    def fill(self) -> float:
+        """Share of a row's positions that hold tokens, the rest being padding; measured on the first window."""
+        pieces = self._pieces(0, 0)
+        return float(pieces.length.sum()) / (pieces.num_rows * self.seq_len)
+
+    @property
     def num_windows(self) -> int:
         """Windows of one pass."""
         return -(-self.view.num_documents // self._window_documents)

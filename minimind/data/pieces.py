@@ -7,11 +7,13 @@ from typing import IO
 from minimind.data.records import BOM, Document, Position, Report, reason_of
 from minimind.data.streams import StreamError, open_stream
 
-PIECE_BYTES = 1 << 16  # small enough to shuffle, far longer than a training context
+PIECE_BYTES = (
+    1 << 13
+)  # several training contexts; a 1 MB book is 130 pieces, so that 5% of it can be held out
 
 
 def text_pieces(path: Path, start: Position, report: Report) -> Iterator[Document]:
-    """Pieces of at most 64 KiB from `start` on, which is the beginning or the end of an earlier piece.
+    """Pieces of at most 8 KiB from `start` on, which is the beginning or the end of an earlier piece.
 
     A line longer than that is cut between characters. A line that is not UTF-8 is reported and left out.
     """
@@ -48,7 +50,7 @@ def _parts_of_lines(path: Path, start: Position, report: Report) -> Iterator[tup
 
 
 def _raw_parts(stream: IO[bytes], line: int, report: Report) -> Iterator[bytes]:
-    """Lines, those beyond 64 KiB in parts; where a part ends depends only on where it starts."""
+    """Lines, those beyond 8 KiB in parts; where a part ends depends only on where it starts."""
     carry = b""
     while True:
         try:

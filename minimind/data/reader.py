@@ -2,7 +2,7 @@
 
 Formats: `.jsonl` with one `{"text": str}` object per line (upstream MiniMind's pretraining format) and
 `.txt`, either of them plain, gzipped (`.gz`) or Zstandard-compressed (`.zst`). Memory is one line (jsonl) or
-one 64 KiB piece (txt), whatever the file's size.
+one 8 KiB piece (txt), whatever the file's size.
 """
 
 import glob
@@ -44,7 +44,7 @@ def read_documents(
     """Documents of `path` from `start` on (an earlier document's `end`), one at a time.
 
     A jsonl line is a document; blank lines are not. A .txt file is cut at line ends into pieces of at most
-    64 KiB (a longer line inside itself, between characters), which joined give the file without its byte
+    8 KiB (a longer line inside itself, between characters), which joined give the file without its byte
     order mark. A row that cannot be used raises ValueError naming file:line, or, when `on_bad_row` is "skip",
     is added to `bad` and left out. An empty file gives no document.
     """

@@ -155,6 +155,21 @@ class Corpus:
         train = [_Slice(p.source, p.first, tail.first) for p, tail in zip(self._slices, held, strict=True)]
         return Corpus(train), Corpus(held)
 
+    def head(self, max_tokens: int) -> "Corpus":
+        """The first documents of each source, about `max_tokens` in all; at least one document."""
+        if self.num_tokens <= max_tokens:
+            return self
+        share = max_tokens / self.num_tokens
+        heads = []
+        for s in self._slices:
+            target = int(s.source.index[s.first, 0]) + int(share * s.total(0))
+            stop = bisect_left(s.source.index[:, 0], target + 1, s.first, s.stop + 1) - 1
+            heads.append(_Slice(s.source, s.first, stop))
+        if all(piece.first == piece.stop for piece in heads):
+            s = self._slices[0]
+            heads[0] = _Slice(s.source, s.first, s.first + 1)
+        return Corpus(heads)
+
     def _locate(self, i: int) -> tuple[_Slice, int]:
         if not 0 <= i < self.num_documents:
             raise IndexError(f"document {i} of {self.num_documents}")

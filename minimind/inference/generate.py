@@ -42,11 +42,16 @@ def generate(
         ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     rows = torch.arange(len(prompts), device=device)
+    stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
+    running = torch.ones(len(prompts), dtype=torch.bool, device=device)
     for offset in range(max_new_tokens):
         end = lengths + offset  # causal attention: what lies to the right of a row's end does not matter
         hidden = model(ids[:, : int(end.max())], return_logits=False).hidden_states[rows, end - 1]
         logits = (hidden @ model.head_weight.to(hidden.dtype).t()).float()
         ids[rows, end] = _pick(logits, temperature, top_k, generator)
+        running &= torch.isin(ids[rows, end], stops, invert=True)
+        if not running.any():
+            break
     model.train(was_training)
     return [_cut(ids[r, n : n + max_new_tokens].tolist(), stop_ids) for r, n in enumerate(lengths.tolist())]
 

@@ -24,11 +24,14 @@ _ID_FIELDS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 
 
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
-    """Load a tokenizer: None is the one shipped with MiniMind, else a folder or its tokenizer.json.
+    """Load a tokenizer: None is the one shipped with MiniMind, else a folder, its tokenizer.json, or a run folder,
+    whose newest checkpoint has one.
 
     Raises ValueError naming the file that is missing or broken.
     """
     place = DEFAULT_FOLDER if path is None else Path(path).expanduser()
+    if place.is_dir() and not (place / MODEL_FILE).exists():
+        place = max(place.glob("checkpoints/step-*"), default=place)
     folder = place if place.is_dir() else place.parent
     model_file = folder / MODEL_FILE if place.is_dir() else place
     model = _load_model(model_file)

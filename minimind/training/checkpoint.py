@@ -9,11 +9,13 @@ checkpoints/step-00000250/
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from minimind.data.files import sync
 from minimind.modeling import Model
@@ -44,13 +46,15 @@ def save_checkpoint(
             sync(file)
         os.replace(partial, final)
         sync(root)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk becomes on its way here
         shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(
             f"{final}: cannot write the checkpoint ({error}); free some space, then run the same command again"
         ) from error
     for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        gone = old.with_name(f".partial-{old.name}")  # never a half-deleted folder under a whole one's name
+        os.replace(old, gone)
+        shutil.rmtree(gone)
     return final
 
 
@@ -68,9 +72,10 @@ def remove_partial(run: Path) -> None:
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
     try:
         return torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"{checkpoint / 'trainer.pt'}: unreadable ({error}); delete that folder to resume from the one before"
+            f"{checkpoint / 'trainer.pt'}: unreadable ({reason}); delete that folder to resume from the one before"
         ) from error
 
 

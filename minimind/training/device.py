@@ -28,10 +28,14 @@ def choose_device(requested: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(requested)
-    except RuntimeError as error:
-        raise ValueError(f"--device {requested}: not a device name; try auto, cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {requested}: PyTorch sees no CUDA GPU here; use --device cpu")
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {requested}: choose auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {requested}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here; use --device cpu"
+        )
     return device
 
 
@@ -48,10 +52,7 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    if device.type == "cpu":
-        capability = torch.backends.cpu.get_cpu_capability()
-        return f"CPU, {torch.get_num_threads()} threads, {capability}"
-    return str(device)
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _native_bf16(device: torch.device) -> tuple[bool, str]:
@@ -63,5 +64,5 @@ def _native_bf16(device: torch.device) -> tuple[bool, str]:
             supported = getattr(torch.cpu, probe, None)
             if supported is not None and supported():
                 return True, f"this CPU has {name}"
-        return False, "this CPU has no bf16 instructions"
-    return False, f"bf16 is not verified on {device.type}"
+        return False, "PyTorch reports no bf16 instructions on this CPU"
+    raise ValueError(f"no precision policy for {device}")

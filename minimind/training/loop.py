@@ -2,7 +2,7 @@
 
 Order within a step: fetch the micro-batches, so that the global number of targets is known; forward and backward
 of each; clip; update. Nothing on the way waits for the device: losses are read back on log steps only. A
-checkpoint is written only after every loss before it was read and found finite, so the newest one is always sound.
+checkpoint is written only after every loss before it and every weight in it was found finite.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from minimind.data.files import write_json
+from minimind.data.files import sync, write_json
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
-from minimind.training.checkpoint import load_trainer_state, load_weights_into, save_checkpoint
+from minimind.training.checkpoint import load_weights_into, save_checkpoint
 from minimind.training.display import Display, duration
 from minimind.training.metrics import MetricsLog, plot_losses
 from minimind.training.optim import Optimizers
@@ -103,62 +103,66 @@ class Trainer:
     step: int = 0
     targets_seen: int = 0
     seconds: float = 0.0
-    interrupted: bool = False
+    interrupted: str | None = None  # the signal's name
+    heldout: str = ""  # the newest held-out loss, for the progress line
     pending: list[_Row] = field(default_factory=list)
 
-    def resume(self, checkpoint: Path) -> None:
-        """Take everything back to the state after `checkpoint`'s last step."""
-        state = load_trainer_state(checkpoint)
+    @property
+    def device(self) -> torch.device:
+        return self.stage.model.head_weight.device
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Take everything back to where `state`, the trainer state of the run's checkpoint, was saved."""
+        assert self.run.checkpoint is not None
         if state["data"] != self.stage.data_fingerprint:
             raise ValueError(
                 f"{self.run.path}: the data or the tokenizer changed since this run began; "
                 "put them back or start anew with --resume never"
             )
-        load_weights_into(self.stage.model, checkpoint)
+        load_weights_into(self.stage.model, self.run.checkpoint)
         self.stage.optimizer.load_state_dict(state["optimizer"])
         self.stage.loader.load_state(state["loader"])
         torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available() and state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step, self.targets_seen = state["step"], state["targets_seen"]
         self.seconds = state["seconds"]
         truncate(self.run.metrics, state["metrics_bytes"])
         truncate(self.run.samples, state["samples_bytes"])
 
     def fit(self) -> None:
-        """Train to the last step. Ctrl-C or SIGTERM saves after the current step and returns, `interrupted` set."""
-        if self.step == 0:  # what a run killed before its first checkpoint had written
+        """Train to the last step. Ctrl-C or SIGTERM saves after the current step and returns, the run unfinished."""
+        if self.step == 0:  # drop what a run killed before its first checkpoint had written
             truncate(self.run.metrics, 0)
             truncate(self.run.samples, 0)
-        self.metrics = MetricsLog(self.run.metrics)
-        self.display = Display(self.console, self.options.steps, self.step)
-        previous = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.heldout = ""
+        with ExitStack() as cleanup:
+            cleanup.callback(plot_losses, self.run.metrics, self.run.path / "loss.png", self.stage.title)
+            cleanup.callback(self.tracker.finish)
+            self.metrics = MetricsLog(self.run.metrics)
+            cleanup.callback(self.metrics.close)
+            self.display = Display(self.console, self.options.steps, self.step)
+            cleanup.callback(self.display.close)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                cleanup.callback(signal.signal, number, signal.signal(number, self._interrupt))
+            self._run()
+
+    def _run(self) -> None:
         self.clock, self.clock_step = time.perf_counter(), self.step
-        try:
-            if self.step == 0:
-                self._sample()
-                self._evaluate()
-            while self.step < self.options.steps and not self.interrupted:
-                self._train_step()
-                self._after_step()
-            if self.interrupted:
-                self._save()
-                self.display.say(
-                    f"stopped at step {self.step}, saved; the same command continues (or --resume never)"
-                )
-            else:
-                self._evaluate(final=True)
-                self._sample()
-                self._save()
-                self.run.mark_finished()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-            self.metrics.close()
-            self.display.close()
-            self.tracker.finish()
-            plot_losses(self.run.metrics, self.run.path / "loss.png", self.stage.title)
+        if self.step == 0:
+            self._sample()
+            self._evaluate()
+        while self.step < self.options.steps and self.interrupted is None:
+            self._train_step()
+            self._after_step()
+        self._save()
+        if self.step < self.options.steps:
+            self.display.say(
+                f"{self.interrupted}: stopped at step {self.step}, saved; the same command continues"
+            )
+            return
+        self._evaluate(final=True)
+        self._sample()
+        self.run.mark_finished()
 
     def _train_step(self) -> None:
         stage, options = self.stage, self.options
@@ -187,7 +191,7 @@ class Trainer:
         last = self.step == options.steps
         evaluate = self.step % options.eval_every == 0 and not last
         save = self.step % options.save_every == 0 and not last
-        if last or self.interrupted or evaluate or save or self.step % options.log_every == 0:
+        if last or self.interrupted is not None or evaluate or save or self.step % options.log_every == 0:
             self._log()
         if evaluate:
             self._evaluate()
@@ -257,8 +261,16 @@ class Trainer:
         self.clock = time.perf_counter()
 
     def _save(self) -> None:
+        if self.pending:  # an interrupt came after this step's look at the clock
+            self._log()
         stage = self.stage
-        samples = self.run.samples.stat().st_size if self.run.samples.exists() else 0
+        if not torch.stack([p.isfinite().all() for p in stage.model.parameters()]).all():
+            raise NonFiniteLossError(
+                f"step {self.step}: a weight is not finite after the update; lower --lr. Checkpoints are from before"
+            )
+        self.metrics.flush()
+        sync(self.run.metrics)  # the sizes below must not outlive the lines they count
+        sync(self.run.samples)
         state = {
             "step": self.step,
             "targets_seen": self.targets_seen,
@@ -267,10 +279,10 @@ class Trainer:
             "loader": stage.loader.state(),
             "data": stage.data_fingerprint,
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "tracker_id": self.tracker.run_id,
-            "metrics_bytes": self.metrics.flush(),
-            "samples_bytes": samples,
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "tracker": {"name": self.tracker.name, "id": self.tracker.run_id},
+            "metrics_bytes": self.run.metrics.stat().st_size,
+            "samples_bytes": self.run.samples.stat().st_size,
         }
         save_checkpoint(
             self.run.path, self.step, stage.model, stage.tokenizer, state, self.options.keep_checkpoints
@@ -290,7 +302,6 @@ class Trainer:
         )
 
     def _interrupt(self, number: int, _frame: Any) -> None:
-        if self.interrupted:
+        if self.interrupted is not None:
             raise KeyboardInterrupt
-        self.interrupted = True
-        self.display.say(f"{signal.Signals(number).name}: saving after this step; once more to quit at once")
+        self.interrupted = signal.Signals(number).name

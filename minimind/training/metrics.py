@@ -19,10 +19,8 @@ class MetricsLog:
         row = {"kind": kind, "step": step, **values, "time": time}
         self.file.write(json.dumps(row, allow_nan=True) + "\n")
 
-    def flush(self) -> int:
-        """Bytes written so far, all on their way to the disk."""
+    def flush(self) -> None:
         self.file.flush()
-        return self.file.tell()
 
     def close(self) -> None:
         self.file.close()

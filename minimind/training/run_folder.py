@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -10,18 +11,26 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
+
 from minimind.data.files import write_json
 from minimind.training.checkpoint import list_checkpoints, remove_partial
 
 ResumeMode = Literal["auto", "never"]
 
 
+# Settings that change where things lie, not what is computed.
+_NOT_IDENTITY = {"args.cache_dir"}
+
+
 @dataclass(frozen=True)
 class RunFolder:
-    """path: the folder; checkpoint: where to continue from, None at a fresh start."""
+    """path: the folder; checkpoint: where to continue from, None at a fresh start. Locked for this process: the
+    lock goes with the object, or with the process however it ends."""
 
     path: Path
     checkpoint: Path | None
+    lock: FileLock
 
     @property
     def metrics(self) -> Path:
@@ -30,6 +39,10 @@ class RunFolder:
     @property
     def samples(self) -> Path:
         return self.path / "samples.txt"
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "finished").exists()
 
     def mark_finished(self) -> None:
         (self.path / "finished").touch()
@@ -41,40 +54,45 @@ def open_run(
     """Continue the unfinished run with this very configuration, or make a new folder. Nothing is overwritten.
 
     out: the folder to use; None takes runs/<default_name>, numbered when that is taken by another run.
-    Raises ValueError when `out` holds a finished run or one with another configuration.
+    Raises ValueError when `out` holds a finished run, one with another configuration, or one that is running.
     """
-    if out is not None:
-        path = Path(out)
-        if not (path / "config.json").exists() and path.exists() and any(path.iterdir()):
-            raise ValueError(f"--out {out}: not empty and not a run folder; name another folder")
-        if not (path / "config.json").exists():
-            return _create(path, config)
-        if resume == "never":
-            raise ValueError(f"--out {out}: holds a run already; name another folder or drop --resume never")
-        if (path / "finished").exists():
-            raise ValueError(f"--out {out}: this run is finished; name another folder to train anew")
-        difference = _difference(_read_config(path), config)
-        if difference:
-            raise ValueError(
-                f"--out {out}: started with {difference}; repeat that command or name another folder"
-            )
-        return _continue(path)
-    number = 1
-    while True:
-        path = root / (default_name if number == 1 else f"{default_name}-{number}")
-        if not path.exists():
-            return _create(path, config)
-        unfinished = (path / "config.json").exists() and not (path / "finished").exists()
-        if resume == "auto" and unfinished and not _difference(_read_config(path), config):
-            return _continue(path)
-        number += 1
+    if out is None:
+        return _next_free(root / default_name, config, resume)
+    path = Path(out)
+    if (
+        path.exists()
+        and not (path / "config.json").exists()
+        and any(f.name != ".lock" for f in path.iterdir())
+    ):
+        raise ValueError(f"--out {out}: not empty and not a run folder; name another folder")
+    path.mkdir(parents=True, exist_ok=True)
+    lock = _try_lock(path)
+    if lock is None:
+        raise ValueError(f"--out {out}: another process is training in it; wait, or name another folder")
+    if not (path / "config.json").exists():
+        return _create(path, config, lock)
+    if resume == "never":
+        raise ValueError(f"--out {out}: holds a run already; name another folder or drop --resume never")
+    if (path / "finished").exists():
+        raise ValueError(f"--out {out}: this run is finished; name another folder to train anew")
+    difference = _difference(_read_config(path), config)
+    if difference:
+        raise ValueError(
+            f"--out {out}: started with {difference}; repeat that command or name another folder"
+        )
+    return _continue(path, lock)
 
 
 def truncate(path: Path, size: int) -> None:
     """Cut a log back to where the checkpoint saw it, so that a resumed run writes each line once."""
+    there = path.stat().st_size if path.exists() else 0
+    if there < size:
+        raise ValueError(
+            f"{path}: {there} bytes, but the checkpoint was written after {size}; was it edited? "
+            "Put it back or start anew with --resume never"
+        )
     if path.exists():
-        with path.open("r+b") as file:
-            file.truncate(size)
+        os.truncate(path, size)
 
 
 def versions(device: str) -> dict[str, Any]:
@@ -94,16 +112,53 @@ def versions(device: str) -> dict[str, Any]:
     }
 
 
-def _create(path: Path, config: dict[str, Any]) -> RunFolder:
-    path.mkdir(parents=True, exist_ok=True)
+def record_versions(run: Path, device: str) -> None:
+    """Add this start to versions.json: a resumed run may have continued on other software."""
+    path = run / "versions.json"
+    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    write_json(path, {"starts": [*starts, versions(device)]})
+
+
+def _next_free(base: Path, config: dict[str, Any], resume: ResumeMode) -> RunFolder:
+    number = 1
+    while True:
+        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        number += 1
+        try:
+            path.mkdir(parents=True)
+            fresh = True
+        except FileExistsError:
+            fresh = False
+        if not fresh and (
+            resume == "never"
+            or (path / "finished").exists()
+            or not (path / "config.json").exists()
+            or _difference(_read_config(path), config)
+        ):
+            continue
+        lock = _try_lock(path)
+        if lock is not None:
+            return _create(path, config, lock) if fresh else _continue(path, lock)
+
+
+def _try_lock(path: Path) -> FileLock | None:
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
+
+
+def _create(path: Path, config: dict[str, Any], lock: FileLock) -> RunFolder:
     write_json(path / "config.json", config)
-    return RunFolder(path, None)
+    return RunFolder(path, None, lock)
 
 
-def _continue(path: Path) -> RunFolder:
+def _continue(path: Path, lock: FileLock) -> RunFolder:
     remove_partial(path)
     checkpoints = list_checkpoints(path)
-    return RunFolder(path, checkpoints[-1] if checkpoints else None)
+    return RunFolder(path, checkpoints[-1] if checkpoints else None, lock)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -114,12 +169,19 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    new = json.loads(json.dumps(new))
+    before, now = _leaves(old), _leaves(json.loads(json.dumps(new)))
     return ", ".join(
-        f"{key}={old.get(key)} (now {new.get(key)})"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        f"{key.removeprefix('args.')} {before.get(key)} (now {now.get(key)})"
+        for key in sorted((before.keys() | now.keys()) - _NOT_IDENTITY)
+        if before.get(key) != now.get(key)
     )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
 
 
 def _git_commit() -> str | None:

@@ -11,6 +11,7 @@ TrackerName = Literal["none", "tensorboard", "wandb", "swanlab"]
 
 
 class Tracker(Protocol):
+    name: TrackerName
     run_id: str | None
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
@@ -19,6 +20,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
+    name: TrackerName = "none"
     run_id: str | None = None
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -29,6 +31,8 @@ class NoTracker:
 
 
 class TensorBoardTracker:
+    name: TrackerName = "tensorboard"
+
     def __init__(self, folder: Path, start_step: int) -> None:
         writer = _require("torch.utils.tensorboard", "tensorboard")
         # purge_step hides what a killed run had drawn past its checkpoint
@@ -46,9 +50,12 @@ class TensorBoardTracker:
 class HostedTracker:
     """wandb and swanlab, whose init and log agree."""
 
-    def __init__(self, package: str, folder: Path, config: dict[str, Any], run_id: str | None) -> None:
+    def __init__(
+        self, package: TrackerName, folder: Path, config: dict[str, Any], run_id: str | None
+    ) -> None:
+        self.name = package
         module = _require(package, package)
-        place = {"wandb": {"dir": str(folder)}, "swanlab": {"logdir": str(folder / "swanlab")}}[package]
+        place = {"wandb": {"dir": str(folder)}, "swanlab": {"log_dir": str(folder / "swanlab")}}[package]
         self.run = module.init(
             project="minimind", name=folder.name, config=config, id=run_id, resume="allow", **place
         )
@@ -62,14 +69,14 @@ class HostedTracker:
 
 
 def make_tracker(
-    name: TrackerName, folder: Path, config: dict[str, Any], run_id: str | None, start_step: int
+    name: TrackerName, folder: Path, config: dict[str, Any], saved: dict[str, Any], start_step: int
 ) -> Tracker:
-    """run_id and start_step come from the checkpoint, None and 0 at a fresh start."""
+    """saved: {"name", "id"} from the checkpoint, empty at a fresh start; another tracker's id is not used."""
     if name == "none":
         return NoTracker()
     if name == "tensorboard":
         return TensorBoardTracker(folder, start_step)
-    return HostedTracker(name, folder, config, run_id)
+    return HostedTracker(name, folder, config, saved["id"] if saved.get("name") == name else None)
 
 
 def _require(module: str, package: str) -> Any:

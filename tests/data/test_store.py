@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from minimind.data.cache import open_corpus
 from minimind.data.store import Corpus
-from tests.data.fake import corpus_of, ids_of, some_texts, text_of
+from tests.data.fake import ByteTokenizer, corpus_of, ids_of, some_texts, text_of
 
 TEXTS = some_texts(300)
 
@@ -69,3 +70,24 @@ def test_a_split_of_single_documents(tmp_path):
     assert one.split(0)[0] is one
     with pytest.raises(ValueError, match="--heldout must be a fraction"):
         one.split(1.5)
+
+
+def test_head_is_the_first_documents_of_every_source(tmp_path):
+    texts = some_texts(400)
+    corpus = corpus_of(tmp_path, texts[:300], texts[300:])
+    head = corpus.head(corpus.num_tokens // 4)
+    taken = [text_of(head.document(i)) for i in range(head.num_documents)]
+    second = taken.index(texts[300])
+    assert taken == texts[:second] + texts[300 : 300 + len(taken) - second]
+    assert 0.9 < head.num_tokens / (corpus.num_tokens // 4) <= 1
+    assert corpus.head(corpus.num_tokens) is corpus
+    assert corpus.head(1).num_documents == 1
+
+
+def test_a_book_in_one_txt_file_is_held_out_in_the_right_proportion(tmp_path):
+    lines = "".join(f"{text}\n" for text in some_texts(20_000))
+    (tmp_path / "book.txt").write_text(lines, encoding="utf-8")
+    corpus = open_corpus([tmp_path / "book.txt"], ByteTokenizer(), tmp_path / "cache")
+    train, held_out = corpus.split(0.05)
+    assert 0.025 < held_out.num_tokens / corpus.num_tokens <= 0.05
+    assert train.num_tokens + held_out.num_tokens == corpus.num_tokens

@@ -11,39 +11,58 @@ from minimind.training.run_folder import open_run, truncate
 CONFIG = {"stage": "pretrain", "args": {"lr": 1e-3, "data": ("a", "b")}}
 
 
+def opened(*arguments):
+    """open_run as another process would find it afterwards: the lock is free again."""
+    run = open_run(*arguments)
+    run.lock.release()
+    return run
+
+
 def test_auto_continues_the_unfinished_run_only(tmp_path):
-    first = open_run(None, "x", CONFIG, "auto", tmp_path)
+    first = opened(None, "x", CONFIG, "auto", tmp_path)
     assert (first.path.name, first.checkpoint) == ("x", None)
     assert (
-        open_run(None, "x", CONFIG, "auto", tmp_path).path == first.path
+        opened(None, "x", CONFIG, "auto", tmp_path).path == first.path
     )  # killed before its first checkpoint
     (first.path / "checkpoints" / "step-00000010").mkdir(parents=True)
     (first.path / "checkpoints" / "step-00000020").mkdir()
     (first.path / "checkpoints" / ".partial-00000030-1").mkdir()
-    again = open_run(None, "x", CONFIG, "auto", tmp_path)
+    again = opened(None, "x", CONFIG, "auto", tmp_path)
     assert again.checkpoint is not None and again.checkpoint.name == "step-00000020"
     assert not list(first.path.glob("checkpoints/.partial*"))
-    assert open_run(None, "x", CONFIG, "never", tmp_path).path.name == "x-2"
+    assert opened(None, "x", CONFIG, "never", tmp_path).path.name == "x-2"
     other = {**CONFIG, "args": {"lr": 2e-3}}
-    assert open_run(None, "x", other, "auto", tmp_path).path.name == "x-3"
+    assert opened(None, "x", other, "auto", tmp_path).path.name == "x-3"
     first.mark_finished()
+    assert opened(None, "x", CONFIG, "auto", tmp_path).path.name == "x-2"
+    elsewhere = {**CONFIG, "args": {**CONFIG["args"], "cache_dir": "/other"}}
+    assert opened(None, "x", elsewhere, "auto", tmp_path).path.name == "x-2"
+
+
+def test_a_run_in_progress_is_left_alone(tmp_path):
+    running = open_run(None, "x", CONFIG, "auto", tmp_path)
+    (running.path / "checkpoints" / ".partial-00000030-1").mkdir(parents=True)
     assert open_run(None, "x", CONFIG, "auto", tmp_path).path.name == "x-2"
+    with pytest.raises(ValueError, match="another process is training in it"):
+        open_run(str(running.path), "x", CONFIG, "auto")
+    assert list(running.path.glob("checkpoints/.partial*"))
 
 
 def test_named_folder_refuses_what_would_lose_something(tmp_path):
     out = str(tmp_path / "mine")
-    run = open_run(out, "x", CONFIG, "auto")
-    with pytest.raises(ValueError, match=r"started with args=.*repeat that command or name another folder"):
-        open_run(out, "x", {**CONFIG, "args": {"lr": 2e-3}}, "auto")
+    run = opened(out, "x", CONFIG, "auto")
+    other = {**CONFIG, "args": {**CONFIG["args"], "lr": 2e-3}}
+    with pytest.raises(ValueError, match=r"started with lr 0\.001 \(now 0\.002\); repeat that command"):
+        opened(out, "x", other, "auto")
     with pytest.raises(ValueError, match="holds a run already"):
-        open_run(out, "x", CONFIG, "never")
+        opened(out, "x", CONFIG, "never")
     run.mark_finished()
     with pytest.raises(ValueError, match="this run is finished"):
-        open_run(out, "x", CONFIG, "auto")
+        opened(out, "x", CONFIG, "auto")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and not a run folder"):
-        open_run(str(tmp_path / "other"), "x", CONFIG, "auto")
+        opened(str(tmp_path / "other"), "x", CONFIG, "auto")
 
 
 def test_truncate_cuts_what_came_after_the_checkpoint(tmp_path):
@@ -51,7 +70,9 @@ def test_truncate_cuts_what_came_after_the_checkpoint(tmp_path):
     log.write_text("one\ntwo\nthree\n")
     truncate(log, 4)
     assert log.read_text() == "one\n"
-    truncate(tmp_path / "absent", 4)
+    truncate(tmp_path / "absent", 0)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: 4 bytes, but the checkpoint was written after 99"):
+        truncate(log, 99)
 
 
 def test_list_checkpoints_is_ordered(tmp_path):
@@ -83,23 +104,26 @@ class FakeService:
 def test_tracker_id_is_made_once_and_used_again(name, tmp_path, monkeypatch):
     service = FakeService()
     monkeypatch.setitem(sys.modules, name, service)
-    first = tracking.make_tracker(name, tmp_path, {"lr": 1}, None, 0)
+    first = tracking.make_tracker(name, tmp_path, {"lr": 1}, {}, 0)
     assert first.run_id == "service-made-id"
-    again = tracking.make_tracker(name, tmp_path, {"lr": 1}, first.run_id, 50)
+    saved = {"name": first.name, "id": first.run_id}
+    again = tracking.make_tracker(name, tmp_path, {"lr": 1}, saved, 50)
     again.log(60, {"loss": 2.0})
     assert service.calls[1]["id"] == "service-made-id" and service.calls[1]["resume"] == "allow"
     assert service.calls[2] == (60, {"loss": 2.0})
+    tracking.make_tracker(name, tmp_path, {}, {"name": "another", "id": "x"}, 50)
+    assert service.calls[3]["id"] is None
 
 
 def test_missing_tracker_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"--track wandb: the package is not installed; run `pip install"):
-        tracking.make_tracker("wandb", tmp_path, {}, None, 0)
+        tracking.make_tracker("wandb", tmp_path, {}, {}, 0)
 
 
 def test_tensorboard_curve(tmp_path):
     pytest.importorskip("tensorboard", reason="install minimind[track]")
-    tracker = tracking.make_tracker("tensorboard", tmp_path, {}, None, 0)
+    tracker = tracking.make_tracker("tensorboard", tmp_path, {}, {}, 0)
     tracker.log(1, {"loss": 2.5})
     tracker.finish()
     assert b"loss" in next(tmp_path.glob("tensorboard/events*")).read_bytes()
