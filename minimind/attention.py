@@ -74,6 +74,9 @@ class MaskLayout:
     mask: Tensor
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.is_cuda:  # CUDA's memory-efficient kernel takes a mask, but not fewer key heads than query heads
+            groups = q.shape[2] // k.shape[2]
+            k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
         return _sdpa(q, k, v, attn_mask=self.mask)
 
 
@@ -116,7 +119,7 @@ class DocumentLayout:
         batch, length = q.shape[:2]
         heads = [x.shape[2] for x in (q, k, v)]
         # float32: on a CPU SDPA's bf16 backward is up to 4x slower than its float32 one for short documents
-        qkv = torch.cat((q, k, v), dim=2).flatten(0, 1).float()
+        qkv = torch.cat((q, k, v), dim=2).flatten(0, 1).to(torch.promote_types(q.dtype, torch.float32))
         stacked = permute_rows(qkv, self.index, self.inverse)
         out, offset = [], 0
         for docs, longest in self.stacks:
