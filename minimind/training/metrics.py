@@ -73,8 +73,9 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> None:
     plt.close(figure)
 
 
-def _smooth(values: list[float], decay: float = 0.95) -> list[float]:
-    """Bias-corrected exponential moving average that steps over non-finite values."""
+def _smooth(values: list[float]) -> list[float]:
+    """Bias-corrected exponential moving average over about 2% of the run; steps over non-finite values."""
+    decay = 1 - 1 / max(2, len(values) / 50)
     out, mean, weight = [], 0.0, 0.0
     for value in values:
         if math.isfinite(value):
