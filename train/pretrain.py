@@ -123,7 +123,7 @@ def main(args: Args, console: Console) -> Path:
         )
         config = ModelConfig.preset(args.preset, vocab_size=tokenizer.vocab_size)
     corpus = _open_data(args, tokenizer, console)
-    train, heldout = corpus.split(args.heldout) if args.heldout > 0 else (corpus, None)
+    train, heldout = corpus.split(args.heldout) if args.heldout != 0 else (corpus, None)
 
     rows, micro_batches = _batch_shape(args, device)
     loader = PackedLoader(train, args.seq_len, rows, args.seed)

@@ -128,10 +128,11 @@ def test_mixture_of_experts_resumes_to_the_bit_on_two_threads(data, tmp_path):
 
 def test_two_processes_do_not_train_in_one_folder(data, tmp_path):
     out = tmp_path / "shared"
-    first = subprocess.Popen(command(data, out, *LENGTH), stdout=subprocess.DEVNULL, env=ONE_THREAD)
+    long = ["--tokens", str(512 * 2000)]  # far from done when the second starts
+    first = subprocess.Popen(command(data, out, *long), stdout=subprocess.DEVNULL, env=ONE_THREAD)
     while first.poll() is None and _last_step(out) < 3:
         time.sleep(0.005)
-    answer = run(command(data, out, *LENGTH))
+    answer = run(command(data, out, *long))
     alive = first.poll() is None
     first.kill()
     first.wait()
@@ -238,6 +239,7 @@ BAD = {
     "not a device": (["--device", "abacus"], "--device abacus"),
     "no tokenizer": (["--tokenizer", "nowhere"], "nowhere"),
     "heldout": (["--heldout", "1.5"], "--heldout must be a fraction"),
+    "negative heldout": (["--heldout", "-0.1"], "--heldout must be a fraction"),
     "no such gpu": (["--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
     "zero rows": (["--seq-len", "0"], "--seq-len 0: must be above 0"),
     "zero log": (["--log-every", "0"], "--log-every 0: must be above 0"),
