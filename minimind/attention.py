@@ -118,7 +118,7 @@ class DocumentLayout:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch, length = q.shape[:2]
         heads = [x.shape[2] for x in (q, k, v)]
-        # float32: on a CPU SDPA's bf16 backward is up to 4x slower than its float32 one for short documents
+        # float32: for short documents bf16 SDPA with its backward took 4x as long on a CPU (docs/LOG.md)
         qkv = torch.cat((q, k, v), dim=2).flatten(0, 1).to(torch.promote_types(q.dtype, torch.float32))
         stacked = permute_rows(qkv, self.index, self.inverse)
         out, offset = [], 0

@@ -134,7 +134,9 @@ def test_copies_travel_to_worker_processes() -> None:
 
 
 def test_transformers_reads_the_same_ids(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip(
+        "transformers", reason="install minimind[export] to load it in transformers"
+    )
     SHIPPED.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "".join(SPECIALS) + "Hello 世界\r\n 12345 don't\t😀 def f(x):\n    return x"
