@@ -12,7 +12,7 @@ from minimind.modeling import Model
 from minimind.weights import to_stock
 from tests.conftest import documents_batch
 
-# Float32 sums taken in another order: logits here differ by up to 3e-6 on an AVX512 CPU, other CPUs get three times that.
+# Float32 sums taken in another order: up to 3e-6 on logits here (AVX512); other CPUs get three times that.
 ROUNDING = 1e-5
 
 TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
