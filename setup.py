@@ -47,6 +47,7 @@ setup(
             "ruff>=0.8",
             "tensorboard>=2.18",
             "transformers>=4.57",
+            "triton>=3.6; platform_system == 'Linux'",
         ],
     },
 )

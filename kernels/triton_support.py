@@ -1,22 +1,134 @@
-"""Whether Triton kernels can run in this process."""
+"""Triton, where there is one, and the one door through which its kernels are launched.
 
-from __future__ import annotations
+The kernel files import `triton`, `tl` and `jit` from here, so that they can be read, and their references used, where
+Triton is not installed. A kernel's tile sizes come from a frozen table, one entry per architecture that needs its own.
+"""
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+if importlib.util.find_spec("triton") is not None:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+else:
+    triton: Any = None  # type: ignore[no-redef]
+    tl: Any = SimpleNamespace(constexpr=None)  # type: ignore[no-redef]
+
+    def jit(function: Any = None, **options: Any) -> Any:  # type: ignore[no-redef]
+        return function if function is not None else lambda f: f
+
+
+ARCHITECTURES = (80, 86, 89, 90)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+Config = TypeVar("Config")
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, which takes CPU tensors and is for tests only."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_no_triton(device: torch.device) -> str | None:
-    """None when Triton can run kernels on tensors of `device`, else one short reason.
-
-    A CPU tensor needs Triton's interpreter (TRITON_INTERPRET=1), which is for tests only.
-    """
-    if importlib.util.find_spec("triton") is None:
+    """None when Triton can run kernels on tensors of `device`, else one short reason."""
+    if triton is None:
         return "triton is not installed"
     if device.type == "cuda":
-        return None
-    if os.environ.get("TRITON_INTERPRET") == "1":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return None
+        return f"the kernels need compute capability 8.0, and this device has {major}.{minor}"
+    if device.type == "cpu" and interpreting():
         return None
     return f"triton has no {device.type} backend"
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """The newest of ARCHITECTURES that `device` runs: 86 for compute capability 8.6; 80 for the interpreter."""
+    if device.type != "cuda":
+        return ARCHITECTURES[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return max(a for a in ARCHITECTURES if a <= 10 * major + minor)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at least; 2 for the interpreter, so that tests see programs that loop."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def config_for(table: Mapping[int, Config], device: torch.device) -> Config:
+    """The table's entry for the newest architecture that is not newer than the device's."""
+    arch = architecture(device)
+    return table[max(a for a in table if a <= arch)]
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 2, **constants: Any
+) -> None:
+    """kernel[grid](*args, **constants). bench/resources.py replaces `_run` to see what would be launched."""
+    if all(grid):
+        _run(kernel, grid, args, constants, num_warps, num_stages)
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict, num_warps: int, num_stages: int
+) -> None:
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device
+            kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+    else:
+        kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+
+
+_run: Callable[..., None] = _launch
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is not below n >= 1: tl.arange takes no other length."""
+    return 1 << (n - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def check(condition: bool, message: str) -> None:
+    """Refuse bad input before anything is launched."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_tensors(**tensors: Tensor | None) -> None:
+    """Floating-point tensors of a supported dtype, on one device that runs the kernels."""
+    first: tuple[str, Tensor] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        check(
+            tensor.dtype in FLOATS,
+            f"{name} is {tensor.dtype}; the kernels take float32, bfloat16 and float16",
+        )
+        if first is None:
+            first = name, tensor
+            reason = why_no_triton(tensor.device)
+            check(
+                reason is None, f"{name} is on {tensor.device}: {reason}; use ops mode 'reference' or 'fused'"
+            )
+        check(
+            tensor.device == first[1].device,
+            f"{name} is on {tensor.device} and {first[0]} on {first[1].device}; move them to one device",
+        )

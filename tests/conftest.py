@@ -1,11 +1,15 @@
 """Shared fixtures. Tests run on two threads' worth of small shapes; nothing here needs a GPU or the network."""
 
+import os
 import sys
 
 import pytest
 import torch
 
-from minimind import ops
+if not torch.cuda.is_available():  # before Triton is imported: its kernels then run in the interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from minimind import ops  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
