@@ -20,7 +20,7 @@ if importlib.util.find_spec("triton") is not None:
 
     jit = triton.jit
 else:
-    triton: Any = None  # type: ignore[no-redef]
+    triton: Any = None
     tl: Any = SimpleNamespace(constexpr=None)  # type: ignore[no-redef]
 
     def jit(function: Any = None, **options: Any) -> Any:  # type: ignore[no-redef]

@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported: its kernels then run in the interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
-from minimind import ops  # noqa: E402
+from minimind import ops
 
 
 @pytest.fixture(autouse=True)
