@@ -20,10 +20,10 @@ if importlib.util.find_spec("triton") is not None:
 
     jit = triton.jit
 else:
-    triton: Any = None
+    triton: Any = None  # type: ignore[no-redef]
     tl: Any = SimpleNamespace(constexpr=None)  # type: ignore[no-redef]
 
-    def jit(function: Any = None, **options: Any) -> Any:  # type: ignore[no-redef]
+    def jit(function: Any = None, **options: Any) -> Any:
         return function if function is not None else lambda f: f
 
 
