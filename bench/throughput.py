@@ -86,8 +86,9 @@ def minimind_step(args: Args, device: torch.device, compile_model: bool) -> Step
 
     def step() -> tuple[int, int]:
         batch = loader.next_batch()
-        arrays = (batch.input_ids, batch.targets, batch.position_ids, batch.cu_seqlens)
-        tensors = TokenBatch(*(torch.from_numpy(a).to(device, non_blocking=True) for a in arrays))
+        arrays = (batch.input_ids, batch.targets, batch.cu_seqlens)
+        ids, targets, cu_seqlens = (torch.from_numpy(a).to(device, non_blocking=True) for a in arrays)
+        tensors = TokenBatch(ids, targets, cu_seqlens, batch.num_targets)
         loss, aux = next_token_loss(trained, tensors)
         (loss / batch.num_targets + aux).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

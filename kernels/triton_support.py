@@ -106,6 +106,14 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def on_host(tensor: Tensor) -> bool:
+    """Whether values may be looked at: on a CPU, or with MINIMIND_CHECK=1, which makes the host wait for the device;
+    not while torch.compile traces, which has no values."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("MINIMIND_CHECK") == "1"
+
+
 def check(condition: bool, message: str) -> None:
     """Refuse bad input before anything is launched."""
     if not condition:

@@ -48,8 +48,20 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(norm of x + delta, x + delta): the residual stream takes up what the last layer made on its way."""
+        if delta is None:
+            return ops.rms_norm(x, self.weight, self.eps), x
+        return ops.add_rms_norm(x, delta, self.weight, self.eps)
+
+
+@dataclass
+class Rotation:
+    """cos and sin, float32 [P, D / 2], and the row of them that each token takes: int64 [B or 1, T]."""
+
+    cos: Tensor
+    sin: Tensor
+    position_ids: Tensor
 
 
 class Attention(nn.Module):
@@ -58,19 +70,20 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.heads, self.groups, self.head_dim = heads, groups, dim
+        self.heads, self.groups, self.eps = heads, groups, config.rms_norm_eps
         self.qkv_proj = Linear(config.hidden_size, (heads + 2 * groups) * dim)
         self.o_proj = Linear(heads * dim, config.hidden_size)
         self.q_norm = RMSNorm(dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))  # [B, T, H + 2 G, D]
-        q, k, v = qkv.split((self.heads, self.groups, self.groups), dim=2)
+    def forward(self, x: Tensor, rotation: Rotation, layout: Layout) -> Tensor:
+        norms: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out = layout.attend(ops.rope(q, cos, sin), ops.rope(k, cos, sin), v)  # [B, T, H, D]
-        return self.o_proj(out.flatten(2))
+            norms = self.q_norm.weight, self.k_norm.weight
+        qkv = self.qkv_proj(x)  # [B, T, (H + 2 G) D]
+        positions = (rotation.cos, rotation.sin, rotation.position_ids)
+        q, k, v = ops.rope(qkv, *positions, self.heads, self.groups, *norms, self.eps)
+        return self.o_proj(layout.attend(q, k, v).flatten(2))
 
 
 class MLP(nn.Module):
@@ -86,7 +99,7 @@ class MLP(nn.Module):
 
 
 @dataclass
-class Routing:
+class RoutingReport:
     """What one MoE layer reports: aux_loss, a scalar; tokens_per_expert int64 [E]."""
 
     aux_loss: Tensor
@@ -109,50 +122,47 @@ class MoE(nn.Module):
 
     def forward(
         self, x: Tensor, sequence_ids: Tensor, sequences: int, mask: Tensor
-    ) -> tuple[Tensor, Routing]:
+    ) -> tuple[Tensor, RoutingReport]:
         """x [B, T, C]; sequence_ids int64 [B * T] in 0..sequences-1; mask float32 [B * T], 0 at padding."""
         flat = x.flatten(0, 1)
         router_dtype = torch.promote_types(x.dtype, torch.float32)
-        scores = self.router(flat.to(router_dtype)).softmax(dim=-1)  # [B * T, E]
-        gates, expert_ids = scores.topk(self.config.num_experts_per_tok, dim=-1, sorted=False)
-        if self.config.norm_topk_prob:
-            gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)
-        counts = ops.expert_counts(expert_ids, self.config.num_experts)
-        out = ops.moe_experts(flat, self.gate_up_proj, self.down_proj, expert_ids, gates, counts).view_as(x)
+        if self.config.router_aux_loss_level == "batch":
+            sequence_ids, sequences = torch.zeros_like(sequence_ids), 1
+        routing = ops.route(
+            self.router(flat.to(router_dtype)),
+            self.config.num_experts_per_tok,
+            self.config.norm_topk_prob,
+            sequence_ids,
+            sequences,
+            mask,
+        )
+        out = ops.moe_experts(flat, self.gate_up_proj, self.down_proj, routing).view_as(x)
         for expert in self.shared_experts:
             out = out + expert(x)
-        aux = load_balance_loss(scores, expert_ids, sequence_ids, sequences, mask, self.config)
-        return out, Routing(aux, counts)
+        aux = load_balance_loss(routing.scores, routing.counts, sequence_ids, mask, self.config)
+        return out, RoutingReport(aux, routing.offsets.diff())
 
 
 def load_balance_loss(
-    scores: Tensor,
-    expert_ids: Tensor,
-    sequence_ids: Tensor,
-    sequences: int,
-    mask: Tensor,
-    config: ModelConfig,
+    scores: Tensor, counts: Tensor, sequence_ids: Tensor, mask: Tensor, config: ModelConfig
 ) -> Tensor:
     """coef * E * sum_e (share of token copies sent to e) * (mean router probability of e).
 
     Switch Transformer (arXiv 2101.03961) over the whole batch, or per sequence as in DeepSeek-V2 (arXiv
     2405.04434). Sequences count by their length, so that packing changes nothing; for sequences of one length
     that is the plain mean over sequences. The batch form counts each of the k choices separately.
+
+    scores float32 [N, E]; counts int [S, E], counted token copies of a sequence sent to an expert; sequence_ids
+    int64 [N]; mask float32 [N]. The sum over e and sequences is taken token by token, so that no score is added up
+    by atomics: the counts are integers, and the rest is one plain reduction.
     """
-    experts, top_k = config.num_experts, expert_ids.shape[1]
+    copies = counts.sum(dim=1, keepdim=True)  # top_k for each counted token
+    share = counts / copies.clamp(min=1)  # [S, E]
     if config.router_aux_loss_level == "batch":
-        sequence_ids, sequences = torch.zeros_like(sequence_ids), 1
-    chosen = torch.zeros_like(scores).scatter_(1, expert_ids, 1.0) * mask.unsqueeze(1)
-    per_sequence = scores.new_zeros(sequences, 2 * experts + 1)
-    stats = torch.cat((chosen, scores * mask.unsqueeze(1), mask.unsqueeze(1)), dim=1)
-    chosen_sum, score_sum, length = per_sequence.index_add(0, sequence_ids, stats).split(
-        (experts, experts, 1), dim=1
-    )
-    divisor = length.clamp(min=1)
-    if config.router_aux_loss_level == "sequence":
-        divisor = divisor * top_k
-    balance = (chosen_sum / divisor * score_sum / length.clamp(min=1)).sum(dim=1) * experts
-    return config.router_aux_loss_coef * (balance * length.squeeze(1)).sum() / length.sum().clamp(min=1)
+        share = share * config.num_experts_per_tok
+    tokens = copies.sum().clamp(min=1) / config.num_experts_per_tok
+    balance = (scores * share[sequence_ids]).sum(dim=1) * mask
+    return config.router_aux_loss_coef * config.num_experts * balance.sum() / tokens
 
 
 class Block(nn.Module):
@@ -164,14 +174,19 @@ class Block(nn.Module):
         self.mlp = MoE(config) if config.num_experts else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout, routing: tuple[Tensor, int, Tensor] | None
-    ) -> tuple[Tensor, Routing | None]:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
-        normed = self.post_attention_layernorm(x)
-        if routing is None:
-            return x + self.mlp(normed), None
-        out, report = self.mlp(normed, *routing)
-        return x + out, report
+        self,
+        x: Tensor,
+        delta: Tensor | None,
+        rotation: Rotation,
+        layout: Layout,
+        sequences: tuple[Tensor, int, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, RoutingReport | None]:
+        """x, the residual stream [B, T, C], and delta, what the layer before adds to it -> the same two."""
+        normed, x = self.input_layernorm(x, delta)
+        normed, x = self.post_attention_layernorm(x, self.self_attn(normed, rotation, layout))
+        if sequences is None:
+            return x, self.mlp(normed), None
+        return x, *self.mlp(normed, *sequences)
 
 
 class Model(nn.Module):
@@ -223,20 +238,24 @@ class Model(nn.Module):
         device = input_ids.device
         layout = _layout(batch, length, device, cu_seqlens, attention_mask)
         if position_ids is None:
+            table = torch.arange(length, device=device)  # a document lies within a row: no position is higher
             position_ids = _positions(batch, length, device, cu_seqlens, attention_mask)
-        cos, sin = rope_cos_sin(self.config, position_ids)  # [B or 1, T, D / 2]
-        routing = None
+        else:
+            table = position_ids.flatten()
+            position_ids = torch.arange(table.numel(), device=device).view_as(position_ids)
+        rotation = Rotation(*rope_cos_sin(self.config, table), position_ids)
+        sequences = None
         if self.config.num_experts:
-            routing = _sequences(batch, length, device, cu_seqlens, attention_mask)
+            sequences = _sequences(batch, length, device, cu_seqlens, attention_mask)
 
         x = self.embed_tokens(input_ids)
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        reports = []
+        reports, delta = [], None
         for layer in self.layers:
-            x, report = layer(x, cos, sin, layout, routing)
+            x, delta, report = layer(x, delta, rotation, layout, sequences)
             if report is not None:
                 reports.append(report)
-        x = self.norm(x)
+        x, _ = self.norm(x, delta)
         logits = F.linear(x, self.head_weight.to(x.dtype)) if return_logits else None
         aux = x.new_zeros((), dtype=torch.float32)
         counts = None
@@ -271,9 +290,17 @@ class Model(nn.Module):
         return 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim * dtype.itemsize
 
 
+def _layout(
+    batch: int, length: int, device: torch.device, cu_seqlens: Tensor | None, attention_mask: Tensor | None
+) -> Layout:
+    if cu_seqlens is not None and device.type == "cpu" and ops.get_mode() == "fused":
+        return _stacked_layout(batch, length, device, cu_seqlens)
+    return make_layout(batch, length, device, cu_seqlens, attention_mask, stacked=False)
+
+
 @torch.compiler.disable  # reads the boundaries on the host; the compiled graph starts behind it
-def _layout(batch, length, device, cu_seqlens, attention_mask) -> Layout:
-    return make_layout(batch, length, device, cu_seqlens, attention_mask, stacked=ops.get_mode() == "fused")
+def _stacked_layout(batch: int, length: int, device: torch.device, cu_seqlens: Tensor) -> Layout:
+    return make_layout(batch, length, device, cu_seqlens, stacked=True)
 
 
 def _positions(

@@ -1,7 +1,10 @@
-"""Every fused function as modules call it, behind ONE switch: reference | fused.
+"""Every fused function as modules call it, behind ONE switch:
 
-`reference` is plain PyTorch, the truth that everything else is held to. `fused` is the fastest form this device
-has. Until the Triton kernels land that is, on every device, the best PyTorch form; `describe()` says so.
+    reference   plain PyTorch, the truth that everything else is held to
+    fused       the fastest form of the device at hand: Triton kernels on a GPU, PyTorch's best forms on a CPU
+    kernels     the Triton kernels and nothing else; where they cannot run, that is an error
+
+`describe()` says what the switch resolves to and why.
 """
 
 from __future__ import annotations
@@ -15,21 +18,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.attention import permute_rows
-from minimind.kernels.triton_support import why_no_triton
+from minimind.kernels import linear_cross_entropy as _ce
+from minimind.kernels import linear_distillation as _distillation
+from minimind.kernels import linear_log_probs as _log_probs
+from minimind.kernels import moe_experts as _experts
+from minimind.kernels import moe_routing as _routing
+from minimind.kernels import rms_norm as _norm
+from minimind.kernels import rope as _rope
+from minimind.kernels import swiglu as _swiglu
+from minimind.kernels.moe_routing import Routing
+from minimind.kernels.triton_support import interpreting, why_no_triton
 
-Mode = Literal["reference", "fused"]
+Mode = Literal["reference", "fused", "kernels"]
+MODES = ("reference", "fused", "kernels")
 _mode: Mode = "fused"
-
-# Tokens whose logits exist at one time in the fused loss. 512 x 6400 float32 is 13 MB, and stays in a CPU's cache;
-# a GPU wants fewer, larger launches (105 MB).
-LOSS_CHUNK = {"cpu": 512, "cuda": 4096}
 
 
 def set_mode(mode: Mode) -> None:
-    """Choose the implementation for the whole process; `describe` says what it resolves to."""
+    """Choose the implementation for the whole process; `describe` says what it resolves to.
+
+    ValueError for a mode that does not exist, or for 'kernels' where no Triton kernel can run.
+    """
     global _mode
-    if mode not in ("reference", "fused"):
-        raise ValueError(f"unknown ops mode {mode!r}; choose 'reference' or 'fused'")
+    if mode not in MODES:
+        raise ValueError(f"unknown ops mode {mode!r}; choose 'reference', 'fused' or 'kernels'")
+    if mode == "kernels":
+        device = torch.device("cuda" if torch.cuda.is_available() and not interpreting() else "cpu")
+        reason = why_no_triton(device)
+        if reason is not None:
+            raise ValueError(f"ops mode 'kernels' cannot be met: {reason}; choose 'fused' or 'reference'")
     _mode = mode
 
 
@@ -48,20 +65,27 @@ def using(mode: Mode) -> Iterator[None]:
         set_mode(previous)
 
 
-def describe(device: torch.device | None = None) -> str:
-    """What the switch resolves to, and why: one line for the head of a run."""
+def describe(device: torch.device) -> str:
+    """What the switch resolves to on `device`, and why: one line for the head of a run."""
     if _mode == "reference":
         return "ops: reference (plain PyTorch, full logits)"
-    forms = "F.rms_norm, stacked-document SDPA on a CPU, chunked linear cross-entropy"
-    reason = why_no_triton(device) if device is not None else None
-    return f"ops: fused = PyTorch's fastest forms ({forms}); no Triton kernels yet" + (
-        f", and {reason}" if reason else ""
-    )
+    reason = why_no_triton(device)
+    if _mode == "kernels" or (device.type == "cuda" and reason is None):
+        return f"ops: {_mode} = Triton kernels"
+    if device.type == "cpu":
+        reason = "on a CPU they are faster than Triton's interpreter, its only way to run there"
+    forms = "F.rms_norm, stacked-document SDPA on a CPU, chunked linear cross-entropy, F.grouped_mm"
+    return f"ops: fused = PyTorch's fastest forms ({forms}): {reason}"
 
 
-def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x32 = x.float() if x.dtype != torch.float64 else x
-    return weight.to(x.dtype) * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+@torch.compiler.assume_constant_result
+def _cuda_kernels() -> bool:
+    return why_no_triton(torch.device("cuda", torch.cuda.current_device())) is None
+
+
+def _kernels(x: Tensor) -> bool:
+    """Whether the switch means the Triton kernels for this tensor; they refuse one that they cannot take."""
+    return _mode == "kernels" or (_mode == "fused" and x.is_cuda and _cuda_kernels())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -69,119 +93,183 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x [..., D], weight [D] -> [..., D] in x.dtype. Zhang & Sennrich 2019, arXiv 1910.07467.
     """
+    if _kernels(x):
+        return _norm.rms_norm(x, weight, eps)
     if _mode == "reference":
-        return rms_norm_ref(x, weight, eps)
+        return _norm.rms_norm_ref(x, weight, eps)
     return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of every head: x [B, T, H, D], cos and sin float32 [B or 1, T, D/2]."""
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual): all [..., D] in x.dtype."""
+    if _kernels(x):
+        return _norm.add_rms_norm(x, residual, weight, eps)
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def rope(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor,
+    heads: int,
+    groups: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k of a packed projection, RMS-normalised per head if weights [D] are given, then rotated; v as it is.
+
+    qkv [B, T, (heads + 2 groups) D]; cos, sin float32 [P, D / 2]; position_ids int [B or 1, T], rows of them.
+    Returns q [B, T, heads, D], k and v [B, T, groups, D]. Pairs are (i, i + D / 2), as in HF Llama.
+    """
+    if _kernels(qkv):
+        return _rope.rope(qkv, cos, sin, position_ids, heads, groups, q_weight, k_weight, eps)
+    norm = _norm.rms_norm_ref if _mode == "reference" else rms_norm
+    return _rope.rope_ref(qkv, cos, sin, position_ids, heads, groups, q_weight, k_weight, eps, norm)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up over a packed [..., 2 I] -> [..., I]. Shazeer 2020, arXiv 2002.05202."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def linear_cross_entropy_ref(
-    x: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor | None
-) -> Tensor:
-    logits = F.linear(x, weight.to(x.dtype))
-    logits = logits.float() if logits.dtype != torch.float64 else logits
-    loss = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
-    return loss.sum() if loss_weights is None else (loss * loss_weights).sum()
+    return _swiglu.swiglu(gate_up) if _kernels(gate_up) else _swiglu.swiglu_ref(gate_up)
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss_weights: Tensor | None = None,
+    *,
+    weight_sum: Tensor | None = None,
+    num_targets: int | None = None,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
 ) -> Tensor:
-    """Sum over tokens of weight_t * -log softmax(x_t @ weight.T)[target_t]: a float32 scalar.
+    """Sum over tokens of weight_t * -log softmax(x_t @ weight.T)[target_t] / weight_sum: a float32 scalar.
 
-    x [N, D]; weight [V, D]; targets int64 [N], -100 is ignored; loss_weights float32 [N] or None for all ones.
-    The caller divides by the GLOBAL weight sum. The fused form never holds more than LOSS_CHUNK rows of logits:
-    it makes the gradient in the forward, as in Liger (arXiv 2410.10989), so the head costs three matrix products.
+    x [N, D]; weight [V, D]; targets int64 [N], -100 is ignored; loss_weights float32 [N] or None for all ones;
+    weight_sum, a 0-D tensor, is the GLOBAL sum of weights, or None where the caller divides. num_targets: how many
+    targets are not ignored, if the host knows it; ignored tokens then cost nothing.
     """
+    options = {"weight_sum": weight_sum, "z_loss": z_loss, "softcap": softcap}
     if _mode == "reference":
-        return linear_cross_entropy_ref(x, weight, targets, loss_weights)
-    if not torch.is_grad_enabled():  # needs_input_grad does not look at this, and would make the gradients
-        x, weight = x.detach(), weight.detach()
-    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, loss_weights)
+        return _ce.linear_cross_entropy_ref(x, weight, targets, loss_weights, **options)
+    options |= {"num_targets": num_targets, "kernels": _kernels(x)}
+    return _ce.linear_cross_entropy(x, weight, targets, loss_weights, **options)
 
 
-class _ChunkedLinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, targets, loss_weights):
-        need_x, need_w = ctx.needs_input_grad[:2]
-        w = weight.to(x.dtype)
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
-        grad_x = torch.empty_like(x) if need_x else None
-        grad_w = torch.zeros(w.shape, dtype=torch.float32, device=x.device) if need_w else None
-        chunk = LOSS_CHUNK[x.device.type]
-        for start in range(0, x.shape[0], chunk):
-            part = slice(start, start + chunk)
-            scale = targets[part].ne(-100).float()
-            if loss_weights is not None:
-                scale = scale * loss_weights[part]
-            index = targets[part].clamp(min=0).unsqueeze(1)
-            weights = F.linear(x[part], w).float()
-            # shifted by the maximum before anything is summed: near p = 1 the loss is a small difference
-            weights -= weights.amax(dim=1, keepdim=True)
-            target_logit = weights.gather(1, index)
-            normaliser = weights.exp_().sum(dim=1, keepdim=True)
-            log_p = target_logit - normaliser.log()
-            total -= (log_p.squeeze(1) * scale).sum()
-            if not (need_x or need_w):
-                continue
-            grad = weights.mul_(scale.unsqueeze(1) / normaliser)
-            # 1 is taken off the target's p in float32, for the same reason
-            grad.scatter_(1, index, log_p.expm1() * scale.unsqueeze(1))
-            grad = grad.to(x.dtype)
-            if grad_x is not None:
-                torch.mm(grad, w, out=grad_x[part])
-            if grad_w is not None:
-                grad_w += grad.t() @ x[part]
-        ctx.save_for_backward(*(g for g in (grad_x, grad_w) if g is not None))
-        ctx.weight_dtype = weight.dtype
-        return total
-
-    @staticmethod
-    def backward(ctx, *grads):
-        saved = list(ctx.saved_tensors)
-        grad_x = saved.pop(0) * grads[0] if ctx.needs_input_grad[0] else None
-        grad_w = (saved.pop(0) * grads[0]).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_w, None, None
+def linear_log_probs(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    num_targets: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Of every token, log softmax(x_t @ weight.T / temperature)[target_t] and, on request, the entropy of that
+    distribution: float32 [N], 0 where the target is -100. Shapes as in `linear_cross_entropy`."""
+    if _mode == "reference":
+        return _log_probs.linear_log_probs_ref(x, weight, targets, temperature=temperature, entropy=entropy)
+    return _log_probs.linear_log_probs(
+        x, weight, targets,
+        temperature=temperature, entropy=entropy, num_targets=num_targets, kernels=_kernels(x),
+    )  # fmt: skip
 
 
-def moe_experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, expert_ids: Tensor, gates: Tensor, counts: Tensor
+def linear_distillation(
+    x: Tensor,
+    weight: Tensor,
+    teacher_x: Tensor,
+    teacher_weight: Tensor,
+    loss_weights: Tensor | None = None,
+    *,
+    weight_sum: Tensor | None = None,
+    temperature: float = 1.0,
+    beta: float = 0.0,
+    num_targets: int | None = None,
 ) -> Tensor:
+    """Weighted sum over tokens of the divergence between the teacher's and the student's next-token distributions.
+
+    beta 0: KL(teacher || student); 1: KL(student || teacher); between: generalised Jensen-Shannon (arXiv 2306.13649).
+    Shapes as in `linear_cross_entropy`; the teacher may have another hidden size and gets no gradient.
+    """
+    inputs = (x, weight, teacher_x, teacher_weight, loss_weights)
+    options = {"weight_sum": weight_sum, "temperature": temperature, "beta": beta}
+    if _mode == "reference":
+        return _distillation.linear_distillation_ref(*inputs, **options)
+    options |= {"num_targets": num_targets, "kernels": _kernels(x)}
+    return _distillation.linear_distillation(*inputs, **options)
+
+
+def route(
+    logits: Tensor,
+    top_k: int,
+    normalize: bool,
+    sequence_ids: Tensor | None = None,
+    sequences: int = 1,
+    mask: Tensor | None = None,
+) -> Routing:
+    """The top_k experts of every token, their gates, and the order that brings an expert's tokens together.
+
+    logits float32 [N, E]; sequence_ids int64 [N] in 0..sequences-1; mask [N], 0 where a token is not counted in
+    `counts`. See Routing.
+    """
+    if _kernels(logits):
+        return _routing.route(logits, top_k, normalize, sequence_ids, sequences, mask)
+    return _route_by_sorting(logits, top_k, normalize, sequence_ids, sequences, mask)
+
+
+def _route_by_sorting(
+    logits: Tensor,
+    top_k: int,
+    normalize: bool,
+    sequence_ids: Tensor | None,
+    sequences: int,
+    mask: Tensor | None,
+) -> Routing:
+    gates, expert_ids, scores = _routing.route_ref(logits, top_k, normalize)
+    experts = logits.shape[1]
+    cell = expert_ids if sequence_ids is None else sequence_ids.unsqueeze(1) * experts + expert_ids
+    counted = torch.ones_like(cell) if mask is None else mask.ne(0).long().unsqueeze(1).expand_as(cell)
+    counts = _histogram(cell, sequences * experts, counted).view(sequences, experts)
+    return Routing(gates, expert_ids, scores, *_sort_copies(expert_ids, experts), counts)
+
+
+def _sort_copies(expert_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(order, inverse, offsets) of a Routing."""
+    order = expert_ids.flatten().argsort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    copies = _histogram(expert_ids, experts, torch.ones_like(expert_ids))
+    return order, inverse, F.pad(copies.cumsum(0), (1, 0)).int()
+
+
+def _histogram(ids: Tensor, size: int, weights: Tensor) -> Tensor:
+    """Sum of integer weights for each of `size` ids: int64 [size]. No host sync (bincount would be one)."""
+    out = torch.zeros(size, dtype=torch.int64, device=ids.device)
+    return out.scatter_add_(0, ids.flatten(), weights.flatten())
+
+
+def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
     """Every token through its own experts: sum over k of gates[t, k] * expert[expert_ids[t, k]](x[t]).
 
-    x [N, D]; gate_up [E, 2 I, D]; down [E, D, I]; expert_ids int64 [N, K]; gates float32 [N, K]; counts int64 [E],
-    what `expert_counts` gives -> [N, D].
-    Token copies are sorted by expert and each projection is one grouped matrix product: no loop over experts,
-    no padding, no host sync of ours.
+    x [N, D]; gate_up [E, 2 I, D]; down [E, D, I] -> [N, D].
     """
-    tokens, top_k = expert_ids.shape
-    flat = expert_ids.flatten()
-    order = flat.argsort(stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device))
-    ends = counts.cumsum(0).to(torch.int32)
+    if _kernels(x):
+        return _experts.moe_experts(x, gate_up, down, routing.gates, routing.order, routing.offsets)
+    if _mode == "reference":
+        return _experts.moe_experts_ref(x, gate_up, down, routing.gates, routing.expert_ids)
+    return _moe_experts_grouped(x, gate_up, down, routing)
+
+
+def _moe_experts_grouped(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
+    """Token copies are sorted by expert and each projection is one F.grouped_mm: no loop over experts."""
+    tokens, top_k = routing.expert_ids.shape
+    order, inverse, ends = routing.order, routing.inverse, routing.offsets[1:]
     copies = x.unsqueeze(1).expand(-1, top_k, -1).reshape(tokens * top_k, -1)
     hidden = permute_rows(copies, order, inverse)
     hidden = swiglu(F.grouped_mm(hidden, gate_up.to(x.dtype).transpose(1, 2), offs=ends))
     hidden = F.grouped_mm(hidden, down.to(x.dtype).transpose(1, 2), offs=ends)
     hidden = permute_rows(hidden, inverse, order).view(tokens, top_k, -1)
-    return (hidden * gates.to(x.dtype).unsqueeze(-1)).sum(dim=1)
-
-
-def expert_counts(expert_ids: Tensor, experts: int) -> Tensor:
-    """How many token copies each expert gets: int64 [experts]. No host sync (bincount would)."""
-    flat = expert_ids.flatten()
-    return torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(
-        0, flat, torch.ones_like(flat)
-    )
+    return (hidden * routing.gates.to(x.dtype).unsqueeze(-1)).sum(dim=1)

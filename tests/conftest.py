@@ -10,6 +10,7 @@ if not torch.cuda.is_available():  # before Triton is imported: its kernels then
     os.environ["TRITON_INTERPRET"] = "1"
 
 from minimind import ops
+from minimind.kernels.triton_support import triton
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +41,10 @@ def _poisoned(original):
     return wrapper
 
 
-@pytest.fixture(params=["reference", "fused"])
+@pytest.fixture(params=["reference", "fused", pytest.param("kernels", marks=pytest.mark.slow)])
 def ops_mode(request) -> str:
+    if request.param == "kernels" and triton is None:
+        pytest.skip("install minimind[gpu]: needs Triton")
     ops.set_mode(request.param)
     return request.param
 
@@ -57,3 +60,9 @@ def documents_batch(lengths: list[list[int]], length: int, vocab: int, seed: int
             boundaries.append(boundaries[-1] + n)
         assert boundaries[-1] == (row + 1) * length
     return ids, torch.tensor(boundaries, dtype=torch.int32)
+
+
+def routing_of(expert_ids: torch.Tensor, gates: torch.Tensor, experts: int) -> ops.Routing:
+    """A Routing that sends token t to expert_ids[t, k] with gates[t, k]; no scores, no counts."""
+    order, inverse, offsets = ops._sort_copies(expert_ids, experts)
+    return ops.Routing(gates, expert_ids, gates.new_empty(0), order, inverse, offsets, offsets.new_empty(0))

@@ -10,7 +10,7 @@ from minimind.attention import CausalLayout, DocumentLayout, make_layout
 from minimind.config import YarnScaling
 from minimind.modeling import Model
 from minimind.weights import to_stock
-from tests.conftest import documents_batch
+from tests.conftest import documents_batch, routing_of
 
 # Float32 sums taken in another order: up to 3e-6 on logits here (AVX512); other CPUs get three times that.
 ROUNDING = 1e-5
@@ -141,7 +141,7 @@ def test_moe_experts_equal_a_loop_over_experts(top_k, case):
         order = torch.arange(4).expand(tokens, 4).contiguous()  # with top_k = 1 three experts get nothing
     ids, gates = order[:, :top_k], torch.rand(tokens, top_k, generator=generator, dtype=torch.float64)
     inputs = [t.detach().float().requires_grad_() for t in (x, gate_up, down)]
-    out = ops.moe_experts(*inputs, ids, gates.float(), ops.expert_counts(ids, 4))
+    out = ops.moe_experts(*inputs, routing_of(ids, gates.float(), experts=4))
 
     truth = torch.zeros(tokens, 32, dtype=torch.float64)
     for e in range(4):

@@ -202,13 +202,12 @@ def main(args: Args, console: Console) -> Path:
 
 
 def to_device(batch: Batch, device: torch.device) -> TokenBatch:
-    """The packed rows as tensors; cu_seqlens stays on the host for a CPU model."""
-    parts = [
-        torch.from_numpy(a) for a in (batch.input_ids, batch.targets, batch.position_ids, batch.cu_seqlens)
-    ]
+    """The packed rows as tensors."""
+    parts = [torch.from_numpy(a) for a in (batch.input_ids, batch.targets, batch.cu_seqlens)]
     if device.type == "cuda":
         parts = [part.pin_memory().to(device, non_blocking=True) for part in parts]
-    return TokenBatch(*parts)
+    input_ids, targets, cu_seqlens = parts
+    return TokenBatch(input_ids, targets, cu_seqlens, batch.num_targets)
 
 
 def evaluate(

@@ -13,13 +13,14 @@ from minimind.modeling import Model
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Packed rows on the model's device. input_ids, targets, position_ids int64 [B, T], targets -100 where there
-    is none; cu_seqlens int32 [n + 1] on the HOST for a CPU model, with the model otherwise."""
+    """Packed rows on the model's device. input_ids, targets int64 [B, T], targets -100 where there is none;
+    cu_seqlens int32 [n + 1], the documents' boundaries in the flattened batch; num_targets, how many targets are not
+    -100 (a number of the host: reading it from the device would make every step wait)."""
 
     input_ids: Tensor
     targets: Tensor
-    position_ids: Tensor
     cu_seqlens: Tensor
+    num_targets: int
 
 
 def next_token_loss(model: Model, batch: TokenBatch) -> tuple[Tensor, Tensor]:
@@ -30,13 +31,14 @@ def next_token_loss(model: Model, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """
     out = model(
         batch.input_ids,
-        position_ids=batch.position_ids,
         cu_seqlens=batch.cu_seqlens,
         attention_mask=batch.targets.ne(-100),
         return_logits=False,
     )
     hidden = out.hidden_states.flatten(0, 1)
-    loss = ops.linear_cross_entropy(hidden, model.head_weight, batch.targets.flatten())
+    loss = ops.linear_cross_entropy(
+        hidden, model.head_weight, batch.targets.flatten(), num_targets=batch.num_targets
+    )
     return loss, out.aux_loss
 
 

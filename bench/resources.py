@@ -1,0 +1,165 @@
+"""Registers, spills, shared memory and occupancy of every kernel, on cards that need not be here.
+
+    python bench/resources.py [--arch 80 86 89 90] [--dtype bf16 fp32] [--only moe rope] [--json FILE] [--jobs N]
+
+Each public op is called forward and backward at the presets' widths; its launches are caught and compiled for each
+architecture as Triton's JIT would compile them (bench/capture.py, bench/compiling.py). Nothing is launched and no
+GPU is needed. The exit status is 1 if a kernel spills, needs more shared memory than the card has, multiplies 16-bit
+matrices without tensor cores, or does not compile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(
+        Path(__file__).parents[1]
+    )  # this folder's modules are bench.NAME, and none is `kernels`
+    os.environ.pop("TRITON_INTERPRET", None)  # compiled is what is asked for
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bench.capture import Compilation, capture
+from bench.capture_cases import cases
+from bench.compiling import Resources, compile_one
+from bench.occupancy import CARDS
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compile every kernel for every card and report what it needs."""
+
+    arch: tuple[int, ...] = tuple(CARDS)
+    """Compute capabilities, as 86 for 8.6."""
+    dtype: tuple[str, ...] = ("bf16", "fp32")
+    """Of the activations: bf16, fp16, fp32. Weights are float32."""
+    only: tuple[str, ...] = ("",)
+    """Only the cases with one of these in their name, as in the table."""
+    json: str | None = None
+    """Also write the rows to this file."""
+    jobs: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Compilations at a time."""
+
+
+def find(args: Args) -> list[Compilation]:
+    """Every compilation that the cases need."""
+    for name, given, known in (("arch", args.arch, tuple(CARDS)), ("dtype", args.dtype, tuple(DTYPES))):
+        for value in given:
+            if value not in known:
+                raise ValueError(f"--{name} {value}: unknown; choose from {', '.join(map(str, known))}")
+    wanted = {dtype: cases(DTYPES[dtype], args.only) for dtype in args.dtype}
+    if not any(wanted.values()):
+        raise ValueError(f"--only {' '.join(args.only)}: no case has this in its name")
+    found: dict[str, Compilation] = {}
+    for arch in args.arch:
+        for dtype in args.dtype:
+            for compilation in capture(wanted[dtype], arch, dtype):
+                found.setdefault(compilation.key, compilation)
+    return list(found.values())
+
+
+def compile_all(compilations: Sequence[Compilation], jobs: int) -> list[Resources | str]:
+    """What each needs, or why it did not compile, in their order."""
+    results: dict[int, Resources | str] = {}
+    columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(compilations))
+        if jobs <= 1:
+            for i, compilation in enumerate(compilations):
+                results[i] = compile_one(compilation)
+                progress.advance(task)
+        else:
+            context = multiprocessing.get_context("spawn")  # fork would copy PyTorch's threads half alive
+            with ProcessPoolExecutor(min(jobs, len(compilations)), mp_context=context) as pool:
+                futures = {pool.submit(compile_one, c): i for i, c in enumerate(compilations)}
+                for future in as_completed(futures):
+                    results[futures[future]] = future.result()
+                    progress.advance(task)
+    return [results[i] for i in range(len(compilations))]
+
+
+def problems(compilations: Sequence[Compilation], results: Sequence[Resources | str]) -> list[str]:
+    """One line for everything that must not ship."""
+    lines = []
+    for job, result in zip(compilations, results, strict=True):
+        found = [f"does not compile: {result}"] if isinstance(result, str) else result.problems
+        name = f"{job.module.rsplit('.', 1)[-1]}.{job.kernel} ({job.case}, {job.dtype}) on sm_{job.arch}"
+        lines += [f"{name}: {problem}" for problem in found]
+    return lines
+
+
+def show(results: Sequence[Resources | str], console: Console) -> None:
+    rows = [r for r in results if isinstance(r, Resources)]
+    for arch in sorted({r.arch for r in rows}):
+        table = Table(
+            title=f"sm_{arch}", caption="HMMA, HGMMA: tensor-core instructions; FFMA: float32 multiply-adds"
+        )
+        for column in ("kernel", "case", "dtype"):
+            table.add_column(column, overflow="fold")
+        for column in (
+            "warps", "stages", "registers", "spilled", "stack", "shared", "programs", "warps %", "bound by",
+            "HMMA", "HGMMA", "FFMA",
+        ):  # fmt: skip
+            table.add_column(column, justify="right")
+        for row in sorted((r for r in rows if r.arch == arch), key=lambda r: (r.module, r.kernel)):
+            table.add_row(*_cells(row))
+        console.print(table)
+
+
+def _cells(row: Resources) -> list[str]:
+    counts = (row.hmma, row.hgmma, row.ffma) if row.multiplies_matrices else ("", "", "")
+    numbers = (row.num_warps, row.num_stages, row.registers, row.spilled, row.stack, row.shared, row.programs)
+    kernel = f"{row.module.rsplit('.', 1)[-1]}{row.kernel}"
+    cells = [kernel, row.case, row.dtype, *numbers, f"{row.occupancy:.0%}", row.bound, *counts]
+    style = "[red]" if row.problems else ""
+    return [f"{style}{cell}" for cell in cells]
+
+
+def as_rows(compilations: Sequence[Compilation], results: Sequence[Resources | str]) -> list[dict[str, Any]]:
+    rows = []
+    for job, result in zip(compilations, results, strict=True):
+        if isinstance(result, str):
+            names = ("case", "dtype", "arch", "module", "kernel", "num_warps", "num_stages")
+            rows.append({name: getattr(job, name) for name in names} | {"error": result})
+        else:
+            rows.append(dataclasses.asdict(result))
+    return rows
+
+
+def main(args: Args) -> int:
+    """The exit status."""
+    compilations = find(args)
+    results = compile_all(compilations, args.jobs)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    show(results, console)
+    found = problems(compilations, results)
+    for line in found:
+        console.print(f"[red]{line}", highlight=False, soft_wrap=True)
+    console.print(f"{len(results)} compilations, {len(found)} problems")
+    if args.json:
+        Path(args.json).write_text(json.dumps(as_rows(compilations, results), indent=1), encoding="utf-8")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    try:
+        status = main(tyro.cli(Args, description=__doc__))
+    except ValueError as problem:
+        raise SystemExit(f"error: {problem}") from None
+    raise SystemExit(status)

@@ -1,0 +1,155 @@
+"""The experts of a mixture, each a SwiGLU MLP over the tokens that chose it.
+
+    g, u = x_t Wg_e^T, x_t Wu_e^T         h = silu(g) * u        out_t = sum_k gates[t, k] h Wd_e^T,  e = ids[t, k]
+    dh  = dout_t Wd_e                     dgates[t, k] = dh . h
+    du  = gate dh silu(g)                 dg = gate dh u s (1 + g (1 - s))        with s = 1 / (1 + exp(-g))
+    dx_t = sum_k (dg Wg_e + du Wu_e)      dWg_e = sum_t dg^T x_t    dWu_e likewise    dWd_e = sum_t dout_t^T (gate h)
+
+x [N, C]; gate_up [E, 2 I, C], Wg above Wu; down [E, C, I]; gates [N, K]; order int32 [N * K] and offsets int32 [E + 1]
+from moe_routing.route. The products are the kernels of grouped_gemm.py: copies are gathered and scattered on the way,
+as in ScatterMoE (arXiv 2403.08245). dgates comes from dh, so that the experts' outputs need not be kept; what is
+kept for the backward is g and u, [N * K, 2 I], in x.dtype.
+
+The K copies of a token are written apart, [N * K, C], and then added. Adding them where they belong with atomics
+would need the output in float32, which for K = 2 is as many bytes in each copy's addition as both copies take in
+bfloat16, and the order of the additions, so the last bits, would change from run to run. With K = 1 a copy is the
+output, and there is nothing to add.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimind.kernels.grouped_gemm import hidden, hidden_grad, rows_of, scatter, weight_grad
+from minimind.kernels.triton_support import check, check_tensors
+
+
+def moe_experts_ref(x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, expert_ids: Tensor) -> Tensor:
+    """One expert after the other; expert_ids int [N, K]."""
+    (tokens, size), top_k = x.shape, expert_ids.shape[1]
+    copies = x.new_zeros(tokens * top_k, size)
+    for expert in range(gate_up.shape[0]):
+        chosen = (expert_ids.flatten() == expert).nonzero().squeeze(1)
+        gate, up = F.linear(x[chosen // top_k], gate_up[expert].to(x.dtype)).chunk(2, dim=-1)
+        copies = copies.index_copy(0, chosen, F.linear(F.silu(gate) * up, down[expert].to(x.dtype)))
+    return (copies.view(tokens, top_k, size) * gates.to(x.dtype).unsqueeze(-1)).sum(dim=1)
+
+
+@torch.library.custom_op("minimind::moe_experts", mutates_args=())
+def _moe_experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tensor, offsets: Tensor, save: bool
+) -> tuple[Tensor, Tensor]:
+    x, top_k = rows_of(x), gates.shape[1]
+    h, saved = hidden(x, _weight(gate_up, x), order, offsets, top_k, save)
+    out = scatter(h, _weight(down, x), order, offsets, top_k, gates.contiguous(), transposed=True)
+    return out, _none(x) if saved is None else saved
+
+
+@torch.library.custom_op("minimind::moe_experts_backward", mutates_args=())
+def _moe_experts_backward(
+    dout: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tensor, offsets: Tensor,
+    saved: Tensor, needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """needs: which of dx, dgate_up, ddown and dgates to compute; the others are empty."""
+    dout, x, top_k = rows_of(dout), rows_of(x), gates.shape[1]
+    d_saved, scaled, dgates = hidden_grad(
+        dout, _weight(down, x), saved, order, offsets, gates.contiguous(),
+        need_dgate_up=needs[0] or needs[1], need_scaled=needs[2], need_dgates=needs[3],
+    )  # fmt: skip
+    dx, dgate_up, ddown = _none(x), _none(gate_up), _none(down)
+    if d_saved is not None and needs[0]:
+        dx = scatter(d_saved, _weight(gate_up, x), order, offsets, top_k, None, transposed=False)
+    if d_saved is not None and needs[1]:
+        dgate_up = weight_grad(d_saved, x, order, offsets, top_k, False, gate_up.dtype)
+    if scaled is not None:
+        ddown = weight_grad(dout, scaled, order, offsets, top_k, True, down.dtype)
+    return dx, dgate_up, ddown, _none(gates) if dgates is None else dgates.to(gates.dtype)
+
+
+def _weight(weight: Tensor, x: Tensor) -> Tensor:
+    """In the dtype of the products: a float32 master weight is copied, and copied again for the backward."""
+    return weight.to(x.dtype).contiguous()
+
+
+def _none(like: Tensor) -> Tensor:
+    return torch.empty(0, dtype=like.dtype, device=like.device)
+
+
+@_moe_experts.register_fake
+def _(x, gate_up, down, gates, order, offsets, save):
+    saved = (order.shape[0], gate_up.shape[1]) if save else (0,)
+    return x.new_empty(x.shape), x.new_empty(saved)
+
+
+@_moe_experts_backward.register_fake
+def _(dout, x, gate_up, down, gates, order, offsets, saved, needs):
+    inputs = (x, gate_up, down, gates)
+    return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip(inputs, needs, strict=True))
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:6], output[1])
+
+
+def _backward(ctx, dout, _dsaved):
+    needs = list(ctx.needs_input_grad[:4])
+    if dout is None:
+        return (None,) * 7
+    x, gate_up, down, gates, order, offsets, saved = ctx.saved_tensors
+    check(saved.ndim == 2, "save is False, so that nothing was kept for a backward; call it with True")
+    grads = _moe_experts_backward(dout, x, gate_up, down, gates, order, offsets, saved, needs)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None
+
+
+_moe_experts.register_autograd(_backward, setup_context=_save)
+
+
+def _check(x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tensor, offsets: Tensor) -> None:
+    check_tensors(x=x, gate_up=gate_up, down=down, gates=gates)
+    check(x.ndim == 2 and x.shape[1] > 0, f"x is {list(x.shape)}, and must be [tokens, size]")
+    tokens, size = x.shape
+    check(
+        gate_up.ndim == 3 and gate_up.shape[0] > 0 and gate_up.shape[1] > 0 and gate_up.shape[1] % 2 == 0
+        and gate_up.shape[2] == size,
+        f"gate_up is {list(gate_up.shape)}, and x needs [experts, 2 * intermediate, {size}]",
+    )  # fmt: skip
+    experts, inter = gate_up.shape[0], gate_up.shape[1] // 2
+    check(
+        2 * inter * size < 2**31, f"gate_up has experts of {2 * inter} x {size}; an expert must be below 2^31"
+    )
+    check(
+        down.shape == (experts, size, inter),
+        f"down is {list(down.shape)}, and gate_up needs [{experts}, {size}, {inter}]",
+    )
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        check(
+            weight.dtype in (x.dtype, torch.float32),
+            f"{name} is {weight.dtype}; for x of {x.dtype} give {x.dtype} or torch.float32",
+        )
+    check(
+        gates.ndim == 2 and gates.shape[0] == tokens and gates.shape[1] > 0,
+        f"gates is {list(gates.shape)}, and x needs [{tokens}, choices]",
+    )
+    for name, tensor, length in (("order", order, gates.numel()), ("offsets", offsets, experts + 1)):
+        check(
+            tensor.shape == (length,) and tensor.dtype == torch.int32 and tensor.device == x.device,
+            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; give what moe_routing.route made: "
+            f"torch.int32 [{length}] on {x.device}",
+        )
+
+
+def moe_experts(
+    x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tensor, offsets: Tensor
+) -> Tensor:
+    """Every token through the experts it chose: sum over k of gates[t, k] * down_e(silu(gate_e x_t) * up_e x_t).
+
+    x [N, C], float32, bfloat16 or float16; gate_up [E, 2 I, C] and down [E, C, I] in x.dtype, or float32, which is
+    rounded to x.dtype first; gates [N, K], of any of these dtypes; order int32 [N * K] and offsets int32 [E + 1]
+    as `moe_routing.route` makes them: their numbers are not checked. -> [N, C] in x.dtype, contiguous. Each gradient
+    comes in the dtype of its tensor, the experts' straight from float32 sums; two runs give the same bits. Where no
+    gradient can come, nothing is kept for it. ValueError on other input.
+    """
+    _check(x, gate_up, down, gates, order, offsets)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up, down, gates))
+    return _moe_experts(x, gate_up, down, gates, order.contiguous(), offsets.contiguous(), save)[0]

@@ -1,0 +1,539 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minimind.kernels import linear_chunks
+from minimind.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from tests.kernels.contract import DEVICE, DTYPES, assert_second_backward_agrees, error, rand
+
+both_forms = pytest.mark.parametrize("kernels", [False, True], ids=["torch", "triton"])
+both_dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def assert_head_contract(kernel, reference, inputs, names):
+    """The contract for float32 results of inputs in any precision, with the same output gradients for all three. That
+    of a scalar loss is 1: dx is made in the forward, and any factor but a power of two rounds it once more."""
+    truths, plains, mine = (
+        head_results(function, inputs, dtype)
+        for function, dtype in ((reference, torch.float64), (reference, None), (kernel, None))
+    )
+    assert len(mine) == len(truths) == len(names), f"{len(mine)} results for {names}"
+    for name, value, plain, truth in zip(names, mine, plains, truths, strict=True):
+        assert value.shape == plain.shape and value.dtype == plain.dtype, name
+        scale = truth.abs().max().item() if truth.numel() else 0.0
+        allowed = 2 * error(plain, truth) + 4 * torch.finfo(torch.float32).eps * (1 + scale)
+        assert error(value, truth) <= allowed, f"{name}: {error(value, truth):.3e} > {allowed:.3e}"
+
+
+def head_results(function, inputs, dtype):
+    """Outputs, then the gradients of all inputs; those are taken in `dtype`, or in their own."""
+    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
+    result = function(*leaves)
+    outputs = [result] if isinstance(result, torch.Tensor) else [t for t in result if t is not None]
+    assert all(out.dtype == (dtype or torch.float32) for out in outputs)
+    seeds = [
+        rand(*out.shape, seed=99 + i).to(out.dtype) if out.ndim else None for i, out in enumerate(outputs)
+    ]
+    grads = torch.autograd.grad(outputs, leaves, seeds, allow_unused=True)
+    pairs = zip(grads, leaves, strict=True)
+    return [out.detach() for out in outputs] + [
+        torch.zeros_like(leaf) if grad is None else grad for grad, leaf in pairs
+    ]
+
+
+def small_chunks(monkeypatch, rows=16):
+    """`rows` rows at a time, whatever the vocabulary."""
+    monkeypatch.setattr(linear_chunks, "LOGITS_BYTES", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(linear_chunks, "ROWS_MULTIPLE", rows)
+
+
+def small_tiles(monkeypatch):
+    """Rows are longer than a tile."""
+    monkeypatch.setattr(linear_chunks, "CONFIGS", {80: linear_chunks.Config(block_v=64, per_warp=16)})
+
+
+def as_on_a_device(monkeypatch):
+    """Values may not be looked at, as on a GPU."""
+    monkeypatch.setattr(linear_chunks, "on_host", lambda tensor: False)
+
+
+def head(tokens, size=32, vocab=211, dtype=torch.float32, confident=False):
+    """(x, weight, targets); confident: the targets' logits stand out, p is near 1."""
+    weight = rand(vocab, size, seed=1, scale=0.3).to(dtype)
+    targets = torch.randint(0, vocab, (tokens,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    x = weight[targets] * 32 if confident else rand(tokens, size).to(dtype)
+    return x, weight, targets
+
+
+def some_ignored(targets, ignore_index=-100, share=0.5):
+    chosen = torch.rand(len(targets), generator=torch.Generator().manual_seed(3)) < share
+    return targets.masked_fill(chosen.to(DEVICE), ignore_index)
+
+
+def mixed_weights(tokens):
+    """Loss weights 0, 1 and 10."""
+    return torch.tensor([0.0, 1.0, 10.0, 1.0, 0.0, 10.0], device=DEVICE).repeat(tokens // 6 + 1)[:tokens]
+
+
+class Watch(TorchDispatchMode):
+    """Sees every operation, those inside minimind's own too: the largest floating-point tensor that any of them gave,
+    and the multiply-adds of the matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = self.work = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "minimind":
+            key = torch._C.DispatchKey.CUDA if DEVICE.type == "cuda" else torch._C.DispatchKey.CPU
+            with self:
+                out = func.redispatch(torch._C.DispatchKeySet(key), *args, **(kwargs or {}))
+        else:
+            out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self.largest = max(self.largest, tensor.numel())
+        if func._schema.name in ("aten::mm", "aten::matmul", "aten::addmm_"):
+            a, b = args[-2:]
+            self.work += a.shape[0] * a.shape[1] * b.shape[1]
+        return out
+
+
+CASES = {
+    "one_token": dict(tokens=1),
+    "odd": dict(tokens=63),
+    "half_ignored": dict(tokens=41, ignored=-100),
+    "another_ignore_index": dict(tokens=41, ignored=7),
+    "weights_0_1_10": dict(tokens=41, weighted=True),
+    "weights_and_ignored": dict(tokens=41, weighted=True, ignored=-100),
+    "confident": dict(tokens=33, confident=True),
+    "z_loss": dict(tokens=33, ignored=-100, z_loss=1e-2),
+    "softcap": dict(tokens=33, softcap=3.0),
+    "z_loss_and_softcap": dict(tokens=33, weighted=True, z_loss=1e-3, softcap=30.0),
+    "confident_z_loss_softcap": dict(tokens=33, confident=True, z_loss=1e-3, softcap=50.0),
+    "real_vocabulary": dict(tokens=3, vocab=6400),
+    "tiny_vocabulary": dict(tokens=9, vocab=2),
+}
+
+
+def case_arguments(name, dtype):
+    """(x, weight, targets, loss_weights, options)"""
+    spec = dict(CASES[name])
+    ignored, weighted = spec.pop("ignored", None), spec.pop("weighted", False)
+    shape = {k: spec.pop(k) for k in ("tokens", "vocab", "confident") if k in spec}
+    x, weight, targets = head(**shape, dtype=dtype)
+    if ignored is not None:
+        targets = some_ignored(targets, ignored)
+        spec["ignore_index"] = ignored
+    return x, weight, targets, mixed_weights(len(targets)) if weighted else None, spec
+
+
+@both_forms
+@both_dtypes
+@pytest.mark.parametrize("case", CASES)
+def test_linear_cross_entropy(case, dtype, kernels):
+    x, weight, targets, loss_weights, options = case_arguments(case, dtype)
+    assert_head_contract(
+        lambda x, w: linear_cross_entropy(x, w, targets, loss_weights, kernels=kernels, **options),
+        lambda x, w: linear_cross_entropy_ref(x, w, targets, loss_weights, **options),
+        [x, weight], ["loss", "dx", "dw"],
+    )  # fmt: skip
+
+
+@both_forms
+@both_dtypes
+def test_several_chunks(monkeypatch, dtype, kernels):
+    small_chunks(monkeypatch)
+    x, weight, targets = head(123, dtype=dtype)
+    targets, loss_weights = some_ignored(targets, share=0.2), mixed_weights(123)
+    assert_head_contract(
+        lambda x, w: linear_cross_entropy(x, w, targets, loss_weights, kernels=kernels),
+        lambda x, w: linear_cross_entropy_ref(x, w, targets, loss_weights),
+        [x, weight], ["loss", "dx", "dw"],
+    )  # fmt: skip
+
+
+@both_dtypes
+@pytest.mark.parametrize("case", ["odd", "confident", "weights_and_ignored", "z_loss_and_softcap"])
+def test_rows_longer_than_a_tile(monkeypatch, case, dtype):
+    small_tiles(monkeypatch)
+    x, weight, targets, loss_weights, options = case_arguments(case, dtype)
+    x, targets = x[:25], targets[:25]
+    loss_weights = None if loss_weights is None else loss_weights[:25]
+    assert_head_contract(
+        lambda x, w: linear_cross_entropy(x, w, targets, loss_weights, kernels=True, **options),
+        lambda x, w: linear_cross_entropy_ref(x, w, targets, loss_weights, **options),
+        [x, weight], ["loss", "dx", "dw"],
+    )  # fmt: skip
+
+
+@both_forms
+@pytest.mark.parametrize("confident", [False, True])
+def test_as_training_calls_it(kernels, confident):
+    """Strided bfloat16 hidden states, a float32 master weight, a global weight sum."""
+    x, weight, targets = head(43, dtype=torch.bfloat16, confident=confident)
+    x, weight = x.repeat_interleave(2, dim=1)[:, ::2], weight.float()
+    assert not x.is_contiguous()
+    targets, weight_sum = some_ignored(targets), torch.tensor(77.0, device=DEVICE)
+    assert_head_contract(
+        lambda x, w: linear_cross_entropy(x, w, targets, weight_sum=weight_sum, kernels=kernels),
+        lambda x, w: linear_cross_entropy_ref(x, w, targets, weight_sum=weight_sum),
+        [x, weight], ["loss", "dx", "dw"],
+    )  # fmt: skip
+
+
+@both_forms
+def test_float16_where_the_sum_over_chunks_leaves_its_range(monkeypatch, kernels):
+    """The gradient of the weight is divided by the weight sum before it is rounded."""
+    small_chunks(monkeypatch)
+    x, weight, _ = head(64, vocab=5, dtype=torch.float16)
+    x, targets = x.abs() * 20, torch.zeros(64, dtype=torch.int64, device=DEVICE)
+    loss_weights = torch.full((64,), 100.0, device=DEVICE)
+    weight_sum = loss_weights.sum()
+    weight.requires_grad_()
+    loss = linear_cross_entropy(x, weight, targets, loss_weights, weight_sum=weight_sum, kernels=kernels)
+    (mine,) = torch.autograd.grad(loss, weight)
+    exact = weight.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(
+        linear_cross_entropy_ref(x.double(), exact, targets, loss_weights, weight_sum), exact
+    )
+    largest = truth.abs().max().item()
+    assert largest * weight_sum > torch.finfo(torch.float16).max
+    assert error(mine, truth) < 4 * torch.finfo(torch.float16).eps * largest
+
+
+@both_forms
+def test_factors_on_a_bfloat16_gradient(kernels):
+    """A weight sum is in it before it is rounded; what comes later multiplies the rounded one, and is not itself
+    rounded first."""
+    x, weight, targets = head(5, dtype=torch.bfloat16)
+    x.requires_grad_()
+    loss = linear_cross_entropy(x, weight, targets, kernels=kernels)
+    (once,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (later,) = torch.autograd.grad(loss / 3, x)
+    assert torch.equal(later, (once.float() / 3).bfloat16())
+    made = []
+    for weight_sum in (1.5, 3.0, 48.0, 3 * 2.0**-9):  # the same number but for powers of two
+        total = torch.tensor(weight_sum, device=DEVICE)
+        loss = linear_cross_entropy(x, weight, targets, weight_sum=total, kernels=kernels)
+        (dx,) = torch.autograd.grad(loss, x)
+        made.append(dx.float() * weight_sum)
+    assert all(torch.equal(dx, made[0]) for dx in made) and not torch.equal(made[0], once.float())
+
+
+@both_forms
+def test_weight_sum_divides_and_nothing_over_nothing_is_zero(kernels):
+    x, weight, targets = head(9)
+    x.requires_grad_()
+    loss = linear_cross_entropy(x, weight, targets, kernels=kernels)
+    fifth = linear_cross_entropy(
+        x, weight, targets, weight_sum=torch.tensor(5.0, device=DEVICE), kernels=kernels
+    )
+    torch.testing.assert_close(fifth, loss / 5)
+    none = torch.zeros(9, device=DEVICE)
+    for function, options in ((linear_cross_entropy, {"kernels": kernels}), (linear_cross_entropy_ref, {})):
+        empty = function(x, weight, targets, none, weight_sum=none.sum(), **options)
+        (dx,) = torch.autograd.grad(empty, x)
+        assert empty == 0 and torch.equal(dx, torch.zeros_like(dx))
+        wrong = function(x, weight, targets, weight_sum=none.sum(), **options)
+        assert wrong.isinf(), "tokens without a weight sum are a mistake that shows"
+
+
+@both_forms
+@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 20])
+def test_nothing_to_learn(monkeypatch, tokens, device, kernels):
+    if device:
+        as_on_a_device(monkeypatch)
+    x, weight, _ = head(tokens)
+    targets = torch.full((tokens,), -100, device=DEVICE)
+    x.requires_grad_(), weight.requires_grad_()
+    loss = linear_cross_entropy(x, weight, targets, kernels=kernels)
+    loss.backward()
+    assert loss == 0 and loss.dtype == torch.float32
+    assert torch.equal(x.grad, torch.zeros_like(x)) and torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@both_forms
+@both_dtypes
+@pytest.mark.parametrize("slack", [0, 3, 30, 100, None])
+def test_num_targets(monkeypatch, slack, dtype, kernels):
+    """The same from any bound, exact, loose, more than there are rows, or none."""
+    small_chunks(monkeypatch)
+    as_on_a_device(monkeypatch)
+    x, weight, targets = head(50, dtype=dtype)
+    targets = some_ignored(targets)
+    count = int((targets != -100).sum())
+    num_targets = None if slack is None else count + slack
+    assert_head_contract(
+        lambda x, w: linear_cross_entropy(x, w, targets, num_targets=num_targets, kernels=kernels),
+        lambda x, w: linear_cross_entropy_ref(x, w, targets),
+        [x, weight], ["loss", "dx", "dw"],
+    )  # fmt: skip
+
+
+@both_forms
+@pytest.mark.parametrize("num_targets", [0, 5])
+def test_too_small_a_bound_is_nan_on_a_device(monkeypatch, num_targets, kernels):
+    as_on_a_device(monkeypatch)
+    x, weight, targets = head(6)
+    weight.requires_grad_()
+    loss = linear_cross_entropy(x, weight, targets, num_targets=num_targets, kernels=kernels)
+    assert loss.isnan()
+    if num_targets:
+        loss.backward()
+        assert weight.grad.isnan().all()
+
+
+@both_forms
+def test_too_small_a_bound_is_refused_where_it_can_be_seen(monkeypatch, kernels):
+    monkeypatch.setenv("MINIMIND_CHECK", "1")  # a GPU's tensors are looked at as well
+    x, weight, targets = head(6)
+    with pytest.raises(ValueError, match="num_targets is 5, but 6 rows count"):
+        linear_cross_entropy(x, weight, targets, num_targets=5, kernels=kernels)
+
+
+@both_forms
+@pytest.mark.parametrize("bad", [211, -1, 10**12, -(10**12)])
+def test_a_target_outside_the_vocabulary(monkeypatch, bad, kernels):
+    x, weight, targets = head(6)
+    targets[4] = bad
+    x.requires_grad_()
+    with monkeypatch.context() as patch:
+        patch.setenv("MINIMIND_CHECK", "1")
+        with pytest.raises(ValueError, match=r"targets holds numbers outside 0\.\.210"):
+            linear_cross_entropy(x, weight, targets, kernels=kernels)
+    as_on_a_device(monkeypatch)
+    loss = linear_cross_entropy(x, weight, targets, kernels=kernels)
+    (dx,) = torch.autograd.grad(loss, x)
+    assert loss.isnan() and dx[4].isnan().all() and dx[[0, 1, 2, 3, 5]].isfinite().all()
+
+
+@both_forms
+def test_no_gradient_where_none_is_wanted(kernels):
+    x, weight, targets = head(6)
+    full = 6 * 32 * 211
+    for need_x, need_w in ((False, False), (True, False), (False, True), (True, True)):
+        a, w = x.detach().requires_grad_(need_x), weight.detach().requires_grad_(need_w)
+        with Watch() as watch:
+            loss = linear_cross_entropy(a, w, targets, kernels=kernels)
+        assert watch.work == full * (1 + need_x + need_w)
+        if need_x or need_w:
+            loss.backward()
+        assert (a.grad is not None) == need_x and (w.grad is not None) == need_w
+    with torch.no_grad(), Watch() as watch:
+        linear_cross_entropy(a, w, targets, kernels=kernels)
+    assert watch.work == full
+
+
+def test_full_logits_never_exist(monkeypatch):
+    small_chunks(monkeypatch)
+    x, weight, targets = head(50, size=8)
+
+    def largest(function, **options):
+        a, w = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        with Watch() as watch:
+            function(a, w, targets, **options).backward()
+        return watch.largest
+
+    assert largest(linear_cross_entropy_ref) == 50 * 211, "the watch sees what is there to be seen"
+    for kernels in (False, True):
+        assert largest(linear_cross_entropy, kernels=kernels) <= 16 * 211
+
+
+@both_forms
+def test_masked_tokens_cost_nothing(monkeypatch, kernels):
+    x, weight, targets = head(12)
+    x.requires_grad_(), weight.requires_grad_()
+    half, loss_weights = targets.clone(), torch.ones(12, device=DEVICE)
+    half[::2], loss_weights[::2] = -100, 0
+    full = 3 * 12 * 32 * 211
+
+    def work(*args, **options):
+        with Watch() as watch:
+            linear_cross_entropy(x, weight, *args, kernels=kernels, **options).backward()
+        return watch.work
+
+    assert work(targets, num_targets=12) == full
+    assert work(half, num_targets=6) == full // 2
+    assert work(targets, loss_weights, num_targets=6) == full // 2
+    if DEVICE.type == "cpu":
+        assert work(half) == full // 2 and work(targets, loss_weights) == full // 2
+    as_on_a_device(monkeypatch)
+    assert work(half, num_targets=6) == full // 2
+    assert work(half) == full, "counting would wait for the device"
+
+
+def test_chunks_keep_to_the_budget():
+    for device, vocab, size in (("cpu", 6400, 4), ("cuda", 6400, 2), ("cuda", 6400, 4), ("cuda", 50304, 2)):
+        rows = linear_chunks.chunk_rows(torch.device(device), vocab * size)
+        bytes_ = rows * vocab * size
+        assert rows % 64 == 0
+        assert bytes_ <= linear_chunks.LOGITS_BYTES[device] < bytes_ + 64 * vocab * size
+    assert linear_chunks.chunk_rows(torch.device("cpu"), 6400 * 4) == 512
+    assert linear_chunks.chunk_rows(torch.device("cpu"), 10**9) == 64
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="a CPU has no device to wait for")
+@both_forms
+@pytest.mark.parametrize("num_targets", [None, 40])
+def test_no_host_sync(num_targets, kernels):
+    x, weight, targets = head(60)
+    x.requires_grad_(), weight.requires_grad_()
+    targets, weight_sum = some_ignored(targets), torch.tensor(30.0, device=DEVICE)
+
+    def step():
+        linear_cross_entropy(
+            x, weight, targets, weight_sum=weight_sum, num_targets=num_targets, kernels=kernels
+        ).backward()
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@both_forms
+@both_dtypes
+def test_second_backward(dtype, kernels):
+    x, weight, targets = head(20, dtype=dtype)
+    targets = some_ignored(targets)
+    assert_second_backward_agrees(
+        lambda x, w: linear_cross_entropy(x, w, targets, kernels=kernels), [x, weight]
+    )
+
+
+@both_forms
+def test_twice_the_same_bits(monkeypatch, kernels):
+    small_chunks(monkeypatch)
+    x, weight, targets = head(40)
+    results = []
+    for _ in range(2):
+        a, w = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        loss = linear_cross_entropy(a, w, some_ignored(targets), kernels=kernels)
+        results.append((loss, *torch.autograd.grad(loss, (a, w))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_inputs_are_left_as_they_were():
+    x, weight, targets = head(20)
+    targets, loss_weights = some_ignored(targets), mixed_weights(20)
+    before = [t.clone() for t in (x, weight, targets, loss_weights)]
+    for kernels in (False, True):
+        a, w = x.requires_grad_(), weight.requires_grad_()
+        linear_cross_entropy(a, w, targets, loss_weights, kernels=kernels).backward()
+    assert all(torch.equal(a, b) for a, b in zip((x, weight, targets, loss_weights), before, strict=True))
+
+
+def test_reference_is_the_framework_s_loss():
+    x, weight, targets = head(30)
+    targets = some_ignored(targets)
+    logits = F.linear(x, weight)
+    expected = F.cross_entropy(logits, targets, reduction="none").sum()
+    assert torch.equal(linear_cross_entropy_ref(x, weight, targets), expected)
+    capped = 3 * torch.tanh(logits / 3)
+    z = 0.1 * (capped.logsumexp(1) ** 2)[targets != -100].sum()
+    expected = F.cross_entropy(capped, targets, reduction="sum") + z
+    torch.testing.assert_close(
+        linear_cross_entropy_ref(x, weight, targets, z_loss=0.1, softcap=3.0), expected
+    )
+
+
+def test_reference_by_finite_differences():
+    x, weight, targets = head(5, size=4, vocab=7)
+    targets = some_ignored(targets)
+    x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
+    for options in ({}, {"z_loss": 0.1, "softcap": 2.0, "weight_sum": torch.tensor(3.0, device=DEVICE)}):
+        assert torch.autograd.gradcheck(
+            lambda x, w, options=options: linear_cross_entropy_ref(
+                x, w, targets, mixed_weights(5), **options
+            ),
+            (x, weight),
+        )
+
+
+@both_forms
+def test_opcheck(kernels):
+    x, weight, targets = head(9, size=16, vocab=37)
+    op, a, w = torch.ops.minimind.linear_cross_entropy, x.requires_grad_(), weight.requires_grad_()
+    targets = some_ignored(targets)
+    torch.library.opcheck(op, (a, w, targets, None, None, None, -100, 0.0, 0.0, kernels, True, True))
+    torch.library.opcheck(
+        op, (a, w, targets, mixed_weights(9), rand().exp(), 9, -100, 0.1, 9.0, kernels, True, False)
+    )
+    plain = a.detach(), w.detach()
+    torch.library.opcheck(op, (*plain, targets, None, None, 8, -100, 0.0, 0.0, kernels, False, False))
+
+
+def test_a_bound_that_changes_does_not_break_the_graph():
+    x, weight, targets = head(9, size=16, vocab=37)
+    x.requires_grad_(), weight.requires_grad_()
+
+    def loss(num_targets):
+        total = torch.ones((), device=DEVICE)
+        return linear_cross_entropy(
+            x, weight, targets, weight_sum=total, num_targets=num_targets, kernels=True
+        )
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for num_targets in (9, 10, 12):
+        mine, expected = (torch.autograd.grad(f(num_targets), (x, weight)) for f in (compiled, loss))
+        assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+
+
+BAD = {
+    r"x is torch.float64": lambda x, w, t: ((x.double(), w, t), {}),
+    r"x is \[2, 2, 16\]": lambda x, w, t: ((x[:4].view(2, 2, 16), w, t), {}),
+    r"weight is \[37, 15\], and x \[5, 16\] needs \[vocabulary, 16\]": lambda x, w, t: (
+        (x, w[:, :15], t),
+        {},
+    ),
+    r"weight is \[0, 16\]": lambda x, w, t: ((x, w[:0], t), {}),
+    r"weight is on meta": lambda x, w, t: ((x, w.to("meta"), t), {}),
+    r"targets is torch.int64 \[4\]": lambda x, w, t: ((x, w, t[:4]), {}),
+    r"targets is torch.int32": lambda x, w, t: ((x, w, t.int()), {}),
+    r"loss_weights is torch.float32 \[4\]": lambda x, w, t: ((x, w, t, torch.ones(4)), {}),
+    r"loss_weights is torch.bool": lambda x, w, t: ((x, w, t, t > 0), {}),
+    r"weight_sum is torch.float32 \[1\]": lambda x, w, t: ((x, w, t), {"weight_sum": torch.ones(1)}),
+    r"num_targets is -1": lambda x, w, t: ((x, w, t), {"num_targets": -1}),
+    r"softcap is -1": lambda x, w, t: ((x, w, t), {"softcap": -1.0}),
+}
+
+
+@both_forms
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_refused(message, kernels):
+    args, options = BAD[message](*head(5, size=16, vocab=37))
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(*args, **options, kernels=kernels)
+
+
+@pytest.mark.slow
+@both_forms
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_shape_mask_and_bound(kernels, data):
+    tokens, vocab = data.draw(st.integers(0, 40)), data.draw(st.integers(1, 300))
+    x, weight, targets = head(tokens, size=data.draw(st.integers(1, 40)), vocab=vocab)
+    targets = some_ignored(targets, share=data.draw(st.floats(0, 1)))
+    count = int((targets != -100).sum())
+    options = dict(
+        z_loss=data.draw(st.sampled_from([0.0, 1e-3])), softcap=data.draw(st.sampled_from([0.0, 7.0]))
+    )
+    bound = data.draw(st.one_of(st.none(), st.integers(count, count + 50)))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        small_chunks(monkeypatch, rows=data.draw(st.integers(1, 50)))
+        small_tiles(monkeypatch)
+        assert_head_contract(
+            lambda x, w: linear_cross_entropy(
+                x, w, targets, num_targets=bound, kernels=kernels, **options
+            ),
+            lambda x, w: linear_cross_entropy_ref(x, w, targets, **options),
+            [x, weight], ["loss", "dx", "dw"],
+        )  # fmt: skip

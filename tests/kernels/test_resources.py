@@ -1,0 +1,167 @@
+"""Every kernel compiles for every card in its default configuration, without spills (bench/resources.py)."""
+
+import ast
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.occupancy import CARDS, Occupancy, occupancy
+
+ROOT = Path(__file__).parents[2]
+SUBSET = ("minimind2-moe", "8/4 heads of 96", "vocabulary of 6400")  # launches every kernel
+
+SPILLING = """
+import sys
+
+import torch
+
+from bench import resources
+from bench.capture import capture
+from minimind.kernels.triton_support import jit, launch, tl
+
+
+@jit
+def _spilling_kernel(p_x, p_y, SIZE: tl.constexpr):
+    o_tile = tl.arange(0, SIZE)
+    b_x = tl.load(p_x + o_tile)  # [SIZE], 256 numbers a thread
+    tl.store(p_y + o_tile, b_x - tl.sum(b_x, axis=0))
+
+
+def run():
+    launch(_spilling_kernel, (1,), torch.ones(1), torch.ones(1), SIZE=8192, num_warps=1)
+
+
+resources.find = lambda args: capture({"control": run}, 86, "fp32")
+sys.exit(resources.main(resources.Args(json=sys.argv[1], jobs=1)))
+"""
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    """In a process of its own: this one may interpret its kernels."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path()}
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT
+    )
+
+
+def path() -> str:
+    return os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+
+
+def compile_kernels(tmp_path: Path, *flags: str) -> list[dict]:
+    report = tmp_path / "resources.json"
+    result = run("bench/resources.py", "--json", str(report), *flags)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return json.loads(report.read_text(encoding="utf-8"))
+
+
+def launched_kernels() -> set[tuple[str, str]]:
+    """(module, name) of every @jit function that no other one uses."""
+    defined, used = set(), set()
+    for file in (ROOT / "kernels").glob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and any(
+                "jit" in ast.dump(decorator) for decorator in node.decorator_list
+            ):
+                defined.add((f"minimind.kernels.{file.stem}", node.name))
+                used |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return {(module, name) for module, name in defined if name not in used}
+
+
+def check_rows(rows: list[dict]) -> None:
+    for row in rows:
+        name = f"{row['module']}.{row['kernel']}, {row['case']}, {row['dtype']}, sm_{row['arch']}"
+        assert row["spilled"] == 0, name
+        assert row["shared"] <= CARDS[row["arch"]].shared_per_program, name
+        assert row["programs"] >= 1 and 0 < row["occupancy"] <= 1, name
+        assert 16 <= row["registers"] <= 255, name
+        if row["module"].endswith("grouped_gemm") and row["multiplies_matrices"]:
+            tensor_core = row["hmma"] + row["hgmma"]
+            assert tensor_core > 0 if row["dtype"] == "bf16" else row["ffma"] > 0 and tensor_core == 0, name
+    assert {(row["module"], row["kernel"]) for row in rows} == launched_kernels()
+    assert any(row["multiplies_matrices"] for row in rows)
+
+
+def test_every_kernel_compiles_without_spills(tmp_path):
+    flags = ("--arch", "86", "--dtype", "bf16", "--only", *SUBSET)
+    check_rows(compile_kernels(tmp_path, *flags))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("arch", CARDS)
+def test_every_case_on_every_card(arch, dtype, tmp_path):
+    check_rows(compile_kernels(tmp_path, "--arch", str(arch), "--dtype", dtype))
+
+
+def test_a_spill_is_reported(tmp_path):
+    script, report = tmp_path / "spilling.py", tmp_path / "resources.json"
+    script.write_text(SPILLING, encoding="utf-8")
+    result = run(str(script), str(report))
+    assert result.returncode == 1, result.stdout + result.stderr
+    (row,) = json.loads(report.read_text(encoding="utf-8"))
+    assert row["kernel"] == "_spilling_kernel" and row["spilled"] > 0 and row["stack"] > 0
+    assert f"spills {row['spilled']} bytes" in result.stdout
+
+
+def test_what_must_not_ship():
+    compiling = pytest.importorskip("bench.compiling")
+    fine = compiling.Resources(
+        "case", "bf16", 86, "module", "kernel", 8, 3, 128, 0, 0, 99 * 1024, 1, 0.17, "shared", True, 64, 0, 0
+    )
+    assert fine.problems == []
+    for change, word in (
+        ({"spilled": 8}, "spills 8 bytes"),
+        ({"shared": 99 * 1024 + 1}, "shared memory"),
+        ({"programs": 0}, "not one program"),
+        ({"hmma": 0}, "without a tensor core"),
+    ):
+        (problem,) = dataclasses.replace(fine, **change).problems
+        assert word in problem
+    assert dataclasses.replace(fine, hmma=0, dtype="fp32").problems == []
+
+
+@pytest.mark.parametrize(
+    "arch, warps, registers, shared, expected",
+    [
+        # 255 registers round to 8192 a warp: two warps in each quarter of the file, eight in all
+        (80, 4, 255, 0, Occupancy(2, 8 / 64, "registers")),
+        # 41 round to 1536 a warp: ten in a quarter, not the 10.67 that 42 in the whole file would be
+        (80, 1, 41, 0, Occupancy(32, 32 / 64, "programs")),
+        (80, 8, 41, 0, Occupancy(5, 40 / 64, "registers")),
+        (86, 8, 40, 48 * 1024, Occupancy(2, 16 / 48, "shared")),  # 49 KiB each of 100
+        (86, 4, 32, 0, Occupancy(12, 1.0, "warps")),
+        (86, 8, 32, 99 * 1024, Occupancy(1, 8 / 48, "shared")),
+        (86, 8, 32, 100 * 1024, Occupancy(0, 0.0, "shared")),
+        (89, 1, 32, 0, Occupancy(24, 24 / 48, "programs")),
+        (90, 16, 64, 75 * 1024, Occupancy(2, 32 / 64, "registers")),
+        (90, 16, 32, 113 * 1024, Occupancy(2, 32 / 64, "shared")),
+    ],
+)
+def test_occupancy(arch, warps, registers, shared, expected):
+    assert occupancy(arch, warps, registers, shared) == expected
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"arch": (75,)}, "--arch 75: unknown; choose from 80, 86, 89, 90"),
+        ({"dtype": ("int8",)}, "--dtype int8: unknown; choose from bf16"),
+        ({"only": ("nothing of this name",)}, "no case has this in its name"),
+    ],
+)
+def test_bad_arguments(given, message):
+    resources = pytest.importorskip("bench.resources")
+    with pytest.raises(ValueError, match=message):
+        resources.find(resources.Args(**given))
+
+
+def test_a_bad_argument_is_one_line():
+    result = run("bench/resources.py", "--arch", "75")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: --arch 75") and result.stderr.count("\n") == 1
