@@ -98,8 +98,9 @@ def show(rows: Sequence[Row], console: Console) -> None:
     first = rows[0]
     table = Table(title=f"{first.op}, {first.shape} ({first.preset}), {first.tokens:,} tokens, {first.dtype}")
     for column in ("pass", "contender"):
-        table.add_column(column)
-    for column in ("ms", "p20-p80", "ours = 1", "rate", "of limit", "peak MiB", "error"):
+        table.add_column(column, no_wrap=True)
+    unit = next((row.unit for row in rows if row.unit), "rate")
+    for column in ("ms", "p20-p80", "ours = 1", unit, "of limit", "peak MiB", "error"):
         table.add_column(column, justify="right")
     for phase in dict.fromkeys(row.phase for row in rows):
         for i, row in enumerate(r for r in rows if r.phase == phase):
@@ -119,7 +120,7 @@ def _cells(row: Row) -> list[str]:
         f"{row.milliseconds:.4g}",
         f"{row.p20:.4g}-{row.p80:.4g}",
         "" if row.ratio is None else f"{row.ratio:.2f}",
-        "" if row.rate is None else f"{row.rate:,.3g} {row.unit}",
+        "" if row.rate is None else f"{row.rate:,.3g}",
         "" if row.share is None else f"{row.share:.0%}",
         "" if row.peak_mib is None else f"{row.peak_mib:,.0f}",
         error,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,9 +23,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path[0] = str(
-        Path(__file__).parents[1]
-    )  # this folder's modules are bench.NAME, and none is `kernels`
+    sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
 import torch
 import tyro
@@ -49,16 +48,17 @@ class Args:
 
     ops: tuple[str, ...] = tuple(BUILDERS)
     """Which ops."""
-    presets: tuple[str, ...] = tuple(name for name in PRESETS if name != "nano")
-    """Whose shapes; a shape that an earlier preset has too is timed once."""
+    presets: tuple[str, ...] | None = None
+    """Whose shapes; one that an earlier preset has too is timed once. None for all but nano, or for
+    minimind2-small and minimind3-moe on a CPU."""
     tokens: tuple[int, ...] | None = None
-    """Tokens in a batch; None for 16384 and 65536, or 2048 on a CPU."""
+    """Tokens in a batch; None for 16384 and 65536, or 1024 on a CPU."""
     dtype: str = "auto"
     """Of activations: bf16, fp16, fp32; auto takes what this device trains in. Weights are float32."""
     device: str = "auto"
     """auto, cpu, cuda."""
     repeat: int | None = None
-    """Timed runs of each contender in each pass; None for 100, or 5 on a CPU."""
+    """Timed runs of each contender in each pass; None for 100; on a CPU for 3 of a matrix product, 15 of others."""
     out: str | None = None
     """Folder for the rows and the picture; None for bench/results/DEVICE."""
     tune: str | None = None
@@ -71,9 +71,14 @@ class Bench:
 
     device: torch.device
     dtype: torch.dtype
-    runs: int
-    limits: dict[str, float]
-    stamp: dict[str, Any]
+    repeat: int | None
+    limits: dict[str, float]  # what the device reaches, by unit; of a CPU, whose caches blur it, nothing
+    stamp: dict[str, Any]  # date, commit, device, versions
+
+    def runs(self, case: Case) -> int:
+        if self.repeat is not None or self.device.type == "cuda":
+            return self.repeat or 100
+        return 3 if case.work.unit == "TFLOP/s" else 15
 
     def rows(self, case: Case, small: Case) -> list[Row]:
         """Every contender in every pass. small: the same case with few tokens, where the contract is checked."""
@@ -85,7 +90,7 @@ class Bench:
                 for name, error in checked.items()
                 if isinstance(error, float) and error <= ALLOWED
             }
-            timed = measure(steps, self.device, self.runs)
+            timed = measure(steps, self.device, self.runs(case))
             ours = timed.get("minimind")
             for name, error in checked.items():
                 blank = self._row(case, which, name, error)
@@ -93,14 +98,17 @@ class Bench:
         return rows
 
     def _row(self, case: Case, which: str, name: str, error: float | str) -> Row:
-        failed = isinstance(error, str)
+        if isinstance(error, str):
+            status, reason = "failed", error
+        elif math.isinf(error):
+            status, reason = "refused", "numbers that are not finite, or another shape than plain PyTorch's"
+        else:
+            status, reason = "refused", f"error {error:.3g} times plain PyTorch's; {ALLOWED:g} is allowed"
         return Row(
             **self.stamp,
             op=case.op, preset=case.preset, shape=case.shape, tokens=case.tokens,
-            dtype=str(case.dtype).removeprefix("torch."), phase=which, contender=name,
-            status="failed" if failed else "refused",
-            reason=str(error) if failed else f"error {error:.3g} times plain PyTorch's; {ALLOWED:g} is allowed",
-            error_ratio=None if isinstance(error, str) else error,
+            dtype=str(case.dtype).removeprefix("torch."), phase=which, contender=name, status=status, reason=reason,
+            error_ratio=error if isinstance(error, float) and math.isfinite(error) else None,
         )  # fmt: skip
 
     def _timed(self, row: Row, case: Case, timing: Timing | str, ours: Timing | str | None) -> Row:
@@ -109,12 +117,13 @@ class Bench:
         work = case.work.of(row.phase)  # type: ignore[arg-type]
         scale = {"GB/s": 1e9, "TFLOP/s": 1e12}[case.work.unit]
         rate = None if work is None else work / timing.median / scale
+        limit = self.limits.get(case.work.unit)
         return dataclasses.replace(
             row,
             status="ok", reason="",
             milliseconds=timing.median * 1e3, p20=timing.p20 * 1e3, p80=timing.p80 * 1e3, runs=timing.runs,
             peak_mib=None if timing.peak_bytes is None else timing.peak_bytes / 2**20,
-            rate=rate, unit=case.work.unit, share=None if rate is None else rate / self.limits[case.work.unit],
+            rate=rate, unit=case.work.unit, share=rate / limit if rate is not None and limit is not None else None,
             ratio=timing.median / ours.median if isinstance(ours, Timing) else None,
         )  # fmt: skip
 
@@ -136,17 +145,19 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def open_bench(args: Args) -> Bench:
     """Check the arguments, then measure what the device can do."""
-    for flag, given, known in (("ops", args.ops, BUILDERS), ("presets", args.presets, PRESETS)):
+    for flag, given, known in (("ops", args.ops, BUILDERS), ("presets", args.presets or (), PRESETS)):
         for value in given:
             if value not in known:
                 raise ValueError(f"--{flag} {value}: unknown; choose from {', '.join(known)}")
-    if min((*(args.tokens or (1,)), args.repeat or 1)) < 1:
+    if min((*(args.tokens or (1,)), 1 if args.repeat is None else args.repeat)) < 1:
         raise ValueError("--tokens and --repeat count from 1")
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     reason = why_no_triton(device)
     if device.type == "cuda" and reason is not None:
         raise ValueError(f"--device {device}: {reason}; use --device cpu to time PyTorch's forms")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # events are recorded there
     found = versions(describe_device(device))
     stamp = {name: found[name] for name in ("device", "commit", "torch", "triton")}
     stamp["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -154,8 +165,15 @@ def open_bench(args: Args) -> Bench:
         stamp["liger"] = metadata.version("liger-kernel")
     except metadata.PackageNotFoundError:
         stamp["liger"] = None
-    runs = args.repeat or (100 if device.type == "cuda" else 5)
-    return Bench(device, dtype, runs, limits(device, dtype), stamp)
+    return Bench(device, dtype, args.repeat, limits(device, dtype) if device.type == "cuda" else {}, stamp)
+
+
+def presets_of(args: Args, device: torch.device) -> tuple[str, ...]:
+    if args.presets is not None:
+        return args.presets
+    if device.type == "cpu":
+        return "minimind2-small", "minimind3-moe"
+    return tuple(name for name in PRESETS if name != "nano")
 
 
 def cases(args: Args, bench: Bench) -> Iterator[tuple[Case, Case]]:
@@ -163,8 +181,8 @@ def cases(args: Args, bench: Bench) -> Iterator[tuple[Case, Case]]:
     cuda = bench.device.type == "cuda"
     for op in args.ops:
         seen = set()
-        for preset in args.presets:
-            for tokens in args.tokens or ((16384, 65536) if cuda else (2048,)):
+        for preset in presets_of(args, bench.device):
+            for tokens in args.tokens or ((16384, 65536) if cuda else (1024,)):
                 if not applies(op, PRESETS[preset]):
                     continue
                 torch.compiler.reset()  # past eight shapes of one function it would run uncompiled, unsaid
@@ -175,20 +193,20 @@ def cases(args: Args, bench: Bench) -> Iterator[tuple[Case, Case]]:
 
 
 def main(args: Args) -> dict[str, Any]:
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     if args.tune is not None:
         device = choose_device(args.device)
-        return tuning.main(
-            args.tune, args.presets, args.tokens, choose_dtype(args.dtype, device), device, console
-        )
+        dtype = choose_dtype(args.dtype, device)
+        return tuning.main(args.tune, presets_of(args, device), args.tokens, dtype, device, console)
     bench = open_bench(args)
     folder = Path(args.out) if args.out else Path(__file__).parent / "results" / slug(bench.stamp["device"])
     table, picture = folder / "kernels.csv", folder / f"kernels-{bench.stamp['commit'] or 'unknown'}.png"
     check_columns(table)
     if bench.device.type == "cpu":
         console.print("no GPU: timing the PyTorch forms that ops takes on a CPU, not the Triton kernels")
-    reached = ", ".join(f"{value:,.4g} {unit}" for unit, value in bench.limits.items())
-    console.print(f"{bench.stamp['device']}: one large copy and product reach {reached}")
+    else:
+        reached = ", ".join(f"{value:,.4g} {unit}" for unit, value in bench.limits.items())
+        console.print(f"{bench.stamp['device']}: one large copy and one large product reach {reached}")
     rows: list[Row] = []
     for case, small in cases(args, bench):
         found = bench.rows(case, small)

@@ -100,7 +100,7 @@ def liger_rope(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int,
     q_weight: Tensor | None, k_weight: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """cos and sin float32 [1, T, D], gathered and doubled beforehand, as Hugging Face's models do once for all layers."""
+    """cos and sin float32 [1, T, D], gathered and doubled beforehand: in a model once for all layers."""
     q, k, v = qkv.unflatten(-1, (heads + 2 * groups, -1)).split((heads, groups, groups), dim=-2)
     if q_weight is not None and k_weight is not None:
         q, k = liger_rms_norm(q, q_weight, eps), liger_rms_norm(k, k_weight, eps)

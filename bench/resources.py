@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path[0] = str(
-        Path(__file__).parents[1]
-    )  # this folder's modules are bench.NAME, and none is `kernels`
+    sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
     os.environ.pop("TRITON_INTERPRET", None)  # compiled is what is asked for
 
 import torch

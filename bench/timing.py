@@ -67,10 +67,9 @@ def first_line(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {lines[0] if lines else ''}".strip()
 
 
-def measure(
-    steps: dict[str, Step], device: torch.device, runs: int, warmup: int = 3
-) -> dict[str, Timing | str]:
+def measure(steps: dict[str, Step], device: torch.device, runs: int) -> dict[str, Timing | str]:
     """Every step's Timing, or the first line of what it died of. Steps take turns, each round in another order."""
+    warmup = 10 if device.type == "cuda" else 1
     clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     failed: dict[str, str] = {}
@@ -148,18 +147,16 @@ def _summary(seconds: list[float], peak: int | None) -> Timing:
 
 
 def limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this device reaches: GB/s of one large copy (bytes read and written), TFLOP/s of one large product."""
-    cuda = device.type == "cuda"
-    source = torch.ones(2**30 if cuda else 2**26, dtype=torch.int8, device=device)
+    """What this GPU reaches: GB/s of one large copy (bytes read and written), TFLOP/s of one large product."""
+    source = torch.ones(2**30, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    size = 8192 if cuda else 1024
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a, b = (torch.randn(8192, 8192, device=device).to(dtype) for _ in range(2))
     steps = {
         "copy": Step(lambda: None, lambda _: target.copy_(source)),
         "product": Step(lambda: None, lambda _: torch.mm(a, b)),
     }
-    found = measure(steps, device, runs=20 if cuda else 5)
+    found = measure(steps, device, runs=20)
     copy, product = found["copy"], found["product"]
     if isinstance(copy, str) or isinstance(product, str):
         raise ValueError(f"{device} cannot copy and multiply: {copy}, {product}")
-    return {"GB/s": 2 * source.numel() / copy.median / 1e9, "TFLOP/s": 2 * size**3 / product.median / 1e12}
+    return {"GB/s": 2 * source.numel() / copy.median / 1e9, "TFLOP/s": 2 * 8192**3 / product.median / 1e12}

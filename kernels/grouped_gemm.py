@@ -13,7 +13,8 @@ stored, so that nothing is sorted or padded in memory (ScatterMoE, arXiv 2403.08
 How many tiles each expert has is known only on the device. The grid has room for the most there can be, which is
 cdiv(R, BLOCK_M) + E rows of tiles; every program finds its expert and rows from the offsets, and those past the last
 tile leave. A tile never holds rows of two experts. Products of float32 are full float32 (no TF32), accumulators and
-epilogues always are.
+epilogues always are. A mask that is constantly true, where a size is a multiple of the tile, is dropped by the
+compiler.
 """
 
 from dataclasses import dataclass
@@ -77,12 +78,6 @@ def _sigmoid(x):
 
 
 @jit
-def _load(pointers, mask, EVEN: tl.constexpr):
-    """EVEN: the tiles fill the matrix, and no mask is needed."""
-    return tl.load(pointers) if EVEN else tl.load(pointers, mask=mask, other=0.0)
-
-
-@jit
 def _tile(i_program, n_m, n_n, GROUP: tl.constexpr):
     """(row of tiles, column of tiles) in groups of GROUP rows."""
     i_group = i_program // (GROUP * n_n)
@@ -129,11 +124,11 @@ def _hidden_kernel(
     b_gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     b_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, C, BLOCK_K):
-        m_k = o_k < C - k
-        b_x = _load(p_x + k, m_k[None, :], C % BLOCK_K == 0)  # [BLOCK_M, BLOCK_K]
-        b_w = _load(p_weight + k, m_k[:, None], C % BLOCK_K == 0)  # [BLOCK_K, BLOCK_N]
+        m_k = (C % BLOCK_K == 0) | (o_k < C - k)
+        b_x = tl.load(p_x + k, mask=m_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        b_w = tl.load(p_weight + k, mask=m_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
         b_gate = tl.dot(b_x, b_w, b_gate, input_precision="ieee")
-        b_w = _load(p_weight + INTER * C + k, m_k[:, None], C % BLOCK_K == 0)  # [BLOCK_K, BLOCK_N]
+        b_w = tl.load(p_weight + INTER * C + k, mask=m_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
         b_up = tl.dot(b_x, b_w, b_up, input_precision="ieee")
     o_row = o_row.to(tl.int64)[:, None]
     mask = m_row[:, None] & (o_n < INTER)[None, :]
@@ -160,7 +155,7 @@ def _scatter_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     m_row = o_row < end
-    m_n = (o_n < N)[None, :]
+    m_n = ((N % BLOCK_N == 0) | (o_n < N))[None, :]
     p_a += tl.minimum(o_row, end - 1).to(tl.int64)[:, None] * K + o_k[None, :]
     p_weight += expert.to(tl.int64) * (K * N)
     if TRANSPOSED:
@@ -169,14 +164,12 @@ def _scatter_kernel(
         p_weight += o_k[:, None] * N + o_n[None, :]
     b_out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
-        m_k = o_k < K - k
-        b_a = _load(p_a + k, m_k[None, :], K % BLOCK_K == 0)  # [BLOCK_M, BLOCK_K]
+        m_k = (K % BLOCK_K == 0) | (o_k < K - k)
+        b_a = tl.load(p_a + k, mask=m_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         if TRANSPOSED:
-            b_w = _load(p_weight + k, m_k[:, None], K % BLOCK_K == 0)  # [BLOCK_K, BLOCK_N]
+            b_w = tl.load(p_weight + k, mask=m_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
         else:
-            b_w = _load(
-                p_weight + k * N, m_k[:, None] & m_n, K % BLOCK_K == 0 and N % BLOCK_N == 0
-            )  # [BLOCK_K, BLOCK_N]
+            b_w = tl.load(p_weight + k * N, mask=m_k[:, None] & m_n, other=0.0)  # [BLOCK_K, BLOCK_N]
         b_out = tl.dot(b_a, b_w, b_out, input_precision="ieee")
     b_copy = tl.load(p_order + o_row, mask=m_row, other=0)  # [BLOCK_M]
     if p_gates is not None:
@@ -221,17 +214,15 @@ def _hidden_grad_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     m_row = o_row < end
-    m_n = (o_n < INTER)[None, :]
+    m_n = ((INTER % BLOCK_N == 0) | (o_n < INTER))[None, :]
     b_copy = tl.load(p_order + o_row, mask=m_row, other=0)  # [BLOCK_M]
     p_dout += (b_copy // TOP_K).to(tl.int64)[:, None] * dout_stride + o_k[None, :]
     p_weight += expert.to(tl.int64) * (C * INTER) + o_k[:, None] * INTER + o_n[None, :]
     b_dh = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, C, BLOCK_K):
-        m_k = o_k < C - k
-        b_dout = _load(p_dout + k, m_k[None, :], C % BLOCK_K == 0)  # [BLOCK_M, BLOCK_K]
-        b_w = _load(
-            p_weight + k * INTER, m_k[:, None] & m_n, C % BLOCK_K == 0 and INTER % BLOCK_N == 0
-        )  # [BLOCK_K, BLOCK_N]
+        m_k = (C % BLOCK_K == 0) | (o_k < C - k)
+        b_dout = tl.load(p_dout + k, mask=m_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        b_w = tl.load(p_weight + k * INTER, mask=m_k[:, None] & m_n, other=0.0)  # [BLOCK_K, BLOCK_N]
         b_dh = tl.dot(b_dout, b_w, b_dh, input_precision="ieee")
     # half of the columns at a time: all at once, the many products of a tile need over 250 registers
     b_left, b_right = tl.split(b_dh.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
@@ -260,7 +251,8 @@ def _weight_grad_kernel(
     i_m, i_n = _tile(tl.program_id(0) % (n_m * n_n), n_m, n_n, GROUP)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_m, m_n = (o_m < M)[:, None], (o_n < N)[None, :]
+    m_m = ((M % BLOCK_M == 0) | (o_m < M))[:, None]
+    m_n = ((N % BLOCK_N == 0) | (o_n < N))[None, :]
     row = tl.load(p_offsets + expert)
     end = tl.load(p_offsets + expert + 1)
     b_out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

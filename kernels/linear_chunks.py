@@ -240,8 +240,8 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, scale.reshape(1), out=out)
 
 
-def register_made_gradient(op: Any, inputs: int) -> None:
-    """Fake and autograd of an op of so many inputs, x and weight first and need_dx and need_dw last, that returns
+def register_made_gradient(op: Any, arguments: int) -> None:
+    """Fake and autograd of an op of so many arguments, x and weight first and need_dx and need_dw last, that returns
     (loss, dx, dw) as `run_chunks` makes them. dw stays float32 until it is scaled: a sum over tokens may be beyond
     float16."""
 
@@ -259,10 +259,10 @@ def register_made_gradient(op: Any, inputs: int) -> None:
 
     def backward(ctx, dloss, *_):
         if dloss is None:
-            return (None,) * inputs
+            return (None,) * arguments
         pairs = zip(ctx.needed, ctx.saved_tensors, ctx.dtypes, strict=True)
         made = [scaled(grad, dloss, dtype) if needed else None for needed, grad, dtype in pairs]
-        return *made, *(None,) * (inputs - 2)
+        return *made, *(None,) * (arguments - 2)
 
     op.register_fake(fake)
     op.register_autograd(backward, setup_context=save)

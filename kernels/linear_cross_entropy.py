@@ -179,7 +179,7 @@ def _linear_cross_entropy(
     return rows.poisoned(losses.sum()), dx, dw
 
 
-register_made_gradient(_linear_cross_entropy, inputs=12)
+register_made_gradient(_linear_cross_entropy, arguments=12)
 
 
 def linear_cross_entropy(

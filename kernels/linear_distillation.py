@@ -252,7 +252,7 @@ def _linear_distillation(
     return rows.poisoned(losses.sum()), dx, dw
 
 
-register_made_gradient(_linear_distillation, inputs=12)
+register_made_gradient(_linear_distillation, arguments=12)
 
 
 def linear_distillation(

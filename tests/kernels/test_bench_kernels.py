@@ -102,10 +102,11 @@ def test_a_wrong_contender_is_refused_and_a_dead_one_fails():
     case = build("swiglu", "tiny", 40, torch.float32, CPU, compiled=False)
     wrong_value = lambda gate_up: 1.001 * case.reference(gate_up)  # noqa: E731
     wrong_gradient = lambda gate_up: _Tripled.apply(case.reference(gate_up))  # noqa: E731
-    found = {"wrong": wrong_value, "gradient": wrong_gradient, "dead": dead}
+    gone = lambda gate_up: case.reference(gate_up) * float("nan")  # noqa: E731
+    found = {"wrong": wrong_value, "gradient": wrong_gradient, "gone": gone, "dead": dead}
     case = dataclasses.replace(case, contenders=case.contenders | found)
     rows = {(r.contender, r.phase): r for r in bench().rows(case, case)}
-    assert len(rows) == 5 * len(PASSES)
+    assert len(rows) == 6 * len(PASSES)
     for which in PASSES:
         for name in ("wrong", "gradient"):
             refused = rows[name, which]
@@ -117,7 +118,9 @@ def test_a_wrong_contender_is_refused_and_a_dead_one_fails():
             timed = rows[name, which]
             assert timed.status == "ok" and timed.milliseconds > 0 and timed.runs == 2 and timed.reason == ""
             assert timed.p20 <= timed.milliseconds <= timed.p80 and timed.peak_mib is None
-        assert rows["minimind", which].ratio == 1.0
+        ours, eager = rows["minimind", which], rows["eager", which]
+        assert ours.ratio == 1.0 and eager.ratio == pytest.approx(eager.milliseconds / ours.milliseconds)
+        assert rows["gone", which].status == "refused" and rows["gone", which].error_ratio is None
 
 
 class _Tripled(torch.autograd.Function):
@@ -272,6 +275,7 @@ def test_last_line_is_json(tmp_path):
         ({"presets": ("gpt5",)}, "--presets gpt5: unknown"),
         ({"dtype": "int8"}, "--dtype int8: unknown; choose from auto, bf16"),
         ({"tokens": (0,)}, "count from 1"),
+        ({"repeat": 0}, "count from 1"),
         ({"ops": ("moe",), "presets": ("minimind2",)}, "no model among --presets"),
         ({"tune": "rms_norm"}, "--tune rms_norm: tile sizes are tuned on a CUDA GPU"),
         ({"tune": "softmax"}, "--tune softmax: unknown"),

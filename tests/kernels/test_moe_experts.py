@@ -126,13 +126,13 @@ def test_an_expanded_output_gradient():
 
 
 def test_only_some_inputs_need_a_gradient():
-    inputs, routing = case(20, 4, 2, 50, 37, torch.float32)
+    inputs, routing = case(20, 4, 2, 20, 17, torch.float32)
 
     def function(*tensors):
         return moe_experts(*tensors, routing.order, routing.offsets)
 
     everything = run(function, inputs, None, grads=True)[1:]
-    for wanted in ((0,), (1,), (2,), (3,), (0, 3), (1, 2)):
+    for wanted in ((0,), (1,), (2, 3)):
         leaves = [t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
         out = function(*leaves)
         out.backward(rand(*out.shape, seed=99))
@@ -220,7 +220,6 @@ def test_opcheck():
     leaves = [t.detach().requires_grad_() for t in inputs]
     sort = routing.order, routing.offsets
     torch.library.opcheck(torch.ops.minimind.moe_experts, (*leaves, *sort, True))
-    torch.library.opcheck(torch.ops.minimind.moe_experts, (*(t.detach() for t in leaves), *sort, False))
     dout, saved = rand(5, 8), rand(10, 12)
     torch.library.opcheck(
         torch.ops.minimind.moe_experts_backward,

@@ -131,9 +131,9 @@ def test_what_must_not_ship():
     [
         # 255 registers round to 8192 a warp: two warps in each quarter of the file, eight in all
         (80, 4, 255, 0, Occupancy(2, 8 / 64, "registers")),
-        # 41 round to 1536 a warp: ten in a quarter, not the 10.67 that 42 in the whole file would be
+        # 41 round to 1536 a warp: ten in each quarter, 40 in all, where an undivided file would hold 42
+        (80, 2, 41, 0, Occupancy(20, 40 / 64, "registers")),
         (80, 1, 41, 0, Occupancy(32, 32 / 64, "programs")),
-        (80, 8, 41, 0, Occupancy(5, 40 / 64, "registers")),
         (86, 8, 40, 48 * 1024, Occupancy(2, 16 / 48, "shared")),  # 49 KiB each of 100
         (86, 4, 32, 0, Occupancy(12, 1.0, "warps")),
         (86, 8, 32, 99 * 1024, Occupancy(1, 8 / 48, "shared")),
