@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.kernels.grouped_gemm import hidden, hidden_grad, rows_of, scatter, weight_grad
-from minimind.kernels.triton_support import check, check_tensors
+from minimind.kernels.triton_support import check, check_tensors, on_host
 
 
 def moe_experts_ref(x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, expert_ids: Tensor) -> Tensor:
@@ -137,6 +137,21 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tenso
             f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; give what moe_routing.route made: "
             f"torch.int32 [{length}] on {x.device}",
         )
+    if on_host(order):
+        _check_sort(order, offsets)
+
+
+def _check_sort(order: Tensor, offsets: Tensor) -> None:
+    """Numbers that would lead a kernel out of its tensors."""
+    copies = order.numel()
+    check(
+        bool((order.sort().values == torch.arange(copies, device=order.device)).all()),
+        f"order is not a permutation of the copies 0..{copies - 1}; give what moe_routing.route made",
+    )
+    check(
+        int(offsets[0]) == 0 and int(offsets[-1]) == copies and bool((offsets.diff() >= 0).all()),
+        f"offsets do not rise from 0 to the {copies} copies; give what moe_routing.route made",
+    )
 
 
 def moe_experts(
@@ -146,9 +161,9 @@ def moe_experts(
 
     x [N, C], float32, bfloat16 or float16; gate_up [E, 2 I, C] and down [E, C, I] in x.dtype, or float32, which is
     rounded to x.dtype first; gates [N, K], of any of these dtypes; order int32 [N * K] and offsets int32 [E + 1]
-    as `moe_routing.route` makes them: their numbers are not checked. -> [N, C] in x.dtype, contiguous. Each gradient
-    comes in the dtype of its tensor, the experts' straight from float32 sums; two runs give the same bits. Where no
-    gradient can come, nothing is kept for it. ValueError on other input.
+    as `moe_routing.route` makes them. -> [N, C] in x.dtype, contiguous. Each gradient comes in the dtype of its tensor,
+    the experts' straight from float32 sums; two runs give the same bits. Where no gradient can come, nothing is kept
+    for it. ValueError on other input; for the numbers in order and offsets on CPU tensors, or with MINIMIND_CHECK=1.
     """
     _check(x, gate_up, down, gates, order, offsets)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up, down, gates))

@@ -2,6 +2,7 @@
 the same curve."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -121,11 +122,10 @@ def test_a_step_never_waits_for_the_device(shape, monkeypatch):
     assert not reads.seen
 
 
-def curve(shape: str, mode: str, dtype: torch.dtype, steps: int) -> torch.Tensor:
+def curve(model: Model, mode: str, dtype: torch.dtype, steps: int, lr: float = 3e-3) -> torch.Tensor:
     """Losses of `steps` AdamW steps on a few batches again and again."""
-    model = make(shape)
     model.compute_dtype = dtype
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-6)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-6)
     batches = [batch_of([[5, 11], [16], [1, 15]], seed) for seed in range(4)]
     losses = []
     with ops.using(mode):
@@ -140,14 +140,29 @@ def curve(shape: str, mode: str, dtype: torch.dtype, steps: int) -> torch.Tensor
     return torch.stack(losses).cpu()
 
 
-@pytest.mark.parametrize("steps", [5, pytest.param(100, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shape", ["dense", "moe_sequence"])
-def test_training_follows_the_same_curve(shape, steps):
+def assert_same_curve(new_model: Callable[[], Model], steps: int, lr: float = 3e-3) -> None:
     """The convergence pair: equal to 1e-5 in float32; in bfloat16 no further from that curve than twice the reference
     in bfloat16 is."""
-    truth, mine = (curve(shape, mode, torch.float32, steps) for mode in ("reference", "kernels"))
+    truth, mine = (curve(new_model(), mode, torch.float32, steps, lr) for mode in ("reference", "kernels"))
     assert truth[-1] < 0.95 * truth[0], "a model that does not learn proves nothing"
     torch.testing.assert_close(mine, truth, rtol=1e-5, atol=0)
 
-    plain, mine = (curve(shape, mode, torch.bfloat16, steps) for mode in ("reference", "kernels"))
+    plain, mine = (curve(new_model(), mode, torch.bfloat16, steps, lr) for mode in ("reference", "kernels"))
     assert (mine - truth).abs().max() <= 2 * (plain - truth).abs().max()
+
+
+@pytest.mark.parametrize("steps", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", ["dense", "moe_sequence"])
+def test_training_follows_the_same_curve(shape, steps):
+    assert_same_curve(lambda: make(shape), steps)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter would take hours for a model of real size")
+@pytest.mark.parametrize("preset", ["minimind2-small", "minimind2-moe"])
+def test_presets_follow_the_same_curve(preset):
+    def new_model() -> Model:
+        torch.manual_seed(0)
+        return Model(ModelConfig.preset(preset)).to(DEVICE)
+
+    assert_same_curve(new_model, steps=100, lr=3e-4)

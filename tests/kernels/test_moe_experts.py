@@ -259,6 +259,23 @@ def test_bad_input_is_refused(bad, message):
         bad(*inputs, routing.order, routing.offsets)
 
 
+@pytest.mark.parametrize(
+    "place, number, message",
+    [
+        (0, 10, "order is not a permutation"),
+        (0, -1, "order is not a permutation"),
+        (1, 11, "offsets do not rise"),
+    ],
+)
+def test_a_sort_that_leads_out_of_the_tensors_is_refused(monkeypatch, place, number, message):
+    monkeypatch.setenv("MINIMIND_CHECK", "1")
+    inputs, routing = case(5, 3, 2, 8, 6, torch.float32)
+    sort = [routing.order.clone(), routing.offsets.clone()]
+    sort[place][-1] = number
+    with pytest.raises(ValueError, match=message):
+        moe_experts(*inputs, *sort)
+
+
 @pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(

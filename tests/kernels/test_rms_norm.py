@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minimind.kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from tests.kernels.contract import DEVICE, DTYPES, assert_contract, assert_second_backward_agrees, rand
@@ -115,3 +117,26 @@ def test_bad_input_is_refused(bad, message):
     x = rand(5, 64)
     with pytest.raises(ValueError, match=message):
         bad(x, weight_for(x, torch.float32))
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 12), max_size=3), size=st.integers(1, 700), dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from([1e-3, 1.0, 300.0]), added=st.booleans(),
+)  # fmt: skip
+def test_any_shape(shape, size, dtype, scale, added):
+    x, residual = rand(*shape, size, scale=scale).to(dtype), rand(*shape, size, seed=5).to(dtype)
+    weight = weight_for(x, dtype)
+    if added:
+        assert_contract(
+            lambda x, r, w: add_rms_norm(x, r, w, EPS), lambda x, r, w: add_rms_norm_ref(x, r, w, EPS),
+            [x, residual, weight], ["y", "total", "dx", "dresidual", "dw"],
+        )  # fmt: skip
+    else:
+        assert_contract(
+            lambda x, w: rms_norm(x, w, EPS),
+            lambda x, w: rms_norm_ref(x, w, EPS),
+            [x, weight],
+            ["y", "dx", "dw"],
+        )

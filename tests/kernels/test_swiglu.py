@@ -1,5 +1,7 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minimind.kernels.swiglu import swiglu, swiglu_ref
 from tests.kernels.contract import DEVICE, DTYPES, assert_contract, assert_second_backward_agrees, rand
@@ -85,3 +87,13 @@ def test_opcheck():
 def test_bad_input_is_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         swiglu(bad(rand(5, 8)))
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 12), max_size=3), size=st.integers(1, 700), dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from([1e-3, 1.0, 100.0]),
+)  # fmt: skip
+def test_any_shape(shape, size, dtype, scale):
+    assert_contract(swiglu, swiglu_ref, [rand(*shape, 2 * size, scale=scale).to(dtype)], NAMES)
