@@ -309,6 +309,8 @@ def build(
         contenders = {"minimind": contenders["minimind"]}
     elif not peers.has_liger():
         contenders.pop("liger")
+    if op.startswith("linear") and not peers.has_native_head():
+        contenders.pop("native", None)
     contenders["eager"] = reference
     if compiled:
         contenders["compiled"] = torch.compile(reference, dynamic=False)

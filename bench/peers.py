@@ -73,6 +73,11 @@ def native_moe(
     return (hidden * gates.to(x.dtype).unsqueeze(-1)).sum(dim=1)
 
 
+def has_native_head() -> bool:
+    """torch 2.11 has none."""
+    return hasattr(F, "linear_cross_entropy")
+
+
 def has_liger() -> bool:
     return importlib.util.find_spec("liger_kernel") is not None
 

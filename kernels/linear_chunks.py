@@ -36,11 +36,12 @@ ROWS_MULTIPLE = 64  # of a chunk, which is never smaller: whole tiles of the pro
 
 @dataclass(frozen=True)
 class Config:
-    block_v: int  # logits in one tile; a vocabulary that fits is read once
+    whole: int  # a vocabulary that is no larger is one tile, and read once
+    part: int  # logits in each tile of a larger one
     per_warp: int  # of them that one warp holds
 
 
-CONFIGS = {80: Config(block_v=8192, per_warp=512)}
+CONFIGS = {80: Config(whole=8192, part=4096, per_warp=512)}
 
 
 @jit
@@ -114,7 +115,8 @@ def expm1(b_x):
 def row_tile(logits: Tensor) -> tuple[int, int]:
     """(BLOCK_V, num_warps) of a row kernel"""
     config = config_for(CONFIGS, logits.device)
-    block_v = min(config.block_v, next_power_of_2(logits.shape[1]))
+    block_v = next_power_of_2(logits.shape[1])
+    block_v = block_v if block_v <= config.whole else config.part
     return block_v, min(16, max(4, block_v // config.per_warp))
 
 

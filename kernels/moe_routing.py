@@ -43,7 +43,7 @@ class Config:
     num_warps: int
 
 
-CONFIGS = {80: Config(tokens=128, elements=2048, num_warps=4)}
+CONFIGS = {80: Config(tokens=128, elements=1024, num_warps=4)}
 
 
 class Routing(NamedTuple):

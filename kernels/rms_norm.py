@@ -38,7 +38,7 @@ class Config:
     programs_per_sm: int  # of the backward, whose programs loop
 
 
-CONFIGS = {80: Config(elements=2048, per_warp=512, programs_per_sm=8)}
+CONFIGS = {80: Config(elements=1024, per_warp=256, programs_per_sm=8)}
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:

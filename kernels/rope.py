@@ -47,7 +47,7 @@ class Config:
     programs_per_sm: int  # of the backward with the norm, whose programs loop
 
 
-CONFIGS = {80: Config(elements=1024, num_warps=4, programs_per_sm=4)}
+CONFIGS = {80: Config(elements=512, num_warps=4, programs_per_sm=4)}
 
 
 def rope_ref(

@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+# Contraction of a multiplication and an addition: Triton 3.10 changes its default, and 3.9 warns about that.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 if importlib.util.find_spec("triton") is not None:
     import triton
     import triton.language as tl

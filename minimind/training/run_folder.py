@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from filelock import FileLock, Timeout
 
 from minimind.data.files import write_json
@@ -98,7 +99,7 @@ def truncate(path: Path, size: int) -> None:
 def versions(device: str) -> dict[str, Any]:
     """What it ran on and with; git commit where the code is a checkout."""
     packages: dict[str, str | None] = {}
-    for name in ("torch", "triton", "numpy", "tokenizers", "safetensors"):
+    for name in ("triton", "numpy", "tokenizers", "safetensors"):
         try:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -108,6 +109,7 @@ def versions(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": device,
         "commit": _git_commit(),
+        "torch": str(torch.__version__),  # with its build, which the package's own version does not name
         **packages,
     }
 

@@ -73,6 +73,7 @@ def test_cpu_forms_pass_the_gate(op):
     assert worst_ratio(case.contenders["minimind"], case.reference, case.leaves) <= ALLOWED
 
 
+@pytest.mark.skipif(not peers.has_native_head(), reason="this PyTorch has no F.linear_cross_entropy")
 def test_pytorchs_fused_forms_agree():
     x, targets = torch.randn(30, 48, requires_grad=True), torch.randint(0, 131, (30,))
     weight = torch.randn(131, 48, requires_grad=True)

@@ -53,7 +53,7 @@ def small_chunks(monkeypatch, rows=16):
 
 def small_tiles(monkeypatch):
     """Rows are longer than a tile."""
-    monkeypatch.setattr(linear_chunks, "CONFIGS", {80: linear_chunks.Config(block_v=64, per_warp=16)})
+    monkeypatch.setattr(linear_chunks, "CONFIGS", {80: linear_chunks.Config(whole=64, part=64, per_warp=16)})
 
 
 def as_on_a_device(monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimind import ModelConfig, ops
-from minimind.kernels import linear_chunks, rope
+from minimind.kernels import linear_chunks, moe_experts, rope
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss
 from tests.conftest import documents_batch
@@ -111,7 +111,7 @@ def test_a_step_never_waits_for_the_device(shape, monkeypatch):
     if DEVICE.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     else:  # look at what a GPU would run: without the checks that only host tensors get
-        for module in (linear_chunks, rope):
+        for module in (linear_chunks, moe_experts, rope):
             monkeypatch.setattr(module, "on_host", lambda tensor: False)
     try:
         with HostReads() as reads:
