@@ -132,7 +132,7 @@ def _rms_norm(s: Setting) -> Parts:
     leaves = s.activation(s.tokens, size), s.parameter(size, mean=1.0)
     native = partial(peers.native_rms_norm, eps=eps)
     contenders: dict[str, Function] = {
-        "minimind": partial(rms_norm, eps=eps) if s.kernels else native,
+        "minimind": partial(rms_norm if s.kernels else rms_norm_ref, eps=eps),
         "native": native,
         "liger": partial(peers.liger_rms_norm, eps=eps),
     }
@@ -144,7 +144,7 @@ def _add_rms_norm(s: Setting) -> Parts:
     leaves = s.activation(s.tokens, size), s.activation(s.tokens, size), s.parameter(size, mean=1.0)
     native = partial(peers.native_add_rms_norm, eps=eps)
     contenders: dict[str, Function] = {
-        "minimind": partial(add_rms_norm, eps=eps) if s.kernels else native,
+        "minimind": partial(add_rms_norm if s.kernels else add_rms_norm_ref, eps=eps),
         "native": native,
         "liger": partial(peers.liger_add_rms_norm, eps=eps),
     }
@@ -175,7 +175,7 @@ def _rope(s: Setting, normed: bool) -> Parts:
         return peers.liger_rope(qkv, wide_cos, wide_sin, heads, groups, q, k, eps)
 
     contenders: dict[str, Function] = {
-        "minimind": ours if s.kernels else native if normed else reference,
+        "minimind": ours if s.kernels else reference,
         "liger": liger,
     }
     if normed:
