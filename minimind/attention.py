@@ -3,24 +3,25 @@
 The layout of a batch is worked out once per step and shared by every layer:
 
     CausalLayout     every row is one document
-    MaskLayout       an explicit boolean mask; no host sync, so this is what a GPU reference uses
-    DocumentLayout   documents of like length are stacked and each stack is one causal SDPA call. On a CPU this
-                     skips the (T - length) / T of every row's scores that a mask would compute and throw away.
+    MaskLayout       an explicit boolean mask: the reference of the two below, which compute no score between documents
+    DocumentLayout   on a CPU (document_attention.py)
+    VarlenLayout     on a GPU, PyTorch's flash attention over documents
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
-# A stack holds documents no shorter than this share of its longest: 0.75 wastes at most 44% of a stack's scores
-# and gives about ten stacks for lengths of 16 to 512.
-_STACK_RATIO = 0.75
-_SHORTEST_STACK = 16
+from minimind.document_attention import document_attention
+
+_VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
 
 
 class _PermuteRows(torch.autograd.Function):
@@ -41,22 +42,6 @@ def permute_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """x [N, ...] -> x[index] [M, ...]. Needs index[inverse] == arange(N); rows of `index` that no entry of
     `inverse` names are padding: their gradient must be zero and is dropped."""
     return _PermuteRows.apply(x, index, inverse)
-
-
-class _UnpadRows(torch.autograd.Function):
-    """Rows `inverse` of a padded [M, ...]; padding rows get a zero gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.rows = x.shape[0]
-        return x.index_select(0, inverse)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        (inverse,) = ctx.saved_tensors
-        out = grads[0].new_zeros((ctx.rows, *grads[0].shape[1:]))
-        return out.index_copy_(0, inverse, grads[0]), None
 
 
 @dataclass(frozen=True)
@@ -82,77 +67,51 @@ class MaskLayout:
 
 @dataclass(frozen=True)
 class DocumentLayout:
-    """Stacks of documents: `stacks` lists (documents, length) of each; `index` int64 [M] picks the tokens of all
-    stacks out of the flattened batch (padding repeats token 0); `inverse` int64 [N] takes them back."""
+    """cu_seqlens: int [n + 1] on the CPU, boundaries of the documents in the flattened batch."""
 
-    index: Tensor
-    inverse: Tensor
-    stacks: tuple[tuple[int, int], ...]
+    cu_seqlens: Tensor
 
-    @staticmethod
-    def from_boundaries(cu_seqlens: np.ndarray) -> DocumentLayout:
-        """cu_seqlens: int [n + 1], ascending, from 0 to the number of tokens."""
-        starts = cu_seqlens[:-1].astype(np.int64)
-        lengths = np.diff(cu_seqlens).astype(np.int64)
-        order = np.argsort(-lengths, kind="stable")
-        order = order[lengths[order] > 0]
-        stacks, index, inverse = [], [], np.empty(int(cu_seqlens[-1]), np.int64)
-        offset = first = 0
-        while first < len(order):
-            longest = int(lengths[order[first]])
-            shortest = 1 if longest <= _SHORTEST_STACK else int(longest * _STACK_RATIO)
-            last = int(np.searchsorted(-lengths[order], -shortest, side="right"))
-            docs = order[first:last]
-            column = np.arange(longest)
-            real = column < lengths[docs, None]
-            tokens = np.where(real, starts[docs, None] + column, 0)
-            inverse[tokens[real]] = offset + np.flatnonzero(real)
-            index.append(tokens.ravel())
-            stacks.append((len(docs), longest))
-            offset, first = offset + tokens.size, last
-        return DocumentLayout(
-            torch.from_numpy(np.concatenate(index)), torch.from_numpy(inverse), tuple(stacks)
-        )
-
-    @torch.compiler.disable  # shapes differ with every batch: compiling this would recompile at every step
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, length = q.shape[:2]
-        heads = [x.shape[2] for x in (q, k, v)]
-        # float32: for short documents bf16 SDPA with its backward took 4x as long on a CPU (docs/LOG.md)
-        qkv = torch.cat((q, k, v), dim=2).flatten(0, 1).to(torch.promote_types(q.dtype, torch.float32))
-        stacked = permute_rows(qkv, self.index, self.inverse)
-        out, offset = [], 0
-        for docs, longest in self.stacks:
-            rows = stacked[offset : offset + docs * longest].unflatten(0, (docs, longest))
-            out.append(_sdpa(*rows.split(heads, dim=2), is_causal=True).flatten(0, 1))
-            offset += docs * longest
-        merged = _UnpadRows.apply(torch.cat(out), self.inverse)
-        return merged.unflatten(0, (batch, length)).to(q.dtype)
+        out = document_attention(*(x.flatten(0, 1) for x in (q, k, v)), self.cu_seqlens)
+        return out.view(q.shape)
 
 
-Layout = CausalLayout | MaskLayout | DocumentLayout
+@dataclass(frozen=True)
+class VarlenLayout:
+    """cu_seqlens: int32 [n + 1] on the GPU, not descending: what stands after the last document is empty ones, so that
+    a batch of fewer documents has the same shape. max_length: no document is longer."""
+
+    cu_seqlens: Tensor
+    max_length: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = causal_varlen_attention(*(x.flatten(0, 1) for x in (q, k, v)), self.cu_seqlens, self.max_length)
+        return out.view(q.shape)
+
+
+Layout = CausalLayout | MaskLayout | DocumentLayout | VarlenLayout
 
 
 def make_layout(
     batch: int,
     length: int,
     device: torch.device,
+    dtype: torch.dtype,
     cu_seqlens: Tensor | None = None,
     attention_mask: Tensor | None = None,
-    stacked: bool = True,
+    fused: bool = True,
 ) -> Layout:
-    """The attention layout of a [batch, length] step.
+    """The attention layout of a [batch, length] step in `dtype`.
 
     cu_seqlens: int [n + 1], boundaries of the documents in the flattened batch, row ends among them.
     attention_mask: bool or int [batch, length], 0 at padding; used when there are no cu_seqlens.
-    stacked: use DocumentLayout where cu_seqlens is on the host.
+    fused: compute no score between documents, where this device and dtype have a form for that.
     """
     if cu_seqlens is not None:
-        if stacked and device.type == "cpu":
-            boundaries = cu_seqlens.cpu().numpy()
-            if len(boundaries) == batch + 1 and (np.diff(boundaries) == length).all():
-                return CausalLayout()
-            return DocumentLayout.from_boundaries(boundaries)
+        if fused and device.type == "cpu":
+            return DocumentLayout(cu_seqlens)
+        if fused and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+            return VarlenLayout(cu_seqlens.to(device, torch.int32), length)
         document = document_ids(cu_seqlens.to(device), batch * length).view(batch, length)
         causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         return MaskLayout(((document[:, :, None] == document[:, None, :]) & causal)[:, None])
@@ -177,3 +136,16 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=q.shape[2] != k.shape[2], **kwargs
     )
     return out.transpose(1, 2)
+
+
+def causal_varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
+    """PyTorch's flash attention over documents: q [N, H, D], k and v [N, H_kv, D] -> [N, H, D], 16-bit, on a GPU."""
+    options: dict[str, Any] = {}
+    if "enable_gqa" in _VARLEN_OPTIONS:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:  # torch 2.11
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, window_size=(-1, 0), **options
+    )

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -107,10 +108,14 @@ class RoutingReport:
 
 
 class MoE(nn.Module):
-    """Softmax router, top-k experts (gates normalised on request), optional shared experts."""
+    """Softmax router, top-k experts (gates normalised on request), optional shared experts.
+
+    statistics_group: the processes that share a batch; None for one alone.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.statistics_group: dist.ProcessGroup | None = None
         experts, hidden, inter = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.config = config
         self.router = Linear(hidden, experts)
@@ -139,12 +144,18 @@ class MoE(nn.Module):
         out = ops.moe_experts(flat, self.gate_up_proj, self.down_proj, routing).view_as(x)
         for expert in self.shared_experts:
             out = out + expert(x)
-        aux = load_balance_loss(routing.scores, routing.counts, sequence_ids, mask, self.config)
+        group = self.statistics_group if self.training else None
+        aux = load_balance_loss(routing.scores, routing.counts, sequence_ids, mask, self.config, group)
         return out, RoutingReport(aux, routing.offsets.diff())
 
 
 def load_balance_loss(
-    scores: Tensor, counts: Tensor, sequence_ids: Tensor, mask: Tensor, config: ModelConfig
+    scores: Tensor,
+    counts: Tensor,
+    sequence_ids: Tensor,
+    mask: Tensor,
+    config: ModelConfig,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """coef * E * sum_e (share of token copies sent to e) * (mean router probability of e).
 
@@ -155,12 +166,19 @@ def load_balance_loss(
     scores float32 [N, E]; counts int [S, E], counted token copies of a sequence sent to an expert; sequence_ids
     int64 [N]; mask float32 [N]. The sum over e and sequences is taken token by token, so that no score is added up
     by atomics: the counts are integers, and the rest is one plain reduction.
+
+    group: processes that hold one batch together; the share is then over the tokens of all of them in the batch form.
+    The mean stays over this process's tokens: weighted by their number, the processes' losses add up to the batch's.
     """
+    tokens = counts.sum().clamp(min=1) / config.num_experts_per_tok
+    by_batch = config.router_aux_loss_level == "batch"
+    if group is not None and by_batch:
+        counts = counts.clone()
+        dist.all_reduce(counts, group=group)
     copies = counts.sum(dim=1, keepdim=True)  # top_k for each counted token
     share = counts / copies.clamp(min=1)  # [S, E]
-    if config.router_aux_loss_level == "batch":
+    if by_batch:
         share = share * config.num_experts_per_tok
-    tokens = copies.sum().clamp(min=1) / config.num_experts_per_tok
     balance = (scores * share[sequence_ids]).sum(dim=1) * mask
     return config.router_aux_loss_coef * config.num_experts * balance.sum() / tokens
 
@@ -236,7 +254,9 @@ class Model(nn.Module):
         """
         batch, length = input_ids.shape
         device = input_ids.device
-        layout = _layout(batch, length, device, cu_seqlens, attention_mask)
+        dtype = self.compute_dtype or self.head_weight.dtype
+        fused = ops.get_mode() != "reference"
+        layout = make_layout(batch, length, device, dtype, cu_seqlens, attention_mask, fused)
         if position_ids is None:
             table = torch.arange(length, device=device)  # a document lies within a row: no position is higher
             position_ids = _positions(batch, length, device, cu_seqlens, attention_mask)
@@ -288,19 +308,6 @@ class Model(nn.Module):
         """Bytes of key/value cache that one token of one sequence takes."""
         cfg = self.config
         return 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim * dtype.itemsize
-
-
-def _layout(
-    batch: int, length: int, device: torch.device, cu_seqlens: Tensor | None, attention_mask: Tensor | None
-) -> Layout:
-    if cu_seqlens is not None and device.type == "cpu" and ops.get_mode() == "fused":
-        return _stacked_layout(batch, length, device, cu_seqlens)
-    return make_layout(batch, length, device, cu_seqlens, attention_mask, stacked=False)
-
-
-@torch.compiler.disable  # reads the boundaries on the host; the compiled graph starts behind it
-def _stacked_layout(batch: int, length: int, device: torch.device, cu_seqlens: Tensor) -> Layout:
-    return make_layout(batch, length, device, cu_seqlens, stacked=True)
 
 
 def _positions(

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.attention import permute_rows
+from minimind.expert_linear import expert_linear
 from minimind.kernels import linear_cross_entropy as _ce
 from minimind.kernels import linear_distillation as _distillation
 from minimind.kernels import linear_log_probs as _log_probs
@@ -74,7 +75,7 @@ def describe(device: torch.device) -> str:
         return f"ops: {_mode} = Triton kernels"
     if device.type == "cpu":
         reason = "on a CPU they are faster than Triton's interpreter, its only way to run there"
-    forms = "stacked-document SDPA on a CPU, chunked linear cross-entropy, F.grouped_mm"
+    forms = "attention and experts without padding, chunked linear cross-entropy"
     return f"ops: fused = PyTorch's fastest forms ({forms}): {reason}"
 
 
@@ -264,12 +265,19 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> T
 
 
 def _moe_experts_grouped(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
-    """Token copies are sorted by expert and each projection is one F.grouped_mm: no loop over experts."""
+    """Token copies are sorted by expert, and each projection is one call for all experts."""
     tokens, top_k = routing.expert_ids.shape
-    order, inverse, ends = routing.order, routing.inverse, routing.offsets[1:]
+    order, inverse = routing.order, routing.inverse
     copies = x.unsqueeze(1).expand(-1, top_k, -1).reshape(tokens * top_k, -1)
     hidden = permute_rows(copies, order, inverse)
-    hidden = swiglu(F.grouped_mm(hidden, gate_up.to(x.dtype).transpose(1, 2), offs=ends))
-    hidden = F.grouped_mm(hidden, down.to(x.dtype).transpose(1, 2), offs=ends)
+    hidden = _grouped_linear(swiglu(_grouped_linear(hidden, gate_up, routing)), down, routing)
     hidden = permute_rows(hidden, inverse, order).view(tokens, top_k, -1)
     return (hidden * routing.gates.to(x.dtype).unsqueeze(-1)).sum(dim=1)
+
+
+def _grouped_linear(x: Tensor, weight: Tensor, routing: Routing) -> Tensor:
+    """x [R, K] sorted by expert, weight [E, N, K] -> [R, N]."""
+    weight = weight.to(x.dtype)
+    if x.device.type == "cpu":
+        return expert_linear(x, weight, routing.offsets)
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=routing.offsets[1:])

@@ -31,6 +31,8 @@ def _poisoned_empty(monkeypatch):
 def _poisoned(original):
     def wrapper(*args, **kwargs):
         tensor = original(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return tensor
         ours = "minimind" in sys._getframe(1).f_globals.get("__name__", "")
         return (
             tensor.fill_(float("nan"))

@@ -1,12 +1,10 @@
 """The model against itself (packed, padded, one at a time), against transformers, and its own accounting."""
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from minimind import ModelConfig, ops
-from minimind.attention import CausalLayout, DocumentLayout, make_layout
 from minimind.config import YarnScaling
 from minimind.modeling import Model
 from minimind.weights import to_stock
@@ -111,21 +109,6 @@ def test_later_tokens_and_other_documents_do_not_matter(ops_mode):
     torch.testing.assert_close(before[0, :50], after[0, :50], rtol=0, atol=1e-6)
     torch.testing.assert_close(before[1:], after[1:], rtol=0, atol=1e-6)
     assert (before[0, 50:100] - after[0, 50:100]).abs().amax(dim=1).min() > 1e-3
-
-
-def test_layout_of_whole_rows_is_plain_causal():
-    cu = torch.tensor([0, 8, 16], dtype=torch.int32)
-    assert isinstance(make_layout(2, 8, torch.device("cpu"), cu), CausalLayout)
-    assert isinstance(make_layout(1, 16, torch.device("cpu"), cu), DocumentLayout)
-
-
-def test_document_stacks_waste_little():
-    rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(4.2, 0.8, 500).astype(int), 1, 512)
-    layout = DocumentLayout.from_boundaries(np.concatenate(([0], np.cumsum(lengths))))
-    computed = sum(docs * longest**2 for docs, longest in layout.stacks)
-    assert computed < 1.4 * (lengths**2).sum()
-    assert len(layout.stacks) < 20
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from minimind import ModelConfig, ops
+from minimind.expert_linear import expert_linear
 from minimind.kernels.linear_cross_entropy import linear_cross_entropy_ref
 from minimind.kernels.moe_experts import moe_experts_ref
 from minimind.kernels.rms_norm import add_rms_norm_ref, rms_norm_ref
@@ -142,3 +143,18 @@ def test_the_switch_says_what_it_resolves_to():
     assert "PyTorch's fastest forms" in ops.describe(cpu)
     with ops.using("kernels"):
         assert "kernels = Triton kernels" in ops.describe(cpu)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="this operator is the CPU's")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_expert_linear(dtype):
+    offsets = torch.tensor([0, 5, 5, 63, 64], dtype=torch.int32)
+
+    def loop(x, weight):
+        parts = zip(x.tensor_split(offsets[1:-1].tolist()), weight, strict=True)
+        return torch.cat([F.linear(rows, w) for rows, w in parts])
+
+    inputs = [rand(64, 24).to(dtype), rand(4, 40, 24, seed=1, scale=0.2).to(dtype)]
+    assert_contract(lambda x, w: expert_linear(x, w, offsets), loop, inputs, ["y", "dx", "dweight"])
+    leaves = [t.requires_grad_() for t in inputs]
+    torch.library.opcheck(torch.ops.minimind.expert_linear, (*leaves, offsets))

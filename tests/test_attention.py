@@ -1,0 +1,136 @@
+"""Attention over packed documents: every form against a mask, by the numerics contract."""
+
+import numpy as np
+import pytest
+import torch
+
+from minimind import ModelConfig, attention, ops
+from minimind.attention import CausalLayout, DocumentLayout, MaskLayout, VarlenLayout, make_layout
+from minimind.document_attention import document_attention, make_stacks
+from minimind.modeling import Model
+from tests.conftest import documents_batch
+from tests.kernels.contract import DEVICE, DTYPES, assert_contract, assert_second_backward_agrees, rand
+
+CPU = torch.device("cpu")
+NAMES = ["out", "dq", "dk", "dv"]
+LENGTHS = [1, 100, 27, 63, 1, 123, 16, 15, 64, 97, 5]
+cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="this operator is the CPU's")
+
+
+def boundaries(lengths: list[int], empty: int = 0) -> torch.Tensor:
+    """cu_seqlens with so many empty documents behind the last."""
+    ends = np.cumsum([0, *lengths]).tolist()
+    return torch.tensor(ends + [ends[-1]] * empty, dtype=torch.int32)
+
+
+def masked(q, k, v, cu_seqlens):
+    layout = make_layout(1, q.shape[0], q.device, q.dtype, cu_seqlens, fused=False)
+    assert isinstance(layout, MaskLayout)
+    return layout.attend(q[None], k[None], v[None])[0]
+
+
+def heads(tokens: int, query: int, groups: int, size: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    shapes = ((tokens, query, size), (tokens, groups, size), (tokens, groups, size))
+    return [rand(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
+
+
+@cpu_only
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [64, 80, 96])
+@pytest.mark.parametrize("lengths", [LENGTHS, [1], [63], [40, 40, 40]])
+def test_documents(lengths, size, dtype):
+    cu = boundaries(lengths, empty=3)
+    assert_contract(
+        lambda q, k, v: document_attention(q, k, v, cu), lambda q, k, v: masked(q, k, v, cu),
+        heads(sum(lengths), 4, 2, size, dtype), NAMES,
+    )  # fmt: skip
+
+
+@cpu_only
+def test_steep_scores():
+    """The probability of all keys but one is 0; padding must stay without effect where exp overflows."""
+    q, k, v = heads(sum(LENGTHS), 4, 2, 16, torch.float32)
+    cu = boundaries(LENGTHS)
+    assert_contract(
+        lambda q, k, v: document_attention(q, k, v, cu), lambda q, k, v: masked(q, k, v, cu),
+        [q * 100, k * 100, v], NAMES,
+    )  # fmt: skip
+
+
+@cpu_only
+def test_second_backward_and_opcheck():
+    inputs, cu = heads(12, 4, 2, 8, torch.float32), boundaries([1, 7, 4])
+    assert_second_backward_agrees(lambda q, k, v: document_attention(q, k, v, cu), inputs)
+    leaves = [t.requires_grad_() for t in inputs]
+    torch.library.opcheck(torch.ops.minimind.document_attention, (*leaves, cu))
+
+
+def test_stacks_waste_little():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4.2, 0.8, 500).astype(int), 1, 512)
+    stacks = make_stacks(np.concatenate(([0], np.cumsum(lengths))))
+    assert sum(s.documents * s.length**2 for s in stacks) < 1.4 * (lengths**2).sum()
+    assert len(stacks) < 20
+    taken = torch.cat([s.index if s.real is None else s.index[s.real] for s in stacks])
+    assert torch.equal(taken.sort().values, torch.arange(int(lengths.sum())))
+
+
+def test_which_form_runs():
+    cu = boundaries([8, 8])
+    cuda = torch.device("cuda")
+    assert isinstance(make_layout(2, 8, CPU, torch.float32, cu), DocumentLayout)
+    assert isinstance(make_layout(2, 8, CPU, torch.float32, cu, fused=False), MaskLayout)
+    assert isinstance(make_layout(2, 8, CPU, torch.float32), CausalLayout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)
+        assert isinstance(make_layout(2, 8, cuda, torch.bfloat16, cu), VarlenLayout)
+
+
+@pytest.mark.parametrize("with_gqa", [False, True])
+def test_what_flash_attention_is_asked_for(monkeypatch, with_gqa):
+    """PyTorch's varlen_attn, which no CPU has, stands in as what it documents: both of its signatures."""
+    cu = boundaries(LENGTHS, empty=5)
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, **options):
+        assert cu_q is cu_k and max_q == max_k >= max(LENGTHS) and window_size == (-1, 0)
+        assert options == ({"enable_gqa": True} if with_gqa else {})
+        assert with_gqa or k.shape == v.shape == q.shape
+        return masked(q, k, v, cu_q)
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "_VARLEN_OPTIONS", ["enable_gqa"] if with_gqa else [])
+    q, k, v = heads(sum(LENGTHS), 4, 2, 16, torch.float32)
+    out = VarlenLayout(cu, 128).attend(q[None], k[None], v[None])[0]
+    torch.testing.assert_close(out, masked(q, k, v, cu))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="flash attention over documents has no CPU form")
+@pytest.mark.parametrize("size, groups", [(64, 2), (80, 2), (96, 4), (128, 2)])
+def test_varlen_on_a_gpu(size, groups):
+    cu = boundaries(LENGTHS, empty=9).to(DEVICE)
+    layout = VarlenLayout(cu, 128)
+    assert_contract(
+        lambda q, k, v: layout.attend(q[None], k[None], v[None])[0], lambda q, k, v: masked(q, k, v, cu),
+        heads(sum(LENGTHS), 8, groups, size, torch.bfloat16), NAMES,
+    )  # fmt: skip
+
+
+@cpu_only
+def test_a_compiled_model_is_compiled_once():
+    """Batches of other documents, padded to one number of boundaries, need no second compilation."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    config = ModelConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=48, vocab_size=97, num_experts=4, moe_intermediate_size=16, router_aux_loss_coef=0.1,
+    )  # fmt: skip
+    model = Model(config)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for lengths in ([[64], [1, 63]], [[10, 20, 34], [64]], [[1, 1, 62], [32, 32]]):
+        ids, cu = documents_batch(lengths, 64, 97)
+        cu = torch.cat((cu, cu[-1:].expand(8 - len(cu))))
+        out, expected = (m(ids, cu_seqlens=cu, return_logits=False) for m in (compiled, model))
+        torch.testing.assert_close(out.hidden_states, expected.hidden_states, rtol=1e-5, atol=1e-5)
+        (out.hidden_states.square().mean() + out.aux_loss).backward()
+    assert counter.frame_count == 1
+    assert ops.get_mode() == "fused"
