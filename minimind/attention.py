@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,7 @@ class DocumentLayout:
     cu_seqlens: Tensor
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = document_attention(*(x.flatten(0, 1) for x in (q, k, v)), self.cu_seqlens)
+        out = document_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), self.cu_seqlens)
         return out.view(q.shape)
 
 
@@ -85,7 +85,8 @@ class VarlenLayout:
     max_length: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = causal_varlen_attention(*(x.flatten(0, 1) for x in (q, k, v)), self.cu_seqlens, self.max_length)
+        flat = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        out = causal_varlen_attention(*flat, self.cu_seqlens, self.max_length)
         return out.view(q.shape)
 
 
@@ -146,6 +147,5 @@ def causal_varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor,
     else:  # torch 2.11
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, window_size=(-1, 0), **options
-    )
+    bounds = cu_seqlens, cu_seqlens, max_length, max_length
+    return cast(Tensor, varlen_attn(q, k, v, *bounds, window_size=(-1, 0), **options))
