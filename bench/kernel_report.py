@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from rich.console import Console
@@ -55,7 +56,12 @@ class Row:
     error_ratio: float | None = None
 
 
-COLUMNS = [f.name for f in dataclasses.fields(Row)]
+def columns_of(kind: Any) -> list[str]:
+    """The columns for rows of this dataclass, or of one like this."""
+    return [f.name for f in dataclasses.fields(kind)]
+
+
+COLUMNS = columns_of(Row)
 
 
 def slug(device: str) -> str:
@@ -63,27 +69,28 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def check_columns(path: Path) -> None:
+def check_columns(path: Path, columns: Sequence[str] = COLUMNS) -> None:
     """Raises ValueError where `path` holds a table with other columns."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", newline="") as file:
         header = next(csv.reader(file), [])
-    if header != COLUMNS:
-        changed = sorted(set(header) ^ set(COLUMNS)) or ["their order"]
+    if header != list(columns):
+        changed = sorted(set(header) ^ set(columns)) or ["their order"]
         raise ValueError(
             f"{path}: its columns are not those of this version ({', '.join(changed)}); rename the file to keep its "
             "rows, or name another folder with --out"
         )
 
 
-def append(path: Path, rows: Sequence[Row]) -> None:
-    """Add rows at the end; a new file begins with the columns' names."""
-    check_columns(path)
+def append(path: Path, rows: Sequence[Any]) -> None:
+    """Add rows, dataclasses of one kind, at the end; a new file begins with the columns' names."""
+    columns = columns_of(rows[0])
+    check_columns(path, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()
     with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         if fresh:
             writer.writeheader()
         writer.writerows({k: _rounded(v) for k, v in dataclasses.asdict(row).items()} for row in rows)
