@@ -16,7 +16,7 @@ Records training steps 3 to 5, so neither compilation nor warm-up, and then ends
 $PYTHON names the interpreter; python by default. Examples:
 
   bench/profile.sh --preset minimind2-small
-  bench/profile.sh --ncu _rows_kernel --launches 3 --preset minimind2-small
+  bench/profile.sh --ncu _cross_entropy_kernel --launches 3 --preset minimind2-small
 TEXT
 }
 

@@ -97,7 +97,7 @@ def problems(compilations: Sequence[Compilation], results: Sequence[Resources | 
     lines = []
     for job, result in zip(compilations, results, strict=True):
         found = [f"does not compile: {result}"] if isinstance(result, str) else result.problems
-        name = f"{job.module.rsplit('.', 1)[-1]}.{job.kernel} ({job.case}, {job.dtype}) on sm_{job.arch}"
+        name = f"{job.kernel.lstrip('_')} ({job.case}, {job.dtype}) on sm_{job.arch}"
         lines += [f"{name}: {problem}" for problem in found]
     return lines
 
@@ -123,8 +123,15 @@ def show(results: Sequence[Resources | str], console: Console) -> None:
 def _cells(row: Resources) -> list[str]:
     counts = (row.hmma, row.hgmma, row.ffma) if row.multiplies_matrices else ("", "", "")
     numbers = (row.num_warps, row.num_stages, row.registers, row.spilled, row.stack, row.shared, row.programs)
-    kernel = f"{row.module.rsplit('.', 1)[-1]}{row.kernel}"
-    cells = [kernel, row.case, row.dtype, *numbers, f"{row.occupancy:.0%}", row.bound, *counts]
+    cells = [
+        row.kernel.lstrip("_"),
+        row.case,
+        row.dtype,
+        *numbers,
+        f"{row.occupancy:.0%}",
+        row.bound,
+        *counts,
+    ]
     style = "[red]" if row.problems else ""
     return [f"{style}{cell}" for cell in cells]
 

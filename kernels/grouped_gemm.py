@@ -102,7 +102,7 @@ def _expert_rows(p_offsets, i_m, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M
 
 
 @jit(do_not_specialize=["n_m"])
-def _hidden_kernel(
+def _moe_hidden_kernel(
     n_m, p_x, p_weight, p_order, p_offsets, p_hidden, p_gate_up, x_stride,
     E: tl.constexpr, TOP_K: tl.constexpr, C: tl.constexpr, INTER: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -140,7 +140,7 @@ def _hidden_kernel(
 
 
 @jit(do_not_specialize=["n_m"])
-def _scatter_kernel(
+def _moe_scatter_kernel(
     n_m, p_a, p_weight, p_order, p_offsets, p_gates, p_out,
     E: tl.constexpr, K: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -199,7 +199,7 @@ def _swiglu_grad(b_dh, p_gate_up, p_dgate_up, p_scaled, o_row, o_n, m_row, b_sca
 
 
 @jit(do_not_specialize=["n_m"])
-def _hidden_grad_kernel(
+def _moe_hidden_grad_kernel(
     n_m, p_dout, p_weight, p_gate_up, p_order, p_offsets, p_gates, p_dgate_up, p_scaled, p_dgates, dout_stride,
     E: tl.constexpr, TOP_K: tl.constexpr, C: tl.constexpr, INTER: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -239,7 +239,7 @@ def _hidden_grad_kernel(
 
 
 @jit
-def _weight_grad_kernel(
+def _moe_weight_grad_kernel(
     p_a, p_b, p_order, p_offsets, p_out, a_stride, b_stride,
     TOP_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, GATHER_A: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
@@ -275,7 +275,7 @@ def _weight_grad_kernel(
 
 
 @jit(do_not_specialize=["n_tokens"])
-def _sum_kernel(
+def _moe_sum_kernel(
     p_copies, p_out, n_tokens,
     TOP_K: tl.constexpr, C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -322,7 +322,7 @@ def hidden(
     out = _empty(x, rows, inter)
     saved = _empty(x, rows, 2 * inter) if save else None
     _launch(
-        _hidden_kernel, _config(x).hidden, order, offsets, inter,
+        _moe_hidden_kernel, _config(x).hidden, order, offsets, inter,
         x, gate_up, order, offsets, out, saved, x.stride(0), TOP_K=top_k, C=x.shape[1], INTER=inter,
     )  # fmt: skip
     return out, saved
@@ -336,7 +336,7 @@ def scatter(
     columns = weight.shape[1 if transposed else 2]
     copies = _empty(a, order.shape[0], columns)
     _launch(
-        _scatter_kernel, _config(a).scatter, order, offsets, columns,
+        _moe_scatter_kernel, _config(a).scatter, order, offsets, columns,
         a, weight, order, offsets, gates, copies, K=a.shape[1], N=columns, TRANSPOSED=transposed,
     )  # fmt: skip
     if top_k == 1:
@@ -344,7 +344,7 @@ def scatter(
     tokens = order.shape[0] // top_k
     out = _empty(a, tokens, columns)
     launch(
-        _sum_kernel, (cdiv(tokens, SUM_ROWS), cdiv(columns, SUM_COLUMNS)), copies, out, tokens,
+        _moe_sum_kernel, (cdiv(tokens, SUM_ROWS), cdiv(columns, SUM_COLUMNS)), copies, out, tokens,
         TOP_K=top_k, C=columns, BLOCK_T=SUM_ROWS, BLOCK_C=SUM_COLUMNS, num_warps=4,
     )  # fmt: skip
     return out
@@ -362,7 +362,7 @@ def hidden_grad(
     scaled = _empty(dout, rows, inter) if need_scaled else None
     partial = _empty(dout, rows, columns, dtype=torch.float32) if need_dgates else None
     _launch(
-        _hidden_grad_kernel, tile, order, offsets, inter,
+        _moe_hidden_grad_kernel, tile, order, offsets, inter,
         dout, down, gate_up, order, offsets, gates, dgate_up, scaled, partial, dout.stride(0),
         TOP_K=gates.shape[1], C=dout.shape[1], INTER=inter,
     )  # fmt: skip
@@ -378,7 +378,7 @@ def weight_grad(
     tile = _config(a).weight_grad
     out = _empty(a, experts, m, n, dtype=dtype)
     launch(
-        _weight_grad_kernel, (experts * cdiv(m, tile.m) * cdiv(n, tile.n),),
+        _moe_weight_grad_kernel, (experts * cdiv(m, tile.m) * cdiv(n, tile.n),),
         a, b, order, offsets, out, a.stride(0), b.stride(0), TOP_K=top_k, M=m, N=n, GATHER_A=gather_a,
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, GROUP=GROUP_M,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -61,7 +61,7 @@ def linear_cross_entropy_ref(
 
 
 @jit
-def _rows_kernel(
+def _cross_entropy_kernel(
     p_logits, p_targets, p_scale, p_losses, z_loss, softcap,
     V: tl.constexpr, BLOCK_V: tl.constexpr, CAPPED: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +141,7 @@ def _rows(
         return _rows_torch(logits, targets, scale, losses, z_loss, softcap, gradient)
     block_v, warps = row_tile(logits)
     launch(
-        _rows_kernel, (logits.shape[0],), logits, targets, scale, losses, z_loss, softcap,
+        _cross_entropy_kernel, (logits.shape[0],), logits, targets, scale, losses, z_loss, softcap,
         V=logits.shape[1], BLOCK_V=block_v, CAPPED=softcap > 0, GRADIENT=gradient, num_warps=warps,
     )  # fmt: skip
     return logits

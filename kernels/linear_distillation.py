@@ -92,7 +92,7 @@ def _log_pair(
 
 
 @jit
-def _rows_kernel(
+def _distillation_kernel(
     p_logits, p_teacher_logits, p_scale, p_losses, temperature, beta, rest,
     V: tl.constexpr, BLOCK_V: tl.constexpr, FORM: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
@@ -208,7 +208,7 @@ def _rows(
     block_v, warps = row_tile(logits)
     form = {0.0: "forward", 1.0: "reverse"}.get(beta, "mixed")
     launch(
-        _rows_kernel, (logits.shape[0],), logits, teacher_logits, scale, losses, temperature, beta,
+        _distillation_kernel, (logits.shape[0],), logits, teacher_logits, scale, losses, temperature, beta,
         1 - beta, V=logits.shape[1], BLOCK_V=block_v, FORM=form, GRADIENT=gradient, num_warps=warps,
     )  # fmt: skip
     return logits

@@ -57,7 +57,7 @@ def linear_log_probs_ref(
 
 
 @jit
-def _forward_kernel(
+def _linear_log_probs_forward_kernel(
     p_logits, p_targets, p_scale, p_log_probs, p_max, p_log_sum, p_entropy, temperature, softcap,
     V: tl.constexpr, BLOCK_V: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,7 @@ def _forward_kernel(
 
 
 @jit
-def _backward_kernel(
+def _linear_log_probs_backward_kernel(
     p_logits, p_targets, p_dlog_probs, p_dentropy, p_max, p_log_sum, p_entropy, temperature, softcap,
     V: tl.constexpr, BLOCK_V: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
@@ -183,7 +183,7 @@ def _forward_rows(
         return logits
     block_v, warps = row_tile(logits)
     launch(
-        _forward_kernel, (logits.shape[0],),
+        _linear_log_probs_forward_kernel, (logits.shape[0],),
         logits, targets, scale, log_probs, stats[0], stats[1], stats[2] if len(stats) == 3 else None,
         temperature, softcap, V=logits.shape[1], BLOCK_V=block_v, CAPPED=softcap > 0, num_warps=warps,
     )  # fmt: skip
@@ -205,7 +205,7 @@ def _backward_rows(
         return _backward_torch(logits, targets, dlog_probs, dentropy, stats, temperature, softcap)
     block_v, warps = row_tile(logits)
     launch(
-        _backward_kernel, (logits.shape[0],),
+        _linear_log_probs_backward_kernel, (logits.shape[0],),
         logits, targets, dlog_probs, dentropy, stats[0], stats[1], None if dentropy is None else stats[2],
         temperature, softcap, V=logits.shape[1], BLOCK_V=block_v, CAPPED=softcap > 0, num_warps=warps,
     )  # fmt: skip

@@ -71,7 +71,7 @@ def route_ref(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tens
 
 
 @jit(do_not_specialize=["n_tokens", "n_blocks", "n_sequences"])
-def _choose_kernel(
+def _route_choose_kernel(
     p_logits, p_sequence_ids, p_mask, p_gates, p_expert_ids, p_scores, p_histogram, p_counted, p_counts,
     n_tokens, n_blocks, n_sequences, logits_stride,
     E: tl.constexpr, K: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -125,7 +125,7 @@ def _choose_kernel(
 
 
 @jit(do_not_specialize=["n_tokens", "n_blocks"])
-def _place_kernel(
+def _route_place_kernel(
     p_expert_ids, p_histogram, p_ends, p_order, p_inverse, p_offsets, n_tokens, n_blocks,
     E: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +153,7 @@ def _place_kernel(
 
 
 @jit(do_not_specialize=["n_tokens"])
-def _backward_kernel(
+def _route_backward_kernel(
     p_dgates, p_dscores, p_scores, p_expert_ids, p_dlogits, n_tokens,
     E: tl.constexpr, K: tl.constexpr, NORMALIZE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +207,7 @@ def _route(
     counts = torch.zeros(sequences, experts, dtype=torch.int32, device=logits.device) if by_sequence else None
     counted = empty(experts, blocks) if mask is not None and not by_sequence else None
     launch(
-        _choose_kernel, (blocks,),
+        _route_choose_kernel, (blocks,),
         logits, None if sequence_ids is None else sequence_ids.contiguous(),
         None if mask is None else mask.contiguous(), gates, expert_ids, scores, histogram, counted, counts,
         tokens, blocks, sequences, logits.stride(0),
@@ -219,7 +219,7 @@ def _route(
     ends = histogram.flatten().cumsum(dim=0, dtype=torch.int32)
     order, inverse, offsets = empty(tokens * top_k), empty(tokens * top_k), empty(experts + 1)
     launch(
-        _place_kernel, (blocks,), expert_ids, histogram, ends, order, inverse, offsets, tokens, blocks,
+        _route_place_kernel, (blocks,), expert_ids, histogram, ends, order, inverse, offsets, tokens, blocks,
         E=experts, K=top_k, BLOCK_T=block_t, BLOCK_E=block_e, num_warps=warps,
     )  # fmt: skip
     return gates, expert_ids, scores, order, inverse, offsets, counts
@@ -234,7 +234,7 @@ def _route_backward(
     dlogits = torch.empty(scores.shape, dtype=dtype, device=scores.device)
     block_t, block_e, warps = _tile(experts, scores.device)
     launch(
-        _backward_kernel, (cdiv(tokens, block_t),),
+        _route_backward_kernel, (cdiv(tokens, block_t),),
         None if dgates is None else dgates.contiguous(), None if dscores is None else dscores.contiguous(),
         scores, expert_ids, dlogits, tokens,
         E=experts, K=expert_ids.shape[1], NORMALIZE=normalize, BLOCK_T=block_t, BLOCK_E=block_e, num_warps=warps,

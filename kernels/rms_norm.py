@@ -52,7 +52,7 @@ def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
 
 
 @jit(do_not_specialize=["n_rows"])
-def _forward_kernel(
+def _rms_norm_forward_kernel(
     p_x, p_residual, p_weight, p_y, p_total, p_rstd,
     n_rows, x_stride, x_stride_head, residual_stride, residual_stride_head, eps,
     D: tl.constexpr, HEADS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -82,7 +82,7 @@ def _forward_kernel(
 
 
 @jit(do_not_specialize=["n_rows"])
-def _backward_kernel(
+def _rms_norm_backward_kernel(
     p_dy, p_x, p_weight, p_rstd, p_dtotal, p_dx, p_partial,
     n_rows, x_stride, x_stride_head,
     D: tl.constexpr, HEADS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -149,7 +149,7 @@ def _forward(
             residual, _, *residual_strides = _rows(residual.flatten(0, -2))
     block_r, block_d, warps = _tile(x)
     launch(
-        _forward_kernel, (cdiv(rstd.numel(), block_r),),
+        _rms_norm_forward_kernel, (cdiv(rstd.numel(), block_r),),
         x, residual, weight.contiguous(), y, total, rstd, rstd.numel(), *x_strides, *residual_strides, eps,
         D=size, HEADS=heads, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
@@ -179,7 +179,7 @@ def _rms_norm_backward(
     partial = torch.empty(programs, x.shape[-1], dtype=torch.float32, device=x.device)
     x, heads, *x_strides = _rows(x)
     launch(
-        _backward_kernel, (programs,),
+        _rms_norm_backward_kernel, (programs,),
         dy.contiguous(), x, weight.contiguous(), rstd, None if dtotal is None else dtotal.contiguous(), dx, partial,
         rstd.numel(), *x_strides,
         D=x.shape[-1], HEADS=heads, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,

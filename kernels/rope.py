@@ -147,7 +147,7 @@ def _forward_section(
 
 
 @jit(do_not_specialize=["n_tokens", "n_ids", "n_positions", "q_blocks", "k_blocks"])
-def _forward_kernel(
+def _rope_forward_kernel(
     p_qkv, p_cos, p_sin, p_position, p_q_weight, p_k_weight, p_q, p_k, p_v, p_rstd,
     n_tokens, n_ids, n_positions, q_blocks, k_blocks, qkv_stride, eps,
     H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -218,7 +218,7 @@ def _backward_section(
 
 
 @jit(do_not_specialize=["n_tokens", "n_ids", "n_positions", "q_programs", "k_programs", "v_programs"])
-def _backward_kernel(
+def _rope_backward_kernel(
     p_dq, p_dk, p_dv, p_qkv, p_cos, p_sin, p_position, p_q_weight, p_k_weight, p_rstd, p_dqkv, p_partial,
     n_tokens, n_ids, n_positions, q_programs, k_programs, v_programs, qkv_stride,
     H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -302,7 +302,7 @@ def _rope(
     rows, ids, tile = _rows(qkv), _ids(position_ids, shape), _tile(half, qkv.device)
     q_blocks, k_blocks, v_blocks = _programs(rows.shape[0], heads, groups, tile["BLOCK_R"])
     launch(
-        _forward_kernel, (q_blocks + k_blocks + v_blocks,),
+        _rope_forward_kernel, (q_blocks + k_blocks + v_blocks,),
         rows, cos.contiguous(), sin.contiguous(), ids, _contiguous(q_weight), _contiguous(k_weight), q, k, v, rstd,
         rows.shape[0], ids.numel(), cos.shape[0], q_blocks, k_blocks, rows.stride(0), eps,
         H=heads, G=groups, **tile,
@@ -335,7 +335,7 @@ def _rope_backward(
     if qkv is not None:
         partial = torch.empty(q_programs + k_programs, size, dtype=torch.float32, device=device)
     launch(
-        _backward_kernel, (q_programs + k_programs + v_programs,),
+        _rope_backward_kernel, (q_programs + k_programs + v_programs,),
         dq.contiguous(), dk.contiguous(), dv.contiguous(), rows, cos.contiguous(), sin.contiguous(), ids,
         _contiguous(q_weight), _contiguous(k_weight), rstd, dqkv, partial,
         tokens, ids.numel(), cos.shape[0], q_programs, k_programs, v_programs, 0 if rows is None else rows.stride(0),

@@ -60,7 +60,7 @@ def _tile_offsets(n_rows, SIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl
 
 
 @jit(do_not_specialize=["n_rows"])
-def _forward_kernel(
+def _swiglu_forward_kernel(
     p_gate_up, p_y, n_rows, gate_up_stride,
     SIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +72,7 @@ def _forward_kernel(
 
 
 @jit(do_not_specialize=["n_rows"])
-def _backward_kernel(
+def _swiglu_backward_kernel(
     p_dy, p_gate_up, p_dgate_up, n_rows, gate_up_stride,
     SIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +108,7 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     y = torch.empty(*gate_up.shape[:-1], size, dtype=gate_up.dtype, device=gate_up.device)
     rows = _rows(gate_up)
     grid, tile = _tiles(rows.shape[0], size, rows.device)
-    launch(_forward_kernel, grid, rows, y, rows.shape[0], rows.stride(0), **tile)
+    launch(_swiglu_forward_kernel, grid, rows, y, rows.shape[0], rows.stride(0), **tile)
     return y
 
 
@@ -117,7 +117,9 @@ def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     dgate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     rows = _rows(gate_up)
     grid, tile = _tiles(rows.shape[0], dy.shape[-1], rows.device)
-    launch(_backward_kernel, grid, dy.contiguous(), rows, dgate_up, rows.shape[0], rows.stride(0), **tile)
+    launch(
+        _swiglu_backward_kernel, grid, dy.contiguous(), rows, dgate_up, rows.shape[0], rows.stride(0), **tile
+    )
     return dgate_up
 
 

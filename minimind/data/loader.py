@@ -95,6 +95,16 @@ class PackedLoader:
         return float(pieces.length.sum()) / (pieces.num_rows * self.seq_len)
 
     @property
+    def max_segments(self) -> int:
+        """Segments, padding tails among them, that this rank's share of a batch can have; for the first window."""
+        pieces = self._pieces(0, 0)
+        row_of = np.repeat(np.arange(pieces.num_rows), np.diff(pieces.row_starts))
+        filled = np.bincount(row_of, weights=pieces.length, minlength=pieces.num_rows)
+        segments = np.sort(np.diff(pieces.row_starts) + (filled < self.seq_len))[::-1]
+        rows = -(-self.rows // self.world_size)
+        return int(segments[:rows].sum()) + max(0, rows - len(segments)) * int(segments[0])
+
+    @property
     def num_windows(self) -> int:
         """Windows of one pass."""
         return -(-self.view.num_documents // self._window_documents)

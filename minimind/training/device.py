@@ -1,7 +1,8 @@
-"""Which device, and the one explicit precision policy."""
+"""Which device, the one explicit precision policy, and the C library's allocator."""
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,3 +79,16 @@ def _native_bf16(device: torch.device) -> tuple[bool, str]:
                 return True, f"this CPU has {name}"
         return False, "PyTorch reports no bf16 instructions on this CPU"
     raise ValueError(f"no precision policy for {device}")
+
+
+# of malloc.h: blocks of their own mapping at most; bytes kept at the top of the heap rather than given back
+_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
+
+
+def tune_allocator(device: torch.device) -> bool:
+    """On a CPU under glibc: keep freed memory for the next tensor, where glibc would give large blocks back to the system
+    and every step pay for new pages. True if this process's allocator is now set so."""
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

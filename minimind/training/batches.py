@@ -1,0 +1,81 @@
+"""A loader's batches on the training device: copied while the step before runs, and all of one shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from minimind.data import Batch, PackedLoader
+from minimind.objectives.next_token import TokenBatch
+
+_MULTIPLE = 64  # of the number of boundaries
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A batch on its way to the device, as the loader gave it, and the loader's place behind it."""
+
+    host: Batch
+    batch: TokenBatch
+    place: dict[str, int]
+
+
+class DeviceBatches:
+    """The batches of `loader`, in its order. `fetch` starts the copy of the next one: called while the device still
+    computes, it makes `next_batch` wait for nothing.
+
+    cu_seqlens is padded with empty documents to one length for all batches, so that a compiled step fits each of them
+    and nothing is compiled twice. It is enough for any rows of the loader's first window; where a later batch needs
+    more, it grows by half, and a compiled step is compiled once more.
+    """
+
+    def __init__(self, loader: PackedLoader, device: torch.device) -> None:
+        self.loader, self.device = loader, device
+        self.boundaries = _round_up(loader.max_segments + 1)
+        self._ahead: _Ahead | None = None
+        self._place = loader.state()
+        self.host: Batch | None = None  # what the newest batch was on the host
+
+    def next_batch(self) -> TokenBatch:
+        self.fetch()
+        assert self._ahead is not None
+        ahead, self._ahead = self._ahead, None
+        self._place, self.host = ahead.place, ahead.host
+        return ahead.batch
+
+    def fetch(self) -> None:
+        if self._ahead is None:
+            host = self.loader.next_batch()
+            self._ahead = _Ahead(host, self.to_device(host), self.loader.state())
+
+    def to_device(self, batch: Batch) -> TokenBatch:
+        if len(batch.cu_seqlens) > self.boundaries:
+            self.boundaries = _round_up(max(len(batch.cu_seqlens), self.boundaries * 3 // 2))
+        return to_device(batch, self.device, self.boundaries)
+
+    def state(self) -> dict[str, int]:
+        """The loader's place behind the newest batch that was handed out."""
+        return self._place
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.loader.load_state(state)
+        self._ahead, self._place = None, self.loader.state()
+
+
+def to_device(batch: Batch, device: torch.device, boundaries: int | None = None) -> TokenBatch:
+    """The packed rows as tensors; boundaries: the length that cu_seqlens is padded to."""
+    cu_seqlens = batch.cu_seqlens
+    if boundaries is not None:
+        cu_seqlens = np.pad(cu_seqlens, (0, boundaries - len(cu_seqlens)), mode="edge")
+    parts = [torch.from_numpy(a) for a in (batch.input_ids, batch.targets, cu_seqlens)]
+    if device.type == "cuda":
+        parts = [part.pin_memory().to(device, non_blocking=True) for part in parts]
+    input_ids, targets, bounds = parts
+    return TokenBatch(input_ids, targets, bounds, batch.num_targets)
+
+
+def _round_up(n: int) -> int:
+    return -(-n // _MULTIPLE) * _MULTIPLE
