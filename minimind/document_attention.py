@@ -1,15 +1,19 @@
 """Causal attention of packed documents on a CPU, as one operator that torch.compile does not look into.
 
-Documents of like length are stacked, and each stack is one call of PyTorch's flash attention (Dao et al. 2022, arXiv
-2205.14135), so that no score between two documents is computed. Which stacks there are is read from the boundaries
-inside the operator: what goes in and comes out has the same shape for every batch, so that a model is compiled once.
+    s = scale q k^T + mask      p = softmax(s)      o = p v
+    dv = p^T do      dp = do v^T      ds = p (dp - sum(dp p))      dq = scale ds k      dk = scale ds^T q
 
-    q [N, H, D], k, v [N, G, D] -> out [N, H, D], lse [N, H] float32, the log-sum-exp of each query's scores
+Documents of like length are stacked and their products batched, so that no score between two documents is computed.
+Which stacks there are is read from the boundaries inside the operator: what goes in and comes out has one shape for
+every batch, so that a model is compiled once. Scores and their gradient are float32 and exist a tile at a time, which
+stays in the cache; p is computed again in the backward. At the lengths of real text this is faster on a CPU than
+PyTorch's flash attention, whose products of one head each are small there (docs/LOG.md).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +24,8 @@ from torch import Tensor
 # and gives about ten stacks for lengths of 16 to 512.
 _STACK_RATIO = 0.75
 _SHORTEST_STACK = 16
+_QUERY_ROWS = 128  # of a tile at most: longer documents skip most of what a causal mask would throw away
+_TILE_SCORES = 1 << 20  # float32 numbers: 4 MB
 
 
 @dataclass(frozen=True)
@@ -32,20 +38,30 @@ class Stack:
     index: Tensor
     real: Tensor | None
 
-    def take(self, x: Tensor, heads: int) -> Tensor:
-        """x [N, H, D] -> [documents, heads, length, D] in at least float32: below it, flash attention and its backward
-        take up to four times as long on a CPU. Each of x's heads is repeated heads / H times."""
-        rows = x.index_select(0, self.index).to(torch.promote_types(x.dtype, torch.float32))
-        rows = rows.repeat_interleave(heads // x.shape[1], dim=1)
-        return rows.unflatten(0, (self.documents, self.length)).transpose(1, 2)
+    def take(self, x: Tensor, groups: int, padding: float | None = None) -> Tensor:
+        """x [N, H, D] -> [documents * groups, H / groups, length, D]; padding: the number that its rows become."""
+        rows = x.index_select(0, self.index)
+        if padding is not None and self.real is not None:
+            kept = torch.zeros(rows.shape[0], dtype=torch.bool).index_fill_(0, self.real, True)
+            rows.masked_fill_(~kept.view(-1, 1, 1), padding)
+        rows = rows.view(self.documents, self.length, groups, -1, x.shape[2])
+        return rows.permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
 
     def put(self, rows: Tensor, into: Tensor) -> None:
-        """rows [documents, H, length, ...] to their places in `into` [N, H, ...]."""
-        flat = rows.transpose(1, 2).flatten(0, 1).to(into.dtype)
+        """The inverse of `take`: rows [documents * groups, R, length, D] to their places in `into` [N, H, D]."""
+        flat = rows.unflatten(0, (self.documents, -1)).permute(0, 3, 1, 2, 4).reshape(-1, *into.shape[1:])
         if self.real is None:
             into.index_copy_(0, self.index, flat)
         else:
             into.index_copy_(0, self.index[self.real], flat[self.real])
+
+    def tiles(self, groups: int, heads: int) -> Iterator[tuple[slice, slice]]:
+        """(documents and groups, query rows) whose scores are in the cache together."""
+        for start in range(0, self.length, _QUERY_ROWS):
+            stop = min(start + _QUERY_ROWS, self.length)
+            at_once = max(1, _TILE_SCORES // ((stop - start) * stop * (heads // groups)))
+            for first in range(0, self.documents * groups, at_once):
+                yield slice(first, first + at_once), slice(start, stop)
 
 
 @functools.lru_cache(maxsize=8)  # every layer of a step asks for the same
@@ -73,60 +89,95 @@ def make_stacks(cu_seqlens: np.ndarray) -> tuple[Stack, ...]:
     return tuple(stacks)
 
 
+@functools.lru_cache(maxsize=64)
+def _mask(start: int, stop: int, repeats: int, dtype: torch.dtype) -> Tensor:
+    """[repeats * (stop - start), stop]: -inf where the key comes after the query, for so many heads."""
+    after = torch.arange(stop) > torch.arange(start, stop).unsqueeze(1)
+    return torch.zeros(stop - start, stop, dtype=dtype).masked_fill_(after, -torch.inf).repeat(repeats, 1)
+
+
+def _probabilities(q: Tensor, k: Tensor, rows: slice) -> Tensor:
+    """q [b, R, L, D], k [b, 1, L, D] -> softmax of the scores of query rows `rows`, [b, R * rows, stop], at least
+    float32."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    mask = _mask(rows.start, rows.stop, q.shape[1], wide)
+    scores = torch.baddbmm(
+        mask, _flat(q, rows).to(wide), k[:, 0, : rows.stop].transpose(1, 2).to(wide), alpha=q.shape[3] ** -0.5
+    )
+    return torch.softmax(scores, dim=-1, out=scores)
+
+
+def _flat(x: Tensor, rows: slice) -> Tensor:
+    """x [b, R, L, D] -> [b, R * rows, D]"""
+    return x[:, :, rows].flatten(1, 2)
+
+
 @torch.library.custom_op("minimind::document_attention", mutates_args=(), device_types="cpu")
-def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
-    heads = q.shape[1]
+    heads, groups = q.shape[1], k.shape[1]
     for stack in _stacks(cu_seqlens.numpy().astype(np.int64).tobytes()):
-        rows = (stack.take(t, heads) for t in (q, k, v))
-        rows_out, rows_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, 0.0, True)
+        rows_q, rows_k, rows_v = (stack.take(t, groups) for t in (q, k, v))
+        rows_out = torch.empty(rows_q.shape, dtype=q.dtype)
+        for part, rows in stack.tiles(groups, heads):
+            p = _probabilities(rows_q[part], rows_k[part], rows).to(q.dtype)
+            tile = torch.bmm(p, rows_v[part, 0, : rows.stop])
+            rows_out[part, :, rows] = tile.unflatten(1, (-1, rows.stop - rows.start))
         stack.put(rows_out, out)
-        stack.put(rows_lse, lse)
-    return out, lse
+    return out
 
 
 @torch.library.custom_op("minimind::document_attention_backward", mutates_args=(), device_types="cpu")
 def _document_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
-    heads, groups = q.shape[1], k.shape[1]
     for stack in _stacks(cu_seqlens.numpy().astype(np.int64).tobytes()):
-        rows = [stack.take(t, heads) for t in (dout, q, k, v, out)]
-        rows_lse = stack.take(lse.unsqueeze(2), heads).squeeze(3)
-        if stack.real is not None:  # padding has the probability exp(score - inf) = 0
-            padding = torch.ones(stack.index.shape, dtype=torch.bool).index_fill_(0, stack.real, False)
-            rows_lse = rows_lse.masked_fill(padding.view(stack.documents, 1, stack.length), float("inf"))
-        drows = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *rows, rows_lse, 0.0, True
-        )
-        stack.put(drows[0], dq)
-        for drow, target in zip(drows[1:], (dk, dv), strict=True):
-            stack.put(drow.unflatten(1, (groups, heads // groups)).sum(2), target)
+        _stack_backward(stack, (dout, q, k, v), (dq, dk, dv))
     return dq, dk, dv
+
+
+def _stack_backward(
+    stack: Stack, given: tuple[Tensor, Tensor, Tensor, Tensor], wanted: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """dout, q, k, v -> dq, dk, dv at the stack's tokens."""
+    heads, groups, scale = given[1].shape[1], given[2].shape[1], given[1].shape[2] ** -0.5
+    # a gradient of 0 keeps padding without effect
+    dout, q, k, v = (stack.take(t, groups, 0.0 if t is given[0] else None) for t in given)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dq = torch.empty(q.shape, dtype=q.dtype)
+    dk, dv = (torch.zeros(t.shape, dtype=wide) for t in (k, v))
+    for part, rows in stack.tiles(groups, heads):
+        keys = slice(0, rows.stop)
+        p = _probabilities(q[part], k[part], rows)
+        do = _flat(dout[part], rows)
+        dv[part, 0, keys] += torch.bmm(p.to(do.dtype).transpose(1, 2), do)
+        dp = torch.bmm(do.to(wide), v[part, 0, keys].transpose(1, 2).to(wide))
+        ds = torch._softmax_backward_data(dp, p, -1, wide).to(do.dtype)
+        tile = torch.bmm(ds, k[part, 0, keys]).mul_(scale)
+        dq[part, :, rows] = tile.unflatten(1, (-1, rows.stop - rows.start))
+        dk[part, 0, keys].add_(torch.bmm(ds.transpose(1, 2), _flat(q[part], rows)), alpha=scale)
+    for rows_grad, target in zip((dq, dk, dv), wanted, strict=True):
+        stack.put(rows_grad.to(target.dtype), target)
 
 
 @_document_attention.register_fake
 def _(q, k, v, cu_seqlens):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape)
 
 
 @_document_attention_backward.register_fake
-def _(dout, q, k, v, out, lse, cu_seqlens):
+def _(dout, q, k, v, cu_seqlens):
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, *output)
+    ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, dout, _dlse):
-    if dout is None:
-        return (None,) * 4
-    q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
-    return *_document_attention_backward(dout, q, k, v, out, lse, cu_seqlens), None
+def _backward(ctx, dout):
+    return (None,) * 4 if dout is None else (*_document_attention_backward(dout, *ctx.saved_tensors), None)
 
 
 _document_attention.register_autograd(_backward, setup_context=_save)
@@ -139,4 +190,4 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> T
     on the CPU: boundaries of the documents, from 0 to N, not descending (an empty document is none).
     Returns [N, H, D] contiguous in q.dtype.
     """
-    return _document_attention(q, k, v, cu_seqlens)[0]
+    return _document_attention(q, k, v, cu_seqlens)

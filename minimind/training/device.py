@@ -86,8 +86,8 @@ _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
 
 
 def tune_allocator(device: torch.device) -> bool:
-    """On a CPU under glibc: keep freed memory for the next tensor. glibc would give large blocks back to the system, and
-    every step pay for new pages. True if this process's allocator is now set so."""
+    """On a CPU under glibc: keep freed memory for the next tensor, where glibc would give large blocks back and every
+    step pay for new pages. True if this process's allocator is now set so."""
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
