@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minimind import ops
 from minimind.attention import Layout, document_ids, make_layout
@@ -214,6 +215,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # None: the dtype of the parameters
+        self.recompute = False  # in the backward, run each block again instead of keeping what is inside it
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -272,7 +274,11 @@ class Model(nn.Module):
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         reports, delta = [], None
         for layer in self.layers:
-            x, delta, report = layer(x, delta, rotation, layout, sequences)
+            inputs = (x, delta, rotation, layout, sequences)
+            if self.recompute and self.training:
+                x, delta, report = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, delta, report = layer(*inputs)
             if report is not None:
                 reports.append(report)
         x, _ = self.norm(x, delta)

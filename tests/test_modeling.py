@@ -88,6 +88,25 @@ def test_packed_and_padded_losses_and_gradients_agree(shape, ops_mode):
         torch.testing.assert_close(grad, results[1][1][key], rtol=1e-4, atol=2e-7, msg=key)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("shape", ["dense", "moe_sequence"])
+def test_recomputed_blocks_keep_less_and_give_the_same_gradients(shape, compiled):
+    ids, cu = documents_batch(DOCUMENTS, 128, 97)
+    found = []
+    for recompute in (False, True):
+        model, kept = make(shape).train(), []
+        model.recompute = recompute
+        torch.compiler.reset()
+        run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):  # noqa: B023
+            out = run(ids, cu_seqlens=cu)
+        (out.logits.square().mean() + out.aux_loss).backward()
+        found.append((sum(kept), {name: p.grad for name, p in model.named_parameters()}))
+    for name, grad in found[0][1].items():
+        torch.testing.assert_close(grad, found[1][1][name], rtol=1e-5, atol=1e-7, msg=name)
+    assert compiled or found[1][0] < 0.5 * found[0][0]
+
+
 def test_reference_and_fused_agree_for_every_shape():
     ids, cu = documents_batch(DOCUMENTS, 128, 97)
     for shape in SHAPES:
