@@ -7,6 +7,7 @@ where the last checkpoint was. Every run leaves a folder under runs/ with its me
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ from minimind.inference.generate import generate
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss, next_token_nats
 from minimind.tokenization import Tokenizer, load_tokenizer
-from minimind.training.checkpoint import load_trainer_state
-from minimind.training.device import PrecisionName, choose_device, choose_precision, describe_device
+from minimind.training.checkpoint import share_trainer_state
+from minimind.training.device import PrecisionName, choose_precision, describe_device
 from minimind.training.loop import LoopOptions, Stage, Trainer
 from minimind.training.optim import OptimizerName, ScheduleName, build_optimizers, lr_factor
+from minimind.training.parallel import Parallel, ParallelName, leave, rank
 from minimind.training.run_folder import ResumeMode, open_run, record_versions
 from minimind.training.tracking import TrackerName, make_tracker
 
@@ -56,8 +58,8 @@ class Args:
     """Tokens per optimizer step, padding included; a multiple of --seq-len. None: 65536 on a GPU for models larger
     than nano, else 4096."""
     micro_tokens: int | None = None
-    """Tokens per forward and backward; a step accumulates batch_tokens / micro_tokens of them. None: all at once,
-    but no more than 65536."""
+    """Tokens per forward and backward, of all processes together; a step accumulates batch_tokens / micro_tokens of
+    them. None: all at once, but no more than 65536."""
     optimizer: OptimizerName = "muon"
     """muon: Muon for the matrices and AdamW for the rest; adamw: AdamW for all."""
     lr: float | None = None
@@ -96,6 +98,11 @@ class Args:
     """Where tokenized data is kept. None: $MINIMIND_CACHE or ~/.cache/minimind."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    parallel: ParallelName = "auto"
+    """How the processes of torchrun share the work: ddp (a model each) or fsdp (a shard of it each). auto: ddp where
+    there are several. A run may continue with other numbers of processes."""
+    replicas: int = 1
+    """With fsdp: groups of processes that each hold the whole model in shards; several nodes: one group per node."""
     seed: int = 42
     """Decides initial weights and data order."""
     track: TrackerName = "none"
@@ -108,10 +115,11 @@ class Args:
 PEAK_LR = {"nano": 4e-3, "minimind2-small": 2e-3}
 
 
-def main(args: Args, console: Console) -> Path:
-    """Run the stage; returns the run folder. Bad input raises ValueError with one clear line."""
+def main(args: Args, console: Console) -> bool:
+    """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
     check(args)
-    device = choose_device(args.device)
+    parallel = Parallel.from_env(args.parallel, args.replicas)
+    device = parallel.choose_device(args.device)
     precision = choose_precision(device, args.precision)
     ops.set_mode("fused" if args.fused else "reference")
     tokenizer = load_tokenizer(args.tokenizer)
@@ -125,30 +133,32 @@ def main(args: Args, console: Console) -> Path:
     corpus = _open_data(args, tokenizer, console)
     train, heldout = corpus.split(args.heldout) if args.heldout != 0 else (corpus, None)
 
-    rows, micro_batches = _batch_shape(args, device)
-    loader = PackedLoader(train, args.seq_len, rows, args.seed)
+    rows, micro_batches = _batch_shape(args, device, parallel.world_size)
+    loader = PackedLoader(
+        train, args.seq_len, rows, args.seed, rank=parallel.rank, world_size=parallel.world_size
+    )
     step_tokens = rows * args.seq_len * micro_batches
     budget = args.tokens if args.tokens is not None else args.epochs * loader.tokens_per_epoch / loader.fill
     steps = max(1, math.ceil(budget / step_tokens))
 
     saved_args = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("resume", "out", "track")}
-    run = open_run(
-        args.out,
-        f"pretrain-{args.preset}-{_data_name(args)}",
-        {"stage": "pretrain", "args": saved_args, "model": config.to_dict()},
-        args.resume,
-    )
-    record_versions(run.path, describe_device(device))
+    identity = {"stage": "pretrain", "args": saved_args, "model": config.to_dict()}
+    name = f"pretrain-{args.preset}-{_data_name(args)}"
+    parallel.join(device)
+    run = parallel.share(functools.partial(open_run, args.out, name, identity, args.resume))
+    if parallel.main:
+        record_versions(run.path, f"{describe_device(device)}; {parallel}")
     state: dict[str, Any] = {"step": 0, "tracker": {}}
     if run.checkpoint is not None:
-        state = load_trainer_state(run.checkpoint)
+        state = share_trainer_state(run.checkpoint, parallel)
     start = state["step"]
 
     torch.manual_seed(args.seed)
     model = Model(config).to(device)
     model.compute_dtype = precision.compute_dtype
+    wrapped = parallel.wrap(model)
     # sampling and evaluation stay eager: their shapes differ from step to step
-    trained = cast(Model, torch.compile(model)) if args.compile else model
+    trained = cast(Model, torch.compile(wrapped) if args.compile else wrapped)
     peak = args.lr if args.lr is not None else PEAK_LR.get(args.preset, 1e-3)
     warmup = max(1, round(args.warmup * steps))
     stage = Stage(
@@ -159,8 +169,8 @@ def main(args: Args, console: Console) -> Path:
         loss=lambda batch: next_token_loss(trained, to_device(batch, device)),
         peak_lr=peak,
         lr_factor=lambda step: lr_factor(args.schedule, step, steps, warmup),
-        evaluate=lambda final: evaluate(model, heldout, args, device, final),
-        sample=lambda: sample(model, tokenizer, heldout or corpus),
+        evaluate=lambda final: evaluate(model, heldout, args, device, final, parallel),
+        sample=lambda: sample(parallel.whole(model), tokenizer, heldout or corpus),
         describe=lambda batch: describe(batch, train, tokenizer),
         title=f"{run.path.name}: {model.num_parameters() / 1e6:.1f}M parameters",
         data_fingerprint=f"{corpus.identity:016x}",
@@ -176,7 +186,7 @@ def main(args: Args, console: Console) -> Path:
         keep_checkpoints=args.keep_checkpoints,
     )
     for line in (
-        f"device: {describe_device(device)}",
+        f"device: {describe_device(device)}; {parallel}",
         f"precision: {precision}",
         ops.describe(device),
         f"model: {args.preset}, {model.num_parameters() / 1e6:.1f}M parameters "
@@ -189,16 +199,16 @@ def main(args: Args, console: Console) -> Path:
         + (f", continuing after step {start}" if run.checkpoint else ""),
     ):
         say(console, line)
-    tracker = make_tracker(args.track, run.path, saved_args, state["tracker"], start)
-    trainer = Trainer(stage, options, run, tracker, console)
+    track = args.track if parallel.main else "none"
+    tracker = make_tracker(track, run.path, saved_args, state["tracker"], start)
+    trainer = Trainer(stage, options, run, tracker, console, parallel)
     if run.checkpoint is not None:
         trainer.resume(state)
     del state  # a copy of the optimizer's
-    trainer.fit()
-    if not run.finished:
-        sys.exit(130)
+    if not trainer.fit():
+        return False
     say(console, f"finished in {run.path}: see loss.png and samples.txt")
-    return run.path
+    return True
 
 
 def to_device(batch: Batch, device: torch.device) -> TokenBatch:
@@ -211,33 +221,40 @@ def to_device(batch: Batch, device: torch.device) -> TokenBatch:
 
 
 def evaluate(
-    model: Model, heldout: Corpus | None, args: Args, device: torch.device, final: bool
+    model: Model, heldout: Corpus | None, args: Args, device: torch.device, final: bool, parallel: Parallel
 ) -> dict[str, Any]:
-    """Held-out loss in nats per token and bits per UTF-8 byte, over the first --eval-tokens or over all."""
+    """Held-out loss in nats per token and bits per UTF-8 byte, over the first --eval-tokens or over all; every rank
+    takes its share of the rows."""
     if heldout is None:
         return {}
     model.eval()
     if not final:
         # whole documents: with a part of the packed rows instead, bytes and tokens would not belong together
         heldout = heldout.head(args.eval_tokens)
-    rows = max(1, 4096 // args.seq_len)
-    nats = torch.zeros((), dtype=torch.float64)
-    targets = text_bytes = 0
-    for batch in PackedLoader(heldout, args.seq_len, rows, args.seed, shuffle=False).epoch_batches():
-        nats += next_token_nats(model, to_device(batch, device)).double().cpu()
-        targets += batch.num_targets
-        text_bytes += batch.num_bytes
-    total = float(nats)
+    ranks = parallel.world_size
+    rows = ranks * max(1, 4096 // args.seq_len)
+    loader = PackedLoader(heldout, args.seq_len, rows, args.seed, False, parallel.rank, ranks)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, targets, bytes
+    for batch in loader.epoch_batches():
+        nats = next_token_nats(model, to_device(batch, device))
+        sums[0] += nats.double()
+        sums[1:] += sums.new_tensor([batch.num_targets, batch.num_bytes])
+    total, targets, text_bytes = parallel.sum(sums).tolist()
     return {
         "heldout_loss": total / targets,
         "heldout_bpb": total / math.log(2) / max(1, text_bytes),
-        "heldout_tokens": targets,
+        "heldout_tokens": int(targets),
         "heldout_all": final,
     }
 
 
-def sample(model: Model, tokenizer: Tokenizer, source: Corpus, count: int = 3, new_tokens: int = 64) -> str:
-    """Continuations of the first tokens of `count` held-out documents, prompt and continuation divided by ' | '."""
+def sample(
+    model: Model | None, tokenizer: Tokenizer, source: Corpus, count: int = 3, new_tokens: int = 64
+) -> str:
+    """Continuations of the first tokens of `count` held-out documents, prompt and continuation divided by ' | '.
+    Nothing where there is no model: on all ranks but the first."""
+    if model is None:
+        return ""
     indices = [i * source.num_documents // count for i in range(min(count, source.num_documents))]
     documents = [source.document(i) for i in indices]
     prompts = [[int(t) for t in d[: min(17, 1 + len(d) // 2)]] for d in documents]
@@ -280,7 +297,7 @@ def _data_name(args: Args) -> str:
     return name + (f"+{len(args.data) - 1}" if len(args.data) > 1 else "")
 
 
-def _batch_shape(args: Args, device: torch.device) -> tuple[int, int]:
+def _batch_shape(args: Args, device: torch.device, ranks: int) -> tuple[int, int]:
     """(rows of a micro-batch, micro-batches of a step)."""
     batch_tokens = args.batch_tokens or (65536 if device.type == "cuda" and args.preset != "nano" else 4096)
     micro_tokens = args.micro_tokens or min(batch_tokens, 65536)
@@ -289,16 +306,25 @@ def _batch_shape(args: Args, device: torch.device) -> tuple[int, int]:
             f"--batch-tokens {batch_tokens} must be a multiple of --micro-tokens {micro_tokens}, "
             f"and that of --seq-len {args.seq_len}"
         )
+    if micro_tokens < ranks * args.seq_len:
+        raise ValueError(
+            f"--micro-tokens {micro_tokens}: fewer than a row of --seq-len {args.seq_len} for each of {ranks} "
+            f"processes; use {ranks * args.seq_len} or more, or fewer processes"
+        )
     return micro_tokens // args.seq_len, batch_tokens // micro_tokens
 
 
 if __name__ == "__main__":
     parsed = tyro.cli(Args, description=__doc__)
-    output = Console()
+    output = Console(quiet=rank() > 0)
     try:
-        main(parsed, output)
+        done = main(parsed, output)
     except (ValueError, OSError) as problem:  # OSError: a full disk, a folder that is not ours
         say(output, f"error: {problem}")
+        if rank() > 0:  # what went wrong here need not have gone wrong on rank 0
+            print(f"rank {rank()}: error: {problem}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    leave()
+    sys.exit(0 if done else 130)

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
 from minimind.data.files import sync
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
+from minimind.training.parallel import Parallel, from_rank_0
 from minimind.weights import load_model, save_weights
 
 _PREFIX = "step-"
@@ -79,9 +81,19 @@ def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
         ) from error
 
 
-def load_weights_into(model: Model, checkpoint: Path) -> None:
-    """Copy a checkpoint's float32 weights into `model` in place (its parameters keep their identity)."""
-    saved = load_model(checkpoint, config=model.config)
-    with torch.no_grad():
-        for target, source in zip(model.parameters(), saved.parameters(), strict=True):
-            target.copy_(source)
+def share_trainer_state(checkpoint: Path, parallel: Parallel) -> dict[str, Any]:
+    """load_trainer_state for all ranks, read on rank 0; the optimizer's part, the large one, stays there."""
+    optimizer: dict[str, Any] = {}
+
+    def read() -> dict[str, Any]:
+        state = load_trainer_state(checkpoint)
+        optimizer.update(state.pop("optimizer"))
+        return state
+
+    return parallel.share(read) | {"optimizer": optimizer}
+
+
+def load_weights_into(model: Model, checkpoint: Path, parallel: Parallel) -> None:
+    """Copy a checkpoint's float32 weights, read on rank 0, into `model` in place. All ranks call it."""
+    weights = load_model(checkpoint, config=model.config).state_dict() if parallel.main else {}
+    set_model_state_dict(model, weights, options=from_rank_0())

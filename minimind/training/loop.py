@@ -2,21 +2,26 @@
 
 Order within a step: fetch the micro-batches, so that the global number of targets is known; forward and backward
 of each; clip; update. Nothing on the way waits for the device: losses are read back on log steps only. A
-checkpoint is written only after every loss before it and every weight in it was found finite.
+checkpoint is written only after every loss before it and every weight in it was found finite. Of several ranks
+all run this loop and rank 0 alone writes and speaks.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from minimind.data.files import sync, write_json
 from minimind.modeling import Model
@@ -25,14 +30,16 @@ from minimind.training.checkpoint import load_weights_into, save_checkpoint
 from minimind.training.display import Display, duration
 from minimind.training.metrics import MetricsLog, plot_losses
 from minimind.training.optim import Optimizers
+from minimind.training.parallel import Parallel
 from minimind.training.run_folder import RunFolder, truncate
 from minimind.training.tracking import Tracker
 
 
 class HostBatch(Protocol):
-    """A micro-batch on the host."""
+    """This rank's part of a micro-batch, on the host."""
 
     num_targets: int
+    global_num_targets: int
 
 
 class Loader(Protocol):
@@ -59,9 +66,10 @@ class LoopOptions:
 class Stage:
     """What a stage brings.
 
-    loss(batch) -> (sum over targets, mean auxiliary loss), differentiable device scalars.
-    lr_factor(step) -> share of the peak rate. evaluate(final) -> reproducible held-out figures.
-    sample() -> text shown and kept in samples.txt. describe(batch) -> what was in it, for a post-mortem.
+    loss(batch) -> (sum over targets, mean auxiliary loss) of this rank's part, differentiable device scalars.
+    lr_factor(step) -> share of the peak rate. evaluate(final) -> reproducible held-out figures, of all ranks together.
+    sample() -> text shown and kept in samples.txt. describe(batch) -> list of what was in it, for a post-mortem.
+    All ranks call all of them.
     """
 
     model: Model
@@ -73,7 +81,7 @@ class Stage:
     lr_factor: Callable[[int], float]
     evaluate: Callable[[bool], dict[str, Any]]
     sample: Callable[[], str]
-    describe: Callable[[Any], Any]
+    describe: Callable[[Any], list[Any]]
     title: str
     data_fingerprint: str
 
@@ -87,7 +95,7 @@ class _Row:
     """One step's figures, still on the device."""
 
     step: int
-    figures: Tensor  # float32 [3]: loss, auxiliary loss, gradient norm
+    figures: Tensor  # float32 [3]: this rank's part of the loss, the auxiliary loss and the gradient norm
     lr: float
     targets: int
     position: dict[str, int]
@@ -100,10 +108,12 @@ class Trainer:
     run: RunFolder
     tracker: Tracker
     console: Console
+    parallel: Parallel = field(default_factory=Parallel)
     step: int = 0
     targets_seen: int = 0
     seconds: float = 0.0
     interrupted: str | None = None  # the signal's name
+    stopping: bool = False  # all ranks know that one was interrupted
     heldout: str = ""  # the newest held-out loss, for the progress line
     pending: list[_Row] = field(default_factory=list)
 
@@ -119,67 +129,77 @@ class Trainer:
                 f"{self.run.path}: the data or the tokenizer changed since this run began; "
                 "put them back or start anew with --resume never"
             )
-        load_weights_into(self.stage.model, self.run.checkpoint)
-        self.stage.optimizer.load_state_dict(state["optimizer"])
+        self.stage.optimizer.load_state_dict(self.stage.model, state["optimizer"])
+        load_weights_into(self.stage.model, self.run.checkpoint, self.parallel)
         self.stage.loader.load_state(state["loader"])
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step, self.targets_seen = state["step"], state["targets_seen"]
         self.seconds = state["seconds"]
-        truncate(self.run.metrics, state["metrics_bytes"])
-        truncate(self.run.samples, state["samples_bytes"])
+        self._cut_logs(state["metrics_bytes"], state["samples_bytes"])
 
-    def fit(self) -> None:
-        """Train to the last step. Ctrl-C or SIGTERM saves after the current step and returns, the run unfinished."""
+    def fit(self) -> bool:
+        """Train to the last step; True when it is done. Ctrl-C or SIGTERM saves after the current step (of several
+        ranks, after the next log step) and returns False."""
         if self.step == 0:  # drop what a run killed before its first checkpoint had written
-            truncate(self.run.metrics, 0)
-            truncate(self.run.samples, 0)
+            self._cut_logs(0, 0)
         with ExitStack() as cleanup:
-            cleanup.callback(plot_losses, self.run.metrics, self.run.path / "loss.png", self.stage.title)
+            if self.parallel.main:
+                cleanup.callback(plot_losses, self.run.metrics, self.run.path / "loss.png", self.stage.title)
             cleanup.callback(self.tracker.finish)
-            self.metrics = MetricsLog(self.run.metrics)
+            self.metrics = MetricsLog(self.run.metrics if self.parallel.main else Path(os.devnull))
             cleanup.callback(self.metrics.close)
             self.display = Display(self.console, self.options.steps, self.step)
             cleanup.callback(self.display.close)
             for number in (signal.SIGINT, signal.SIGTERM):
                 cleanup.callback(signal.signal, number, signal.signal(number, self._interrupt))
-            self._run()
+            return self._run()
 
-    def _run(self) -> None:
+    def _cut_logs(self, metrics_bytes: int, samples_bytes: int) -> None:
+        if self.parallel.main:
+            truncate(self.run.metrics, metrics_bytes)
+            truncate(self.run.samples, samples_bytes)
+
+    def _run(self) -> bool:
         self.clock, self.clock_step = time.perf_counter(), self.step
         if self.step == 0:
             self._sample()
             self._evaluate()
-        while self.step < self.options.steps and self.interrupted is None:
+        while self.step < self.options.steps and not self.stopping:
             self._train_step()
             self._after_step()
         self._save()
         if self.step < self.options.steps:
-            self.display.say(
-                f"{self.interrupted}: stopped at step {self.step}, saved; the same command continues"
-            )
-            return
+            reason = self.interrupted or "another process was interrupted"
+            self.display.say(f"{reason}: stopped at step {self.step}, saved; the same command continues")
+            return False
         self._evaluate(final=True)
         self._sample()
-        self.run.mark_finished()
+        if self.parallel.main:
+            self.run.mark_finished()
+        return True
 
     def _train_step(self) -> None:
         stage, options = self.stage, self.options
         position = stage.loader.state()
         batches = [stage.loader.next_batch() for _ in range(options.micro_batches)]
-        total = sum(b.num_targets for b in batches)
+        total = sum(b.global_num_targets for b in batches)
         factor = stage.lr_factor(self.step)
         stage.optimizer.set_lr_factor(factor)
         stage.model.train()
         losses = []
-        for batch in batches:
-            loss, aux = stage.loss(batch)
-            loss, aux = loss / total, aux * (batch.num_targets / total)
-            (loss + aux).backward()
+        ranks = self.parallel.world_size
+        for i, batch in enumerate(batches):
+            with self.parallel.exchange(last=i == len(batches) - 1):
+                loss, aux = stage.loss(batch)
+                loss, aux = loss / total, aux * (batch.num_targets / total)
+                # DDP and FSDP average gradients over ranks, but each rank's loss is a part of the sum, not a sample
+                ((loss + aux) * ranks).backward()
             losses.append(torch.stack((loss.detach(), aux.detach())))
         norm = torch.nn.utils.clip_grad_norm_(stage.model.parameters(), options.grad_clip)
-        figures = torch.cat((torch.stack(losses).sum(0), norm.unsqueeze(0)))
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        figures = torch.cat((torch.stack(losses).sum(0), norm.unsqueeze(0) / ranks))
         stage.optimizer.step()
         stage.optimizer.zero_grad()
         self.pending.append(_Row(self.step + 1, figures, stage.peak_lr * factor, total, position))
@@ -191,7 +211,9 @@ class Trainer:
         last = self.step == options.steps
         evaluate = self.step % options.eval_every == 0 and not last
         save = self.step % options.save_every == 0 and not last
-        if last or self.interrupted is not None or evaluate or save or self.step % options.log_every == 0:
+        # several ranks learn of an interrupt where they log: looking every step would make every step wait
+        stop = self.interrupted is not None and self.parallel.world_size == 1
+        if last or stop or evaluate or save or self.step % options.log_every == 0:
             self._log()
         if evaluate:
             self._evaluate()
@@ -200,8 +222,11 @@ class Trainer:
             self._save()
 
     def _log(self) -> None:
-        """Read the pending steps back in one copy, write them, show the newest."""
-        values = torch.stack([row.figures for row in self.pending]).tolist()
+        """Add up the pending steps over the ranks, read them back in one copy, write them, show the newest."""
+        parts = torch.stack([row.figures for row in self.pending])
+        interrupted = parts.new_full((1, 3), self.interrupted is not None)
+        *values, (stops, *_) = self.parallel.sum(torch.cat((parts, interrupted))).tolist()
+        self.stopping = stops > 0
         now = time.perf_counter()
         per_step = (now - self.clock) / max(1, self.step - self.clock_step)
         self.seconds += now - self.clock
@@ -255,16 +280,23 @@ class Trainer:
 
     def _sample(self) -> None:
         text = self.stage.sample()
-        with self.run.samples.open("a", encoding="utf-8") as file:
-            file.write(f"=== step {self.step}\n{text}\n\n")
+        if self.parallel.main:
+            with self.run.samples.open("a", encoding="utf-8") as file:
+                file.write(f"=== step {self.step}\n{text}\n\n")
         self.display.say(f"samples at step {self.step}\n{text}")
         self.clock = time.perf_counter()
 
     def _save(self) -> None:
-        if self.pending:  # an interrupt came after this step's look at the clock
-            self._log()
+        whole = self.parallel.whole(self.stage.model)
+        optimizer = self.stage.optimizer.state_dict(self.stage.model)
+        self.parallel.share(lambda: self._write(whole, optimizer))
+        self.clock = time.perf_counter()
+
+    def _write(self, model: Model | None, optimizer: dict[str, Any]) -> None:
+        """The checkpoint, on rank 0."""
+        assert model is not None
         stage = self.stage
-        if not torch.stack([p.isfinite().all() for p in stage.model.parameters()]).all():
+        if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
             raise NonFiniteLossError(
                 f"step {self.step}: a weight is not finite after the update; lower --lr. Checkpoints are from before"
             )
@@ -275,7 +307,7 @@ class Trainer:
             "step": self.step,
             "targets_seen": self.targets_seen,
             "seconds": self.seconds,
-            "optimizer": stage.optimizer.state_dict(),
+            "optimizer": optimizer,
             "loader": stage.loader.state(),
             "data": stage.data_fingerprint,
             "rng": torch.get_rng_state(),
@@ -285,17 +317,19 @@ class Trainer:
             "samples_bytes": self.run.samples.stat().st_size,
         }
         save_checkpoint(
-            self.run.path, self.step, stage.model, stage.tokenizer, state, self.options.keep_checkpoints
+            self.run.path, self.step, model, stage.tokenizer, state, self.options.keep_checkpoints
         )
-        self.clock = time.perf_counter()
 
     def _non_finite(self, row: _Row, loss: float, norm: float) -> None:
-        """Keep what is needed to look at the batch, then stop."""
+        """Keep what is needed to look at the batch, of all ranks, then stop."""
         report = self.run.path / "nonfinite.json"
         self.stage.loader.load_state(row.position)
         batches = [self.stage.loader.next_batch() for _ in range(self.options.micro_batches)]
+        parts = self.parallel.gather([self.stage.describe(batch) for batch in batches])
         found = {"step": row.step, "loss": str(loss), "grad_norm": str(norm), "position": row.position}
-        write_json(report, {**found, "batches": [self.stage.describe(batch) for batch in batches]})
+        if self.parallel.main:
+            described = [list(chain(*micro)) for micro in zip(*parts, strict=True)]
+            write_json(report, {**found, "batches": described})
         raise NonFiniteLossError(
             f"step {row.step}: loss {loss}, gradient norm {norm}. The batch is described in {report}; look at its "
             "documents or lower --lr. Checkpoints are from before this step"

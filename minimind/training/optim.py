@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from minimind.modeling import Model
+from minimind.training.parallel import from_rank_0, to_rank_0
 
 OptimizerName = Literal["muon", "adamw"]
 ScheduleName = Literal["cosine", "wsd", "constant"]
@@ -35,12 +37,13 @@ class Optimizers:
         for part in self.parts:
             part.zero_grad()
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        return [part.state_dict() for part in self.parts]
+    def state_dict(self, model: Model) -> dict[str, Any]:
+        """Whole tensors by parameter name, whatever the strategy; on rank 0, empty elsewhere. All ranks call it."""
+        return get_optimizer_state_dict(model, self.parts, options=to_rank_0())
 
-    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        for part, state in zip(self.parts, states, strict=True):
-            part.load_state_dict(state)
+    def load_state_dict(self, model: Model, state: dict[str, Any]) -> None:
+        """state: from `state_dict`, on rank 0; what the others pass is not looked at. All ranks call it."""
+        set_optimizer_state_dict(model, self.parts, state, options=from_rank_0())
 
 
 def build_optimizers(

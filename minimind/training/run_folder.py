@@ -21,17 +21,20 @@ ResumeMode = Literal["auto", "never"]
 
 
 # Settings that change where things lie, not what is computed.
-_NOT_IDENTITY = {"args.cache_dir"}
+_NOT_IDENTITY = {"args.cache_dir", "args.parallel", "args.replicas"}
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """path: the folder; checkpoint: where to continue from, None at a fresh start. Locked for this process: the
-    lock goes with the object, or with the process however it ends."""
+    lock goes with the object, or with the process however it ends. A copy in another process has None."""
 
     path: Path
     checkpoint: Path | None
-    lock: FileLock
+    lock: FileLock | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RunFolder, (self.path, self.checkpoint, None)
 
     @property
     def metrics(self) -> Path:

@@ -54,14 +54,14 @@ def test_state_goes_on_exactly():
         optimizers = build_optimizers(model, "muon", 1e-2, 0.1)
         if weights is not None:
             model.load_state_dict(weights)
-            optimizers.load_state_dict(state)
+            optimizers.load_state_dict(model, state)
         for step in steps:
             optimizers.set_lr_factor(1 / (1 + step))
             ids = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(step))
             model(ids).logits.square().mean().backward()
             optimizers.step()
             optimizers.zero_grad()
-        return {k: v.clone() for k, v in model.state_dict().items()}, optimizers.state_dict()
+        return {k: v.clone() for k, v in model.state_dict().items()}, optimizers.state_dict(model)
 
     whole, _ = run(range(6))
     half, state = run(range(3))

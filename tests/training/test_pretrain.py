@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,39 +13,7 @@ import torch
 
 from minimind import load_model, load_tokenizer
 from minimind.data import open_corpus
-
-SCRIPT = Path(__file__).parents[2] / "train" / "pretrain.py"
-# One thread: the shapes are too small for two, and two suffer when other tests run beside them.
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """Sums in words: something a tiny model can learn, made here."""
-    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    rng = random.Random(0)
-    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for _ in range(3000):
-            a, b = rng.randrange(6), rng.randrange(5)
-            file.write(json.dumps({"text": f"{words[a]} and {words[b]} make {words[a + b]}."}) + "\n")
-    return path
-
-
-def command(data: Path, out: Path, *extra: str) -> list[str]:
-    flags = ["--data", str(data), "--out", str(out), "--seq-len", "64", "--batch-tokens", "512",
-             "--evals", "2", "--log-every", "3", "--cache-dir", str(data.parent / "cache"), *extra]  # fmt: skip
-    return [sys.executable, str(SCRIPT), *flags]
-
-
-def run(arguments: list[str], env: dict[str, str] = ONE_THREAD) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=env)
-
-
-def reproducible(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "time"} for row in rows]
-
+from tests.training.runs import ONE_THREAD, command, last_step, reproducible, run
 
 LENGTH = ["--tokens", str(512 * 40), "--save-every", "7"]
 
@@ -130,7 +96,7 @@ def test_two_processes_do_not_train_in_one_folder(data, tmp_path):
     out = tmp_path / "shared"
     long = ["--tokens", str(512 * 2000)]  # far from done when the second starts
     first = subprocess.Popen(command(data, out, *long), stdout=subprocess.DEVNULL, env=ONE_THREAD)
-    while first.poll() is None and _last_step(out) < 3:
+    while first.poll() is None and last_step(out) < 3:
         time.sleep(0.005)
     answer = run(command(data, out, *long))
     alive = first.poll() is None
@@ -148,7 +114,7 @@ def test_killed_three_times_the_curve_is_the_same_to_the_bit(unbroken, data, tmp
     for step in kills:
         process = subprocess.Popen(command(data, out, *LENGTH), stdout=subprocess.DEVNULL, env=ONE_THREAD)
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None and _last_step(out) < step:
+        while time.monotonic() < deadline and process.poll() is None and last_step(out) < step:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, f"ended before step {step} of {kills}"
@@ -161,19 +127,10 @@ def test_killed_three_times_the_curve_is_the_same_to_the_bit(unbroken, data, tmp
     assert (out / last).read_bytes() == (unbroken / last).read_bytes()
 
 
-def _last_step(out: Path) -> int:
-    """The newest complete training row on the disk."""
-    if not (out / "metrics.jsonl").exists():
-        return 0
-    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    return max((row["step"] for row in rows if row["kind"] == "train"), default=0)
-
-
 def test_interrupt_saves_and_the_same_command_continues(unbroken, data, tmp_path):
     out = tmp_path / "interrupted"
     process = subprocess.Popen(command(data, out, *LENGTH), stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
-    while process.poll() is None and _last_step(out) < 9:
+    while process.poll() is None and last_step(out) < 9:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     text = process.communicate(timeout=120)[0]
@@ -273,7 +230,7 @@ def test_compiled_run_resumes(data, tmp_path):
     out = tmp_path / "compiled"
     flags = ["--compile", "--tokens", str(512 * 12), "--save-every", "4"]
     process = subprocess.Popen(command(data, out, *flags), stdout=subprocess.DEVNULL, env=ONE_THREAD)
-    while process.poll() is None and _last_step(out) < 6:
+    while process.poll() is None and last_step(out) < 6:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()

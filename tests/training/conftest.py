@@ -1,0 +1,18 @@
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Sums in words: something a tiny model can learn, made here."""
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(3000):
+            a, b = rng.randrange(6), rng.randrange(5)
+            file.write(json.dumps({"text": f"{words[a]} and {words[b]} make {words[a + b]}."}) + "\n")
+    return path

@@ -1,0 +1,92 @@
+"""Run by torchrun in test_parallel.py: two steps of the real loop on a tiny mixture of experts, on several ranks and
+on one; every rank compares. Plain SGD, so that a gradient of another size shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from rich.console import Console
+
+from minimind import ModelConfig, load_tokenizer
+from minimind.modeling import Model
+from minimind.objectives.next_token import TokenBatch, next_token_loss
+from minimind.training.loop import LoopOptions, Stage, Trainer
+from minimind.training.optim import Optimizers
+from minimind.training.parallel import Parallel, leave
+from minimind.training.run_folder import RunFolder
+from minimind.training.tracking import NoTracker
+
+ROWS, LENGTH, VOCAB = 4, 16, 50
+
+
+class Rows:
+    """Random rows with ever fewer targets: ranks get different numbers of them."""
+
+    def __init__(self, parallel: Parallel) -> None:
+        self.parallel, self.generator = parallel, torch.Generator().manual_seed(1)
+
+    def state(self) -> dict[str, int]:
+        return {}
+
+    def next_batch(self) -> SimpleNamespace:
+        ids = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=self.generator)
+        inputs, targets = ids[:, :-1], ids[:, 1:].clone()
+        for row in range(ROWS):
+            targets[row, LENGTH - 4 * row :] = -100
+        mine = slice(self.parallel.rank, None, self.parallel.world_size)
+        inputs, targets = inputs[mine].contiguous(), targets[mine].contiguous()
+        cu = torch.arange(0, inputs.numel() + 1, LENGTH, dtype=torch.int32)
+        count = int(targets.ne(-100).sum())
+        tokens = TokenBatch(inputs, targets, cu, count)
+        return SimpleNamespace(tokens=tokens, num_targets=count, global_num_targets=ROWS * LENGTH - 24)
+
+
+def train(parallel: Parallel, level: str) -> tuple[Model | None, torch.Tensor]:
+    """Weights after two steps of two micro-batches, and the figures of both steps."""
+    config = ModelConfig(
+        32, 1, 2, 1, 16, 48, VOCAB, num_experts=4, num_experts_per_tok=2, num_shared_experts=1,
+        moe_intermediate_size=24, router_aux_loss_coef=5.0, router_aux_loss_level=level,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Model(config)
+    wrapped = parallel.wrap(model)
+    stage = Stage(
+        model=model,
+        tokenizer=load_tokenizer(),
+        optimizer=Optimizers([torch.optim.SGD(model.parameters(), lr=0.5)]),
+        loader=Rows(parallel),
+        loss=lambda batch: next_token_loss(wrapped, batch.tokens),
+        peak_lr=0.5,
+        lr_factor=lambda step: 1.0,
+        evaluate=lambda final: {},
+        sample=lambda: "",
+        describe=lambda batch: [],
+        title="",
+        data_fingerprint="",
+    )
+    options = LoopOptions(steps=2, micro_batches=2, grad_clip=1e9)
+    trainer = Trainer(stage, options, RunFolder(Path(), None, None), NoTracker(), Console(), parallel)
+    trainer._train_step()
+    trainer._train_step()
+    figures = parallel.sum(torch.stack([row.figures for row in trainer.pending]))
+    return parallel.whole(model), figures
+
+
+def main() -> None:
+    world = Parallel.from_env("ddp", 1)
+    world.join(torch.device("cpu"))
+    for level in ("batch", "sequence"):
+        alone, expected = train(Parallel(), level)
+        for strategy in ("ddp", "fsdp"):
+            together, figures = train(Parallel(strategy, world.rank, 0, world.world_size), level)
+            torch.testing.assert_close(figures, expected, rtol=1e-5, atol=1e-5, msg=f"{strategy}, {level}")
+            if world.main:
+                for (name, a), b in zip(together.named_parameters(), alone.parameters(), strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=f"{name}: {strategy}, {level}")
+    leave()
+
+
+if __name__ == "__main__":
+    main()
