@@ -24,13 +24,16 @@ from minimind.data import Batch, Corpus, PackedLoader, builtin_corpus, open_corp
 from minimind.data.progress import say
 from minimind.inference.generate import generate
 from minimind.modeling import Model
-from minimind.objectives.next_token import TokenBatch, next_token_loss, next_token_nats
+from minimind.objectives.next_token import next_token_loss, next_token_nats
 from minimind.tokenization import Tokenizer, load_tokenizer
+from minimind.training.batches import DeviceBatches, to_device
 from minimind.training.checkpoint import share_trainer_state
-from minimind.training.device import PrecisionName, choose_precision, describe_device
+from minimind.training.compiling import compile_model
+from minimind.training.device import PrecisionName, choose_precision, describe_device, tune_allocator
 from minimind.training.loop import LoopOptions, Stage, Trainer
 from minimind.training.optim import OptimizerName, ScheduleName, build_optimizers, lr_factor
 from minimind.training.parallel import Parallel, ParallelName, leave, rank
+from minimind.training.profiling import StepProfiler, mark_blocks, nvtx_mode
 from minimind.training.run_folder import ResumeMode, open_run, record_versions
 from minimind.training.tracking import TrackerName, make_tracker
 
@@ -85,7 +88,13 @@ class Args:
     log_every: int = 10
     """Steps between reads of the loss from the device."""
     compile: bool = False
-    """Compile the model with torch.compile (a minute at the start)."""
+    """Compile the model with torch.compile: up to a minute at the start of the first run."""
+    cuda_graph: bool = False
+    """With --compile on a GPU: replay forward and backward as CUDA graphs, which saves what launches cost."""
+    recompute: bool = False
+    """Keep only the blocks' inputs and run each again in the backward: a third more compute for far less memory."""
+    profile: bool = False
+    """Record three steps: a table, a trace and a timeline in the run folder's profile/."""
     fused: bool = True
     """Use the fastest form of every op this device has; --no-fused takes the plain reference."""
     precision: PrecisionName = "auto"
@@ -111,6 +120,8 @@ class Args:
     """Run folder. None: runs/pretrain-PRESET-DATA, numbered when taken."""
 
 
+# Flags that say nothing about the run itself.
+NOT_SAVED = {"resume", "out", "track", "profile"}
 # Peak rates by preset; nano was tuned (docs/LOG.md), the others are not yet.
 PEAK_LR = {"nano": 4e-3, "minimind2-small": 2e-3}
 
@@ -120,6 +131,9 @@ def main(args: Args, console: Console) -> bool:
     check(args)
     parallel = Parallel.from_env(args.parallel, args.replicas)
     device = parallel.choose_device(args.device)
+    if args.cuda_graph and device.type != "cuda":
+        raise ValueError(f"--cuda-graph: there is none on {device}; drop the flag")
+    tune_allocator(device)
     precision = choose_precision(device, args.precision)
     ops.set_mode("fused" if args.fused else "reference")
     tokenizer = load_tokenizer(args.tokenizer)
@@ -141,7 +155,7 @@ def main(args: Args, console: Console) -> bool:
     budget = args.tokens if args.tokens is not None else args.epochs * loader.tokens_per_epoch / loader.fill
     steps = max(1, math.ceil(budget / step_tokens))
 
-    saved_args = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("resume", "out", "track")}
+    saved_args = {k: v for k, v in dataclasses.asdict(args).items() if k not in NOT_SAVED}
     identity = {"stage": "pretrain", "args": saved_args, "model": config.to_dict()}
     name = f"pretrain-{args.preset}-{_data_name(args)}"
     parallel.join(device)
@@ -155,18 +169,21 @@ def main(args: Args, console: Console) -> bool:
 
     torch.manual_seed(args.seed)
     model = Model(config).to(device)
-    model.compute_dtype = precision.compute_dtype
-    wrapped = parallel.wrap(model)
-    # sampling and evaluation stay eager: their shapes differ from step to step
-    trained = cast(Model, torch.compile(wrapped) if args.compile else wrapped)
+    model.compute_dtype, model.recompute = precision.compute_dtype, args.recompute
+    if args.profile or nvtx_mode():
+        mark_blocks(model)
+    trained = cast(Model, parallel.wrap(model))
+    if args.compile:  # sampling and evaluation stay eager: their shapes differ from step to step
+        trained = compile_model(trained, args.cuda_graph, whole=parallel.strategy == "none")
+    batches = DeviceBatches(loader, device)
     peak = args.lr if args.lr is not None else PEAK_LR.get(args.preset, 1e-3)
     warmup = max(1, round(args.warmup * steps))
     stage = Stage(
         model=model,
         tokenizer=tokenizer,
         optimizer=build_optimizers(model, args.optimizer, peak, args.weight_decay),
-        loader=loader,
-        loss=lambda batch: next_token_loss(trained, to_device(batch, device)),
+        loader=batches,
+        loss=lambda batch: next_token_loss(trained, batch),
         peak_lr=peak,
         lr_factor=lambda step: lr_factor(args.schedule, step, steps, warmup),
         evaluate=lambda final: evaluate(model, heldout, args, device, final, parallel),
@@ -201,7 +218,8 @@ def main(args: Args, console: Console) -> bool:
         say(console, line)
     track = args.track if parallel.main else "none"
     tracker = make_tracker(track, run.path, saved_args, state["tracker"], start)
-    trainer = Trainer(stage, options, run, tracker, console, parallel)
+    profiler = StepProfiler(run.path / "profile", console) if args.profile and parallel.main else None
+    trainer = Trainer(stage, options, run, tracker, console, parallel, profiler)
     if run.checkpoint is not None:
         trainer.resume(state)
     del state  # a copy of the optimizer's
@@ -209,15 +227,6 @@ def main(args: Args, console: Console) -> bool:
         return False
     say(console, f"finished in {run.path}: see loss.png and samples.txt")
     return True
-
-
-def to_device(batch: Batch, device: torch.device) -> TokenBatch:
-    """The packed rows as tensors."""
-    parts = [torch.from_numpy(a) for a in (batch.input_ids, batch.targets, batch.cu_seqlens)]
-    if device.type == "cuda":
-        parts = [part.pin_memory().to(device, non_blocking=True) for part in parts]
-    input_ids, targets, cu_seqlens = parts
-    return TokenBatch(input_ids, targets, cu_seqlens, batch.num_targets)
 
 
 def evaluate(
@@ -282,6 +291,8 @@ def check(args: Args) -> None:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+    if args.cuda_graph and not args.compile:
+        raise ValueError("--cuda-graph: goes with --compile")
 
 
 def _open_data(args: Args, tokenizer: Tokenizer, console: Console) -> Corpus:

@@ -15,12 +15,14 @@ from minimind.modeling import Model
 class TokenBatch:
     """Packed rows on the model's device. input_ids, targets int64 [B, T], targets -100 where there is none;
     cu_seqlens int32 [n + 1], the documents' boundaries in the flattened batch; num_targets, how many targets are not
-    -100 (a number of the host: reading it from the device would make every step wait)."""
+    -100 (a number of the host: reading it from the device would make every step wait); global_num_targets, how many
+    of all ranks, where it is needed."""
 
     input_ids: Tensor
     targets: Tensor
     cu_seqlens: Tensor
     num_targets: int
+    global_num_targets: int = 0
 
 
 def next_token_loss(model: Model, batch: TokenBatch) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def to_device(batch: Batch, device: torch.device, boundaries: int | None = None)
     if device.type == "cuda":
         parts = [part.pin_memory().to(device, non_blocking=True) for part in parts]
     input_ids, targets, bounds = parts
-    return TokenBatch(input_ids, targets, bounds, batch.num_targets)
+    return TokenBatch(input_ids, targets, bounds, batch.num_targets, batch.global_num_targets)
 
 
 def _round_up(n: int) -> int:

@@ -31,19 +31,22 @@ from minimind.training.display import Display, duration
 from minimind.training.metrics import MetricsLog, plot_losses
 from minimind.training.optim import Optimizers
 from minimind.training.parallel import Parallel
+from minimind.training.profiling import StepProfiler, span
 from minimind.training.run_folder import RunFolder, truncate
 from minimind.training.tracking import Tracker
 
 
-class HostBatch(Protocol):
-    """This rank's part of a micro-batch, on the host."""
-
-    num_targets: int
-    global_num_targets: int
-
-
 class Loader(Protocol):
+    """This rank's parts of the micro-batches, on the device; each knows its num_targets and global_num_targets."""
+
+    @property
+    def host(self) -> Any:
+        """The newest batch as it was on the host, for a post-mortem."""
+
     def next_batch(self) -> Any: ...
+
+    def fetch(self) -> None:
+        """Start bringing the next one."""
 
     def state(self) -> dict[str, int]: ...
 
@@ -68,7 +71,7 @@ class Stage:
 
     loss(batch) -> (sum over targets, mean auxiliary loss) of this rank's part, differentiable device scalars.
     lr_factor(step) -> share of the peak rate. evaluate(final) -> reproducible held-out figures, of all ranks together.
-    sample() -> text shown and kept in samples.txt. describe(batch) -> list of what was in it, for a post-mortem.
+    sample() -> text shown and kept in samples.txt. describe(host batch) -> list of what was in it, for a post-mortem.
     All ranks call all of them.
     """
 
@@ -109,6 +112,7 @@ class Trainer:
     tracker: Tracker
     console: Console
     parallel: Parallel = field(default_factory=Parallel)
+    profiler: StepProfiler | None = None
     step: int = 0
     targets_seen: int = 0
     seconds: float = 0.0
@@ -152,6 +156,8 @@ class Trainer:
             cleanup.callback(self.metrics.close)
             self.display = Display(self.console, self.options.steps, self.step)
             cleanup.callback(self.display.close)
+            if self.profiler is not None:
+                cleanup.callback(self.profiler.close)
             for number in (signal.SIGINT, signal.SIGTERM):
                 cleanup.callback(signal.signal, number, signal.signal(number, self._interrupt))
             return self._run()
@@ -167,7 +173,11 @@ class Trainer:
             self._sample()
             self._evaluate()
         while self.step < self.options.steps and not self.stopping:
+            if self.profiler is not None:
+                self.profiler.begin(self.step + 1)
             self._train_step()
+            if self.profiler is not None:
+                self.profiler.end()
             self._after_step()
         self._save()
         if self.step < self.options.steps:
@@ -183,7 +193,8 @@ class Trainer:
     def _train_step(self) -> None:
         stage, options = self.stage, self.options
         position = stage.loader.state()
-        batches = [stage.loader.next_batch() for _ in range(options.micro_batches)]
+        with span("data"):
+            batches = [stage.loader.next_batch() for _ in range(options.micro_batches)]
         total = sum(b.global_num_targets for b in batches)
         factor = stage.lr_factor(self.step)
         stage.optimizer.set_lr_factor(factor)
@@ -192,16 +203,20 @@ class Trainer:
         ranks = self.parallel.world_size
         for i, batch in enumerate(batches):
             with self.parallel.exchange(last=i == len(batches) - 1):
-                loss, aux = stage.loss(batch)
-                loss, aux = loss / total, aux * (batch.num_targets / total)
+                with span("forward"):
+                    loss, aux = stage.loss(batch)
+                    loss, aux = loss / total, aux * (batch.num_targets / total)
                 # DDP and FSDP average gradients over ranks, but each rank's loss is a part of the sum, not a sample
-                ((loss + aux) * ranks).backward()
+                with span("backward"):
+                    ((loss + aux) * ranks).backward()
             losses.append(torch.stack((loss.detach(), aux.detach())))
-        norm = torch.nn.utils.clip_grad_norm_(stage.model.parameters(), options.grad_clip)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        figures = torch.cat((torch.stack(losses).sum(0), norm.unsqueeze(0) / ranks))
-        stage.optimizer.step()
-        stage.optimizer.zero_grad()
+        stage.loader.fetch()  # while the device computes
+        with span("optimizer"):
+            norm = torch.nn.utils.clip_grad_norm_(stage.model.parameters(), options.grad_clip)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            figures = torch.cat((torch.stack(losses).sum(0), norm.unsqueeze(0) / ranks))
+            stage.optimizer.step()
+            stage.optimizer.zero_grad()
         self.pending.append(_Row(self.step + 1, figures, stage.peak_lr * factor, total, position))
         self.step += 1
         self.targets_seen += total
@@ -324,8 +339,11 @@ class Trainer:
         """Keep what is needed to look at the batch, of all ranks, then stop."""
         report = self.run.path / "nonfinite.json"
         self.stage.loader.load_state(row.position)
-        batches = [self.stage.loader.next_batch() for _ in range(self.options.micro_batches)]
-        parts = self.parallel.gather([self.stage.describe(batch) for batch in batches])
+        mine = []
+        for _ in range(self.options.micro_batches):
+            self.stage.loader.next_batch()
+            mine.append(self.stage.describe(self.stage.loader.host))
+        parts = self.parallel.gather(mine)
         found = {"step": row.step, "loss": str(loss), "grad_norm": str(norm), "position": row.position}
         if self.parallel.main:
             described = [list(chain(*micro)) for micro in zip(*parts, strict=True)]
