@@ -24,41 +24,41 @@ from torch import Tensor
 # and gives about ten stacks for lengths of 16 to 512.
 _STACK_RATIO = 0.75
 _SHORTEST_STACK = 16
-_QUERY_ROWS = 128  # of a tile at most: longer documents skip most of what a causal mask would throw away
+_QUERY_ROWS = 64  # of a tile, about: longer documents skip most of what a causal mask would throw away
 _TILE_SCORES = 1 << 20  # float32 numbers: 4 MB
 
 
 @dataclass(frozen=True)
 class Stack:
     """index int64 [documents * length]: the tokens, document by document; padding repeats token 0. real: int64, the
-    places of `index` that are no padding, or None where all are."""
+    places of `index` that are no padding, or None where all are; tokens: what stands there."""
 
     documents: int
     length: int
     index: Tensor
     real: Tensor | None
+    tokens: Tensor
 
     def take(self, x: Tensor, groups: int, padding: float | None = None) -> Tensor:
         """x [N, H, D] -> [documents * groups, H / groups, length, D]; padding: the number that its rows become."""
-        rows = x.index_select(0, self.index)
-        if padding is not None and self.real is not None:
-            kept = torch.zeros(rows.shape[0], dtype=torch.bool).index_fill_(0, self.real, True)
-            rows.masked_fill_(~kept.view(-1, 1, 1), padding)
+        if padding is None or self.real is None:
+            rows = x.index_select(0, self.index)
+        else:
+            rows = x.new_full((len(self.index), *x.shape[1:]), padding)
+            rows.index_copy_(0, self.real, x.index_select(0, self.tokens))
         rows = rows.view(self.documents, self.length, groups, -1, x.shape[2])
         return rows.permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
 
     def put(self, rows: Tensor, into: Tensor) -> None:
         """The inverse of `take`: rows [documents * groups, R, length, D] to their places in `into` [N, H, D]."""
         flat = rows.unflatten(0, (self.documents, -1)).permute(0, 3, 1, 2, 4).reshape(-1, *into.shape[1:])
-        if self.real is None:
-            into.index_copy_(0, self.index, flat)
-        else:
-            into.index_copy_(0, self.index[self.real], flat[self.real])
+        into.index_copy_(0, self.tokens, flat if self.real is None else flat.index_select(0, self.real))
 
     def tiles(self, groups: int, heads: int) -> Iterator[tuple[slice, slice]]:
         """(documents and groups, query rows) whose scores are in the cache together."""
-        for start in range(0, self.length, _QUERY_ROWS):
-            stop = min(start + _QUERY_ROWS, self.length)
+        query_rows = -(-self.length // max(1, round(self.length / _QUERY_ROWS)))
+        for start in range(0, self.length, query_rows):
+            stop = min(start + query_rows, self.length)
             at_once = max(1, _TILE_SCORES // ((stop - start) * stop * (heads // groups)))
             for first in range(0, self.documents * groups, at_once):
                 yield slice(first, first + at_once), slice(start, stop)
@@ -82,9 +82,10 @@ def make_stacks(cu_seqlens: np.ndarray) -> tuple[Stack, ...]:
         docs = order[first:last]
         column = np.arange(longest)
         real = column < lengths[docs, None]
-        index = np.where(real, starts[docs, None] + column, 0).ravel()
+        index = torch.from_numpy(np.where(real, starts[docs, None] + column, 0).ravel())
         places = None if real.all() else torch.from_numpy(np.flatnonzero(real))
-        stacks.append(Stack(len(docs), longest, torch.from_numpy(index), places))
+        tokens = index if places is None else index[places]
+        stacks.append(Stack(len(docs), longest, index, places, tokens))
         first = last
     return tuple(stacks)
 

@@ -71,7 +71,7 @@ def test_stacks_waste_little():
     stacks = make_stacks(np.concatenate(([0], np.cumsum(lengths))))
     assert sum(s.documents * s.length**2 for s in stacks) < 1.4 * (lengths**2).sum()
     assert len(stacks) < 20
-    taken = torch.cat([s.index if s.real is None else s.index[s.real] for s in stacks])
+    taken = torch.cat([s.tokens for s in stacks])
     assert torch.equal(taken.sort().values, torch.arange(int(lengths.sum())))
 
 
