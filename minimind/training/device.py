@@ -81,8 +81,8 @@ def _native_bf16(device: torch.device) -> tuple[bool, str]:
     raise ValueError(f"no precision policy for {device}")
 
 
-# of malloc.h: blocks of their own mapping at most; bytes kept at the top of the heap rather than given back
-_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
+# of malloc.h: blocks of their own mapping at most; bytes kept at the top of the heap rather than given back; heaps
+_M_MMAP_MAX, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -4, -1, -8
 
 
 def tune_allocator(device: torch.device) -> bool:
@@ -91,4 +91,6 @@ def tune_allocator(device: torch.device) -> bool:
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    # one heap: in several, what one thread freed does not serve another's large tensors
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1))
+    return all([mallopt(option, value) == 1 for option, value in settings])
