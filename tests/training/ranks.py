@@ -4,7 +4,6 @@ on one; every rank compares. Plain SGD, so that a gradient of another size shows
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from rich.console import Console
@@ -30,7 +29,10 @@ class Rows:
     def state(self) -> dict[str, int]:
         return {}
 
-    def next_batch(self) -> SimpleNamespace:
+    def fetch(self) -> None:
+        pass
+
+    def next_batch(self) -> TokenBatch:
         ids = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=self.generator)
         inputs, targets = ids[:, :-1], ids[:, 1:].clone()
         for row in range(ROWS):
@@ -39,8 +41,7 @@ class Rows:
         inputs, targets = inputs[mine].contiguous(), targets[mine].contiguous()
         cu = torch.arange(0, inputs.numel() + 1, LENGTH, dtype=torch.int32)
         count = int(targets.ne(-100).sum())
-        tokens = TokenBatch(inputs, targets, cu, count)
-        return SimpleNamespace(tokens=tokens, num_targets=count, global_num_targets=ROWS * LENGTH - 24)
+        return TokenBatch(inputs, targets, cu, count, ROWS * LENGTH - 24)
 
 
 def train(parallel: Parallel, level: str) -> tuple[Model | None, torch.Tensor]:
@@ -57,7 +58,7 @@ def train(parallel: Parallel, level: str) -> tuple[Model | None, torch.Tensor]:
         tokenizer=load_tokenizer(),
         optimizer=Optimizers([torch.optim.SGD(model.parameters(), lr=0.5)]),
         loader=Rows(parallel),
-        loss=lambda batch: next_token_loss(wrapped, batch.tokens),
+        loss=lambda batch: next_token_loss(wrapped, batch),
         peak_lr=0.5,
         lr_factor=lambda step: 1.0,
         evaluate=lambda final: {},
