@@ -34,7 +34,7 @@ from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
 from minimind.training.batches import DeviceBatches
 from minimind.training.compiling import compile_model
-from minimind.training.device import choose_precision, tune_allocator
+from minimind.training.device import choose_precision
 from minimind.training.optim import OptimizerName, build_optimizers
 
 
@@ -69,7 +69,6 @@ class Contender:
 
 
 def ours(s: Setting, compiled: bool) -> Contender:
-    tune_allocator(s.device)
     ops.set_mode("fused")
     model = _model(s)
     trained = compile_model(model) if compiled else model

@@ -39,19 +39,21 @@ class Stack:
     real: Tensor | None
     tokens: Tensor
 
-    def take(self, x: Tensor, groups: int, padding: float | None = None) -> Tensor:
-        """x [N, H, D] -> [documents * groups, H / groups, length, D]; padding: the number that its rows become."""
-        if padding is None or self.real is None:
+    def take(self, x: Tensor, groups: int, zero_padding: bool = False) -> Tensor:
+        """x [N, H, D] -> [documents * groups, H / groups, length, D], at least float32."""
+        if self.real is None or not zero_padding:
             rows = x.index_select(0, self.index)
         else:
-            rows = x.new_full((len(self.index), *x.shape[1:]), padding)
+            rows = x.new_zeros(len(self.index), *x.shape[1:])
             rows.index_copy_(0, self.real, x.index_select(0, self.tokens))
-        rows = rows.view(self.documents, self.length, groups, -1, x.shape[2])
-        return rows.permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
+        rows = rows.view(self.documents, self.length, groups, -1, x.shape[2]).permute(0, 2, 3, 1, 4)
+        wide = torch.empty(rows.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+        return wide.copy_(rows).flatten(0, 1)
 
     def put(self, rows: Tensor, into: Tensor) -> None:
         """The inverse of `take`: rows [documents * groups, R, length, D] to their places in `into` [N, H, D]."""
-        flat = rows.unflatten(0, (self.documents, -1)).permute(0, 3, 1, 2, 4).reshape(-1, *into.shape[1:])
+        rows = rows.unflatten(0, (self.documents, -1)).permute(0, 3, 1, 2, 4)
+        flat = torch.empty(rows.shape, dtype=into.dtype).copy_(rows).view(-1, *into.shape[1:])
         into.index_copy_(0, self.tokens, flat if self.real is None else flat.index_select(0, self.real))
 
     def tiles(self, groups: int, heads: int) -> Iterator[tuple[slice, slice]]:
@@ -98,13 +100,10 @@ def _mask(start: int, stop: int, repeats: int, dtype: torch.dtype) -> Tensor:
 
 
 def _probabilities(q: Tensor, k: Tensor, rows: slice) -> Tensor:
-    """q [b, R, L, D], k [b, 1, L, D] -> softmax of the scores of query rows `rows`, [b, R * rows, stop], at least
-    float32."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    mask = _mask(rows.start, rows.stop, q.shape[1], wide)
-    scores = torch.baddbmm(
-        mask, _flat(q, rows).to(wide), k[:, 0, : rows.stop].transpose(1, 2).to(wide), alpha=q.shape[3] ** -0.5
-    )
+    """q [b, R, L, D], k [b, 1, L, D] -> softmax of the scores of query rows `rows`, [b, R * rows, stop]."""
+    mask = _mask(rows.start, rows.stop, q.shape[1], q.dtype)
+    keys = k[:, 0, : rows.stop].transpose(1, 2)
+    scores = torch.baddbmm(mask, _flat(q, rows), keys, alpha=q.shape[3] ** -0.5)
     return torch.softmax(scores, dim=-1, out=scores)
 
 
@@ -119,9 +118,9 @@ def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
     heads, groups = q.shape[1], k.shape[1]
     for stack in _stacks(cu_seqlens.numpy().astype(np.int64).tobytes()):
         rows_q, rows_k, rows_v = (stack.take(t, groups) for t in (q, k, v))
-        rows_out = torch.empty(rows_q.shape, dtype=q.dtype)
+        rows_out = torch.empty_like(rows_q)
         for part, rows in stack.tiles(groups, heads):
-            p = _probabilities(rows_q[part], rows_k[part], rows).to(q.dtype)
+            p = _probabilities(rows_q[part], rows_k[part], rows)
             tile = torch.bmm(p, rows_v[part, 0, : rows.stop])
             rows_out[part, :, rows] = tile.unflatten(1, (-1, rows.stop - rows.start))
         stack.put(rows_out, out)
@@ -144,22 +143,20 @@ def _stack_backward(
     """dout, q, k, v -> dq, dk, dv at the stack's tokens."""
     heads, groups, scale = given[1].shape[1], given[2].shape[1], given[1].shape[2] ** -0.5
     # a gradient of 0 keeps padding without effect
-    dout, q, k, v = (stack.take(t, groups, 0.0 if t is given[0] else None) for t in given)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    dq = torch.empty(q.shape, dtype=q.dtype)
-    dk, dv = (torch.zeros(t.shape, dtype=wide) for t in (k, v))
+    dout, q, k, v = (stack.take(t, groups, zero_padding=t is given[0]) for t in given)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for part, rows in stack.tiles(groups, heads):
         keys = slice(0, rows.stop)
         p = _probabilities(q[part], k[part], rows)
         do = _flat(dout[part], rows)
-        dv[part, 0, keys] += torch.bmm(p.to(do.dtype).transpose(1, 2), do)
-        dp = torch.bmm(do.to(wide), v[part, 0, keys].transpose(1, 2).to(wide))
-        ds = torch._softmax_backward_data(dp, p, -1, wide).to(do.dtype)
+        dv[part, 0, keys].baddbmm_(p.transpose(1, 2), do)
+        dp = torch.bmm(do, v[part, 0, keys].transpose(1, 2))
+        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
         tile = torch.bmm(ds, k[part, 0, keys]).mul_(scale)
         dq[part, :, rows] = tile.unflatten(1, (-1, rows.stop - rows.start))
-        dk[part, 0, keys].add_(torch.bmm(ds.transpose(1, 2), _flat(q[part], rows)), alpha=scale)
+        dk[part, 0, keys].baddbmm_(ds.transpose(1, 2), _flat(q[part], rows), alpha=scale)
     for rows_grad, target in zip((dq, dk, dv), wanted, strict=True):
-        stack.put(rows_grad.to(target.dtype), target)
+        stack.put(rows_grad, target)
 
 
 @_document_attention.register_fake

@@ -136,6 +136,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return _swiglu.swiglu(gate_up) if _kernels(gate_up) else _swiglu.swiglu_ref(gate_up)
 
 
+def _even(num_targets: int | None) -> int | None:
+    """A bound that takes few values: for each new number of rows oneDNN would make, and keep, other machine code."""
+    return None if num_targets is None else -(-num_targets // 64) * 64
+
+
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -156,7 +161,7 @@ def linear_cross_entropy(
     options = {"weight_sum": weight_sum, "z_loss": z_loss, "softcap": softcap}
     if _mode == "reference":
         return _ce.linear_cross_entropy_ref(x, weight, targets, loss_weights, **options)
-    options |= {"num_targets": num_targets, "kernels": _kernels(x)}
+    options |= {"num_targets": _even(num_targets), "kernels": _kernels(x)}
     return _ce.linear_cross_entropy(x, weight, targets, loss_weights, **options)
 
 
@@ -175,7 +180,7 @@ def linear_log_probs(
         return _log_probs.linear_log_probs_ref(x, weight, targets, temperature=temperature, entropy=entropy)
     return _log_probs.linear_log_probs(
         x, weight, targets,
-        temperature=temperature, entropy=entropy, num_targets=num_targets, kernels=_kernels(x),
+        temperature=temperature, entropy=entropy, num_targets=_even(num_targets), kernels=_kernels(x),
     )  # fmt: skip
 
 
@@ -200,7 +205,7 @@ def linear_distillation(
     options = {"weight_sum": weight_sum, "temperature": temperature, "beta": beta}
     if _mode == "reference":
         return _distillation.linear_distillation_ref(*inputs, **options)
-    options |= {"num_targets": num_targets, "kernels": _kernels(x)}
+    options |= {"num_targets": _even(num_targets), "kernels": _kernels(x)}
     return _distillation.linear_distillation(*inputs, **options)
 
 

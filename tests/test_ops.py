@@ -123,6 +123,20 @@ def test_linear_losses_match_the_framework(ops_mode):
     torch.testing.assert_close(divergence, expected)
 
 
+def test_few_different_sizes_of_products(monkeypatch):
+    """Of batches with other numbers of targets the head's products have few shapes."""
+    rows = []
+    original = torch.matmul
+    monkeypatch.setattr(torch, "matmul", lambda x, *a, **k: rows.append(len(x)) or original(x, *a, **k))
+    x, weight = rand(200, 8), rand(30, 8, seed=1)
+    for count in range(100, 190, 5):
+        targets = torch.zeros(200, dtype=torch.int64, device=DEVICE)
+        targets[count:] = -100
+        loss = ops.linear_cross_entropy(x, weight, targets, num_targets=count)
+        torch.testing.assert_close(loss, F.cross_entropy(x @ weight.t(), targets, reduction="sum"))
+    assert len(set(rows)) <= 3
+
+
 def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="choose 'reference', 'fused' or 'kernels'"):
         ops.set_mode("quick")

@@ -29,7 +29,7 @@ from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.training.batches import DeviceBatches, to_device
 from minimind.training.checkpoint import share_trainer_state
 from minimind.training.compiling import compile_model
-from minimind.training.device import PrecisionName, choose_precision, describe_device, tune_allocator
+from minimind.training.device import PrecisionName, choose_precision, describe_device
 from minimind.training.loop import LoopOptions, Stage, Trainer
 from minimind.training.optim import OptimizerName, ScheduleName, build_optimizers, lr_factor
 from minimind.training.parallel import Parallel, ParallelName, leave, rank
@@ -133,7 +133,6 @@ def main(args: Args, console: Console) -> bool:
     device = parallel.choose_device(args.device)
     if args.cuda_graph and device.type != "cuda":
         raise ValueError(f"--cuda-graph: there is none on {device}; drop the flag")
-    tune_allocator(device)
     precision = choose_precision(device, args.precision)
     ops.set_mode("fused" if args.fused else "reference")
     tokenizer = load_tokenizer(args.tokenizer)

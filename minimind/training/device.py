@@ -1,8 +1,7 @@
-"""Which device, the one explicit precision policy, and the C library's allocator."""
+"""Which device, and the one explicit precision policy."""
 
 from __future__ import annotations
 
-import ctypes
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,18 +78,3 @@ def _native_bf16(device: torch.device) -> tuple[bool, str]:
                 return True, f"this CPU has {name}"
         return False, "PyTorch reports no bf16 instructions on this CPU"
     raise ValueError(f"no precision policy for {device}")
-
-
-# of malloc.h: blocks of their own mapping at most; bytes kept at the top of the heap rather than given back; heaps
-_M_MMAP_MAX, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -4, -1, -8
-
-
-def tune_allocator(device: torch.device) -> bool:
-    """On a CPU under glibc: keep freed memory for the next tensor, where glibc would give large blocks back and every
-    step pay for new pages. True if this process's allocator is now set so."""
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    # one heap: in several, what one thread freed does not serve another's large tensors
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1))
-    return all([mallopt(option, value) == 1 for option, value in settings])

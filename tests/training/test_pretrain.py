@@ -200,6 +200,11 @@ BAD = {
     "no such gpu": (["--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
     "zero rows": (["--seq-len", "0"], "--seq-len 0: must be above 0"),
     "zero log": (["--log-every", "0"], "--log-every 0: must be above 0"),
+    "graph of nothing": (["--cuda-graph"], "--cuda-graph: goes with --compile"),
+    "graph on a CPU": (
+        ["--cuda-graph", "--compile", "--device", "cpu"],
+        "--cuda-graph: there is none on cpu",
+    ),
 }
 
 
@@ -222,6 +227,16 @@ def test_malformed_row_names_file_and_line(data, tmp_path):
     answer = run(command(bad, tmp_path / "out2", "--on-bad-row", "skip", "--tokens", "512", "--heldout", "0"))
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "1 bad row" in answer.stdout + answer.stderr
+
+
+def test_profile_and_recomputation_change_nothing(unbroken, data, tmp_path):
+    out = tmp_path / "profiled"
+    answer = run(command(data, out, *LENGTH, "--profile", "--recompute"))
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert reproducible(out) == reproducible(unbroken)
+    for name in ("trace.json.gz", "timeline.png"):
+        assert (out / "profile" / name).stat().st_size > 1000
+    assert "backward" in answer.stdout and "mm" in answer.stdout
 
 
 @pytest.mark.slow
