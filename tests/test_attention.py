@@ -63,6 +63,8 @@ def test_second_backward_and_opcheck():
     assert_second_backward_agrees(lambda q, k, v: document_attention(q, k, v, cu), inputs)
     leaves = [t.requires_grad_() for t in inputs]
     torch.library.opcheck(torch.ops.minimind.document_attention, (*leaves, cu))
+    plain = [t.detach() for t in (leaves[0], *leaves)]
+    torch.library.opcheck(torch.ops.minimind.document_attention_backward, (*plain, cu))
 
 
 def test_stacks_waste_little():

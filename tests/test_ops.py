@@ -172,3 +172,5 @@ def test_expert_linear(dtype):
     assert_contract(lambda x, w: expert_linear(x, w, offsets), loop, inputs, ["y", "dx", "dweight"])
     leaves = [t.requires_grad_() for t in inputs]
     torch.library.opcheck(torch.ops.minimind.expert_linear, (*leaves, offsets))
+    plain = [rand(64, 40, seed=2).to(dtype), *(t.detach() for t in leaves)]
+    torch.library.opcheck(torch.ops.minimind.expert_linear_backward, (*plain, offsets))
