@@ -16,11 +16,10 @@ _MULTIPLE = 64  # of the number of boundaries
 
 @dataclass(frozen=True)
 class _Ahead:
-    """A batch on its way to the device, as the loader gave it, and the loader's place behind it."""
+    """A batch on its way to the device, and as the loader gave it."""
 
     host: Batch
     batch: TokenBatch
-    place: dict[str, int]
 
 
 class DeviceBatches:
@@ -43,13 +42,13 @@ class DeviceBatches:
         self.fetch()
         assert self._ahead is not None
         ahead, self._ahead = self._ahead, None
-        self._place, self.host = ahead.place, ahead.host
+        self._place, self.host = self.loader.state(), ahead.host
         return ahead.batch
 
     def fetch(self) -> None:
         if self._ahead is None:
             host = self.loader.next_batch()
-            self._ahead = _Ahead(host, self.to_device(host), self.loader.state())
+            self._ahead = _Ahead(host, self.to_device(host))
 
     def to_device(self, batch: Batch) -> TokenBatch:
         if len(batch.cu_seqlens) > self.boundaries:
