@@ -1,0 +1,57 @@
+"""What a training step keeps in a GPU's memory: arithmetic over the model's shape, so that a batch is chosen to fit.
+
+Counted are the tensors that the Triton path keeps for the backward in 16-bit compute, the float32 master weights with
+gradient and AdamW state, a 16-bit copy of the weights, and the head's gradient and chunk of logits. The allocator's
+fragments and CUDA's own half gigabyte are left to `share`. tests/training/test_memory.py compares the first with what
+autograd saves; `torch.compile` may keep less, as it computes some of it again.
+"""
+
+from __future__ import annotations
+
+from minimind.config import ModelConfig
+
+CONTEXT_BYTES = 1 << 29  # CUDA's context and libraries, about
+_POSITION = 12  # of a token: its row of the rotation's table
+_HEAD_CHUNK = 2048  # tokens whose logits exist at once
+
+
+def activation_bytes(config: ModelConfig, recompute: bool = False) -> int:
+    """Bytes that one token keeps from the forward to the backward, the loss left out."""
+    if recompute:  # the blocks' inputs, and one block at a time that is run again
+        return config.num_hidden_layers * 4 * config.hidden_size + _layer_bytes(config)
+    return (
+        config.num_hidden_layers * _layer_bytes(config) + 4 * config.hidden_size
+    )  # the first input, the last sum
+
+
+def _layer_bytes(config: ModelConfig) -> int:
+    hidden, dim = config.hidden_size, config.head_dim
+    q, kv = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    halves = 4 * hidden + 2 * q + 2 * kv  # both norms' inputs and outputs; q, k, v and the attention's result
+    floats = 2 + config.num_attention_heads  # 1 / rms of each norm; the log-sum-exp of each head
+    if config.qk_norm:
+        halves += q + 2 * kv  # as projected
+        floats += config.num_attention_heads + config.num_key_value_heads
+    if not config.num_experts:
+        return 2 * (halves + 3 * config.intermediate_size) + 4 * floats
+    halves += config.num_shared_experts * 3 * config.intermediate_size
+    halves += config.num_experts_per_tok * 2 * config.moe_intermediate_size
+    floats += (
+        hidden + 3 * config.num_experts + 4 * config.num_experts_per_tok + 1
+    )  # the router's input and its scores
+    return 2 * halves + 4 * floats
+
+
+def state_bytes(config: ModelConfig, parameters: int) -> int:
+    """Bytes that do not depend on the batch: 16 a parameter, a 16-bit copy, and the head's gradient and logits."""
+    head = config.vocab_size * (4 * config.hidden_size + 6 * _HEAD_CHUNK)
+    return 18 * parameters + head
+
+
+def tokens_that_fit(
+    config: ModelConfig, parameters: int, memory: int, recompute: bool = False, share: float = 0.9
+) -> int:
+    """How many tokens a forward and backward may hold at once on a card with `memory` bytes; 0 when not even the
+    model fits. Beside the activations each token has its hidden state's gradient and a copy of it, 16 bit."""
+    left = share * (memory - CONTEXT_BYTES) - state_bytes(config, parameters)
+    return max(0, int(left / (activation_bytes(config, recompute) + 4 * config.hidden_size)))
