@@ -2,9 +2,59 @@
 
 kernels/ has no __init__.py on purpose: with one, `import kernels` would work from the repository root and
 transformers' probe for its optional package of that name would find ours.
+
+csrc/, the native operators, are built by CMake into the package where a C++ compiler is found, with CUDA where nvcc is;
+minimind/inference/native_build.py has the details. Not having them never fails an installation: decoding then runs in
+plain PyTorch, and says why.
 """
 
-from setuptools import setup
+import shutil
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))
+from minimind.inference import native_build  # noqa: E402
+
+
+class NativeBuild(build_ext):
+    """Runs CMake in place of the compiler of setuptools."""
+
+    files: ClassVar[list[Path]] = []
+
+    def run(self) -> None:
+        in_place = self.inplace or self.editable_mode
+        package = ROOT / "minimind" if in_place else Path(self.build_lib) / "minimind"
+        package.mkdir(parents=True, exist_ok=True)
+        NativeBuild.files = native_build.build_all(package)
+
+    def get_outputs(self) -> list[str]:
+        return [str(file) for file in self.files]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class PlatformWheel(bdist_wheel):
+    """The libraries depend on the platform, not on Python: they speak C alone."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        built = len(NativeBuild.files) > 1  # more than the report
+        return "py3", "none", super().get_tag()[2] if built else "any"
+
+
+def build_tools() -> list[str]:
+    """Wheels of cmake and ninja for the build alone, where there is a compiler but they are not installed."""
+    if native_build.cxx() is None:
+        return []
+    has_generator = shutil.which("ninja") or shutil.which("make")
+    return ["cmake>=3.20"] * (not shutil.which("cmake")) + ["ninja"] * (not has_generator)
+
 
 setup(
     name="minimind",
@@ -14,6 +64,7 @@ setup(
     packages=[
         "minimind",
         "minimind.data",
+        "minimind.export",
         "minimind.inference",
         "minimind.kernels",
         "minimind.objectives",
@@ -21,7 +72,11 @@ setup(
         "minimind.training",
     ],
     package_dir={"minimind": "minimind", "minimind.kernels": "kernels"},
+    ext_modules=[Extension("minimind._native", sources=[])],
+    cmdclass={"build_ext": NativeBuild, "bdist_wheel": PlatformWheel},
+    setup_requires=build_tools(),
     package_data={"minimind.tokenization": ["default/*.json"]},
+    entry_points={"console_scripts": ["minimind = minimind.cli:main"]},
     install_requires=[
         "filelock>=3.13",
         "jinja2>=3.1.4",

@@ -39,6 +39,8 @@ LIMIT = 480.0  # seconds of a slice
 KERNEL_TESTS = ("rms_norm", "rope", "swiglu", "linear_cross_entropy", "linear_log_probs", "linear_distillation",
                 "moe_routing", "moe_experts", "model")  # fmt: skip
 SANITIZED = ("rms_norm", "rope", "swiglu", "moe_routing", "moe_experts")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")  # of compute-sanitizer
+NATIVE_CHECK = "bench/native_check.py"
 PRESETS = ("minimind2-small", "minimind2", "minimind2-moe")
 
 
@@ -79,6 +81,9 @@ def slices(args: Args, cuda: bool) -> list[Slice]:
         for name in SANITIZED:
             test = f"tests/kernels/test_{name}.py"
             found.append(Slice(f"sanitizer {name}", (*checked, test), needs="compute-sanitizer"))
+        for tool in SANITIZERS:
+            watched = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", python, NATIVE_CHECK)
+            found.append(Slice(f"sanitizer native {tool}", watched, needs="compute-sanitizer"))
     found.append(Slice("resources", (python, "bench/resources.py", "--dtype", "bf16")))
     found += [Slice(f"kernels {op}", (python, "bench/kernels.py", "--ops", op)) for op in BUILDERS]
     data = ("--data", *args.data) if args.data else ()

@@ -1,11 +1,13 @@
 """Registers, spills, shared memory and occupancy of every kernel, on cards that need not be here.
 
     python bench/resources.py [--arch 80 86 89 90] [--dtype bf16 fp32] [--only moe rope] [--json FILE] [--jobs N]
+                              [--native also|only|none]
 
 Each public op is called forward and backward at the presets' widths; its launches are caught and compiled for each
-architecture as Triton's JIT would compile them (bench/capture.py, bench/compiling.py). Nothing is launched and no
-GPU is needed. The exit status is 1 if a kernel spills, needs more shared memory than the card has, multiplies 16-bit
-matrices without tensor cores, or does not compile.
+architecture as Triton's JIT would compile them (bench/capture.py, bench/compiling.py). Where nvcc is on PATH, so are
+the kernels of csrc/cuda (bench/native_resources.py). Nothing is launched and no GPU is needed. The exit status is 1 if
+a kernel spills, needs more shared memory than the card has, multiplies 16-bit matrices without tensor cores, or does
+not compile.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
@@ -31,6 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from bench import native_resources
 from bench.capture import Compilation, capture
 from bench.capture_cases import cases
 from bench.compiling import Resources, compile_one
@@ -53,14 +56,20 @@ class Args:
     """Also write the rows to this file."""
     jobs: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     """Compilations at a time."""
+    native: Literal["also", "only", "none"] = "also"
+    """The kernels of csrc/cuda, all of them whatever --dtype and --only say."""
 
 
-def find(args: Args) -> list[Compilation]:
-    """Every compilation that the cases need."""
+def check(args: Args) -> None:
     for name, given, known in (("arch", args.arch, tuple(CARDS)), ("dtype", args.dtype, tuple(DTYPES))):
         for value in given:
             if value not in known:
                 raise ValueError(f"--{name} {value}: unknown; choose from {', '.join(map(str, known))}")
+
+
+def find(args: Args) -> list[Compilation]:
+    """Every compilation that the cases need."""
+    check(args)
     wanted = {dtype: cases(DTYPES[dtype], args.only) for dtype in args.dtype}
     if not any(wanted.values()):
         raise ValueError(f"--only {' '.join(args.only)}: no case has this in its name")
@@ -147,18 +156,40 @@ def as_rows(compilations: Sequence[Compilation], results: Sequence[Resources | s
     return rows
 
 
+def measure_native(args: Args, console: Console) -> list[Resources]:
+    """Of csrc/cuda. ValueError where only they are wanted and cannot be compiled; a line where they are left out."""
+    if args.native == "none":
+        return []
+    check(args)
+    reason = native_resources.why_not()
+    if reason is None:
+        return native_resources.measure(args.arch, args.jobs)
+    if args.native == "only":
+        raise ValueError(f"--native only: {reason}")
+    console.print(reason, highlight=False)
+    return []
+
+
+def native_problems(rows: Sequence[Resources]) -> list[str]:
+    return [
+        f"{row.kernel} ({row.case}) on sm_{row.arch}: {problem}" for row in rows for problem in row.problems
+    ]
+
+
 def main(args: Args) -> int:
     """The exit status."""
-    compilations = find(args)
-    results = compile_all(compilations, args.jobs)
+    compilations = [] if args.native == "only" else find(args)
+    results = compile_all(compilations, args.jobs) if compilations else []
     console = Console(width=None if sys.stdout.isatty() else 160)
-    show(results, console)
-    found = problems(compilations, results)
+    native = measure_native(args, console)
+    show([*results, *native], console)
+    found = problems(compilations, results) + native_problems(native)
     for line in found:
         console.print(f"[red]{line}", highlight=False, soft_wrap=True)
-    console.print(f"{len(results)} compilations, {len(found)} problems")
+    console.print(f"{len(results) + len(native)} kernels compiled, {len(found)} problems")
     if args.json:
-        Path(args.json).write_text(json.dumps(as_rows(compilations, results), indent=1), encoding="utf-8")
+        rows = as_rows(compilations, results) + [dataclasses.asdict(row) for row in native]
+        Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return 1 if found else 0
 
 

@@ -3,11 +3,12 @@
     s = scale q k^T + mask      p = softmax(s)      o = p v
     dv = p^T do      dp = do v^T      ds = p (dp - sum(dp p))      dq = scale ds k      dk = scale ds^T q
 
-Documents of like length are stacked and their products batched, so that no score between two documents is computed.
-Which stacks there are is read from the boundaries inside the operator: what goes in and comes out has one shape for
-every batch, so that a model is compiled once. Scores and their gradient are float32 and exist a tile at a time, which
-stays in the cache; p is computed again in the backward. At the lengths of real text this is faster on a CPU than
-PyTorch's flash attention, whose products of one head each are small there (docs/LOG.md).
+Where the native operators are built (csrc/cpu/document_attention.h), they do it, one document and key head at a time.
+Elsewhere documents of like length are stacked and their products batched, so that no score between two documents is
+computed; at the lengths of real text that is faster on a CPU than PyTorch's flash attention, whose products of one head
+each are small there (docs/LOG.md). Scores and their gradient are float32 and exist a tile at a time, which stays in the
+cache; p is computed again in the backward. Boundaries are read inside the operator: what goes in and comes out has one
+shape for every batch, so that a model is compiled once.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minimind.inference import native
+
 # A stack holds documents no shorter than this share of its longest: 0.75 wastes at most 44% of a stack's scores
 # and gives about ten stacks for lengths of 16 to 512.
 _STACK_RATIO = 0.75
 _SHORTEST_STACK = 16
 _QUERY_ROWS = 64  # of a tile, about: longer documents skip most of what a causal mask would throw away
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 _TILE_SCORES = 1 << 20  # float32 numbers: 4 MB
 
 
@@ -112,8 +116,19 @@ def _flat(x: Tensor, rows: slice) -> Tensor:
     return x[:, :, rows].flatten(1, 2)
 
 
+def runs_natively(q: Tensor) -> bool:
+    """Whether csrc/ computes this: it is built, and takes the dtype and the head size."""
+    return q.dtype in _NATIVE_DTYPES and q.shape[2] % 16 == 0 and native.why_not(q.device) is None
+
+
+def _dense(*tensors: Tensor) -> list[Tensor]:
+    return [t.contiguous() for t in tensors]
+
+
 @torch.library.custom_op("minimind::document_attention", mutates_args=(), device_types="cpu")
 def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    if runs_natively(q):
+        return torch.ops.minimind.native_document_attention(*_dense(q, k, v), cu_seqlens.int())
     out = torch.empty(q.shape, dtype=q.dtype)
     heads, groups = q.shape[1], k.shape[1]
     for stack in _stacks(cu_seqlens.numpy().astype(np.int64).tobytes()):
@@ -131,6 +146,9 @@ def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
 def _document_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if runs_natively(q):
+        given = _dense(dout, q, k, v)
+        return torch.ops.minimind.native_document_attention_backward(*given, cu_seqlens.int())
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
     for stack in _stacks(cu_seqlens.numpy().astype(np.int64).tobytes()):
         _stack_backward(stack, (dout, q, k, v), (dq, dk, dv))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minimind.attention import permute_rows
 from minimind.expert_linear import expert_linear
+from minimind.inference import native
 from minimind.kernels import linear_cross_entropy as _ce
 from minimind.kernels import linear_distillation as _distillation
 from minimind.kernels import linear_log_probs as _log_probs
@@ -75,8 +76,11 @@ def describe(device: torch.device) -> str:
         return f"ops: {_mode} = Triton kernels"
     if device.type == "cpu":
         reason = "on a CPU they are faster than Triton's interpreter, its only way to run there"
-    forms = "attention and experts without padding, chunked linear cross-entropy"
-    return f"ops: fused = PyTorch's fastest forms ({forms}): {reason}"
+    missing = native.why_not(device) if device.type == "cpu" else None
+    attention = "native attention" if device.type == "cpu" and missing is None else "attention"
+    forms = f"{attention} and experts without padding, chunked linear cross-entropy"
+    slower = f"; attention would be faster natively, but {missing}" if missing else ""
+    return f"ops: fused = PyTorch's fastest forms ({forms}): {reason}{slower}"
 
 
 @torch.compiler.assume_constant_result

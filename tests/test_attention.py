@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from minimind import ModelConfig, attention, ops
+from minimind import document_attention as operator
 from minimind.attention import CausalLayout, DocumentLayout, MaskLayout, VarlenLayout, make_layout
 from minimind.document_attention import document_attention, make_stacks
+from minimind.inference import native
 from minimind.modeling import Model
 from tests.conftest import documents_batch
 from tests.kernels.contract import DEVICE, DTYPES, assert_contract, assert_second_backward_agrees, rand
@@ -34,11 +36,24 @@ def heads(tokens: int, query: int, groups: int, size: int, dtype: torch.dtype) -
     return [rand(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
 
 
+@pytest.fixture(params=["native", "stacked"])
+def form(request, monkeypatch):
+    """Both forms of the operator: csrc/'s and PyTorch's."""
+    if request.param == "native":
+        reason = native.why_not(CPU)
+        if reason is not None:
+            pytest.skip(reason)
+    else:
+        monkeypatch.setattr(operator, "runs_natively", lambda q: False)
+    return request.param
+
+
 @cpu_only
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [64, 80, 96])
 @pytest.mark.parametrize("lengths", [LENGTHS, [1], [63], [40, 40, 40]])
-def test_documents(lengths, size, dtype):
+def test_documents(form, lengths, size, dtype):
+    assert operator.runs_natively(torch.empty(1, 1, size, dtype=dtype)) == (form == "native")
     cu = boundaries(lengths, empty=3)
     assert_contract(
         lambda q, k, v: document_attention(q, k, v, cu), lambda q, k, v: masked(q, k, v, cu),
@@ -47,7 +62,18 @@ def test_documents(lengths, size, dtype):
 
 
 @cpu_only
-def test_steep_scores():
+def test_long_documents_and_one_key_head_each(form):
+    """More tiles than one, of every remainder; as many key heads as query heads; a group of eight."""
+    for lengths, query, groups in (([512, 49, 95, 144], 2, 2), ([257, 1, 2], 8, 1)):
+        cu = boundaries(lengths)
+        assert_contract(
+            lambda q, k, v, cu=cu: document_attention(q, k, v, cu), lambda q, k, v, cu=cu: masked(q, k, v, cu),
+            heads(sum(lengths), query, groups, 16, torch.bfloat16), NAMES,
+        )  # fmt: skip
+
+
+@cpu_only
+def test_steep_scores(form):
     """The probability of all keys but one is 0; padding must stay without effect where exp overflows."""
     q, k, v = heads(sum(LENGTHS), 4, 2, 16, torch.float32)
     cu = boundaries(LENGTHS)
@@ -58,8 +84,8 @@ def test_steep_scores():
 
 
 @cpu_only
-def test_second_backward_and_opcheck():
-    inputs, cu = heads(12, 4, 2, 8, torch.float32), boundaries([1, 7, 4])
+def test_second_backward_and_opcheck(form):
+    inputs, cu = heads(12, 4, 2, 16, torch.float32), boundaries([1, 7, 4])
     assert_second_backward_agrees(lambda q, k, v: document_attention(q, k, v, cu), inputs)
     leaves = [t.requires_grad_() for t in inputs]
     torch.library.opcheck(torch.ops.minimind.document_attention, (*leaves, cu))

@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from bench.occupancy import CARDS, Occupancy, occupancy
 
 ROOT = Path(__file__).parents[2]
+NATIVE = ROOT / "csrc/cuda"
 SUBSET = ("minimind2-moe", "8/4 heads of 96", "vocabulary of 6400")  # launches every kernel
 
 SPILLING = """
@@ -37,7 +40,7 @@ def run():
 
 
 resources.find = lambda args: capture({"control": run}, 86, "fp32")
-sys.exit(resources.main(resources.Args(json=sys.argv[1], jobs=1)))
+sys.exit(resources.main(resources.Args(json=sys.argv[1], jobs=1, native="none")))
 """
 
 
@@ -88,15 +91,49 @@ def check_rows(rows: list[dict]) -> None:
 
 
 def test_every_kernel_compiles_without_spills(tmp_path):
-    flags = ("--arch", "86", "--dtype", "bf16", "--only", *SUBSET)
+    flags = ("--arch", "86", "--dtype", "bf16", "--native", "none", "--only", *SUBSET)
     check_rows(compile_kernels(tmp_path, *flags))
+
+
+def check_native_rows(rows: list[dict]) -> None:
+    for row in rows:
+        name = f"{row['kernel']} ({row['case']}), sm_{row['arch']}"
+        assert row["spilled"] == row["stack"] == 0, name
+        assert row["programs"] >= 1 and row["shared"] <= CARDS[row["arch"]].shared_per_program, name
+        assert (row["hmma"] > 0) == (row["kernel"] == "tensor_core_kernel"), name
+    found = re.findall(
+        r"__global__[^;{]*?(\w+_kernel)\(", "".join(f.read_text() for f in NATIVE.glob("*.cuh"))
+    )
+    assert {row["kernel"] for row in rows} == set(found) and len(found) == 5
+
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+@needs_nvcc
+def test_every_native_kernel_compiles_without_spills(tmp_path):
+    check_native_rows(compile_kernels(tmp_path, "--native", "only", "--arch", "86"))
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", CARDS)
+def test_every_native_kernel_on_every_card(arch, tmp_path):
+    check_native_rows(compile_kernels(tmp_path, "--native", "only", "--arch", str(arch)))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is not None, reason="nvcc is on PATH")
+def test_native_kernels_need_nvcc():
+    result = run("bench/resources.py", "--native", "only")
+    assert result.returncode == 1
+    assert "error: --native only: csrc/cuda is left out: nvcc" in result.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("arch", CARDS)
 def test_every_case_on_every_card(arch, dtype, tmp_path):
-    check_rows(compile_kernels(tmp_path, "--arch", str(arch), "--dtype", dtype))
+    check_rows(compile_kernels(tmp_path, "--arch", str(arch), "--dtype", dtype, "--native", "none"))
 
 
 def test_a_spill_is_reported(tmp_path):

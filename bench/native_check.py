@@ -1,0 +1,142 @@
+"""The native operators of decoding, once each on small shapes of every kernel, against the reference.
+
+    compute-sanitizer --tool racecheck python bench/native_check.py [--device auto]
+
+Short enough to run under compute-sanitizer, which bench/campaign.py does with each of its tools. The exit status is 1
+if a result is wrong; what tests/ asks of the operators is more.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
+
+import torch
+import tyro
+from torch import Tensor
+
+from minimind.inference import decode_ops
+from minimind.training.device import choose_device
+
+FP8 = torch.float8_e4m3fn
+PAGE = 16
+LENGTHS = (1, 0, 65, 300)  # the last has three splits on a GPU
+LONG = (24_600,)  # and with this one a warp fills its buffers again
+ATTENTION = (
+    (torch.bfloat16, torch.bfloat16, 64, LENGTHS), (torch.bfloat16, torch.bfloat16, 96, LENGTHS),
+    (torch.float16, FP8, 80, LENGTHS), (torch.bfloat16, FP8, 128, LENGTHS), (torch.bfloat16, torch.bfloat16, 32, LONG),
+    (torch.float32, torch.float32, 64, LENGTHS), (torch.bfloat16, torch.bfloat16, 6, LENGTHS),
+)  # fmt: skip
+APPEND = ((torch.bfloat16, torch.bfloat16, 96), (torch.float32, FP8, 64), (torch.float16, FP8, 6))
+VOCABULARIES = (33, 6400, 30_000)  # the last does not fit the shared memory of a GPU
+
+
+@dataclass(frozen=True)
+class Args:
+    """Run every native operator and compare."""
+
+    device: str = "auto"
+    """auto, cpu, cuda."""
+
+
+def both(operator: Callable[..., Any], make: Callable[[], tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]]:
+    """(native, reference) of every result and of every argument, since some are changed."""
+    results = []
+    for backend in ("native", "reference"):
+        args = make()
+        with decode_ops.using(backend):
+            result = operator(*args)
+        tensors = [result] if isinstance(result, Tensor) else list(result)
+        results.append(tensors + [arg for arg in args if isinstance(arg, Tensor)])
+    return list(zip(*results, strict=True))
+
+
+def wrong(pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[str]:
+    """Differences beyond 4 units in the last place of the largest number, both sides having rounded."""
+    lines = []
+    for i, (native, reference) in enumerate(pairs):
+        # rows of a cache that belong to no sequence are NaN on both sides
+        a, b = (x.double().nan_to_num(1e9) for x in (native, reference))
+        eps = torch.finfo(FP8 if native.dtype == FP8 else dtype).eps
+        if (a - b).abs().max() > 4 * eps * b[b != 1e9].abs().max().clamp(min=1):
+            lines.append(f"tensor {i}: off by {(a - b).abs().max():.3g}")
+    return lines
+
+
+def rand(*shape: int, seed: int, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def attention(
+    dtype: torch.dtype, cache: torch.dtype, dim: int, lengths: tuple[int, ...], device: torch.device
+) -> Any:
+    batch, pages = len(lengths), -(-max(lengths) // PAGE)
+    table = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(3)).int().view(batch, pages)
+    caches = [rand(batch * pages, PAGE, 2, dim, seed=i, device=device).to(cache) for i in (1, 2)]
+    q = rand(batch, 8, dim, seed=0, device=device).to(dtype)
+    scales = [torch.ones(2, device=device)] * 2 if cache == FP8 else [None, None]
+    size = torch.tensor(lengths, dtype=torch.int32, device=device)
+    return (q, *caches, table.to(device), size, dim**-0.5, *scales)
+
+
+def append(dtype: torch.dtype, cache: torch.dtype, dim: int, device: torch.device) -> Any:
+    qkv = rand(3, 12 * dim, seed=0, device=device).to(dtype)
+    angles = rand(10, dim // 2, seed=1, device=device)
+    positions = torch.tensor([0, 9, 3], dtype=torch.int32, device=device)
+    slots = torch.tensor([5, -1, PAGE], device=device)
+    caches = [torch.zeros(2, PAGE, 2, dim, device=device).to(cache) for _ in range(2)]
+    weights = [torch.ones(dim, device=device)] * 2
+    scales = [torch.ones(2, device=device)] * 2 if cache == FP8 else [None, None]
+    return (qkv, angles.cos(), angles.sin(), positions, slots, *caches, 8, *weights, 1e-6, *scales)
+
+
+def choices(vocabulary: int, device: torch.device) -> Any:
+    def column(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    history = torch.arange(3 * vocabulary, dtype=torch.int32, device=device).view(3, vocabulary) % 2
+    return (
+        rand(3, vocabulary, seed=0, device=device), column(0.0, 0.7, 1.0), column(0, 20, 0, dtype=torch.int32),
+        column(1.0, 0.9, 0.5), column(0.0, 0.0, 0.1), column(1.2, 1.2, 1.0), column(0.3, 0.0, 0.0), history,
+        column(1, 2, 3, dtype=torch.int64), column(0, 1, 2, dtype=torch.int64),
+    )  # fmt: skip
+
+
+def cases(device: torch.device) -> Iterator[tuple[str, torch.dtype, Callable[..., Any], Callable[[], Any]]]:
+    """(name, dtype of the arithmetic, operator, what makes its arguments)."""
+    for dtype, cache, dim, lengths in ATTENTION:
+        name = f"decode_attention, {dtype} over {cache}, heads of {dim}"
+        make = functools.partial(attention, dtype, cache, dim, lengths, device)
+        yield name, dtype, decode_ops.decode_attention, make
+    for dtype, cache, dim in APPEND:
+        name = f"rope_append_kv, {dtype} to {cache}, heads of {dim}"
+        yield name, dtype, decode_ops.rope_append_kv, functools.partial(append, dtype, cache, dim, device)
+    for vocabulary in VOCABULARIES:
+        name = f"sample from {vocabulary} tokens"
+        yield name, torch.float32, decode_ops.sample, functools.partial(choices, vocabulary, device)
+
+
+def main(args: Args) -> int:
+    """The exit status."""
+    found = []
+    for name, dtype, operator, make in cases(choose_device(args.device)):
+        found += [f"{name}: {line}" for line in wrong(both(operator, make), dtype)]
+    for line in found:
+        print(line)
+    print(f"{len(found)} wrong results")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    try:
+        status = main(tyro.cli(Args, description=__doc__))
+    except ValueError as problem:
+        raise SystemExit(f"error: {problem}") from None
+    raise SystemExit(status)

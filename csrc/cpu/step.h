@@ -1,0 +1,205 @@
+// One decoding step of the whole model, by one team of threads in one parallel region. A layer is
+//
+//   x += what the layer before made; norm | qkv | rotate, write to the cache | attend | o | x += o; norm; route |
+//   gate and up, SwiGLU | down |
+//
+// with the team meeting at each |. x, the residual stream, is float32. A dense feed-forward is the case of no routed and
+// one shared expert. The weights of an expert are read once for all the tokens it gets.
+#pragma once
+
+#include "attention.h"
+#include "feed_forward.h"
+
+namespace minimind::cpu::MINIMIND_ISA {
+
+template <class T>
+struct Buffers {
+  int64_t qkv_size, heads_size, copies, inner;  // copies: rows of the feed-forward, B for each choice and shared expert
+  float *x, *qkv, *delta, *made, *gates, *partial, *work;
+  Activation<T>*normed, *attended, *hidden;
+  int32_t *chosen, *sorting;
+  int64_t *counters, work_size, sorting_size;  // of one thread
+  size_t bytes;
+
+  Buffers(const Step& s, char* memory) {
+    heads_size = static_cast<int64_t>(s.rope.heads) * s.cache.head_dim;
+    qkv_size = heads_size + 2 * static_cast<int64_t>(s.cache.groups) * s.cache.head_dim;
+    const int64_t choices = s.batch * s.experts_per_token;
+    copies = choices + s.batch * s.shared_experts;
+    inner = s.expert_inner > s.shared_inner ? s.expert_inner : s.shared_inner;
+    work_size = s.hidden + s.experts + 2 * kWidth * s.batch;
+    sorting_size = s.experts + 1 + 2 * choices;
+    char* at = memory;
+    const auto take = [&](auto*& pointer, int64_t n) {
+      pointer = reinterpret_cast<Bare<decltype(pointer)>>(at);
+      at += (static_cast<size_t>(n) * sizeof(*pointer) + 63) / 64 * 64;
+    };
+    take(x, s.batch * s.hidden);
+    take(qkv, s.batch * qkv_size);
+    take(delta, s.batch * s.hidden);
+    take(made, copies * s.hidden);
+    take(gates, choices);
+    take(partial, attention_scratch(s.tables.lengths, s.batch, s.rope.heads, s.cache.head_dim));
+    take(work, work_size * s.threads);
+    take(normed, s.batch * s.hidden);
+    take(attended, s.batch * heads_size);
+    take(hidden, copies * inner);
+    take(chosen, choices);
+    take(sorting, sorting_size * s.threads);
+    take(counters, s.num_layers);
+    bytes = static_cast<size_t>(at - memory);
+  }
+};
+
+template <class T>
+struct StepRunner {
+  const Step& s;
+  const Buffers<T>& m;
+  Team team;
+
+  float* work() const { return m.work + team.rank * m.work_size; }
+
+  void run() const {
+    for (int l = 0; l < s.num_layers; ++l) {
+      const Layer& layer = s.layers[l];
+      add_and_norm(layer.input_norm, [&](int64_t b, float* x) { l == 0 ? embed(b, x) : add_made(b, x); });
+      team.sync();
+      project(layer.qkv, s.hidden, m.normed, m.qkv_size, {m.qkv, m.qkv_size});
+      team.sync();
+      attention(l);
+      project(layer.o, m.heads_size, m.attended, s.hidden, {m.delta, s.hidden});
+      team.sync();
+      add_and_norm(layer.post_norm, [&](int64_t b, float* x) { add(x, m.delta + b * s.hidden, 1); }, layer.router);
+      team.sync();
+      feed_forward(layer);
+    }
+    add_and_norm(s.final_norm, [&](int64_t b, float* x) { add_made(b, x); });
+    team.sync();
+    const Range mine = project(s.head, s.hidden, m.normed, s.vocab, {s.logits, s.vocab});
+    for (int64_t b = 0; b < s.batch; ++b)
+      if (s.tables.lengths[b] <= 0) zero(s.logits + b * s.vocab, mine);
+  }
+
+  static void zero(float* row, Range range) {
+    for (int64_t i = range.begin; i < range.end; ++i) row[i] = 0;
+  }
+
+  void embed(int64_t b, float* x) const {
+    widen_row(static_cast<const T*>(s.embedding) + s.tokens[b] * s.hidden, x, static_cast<int>(s.hidden));
+  }
+  void add(float* __restrict x, const float* __restrict delta, float factor) const {
+    for (int64_t i = 0; i < s.hidden; ++i) x[i] += factor * delta[i];
+  }
+  void add_made(int64_t b, float* x) const {
+    float* sum = work();
+    for (int64_t i = 0; i < s.hidden; ++i) sum[i] = 0;
+    for (int64_t k = 0; k < s.experts_per_token; ++k) {
+      const int64_t copy = b * s.experts_per_token + k;
+      add(sum, m.made + copy * s.hidden, m.gates[copy]);
+    }
+    for (int64_t e = 0; e < s.shared_experts; ++e)
+      add(sum, m.made + (s.batch * (s.experts_per_token + e) + b) * s.hidden, 1);
+    add(x, sum, 1);
+  }
+
+  template <class Add>
+  void add_and_norm(const float* weight, Add add_to, const float* router = nullptr) const {
+    const Range mine = team.share(s.batch);
+    for (int64_t b = mine.begin; b < mine.end; ++b) {
+      float *x = m.x + b * s.hidden, *normed = work();
+      add_to(b, x);
+      const float factor = inverse_rms(x, s.hidden, s.eps);
+      for (int64_t i = 0; i < s.hidden; ++i) normed[i] = x[i] * factor * weight[i];
+      if (router != nullptr) route(b, normed, router, work() + s.hidden);
+      to_activations(normed, m.normed + b * s.hidden, s.hidden);
+    }
+  }
+
+  static void to_activations(const float* from, Activation<T>* to, int64_t n) {
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) store(to + i, as_factor<T>(load(from + i)));
+    if (i < n) store_some(to + i, as_factor<T>(load_some(from + i, n - i)), n - i);
+  }
+
+  void route(int64_t b, const float* normed, const float* router, float* logits) const {
+    matmul(router, s.hidden, 0, s.experts, Rows<const float>{normed, 0}, 1, {logits, 0});
+    const int64_t at = b * s.experts_per_token;
+    choose_experts(logits, s.experts, s.experts_per_token, s.normalize_gates, m.gates + at, m.chosen + at);
+  }
+
+  Range project(const void* w, int64_t k_size, const Activation<T>* x, int64_t n, Rows<float> out) const {
+    const Range mine = team.share(n, kRows);
+    matmul(static_cast<const T*>(w), k_size, mine.begin, mine.end, Rows<const Activation<T>>{x, k_size}, s.batch, out);
+    return mine;
+  }
+
+  void attention(int l) const {
+    Cache cache = s.cache;
+    const size_t number = cache.type == Type::float32 ? 4 : cache.type == Type::float8 ? 1 : 2;
+    cache.keys = static_cast<char*>(cache.keys) + static_cast<size_t>(l * s.layer_stride) * number;
+    cache.values = static_cast<char*>(cache.values) + static_cast<size_t>(l * s.layer_stride) * number;
+    if (cache.k_scale != nullptr) cache.k_scale += l * cache.groups, cache.v_scale += l * cache.groups;
+
+    const int64_t dim = cache.head_dim, per_token = m.qkv_size / dim;
+    const Range mine = team.share(s.batch * per_token);
+    for (int64_t i = mine.begin; i < mine.end; ++i)
+      place_head(s.rope, cache, s.layers[l].q_norm, s.layers[l].k_norm, i / per_token, i % per_token, m.qkv + i * dim);
+    team.sync();
+    const Attention a{cache, s.tables, m.qkv, m.qkv_size, s.batch, s.rope.heads, s.attention_scale, m.partial};
+    attend(a, team, m.counters + l, [&](int64_t b, int64_t head, const float* row) {
+      to_activations(row, m.attended + b * m.heads_size + head * dim, dim);
+    });
+  }
+
+  void feed_forward(const Layer& layer) const {
+    int32_t *starts = m.sorting + team.rank * m.sorting_size, *rows = starts + s.experts + 1;
+    int32_t* sorted = rows + s.batch * s.experts_per_token;
+    if (s.experts > 0)
+      sort_copies(m.chosen, s.batch * s.experts_per_token, s.experts, s.experts_per_token, starts, rows, sorted);
+    const auto expert = [&](int64_t e) -> Expert {
+      if (e >= s.experts) {
+        const int64_t i = e - s.experts, first = s.batch * (s.experts_per_token + i);
+        return {layer.shared[2 * i], layer.shared[2 * i + 1], s.shared_inner, s.batch, nullptr, nullptr, first};
+      }
+      const auto *gate_ups = static_cast<const T*>(layer.gate_up), *downs = static_cast<const T*>(layer.down);
+      const int64_t size = s.expert_inner * s.hidden, begin = starts[e];
+      return {gate_ups + 2 * e * size, downs + e * size, s.expert_inner, starts[e + 1] - begin,
+              rows + begin,            sorted + begin,   0};
+    };
+    over_experts(expert, [](const Expert& e) { return e.inner; }, [&](const Expert& e, Range n) {
+      const Rows<Activation<T>> out{m.hidden + e.first_copy * m.inner, m.inner, e.out_rows};
+      const Rows<const Activation<T>> x{m.normed, s.hidden, e.x_rows};
+      gate_up(static_cast<const T*>(e.gate_up), s.hidden, e.inner, n.begin, n.end, x, e.batch, out, work());
+    });
+    team.sync();
+    over_experts(expert, [&](const Expert&) { return s.hidden; }, [&](const Expert& e, Range n) {
+      const Rows<const Activation<T>> x{m.hidden + e.first_copy * m.inner, m.inner, e.out_rows};
+      const Rows<float> out{m.made + e.first_copy * s.hidden, s.hidden, e.out_rows};
+      matmul(static_cast<const T*>(e.down), e.inner, n.begin, n.end, x, e.batch, out);
+    });
+    team.sync();
+  }
+
+  // This thread's share of the rows of all experts that have tokens: visit(expert, its rows).
+  template <class Get, class Size, class Visit>
+  void over_experts(Get get, Size size, Visit visit) const {
+    const int64_t count = s.experts + s.shared_experts;
+    int64_t total = 0, before = 0;
+    for (int64_t e = 0; e < count; ++e) {
+      const Expert expert = get(e);
+      if (expert.batch > 0) total += size(expert);
+    }
+    const Range mine = team.share(total, kWidth);
+    for (int64_t e = 0; e < count; ++e) {
+      const Expert expert = get(e);
+      if (expert.batch == 0) continue;
+      const int64_t rows = size(expert);
+      const int64_t begin = mine.begin - before, end = mine.end - before;
+      const Range n{begin < 0 ? 0 : begin, end > rows ? rows : end};
+      if (n.begin < n.end) visit(expert, n);
+      before += rows;
+    }
+  }
+};
+
+}  // namespace minimind::cpu::MINIMIND_ISA

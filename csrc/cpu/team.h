@@ -1,0 +1,69 @@
+// The threads of one parallel region and the barrier between its phases.
+#pragma once
+
+#include "threads.h"
+#include "vec.h"
+
+extern "C" int sched_yield();
+
+namespace minimind::cpu::MINIMIND_ISA {
+
+// A decode step has some 70 phases of tens of microseconds: entering an OpenMP region for each would cost as much as the
+// work of a small one, while a thread that is already there waits by looking at a counter.
+struct Barrier {
+  alignas(64) uint32_t arrived = 0;
+  alignas(64) uint32_t generation = 0;
+
+  void wait(uint32_t size) {
+    const uint32_t now = __atomic_load_n(&generation, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&arrived, 1, __ATOMIC_ACQ_REL) == size) {
+      __atomic_store_n(&arrived, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&generation, now + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int spins = 0; __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == now; ++spins)
+      if (spins < 4096)
+        pause();
+      else
+        sched_yield();  // somebody else has the processor that the last thread needs
+  }
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+struct Team {
+  int rank, size;
+  Barrier* barrier;
+
+  void sync() const {
+    if (size > 1) barrier->wait(static_cast<uint32_t>(size));
+  }
+  // This thread's share of n, in multiples of `unit`.
+  Range share(int64_t n, int64_t unit = 1) const {
+    const int64_t units = (n + unit - 1) / unit;
+    const auto bound = [&](int64_t i) {
+      const int64_t at = units * i / size * unit;
+      return at < n ? at : n;
+    };
+    return {bound(rank), bound(rank + 1)};
+  }
+  // The next task that nobody has taken; counter: shared, 0 before the first.
+  static int64_t next(int64_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+};
+
+// f(team) on `threads` threads.
+template <class F>
+inline void parallel(int threads, F f) {
+  struct Call {
+    F& f;
+    Barrier barrier;
+  } call{f, {}};
+  run_parallel(threads, &call, [](void* data, int rank, int size) {
+    auto* c = static_cast<Call*>(data);
+    c->f(Team{rank, size, &c->barrier});
+  });
+}
+
+}  // namespace minimind::cpu::MINIMIND_ISA

@@ -1,0 +1,114 @@
+// Storage types and their conversions. Arithmetic is float32; a value is rounded once, to nearest even, when stored.
+#pragma once
+
+#include "platform.cuh"
+
+#ifndef MINIMIND_EMULATE
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#endif
+
+namespace minimind {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+struct fp8 {  // e4m3fn: no infinity, largest number 448
+  uint8_t bits;
+};
+constexpr float kLargestFp8 = 448.0f;
+
+enum class Number : int { fp32, bf16, fp16, fp8 };  // of a type known only when it runs
+
+// Two neighbours in memory, read or written at once.
+template <class T>
+struct alignas(2 * sizeof(T)) Pair {
+  T first, second;
+};
+
+#ifdef MINIMIND_EMULATE
+}  // namespace minimind
+#include "emulated_numeric.h"
+namespace minimind {
+#else
+__device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t float_to_bits(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+__device__ __forceinline__ float to_float(fp16 x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ __forceinline__ float to_float(fp8 x) {
+  return __half2float(__half(__nv_cvt_fp8_to_halfraw(x.bits, __NV_E4M3)));
+}
+
+template <class T>
+__device__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <>
+__device__ __forceinline__ bf16 from_float<bf16>(float x) { return {__bfloat16_as_ushort(__float2bfloat16_rn(x))}; }
+template <>
+__device__ __forceinline__ fp16 from_float<fp16>(float x) { return {__half_as_ushort(__float2half_rn(x))}; }
+template <>
+__device__ __forceinline__ fp8 from_float<fp8>(float x) {
+  return {__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3)};
+}
+
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t x, uint32_t y, uint32_t selector) {
+  return __byte_perm(x, y, selector);
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t multiply_pairs(uint32_t x, uint32_t y);
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<bf16>(uint32_t x, uint32_t y) {
+  uint32_t result;  // x * y - 0: sm_80 has no bf16 product, and -0 keeps the sign of a zero
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(y), "r"(0x80008000u));
+  return result;
+}
+template <>
+__device__ __forceinline__ uint32_t multiply_pairs<fp16>(uint32_t x, uint32_t y) {
+  uint32_t result;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(x), "r"(y));
+  return result;
+}
+#endif
+
+// Two 16-bit numbers in a register, the first in its low half.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float first, float second) {
+  return static_cast<uint32_t>(from_float<T>(second).bits) << 16 | from_float<T>(first).bits;
+}
+
+template <class T>
+__device__ __forceinline__ float unpack(uint32_t pair, int half) {
+  return to_float(T{static_cast<uint16_t>(pair >> (16 * half))});
+}
+
+// Bytes i and j of four e4m3 numbers as a pair of T; exact. Exponent and mantissa are moved to their place in T, and a
+// product makes up for the exponents' biases, of subnormal numbers too: 2^(127 - 7) for bf16, 2^(15 - 7) for fp16. A
+// NaN becomes 480: the caller looks for it with NanFinder.
+template <class T>
+__device__ __forceinline__ uint32_t widen(uint32_t four, uint32_t i, uint32_t j);
+template <>
+__device__ __forceinline__ uint32_t widen<bf16>(uint32_t four, uint32_t i, uint32_t j) {
+  const uint32_t high = permute_bytes(four, 0, 0x0404u | i << 4 | j << 12);  // in the high byte of each half
+  return multiply_pairs<bf16>((high & 0x80008000u) | (high >> 4 & 0x07f007f0u), 0x7b807b80u);
+}
+template <>
+__device__ __forceinline__ uint32_t widen<fp16>(uint32_t four, uint32_t i, uint32_t j) {
+  const uint32_t high = permute_bytes(four, 0, 0x0404u | i << 4 | j << 12);
+  return multiply_pairs<fp16>((high & 0x80008000u) | (high >> 1 & 0x3f803f80u), 0x5c005c00u);
+}
+
+// Whether one of all the e4m3 numbers it was shown is a NaN, 0x7f or 0xff: adding 1 carries into the top bit.
+struct NanFinder {
+  uint32_t carries = 0;
+  __device__ __forceinline__ void look(uint32_t four) { carries |= (four & 0x7f7f7f7fu) + 0x01010101u; }
+  __device__ __forceinline__ bool found() const { return (carries & 0x80808080u) != 0; }
+};
+
+}  // namespace minimind

@@ -1,0 +1,223 @@
+"""A whole decoding step of the whole model: one call on a CPU, where every layer is too short for a call of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minimind.inference import decode_ops
+from minimind.inference.decode_checks import check, check_cache
+from minimind.inference.decode_reference import (
+    decode_attention_ref,
+    experts_ref,
+    linear_ref,
+    mlp_ref,
+    norm_ref,
+    rope_append_kv_ref,
+)
+from minimind.modeling import MLP, Model, MoE
+
+
+@dataclass(frozen=True)
+class DecodeWeights:
+    """A model's weights in the order of the operator `decode_step` (csrc/register.cpp).
+
+    tensors: matrices bfloat16 or float32, norms and routers float32. Those that the model holds in that dtype are the
+    model's own memory, so a training step shows at once; the others are copies of the moment.
+    """
+
+    tensors: tuple[Tensor, ...]
+    layers: int
+    heads: int
+    groups: int
+    head_dim: int
+    qk_norm: bool
+    experts: int
+    experts_per_token: int
+    shared_experts: int
+    normalize_gates: bool
+    eps: float
+
+    @staticmethod
+    def of(model: Model, dtype: torch.dtype | None = None) -> DecodeWeights:
+        """dtype: of the matrices, float32 or bfloat16; None: as the model holds them."""
+        cfg = model.config
+        dtype = dtype or model.head_weight.dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"decode_step takes float32 or bfloat16 weights, not {dtype}; pass dtype=torch.bfloat16"
+            )
+        embedding = model.embed_tokens.weight.detach().to(dtype)
+        head = embedding if model.lm_head is None else model.lm_head.weight.detach().to(dtype)
+        tensors = [embedding, model.norm.weight.detach().float(), head]
+        for layer in model.layers:
+            matrices = [weight.detach() for weight in _layer_weights(layer)]
+            tensors += [w.float() if _is_small(w, cfg.num_experts) else w.to(dtype) for w in matrices]
+        return DecodeWeights(
+            tuple(tensors),
+            cfg.num_hidden_layers,
+            cfg.num_attention_heads,
+            cfg.num_key_value_heads,
+            cfg.head_dim,
+            cfg.qk_norm,
+            cfg.num_experts,
+            cfg.num_experts_per_tok if cfg.num_experts else 0,
+            cfg.num_shared_experts if cfg.num_experts else 0,
+            cfg.norm_topk_prob,
+            cfg.rms_norm_eps,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors[0].dtype
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tensors[2].shape[0]
+
+    def layer(self, index: int) -> tuple[Tensor, ...]:
+        per_layer = (len(self.tensors) - 3) // self.layers
+        return self.tensors[3 + index * per_layer :][:per_layer]
+
+
+def _is_small(weight: Tensor, experts: int) -> bool:
+    return weight.ndim == 1 or (weight.ndim == 2 and weight.shape[0] == experts)
+
+
+def _layer_weights(layer) -> list[Tensor]:
+    attention, mlp = layer.self_attn, layer.mlp
+    out = [layer.input_layernorm.weight, attention.qkv_proj.weight]
+    if attention.q_norm is not None:
+        out += [attention.q_norm.weight, attention.k_norm.weight]
+    out += [attention.o_proj.weight, layer.post_attention_layernorm.weight]
+    if isinstance(mlp, MoE):
+        out += [mlp.router.weight, mlp.gate_up_proj, mlp.down_proj]
+    for dense in mlp.shared_experts if isinstance(mlp, MoE) else [mlp]:
+        assert isinstance(dense, MLP)
+        out += [dense.gate_up_proj.weight, dense.down_proj.weight]
+    return out
+
+
+def decode_step(
+    weights: DecodeWeights,
+    tokens: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """Logits of one new token of each sequence: float32 [B, V]; its keys and values are written into the caches.
+
+    tokens int64 [B], from 0 to V - 1 in every slot; key_cache, value_cache [L, P, S, G, D]; k_scale, v_scale float32
+    [L, G] for float8; the rest as in `decode_ops.rope_append_kv` and `decode_attention`. lengths[b] == 0: an empty
+    slot, whose logits are zeros. No two rows may belong to one sequence. bfloat16 weights: activations are rounded to
+    bfloat16 before each product; all else is float32. A row's logits are, to the last bit, the same in any batch.
+    """
+    _check(
+        weights,
+        tokens,
+        positions,
+        slots,
+        block_table,
+        lengths,
+        cos,
+        sin,
+        key_cache,
+        value_cache,
+        k_scale,
+        v_scale,
+    )
+    inputs = (tokens, positions, slots, block_table, lengths, cos, sin)
+    caches = (key_cache, value_cache)
+    if not decode_ops.is_native(tokens.device) or tokens.device.type != "cpu":
+        return decode_step_ref(weights, *inputs, *caches, k_scale, v_scale)
+    w = weights
+    shape = (w.heads, w.qk_norm, w.experts, w.experts_per_token, w.shared_experts, w.normalize_gates, w.eps)
+    return torch.ops.minimind.decode_step(*inputs, list(w.tensors), *caches, *shape, k_scale, v_scale)
+
+
+def decode_step_ref(
+    weights: DecodeWeights,
+    tokens: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """`decode_step` in plain PyTorch, on any device."""
+    w = weights
+    embedding, final_norm, head = w.tensors[:3]
+    x = embedding[tokens].float()
+    slots = torch.where(lengths > 0, slots, -1)
+    for i in range(w.layers):
+        input_norm, qkv, *rest = w.layer(i)
+        q_norm, k_norm = rest[:2] if w.qk_norm else (None, None)
+        o, post_norm, *mlp = rest[2:] if w.qk_norm else rest
+        caches = (key_cache[i], value_cache[i])
+        scales = (None if k_scale is None else k_scale[i], None if v_scale is None else v_scale[i])
+        packed = linear_ref(norm_ref(x, input_norm, w.eps), qkv)
+        q = rope_append_kv_ref(
+            packed, cos, sin, positions, slots, *caches, w.heads, q_norm, k_norm, w.eps, *scales
+        )
+        attended = decode_attention_ref(q, *caches, block_table, lengths, w.head_dim**-0.5, *scales)
+        x = x + linear_ref(attended.flatten(1), o)
+        x = x + _feed_forward_ref(w, norm_ref(x, post_norm, w.eps), mlp)
+    return linear_ref(norm_ref(x, final_norm, w.eps), head) * (lengths > 0)[:, None]
+
+
+def _feed_forward_ref(w: DecodeWeights, x: Tensor, mlp: list[Tensor]) -> Tensor:
+    out = torch.zeros_like(x)
+    if w.experts:
+        router, gate_up, down, *mlp = mlp
+        out = experts_ref(x, router, gate_up, down, w.experts_per_token, w.normalize_gates)
+    for gate_up, down in zip(mlp[::2], mlp[1::2], strict=True):
+        out = out + mlp_ref(x, gate_up, down)
+    return out
+
+
+def _check(
+    w: DecodeWeights,
+    tokens: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> None:
+    check("tokens", tokens, (None,), (torch.int64,), tokens)
+    batch = tokens.shape[0]
+    if w.tensors[0].device != tokens.device:
+        raise ValueError(f"tokens lies on {tokens.device}, the weights on {w.tensors[0].device}")
+    check("positions", positions, (batch,), (torch.int32,), tokens)
+    check("slots", slots, (batch,), (torch.int64,), tokens)
+    check("block_table", block_table, (batch, None), (torch.int32,), tokens)
+    check("lengths", lengths, (batch,), (torch.int32,), tokens)
+    check("cos", cos, (None, w.head_dim // 2), (torch.float32,), tokens)
+    check("sin", sin, tuple(cos.shape), (torch.float32,), tokens)
+    shape = (w.layers, None, None, w.groups, w.head_dim)
+    check("key_cache", key_cache, shape, (key_cache.dtype,), tokens)
+    check("value_cache", value_cache, tuple(key_cache.shape), (key_cache.dtype,), tokens)
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None:
+            check(name, scale, (w.layers, w.groups), (torch.float32,), tokens)
+    first = [None if scale is None else scale[0] for scale in (k_scale, v_scale)]
+    check_cache(key_cache[0], value_cache[0], first[0], first[1], tokens)

@@ -1,0 +1,176 @@
+"""What is built, where, and what is said when it is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind.inference import native, native_build
+from tests.inference.decode_cases import needs_native
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(native_build.cxx() is None, reason="no C++ compiler on PATH")
+
+
+def test_the_cpu_part_is_built_where_it_can_be():
+    if native_build.why_not_buildable("cpu") is None:
+        assert native.why_not(CPU) is None
+
+
+@needs_compiler
+def test_our_declarations_of_torchs_abi_are_torchs_own(tmp_path):
+    """A function declared twice with different types is a compiler's error."""
+    include = Path(torch.__file__).parent / "include"
+    source = tmp_path / "abi.cpp"
+    headers = ("torch/csrc/inductor/aoti_torch/c/shim.h", "torch/csrc/stable/c/shim.h")
+    lines = ["#define USE_CUDA", "#define TORCH_TARGET_VERSION ((2ULL << 56) | (11ULL << 48))"]
+    lines += [f"#include <{header}>" for header in headers] + [f'#include "{ROOT}/csrc/torch_abi.h"']
+    source.write_text("\n".join(lines))
+    command = [native_build.cxx(), "-std=c++20", "-fsyntax-only", f"-I{include}", "-I.", str(source)]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    changed = (ROOT / "csrc" / "torch_abi.h").read_text().replace("int64_t* ret_dim", "int32_t* ret_dim")
+    (tmp_path / "changed.h").write_text(changed)
+    source.write_text(source.read_text().replace(f"{ROOT}/csrc/torch_abi.h", f"{tmp_path}/changed.h"))
+    assert subprocess.run(command, capture_output=True).returncode != 0
+
+
+@needs_native
+def test_there_is_one_openmp_runtime_and_it_is_torchs():
+    code = (
+        "import torch; from minimind.inference import native; native.load(); torch.set_num_threads(3);"
+        "import re; print(native.build_info().threads, len(set(re.findall(r'/\\S*(?:libgomp|libomp|libiomp)\\S*',"
+        " open('/proc/self/maps').read()))))"
+    )
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert answer.stdout.split() == ["3", "1"]
+
+
+@needs_native
+@pytest.mark.parametrize("kernels", ["avx512", "avx2", "generic"])
+def test_the_kernels_of_lesser_processors(kernels):
+    """The parity tests again, on what the best processors do not take."""
+    if kernels not in native.build_info().cpu_kernels:
+        pytest.skip(f"this processor or build has no {kernels} kernels")
+    tests = ["tests/inference/test_decode_ops.py", "tests/inference/test_decode_step.py"]
+    chosen = "native and (contract or dtype or forward or long) or own_bfloat16 or any_batch and odd"
+    answer = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", chosen],
+        env={**os.environ, "MINIMIND_CPU_KERNELS": kernels}, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stdout[-3000:]
+
+
+@needs_native
+def test_kernels_that_do_not_exist_are_an_error():
+    code = "from minimind.inference import native; native.build_info()"
+    environment = {**os.environ, "MINIMIND_CPU_KERNELS": "avx1024"}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert answer.returncode != 0 and "MINIMIND_CPU_KERNELS=avx1024" in answer.stderr
+
+
+def build_here(tmp_path: Path, monkeypatch, *tools: str, source: str | None = None) -> dict:
+    """build_all in a copy of the sources, register.cpp replaced by `source`, with only `tools` on PATH: the report."""
+    root, package, path = tmp_path / "root", tmp_path / "root" / "minimind", tmp_path / "path"
+    shutil.copytree(ROOT / "csrc", root / "csrc")
+    shutil.copy(ROOT / "CMakeLists.txt", root)
+    if source is not None:
+        (root / "csrc" / "register.cpp").write_text(source)
+    package.mkdir()
+    path.mkdir()
+    for tool in tools:
+        (path / tool).symlink_to(shutil.which(tool))
+    (package / native_build.library_name("cpu")).write_bytes(b"of an earlier build")
+    for name in ("CXX", "CUDA_HOME", "CUDACXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(path))
+    monkeypatch.setattr(native_build, "ROOT", root)
+    native_build.build_all(package)
+    return json.loads((package / native_build.REPORT).read_text())
+
+
+def test_without_a_compiler_it_installs_and_says_so(tmp_path, monkeypatch):
+    report = build_here(tmp_path, monkeypatch)
+    assert (
+        "no C++ compiler; install g++" in report["cpu"]["missing"] and "no nvcc" in report["cuda"]["missing"]
+    )
+    package = tmp_path / "root" / "minimind"
+    assert not (package / native_build.library_name("cpu")).exists()  # what is there no longer counts
+    monkeypatch.setattr(native, "PACKAGE", package)
+    assert "no C++ compiler" in native._why_not_loadable("cpu")
+
+
+@needs_compiler
+def test_each_missing_tool_is_named(tmp_path, monkeypatch):
+    report = build_here(tmp_path, monkeypatch, Path(native_build.cxx()).name)
+    assert "no cmake; `pip install cmake`" in report["cpu"]["missing"]
+
+
+def test_cuda_can_be_left_out_or_demanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIMIND_CUDA", "0")
+    assert native_build.why_not_buildable("cuda") == "MINIMIND_CUDA=0 left them out"
+    monkeypatch.setenv("MINIMIND_CUDA", "1")
+    with pytest.raises(SystemExit, match="MINIMIND_CUDA=1, but there is no nvcc"):
+        build_here(tmp_path, monkeypatch)
+
+
+def test_the_first_error_is_the_compilers():
+    output = """
+[1/2] Building CXX object
+a.cpp:3:9: warning: unused 'error' [-Wunused]
+a.cpp:7:1: error: 'x' was not declared
+a.cpp:9:1: error: another
+ninja: build stopped: subcommand failed."""
+    assert native_build.first_error(output) == "a.cpp:7:1: error: 'x' was not declared"
+    linking = "/usr/bin/ld: a.o: multiple definition of `f'; b.o: first defined here\ncollect2: error: ld returned 1"
+    assert (
+        native_build.first_error(linking)
+        == "/usr/bin/ld: a.o: multiple definition of `f'; b.o: first defined here"
+    )
+    cmake = "CMake Error at CMakeLists.txt:3 (project):\n  No CMAKE_CXX_COMPILER could be found."
+    assert native_build.first_error(cmake).endswith("No CMAKE_CXX_COMPILER could be found.")
+    assert native_build.first_error("all is well") is None
+
+
+@needs_compiler
+def test_a_compilers_error_reaches_the_user_and_nothing_old_stays(tmp_path, monkeypatch, capsys):
+    if shutil.which("cmake") is None:
+        pytest.skip("needs cmake")
+    tools = [
+        t
+        for t in ("cmake", "ninja", "make", "g++", "c++", "as", "ld", "sh", "ar", "ranlib")
+        if shutil.which(t)
+    ]
+    report = build_here(tmp_path, monkeypatch, *tools, source="int main( {}\n")
+    assert "register.cpp:1" in report["cpu"]["missing"] and "error" in report["cpu"]["missing"]
+    assert not (tmp_path / "root" / "minimind" / native_build.library_name("cpu")).exists()
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch):
+    if native.why_not(CPU) is not None:
+        pytest.skip("nothing is built")
+    monkeypatch.setattr(native, "source_hash", lambda root, part: "another")
+    reason = native._why_not_loadable("cpu")
+    assert "not of what csrc/ now holds" in reason and "native_build" in reason
+
+
+def test_a_gpu_runs_code_of_its_architecture_or_ptx(monkeypatch):
+    info = native.BuildInfo("", (), "", 1, "13.0", (80, 86, 89, 90), {})
+    monkeypatch.setattr(native, "load", lambda: info)
+    for capability in ((8, 0), (8, 7), (8, 9), (9, 0), (12, 0)):
+        assert native._why_no_kernel(capability) is None
+    assert "this GPU is sm_75" in native._why_no_kernel((7, 5))
