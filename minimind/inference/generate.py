@@ -1,18 +1,15 @@
-"""Sampling continuations by recomputing the whole context for every token.
-
-Right for a few samples during training, whatever the model; no key/value cache, so the cost grows with the square
-of the length.
-"""
+"""Continuations of a few prompts in one call, by an engine that lives as long as the call: samples during training."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
+from minimind.inference.engine import Engine
+from minimind.inference.requests import Request, SamplingParams
+from minimind.inference.tracking import mix
 from minimind.modeling import Model
 
 
-@torch.no_grad()
 def generate(
     model: Model,
     prompts: list[list[int]],
@@ -25,44 +22,28 @@ def generate(
 ) -> list[list[int]]:
     """Continue every prompt (non-empty token ids); temperature 0 takes the likeliest token.
 
-    Returns the new ids of each prompt, up to and without the first of `stop_ids`. Does not touch the global RNG.
-    Raises ValueError for an empty prompt or a negative temperature.
+    Returns the new ids of each prompt, up to and without the first of `stop_ids`. The same seed and weights give the
+    same ids, whatever ran before; neither the global RNG nor the model's mode is touched. ValueError for an empty
+    prompt, one longer than the model's context, or a negative temperature.
     """
-    if not prompts or any(not p for p in prompts):
-        raise ValueError("generate needs at least one token in every prompt")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} must be 0 or more")
-    was_training = model.training
-    model.eval()
-    device = model.head_weight.device
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    total = int(lengths.max()) + max_new_tokens
-    ids = torch.zeros(len(prompts), total, dtype=torch.int64, device=device)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    rows = torch.arange(len(prompts), device=device)
-    stops = torch.tensor(stop_ids, dtype=torch.int64, device=device)
-    running = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    for offset in range(max_new_tokens):
-        end = lengths + offset  # causal attention: what lies to the right of a row's end does not matter
-        hidden = model(ids[:, : int(end.max())], return_logits=False).hidden_states[rows, end - 1]
-        logits = (hidden @ model.head_weight.to(hidden.dtype).t()).float()
-        ids[rows, end] = _pick(logits, temperature, top_k, generator)
-        running &= torch.isin(ids[rows, end], stops, invert=True)
-        if not running.any():
-            break
-    model.train(was_training)
-    return [_cut(ids[r, n : n + max_new_tokens].tolist(), stop_ids) for r, n in enumerate(lengths.tolist())]
+    if not prompts:
+        return []
+    seeds = (mix(seed, i) for i in range(len(prompts)))
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "stop_token_ids": stop_ids}
+    params = [SamplingParams(max_new_tokens, seed=each, **options) for each in seeds]
+    engine = Engine(
+        model,
+        None,
+        kv_tokens=sum(-(-(len(prompt) + max_new_tokens) // 16) * 16 for prompt in prompts),
+        max_batch=len(prompts),
+        page_size=16,
+        prefix_cache=False,
+    )
+    requests = [Request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+    return [_new_ids(output.token_ids, output.error, stop_ids) for output in engine.generate(requests)]
 
 
-def _pick(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    values, indices = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
-    choice = torch.multinomial((values / temperature).softmax(dim=-1), 1, generator=generator)
-    return indices.gather(1, choice).squeeze(1)
-
-
-def _cut(ids: list[int], stop_ids: tuple[int, ...]) -> list[int]:
-    return next((ids[:i] for i, token in enumerate(ids) if token in stop_ids), ids)
+def _new_ids(ids: list[int], error: str | None, stop_ids: tuple[int, ...]) -> list[int]:
+    if error is not None:
+        raise ValueError(error)
+    return ids[:-1] if ids and ids[-1] in stop_ids else ids

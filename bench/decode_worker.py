@@ -1,0 +1,76 @@
+"""A decoder in a process of its own: its memory is its own, and its threads are no one else's."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.decode_peers import PEERS, Generation, Setting
+from bench.timing import first_line
+
+
+class DecoderError(Exception):
+    """A decoder died; the message is the first line of what it said."""
+
+
+def work(name: str, setting: Setting, pipe: Connection) -> None:
+    """Given prompts, answers with a Generation; given None, with its peak memory in MiB."""
+    torch.set_num_threads(setting.threads)
+    try:
+        with torch.inference_mode():
+            decode = PEERS[name].make(setting)
+            pipe.send("ready")
+            while (prompts := pipe.recv()) is not None:
+                pipe.send(decode(torch.tensor(prompts)))
+        pipe.send(_peak_mib(setting.device))
+    except EOFError:  # the one who asked is gone
+        return
+    except Exception as problem:  # a decoder that dies is a result, not the end of the run
+        pipe.send(DecoderError(first_line(problem)))
+
+
+def _peak_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    # not ru_maxrss: a process that was just started inherits its parent's
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+class Worker:
+    """That process, as this one sees it. Every method raises DecoderError where the decoder died."""
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name, self.turns = name, list[Generation]()
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(name, setting, theirs), daemon=True)
+        self.process.start()
+        theirs.close()  # so that a dead worker is an end of file here
+        self.peak_mib: float | None = None
+
+    def ready(self) -> None:
+        self._recv()
+
+    def run(self, prompts: Tensor) -> Generation:
+        self.pipe.send(prompts.tolist())
+        return self._recv()
+
+    def finish(self) -> None:
+        self.pipe.send(None)
+        self.peak_mib = self._recv()
+        self.process.join()
+
+    def _recv(self) -> Any:
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            raise DecoderError("its process died; if memory ran out, take a smaller --batch") from None
+        if isinstance(answer, DecoderError):
+            raise answer
+        return answer

@@ -1,0 +1,59 @@
+"""The `minimind` command. Each subcommand is a module with `Args`, a dataclass of its flags, and `main(args) -> int`.
+
+They are imported when they are asked for: `minimind` alone answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+COMMANDS = {
+    "chat": ("minimind.inference.chat", "talk to a model in the terminal"),
+    "evaluate": ("minimind.inference.perplexity", "perplexity of a model by context length"),
+    "export": ("minimind.export.command", "write a model as a GGUF file"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: minimind COMMAND [flags]", "", *lines, "", "minimind COMMAND --help lists its flags"]
+    )
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name == "--version":
+        from minimind import __version__
+
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        print(f"error: unknown command {name!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[name][0])
+    args = tyro.cli(module.Args, prog=f"minimind {name}", description=module.__doc__, args=rest)
+    try:
+        return module.main(args)
+    except (ValueError, OSError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

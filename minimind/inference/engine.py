@@ -1,0 +1,338 @@
+"""The engine: one for chat, evaluation, RL rollouts and the API.
+
+A step decodes one token for every running sample and computes the next chunk of the prompts that came in; then all of
+them draw their next token together. Requests join and leave between steps.
+
+    submit -> Scheduler: queue and pages -> Runner: the model over PagedCache, draw -> Track: text and stops -> Delta
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from minimind.inference.admission import Admission, max_positions
+from minimind.inference.batch import DecodeBatch
+from minimind.inference.cache import PagedCache, PagePool, cache_pages
+from minimind.inference.decode_ops import Backend
+from minimind.inference.replica import Replica
+from minimind.inference.requests import Delta, Request, RequestOutput, TopLogProbs
+from minimind.inference.runner import Runner
+from minimind.inference.scheduler import Plan, Sample, Scheduler
+from minimind.inference.stats import Counters, EngineStats
+from minimind.inference.tracking import Job, Track, refused
+from minimind.modeling import Model
+from minimind.tokenization import Tokenizer
+
+
+class Engine:
+    """Continuous batching over a paged key/value cache. Single-threaded; deterministic for given requests and steps.
+
+    model: its weights are shared, not copied, where they have `dtype`; other matrices, and projections with active
+        low-rank adapters, are copied, and `refresh_weights` copies them again. Runs as in eval mode; the model
+        itself is not touched.
+    tokenizer: None for requests by token ids only: no text, no stop strings, no end-of-sequence id.
+    dtype: float32, bfloat16 or float16, of activations and cache; None: what the model computes in.
+    kv_bytes, kv_tokens: the cache's size, one of them; neither: max_batch full contexts, but at most 512 MiB on a CPU
+        and half of the free memory on a GPU. It is taken at once and never grows.
+    max_batch: samples that decode together.
+    max_context: tokens of prompt and output; None: as many as the model has positions, YaRN's scaling included.
+    page_size: tokens of a page; None: 16 on a CPU, 64 on a GPU.
+    prefill_chunk: prompt tokens that a step computes at most, so that a long prompt does not stall the others.
+    prefix_cache: reuse the pages of equal beginnings. What was found and what would have been computed may differ in
+        the last bits.
+    backend: of decoding: "native" is the C++ and CUDA extension, "reference" plain PyTorch, "auto" native where built.
+    seed: of requests that bring none.
+
+    ValueError, one line, for what cannot work: a tokenizer of another vocabulary, a budget below one page, a backend
+    that is not there.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer | None,
+        *,
+        dtype: torch.dtype | None = None,
+        kv_bytes: int | None = None,
+        kv_tokens: int | None = None,
+        max_batch: int = 32,
+        max_context: int | None = None,
+        page_size: int | None = None,
+        prefill_chunk: int = 512,
+        prefix_cache: bool = True,
+        backend: Backend = "auto",
+        seed: int = 0,
+    ) -> None:
+        config, device = model.config, model.head_weight.device
+        for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        page_size = page_size or (64 if device.type == "cuda" else 16)
+        max_context = max_positions(config, max_context)
+        dtype = dtype or model.compute_dtype or model.head_weight.dtype
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype={dtype} must be torch.float32, torch.bfloat16 or torch.float16")
+        pages = cache_pages(config, dtype, device, page_size, kv_bytes, kv_tokens, max_batch * max_context)
+        table_pages = min(pages, -(-max_context // page_size))  # that one sample can have
+
+        self.dtype, self.device, self.max_context = dtype, device, max_context
+        self._pool = PagePool(pages, prefix_cache)
+        self._scheduler = Scheduler(self._pool, page_size, max_batch, prefill_chunk)
+        self._admission = Admission(config.vocab_size, tokenizer, max_context, pages, page_size, seed)
+        self._cache = PagedCache.allocate(config, pages, page_size, dtype, device)
+        self._replica = Replica(model, dtype)
+        self._batch = DecodeBatch(max_batch, table_pages, page_size, config.vocab_size, device)
+        self._runner = Runner(self._replica, self._cache, self._batch, max_context, backend)
+        self._jobs: dict[str, Job] = {}
+        self._arrivals = 0
+        self._undelivered: list[Delta] = []
+        self._counters = Counters()
+
+    def generate(self, requests: Iterable[Request]) -> list[RequestOutput]:
+        """Run the requests to their end; outputs in their order. A request that cannot be served comes back with
+        finish_reason "error" and its `error` line, and the others do not notice."""
+        names: list[str | RequestOutput] = []
+        outputs: dict[str, RequestOutput] = {}
+        for delta in self._run(requests, names):
+            if delta.output is not None:
+                outputs[delta.id] = delta.output
+        return [outputs[name] if isinstance(name, str) else name for name in names]
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Delta]:
+        """Deltas of the requests as they come; a refused one gives a single delta with finish_reason "error". Closing
+        the iterator cancels what is unfinished. Other requests may be submitted, run and cancelled meanwhile."""
+        names: list[str | RequestOutput] = []
+        deltas = self._run(requests, names)
+        try:
+            yield from deltas
+        finally:
+            deltas.close()
+
+    def submit(self, request: Request) -> str:
+        """Queue a request and return its id. ValueError, one line, if it cannot be served."""
+        job = self._admission.job(request, self._jobs)
+        self._jobs[job.id] = job
+        for first in range(0, job.params.n, self._scheduler.max_batch):
+            count = min(job.params.n - first, self._scheduler.max_batch)
+            sample = Sample(self._arrivals, first, count, job.prompt.copy(), Track(job, first))
+            job.samples.append(sample)
+            self._scheduler.add(sample)
+        self._arrivals += 1
+        return job.id
+
+    def cancel(self, request_id: str) -> bool:
+        """End an unfinished request: its pages are free at once, its samples finish with "cancelled" in the deltas of
+        the next `step`. False if there is no such request."""
+        job = self._jobs.get(request_id)
+        if job is None:
+            return False
+        for sample in job.samples.copy():
+            tracks = [sample.track, *(Track(job, sample.index + i) for i in range(1, sample.count))]
+            self._undelivered += [track.finish(sample, "cancelled") for track in tracks]
+            self._remove(sample, "cancelled", len(tracks))
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to deliver."""
+        return bool(self._jobs or self._undelivered)
+
+    @torch.inference_mode()
+    def step(self) -> list[Delta]:
+        """One token for every running sample, and the next chunk of the prompts that wait. [] when there is no work."""
+        deltas, self._undelivered = self._undelivered, []
+        if self._jobs:
+            try:
+                deltas += self._step()
+            except BaseException:  # out of memory, Ctrl-C: what the step had planned is not in the cache
+                self._undelivered = deltas
+                self._start_over()
+                raise
+        return deltas
+
+    def refresh_weights(self) -> None:
+        """Take up the model's changed weights: copy anew what is not shared, and forget every cached key and value.
+        Running samples keep their tokens; their keys and values are computed again with the new weights."""
+        moved = self._replica.refresh()
+        self._runner.weights_changed(moved)
+        self._start_over()
+
+    def stats(self) -> EngineStats:
+        counters = self._counters
+        scheduler, pool = self._scheduler, self._pool
+        return EngineStats(
+            waiting=sum(sample.count for sample in scheduler.waiting),
+            running=sum(sample.count for sample in scheduler.running),
+            max_batch=scheduler.max_batch,
+            pages_total=pool.pages,
+            pages_used=pool.pages - pool.available,
+            pages_cached=pool.cached,
+            page_size=scheduler.page_size,
+            kv_bytes=self._cache.bytes,
+            steps=counters.steps,
+            prompt_tokens=counters.prompt_tokens,
+            cached_tokens=counters.cached_tokens,
+            generated_tokens=counters.generated_tokens,
+            preemptions=scheduler.preemptions,
+            finished=dict(counters.finished),
+            tokens_per_second=counters.tokens_per_second,
+        )
+
+    def describe(self) -> str:
+        """One line for the head of a run: backend, dtype, cache and batch."""
+        cache, scheduler = self._cache, self._scheduler
+        shared = "weights shared with the model"
+        if self._replica.copied_bytes:
+            shared = f"{self._replica.copied_bytes / 2**20:.0f} MiB of weights copied"
+        return (
+            f"{self._runner.describe()}; {str(self.dtype).removeprefix('torch.')}, {shared}; cache "
+            f"{cache.bytes / 2**20:.0f} MiB for {cache.pages * cache.page_size} tokens in pages of "
+            f"{cache.page_size}; batch up to {scheduler.max_batch}, context {self.max_context}"
+        )
+
+    def _run(
+        self, requests: Iterable[Request], names: list[str | RequestOutput]
+    ) -> Generator[Delta, None, None]:
+        """Deltas of the requests. `names` gets for each of them, in order, its id or the output of its refusal."""
+        own: set[str] = set()
+        try:
+            for request in requests:
+                try:
+                    name = self.submit(request)
+                    names.append(name)
+                    own.add(name)
+                except ValueError as error:
+                    output = refused(request, str(error))
+                    names.append(output)
+                    yield Delta(output.id, 0, "", (), (), (), "error", None, output)
+            while own:
+                deltas = self.step()
+                self._undelivered += [delta for delta in deltas if delta.id not in own]
+                mine = [delta for delta in deltas if delta.id in own]
+                if not mine and not own & self._jobs.keys():
+                    raise RuntimeError(
+                        f"someone else's Engine.step took the deltas of {', '.join(sorted(own))}"
+                    )
+                for delta in mine:
+                    if delta.output is not None:
+                        own.discard(delta.id)
+                    yield delta
+        finally:
+            for name in own:
+                self.cancel(name)
+            self._undelivered = [delta for delta in self._undelivered if delta.id not in own]
+
+    def _step(self) -> list[Delta]:
+        start = time.perf_counter()
+        plan = self._scheduler.plan()
+        self._carry_out(plan, start)
+        decoding, logits = len(self._batch), []
+        if decoding:
+            self._batch.next_step()
+            logits.append(self._runner.decode())
+        if plan.chunks:
+            logits.append(self._join(plan, self._runner.prefill(plan.chunks)))
+        deltas = self._draw(logits[0] if len(logits) == 1 else torch.cat(logits), decoding)
+        self._counters.step(start, time.perf_counter(), sum(len(delta.token_ids) for delta in deltas))
+        return deltas
+
+    def _carry_out(self, plan: Plan, now: float) -> None:
+        for sample in plan.preempted:
+            self._leave(sample)
+        if plan.copies:
+            self._cache.copy_pages(plan.copies)
+        for sample in plan.grown:
+            self._batch.set_last_page(sample)
+        for chunk in plan.chunks:
+            job = chunk.sample.track.job
+            if job.started is None:
+                job.started, job.cached = now, chunk.sample.cached
+                self._counters.prompt_tokens += len(job.prompt)
+                self._counters.cached_tokens += job.cached
+
+    def _join(self, plan: Plan, logits: Tensor) -> Tensor:
+        """Let the samples whose prompts are computed into the batch. logits [finished prompts, V] -> [joined, V]."""
+        copies: list[int] = []
+        for chunk in plan.chunks:
+            if chunk.last:
+                leader: Track = chunk.sample.track
+                job, samples = leader.job, self._scheduler.fork(chunk.sample)
+                copies.append(len(samples))
+                for sample in samples:
+                    if sample.track is None:
+                        sample.track = Track(job, sample.index)
+                        job.samples.append(sample)
+                    self._batch.join(sample, job.params, job.sample_seed(sample.index))
+        self._batch.upload()
+        if len(copies) == sum(copies):
+            return logits
+        return logits.repeat_interleave(torch.tensor(copies, device=logits.device), dim=0)
+
+    def _draw(self, logits: Tensor, decoding: int) -> list[Delta]:
+        """The next token of every row of the batch, of which the first `decoding` were decoded in this step."""
+        batch, scheduler = self._batch, self._scheduler
+        if not len(batch):
+            return []
+        tokens, log_probs = self._runner.sample(logits)
+        ids = tokens.cpu().numpy()
+        top = self._alternatives(logits)
+        batch.drawn(tokens, ids)
+        deltas, done = [], []
+        drawn = zip(batch.samples, ids.tolist(), log_probs.tolist(), strict=True)
+        for row, (sample, token, log_prob) in enumerate(drawn):
+            if row < decoding:
+                scheduler.decoded(sample)
+            track: Track = sample.track
+            if log_prob != log_prob:
+                track.job.error = "the model's logits are not finite; do its weights hold NaN?"
+                delta = track.finish(sample, "error")
+            else:
+                sample.tokens.append(token)
+                delta = track.take(sample, log_prob, top.get(row, ()))
+            deltas.append(delta)
+            if delta.finish_reason is not None:
+                done.append((sample, delta.finish_reason))
+        for sample, reason in done:
+            self._remove(sample, reason)
+        return deltas
+
+    def _alternatives(self, logits: Tensor) -> dict[int, tuple[TopLogProbs, ...]]:
+        """By row, for the samples that asked: the likeliest tokens and their log-probabilities."""
+        wanted = {
+            row: sample.track.job.params.logprobs
+            for row, sample in enumerate(self._batch.samples)
+            if sample.track.job.params.logprobs
+        }
+        if not wanted:
+            return {}
+        values, ids = self._runner.likeliest(logits, list(wanted), max(wanted.values()))
+        pairs = zip(wanted.items(), ids.tolist(), values.tolist(), strict=True)
+        return {
+            row: (tuple(zip(row_ids[:n], row_values[:n], strict=True)),)
+            for (row, n), row_ids, row_values in pairs
+        }
+
+    def _start_over(self) -> None:
+        """Trust nothing in the cache: running samples go back to the queue with the tokens that they have."""
+        self._batch.clear()
+        for sample in self._scheduler.running.copy():
+            self._scheduler.preempt(sample)
+        self._pool.forget()
+
+    def _leave(self, sample: Sample) -> None:
+        if sample.row >= 0:
+            self._batch.leave(sample)
+
+    def _remove(self, sample: Sample, reason: str, count: int = 1) -> None:
+        """Forget a finished sample, or one that stands for `count` that are cancelled."""
+        self._leave(sample)
+        self._scheduler.remove(sample)
+        self._counters.finished[reason] += count
+        job: Job = sample.track.job
+        job.samples.remove(sample)
+        if not job.samples:
+            del self._jobs[job.id]

@@ -1,0 +1,146 @@
+"""The flags by which a command line names a model, and opening it with its tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from minimind.config import PRESETS, ModelConfig, YarnScaling
+from minimind.modeling import Model
+from minimind.tokenization import Tokenizer, load_tokenizer
+from minimind.training.device import choose_device, choose_precision
+from minimind.weights import checkpoint_folder, load_model
+
+DTypeName = Literal["auto", "fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    model: Annotated[str | None, tyro.conf.arg(aliases=["--load"])] = None
+    """A run folder, a checkpoint or Hugging Face folder, or an upstream .pth file (with --preset). None takes the
+    newest run under runs/."""
+    preset: str | None = None
+    """Shape of a .pth file: nano, minimind2-small, minimind2, minimind2-moe, minimind3 or minimind3-moe."""
+    tokenizer: str | None = None
+    """Folder with tokenizer.json. None takes the model's own; a .pth has none, and gets that of its folder or, failing
+    that, the one shipped."""
+    lora: str | None = None
+    """Folder of a LoRA adapter, this project's or peft's, to merge into the weights."""
+    yarn: float | None = None
+    """Stretch the context by this factor with YaRN."""
+    yarn_original: int | None = None
+    """With --yarn: how many positions the model was trained on; None takes its config's, or 2048."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: DTypeName = "auto"
+    """What is computed in; auto: bf16 where the device has it, else fp32."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """model: float32, on its device; dtype: what to compute in. stage: how it was trained, None where its folder does
+    not say. folder: to put results in, None for a single file. notes: lines a user should see."""
+
+    model: Model
+    tokenizer: Tokenizer
+    dtype: torch.dtype
+    stage: str | None
+    folder: Path | None
+    notes: list[str]
+
+
+def open_model(args: ModelArgs) -> Opened:
+    """ValueError, one line, naming the file or the flag."""
+    device = choose_device(args.device)
+    dtype = choose_precision(device).compute_dtype if args.dtype == "auto" else _DTYPES[args.dtype]
+    path = _newest_run() if args.model is None else Path(args.model).expanduser()
+    notes = [] if args.model else [f"model: {path}"]
+    config = stretched(_config_of(path, args.preset), args)
+    model = load_model(path, config, device)
+    tokenizer = _tokenizer_of(path, args.tokenizer, notes)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{path}: {config.vocab_size} tokens, its tokenizer has {tokenizer.vocab_size}; name another --tokenizer"
+        )
+    if args.lora is not None:
+        _merge(model, args.lora)
+    return Opened(model, tokenizer, dtype, _stage_of(path), path if path.is_dir() else None, notes)
+
+
+def stretched(config: ModelConfig, args: ModelArgs) -> ModelConfig:
+    """`config` with what --yarn and --yarn-original ask for."""
+    if args.yarn is None:
+        if args.yarn_original is not None:
+            raise ValueError("--yarn-original says what --yarn stretches; give both")
+        return config
+    if args.yarn < 1:
+        raise ValueError(f"--yarn {args.yarn:g}: a factor of at least 1")
+    known = config.rope_scaling or YarnScaling()
+    original = args.yarn_original or known.original_max_position_embeddings
+    if original < 1:
+        raise ValueError(f"--yarn-original {original}: counts from 1")
+    scaling = dataclasses.replace(known, factor=args.yarn, original_max_position_embeddings=original)
+    return dataclasses.replace(config, rope_scaling=scaling)
+
+
+def _config_of(path: Path, preset: str | None) -> ModelConfig:
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"--preset {preset}: unknown; choose from {', '.join(PRESETS)}")
+    if path.is_dir():
+        if preset is not None:
+            raise ValueError(f"--preset {preset}: {path} has a config.json of its own; drop --preset")
+        file = checkpoint_folder(path) / "config.json"
+        try:
+            return ModelConfig.from_json(file)
+        except (json.JSONDecodeError, TypeError) as problem:
+            raise ValueError(f"{file}: not a model's config ({problem})") from None
+    if not path.exists():
+        raise ValueError(f"--model {path}: no such file or folder")
+    if preset is None:
+        raise ValueError(f"--model {path}: a bare weight file does not tell its shape; name it with --preset")
+    return ModelConfig.preset(preset)
+
+
+def _tokenizer_of(path: Path, named: str | None, notes: list[str]) -> Tokenizer:
+    if named is not None:
+        return load_tokenizer(named)
+    folder = checkpoint_folder(path) if path.is_dir() else path.parent
+    if (folder / "tokenizer.json").is_file():
+        return load_tokenizer(folder)
+    notes.append(f"{path} brings no tokenizer: the shipped one is used; a model of another needs --tokenizer")
+    return load_tokenizer()
+
+
+def _stage_of(path: Path) -> str | None:
+    """What a run folder's config.json says of the stage; a checkpoint inside one belongs to it."""
+    for folder in (path, *path.parents[:2]):
+        try:
+            stage = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("stage")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if isinstance(stage, str):
+            return stage
+    return None
+
+
+def _newest_run() -> Path:
+    runs = [folder.parent for folder in Path("runs").glob("*/checkpoints") if any(folder.glob("step-*"))]
+    if not runs:
+        raise ValueError("--model: name one; there is no run under runs/ (make demo trains a small model)")
+    return max(runs, key=lambda folder: (folder / "checkpoints").stat().st_mtime)
+
+
+def _merge(model: Model, folder: str) -> None:
+    from minimind.lora import merge_adapter, remove_adapters
+    from minimind.lora_files import load_adapter
+
+    load_adapter(model, Path(folder).expanduser())
+    merge_adapter(model)
+    remove_adapters(model)  # a plain model again, with what was merged

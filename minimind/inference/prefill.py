@@ -1,0 +1,164 @@
+"""Computing prompts over the paged cache: chunks of several samples, packed, through the model's own layers.
+
+The layers are those of training; only the layout differs, which writes the chunk's keys and values into their pages
+and lets every token look at all tokens of its sample up to itself, those of earlier chunks and shared pages included.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from minimind.inference.scheduler import Chunk
+
+VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
+PAGED_VARLEN = "block_table" in VARLEN_OPTIONS  # torch >= 2.13
+PAGED_VARLEN_SIZE = 256  # flash attention takes pages of multiples of this
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Chunks packed into N tokens that look at M tokens of context (all of their samples' first tokens, their own
+    included).
+
+    token, position, slot int64 [N]; slot: a row of the cache, page * page_size + place.
+    context int64 [M]: rows of the cache. last int64 [n]: where in N the last tokens of finished prompts are.
+    bounds: of every chunk, first and end token in N, first and end row in M.
+    table int32 [chunks, pages]: only for flash attention over pages.
+    """
+
+    token: Tensor
+    position: Tensor
+    slot: Tensor
+    context: Tensor
+    last: Tensor
+    bounds: list[tuple[int, int, int, int]]
+    table: Tensor | None = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether no chunk has tokens before it: then N = M, in one order."""
+        return len(self.slot) == len(self.context)
+
+
+def pack(chunks: Sequence[Chunk], page_size: int, device: torch.device) -> Prompts:
+    tokens, slots, positions, contexts, bounds, last = [], [], [], [], [], []
+    n = m = 0
+    for chunk in chunks:
+        pages = np.array(chunk.sample.pages, np.int64)
+        context = (pages[:, None] * page_size + np.arange(page_size)).ravel()[: chunk.end]
+        contexts.append(context)
+        slots.append(context[chunk.start :])
+        tokens.append(np.array(chunk.sample.tokens[chunk.start : chunk.end], np.int64))
+        positions.append(np.arange(chunk.start, chunk.end))
+        bounds.append((n, n := n + chunk.end - chunk.start, m, m := m + chunk.end))
+        if chunk.last:
+            last.append(n - 1)
+    table = None
+    if device.type == "cuda" and PAGED_VARLEN and page_size % PAGED_VARLEN_SIZE == 0:
+        width = max(len(chunk.sample.pages) for chunk in chunks)
+        padded = [chunk.sample.pages + [0] * (width - len(chunk.sample.pages)) for chunk in chunks]
+        table = torch.tensor(padded, dtype=torch.int32, device=device)
+
+    def tensor(parts: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts)).to(device)
+
+    return Prompts(
+        tensor(tokens), tensor(positions), tensor(slots), tensor(contexts),
+        torch.tensor(last, dtype=torch.int64, device=device), bounds, table,
+    )  # fmt: skip
+
+
+class ChunkAttention:
+    """Causal attention of packed chunks, shared by the layers of a step; the last query of a chunk sees all its keys.
+
+    q [N, H, D], k and v [M, G, D] -> [N, H, D].
+    """
+
+    def __init__(self, prompts: Prompts) -> None:
+        self._bounds = prompts.bounds
+        device = prompts.token.device
+        self._masks = [_mask(end - start, last - first, device) for start, end, first, last in prompts.bounds]
+        queries = [0, *(end for _, end, _, _ in prompts.bounds)]
+        keys = [0, *(end for _, _, _, end in prompts.bounds)]
+        cu_queries, cu_keys = (torch.tensor(cu, dtype=torch.int32, device=device) for cu in (queries, keys))
+        longest = (max(b - a for a, b in pairwise(cu)) for cu in (queries, keys))
+        self._varlen_bounds: tuple[Any, ...] = (cu_queries, cu_keys, *longest)
+        self._used, self._table = cu_keys.diff(), prompts.table
+
+    def sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Chunk by chunk, on any device and in any dtype."""
+        out = torch.empty_like(q)
+        for (start, end, first, last), mask in zip(self._bounds, self._masks, strict=True):
+            rows_q, rows_k, rows_v = (
+                x.transpose(0, 1).unsqueeze(0) for x in (q[start:end], k[first:last], v[first:last])
+            )
+            part = F.scaled_dot_product_attention(
+                rows_q,
+                rows_k,
+                rows_v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            out[start:end] = part[0].transpose(0, 1)
+        return out
+
+    def varlen(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Flash attention over all chunks at once, 16-bit on a GPU."""
+        options: dict[str, Any] = {}
+        if "enable_gqa" in VARLEN_OPTIONS:
+            options["enable_gqa"] = q.shape[1] != k.shape[1]
+        else:  # torch 2.11
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        out = varlen_attn(q, k, v, *self._varlen_bounds, window_size=(-1, 0), **options)
+        return cast(Tensor, out)
+
+    def paged_varlen(self, q: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+        """Flash attention that reads the pages [P, S, G, D] where they lie."""
+        out = varlen_attn(
+            q, key_cache, value_cache, *self._varlen_bounds, window_size=(-1, 0),
+            enable_gqa=True, seqused_k=self._used, block_table=self._table, num_splits=1,
+        )  # fmt: skip
+        return cast(Tensor, out)
+
+
+def _mask(queries: int, keys: int, device: torch.device) -> Tensor | None:
+    """bool [queries, keys], aligned at the lower right corner; None for the plain causal square."""
+    if queries == keys:
+        return None
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+@dataclass(frozen=True)
+class PagedLayout:
+    """The attention layout of a prefill step in one layer, whose cache is key_cache, value_cache [P, S, G, D]."""
+
+    prompts: Prompts
+    attention: ChunkAttention
+    key_cache: Tensor
+    value_cache: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [1, N, H, D], k and v [1, N, G, D] -> [1, N, H, D]; k and v are in the cache afterwards."""
+        prompts, (q, k, v) = self.prompts, (q[0], k[0], v[0])
+        key_rows, value_rows = self.key_cache.flatten(0, 1), self.value_cache.flatten(0, 1)  # [P S, G, D]
+        key_rows.index_copy_(0, prompts.slot, k)
+        value_rows.index_copy_(0, prompts.slot, v)
+        flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+        if flash and prompts.table is not None and not prompts.fresh:
+            return self.attention.paged_varlen(q, self.key_cache, self.value_cache).unsqueeze(0)
+        if not prompts.fresh:
+            k, v = (x.index_select(0, prompts.context) for x in (key_rows, value_rows))
+        attend = self.attention.varlen if flash else self.attention.sdpa
+        return attend(q, k, v).unsqueeze(0)

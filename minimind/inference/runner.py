@@ -1,0 +1,175 @@
+"""Runs the model over the paged cache: chunks of prompts, and one token for every row of the decode batch.
+
+    prompts   the model's own layers under PagedLayout (prefill.py)
+    decoding  native on a CPU: one call of the extension for the whole model
+              otherwise: the model's projections around rope_append_kv and decode_attention; native ones on a GPU
+              as CUDA graphs
+
+Operators are called without the argument checks of decode_ops: shapes and dtypes are the engine's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimind.inference import decode_ops, native
+from minimind.inference.batch import DecodeBatch
+from minimind.inference.cache import PagedCache
+from minimind.inference.decode_ops import BACKENDS, Backend
+from minimind.inference.decode_reference import decode_attention_ref, rope_append_kv_ref
+from minimind.inference.decode_step import DecodeWeights
+from minimind.inference.graphs import DecodeGraphs
+from minimind.inference.prefill import ChunkAttention, PagedLayout, pack
+from minimind.inference.replica import Replica
+from minimind.inference.sampling_reference import penalised, sample_ref
+from minimind.inference.scheduler import Chunk
+from minimind.modeling import Attention, Block, Rotation
+from minimind.rope import rope_cos_sin
+
+_SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "history", "seed", "offset"
+)  # fmt: skip
+
+
+_REFERENCE: tuple[Callable, Callable, Callable] = (rope_append_kv_ref, decode_attention_ref, sample_ref)
+
+
+def _native_ops() -> tuple[Callable, Callable, Callable]:
+    ops = torch.ops.minimind
+    return ops.rope_append_kv.default, ops.decode_attention.default, ops.sample.default
+
+
+def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps the native operators from decoding in `dtype` on `device`: one line, or None."""
+    if device.type == "cpu" and dtype not in (torch.float32, torch.bfloat16):
+        return f"on a CPU they compute in float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return native.why_not(device)
+
+
+class Runner:
+    """replica: the model; cache, batch: what it reads and writes; backend: see Engine."""
+
+    def __init__(
+        self, replica: Replica, cache: PagedCache, batch: DecodeBatch, max_context: int, backend: Backend
+    ) -> None:
+        self._replica, self._cache, self._batch = replica, cache, batch
+        self._device = cache.k.device
+        self._model, self._dtype = replica.model, cache.k.dtype
+        missing = why_not_native(self._device, self._dtype)
+        if backend == "native" and missing is not None:
+            raise ValueError(f"backend='native' cannot be met: {missing}; use backend='auto' or 'reference'")
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+        asked = backend if backend != "auto" else decode_ops.get_backend()
+        self._native, self._reason = asked != "reference" and missing is None, missing
+        self._rope, self._attention, self._sample = _native_ops() if self._native else _REFERENCE
+        positions = torch.arange(max_context, device=self._device)
+        self._cos, self._sin = rope_cos_sin(self._model.config, positions)  # [max_context, D / 2]
+        self._weights: DecodeWeights | None = None
+        self._graphs: DecodeGraphs | None = None
+        self.weights_changed(moved=True)
+
+    def describe(self) -> str:
+        if self._native:
+            return f"decoding: native ({native.build_info().summary(self._device)})"
+        return f"decoding: reference (plain PyTorch){'' if self._reason is None else f': {self._reason}'}"
+
+    def weights_changed(self, moved: bool) -> None:
+        """After Replica.refresh, which returned `moved`."""
+        if self._native and self._device.type == "cpu":
+            self._weights = DecodeWeights.of(self._model, self._dtype)
+        if moved:
+            self._graphs = None
+
+    def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Compute the chunks; float32 [n, V], logits of the next token of those that are their samples' last."""
+        model = self._model
+        prompts = pack(chunks, self._cache.page_size, self._device)
+        rotation = Rotation(self._cos, self._sin, prompts.position.unsqueeze(0))
+        attention = ChunkAttention(prompts)
+        x = model.embed_tokens(prompts.token).to(self._dtype).unsqueeze(0)  # [1, N, C]
+        sequences = _no_statistics(x) if model.config.num_experts else None
+        delta = None
+        for layer, k, v in self._layers():
+            x, delta, _ = layer(
+                x, delta, rotation, cast(Any, PagedLayout(prompts, attention, k, v)), sequences
+            )
+        assert delta is not None
+        return self._logits(x[0].index_select(0, prompts.last), delta[0].index_select(0, prompts.last))
+
+    def decode(self) -> Tensor:
+        """One token for every row of the batch; logits of the next, float32 [B, V], valid until the next call."""
+        rows = len(self._batch)
+        if self._weights is not None:
+            return self._decode_whole(self._weights, rows)
+        if self._native:
+            if self._graphs is None:
+                self._graphs = DecodeGraphs(self._decode_layers, self._batch.max_batch)
+            return self._graphs(rows)
+        return self._decode_layers(rows)
+
+    def sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """logits float32 [B, V] of the batch's rows -> their next tokens int64 [B], log-probabilities float32 [B]."""
+        b = self._batch.views(logits.shape[0])
+        return self._sample(logits, *[b[name] for name in _SAMPLING])
+
+    def likeliest(self, logits: Tensor, rows: list[int], count: int) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and ids of the likeliest tokens of some rows, [len(rows), count]: of the penalised, scaled
+        and untruncated distribution, as `sample` reports that of its token."""
+        index = torch.tensor(rows, device=logits.device)
+        b = {name: self._batch.views(logits.shape[0])[name][index] for name in _SAMPLING}
+        logits = penalised(logits[index], b["repetition_penalty"], b["presence_penalty"], b["history"])
+        temperature = torch.where(b["temperature"] > 0, b["temperature"], 1.0)
+        log_probs = (logits / temperature[:, None]).log_softmax(-1)
+        return log_probs.topk(min(count, log_probs.shape[-1]), dim=-1)
+
+    def _decode_whole(self, w: DecodeWeights, rows: int) -> Tensor:
+        b = self._batch.views(rows)
+        return torch.ops.minimind.decode_step.default(
+            b["token"], b["position"], b["slot"], b["table"], b["length"], self._cos, self._sin, w.tensors,
+            self._cache.k, self._cache.v, w.heads, w.qk_norm, w.experts, w.experts_per_token, w.shared_experts,
+            w.normalize_gates, w.eps, None, None,
+        )  # fmt: skip
+
+    def _decode_layers(self, rows: int) -> Tensor:
+        model, b = self._model, self._batch.views(rows)
+        x = model.embed_tokens(b["token"]).to(self._dtype)  # [B, C]
+        sequences = _no_statistics(x) if model.config.num_experts else None
+        delta = None
+        for layer, k, v in self._layers():
+            normed, x = layer.input_layernorm(x, delta)
+            normed, x = layer.post_attention_layernorm(x, self._attend(layer.self_attn, normed, k, v, b))
+            delta = layer.mlp(normed) if sequences is None else layer.mlp(normed[None], *sequences)[0][0]
+        assert delta is not None
+        return self._logits(x, delta)
+
+    def _layers(self) -> Iterator[tuple[Block, Tensor, Tensor]]:
+        """Every layer with its caches, [P, S, G, D]."""
+        return zip(cast(Iterable[Block], self._model.layers), self._cache.k, self._cache.v, strict=True)
+
+    def _attend(self, attn: Attention, x: Tensor, k: Tensor, v: Tensor, b: dict[str, Tensor]) -> Tensor:
+        """x [B, C] -> [B, C]; the tokens' keys and values go into the layer's cache k, v [P, S, G, D]."""
+        norms = (
+            None if attn.q_norm is None else attn.q_norm.weight,
+            None if attn.k_norm is None else attn.k_norm.weight,
+        )
+        positions = (self._cos, self._sin, b["position"], b["slot"])
+        q = self._rope(attn.qkv_proj(x), *positions, k, v, attn.heads, *norms, attn.eps, None, None)
+        out = self._attention(q, k, v, b["table"], b["length"], q.shape[-1] ** -0.5, None, None)
+        return attn.o_proj(out.flatten(1))
+
+    def _logits(self, x: Tensor, delta: Tensor) -> Tensor:
+        x, _ = self._model.norm(x, delta)
+        return F.linear(x, self._model.head_weight.to(x.dtype)).float()
+
+
+def _no_statistics(x: Tensor) -> tuple[Tensor, int, Tensor]:
+    """What a MoE layer wants for its load-balance statistics, which nobody reads here: all tokens are one sequence."""
+    tokens = x.numel() // x.shape[-1]
+    ids = torch.zeros(tokens, dtype=torch.int64, device=x.device)
+    return ids, 1, torch.ones(tokens, device=x.device)

@@ -1,0 +1,148 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from minimind.inference import prefill
+from minimind.inference.batch import DecodeBatch
+from minimind.inference.cache import PagedCache
+from minimind.inference.graphs import graph_sizes
+from minimind.inference.prefill import ChunkAttention, pack
+from minimind.inference.replica import Replica
+from minimind.inference.requests import SamplingParams
+from minimind.inference.runner import Runner
+from minimind.inference.scheduler import Chunk, Sample
+from tests.inference.small import small_model
+
+CPU = torch.device("cpu")
+TOKENS = torch.randint(0, 50, (3, 40), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def sample(tokens, pages):
+    out = Sample(0, 0, 1, tokens)
+    out.pages = pages
+    return out
+
+
+def runner_of(model, dtype=torch.float32, page_size=4):
+    config = model.config
+    cache = PagedCache.allocate(config, 32, page_size, dtype, CPU)  # NaN in tests: what is not written shows
+    batch = DecodeBatch(4, 16, page_size, config.vocab_size, CPU)
+    return Runner(Replica(model, dtype), cache, batch, 128, "reference"), cache
+
+
+@pytest.mark.parametrize("variant", ["dense", "moe", "yarn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_of_several_prompts_give_the_logits_of_whole_forwards(variant, dtype):
+    model = small_model(variant, vocab_size=50)
+    runner, cache = runner_of(model, dtype)
+    a, b, c = (
+        sample(TOKENS[0][:17], [9, 3, 20, 5, 0]),
+        sample(TOKENS[1][:6], [7, 1]),
+        sample(TOKENS[2][:30], [2, 8, 4, 31, 30, 29, 28, 27]),
+    )
+    steps = [
+        [Chunk(a, 0, 5, False), Chunk(b, 0, 6, True)],
+        [Chunk(a, 5, 6, False), Chunk(c, 0, 20, False)],
+        [Chunk(a, 6, 17, True), Chunk(c, 20, 30, True)],
+    ]
+    logits = torch.cat([runner.prefill(chunks) for chunks in steps])
+    assert logits.dtype == torch.float32
+    used = sum((len(s.tokens) + 3) // 4 for s in (a, b, c))
+    assert cache.k[0, :, 0, 0, 0].isfinite().sum() == used  # first rows of just those pages
+
+    def forward(tokens, mode):
+        model.double() if mode is None else model.float()
+        model.compute_dtype = mode
+        with torch.no_grad():
+            return model(torch.tensor([tokens])).logits[0, -1].double()
+
+    for row, s in zip(logits, (b, a, c), strict=True):
+        truth, plain = forward(s.tokens, None), forward(s.tokens, dtype)
+        eps = 16 * torch.finfo(dtype).eps * truth.abs().max()
+        assert (row - truth).abs().max() <= 2 * (plain - truth).abs().max() + eps
+    model.float()
+
+
+def test_pack():
+    a, b = sample(list(range(10, 19)), [5, 2, 7]), sample([30, 31], [1])
+    prompts = pack([Chunk(a, 3, 7, False), Chunk(b, 0, 2, True)], 4, CPU)
+    assert prompts.token.tolist() == [13, 14, 15, 16, 30, 31]
+    assert prompts.position.tolist() == [3, 4, 5, 6, 0, 1]
+    assert prompts.slot.tolist() == [23, 8, 9, 10, 4, 5]
+    assert prompts.context.tolist() == [20, 21, 22, 23, 8, 9, 10, 4, 5]
+    assert prompts.last.tolist() == [5]
+    assert prompts.bounds == [(0, 4, 0, 7), (4, 6, 7, 9)]
+    assert not prompts.fresh
+    assert pack([Chunk(b, 0, 2, True)], 4, CPU).fresh
+
+
+def fake_varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, enable_gqa=False, seqused_k=None,
+                     block_table=None, num_splits=None):  # fmt: skip
+    """What torch's varlen_attn is documented to compute, in float64, one sequence at a time."""
+    assert window_size == (-1, 0)
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    out = torch.empty_like(q)
+    for i in range(len(cu_q) - 1):
+        rows = q[cu_q[i] : cu_q[i + 1]]
+        if block_table is None:
+            keys, values = (x[cu_k[i] : cu_k[i + 1]] for x in (k, v))
+        else:
+            assert block_table.dtype == seqused_k.dtype == torch.int32
+            keys, values = (x[block_table[i].long()].flatten(0, 1)[: seqused_k[i]] for x in (k, v))
+        assert len(rows) <= max_q and len(keys) <= max_k
+        repeats = q.shape[1] // keys.shape[1]
+        assert repeats == 1 or enable_gqa
+        keys, values = (x.double().repeat_interleave(repeats, 1) for x in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", rows.double(), keys) * q.shape[-1] ** -0.5
+        hidden = torch.ones(len(rows), len(keys)).tril(len(keys) - len(rows)) == 0
+        p = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        out[cu_q[i] : cu_q[i + 1]] = torch.einsum("hqk,khd->qhd", p, values).to(q.dtype)
+    return out
+
+
+@pytest.mark.parametrize("gqa", [True, False])
+def test_flash_attention_gets_the_arguments_it_documents(monkeypatch, gqa):
+    """There is no GPU here: the kernel is replaced by its documentation."""
+    monkeypatch.setattr(prefill, "varlen_attn", fake_varlen_attn)
+    monkeypatch.setattr(prefill, "VARLEN_OPTIONS", {"enable_gqa": None} if gqa else {})
+    a, b = sample([1] * 9, [5, 2, 7]), sample([1] * 2, [1])
+    prompts = pack([Chunk(a, 3, 9, True), Chunk(b, 0, 2, True)], 4, CPU)
+    table = torch.tensor([[5, 2, 7], [1, 0, 0]], dtype=torch.int32)
+    attention = ChunkAttention(dataclasses.replace(prompts, table=table))
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(8, 4, 16, generator=generator)
+    cache = torch.randn(2, 8, 4, 2, 16, generator=generator)
+    k, v = (x.flatten(0, 1)[prompts.context] for x in cache)
+    expected = attention.sdpa(q, k, v)
+    eps = 64 * torch.finfo(torch.float32).eps
+    assert (attention.varlen(q, k, v) - expected).abs().max() <= eps
+    assert (attention.paged_varlen(q, *cache) - expected).abs().max() <= eps
+
+
+def test_rows_beyond_the_batch_change_nothing():
+    """A CUDA graph runs more rows than the batch has."""
+    model = small_model("moe", vocab_size=50)
+    runner, cache = runner_of(model)
+    for tokens, pages in zip(TOKENS, ([3, 1, 0], [2, 7, 5], [4, 6, 8]), strict=True):
+        s = sample(tokens[:9], pages)
+        runner.prefill([Chunk(s, 0, 9, True)])
+        s.computed = 9
+        runner._batch.join(s, SamplingParams(), seed=0)
+    runner._batch.leave(runner._batch.samples[2])
+    runner._batch.drawn(torch.tensor([7, 8]), np.array([7, 8]))
+    runner._batch.next_step()
+    before = cache.k.clone()
+    exact, padded = runner._decode_layers(2), runner._decode_layers(4)
+    assert torch.allclose(
+        padded[:2], exact, rtol=0, atol=64 * torch.finfo(torch.float32).eps * exact.abs().max()
+    )
+    changed = (cache.k != before) & ~(cache.k.isnan() & before.isnan())
+    assert changed.flatten(2).any(-1).any(0).nonzero().flatten().tolist() == [0, 5]
+
+
+def test_graph_sizes():
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(8) == [8, 4, 2, 1]
+    assert graph_sizes(12) == [12, 8, 4, 2, 1]

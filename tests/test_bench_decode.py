@@ -1,0 +1,279 @@
+"""bench/decode.py on a CPU and a tiny model: who is let through, what is counted, written and refused."""
+
+import csv
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from bench import decode_attention, decode_peers
+from bench.bandwidth import read_bandwidth
+from bench.decode import Args, main, random_model, step_bytes, summary
+from bench.decode_check import Judge, round_q8, rounded_logits
+from bench.decode_peers import PEERS, Generation, Setting, naive, naive_forward, why_not
+from bench.decode_report import COLUMNS, Row, plot, show
+from minimind import ModelConfig, ops
+from minimind.inference import native
+from minimind.modeling import Model
+from minimind.rope import rope_cos_sin
+from minimind.weights import save_weights
+from tests.inference.small import VARIANTS
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+SMALL = ModelConfig(32, 2, 4, 2, 16, 64, 200)
+
+
+def greedy(model: Model, prompts: torch.Tensor, new: int) -> list[list[int]]:
+    ids = prompts
+    with torch.no_grad():
+        for _ in range(new):
+            ids = torch.cat((ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+    return ids[:, prompts.shape[1] :].tolist()
+
+
+def prompts_of(rows: int, length: int, vocab: int = 200) -> torch.Tensor:
+    return torch.randint(16, vocab, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_judge_lets_the_greedy_continuation_through_and_nothing_else():
+    model, prompts = random_model(SMALL), prompts_of(3, 9)
+    judge, tokens = Judge(model), greedy(random_model(SMALL), prompts_of(3, 9), 20)
+    verdict = judge.judge(prompts, tokens, "fp32")
+    assert verdict.passed and verdict.equal == 1 and verdict.error < 1e-5
+    assert len({t for row in tokens for t in row}) >= 8, "a model that repeats itself proves nothing"
+    for row in range(3):
+        wrong = [list(r) for r in tokens]
+        wrong[row][-1] = (wrong[row][-1] + 1) % 200
+        assert not judge.judge(prompts, wrong, "fp32").passed
+        assert not judge.judge(prompts, wrong, "bf16").passed
+    with pytest.raises(ValueError, match="3 prompts got 2 rows"):
+        judge.judge(prompts, tokens[:2], "fp32")
+    with pytest.raises(ValueError, match=r"rows of \[19, 20\] tokens"):
+        judge.judge(prompts, [tokens[0][:-1], *tokens[1:]], "fp32")
+
+
+@pytest.mark.parametrize("width, dtype", [("bf16", torch.bfloat16), ("f16", torch.float16)])
+def test_rounding_explains_narrow_decoders_but_no_more(width, dtype):
+    import copy
+
+    model, prompts = random_model(SMALL), prompts_of(4, 9)
+    narrow = greedy(copy.deepcopy(model).to(dtype), prompts, 40)
+    verdict = Judge(model).judge(prompts, narrow, width)
+    assert verdict.passed and verdict.error > 1e-4
+    stale = greedy(random_model(SMALL, seed=1), prompts, 40)
+    assert not Judge(model).judge(prompts, stale, width).passed
+
+
+def test_q8_rounding_is_that_of_the_file_format():
+    gguf = pytest.importorskip("gguf", reason="install minimind[export]: needs gguf")
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    x[0] = 0
+    kind = gguf.GGMLQuantizationType.Q8_0
+    theirs = gguf.quants.dequantize(gguf.quants.quantize(x.numpy(), kind), kind)
+    assert np.array_equal(round_q8(x).numpy(), theirs)
+    model = random_model(SMALL)
+    before = model.embed_tokens.weight.clone()
+    with torch.no_grad():
+        found, plain = rounded_logits(model, prompts_of(1, 5), "q8_0"), model(prompts_of(1, 5)).logits
+    assert torch.equal(model.embed_tokens.weight, before), "the model itself is left alone"
+    assert 1e-4 < (found - plain).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("variant", ["dense", "qk_norm, untied", "moe", "moe top-1, qk_norm"])
+def test_the_naive_loop_computes_the_model(variant):
+    model = random_model(ModelConfig(32, 2, 4, 2, 16, 64, 200, **VARIANTS[variant])).double()
+    ids = prompts_of(2, 12)
+    past: list = [None, None]
+    with torch.no_grad():
+        whole = model(ids).logits
+        ops.set_mode("reference")
+        table = rope_cos_sin(model.config, torch.arange(12))
+        parts = [naive_forward(model, part, past, table) for part in (ids[:, :7], ids[:, 7:8], ids[:, 8:9])]
+    assert torch.allclose(torch.cat(parts, dim=1), whole[:, :9], rtol=0, atol=1e-6), "cos and sin are float32"
+    assert past[0][0].shape[1] == 9
+
+
+def test_the_naive_decoder_is_greedy(tmp_path):
+    model, prompts = random_model(SMALL), prompts_of(3, 9)
+    save_weights(model, tmp_path)
+    with torch.inference_mode():
+        generation = naive(Setting(tmp_path, 3, 9, 15, 1, CPU))(prompts)
+    assert generation.tokens == greedy(model, prompts, 15)
+    assert [count for _, count in generation.stamps] == [3] * 15
+    assert generation.first == [generation.stamps[0][0]] * 3
+
+
+def test_the_engine_is_driven_to_the_end_of_every_row(tmp_path):
+    model, prompts = random_model(SMALL), prompts_of(5, 9)
+    save_weights(model, tmp_path)
+    decode = decode_peers.ours(Setting(tmp_path, 5, 9, 15, 1, CPU), torch.float32, "reference")
+    for _ in range(2):
+        generation = decode(prompts)
+        assert generation.tokens == greedy(model, prompts, 15)
+        assert sum(count for _, count in generation.stamps) == 5 * 15 and len(generation.first) == 5
+
+
+def test_what_the_steps_come_to():
+    setting = Setting(Path(), 2, 8, 4, 1, CPU)
+    # the second row joins at 3 s; the first ends a step before it: two whole steps, of 1 and 3 s
+    turn = Generation([[1] * 4, [1] * 4], [(1.0, 1), (3.0, 2), (4.0, 2), (7.0, 2), (8.0, 1)], [1.0, 3.0])
+    found = summary([turn, turn], setting)
+    assert found["ttft"] == 2.0 and found["tpot"] == 2.0 and found["tokens_per_second"] == 1.0
+    assert found["overall_per_second"] == 2 * 8 / 16 and found["turns"] == 2
+    apart = Generation([[1] * 2] * 2, [(1.0, 1), (2.0, 1), (3.0, 1), (4.0, 1)], [1.0, 3.0])
+    with pytest.raises(ValueError, match="no step gave all 2 rows a token"):
+        summary([apart], setting)
+
+
+def test_bytes_of_a_step():
+    config = ModelConfig.preset("minimind2-moe")
+    with torch.device("meta"):
+        model, dense = Model(config), Model(ModelConfig.preset("minimind2-small"))
+    one, four = (Setting(Path(), batch, 100, 56, 1, CPU) for batch in (1, 4))
+    assert step_bytes(model, one, 2.0, 0) == 2 * model.num_parameters(active=True)
+    assert step_bytes(model, four, 2.0, 0) == 2 * model.num_parameters()
+    kv = dense.kv_bytes_per_token(torch.bfloat16)
+    assert kv == 2 * 8 * 2 * 64 * 2
+    assert step_bytes(dense, four, 2.0, kv) == 2 * dense.num_parameters() + 4 * 128 * kv
+
+
+def test_bandwidth_is_positive_and_finite():
+    assert 1e7 < read_bandwidth(1 << 20, CPU, 0.05) < 1e13
+
+
+def row(**changes) -> Row:
+    values = dict.fromkeys(COLUMNS) | {
+        "device": "card", "threads": 2, "model": "m", "weights": "random weights", "peer": "ours", "width": "bf16",
+        "batch": 1, "prompt": 8, "new": 8, "status": "ok", "reason": "", "ttft": 0.01, "tpot": 0.001, "p20": 0.0009,
+        "p80": 0.0012, "tokens_per_second": 1000.0, "share": 0.5, "kv_bytes_per_token": 4096, "error_ratio": 0.5,
+    }  # fmt: skip
+    return Row(**(values | changes))
+
+
+def test_table_and_picture(tmp_path):
+    console = Console(record=True, width=160)
+    refused = row(peer="broken", status="refused", reason="error ratio 9", tokens_per_second=None, tpot=None)
+    rows = [row(), refused, row(peer="naive", tokens_per_second=200.0)]
+    show(rows, console)
+    text = console.export_text()
+    assert "5.00" in text and "broken refused: error ratio 9" in text and "ratios against naive" in text
+    plot([*rows, row(batch=16)], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    plot([refused], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"peer": ("theirs",)}, "--peer theirs: unknown; choose from ours, "),
+        ({"preset": "gpt5"}, "--preset gpt5: unknown"),
+        ({"batch": (0,)}, "--batch 0: counts from 1"),
+        ({"prompt": 0}, "--prompt 0: counts from 1"),
+        ({"turns": 0}, "--turns 0: counts from 1"),
+        ({"new": 1}, "--new 1: at least 2"),
+        ({"device": "abacus"}, "--device abacus"),
+    ],
+)
+def test_bad_arguments(given, message):
+    with pytest.raises(ValueError, match=message):
+        main(Args(**given))
+
+
+def test_who_cannot_run_says_why():
+    moe = ModelConfig.preset("minimind2-moe")
+    assert "dense models only" in (why_not("hf-dynamic", moe, CPU) or "")
+    assert why_not("naive", moe, CPU) is None and why_not("ours-reference", moe, CPU) is None
+    assert why_not("ours", moe, CPU) == native.why_not(CPU)
+    assert why_not("llama.cpp-f16", moe, torch.device("cuda")) in (
+        "built for the CPU only", "llama-cpp-python is not installed",
+    )  # fmt: skip
+
+
+def test_every_peer_is_described():
+    text = inspect.cleandoc(decode_peers.__doc__ or "")
+    for name in PEERS:
+        assert re.search(rf"(?m)(^|[\s,]){re.escape(name)}([\s,]|$)", text), name
+
+
+def test_a_run_of_the_script(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "bench/decode.py", "--preset", "nano", "--peer", "ours-reference", "naive",
+               "--batch", "1", "3", "--prompt", "9", "--new", "6", "--turns", "1", "--out", str(tmp_path)]  # fmt: skip
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    result = json.loads(answer.stdout.splitlines()[-1])
+    rows = result["rows"]
+    assert [(r["peer"], r["batch"]) for r in rows] == [
+        (peer, batch) for batch in (1, 3) for peer in ("ours-reference", "naive")
+    ]
+    for r in rows:
+        assert r["status"] == "ok" and r["error_ratio"] <= 2 and r["peak_mib"] > 50 and r["threads"] == 1
+        assert r["tokens_per_second"] == pytest.approx(r["batch"] / r["tpot"]) and r["ttft"] > 0
+        assert r["share"] == pytest.approx(r["step_bytes"] / r["bandwidth"] / r["tpot"])
+    assert [r["equal"] for r in rows if r["peer"] == "naive"] == [1.0, 1.0]
+    with (tmp_path / "decode.csv").open(encoding="utf-8", newline="") as file:
+        assert [r["peer"] for r in csv.DictReader(file)] == ["ours-reference", "naive"] * 2
+    assert Path(result["png"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_decoder_that_writes_nonsense_is_refused(tmp_path, monkeypatch):
+    """In this process, with workers replaced: only what passes the gate is timed."""
+    from bench import decode
+    from bench.decode_worker import DecoderError
+
+    class Fake:
+        def __init__(self, name: str, setting: Setting) -> None:
+            self.name, self.setting, self.turns, self.peak_mib = name, setting, [], 1.0
+            self.process = type("P", (), {"terminate": staticmethod(lambda: None)})()
+
+        def ready(self) -> None:
+            if self.name == "hf-dynamic":
+                raise DecoderError("out of memory")
+
+        def run(self, prompts: torch.Tensor) -> Generation:
+            tokens = greedy(random_model(ModelConfig.preset("nano")), prompts, self.setting.new)
+            if self.name == "ours-reference":
+                tokens[-1][-1] = 17
+            stamps = [(0.5 + i, len(tokens)) for i in range(self.setting.new)]
+            return Generation(tokens, stamps, [0.5] * len(tokens))
+
+        def finish(self) -> None:
+            pass
+
+    monkeypatch.setattr(decode, "Worker", Fake)
+    args = Args(preset="nano", peer=("ours-reference", "hf-dynamic", "naive"), batch=(2,), prompt=5, new=4, turns=2,
+                device="cpu", out=str(tmp_path))  # fmt: skip
+    monkeypatch.setattr(decode, "why_not", lambda *_: None)
+    nonsense, dead, good = main(args)["rows"]
+    assert nonsense["status"] == "refused" and nonsense["tpot"] is None and nonsense["error_ratio"] > 2
+    assert dead["status"] == "failed" and dead["reason"] == "out of memory"
+    assert good["status"] == "ok" and good["tpot"] == 1.0 and good["turns"] == 2
+
+
+def test_attention_contenders_agree(tmp_path):
+    case = decode_attention.make_case(ModelConfig.preset("minimind2-small"), 3, 37, CPU, torch.float32)
+    assert case.table.unique().numel() == case.table.numel() == 3 * 3
+    truth = decode_attention.eager(case.to(torch.float64), 0)
+    found = decode_attention.ours(case, 0)
+    assert (found - truth).abs().max() <= 2 * (decode_attention.eager(case, 0) - truth).abs().max() + 1e-6
+    assert decode_attention.error_ratio("eager", case) <= 1
+    assert case.bytes_read == 2 * 3 * 37 * 2 * 64 * 4
+    result = decode_attention.main(
+        decode_attention.Args(
+            preset=("nano",), batch=(2,), context=(20,), repeat=2, device="cpu", out=str(tmp_path)
+        )
+    )
+    rows = {r["contender"]: r for r in result["rows"]}
+    assert rows["eager"]["status"] == rows["dense"]["status"] == "ok" and rows["eager"]["rate"] > 0
+    assert ("minimind" in rows) == (native.why_not(CPU) is None)
