@@ -1,4 +1,4 @@
-# make demo   from nothing to a model that writes, in minutes, on any machine
+# make demo   from nothing to a model that answers, in minutes, on any machine
 # make test   the test suite; make lint: ruff and mypy; make venv: the environment alone
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,14 +8,15 @@ RUN := $(VENV)/bin/python
 
 venv: $(VENV)/installed
 
-$(VENV)/installed: setup.py constraints.txt
+$(VENV)/installed: setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed; name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: venv
-	$(RUN) train/pretrain.py --tokens 1_600_000
+	$(RUN) train/pretrain.py --tokens 700_000 --evals 4
+	$(RUN) train/sft.py --evals 4
 
 test: venv
 	$(RUN) -m pytest tests/

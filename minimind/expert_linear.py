@@ -31,16 +31,12 @@ def _expert_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("minimind::expert_linear_backward", mutates_args=(), device_types="cpu")
-def _expert_linear_backward(
-    dout: Tensor, x: Tensor, weight: Tensor, offsets: Tensor
-) -> tuple[Tensor, Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype)
-    dweight = torch.zeros(weight.shape, dtype=weight.dtype)
+@torch.library.custom_op("minimind::expert_linear_dweight", mutates_args=(), device_types="cpu")
+def _expert_linear_dweight(dout: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    dweight = torch.zeros(offsets.numel() - 1, dout.shape[1], x.shape[1], dtype=x.dtype)
     for expert, rows in _parts(offsets):
-        torch.mm(dout[rows], weight[expert], out=dx[rows])
         torch.mm(dout[rows].t(), x[rows], out=dweight[expert])
-    return dx, dweight
+    return dweight
 
 
 @_expert_linear.register_fake
@@ -48,18 +44,24 @@ def _(x, weight, offsets):
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@_expert_linear_backward.register_fake
-def _(dout, x, weight, offsets):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+@_expert_linear_dweight.register_fake
+def _(dout, x, offsets):
+    return x.new_empty(offsets.numel() - 1, dout.shape[1], x.shape[1])
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs)
+    x, weight, offsets = inputs
+    need_dx, need_dweight = ctx.needs_input_grad[:2]  # frozen experts keep no x
+    ctx.save_for_backward(x if need_dweight else None, weight if need_dx else None, offsets)
 
 
 def _backward(ctx, dout):
-    return (None,) * 3 if dout is None else (*_expert_linear_backward(dout, *ctx.saved_tensors), None)
+    if dout is None:
+        return None, None, None
+    x, weight, offsets = ctx.saved_tensors
+    dx = None if weight is None else _expert_linear(dout, weight.transpose(1, 2), offsets)
+    return dx, None if x is None else _expert_linear_dweight(dout, x, offsets), None
 
 
 _expert_linear.register_autograd(_backward, setup_context=_save)

@@ -216,6 +216,7 @@ class Model(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # None: the dtype of the parameters
         self.recompute = False  # in the backward, run each block again instead of keeping what is inside it
+        self.dropout = False  # an adapter draws random numbers: a block that is run again must draw the same
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -276,7 +277,9 @@ class Model(nn.Module):
         for layer in self.layers:
             inputs = (x, delta, rotation, layout, sequences)
             if self.recompute and self.training:
-                x, delta, report = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+                x, delta, report = checkpoint(
+                    layer, *inputs, use_reentrant=False, preserve_rng_state=self.dropout
+                )
             else:
                 x, delta, report = layer(*inputs)
             if report is not None:

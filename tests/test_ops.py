@@ -172,5 +172,17 @@ def test_expert_linear(dtype):
     assert_contract(lambda x, w: expert_linear(x, w, offsets), loop, inputs, ["y", "dx", "dweight"])
     leaves = [t.requires_grad_() for t in inputs]
     torch.library.opcheck(torch.ops.minimind.expert_linear, (*leaves, offsets))
-    plain = [rand(64, 40, seed=2).to(dtype), *(t.detach() for t in leaves)]
-    torch.library.opcheck(torch.ops.minimind.expert_linear_backward, (*plain, offsets))
+    dout, x = rand(64, 40, seed=2).to(dtype), leaves[0].detach()
+    torch.library.opcheck(torch.ops.minimind.expert_linear_dweight, (dout, x, offsets))
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="this operator is the CPU's")
+def test_expert_linear_with_frozen_weights_keeps_no_input():
+    x, weight = rand(64, 24).requires_grad_(), rand(4, 40, 24, seed=1)
+    offsets, kept = torch.tensor([0, 5, 5, 63, 64], dtype=torch.int32), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        out = expert_linear(x, weight, offsets)
+    assert set(kept) == {weight.data_ptr(), offsets.data_ptr()}
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    expected = torch.cat([w.sum(0).expand(n, -1) for w, n in zip(weight, [5, 0, 58, 1], strict=True)])
+    torch.testing.assert_close(dx, expected)

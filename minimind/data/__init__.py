@@ -1,6 +1,8 @@
 """Text to batches: read files, tokenize once into a memory-mapped cache, pack, load."""
 
+from minimind.data.builtin_chat import builtin_conversations
 from minimind.data.cache import Corpus, open_corpus
+from minimind.data.conversations import open_conversations
 from minimind.data.corpus import builtin_corpus
 from minimind.data.loader import Batch, PackedLoader
 from minimind.data.reader import expand_paths, iter_texts, read_documents
@@ -9,9 +11,11 @@ __all__ = [
     "Batch",
     "Corpus",
     "PackedLoader",
+    "builtin_conversations",
     "builtin_corpus",
     "expand_paths",
     "iter_texts",
+    "open_conversations",
     "open_corpus",
     "read_documents",
 ]

@@ -5,39 +5,24 @@ where in the text to go on. What lies beyond that (a part cut short) is cut off 
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 
 from minimind.data.files import disk_full, is_disk_full, read_json, write_json
 from minimind.data.progress import ByteProgress
-from minimind.data.reader import read_documents
+from minimind.data.recipes import Encoded, Recipe
 from minimind.data.records import BadRows, Document, Position, bad_row_error
-from minimind.data.store import DOCUMENTS, ENTRY_BYTES, META, TOKEN_BYTES, TOKENS
+from minimind.data.store import CODES, DOCUMENTS, ENTRY_BYTES, META, TOKEN_BYTES, TOKENS
 from minimind.data.streams import decompressed_size
 
 PROGRESS = "progress.json"
 PART_BYTES = 32 << 20
 BATCH_BYTES = 1 << 20
-
-
-class Encoder(Protocol):
-    """What is needed of a tokenizer."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def bos_token_id(self) -> int: ...
-    @property
-    def eos_token_id(self) -> int: ...
-    @property
-    def fingerprint(self) -> str: ...
-    def encode_batch(self, texts: Sequence[str], allow_special: bool = False) -> Sequence[npt.ArrayLike]: ...
 
 
 @dataclass
@@ -47,26 +32,29 @@ class Progress:
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
+    weighted: bool = False
     position: Position = Position()  # noqa: RUF009 - frozen
     bad: BadRows = field(default_factory=BadRows)
 
     @classmethod
-    def load(cls, folder: Path) -> "Progress":
+    def load(cls, folder: Path, weighted: bool) -> "Progress":
         """The progress recorded in `folder`; none without a record or when the files are shorter than it."""
         value = read_json(folder / PROGRESS)
         if value is None:
-            return cls()
+            return cls(weighted=weighted)
         try:
             bad = load_bad_rows(value.pop("bad"))
             progress = cls(position=Position(**value.pop("position")), bad=bad, **value)
+            progress.weighted = weighted
             whole = all(os.path.getsize(folder / name) >= size for name, size in progress.sizes().items())
         except (OSError, TypeError, KeyError):
-            return cls()
-        return progress if whole else cls()
+            return cls(weighted=weighted)
+        return progress if whole else cls(weighted=weighted)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file."""
-        return {TOKENS: self.tokens * TOKEN_BYTES, DOCUMENTS: (self.documents + 1) * ENTRY_BYTES}
+        sizes = {TOKENS: self.tokens * TOKEN_BYTES, DOCUMENTS: (self.documents + 1) * ENTRY_BYTES}
+        return sizes | ({CODES: self.tokens} if self.weighted else {})
 
 
 def load_bad_rows(value: dict[str, Any]) -> BadRows:
@@ -77,7 +65,7 @@ def load_bad_rows(value: dict[str, Any]) -> BadRows:
 def build(
     folder: Path,
     path: Path,
-    tokenizer: Encoder,
+    recipe: Recipe[Any],
     on_bad_row: str,
     console: Console,
     part_bytes: int = PART_BYTES,
@@ -87,7 +75,7 @@ def build(
 
     Raises ValueError on a bad row (unless skipped), on a file without documents, and on a full disk.
     """
-    progress = Progress.load(folder)
+    progress = Progress.load(folder, recipe.weighted)
     if on_bad_row == "error" and progress.bad.count:
         raise bad_row_error(path, *progress.bad.first[0])
     total = decompressed_size(path)
@@ -95,12 +83,12 @@ def build(
         with _Files(folder, progress) as files:
             title = f"tokenizing {path.name}"
             with ByteProgress(console, title, total, progress.position.offset) as shown:
-                reading = read_documents(path, on_bad_row, progress.position, progress.bad)
+                reading = recipe.read(path, on_bad_row, progress.position, progress.bad)
                 since = 0
                 for batch in _batches(reading, batch_bytes):
-                    files.append(batch, *_encode(batch, tokenizer))
+                    files.append(batch, recipe.encode(batch))
                     shown.update(progress.position.offset)
-                    since += sum(document.num_bytes for document in batch)
+                    since += sum(document.size for document in batch)
                     if since >= part_bytes:
                         files.commit()
                         since = 0
@@ -111,7 +99,7 @@ def build(
         write_json(folder / META, meta)
     except OSError as error:
         if is_disk_full(error):
-            _cut_back(folder)
+            _cut_back(folder, recipe.weighted)
             raise disk_full(folder, _bytes_needed(progress, total or os.path.getsize(path))) from None
         raise
     (folder / PROGRESS).unlink(missing_ok=True)
@@ -125,7 +113,7 @@ def _all_bad(bad: BadRows) -> str:
 
 
 class _Files:
-    """The two growing files; `append` writes, `commit` makes what was written count."""
+    """The growing files; `append` writes, `commit` makes what was written count."""
 
     def __init__(self, folder: Path, progress: Progress) -> None:
         self._folder, self._progress = folder, progress
@@ -149,11 +137,14 @@ class _Files:
         for file in self._files.values():
             file.close()
 
-    def append(self, batch: list[Document], tokens: np.ndarray, lengths: np.ndarray) -> None:
+    def append(self, batch: list[Document], encoded: Encoded) -> None:
         progress = self._progress
         sizes = np.array([document.num_bytes for document in batch])
-        entries = np.stack([lengths.cumsum() + progress.tokens, sizes.cumsum() + progress.bytes], axis=1)
-        _write(self._files[TOKENS], tokens.astype("<u2", copy=False))
+        places = encoded.lengths.cumsum() + progress.tokens
+        entries = np.stack([places, sizes.cumsum() + progress.bytes], axis=1)
+        _write(self._files[TOKENS], encoded.tokens.astype("<u2", copy=False))
+        if encoded.codes is not None:
+            _write(self._files[CODES], encoded.codes)
         _write(self._files[DOCUMENTS], entries.astype("<i8"))
         progress.documents += len(batch)
         progress.tokens, progress.bytes = int(entries[-1, 0]), int(entries[-1, 1])
@@ -187,7 +178,7 @@ def _batches(documents: Iterator[Document], batch_bytes: int) -> Iterator[list[D
     held = 0
     for document in documents:
         batch.append(document)
-        held += document.num_bytes
+        held += document.size
         if held >= batch_bytes:
             yield batch
             batch, held = [], 0
@@ -195,23 +186,9 @@ def _batches(documents: Iterator[Document], batch_bytes: int) -> Iterator[list[D
         yield batch
 
 
-def _encode(batch: list[Document], tokenizer: Encoder) -> tuple[np.ndarray, np.ndarray]:
-    """(uint16 [tokens], int64 [documents]): bos, text, eos of each document; tokens of each document."""
-    ids = tokenizer.encode_batch([document.text for document in batch], allow_special=False)
-    texts = [np.asarray(row, np.uint16) for row in ids]
-    lengths = np.array([len(row) for row in texts]) + 2
-    ends = lengths.cumsum()
-    tokens = np.empty(int(ends[-1]), np.uint16)
-    inner = np.ones(len(tokens), bool)
-    inner[ends - lengths] = inner[ends - 1] = False
-    tokens[ends - lengths], tokens[ends - 1] = tokenizer.bos_token_id, tokenizer.eos_token_id
-    tokens[inner] = np.concatenate(texts)
-    return tokens, lengths
-
-
-def _cut_back(folder: Path) -> None:
+def _cut_back(folder: Path, weighted: bool) -> None:
     """Give back what a failed part took; what counts stays."""
-    progress = Progress.load(folder)
+    progress = Progress.load(folder, weighted)
     for name, size in progress.sizes().items():
         if progress.documents and (folder / name).exists():
             os.truncate(folder / name, size)

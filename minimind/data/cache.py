@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from minimind.data.build import PART_BYTES, PROGRESS, Encoder, build, load_bad_rows
+from minimind.data.build import PART_BYTES, PROGRESS, build, load_bad_rows
 from minimind.data.files import (
     cache_root,
     locked,
@@ -20,8 +21,9 @@ from minimind.data.files import (
 )
 from minimind.data.progress import ByteProgress, say
 from minimind.data.reader import EXTENSIONS, expand_paths
+from minimind.data.recipes import Encoder, Recipe, Texts
 from minimind.data.records import bad_row_error, reporter
-from minimind.data.store import DOCUMENTS, META, TOKENS, Corpus, Source
+from minimind.data.store import CODES, DOCUMENTS, META, TOKENS, Corpus, Source
 
 FORMAT_VERSION = 2
 _HASH_CHUNK = 1 << 20
@@ -48,24 +50,41 @@ def open_corpus(
     Raises ValueError, in one line, on a bad row (file:line, unless `on_bad_row` is "skip"), a file without
     documents, a vocabulary beyond 65536 and a folder that is full or cannot be written.
     """
+    return open_cached(paths, Texts(tokenizer), EXTENSIONS, cache_dir, on_bad_row, console, part_bytes)
+
+
+def open_cached(
+    paths: Sequence[str | Path],
+    recipe: Recipe[Any],
+    extensions: Sequence[str],
+    cache_dir: str | Path | None = None,
+    on_bad_row: str = "error",
+    console: Console | None = None,
+    part_bytes: int = PART_BYTES,
+) -> Corpus:
+    """`open_corpus` for any recipe; files must have one of `extensions` (the .gz and .zst of each apart)."""
     console = console or Console(stderr=True)
     reporter("", on_bad_row, None)
-    if tokenizer.vocab_size > 1 << 16:
+    vocab_size = recipe.vocabulary.vocab_size
+    if vocab_size > 1 << 16:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but the token cache stores 16-bit numbers; "
+            f"the tokenizer has {vocab_size} tokens, but the token cache stores 16-bit numbers; "
             "use a vocabulary of at most 65536"
         )
     root = cache_root(cache_dir)
     files = expand_paths(paths)
-    return Corpus.of([_open_source(file, tokenizer, root, on_bad_row, console, part_bytes) for file in files])
+    other = next((file for file in files if not _has_extension(file, extensions)), None)
+    if other is not None:
+        raise ValueError(f"{other}: this kind of data comes as {' or '.join(extensions)}; leave the file out")
+    return Corpus.of([_open_source(file, recipe, root, on_bad_row, console, part_bytes) for file in files])
 
 
 def _open_source(
-    path: Path, tokenizer: Encoder, root: Path, on_bad_row: str, console: Console, part_bytes: int
+    path: Path, recipe: Recipe[Any], root: Path, on_bad_row: str, console: Console, part_bytes: int
 ) -> Source:
     try:
         stamp = _stamp(path)
-        key = _key(path, _content_hash(path, stamp, root, console), tokenizer)
+        key = _key(path, _content_hash(path, stamp, root, console), recipe)
     except OSError as error:
         raise ValueError(
             f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
@@ -76,7 +95,7 @@ def _open_source(
         make_folder(folder)
         with locked(folder.parent / f"{key}.lock", f"that is tokenizing {path.name}", console):
             source = _complete(folder, path) or _built(
-                folder, path, tokenizer, on_bad_row, console, part_bytes, stamp
+                folder, path, recipe, on_bad_row, console, part_bytes, stamp
             )
     bad = load_bad_rows(source.meta["bad"])
     if bad.count and on_bad_row == "error":
@@ -91,7 +110,7 @@ def _open_source(
 def _built(
     folder: Path,
     path: Path,
-    tokenizer: Encoder,
+    recipe: Recipe[Any],
     on_bad_row: str,
     console: Console,
     part_bytes: int,
@@ -99,10 +118,10 @@ def _built(
 ) -> Source:
     if (folder / META).exists():
         say(console, f"{folder}: damaged, so built anew")
-        for name in (META, PROGRESS, TOKENS, DOCUMENTS):
+        for name in (META, PROGRESS, TOKENS, DOCUMENTS, CODES):
             (folder / name).unlink(missing_ok=True)
     began = time.monotonic()
-    build(folder, path, tokenizer, on_bad_row, console, part_bytes)
+    build(folder, path, recipe, on_bad_row, console, part_bytes)
     if _stamp(path) != stamp:
         (folder / META).unlink()
         raise ValueError(f"{path}: changed while it was being tokenized; run again when it is complete")
@@ -126,11 +145,14 @@ def _complete(folder: Path, path: Path) -> Source | None:
         return None
 
 
-def _key(path: Path, content_hash: str, tokenizer: Encoder) -> str:
-    """Names the tokens of this content, read as this kind of file, by this tokenizer."""
+def _has_extension(path: Path, extensions: Sequence[str]) -> bool:
+    return path.name.removesuffix(".gz").removesuffix(".zst").endswith(tuple(extensions))
+
+
+def _key(path: Path, content_hash: str, recipe: Recipe[Any]) -> str:
+    """Names the tokens of this content, read as this kind of file, by this recipe."""
     kind = next(extension for extension in EXTENSIONS if path.name.endswith(extension))
-    parts = [FORMAT_VERSION, kind, content_hash, tokenizer.fingerprint]
-    parts += [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    parts = [FORMAT_VERSION, kind, content_hash, *recipe.key()]
     return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 

@@ -7,6 +7,7 @@ are taken from the stream of rows and may span windows and epochs, so that no ro
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,7 @@ from minimind.data.packing import assign_rows, cut_documents
 from minimind.data.permutation import Permutation
 from minimind.data.rows import Pieces, join, segments
 from minimind.data.store import Corpus
+from minimind.data.weights import MARKER, NONE, Cuts, class_of, fit
 
 IGNORE_INDEX = -100
 _WINDOW_DOCUMENTS = 1 << 14
@@ -32,6 +34,8 @@ class Batch:
     num_targets: pairs trained on here. global_num_targets: those of all ranks together.
     num_bytes: UTF-8 bytes of text predicted here; a document that was cut counts where its last piece is.
     documents: for each row the numbers of its documents in the corpus, int64.
+    loss_weights: float32 [rows, seq_len], 0 where there is no target; None where every target has weight 1.
+    global_weight: the weights of all ranks together; without loss_weights global_num_targets.
     """
 
     input_ids: np.ndarray
@@ -42,6 +46,8 @@ class Batch:
     global_num_targets: int
     num_bytes: int
     documents: list[np.ndarray]
+    loss_weights: np.ndarray | None
+    global_weight: float
 
 
 class PackedLoader:
@@ -49,6 +55,10 @@ class PackedLoader:
 
     The rows of all ranks together do not depend on `world_size`. When it does not divide `rows`, the later
     ranks get a last row of padding. Raises ValueError on sizes below 1 or more ranks than rows.
+
+    Conversations (a weighted `view`) stay whole: one that is longer than a row is cut behind its last turn that
+    fits, or else within its first answer (`cuts` counts them), and only the assistant's tokens are targets.
+    marker_weight: the weight of those of reasoning markers; the others' is 1.
     """
 
     def __init__(
@@ -60,6 +70,7 @@ class PackedLoader:
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        marker_weight: float = 1.0,
     ) -> None:
         if seq_len < 1 or rows < 1:
             raise ValueError(f"seq_len={seq_len} and rows={rows} must both be at least 1")
@@ -72,11 +83,14 @@ class PackedLoader:
         if view.num_tokens <= view.num_documents:
             raise ValueError("the data has nothing to predict: no document is longer than one token")
         self.view, self.seq_len, self.rows, self.seed, self.shuffle = view, seq_len, rows, seed, shuffle
+        self.marker_weight = marker_weight
         self.rank, self.world_size = rank, world_size
         mean = -(-view.num_tokens // view.num_documents)
         self._window_documents = max(1, min(_WINDOW_DOCUMENTS, _WINDOW_TOKENS // mean))
         self._epoch = self._window = self._row = 0
         self._packed: tuple[tuple[int, int], Pieces] | None = None
+        if view.weighted and not self.cuts.pairs:
+            raise ValueError(f"--seq-len {seq_len}: every first question is longer; use longer rows")
 
     @property
     def epoch(self) -> int:
@@ -86,7 +100,14 @@ class PackedLoader:
     @property
     def tokens_per_epoch(self) -> int:
         """(input, target) pairs of one pass."""
+        if self.view.weighted:
+            return self.cuts.pairs
         return self.view.num_tokens - self.view.num_documents
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        """What of the conversations does not fit into a row."""
+        return Cuts.of(self.view, self.seq_len)
 
     @property
     def fill(self) -> float:
@@ -187,10 +208,7 @@ class PackedLoader:
         documents = np.arange(first, min(first + self._window_documents, self.view.num_documents))
         if self.shuffle:
             documents = Permutation(self.view.num_documents, self.seed, epoch)(documents)
-        lengths = self.view.lengths(documents)
-        which, start, length = cut_documents(lengths, self.seq_len)
-        last = start + length == lengths[which] - 1
-        num_bytes = np.where(last, self.view.bytes_of(documents)[which], 0)
+        which, start, length, num_bytes = self._cut(documents)
         row = assign_rows(length, self.seq_len)
         num_rows = int(row.max()) + 1 if len(row) else 0
         if self.shuffle:
@@ -205,6 +223,17 @@ class PackedLoader:
         address = self.view.addresses(documents)[which] + start
         return Pieces(documents[which][order], address[order], length[order], num_bytes[order], starts)
 
+    def _cut(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(number in `documents`, start, length, bytes counted) of each piece; a conversation is one or none."""
+        if self.view.weighted:
+            kept = fit(self.view, documents, self.seq_len)
+            which = np.flatnonzero(kept.pairs)
+            return which, np.zeros_like(which), kept.pairs[which], kept.num_bytes[which]
+        lengths = self.view.lengths(documents)
+        which, start, length = cut_documents(lengths, self.seq_len)
+        last = start + length == lengths[which] - 1
+        return which, start, length, np.where(last, self.view.bytes_of(documents)[which], 0)
+
     def _assemble(self, batch: Pieces) -> Batch:
         """This rank's share of a global batch (which may be short of rows)."""
         mine = batch.rows(np.arange(self.rank, batch.num_rows, self.world_size))
@@ -217,6 +246,9 @@ class PackedLoader:
         targets = np.full(rows * self.seq_len, IGNORE_INDEX, np.int64)
         input_ids[filled] = self.view.gather(mine.address, mine.length)
         targets[filled] = self.view.gather(mine.address + 1, mine.length)
+        counted = _Counted(int(mine.length.sum()), int(batch.length.sum()), float(batch.length.sum()))
+        if self.view.weighted:
+            counted = self._weigh(mine, batch, targets, filled)
         shape = (rows, self.seq_len)
         starts = np.append(mine.row_starts, np.full(rows - mine.num_rows, len(mine.document)))
         return Batch(
@@ -224,8 +256,33 @@ class PackedLoader:
             targets.reshape(shape),
             position_ids.reshape(shape),
             np.concatenate([[0], ends]).astype(np.int32),
-            int(mine.length.sum()),
-            int(batch.length.sum()),
+            counted.num_targets,
+            counted.global_num_targets,
             int(mine.num_bytes.sum()),
             [mine.document[a:b] for a, b in pairwise(starts)],
+            None if counted.loss_weights is None else counted.loss_weights.reshape(shape),
+            counted.global_weight,
         )
+
+    def _weigh(self, mine: Pieces, batch: Pieces, targets: np.ndarray, filled: np.ndarray) -> "_Counted":
+        """Take what is not the assistant's out of `targets`; count and weigh the rest, of all ranks too."""
+        classes = class_of(self.view.gather_codes(mine.address + 1, mine.length))
+        whole = class_of(self.view.gather_codes(batch.address + 1, batch.length))
+        targets[filled] = np.where(classes == NONE, IGNORE_INDEX, targets[filled])
+        number, markers = int(np.count_nonzero(whole)), int(np.count_nonzero(whole == MARKER))
+        weights = None
+        if self.marker_weight != 1:
+            weights = np.zeros(len(targets), np.float32)
+            weights[filled] = np.array([0, 1, self.marker_weight], np.float32)[classes]
+        weight = number + markers * (self.marker_weight - 1)
+        return _Counted(int(np.count_nonzero(classes)), number, weight, weights)
+
+
+@dataclass(frozen=True, eq=False)
+class _Counted:
+    """Targets of this rank and of all, the weight of all, and the weights where they differ."""
+
+    num_targets: int
+    global_num_targets: int
+    global_weight: float
+    loss_weights: np.ndarray | None = None

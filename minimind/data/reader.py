@@ -52,7 +52,7 @@ def read_documents(
     if _is_text(path):
         yield from text_pieces(Path(path), start, report)
         return
-    for line, end, row in _rows(Path(path), start, report):
+    for line, end, row in iter_rows(Path(path), start, report):
         try:
             text = _text_field(row)
             num_bytes = len(text.encode())
@@ -73,7 +73,7 @@ def iter_texts(path: Path | str, on_bad_row: str = "error", bad: BadRows | None 
     if _is_text(path):
         yield from (document.text for document in text_pieces(Path(path), START, report))
         return
-    for line, _, row in _rows(Path(path), START, report):
+    for line, _, row in iter_rows(Path(path), START, report):
         try:
             texts = _row_texts(row)
             for text in texts:
@@ -116,8 +116,8 @@ def _is_text(path: Path | str) -> bool:
     return str(path).endswith((".txt", ".txt.gz", ".txt.zst"))
 
 
-def _rows(path: Path, start: Position, report: Report) -> Iterator[tuple[int, Position, dict[str, Any]]]:
-    """(line from 1, place after it, object) of every usable line."""
+def iter_rows(path: Path, start: Position, report: Report) -> Iterator[tuple[int, Position, dict[str, Any]]]:
+    """(line from 1, place after it, object) of every usable line of a .jsonl file."""
     line, offset = start.line, start.offset
     with open_stream(path, offset) as stream:
         while True:
@@ -149,11 +149,12 @@ def _parse(body: bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("malformed JSON (nested too deeply)") from None
     if not isinstance(row, dict):
-        raise ValueError(f'the row is {_kind(row)}, not an object such as {{"text": "..."}}')
+        raise ValueError(f'the row is {kind_of(row)}, not an object such as {{"text": "..."}}')
     return row
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What JSON calls `value`."""
     names = {str: "a string", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
     return names.get(type(value), "a number")
 
@@ -163,7 +164,7 @@ def _text_field(row: dict[str, Any]) -> str:
         raise ValueError(f'no field "text" (fields: {", ".join(list(row)[:4])[:80] or "none"})')
     text = row["text"]
     if not isinstance(text, str):
-        raise ValueError(f'field "text" is {_kind(text)}, not a string')
+        raise ValueError(f'field "text" is {kind_of(text)}, not a string')
     if not text or text.isspace():
         raise ValueError('field "text" is empty')
     return text
@@ -178,10 +179,10 @@ def _row_texts(row: dict[str, Any]) -> list[str]:
     texts = []
     for name in fields:
         if not isinstance(row[name], list):
-            raise ValueError(f'field "{name}" is {_kind(row[name])}, not a list of messages')
+            raise ValueError(f'field "{name}" is {kind_of(row[name])}, not a list of messages')
         for message in row[name]:
             if not isinstance(message, dict):
-                raise ValueError(f'field "{name}" holds {_kind(message)}, not a message object')
+                raise ValueError(f'field "{name}" holds {kind_of(message)}, not a message object')
             texts += _message_texts(message)
     return texts
 

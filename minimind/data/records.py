@@ -30,6 +30,11 @@ class Document:
     line: int
     end: Position
 
+    @property
+    def size(self) -> int:
+        """Characters it takes in memory, about."""
+        return len(self.text)
+
 
 @dataclass
 class BadRows:

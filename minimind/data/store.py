@@ -1,12 +1,13 @@
 """Tokenized sources in memory-mapped files, and a corpus over them.
 
 A source's folder holds `tokens.bin`, its documents one after the other as uint16, and `documents.bin`, int64
-[num_documents + 1, 2]: token and UTF-8 byte offset of each document, and the two totals. `meta.json`, written
-last, marks it complete.
+[num_documents + 1, 2]: token and UTF-8 byte offset of each document, and the two totals. Conversations also have
+`codes.bin`, a byte for each token that says what it is to the loss (weights.py). `meta.json`, written last, marks it
+complete.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -14,26 +15,31 @@ from typing import Any
 
 import numpy as np
 
-TOKENS, DOCUMENTS, META = "tokens.bin", "documents.bin", "meta.json"
+TOKENS, DOCUMENTS, CODES, META = "tokens.bin", "documents.bin", "codes.bin", "meta.json"
 TOKEN_BYTES, ENTRY_BYTES = 2, 16
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One tokenized file: `tokens` uint16 [num_tokens], `index` int64 [num_documents + 1, 2]."""
+    """One tokenized file: `tokens` uint16 [num_tokens], `index` int64 [num_documents + 1, 2], of conversations also
+    `codes` uint8 [num_tokens]."""
 
     path: Path
     key: str
     tokens: np.ndarray
     index: np.ndarray
     meta: dict[str, Any]
+    codes: np.ndarray | None = None
 
     @classmethod
     def open(cls, folder: Path, path: Path, meta: dict[str, Any]) -> "Source":
         """Map the files of `folder`, which `meta` describes and whose sizes have been checked."""
         tokens = np.memmap(folder / TOKENS, dtype="<u2", mode="r")
         index = np.memmap(folder / DOCUMENTS, dtype="<i8", mode="r").reshape(-1, 2)
-        return cls(path, folder.name, tokens.view(np.ndarray), index.view(np.ndarray), meta)
+        codes = None
+        if meta.get("weighted"):
+            codes = np.memmap(folder / CODES, dtype=np.uint8, mode="r").view(np.ndarray)
+        return cls(path, folder.name, tokens.view(np.ndarray), index.view(np.ndarray), meta, codes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +77,11 @@ class Corpus:
     def sources(self) -> list[Source]:
         """The sources that have documents here."""
         return [piece.source for piece in self._slices]
+
+    @property
+    def weighted(self) -> bool:
+        """Whether each token has a code that says what it is to the loss."""
+        return any(piece.source.codes is not None for piece in self._slices)
 
     @property
     def identity(self) -> int:
@@ -111,16 +122,32 @@ class Corpus:
 
         A run lies within one document.
         """
+        return self._gather(addresses, lengths, lambda source: source.tokens, np.uint16)
+
+    def gather_codes(self, addresses: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """uint8 [sum(lengths)]: the codes of `gather`'s tokens. Of a weighted corpus alone."""
+        return self._gather(addresses, lengths, _codes_of, np.uint8)
+
+    def codes(self, i: int) -> np.ndarray:
+        """uint8 [tokens]: the codes of document `i`."""
+        piece, number = self._locate(i)
+        index = piece.source.index
+        return _codes_of(piece.source)[index[number, 0] : index[number + 1, 0]]
+
+    def _gather(
+        self, addresses: np.ndarray, lengths: np.ndarray, array_of: Callable[[Source], np.ndarray], dtype: Any
+    ) -> np.ndarray:
         ends = np.cumsum(lengths)
-        out = np.empty(int(ends[-1]) if len(ends) else 0, np.uint16)
+        out = np.empty(int(ends[-1]) if len(ends) else 0, dtype)
         for s, where, starts in self._by_slice(addresses, self._first_token):
             piece = self._slices[s]
             counts = lengths[where]
             run = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-            tokens = piece.source.tokens[run + np.repeat(starts + piece.source.index[piece.first, 0], counts)]
+            first = starts + piece.source.index[piece.first, 0]
+            values = array_of(piece.source)[run + np.repeat(first, counts)]
             if len(counts) == len(lengths):
-                return tokens
-            out[run + np.repeat((ends - lengths)[where], counts)] = tokens
+                return values
+            out[run + np.repeat((ends - lengths)[where], counts)] = values
         return out
 
     def split(self, fraction: float = 0.05, max_tokens: int = 1_000_000) -> "tuple[Corpus, Corpus]":
@@ -199,6 +226,11 @@ class Corpus:
             if len(where):
                 s = int(numbers[where[0]])
                 yield s, where, values[where] - firsts[s]
+
+
+def _codes_of(source: Source) -> np.ndarray:
+    assert source.codes is not None, f"{source.path}: has no loss weights"
+    return source.codes
 
 
 def _cut(piece: _Slice, tokens: float) -> int:

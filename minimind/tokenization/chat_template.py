@@ -18,6 +18,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Message = Mapping[str, Any]
+MARKS = ("\ufdee", "\ufdef")  # noncharacters: no text should hold them
 
 
 def render_chat(
@@ -25,6 +26,7 @@ def render_chat(
     messages: Sequence[Message],
     tools: Sequence[Any] | str | None = None,
     add_generation_prompt: bool = False,
+    mark_generation: bool = False,
     **variables: Any,
 ) -> str:
     """The text of a conversation.
@@ -33,19 +35,34 @@ def render_chat(
         (in a system message) "tools". Tools and tool calls may also be JSON strings, as in upstream's data.
     tools: functions on offer, as JSON schemas; None takes those that a leading system message carries.
     add_generation_prompt: end with the header of the assistant's next turn.
+    mark_generation: put MARKS around what the template has between {% generation %} and {% endgeneration %}.
     variables: whatever else the template knows, such as bos_token or enable_thinking.
     Raises ValueError if a message is malformed or the template fails or refuses the conversation.
     """
-    parsed = [_parsed_message(index, message) for index, message in enumerate(messages)]
+    parsed = parse_messages(messages)
     offered = _parsed_list(tools, "tools")
     if offered is None and parsed and parsed[0]["role"] == "system":
         offered = parsed[0].get("tools")
     try:
-        return _compiled(template).render(
+        return _compiled(template, mark_generation).render(
             messages=parsed, tools=offered or None, add_generation_prompt=add_generation_prompt, **variables
         )
     except Exception as error:  # a template is foreign code: it may fail in any way
         raise ValueError(f"chat template: {error}") from None
+
+
+def parse_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages with tools and tool calls that are JSON strings as lists. ValueError names a malformed one."""
+    return [_parsed_message(index, message) for index, message in enumerate(messages)]
+
+
+def marks_generation(template: str) -> bool:
+    """Whether the template says itself, by {% generation %}, which words are the assistant's."""
+    try:
+        tree = _environment(True).parse(template)
+    except Exception as error:
+        raise ValueError(f"chat template: {error}") from None
+    return any(data.data == MARKS[0] for data in tree.find_all(nodes.TemplateData))
 
 
 def _parsed_message(index: int, message: Message) -> dict[str, Any]:
@@ -67,18 +84,23 @@ def _parsed_list(value: Any, name: str) -> list[Any] | None:
             raise ValueError(f"{name} is a string but not JSON ({reason})") from None
     if value is None:
         return None
-    return [value] if isinstance(value, Mapping) else list(value)
+    if isinstance(value, Mapping):
+        return [value]
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"{name} is neither a list nor an object, but {json.dumps(value)[:40]}")
+    return list(value)
 
 
 @lru_cache(maxsize=16)
-def _compiled(template: str) -> Any:
-    return _environment().from_string(template)
+def _compiled(template: str, mark_generation: bool) -> Any:
+    return _environment(mark_generation).from_string(template)
 
 
-@lru_cache(maxsize=1)
-def _environment() -> Environment:
+@lru_cache(maxsize=2)
+def _environment(mark_generation: bool) -> Environment:
+    generation = _MarkedGeneration if mark_generation else _Generation
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, generation]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
@@ -115,3 +137,11 @@ class _Generation(Extension):
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _MarkedGeneration(_Generation):
+    """The body between MARKS."""
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        opening, closing = (nodes.Output([nodes.TemplateData(mark)]) for mark in MARKS)
+        return [opening, *super().parse(parser), closing]

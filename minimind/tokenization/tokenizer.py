@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -21,6 +21,7 @@ DEFAULT_FOLDER = Path(__file__).parent / "default"
 MODEL_FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 # The parts of tokenizer.json that decide which ids a text gets; encode() never runs the post-processor.
 _ID_FIELDS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
+AllowSpecial = bool | Literal["markup"]
 
 
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
@@ -46,6 +47,7 @@ class Tokenizer:
     vocab_size: number of entries, special tokens included; every id is below it.
     bos_token_id, eos_token_id, pad_token_id: a folder that names no bos or pad gets eos for it.
     special_tokens: added tokens (those that text is searched for) to their ids, by id.
+    control_tokens: those of them that are no markup for readers: <|im_end|>, but not <think>.
     fingerprint: hex SHA-256 of what decides the ids; equal in every process and on every machine.
     dtype: np.uint16 where all ids fit, else np.uint32.
     """
@@ -57,7 +59,14 @@ class Tokenizer:
         model.no_padding()
         self._model, self._config, self._template, self._source = model, config, template, source
         content = json.loads(model.to_str())
-        self._plain = tokenizers.Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
+        added = content["added_tokens"]
+        markup = [token for token in added if not token["special"]]
+        self._by_special: dict[AllowSpecial, tokenizers.Tokenizer] = {True: model}
+        self._by_special["markup"] = tokenizers.Tokenizer.from_str(
+            json.dumps({**content, "added_tokens": markup})
+        )
+        self._by_special[False] = tokenizers.Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
+        self.control_tokens = {token["content"]: int(token["id"]) for token in added if token["special"]}
         self.fingerprint = _fingerprint(content)
         self.special_tokens = {token["content"]: int(token["id"]) for token in content["added_tokens"]}
         self.vocab_size = 1 + max(model.get_vocab(with_added_tokens=True).values())
@@ -85,21 +94,36 @@ class Tokenizer:
         """The id of a vocabulary entry, special tokens included, or None."""
         return self._model.token_to_id(token)
 
-    def encode(self, text: str, allow_special: bool = True) -> list[int]:
+    def token_of(self, token_id: int) -> str:
+        """The vocabulary entry with that id."""
+        token = self._model.id_to_token(token_id)
+        assert token is not None, token_id
+        return token
+
+    def encode(self, text: str, allow_special: AllowSpecial = True) -> list[int]:
         """Token ids of `text`; nothing is added before or after.
 
         allow_special: read the names of special tokens, such as "<|im_end|>", as those tokens. Use False for
-            text that strangers wrote: the names then are ordinary characters.
+            text that strangers wrote: the names then are ordinary characters. "markup" reads <think> and the like
+            as tokens, but no control token.
         """
-        model = self._model if allow_special else self._plain
+        model = self._by_special[allow_special]
         try:
             return model.encode(text, add_special_tokens=False).ids
         except TypeError:  # what the Rust library makes of a lone surrogate
             return model.encode(_without_surrogates(text), add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str], allow_special: bool = True) -> list[np.ndarray]:
+    def offsets(self, text: str, allow_special: AllowSpecial = True) -> list[tuple[int, int]]:
+        """Where in `text`, in characters, each token of `encode` begins and ends."""
+        return (
+            self._by_special[allow_special]
+            .encode(_without_surrogates(text), add_special_tokens=False)
+            .offsets
+        )
+
+    def encode_batch(self, texts: Sequence[str], allow_special: AllowSpecial = True) -> list[np.ndarray]:
         """`encode` for many texts on all cores: one array [length] of self.dtype for each."""
-        model = self._model if allow_special else self._plain
+        model = self._by_special[allow_special]
         try:
             encodings = model.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:  # what the Rust library makes of a lone surrogate
@@ -119,6 +143,26 @@ class Tokenizer:
             raise ValueError(f"token id {wrong} is outside the vocabulary of {self.vocab_size}")
         return self._model.decode(numbers, skip_special_tokens=skip_special_tokens)
 
+    def token_bytes(self) -> list[bytes]:
+        """What each id adds to a text, b"" for control tokens such as <|im_end|>: joined and read as UTF-8 with U+FFFD
+        for invalid bytes, they are decode(ids, skip_special_tokens=True). For decoding token by token.
+
+        Raises ValueError for a tokenizer that is not byte-level, as MiniMind's, Llama 3's and Qwen's are.
+        """
+        decoder = type(self._model.decoder).__name__
+        if decoder != "ByteLevel":
+            raise ValueError(
+                f"{self._source}: its decoder is {decoder}; text streams from byte-level BPE only"
+            )
+        byte_of = {character: value for value, character in enumerate(byte_characters())}
+        control = {i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
+        out = [b""] * self.vocab_size
+        for token, i in self._model.get_vocab(with_added_tokens=True).items():
+            if i not in control:
+                known = all(character in byte_of for character in token)
+                out[i] = bytes(byte_of[c] for c in token) if known else token.encode()
+        return out
+
     def apply_chat_template(
         self,
         messages: Sequence[Message],
@@ -133,13 +177,18 @@ class Tokenizer:
         adds nothing. The text of the first k messages is a prefix of the text of all of them.
         Raises ValueError if the folder has no template or the messages do not fit it.
         """
+        template = self.require_chat_template()
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        tokens = {name: token for name in names if (token := _content(self._config.get(name))) is not None}
+        return render_chat(template, messages, tools, add_generation_prompt, **{**tokens, **variables})
+
+    def require_chat_template(self) -> str:
+        """The chat template; ValueError, with the way out, where the folder has none."""
         if self._template is None:
             raise ValueError(
                 f'{self._source}: no chat template; add {TEMPLATE_FILE} or "chat_template" in {CONFIG_FILE}'
             )
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        tokens = {name: token for name in names if (token := _content(self._config.get(name))) is not None}
-        return render_chat(self._template, messages, tools, add_generation_prompt, **{**tokens, **variables})
+        return self._template
 
     def with_model(self, model: tokenizers.Tokenizer) -> Tokenizer:
         """A new vocabulary, as train_bpe returns it, under this tokenizer's settings and chat template."""
@@ -164,6 +213,14 @@ class Tokenizer:
         if token_id is None and token != default:
             raise ValueError(f"{self._source}: {name} {token!r} of {CONFIG_FILE} is not in the vocabulary")
         return token_id
+
+
+def byte_characters() -> str:
+    """The 256 characters by which byte-level BPE writes bytes (GPT-2): printable Latin-1 ones stand for themselves,
+    the others are U+0100 and on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    shifted = iter(range(0x100, 0x200))
+    return "".join(chr(value if value in printable else next(shifted)) for value in range(256))
 
 
 def _fingerprint(content: dict[str, Any]) -> str:

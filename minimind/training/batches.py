@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ class _Ahead:
     """A batch on its way to the device, and as the loader gave it."""
 
     host: Batch
-    batch: TokenBatch
+    batch: Any
 
 
 class DeviceBatches:
@@ -29,16 +30,20 @@ class DeviceBatches:
     cu_seqlens is padded with empty documents to one length for all batches, so that a compiled step fits each of them
     and nothing is compiled twice. It is enough for any rows of the loader's first window; where a later batch needs
     more, it grows by half, and a compiled step is compiled once more.
+
+    place(batch, device, boundaries) -> what the loss takes, for batches that `to_device` does not know.
     """
 
-    def __init__(self, loader: PackedLoader, device: torch.device) -> None:
-        self.loader, self.device = loader, device
+    def __init__(
+        self, loader: PackedLoader, device: torch.device, place: Callable[..., Any] | None = None
+    ) -> None:
+        self.loader, self.device, self.place = loader, device, place or to_device
         self.boundaries = _round_up(loader.max_segments + 1)
         self._ahead: _Ahead | None = None
         self._place = loader.state()
         self.host: Batch | None = None  # what the newest batch was on the host
 
-    def next_batch(self) -> TokenBatch:
+    def next_batch(self) -> Any:
         self.fetch()
         assert self._ahead is not None
         ahead, self._ahead = self._ahead, None
@@ -50,10 +55,10 @@ class DeviceBatches:
             host = self.loader.next_batch()
             self._ahead = _Ahead(host, self.to_device(host))
 
-    def to_device(self, batch: Batch) -> TokenBatch:
+    def to_device(self, batch: Batch) -> Any:
         if len(batch.cu_seqlens) > self.boundaries:
             self.boundaries = _round_up(max(len(batch.cu_seqlens), self.boundaries * 3 // 2))
-        return to_device(batch, self.device, self.boundaries)
+        return self.place(batch, self.device, self.boundaries)
 
     def state(self) -> dict[str, int]:
         """The loader's place behind the newest batch that was handed out."""
@@ -66,14 +71,25 @@ class DeviceBatches:
 
 def to_device(batch: Batch, device: torch.device, boundaries: int | None = None) -> TokenBatch:
     """The packed rows as tensors; boundaries: the length that cu_seqlens is padded to."""
+    more = [] if batch.loss_weights is None else [batch.loss_weights]
+    input_ids, targets, bounds, *weights = move(batch, device, boundaries, more)
+    counts = batch.num_targets, batch.global_num_targets
+    if not weights:
+        return TokenBatch(input_ids, targets, bounds, *counts)
+    return TokenBatch(input_ids, targets, bounds, *counts, weights[0], batch.global_weight)
+
+
+def move(
+    batch: Batch, device: torch.device, boundaries: int | None, more: Sequence[np.ndarray] = ()
+) -> list[torch.Tensor]:
+    """input_ids, targets, cu_seqlens and `more` as tensors; the copy to a GPU is not waited for."""
     cu_seqlens = batch.cu_seqlens
     if boundaries is not None:
         cu_seqlens = np.pad(cu_seqlens, (0, boundaries - len(cu_seqlens)), mode="edge")
-    parts = [torch.from_numpy(a) for a in (batch.input_ids, batch.targets, cu_seqlens)]
+    parts = [torch.from_numpy(array) for array in (batch.input_ids, batch.targets, cu_seqlens, *more)]
     if device.type == "cuda":
         parts = [part.pin_memory().to(device, non_blocking=True) for part in parts]
-    input_ids, targets, bounds = parts
-    return TokenBatch(input_ids, targets, bounds, batch.num_targets, batch.global_num_targets)
+    return parts
 
 
 def _round_up(n: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,18 @@ _PREFIX = "step-"
 
 
 def save_checkpoint(
-    run: Path, step: int, model: Model, tokenizer: Tokenizer, trainer: dict[str, Any], keep: int
+    run: Path,
+    step: int,
+    model: Model,
+    tokenizer: Tokenizer,
+    trainer: dict[str, Any],
+    keep: int,
+    save_model: Callable[[Model, Path], None] = save_weights,
 ) -> Path:
     """Write step `step` under run/checkpoints, then drop all but the newest `keep`.
 
-    trainer: plain Python values and tensors. Raises ValueError when the disk is full; what was there stays.
+    trainer: plain Python values and tensors; save_model(model, folder) makes the folder. Raises ValueError when the
+    disk is full; what was there stays.
     """
     root = run / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
@@ -41,7 +49,7 @@ def save_checkpoint(
         return final
     partial = root / f".partial-{step:08d}-{os.getpid()}"
     try:
-        save_weights(model, partial)
+        save_model(model, partial)
         tokenizer.save(partial)
         torch.save(trainer, partial / "trainer.pt")
         for file in [*partial.iterdir(), partial]:

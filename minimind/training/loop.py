@@ -34,10 +34,12 @@ from minimind.training.parallel import Parallel
 from minimind.training.profiling import StepProfiler, span
 from minimind.training.run_folder import RunFolder, truncate
 from minimind.training.tracking import Tracker
+from minimind.weights import save_weights
 
 
 class Loader(Protocol):
-    """This rank's parts of the micro-batches, on the device; each knows its num_targets and global_num_targets."""
+    """This rank's parts of the micro-batches, on the device; each knows its num_targets, and of all ranks together
+    global_num_targets and global_weight, by which the loss is divided."""
 
     @property
     def host(self) -> Any:
@@ -51,6 +53,9 @@ class Loader(Protocol):
     def state(self) -> dict[str, int]: ...
 
     def load_state(self, state: dict[str, int]) -> None: ...
+
+
+StageLoss = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -69,17 +74,19 @@ class LoopOptions:
 class Stage:
     """What a stage brings.
 
-    loss(batch) -> (sum over targets, mean auxiliary loss) of this rank's part, differentiable device scalars.
+    loss(batch) -> (sum over targets, mean auxiliary loss) of this rank's part, differentiable device scalars; perhaps a
+    third, a dict of sums that are logged as the loss is.
     lr_factor(step) -> share of the peak rate. evaluate(final) -> reproducible held-out figures, of all ranks together.
     sample() -> text shown and kept in samples.txt. describe(host batch) -> list of what was in it, for a post-mortem.
-    All ranks call all of them.
+    All ranks call all of them. save_model(whole model, folder), on rank 0, and load_model(model, checkpoint, parallel),
+    on all, for what is trained where that is not the whole model.
     """
 
     model: Model
     tokenizer: Tokenizer
     optimizer: Optimizers
     loader: Loader
-    loss: Callable[[Any], tuple[Tensor, Tensor]]
+    loss: Callable[[Any], StageLoss]
     peak_lr: float
     lr_factor: Callable[[int], float]
     evaluate: Callable[[bool], dict[str, Any]]
@@ -87,6 +94,9 @@ class Stage:
     describe: Callable[[Any], list[Any]]
     title: str
     data_fingerprint: str
+    save_model: Callable[[Model, Path], None] = save_weights
+    load_model: Callable[[Model, Path, Parallel], None] = load_weights_into
+    loss_unit: str = "nats per token"
 
 
 class NonFiniteLossError(ValueError):
@@ -98,10 +108,11 @@ class _Row:
     """One step's figures, still on the device."""
 
     step: int
-    figures: Tensor  # float32 [3]: this rank's part of the loss, the auxiliary loss and the gradient norm
+    figures: Tensor  # float32 [3 + n]: this rank's part of loss, auxiliary loss, gradient norm, and what `names` are
     lr: float
     targets: int
     position: dict[str, int]
+    names: tuple[str, ...] = ()
 
 
 @dataclass
@@ -134,7 +145,7 @@ class Trainer:
                 "put them back or start anew with --resume never"
             )
         self.stage.optimizer.load_state_dict(self.stage.model, state["optimizer"])
-        load_weights_into(self.stage.model, self.run.checkpoint, self.parallel)
+        self.stage.load_model(self.stage.model, self.run.checkpoint, self.parallel)
         self.stage.loader.load_state(state["loader"])
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
@@ -150,7 +161,8 @@ class Trainer:
             self._cut_logs(0, 0)
         with ExitStack() as cleanup:
             if self.parallel.main:
-                cleanup.callback(plot_losses, self.run.metrics, self.run.path / "loss.png", self.stage.title)
+                picture, stage = self.run.path / "loss.png", self.stage
+                cleanup.callback(plot_losses, self.run.metrics, picture, stage.title, stage.loss_unit)
             cleanup.callback(self.tracker.finish)
             self.metrics = MetricsLog(self.run.metrics if self.parallel.main else Path(os.devnull))
             cleanup.callback(self.metrics.close)
@@ -196,28 +208,32 @@ class Trainer:
         with span("data"):
             batches = [stage.loader.next_batch() for _ in range(options.micro_batches)]
         total = sum(b.global_num_targets for b in batches)
+        weight = sum(b.global_weight for b in batches)
         factor = stage.lr_factor(self.step)
         stage.optimizer.set_lr_factor(factor)
         stage.model.train()
-        losses = []
+        losses, told = [], {}
         ranks = self.parallel.world_size
         for i, batch in enumerate(batches):
             with self.parallel.exchange(last=i == len(batches) - 1):
                 with span("forward"):
-                    loss, aux = stage.loss(batch)
-                    loss, aux = loss / total, aux * (batch.num_targets / total)
+                    loss, aux, *more = stage.loss(batch)
+                    loss, aux = loss / weight, aux * (batch.num_targets / total)
                 # DDP and FSDP average gradients over ranks, but each rank's loss is a part of the sum, not a sample
                 with span("backward"):
                     ((loss + aux) * ranks).backward()
-            losses.append(torch.stack((loss.detach(), aux.detach())))
+            told = more[0] if more else {}
+            losses.append(torch.stack((loss.detach(), aux.detach(), *(v / weight for v in told.values()))))
         stage.loader.fetch()  # while the device computes
         with span("optimizer"):
             norm = torch.nn.utils.clip_grad_norm_(stage.model.parameters(), options.grad_clip)
             norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            figures = torch.cat((torch.stack(losses).sum(0), norm.unsqueeze(0) / ranks))
+            sums = torch.stack(losses).sum(0)
+            figures = torch.cat((sums[:2], norm.unsqueeze(0) / ranks, sums[2:]))
             stage.optimizer.step()
             stage.optimizer.zero_grad()
-        self.pending.append(_Row(self.step + 1, figures, stage.peak_lr * factor, total, position))
+        lr = stage.peak_lr * factor
+        self.pending.append(_Row(self.step + 1, figures, lr, total, position, tuple(told)))
         self.step += 1
         self.targets_seen += total
 
@@ -239,7 +255,7 @@ class Trainer:
     def _log(self) -> None:
         """Add up the pending steps over the ranks, read them back in one copy, write them, show the newest."""
         parts = torch.stack([row.figures for row in self.pending])
-        interrupted = parts.new_full((1, 3), self.interrupted is not None)
+        interrupted = parts.new_full((1, parts.shape[1]), self.interrupted is not None)
         *values, (stops, *_) = self.parallel.sum(torch.cat((parts, interrupted))).tolist()
         self.stopping = stops > 0
         now = time.perf_counter()
@@ -247,7 +263,7 @@ class Trainer:
         self.seconds += now - self.clock
         self.clock, self.clock_step = now, self.step
         rate = self.options.tokens_per_step / per_step
-        for row, (loss, aux, norm) in zip(self.pending, values, strict=True):
+        for row, (loss, aux, norm, *more) in zip(self.pending, values, strict=True):
             if not all(abs(v) < float("inf") for v in (loss, aux, norm)):
                 self._non_finite(row, loss, norm)
             self.metrics.write(
@@ -260,15 +276,24 @@ class Trainer:
                     "aux_loss": aux,
                     "grad_norm": norm,
                     "lr": row.lr,
+                    **dict(zip(row.names, more, strict=True)),
                 },
                 {"tokens_per_second": round(rate, 1), "seconds": round(self.seconds, 3)},
             )
         self.metrics.flush()
-        row, (loss, aux, norm) = self.pending[-1], values[-1]
+        row, (loss, aux, norm, *more) = self.pending[-1], values[-1]
+        told = dict(zip(row.names, more, strict=True))
         self.pending = []
         self.tracker.log(
             row.step,
-            {"loss": loss, "aux_loss": aux, "grad_norm": norm, "lr": row.lr, "tokens_per_second": rate},
+            {
+                "loss": loss,
+                "aux_loss": aux,
+                "grad_norm": norm,
+                "lr": row.lr,
+                "tokens_per_second": rate,
+                **told,
+            },
         )
         left = duration(per_step * (self.options.steps - self.step))
         self.display.update(
@@ -287,9 +312,18 @@ class Trainer:
             self.tracker.log(self.step, {k: float(v) for k, v in values.items()})
             self.heldout = f"held-out {values['heldout_loss']:.3f}  "
             scope = "all of it" if final else "same part each time"
+            size = f" ({scope})"
+            if "heldout_bpb" in values:
+                size = (
+                    f", {values['heldout_bpb']:.4f} bits/byte ({values['heldout_tokens']:,} tokens, {scope})"
+                )
+            exact = ""
+            if "heldout_exact" in values:
+                exact = (
+                    f"; {values['heldout_exact']:.1%} of {values['heldout_questions']} answers to the letter"
+                )
             self.display.say(
-                f"step {self.step}: held-out loss {values['heldout_loss']:.4f} nats/token, "
-                f"{values['heldout_bpb']:.4f} bits/byte ({values['heldout_tokens']:,} tokens, {scope})"
+                f"step {self.step}: held-out loss {values['heldout_loss']:.4f} {self.stage.loss_unit}{size}{exact}"
             )
         self.clock = time.perf_counter()
 
@@ -332,7 +366,13 @@ class Trainer:
             "samples_bytes": self.run.samples.stat().st_size,
         }
         save_checkpoint(
-            self.run.path, self.step, model, stage.tokenizer, state, self.options.keep_checkpoints
+            self.run.path,
+            self.step,
+            model,
+            stage.tokenizer,
+            state,
+            self.options.keep_checkpoints,
+            stage.save_model,
         )
 
     def _non_finite(self, row: _Row, loss: float, norm: float) -> None:

@@ -30,7 +30,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def plot_losses(metrics: Path, picture: Path, title: str) -> None:
+def plot_losses(metrics: Path, picture: Path, title: str, unit: str = "nats per token") -> None:
     """Draw training and held-out loss over tokens, with the learning rate and the gradient norm below."""
     import matplotlib
 
@@ -59,9 +59,11 @@ def plot_losses(metrics: Path, picture: Path, title: str) -> None:
     ):
         if rows_of:
             x, y = [r["tokens"] / 1e6 for r in rows_of], [r["heldout_loss"] for r in rows_of]
-            label = f"{name}: {rows_of[-1]['heldout_bpb']:.3f} bits per byte"
+            newest = rows_of[-1]
+            last = f"{newest['heldout_bpb']:.3f} bits per byte" if "heldout_bpb" in newest else f"{y[-1]:.3f}"
+            label = f"{name}: {last}"
             top.plot(x, y, style, color="tab:red", markersize=5 if style == "o-" else 14, label=label)
-    top.set_ylabel("loss, nats per token")
+    top.set_ylabel(f"loss, {unit}")
     top.set_title(title)
     top.grid(alpha=0.3)
     if train or evals:

@@ -87,6 +87,17 @@ def open_run(
     return _continue(path, lock)
 
 
+def newest_finished(stage: str, root: Path = Path("runs")) -> str:
+    """The finished run of `stage` that ended last. Raises ValueError, with the way out, where there is none."""
+    ended = [(flag.stat().st_mtime_ns, flag.parent) for flag in root.glob("*/finished")]
+    runs = [path for _, path in sorted(ended) if _read_config(path).get("stage") == stage]
+    if not runs:
+        raise ValueError(
+            f"--from: there is no finished run of train/{stage}.py under {root}/; run it first, or name weights"
+        )
+    return str(runs[-1])
+
+
 def truncate(path: Path, size: int) -> None:
     """Cut a log back to where the checkpoint saw it, so that a resumed run writes each line once."""
     there = path.stat().st_size if path.exists() else 0

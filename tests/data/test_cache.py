@@ -16,7 +16,7 @@ import zstandard
 from rich.console import Console
 
 from minimind.data import build as build_module
-from minimind.data import open_corpus
+from minimind.data import open_corpus, read_documents
 from tests.data.fake import QUIET, ByteTokenizer, some_texts, text_of, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +132,7 @@ def test_a_build_cut_short_goes_on_where_it_was(tmp_path, ending, fail_at):
     rows = [json.dumps({"text": text}) if i % 7 else "bad" for i, text in enumerate(TEXTS)]
     data = "\n".join(rows).encode() * (1 if ending == "jsonl" else 400)
     path.write_bytes(data if ending == "jsonl" else gzip.compress(data))
-    fail_at = max(1, int(fail_at * len(list(build_module.read_documents(path, "skip")))))
+    fail_at = max(1, int(fail_at * len(list(read_documents(path, "skip")))))
     options: dict[str, Any] = {"on_bad_row": "skip", "part_bytes": 1000, "console": QUIET}
     open_corpus([path], ByteTokenizer(), tmp_path / "whole", **options)
     cut, rest = Counting(fail_at), Counting()

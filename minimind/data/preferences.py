@@ -1,0 +1,124 @@
+"""Pairs of answers, one preferred to the other, in upstream MiniMind's format.
+
+A row of a .jsonl file (plain, .gz or .zst) is {"chosen": [message, ...], "rejected": [message, ...]}, the messages as
+in conversations.py. Both sides end with the assistant, and the first message in which they differ is the assistant's,
+so that they answer the same prompt. As upstream does, all turns of the assistant are targets, those that both sides
+share among them: in a difference of sums (dpo) these cancel, in averages over tokens (ipo, simpo, orpo) they count.
+
+In the token cache a pair is one document, the tokens of the chosen conversation and then those of the rejected one, so
+that nothing can separate them; weights.SIDE marks where the second begins.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from minimind.data import weights
+from minimind.data.build import PART_BYTES
+from minimind.data.cache import open_cached
+from minimind.data.conversations import ChatEncoder, messages_of
+from minimind.data.reader import iter_rows
+from minimind.data.recipes import Encoded, Vocabulary
+from minimind.data.records import BadRows, Document, Position, reason_of, reporter
+from minimind.data.store import Corpus
+
+SIDES = ("chosen", "rejected")
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Pair(Document):
+    """text: both rendered conversations, of which num_bytes are learnt; sides: the parts of each."""
+
+    sides: tuple[Sequence[Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """The recipe of pairs: both sides rendered by the chat template, targets in the assistant's turns alone."""
+
+    encoder: ChatEncoder
+    weighted = True
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.encoder
+
+    def key(self) -> list[Any]:
+        return ["preferences", 1, self.encoder.fingerprint]
+
+    def read(self, path: Path, on_bad_row: str, start: Position, bad: BadRows | None) -> Iterator[Pair]:
+        report = reporter(path, on_bad_row, bad)
+        for line, end, row in iter_rows(path, start, report):
+            try:
+                chosen, rejected = (_side(row, name) for name in SIDES)
+                _check_prompt(chosen, rejected)
+                sides = tuple(self._pieces(*side) for side in zip(SIDES, (chosen, rejected), strict=True))
+                texts = ["".join(piece.text for piece in pieces) for pieces in sides]
+                text = "".join(texts)
+                text.encode()
+                if texts[0] == texts[1]:
+                    raise ValueError("chosen and rejected are the same, so that neither can be preferred")
+            except ValueError as error:
+                report(line, reason_of(error))
+                continue
+            learnt = sum(len(piece.text.encode()) for side in sides for piece in side if piece.trained)
+            yield Pair(text, learnt, line, end, sides)
+
+    def encode(self, documents: list[Pair]) -> Encoded:
+        rows = self.encoder.encode([side for document in documents for side in document.sides])
+        codes = [weights.codes(row.trained, row.markers, row.ends) for row in rows]
+        for first in codes:
+            first[0] = weights.NONE  # nothing comes before it that could predict it
+        for second in codes[1::2]:
+            second[0] = weights.SIDE
+        tokens = np.concatenate([row.ids for row in rows]).astype(np.uint16)
+        lengths = np.array([len(row.ids) for row in rows]).reshape(-1, 2).sum(1)
+        return Encoded(tokens, lengths, np.concatenate(codes))
+
+    def _pieces(self, name: str, messages: Messages) -> Sequence[Any]:
+        try:
+            return self.encoder.pieces(messages)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def open_preferences(
+    paths: Sequence[str | Path],
+    encoder: ChatEncoder,
+    cache_dir: str | Path | None = None,
+    on_bad_row: str = "error",
+    console: Console | None = None,
+    part_bytes: int = PART_BYTES,
+) -> Corpus:
+    """The pairs of `paths` as tokens with loss weights; the cache is that of `open_corpus`, its errors too.
+
+    Raises ValueError, naming file:line, also on a missing side, a malformed message, a side that does not end with the
+    assistant, sides that answer different prompts, and sides that are the same.
+    """
+    return open_cached(paths, Preferences(encoder), (".jsonl",), cache_dir, on_bad_row, console, part_bytes)
+
+
+def _side(row: dict[str, Any], name: str) -> Messages:
+    try:
+        messages = messages_of(row, name)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}" if name in row else str(error)) from None
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{name}: the last message is of the {messages[-1]['role']}, not of the assistant")
+    return messages
+
+
+def _check_prompt(chosen: Messages, rejected: Messages) -> None:
+    both = zip(chosen, rejected, strict=False)
+    shared = min(len(chosen), len(rejected))
+    number = next((i for i, (a, b) in enumerate(both) if a != b), shared)
+    differing = [side[number]["role"] for side in (chosen, rejected) if number < len(side)]
+    if any(role != "assistant" for role in differing):
+        raise ValueError(
+            f"chosen and rejected differ first in message {number}, of the {differing[0]}: both must answer one prompt"
+        )

@@ -1,0 +1,233 @@
+"""Adapters on disk in peft's form, so that a peft user's adapter loads here and one from here loads in peft:
+
+    adapter_config.json          peft's LoraConfig
+    adapter_model.safetensors    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight [r, in], lora_B [out, r]
+
+What an adapter_config.json asks for beyond plain LoRA and rsLoRA is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minimind.lora import (
+    ROUTED,
+    LoRAConfig,
+    attach,
+    check_name,
+    leaf,
+    lora_linears,
+    matches,
+    projections,
+)
+from minimind.modeling import Model
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+# Settings of peft that say nothing about the function the adapter computes; the file's own tensors say where it is.
+_OF_NO_EFFECT = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "inference_mode",
+    "layers_pattern", "layers_to_transform", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+_READ = {"bias", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "use_rslora"}
+# Starting points that leave the base's weights as they are; the others (pissa, olora, corda, ...) change them.
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+def adapter_state(
+    model: Model, name: str = "default", state: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The adapter's tensors under peft's names.
+
+    state: whole tensors by parameter name, where the model itself holds shards (FSDP); None: the model's own.
+    """
+    check_name(model, name)
+    out: dict[str, Tensor] = {}
+    for path, linear in lora_linears(model):
+        if name not in linear.adapters:
+            continue
+        adapter, prefix = linear.adapter(name), f"{path}.adapters.{name}"
+        a, b = (adapter.A, adapter.B) if state is None else (state[f"{prefix}.A"], state[f"{prefix}.B"])
+        for part, (low, high) in adapter.split(a.detach(), b.detach()).items():
+            key = f"base_model.model.model.{path.rpartition('.')[0]}.{part}"
+            out[f"{key}.lora_A.weight"], out[f"{key}.lora_B.weight"] = low, high
+    return out
+
+
+def adapter_config(model: Model, name: str = "default") -> LoRAConfig:
+    """The adapter's settings; targets are the projections that it has, in as few names as say so exactly."""
+    check_name(model, name)
+    adapters = {path: linear.adapter(name) for path, linear in lora_linears(model) if name in linear.adapters}
+    places: dict[str, dict[str, bool]] = {}  # leaf -> upstream name -> whether it has the adapter
+    for stock, place in projections(model).items():
+        has = place.path in adapters and place.part in adapters[place.path].parts
+        places.setdefault(leaf(stock), {})[stock] = has
+    targets: list[str] = []
+    for short, where in places.items():
+        targets += [short] if all(where.values()) else [stock for stock, has in where.items() if has]
+    config = next(iter(adapters.values())).config
+    return replace(config, targets=tuple(targets))
+
+
+def save_adapter(
+    model: Model,
+    folder: str | Path,
+    name: str = "default",
+    base_model: str | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the adapter into `folder`. base_model: where its base model can be found, a note for other programs.
+    state: as in `adapter_state`."""
+    tensors = {key: t.contiguous().cpu() for key, t in adapter_state(model, name, state).items()}
+    config = adapter_config(model, name)
+    raw = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "target_modules": list(config.targets or ()),
+        "bias": "none",
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def load_adapter(
+    model: Model, folder: str | Path, name: str = "default", *, trainable: bool = False
+) -> LoRAConfig:
+    """Give `model` the adapter in `folder`, ours or peft's, the only one active; its settings are returned.
+
+    folder: with the two files, or a run folder of train/lora.py, whose newest checkpoint is meant. trainable: to go on
+    training it; the rest is frozen either way. ValueError, naming the file, when it is not a LoRA adapter of this
+    model, or asks for what is not supported here.
+    """
+    folder = adapter_folder(Path(folder))
+    config = _read_config(folder / CONFIG)
+    tensors = _read_tensors(folder / WEIGHTS, model, config)
+    attach(model, config, list(tensors), name, trainable)
+    _fill(model, name, tensors)
+    return config
+
+
+def reload_adapter(model: Model, folder: Path, name: str = "default") -> None:
+    """Put the numbers of `folder` into the adapter that `model` has already: a run that is resumed."""
+    check_name(model, name)
+    _fill(model, name, _read_tensors(folder / WEIGHTS, model, adapter_config(model, name)))
+
+
+def adapter_folder(path: Path) -> Path:
+    """The folder with the adapter: `path` itself, or the newest checkpoint of a run folder."""
+    steps = sorted(path.glob(f"checkpoints/step-*/{CONFIG}"))
+    return steps[-1].parent if steps and not (path / CONFIG).is_file() else path
+
+
+@torch.no_grad()
+def _fill(model: Model, name: str, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    for path, linear in lora_linears(model):
+        if name in linear.adapters:
+            adapter, prefix = linear.adapter(name), path.rpartition(".")[0]
+            for part, (low, high) in adapter.split(adapter.A, adapter.B).items():
+                a, b = tensors[f"model.{prefix}.{part}"]
+                low.copy_(a)
+                high.copy_(b)
+
+
+def _read_config(path: Path) -> LoRAConfig:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the folder of a LoRA adapter, ours or peft's")
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        kind = raw.get("peft_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a JSON object ({error})") from error
+    if kind != "LORA":
+        raise ValueError(f"{path}: peft_type is {kind!r}; only 'LORA' is supported")
+    asked = {key: value for key, value in raw.items() if value and key not in _OF_NO_EFFECT | _READ}
+    if raw.get("bias", "none") != "none":
+        asked["bias"] = raw["bias"]
+    if raw.get("init_lora_weights") not in _STARTS:
+        asked["init_lora_weights"] = raw["init_lora_weights"]
+    for key, value in asked.items():
+        raise ValueError(
+            f"{path}: {key}={value!r} is not supported, only plain LoRA and rsLoRA are; merge it with peft instead"
+        )
+    named = raw.get("target_modules")
+    partial = raw.get("layers_to_transform") is not None or bool(raw.get("exclude_modules"))
+    try:
+        return LoRAConfig(
+            rank=int(raw["r"]),
+            alpha=float(raw["lora_alpha"]),
+            dropout=float(raw.get("lora_dropout", 0)),
+            targets=tuple(named) if isinstance(named, list) and not partial else None,
+            rslora=bool(raw.get("use_rslora")),
+        )
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_tensors(path: Path, model: Model, config: LoRAConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, B) by upstream's module name, each of them one of the model's."""
+    try:
+        state = load_file(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file; adapters are read from safetensors only") from error
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
+    sides: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(
+                f"{path}: tensor {key!r} is no LoRA matrix of a projection; it has no place here"
+            )
+        sides.setdefault(match["module"], {})[match["side"]] = tensor
+    if not sides:
+        raise ValueError(f"{path}: holds no tensor")
+    known = projections(model)
+    for module, pair in sides.items():
+        if module not in known:
+            raise ValueError(f"{path}: {_why_not(module, model)}")
+        weight = model.get_parameter(f"{known[module].path}.weight")
+        wanted = {"A": (config.rank, weight.shape[1]), "B": (known[module].rows, config.rank)}
+        found = {side: tuple(tensor.shape) for side, tensor in sorted(pair.items())}
+        if found != wanted:
+            raise ValueError(
+                f"{path}: {module} has {found}, this model and r={config.rank} need {wanted}; "
+                "the adapter was made for another model"
+            )
+    for module in known:
+        if config.targets is not None and matches(module, config.targets) and module not in sides:
+            raise ValueError(
+                f"{path}: nothing for {module}, though {CONFIG} names it; the adapter was made for another model"
+            )
+    return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
+
+
+def _why_not(module: str, model: Model) -> str:
+    """Why this model has no such projection to adapt."""
+    layers = model.config.num_hidden_layers
+    layer = re.match(r"model\.layers\.(\d+)\.", module)
+    if layer is not None and int(layer[1]) >= layers:
+        return f"has {module}, this model has {layers} layers; the adapter was made for another model"
+    if ".mlp.experts." in module:
+        return f"has {module}, but {ROUTED}; merge it with peft instead"
+    return f"has {module}, which this model has not, or not as a projection that takes an adapter"

@@ -1,0 +1,281 @@
+"""Conversations to token ids, and which of the tokens the assistant wrote, known by construction.
+
+Two things are never guessed from the finished tokens. Where an assistant turn lies follows from how the template
+renders the conversation up to it and through it (or from the template's own `{% generation %}` marks). And which
+control tokens are the template's follows from rendering with those written in the contents marked: a user who types
+"<|im_end|>" gets ordinary characters. Markup that is no control token, such as <think> and <tool_call>, is read as its
+token wherever it stands: reasoning data carries it in the contents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from minimind.tokenization.chat_template import MARKS, Message, marks_generation, parse_messages
+from minimind.tokenization.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+MARKERS = ("<think>", "</think>", "<answer>", "</answer>")  # tokens that reasoning data may weigh more
+_MARKER = re.compile("|".join(map(re.escape, MARKERS)))
+_GUARDS = [chr(code) for code in range(0xFDD0, 0xFDEE)]  # noncharacters: no text should hold them
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a rendered conversation. trained: whether the assistant is to learn to write it; control: whether the
+    names of control tokens in it are these tokens, or else plain text."""
+
+    text: str
+    trained: bool
+    control: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedChat:
+    """ids; trained: the assistant's words and the token that ends its turn; markers: which of these lie in one of
+    MARKERS; ends: the last token of each assistant turn. All [length], the last three bool."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+    markers: np.ndarray
+    ends: np.ndarray
+
+
+class ChatEncoder:
+    """Encodes conversations with a tokenizer's chat template; ValueError where it has none.
+
+    variables: what else the template knows, such as enable_thinking.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, **variables: Any) -> None:
+        self.tokenizer, self.variables = tokenizer, variables
+        self._template = tokenizer.require_chat_template()
+        self._marked = marks_generation(self._template)
+        control = sorted(tokenizer.control_tokens, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, control)) or "(?!)")
+        self._eos = tokenizer.token_of(tokenizer.eos_token_id)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with whatever decides the ids and masks of a conversation."""
+        parts = [FORMAT_VERSION, self.tokenizer.fingerprint, self._template, sorted(self.variables.items())]
+        parts += [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
+        """The rendered conversation up to the end of the last assistant turn: what follows teaches nothing.
+
+        Trained is each assistant turn from behind the header of the generation prompt through its end token. Raises
+        ValueError if the template fails, no assistant speaks, or its turns cannot be told from the rest.
+        """
+        parsed = _with_text(messages)
+        text, spans, guard = self._guarded(parsed, self._spans)
+        if not spans:
+            raise ValueError("no assistant turn, so nothing to learn")
+        out, place = [], 0
+        for start, stop in spans:
+            out += self._split(text[place:start], False, guard) + self._split(text[start:stop], True, guard)
+            place = stop
+        return out
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | str | None = None) -> list[int]:
+        """Token ids of a conversation and of the header of the assistant's next turn."""
+        parsed = _with_text(messages)
+
+        def render(guarded: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+            return self._render(guarded, tools=tools, add_generation_prompt=True), []
+
+        text, _, guard = self._guarded(parsed, render)
+        return self.encode([self._split(text, False, guard)])[0].ids.tolist()
+
+    def encode(self, conversations: Sequence[Sequence[Piece]]) -> list[EncodedChat]:
+        """What `pieces` gave, as tokens; all conversations at once, on all cores."""
+        flat = [piece for pieces in conversations for piece in pieces]
+        ids: list[np.ndarray] = [np.empty(0)] * len(flat)
+        for control in (True, False):
+            picked = [i for i, piece in enumerate(flat) if piece.control == control]
+            texts = [flat[i].text for i in picked]
+            mode: Any = True if control else "markup"
+            for i, row in zip(picked, self.tokenizer.encode_batch(texts, allow_special=mode), strict=True):
+                ids[i] = row
+        rows, place = [], 0
+        for pieces in conversations:
+            rows.append(self._joined(pieces, ids[place : place + len(pieces)]))
+            place += len(pieces)
+        return rows
+
+    def _joined(self, pieces: Sequence[Piece], ids: Sequence[np.ndarray]) -> EncodedChat:
+        lengths = [len(row) for row in ids]
+        trained = np.repeat([piece.trained for piece in pieces], lengths)
+        markers, ends = np.zeros(len(trained), bool), trained.copy()
+        ends[:-1] &= ~trained[1:]
+        place = 0
+        for piece, row in zip(pieces, ids, strict=True):
+            if piece.trained and "<" in piece.text and _MARKER.search(piece.text):
+                markers[place : place + len(row)] = self._in_marker(piece)
+            place += len(row)
+        return EncodedChat(np.concatenate(ids), trained, markers, ends)
+
+    def _in_marker(self, piece: Piece) -> np.ndarray:
+        """bool [tokens]: which overlap one of MARKERS; <answer> is several tokens, of which the outer may hold more."""
+        mode: Any = True if piece.control else "markup"
+        offsets = np.array(self.tokenizer.offsets(piece.text, allow_special=mode))
+        inside = np.zeros(len(offsets), bool)
+        for found in _MARKER.finditer(piece.text):
+            inside |= (offsets[:, 0] < found.end()) & (offsets[:, 1] > found.start())
+        return inside
+
+    def _split(self, text: str, trained: bool, guard: str) -> list[Piece]:
+        """Pieces of a rendered text; one where nothing in the contents looks like a control token."""
+        if not text:
+            return []
+        if guard not in text or not guard:
+            return [Piece(text, trained)]
+        pieces, place = [], 0
+        for found in self._control.finditer(text):
+            pieces += [Piece(text[place : found.start()].replace(guard, ""), trained, control=False)]
+            pieces += [Piece(found.group(), trained)]
+            place = found.end()
+        pieces.append(Piece(text[place:].replace(guard, ""), trained, control=False))
+        return [piece for piece in pieces if piece.text]
+
+    def _guarded(
+        self,
+        messages: list[dict[str, Any]],
+        render: Callable[[list[dict[str, Any]]], tuple[str, list[tuple[int, int]]]],
+    ) -> tuple[str, list[tuple[int, int]], str]:
+        """(text, spans, guard) of `render`. Where a content holds the name of a control token, a noncharacter breaks
+        that name, so that what is left of them is the template's; without the guard the text is the plain one."""
+        if not any(self._control.search(text) for text in _strings(messages)):
+            return *render(messages), ""
+        everything = "".join(_strings(messages))
+        guard = next((g for g in _GUARDS if g not in everything), None)
+        if guard is None:
+            raise ValueError(
+                "a content holds the name of a control token and every noncharacter U+FDD0 to U+FDED"
+            )
+        text, spans = render(
+            _map_strings(messages, lambda s: self._control.sub(lambda m: _broken(m[0], guard), s))
+        )
+        plain, _ = render(messages)
+        if text.replace(guard, "") != plain:
+            raise ValueError(
+                "a content holds the name of a control token, and the chat template treats it as more than text"
+            )
+        return text, spans, guard
+
+    def _spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        """(text, where the assistant's words with their end token lie in it)."""
+        if self._marked:
+            return self._marked_spans(messages)
+        text = self._render(messages)
+        spans = []
+        for k, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self._render(messages[:k])
+                after = text if k + 1 == len(messages) else self._render(messages[: k + 1])
+                spans.append(self._answer(text, before, after, k))
+        return text, spans
+
+    def _answer(self, text: str, before: str, after: str, number: int) -> tuple[int, int]:
+        if not (after.startswith(before) and text.startswith(after)):
+            raise ValueError(
+                f"chat template: the text of the first {number + 1} messages is not how the whole conversation begins, "
+                "so that answers cannot be told from questions; mark them in the template with {% generation %}"
+            )
+        start = len(before) + len(self._header)
+        if not after.startswith(self._header, len(before)):
+            raise ValueError(
+                f"chat template: message {number}, of the assistant, does not begin with {self._header!r} as its "
+                "generation prompt does; mark the answers in the template with {% generation %}"
+            )
+        end = after.rfind(self._eos, start)
+        if end < 0 or after[end + len(self._eos) :].strip():
+            raise ValueError(
+                f"chat template: message {number}, of the assistant, does not end with {self._eos!r}; "
+                "mark the answers in the template with {% generation %}"
+            )
+        return start, end + len(self._eos)
+
+    @cached_property
+    def _header(self) -> str:
+        """What the generation prompt adds, up to the first markup such as <think>: a model writes that itself, as
+        upstream trains it, whether or not a prompt offers it."""
+        question = [{"role": "user", "content": "?"}]
+        plain, opened = self._render(question), self._render(question, add_generation_prompt=True)
+        if not opened.startswith(plain) or opened == plain:
+            raise ValueError(
+                "chat template: add_generation_prompt adds nothing to the end, so that answers cannot be told from "
+                "questions; mark them in the template with {% generation %}"
+            )
+        header = opened[len(plain) :]
+        markup = self.tokenizer.special_tokens.keys() - self.tokenizer.control_tokens.keys()
+        return header[: min((header.find(m) for m in markup if m in header), default=len(header))]
+
+    def _marked_spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        marked = self._render(messages, mark_generation=True)
+        opening, closing = MARKS
+        text, spans, start = "", [], 0
+        for part in re.split(f"([{opening}{closing}])", marked):
+            if part == opening:
+                start = len(text)
+            elif part == closing:
+                spans.append((start, len(text)))
+            else:
+                text += part
+        if text != self._render(messages):
+            raise ValueError("chat template: a content holds one of the noncharacters U+FDEE and U+FDEF")
+        # many templates mark the words alone; without the token that ends them a model would never stop
+        eos = self._eos
+        spans = [(a, b + len(eos) if text.startswith(eos, b) else b) for a, b in spans]
+        return text, [(a, b) for a, b in spans if b > a]
+
+    def _render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+        return self.tokenizer.apply_chat_template(messages, **self.variables, **variables)
+
+
+def _with_text(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """parse_messages, and contents in parts as one string: parts could spell a control token together."""
+    parsed = parse_messages(messages)
+    for message in parsed:
+        content = message.get("content")
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            parts = (part if isinstance(part, str) else (part.get("text") or "") for part in content)
+            message["content"] = "".join(parts)
+    return parsed
+
+
+def _broken(name: str, guard: str) -> str:
+    return name[0] + guard + name[1:]
+
+
+def _strings(value: Any) -> list[str]:
+    """Every string in nested lists and objects, keys too."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for pair in value.items() for part in pair for text in _strings(part)]
+    if isinstance(value, Sequence):
+        return [text for part in value for text in _strings(part)]
+    return []
+
+
+def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {_map_strings(k, function): _map_strings(v, function) for k, v in value.items()}
+    if isinstance(value, Sequence):
+        return [_map_strings(part, function) for part in value]
+    return value

@@ -1,0 +1,129 @@
+"""The flags that all stages share; each script adds its own in a dataclass derived from StageArgs."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from minimind.training.device import PrecisionName
+from minimind.training.optim import OptimizerName, ScheduleName
+from minimind.training.parallel import ParallelName
+from minimind.training.run_folder import ResumeMode
+from minimind.training.tracking import TrackerName
+
+PresetName = Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "minimind3", "minimind3-moe"]
+
+FromFlag = Annotated[str | None, tyro.conf.arg(name="from")]  # `from` is a word of Python's
+
+# Flags that say nothing about the run itself.
+_NOT_SAVED = {"resume", "out", "track", "profile"}
+_POSITIVE = ("tokens", "epochs", "seq_len", "batch_tokens", "micro_tokens", "lr", "grad_clip", "eval_tokens",
+             "evals", "save_every", "keep_checkpoints", "log_every")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StageArgs:
+    """What every stage can be told. Every default works."""
+
+    from_: FromFlag = None
+    """Weights to begin with: the run folder of an earlier stage, a Hugging Face folder, or an upstream .pth (with
+    --preset and --tokenizer). None: random ones."""
+    preset: PresetName | None = None
+    """Model shape. None: that of --from, else nano, which is made for a CPU."""
+    data: tuple[str, ...] = ()
+    """Files, folders or globs."""
+    tokenizer: str | None = None
+    """Folder with tokenizer.json. None: that of --from, else the one shipped."""
+    tokens: int | None = None
+    """How many tokens to train on, padding (about 1%) included; overrides --epochs."""
+    epochs: float = 1.0
+    """Passes over the training part of the data."""
+    seq_len: int = 512
+    """Tokens in a row; longer documents are cut."""
+    batch_tokens: int | None = None
+    """Tokens per optimizer step, padding included; a multiple of --seq-len. None: 65536 on a GPU for models larger
+    than nano, else 4096."""
+    micro_tokens: int | None = None
+    """Tokens per forward and backward, of all processes together; a step accumulates batch_tokens / micro_tokens of
+    them. None: all at once, but no more than 65536, nor more than fit on the GPU (docs/scaling.md)."""
+    optimizer: OptimizerName = "muon"
+    """muon: Muon for the matrices and AdamW for the rest; adamw: AdamW for all."""
+    lr: float | None = None
+    """Peak learning rate. None takes the preset's."""
+    schedule: ScheduleName = "cosine"
+    """How the rate falls after the warm-up."""
+    warmup: float = 0.02
+    """Share of the steps over which the rate rises."""
+    weight_decay: float = 0.1
+    """For matrices; norm gains never decay."""
+    grad_clip: float = 1.0
+    """Largest gradient norm."""
+    heldout: float = 0.05
+    """Share of every file, its last documents, that is never trained on; at most a million tokens in all."""
+    eval_tokens: int = 65536
+    """Held-out tokens used for the figures on the way; the last figure uses all."""
+    evals: int = 10
+    """How often to measure held-out loss and print samples."""
+    save_every: int | None = None
+    """Steps between checkpoints. None: twenty in a run."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    log_every: int = 10
+    """Steps between reads of the loss from the device."""
+    compile: bool = False
+    """Compile the model with torch.compile: up to a minute at the start of the first run."""
+    cuda_graph: bool = False
+    """With --compile on a GPU: replay forward and backward as CUDA graphs, which saves what launches cost."""
+    recompute: bool = False
+    """Keep only the blocks' inputs and run each again in the backward: a third more compute for far less memory."""
+    profile: bool = False
+    """Record three steps: a table, a trace and a timeline in the run folder's profile/."""
+    fused: bool = True
+    """Use the fastest form of every op this device has; --no-fused takes the plain reference."""
+    precision: PrecisionName = "auto"
+    """What matrix products run in; weights are float32 always."""
+    resume: ResumeMode = "auto"
+    """auto continues an unfinished run of this very configuration; never starts a new folder."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with a malformed row: stop and name it, or count it and go on."""
+    cache_dir: str | None = None
+    """Where tokenized data is kept. None: $MINIMIND_CACHE or ~/.cache/minimind."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    parallel: ParallelName = "auto"
+    """How the processes of torchrun share the work: ddp (a model each) or fsdp (a shard of it each). auto: ddp where
+    there are several. A run may continue with other numbers of processes."""
+    replicas: int = 1
+    """With fsdp: groups of processes that each hold the whole model in shards; several nodes: one group per node."""
+    seed: int = 42
+    """Decides initial weights and data order."""
+    track: TrackerName = "none"
+    """Also send the metrics to an experiment tracker."""
+    out: str | None = None
+    """Run folder. None: runs/STAGE-PRESET-DATA, numbered when taken."""
+
+    def check(self) -> None:
+        """Refuse numbers that no run can use, in one line."""
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        if self.cuda_graph and not self.compile:
+            raise ValueError("--cuda-graph: goes with --compile")
+
+    def saved(self) -> dict[str, Any]:
+        """The flags that say what is computed, under their names on the command line (with _ for -)."""
+        fields = dataclasses.asdict(self).items()
+        return {name.rstrip("_"): value for name, value in fields if name not in _NOT_SAVED}
+
+    @property
+    def data_name(self) -> str:
+        """Of the run folder: the first file's, and how many more there are."""
+        if not self.data:
+            return "builtin"
+        name = Path(self.data[0]).name.split(".")[0].strip("*") or "data"
+        return name + (f"+{len(self.data) - 1}" if len(self.data) > 1 else "")

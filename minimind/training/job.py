@@ -1,0 +1,271 @@
+"""What all stages do alike: from the flags to the device, the run folder, the model, the loop and its last line.
+
+job = Job.begin("sft", args, console)              device, processes, precision, tokenizer, shape
+plan = job.plan(make_loader)                       batches and the number of steps
+job.open_run(args.data_name)                       the run folder, locked; where to continue
+model, trained = job.build_model()                 the weights, and what trains them
+return job.fit(plan, model, objective, lines)      to the last step
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from rich.console import Console
+
+from minimind import ops
+from minimind.config import ModelConfig
+from minimind.data.progress import say
+from minimind.modeling import Model
+from minimind.tokenization import Tokenizer
+from minimind.training.arguments import StageArgs
+from minimind.training.batches import DeviceBatches, to_device
+from minimind.training.checkpoint import load_weights_into, share_trainer_state
+from minimind.training.compiling import compile_model
+from minimind.training.device import Precision, choose_precision, describe_device
+from minimind.training.loop import LoopOptions, Stage, StageLoss, Trainer
+from minimind.training.memory import tokens_that_fit
+from minimind.training.optim import build_optimizers, lr_factor
+from minimind.training.origin import Origin
+from minimind.training.parallel import Parallel
+from minimind.training.profiling import StepProfiler, mark_blocks, nvtx_mode
+from minimind.training.run_folder import RunFolder, open_run, record_versions
+from minimind.training.tracking import make_tracker
+from minimind.weights import save_weights
+
+
+class EpochLoader(Protocol):
+    """A loader on the host that knows how long a pass over its data is."""
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Tokens of one pass, padding left out."""
+
+    @property
+    def fill(self) -> float:
+        """Share of the positions of a batch that hold tokens."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained on: the host's loader, the steps, and what one step takes."""
+
+    loader: Any
+    steps: int
+    micro_batches: int
+    step_tokens: int
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a stage minimises, measures and shows; the functions are those of `Stage`, which says more."""
+
+    loss: Callable[[Any], StageLoss]
+    evaluate: Callable[[bool], dict[str, Any]]
+    sample: Callable[[], str]
+    describe: Callable[[Any], list[Any]]
+    data_fingerprint: str
+    peak_lr: float  # where --lr is not given
+    save_model: Callable[[Model, Path], None] = save_weights
+    load_model: Callable[[Model, Path, Parallel], None] = load_weights_into
+    place: Callable[..., Any] = to_device  # the loader's batches on the device, as DeviceBatches says
+    loss_unit: str = "nats per token"
+
+
+@dataclass
+class Job:
+    """One process of one run of a stage."""
+
+    stage: str
+    args: StageArgs
+    console: Console
+    parallel: Parallel
+    device: torch.device
+    precision: Precision
+    origin: Origin
+    run: RunFolder = field(init=False)
+    state: dict[str, Any] = field(init=False)  # the trainer's, of the checkpoint
+
+    @staticmethod
+    def begin(stage: str, args: StageArgs, console: Console) -> Job:
+        """Check the flags, choose device and precision, set the ops' mode, find tokenizer and shape."""
+        args.check()
+        parallel = Parallel.from_env(args.parallel, args.replicas)
+        device = parallel.choose_device(args.device)
+        if args.cuda_graph and device.type != "cuda":
+            raise ValueError(f"--cuda-graph: there is none on {device}; drop the flag")
+        precision = choose_precision(device, args.precision)
+        ops.set_mode("fused" if args.fused else "reference")
+        origin = Origin.of(args, console)
+        return Job(stage, args, console, parallel, device, precision, origin)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.origin.tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.origin.config
+
+    def plan(self, make_loader: Callable[..., EpochLoader]) -> Plan:
+        """make_loader(rows=, rank=, world_size=) -> the loader of this rank; rows are those of all ranks together."""
+        args = self.args
+        rows, micro_batches = self._batch_shape()
+        loader = make_loader(rows=rows, rank=self.parallel.rank, world_size=self.parallel.world_size)
+        step_tokens = rows * args.seq_len * micro_batches
+        budget = (
+            args.tokens if args.tokens is not None else args.epochs * loader.tokens_per_epoch / loader.fill
+        )
+        return Plan(loader, max(1, math.ceil(budget / step_tokens)), micro_batches, step_tokens)
+
+    def open_run(self, data_name: str) -> None:
+        """Meet the other processes; continue the unfinished run of these flags and weights, or make a new folder."""
+        name = f"{self.stage}-{self.origin.preset}-{data_name}"
+        self.parallel.join(self.device)
+        self.run = self.parallel.share(
+            lambda: open_run(self.args.out, name, self._identity(), self.args.resume)
+        )
+        if self.parallel.main:
+            record_versions(self.run.path, f"{describe_device(self.device)}; {self.parallel}")
+        self.state = {"step": 0, "tracker": {}}
+        if self.run.checkpoint is not None:
+            self.state = share_trainer_state(self.run.checkpoint, self.parallel)
+
+    def build_model(self, prepare: Callable[[Model], None] | None = None) -> tuple[Model, Model]:
+        """(the model, the module whose forward and backward train it: replicated, sharded, compiled).
+
+        prepare: what is done to the model on its device before that: adapters, frozen parts.
+        """
+        torch.manual_seed(self.args.seed)
+        model = self.place(self.origin.model())
+        model.recompute = self.args.recompute
+        if prepare is not None:
+            prepare(model)
+        if self.args.profile or nvtx_mode():
+            mark_blocks(model)
+        trained = cast(Model, self.parallel.wrap(model))
+        if self.args.compile:  # sampling and evaluation stay eager: their shapes differ from step to step
+            trained = compile_model(trained, self.args.cuda_graph, whole=self.parallel.strategy == "none")
+        return model, trained
+
+    def place(self, model: Model) -> Model:
+        """On the device, computing in the run's precision: also for a teacher or a reference model."""
+        model = model.to(self.device)
+        model.compute_dtype = self.precision.compute_dtype
+        return model
+
+    def fit(self, plan: Plan, model: Model, objective: Objective, lines: Sequence[str] = ()) -> bool:
+        """Train to the last step; False when it was interrupted. lines: what is printed about the data at start."""
+        args, parallel, start = self.args, self.parallel, self.state["step"]
+        self._say_what_runs(plan, model, lines)
+        stage = self._stage(plan, model, objective)
+        track = args.track if parallel.main else "none"
+        tracker = make_tracker(track, self.run.path, self._saved(), self.state["tracker"], start)
+        profiler = None
+        if args.profile and parallel.main:
+            profiler = StepProfiler(self.run.path / "profile", self.console)
+        trainer = Trainer(stage, self._options(plan), self.run, tracker, self.console, parallel, profiler)
+        if self.run.checkpoint is not None:
+            trainer.resume(self.state)
+        self.state = {}  # a copy of the optimizer's
+        if not trainer.fit():
+            return False
+        say(self.console, f"finished in {self.run.path}: see loss.png and samples.txt")
+        return True
+
+    def _stage(self, plan: Plan, model: Model, objective: Objective) -> Stage:
+        args = self.args
+        peak = args.lr if args.lr is not None else objective.peak_lr
+        warmup = max(1, round(args.warmup * plan.steps))
+        return Stage(
+            model=model,
+            tokenizer=self.tokenizer,
+            optimizer=build_optimizers(model, args.optimizer, peak, args.weight_decay),
+            loader=DeviceBatches(plan.loader, self.device, objective.place),
+            loss=objective.loss,
+            peak_lr=peak,
+            lr_factor=lambda step: lr_factor(args.schedule, step, plan.steps, warmup),
+            evaluate=objective.evaluate,
+            sample=objective.sample,
+            describe=objective.describe,
+            title=f"{self.run.path.name}: {model.num_parameters() / 1e6:.1f}M parameters",
+            data_fingerprint=objective.data_fingerprint,
+            save_model=objective.save_model,
+            load_model=objective.load_model,
+            loss_unit=objective.loss_unit,
+        )
+
+    def _options(self, plan: Plan) -> LoopOptions:
+        args = self.args
+        return LoopOptions(
+            steps=plan.steps,
+            micro_batches=plan.micro_batches,
+            tokens_per_step=plan.step_tokens,
+            grad_clip=args.grad_clip,
+            log_every=args.log_every,
+            eval_every=math.ceil(plan.steps / max(1, args.evals)),
+            save_every=args.save_every or max(1, plan.steps // 20),
+            keep_checkpoints=args.keep_checkpoints,
+        )
+
+    def _say_what_runs(self, plan: Plan, model: Model, lines: Sequence[str]) -> None:
+        resumed = f", continuing after step {self.state['step']}" if self.run.checkpoint else ""
+        for line in (
+            f"device: {describe_device(self.device)}; {self.parallel}",
+            f"precision: {self.precision}",
+            ops.describe(self.device),
+            f"model: {self.origin.preset}, {model.num_parameters() / 1e6:.1f}M parameters "
+            f"({model.num_parameters(active=True) / 1e6:.1f}M active), "
+            f"{model.flops_per_token(self.args.seq_len) / 1e6:.0f} MFLOP per token trained, "
+            f"{model.kv_bytes_per_token() / 1024:.1f} KiB of bf16 KV per token",
+            *([f"weights: {self.origin.weights}"] if self.origin.weights else []),
+            *lines,
+            f"run: {self.run.path}, {plan.steps} steps of {plan.step_tokens:,} tokens{resumed}",
+        ):
+            say(self.console, line)
+
+    def _saved(self) -> dict[str, Any]:
+        """The flags as config.json has them."""
+        return self.args.saved() | ({} if self.args.from_ else {"preset": self.origin.preset})
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes a run this run and no other."""
+        weights = self.origin.fingerprint()
+        identity = {"stage": self.stage, "args": self._saved(), "model": self.config.to_dict()}
+        return identity if weights is None else identity | {"weights": weights}
+
+    def _batch_shape(self) -> tuple[int, int]:
+        """(rows of a micro-batch, micro-batches of a step)."""
+        args, ranks = self.args, self.parallel.world_size
+        large = self.device.type == "cuda" and self.origin.preset != "nano"
+        batch_tokens = args.batch_tokens or (65536 if large else 4096)
+        micro_tokens = args.micro_tokens or self._micro_tokens(batch_tokens)
+        if batch_tokens % micro_tokens or micro_tokens % args.seq_len:
+            raise ValueError(
+                f"--batch-tokens {batch_tokens} must be a multiple of --micro-tokens {micro_tokens}, "
+                f"and that of --seq-len {args.seq_len}"
+            )
+        if micro_tokens < ranks * args.seq_len:
+            raise ValueError(
+                f"--micro-tokens {micro_tokens}: fewer than a row of --seq-len {args.seq_len} for each of {ranks} "
+                f"processes; use {ranks * args.seq_len} or more, or fewer processes"
+            )
+        return micro_tokens // args.seq_len, batch_tokens // micro_tokens
+
+    def _micro_tokens(self, batch_tokens: int) -> int:
+        """All of the step's tokens, halved until a part is small enough for a GPU's memory."""
+        ranks, limit = self.parallel.world_size, 65536
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+            with torch.device("meta"):
+                parameters = Model(self.config).num_parameters()
+            limit = min(limit, ranks * tokens_that_fit(self.config, parameters, memory, self.args.recompute))
+        row = self.args.seq_len
+        while batch_tokens > limit and batch_tokens % (2 * row) == 0 and batch_tokens // 2 >= ranks * row:
+            batch_tokens //= 2
+        return batch_tokens

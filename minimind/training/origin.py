@@ -1,0 +1,97 @@
+"""What a run begins with: a tokenizer, a shape, and weights that are random or those of an earlier stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from minimind.config import PRESETS, ModelConfig
+from minimind.data.progress import say
+from minimind.modeling import Model
+from minimind.tokenization import Tokenizer, load_tokenizer
+from minimind.training.arguments import StageArgs
+from minimind.weights import checkpoint_folder, load_model
+
+
+@dataclass(frozen=True)
+class Origin:
+    """tokenizer, config; preset: the shape's name, for people; weights: a folder or a .pth, None for random ones."""
+
+    tokenizer: Tokenizer
+    config: ModelConfig
+    preset: str
+    weights: Path | None = None
+
+    @staticmethod
+    def of(args: StageArgs, console: Console) -> Origin:
+        """What --from, --preset and --tokenizer ask for. Raises ValueError, naming the flag."""
+        if args.from_ is not None:
+            return _earlier(Path(args.from_).expanduser(), args)
+        tokenizer = load_tokenizer(args.tokenizer)
+        preset = args.preset or "nano"
+        config = ModelConfig.preset(preset)
+        if tokenizer.vocab_size != config.vocab_size:
+            say(
+                console,
+                f"the tokenizer has {tokenizer.vocab_size} entries: so does the model, instead of {config.vocab_size}",
+            )
+            config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+        return Origin(tokenizer, config, preset)
+
+    def model(self) -> Model:
+        """On the CPU, float32; random weights are drawn from the global generator."""
+        return Model(self.config) if self.weights is None else load_model(self.weights, self.config)
+
+    def fingerprint(self) -> str | None:
+        """Which weights they were: the checkpoint's name and a hash of its files. None for random ones."""
+        if self.weights is None:
+            return None
+        files = sorted(self.weights.glob("*.safetensors")) if self.weights.is_dir() else [self.weights]
+        digest = hashlib.blake2b(digest_size=8)
+        for path in files:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+        return f"{self.weights.name} {digest.hexdigest()}"
+
+
+def _earlier(path: Path, args: StageArgs) -> Origin:
+    if path.is_dir():
+        try:
+            weights = checkpoint_folder(path)
+        except ValueError as error:
+            raise ValueError(f"--from {error}") from None
+        config = ModelConfig.from_json(weights / "config.json")
+        if args.preset is not None and _preset_of(config) != args.preset:
+            raise ValueError(
+                f"--preset {args.preset}: {weights} is a {_preset_of(config)} model; drop --preset"
+            )
+        own_tokenizer = weights if (weights / "tokenizer.json").is_file() else None
+    elif path.is_file():
+        if args.preset is None:
+            raise ValueError(
+                f"--from {path}: a bare weight file does not tell its shape; name it with --preset"
+            )
+        weights, config, own_tokenizer = path, ModelConfig.preset(args.preset), None
+    else:
+        raise ValueError(f"--from {path}: no such file or folder; check the path given")
+    if args.tokenizer is None and own_tokenizer is None:
+        raise ValueError(f"--from {path}: there is no tokenizer with it; name its folder with --tokenizer")
+    tokenizer = load_tokenizer(args.tokenizer or own_tokenizer)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"--tokenizer: it has {tokenizer.vocab_size} entries, but the model of --from {path} knows "
+            f"{config.vocab_size}; use the tokenizer it was trained with"
+        )
+    return Origin(tokenizer, config, args.preset or _preset_of(config), weights)
+
+
+def _preset_of(config: ModelConfig) -> str:
+    for name, preset in PRESETS.items():
+        if dataclasses.replace(preset, vocab_size=config.vocab_size) == config:
+            return name
+    return "custom"

@@ -1,0 +1,34 @@
+"""A stage's script from the command line to its exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import tyro
+from rich.console import Console
+
+from minimind.data.progress import say
+from minimind.training.arguments import StageArgs
+from minimind.training.parallel import leave, rank
+
+Args = TypeVar("Args", bound=StageArgs)
+
+
+def run_script(main: Callable[[Args, Console], bool], args: type[Args], description: str | None) -> NoReturn:
+    """Parse the flags of `args`, call main(flags, console) and exit: 0 when it is done, 130 when it was interrupted,
+    2 after one line about bad input, which main raises as ValueError."""
+    parsed = tyro.cli(args, description=description)
+    console = Console(quiet=rank() > 0)
+    try:
+        done = main(parsed, console)
+    except (ValueError, OSError) as problem:  # OSError: a full disk, a folder that is not ours
+        say(console, f"error: {problem}")
+        if rank() > 0:  # what went wrong here need not have gone wrong on rank 0
+            print(f"rank {rank()}: error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    leave()
+    sys.exit(0 if done else 130)

@@ -1,0 +1,186 @@
+"""Preference pairs in the token cache and in packed batches."""
+
+import json
+import re
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minimind.data import Corpus, weights
+from minimind.data.builtin_preferences import MANNERS, MANNERS_ZH, builtin_preferences, preferences
+from minimind.data.pair_loader import PairBatch, PairLoader
+from minimind.data.preferences import open_preferences
+from tests.data.fake import QUIET
+from tests.data.test_cache import listening
+from tests.data.test_conversations import ENCODER, chat
+
+
+def pair(chosen: list[Any], rejected: list[Any]) -> dict[str, Any]:
+    return {"chosen": chosen, "rejected": rejected}
+
+
+def some_pairs(n: int) -> list[dict[str, Any]]:
+    """Of different lengths; every third after a turn that both sides share."""
+    rows = []
+    for i in range(n):
+        before = [f"{i}?", "well " * (i % 5 + 1)] if i % 3 == 0 else []
+        answers = ("good " * (i * 7 % 13 + 1), "bad " * (i * 5 % 11 + 1))
+        rows.append(pair(*(chat(*before, f"and {i}?", answer) for answer in answers)))
+    return rows
+
+
+ROWS = some_pairs(50)
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def opened(folder: Path, rows: list[Any]) -> Corpus:
+    folder.mkdir(exist_ok=True)
+    return open_preferences([write(folder / "pairs.jsonl", rows)], ENCODER, folder / "cache", console=QUIET)
+
+
+def encoded(row: dict[str, Any]) -> list[Any]:
+    return ENCODER.encode([ENCODER.pieces(row[side]) for side in ("chosen", "rejected")])
+
+
+def test_a_pair_is_both_conversations_and_knows_where_the_second_begins(tmp_path):
+    corpus = opened(tmp_path, ROWS)
+    assert corpus.num_documents == len(ROWS)
+    for i, row in enumerate(ROWS):
+        sides = encoded(row)
+        assert corpus.document(i).tolist() == [token for side in sides for token in side.ids]
+        codes = corpus.codes(i)
+        assert ((weights.class_of(codes) > weights.NONE) == np.concatenate([s.trained for s in sides])).all()
+        assert np.flatnonzero(codes & weights.SIDE).tolist() == [len(sides[0].ids)]
+    answers = [m["content"] + "<|im_end|>" for row in ROWS for side in row.values() for m in side[1::2]]
+    assert corpus.num_bytes == len("".join(answers).encode())
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_every_pair_is_once_in_a_pass_and_whole(tmp_path, world_size):
+    """Inputs, targets and boundaries of each side are those of the conversation alone, on whichever rank it is."""
+    corpus = opened(tmp_path, ROWS)
+    seen: Counter[int] = Counter()
+    ranks = [
+        PairLoader(corpus, 96, 5, 3, rank=r, world_size=world_size).epoch_batches() for r in range(world_size)
+    ]
+    for parts in zip(*ranks, strict=True):
+        counts = {
+            (b.global_num_pairs, b.global_weight, b.global_num_targets, b.input_ids.shape) for b in parts
+        }
+        pairs = sum(len(b.pairs) for b in parts)
+        targets = sum(b.num_targets for b in parts)
+        assert counts == {(pairs, pairs, targets, (-(-5 // world_size), 96))}
+        for batch in parts:
+            check(batch)
+            seen.update(batch.pairs.tolist())
+    assert seen == Counter(range(len(ROWS)))
+
+
+def check(batch: PairBatch) -> None:
+    ids, targets, places = batch.input_ids.ravel(), batch.targets.ravel(), batch.position_ids.ravel()
+    bounds = batch.cu_seqlens
+    assert bounds[0] == 0 and bounds[-1] == ids.size and (np.diff(bounds) > 0).all()
+    assert set(range(0, ids.size, batch.input_ids.shape[1])) <= set(bounds.tolist())
+    used = sorted([*batch.chosen, *batch.rejected])
+    for k, (a, b) in enumerate(pairwise(bounds)):
+        assert (places[a:b] == np.arange(b - a)).all()
+        assert k in used or not (ids[a:b].any() or (targets[a:b] >= 0).any())
+    assert len(set(used)) == len(used) == 2 * len(batch.pairs)
+    for number, *segments in zip(batch.pairs, batch.chosen, batch.rejected, strict=True):
+        rows = {int(bounds[k]) // batch.input_ids.shape[1] for k in segments}
+        assert len(rows) == 1  # a row belongs to one micro-batch of one rank
+        for k, side in zip(segments, encoded(ROWS[number]), strict=True):
+            a, b = bounds[k], bounds[k + 1]
+            wanted = np.where(side.trained[1:], side.ids[1:].astype(np.int64), -100)
+            assert ids[a:b][: len(wanted)].tolist() == side.ids[:-1].tolist()
+            assert targets[a:b].tolist() == wanted.tolist() + [-100] * (b - a - len(wanted))
+            assert b - a - len(wanted) in (0, 1)
+
+
+def test_the_stream_of_rows_goes_on_where_it_was(tmp_path):
+    corpus = opened(tmp_path, ROWS)
+    whole, late = PairLoader(corpus, 96, 4, 1), PairLoader(corpus, 96, 4, 1)
+    for _ in range(7):  # beyond a pass
+        whole.next_batch()
+    late.load_state(json.loads(json.dumps(whole.state())))
+    a, b = whole.next_batch(), late.next_batch()
+    assert isinstance(a, PairBatch) and isinstance(b, PairBatch)
+    for name in ("input_ids", "targets", "cu_seqlens", "chosen", "pairs"):
+        assert (getattr(a, name) == getattr(b, name)).all()
+    assert len(a.cu_seqlens) <= whole.max_segments + 1
+
+
+def test_a_pair_longer_than_a_row_is_left_out_whole_and_counted(tmp_path):
+    lengths = [sum(len(side.ids) for side in encoded(row)) - 1 for row in ROWS]
+    seq_len = sorted(lengths)[len(ROWS) // 2]
+    loader = PairLoader(opened(tmp_path, ROWS), seq_len, 4)
+    fit = [i for i, n in enumerate(lengths) if n <= seq_len]
+    assert (
+        0 < len(fit) < len(ROWS) and loader.left_out == len(ROWS) - len(fit) and loader.num_pairs == len(fit)
+    )
+    assert loader.tokens_per_epoch == sum(lengths[i] for i in fit)
+    assert sorted(i for batch in loader.epoch_batches() for i in batch.pairs) == fit
+    with pytest.raises(ValueError, match=rf"--seq-len 9: .* the shortest pair has {min(lengths)} tokens"):
+        PairLoader(loader.view, 9, 4)
+
+
+GOOD, WORSE = chat("hi", "hello"), chat("hi", "go away")
+BAD = {
+    "missing": ('{"chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]}',
+                'no field "rejected" (fields: chosen)'),
+    "other format": ('{"conversations": []}', 'no field "chosen" (fields: conversations)'),
+    "same": (pair(GOOD, GOOD), "chosen and rejected are the same"),
+    "looks the same": (pair(GOOD, [GOOD[0], {**GOOD[1], "note": 1}]), "chosen and rejected are the same"),
+    "other prompt": (pair(GOOD, chat("ho", "go away")), "differ first in message 0, of the user"),
+    "goes on": (pair(GOOD, chat("hi", "hello", "more", "no")), "differ first in message 2, of the user"),
+    "no answer": (pair(GOOD, chat("hi")), "rejected: the last message is of the user, not of the assistant"),
+    "role": (pair([{"role": "narrator", "content": "once"}], GOOD), "chosen: message 0 has the role 'narrator'"),
+    "silent": (pair(GOOD, chat("hi", " ")), "rejected: message 1, of the assistant, is empty"),
+    "no list": (pair("hi", GOOD), 'chosen: field "chosen" is a string, not a list of messages'),  # type: ignore[arg-type]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_rows_name_their_line(tmp_path, case):
+    row, message = BAD[case]
+    path = write(tmp_path / "bad.jsonl", [pair(GOOD, WORSE), row, pair(WORSE, GOOD), row])
+    with pytest.raises(ValueError, match=re.escape(f"{path}:2: ") + ".*" + re.escape(message)) as caught:
+        open_preferences([path], ENCODER, tmp_path / "cache", console=QUIET)
+    assert str(caught.value).endswith("; fix the row or pass --on-bad-row skip")
+    console = listening()
+    assert open_preferences([path], ENCODER, tmp_path / "cache", "skip", console).num_documents == 2
+    assert f"{path}: 2 bad rows left out, the first at {path}:2: " in console.export_text()
+
+
+def test_built_in_manners_favour_no_reply_and_hold_out_wordings(tmp_path):
+    train, heldout = preferences()
+    assert (train, heldout) == preferences() and 100 < len(heldout) < len(train) < 1000
+    for rows in (train, heldout):
+        chosen, rejected = (
+            Counter(row[side][1]["content"] for row in rows) for side in ("chosen", "rejected")
+        )
+        assert chosen == rejected  # whoever does not look at the question is right in half of the pairs
+        for row in rows:
+            asked, said = (row["chosen"][k]["content"] for k in (0, 1))
+            assert row["rejected"][0]["content"] == asked
+            replies = [m[1] for m in (*MANNERS, *MANNERS_ZH) if any(_worded(asked, w) for w in m[0])]
+            assert len(replies) == 1 and said.startswith(replies[0].removesuffix("{}"))
+    asked = [{row["chosen"][0]["content"] for row in rows} for rows in (train, heldout)]
+    assert not asked[0] & asked[1]
+    first, second = builtin_preferences(tmp_path, QUIET)
+    assert [json.loads(line) for line in first.read_text().splitlines()] == train
+    assert len(open_preferences([first, second], ENCODER, tmp_path, console=QUIET).sources) == 2
+
+
+def _worded(asked: str, wording: str) -> bool:
+    before, after = wording.split("{}")
+    return asked.startswith(before) and asked.endswith(after)

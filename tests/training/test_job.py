@@ -1,0 +1,38 @@
+"""What a stage takes at once, where nobody says."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minimind import ModelConfig
+from minimind.training.job import Job
+
+
+@pytest.mark.parametrize(
+    "preset, gib, ranks, recompute, step, expected",
+    [
+        ("minimind2-small", 24, 1, False, 65536, 65536),
+        ("minimind2", 24, 1, False, 65536, 32768),
+        ("minimind2", 24, 2, False, 65536, 65536),
+        ("minimind2", 24, 1, True, 65536, 65536),
+        ("minimind2-small", 4, 1, False, 65536, 16384),
+        ("minimind2-small", 24, 1, False, 131072, 65536),
+        (
+            "minimind2",
+            1,
+            4,
+            False,
+            65536,
+            2048,
+        ),  # nothing fits: a row for each process, and the GPU will say so
+    ],
+)
+def test_micro_tokens_fit_the_card(monkeypatch, preset, gib, ranks, recompute, step, expected):
+    properties = SimpleNamespace(total_memory=gib << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    job = SimpleNamespace(
+        parallel=SimpleNamespace(world_size=ranks), device=torch.device("cuda"),
+        config=ModelConfig.preset(preset), args=SimpleNamespace(seq_len=512, recompute=recompute),
+    )  # fmt: skip
+    assert Job._micro_tokens(job, step) == expected

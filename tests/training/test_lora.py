@@ -1,0 +1,169 @@
+"""train/lora.py as a user runs it: what it leaves, how it goes on, and that it teaches without undoing."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from minimind import ModelConfig, load_model, load_tokenizer
+from minimind.data.builtin_identity import identity
+from minimind.lora_files import load_adapter
+from minimind.modeling import Model
+from minimind.training.checkpoint import list_checkpoints
+from minimind.weights import save_weights
+from tests.training.runs import ONE_THREAD, SCRIPT, last_step, reproducible, run
+
+LORA, SFT = SCRIPT.with_name("lora.py"), SCRIPT.with_name("sft.py")
+TINY = ModelConfig(64, 2, 4, 2, 16, 128, qk_norm=True)
+FLAGS = ["--tokens", str(512 * 8), "--seq-len", "128", "--batch-tokens", "512", "--save-every", "3", "--log-every", "2",
+         "--evals", "2", "--eval-questions", "4", "--dropout", "0.1", "--precision", "fp32"]  # fmt: skip
+
+
+def save_origin(config: ModelConfig, folder: Path) -> Path:
+    """A checkpoint of random weights with its tokenizer."""
+    torch.manual_seed(0)
+    save_weights(Model(config), folder)
+    load_tokenizer().save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory) -> Path:
+    return save_origin(TINY, tmp_path_factory.mktemp("origin"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def command(origin: Path, out: Path, cache: Path, *extra: str) -> list[str]:
+    return [
+        sys.executable,
+        str(LORA),
+        "--from",
+        str(origin),
+        "--out",
+        str(out),
+        "--cache-dir",
+        str(cache),
+        *extra,
+    ]
+
+
+def finish(arguments: list[str]) -> str:
+    answer = run(arguments)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return answer.stdout
+
+
+def call(script: Path, **flags) -> None:
+    """The script's main with these flags, in this process."""
+    names = runpy.run_path(str(script))
+    assert names["main"](names["Args"](**flags), Console(quiet=True))
+
+
+def rows_of(folder: Path, kind: str) -> list[dict]:
+    return [row for row in reproducible(folder) if row["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def unbroken(origin, cache, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    text = finish(command(origin, out, cache, *FLAGS))
+    assert "rank 8, scale 2, q_proj k_proj" in text and "other answers to the letter" in text
+    return out
+
+
+def test_run_leaves_an_adapter_and_figures_of_what_is_kept(unbroken, origin):
+    newest = list_checkpoints(unbroken)[-1]
+    assert not (newest / "model.safetensors").exists() and (newest / "tokenizer.json").exists()
+    raw = json.loads((newest / "adapter_config.json").read_text())
+    assert raw["peft_type"] == "LORA" and raw["base_model_name_or_path"] == str(origin)
+    assert any(t.any() for k, t in load_file(newest / "adapter_model.safetensors").items() if "lora_B" in k)
+    for picture in ("loss.png", "answers.png"):
+        assert (unbroken / picture).read_bytes().startswith(b"\x89PNG")
+    losses = [row["loss"] for row in rows_of(unbroken, "train")]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    last = rows_of(unbroken, "eval")[-1]
+    assert last["kept_questions"] > 400 and {"kept_exact", "base_exact", "heldout_exact"} <= last.keys()
+    model = load_model(origin)
+    ids = torch.arange(20)[None]
+    before = model(ids).logits
+    load_adapter(model, unbroken)  # a run folder is enough
+    assert not torch.equal(model(ids).logits, before)
+
+
+def test_killed_and_started_again_the_curve_is_the_same_to_the_bit(unbroken, origin, cache, tmp_path):
+    arguments = command(origin, tmp_path / "killed", cache, *FLAGS)
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and last_step(tmp_path / "killed") < 4:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    text = finish(arguments)
+    assert "continuing after step" in text
+    assert reproducible(tmp_path / "killed") == reproducible(unbroken)
+
+
+def test_an_adapter_can_be_trained_further(unbroken, origin, cache, tmp_path):
+    out = tmp_path / "more"
+    call(LORA, from_=str(origin), out=str(out), cache_dir=str(cache), adapter=str(unbroken), tokens=512, seq_len=128,
+         batch_tokens=512, eval_questions=2, precision="fp32")  # fmt: skip
+    assert rows_of(out, "train")[0]["loss"] < rows_of(unbroken, "train")[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (dict(optimizer="muon"), "--optimizer muon: adapters are trained with adamw"),
+        (dict(parallel="fsdp"), "--parallel fsdp: the frozen model is not sharded"),
+        (dict(rank=0), "LoRA rank=0: must be at least 1"),
+        (dict(targets=("w1",)), "LoRA target 'w1': this model has no such projection"),
+        (dict(adapter="absent"), r"absent/adapter_config.json: no such file"),
+    ],
+)
+def test_errors_are_one_line(flags, message, origin, cache, tmp_path):
+    with pytest.raises(ValueError, match=message) as problem:
+        call(LORA, from_=str(origin), out=str(tmp_path / "no"), cache_dir=str(cache), seq_len=128, **flags)
+    assert "\n" not in str(problem.value)
+
+
+def test_built_in_rows_hold_out_wordings_and_nothing_else():
+    train, heldout, kept = identity("Ada")
+    texts = [{c[0]["content"] for c in rows} for rows in (train, heldout)]
+    assert not texts[0] & texts[1] and all("Ada" in c[1]["content"] for c in heldout)
+    answers = {c[1]["content"] for c in heldout}
+    assert answers <= {c[-1]["content"] for c in train}
+    assert len(kept) > 400 and not any("MiniMind, a" in m["content"] for c in kept for m in c)
+    assert identity("Ada") == (train, heldout, kept)
+
+
+@pytest.mark.slow
+def test_an_adapter_teaches_a_name_without_undoing_what_was_taught(cache, tmp_path):
+    """A small model learns the built-in conversations, then a name: all of it as the scripts do by default."""
+    config = ModelConfig.preset("nano")
+    base = tmp_path / "sft"
+    learn = [sys.executable, str(SFT), "--from", str(save_origin(config, tmp_path / "origin")), "--out", str(base),
+             "--cache-dir", str(cache), "--epochs", "6", "--evals", "1"]  # fmt: skip
+    answer = subprocess.run(learn, capture_output=True, text=True, timeout=1800)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    out = tmp_path / "lora"
+    answer = subprocess.run(command(base, out, cache), capture_output=True, text=True, timeout=1800)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    first, *_, last = rows_of(out, "eval")
+    assert first["heldout_exact"] == 0 and last["heldout_exact"] > 0.9, last
+    assert last["base_exact"] > 0.8 and last["kept_exact"] > last["base_exact"] - 0.02, last

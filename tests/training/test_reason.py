@@ -1,0 +1,284 @@
+"""train/reason.py as a user runs it, what its loss is, and what counts as the format."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+
+from minimind import ModelConfig, load_model, load_tokenizer, ops
+from minimind.data import PackedLoader, open_conversations
+from minimind.modeling import Model
+from minimind.tokenization.reasoning import ReasoningEncoder, prompt_endings
+from minimind.training.answers import Question
+from minimind.training.reasoning import Asked, reasoning_figures, reply_of
+from minimind.weights import save_weights
+from tests.training.runs import ONE_THREAD, SCRIPT, last_step, reproducible, run
+
+REASON, SFT = SCRIPT.with_name("reason.py"), SCRIPT.with_name("sft.py")
+TINY = ModelConfig(64, 2, 4, 2, 16, 128, qk_norm=True)
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reason", REASON)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["reason"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def save_origin(config: ModelConfig, folder: Path) -> Path:
+    """A checkpoint of random weights with its tokenizer."""
+    torch.manual_seed(0)
+    save_weights(Model(config), folder)
+    load_tokenizer().save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory) -> Path:
+    return save_origin(TINY, tmp_path_factory.mktemp("origin"))
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory) -> Path:
+    """Sums in words: with reasoning beside the answer, in upstream's form, or without."""
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("sums") / "sums.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(300):
+            a, b = rng.randrange(5), rng.randrange(5)
+            steps, found = f"{a}+{b}={a + b}", WORDS[a + b]
+            reply = {"content": found}
+            if i % 3 == 0:
+                reply["reasoning_content"] = steps
+            elif i % 3 == 1:
+                reply["content"] = f"<think>\n{steps}\n</think>\n<answer>\n{found}\n</answer>"
+            messages = [{"role": "user", "content": f"{WORDS[a]} and {WORDS[b]}?"}]
+            file.write(json.dumps({"conversations": [*messages, {"role": "assistant", **reply}]}) + "\n")
+    return path
+
+
+def command(origin: Path, data: Path, out: Path, *extra: str) -> list[str]:
+    flags = ["--from", str(origin), "--data", str(data), "--out", str(out), "--cache-dir",
+             str(data.parent / "cache"), "--seq-len", "64", "--batch-tokens", "512", "--evals", "2", "--eval-questions",
+             "4", "--tokens", str(512 * 9), "--heldout", "0.1", "--save-every", "3", "--log-every", "2", *extra]  # fmt: skip
+    return [sys.executable, str(REASON), *flags]
+
+
+def finish(arguments: list[str]) -> str:
+    answer = run(arguments)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return answer.stdout
+
+
+@pytest.fixture(scope="module")
+def unbroken(origin, sums, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    text = finish(command(origin, sums, out))
+    assert "questions with reasoning" in text and "reasoning enable_thinking=false: " in text
+    return out
+
+
+def test_run_leaves_its_folder_and_figures(unbroken):
+    for picture in ("loss.png", "format.png", "exact.png"):
+        assert (unbroken / picture).read_bytes().startswith(b"\x89PNG")
+    rows = reproducible(unbroken)
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert len(losses) == 9 and losses[-1] < losses[0]
+    evals = [row for row in rows if row["kind"] == "eval"]
+    shares = {f"{mode}_{what}" for mode in ("auto", "on", "off") for what in ("format", "exact")}
+    assert len(evals) == 3 and all(shares | {"plain_exact"} <= row.keys() for row in evals)
+    assert evals[0]["reasoning_questions"] == evals[0]["plain_questions"] == 4
+    assert evals[-1]["reasoning_questions"] > 4
+
+
+def test_killed_and_started_again_the_curve_is_the_same_to_the_bit(unbroken, origin, sums, tmp_path):
+    arguments = command(origin, sums, tmp_path / "killed")
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and last_step(tmp_path / "killed") < 4:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert "continuing after step" in finish(arguments)
+    assert reproducible(tmp_path / "killed") == reproducible(unbroken)
+    last = "checkpoints/step-00000009/model.safetensors"
+    assert (tmp_path / "killed" / last).read_bytes() == (unbroken / last).read_bytes()
+
+
+def train(script: ModuleType, origin: Path, data: Path, out: Path, **changed) -> list[dict]:
+    """Rows of a short run in float32, in this process."""
+    flags = {"from_": str(origin), "data": (str(data),), "cache_dir": str(data.parent / "cache"), "out": str(out),
+             "seq_len": 64, "batch_tokens": 1024, "tokens": 3072, "precision": "fp32", "optimizer": "adamw",
+             "grad_clip": 1e3, "evals": 1, "heldout": 0.0}  # fmt: skip
+    with ops.using(ops.get_mode()):
+        assert script.main(script.Args(**{**flags, **changed}), Console(quiet=True))
+    return [row for row in reproducible(out) if row["kind"] == "train"]
+
+
+@pytest.mark.parametrize("marker_weight", [1.0, 2.5, 10.0])
+def test_loss_is_divided_by_the_weighted_sum_however_it_is_accumulated(
+    script, origin, sums, marker_weight, tmp_path
+):
+    """Step 1 against sum(w * nll) / sum(w) by hand, in float64 with full logits; later steps and the gradient norm
+    against the same in one micro-batch."""
+    flags = {"marker_weight": marker_weight}
+    whole = train(script, origin, sums, tmp_path / "whole", **flags)
+    parts = train(script, origin, sums, tmp_path / "parts", **flags, micro_tokens=128)
+
+    tokenizer = load_tokenizer()
+    encoder = ReasoningEncoder(tokenizer, script.Args().direct)
+    corpus = open_conversations([sums], encoder, sums.parent / "cache")
+    batch = PackedLoader(corpus, 64, 16, seed=42).next_batch()
+    targets = torch.from_numpy(batch.targets)
+    scale = torch.from_numpy(weights_by_hand(tokenizer, batch.targets, marker_weight))
+    losses = {}
+    for dtype in (torch.float64, torch.float32):
+        model = load_model(origin).to(dtype)
+        with torch.no_grad():
+            logits = model(
+                torch.from_numpy(batch.input_ids), cu_seqlens=torch.from_numpy(batch.cu_seqlens)
+            ).logits
+        nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        losses[dtype] = (
+            ((nll * scale).sum() / scale.sum()).item(),
+            ((nll * scale).sum() / (targets >= 0).sum()).item(),
+        )
+    truth, plain = losses[torch.float64][0], losses[torch.float32][0]
+    bound = 2 * abs(plain - truth) + 4 * torch.finfo(torch.float32).eps * truth
+    for rows in (whole, parts):
+        assert abs(rows[0]["loss"] - truth) <= bound
+    if marker_weight != 1:  # what upstream divides by is something else
+        assert abs(whole[0]["loss"] - losses[torch.float64][1]) > 0.1
+    for one, other in zip(whole, parts, strict=True):
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-5)
+
+
+def weights_by_hand(tokenizer, targets: np.ndarray, marker_weight: float) -> np.ndarray:
+    """float64 like targets: answers here hold no other token with a < or > than those of markers."""
+    texts = {int(i): tokenizer.decode([int(i)]) for i in np.unique(targets) if i >= 0}
+    inside = ("<", ">", "ans", "w", "er", "</", "<think>", "</think>")
+    marked = [i for i, text in texts.items() if text.strip() in inside]
+    assert "er" in {texts[i] for i in marked}
+    return np.where(targets < 0, 0.0, np.where(np.isin(targets, marked), marker_weight, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "answer"),
+    [
+        ("auto", "<think>\nso\n</think>\n\n4", "4"),
+        ("auto", "<think>\nso\n</think>\n<answer>\n4\n</answer>", "4"),
+        ("auto", "4", None),
+        ("auto", "so\n</think>\n\n4", None),
+        ("auto", "4 <think>so</think>", None),
+        ("auto", "<think>\n\n</think>\n\n4", None),
+        ("auto", "<think>\nso\n</think>\n\n", None),
+        ("auto", "<think>\nso", None),
+        ("auto", "<think>so</think>a<think>so</think>4", None),
+        ("on", "so\n</think>\n\n4", "4"),
+        ("on", "<think>so\n</think>\n\n4", None),
+        ("on", "4", None),
+        ("off", "4", "4"),
+        ("off", "<think>so</think>4", None),
+        ("off", "4</think>", None),
+        ("off", " \n", None),
+    ],
+)
+def test_the_format(mode, text, answer):
+    reply = reply_of(text, True, mode)
+    assert (reply and reply.answer) == answer
+    assert reply_of(text, False, mode) is None  # cut off before its end token
+
+
+def test_figures_are_those_of_what_was_written(monkeypatch):
+    """Written replies in place of a model's: shares of the format and of right answers, and the prompts asked."""
+    tokenizer = load_tokenizer()
+    right, wrong, broken = "<think>\nso\n</think>\n\n4", "<think>\nso\n</think>\n\n5", "4"
+    asked = [Question([7 + i], tokenizer.encode(right)) for i in range(4)]
+    written = {"auto": [right, right, wrong, broken], "off": ["4", "4", "4", right]}
+    written["on"] = [text.removeprefix("<think>\n") for text in written["auto"]]
+    endings = {mode: tokenizer.encode(text) for mode, text in prompt_endings(tokenizer).items()}
+
+    def answer(model, tokenizer, questions, longest):
+        ending = questions[0].prompt[1:]
+        assert [q.prompt for q in questions] == [[7 + i, *ending] for i in range(4)]
+        mode = next(m for m, e in endings.items() if e == ending)
+        replies = [tokenizer.encode(text) for text in written[mode]]
+        replies[0] += tokenizer.encode("!") * (longest - len(replies[0])) if mode == "on" else []
+        return replies
+
+    monkeypatch.setattr("minimind.training.reasoning.answer", answer)
+    figures = reasoning_figures(Model(TINY), tokenizer, Asked(asked, []))
+    assert figures == {
+        "auto_format": 0.75, "auto_exact": 0.5,
+        "on_format": 0.5, "on_exact": 0.25,  # one of them never ended
+        "off_format": 0.75, "off_exact": 0.75,
+        "reasoning_questions": 4,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"marker_weight": 0.0}, "--marker-weight 0: must be above 0"),
+        ({"direct": 2.0}, "--direct 2: must be a share from 0 to 1"),
+        ({"direct": 1.0}, "--data: no conversation has reasoning; give reasoning_content or <think>...</think>"),
+        ({"from_": "nowhere"}, "--from nowhere: no such file or folder"),
+        ({"data": ("{bad}",)}, "bad.jsonl:1: message 1, of the assistant, is not <think>reasoning</think> and an"),
+    ],
+)  # fmt: skip
+def test_bad_flags_are_one_clear_line(changed, message, script, origin, sums, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    row = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think>so"}]
+    bad.write_text(json.dumps({"conversations": row}))
+    if "data" in changed:
+        changed = {"data": (str(bad),)}
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        train(script, origin, sums, tmp_path / "out", **changed)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_chat_model_learns_to_reason_when_asked(tmp_path, tmp_path_factory):
+    """A small model learns the built-in conversations, then to reason: all of it as the scripts do by default."""
+    base, out, cache = tmp_path / "sft", tmp_path / "reason", tmp_path / "cache"
+    origin = save_origin(ModelConfig.preset("nano"), tmp_path / "origin")
+    two = {**ONE_THREAD, "OMP_NUM_THREADS": "2"}
+    steps = [(SFT, origin, base, ["--epochs", "3"]), (REASON, base, out, [])]
+    for stage, begin, to, flags in steps:
+        arguments = [
+            sys.executable,
+            str(stage),
+            "--from",
+            str(begin),
+            "--out",
+            str(to),
+            "--cache-dir",
+            str(cache),
+        ]
+        answer = subprocess.run([*arguments, "--evals", "1", *flags], capture_output=True, text=True, env=two)
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+    first, *_, last = [row for row in reproducible(out) if row["kind"] == "eval"]
+    assert first["auto_format"] < 0.1 and last["auto_format"] >= 0.8, (first, last)
+    assert last["on_format"] >= 0.8 and last["off_format"] >= 0.8, last
+    assert last["auto_exact"] > first["auto_exact"] + 0.1 and last["plain_exact"] > 0.3, last

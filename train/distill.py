@@ -1,0 +1,176 @@
+"""Let a small model learn from a larger one: `python train/distill.py --teacher RUN --from RUN`.
+
+White-box distillation (docstring of minimind/objectives/distillation.py) over packed conversations: the student learns
+the assistant's next token and the teacher's whole distribution over it. Run the same command again after any
+interruption and it continues where the last checkpoint was. Every run leaves a folder under runs/ with its metrics,
+plots, answers and weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from minimind.data import Corpus, PackedLoader, builtin_conversations
+from minimind.data.progress import say
+from minimind.modeling import Model
+from minimind.objectives.distillation import (
+    Distillation,
+    DivergenceName,
+    check_vocabularies,
+    distillation_loss,
+)
+from minimind.tokenization import ChatEncoder
+from minimind.training.arguments import FromFlag
+from minimind.training.batches import to_device
+from minimind.training.chats import ChatArgs, chat_figures, chat_sample, describe_chats, open_chats
+from minimind.training.compiling import compile_model
+from minimind.training.figures import plot_figures
+from minimind.training.heldout import describe, heldout_loss
+from minimind.training.job import Job, Objective
+from minimind.training.origin import Origin
+from minimind.training.parallel import Parallel
+from minimind.training.run_folder import newest_finished
+from minimind.training.script import run_script
+
+# Peak rates of the student by preset; not tuned yet.
+PEAK_LR = {"nano": 2e-3, "minimind2-small": 5e-4}
+
+
+@dataclass(frozen=True)
+class Args(ChatArgs):
+    """Distil a teacher into a student. Every default works after train/pretrain.py and train/sft.py."""
+
+    from_: FromFlag = None
+    """The student: a run folder, a Hugging Face folder, or an upstream .pth (with --preset and --tokenizer). None:
+    random weights of --preset; without that, the newest finished run of train/pretrain.py under runs/."""
+    teacher: str | None = None
+    """The teacher: a run folder or a Hugging Face folder. None: the newest finished run of train/sft.py."""
+    data: tuple[str, ...] = ()
+    """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [{"role": ..., "content": ...},
+    ...]} rows. None: a few thousand short conversations that come with the program."""
+    alpha: float = 0.5
+    """Share of the data's own next token in the loss; the rest is the teacher's distribution."""
+    temperature: float = 1.0
+    """Softens both distributions; the loss is multiplied by its square."""
+    divergence: DivergenceName = "forward_kl"
+    """forward_kl: cover all the teacher may say; reverse_kl: keep to what it finds likely; jsd: between."""
+    beta: float = 0.5
+    """The teacher's share of the mixture of jsd."""
+    epochs: float = 4.0
+    """Passes over the training part of the data."""
+
+
+def main(args: Args, console: Console) -> bool:
+    """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
+    options = Distillation(args.alpha, args.temperature, args.divergence, args.beta)
+    if args.from_ is None and args.preset is None:
+        args = dataclasses.replace(args, from_=newest_finished("pretrain"))
+    job = Job.begin("distill", args, console)
+    origin = find_teacher(args, job, console)
+    builtin = builtin_conversations(args.cache_dir, console)
+    train, heldout = open_chats(args, ChatEncoder(job.tokenizer), console, builtin)
+    plan = job.plan(partial(PackedLoader, train, args.seq_len, seed=args.seed))
+    job.open_run(args.data_name)
+    model, trained = job.build_model()
+    teacher = job.place(origin.model()).requires_grad_(False).eval()
+    check_vocabularies(model, teacher)
+    taught = compile_model(teacher) if args.compile else teacher
+    gap = Gap(teacher, heldout, args, job.parallel)
+    objective = Objective(
+        loss=lambda batch: distillation_loss(trained, taught, batch, options),
+        evaluate=lambda final: evaluate(model, gap, heldout, job, args, final),
+        sample=lambda: chat_sample(job.parallel.whole(model), heldout or train, job, args),
+        describe=lambda batch: describe(batch, train, job.tokenizer),
+        data_fingerprint=f"{train.identity:016x} {origin.fingerprint()}",
+        peak_lr=PEAK_LR.get(job.origin.preset, 5e-4),
+    )
+    size = f"teacher: {origin.preset}, {teacher.num_parameters() / 1e6:.1f}M parameters, {origin.weights}"
+    if not job.fit(plan, model, objective, [*describe_chats(train, heldout, plan.loader), size]):
+        return False
+    if job.parallel.main and heldout is not None:
+        draw(job.run.path)
+    return True
+
+
+def find_teacher(args: Args, job: Job, console: Console) -> Origin:
+    """Its weights; ValueError where there are none, or where it reads other tokens than the student."""
+    place = args.teacher or newest_finished("sft")
+    if not Path(place).expanduser().is_dir():
+        raise ValueError(f"--teacher {place}: no such folder; name a run folder or a Hugging Face folder")
+    try:
+        origin = Origin.of(dataclasses.replace(args, from_=place, preset=None, tokenizer=None), console)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--from", "--teacher", 1)) from error
+    if origin.tokenizer.fingerprint != job.tokenizer.fingerprint:
+        raise ValueError(
+            f"--teacher {place}: its tokenizer is not the student's; distillation compares token by token"
+        )
+    return origin
+
+
+class Gap:
+    """How far a student is from the teacher on held-out data; the teacher's own part is worked out once."""
+
+    def __init__(self, teacher: Model, heldout: Corpus | None, args: Args, parallel: Parallel) -> None:
+        self.teacher, self.heldout, self.args, self.parallel = teacher, heldout, args, parallel
+        self.teacher_loss = cache(self._teacher_loss)
+
+    def figures(self, student: Model, final: bool) -> dict[str, Any]:
+        """teacher_loss, in nats per target as heldout_loss is; heldout_kl, the mean of KL(teacher || student)."""
+        return {"teacher_loss": self.teacher_loss(final), "heldout_kl": self._divergence(student, final)}
+
+    def _teacher_loss(self, final: bool) -> float:
+        limit = None if final else self.args.eval_tokens
+        found = heldout_loss(self.teacher, self.heldout, self.args.seq_len, limit, self.parallel)
+        return found["heldout_loss"]
+
+    @torch.no_grad()
+    def _divergence(self, student: Model, final: bool) -> float:
+        assert self.heldout is not None
+        corpus = self.heldout if final else self.heldout.head(self.args.eval_tokens)
+        ranks, seq_len = self.parallel.world_size, self.args.seq_len
+        rows = ranks * max(1, 4096 // seq_len)
+        loader = PackedLoader(corpus, seq_len, rows, 0, False, self.parallel.rank, ranks)
+        sums = torch.zeros(2, dtype=torch.float64, device=student.head_weight.device)
+        student.eval()
+        for host in loader.epoch_batches():
+            batch = to_device(host, sums.device)
+            loss, _ = distillation_loss(student, self.teacher, batch, Distillation(alpha=0.0))
+            sums += torch.stack((loss.double(), sums.new_tensor(batch.num_targets)))
+        total, targets = self.parallel.sum(sums).tolist()
+        return total / targets
+
+
+def evaluate(
+    model: Model, gap: Gap, heldout: Corpus | None, job: Job, args: Args, final: bool
+) -> dict[str, Any]:
+    if heldout is None:
+        return {}
+    figures = chat_figures(model, heldout, job, args, final) | gap.figures(model, final)
+    say(
+        job.console,
+        f"the teacher's held-out loss: {figures['teacher_loss']:.4f}; KL(teacher || student): "
+        f"{figures['heldout_kl']:.4f} nats/token",
+    )
+    return figures
+
+
+def draw(run: Path) -> None:
+    """The student's way towards the teacher."""
+    labels = {
+        "heldout_loss": "student's loss",
+        "teacher_loss": "teacher's loss",
+        "heldout_kl": "KL(teacher || student)",
+    }
+    plot_figures(run / "metrics.jsonl", run / "gap.png", run.name, "nats per token, held-out", labels)
+
+
+if __name__ == "__main__":
+    run_script(main, Args, __doc__)

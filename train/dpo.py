@@ -1,0 +1,209 @@
+"""Teach a chat model which of two answers people prefer: `python train/dpo.py` goes on from the newest SFT run.
+
+Direct preference optimisation and its relatives (docstring of minimind/objectives/preference.py) over packed pairs of
+answers. What the model thought of each answer before is worked out once and kept, so that a step needs no second model.
+Run the same command again after any interruption and it continues where the last checkpoint was. Every run leaves a
+folder under runs/ with its metrics, plots, answers and weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from minimind.data import Corpus
+from minimind.data.builtin_preferences import builtin_preferences
+from minimind.data.pair_loader import PairLoader
+from minimind.data.preferences import open_preferences
+from minimind.data.progress import say
+from minimind.modeling import Model
+from minimind.objectives.preference import NEED_REFERENCE, OBJECTIVES, Pairs, preference_loss
+from minimind.objectives.preference import Objective as PairObjective
+from minimind.tokenization import ChatEncoder
+from minimind.training.answers import show
+from minimind.training.arguments import FromFlag, StageArgs
+from minimind.training.figures import plot_figures
+from minimind.training.heldout import describe
+from minimind.training.job import Job, Objective
+from minimind.training.pairs import heldout_figures, prompts, to_device
+from minimind.training.reference import reference_log_probs
+from minimind.training.run_folder import newest_finished
+from minimind.training.script import run_script
+
+# Peak rates by preset; nano was tuned (docs/LOG.md), the others are not yet.
+PEAK_LR = {"nano": 3e-4}
+
+
+@dataclass(frozen=True)
+class Args(StageArgs):
+    """Train on preferences. Every default works after train/sft.py."""
+
+    from_: FromFlag = None
+    """The model to go on from, which is also the reference: a run folder, a Hugging Face folder, or an upstream .pth
+    (with --preset and --tokenizer). None: the newest finished run of train/sft.py under runs/."""
+    data: tuple[str, ...] = ()
+    """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"chosen": [{"role": ..., "content": ...}, ...],
+    "rejected": [...]} rows. None: a few hundred pairs about manners that come with the program."""
+    heldout_data: tuple[str, ...] = ()
+    """Pairs to measure on, instead of --heldout."""
+    loss: Literal["dpo", "ipo", "simpo", "orpo"] = "dpo"
+    """dpo and ipo compare with the reference; simpo and orpo need none."""
+    beta: float | None = None
+    """dpo, ipo: how closely the model is held to the reference; simpo: the reward's scale; orpo: the weight of the odds
+    ratio beside the chosen answer's own loss. None: 2 for simpo, else 0.1."""
+    label_smoothing: float = 0.0
+    """dpo and simpo: the share of pairs that are taken to be labelled the wrong way round."""
+    gamma: float | None = None
+    """simpo: the margin of reward by which the chosen answer should win. None: 1."""
+    epochs: float = 4.0
+    """Passes over the training part of the data."""
+    seq_len: int = 1024
+    """Tokens in a row, which holds both answers of a pair; longer pairs are left out and counted."""
+
+
+def main(args: Args, console: Console) -> bool:
+    """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
+    loss = pair_objective(args)
+    args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
+    job = Job.begin("dpo", args, console)
+    train, heldout = open_data(args, ChatEncoder(job.tokenizer), console)
+    plan = job.plan(partial(PairLoader, train, args.seq_len, seed=args.seed))
+    job.open_run(args.data_name)
+    model, trained = job.build_model()
+    reference = partial(find_reference, job, args, model, plan.loader.rows)
+    measured = [Measured.of(view, job, args, plan.loader.rows, reference) for view in parts(heldout, args)]
+    objective = Objective(
+        loss=lambda batch: preference_loss(trained, batch, loss),
+        evaluate=lambda final: evaluate(model, measured, loss, job, final),
+        sample=lambda: sample(job.parallel.whole(model), heldout or train, job),
+        describe=lambda batch: describe(batch, train, job.tokenizer),
+        data_fingerprint=f"{train.identity:016x}",
+        peak_lr=PEAK_LR.get(job.origin.preset, 1e-5),
+        place=partial(to_device, reference=reference(train)),
+        loss_unit="per pair",
+    )
+    if not job.fit(plan, model, objective, describe_pairs(plan.loader, heldout)):
+        return False
+    if job.parallel.main and heldout is not None:
+        draw(job.run.path)
+    return True
+
+
+def pair_objective(args: Args) -> PairObjective:
+    """The loss with its settings; ValueError for one that it does not have, or that means nothing."""
+    settings: dict[str, float] = {} if args.beta is None else {"beta": args.beta}
+    if args.label_smoothing:
+        if args.loss not in ("dpo", "simpo"):
+            raise ValueError(f"--label-smoothing: --loss {args.loss} has none; drop the flag")
+        settings["label_smoothing"] = args.label_smoothing
+    if args.gamma is not None:
+        if args.loss != "simpo":
+            raise ValueError(f"--gamma: --loss {args.loss} has none; drop the flag")
+        settings["gamma"] = args.gamma
+    objective = partial(OBJECTIVES[args.loss], **settings)
+    objective(Pairs(*[torch.empty(0, dtype=torch.float64)] * 6))  # refuses what no pair could be trained with
+    return objective
+
+
+def open_data(args: Args, encoder: ChatEncoder, console: Console) -> tuple[Corpus, Corpus | None]:
+    """(training, held-out) pairs."""
+    read = partial(
+        open_preferences,
+        encoder=encoder,
+        cache_dir=args.cache_dir,
+        on_bad_row=args.on_bad_row,
+        console=console,
+    )
+    data, heldout = list(args.data), list(args.heldout_data)
+    if not data:
+        train, held = builtin_preferences(args.cache_dir, console)
+        data, heldout = [str(train)], heldout or [str(held)]
+    if heldout:
+        return read(data), read(heldout)
+    return read(data).split(args.heldout) if args.heldout != 0 else (read(data), None)
+
+
+def describe_pairs(loader: PairLoader, heldout: Corpus | None) -> list[str]:
+    held = f"; held out {heldout.num_documents:,}" if heldout else ""
+    first = f"data: {loader.num_pairs:,} pairs, {loader.tokens_per_epoch:,} tokens a pass{held}"
+    left = f"longer than --seq-len {loader.seq_len}: {loader.left_out:,} pairs left out"
+    return [first, left] if loader.left_out else [first]
+
+
+def find_reference(job: Job, args: Args, model: Model, rows: int, view: Corpus) -> np.ndarray | None:
+    """float64 [pairs, 2] of `view`, where the loss needs it. `model` must be as the run began: before Job.fit."""
+    if args.loss not in NEED_REFERENCE:
+        return None
+    weights = job.origin.fingerprint()
+    return reference_log_probs(
+        model, weights, view, args.seq_len, rows, job.parallel, job.console, args.cache_dir
+    )
+
+
+def parts(heldout: Corpus | None, args: Args) -> list[Corpus]:
+    """What is measured on the way, and at the end."""
+    return [] if heldout is None else [heldout.head(args.eval_tokens), heldout]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Held-out pairs and their log-probabilities under the reference."""
+
+    loader: PairLoader
+    reference: np.ndarray | None
+
+    @staticmethod
+    def of(
+        view: Corpus, job: Job, args: Args, rows: int, reference: Callable[[Corpus], np.ndarray | None]
+    ) -> Measured:
+        parallel = job.parallel
+        loader = PairLoader(view, args.seq_len, rows, 0, False, parallel.rank, parallel.world_size)
+        return Measured(loader, reference(view))
+
+
+def evaluate(
+    model: Model, measured: list[Measured], loss: PairObjective, job: Job, final: bool
+) -> dict[str, Any]:
+    """What the objective and its figures are on held-out pairs."""
+    if not measured:
+        return {}
+    held = measured[final]
+    figures = heldout_figures(model, held.loader, held.reference, loss, job.parallel)
+    say(
+        job.console,
+        f"of {figures['heldout_pairs']:,} held-out pairs {figures['heldout_ranking']:.1%} have the chosen answer "
+        f"likelier, {figures['heldout_accuracy']:.1%} the higher reward for it; margin {figures['heldout_margin']:.3f}",
+    )
+    return figures | {"heldout_all": final}
+
+
+def sample(model: Model | None, source: Corpus, job: Job) -> str:
+    """Answers to prompts from all over `source`; nothing where there is no model: on all ranks but the first."""
+    return "" if model is None else show(model, job.tokenizer, prompts(source, 5))
+
+
+def draw(run: Path) -> None:
+    """What became of the held-out pairs."""
+    shares = {
+        "heldout_ranking": "chosen answer likelier",
+        "heldout_accuracy": "chosen answer's reward higher",
+    }
+    rewards = {
+        "heldout_chosen_reward": "chosen",
+        "heldout_rejected_reward": "rejected",
+        "heldout_margin": "margin",
+    }
+    plot_figures(run / "metrics.jsonl", run / "accuracy.png", run.name, "share of held-out pairs", shares)
+    plot_figures(run / "metrics.jsonl", run / "rewards.png", run.name, "reward, held-out pairs", rewards)
+
+
+if __name__ == "__main__":
+    run_script(main, Args, __doc__)

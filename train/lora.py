@@ -1,0 +1,173 @@
+"""Teach a chat model something new with a small adapter: `python train/lora.py` goes on from the newest SFT run.
+
+The model stays frozen; low-rank matrices beside its projections learn from conversations (docstring of
+minimind/lora.py). On the way it is measured what the adapter knows, and what the model still does. Run the same command
+again after any interruption and it continues where the last checkpoint was. Every run leaves a folder under runs/ with
+its metrics, plots, answers and the adapter, in peft's form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from minimind.data import Corpus, PackedLoader
+from minimind.data.builtin_identity import builtin_identity
+from minimind.data.progress import say
+from minimind.lora import LoRAConfig, add_adapter, set_adapters
+from minimind.lora_files import adapter_config, load_adapter, reload_adapter, save_adapter
+from minimind.modeling import Model
+from minimind.objectives.next_token import next_token_loss
+from minimind.tokenization import ChatEncoder
+from minimind.training.arguments import FromFlag
+from minimind.training.chats import (
+    ChatArgs,
+    answered,
+    chat_figures,
+    chat_sample,
+    describe_chats,
+    open_chats,
+    read_chats,
+)
+from minimind.training.figures import plot_figures
+from minimind.training.heldout import describe
+from minimind.training.job import Job, Objective
+from minimind.training.optim import OptimizerName
+from minimind.training.run_folder import newest_finished
+from minimind.training.script import run_script
+
+# Peak rate whatever the preset: an adapter starts at zero, and its size does not follow the model's.
+PEAK_LR = 2e-3
+
+
+@dataclass(frozen=True)
+class Args(ChatArgs):
+    """Train a LoRA adapter on conversations. Every default works after train/sft.py."""
+
+    from_: FromFlag = None
+    """The model to adapt: a run folder, a Hugging Face folder, or an upstream .pth (with --preset and --tokenizer).
+    None: the newest finished run of train/sft.py under runs/."""
+    data: tuple[str, ...] = ()
+    """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [{"role": ..., "content": ...},
+    ...]} rows. None: a few hundred short conversations; in some of them the assistant has another name."""
+    kept_data: tuple[str, ...] = ()
+    """Conversations not trained on whose answers should stay as they are: how many still do is measured. None: with
+    the built-in --data, held-out ones of train/sft.py; else nothing."""
+    rank: int = 8
+    """Rank of the adapter's matrices."""
+    alpha: float = 16.0
+    """The adapter is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead."""
+    dropout: float = 0.0
+    """Probability that a number does not reach the adapter, in training."""
+    targets: tuple[str, ...] = ()
+    """Ends of module names, such as q_proj v_proj. None: all projections but routed experts."""
+    adapter: str | None = None
+    """Go on training this adapter, ours or peft's, with its rank, alpha, dropout and targets."""
+    epochs: float = 4.0
+    """Passes over the training part of the data."""
+    batch_tokens: int | None = 1024
+    """Tokens per optimizer step, padding included; a multiple of --seq-len."""
+    optimizer: OptimizerName = "adamw"
+    """adamw alone: muon would take the matrices of q, k and v, which are stacked, for one."""
+    weight_decay: float = 0.0
+    """Of the adapter's matrices."""
+
+
+def main(args: Args, console: Console) -> bool:
+    """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
+    if args.optimizer != "adamw":
+        raise ValueError(f"--optimizer {args.optimizer}: adapters are trained with adamw")
+    if args.parallel == "fsdp":
+        raise ValueError("--parallel fsdp: the frozen model is not sharded; take ddp")
+    args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
+    config = LoRAConfig(args.rank, args.alpha, args.dropout, args.targets or None, args.rslora)
+    job = Job.begin("lora", args, console)
+    train, heldout, kept = open_data(args, ChatEncoder(job.tokenizer), console)
+    plan = job.plan(partial(PackedLoader, train, args.seq_len, seed=args.seed))
+    job.open_run(args.data_name)
+    model, trained = job.build_model(lambda model: give_adapter(model, args, config))
+    objective = Objective(
+        loss=lambda batch: next_token_loss(trained, batch),
+        evaluate=lambda final: evaluate(model, heldout, kept, job, args, final),
+        sample=lambda: chat_sample(job.parallel.whole(model), heldout or train, job, args),
+        describe=lambda batch: describe(batch, train, job.tokenizer),
+        data_fingerprint=f"{train.identity:016x}",
+        peak_lr=PEAK_LR,
+        save_model=lambda model, folder: save_adapter(model, folder, base_model=str(job.origin.weights)),
+        load_model=lambda model, checkpoint, parallel: reload_adapter(model, checkpoint),
+    )
+    lines = [*describe_chats(train, heldout, plan.loader), describe_adapter(model)]
+    if not job.fit(plan, model, objective, lines):
+        return False
+    if job.parallel.main:
+        draw(job.run.path)
+    return True
+
+
+def open_data(
+    args: Args, encoder: ChatEncoder, console: Console
+) -> tuple[Corpus, Corpus | None, Corpus | None]:
+    """(training, held-out, kept) conversations."""
+    train, heldout, kept = builtin_identity(args.cache_dir, console)
+    kept_paths = list(args.kept_data) or ([] if args.data else [str(kept)])
+    return (
+        *open_chats(args, encoder, console, (train, heldout)),
+        read_chats(args, encoder, console, kept_paths) if kept_paths else None,
+    )
+
+
+def give_adapter(model: Model, args: Args, config: LoRAConfig) -> None:
+    if args.adapter is None:
+        add_adapter(model, config)
+    else:
+        load_adapter(model, args.adapter, trainable=True)
+
+
+def describe_adapter(model: Model) -> str:
+    config = adapter_config(model)
+    own = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return (
+        f"adapter: {own / 1e6:.3f}M parameters are trained, {own / (model.num_parameters() - own):.1%} of the model's; "
+        f"rank {config.rank}, scale {config.scale:g}, {' '.join(config.targets or ())}"
+    )
+
+
+def evaluate(
+    model: Model, heldout: Corpus | None, kept: Corpus | None, job: Job, args: Args, final: bool
+) -> dict[str, Any]:
+    """What is learnt, and what is kept: at the end also what there was to keep."""
+    figures = chat_figures(model, heldout, job, args, final)
+    if kept is None or heldout is None or not args.questions:
+        return figures
+    figures |= answered(model, kept, job, args, final, "kept")
+    said = f"{figures['kept_exact']:.1%} of {figures['kept_questions']} other answers to the letter"
+    if final:
+        set_adapters(model, [])
+        try:
+            figures["base_exact"] = answered(model, kept, job, args, final, "kept")["kept_exact"]
+        finally:
+            set_adapters(model, ["default"])
+        said += f", {figures['base_exact']:.1%} without the adapter"
+    say(job.console, said)
+    return figures
+
+
+def draw(run: Path) -> None:
+    """What was learnt and what was kept, over the run."""
+    labels = {
+        "heldout_exact": "new questions",
+        "kept_exact": "other questions",
+        "base_exact": "other questions, without the adapter",
+    }
+    plot_figures(run / "metrics.jsonl", run / "answers.png", run.name, "answered to the letter", labels)
+
+
+if __name__ == "__main__":
+    run_script(main, Args, __doc__)

@@ -1,0 +1,65 @@
+"""Teach a pretrained model to answer: `python train/sft.py` goes on from the newest pretraining run.
+
+Supervised fine-tuning on packed conversations; the loss is that of the assistant's words and of the token that ends
+its turn. Run the same command again after any interruption and it continues where the last checkpoint was. Every run
+leaves a folder under runs/ with its metrics, plot, answers and weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+
+from rich.console import Console
+
+from minimind.data import PackedLoader, builtin_conversations
+from minimind.objectives.next_token import next_token_loss
+from minimind.tokenization import ChatEncoder
+from minimind.training.arguments import FromFlag
+from minimind.training.chats import ChatArgs, chat_figures, chat_sample, describe_chats, open_chats
+from minimind.training.heldout import describe
+from minimind.training.job import Job, Objective
+from minimind.training.run_folder import newest_finished
+from minimind.training.script import run_script
+
+# Peak rates by preset; nano was tuned (docs/LOG.md), the others are not yet.
+PEAK_LR = {"nano": 2e-3, "minimind2-small": 5e-4}
+
+
+@dataclass(frozen=True)
+class Args(ChatArgs):
+    """Fine-tune a language model on conversations. Every default works after train/pretrain.py."""
+
+    from_: FromFlag = None
+    """The pretrained model: a run folder, a Hugging Face folder, or an upstream .pth (with --preset and
+    --tokenizer). None: the newest finished run of train/pretrain.py under runs/."""
+    data: tuple[str, ...] = ()
+    """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [{"role": ..., "content": ...},
+    ...]} rows. None: a few thousand short conversations that come with the program."""
+    epochs: float = 3.0
+    """Passes over the training part of the data."""
+
+
+def main(args: Args, console: Console) -> bool:
+    """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
+    args = dataclasses.replace(args, from_=args.from_ or newest_finished("pretrain"))
+    job = Job.begin("sft", args, console)
+    builtin = builtin_conversations(args.cache_dir, console)
+    train, heldout = open_chats(args, ChatEncoder(job.tokenizer), console, builtin)
+    plan = job.plan(partial(PackedLoader, train, args.seq_len, seed=args.seed))
+    job.open_run(args.data_name)
+    model, trained = job.build_model()
+    objective = Objective(
+        loss=lambda batch: next_token_loss(trained, batch),
+        evaluate=lambda final: chat_figures(model, heldout, job, args, final),
+        sample=lambda: chat_sample(job.parallel.whole(model), heldout or train, job, args),
+        describe=lambda batch: describe(batch, train, job.tokenizer),
+        data_fingerprint=f"{train.identity:016x}",
+        peak_lr=PEAK_LR.get(job.origin.preset, 5e-4),
+    )
+    return job.fit(plan, model, objective, describe_chats(train, heldout, plan.loader))
+
+
+if __name__ == "__main__":
+    run_script(main, Args, __doc__)
