@@ -37,7 +37,8 @@ from minimind.training.run_folder import versions
 ROOT = Path(__file__).parents[1]
 LIMIT = 480.0  # seconds of a slice
 KERNEL_TESTS = ("rms_norm", "rope", "swiglu", "linear_cross_entropy", "linear_log_probs", "linear_distillation",
-                "moe_routing", "moe_experts", "model")  # fmt: skip
+                "moe_routing", "moe_experts", "model", "memory")  # fmt: skip
+DECODE_TESTS = ("decode_ops", "sampling_ops", "prefill", "engine")
 SANITIZED = ("rms_norm", "rope", "swiglu", "moe_routing", "moe_experts")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")  # of compute-sanitizer
 NATIVE_CHECK = "bench/native_check.py"
@@ -76,6 +77,7 @@ def slices(args: Args, cuda: bool) -> list[Slice]:
     pytest = (python, "-m", "pytest", "-q")
     found = [Slice(f"parity {name}", (*pytest, f"tests/kernels/test_{name}.py")) for name in KERNEL_TESTS]
     found.append(Slice("parity attention", (*pytest, "tests/test_attention.py")))
+    found += [Slice(f"parity {name}", (*pytest, f"tests/inference/test_{name}.py")) for name in DECODE_TESTS]
     if cuda:
         checked = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", *pytest, "-x")
         for name in SANITIZED:
@@ -92,6 +94,9 @@ def slices(args: Args, cuda: bool) -> list[Slice]:
         sizes = ("--rows", "64", "--steps", "30") if cuda else ("--steps", "5", "--warmup", "2")
         command = (python, "bench/throughput.py", "--preset", preset, "--peer", *peers, *sizes, *data)
         found.append(Slice(f"throughput {preset}", command))
+    for batch in (1, 16, 64):
+        command = (python, "bench/decode.py", "--batch", str(batch), *(("--turns", "5") if cuda else ()))
+        found.append(Slice(f"decode batch {batch}", command))
     return [s for s in found if any(part in s.name for part in args.only)]
 
 

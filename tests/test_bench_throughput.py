@@ -145,7 +145,8 @@ def test_the_campaign_covers_every_kernel_and_names_files_that_exist():
     assert tests - named <= {
         f"tests/kernels/test_{n}.py" for n in ("bench_kernels", "interpreter", "resources")
     }
-    assert {p.name.split()[0] for p in found} == {"parity", "sanitizer", "resources", "kernels", "throughput"}
+    kinds = {"parity", "sanitizer", "resources", "kernels", "throughput", "decode"}
+    assert {p.name.split()[0] for p in found} == kinds
     assert not any(p.needs for p in campaign.slices(campaign.Args(), cuda=False))
 
 
