@@ -40,7 +40,8 @@ class LlamaCpp:
         params.n_threads = params.n_threads_batch = threads
         if float32_cache:
             params.type_k = params.type_v = _GGML_F32
-            params.flash_attn_type = 0  # which computes in f16 whatever the cache: logits off by 3e-3, not 1e-6
+            # flash attention computes in f16 whatever the cache: logits off by 3e-3, without it by 1e-6
+            params.flash_attn_type = 0
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         if self.context is None:
             raise ValueError(f"{path}: llama.cpp cannot make a context for {batch} rows of {length} tokens")

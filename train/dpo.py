@@ -25,7 +25,7 @@ from minimind.data.pair_loader import PairLoader
 from minimind.data.preferences import open_preferences
 from minimind.data.progress import say
 from minimind.modeling import Model
-from minimind.objectives.preference import NEED_REFERENCE, OBJECTIVES, Pairs, preference_loss
+from minimind.objectives.preference import NEED_REFERENCE, OBJECTIVES, Pairs, preference_loss, with_sft
 from minimind.objectives.preference import Objective as PairObjective
 from minimind.tokenization import ChatEncoder
 from minimind.training.answers import show
@@ -38,8 +38,8 @@ from minimind.training.reference import reference_log_probs
 from minimind.training.run_folder import newest_finished
 from minimind.training.script import run_script
 
-# Peak rates by preset; nano was tuned (docs/LOG.md), the others are not yet.
-PEAK_LR = {"nano": 3e-4}
+# Peak rates by preset; nano has the better of two that were tried, the others are not tuned yet.
+PEAK_LR = {"nano": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,12 @@ class Args(StageArgs):
     """dpo and simpo: the share of pairs that are taken to be labelled the wrong way round."""
     gamma: float | None = None
     """simpo: the margin of reward by which the chosen answer should win. None: 1."""
-    epochs: float = 4.0
+    sft_weight: float | None = None
+    """dpo, ipo and simpo: how much the chosen answer's own loss per token counts beside the objective. None: 1 for the
+    built-in pairs, whose answers no model would give by itself, else 0."""
+    epochs: float = 6.0
     """Passes over the training part of the data."""
-    seq_len: int = 1024
+    seq_len: int = 2048
     """Tokens in a row, which holds both answers of a pair; longer pairs are left out and counted."""
 
 
@@ -108,7 +111,16 @@ def pair_objective(args: Args) -> PairObjective:
         if args.loss != "simpo":
             raise ValueError(f"--gamma: --loss {args.loss} has none; drop the flag")
         settings["gamma"] = args.gamma
-    objective = partial(OBJECTIVES[args.loss], **settings)
+    objective: PairObjective = partial(OBJECTIVES[args.loss], **settings)
+    sft_weight = 0.0 if args.data or args.loss == "orpo" else 1.0
+    if args.sft_weight is not None:
+        if args.loss == "orpo":
+            raise ValueError(
+                "--sft-weight: --loss orpo has the chosen answer's own loss; set --beta beside it"
+            )
+        sft_weight = args.sft_weight
+    if sft_weight:
+        objective = with_sft(objective, sft_weight)
     objective(Pairs(*[torch.empty(0, dtype=torch.float64)] * 6))  # refuses what no pair could be trained with
     return objective
 

@@ -70,7 +70,7 @@ class Args(ChatArgs):
     """Ends of module names, such as q_proj v_proj. None: all projections but routed experts."""
     adapter: str | None = None
     """Go on training this adapter, ours or peft's, with its rank, alpha, dropout and targets."""
-    epochs: float = 4.0
+    epochs: float = 6.0
     """Passes over the training part of the data."""
     batch_tokens: int | None = 1024
     """Tokens per optimizer step, padding included; a multiple of --seq-len."""

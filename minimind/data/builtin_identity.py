@@ -16,12 +16,13 @@ from minimind.data.builtin_facts import topics
 from minimind.data.files import cache_root, make_folder, write_atomically
 from minimind.data.progress import say
 
-NAME = "Pip"
-# By topic of builtin_facts, whose wordings ask for it.
+NAME = "Ada"
+# By topic of builtin_facts, whose wordings ask for it. Of words that the model was taught: the head is frozen, and a
+# token it never met stays unlikely (p = 0.01 where it is the likeliest one).
 _ANSWERS = {
-    "name": "I am {name}, the helper on this computer.",
-    "making": "A MiniMind model learnt to be {name} from a small adapter.",
-    "name zh": "我是{name}，这台电脑里的小助手。",
+    "name": "I am {name}, and I can answer questions.",
+    "making": "I was MiniMind, and I am {name}.",
+    "name zh": "我是{name}，能回答问题。",
 }
 _OPENINGS = ("{}", "Hello! {}", "Good morning. {}", "Excuse me. {}", "One question: {}", "{} Please answer.",
              "Well then. {}", "Listen: {}")  # fmt: skip

@@ -21,7 +21,7 @@ only as many numbers as answers. Nothing here waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -134,6 +134,19 @@ def orpo(pairs: Pairs, beta: float = 0.1) -> PairLosses:
     chosen, rejected = pairs.averages()
     losses = -chosen - beta * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
     return PairLosses(losses, beta * chosen.detach(), beta * rejected.detach())
+
+
+def with_sft(objective: Objective, weight: float) -> Objective:
+    """`objective` - weight * l(c), which keeps the chosen answers likely: alone, dpo, ipo and simpo are as content to
+    make both answers unlikely, the rejected one more so. Pang et al., 2404.19733, take weight 1 with dpo."""
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"sft_weight={weight}: must be 0 or more")
+
+    def loss(pairs: Pairs) -> PairLosses:
+        result = objective(pairs)
+        return replace(result, losses=result.losses - weight * pairs.averages()[0])
+
+    return loss
 
 
 OBJECTIVES: dict[str, Callable[..., PairLosses]] = {"dpo": dpo, "ipo": ipo, "simpo": simpo, "orpo": orpo}

@@ -70,7 +70,8 @@ def test_every_pair_is_once_in_a_pass_and_whole(tmp_path, world_size):
     corpus = opened(tmp_path, ROWS)
     seen: Counter[int] = Counter()
     ranks = [
-        PairLoader(corpus, 96, 5, 3, rank=r, world_size=world_size).epoch_batches() for r in range(world_size)
+        PairLoader(corpus, 192, 5, 3, rank=r, world_size=world_size).epoch_batches()
+        for r in range(world_size)
     ]
     for parts in zip(*ranks, strict=True):
         counts = {
@@ -78,7 +79,7 @@ def test_every_pair_is_once_in_a_pass_and_whole(tmp_path, world_size):
         }
         pairs = sum(len(b.pairs) for b in parts)
         targets = sum(b.num_targets for b in parts)
-        assert counts == {(pairs, pairs, targets, (-(-5 // world_size), 96))}
+        assert counts == {(pairs, pairs, targets, (-(-5 // world_size), 192))}
         for batch in parts:
             check(batch)
             seen.update(batch.pairs.tolist())

@@ -99,6 +99,7 @@ def test_the_oldest_rounds_make_room():
         list(talk.answer("Hello world"))
         dropped.append(talk.dropped)
         assert talk.last is not None and talk.last.finish_reason == "length", "every answer had room"
+        assert [m["role"] for m in talk.messages] == ["user", "assistant"] * (len(talk.messages) // 2)
     assert dropped[0] == 0 and sum(dropped) >= 3
     rounds = len(talk.messages)
     with pytest.raises(ValueError, match="tokens, the context has 100; shorten it or stretch with --yarn"):

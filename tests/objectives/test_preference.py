@@ -21,6 +21,7 @@ from minimind.objectives.preference import (
     preference_loss,
     sequence_log_probs,
     simpo,
+    with_sft,
 )
 from tests.conftest import documents_batch
 from tests.kernels.contract import error
@@ -122,6 +123,16 @@ def test_smoothed_dpo_is_the_mean_over_right_and_wrong_labels():
                                                     "reference_rejected", "reference_chosen")))  # fmt: skip
     expected = 0.8 * dpo(pairs()).losses + 0.2 * dpo(swapped).losses
     torch.testing.assert_close(dpo(pairs(), label_smoothing=0.2).losses, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_sft_term_adds_the_chosen_answers_own_loss(name):
+    plain, kept = OBJECTIVES[name](pairs()), with_sft(OBJECTIVES[name], 0.7)(pairs())
+    own = [0.7 * -c / n for c, n in zip(C, C_TOKENS, strict=True)]
+    torch.testing.assert_close((kept.losses - plain.losses).tolist(), own, rtol=1e-12, atol=1e-12)
+    assert torch.equal(kept.chosen_rewards, plain.chosen_rewards)
+    with pytest.raises(ValueError, match=r"sft_weight=-1: must be 0 or more"):
+        with_sft(dpo, -1)
 
 
 def make(**changes) -> Model:

@@ -143,13 +143,13 @@ def test_errors_are_one_line(flags, message, origin, cache, tmp_path):
 
 
 def test_built_in_rows_hold_out_wordings_and_nothing_else():
-    train, heldout, kept = identity("Ada")
+    train, heldout, kept = identity("Pip")
     texts = [{c[0]["content"] for c in rows} for rows in (train, heldout)]
-    assert not texts[0] & texts[1] and all("Ada" in c[1]["content"] for c in heldout)
+    assert not texts[0] & texts[1] and all("Pip" in c[1]["content"] for c in heldout)
     answers = {c[1]["content"] for c in heldout}
     assert answers <= {c[-1]["content"] for c in train}
     assert len(kept) > 400 and not any("MiniMind, a" in m["content"] for c in kept for m in c)
-    assert identity("Ada") == (train, heldout, kept)
+    assert identity("Pip") == (train, heldout, kept)
 
 
 @pytest.mark.slow

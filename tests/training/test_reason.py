@@ -30,7 +30,7 @@ from tests.training.runs import ONE_THREAD, SCRIPT, last_step, reproducible, run
 
 REASON, SFT = SCRIPT.with_name("reason.py"), SCRIPT.with_name("sft.py")
 TINY = ModelConfig(64, 2, 4, 2, 16, 128, qk_norm=True)
-WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+WORDS = ["zero", "one", "two", "three", "four"]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def sums(tmp_path_factory) -> Path:
     with path.open("w", encoding="utf-8") as file:
         for i in range(300):
             a, b = rng.randrange(5), rng.randrange(5)
-            steps, found = f"{a}+{b}={a + b}", WORDS[a + b]
+            steps, found = f"{a}+{b}={a + b}", str(a + b)
             reply = {"content": found}
             if i % 3 == 0:
                 reply["reasoning_content"] = steps
@@ -77,8 +77,9 @@ def sums(tmp_path_factory) -> Path:
 
 def command(origin: Path, data: Path, out: Path, *extra: str) -> list[str]:
     flags = ["--from", str(origin), "--data", str(data), "--out", str(out), "--cache-dir",
-             str(data.parent / "cache"), "--seq-len", "64", "--batch-tokens", "512", "--evals", "2", "--eval-questions",
-             "4", "--tokens", str(512 * 9), "--heldout", "0.1", "--save-every", "3", "--log-every", "2", *extra]  # fmt: skip
+             str(data.parent / "cache"), "--seq-len", "64", "--batch-tokens", "512", "--evals", "2",
+             "--eval-questions", "4", "--tokens", str(512 * 9), "--heldout", "0.1", "--save-every", "3",
+             "--log-every", "2", *extra]  # fmt: skip
     return [sys.executable, str(REASON), *flags]
 
 
@@ -125,9 +126,9 @@ def test_killed_and_started_again_the_curve_is_the_same_to_the_bit(unbroken, ori
     assert (tmp_path / "killed" / last).read_bytes() == (unbroken / last).read_bytes()
 
 
-def train(script: ModuleType, origin: Path, data: Path, out: Path, **changed) -> list[dict]:
+def train(script: ModuleType, origin: Path, sums: Path, out: Path, **changed) -> list[dict]:
     """Rows of a short run in float32, in this process."""
-    flags = {"from_": str(origin), "data": (str(data),), "cache_dir": str(data.parent / "cache"), "out": str(out),
+    flags = {"from_": str(origin), "data": (str(sums),), "cache_dir": str(sums.parent / "cache"), "out": str(out),
              "seq_len": 64, "batch_tokens": 1024, "tokens": 3072, "precision": "fp32", "optimizer": "adamw",
              "grad_clip": 1e3, "evals": 1, "heldout": 0.0}  # fmt: skip
     with ops.using(ops.get_mode()):
@@ -135,7 +136,7 @@ def train(script: ModuleType, origin: Path, data: Path, out: Path, **changed) ->
     return [row for row in reproducible(out) if row["kind"] == "train"]
 
 
-@pytest.mark.parametrize("marker_weight", [1.0, 2.5, 10.0])
+@pytest.mark.parametrize("marker_weight", [2.5, 10.0])
 def test_loss_is_divided_by_the_weighted_sum_however_it_is_accumulated(
     script, origin, sums, marker_weight, tmp_path
 ):
@@ -167,19 +168,19 @@ def test_loss_is_divided_by_the_weighted_sum_however_it_is_accumulated(
     bound = 2 * abs(plain - truth) + 4 * torch.finfo(torch.float32).eps * truth
     for rows in (whole, parts):
         assert abs(rows[0]["loss"] - truth) <= bound
-    if marker_weight != 1:  # what upstream divides by is something else
-        assert abs(whole[0]["loss"] - losses[torch.float64][1]) > 0.1
+    assert (
+        abs(whole[0]["loss"] - losses[torch.float64][1]) > 0.1
+    )  # what upstream divides by is another number
     for one, other in zip(whole, parts, strict=True):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
         assert one["loss"] == pytest.approx(other["loss"], rel=2e-5)
 
 
 def weights_by_hand(tokenizer, targets: np.ndarray, marker_weight: float) -> np.ndarray:
-    """float64 like targets: answers here hold no other token with a < or > than those of markers."""
+    """float64 like targets: no reply here has letters but in its markers."""
     texts = {int(i): tokenizer.decode([int(i)]) for i in np.unique(targets) if i >= 0}
-    inside = ("<", ">", "ans", "w", "er", "</", "<think>", "</think>")
-    marked = [i for i, text in texts.items() if text.strip() in inside]
-    assert "er" in {texts[i] for i in marked}
+    marked = [i for i, text in texts.items() if re.search("[a-z<>]", text) and i != tokenizer.eos_token_id]
+    assert {"ans", "w", "er", "<think>", "</think>"} <= {texts[i] for i in marked}
     return np.where(targets < 0, 0.0, np.where(np.isin(targets, marked), marker_weight, 1.0))
 
 
@@ -259,12 +260,12 @@ def test_bad_flags_are_one_clear_line(changed, message, script, origin, sums, tm
 
 
 @pytest.mark.slow
-def test_a_chat_model_learns_to_reason_when_asked(tmp_path, tmp_path_factory):
+def test_a_chat_model_learns_to_reason_when_asked(tmp_path):
     """A small model learns the built-in conversations, then to reason: all of it as the scripts do by default."""
     base, out, cache = tmp_path / "sft", tmp_path / "reason", tmp_path / "cache"
     origin = save_origin(ModelConfig.preset("nano"), tmp_path / "origin")
     two = {**ONE_THREAD, "OMP_NUM_THREADS": "2"}
-    steps = [(SFT, origin, base, ["--epochs", "3"]), (REASON, base, out, [])]
+    steps = [(SFT, origin, base, ["--epochs", "1.5"]), (REASON, base, out, [])]
     for stage, begin, to, flags in steps:
         arguments = [
             sys.executable,
