@@ -4,7 +4,7 @@ kernels/ has no __init__.py on purpose: with one, `import kernels` would work fr
 transformers' probe for its optional package of that name would find ours.
 
 csrc/, the native operators, are built by CMake into the package where a C++ compiler is found, with CUDA where nvcc is;
-minimind/inference/native_build.py has the details. Not having them never fails an installation: decoding then runs in
+minimind/native_build.py has the details. Not having them never fails an installation: decoding then runs in
 plain PyTorch, and says why.
 """
 
@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT))
-from minimind.inference import native_build  # noqa: E402
+from minimind import native_build  # noqa: E402
 
 
 class NativeBuild(build_ext):
@@ -95,6 +95,7 @@ setup(
         "export": ["gguf>=0.10", "huggingface_hub>=0.26", "transformers>=4.57"],
         "track": ["tensorboard>=2.18", "wandb>=0.18", "swanlab>=0.10"],
         "dev": [
+            "gguf>=0.10",
             "hypothesis>=6.100",
             "mypy>=1.11",
             "pre-commit>=4.0",

@@ -29,9 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimind import ops
+from minimind import native, ops
 from minimind.config import ModelConfig
-from minimind.inference import native
 from minimind.inference.decode_ops import Backend
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimind.inference import native
+from minimind import native
 
 # A stack holds documents no shorter than this share of its longest: 0.75 wastes at most 44% of a stack's scores
 # and gives about ten stacks for lengths of 16 to 512.

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind import native
 from minimind.attention import permute_rows
 from minimind.expert_linear import expert_linear
-from minimind.inference import native
 from minimind.kernels import linear_cross_entropy as _ce
 from minimind.kernels import linear_distillation as _distillation
 from minimind.kernels import linear_log_probs as _log_probs

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from minimind import ModelConfig, attention, ops
+from minimind import ModelConfig, attention, native, ops
 from minimind import document_attention as operator
 from minimind.attention import CausalLayout, DocumentLayout, MaskLayout, VarlenLayout, make_layout
 from minimind.document_attention import document_attention, make_stacks
-from minimind.inference import native
 from minimind.modeling import Model
 from tests.conftest import documents_batch
 from tests.kernels.contract import DEVICE, DTYPES, assert_contract, assert_second_backward_agrees, rand

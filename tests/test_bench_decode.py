@@ -20,8 +20,7 @@ from bench.decode import Args, main, random_model, step_bytes, summary
 from bench.decode_check import Judge, round_q8, rounded_logits
 from bench.decode_peers import PEERS, Generation, Setting, naive, naive_forward, why_not
 from bench.decode_report import COLUMNS, Row, plot, show
-from minimind import ModelConfig, ops
-from minimind.inference import native
+from minimind import ModelConfig, native, ops
 from minimind.modeling import Model
 from minimind.rope import rope_cos_sin
 from minimind.weights import save_weights

@@ -23,7 +23,7 @@ from minimind.training.job import Job, Objective
 from minimind.training.run_folder import newest_finished
 from minimind.training.script import run_script
 
-# Peak rates by preset; nano was tuned (docs/LOG.md), the others are not yet.
+# Peak rates by preset; not tuned yet.
 PEAK_LR = {"nano": 2e-3, "minimind2-small": 5e-4}
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minimind.inference import native
+from minimind import native
 from minimind.inference.decode_checks import check_attention, check_rope, check_sample
 from minimind.inference.decode_reference import decode_attention_ref, rope_append_kv_ref
 from minimind.inference.sampling_reference import sample_ref

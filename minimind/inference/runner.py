@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.inference import decode_ops, native
+from minimind import native
+from minimind.inference import decode_ops
 from minimind.inference.batch import DecodeBatch
 from minimind.inference.cache import PagedCache
 from minimind.inference.decode_ops import BACKENDS, Backend

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minimind.inference import native, native_build
+from minimind import native, native_build
 from tests.inference.decode_cases import needs_native
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def test_our_declarations_of_torchs_abi_are_torchs_own(tmp_path):
 @needs_native
 def test_there_is_one_openmp_runtime_and_it_is_torchs():
     code = (
-        "import torch; from minimind.inference import native; native.load(); torch.set_num_threads(3);"
+        "import torch; from minimind import native; native.load(); torch.set_num_threads(3);"
         "import re; print(native.build_info().threads, len(set(re.findall(r'/\\S*(?:libgomp|libomp|libiomp)\\S*',"
         " open('/proc/self/maps').read()))))"
     )
@@ -75,7 +75,7 @@ def test_the_kernels_of_lesser_processors(kernels):
 
 @needs_native
 def test_kernels_that_do_not_exist_are_an_error():
-    code = "from minimind.inference import native; native.build_info()"
+    code = "from minimind import native; native.build_info()"
     environment = {**os.environ, "MINIMIND_CPU_KERNELS": "avx1024"}
     answer = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True

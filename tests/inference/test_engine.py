@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minimind.inference import native
+from minimind import native
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams
 from minimind.inference.tracking import mix

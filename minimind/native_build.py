@@ -1,9 +1,9 @@
 """Building the native operators (csrc/) with CMake: what setup.py does on install, and by hand, in a checkout,
 
-    python -m minimind.inference.native_build
+    python -m minimind.native_build
 
 Nothing here, and nothing in csrc/, needs torch: pip builds before it installs torch. A part that cannot be built is
-left out, with the reason written into _native_build.json, where minimind/inference/native.py finds it. MINIMIND_CUDA=0
+left out, with the reason written into _native_build.json, where minimind/native.py finds it. MINIMIND_CUDA=0
 leaves the CUDA part out; MINIMIND_CUDA=1 makes it an error if it cannot be built.
 """
 
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PARTS = ("cpu", "cuda")
 REPORT = "_native_build.json"
 

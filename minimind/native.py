@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minimind.inference import native_build
-from minimind.inference.native_build import REPORT, ROOT, library_name, source_hash
+from minimind import native_build
+from minimind.native_build import REPORT, ROOT, library_name, source_hash
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parent
 _COST = "decoding runs in plain PyTorch, several times slower"
 
 
