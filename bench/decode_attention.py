@@ -38,8 +38,9 @@ from torch.nn.attention.varlen import varlen_attn
 
 from bench.kernel_report import Row, append, check_columns, show, slug
 from bench.timing import Step, Timing, first_line, limits, measure
+from minimind import native
 from minimind.config import PRESETS, ModelConfig
-from minimind.inference import decode_ops, native
+from minimind.inference import decode_ops
 from minimind.training.device import choose_device, choose_precision, describe_device
 from minimind.training.run_folder import versions
 

@@ -53,8 +53,21 @@ def test_arrows_point_one_way():
         "minimind/objectives": {"attention", "modeling", "objectives", "ops"},
         "minimind/data": {"data"},
         "minimind/tokenization": {"tokenization"},
-        "minimind/inference": {"config", "data", "inference", "kernels", "lora", "lora_files", "modeling", "native", "ops",
-                               "rope", "tokenization", "training", "weights"},
+        "minimind/inference": {
+            "config",
+            "data",
+            "inference",
+            "kernels",
+            "lora",
+            "lora_files",
+            "modeling",
+            "native",
+            "ops",
+            "rope",
+            "tokenization",
+            "training",
+            "weights",
+        },
     }
     for place, modules in allowed.items():
         path = ROOT / place

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minimind.inference import decode_ops, native
+from minimind import native
+from minimind.inference import decode_ops
 from minimind.inference.decode_reference import FLOAT8_MAX, gather_cache
 from tests.kernels.contract import DEVICE, error, rand
 
