@@ -98,6 +98,7 @@ setup(
             "gguf>=0.10",
             "hypothesis>=6.100",
             "mypy>=1.11",
+            "peft>=0.17",
             "pre-commit>=4.0",
             "pytest>=8.3",
             "ruff>=0.8",

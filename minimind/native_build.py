@@ -144,13 +144,16 @@ def _run(command: list[str]) -> str | None:
     if answer.returncode == 0:
         return None
     print(answer.stdout, file=sys.stderr)
-    return first_error(answer.stdout) or f"`{' '.join(command[:2])}` failed with status {answer.returncode}"
+    last = next((line for line in reversed(answer.stdout.splitlines()) if line.strip()), "no output")
+    failed = f"`{' '.join(command[:2])}` failed with status {answer.returncode}: {last}"
+    return first_error(answer.stdout) or failed
 
 
 def first_error(output: str) -> str | None:
-    """The line a reader would look for first: a compiler's or linker's error, else any line with the word."""
+    """The line a reader would look for first: a compiler's or linker's error, else one that says as much."""
     lines = [line.strip() for line in output.splitlines()]
-    for pattern in (r"\berror\b ?(:|#|[A-Z]\d+)|multiple definition|undefined reference", r"(?i)\berror\b"):
+    compilers = r"\berror\b ?(:|#|[A-Z]\d+)|multiple definition|undefined reference"
+    for pattern in (compilers, r"(?i)\b(error|killed)\b"):
         for i, line in enumerate(lines):
             if re.search(pattern, line):
                 return " ".join(lines[i : i + 2]) if line.startswith("CMake Error") else line
