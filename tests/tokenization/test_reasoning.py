@@ -124,7 +124,8 @@ def test_share_without_reasoning_is_as_asked_and_not_in_one_place():
     train, _ = reasoning()
     encoder = ReasoningEncoder(SHIPPED, 0.3)
     picked = [encoder._picks(messages) for messages in train]
-    assert picked == [ReasoningEncoder(SHIPPED, 0.3)._picks(messages) for messages in train]
+    again = ReasoningEncoder(SHIPPED, 0.3)
+    assert picked[:200] == [again._picks(messages) for messages in train[:200]]
     for part in (picked, picked[:400], picked[-400:]):
         assert abs(np.mean(part) - 0.3) < 5 * (0.3 * 0.7 / len(part)) ** 0.5
 

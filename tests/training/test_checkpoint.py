@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from minimind import ModelConfig, load_model, load_tokenizer
+from minimind import ModelConfig, load_model, load_tokenizer, weights
 from minimind.modeling import Model
 from minimind.training import checkpoint
 from minimind.training.checkpoint import list_checkpoints, load_trainer_state, save_checkpoint
@@ -24,18 +24,19 @@ def test_keeps_the_newest(tmp_path):
     assert load_trainer_state(list_checkpoints(tmp_path)[-1]) == {"step": 3}
 
 
-@pytest.mark.parametrize("failing", ["save_weights", "sync", "torch.save"])
+@pytest.mark.parametrize("failing", ["save_file", "sync", "torch.save"])
 def test_full_disk_leaves_the_older_checkpoint_and_nothing_else(tmp_path, monkeypatch, failing):
     save(tmp_path, 1)
 
     def full(*args, **kwargs):
         raise {
-            "save_weights": SafetensorError("I/O error: No space left on device"),
+            "save_file": SafetensorError("I/O error: No space left on device"),
             "sync": OSError(28, "No space left on device"),
             "torch.save": RuntimeError("PytorchStreamWriter failed writing file"),
         }[failing]
 
-    owner, name = (torch, "save") if failing == "torch.save" else (checkpoint, failing)
+    owner = {"save_file": weights, "sync": checkpoint, "torch.save": torch}[failing]
+    name = failing.removeprefix("torch.")
     monkeypatch.setattr(owner, name, full)
     with pytest.raises(ValueError, match=r"step-00000002: cannot write the checkpoint .* free some space"):
         save(tmp_path, 2)
