@@ -151,7 +151,10 @@ class Terminal:
                 self.command(line)
             elif line.strip():
                 with suppress_errors(self):
-                    self.say(line)
+                    try:
+                        self.say(line)
+                    except KeyboardInterrupt:  # before the answer began, after it ended, or the second one
+                        self.notice("[stopped]")
 
     def command(self, line: str) -> None:
         name, _, rest = line.strip().partition(" ")

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import native_resources
 from minimind.inference.decode_reference import decode_attention_ref, rope_append_kv_ref
 from minimind.inference.sampling_reference import sample_ref, uniform
 from tests.csrc import emulated
@@ -411,7 +412,6 @@ def test_draws_follow_the_distribution(ops):
 def test_launches_are_those_that_the_resources_are_reported_for(
     ops, library, kernel, arguments, dtype, cache_dtype
 ):
-    native_resources = pytest.importorskip("bench.native_resources")
     if dtype is None:
         ops.sample(*sampling(native_resources.VOCABULARY, [(0.0, 0, 1.0, 0.0)]).args())
     else:
