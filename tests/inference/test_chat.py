@@ -292,6 +292,7 @@ def test_the_command_lists_what_there_is(capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs pseudo-terminals: run it on Linux or macOS")
+@pytest.mark.slow  # the signal must meet an answer under way, which a short answer does not always allow
 def test_a_session_in_a_terminal(folder):
     """Typed and pasted questions, Ctrl-C during an answer and at the prompt, /quit."""
     import pty
