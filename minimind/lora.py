@@ -234,6 +234,14 @@ def remove_adapters(model: Model) -> None:
     model.requires_grad_(True)
 
 
+def merged_state(model: Model) -> dict[str, Tensor]:
+    """The state dict of the plain model that computes what `model` does: the active adapters are in its weights."""
+    state = {key: tensor for key, tensor in model.state_dict().items() if ".adapters." not in key}
+    for path, linear in lora_linears(model):
+        state[f"{path}.weight"] = linear.merged().to(linear.weight.dtype)
+    return state
+
+
 def _packed(model: Model) -> Iterator[tuple[str, dict[str, int]]]:
     """(path, {part: rows}) of every projection matrix outside the routed experts, in the model's order."""
     cfg = model.config

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minimind.config import ModelConfig
+from minimind.lora import merged_state
 from minimind.modeling import Model
 
 StateDict = dict[str, Tensor]
@@ -53,10 +54,13 @@ def load_model(
 
 
 def save_weights(model: Model, folder: Path) -> None:
-    """Write config.json and model.safetensors (upstream's names, the parameters' own dtype) into `folder`."""
+    """Write config.json and model.safetensors (upstream's names, the parameters' own dtype) into `folder`.
+
+    Active LoRA adapters are written merged into the weights; `model` stays as it is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    state = {k: v.contiguous() for k, v in to_stock(model.state_dict(), model.config).items()}
+    state = {k: v.contiguous() for k, v in to_stock(merged_state(model), model.config).items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 

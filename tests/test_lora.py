@@ -265,6 +265,25 @@ def test_merged_weights_compute_the_same_and_the_frozen_ones_come_back(tmp_path)
     assert torch.equal(logits_of(load_model(tmp_path)), merged)
 
 
+def test_weights_are_saved_as_they_count(tmp_path):
+    """With the active adapters merged, merged already or not; the model saved stays as it is."""
+    model = make("moe")
+    base = logits_of(model)
+    with_adapter(model, LoRAConfig(rank=4))
+    before = logits_of(model)
+    save_weights(model, tmp_path / "active")
+    assert torch.equal(logits_of(model), before) and lora_linears(model)
+    set_adapters(model, [])
+    save_weights(model, tmp_path / "base")
+    set_adapters(model, ["default"])
+    merge_adapter(model)
+    save_weights(model, tmp_path / "merged")
+    merged = logits_of(model)
+    assert not torch.equal(base, merged)
+    for name, logits in (("active", merged), ("merged", merged), ("base", base)):
+        assert torch.equal(logits_of(load_model(tmp_path / name)), logits), name
+
+
 def test_removed_without_merging_the_base_is_left():
     model = make()
     before = logits_of(model)
