@@ -93,10 +93,8 @@ def policy_loss(
     """
     out, tokens = score(model, batch, entropy)
     result = objective(tokens)
-    figures = _figures(tokens, result)
-    scale = batch.global_weight / max(1, batch.global_num_targets)
-    told = {name: (value.sum() * scale).float() for name, value in figures.items()}
-    return aggregate(result.losses, tokens.at, batch.aggregation).float(), out.aux_loss, told
+    figures = mean_sums(policy_figures(tokens, result), batch)
+    return aggregate(result.losses, tokens.at, batch.aggregation).float(), out.aux_loss, figures
 
 
 def score(model: Model, batch: PolicyBatch, entropy: bool = False) -> tuple[ModelOutput, PolicyTokens]:
@@ -159,7 +157,15 @@ def aggregate(losses: Tensor, at: Sampled, aggregation: Aggregation) -> Tensor:
     return losses.sum()
 
 
-def _figures(tokens: PolicyTokens, result: PolicyLosses) -> dict[str, Tensor]:
+def mean_sums(figures: dict[str, Tensor], batch: PolicyBatch) -> dict[str, Tensor]:
+    """Sums over the sampled tokens [M] that, divided by the batch's global weight, are means over them. With several
+    micro-batches in a step and another aggregation than "token", the means of these are weighed as the losses are."""
+    scale = batch.global_weight / max(1, batch.global_num_targets)
+    return {name: (value.sum() * scale).float() for name, value in figures.items()}
+
+
+def policy_figures(tokens: PolicyTokens, result: PolicyLosses) -> dict[str, Tensor]:
+    """What policy_loss tells of every token, detached: float64 [M] each."""
     log_probs = tokens.log_probs.detach()
     log_ratio = log_probs - tokens.behaviour
     figures = {

@@ -1,0 +1,99 @@
+"""The critic's loss in PPO: squared errors of the values, which move no further from the old ones than a bound. (No
+paper has that clip: it is of OpenAI's baselines, and Andrychowicz et al., 2006.05990, find that it helps little.)
+
+    held_t = V_old_t + clamp(V_t - V_old_t, -c, c)
+    loss_t = max((V_t - return_t)^2, (held_t - return_t)^2) / 2
+
+V_t belongs to the state that token t was drawn from, the position whose target t is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from minimind.objectives.policy import PolicyBatch, aggregate, forward, mean_sums, policy_figures, score
+from minimind.objectives.surrogates import Objective, Sampled
+from minimind.value_head import ValueModel, ValueOutput
+
+
+def value_losses(
+    values: Tensor, old_values: Tensor | None, returns: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """(losses, differentiable; where the bound took the gradient): float64 and bool [M], as the arguments are.
+
+    clip > 0, in units of the value; None: the plain squared error, which needs no old_values.
+    """
+    plain = (values - returns).square() / 2
+    if clip is None:
+        return plain, torch.zeros_like(plain, dtype=torch.bool)
+    if not 0 < clip < math.inf:
+        raise ValueError(f"value clip {clip}: must be above 0; None is no clip")
+    if old_values is None:
+        raise ValueError(
+            "the batch has no old_values, from which the value clip measures; give them or set no clip"
+        )
+    held = old_values + (values - old_values).clamp(-clip, clip)
+    bound = (held - returns).square() / 2
+    return torch.maximum(plain, bound), (bound > plain).detach()
+
+
+def value_loss(
+    critic: ValueModel, batch: PolicyBatch, clip: float | None = 0.2
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """For a critic on its own trunk: (sum of its losses, aggregated as the batch says, mean auxiliary loss, sums of
+    what tells how it goes), as of policy_loss. The sums, over tokens: value, return, value_error (their squared
+    difference), value_clipped (the share)."""
+    at = batch.sampled()
+    out = forward(critic, batch)
+    losses, figures = _critic(cast(ValueOutput, out).values, at, batch, clip)
+    return aggregate(losses, at, batch.aggregation).float(), out.aux_loss, mean_sums(figures, batch)
+
+
+def actor_critic_loss(
+    model: ValueModel,
+    batch: PolicyBatch,
+    objective: Objective,
+    *,
+    value_weight: float = 0.5,
+    clip: float | None = 0.2,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """For a policy that shares its trunk with its critic: policy_loss + value_weight * value_loss in one forward, and
+    the figures of both. value_weight 0.5 is PPO's usual; gradients of both reach the trunk."""
+    if not 0 < value_weight < math.inf:
+        raise ValueError(f"value_weight={value_weight}: must be above 0, or the critic learns nothing")
+    out, tokens = score(model, batch, entropy)
+    result = objective(tokens)
+    losses, figures = _critic(cast(ValueOutput, out).values, tokens.at, batch, clip)
+    total = aggregate(result.losses + value_weight * losses, tokens.at, batch.aggregation)
+    return total.float(), out.aux_loss, mean_sums(policy_figures(tokens, result) | figures, batch)
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+    """1 - var(return - V) / var(return): 1 for a perfect critic, 0 for one that knows the mean alone, below 0 for a
+    worse one; 0 where all returns are equal. float64 [M] -> a scalar."""
+    spread = returns.double().var(correction=0)
+    left = (returns.double() - values.double()).var(correction=0)
+    return torch.where(spread > 0, 1 - left / spread.masked_fill(spread == 0, 1), 0.0)
+
+
+def _critic(
+    values: Tensor, at: Sampled, batch: PolicyBatch, clip: float | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(losses [M], figures) of values [B, T]."""
+    if batch.returns is None:
+        raise ValueError("the batch has no returns, which the critic learns from; see advantages.gae")
+    predicted, returns = at.take(values), at.take(batch.returns)
+    old = None if batch.old_values is None else at.take(batch.old_values)
+    losses, clipped = value_losses(predicted, old, returns, clip)
+    error = (predicted - returns).detach().square()
+    return losses, {
+        "value": predicted.detach(),
+        "return": returns,
+        "value_error": error,
+        "value_clipped": clipped.double(),
+    }
