@@ -53,7 +53,8 @@ class Admission:
         params, prompt = request.params, self._encode(request.prompt)
         limit = self._limit(len(prompt), params.max_new_tokens)
         seed = mix(self._seed, number) if params.seed is None else params.seed
-        return Job(name, prompt, params, seed, limit, self._stop_ids(request), self._token_bytes)
+        stop_ids = self._stop_ids(request)
+        return Job(name, prompt, params, seed, limit, stop_ids, self._token_bytes, request.constraint)
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):

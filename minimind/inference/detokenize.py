@@ -61,7 +61,7 @@ class Detokenizer:
                 _, cut, self.stopped = min(found)
                 self._held = ""
             else:
-                cut = len(held) - _overlap(held, self._stops)
+                cut = len(held) - overlap(held, self._stops)
                 self._held = held[cut:]
             new = held[:cut]
         if new:
@@ -69,7 +69,7 @@ class Detokenizer:
         return new
 
 
-def _overlap(text: str, stops: tuple[str, ...]) -> int:
+def overlap(text: str, stops: tuple[str, ...]) -> int:
     """Length of the longest end of `text` that begins one of the stop strings, none of which is in `text`."""
     longest = min(len(text), max(map(len, stops)) - 1)
     for length in range(longest, 0, -1):

@@ -277,6 +277,7 @@ class Engine:
         batch, scheduler = self._batch, self._scheduler
         if not len(batch):
             return []
+        self._constrain(logits)
         tokens, log_probs = self._runner.sample(logits)
         ids = tokens.cpu().numpy()
         top = self._alternatives(logits)
@@ -299,6 +300,14 @@ class Engine:
         for sample, reason in done:
             self._remove(sample, reason)
         return deltas
+
+    def _constrain(self, logits: Tensor) -> None:
+        """Rule out, in place, what the constraints of samples do not allow. logits [B, V]."""
+        for row, sample in enumerate(self._batch.samples):
+            constraint = sample.track.constraint
+            if constraint is not None and (allowed := constraint.allowed()) is not None:
+                ruled_out = torch.from_numpy(~allowed).to(logits.device)
+                logits[row].masked_fill_(ruled_out, float("-inf"))
 
     def _alternatives(self, logits: Tensor) -> dict[int, tuple[TopLogProbs, ...]]:
         """By row, for the samples that asked: the likeliest tokens and their log-probabilities."""

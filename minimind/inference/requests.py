@@ -8,9 +8,11 @@ operator defines them. With temperature 1 and no penalties they are the model's 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 TopLogProbs = tuple[tuple[int, float], ...]  # (token id, log-probability), likeliest first
@@ -74,16 +76,28 @@ class SamplingParams:
             raise ValueError(f"stop={list(stop)!r}: a stop string is a non-empty str")
 
 
+class Constraint(Protocol):
+    """What one sample may say, decided token by token; a grammar, for example."""
+
+    def allowed(self) -> np.ndarray | None:
+        """The tokens that may come next, bool [vocab_size]; None: all of them."""
+
+    def advance(self, token_id: int) -> None:
+        """This token was drawn."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt: text (special tokens' names in it are read as those tokens, as in a rendered chat) or token ids.
 
     id: how deltas and the output name it, unique among the unfinished; None: the engine numbers it.
+    constraint: makes one for each sample. What it rules out has probability 0, in the log-probabilities too.
     """
 
     prompt: str | Sequence[int]
     params: SamplingParams = field(default_factory=SamplingParams)
     id: str | None = None
+    constraint: Callable[[], Constraint] | None = None
 
 
 class Delta(NamedTuple):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from minimind.inference.detokenize import Detokenizer
 from minimind.inference.requests import (
     MAX_SEED,
     Completion,
+    Constraint,
     Delta,
     FinishReason,
     Request,
@@ -38,6 +39,7 @@ class Job:
     limit: int
     stop_ids: frozenset[int]
     token_bytes: Sequence[bytes] | None
+    constraint: Callable[[], Constraint] | None = None
     submitted: float = field(default_factory=time.perf_counter)
     started: float | None = None
     first_token: float | None = None
@@ -61,10 +63,11 @@ class Job:
 class Track:
     """The output of one sample so far."""
 
-    __slots__ = ("detokenizer", "index", "job", "log_probs", "top_log_probs")
+    __slots__ = ("constraint", "detokenizer", "index", "job", "log_probs", "top_log_probs")
 
     def __init__(self, job: Job, index: int) -> None:
         self.job, self.index = job, index
+        self.constraint = None if job.constraint is None else job.constraint()
         self.log_probs: list[float] = []
         self.top_log_probs: list[TopLogProbs] = []
         table = job.token_bytes
@@ -76,6 +79,8 @@ class Track:
         if self.job.first_token is None:
             self.job.first_token = time.perf_counter()
         self.log_probs.append(log_prob)
+        if self.constraint is not None:
+            self.constraint.advance(token)
         if top:
             self.top_log_probs.extend(top)
         text = ""
