@@ -9,33 +9,70 @@ eager mode but cannot be compiled in float32.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+_MULTIPLE = 64  # of the rows in a product
 
-def _parts(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) of every expert that has some."""
+
+@dataclass(frozen=True)
+class _Part:
+    """An expert's rows, and a window around them with a multiple of 64 rows (or all rows, of fewer).
+
+    The router decides how many rows an expert gets, anew in every layer of every step, and oneDNN compiles for each
+    number that it has not met: 192 times in a step of minimind2-moe. Of multiples there are few.
+    """
+
+    expert: int
+    rows: slice
+    window: slice
+
+    @property
+    def inner(self) -> slice:
+        """The rows within the window."""
+        return slice(self.rows.start - self.window.start, self.rows.stop - self.window.start)
+
+
+def _parts(offsets: Tensor) -> Iterator[_Part]:
+    """Every expert that has rows, in their order."""
     bounds = offsets.tolist()
-    for expert, (start, end) in enumerate(pairwise(bounds)):
-        if end > start:
-            yield expert, slice(start, end)
+    for expert, (start, stop) in enumerate(pairwise(bounds)):
+        if stop > start:
+            size = min(-(-(stop - start) // _MULTIPLE) * _MULTIPLE, bounds[-1])
+            first = min(start, bounds[-1] - size)
+            yield _Part(expert, slice(start, stop), slice(first, first + size))
 
 
 @torch.library.custom_op("minimind::expert_linear", mutates_args=(), device_types="cpu")
 def _expert_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     out = torch.empty(x.shape[0], weight.shape[1], dtype=x.dtype)
-    for expert, rows in _parts(offsets):
-        torch.mm(x[rows], weight[expert].t(), out=out[rows])
+    for part in _parts(offsets):
+        matrix = weight[part.expert].t()
+        if (
+            part.window.start == part.rows.start
+        ):  # rows behind its own are written again, by their own experts
+            torch.mm(x[part.window], matrix, out=out[part.window])
+        else:
+            out[part.rows] = torch.mm(x[part.window], matrix)[part.inner]
     return out
 
 
 @torch.library.custom_op("minimind::expert_linear_dweight", mutates_args=(), device_types="cpu")
 def _expert_linear_dweight(dout: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     dweight = torch.zeros(offsets.numel() - 1, dout.shape[1], x.shape[1], dtype=x.dtype)
-    for expert, rows in _parts(offsets):
-        torch.mm(dout[rows].t(), x[rows], out=dweight[expert])
+    for part in _parts(offsets):
+        a, b = dout[part.window], x[part.window]
+        if part.window != part.rows:  # zeros in one of the two, the narrower one, leave out the others' rows
+            if a.shape[1] < b.shape[1]:
+                a = torch.zeros_like(a)
+                a[part.inner] = dout[part.rows]
+            else:
+                b = torch.zeros_like(b)
+                b[part.inner] = x[part.rows]
+        torch.mm(a.t(), b, out=dweight[part.expert])
     return dweight
 
 

@@ -161,19 +161,45 @@ def test_the_switch_says_what_it_resolves_to():
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="this operator is the CPU's")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_expert_linear(dtype):
-    offsets = torch.tensor([0, 5, 5, 63, 64], dtype=torch.int32)
+@pytest.mark.parametrize(
+    "bounds", [(0, 5, 5, 63, 64), (0, 0, 1, 130, 139), (0, 70, 75, 203, 300), (0, 64, 192, 192, 192)]
+)
+def test_expert_linear(dtype, bounds):
+    offsets, tokens = torch.tensor(bounds, dtype=torch.int32), bounds[-1]
+
+    def split(x):
+        return x.tensor_split(offsets[1:-1].tolist())
 
     def loop(x, weight):
-        parts = zip(x.tensor_split(offsets[1:-1].tolist()), weight, strict=True)
+        parts = zip(split(x), weight, strict=True)
         return torch.cat([F.linear(rows, w) for rows, w in parts])
 
-    inputs = [rand(64, 24).to(dtype), rand(4, 40, 24, seed=1, scale=0.2).to(dtype)]
+    inputs = [rand(tokens, 24).to(dtype), rand(4, 40, 24, seed=1, scale=0.2).to(dtype)]
     assert_contract(lambda x, w: expert_linear(x, w, offsets), loop, inputs, ["y", "dx", "dweight"])
     leaves = [t.requires_grad_() for t in inputs]
     torch.library.opcheck(torch.ops.minimind.expert_linear, (*leaves, offsets))
-    dout, x = rand(64, 40, seed=2).to(dtype), leaves[0].detach()
+    dout, x = rand(tokens, 40, seed=2).to(dtype), leaves[0].detach()
     torch.library.opcheck(torch.ops.minimind.expert_linear_dweight, (dout, x, offsets))
+    narrow, wide = rand(tokens, 24, seed=3).to(dtype), rand(tokens, 40, seed=4).to(dtype)
+    for a, b in ((narrow, wide), (wide, narrow)):  # either may be the one that is filled with zeros
+        expected = torch.stack([d.T.double() @ x.double() for d, x in zip(*map(split, (a, b)), strict=True)])
+        error = (torch.ops.minimind.expert_linear_dweight(a, b, offsets) - expected).abs().max()
+        plain = torch.stack([d.T @ x for d, x in zip(*map(split, (a, b)), strict=True)])
+        assert error <= 2 * (plain - expected).abs().max() + torch.finfo(dtype).eps
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="this operator is the CPU's")
+def test_expert_linear_takes_few_numbers_of_rows():
+    from minimind.expert_linear import _parts
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = set()
+    for _ in range(50):
+        cuts = torch.randint(0, 1001, (7,), generator=generator).sort().values
+        for part in _parts(torch.cat((torch.tensor([0]), cuts, torch.tensor([1000])))):
+            assert 0 <= part.window.start <= part.rows.start < part.rows.stop <= part.window.stop <= 1000
+            sizes.add(part.window.stop - part.window.start)
+    assert sizes <= {*range(64, 1000, 64), 1000}
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="this operator is the CPU's")
