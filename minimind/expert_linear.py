@@ -51,9 +51,7 @@ def _expert_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     out = torch.empty(x.shape[0], weight.shape[1], dtype=x.dtype)
     for part in _parts(offsets):
         matrix = weight[part.expert].t()
-        if (
-            part.window.start == part.rows.start
-        ):  # rows behind its own are written again, by their own experts
+        if part.window.start == part.rows.start:  # rows behind its own: their experts write them again
             torch.mm(x[part.window], matrix, out=out[part.window])
         else:
             out[part.rows] = torch.mm(x[part.window], matrix)[part.inner]
