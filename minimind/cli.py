@@ -13,6 +13,7 @@ import tyro
 
 COMMANDS = {
     "chat": ("minimind.inference.chat", "talk to a model in the terminal"),
+    "serve": ("minimind.serving.command", "serve a model over HTTP as OpenAI's API does"),
     "evaluate": ("minimind.inference.perplexity", "perplexity of a model by context length"),
     "export": ("minimind.export.command", "write a model as a GGUF file"),
 }

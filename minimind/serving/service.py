@@ -1,0 +1,100 @@
+"""What all routes share: the engine's worker, the tokenizer, the limits; and how a request becomes the engine's."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from minimind.inference.requests import MAX_SEED, Constraint, Request, SamplingParams
+from minimind.serving.errors import ApiError
+from minimind.serving.grammar import Grammars
+from minimind.serving.metrics import Metrics
+from minimind.serving.prompts import ChatPrompts
+from minimind.serving.protocol import Sampling
+from minimind.serving.worker import EngineWorker, Generation
+from minimind.tokenization import Tokenizer
+
+
+@dataclass
+class Service:
+    """model: the name that clients give. default_max_tokens: of answers whose request names none. max_body: bytes.
+    api_key: None lets everybody in."""
+
+    worker: EngineWorker
+    tokenizer: Tokenizer
+    model: str
+    metrics: Metrics
+    default_max_tokens: int = 1024
+    max_body: int = 4 << 20
+    api_key: str | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.context = self.worker.engine.max_context
+        stats = self.worker.engine.stats()
+        self._cache_tokens = stats.pages_total * stats.page_size
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        return Grammars(self.tokenizer)
+
+    @cached_property
+    def prompts(self) -> ChatPrompts:
+        return ChatPrompts(self.tokenizer)
+
+    @cached_property
+    def token_bytes(self) -> list[bytes]:
+        return self.tokenizer.token_bytes()
+
+    def check_model(self, name: str) -> None:
+        if name != self.model:
+            message = f"there is no model {name[:100]!r} here; this server has {self.model!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def params(self, asked: Sampling, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """ApiError 400 for what the engine does not do."""
+        if asked.frequency_penalty:
+            message = "frequency_penalty: not served; presence_penalty and repetition_penalty are"
+            raise ApiError(400, message, param="frequency_penalty")
+        if asked.logit_bias:
+            raise ApiError(400, "logit_bias: not served", param="logit_bias")
+        if asked.stream_options is not None and not asked.stream:
+            raise ApiError(400, "stream_options: only with stream", param="stream_options")
+        given = asked.model_dump(
+            include={"temperature", "top_p", "top_k", "min_p", "presence_penalty", "repetition_penalty", "n"},
+            exclude_none=True,
+        )
+        seed = None if asked.seed is None else asked.seed & MAX_SEED
+        stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
+        try:
+            return SamplingParams(max_new_tokens=max_tokens, seed=seed, stop=stop, logprobs=logprobs, **given)
+        except ValueError as problem:
+            raise ApiError(400, str(problem)) from None
+
+    async def submit(
+        self,
+        name: str,
+        prompt: list[int],
+        params: SamplingParams,
+        constraint: Callable[[], Constraint] | None = None,
+    ) -> Generation:
+        if len(prompt) >= self.context:
+            message = f"the prompt has {len(prompt):,} tokens, the context {self.context:,}, one of them for an answer"
+            raise ApiError(400, message, code="context_length_exceeded")
+        if params.max_new_tokens is None:
+            room = max(1, min(self.context, self._cache_tokens + 1) - len(prompt))
+            params = replace(params, max_new_tokens=min(self.default_max_tokens, room))
+        return await self.worker.submit(Request(prompt, params, name, constraint))
+
+    async def encode(self, text: str) -> list[int]:
+        """A raw prompt, behind the bos token."""
+        ids = await asyncio.to_thread(self.tokenizer.encode, text)
+        bos = self.tokenizer.bos_token_id
+        return ids if ids[:1] == [bos] else [bos, *ids]
+
+    def token_text(self, token_id: int) -> str:
+        """A token for a reader: a control token's name, U+FFFD for part of a character."""
+        return self.token_bytes[token_id].decode("utf-8", "replace") or self.tokenizer.token_of(token_id)

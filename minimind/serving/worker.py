@@ -1,0 +1,228 @@
+"""The engine in a thread of its own; the event loop submits requests and gets their deltas.
+
+event loop   submit, cancel, stats --> commands --> engine thread: step, step, step
+             Generation.__anext__  <-- one call_soon_threadsafe a step, with all deltas of it
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
+
+from minimind.inference.engine import Engine
+from minimind.inference.requests import Delta, Request
+from minimind.inference.stats import EngineStats
+from minimind.serving.errors import ApiError
+
+log = logging.getLogger("minimind.serving")
+T = TypeVar("T")
+
+
+class Generation:
+    """The deltas of one request, as an asynchronous iterator that ends with its last one.
+
+    ApiError 500 if the engine failed, 503 if the request was ended from here: by `cancel`, or a shutdown.
+    """
+
+    def __init__(self, worker: EngineWorker, request: Request) -> None:
+        assert request.id is not None
+        self.id, self.samples = request.id, request.params.n
+        self.submitted = time.perf_counter()
+        self.first_token: float | None = None
+        self._worker, self._running = worker, self.samples
+        self._items: asyncio.Queue[Delta | ApiError] = asyncio.Queue()
+
+    def cancel(self) -> None:
+        """Free what the request holds, now; nothing if it is over."""
+        if self._running:
+            self._worker.cancel(self.id)
+
+    def put(self, item: Delta | ApiError) -> int:
+        """Take up a delta or the reason why none will follow; how many samples that ended."""
+        ended = self._running if isinstance(item, ApiError) else int(item.finish_reason is not None)
+        self._running -= ended
+        self._items.put_nowait(item)
+        return ended
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if not self._running and self._items.empty():
+            raise StopAsyncIteration
+        item = await self._items.get()
+        if isinstance(item, ApiError):
+            raise item
+        if item.finish_reason == "cancelled":
+            raise ApiError(503, "the request was ended before its answer was complete", code="cancelled")
+        if item.finish_reason == "error":
+            reason = item.output.error if item.output is not None else None
+            raise ApiError(500, reason or "the engine failed in this request")
+        return item
+
+
+class EngineWorker:
+    """capacity: samples that may be unfinished at a time, in the batch and waiting: engine's max_batch + max_queue.
+
+    All methods are for the event loop in which `start` was called.
+    on_first_token: called with the seconds from submission to each request's first token.
+    """
+
+    def __init__(
+        self, engine: Engine, max_queue: int, on_first_token: Callable[[float], None] = lambda seconds: None
+    ) -> None:
+        self.engine = engine
+        self.max_queue, self.capacity = max_queue, engine.stats().max_batch + max_queue
+        self.in_flight = 0
+        self.draining = False
+        self._on_first_token = on_first_token
+        self._generations: dict[str, Generation] = {}
+        self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
+        self._numbers = itertools.count()
+        self._admitted: set[str] = set()  # the engine thread's: unfinished requests
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    async def stop(self) -> None:
+        """Cancel what still runs, and end the thread."""
+        self.cancel_all()
+        self._commands.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def drain(self, seconds: float) -> None:
+        """Take no new requests, and cancel those that still run after so many seconds."""
+        self.draining = True
+        self._loop.call_later(seconds, self.cancel_all)
+
+    async def submit(self, request: Request) -> Generation:
+        """Queue a request. ApiError 400 if it cannot be served, 429 if the queue is full, 503 in a shutdown."""
+        samples = request.params.n
+        if self.draining or not self.alive:
+            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        if samples > self.capacity:
+            raise ApiError(400, f"n={samples}: at most {self.capacity} samples fit this server", param="n")
+        if self.in_flight + samples > self.capacity:
+            message = f"{self.in_flight} samples run or wait, of at most {self.capacity}; try again later"
+            raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
+        request = replace(request, id=f"{request.id or 'request'}-{next(self._numbers)}")
+        generation = Generation(self, request)
+        self._generations[generation.id] = generation
+        self.in_flight += samples
+        try:
+            await self._call(lambda: self._admitted.add(self.engine.submit(request)))
+        except asyncio.CancelledError:
+            generation.cancel()
+            raise
+        except ValueError as problem:
+            del self._generations[generation.id]
+            self.in_flight -= samples
+            raise ApiError(400, str(problem)) from None
+        return generation
+
+    def cancel(self, request_id: str) -> None:
+        self._commands.put(lambda: self._cancel(request_id))
+
+    def cancel_all(self) -> None:
+        for name in list(self._generations):
+            self.cancel(name)
+
+    async def stats(self) -> EngineStats:
+        return await self._call(self.engine.stats)
+
+    def _call(self, function: Callable[[], T]) -> asyncio.Future[T]:
+        """Run `function` in the engine's thread, between two steps."""
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def command() -> None:
+            try:
+                result = function()
+            except Exception as problem:
+                self._on_loop(_settle, future.set_exception, problem, future)
+            else:
+                self._on_loop(_settle, future.set_result, result, future)
+
+        self._commands.put(command)
+        return future
+
+    def _cancel(self, request_id: str) -> None:
+        self.engine.cancel(request_id)
+
+    def _run(self) -> None:
+        while self._take_commands():
+            try:
+                deltas = self.engine.step()
+            except (
+                Exception
+            ) as problem:  # out of memory, for example: nothing that was running can be trusted
+                log.exception("the engine failed; its requests are given up")
+                self._give_up(problem)
+            else:
+                self._deliver(deltas)
+        self._deliver(self.engine.step())  # what was cancelled at the end
+
+    def _deliver(self, deltas: list[Delta]) -> None:
+        self._admitted.difference_update(delta.id for delta in deltas if delta.output is not None)
+        if deltas:
+            self._on_loop(self._dispatch, deltas, time.perf_counter())
+
+    def _take_commands(self) -> bool:
+        """Carry out what is asked, waiting for it where there is nothing else to do; False: end."""
+        while True:
+            try:
+                command = self._commands.get(block=not self.engine.has_work)
+            except Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _give_up(self, problem: Exception) -> None:
+        names = list(self._admitted)
+        self._admitted.clear()
+        for name in names:
+            self.engine.cancel(name)
+        self._on_loop(self._dispatch_failure, names, f"the engine failed: {type(problem).__name__}")
+
+    def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _dispatch(self, deltas: list[Delta], now: float) -> None:
+        for delta in deltas:
+            generation = self._generations.get(delta.id)
+            if generation is None:
+                continue
+            if generation.first_token is None and delta.token_ids:
+                generation.first_token = now
+                self._on_first_token(now - generation.submitted)
+            self._put(generation, delta)
+
+    def _dispatch_failure(self, names: list[str], reason: str) -> None:
+        for name in names:
+            if name in self._generations:
+                self._put(self._generations[name], ApiError(500, reason))
+
+    def _put(self, generation: Generation, item: Delta | ApiError) -> None:
+        self.in_flight -= generation.put(item)
+        if isinstance(item, ApiError) or item.output is not None:
+            del self._generations[generation.id]
+
+
+def _settle(setter: Callable[[Any], None], value: Any, future: asyncio.Future[Any]) -> None:
+    if not future.done():  # the caller may have been cancelled
+        setter(value)
