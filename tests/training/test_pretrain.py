@@ -175,20 +175,6 @@ def test_accumulated_micro_batches_give_the_same_losses(data, tmp_path):
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-def test_reference_and_fused_train_alike(data, tmp_path):
-    """The convergence pair: same seed, N steps, plain PyTorch against the fused forms."""
-    curves = []
-    for switch in ("--fused", "--no-fused"):
-        out = tmp_path / switch.strip("-")
-        # AdamW: Muon's bf16 Newton-Schulz turns last-digit differences into visible ones
-        flags = ["--tokens", str(512 * 16), "--precision", "fp32", "--optimizer", "adamw", switch]
-        answer = run(command(data, out, *flags))
-        assert answer.returncode == 0, answer.stdout + answer.stderr
-        curves.append([row["loss"] for row in reproducible(out) if row["kind"] == "train"])
-    assert len(curves[0]) == 16
-    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
-
-
 BAD = {
     "absent file": (["--data", "absent.jsonl"], "absent.jsonl"),
     "bad batch": (["--batch-tokens", "500"], "--batch-tokens 500 must be a multiple"),

@@ -1,0 +1,111 @@
+"""The convergence pair of each stage: the same seed and steps, the fused ops against the plain reference."""
+
+from __future__ import annotations
+
+import json
+import random
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from minimind import ModelConfig, load_tokenizer, ops
+from minimind.modeling import Model
+from minimind.training.job import Job
+from minimind.training.loop import Trainer
+from minimind.weights import save_weights
+from tests.training.runs import SCRIPT, reproducible
+
+STEPS = 8
+TINY = ModelConfig(64, 2, 4, 2, 16, 128, qk_norm=True)
+WIDE = ModelConfig(96, 2, 4, 2, 24, 192)
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Sums: as conversations with and without reasoning, as pairs and as text; two models of random weights."""
+    folder = tmp_path_factory.mktemp("pair")
+    rng = random.Random(0)
+    rows: dict[str, list[dict]] = {"text": [], "chats": [], "reasoned": [], "pairs": []}
+    for _ in range(400):
+        a, b = rng.randrange(40), rng.randrange(40)
+        asked, said = f"{a} and {b}?", f"{a + b} it is."
+        question = {"role": "user", "content": asked}
+        reasoned = {"role": "assistant", "content": said, "reasoning_content": f"{a}+{b}"}
+        answers = [{"role": "assistant", "content": text} for text in (said, f"{a + b + 1} or so.")]
+        rows["text"].append({"text": f"{asked} {said}"})
+        rows["chats"].append({"conversations": [question, answers[0]]})
+        rows["reasoned"].append({"conversations": [question, reasoned]})
+        rows["pairs"].append({"chosen": [question, answers[0]], "rejected": [question, answers[1]]})
+    for name, written in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in written)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    for name, config in (("model", TINY), ("teacher", WIDE)):
+        torch.manual_seed(0)
+        save_weights(Model(config), folder / name)
+        load_tokenizer().save(folder / name)
+    return folder
+
+
+STAGES = {
+    "pretrain": ("text", {}),
+    "sft": ("chats", {}),
+    "lora": ("chats", {"dropout": 0.1}),
+    "distill": ("chats", {"alpha": 0.3, "temperature": 2.0, "divergence": "jsd"}),
+    "reason": ("reasoned", {}),
+    "dpo": ("pairs", {"sft_weight": 0.5}),
+    "dpo, simpo": ("pairs", {"loss": "simpo"}),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_reference_and_fused_train_alike(stage, place, tmp_path, monkeypatch):
+    """The loss of every step, against the same run in float64: with the fused ops it is off by no more than twice what
+    the reference is off by, and some units in the last place."""
+    name = stage.partition(",")[0]
+    data, flags = STAGES[stage]
+    script = runpy.run_path(str(SCRIPT.with_name(f"{name}.py")))
+    flags |= {"from_": str(place / "model"), "data": (str(place / f"{data}.jsonl"),), "cache_dir": str(place)}
+    if name == "distill":
+        flags |= {"teacher": str(place / "teacher")}
+
+    def losses(out: str, fused: bool) -> torch.Tensor:
+        # AdamW: Muon's bf16 Newton-Schulz turns last-digit differences into visible ones
+        args = script["Args"](
+            **flags, out=str(tmp_path / out), fused=fused, seq_len=64, batch_tokens=256, tokens=256 * STEPS,
+            heldout=0.0, precision="fp32", optimizer="adamw", grad_clip=1e3, lr=3e-3, log_every=1, evals=1,
+        )  # fmt: skip
+        with ops.using(ops.get_mode()):
+            assert script["main"](args, Console(quiet=True))
+        rows = [row for row in reproducible(tmp_path / out) if row["kind"] == "train"]
+        return torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
+
+    monkeypatch.setattr(
+        Trainer, "_sample", lambda self: self.run.samples.touch()
+    )  # the engine knows no float64
+    reference, fused = losses("reference", False), losses("fused", True)
+    monkeypatch.setattr(Job, "build_model", in_float64)
+    truth = losses("truth", False)
+    assert len(truth) == STEPS and truth[-1] < truth[0]
+    plain, ours = ((found - truth).abs().max() for found in (reference, fused))
+    assert ours <= 2 * plain + 4 * EPS * truth.max(), (ours, plain)
+
+
+BUILD = Job.build_model
+
+
+def in_float64(job: Job, prepare: Callable[[Model], None] | None = None) -> tuple[Model, Model]:
+    """Job.build_model, after which all of the run is float64, the teacher too; what is random is drawn as ever."""
+
+    def place(model: Model) -> Model:
+        model.double().compute_dtype = torch.float64
+        return model
+
+    model, trained = BUILD(job, prepare)
+    assert trained is place(model)
+    job.place = place
+    return model, trained
