@@ -81,7 +81,9 @@ class _Vocabulary:
         self._encode = tokenizer.encode
 
     def __call__(self, text: str | bytes) -> list[int]:
-        return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"), False)
+        """What the grammar forces is forced as the tokens that the model knows, <tool_call> for example."""
+        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+        return self._encode(text, "markup")
 
 
 class GrammarConstraint:
