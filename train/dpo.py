@@ -20,9 +20,7 @@ import torch
 from rich.console import Console
 
 from minimind.data import Corpus
-from minimind.data.builtin_preferences import builtin_preferences
 from minimind.data.pair_loader import PairLoader
-from minimind.data.preferences import open_preferences
 from minimind.data.progress import say
 from minimind.modeling import Model
 from minimind.objectives.preference import NEED_REFERENCE, OBJECTIVES, Pairs, preference_loss, with_sft
@@ -33,7 +31,7 @@ from minimind.training.arguments import FromFlag, StageArgs
 from minimind.training.figures import plot_figures
 from minimind.training.heldout import describe
 from minimind.training.job import Job, Objective
-from minimind.training.pairs import heldout_figures, prompts, to_device
+from minimind.training.pairs import describe_pairs, heldout_figures, open_pairs, prompts, to_device
 from minimind.training.reference import reference_log_probs
 from minimind.training.run_folder import newest_finished
 from minimind.training.script import run_script
@@ -77,7 +75,7 @@ def main(args: Args, console: Console) -> bool:
     loss = pair_objective(args)
     args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
     job = Job.begin("dpo", args, console)
-    train, heldout = open_data(args, ChatEncoder(job.tokenizer), console)
+    train, heldout = open_pairs(args, args.heldout_data, ChatEncoder(job.tokenizer), console)
     plan = job.plan(partial(PairLoader, train, args.seq_len, seed=args.seed))
     job.open_run(args.data_name)
     model, trained = job.build_model()
@@ -123,31 +121,6 @@ def pair_objective(args: Args) -> PairObjective:
         objective = with_sft(objective, sft_weight)
     objective(Pairs(*[torch.empty(0, dtype=torch.float64)] * 6))  # refuses what no pair could be trained with
     return objective
-
-
-def open_data(args: Args, encoder: ChatEncoder, console: Console) -> tuple[Corpus, Corpus | None]:
-    """(training, held-out) pairs."""
-    read = partial(
-        open_preferences,
-        encoder=encoder,
-        cache_dir=args.cache_dir,
-        on_bad_row=args.on_bad_row,
-        console=console,
-    )
-    data, heldout = list(args.data), list(args.heldout_data)
-    if not data:
-        train, held = builtin_preferences(args.cache_dir, console)
-        data, heldout = [str(train)], heldout or [str(held)]
-    if heldout:
-        return read(data), read(heldout)
-    return read(data).split(args.heldout) if args.heldout != 0 else (read(data), None)
-
-
-def describe_pairs(loader: PairLoader, heldout: Corpus | None) -> list[str]:
-    held = f"; held out {heldout.num_documents:,}" if heldout else ""
-    first = f"data: {loader.num_pairs:,} pairs, {loader.tokens_per_epoch:,} tokens a pass{held}"
-    left = f"longer than --seq-len {loader.seq_len}: {loader.left_out:,} pairs left out"
-    return [first, left] if loader.left_out else [first]
 
 
 def find_reference(job: Job, args: Args, model: Model, rows: int, view: Corpus) -> np.ndarray | None:

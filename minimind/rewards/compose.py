@@ -177,11 +177,17 @@ def _judge(reward: Reward, samples: Sequence[Sample]) -> tuple[np.ndarray, str]:
         values = _checked(reward(samples), len(samples))
     except Exception as error:  # a reward may be anybody's code
         if len(samples) == 1:
-            return np.full(1, math.nan), f"{type(error).__name__}: {error}".splitlines()[0]
+            return np.full(1, math.nan), _reason(error)
         alone = [_judge(reward, [sample]) for sample in samples]
         return np.concatenate([value for value, _ in alone]), next((why for _, why in alone if why), "")
     finite = np.isfinite(values)
     return np.where(finite, values, math.nan), "" if finite.all() else f"it gave {values[~finite][0]}"
+
+
+def _reason(error: Exception) -> str:
+    """One line; a ValueError of ours says enough without its name."""
+    text = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+    return (text.splitlines() or [type(error).__name__])[0]
 
 
 def _checked(values: object, count: int) -> np.ndarray:

@@ -79,11 +79,8 @@ def overlong_penalty(bounds: str) -> Reward:
     """0 up to LOW tokens, from there in a line to -1 at HIGH, -1 beyond: DAPO's soft punishment of long answers
     (2503.14476), LOW..HIGH being its cache."""
     limits = Range.parse("overlong", bounds)
-    return each(
-        lambda sample: (
-            -float(np.clip((len(sample.token_ids) - limits.low) / (limits.high - limits.low), 0, 1))
-        )
-    )
+    room = limits.high - limits.low
+    return each(lambda sample: float(np.clip((limits.low - len(sample.token_ids)) / room, -1, 0)))
 
 
 def repetition_reward(size: str = "3") -> Reward:

@@ -1,18 +1,25 @@
-"""Preference pairs on the device, in held-out figures and in samples."""
+"""Preference pairs as stages open them, on the device, in held-out figures and in samples."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from minimind.data import Corpus
+from minimind.data.builtin_preferences import builtin_preferences
 from minimind.data.pair_loader import PairBatch, PairLoader
+from minimind.data.preferences import open_preferences
 from minimind.data.weights import NONE, SIDE, class_of
 from minimind.modeling import Model
 from minimind.objectives.preference import Objective, PreferenceBatch, preference_loss
+from minimind.tokenization import ChatEncoder
 from minimind.training.answers import Question
+from minimind.training.arguments import StageArgs
 from minimind.training.batches import move
 from minimind.training.parallel import Parallel
 
@@ -26,6 +33,34 @@ FIGURES = (
     "rejected_log_prob",
     "ranking",
 )
+
+
+def open_pairs(
+    args: StageArgs, heldout_data: Sequence[str], encoder: ChatEncoder, console: Console
+) -> tuple[Corpus, Corpus | None]:
+    """(training, held-out) pairs: those of --data and --heldout-data, or the built-in ones."""
+    read = partial(
+        open_preferences,
+        encoder=encoder,
+        cache_dir=args.cache_dir,
+        on_bad_row=args.on_bad_row,
+        console=console,
+    )
+    data, heldout = list(args.data), list(heldout_data)
+    if not data:
+        train, held = builtin_preferences(args.cache_dir, console)
+        data, heldout = [str(train)], heldout or [str(held)]
+    if heldout:
+        return read(data), read(heldout)
+    return read(data).split(args.heldout) if args.heldout != 0 else (read(data), None)
+
+
+def describe_pairs(loader: PairLoader, heldout: Corpus | None) -> list[str]:
+    """Lines for the start of a run."""
+    held = f"; held out {heldout.num_documents:,}" if heldout else ""
+    first = f"data: {loader.num_pairs:,} pairs, {loader.tokens_per_epoch:,} tokens a pass{held}"
+    left = f"longer than --seq-len {loader.seq_len}: {loader.left_out:,} pairs left out"
+    return [first, left] if loader.left_out else [first]
 
 
 def to_device(

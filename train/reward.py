@@ -1,0 +1,135 @@
+"""Train a model that tells good answers from bad ones: `python train/reward.py` goes on from the newest SFT run.
+
+The score is a number read off the last token of an answer (minimind/value_head.py), taught by pairs of answers of which
+one is preferred (docstring of minimind/objectives/reward_model.py). The run's folder is a reward for reinforcement
+learning: --reward model=runs/reward-...:1 of train/grpo.py and its like; transformers opens the checkpoints of dense
+models as sequence classifiers. Run the same command again after any interruption and it continues where the last
+checkpoint was. Every run leaves a folder under runs/ with its metrics, plots, scored samples and weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+
+from minimind.data import Corpus
+from minimind.data.pair_loader import PairLoader
+from minimind.data.progress import say
+from minimind.objectives.reward_model import bradley_terry, reward_loss
+from minimind.tokenization import ChatEncoder
+from minimind.training.arguments import FromFlag, StageArgs
+from minimind.training.figures import plot_figures
+from minimind.training.heldout import describe
+from minimind.training.job import Job, Objective
+from minimind.training.pairs import describe_pairs, open_pairs
+from minimind.training.run_folder import newest_finished
+from minimind.training.scores import (
+    ValueOrigin,
+    heldout_scores,
+    load_value_weights_into,
+    show_scores,
+    to_device,
+)
+from minimind.training.script import run_script
+from minimind.value_head import ValueModel, save_value_model
+
+# Peak rates by preset; nano has the best of three that were tried, the others are not tuned yet.
+PEAK_LR = {"nano": 1e-3}
+
+
+@dataclass(frozen=True)
+class Args(StageArgs):
+    """Train a reward model. Every default works after train/sft.py."""
+
+    from_: FromFlag = None
+    """The model to go on from: a run folder, a Hugging Face folder, or an upstream .pth (with --preset and
+    --tokenizer). None: the newest finished run of train/sft.py under runs/."""
+    data: tuple[str, ...] = ()
+    """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"chosen": [{"role": ..., "content": ...}, ...],
+    "rejected": [...]} rows. None: a few hundred pairs about manners that come with the program."""
+    heldout_data: tuple[str, ...] = ()
+    """Pairs to measure on, instead of --heldout."""
+    centering: float = 0.01
+    """Weight of the squared sum of both scores, which keeps scores around 0; 0 for none."""
+    epochs: float = 6.0
+    """Passes over the training part of the data."""
+    seq_len: int = 2048
+    """Tokens in a row, which holds both answers of a pair; longer pairs are left out and counted."""
+
+
+def main(args: Args, console: Console) -> bool:
+    """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
+    if args.parallel == "fsdp":
+        raise ValueError("--parallel fsdp: a reward model is trained with ddp")
+    none = torch.empty(0, dtype=torch.float64)
+    bradley_terry(none, none, args.centering)  # refuses what no pair could be trained with
+    args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
+    job = Job.begin("reward", args, console)
+    job.origin = ValueOrigin(**vars(job.origin))
+    train, heldout = open_pairs(args, args.heldout_data, ChatEncoder(job.tokenizer), console)
+    plan = job.plan(partial(PairLoader, train, args.seq_len, seed=args.seed))
+    job.open_run(args.data_name)
+    model, trained = job.build_model()
+    objective = Objective(
+        loss=lambda batch: reward_loss(cast(ValueModel, trained), batch, args.centering),
+        evaluate=lambda final: evaluate(cast(ValueModel, model), heldout, job, args, plan.loader.rows, final),
+        sample=lambda: sample(cast(ValueModel, model), heldout or train, job),
+        describe=lambda batch: describe(batch, train, job.tokenizer),
+        data_fingerprint=f"{train.identity:016x}",
+        peak_lr=PEAK_LR.get(job.origin.preset, 1e-5),
+        save_model=save_value_model,
+        load_model=load_value_weights_into,
+        place=to_device,
+        loss_unit="per pair",
+    )
+    if not job.fit(plan, model, objective, describe_pairs(plan.loader, heldout)):
+        return False
+    if job.parallel.main and heldout is not None:
+        draw(job.run.path)
+    say(console, f"a reward for reinforcement learning: --reward model={job.run.path}:1")
+    return True
+
+
+def evaluate(
+    model: ValueModel, heldout: Corpus | None, job: Job, args: Args, rows: int, final: bool
+) -> dict[str, Any]:
+    """How well held-out pairs are told apart; at the end all of them."""
+    if heldout is None:
+        return {}
+    parallel = job.parallel
+    view = heldout if final else heldout.head(args.eval_tokens)
+    loader = PairLoader(view, args.seq_len, rows, 0, False, parallel.rank, parallel.world_size)
+    figures = heldout_scores(model, loader, args.centering, parallel)
+    say(
+        job.console,
+        f"of {figures['heldout_pairs']:,} held-out pairs {figures['heldout_accuracy']:.1%} have the chosen answer "
+        f"score higher; margin {figures['heldout_margin']:.3f}",
+    )
+    return figures | {"heldout_all": final}
+
+
+def sample(model: ValueModel, source: Corpus, job: Job) -> str:
+    """Scored pairs, of rank 0."""
+    return show_scores(model, job.tokenizer, source, 5) if job.parallel.main else ""
+
+
+def draw(run: Path) -> None:
+    """What became of the held-out pairs."""
+    accuracy = {"heldout_accuracy": "chosen answer scores higher"}
+    scores = {
+        "heldout_chosen_score": "chosen",
+        "heldout_rejected_score": "rejected",
+        "heldout_margin": "margin",
+    }
+    plot_figures(run / "metrics.jsonl", run / "accuracy.png", run.name, "share of held-out pairs", accuracy)
+    plot_figures(run / "metrics.jsonl", run / "scores.png", run.name, "score, held-out pairs", scores)
+
+
+if __name__ == "__main__":
+    run_script(main, Args, __doc__)
