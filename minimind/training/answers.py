@@ -61,12 +61,12 @@ def show(model: Model, tokenizer: Tokenizer, asked: Sequence[Question], longest:
     """A line for each question: the conversation, the model's answer, and in brackets the one in the data."""
     lines = []
     for question, given in zip(asked, answer(model, tokenizer, asked, longest), strict=True):
-        line = f"{_turns(tokenizer, question.prompt)} {tokenizer.decode(given)}"
+        line = f"{turns(tokenizer, question.prompt)} {tokenizer.decode(given)}"
         lines.append(f"{line}  [{tokenizer.decode(question.answer)}]".replace("\n", "\\n"))
     return "\n".join(lines)
 
 
-def _turns(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+def turns(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """The conversation with its control tokens as bars: 'user: Who are you? | assistant:'."""
     control = "|".join(map(re.escape, tokenizer.control_tokens))
     parts = [part.strip().replace("\n", ": ", 1) for part in re.split(control, tokenizer.decode(ids))]

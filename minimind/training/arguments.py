@@ -125,5 +125,5 @@ class StageArgs:
         """Of the run folder: the first file's, and how many more there are."""
         if not self.data:
             return "builtin"
-        name = Path(self.data[0]).name.split(".")[0].strip("*") or "data"
+        name = Path(self.data[0]).name.split(".")[0].strip("*").removeprefix("builtin:") or "data"
         return name + (f"+{len(self.data) - 1}" if len(self.data) > 1 else "")

@@ -28,7 +28,7 @@ from minimind.training.batches import DeviceBatches, to_device
 from minimind.training.checkpoint import load_weights_into, share_trainer_state
 from minimind.training.compiling import compile_model
 from minimind.training.device import Precision, choose_precision, describe_device
-from minimind.training.loop import LoopOptions, Stage, StageLoss, Trainer
+from minimind.training.loop import Loader, LoopOptions, News, Stage, StageLoss, Trainer
 from minimind.training.memory import tokens_that_fit
 from minimind.training.optim import build_optimizers, lr_factor
 from minimind.training.origin import Origin
@@ -53,7 +53,8 @@ class EpochLoader(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained on: the host's loader, the steps, and what one step takes."""
+    """What is trained on: the host's loader, or one whose batches are on the device; the steps, and the tokens of one,
+    0 where they vary."""
 
     loader: Any
     steps: int
@@ -75,6 +76,7 @@ class Objective:
     load_model: Callable[[Model, Path, Parallel], None] = load_weights_into
     place: Callable[..., Any] = to_device  # the loader's batches on the device, as DeviceBatches says
     loss_unit: str = "nats per token"
+    news: Callable[[], News | None] = lambda: None
 
 
 @dataclass
@@ -186,7 +188,7 @@ class Job:
             model=model,
             tokenizer=self.tokenizer,
             optimizer=build_optimizers(model, args.optimizer, peak, args.weight_decay),
-            loader=DeviceBatches(plan.loader, self.device, objective.place),
+            loader=self._on_device(plan.loader, objective),
             loss=objective.loss,
             peak_lr=peak,
             lr_factor=lambda step: lr_factor(args.schedule, step, plan.steps, warmup),
@@ -198,7 +200,12 @@ class Job:
             save_model=objective.save_model,
             load_model=objective.load_model,
             loss_unit=objective.loss_unit,
+            news=objective.news,
         )
+
+    def _on_device(self, loader: Any, objective: Objective) -> Loader:
+        placed = hasattr(loader, "fetch")
+        return loader if placed else DeviceBatches(loader, self.device, objective.place)
 
     def _options(self, plan: Plan) -> LoopOptions:
         args = self.args
@@ -214,6 +221,7 @@ class Job:
         )
 
     def _say_what_runs(self, plan: Plan, model: Model, lines: Sequence[str]) -> None:
+        size = f" of {plan.step_tokens:,} tokens" if plan.step_tokens else ""
         resumed = f", continuing after step {self.state['step']}" if self.run.checkpoint else ""
         for line in (
             f"device: {describe_device(self.device)}; {self.parallel}",
@@ -225,7 +233,7 @@ class Job:
             f"{model.kv_bytes_per_token() / 1024:.1f} KiB of bf16 KV per token",
             *([f"weights: {self.origin.weights}"] if self.origin.weights else []),
             *lines,
-            f"run: {self.run.path}, {plan.steps} steps of {plan.step_tokens:,} tokens{resumed}",
+            f"run: {self.run.path}, {plan.steps} steps{size}{resumed}",
         ):
             say(self.console, line)
 

@@ -59,10 +59,23 @@ StageLoss = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
+class News:
+    """A row of metrics.jsonl of its own `kind`, of all ranks together, before that of the step it comes with. seconds:
+    what was measured by the clock; line: for the progress line."""
+
+    kind: str
+    values: dict[str, Any]
+    seconds: dict[str, float]
+    line: str = ""
+
+
+@dataclass(frozen=True)
 class LoopOptions:
     steps: int
     micro_batches: int = 1  # per step
-    tokens_per_step: int = 0  # tokens of a step, padding included: the x axis
+    tokens_per_step: int = (
+        0  # tokens of a step, padding included: the x axis; 0: where it varies, targets instead
+    )
     grad_clip: float = 1.0
     log_every: int = 10
     eval_every: int = 100
@@ -78,8 +91,9 @@ class Stage:
     third, a dict of sums that are logged as the loss is.
     lr_factor(step) -> share of the peak rate. evaluate(final) -> reproducible held-out figures, of all ranks together.
     sample() -> text shown and kept in samples.txt. describe(host batch) -> list of what was in it, for a post-mortem.
-    All ranks call all of them. save_model(whole model, folder), on rank 0, and load_model(model, checkpoint, parallel),
-    on all, for what is trained where that is not the whole model.
+    news() -> what became known while a step's batches were made. All ranks call all of them. save_model(whole model,
+    folder), on rank 0, and load_model(model, checkpoint, parallel), on all, for what is trained where that is not the
+    whole model.
     """
 
     model: Model
@@ -97,6 +111,7 @@ class Stage:
     save_model: Callable[[Model, Path], None] = save_weights
     load_model: Callable[[Model, Path, Parallel], None] = load_weights_into
     loss_unit: str = "nats per token"
+    news: Callable[[], News | None] = lambda: None
 
 
 class NonFiniteLossError(ValueError):
@@ -111,8 +126,10 @@ class _Row:
     figures: Tensor  # float32 [3 + n]: this rank's part of loss, auxiliary loss, gradient norm, and what `names` are
     lr: float
     targets: int
+    tokens: int  # until here
     position: dict[str, int]
     names: tuple[str, ...] = ()
+    news: News | None = None
 
 
 @dataclass
@@ -129,12 +146,18 @@ class Trainer:
     seconds: float = 0.0
     interrupted: str | None = None  # the signal's name
     stopping: bool = False  # all ranks know that one was interrupted
-    heldout: str = ""  # the newest held-out loss, for the progress line
+    heldout: str = ""  # the newest held-out figure, for the progress line
+    newest: str = ""  # the newest of the stage's news, for the same
     pending: list[_Row] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
         return self.stage.model.head_weight.device
+
+    @property
+    def tokens(self) -> int:
+        """Trained on so far."""
+        return self.step * self.options.tokens_per_step or self.targets_seen
 
     def resume(self, state: dict[str, Any]) -> None:
         """Take everything back to where `state`, the trainer state of the run's checkpoint, was saved."""
@@ -180,7 +203,7 @@ class Trainer:
             truncate(self.run.samples, samples_bytes)
 
     def _run(self) -> bool:
-        self.clock, self.clock_step = time.perf_counter(), self.step
+        self.clock, self.clock_step, self.clock_tokens = time.perf_counter(), self.step, self.tokens
         if self.step == 0:
             self._sample()
             self._evaluate()
@@ -207,6 +230,7 @@ class Trainer:
         position = stage.loader.state()
         with span("data"):
             batches = [stage.loader.next_batch() for _ in range(options.micro_batches)]
+            news = stage.news()
         total = sum(b.global_num_targets for b in batches)
         weight = sum(b.global_weight for b in batches)
         factor = stage.lr_factor(self.step)
@@ -233,9 +257,9 @@ class Trainer:
             stage.optimizer.step()
             stage.optimizer.zero_grad()
         lr = stage.peak_lr * factor
-        self.pending.append(_Row(self.step + 1, figures, lr, total, position, tuple(told)))
         self.step += 1
         self.targets_seen += total
+        self.pending.append(_Row(self.step, figures, lr, total, self.tokens, position, tuple(told), news))
 
     def _after_step(self) -> None:
         options = self.options
@@ -261,16 +285,18 @@ class Trainer:
         now = time.perf_counter()
         per_step = (now - self.clock) / max(1, self.step - self.clock_step)
         self.seconds += now - self.clock
-        self.clock, self.clock_step = now, self.step
-        rate = self.options.tokens_per_step / per_step
+        rate = (self.tokens - self.clock_tokens) / max(now - self.clock, 1e-9)
+        self.clock, self.clock_step, self.clock_tokens = now, self.step, self.tokens
         for row, (loss, aux, norm, *more) in zip(self.pending, values, strict=True):
             if not all(abs(v) < float("inf") for v in (loss, aux, norm)):
                 self._non_finite(row, loss, norm)
+            if row.news is not None:
+                self._tell(row.news, row.step)
             self.metrics.write(
                 "train",
                 row.step,
                 {
-                    "tokens": row.step * self.options.tokens_per_step,
+                    "tokens": row.tokens,
                     "targets": row.targets,
                     "loss": loss,
                     "aux_loss": aux,
@@ -298,19 +324,25 @@ class Trainer:
         left = duration(per_step * (self.options.steps - self.step))
         self.display.update(
             self.step,
-            f"loss {loss:.3f}  {self.heldout}lr {row.lr:.1e}  grad {norm:.2f}  {rate:,.0f} tokens/s  ETA {left}",
+            f"loss {loss:.3f}  {self.newest}{self.heldout}lr {row.lr:.1e}  grad {norm:.2f}  "
+            f"{rate:,.0f} tokens/s  ETA {left}",
         )
+
+    def _tell(self, news: News, step: int) -> None:
+        self.metrics.write(news.kind, step, news.values, {k: round(v, 3) for k, v in news.seconds.items()})
+        self.tracker.log(step, {k: float(v) for k, v in news.values.items()})
+        self.newest = news.line
 
     def _evaluate(self, final: bool = False) -> None:
         started = time.perf_counter()
         values = self.stage.evaluate(final)
         if values:
             seconds = {"seconds": round(time.perf_counter() - started, 3)}
-            tokens = self.step * self.options.tokens_per_step
-            self.metrics.write("eval", self.step, {"tokens": tokens, **values}, seconds)
+            self.metrics.write("eval", self.step, {"tokens": self.tokens, **values}, seconds)
             self.metrics.flush()
             self.tracker.log(self.step, {k: float(v) for k, v in values.items()})
-            self.heldout = f"held-out {values['heldout_loss']:.3f}  "
+            name = "loss" if "heldout_loss" in values else "reward"
+            self.heldout = f"held-out {values[f'heldout_{name}']:.3f}  "
             scope = "all of it" if final else "same part each time"
             size = f" ({scope})"
             if "heldout_bpb" in values:
@@ -322,8 +354,9 @@ class Trainer:
                 exact = (
                     f"; {values['heldout_exact']:.1%} of {values['heldout_questions']} answers to the letter"
                 )
+            unit = self.stage.loss_unit if name == "loss" else "a prompt"
             self.display.say(
-                f"step {self.step}: held-out loss {values['heldout_loss']:.4f} {self.stage.loss_unit}{size}{exact}"
+                f"step {self.step}: held-out {name} {values[f'heldout_{name}']:.4f} {unit}{size}{exact}"
             )
         self.clock = time.perf_counter()
 

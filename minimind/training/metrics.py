@@ -47,7 +47,7 @@ def plot_losses(metrics: Path, picture: Path, title: str, unit: str = "nats per 
         tokens = [r["tokens"] / 1e6 for r in train]
         losses = [r["loss"] for r in train]
         top.plot(tokens, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-        top.plot(tokens, _smooth(losses), color="tab:blue", label="training")
+        top.plot(tokens, smooth(losses), color="tab:blue", label="training")
         bottom.plot(tokens, [r["grad_norm"] for r in train], color="tab:gray", linewidth=0.8)
         rate = bottom.twinx()
         rate.plot(tokens, [r["lr"] for r in train], color="tab:green")
@@ -57,6 +57,7 @@ def plot_losses(metrics: Path, picture: Path, title: str, unit: str = "nats per 
         ([r for r in evals if not r["heldout_all"]], "o-", "held-out, the same part each time"),
         ([r for r in evals if r["heldout_all"]], "*", "all of held-out"),
     ):
+        rows_of = [r for r in rows_of if "heldout_loss" in r]
         if rows_of:
             x, y = [r["tokens"] / 1e6 for r in rows_of], [r["heldout_loss"] for r in rows_of]
             newest = rows_of[-1]
@@ -75,7 +76,7 @@ def plot_losses(metrics: Path, picture: Path, title: str, unit: str = "nats per 
     plt.close(figure)
 
 
-def _smooth(values: list[float]) -> list[float]:
+def smooth(values: list[float]) -> list[float]:
     """Bias-corrected exponential moving average over about 2% of the run; steps over non-finite values."""
     decay = 1 - 1 / max(2, len(values) / 50)
     out, mean, weight = [], 0.0, 0.0

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -87,10 +88,14 @@ def open_run(
     return _continue(path, lock)
 
 
-def newest_finished(stage: str, root: Path = Path("runs")) -> str:
-    """The finished run of `stage` that ended last. Raises ValueError, with the way out, where there is none."""
+def newest_finished(stage: str, root: Path = Path("runs"), data: Sequence[str] | None = None) -> str:
+    """The finished run of `stage`, where given on this --data, that ended last. Raises ValueError, with the way out,
+    where there is none."""
     ended = [(flag.stat().st_mtime_ns, flag.parent) for flag in root.glob("*/finished")]
-    runs = [path for _, path in sorted(ended) if _read_config(path).get("stage") == stage]
+    configs = [(path, _read_config(path)) for _, path in sorted(ended)]
+    runs = [path for path, config in configs if config.get("stage") == stage]
+    if data is not None:
+        runs = [path for path in runs if dict(configs)[path]["args"]["data"] == list(data)]
     if not runs:
         raise ValueError(
             f"--from: there is no finished run of train/{stage}.py under {root}/; run it first, or name weights"
