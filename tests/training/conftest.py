@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.training.runs import learn
+
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
@@ -16,3 +18,13 @@ def data(tmp_path_factory) -> Path:
             a, b = rng.randrange(6), rng.randrange(5)
             file.write(json.dumps({"text": f"{words[a]} and {words[b]} make {words[a + b]}."}) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory) -> Path:
+    """A folder in which a nano was pretrained and taught to answer, as `make demo` does, with less text; what the slow
+    tests of the later stages go on from."""
+    place = tmp_path_factory.mktemp("taught")
+    learn("pretrain", place, "--tokens", "300_000", "--evals", "1")
+    learn("sft", place, "--evals", "2")
+    return place

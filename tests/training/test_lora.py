@@ -21,9 +21,9 @@ from minimind.lora_files import load_adapter
 from minimind.modeling import Model
 from minimind.training.checkpoint import list_checkpoints
 from minimind.weights import save_weights
-from tests.training.runs import ONE_THREAD, SCRIPT, last_step, reproducible, run
+from tests.training.runs import ONE_THREAD, SCRIPT, last_step, learn, reproducible, run
 
-LORA, SFT = SCRIPT.with_name("lora.py"), SCRIPT.with_name("sft.py")
+LORA = SCRIPT.with_name("lora.py")
 TINY = ModelConfig(64, 2, 4, 2, 16, 128, qk_norm=True)
 FLAGS = ["--tokens", str(512 * 8), "--seq-len", "128", "--batch-tokens", "512", "--save-every", "3", "--log-every", "2",
          "--evals", "2", "--eval-questions", "4", "--dropout", "0.1", "--precision", "fp32"]  # fmt: skip
@@ -153,17 +153,8 @@ def test_built_in_rows_hold_out_wordings_and_nothing_else():
 
 
 @pytest.mark.slow
-def test_an_adapter_teaches_a_name_without_undoing_what_was_taught(cache, tmp_path):
-    """A small model learns the built-in conversations, then a name: all of it as the scripts do by default."""
-    config = ModelConfig.preset("nano")
-    base = tmp_path / "sft"
-    learn = [sys.executable, str(SFT), "--from", str(save_origin(config, tmp_path / "origin")), "--out", str(base),
-             "--cache-dir", str(cache), "--epochs", "6", "--evals", "1"]  # fmt: skip
-    answer = subprocess.run(learn, capture_output=True, text=True, timeout=1800)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    out = tmp_path / "lora"
-    answer = subprocess.run(command(base, out, cache), capture_output=True, text=True, timeout=1800)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
+def test_an_adapter_teaches_a_name_without_undoing_what_was_taught(taught):
+    out = learn("lora", taught, "--evals", "1")
     first, *_, last = rows_of(out, "eval")
     assert first["heldout_exact"] == 0 and last["heldout_exact"] > 0.9, last
     assert last["base_exact"] > 0.8 and last["kept_exact"] > last["base_exact"] - 0.02, last

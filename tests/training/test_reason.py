@@ -26,9 +26,9 @@ from minimind.tokenization.reasoning import ReasoningEncoder, prompt_endings
 from minimind.training.answers import Question
 from minimind.training.reasoning import Asked, reasoning_figures, reply_of
 from minimind.weights import save_weights
-from tests.training.runs import ONE_THREAD, SCRIPT, last_step, reproducible, run
+from tests.training.runs import ONE_THREAD, SCRIPT, last_step, learn, reproducible, run
 
-REASON, SFT = SCRIPT.with_name("reason.py"), SCRIPT.with_name("sft.py")
+REASON = SCRIPT.with_name("reason.py")
 TINY = ModelConfig(64, 2, 4, 2, 16, 128, qk_norm=True)
 WORDS = ["zero", "one", "two", "three", "four"]
 
@@ -260,25 +260,8 @@ def test_bad_flags_are_one_clear_line(changed, message, script, origin, sums, tm
 
 
 @pytest.mark.slow
-def test_a_chat_model_learns_to_reason_when_asked(tmp_path):
-    """A small model learns the built-in conversations, then to reason: all of it as the scripts do by default."""
-    base, out, cache = tmp_path / "sft", tmp_path / "reason", tmp_path / "cache"
-    origin = save_origin(ModelConfig.preset("nano"), tmp_path / "origin")
-    two = {**ONE_THREAD, "OMP_NUM_THREADS": "2"}
-    steps = [(SFT, origin, base, ["--epochs", "1.5"]), (REASON, base, out, [])]
-    for stage, begin, to, flags in steps:
-        arguments = [
-            sys.executable,
-            str(stage),
-            "--from",
-            str(begin),
-            "--out",
-            str(to),
-            "--cache-dir",
-            str(cache),
-        ]
-        answer = subprocess.run([*arguments, "--evals", "1", *flags], capture_output=True, text=True, env=two)
-        assert answer.returncode == 0, answer.stdout + answer.stderr
+def test_a_chat_model_learns_to_reason_when_asked(taught):
+    out = learn("reason", taught, "--evals", "1")
     first, *_, last = [row for row in reproducible(out) if row["kind"] == "eval"]
     assert first["auto_format"] < 0.1 and last["auto_format"] >= 0.8, (first, last)
     assert last["on_format"] >= 0.8 and last["off_format"] >= 0.8, last
