@@ -77,7 +77,7 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> ModelConfig:
-        """Read our own, upstream MiniMind's (2 and 3) or transformers' Llama/Qwen3 config keys."""
+        """Read our own, upstream MiniMind's (2 and 3) or transformers' Llama, Qwen3 and Granite MoE config keys."""
         return _from_dict(dict(raw))
 
     @staticmethod
@@ -137,10 +137,17 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
+GRANITE = ("granitemoe", "granitemoeshared")
+_TRANSFORMERS = ("llama", "qwen3", "qwen3_moe", *GRANITE)
+
+
 def _from_dict(raw: dict[str, Any]) -> ModelConfig:
     own = {f.name for f in dataclasses.fields(ModelConfig)}
+    kind = raw.get("model_type")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act={raw['hidden_act']!r} is not supported; only 'silu' (SwiGLU) is")
+    if raw.get("use_sliding_window"):
+        raise ValueError("use_sliding_window is not supported: every token attends to all before it")
     out = {k: v for k, v in raw.items() if k in own and k != "rope_scaling" and v is not None}
     hidden = int(raw.get("hidden_size", ModelConfig.hidden_size))
     heads = int(raw.get("num_attention_heads", ModelConfig.num_attention_heads))
@@ -157,16 +164,45 @@ def _from_dict(raw: dict[str, Any]) -> ModelConfig:
         out["moe_intermediate_size"] = out["intermediate_size"]
         if raw.get("num_experts_per_tok") == 1:  # MiniMind2 never normalises a single gate
             out["norm_topk_prob"] = False
-    elif is_v3 or raw.get("model_type") in ("qwen3", "qwen3_moe"):  # upstream MiniMind3
-        out.update(qk_norm=True, router_aux_loss_level="batch")
-    if not raw.get("use_moe", True) or raw.get("model_type") in ("llama", "qwen3"):
+    elif is_v3 or kind in ("qwen3", "qwen3_moe"):  # upstream MiniMind3
+        out.update(qk_norm=True, router_aux_loss_level=raw.get("router_aux_loss_level", "batch"))
+    elif kind in GRANITE:
+        out.update(_granite_experts(raw, int(out["head_dim"])))
+    if kind in _TRANSFORMERS:  # what its classes take where the file is silent
+        out["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
+        out["norm_topk_prob"] = raw.get("norm_topk_prob", False) or kind in GRANITE
+        if kind == "qwen3_moe":
+            out["num_experts"] = raw.get("num_experts") or raw.get("num_local_experts", 0)
+    if not raw.get("use_moe", True) or kind in ("llama", "qwen3"):
         out.update(num_experts=0, num_shared_experts=0, moe_intermediate_size=0, router_aux_loss_coef=0.0)
+        for key in ("norm_topk_prob", "router_aux_loss_level"):  # of experts: nothing to a dense model
+            out.pop(key, None)
 
     out["rope_scaling"] = _rope_scaling(raw)
     theta = (raw.get("rope_parameters") or {}).get("rope_theta")
     if "rope_theta" not in out and theta is not None:
         out["rope_theta"] = theta
     return ModelConfig(**out)
+
+
+def _granite_experts(raw: dict[str, Any], head_dim: int) -> dict[str, Any]:
+    """Granite's MoE is MiniMind2's where its multipliers do nothing. Several shared experts lie side by side in one."""
+    wanted = {
+        "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
+        "attention_multiplier": head_dim**-0.5,
+    }  # fmt: skip
+    for key, value in wanted.items():
+        found = raw.get(key, 1.0)
+        if abs(found - value) > 1e-6 * value:
+            raise ValueError(f"{raw['model_type']}: {key}={found} is not supported; only {value:g} is")
+    shared_width = raw.get("shared_intermediate_size", 0)
+    shared = raw.get("num_shared_experts", 1 if shared_width else 0)
+    return {
+        "num_experts": raw.get("num_local_experts", 8),
+        "num_shared_experts": shared,
+        "moe_intermediate_size": raw["intermediate_size"],
+        "intermediate_size": shared_width // shared if shared else raw["intermediate_size"],
+    }
 
 
 def _rope_scaling(raw: dict[str, Any]) -> YarnScaling | None:
@@ -179,4 +215,6 @@ def _rope_scaling(raw: dict[str, Any]) -> YarnScaling | None:
     if kind != "yarn":
         raise ValueError(f"rope_scaling type {kind!r} is not supported; only 'yarn' is")
     known = {f.name for f in dataclasses.fields(YarnScaling)}
+    if raw.get("model_type") in _TRANSFORMERS:  # there, no factor means the paper's
+        scaling = {"attention_factor": None, **scaling}
     return YarnScaling(**{k: v for k, v in scaling.items() if k in known})

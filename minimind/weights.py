@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minimind.config import ModelConfig
+from minimind.granite import from_granite, is_granite
 from minimind.lora import merged_state
 from minimind.modeling import Model
 
@@ -104,7 +105,13 @@ def to_stock(state: Mapping[str, Tensor], config: ModelConfig) -> StateDict:
 
 
 def from_stock(state: Mapping[str, Tensor], config: ModelConfig, source: str = "state dict") -> StateDict:
-    """Upstream's names -> the packed state dict of `Model(config)`; ValueError when a tensor lacks or is left."""
+    """Upstream's names -> the packed state dict of `Model(config)`; ValueError when a tensor lacks or is left.
+
+    HF Llama's, Qwen3's and Granite MoE's names are read too, and any with what DDP and torch.compile put before them.
+    """
+    state = _plain_names(state)
+    if is_granite(state):
+        state = from_granite(state, config)
     left = {
         k: v for k, v in state.items() if not k.endswith(("freqs_cos", "freqs_sin", "rotary_emb.inv_freq"))
     }
@@ -150,6 +157,13 @@ def from_stock(state: Mapping[str, Tensor], config: ModelConfig, source: str = "
     return out
 
 
+def _plain_names(state: Mapping[str, Tensor]) -> StateDict:
+    out = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    while out and all(name.startswith("module.") for name in out):
+        out = {name.removeprefix("module."): tensor for name, tensor in out.items()}
+    return out
+
+
 def _gate_up(take, prefix: str) -> Tensor:
     return torch.cat((take(f"{prefix}.gate_proj.weight"), take(f"{prefix}.up_proj.weight")))
 
@@ -189,6 +203,8 @@ def _read_file(path: Path) -> StateDict:
         raise ValueError(f"{path}: not a readable weight file ({str(error).splitlines()[0]})") from error
     except Exception as error:  # pickle.UnpicklingError and friends, which weights_only raises
         raise ValueError(f"{path}: refused, it holds more than tensors ({type(error).__name__})") from error
-    if not isinstance(state, dict):
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        state = state["model"]  # upstream's file for resuming: the optimizer and the epoch beside the weights
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors")
     return state

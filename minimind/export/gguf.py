@@ -22,6 +22,7 @@ from torch import Tensor
 
 from minimind.config import ModelConfig, YarnScaling
 from minimind.export.gguf_vocabulary import add_vocabulary
+from minimind.export.output import replacing
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.weights import to_stock
@@ -56,13 +57,13 @@ def export_gguf(
         kind = _type_of(stock, tensor, dtype)
         data = gguf.quants.quantize(tensor.float().numpy(), kind)
         writer.add_tensor(f"{names.get_name(stock)}.weight", data, raw_dtype=kind)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    writer.write_header_to_file(partial)
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    partial.replace(path)
+    with replacing(path) as partial:
+        try:
+            writer.write_header_to_file(partial)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
     return path
 
 

@@ -12,6 +12,9 @@ import torch
 import tyro
 
 from minimind.config import PRESETS, ModelConfig, YarnScaling
+from minimind.data.files import read_json
+from minimind.lora import merge_adapter, remove_adapters
+from minimind.lora_files import CONFIG, adapter_folder, load_adapter
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.training.device import choose_device, choose_precision
@@ -22,10 +25,12 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class ModelArgs:
+class WeightArgs:
+    """Which model."""
+
     model: Annotated[str | None, tyro.conf.arg(aliases=["--load"])] = None
-    """A run folder, a checkpoint or Hugging Face folder, or an upstream .pth file (with --preset). None takes the
-    newest run under runs/."""
+    """A run folder, a checkpoint or Hugging Face folder, or an upstream .pth file (with --preset). A run of
+    train/lora.py is its base model with the adapter. None takes the newest run under runs/."""
     preset: str | None = None
     """Shape of a .pth file: nano, minimind2-small, minimind2, minimind2-moe, minimind3 or minimind3-moe."""
     tokenizer: str | None = None
@@ -37,6 +42,12 @@ class ModelArgs:
     """Stretch the context by this factor with YaRN."""
     yarn_original: int | None = None
     """With --yarn: how many positions the model was trained on; None takes its config's, or 2048."""
+
+
+@dataclass(frozen=True)
+class ModelArgs(WeightArgs):
+    """Which model, and where and in what it is computed."""
+
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     dtype: DTypeName = "auto"
@@ -46,7 +57,8 @@ class ModelArgs:
 @dataclass(frozen=True)
 class Opened:
     """model: float32, on its device; dtype: what to compute in. stage: how it was trained, None where its folder does
-    not say. folder: to put results in, None for a single file. notes: lines a user should see."""
+    not say. folder: to put results in, None for a single file. notes: lines a user should see. lora: where its adapter
+    is, None without one."""
 
     model: Model
     tokenizer: Tokenizer
@@ -54,27 +66,38 @@ class Opened:
     stage: str | None
     folder: Path | None
     notes: list[str]
+    lora: Path | None = None
 
 
 def open_model(args: ModelArgs) -> Opened:
     """ValueError, one line, naming the file or the flag."""
     device = choose_device(args.device)
     dtype = choose_precision(device).compute_dtype if args.dtype == "auto" else _DTYPES[args.dtype]
-    path = _newest_run() if args.model is None else Path(args.model).expanduser()
-    notes = [] if args.model else [f"model: {path}"]
+    return open_weights(args, device, dtype)
+
+
+def open_weights(
+    args: WeightArgs, device: torch.device, dtype: torch.dtype = torch.float32, merge: bool = True
+) -> Opened:
+    """open_model without its choices. merge: put an adapter into the weights; else it stays attached."""
+    given = _newest_run() if args.model is None else Path(args.model).expanduser()
+    notes = [] if args.model else [f"model: {given}"]
+    path, lora = _base_and_adapter(given, args.lora)
     config = stretched(_config_of(path, args.preset), args)
     model = load_model(path, config, device)
-    tokenizer = _tokenizer_of(path, args.tokenizer, notes)
+    beside_adapter = adapter_folder(given)
+    own = beside_adapter if (beside_adapter / "tokenizer.json").is_file() else path
+    tokenizer = _tokenizer_of(own, args.tokenizer, notes)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{path}: {config.vocab_size} tokens, its tokenizer has {tokenizer.vocab_size}; name another --tokenizer"
         )
-    if args.lora is not None:
-        _merge(model, args.lora)
-    return Opened(model, tokenizer, dtype, _stage_of(path), path if path.is_dir() else None, notes)
+    if lora is not None:
+        _adapt(model, lora, merge)
+    return Opened(model, tokenizer, dtype, _stage_of(given), given if given.is_dir() else None, notes, lora)
 
 
-def stretched(config: ModelConfig, args: ModelArgs) -> ModelConfig:
+def stretched(config: ModelConfig, args: WeightArgs) -> ModelConfig:
     """`config` with what --yarn and --yarn-original ask for."""
     if args.yarn is None:
         if args.yarn_original is not None:
@@ -111,7 +134,9 @@ def _config_of(path: Path, preset: str | None) -> ModelConfig:
 def _tokenizer_of(path: Path, named: str | None, notes: list[str]) -> Tokenizer:
     if named is not None:
         return load_tokenizer(named)
-    folder = checkpoint_folder(path) if path.is_dir() else path.parent
+    has_its_own = (path / "tokenizer.json").is_file() or not path.is_dir()
+    folder = path if has_its_own else checkpoint_folder(path)
+    folder = folder if folder.is_dir() else folder.parent
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder)
     notes.append(f"{path} brings no tokenizer: the shipped one is used; a model of another needs --tokenizer")
@@ -137,10 +162,23 @@ def _newest_run() -> Path:
     return max(runs, key=lambda folder: (folder / "checkpoints").stat().st_mtime)
 
 
-def _merge(model: Model, folder: str) -> None:
-    from minimind.lora import merge_adapter, remove_adapters
-    from minimind.lora_files import load_adapter
+def _base_and_adapter(path: Path, lora: str | None) -> tuple[Path, Path | None]:
+    """Where the weights and the adapter are; `path` may be a run of train/lora.py or another adapter's folder."""
+    if lora is not None:
+        return path, Path(lora).expanduser()
+    folder = adapter_folder(path)
+    if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
+        return path, None
+    base = (read_json(folder / CONFIG) or {}).get("base_model_name_or_path")
+    if not isinstance(base, str) or not Path(base).exists():
+        raise ValueError(
+            f"{path}: an adapter, and its base model ({base}) is not here; give --model BASE --lora {path}"
+        )
+    return Path(base), path
 
-    load_adapter(model, Path(folder).expanduser())
-    merge_adapter(model)
-    remove_adapters(model)  # a plain model again, with what was merged
+
+def _adapt(model: Model, folder: Path, merge: bool) -> None:
+    load_adapter(model, folder)
+    if merge:
+        merge_adapter(model)
+        remove_adapters(model)  # a plain model again, with what was merged

@@ -1,0 +1,153 @@
+"""A folder that transformers, vLLM and what is built on them load by themselves, without code from here.
+
+    dense                    LlamaForCausalLM
+    dense, QK-norm           Qwen3ForCausalLM
+    experts, QK-norm         Qwen3MoeForCausalLM
+    experts, also shared     GraniteMoeSharedForCausalLM, its multipliers 1, its attention scale D^-0.5
+
+config.json has rope_theta and rope_scaling beside each other, as transformers 4 wrote it and 5 reads it. `load_model`
+opens the folder too: `num_shared_experts` and `router_aux_loss_level` are there for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from minimind.config import ModelConfig, YarnScaling
+from minimind.granite import to_granite
+from minimind.modeling import Model
+from minimind.tokenization import Tokenizer
+from minimind.weights import to_stock
+
+# How `minimind chat` draws tokens; transformers' pipeline and vLLM take it from generation_config.json.
+SAMPLING = {"temperature": 0.8, "top_p": 0.95}
+
+
+def export_hf(
+    model: Model, tokenizer: Tokenizer, folder: str | Path, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write config.json, generation_config.json, model.safetensors (in `dtype`) and the tokenizer into `folder`.
+
+    Raises ValueError where transformers has no architecture that computes what the model does.
+    """
+    config, folder = model.config, Path(folder)
+    description = hf_config(config, tokenizer, dtype)
+    stock = to_stock(model.state_dict(), config)
+    state = to_granite(stock, config) if description["model_type"] == "granitemoeshared" else stock
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    _write(folder / "config.json", description)
+    _write(folder / "generation_config.json", _generation(tokenizer))
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
+    """The config.json of transformers' own class for this shape."""
+    architecture, own = _architecture(config)
+    scaling = config.rope_scaling
+    return {
+        "architectures": [architecture],
+        **own,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": _positions(config),
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if scaling is None else _yarn(scaling),
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "torch_dtype": str(dtype).removeprefix("torch."),  # transformers 5 calls it dtype, and reads this too
+    }
+
+
+def _architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """(class, the keys of its config that the others do not have)."""
+    if config.num_experts == 0:
+        size = {"intermediate_size": config.intermediate_size}
+        if config.qk_norm:
+            return "Qwen3ForCausalLM", {"model_type": "qwen3", **size, "use_sliding_window": False}
+        return "LlamaForCausalLM", {"model_type": "llama", **size, "mlp_bias": False}
+    experts = {
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+        "router_aux_loss_level": config.router_aux_loss_level,
+        "output_router_logits": False,
+    }
+    if config.qk_norm:
+        if config.num_shared_experts:
+            raise ValueError(
+                "--to hf: transformers has no architecture with QK-norm and plain shared experts"
+            )
+        return "Qwen3MoeForCausalLM", {
+            "model_type": "qwen3_moe",
+            **experts,
+            "intermediate_size": config.intermediate_size,
+            "moe_intermediate_size": config.moe_intermediate_size,
+            "num_experts": config.num_experts,
+            "norm_topk_prob": config.norm_topk_prob,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "use_sliding_window": False,
+        }
+    if not config.norm_topk_prob:
+        raise ValueError(
+            "--to hf: transformers' architecture without QK-norm normalises the gates of the chosen experts; "
+            "norm_topk_prob is false here"
+        )
+    return "GraniteMoeSharedForCausalLM", {
+        "model_type": "granitemoeshared",
+        **experts,
+        "intermediate_size": config.moe_intermediate_size,
+        "num_local_experts": config.num_experts,
+        "shared_intermediate_size": config.num_shared_experts * config.intermediate_size,
+        "num_shared_experts": config.num_shared_experts,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "attention_multiplier": config.head_dim**-0.5,
+    }
+
+
+def _positions(config: ModelConfig) -> int:
+    """With YaRN the length it stretches to: transformers 4 takes the factor from this and the original length."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return config.max_position_embeddings
+    return round(scaling.factor * scaling.original_max_position_embeddings)
+
+
+def _yarn(scaling: YarnScaling) -> dict[str, Any]:
+    found = {"rope_type": "yarn", **dataclasses.asdict(scaling)}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "do_sample": True,
+        **SAMPLING,
+    }
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
