@@ -107,14 +107,19 @@ struct DocumentCall {
   char* scratch;  // document_scratch() bytes for each thread, at 64
 };
 
+constexpr int64_t kSumOver = 256;  // masses that are added up in one sum, of float64
+
 struct Kernels {
   const char* name;
   void (*rope_append_kv)(const RopeCall&);
   void (*decode_attention)(const AttentionCall&);
   void (*decode_step)(const Step&);
   size_t (*step_scratch)(const Step&);  // bytes
-  // out[i] = exp(x[i] - shift)
-  void (*exponentials)(const float* x, float shift, float* out, int64_t n);
+  float (*largest)(const float* x, int64_t n);
+  // masses[i] = exp(x[i] - shift); sums[j] = that of masses kSumOver j and on
+  void (*masses)(const float* x, float shift, float* masses, double* sums, int64_t n);
+  // masses[i] = 0 where x[i] < least or masses[i] < min_mass; sums as above
+  void (*keep)(const float* x, float least, float min_mass, float* masses, double* sums, int64_t n);
   void (*document_attention)(const DocumentCall&);
   size_t (*document_scratch)(const DocumentCall&);  // bytes of one thread
 };

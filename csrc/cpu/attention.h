@@ -42,19 +42,34 @@ inline void find_rows(const Attention& a, const void* cache, int64_t b, int64_t 
   }
 }
 
-// scores[h][t] = scale * q_h . k_t
+// Rows of a cache lie scattered over its pages, where the hardware sees no pattern to run ahead of.
+template <class T>
+MINIMIND_INLINE void prefetch(const T* row, int64_t dim) {
+  for (int64_t at = 0; at < dim * static_cast<int64_t>(sizeof(T)); at += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + at, 0, 2);
+}
+
+constexpr int kRowsAhead = 32;  // keys that are on their way while one is multiplied
+
+// scores[h][t] = scale * q_h . k_t; values are brought nearer meanwhile.
 template <class T, int H>
-inline void score(const Attention& a, const T* const* keys, int tokens, const float* const* q, float scale,
-                  float (*scores)[kChunk]) {
+inline void score(const Attention& a, const T* const* keys, const T* const* values, int tokens, const float* const* q,
+                  float scale, float (*scores)[kChunk]) {
+  const int64_t dim = a.cache.head_dim;
+  for (int t = 0; t < kRowsAhead && t < tokens; ++t) prefetch(keys[t], dim);
   int t = 0;
   float out[H][kRows];
   for (; t + kRows <= tokens; t += kRows) {
-    tile<kRows, H>(keys + t, q, a.cache.head_dim, out);
+    for (int r = 0; r < kRows; ++r) {
+      if (t + r + kRowsAhead < tokens) prefetch(keys[t + r + kRowsAhead], dim);
+      prefetch(values[t + r], dim);
+    }
+    tile<kRows, H>(keys + t, q, dim, out);
     for (int h = 0; h < H; ++h)
       for (int r = 0; r < kRows; ++r) scores[h][t + r] = out[h][r] * scale;
   }
   for (; t < tokens; ++t) {
-    tile<1, H>(keys + t, q, a.cache.head_dim, out);
+    tile<1, H>(keys + t, q, dim, out);
     for (int h = 0; h < H; ++h) scores[h][t] = out[h][0] * scale;
   }
 }
@@ -124,7 +139,7 @@ inline void attend_heads(const Attention& a, const Task& task, const T* const* k
     q[h] = a.q + task.b * a.q_stride + (head + h) * c.head_dim;
     out[h] = numbers[h];
   }
-  score<T, H>(a, keys, tokens, q, a.scale * (c.k_scale == nullptr ? 1.0f : c.k_scale[g]), p);
+  score<T, H>(a, keys, values, tokens, q, a.scale * (c.k_scale == nullptr ? 1.0f : c.k_scale[g]), p);
   for (int h = 0; h < H; ++h) total[h] = softmax_numerators(p[h], tokens, &maximum[h]);
   int64_t d = 0;
   for (; d + kValueVectors * kWidth <= c.head_dim; d += kValueVectors * kWidth)

@@ -56,10 +56,54 @@ size_t step_scratch(const Step& s) {
   return s.type == Type::float32 ? Buffers<float>(s, nullptr).bytes : Buffers<bf16>(s, nullptr).bytes;
 }
 
-void exponentials(const float* x, float shift, float* out, int64_t n) {
+float largest(const float* x, int64_t n) {
+  float best = x[0];
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) store(out + i, exponential(load(x + i) - shift));
-  if (i < n) store_some(out + i, exponential(load_some(x + i, n - i) - shift), n - i);
+  if (n >= kWidth) {
+    Floats lanes = load(x);
+    for (i = kWidth; i + kWidth <= n; i += kWidth) {
+      const Floats next = load(x + i);
+      lanes = select(next > lanes, next, lanes);
+    }
+    for (int lane = 0; lane < kWidth; ++lane) best = lanes[lane] > best ? lanes[lane] : best;
+  }
+  for (; i < n; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// masses[i] = f(i, how many of the vector there are), vector by vector, and their sums.
+template <class F>
+inline void fill_masses(float* masses, double* sums, int64_t n, F f) {
+  for (int64_t first = 0; first < n; first += kSumOver) {
+    const int64_t end = first + kSumOver < n ? first + kSumOver : n;
+    Doubles sum = {};
+    int64_t i = first;
+    for (; i + kWidth <= end; i += kWidth) {
+      const Floats mass = f(i, kWidth);
+      store(masses + i, mass);
+      sum += __builtin_convertvector(mass, Doubles);
+    }
+    double all = 0;
+    if (i < end) {
+      store_some(masses + i, f(i, end - i), end - i);
+      for (; i < end; ++i) all += masses[i];
+    }
+    for (int lane = 0; lane < kWidth; ++lane) all += sum[lane];
+    sums[first / kSumOver] = all;
+  }
+}
+
+MINIMIND_INLINE Floats load_upto(const float* from, int64_t n) { return n == kWidth ? load(from) : load_some(from, n); }
+
+void masses(const float* x, float shift, float* out, double* sums, int64_t n) {
+  fill_masses(out, sums, n, [&](int64_t i, int64_t count) { return exponential(load_upto(x + i, count) - shift); });
+}
+
+void keep(const float* x, float least, float min_mass, float* masses, double* sums, int64_t n) {
+  fill_masses(masses, sums, n, [&](int64_t i, int64_t count) {
+    const Floats logit = load_upto(x + i, count), mass = load_upto(masses + i, count);
+    return select((logit >= least) & (mass >= min_mass), mass, Floats{});
+  });
 }
 
 template <class E>
@@ -99,7 +143,7 @@ size_t document_scratch(const DocumentCall& c) {
 #define MINIMIND_TEXT(x) #x
 #define MINIMIND_NAME(x) MINIMIND_TEXT(x)
 extern const Kernels table;
-const Kernels table = {MINIMIND_NAME(MINIMIND_ISA), rope_append_kv, decode_attention, decode_step, step_scratch, exponentials,
-                       document_attention, document_scratch};
+const Kernels table = {MINIMIND_NAME(MINIMIND_ISA), rope_append_kv, decode_attention, decode_step, step_scratch, largest,
+                       masses, keep, document_attention, document_scratch};
 
 }  // namespace minimind::cpu::MINIMIND_ISA

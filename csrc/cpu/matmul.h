@@ -61,6 +61,9 @@ MINIMIND_INLINE void tile(const T* const* w, const A* const* x, int64_t k_size, 
     for (int b = 0; b < B; ++b) x_rows[b] = x_rest[b], __builtin_memcpy(x_rest[b], x[b] + k, left * sizeof(A));
     step(w_rows, x_rows, 0);
   }
+#if defined(__AVX512F__)
+  if constexpr (R == 4 && B == 4) return store(sums_out[0], sums(acc));
+#endif
 #pragma GCC unroll 8
   for (int b = 0; b < B; ++b) {
     if constexpr (R == 4) {

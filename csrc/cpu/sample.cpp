@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <numeric>
 #include <vector>
 
 namespace minimind::cpu {
@@ -26,15 +27,18 @@ double uniform(int64_t seed, int64_t offset) {  // in [0, 1), of 24 bits
   return (philox(static_cast<uint64_t>(seed), static_cast<uint64_t>(offset)) >> 8) * 0x1p-24;
 }
 
-// Penalties, then temperature; the greedy row keeps its own scale.
-void scaled_logits(const SampleRow& row, std::vector<float>& out) {
+// Penalties, then temperature; the greedy row keeps its own scale. `room` is for logits that differ from the row's.
+const float* scaled_logits(const SampleRow& row, std::vector<float>& room) {
   const float temperature = row.temperature > 0 ? row.temperature : 1.0f, factor = row.repetition_penalty;
-  out.assign(row.logits, row.logits + row.vocab);
-  if (factor != 1.0f || row.presence_penalty != 0.0f)
+  const bool penalised = factor != 1.0f || row.presence_penalty != 0.0f;
+  if (!penalised && temperature == 1.0f) return row.logits;
+  room.assign(row.logits, row.logits + row.vocab);
+  if (penalised)
     for (int64_t i = 0; i < row.vocab; ++i)
-      if (row.history[i] > 0) out[i] = (out[i] > 0 ? out[i] / factor : out[i] * factor) - row.presence_penalty;
+      if (row.history[i] > 0) room[i] = (room[i] > 0 ? room[i] / factor : room[i] * factor) - row.presence_penalty;
   if (temperature != 1.0f)
-    for (float& x : out) x /= temperature;
+    for (float& x : room) x /= temperature;
+  return room.data();
 }
 
 struct Candidate {
@@ -65,50 +69,64 @@ float nucleus(std::vector<Candidate>& candidates, double wanted) {
   return least;
 }
 
-// The least logit that top-k, then top-p leave. masses: exp(logit - the largest).
-float least_kept(const SampleRow& row, const std::vector<float>& logits, const std::vector<float>& masses) {
+// The least logit that top-k, then top-p leave. masses: exp(logit - best), best being the largest logit.
+float least_kept(const SampleRow& row, const float* logits, const float* masses, float best) {
   thread_local std::vector<float> order;
   thread_local std::vector<Candidate> candidates;
   float least = -INFINITY;
   if (row.top_k > 0 && row.top_k < row.vocab) {
-    order = logits;
+    order.assign(logits, logits + row.vocab);
     std::nth_element(order.begin(), order.begin() + (row.top_k - 1), order.end(), std::greater<float>());
     least = order[static_cast<size_t>(row.top_k) - 1];
   }
   if (!(row.top_p < 1)) return least;
   candidates.clear();
   double total = 0;
-  for (size_t i = 0; i < logits.size(); ++i)
+  for (int64_t i = 0; i < row.vocab; ++i)
     if (logits[i] >= least) candidates.push_back({logits[i], masses[i]}), total += masses[i];
-  return std::min(nucleus(candidates, row.top_p * total), *std::max_element(logits.begin(), logits.end()));
+  return std::min(nucleus(candidates, row.top_p * total), best);
+}
+
+// The first index at which the masses before and at it add up to more than `drawn`; -1 if rounding leaves none.
+int64_t index_at(double drawn, const std::vector<float>& masses, const std::vector<double>& sums) {
+  double before = 0;
+  size_t block = 0;
+  while (block < sums.size() && before + sums[block] <= drawn) before += sums[block++];
+  const size_t end = std::min(masses.size(), (block + 1) * kSumOver);
+  for (size_t i = block * kSumOver; i < end; ++i) {
+    before += masses[i];
+    if (before > drawn) return static_cast<int64_t>(i);
+  }
+  return -1;
 }
 
 }  // namespace
 
 Sampled sample_row(const SampleRow& row, const Kernels& kernels) {
-  thread_local std::vector<float> logits, masses;
-  scaled_logits(row, logits);
-  masses.resize(logits.size());
-  const auto best = std::max_element(logits.begin(), logits.end());  // the first of equals
-  kernels.exponentials(logits.data(), *best, masses.data(), row.vocab);
-  double all = 0;
-  for (const float mass : masses) all += mass;
-  const auto result = [&](int64_t token) {
-    const auto logit = static_cast<double>(logits[static_cast<size_t>(token)]);
-    return Sampled{token, static_cast<float>(logit - *best - std::log(all))};
-  };
-  if (!(row.temperature > 0) || !std::isfinite(all)) return result(best - logits.begin());
+  thread_local std::vector<float> room, masses;
+  thread_local std::vector<double> sums;
+  const float* logits = scaled_logits(row, room);
+  masses.resize(static_cast<size_t>(row.vocab));
+  sums.resize(static_cast<size_t>((row.vocab + kSumOver - 1) / kSumOver));
+  const auto total = [&] { return std::accumulate(sums.begin(), sums.end(), 0.0); };
 
-  const float least = least_kept(row, logits, masses);
-  const auto mass_of = [&](size_t i) { return logits[i] >= least && masses[i] >= row.min_p ? masses[i] : 0.0f; };
-  double total = 0, cumulative = 0;
-  for (size_t i = 0; i < masses.size(); ++i) total += mass_of(i);
-  const double drawn = uniform(row.seed, row.offset) * total;
-  for (size_t i = 0; i < masses.size(); ++i) {
-    cumulative += mass_of(i);
-    if (cumulative > drawn) return result(static_cast<int64_t>(i));
-  }
-  return result(best - logits.begin());
+  const float best = kernels.largest(logits, row.vocab);
+  kernels.masses(logits, best, masses.data(), sums.data(), row.vocab);
+  const double all = total();
+  const auto result = [&](int64_t token) {
+    return Sampled{token, static_cast<float>(static_cast<double>(logits[token]) - best - std::log(all))};
+  };
+  const auto likeliest = [&] {
+    const float* first = std::find(logits, logits + row.vocab, best);  // of equals
+    return result(first == logits + row.vocab ? 0 : first - logits);
+  };
+  if (!(row.temperature > 0) || !std::isfinite(all)) return likeliest();
+
+  const float least = least_kept(row, logits, masses.data(), best);
+  if (least > -INFINITY || row.min_p > 0)
+    kernels.keep(logits, least, row.min_p, masses.data(), sums.data(), row.vocab);
+  const int64_t token = index_at(uniform(row.seed, row.offset) * total(), masses, sums);
+  return token < 0 ? likeliest() : result(token);
 }
 
 }  // namespace minimind::cpu

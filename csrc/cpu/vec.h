@@ -26,6 +26,7 @@ using Bits = uint32_t __attribute__((vector_size(4 * kWidth)));
 using Ints = int32_t __attribute__((vector_size(4 * kWidth)));
 using Halves = uint16_t __attribute__((vector_size(2 * kWidth)));
 using Bytes = uint8_t __attribute__((vector_size(kWidth)));
+using Doubles = double __attribute__((vector_size(8 * kWidth)));
 using Four = float __attribute__((vector_size(16)));
 
 template <class T>
@@ -138,6 +139,25 @@ MINIMIND_INLINE Four sums(Floats a, Floats b, Floats c, Floats d) {  // of four 
               (qc[0] + qc[2]) + (qc[1] + qc[3]), (qd[0] + qd[2]) + (qd[1] + qd[3])};
 #endif
 }
+
+#if defined(__AVX512F__)
+// Sums of sixteen vectors, out[4 b + r] of x[r][b], each in the order of `sum`: a tree that halves all of them together
+// takes half the instructions of four times `sums`.
+MINIMIND_INLINE Floats sums(const Floats (&x)[4][4]) {
+  __m512 rows[4];
+  for (int r = 0; r < 4; ++r) {
+    __m512 pairs[2];
+    for (int i = 0; i < 2; ++i) {
+      const auto a = reinterpret_cast<__m512>(x[r][2 * i]), b = reinterpret_cast<__m512>(x[r][2 * i + 1]);
+      pairs[i] = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+    }
+    rows[r] = _mm512_shuffle_f32x4(pairs[0], pairs[1], 0x88) + _mm512_shuffle_f32x4(pairs[0], pairs[1], 0xdd);
+  }
+  const __m512 even = _mm512_unpacklo_ps(rows[0], rows[2]) + _mm512_unpackhi_ps(rows[0], rows[2]);  // 0 2 0 2, b by b
+  const __m512 odd = _mm512_unpacklo_ps(rows[1], rows[3]) + _mm512_unpackhi_ps(rows[1], rows[3]);
+  return reinterpret_cast<Floats>(_mm512_unpacklo_ps(even, odd) + _mm512_unpackhi_ps(even, odd));
+}
+#endif
 
 // e^x within 2 ulp; 0 below -87.3 and the largest float above 88.7. Cephes' reduction and polynomial (Moshier 1992).
 MINIMIND_INLINE Floats exponential(Floats x) {
