@@ -31,11 +31,8 @@ def create_app(service: Service) -> FastAPI:
     protected = (
         [] if service.api_key is None else [Security(HTTPBearer(auto_error=False))]
     )  # for the API's page
-    v1 = APIRouter(prefix="/v1", dependencies=protected)
-    v1.include_router(chat_router(service))
-    v1.include_router(completions_router(service))
-    v1.include_router(models_router(service))
-    app.include_router(v1)
+    for router in (chat_router, completions_router, models_router):
+        app.include_router(router(service), dependencies=protected)
     app.include_router(state_router(service))
     app.add_middleware(Gate, api_key=service.api_key, max_body=service.max_body, metrics=service.metrics)
     return app
@@ -46,11 +43,11 @@ def models_router(service: Service) -> APIRouter:
     card = {"id": service.model, "object": "model", "created": service.created, "owned_by": "minimind",
             "max_model_len": service.context}  # fmt: skip
 
-    @router.get("/models", responses=documented(401))
+    @router.get("/v1/models", responses=documented(401))
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card]}
 
-    @router.get("/models/{model:path}", responses=documented(401, 404))
+    @router.get("/v1/models/{model:path}", responses=documented(401, 404))
     async def model(model: str) -> dict[str, Any]:
         service.check_model(model)
         return card

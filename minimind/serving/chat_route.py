@@ -28,7 +28,7 @@ from minimind.serving.worker import Generation
 def chat_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/chat/completions", responses=documented(400, 401, 404, 413, 422, 429, 500, 503))
+    @router.post("/v1/chat/completions", responses=documented(400, 401, 404, 413, 422, 429, 500, 503))
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         service.check_model(asked.model)
         answer = await ChatAnswer.begin(service, asked)

@@ -26,7 +26,7 @@ DEFAULT_TOKENS = 16  # as OpenAI's
 def completions_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/completions", responses=documented(400, 401, 404, 413, 422, 429, 500, 503))
+    @router.post("/v1/completions", responses=documented(400, 401, 404, 413, 422, 429, 500, 503))
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         service.check_model(asked.model)
         answer = await Continuation.begin(service, asked)

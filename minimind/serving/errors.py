@@ -54,7 +54,12 @@ def error_body(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
     kind = TYPES.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": _text(message), "type": kind, "param": param and _text(param), "code": code}}
+
+
+def _text(said: str) -> str:
+    """One line that UTF-8 can hold: clients choose the names of fields, lone surrogates among them."""
+    return " ".join(said.encode(errors="replace").decode().split())
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -72,7 +77,7 @@ async def _invalid(request: Request, problem: Exception) -> JSONResponse:
     """Malformed JSON is a 400; JSON of another shape than asked for a 422. The input is not repeated: it may be long,
     or no text at all."""
     assert isinstance(problem, RequestValidationError)
-    first = problem.errors()[0]
+    first = max(problem.errors(), key=lambda error: len(error["loc"]))  # of a union, the form that fits best
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return JSONResponse(error_body(400, "the body is not JSON"), 400)

@@ -42,7 +42,7 @@ class Gate:
     @staticmethod
     def _check_key(header: str, key: bytes) -> None:
         scheme, _, given = header.partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), key):
             message = "give this server's API key as Authorization: Bearer KEY"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 

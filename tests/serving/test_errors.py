@@ -1,0 +1,204 @@
+"""Wrong requests: the status and shape that OpenAI's clients know, one line that says what to do, never a 500."""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+import torch
+
+from minimind.inference.requests import MAX_SEED
+from minimind.serving.worker import EngineWorker
+from tests.inference.small import small_model
+from tests.serving.service import WEATHER, serving
+
+HI = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+NAMED = {"type": "function", "function": {"name": "clock"}}
+FORMAT = {"type": "json_object"}
+
+
+def error_of(response, status):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and "\n" not in error["message"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "message"),
+    [
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty: not served"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias: not served"),
+        ({"stream_options": {"include_usage": True}}, 400, "only with stream"),
+        ({"top_logprobs": 2}, 400, "only with logprobs"),
+        ({"max_completion_tokens": 3}, 400, "one limit"),
+        ({"n": 100}, 400, "at most 72 samples"),
+        ({"tools": [WEATHER], "tool_choice": NAMED}, 400, "no tool 'clock'"),
+        ({"tool_choice": "required"}, 400, "there are no tools"),
+        ({"tools": [WEATHER, WEATHER]}, 400, "same name"),
+        ({"tools": [WEATHER], "response_format": FORMAT}, 400, "give one of them"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, 400, "enforced"),
+        ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "the context 1,024"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [
+            {"function": {"name": "f", "arguments": "x"}}]}]}, 400, "not a JSON object"),
+        ({"temperature": 2.5}, 422, "less than or equal to 2"),
+        ({"temperature": "hot"}, 422, "temperature"),
+        ({"top_p": 0}, 422, "top_p"),
+        ({"seed": 2**64}, 422, "seed"),
+        ({"stop": [""]}, 422, "stop"),
+        ({"messages": []}, 422, "messages"),
+        ({"messages": [{"role": "poet", "content": "x"}]}, 422, "messages.0"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 422, "text"),
+        ({"max_tokens": 0}, 422, "max_tokens"),
+        ({"sampler": 1}, 422, "sampler: Extra inputs are not permitted"),
+        ({"model": "gpt-5"}, 404, "this server has 'tiny'"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(server, change, status, message):
+    assert message in error_of(server.http.post(CHAT, json={**HI, **change}), status)["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "message"),
+    [
+        ({"prompt": [5, 10**6]}, 400, "outside the vocabulary"),
+        ({"prompt": "x", "echo": True}, 400, "echo: not served"),
+        ({"prompt": "x", "best_of": 3}, 400, "best_of"),
+        ({"prompt": []}, 422, "prompt"),
+        ({"prompt": [["x"]]}, 422, "prompt"),
+        ({}, 422, "prompt"),
+        ({"prompt": [1] * 1020, "max_tokens": 5000}, 200, ""),  # ends with the context
+    ],
+)
+def test_what_is_wrong_with_a_completion_is_said(server, change, status, message):
+    response = server.http.post(COMPLETIONS, json={"model": "tiny", "temperature": 0, **change})
+    if status == 200:
+        assert response.json()["choices"][0]["finish_reason"] in ("length", "stop")
+    else:
+        assert message in error_of(response, status)["message"]
+
+
+def test_bodies_that_are_no_request(server):
+    json_type = {"Content-Type": "application/json"}
+    for body in (b"{", b"", b"\xff", b"[" * 100_000):
+        response = server.http.post(CHAT, content=body, headers=json_type)
+        assert response.status_code in (400, 422) and response.json()["error"]["message"]
+    for body in (
+        "[1]",
+        "3",
+        '{"model": "tiny", "messages": "\\ud800"}',
+        '{"temperature": NaN}',
+        '{"seed": 1e999}',
+    ):
+        error_of(server.http.post(CHAT, content=body, headers=json_type), 422)
+    lone = json.dumps({**HI, "messages": [{"role": "user", "content": "\ud800"}]})
+    assert server.http.post(CHAT, content=lone, headers=json_type).status_code == 200
+    field = json.dumps({**HI, "a\nb": 1})
+    assert "a b: Extra" in error_of(server.http.post(CHAT, content=field, headers=json_type), 422)["message"]
+    tools = json.dumps(
+        {**HI, "tools": [{"type": "function", "function": {"name": "f", "parameters": {"\ud800": 1}}}]}
+    )
+    assert server.http.post(CHAT, content=tools, headers=json_type).status_code in (200, 400)
+    error_of(server.http.get(CHAT), 405)
+    error_of(server.http.get("/v1/poems"), 404)
+
+
+def test_models_and_health(server):
+    assert [model.id for model in server.client.models.list()] == ["tiny"]
+    assert server.client.models.retrieve("tiny").id == "tiny"
+    error_of(server.http.get("/v1/models/other"), 404)
+    assert server.http.get("/health").json() == {"status": "ok", "model": "tiny"}
+    assert server.http.get("/docs").status_code == 200
+
+
+def test_metrics(server):
+    before = server.metric("minimind_time_to_first_token_seconds_count")
+    server.chat("hi")
+    assert server.metric("minimind_time_to_first_token_seconds_count") == before + 1
+    assert server.metric("minimind_requests_waiting") == server.metric("minimind_requests_running") == 0
+    assert (
+        server.metric("minimind_kv_cache_usage_ratio") == 0 < server.metric("minimind_generated_tokens_total")
+    )
+    assert server.metric("minimind_batch_limit") == 8
+    text = server.http.get("/metrics").text
+    assert 'minimind_http_responses_total{route="/v1/chat/completions",status="200"}' in text
+    assert 'minimind_samples_finished_total{reason="stop"}' in text
+
+
+def test_the_largest_seed_is_one(server):
+    assert server.http.post(CHAT, json={**HI, "seed": MAX_SEED}).status_code == 200
+    assert server.http.post(CHAT, json={**HI, "seed": -(2**63)}).status_code == 200
+
+
+def test_the_key_is_asked_for():
+    with serving(api_key="s3cret-ключ") as running:
+        for header in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "s3cret"},
+            {"Authorization": "Bearer"},
+        ):
+            response = running.http.post(CHAT, json=HI, headers=header)
+            assert error_of(response, 401)["code"] == "invalid_api_key"
+            error_of(running.http.get("/v1/models", headers=header), 401)
+            error_of(running.http.post(CHAT, content=b"{", headers=header), 401)
+        key = {"Authorization": "bearer s3cret-ключ".encode()}
+        assert running.http.get("/v1/models", headers=key).status_code == 200
+        assert running.http.get("/health").status_code == running.http.get("/metrics").status_code == 200
+
+
+def test_a_body_that_is_too_large():
+    with serving(max_body=10_000) as running:
+        large = {**HI, "messages": [{"role": "user", "content": "x" * 10_000}]}
+        assert error_of(running.http.post(CHAT, json=large), 413)["code"] == "body_too_large"
+        content = (json.dumps(large).encode()[i : i + 1000] for i in range(0, 12_000, 1000))
+        headers = {"Content-Type": "application/json"}
+        error_of(
+            running.http.post(CHAT, content=content, headers=headers), 413
+        )  # chunked: no length is given
+        assert running.http.post(CHAT, json=HI).status_code == 200
+
+
+def test_an_engine_that_fails_answers_with_500_and_goes_on(monkeypatch):
+    with serving() as running:
+        engine = running.service.worker.engine
+        step, failing = engine.step, [True]
+
+        def fail():
+            if failing and engine._jobs:
+                failing.clear()
+                raise MemoryError("no")
+            return step()
+
+        monkeypatch.setattr(engine, "step", fail)
+        assert "engine failed: MemoryError" in error_of(running.http.post(CHAT, json=HI), 500)["message"]
+        failing.append(True)
+        with running.http.stream("POST", CHAT, json={**HI, "stream": True}) as response:
+            lines = [line for line in response.iter_lines() if line]
+        assert "MemoryError" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
+        assert lines[-1] == "data: [DONE]"
+        assert running.http.post(CHAT, json=HI).status_code == 200
+        assert running.service.worker.in_flight == 0
+
+
+def test_weights_that_are_no_numbers_are_an_error():
+    model = small_model()
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    with serving(model) as running:
+        assert "not finite" in error_of(running.http.post(CHAT, json=HI), 500)["message"]
+
+
+def test_nothing_waits_for_a_request_that_is_refused():
+    """A refusal gives its place in the queue back."""
+
+    async def refuse(worker: EngineWorker) -> int:
+        return worker.in_flight
+
+    with serving(max_queue=0, max_batch=1) as running:
+        for _ in range(3):
+            error_of(running.http.post(COMPLETIONS, json={"model": "tiny", "prompt": [10**6]}), 400)
+        assert asyncio.run(refuse(running.service.worker)) == 0
+        assert running.http.post(COMPLETIONS, json={"model": "tiny", "prompt": [1]}).status_code == 200
+        assert isinstance(running.http, httpx.Client)
