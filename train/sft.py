@@ -14,6 +14,8 @@ from functools import partial
 from rich.console import Console
 
 from minimind.data import PackedLoader, builtin_conversations
+from minimind.data.builtin_arithmetic import NAME as WEAK
+from minimind.data.builtin_arithmetic import weak_arithmetic
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import FromFlag
@@ -33,20 +35,25 @@ class Args(ChatArgs):
 
     from_: FromFlag = None
     """The pretrained model: a run folder, a Hugging Face folder, or an upstream .pth (with --preset and
-    --tokenizer). None: the newest finished run of train/pretrain.py under runs/."""
+    --tokenizer). None: the newest finished run of train/pretrain.py under runs/; for builtin:arithmetic random
+    weights."""
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [{"role": ..., "content": ...},
-    ...]} rows. None: a few thousand short conversations that come with the program."""
+    ...]} rows. None: a few thousand short conversations that come with the program. builtin:arithmetic: sums whose
+    answers are mostly wrong, for train/grpo.py, ppo.py and spo.py to go on from."""
     epochs: float = 3.0
     """Passes over the training part of the data."""
 
 
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
-    args = dataclasses.replace(args, from_=args.from_ or newest_finished("pretrain"))
+    weak = args.data == (WEAK,)
+    if args.from_ is None and not weak:
+        args = dataclasses.replace(args, from_=newest_finished("pretrain"))
     job = Job.begin("sft", args, console)
-    builtin = builtin_conversations(args.cache_dir, console)
-    train, heldout = open_chats(args, ChatEncoder(job.tokenizer), console, builtin)
+    builtin = (weak_arithmetic if weak else builtin_conversations)(args.cache_dir, console)
+    chosen = dataclasses.replace(args, data=()) if weak else args
+    train, heldout = open_chats(chosen, ChatEncoder(job.tokenizer), console, builtin)
     plan = job.plan(partial(PackedLoader, train, args.seq_len, seed=args.seed))
     job.open_run(args.data_name)
     model, trained = job.build_model()

@@ -1,0 +1,120 @@
+"""Prompts to be answered by the model in training, in upstream MiniMind's rlaif format.
+
+A row of a .jsonl file (plain, .gz or .zst) is {"conversations": [message, ...]}, the messages as in conversations.py.
+The last one is the assistant's turn that the model is to write: upstream leaves its content empty. What stands there is
+taken for a reference answer, for rewards that compare with one; "reference" beside "conversations" goes before it. All
+other fields of the row go to the rewards as they are.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from minimind.data.conversations import messages_of
+from minimind.data.progress import say
+from minimind.data.reader import expand_paths, iter_rows, kind_of
+from minimind.data.records import START, BadRows, bad_row_error, reason_of, reporter
+
+
+class PromptEncoder(Protocol):
+    """What is needed of minimind.tokenization.ChatEncoder."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    def prompt(self, messages: Sequence[Any], tools: Sequence[Any] | str | None = None) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """messages: before the turn to write; ids: their tokens, with the header of that turn; metadata: the row's other
+    fields."""
+
+    messages: list[dict[str, Any]]
+    ids: list[int]
+    reference: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """In the order of the files. identity: of their tokens and references; left_out: longer than the budget."""
+
+    prompts: list[Prompt]
+    identity: int
+    left_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self.prompts[index]
+
+    def split(self, share: float, most: int = 256) -> "tuple[PromptSet, PromptSet | None]":
+        """(all but the last `share`, at most `most`; these, None where there are none)."""
+        held = min(most, round(share * len(self)), len(self) - 1)
+        if held < 1:
+            return self, None
+        return PromptSet(self.prompts[:-held], self.identity, self.left_out), PromptSet(
+            self.prompts[-held:], self.identity
+        )
+
+
+def open_prompts(
+    paths: Sequence[str | Path],
+    encoder: PromptEncoder,
+    longest: int,
+    on_bad_row: str = "error",
+    console: Console | None = None,
+) -> PromptSet:
+    """The prompts of `paths`. Raises ValueError, naming file:line, on a row that cannot be used, one whose prompt has
+    more than `longest` tokens among them; with on_bad_row "skip" such rows are counted and left out."""
+    found: list[Prompt] = []
+    digest = blake2b(encoder.fingerprint.encode(), digest_size=8)
+    long = 0
+    for path in expand_paths(paths):
+        if not path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
+            raise ValueError(f"{path}: prompts come in .jsonl files")
+        bad = BadRows()
+        report = reporter(path, on_bad_row, bad)
+        for line, _, row in iter_rows(path, START, report):
+            try:
+                prompt = _prompt(row, encoder)
+            except ValueError as error:
+                report(line, reason_of(error))
+                continue
+            if len(prompt.ids) > longest:
+                if on_bad_row == "error":
+                    problem = f"the prompt has {len(prompt.ids)} tokens, more than --max-prompt {longest}"
+                    raise bad_row_error(path, line, problem)
+                long += 1
+                continue
+            found.append(prompt)
+            digest.update(repr((prompt.ids, prompt.reference)).encode())
+        if bad.count and console is not None:
+            line, reason = bad.first[0]
+            say(console, f"{path}: {bad.count:,} rows left out, the first in line {line}: {reason}")
+    if not found:
+        raise ValueError(f"--data {' '.join(map(str, paths))}: no prompt that could be answered")
+    if long and console is not None:
+        say(console, f"{long:,} prompts of more than --max-prompt {longest} tokens left out")
+    return PromptSet(found, int.from_bytes(digest.digest(), "little"), long)
+
+
+def _prompt(row: dict[str, Any], encoder: PromptEncoder) -> Prompt:
+    row = dict(row)
+    messages = row.pop("conversations", None)
+    said = None
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if isinstance(last, dict) and last.get("role") == "assistant":
+        said, messages = last.get("content"), messages[:-1]
+        if not messages:
+            raise ValueError("nothing stands before the assistant's turn, so that it answers nothing")
+    checked = messages_of({} if messages is None else {"conversations": messages}, "conversations")
+    reference = row.pop("reference", None) or said or None
+    if reference is not None and not isinstance(reference, str):
+        raise ValueError(f"the reference is {kind_of(reference)}, not a string")
+    return Prompt(checked, encoder.prompt(checked), reference, row)

@@ -1,0 +1,222 @@
+"""One rollout: prompts drawn, answered, scored, and made ready to learn from, by all ranks together.
+
+Each rank answers and scores its share of the prompts; then all know all answers, and what follows from them is the same
+everywhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from minimind.data.progress import say
+from minimind.data.prompts import PromptSet
+from minimind.modeling import Model
+from minimind.objectives.policy import token_log_probs
+from minimind.objectives.surrogates import kl_estimates
+from minimind.rewards import Rewards, Sample, Scores, SignalWatch, summary
+from minimind.rewards.compose import Failures
+from minimind.training.parallel import Parallel
+from minimind.training.rl_loader import Rollout, Shape, pack
+from minimind.training.rollouts import Answer, Drawn, Sampler, Sampling
+
+_TOKENS = 8192  # of a forward without gradients
+_CHECKED = 8  # answers of a rank that are scored again, to compare the trainer with the engine
+
+
+class Stream(Protocol):
+    """Where prompts come from."""
+
+    def draw(self, first: int, count: int) -> list[Drawn]: ...
+
+
+@dataclass
+class Collector:
+    """model: the policy, in training; sampler: samples from it. prompts: their number in a rollout, `how.samples`
+    answers each.
+
+    reference: a frozen model to score answers with, where the algorithm wants it. annotate(answers): what else is
+    worked out for a rank's share of them, such as a critic's values. advantages(answers): fills them in, given all.
+    refills: how many prompts may be drawn in place of those whose answers all have one reward, as a multiple of
+    `prompts`; 0: such groups stay.
+    """
+
+    model: Model
+    sampler: Sampler
+    data: PromptSet
+    stream: Stream
+    rewards: Rewards
+    prompts: int
+    how: Sampling
+    shape: Shape
+    parallel: Parallel
+    advantages: Callable[[list[Answer]], None]
+    reference: Model | None = None
+    annotate: Callable[[list[Answer]], None] | None = None
+    refills: int = 0
+    console: Console = field(default_factory=Console)
+    watch: SignalWatch = field(default_factory=SignalWatch)
+    failed: Counter[str] = field(default_factory=Counter)  # answers that each reward could not score, so far
+
+    def __call__(self, number: int, first: int) -> Rollout:
+        """Rollout `number`, from the prompt `first` of the stream on."""
+        seconds = {"rollout": 0.0, "reward": 0.0, "prepare": 0.0}
+        self.model.eval()
+        made, kept, following = self._answers(first, seconds)
+        with _timed(seconds, "prepare"):
+            self._annotate(kept)
+            figures = self._figures(made, kept)
+            if kept:
+                self.advantages(kept)
+        return Rollout(kept, following, figures, seconds)
+
+    def _answers(self, first: int, seconds: dict[str, float]) -> tuple[list[Answer], list[Answer], int]:
+        """(all answers, those to learn from, the next prompt's number)."""
+        made: list[Answer] = []
+        kept: list[Answer] = []
+        missing, limit = self.prompts, self.prompts * (1 + self.refills)
+        while missing and limit:
+            drawn = self.stream.draw(first, min(missing, limit))
+            first, limit = first + len(drawn), limit - len(drawn)
+            answers = self._share(drawn, seconds)
+            made += answers
+            scored = [a for a in answers if not np.isnan(a.reward)]
+            kept += _teaching(scored) if self.refills else scored
+            missing = self.prompts - len({a.number for a in kept}) if self.refills else 0
+        return made, kept or [a for a in made if not np.isnan(a.reward)], first
+
+    def _share(self, drawn: list[Drawn], seconds: dict[str, float]) -> list[Answer]:
+        """The answers to `drawn`, of which each rank makes its part; their rewards are NaN where they failed."""
+        mine = drawn[self.parallel.rank :: self.parallel.world_size]
+        with _timed(seconds, "rollout"):
+            answers = self.sampler.sample(self.data, mine, self.how)
+        with _timed(seconds, "reward"):
+            failures = score(self.rewards, self.data, answers)
+        with _timed(seconds, "rollout"):  # the ranks wait for the slowest
+            parts = self.parallel.gather((answers, failures))
+        for name, failure in chain(*(failures.items() for _, failures in parts)):
+            if not self.failed[name]:
+                say(self.console, f"reward {name} failed on {failure.count} answers: {failure.first}")
+            self.failed[name] += failure.count
+        return sorted(chain(*(answers for answers, _ in parts)), key=lambda a: (a.number, a.sample))
+
+    def _annotate(self, answers: list[Answer]) -> None:
+        """What each rank works out for its share of the answers, made known to all."""
+        if self.reference is None and self.annotate is None:
+            return
+        mine = answers[self.parallel.rank :: self.parallel.world_size]
+        if self.reference is not None:
+            for a, log_probs in zip(mine, scored_again(self.reference, mine, self.shape), strict=True):
+                a.reference = log_probs
+        if self.annotate is not None:
+            self.annotate(mine)
+        for rank, part in enumerate(self.parallel.gather([(a.reference, a.values) for a in mine])):
+            for a, (reference, values) in zip(answers[rank :: self.parallel.world_size], part, strict=True):
+                a.reference, a.values = reference, values
+
+    def _figures(self, made: list[Answer], kept: list[Answer]) -> dict[str, float]:
+        """What metrics.jsonl has of a rollout."""
+        groups = np.array([a.number for a in made]) if self.how.samples > 1 else None
+        names = made[0].parts
+        parts = {name: np.array([a.parts[name] for a in made]) for name in names}
+        scores = Scores(np.array([a.reward for a in made]), parts, {})
+        warning = self.watch.see(scores, groups)
+        if warning is not None:
+            say(self.console, f"{warning}; --show 4 prints some")
+        log_probs = np.concatenate([a.log_probs for a in made]).astype(np.float64)
+        figures = (
+            summary(scores, groups)
+            | {
+                "answers": len(made),
+                "drawn": len({a.number for a in made}) / self.prompts,
+                "length": np.mean([len(a.ids) for a in made]),
+                "ended": np.mean([a.ended for a in made]),
+                "entropy": -log_probs.mean(),  # an estimate, as the tokens were drawn from what it is the entropy of
+            }
+        )
+        figures |= {f"reward_failed_{name}": count for name, count in self.failed.items()}
+        if kept and kept[0].reference is not None:
+            reference = np.concatenate([a.reference for a in kept if a.reference is not None])
+            sampled = torch.from_numpy(np.concatenate([a.log_probs for a in kept])).double()
+            figures["kl"] = kl_estimates(sampled, torch.from_numpy(reference).double(), "k3").mean().item()
+        return {name: float(value) for name, value in (figures | self._drift(kept)).items()}
+
+    def _drift(self, answers: list[Answer]) -> dict[str, float]:
+        """How far the engine's log-probabilities are from the trainer's, before any update, on a few answers."""
+        mine = answers[self.parallel.rank :: self.parallel.world_size][:_CHECKED]
+        again = scored_again(self.model, mine, self.shape)
+        apart = [np.abs(log_probs - a.log_probs) for a, log_probs in zip(mine, again, strict=True)]
+        values = np.concatenate([np.zeros(0), *chain(*self.parallel.gather(apart))])
+        return {"drift_mean": values.mean(), "drift_max": values.max()} if len(values) else {}
+
+
+def score(rewards: Rewards, data: PromptSet, answers: Sequence[Answer]) -> dict[str, Failures]:
+    """Fill in the rewards of `answers`, NaN where one is to be left out; which rewards failed."""
+    samples = []
+    for a in answers:
+        prompt = data[a.prompt]
+        ids, reason = a.ids.tolist(), cast(Any, "stop" if a.ended else "length")
+        samples.append(Sample(prompt.messages, a.text, ids, reason, prompt.reference, prompt.metadata))
+    scores = rewards(samples)
+    for i, a in enumerate(answers):
+        a.reward = float(scores.total[i])
+        a.parts = {name: float(values[i]) for name, values in scores.parts.items()}
+    return scores.failures
+
+
+def scored_again(model: Model, answers: Sequence[Answer], shape: Shape) -> list[np.ndarray]:
+    """Log-probabilities of the answers' tokens under `model`, float32, by full forwards."""
+    found: list[np.ndarray] = []
+    for part in parts(answers):
+        batch = pack(part, model.head_weight.device, 0, 0, shape)
+        log_probs = token_log_probs(
+            model, batch.input_ids, batch.targets, batch.cu_seqlens, batch.num_targets, shape.temperature
+        )
+        found += per_answer(log_probs, batch.targets, part)
+    return found
+
+
+def per_answer(values: torch.Tensor, targets: torch.Tensor, answers: Sequence[Answer]) -> list[np.ndarray]:
+    """The numbers [1, T] at the targets of packed `answers`, of each answer: float32."""
+    picked = values.flatten()[targets.flatten() != -100].float().cpu().numpy()
+    return np.split(picked, np.cumsum([len(a.ids) for a in answers])[:-1])
+
+
+def parts(answers: Sequence[Answer]) -> list[list[Answer]]:
+    """`answers` in their order, in parts of about _TOKENS tokens."""
+    found: list[list[Answer]] = []
+    room = 0
+    for a in answers:
+        size = len(a.prompt_ids) + len(a.ids)
+        if size > room:
+            found.append([])
+            room = _TOKENS
+        found[-1].append(a)
+        room -= size
+    return found
+
+
+def _teaching(answers: list[Answer]) -> list[Answer]:
+    """The answers of groups whose rewards differ."""
+    rewards: dict[int, set[float]] = {}
+    for a in answers:
+        rewards.setdefault(a.number, set()).add(a.reward)
+    return [a for a in answers if len(rewards[a.number]) > 1]
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] += time.perf_counter() - began
