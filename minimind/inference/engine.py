@@ -76,8 +76,10 @@ class Engine:
         dtype = dtype or model.compute_dtype or model.head_weight.dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype={dtype} must be torch.float32, torch.bfloat16 or torch.float16")
-        pages = cache_pages(config, dtype, device, page_size, kv_bytes, kv_tokens, max_batch * max_context)
-        table_pages = min(pages, -(-max_context // page_size))  # that one sample can have
+        of_sample = -(-max_context // page_size)
+        useful_tokens = max_batch * of_sample * page_size
+        pages = cache_pages(config, dtype, device, page_size, kv_bytes, kv_tokens, useful_tokens)
+        table_pages = min(pages, of_sample)
 
         self.dtype, self.device, self.max_context = dtype, device, max_context
         self._pool = PagePool(pages, prefix_cache)

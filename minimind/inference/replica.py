@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minimind.inference import huge_pages
 from minimind.lora import LoRALinear
 from minimind.modeling import Model
 
@@ -34,21 +35,37 @@ class Replica:
     def refresh(self) -> bool:
         """Follow the source's weights. True if one of them lies at another address than before."""
         before = [p.data_ptr() for p in self.model.parameters() if not p.is_meta]
-        state = {name: self._weight(name) for name, _ in self.model.named_parameters()}
-        self.model.load_state_dict(state, assign=True)
+        names = [name for name, _ in self.model.named_parameters()]
+        self._make_room([name for name in names if not self._is_shared(name)])
+        self.model.load_state_dict({name: self._weight(name) for name in names}, assign=True)
         self.model.requires_grad_(False)
         return before != [p.data_ptr() for p in self.model.parameters()]
 
-    def _weight(self, name: str) -> Tensor:
-        path, _, _ = name.rpartition(".")
+    def _make_room(self, names: list[str]) -> None:
+        """Keep the copies of `names` that lie where their weights do, and make those that are missing."""
+        weights = {name: self._source.get_parameter(name) for name in names}
+        old = self._copies
+        self._copies = {n: old[n] for n, w in weights.items() if n in old and old[n].device == w.device}
+        missing = [name for name in names if name not in self._copies]
+        if missing:
+            shapes, device = [weights[name].shape for name in missing], weights[missing[0]].device
+            made = huge_pages.empty(shapes, self._dtype, device)
+            self._copies.update(zip(missing, made, strict=True))
+
+    def _is_shared(self, name: str) -> bool:
+        weight, path = self._source.get_parameter(name), name.rpartition(".")[0]
+        if self._adapted(path) is not None:
+            return False
+        return weight.ndim == 1 or path.endswith("router") or weight.dtype == self._dtype
+
+    def _adapted(self, path: str) -> LoRALinear | None:
+        """The module at `path`, if it is a projection with active adapters that are not merged into its weight."""
         module = self._source.get_submodule(path)
+        return module if isinstance(module, LoRALinear) and module.active and module.base is None else None
+
+    def _weight(self, name: str) -> Tensor:
         weight = self._source.get_parameter(name).detach()
-        if isinstance(module, LoRALinear) and module.active and module.base is None:
-            weight = module.merged()
-        elif weight.ndim == 1 or path.endswith("router") or weight.dtype == self._dtype:
-            self._copies.pop(name, None)
+        if name not in self._copies:
             return weight
-        copy = self._copies.get(name)
-        if copy is None or copy.device != weight.device:
-            copy = self._copies[name] = torch.empty_like(weight, dtype=self._dtype)
-        return copy.copy_(weight)
+        adapted = self._adapted(name.rpartition(".")[0])
+        return self._copies[name].copy_(weight if adapted is None else adapted.merged())
