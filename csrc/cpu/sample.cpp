@@ -69,8 +69,8 @@ float nucleus(std::vector<Candidate>& candidates, double wanted) {
   return least;
 }
 
-// The least logit that top-k, then top-p leave. masses: exp(logit - best), best being the largest logit.
-float least_kept(const SampleRow& row, const float* logits, const float* masses, float best) {
+// The least logit that top-k, then top-p leave. masses: exp(logit - best), best being the largest logit; all: their sum.
+float least_kept(const SampleRow& row, const float* logits, const float* masses, float best, double all) {
   thread_local std::vector<float> order;
   thread_local std::vector<Candidate> candidates;
   float least = -INFINITY;
@@ -81,9 +81,16 @@ float least_kept(const SampleRow& row, const float* logits, const float* masses,
   }
   if (!(row.top_p < 1)) return least;
   candidates.clear();
-  double total = 0;
+  double total = all;
+  if (least > -INFINITY) {
+    total = 0;
+    for (int64_t i = 0; i < row.vocab; ++i)
+      if (logits[i] >= least) total += masses[i];
+  }
+  // Those below this share, all together, are less than what top-p leaves out. Half of it, for rounding's sake.
+  const auto negligible = static_cast<float>(0.5 * (1.0 - row.top_p) * total / static_cast<double>(row.vocab));
   for (int64_t i = 0; i < row.vocab; ++i)
-    if (logits[i] >= least) candidates.push_back({logits[i], masses[i]}), total += masses[i];
+    if (logits[i] >= least && masses[i] >= negligible) candidates.push_back({logits[i], masses[i]});
   return std::min(nucleus(candidates, row.top_p * total), best);
 }
 
@@ -122,7 +129,7 @@ Sampled sample_row(const SampleRow& row, const Kernels& kernels) {
   };
   if (!(row.temperature > 0) || !std::isfinite(all)) return likeliest();
 
-  const float least = least_kept(row, logits, masses.data(), best);
+  const float least = least_kept(row, logits, masses.data(), best, all);
   if (least > -INFINITY || row.min_p > 0)
     kernels.keep(logits, least, row.min_p, masses.data(), sums.data(), row.vocab);
   const int64_t token = index_at(uniform(row.seed, row.offset) * total(), masses, sums);
