@@ -4,8 +4,8 @@
 
 The campaign is a list of slices, each a command of its own that takes less than eight minutes: parity of every kernel,
 the same under compute-sanitizer, the kernels' resources, every op against its peers, and training throughput of every
-preset. What a slice did is kept in campaign.json under bench/results/DEVICE, and its whole output beside it; a slice
-that passed at this commit is not run again. campaign.md sums up what is there.
+preset and every stage. What a slice did is kept in campaign.json under bench/results/DEVICE, and its whole output
+beside it; a slice that passed at this commit is not run again. campaign.md sums up what is there.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Args:
     only: tuple[str, ...] = ("",)
     """Only the slices with one of these in their name."""
     data: tuple[str, ...] = ()
-    """Of the throughput slices, as in train/pretrain.py; None takes the built-in corpus."""
+    """Of the throughput slices of the presets, as in train/pretrain.py; None takes the built-in corpus."""
     again: bool = False
     """Also run slices that passed at this commit."""
     list: bool = False
@@ -94,6 +94,19 @@ def slices(args: Args, cuda: bool) -> list[Slice]:
         sizes = ("--rows", "64", "--steps", "30") if cuda else ("--steps", "5", "--warmup", "2")
         command = (python, "bench/throughput.py", "--preset", preset, "--peer", *peers, *sizes, *data)
         found.append(Slice(f"throughput {preset}", command))
+    for stage in ("sft", "lora", "distill", "reason", "dpo"):
+        sizes = ("--rows", "64", "--steps", "30") if cuda else ("--steps", "5", "--warmup", "2")
+        command = (
+            python,
+            "bench/throughput.py",
+            "--stage",
+            stage,
+            "--peer",
+            "ours",
+            "upstream-style",
+            *sizes,
+        )
+        found.append(Slice(f"throughput {stage}", command))
     for batch in (1, 16, 64):
         command = (python, "bench/decode.py", "--batch", str(batch), *(("--turns", "5") if cuda else ()))
         found.append(Slice(f"decode batch {batch}", command))

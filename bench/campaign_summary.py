@@ -30,18 +30,19 @@ def summary(folder: Path, stamp: dict[str, Any], state: dict[str, dict[str, Any]
 
 
 def _throughput(rows: list[dict[str, str]]) -> str:
-    newest = _newest(rows, ("preset", "rows", "seq_len", "data", "peer"))
+    newest = _newest(rows, ("stage", "preset", "rows", "seq_len", "data", "peer"))
     body = [
         (
-            r["preset"], f"{r['rows']} x {r['seq_len']}, {r['data']}", r["peer"],
+            r["stage"], r["preset"], f"{r['rows']} x {r['seq_len']}, {r['data']}", r["peer"],
             f"{float(r['tokens_per_second']):,.0f}",
-            f"{float(r['positions_per_second']):,.0f}", f"{float(r['peak_mib']):,.0f}",
+            f"{float(r['positions_per_second']):,.0f}", f"{float(r['peak_mib']):,.0f}" if r["peak_mib"] else "",
             f"{float(r['utilisation']):.0%}" if r["utilisation"] else "", r["host_syncs"], r["graph_breaks"],
             r["commit"],
         )
         for r in newest
     ]  # fmt: skip
     head = (
+        "stage",
         "model",
         "batch",
         "peer",

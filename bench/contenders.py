@@ -1,11 +1,14 @@
 """The training steps that bench/throughput.py drives, each as its own project would run it at its best.
 
-ours            train/pretrain.py --compile --fused: packed rows, the device's precision, no logits, fused AdamW
+ours            train/STAGE.py --compile --fused: packed rows, the device's precision, no logits, fused AdamW; dpo's
+                reference is worked out before the first step, as train/dpo.py does once for a data set (`once` says
+                what that cost for the batch of a step)
 ours-eager      the same without --compile
 eager           this project's plain PyTorch model on the same packed rows and in the same precision, full logits
 compile         that under torch.compile
-upstream-style  the plain model as upstream MiniMind trains it: one document a row, padded to --seq-len, full logits,
-                mean over unmasked tokens, plain AdamW; autocast to bf16 on a GPU, float32 on a CPU
+upstream-style  the plain model as upstream MiniMind trains it (bench/stages.py): one sequence a row, padded to
+                --seq-len, full logits, mean over unmasked tokens, plain AdamW; bf16 autocast on a GPU, float32 on a CPU
+upstream-bf16   the same under bf16 autocast on a CPU, where upstream has none
 hf              transformers' LlamaForCausalLM on such rows: float32 weights under bf16 autocast, SDPA, torch.compile,
                 fused AdamW
 hf-bf16         the same with weights, gradients and AdamW in bf16: faster, and not the same training
@@ -19,47 +22,64 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
 
+from bench.stages import ALPHA, BETA, STAGES, Stage, frozen_model, padded_batches, upstream_loss
 from minimind import ops
 from minimind.config import ModelConfig
-from minimind.data.loader import PackedLoader
 from minimind.data.store import Corpus
 from minimind.modeling import Model
+from minimind.objectives.distillation import Distillation, distillation_loss
 from minimind.objectives.next_token import next_token_loss
+from minimind.objectives.preference import dpo, preference_loss, sequence_log_probs
 from minimind.training.batches import DeviceBatches
 from minimind.training.compiling import compile_model
 from minimind.training.device import choose_precision
 from minimind.training.optim import OptimizerName, build_optimizers
+from minimind.training.pairs import to_device as pairs_to_device
+
+ONE_SEQUENCE_A_ROW = ("pretrain", "sft", "reason")  # what a stock causal model can be driven through
+NO_REFERENCE = ("pretrain", "sft", "reason", "lora")
 
 
 @dataclass(frozen=True)
 class Setting:
+    """rows x seq_len: of upstream's batch; ours has as many positions. steps: how many will be asked for in all."""
+
+    stage: str
     preset: str
     corpus: Corpus
     rows: int
     seq_len: int
     optimizer: OptimizerName
     device: torch.device
+    steps: int
 
     @property
     def positions(self) -> int:
         return self.rows * self.seq_len
 
+    @property
+    def kind(self) -> Stage:
+        return STAGES[self.stage]
+
 
 @dataclass
 class Contender:
-    """step() trains once and returns how many real tokens it learnt from; loading: seconds spent so far on waiting for
-    data; compiled: whether torch.compile is in it."""
+    """step() trains once and returns how many positions of its batch were no padding; loading: seconds spent so far on
+    waiting for data; compiled: whether torch.compile is in it; once: seconds a step that a run spends but once for its
+    data, before the first step."""
 
     step: Callable[[], int]
     compiled: bool = False
     loading: float = 0.0
+    once: float | None = None
 
     @contextlib.contextmanager
     def waits_for_data(self) -> Iterator[None]:
@@ -68,71 +88,114 @@ class Contender:
         self.loading += time.perf_counter() - start
 
 
+StepLoss = Callable[[Model, Any], Any]  # (loss, auxiliary loss, ...)
+
+
 def ours(s: Setting, compiled: bool) -> Contender:
     ops.set_mode("fused")
-    model = _model(s)
+    model, kind = s.kind.prepare(_model(s)), s.kind
     trained = compile_model(model) if compiled else model
     optimizer = build_optimizers(model, s.optimizer, 1e-4, 0.1)
-    batches = DeviceBatches(PackedLoader(s.corpus, s.seq_len, s.rows, seed=0), s.device)
+    loss_of: StepLoss = next_token_loss
+    place, once = None, None
+    if kind.pairs:
+        loss_of, place, once = _preferences(s, model)
+    elif kind.teacher is not None:
+        loss_of = _distillation(s, compiled)
+    batches = DeviceBatches(kind.loader(s.corpus, s.rows, s.seq_len), s.device, place)
 
     def step() -> int:
         with me.waits_for_data():
             batch = batches.next_batch()
-        loss, aux = next_token_loss(trained, batch)
-        (loss / batch.num_targets + aux).backward()
+        real = _real(batches)
+        loss, aux, *_ = loss_of(trained, batch)
+        (loss / batch.global_weight + aux).backward()
         batches.fetch()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return batch.num_targets
+        return real
 
-    me = Contender(step, compiled)
+    me = Contender(step, compiled, once=once)
     return me
+
+
+def _distillation(s: Setting, compiled: bool) -> StepLoss:
+    teacher = frozen_model(s.kind, s.preset, s.device, choose_precision(s.device).compute_dtype)
+    assert teacher is not None
+    taught = compile_model(teacher) if compiled else teacher
+    return lambda model, batch: distillation_loss(model, taught, batch, Distillation(alpha=ALPHA))
+
+
+@torch.no_grad()
+def _preferences(s: Setting, model: Model) -> tuple[StepLoss, Any, float]:
+    """(loss, the batches' place on the device, seconds a step of the reference), which is `model` as it is now."""
+    loader = s.kind.loader(s.corpus, s.rows, s.seq_len)
+    scores = np.zeros((s.corpus.num_documents, 2))
+    model.eval()
+    start = time.perf_counter()
+    for _ in range(s.steps):
+        host: Any = loader.next_batch()
+        batch = pairs_to_device(host, s.device)
+        found, _, _ = sequence_log_probs(
+            model, batch.input_ids, batch.targets, batch.cu_seqlens, batch.num_targets
+        )
+        sides = torch.stack((batch.chosen, batch.rejected), 1)
+        scores[host.pairs] = found[sides].cpu().numpy()
+    once = (time.perf_counter() - start) / s.steps
+    model.train()
+    objective = partial(dpo, beta=BETA)
+    return (
+        lambda model, batch: preference_loss(model, batch, objective),
+        partial(pairs_to_device, reference=scores),
+        once,
+    )
 
 
 def plain(s: Setting, compiled: bool) -> Contender:
     ops.set_mode("reference")
-    model = _model(s)
+    model = s.kind.prepare(_model(s))
     trained = compile_model(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
-    batches = DeviceBatches(PackedLoader(s.corpus, s.seq_len, s.rows, seed=0), s.device)
+    optimizer = torch.optim.AdamW(_trained(model), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    batches = DeviceBatches(s.kind.loader(s.corpus, s.rows, s.seq_len), s.device)
 
     def step() -> int:
         with me.waits_for_data():
             batch = batches.next_batch()
+        real = _real(batches)
         out = trained(batch.input_ids, cu_seqlens=batch.cu_seqlens, attention_mask=batch.targets.ne(-100))
         logits = out.logits.flatten(0, 1).float()
-        loss = F.cross_entropy(logits, batch.targets.flatten(), reduction="sum") / batch.num_targets
-        (loss + out.aux_loss).backward()
+        loss = F.cross_entropy(logits, batch.targets.flatten(), reduction="none")
+        if batch.loss_weights is not None:
+            loss = loss * batch.loss_weights.flatten()
+        (loss.sum() / batch.global_weight + out.aux_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return batch.num_targets
+        return real
 
     me = Contender(step, compiled)
     return me
 
 
-def upstream_style(s: Setting) -> Contender:
+def upstream_style(s: Setting, autocast: bool) -> Contender:
     ops.set_mode("reference")
     torch.manual_seed(0)
-    model = Model(ModelConfig.preset(s.preset)).to(s.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    rows = _padded_rows(s)
-    if s.device.type == "cuda":
-        model.compute_dtype = torch.bfloat16
+    model = s.kind.prepare(Model(ModelConfig.preset(s.preset)).to(s.device))
+    frozen = frozen_model(s.kind, s.preset, s.device, None)
+    optimizer = torch.optim.AdamW(_trained(model), lr=1e-4)
+    batches = padded_batches(s.kind, s.corpus, s.rows, s.seq_len, s.device)
 
     def step() -> int:
         with me.waits_for_data():
-            inputs, targets, weights, real = next(rows)
-        out = model(inputs)
-        logits = out.logits.flatten(0, 1).float()
-        loss = F.cross_entropy(logits, targets.flatten(), reduction="none")
-        ((loss * weights.flatten()).sum() / weights.sum() + out.aux_loss).backward()
+            batch = next(batches)
+        with torch.autocast(s.device.type, torch.bfloat16, enabled=autocast):
+            loss = upstream_loss(s.kind, model, frozen, batch)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return real
+        return batch.real
 
     me = Contender(step)
     return me
@@ -141,26 +204,26 @@ def upstream_style(s: Setting) -> Contender:
 def hf(s: Setting, pure: bool = False, liger: bool = False) -> Contender:
     model = _llama(s, liger).to(s.device, torch.bfloat16 if pure else torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    rows = _padded_rows(s)
+    batches = padded_batches(s.kind, s.corpus, s.rows, s.seq_len, s.device)
     autocast = torch.autocast(s.device.type, torch.bfloat16, enabled=not pure)
     # Liger's loss takes the labels and never makes the logits; it is not meant for torch.compile
     trained = model if liger else torch.compile(model)
 
     def step() -> int:
         with me.waits_for_data():
-            inputs, targets, weights, real = next(rows)
-        labels = targets.masked_fill(weights == 0, -100)
+            batch = next(batches)
+        labels = batch.targets.masked_fill(batch.weights == 0, -100)
         with autocast:
             if liger:
-                loss = trained(input_ids=inputs, shift_labels=labels).loss
+                loss = trained(input_ids=batch.inputs, shift_labels=labels).loss
             else:
-                logits = trained(input_ids=inputs, use_cache=False).logits
+                logits = trained(input_ids=batch.inputs, use_cache=False).logits
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return real
+        return batch.real
 
     me = Contender(step, not liger)
     return me
@@ -171,16 +234,23 @@ MAKERS: dict[str, Callable[[Setting], Contender]] = {
     "ours-eager": lambda s: ours(s, False),
     "eager": lambda s: plain(s, False),
     "compile": lambda s: plain(s, True),
-    "upstream-style": upstream_style,
+    "upstream-style": lambda s: upstream_style(s, s.device.type == "cuda"),
+    "upstream-bf16": lambda s: upstream_style(s, True),
     "hf": hf,
     "hf-bf16": lambda s: hf(s, pure=True),
     "liger": lambda s: hf(s, liger=True),
 }
 
 
-def why_not(name: str, preset: str, device: torch.device) -> str | None:
+def why_not(name: str, stage: str, preset: str, device: torch.device) -> str | None:
     """None if this contender can run here, else one short reason."""
+    if name in ("eager", "compile") and stage not in NO_REFERENCE:
+        return f"there is no plain form of {stage} on packed rows"
+    if name == "upstream-bf16" and device.type == "cuda":
+        return "upstream-style is in bf16 on a GPU"
     if name.startswith(("hf", "liger")):
+        if stage not in ONE_SEQUENCE_A_ROW:
+            return f"LlamaForCausalLM alone does not do {stage}"
         if importlib.util.find_spec("transformers") is None:
             return "transformers is not installed"
         if ModelConfig.preset(preset).num_experts or ModelConfig.preset(preset).qk_norm:
@@ -199,6 +269,16 @@ def _model(s: Setting) -> Model:
     return model
 
 
+def _real(batches: DeviceBatches) -> int:
+    """Positions of the newest batch that are no padding, which is token 0: no document holds it."""
+    assert batches.host is not None
+    return int(np.count_nonzero(batches.host.input_ids))
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def _llama(s: Setting, liger: bool) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -215,21 +295,3 @@ def _llama(s: Setting, liger: bool) -> Any:
         rms_norm_eps=c.rms_norm_eps,
     )  # fmt: skip
     return LlamaForCausalLM(config)
-
-
-def _padded_rows(s: Setting) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-    """(inputs, targets, weights, real tokens) without end: each document a row of its own, cut or padded."""
-    order = np.random.default_rng(0).permutation(s.corpus.num_documents)
-    place = 0
-    while True:
-        ids = torch.zeros(s.rows, s.seq_len + 1, dtype=torch.int64)
-        mask = torch.zeros(s.rows, s.seq_len + 1)
-        for row in range(s.rows):
-            document = s.corpus.document(int(order[place % len(order)]))[: s.seq_len + 1]
-            place += 1
-            ids[row, : len(document)] = torch.from_numpy(document.astype(np.int64))
-            mask[row, : len(document)] = 1
-        real = int(mask[:, 1:].sum())
-        parts = (ids[:, :-1], ids[:, 1:], mask[:, 1:])
-        inputs, targets, weights = (t.contiguous().to(s.device) for t in parts)
-        yield cast("tuple[Tensor, Tensor, Tensor, int]", (inputs, targets, weights, real))

@@ -36,20 +36,22 @@ def cards(rows: Sequence[Row], console: Console) -> list[dict[str, Any]]:
 
 
 def headline(rows: Sequence[Row], corpus: Corpus, console: Console) -> dict[str, Any]:
-    """Hours for upstream's MiniMind-Zero at the measured rate. Its tokens are estimated from its files' sizes and the
-    bytes per token of this data; SFT is taken to run at the pretraining rate."""
-    row = next((r for r in rows if r.peer == "ours" and r.preset == "minimind2-small"), None)
-    if row is None:
+    """Hours for upstream's MiniMind-Zero at the measured rates. Its tokens are estimated from its files' sizes and the
+    bytes per token of this pretraining data; SFT that was not measured is taken to run at the pretraining rate."""
+    found = {r.stage: r for r in rows if r.peer == "ours" and r.preset == "minimind2-small"}
+    if "pretrain" not in found:
         raise ValueError("--headline: needs --peer ours and --preset minimind2-small among what is measured")
     per_token = corpus.num_bytes / corpus.num_tokens
     tokens = {stage: size / per_token for stage, size in ZERO_BYTES.items()}
-    hours = {stage: n / row.tokens_per_second / 3600 for stage, n in tokens.items()}
+    rates = {stage: found.get(stage, found["pretrain"]).tokens_per_second for stage in tokens}
+    hours = {stage: n / rates[stage] / 3600 for stage, n in tokens.items()}
     total = sum(hours.values())
+    how = f"at {rates['sft']:,.0f} tokens/s" if "sft" in found else "at the pretraining rate"
     console.print(
-        f"MiniMind-Zero at {row.tokens_per_second:,.0f} tokens/s on {row.device}, projected from file sizes and "
-        f"{per_token:.2f} bytes per token: pretraining {hours['pretrain']:.2f} h, SFT {hours['sft']:.2f} h "
-        f"(at the pretraining rate), {total:.2f} h in all, {total * YUAN_PER_HOUR:.2f} yuan at {YUAN_PER_HOUR} an "
-        f"hour; upstream reports {ZERO_HOURS} h on one RTX 3090",
+        f"MiniMind-Zero at {rates['pretrain']:,.0f} tokens/s on {found['pretrain'].device}, projected from file sizes "
+        f"and {per_token:.2f} bytes per token: pretraining {hours['pretrain']:.2f} h, SFT {hours['sft']:.2f} h "
+        f"({how}), {total:.2f} h in all, {total * YUAN_PER_HOUR:.2f} yuan at {YUAN_PER_HOUR} an hour; upstream reports "
+        f"{ZERO_HOURS} h on one RTX 3090",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     return {"tokens": tokens, "hours": hours, "total_hours": total, "bytes_per_token": per_token}

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -144,6 +145,21 @@ def _peak(step: Step, device: torch.device) -> int:
 def _summary(seconds: list[float], peak: int | None) -> Timing:
     quintiles = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else seconds * 4
     return Timing(statistics.median(seconds), quintiles[0], quintiles[-1], len(seconds), peak)
+
+
+def peak_mib(device: torch.device) -> float | None:
+    """The most memory so far, MiB: of a GPU what this process had allocated; on a CPU the peak of its resident set,
+    compilation included (VmHWM, which begins anew with the program); None where the system does not tell.
+
+    Not ru_maxrss: that is handed on from a process to the program it starts, and tells of the larger of the two.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), None)
 
 
 def limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:

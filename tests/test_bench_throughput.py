@@ -1,22 +1,35 @@
 """bench/throughput.py and bench/campaign.py on a CPU and a few steps: what is counted, written and refused."""
 
 import csv
+import dataclasses
 import inspect
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from bench import campaign, contenders, projection
 from bench.campaign import Campaign, Slice
 from bench.contenders import MAKERS, why_not
-from bench.throughput import Args, main
+from bench.stages import ALPHA, BETA, STAGES, padded_batches, padding_of, upstream_loss
+from bench.throughput import Args, data_of, main, slow_step
 from bench.throughput_report import COLUMNS, Row, plot
+from bench.throughput_worker import Step
+from minimind import ModelConfig, ops
 from minimind.data.files import write_json
+from minimind.modeling import Model
+from minimind.objectives.distillation import Distillation, distillation_loss
+from minimind.objectives.next_token import next_token_loss
+from minimind.objectives.preference import dpo, preference_loss, sequence_log_probs
+from minimind.training.batches import to_device
+from minimind.training.pairs import to_device as pairs_to_device
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,43 +43,177 @@ def data(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    asked = [{"role": "user", "content": f"How many is {i}?"} for i in range(12)]
+    said = [{"role": "assistant", "content": f"<think>Count to {i}.</think>It is {i}."} for i in range(12)]
+    path.write_text(
+        "".join(json.dumps({"conversations": pair}) + "\n" for pair in zip(asked, said, strict=True))
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rows = []
+    for i in range(12):
+        asked = {"role": "user", "content": f"How many is {i}?"}
+        sides = {"chosen": f"It is {i}.", "rejected": "No."}
+        rows.append({k: [asked, {"role": "assistant", "content": v}] for k, v in sides.items()})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def row(**changes) -> Row:
     values = dict.fromkeys(COLUMNS) | {
         "device": "card", "stage": "pretrain", "preset": "minimind2-small", "data": "d", "rows": 8, "seq_len": 512,
         "peer": "ours", "steps": 3, "tokens_per_second": 1000.0, "positions_per_second": 2000.0, "step_seconds": 1.0,
         "p20": 0.9, "p80": 1.1, "peak_mib": 100.0, "loader_share": 0.01, "optimizer": "adamw", "date": "today",
+        "padding": 0.5,
     }  # fmt: skip
     return Row(**(values | changes))
 
 
-def test_a_run_of_two_contenders(data, tmp_path):
+def run(tmp_path, *flags: str) -> list[dict]:
+    """Rows of bench/throughput.py with nano on one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINIMIND_CACHE": str(tmp_path / "cache")}
     environment.pop("TRITON_INTERPRET", None)
-    out = tmp_path / "out"
-    command = [sys.executable, "bench/throughput.py", "--data", str(data), "--preset", "nano", "--peer", "ours-eager",
-               "upstream-style", "--steps", "3", "--turn", "2", "--warmup", "1", "--rows", "2", "--seq-len", "64",
-               "--out", str(out)]  # fmt: skip
+    command = [
+        sys.executable,
+        "bench/throughput.py",
+        "--preset",
+        "nano",
+        "--out",
+        str(tmp_path / "out"),
+        *flags,
+    ]
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert answer.returncode == 0, answer.stderr[-3000:]
-    ours, peer = json.loads(answer.stdout.splitlines()[-1])["rows"]
-    assert ours["steps"] == peer["steps"] == 3 and ours["graph_breaks"] is None
-    assert ours["tokens_per_second"] > 0.9 * ours["positions_per_second"], "packed rows are full"
-    assert peer["tokens_per_second"] < 0.9 * peer["positions_per_second"], "padded ones are not"
-    with (out / "throughput.csv").open(encoding="utf-8", newline="") as file:
-        assert [r["peer"] for r in csv.DictReader(file)] == ["ours-eager", "upstream-style"]
-    (picture,) = out.glob("throughput-*.png")
+    return json.loads(answer.stdout.splitlines()[-1])["rows"]
+
+
+def test_a_run_of_two_stages(data, pairs, tmp_path):
+    rows = run(
+        tmp_path, "--stage", "pretrain,dpo", "--data", f"pretrain={data}", f"dpo={pairs}", "--peer", "ours-eager",
+        "upstream-style", "--steps", "3", "--turn", "2", "--warmup", "1", "--rows", "2", "--seq-len", "96",
+    )  # fmt: skip
+    assert [(r["stage"], r["peer"]) for r in rows] == [
+        (stage, peer) for stage in ("pretrain", "dpo") for peer in ("ours-eager", "upstream-style")
+    ]
+    for ours, peer in (rows[:2], rows[2:]):
+        assert ours["steps"] == peer["steps"] == 3 and ours["graph_breaks"] is None
+        assert ours["padding"] < 0.2 < peer["padding"], "packed rows are full, padded ones are not"
+        for row in (ours, peer):
+            computed = row["tokens_per_second"] / row["positions_per_second"]
+            assert row["padding"] == pytest.approx(1 - computed)
+            assert 150 < row["peak_mib"] < 4000
+    assert rows[2]["once_seconds"] > 0 and all(r["once_seconds"] is None for r in (rows[0], rows[1], rows[3]))
+    with (tmp_path / "out/throughput.csv").open(encoding="utf-8", newline="") as file:
+        assert [r["peer"] for r in csv.DictReader(file)] == ["ours-eager", "upstream-style"] * 2
+    (picture,) = (tmp_path / "out").glob("throughput-*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_both_sides_train_on_the_same_thing(stage, data, chats, pairs, tmp_path, monkeypatch):
+    """With every sequence whole, both sides see every token of a pass, and learn from the same targets."""
+    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path))
+    kind = STAGES[stage]
+    paths = [str(pairs if kind.pairs else data if stage == "pretrain" else chats)]
+    corpus = kind.open(paths, Console(quiet=True))
+    number = corpus.num_documents * (2 if kind.pairs else 1)
+    batch = next(padded_batches(kind, corpus, number, 64, torch.device("cpu")))
+    loader = kind.loader(corpus, 2, 64)
+    packed = list(loader.epoch_batches())
+    joints = corpus.num_documents if kind.pairs else 0  # from the end of a chosen answer to the rejected side
+    assert batch.real == loader.tokens_per_epoch - joints
+    assert int(batch.inputs.ne(0).sum()) == batch.real + number, "and the ends, which predict nothing"
+    assert int(batch.weights.ne(0).sum()) == sum(b.num_targets for b in packed)
+    if not kind.pairs:
+        assert float(batch.weights.sum()) == pytest.approx(sum(b.global_weight for b in packed))
+    else:
+        half = number // 2
+        assert not torch.equal(batch.inputs[:half], batch.inputs[half:])
+        prompt = (batch.weights[0] == 0).int().argmin()
+        assert torch.equal(batch.inputs[0, :prompt], batch.inputs[half, :prompt]), "sides of one pair"
+
+
+def test_padding_by_hand(data, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path))
+    corpus = STAGES["pretrain"].open([str(data)], Console(quiet=True))
+    lengths = corpus.lengths(np.arange(corpus.num_documents))
+    found = padding_of(STAGES["pretrain"], corpus, 4, 32)
+    assert found.padded == pytest.approx(1 - np.minimum(lengths - 1, 32).mean() / 32)
+    assert 0 <= found.packed < 0.1 < found.padded
+
+
+@pytest.mark.parametrize("stage", ["sft", "reason", "distill", "dpo"])
+def test_upstreams_loss_is_ours(stage, chats, pairs, tmp_path, monkeypatch):
+    """Upstream's way over padded rows and ours over packed ones minimise one loss, but for distill's two means."""
+    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path))
+    kind = STAGES[stage]
+    corpus = kind.open([str(pairs if kind.pairs else chats)], Console(quiet=True))
+    number = corpus.num_documents * (2 if kind.pairs else 1)
+    padded = next(padded_batches(kind, corpus, number, 64, torch.device("cpu")))
+    loader = kind.loader(corpus, number, 64)
+    model, other = (Model(ModelConfig.preset("nano")).double() for _ in range(2))
+    (host,) = loader.epoch_batches()
+    place = pairs_to_device if kind.pairs else to_device
+    batch = place(host, torch.device("cpu"))
+    frozen = other if kind.pairs or kind.teacher else None
+    theirs = upstream_loss(kind, model, frozen, padded)
+    with ops.using("reference"):
+        if kind.pairs:
+            told, _, _ = sequence_log_probs(other, batch.input_ids, batch.targets, batch.cu_seqlens)
+            sides = {"reference_chosen": told[batch.chosen], "reference_rejected": told[batch.rejected]}
+            given = dataclasses.replace(batch, **sides)
+            mine, _, _ = preference_loss(model, given, partial(dpo, beta=BETA))
+        elif kind.teacher:
+            mine, _ = distillation_loss(model, other, batch, Distillation(alpha=ALPHA))
+        else:
+            mine, *_ = next_token_loss(model, batch)
+    assert theirs.item() == pytest.approx(mine.item() / batch.global_weight, rel=1e-5)
+
+
+def test_peak_memory_is_this_process_own():
+    """A child that touches little says little, whatever its parent held: ru_maxrss would hand that on."""
+    code = """
+import resource, subprocess, sys
+held = bytearray(b"x" * (600 << 20))
+child = "import torch; from bench.timing import peak_mib; print(peak_mib(torch.device('cpu')))"
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, flush=True)
+subprocess.run([sys.executable, "-c", child], check=True)
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert answer.returncode == 0, answer.stderr
+    parent, child = map(float, answer.stdout.split())
+    assert parent > 600 and 100 < child < 550
+
+
+def test_a_slow_step_is_told():
+    steps = [Step(1.0, 2.0, 0.1, 10, 5)] * 4 + [Step(3.0, 2.5, 0.6, 1000, 5)]
+    assert slow_step(steps[:4]) is None
+    line = slow_step(steps) or ""
+    assert "step 5 took 3 s instead of 1" in line and "0.6 of them in the kernel, 1,000 page faults" in line
 
 
 @pytest.mark.parametrize(
     "given, message",
     [
         ({"peer": ("theirs",)}, "--peer theirs: unknown; choose from ours, "),
-        ({"preset": ("gpt5",)}, "--preset gpt5: unknown"),
-        ({"stage": ("sft",)}, "--stage sft: unknown; choose from pretrain"),
+        ({"preset": ("nano,gpt5",)}, "--preset gpt5: unknown"),
+        ({"stage": ("sft,ppo",)}, "--stage ppo: unknown; choose from pretrain"),
         ({"steps": 0}, "--steps 0: counts from 1"),
         ({"seq_len": 0}, "--seq-len 0: counts from 1"),
         ({"project": True, "device": "cpu"}, "--project: a CPU's figures"),
+        ({"headline": True, "stage": ("sft",)}, "--headline: needs --stage pretrain"),
+        ({"stage": ("sft,dpo",), "data": ("a.jsonl",)}, "--data a.jsonl: .* say whose: sft=a.jsonl"),
+        ({"stage": ("sft",), "data": ("dpo=a.jsonl",)}, "--data dpo=a.jsonl: --stage has no dpo"),
+        ({"stage": ("lora",), "optimizer": "muon"}, "--optimizer muon: adapters"),
     ],
 )
 def test_bad_arguments(given, message):
@@ -74,11 +221,20 @@ def test_bad_arguments(given, message):
         main(Args(**given))
 
 
+def test_each_stage_has_its_files():
+    args = Args(stage=("sft", "dpo"), data=("sft=a.jsonl", "dpo=b.jsonl", "sft=c.jsonl"))
+    assert data_of(args, "sft") == ["a.jsonl", "c.jsonl"] and data_of(args, "dpo") == ["b.jsonl"]
+    assert data_of(Args(data=("x=1.jsonl",)), "pretrain") == ["x=1.jsonl"]
+
+
 def test_who_cannot_run_says_why():
     cpu = torch.device("cpu")
-    assert why_not("liger", "minimind2-small", cpu) == "Liger-Kernel needs a GPU"
-    assert "no model of minimind3's shape" in (why_not("hf", "minimind3", cpu) or "")
-    assert why_not("ours", "minimind3-moe", cpu) is None
+    assert why_not("liger", "pretrain", "minimind2-small", cpu) == "Liger-Kernel needs a GPU"
+    assert "no model of minimind3's shape" in (why_not("hf", "sft", "minimind3", cpu) or "")
+    assert "does not do dpo" in (why_not("hf", "dpo", "minimind2-small", cpu) or "")
+    assert "no plain form of dpo" in (why_not("compile", "dpo", "minimind2-small", cpu) or "")
+    assert "bf16 on a GPU" in (why_not("upstream-bf16", "sft", "minimind2", torch.device("cuda")) or "")
+    assert all(why_not("ours", stage, "minimind3-moe", cpu) is None for stage in STAGES)
 
 
 def test_every_contender_is_described():
@@ -88,8 +244,6 @@ def test_every_contender_is_described():
 
 
 def test_projections_by_hand(capsys):
-    from rich.console import Console
-
     (first, second) = projection.cards([row(utilisation=0.5), row(utilisation=None)], Console())
     flops = (
         154.9e6 + 8 * 8 * 64 * 2 * 512 * 3
@@ -100,19 +254,21 @@ def test_projections_by_hand(capsys):
     corpus = type("Fake", (), {"num_bytes": 3000, "num_tokens": 1000})()
     found = projection.headline([row(tokens_per_second=1e5)], corpus, Console())
     assert found["total_hours"] == pytest.approx(2.8e9 / 3 / 1e5 / 3600)
+    both = [row(tokens_per_second=1e5), row(stage="sft", tokens_per_second=5e4)]
+    hours = projection.headline(both, corpus, Console())["hours"]
+    assert hours["sft"] / hours["pretrain"] == pytest.approx(2 * 1.2 / 1.6)
     with pytest.raises(ValueError, match="--peer ours"):
         projection.headline([row(peer="hf")], corpus, Console())
 
 
 def test_a_picture_of_several_presets(tmp_path):
-    plot([row(), row(peer="hf"), row(preset="minimind2", peer="hf")], tmp_path / "a.png")
+    rows = [row(), row(peer="hf"), row(preset="minimind2", peer="hf"), row(stage="dpo", peak_mib=None)]
+    plot(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000
 
 
 @pytest.fixture
 def here(tmp_path) -> Campaign:
-    from rich.console import Console
-
     return Campaign(tmp_path, "abc", Console(quiet=True), {})
 
 
