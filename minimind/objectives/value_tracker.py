@@ -121,7 +121,7 @@ class ValueTracker:
                 "put the data back or start anew with --resume never"
             )
         for name in ("successes", "failures", "seen_at"):
-            setattr(self, name, np.array(state[name], np.float64))
+            setattr(self, name, np.asarray(state[name], np.float64).copy())
         self.drift = float(state["drift"])
 
     def _chances(self, prompts: np.ndarray | None) -> np.ndarray:

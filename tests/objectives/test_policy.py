@@ -1,0 +1,251 @@
+"""The policy's loss on packed rows against one answer at a time with whole logits, in float64."""
+
+import dataclasses
+import math
+from functools import lru_cache
+from itertools import pairwise
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from minimind import ModelConfig, ops
+from minimind.modeling import Model
+from minimind.objectives.policy import PolicyBatch, policy_loss, token_log_probs
+from minimind.objectives.surrogates import (
+    ALGORITHMS,
+    Objective,
+    PolicyTokens,
+    Sampled,
+    clip,
+    with_entropy,
+    with_kl,
+)
+from minimind.objectives.values import actor_critic_loss, value_loss
+from minimind.value_head import ValueModel
+from tests.conftest import documents_batch
+from tests.kernels.contract import error
+
+TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            intermediate_size=96, vocab_size=97)  # fmt: skip
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, router_aux_loss_coef=0.1)
+DOCUMENTS = [[1, 99, 28], [63, 65], [128], [17, 1, 1, 50, 59]]
+SAMPLES = 8  # with a target, of 11 documents
+EPS = torch.finfo(torch.float32).eps
+TEMPERATURE = 0.8
+
+
+def make(kind: type[Model] = Model, **changes) -> Model:
+    torch.manual_seed(0)
+    model = kind(ModelConfig(**{**TINY, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def batch(name: str = "grpo", **changes) -> PolicyBatch:
+    """Rows with a prompt and an answer each; documents of one token, one without targets, empty ones at the end.
+    Numbers away from the targets are NaN: none of them may be looked at."""
+    ids, cu = documents_batch(DOCUMENTS, 128, 97)
+    generator = torch.Generator().manual_seed(1)
+    targets = torch.randint(0, 97, ids.shape, generator=generator)
+    targets.masked_fill_(torch.rand(ids.shape, generator=generator) < 0.5, -100)
+    targets[3, :17] = -100  # a sample without a token
+    targets[3, 17], targets[3, 18] = 5, -100  # samples of one token, and another without
+    behaviour = token_log_probs(make(), ids, targets, cu, temperature=TEMPERATURE)
+    columns = {}
+    for i, (column, spread) in enumerate((("behaviour_log_probs", 0.3), ("reference_log_probs", 0.3))):
+        noise = torch.randn(ids.shape, generator=torch.Generator().manual_seed(2 + i))
+        columns[column] = behaviour + spread * noise
+    for i, column in enumerate(("advantages", "old_values", "returns")):
+        columns[column] = torch.randn(ids.shape, generator=torch.Generator().manual_seed(5 + i))
+    columns = {k: v.masked_fill(targets == -100, float("nan")) for k, v in columns.items()}
+    count = int(targets.ne(-100).sum())
+    cu = torch.cat((cu, cu[-1:].expand(3)))
+    given = PolicyBatch(ids, targets, cu, num_targets=count, global_num_targets=count, global_num_samples=SAMPLES,
+                        aggregation=ALGORITHMS[name].aggregation, max_new_tokens=60, temperature=TEMPERATURE,
+                        **columns)  # fmt: skip
+    return dataclasses.replace(given, **changes)
+
+
+def objective(name: str) -> Objective:
+    return with_entropy(with_kl(ALGORITHMS[name].objective, 0.1), 0.05)
+
+
+@lru_cache(maxsize=2)
+def by_whole_logits(dtype: torch.dtype) -> tuple[list[torch.nn.Parameter], list[tuple[torch.Tensor, ...]]]:
+    """(parameters, per sample with targets: places, log-probabilities, entropies), one document at a time."""
+    given, model = batch(), make().to(dtype)
+    ids, targets = given.input_ids.flatten(), given.targets.flatten()
+    found = []
+    with ops.using("reference"):
+        for start, end in pairwise(given.cu_seqlens.tolist()):
+            kept = (targets[start:end] != -100).nonzero()[:, 0]
+            if len(kept):
+                log_p = (model(ids[start:end][None]).logits[0][kept] / TEMPERATURE).log_softmax(-1)
+                said = log_p.gather(1, targets[start:end][kept][:, None])[:, 0]
+                found.append((start + kept, said, -(log_p.exp() * log_p).sum(-1)))
+    assert len(found) == SAMPLES
+    return list(model.parameters()), found
+
+
+def loss_of_whole_logits(dtype: torch.dtype, name: str) -> list[torch.Tensor]:
+    """[normalised loss, its gradients], sample by sample."""
+    parameters, found = by_whole_logits(dtype)
+    given, aggregation = batch(name), ALGORITHMS[name].aggregation
+    total: torch.Tensor | float = 0.0
+    for places, said, entropy in found:
+        one = Sampled(places, torch.zeros_like(places), 1)
+        columns = [getattr(given, c).flatten()[places].to(dtype)
+                   for c in ("behaviour_log_probs", "advantages", "reference_log_probs")]  # fmt: skip
+        losses = objective(name)(PolicyTokens(one, said, *columns, entropy)).losses
+        total = total + (losses.mean() if aggregation == "sample" else losses.sum())
+    divisor = {"token": given.num_targets, "sample": SAMPLES, "constant": SAMPLES * 60}[aggregation]
+    loss = total / divisor
+    return [loss, *torch.autograd.grad(loss, parameters, retain_graph=True)]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_packed_rows_give_the_loss_and_gradients_of_whole_logits(name, ops_mode):
+    truths, plains = (loss_of_whole_logits(dtype, name) for dtype in (torch.float64, torch.float32))
+    model, given = make(), batch(name)
+    total, aux, _ = policy_loss(model, given, objective(name), entropy=True)
+    assert total.dtype == aux.dtype == torch.float32 and aux == 0
+    loss = total / given.global_weight
+    mine = [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+    for value, truth, plain in zip(mine, truths, plains, strict=True):
+        allowed = 2 * error(plain, truth) + 4 * EPS * (1 + truth.abs().max().item())
+        assert error(value, truth) <= allowed, tuple(value.shape)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo"])
+def test_figures_become_means_over_tokens(name):
+    given, (_, found) = batch(name), by_whole_logits(torch.float64)
+    _, _, figures = policy_loss(make(), given, clip, entropy=True)
+    mean = {k: v.item() / given.global_weight for k, v in figures.items()}
+    log_p = torch.cat([said for _, said, _ in found]).detach()
+    places = torch.cat([where for where, _, _ in found])
+    behaviour, reference, advantages = (getattr(given, c).flatten()[places].double() for c in (
+        "behaviour_log_probs", "reference_log_probs", "advantages"))  # fmt: skip
+    log_r, x = log_p - behaviour, reference - log_p
+    clipped = ((advantages > 0) & (log_r.exp() > 1.2)) | ((advantages < 0) & (log_r.exp() < 0.8))
+    expected = {
+        "ratio": log_r.exp().mean(),
+        "ratio_drift": log_r.abs().mean(),
+        "clipped": clipped.double().mean(),
+        "behaviour_kl": (log_r.exp() - 1 - log_r).mean(),
+        "advantage": advantages.mean(),
+        "kl": (x.exp() - 1 - x).mean(),
+        "entropy": torch.cat([h for _, _, h in found]).mean(),
+    }
+    assert mean.keys() == expected.keys()
+    for key, value in expected.items():
+        assert mean[key] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), key
+    plain = policy_loss(make(), given, clip)[2]
+    assert "entropy" not in plain
+    assert plain["sampled_entropy"].item() / given.global_weight == pytest.approx(
+        -log_p.mean().item(), rel=1e-5
+    )
+    assert not any(v.requires_grad for v in figures.values())
+
+
+def test_on_policy_the_ratio_is_one_and_nothing_drifts():
+    given, model = batch(), make()
+    now = token_log_probs(
+        model, given.input_ids, given.targets, given.cu_seqlens, given.num_targets, TEMPERATURE
+    )
+    assert now.dtype == torch.float32 and not now[given.targets == -100].any()
+    figures = policy_loss(model, dataclasses.replace(given, behaviour_log_probs=now), clip)[2]
+    assert figures["ratio"].item() / given.global_weight == pytest.approx(1, rel=1e-6)
+    assert figures["ratio_drift"] == figures["clipped"] == figures["behaviour_kl"] == 0
+
+
+def halves(given: PolicyBatch) -> list[PolicyBatch]:
+    """The same rows as two batches of the whole's global numbers."""
+    parts = []
+    for rows in (slice(0, 2), slice(2, 4)):
+        columns = {k: v[rows] for k, v in vars(given).items() if isinstance(v, torch.Tensor) and v.ndim == 2}
+        cu = given.cu_seqlens.clamp(0 if rows.start == 0 else 256, 256 if rows.start == 0 else 512)
+        columns["cu_seqlens"] = (cu - cu[0]).unique()
+        parts.append(
+            dataclasses.replace(given, **columns, num_targets=int(columns["targets"].ne(-100).sum()))
+        )
+    return parts
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_micro_batches_add_up(name):
+    given, gradients = batch(name), []
+    for parts in ([given], halves(given)):
+        model = make()
+        for part in parts:
+            loss, _, _ = policy_loss(model, part, objective(name), entropy=True)
+            (loss / part.global_weight).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for whole, sums in zip(*gradients, strict=True):
+        torch.testing.assert_close(sums, whole, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_rank_without_sampled_tokens_takes_part(name, ops_mode):
+    given = batch(name)
+    none = dataclasses.replace(given, targets=torch.full_like(given.targets, -100), num_targets=0)
+    model = make()
+    loss, _, figures = policy_loss(model, none, objective(name), entropy=True)
+    loss.backward()
+    assert loss == 0 and all(v == 0 for v in figures.values())
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_broken_ratio_makes_the_loss_infinite_and_never_nan(advantage):
+    given = batch("dapo")
+    broken = given.behaviour_log_probs.clone()
+    place = given.targets.ne(-100).nonzero()[0]
+    broken[tuple(place)] = -2000
+    given = dataclasses.replace(
+        given, behaviour_log_probs=broken, advantages=torch.full_like(broken, advantage)
+    )
+    model = make()
+    loss, _, figures = policy_loss(model, given, clip)
+    value = loss.item()
+    assert math.isinf(value) if advantage < 0 else math.isfinite(value)  # the bound holds what would be gained
+    assert all(v.isfinite() for v in figures.values()) and figures["ratio"] > 1e8  # e^20, which shows
+    if advantage > 0:
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_auxiliary_loss_comes_along():
+    model = make(**MOE)
+    loss, aux, _ = policy_loss(model, batch(), clip)
+    (loss + aux).backward()
+    assert aux > 0 and all(layer.mlp.router.weight.grad.any() for layer in model.layers)
+
+
+def test_nothing_waits_for_the_device_and_no_logits_are_kept():
+    """Fake tensors have no values, so that reading one fails."""
+    with FakeTensorMode():
+        model = ValueModel(ModelConfig(**TINY))
+        ids, column = torch.zeros(4, 128, dtype=torch.int64), torch.zeros(4, 128)
+        bounds = torch.zeros(15, dtype=torch.int32)
+        given = PolicyBatch(ids, ids, bounds, column, column, 512, 512, 14, "sample", reference_log_probs=column,
+                            old_values=column, returns=column)  # fmt: skip
+        calls = [
+            lambda name=name: policy_loss(model, given, objective(name), entropy=True) for name in ALGORITHMS
+        ]
+        calls += [lambda: value_loss(model, given), lambda: actor_critic_loss(model, given, clip)]
+        for call in calls:
+            kept: list[int] = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):  # noqa: B023
+                loss, _, _ = call()
+            loss.backward()
+            assert kept and 512 * 97 not in kept
+
+
+def test_what_has_no_meaning_is_refused():
+    with pytest.raises(ValueError, match=r"aggregation='mean': choose one of token, sample, constant"):
+        batch(aggregation="mean")
+    with pytest.raises(ValueError, match="max_new_tokens=0: aggregation 'constant' divides by it"):
+        batch(aggregation="constant", max_new_tokens=0)
