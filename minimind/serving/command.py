@@ -130,7 +130,8 @@ def greeting(service: Service, host: str, port: int) -> str:
 
 def _name_of(args: Args, opened: Opened) -> str:
     if opened.folder is not None:
-        return opened.folder.resolve().name
+        folder = opened.folder.resolve()
+        return folder.parents[1].name if folder.parent.name == "checkpoints" else folder.name
     return Path(args.model or "minimind").stem
 
 
