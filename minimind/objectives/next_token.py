@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minimind import ops
-from minimind.modeling import Model
+from minimind.modeling import Model, ModelOutput
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,19 @@ class TokenBatch:
         """What the loss is divided by: the weights of all ranks together."""
         return self.global_num_targets if self.weight_sum is None else self.weight_sum
 
+    @property
+    def share_of_weight(self) -> float:
+        """Of global_weight, what this rank's share of the targets stands for."""
+        return self.global_weight * self.num_targets / max(1, self.global_num_targets)
 
-def next_token_loss(model: Model, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """(sum over targets of -log p, each times its weight; mean auxiliary loss): float32 scalars, differentiable.
 
-    The sum is not normalised here: the caller divides by the GLOBAL weight, so that accumulation, packing and world
+def next_token_loss(
+    model: Model, batch: TokenBatch
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(sum over targets of -log p, each times its weight; mean auxiliary loss): float32 scalars, differentiable; of a
+    model with experts also `expert_load`, times this rank's share of the weight, by which it is averaged.
+
+    The sums are not normalised here: the caller divides by the GLOBAL weight, so that accumulation, packing and world
     size change nothing. The router is balanced over the tokens that are targets.
     """
     out = model(
@@ -50,7 +58,23 @@ def next_token_loss(model: Model, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     loss = ops.linear_cross_entropy(
         hidden, model.head_weight, batch.targets.flatten(), weights, num_targets=batch.num_targets
     )
-    return loss, out.aux_loss
+    if out.tokens_per_expert is None:
+        return loss, out.aux_loss
+    return loss, out.aux_loss, {k: v * batch.share_of_weight for k, v in expert_load(out).items()}
+
+
+@torch.no_grad()
+def expert_load(out: ModelOutput) -> dict[str, Tensor]:
+    """How evenly the tokens of a batch, padding included, went to the experts: float32 scalars on the device.
+
+    max_violation: by how much the most loaded expert is above the mean, (max - mean) / mean, averaged over the layers
+    (MaxVio of Wang et al. 2024, arXiv 2408.15664): 0 is even, experts / top_k - 1 is all to the same ones.
+    min_load: tokens of the least loaded expert over the mean, of the worst layer: 0 is an expert that learns nothing.
+    """
+    assert out.tokens_per_expert is not None
+    load = out.tokens_per_expert.float()
+    load = load / load.mean(dim=1, keepdim=True)
+    return {"max_violation": load.amax(dim=1).mean() - 1, "min_load": load.amin()}
 
 
 @torch.no_grad()

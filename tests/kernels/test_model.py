@@ -48,7 +48,7 @@ def batch_of(lengths: list[list[int]], seed: int = 0) -> TokenBatch:
 def results(model: Model, batch: TokenBatch, mode: str) -> dict[str, torch.Tensor]:
     with ops.using(mode):
         model.zero_grad()
-        loss, aux = next_token_loss(model, batch)
+        loss, aux, *_ = next_token_loss(model, batch)
         (loss / batch.num_targets + aux).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     return {"loss": loss.detach() / batch.num_targets, "aux": aux.detach(), **gradients}
@@ -131,7 +131,7 @@ def curve(model: Model, mode: str, dtype: torch.dtype, steps: int, lr: float = 3
     with ops.using(mode):
         for step in range(steps):
             batch = batches[step % len(batches)]
-            loss, aux = next_token_loss(model, batch)
+            loss, aux, *_ = next_token_loss(model, batch)
             total = loss / batch.num_targets + aux
             optimizer.zero_grad()
             total.backward()

@@ -71,8 +71,11 @@ def train(parallel: Parallel, level: str) -> tuple[Model | None, torch.Tensor]:
     trainer = Trainer(stage, options, RunFolder(Path(), None, None), NoTracker(), Console(), parallel)
     trainer._train_step()
     trainer._train_step()
+    assert all(row.names == ("max_violation", "min_load") for row in trainer.pending)
     figures = parallel.sum(torch.stack([row.figures for row in trainer.pending]))
-    return parallel.whole(model), figures
+    most, least = figures[:, 3:].unbind(1)  # means over ranks and micro-batches, of their own tokens
+    assert (most >= 0).all() and (most <= 4 / 2 - 1).all() and (least >= 0).all() and (least <= 1).all()
+    return parallel.whole(model), figures[:, :3]
 
 
 def main() -> None:
