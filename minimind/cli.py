@@ -15,7 +15,7 @@ COMMANDS = {
     "chat": ("minimind.inference.chat", "talk to a model in the terminal"),
     "serve": ("minimind.serving.command", "serve a model over HTTP as OpenAI's API does"),
     "evaluate": ("minimind.inference.perplexity", "perplexity of a model by context length"),
-    "export": ("minimind.export.command", "write a model as a GGUF file"),
+    "export": ("minimind.export.command", "write a model for transformers, vLLM, llama.cpp, ollama or upstream"),
 }
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from minimind.config import PRESETS
-from minimind.export.gguf import GgufType, export_gguf
+from minimind.export.gguf import GgufType, write_gguf
 from minimind.export.hf import export_hf
 from minimind.export.ollama import modelfile
 from minimind.export.output import check_free, replacing
@@ -120,7 +120,7 @@ def write_hf(opened: Opened, out: Path, dtype: str) -> list[str]:
     ]
 
 
-def write_gguf(opened: Opened, out: Path, dtype: str) -> list[str]:
+def write_one_gguf(opened: Opened, out: Path, dtype: str) -> list[str]:
     with replacing(out) as file:
         _gguf(opened, file, dtype)
     return [
@@ -155,7 +155,7 @@ def write_pth(opened: Opened, out: Path, dtype: str) -> list[str]:
 
 WRITERS: dict[str, Callable[[Opened, Path, str], list[str]]] = {
     "hf": write_hf,
-    "gguf": write_gguf,
+    "gguf": write_one_gguf,
     "ollama": write_ollama,
     "pth": write_pth,
 }
@@ -164,11 +164,11 @@ WRITERS: dict[str, Callable[[Opened, Path, str], list[str]]] = {
 def _gguf(opened: Opened, path: Path, dtype: str) -> None:
     name = opened.folder.resolve().name if opened.folder is not None else "MiniMind"
     if dtype != "q4_k_m":
-        export_gguf(opened.model, opened.tokenizer, path, _GGUF[dtype], name)
+        write_gguf(opened.model, opened.tokenizer, path, _GGUF[dtype], name)
         return
     full = path.with_name(f"{path.name}.f32")
     try:
-        export_gguf(opened.model, opened.tokenizer, full, "f32", name)
+        write_gguf(opened.model, opened.tokenizer, full, "f32", name)
         quantize(full, path)
     finally:
         full.unlink(missing_ok=True)

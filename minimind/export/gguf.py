@@ -45,9 +45,16 @@ def export_gguf(
     Raises ValueError where llama.cpp has no architecture for the model or no pre-tokenizer for the tokenizer, where
     q8_0 does not divide the rows, and where the `gguf` package is missing.
     """
+    with replacing(Path(path)) as partial:
+        write_gguf(model, tokenizer, partial, dtype, name)
+    return Path(path)
+
+
+def write_gguf(model: Model, tokenizer: Tokenizer, path: Path, dtype: GgufType, name: str) -> None:
+    """export_gguf without its care for what is there already or half-written."""
     if gguf is None:
         raise ValueError("GGUF files need the gguf package: pip install 'minimind[export]'")
-    config, path = model.config, Path(path)
+    config = model.config
     architecture = architecture_of(config)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture])
     _add_shape(writer, config, name, dtype)
@@ -57,14 +64,12 @@ def export_gguf(
         kind = _type_of(stock, tensor, dtype)
         data = gguf.quants.quantize(tensor.float().numpy(), kind)
         writer.add_tensor(f"{names.get_name(stock)}.weight", data, raw_dtype=kind)
-    with replacing(path) as partial:
-        try:
-            writer.write_header_to_file(partial)
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
-    return path
+    try:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 def architecture_of(config: ModelConfig) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ def export_hf(
     _write(folder / "generation_config.json", _generation(tokenizer))
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(
+        folder / "config.json", folder / "model.safetensors"
+    )  # safetensors lets its owner alone read it
 
 
 def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:

@@ -6,10 +6,11 @@ again they must give what the template renders, or the template is refused.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minimind.config import ModelConfig
@@ -31,76 +32,93 @@ _MARKED: tuple[list[dict[str, Any]], ...] = (
     [_USER, _CALLED, _RESULT, _REPLY, _AGAIN],
 )  # fmt: skip
 
+# Without tools, the lines that begin with a hash are left out.
 _GO_TEMPLATE = """\
-{{- if .Tools }}@before_system@
-{{- if .System }}{{ .System }}@joint@{{ end }}@before_tools@
-{{- range $i, $tool := .Tools }}{{ if $i }}@between_tools@{{ end }}{{ $tool }}{{ end }}@after_tools@@after_system@
-{{- else if .System }}@before_system@{{ .System }}@after_system@
-{{- else }}@default_system@
-{{- end }}
+#{{- if .Tools }}@before_system@
+#{{- if .System }}{{ .System }}@joint@{{ end }}@before_tools@
+#{{- range $i, $tool := .Tools }}{{ if $i }}@between_tools@{{ end }}{{ $tool }}{{ end }}@after_tools@@after_system@
+#{{- else }}
+{{- if .System }}@before_system@{{ .System }}@after_system@{{ else }}@default_system@{{ end }}
+#{{- end }}
 {{- range .Messages }}
 {{- if eq .Role "user" }}@before_user@{{ .Content }}@after_user@
-{{- else if eq .Role "assistant" }}@before_assistant@{{ .Content }}{{ $content := .Content }}
-{{- range $i, $call := .ToolCalls }}{{ if or $content $i }}@before_call@{{ end }}@name@{{ $call.Function.Name }}
-{{- ""}}@arguments@{{ $call.Function.Arguments }}@after_call@{{ end }}@after_assistant@
-{{- else if eq .Role "tool" }}@before_result@{{ .Content }}@after_result@
+{{- else if eq .Role "assistant" }}@before_assistant@{{ .Content }}
+#{{- $content := .Content }}{{ range $i, $call := .ToolCalls }}{{ if or $content $i }}@before_call@{{ end }}
+#{{- ""}}@name@{{ $call.Function.Name }}@arguments@{{ $call.Function.Arguments }}@after_call@{{ end }}
+{{- ""}}@after_assistant@
+#{{- else if eq .Role "tool" }}@before_result@{{ .Content }}@after_result@
 {{- end }}
 {{- end }}@opening@"""
 
 
 @dataclass(frozen=True)
+class Tools:
+    """What stands before and after: the list of tools, after the system's text and `joint`; a tool turn's text; a
+    call's name and arguments. between: two tools. before_call: parts a call from what stands before it."""
+
+    offered: tuple[str, str]
+    result: tuple[str, str]
+    call: tuple[str, str, str]
+    joint: str
+    between: str
+    before_call: str
+
+
+@dataclass(frozen=True)
 class Turns:
-    """What stands before and after: a system, user, assistant and tool turn's text; the list of tools, after the
-    system's text and `joint`; a call's arguments, after its name. default_system: the system turn where none is given.
-    opening: the header of an answer. between_tools, before_call: between two of them, or after an answer's text."""
+    """What stands before and after a system, user and assistant turn's text. default_system: the system turn where none
+    is given. opening: the header of an answer. tools: None where the template knows none."""
 
     system: tuple[str, str]
     user: tuple[str, str]
     assistant: tuple[str, str]
-    result: tuple[str, str]
-    tools: tuple[str, str]
-    call: tuple[str, str, str]
     default_system: str
     opening: str
-    joint: str
-    between_tools: str
-    before_call: str
+    tools: Tools | None
 
     def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] = ()) -> str:
         """The conversation as the Modelfile's template writes it, an answer opened."""
-        parts = []
         system = "".join(m["content"] for m in messages if m["role"] == "system")
-        if tools:
-            offered = self.between_tools.join(map(json.dumps, tools))
-            parts += [self.system[0], system, self.joint if system else "", self.tools[0], offered]
-            parts += [self.tools[1], self.system[1]]
-        else:
-            parts += [self.system[0], system, self.system[1]] if system else [self.default_system]
+        parts = [self.system[0], system, self.system[1]] if system else [self.default_system]
+        if tools and self.tools is not None:
+            offered = self.tools.between.join(map(json.dumps, tools))
+            before, after = self.tools.offered
+            head = [self.system[0], system, self.tools.joint if system else ""]
+            parts = [*head, before, offered, after, self.system[1]]
+        around = {"user": self.user, "assistant": self.assistant}
+        if self.tools is not None:
+            around["tool"] = self.tools.result
         for message in messages:
-            around = {"user": self.user, "assistant": self.assistant, "tool": self.result}.get(
-                message["role"]
-            )
-            if around is not None:
-                calls = [self._call(call["function"]) for call in message.get("tool_calls", ())]
-                text = self.before_call.join(([message["content"]] if message["content"] else []) + calls)
-                parts += [around[0], text, around[1]]
+            before, after = around.get(message["role"], ("", ""))
+            if message["role"] in around:
+                parts += [before, self._answer(message), after]
         return "".join([*parts, self.opening])
 
-    def _call(self, function: dict[str, Any]) -> str:
-        before, middle, after = self.call
-        return f"{before}{function['name']}{middle}{json.dumps(function['arguments'])}{after}"
+    def _answer(self, message: dict[str, Any]) -> str:
+        """A turn's text and, parted from it, its calls."""
+        texts = [message["content"]] if message["content"] else []
+        if self.tools is None:
+            return "".join(texts)
+        before, middle, after = self.tools.call
+        for call in message.get("tool_calls", ()):
+            name, arguments = call["function"]["name"], json.dumps(call["function"]["arguments"])
+            texts.append(f"{before}{name}{middle}{arguments}{after}")
+        return self.tools.before_call.join(texts)
 
     def go_template(self) -> str:
         """The same in Go's text/template, on what ollama hands over (its docs/template.md)."""
-        words = {
-            "default_system": self.default_system, "opening": self.opening, "joint": self.joint,
-            "between_tools": self.between_tools, "before_call": self.before_call, "name": self.call[0],
-            "arguments": self.call[1], "after_call": self.call[2],
-        }  # fmt: skip
-        for turn in ("system", "tools", "user", "assistant", "result"):
-            before, after = getattr(self, turn)
+        words = {"default_system": self.default_system, "opening": self.opening}
+        pairs = {"system": self.system, "user": self.user, "assistant": self.assistant}
+        lines = [line for line in _GO_TEMPLATE.splitlines() if self.tools is not None or line[0] != "#"]
+        if self.tools is not None:
+            pairs |= {"tools": self.tools.offered, "result": self.tools.result}
+            words |= dict(zip(("name", "arguments", "after_call"), self.tools.call, strict=True))
+            words |= {"joint": self.tools.joint, "between_tools": self.tools.between}
+            words |= {"before_call": self.tools.before_call}
+        for turn, (before, after) in pairs.items():
             words |= {f"before_{turn}": before, f"after_{turn}": after}
-        return re.sub(r"@(\w+)@", lambda match: _quoted(words[match[1]]), _GO_TEMPLATE)
+        text = "\n".join(line.removeprefix("#") for line in lines)
+        return re.sub(r"@(\w+)@", lambda match: _quoted(words[match[1]]), text)
 
 
 def read_turns(tokenizer: Tokenizer) -> Turns:
@@ -115,13 +133,12 @@ def read_turns(tokenizer: Tokenizer) -> Turns:
         raise ValueError(
             f"--to ollama: this chat template cannot be taken apart into turns ({error}); {_OTHERWISE}"
         ) from None
-    for messages in _MARKED:
-        for tools in _NONE_OR_SOME:
-            wanted = render(*messages, tools=tools or None, add_generation_prompt=True)
-            if turns.render(messages, tools) != wanted:
-                raise ValueError(
-                    f"--to ollama: this chat template is more than turn after turn; {_OTHERWISE}"
-                )
+    known = _MARKED if turns.tools is not None else _MARKED[:-1]  # the last one has calls
+    for messages, tools in itertools.product(known, _NONE_OR_SOME):
+        if turns.render(messages, tools) != render(
+            *messages, tools=tools or None, add_generation_prompt=True
+        ):
+            raise ValueError(f"--to ollama: this chat template is more than turn after turn; {_OTHERWISE}")
     return turns
 
 
@@ -147,39 +164,40 @@ def _read_turns(render: Any) -> Turns:
     start, after_user = _split(asked, "%USR%")
     before_user = _split(render(_USER, _AGAIN), "%USR%", "%AGN%")[1].removeprefix(after_user)
     before_system, between, _ = _split(render(_SYSTEM, _USER), "%SYS%", "%USR%")
-    answered = render(_USER, _REPLY)
-    reply = _split(answered.removeprefix(asked), "%RPL%")
-    first, second, arguments = _JSON
-    offered = _split(render(_USER, tools=_TOOLS), first, second, "%USR%")
-    after_system = between.removesuffix(before_user)
-    before_tools = offered[0].removeprefix(before_system)
-    joint = _split(render(_SYSTEM, _USER, tools=_TOOLS), "%SYS%", first)[1].removesuffix(before_tools)
-    called = _split(
-        render(_USER, _CALLED).removeprefix(asked), "%SAY%", "%CAL%", arguments, "%CAL%", arguments
-    )
-    after_call = called[5].removesuffix(reply[1])
-    before_call, head = _joint_and_head(called[1], called[3].removeprefix(after_call))
-    return Turns(
-        system=(before_system, after_system),
+    turns = Turns(
+        system=(before_system, between.removesuffix(before_user)),
         user=(before_user, after_user),
-        assistant=(reply[0], reply[1]),
-        result=_pair(_split(render(_USER, _REPLY, _RESULT).removeprefix(answered), "%RES%")),
-        tools=(before_tools, offered[2].removesuffix(before_user).removesuffix(after_system)),
-        call=(head, called[2], after_call),
+        assistant=_pair(_split(render(_USER, _REPLY).removeprefix(asked), "%RPL%")),
         default_system=start.removesuffix(before_user),
         opening=render(_USER, add_generation_prompt=True).removeprefix(asked),
-        joint=joint,
-        between_tools=offered[1],
-        before_call=before_call,
+        tools=None,
     )
+    if render(_USER, tools=_TOOLS) == asked:
+        return turns
+    return replace(turns, tools=_read_tools(render, turns))
 
 
-def _joint_and_head(after_text: str, after_call: str) -> tuple[str, str]:
-    """A call is parted from what stands before it by white space, the same after text as after a call."""
-    if after_text != after_call:
+def _read_tools(render: Any, turns: Turns) -> Tools:
+    (before_system, after_system), before_user, after_reply = turns.system, turns.user[0], turns.assistant[1]
+    first, second, arguments = _JSON
+    asked, answered = render(_USER), render(_USER, _REPLY)
+    head, between, tail, _ = _split(render(_USER, tools=_TOOLS), first, second, "%USR%")
+    before_tools = head.removeprefix(before_system)
+    joint = _split(render(_SYSTEM, _USER, tools=_TOOLS), "%SYS%", first)[1].removesuffix(before_tools)
+    marks = ("%SAY%", "%CAL%", arguments, "%CAL%", arguments)
+    _, after_text, middle, after_first, _, end = _split(render(_USER, _CALLED).removeprefix(asked), *marks)
+    after_call = end.removesuffix(after_reply)
+    before_call = after_text.lstrip()  # a call is parted from what stands before it by white space
+    if after_text != after_first.removeprefix(after_call):
         raise ValueError("a call after text and one after a call differ")
-    head = after_text.lstrip()
-    return after_text.removesuffix(head), head
+    return Tools(
+        offered=(before_tools, tail.removesuffix(before_user).removesuffix(after_system)),
+        result=_pair(_split(render(_USER, _REPLY, _RESULT).removeprefix(answered), "%RES%")),
+        call=(before_call, middle, after_call),
+        joint=joint,
+        between=between,
+        before_call=after_text.removesuffix(before_call),
+    )
 
 
 def _pair(parts: Sequence[str]) -> tuple[str, str]:

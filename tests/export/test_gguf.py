@@ -1,8 +1,6 @@
-"""GGUF files: every tensor and field as llama.cpp wants them, read back by the gguf package; with llama-cpp-python the
-very tokens and logits of this project's models."""
+"""GGUF files: every tensor and field as llama.cpp wants them, read back by the gguf package."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 
@@ -196,43 +194,3 @@ def test_refusals_leave_no_file(tmp_path):
 def test_permute_pairs_by_hand():
     rows = torch.arange(8.0).unsqueeze(1)  # two heads of four
     assert permute_pairs(rows, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
-@pytest.mark.parametrize("name", CONFIGS)
-def test_llama_cpp_writes_the_same_tokens(name, tmp_path):
-    """Greedy in float32: every token is the float64 model's own choice but for ties of float32's last digits."""
-    from bench.decode_check import Judge
-    from bench.llama_cpp_decoder import LlamaCpp
-
-    model = model_of(CONFIGS[name])
-    path = export_gguf(model, load_tokenizer(), tmp_path / "m.gguf", "f32")
-    prompts = torch.randint(16, 6400, (2, 100), generator=torch.Generator().manual_seed(1))
-    decoder = LlamaCpp(path, 2, 148, 1, True)
-    tokens = [decoder.prefill(prompts.numpy())]
-    for _ in range(47):
-        tokens.append(decoder.step(tokens[-1]))
-    decoder.close()
-    verdict = Judge(model).judge(prompts, np.stack(tokens, axis=1).tolist(), "fp32")
-    assert verdict.passed and verdict.equal > 0.99
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="needs llama-cpp-python")
-def test_llama_cpp_reads_text_as_this_project_does(tmp_path):
-    import llama_cpp
-
-    tokenizer = load_tokenizer()
-    path = export_gguf(model_of(CONFIGS["llama"]), tokenizer, tmp_path / "m.gguf")
-    theirs = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
-    texts = [
-        "Hello, world's 12345!",
-        "床前明月光，疑是地上霜。\n\n  two  spaces",
-        "emoji 🙂 and\ttabs\r\n",
-        "I'LL don't",
-    ]
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
-    for text in [*texts, chat, "<think>\nno\n</think>"]:
-        assert theirs.tokenize(text.encode(), add_bos=True, special=True) == tokenizer.encode(text)
-    assert theirs.metadata["tokenizer.chat_template"] == tokenizer.chat_template

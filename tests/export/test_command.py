@@ -1,0 +1,261 @@
+"""`minimind export` from the command line: what is written, what is said, and refusals that leave nothing behind."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind import ModelConfig, cli, load_model, load_tokenizer
+from minimind.export import command, hf, quantize
+from minimind.lora import LoRAConfig, add_adapter, lora_linears
+from minimind.lora_files import save_adapter
+from minimind.modeling import Model
+from minimind.weights import save_weights
+from tests.export.small import CONFIGS, model_of
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return saved(tmp_path / "run", CONFIGS["qwen3"])
+
+
+def saved(path: Path, config: ModelConfig) -> Path:
+    save_weights(model_of(config), path)
+    load_tokenizer().save(path)
+    return path
+
+
+def adapter(path: Path, config: ModelConfig, base: Path | None = None, **settings) -> Path:
+    model = model_of(config)
+    add_adapter(model, LoRAConfig(rank=2, **settings))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for _, linear in lora_linears(model):
+            linear.adapter("default").B.normal_(0, 0.3)
+    save_adapter(model, path, base_model=None if base is None else str(base))
+    return path
+
+
+def run(capsys, *arguments) -> tuple[int, list[str], str]:
+    status = cli.run(["export", *map(str, arguments)])
+    said = capsys.readouterr()
+    return status, said.out.splitlines(), said.err
+
+
+def refused(capsys, tmp_path, *arguments) -> str:
+    """The one line; nothing was written."""
+    before = sorted(tmp_path.rglob("*"))
+    status, _, error = run(capsys, *arguments)
+    assert status == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    assert sorted(tmp_path.rglob("*")) == before
+    return error
+
+
+def same(model: Model, other: Model) -> bool:
+    state = other.state_dict()
+    return all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_hf(folder, tmp_path, capsys):
+    out = tmp_path / "my model"
+    status, lines, _ = run(capsys, "--model", folder, "--to", "hf", "--out", out)
+    assert (
+        status == 0
+        and lines[0].startswith(f"{out}: ")
+        and lines[0].endswith(", fp32, for transformers, vLLM and trl")
+    )
+    assert lines[1] == f"next: minimind chat --model '{out}'; vllm serve '{out}'"
+    assert {file.name for file in out.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1, "who may read one may read all"
+    assert same(model_of(CONFIGS["qwen3"]), load_model(out))
+
+
+def test_pth(folder, tmp_path, capsys):
+    out = tmp_path / "m.pth"
+    status, lines, _ = run(capsys, "--model", folder, "--out", out, "--dtype", "fp16")
+    assert status == 0 and "its shape is no preset's" in lines[-1]
+    assert {t.dtype for t in torch.load(out, weights_only=True).values()} == {torch.float16}
+    nano = saved(tmp_path / "nano", ModelConfig.preset("nano"))
+    _, lines, _ = run(capsys, "--model", nano, "--out", tmp_path / "nano.pth")
+    assert lines[-1] == f"next: minimind chat --model {tmp_path / 'nano.pth'} --preset nano"
+    assert same(load_model(nano), load_model(tmp_path / "nano.pth", "nano"))
+
+
+def test_gguf_and_ollama(folder, tmp_path, capsys):
+    gguf = pytest.importorskip("gguf", reason="install minimind[export]: needs gguf")
+    status, lines, _ = run(capsys, "--model", folder, "--out", tmp_path / "m.gguf")
+    assert status == 0 and lines[-1] == f"next: llama-cli -m {tmp_path / 'm.gguf'}"
+    out = tmp_path / "Ollama"
+    status, lines, _ = run(capsys, "--model", folder, "--to", "ollama", "--out", out, "--dtype", "q8_0")
+    assert status == 0 and {file.name for file in out.iterdir()} == {"Modelfile", "model.gguf"}
+    assert lines[-1] == f"next: ollama create ollama -f {out / 'Modelfile'} && ollama run ollama"
+    text = (out / "Modelfile").read_text(encoding="utf-8")
+    assert text.startswith("FROM ./model.gguf\n") and 'PARAMETER stop "<|im_end|>"\n' in text
+    assert "PARAMETER num_ctx 512\n" in text
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(out / "model.gguf").tensors}
+    assert kinds["token_embd.weight"] == "Q8_0" and kinds["output_norm.weight"] == "F32"
+
+
+def test_q4_k_m(folder, tmp_path, capsys):
+    pytest.importorskip("gguf", reason="install minimind[export]: needs gguf")
+    pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
+    status, lines, _ = run(capsys, "--model", folder, "--out", tmp_path / "m.gguf", "--dtype", "q4_k_m")
+    assert status == 0 and "q4_k_m" in lines[0]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.gguf", "run"]
+
+
+def test_an_adapter_is_merged_for_every_target(folder, tmp_path, capsys):
+    lora = adapter(tmp_path / "lora", CONFIGS["qwen3"])
+    base, wanted = model_of(CONFIGS["qwen3"]), model_of(CONFIGS["qwen3"])
+    from minimind.lora import merge_adapter, remove_adapters
+    from minimind.lora_files import load_adapter
+
+    load_adapter(wanted, lora)
+    merge_adapter(wanted)
+    remove_adapters(wanted)
+    for target, out in (("hf", tmp_path / "hf"), ("pth", tmp_path / "m.pth")):
+        status, _, _ = run(
+            capsys, "--model", folder, "--lora", lora, "--merge-lora", "--to", target, "--out", out
+        )
+        found = load_model(out, None if target == "hf" else wanted.config)
+        assert status == 0 and same(wanted, found) and not same(base, found)
+    assert not (tmp_path / "hf" / "adapter").exists()
+
+
+def test_a_lora_run_is_its_base_with_the_adapter_beside(folder, tmp_path, capsys):
+    """As train/lora.py leaves it: the adapter in a checkpoint, the base by its path."""
+    run_folder = tmp_path / "lora-run"
+    adapter(run_folder / "checkpoints" / "step-00000010", CONFIGS["qwen3"], base=folder)
+    (run_folder / "config.json").write_text(json.dumps({"stage": "lora"}))
+    out = tmp_path / "hf"
+    status, lines, _ = run(capsys, "--model", run_folder, "--to", "hf", "--out", out)
+    assert status == 0 and lines[1] == f"{out / 'adapter'}: the adapter in peft's form, on top of it"
+    assert same(model_of(CONFIGS["qwen3"]), load_model(out)), "the base itself"
+
+    peft = pytest.importorskip("peft", reason="install minimind[dev]: reads the adapter")
+    transformers = pytest.importorskip("transformers", reason="install minimind[export]")
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(out), out / "adapter"
+    )
+    merged = tmp_path / "merged"
+    assert run(capsys, "--model", run_folder, "--merge-lora", "--to", "hf", "--out", merged)[0] == 0
+    again = tmp_path / "again"  # the adapter's own folder says where its base is
+    assert run(capsys, "--model", out / "adapter", "--merge-lora", "--to", "hf", "--out", again)[0] == 0
+    assert same(load_model(merged), load_model(again))
+    ids = torch.arange(20, 60).unsqueeze(0)
+    with torch.no_grad():
+        found, ours = theirs(ids).logits, load_model(merged)(ids).logits
+        base, truth = model_of(CONFIGS["qwen3"])(ids).logits, load_model(merged).double()(ids).logits
+    eps = torch.finfo(torch.float32).eps
+    # beside the rounding of plain float32, W + B A is rounded once where the adapter's own products are not
+    bound = 2 * (ours - truth).abs().max() + 64 * eps * truth.abs().max()
+    assert (found - ours).abs().max() <= bound < (base - ours).abs().max()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--to", "onnx", "--out", "x"], "--to onnx: unknown; choose from hf, gguf, ollama, pth"),
+        (["--out", "x"], "does not say what to write; add --to hf"),
+        (["--to", "gguf", "--out", "x"], "--to gguf writes a file; name it *.gguf"),
+        (["--to", "hf", "--out", "x.gguf"], "--to hf writes a folder; name one"),
+        (["--to", "hf", "--out", "x", "--dtype", "q8_0"], "--dtype q8_0: --to hf takes fp32, fp16, bf16"),
+        (["--to", "hf", "--out", "x", "--merge-lora"], "--merge-lora: there is no adapter"),
+    ],
+)
+def test_flags_that_do_not_fit(arguments, message, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, tmp_path, "--model", folder, *arguments)
+
+
+def test_nothing_is_overwritten(folder, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "m.pth").write_text("mine")
+    base = ("--model", folder)
+    assert "exists and is not empty" in refused(
+        capsys, tmp_path, *base, "--to", "hf", "--out", tmp_path / "full"
+    )
+    assert "m.pth: exists;" in refused(capsys, tmp_path, *base, "--out", tmp_path / "m.pth")
+    (tmp_path / "empty").mkdir()
+    assert run(capsys, *base, "--to", "hf", "--out", tmp_path / "empty")[0] == 0
+
+
+def test_adapters_that_do_not_fit(folder, tmp_path, capsys):
+    base = ("--model", folder, "--lora")
+    own = adapter(tmp_path / "own", CONFIGS["qwen3"])
+    error = refused(capsys, tmp_path, *base, own, "--out", tmp_path / "m.gguf")
+    assert f"--to gguf has no place for the adapter {own}; add --merge-lora" in error
+    other = adapter(tmp_path / "other", ModelConfig.preset("nano"))
+    error = refused(capsys, tmp_path, *base, other, "--to", "hf", "--out", tmp_path / "hf")
+    assert "the adapter was made for another model" in error
+    lost = adapter(tmp_path / "lost", CONFIGS["qwen3"], base=tmp_path / "gone")
+    error = refused(capsys, tmp_path, "--model", lost, "--to", "hf", "--out", tmp_path / "hf")
+    assert f"its base model ({tmp_path / 'gone'}) is not here; give --model BASE --lora {lost}" in error
+    shared = saved(tmp_path / "granite", CONFIGS["granitemoe"])
+    lora = adapter(tmp_path / "g", CONFIGS["granitemoe"])
+    to_hf = ("--model", shared, "--lora", lora, "--to", "hf", "--out", tmp_path / "hf")
+    assert "shared experts" in refused(capsys, tmp_path, *to_hf)
+    assert run(capsys, *to_hf, "--merge-lora")[0] == 0
+
+
+def test_an_adapter_of_grouped_attention_rides_on_granite(tmp_path, capsys):
+    """Attention has the same names there: its adapter needs no merging."""
+    shared = saved(tmp_path / "granite", CONFIGS["granitemoe"])
+    lora = adapter(tmp_path / "g", CONFIGS["granitemoe"], targets=("q_proj", "v_proj"))
+    out = tmp_path / "hf"
+    assert run(capsys, "--model", shared, "--lora", lora, "--to", "hf", "--out", out)[0] == 0
+    peft = pytest.importorskip("peft", reason="install minimind[dev]: reads the adapter")
+    transformers = pytest.importorskip("transformers", reason="install minimind[export]")
+    model = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(out), out / "adapter"
+    )
+    assert sum("lora_B" in name for name, _ in model.named_parameters()) == 4  # q and v of two layers
+
+
+def test_a_vocabulary_that_does_not_fit(tmp_path, capsys):
+    small = saved(tmp_path / "small", ModelConfig(64, 2, 4, 2, 16, 96, 100))
+    error = refused(capsys, tmp_path, "--model", small, "--to", "hf", "--out", tmp_path / "hf")
+    assert "100 tokens, its tokenizer has 6400; name another --tokenizer" in error
+
+
+def test_a_missing_quantizer(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    arguments = ("--model", folder, "--out", tmp_path / "m.gguf", "--dtype", "q4_k_m")
+    error = refused(capsys, tmp_path, *arguments)
+    assert "--dtype q4_k_m: llama.cpp's quantizer is missing; pip install llama-cpp-python" in error
+
+
+def test_a_quantizer_on_the_path(tmp_path, monkeypatch):
+    tool = tmp_path / "llama-quantize"
+    tool.write_text('#!/bin/sh\necho "$3" > "$2"\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    quantize.quantize(tmp_path / "in", tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "Q4_K_M\n"
+
+
+@pytest.mark.parametrize("target", ["hf", "pth", "gguf", "ollama"])
+def test_a_full_disk_leaves_nothing(target, folder, tmp_path, capsys, monkeypatch):
+    if target in ("gguf", "ollama"):
+        pytest.importorskip("gguf", reason="install minimind[export]: needs gguf")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hf, "save_file", full)
+    monkeypatch.setattr("minimind.export.pth.torch.save", full)
+    monkeypatch.setattr("minimind.export.gguf.gguf.GGUFWriter.write_tensors_to_file", full, raising=False)
+    out = tmp_path / {"pth": "m.pth", "gguf": "m.gguf"}.get(target, "out")
+    error = refused(capsys, tmp_path, "--model", folder, "--to", target, "--out", out)
+    assert f"--out {out}" in error and "No space left on device" in error
+
+
+def test_every_target_has_a_default_dtype():
+    assert command._DEFAULT.keys() == command.WRITERS.keys()
