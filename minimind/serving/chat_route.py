@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from minimind.inference.requests import Constraint, Delta
-from minimind.serving.errors import ApiError, documented
+from minimind.serving.errors import ApiError, documented_stream
 from minimind.serving.logprobs import chat_logprobs
 from minimind.serving.prompts import offered
 from minimind.serving.protocol import ChatRequest, JsonFormat, JsonSchemaFormat, NamedTool
@@ -28,7 +28,7 @@ from minimind.serving.worker import Generation
 def chat_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", responses=documented(400, 401, 404, 413, 422, 429, 500, 503))
+    @router.post("/v1/chat/completions", responses=documented_stream(400, 401, 404, 413, 422, 429, 500, 503))
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         service.check_model(asked.model)
         answer = await ChatAnswer.begin(service, asked)

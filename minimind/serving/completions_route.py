@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from minimind.inference.requests import Delta
-from minimind.serving.errors import ApiError, documented
+from minimind.serving.errors import ApiError, documented_stream
 from minimind.serving.logprobs import completion_logprobs
 from minimind.serving.protocol import CompletionRequest
 from minimind.serving.service import Service
@@ -26,7 +26,7 @@ DEFAULT_TOKENS = 16  # as OpenAI's
 def completions_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions", responses=documented(400, 401, 404, 413, 422, 429, 500, 503))
+    @router.post("/v1/completions", responses=documented_stream(400, 401, 404, 413, 422, 429, 500, 503))
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         service.check_model(asked.model)
         answer = await Continuation.begin(service, asked)

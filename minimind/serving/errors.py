@@ -67,6 +67,12 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody} for status in statuses}
 
 
+def documented_stream(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The same for a route whose answer may be a stream."""
+    content: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
+    return {200: {"description": "The answer, or its events", "content": content}, **documented(*statuses)}
+
+
 def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
