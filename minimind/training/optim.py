@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
 
 from minimind.modeling import Model
 from minimind.training.parallel import from_rank_0, to_rank_0
@@ -60,6 +61,8 @@ def build_optimizers(
       update scaled to the size of AdamW's so that one `lr` serves both (Moonlight, arXiv 2502.16982); AdamW for
       the embedding, the head, the router, stacked experts (torch.optim.Muon takes 2-D tensors only) and the gains.
     """
+    if isinstance(model, FSDPModule):  # a forward without a backward leaves whole parameters in place of shards
+        model.reshard()
     parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     muon = [p for n, p in parameters if name == "muon" and _is_block_matrix(n, p)]
     orthogonal = {id(p) for p in muon}

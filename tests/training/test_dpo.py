@@ -169,11 +169,12 @@ def test_curve_is_that_of_one_process(processes, flags, origin, pairs, alone, tm
     rows = reproducible(tmp_path / "out")
     assert len(rows) == len(alone)
     for row, truth in zip(rows, alone, strict=True):
-        assert row.keys() == truth.keys()
-        assert row.pop("kind") == truth["kind"]
-        for name, value in row.items():
+        assert row.keys() == truth.keys() and row["kind"] == truth["kind"]
+        for name in row.keys() - {"kind"}:
+            if name.endswith("accuracy") and row["step"] <= 1:
+                continue  # all margins are 0 but for rounding, which decides their signs
             # margins are differences of sums of some hundred nats in float32
-            assert value == pytest.approx(truth[name], rel=1e-3, abs=2e-5), (row["step"], name)
+            assert row[name] == pytest.approx(truth[name], rel=1e-3, abs=2e-5), (row["step"], name)
 
 
 @pytest.mark.parametrize("loss", ["ipo", "simpo", "orpo"])
