@@ -34,7 +34,7 @@ from rich.console import Console
 from minimind.objectives.advantages import group_advantages, leave_one_out
 from minimind.objectives.policy import policy_loss
 from minimind.objectives.surrogates import ALGORITHMS, Algorithm, Objective, with_entropy, with_kl
-from minimind.training.rl_stage import RolloutArgs, Rollouts
+from minimind.training.rl_stage import RolloutArgs, Rollouts, no_tokens
 from minimind.training.rollouts import Answer
 from minimind.training.script import run_script
 
@@ -93,10 +93,11 @@ def bundle(args: Args) -> tuple[Algorithm, float]:
         objective = with_kl(objective, beta)
     if args.entropy:
         objective = with_entropy(objective, args.entropy)
+    objective(no_tokens())  # refuses settings that mean nothing
     return Algorithm(objective, args.aggregation or known.aggregation, known.std, beta), beta
 
 
-def advantages(answers: list[Answer], how: Any) -> None:
+def advantages(answers: list[Answer], how: Any) -> dict[str, float]:
     """Give every token of an answer the answer's advantage in its group."""
     rewards = torch.tensor([a.reward for a in answers], dtype=torch.float64)
     groups = torch.from_numpy(np.unique([a.number for a in answers], return_inverse=True)[1])
@@ -105,6 +106,7 @@ def advantages(answers: list[Answer], how: Any) -> None:
     found = (leave_one_out if loo else partial(group_advantages, std=how))(rewards, groups, count)
     for answer, value in zip(answers, found.tolist(), strict=True):
         answer.advantages = np.full(len(answer.ids), value, np.float32)
+    return {}
 
 
 def describe(args: Args, algorithm: Algorithm, beta: float) -> str:

@@ -30,7 +30,7 @@ from minimind.training.rl_loader import Rollout, Shape, pack
 from minimind.training.rollouts import Answer, Drawn, Sampler, Sampling
 
 _TOKENS = 8192  # of a forward without gradients
-_CHECKED = 8  # answers of a rank that are scored again, to compare the trainer with the engine
+_CHECKED = 16  # answers that are scored again, to compare the trainer with the engine
 
 
 class Stream(Protocol):
@@ -45,7 +45,8 @@ class Collector:
     answers each.
 
     reference: a frozen model to score answers with, where the algorithm wants it. annotate(answers): what else is
-    worked out for a rank's share of them, such as a critic's values. advantages(answers): fills them in, given all.
+    worked out for a rank's share of them, such as a critic's values. advantages(answers): fills them in, given all, and
+    returns figures to log. before(answers of the rollout before): called first, with the weights trained on them.
     refills: how many prompts may be drawn in place of those whose answers all have one reward, as a multiple of
     `prompts`; 0: such groups stay.
     """
@@ -59,24 +60,28 @@ class Collector:
     how: Sampling
     shape: Shape
     parallel: Parallel
-    advantages: Callable[[list[Answer]], None]
+    advantages: Callable[[list[Answer]], dict[str, float]]
     reference: Model | None = None
     annotate: Callable[[list[Answer]], None] | None = None
+    before: Callable[[list[Answer]], None] | None = None
     refills: int = 0
     console: Console = field(default_factory=Console)
     watch: SignalWatch = field(default_factory=SignalWatch)
     failed: Counter[str] = field(default_factory=Counter)  # answers that each reward could not score, so far
 
-    def __call__(self, number: int, first: int) -> Rollout:
-        """Rollout `number`, from the prompt `first` of the stream on."""
+    def __call__(self, number: int, first: int, previous: list[Answer]) -> Rollout:
+        """Rollout `number`, from the prompt `first` of the stream on; previous: answers of the rollout before."""
         seconds = {"rollout": 0.0, "reward": 0.0, "prepare": 0.0}
         self.model.eval()
+        if self.before is not None and previous:
+            with _timed(seconds, "prepare"):
+                self.before(previous)
         made, kept, following = self._answers(first, seconds)
         with _timed(seconds, "prepare"):
             self._annotate(kept)
             figures = self._figures(made, kept)
             if kept:
-                self.advantages(kept)
+                figures |= self.advantages(kept)
         return Rollout(kept, following, figures, seconds)
 
     def _answers(self, first: int, seconds: dict[str, float]) -> tuple[list[Answer], list[Answer], int]:
@@ -119,9 +124,10 @@ class Collector:
                 a.reference = log_probs
         if self.annotate is not None:
             self.annotate(mine)
-        for rank, part in enumerate(self.parallel.gather([(a.reference, a.values) for a in mine])):
-            for a, (reference, values) in zip(answers[rank :: self.parallel.world_size], part, strict=True):
-                a.reference, a.values = reference, values
+        known = self.parallel.gather([(a.reference, a.values, a.after) for a in mine])
+        for rank, part in enumerate(known):
+            for a, worked_out in zip(answers[rank :: self.parallel.world_size], part, strict=True):
+                a.reference, a.values, a.after = worked_out
 
     def _figures(self, made: list[Answer], kept: list[Answer]) -> dict[str, float]:
         """What metrics.jsonl has of a rollout."""
@@ -152,11 +158,15 @@ class Collector:
 
     def _drift(self, answers: list[Answer]) -> dict[str, float]:
         """How far the engine's log-probabilities are from the trainer's, before any update, on a few answers."""
-        mine = answers[self.parallel.rank :: self.parallel.world_size][:_CHECKED]
+        values = self.moved(answers, _CHECKED)
+        return {"drift_mean": values.mean(), "drift_max": values.max()} if len(values) else {}
+
+    def moved(self, answers: list[Answer], count: int) -> np.ndarray:
+        """|log p - what the engine said| of every token of the first `count` answers, p being the policy as it is."""
+        mine = answers[:count][self.parallel.rank :: self.parallel.world_size]
         again = scored_again(self.model, mine, self.shape)
         apart = [np.abs(log_probs - a.log_probs) for a, log_probs in zip(mine, again, strict=True)]
-        values = np.concatenate([np.zeros(0), *chain(*self.parallel.gather(apart))])
-        return {"drift_mean": values.mean(), "drift_max": values.max()} if len(values) else {}
+        return np.concatenate([np.zeros(0), *chain(*self.parallel.gather(apart))])
 
 
 def score(rewards: Rewards, data: PromptSet, answers: Sequence[Answer]) -> dict[str, Failures]:

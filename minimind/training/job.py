@@ -138,16 +138,21 @@ class Job:
         if self.run.checkpoint is not None:
             self.state = share_trainer_state(self.run.checkpoint, self.parallel)
 
-    def build_model(self, prepare: Callable[[Model], None] | None = None) -> tuple[Model, Model]:
+    def build_model(
+        self, prepare: Callable[[Model], None] | None = None, make: Callable[[Model], Model] | None = None
+    ) -> tuple[Model, Model]:
         """(the model, the module whose forward and backward train it: replicated, sharded, compiled).
 
-        prepare: what is done to the model on its device before that: adapters, frozen parts.
+        prepare: what is done to the model on its device before that: adapters, frozen parts. make: another one made of
+        it, such as one with a critic.
         """
         torch.manual_seed(self.args.seed)
         model = self.place(self.origin.model())
         model.recompute = self.args.recompute
         if prepare is not None:
             prepare(model)
+        if make is not None:
+            model = make(model)
         if self.args.profile or nvtx_mode():
             mark_blocks(model)
         trained = cast(Model, self.parallel.wrap(model))

@@ -50,9 +50,10 @@ class Loader(Protocol):
     def fetch(self) -> None:
         """Start bringing the next one."""
 
-    def state(self) -> dict[str, int]: ...
+    def state(self) -> dict[str, Any]:
+        """Where it is: numbers, and what else it needs to go on from there, as plain values and tensors."""
 
-    def load_state(self, state: dict[str, int]) -> None: ...
+    def load_state(self, state: dict[str, Any]) -> None: ...
 
 
 StageLoss = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[str, Tensor]]
@@ -127,7 +128,7 @@ class _Row:
     lr: float
     targets: int
     tokens: int  # until here
-    position: dict[str, int]
+    position: dict[str, Any]
     names: tuple[str, ...] = ()
     news: News | None = None
 
@@ -417,7 +418,8 @@ class Trainer:
             self.stage.loader.next_batch()
             mine.append(self.stage.describe(self.stage.loader.host))
         parts = self.parallel.gather(mine)
-        found = {"step": row.step, "loss": str(loss), "grad_norm": str(norm), "position": row.position}
+        position = {name: value for name, value in row.position.items() if isinstance(value, int)}
+        found = {"step": row.step, "loss": str(loss), "grad_norm": str(norm), "position": position}
         if self.parallel.main:
             described = [list(chain(*micro)) for micro in zip(*parts, strict=True)]
             write_json(report, {**found, "batches": described})

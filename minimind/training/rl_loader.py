@@ -65,13 +65,14 @@ class Rollout:
 class RolloutLoader:
     """The loop's Loader over rollouts.
 
-    collect(rollout number, number of the next prompt) -> Rollout, the same on all ranks, which call it together.
+    collect(rollout number, number of the next prompt, answers of the rollout before) -> Rollout, the same on all ranks,
+    which call it together.
     keeper: what else must be kept from rollout to rollout, with state_dict and load_state_dict, such as SPO's tracker.
     """
 
     def __init__(
         self,
-        collect: Callable[[int, int], Rollout],
+        collect: Callable[[int, int, list[Answer]], Rollout],
         shape: Shape,
         parallel: Parallel,
         device: torch.device,
@@ -115,33 +116,36 @@ class RolloutLoader:
         return news
 
     def state(self) -> dict[str, Any]:
-        """Plain values and tensors; the answers of the current rollout while some of it is left."""
-        left = self.rollout is not None and self._taken < len(self._parts)
+        """Plain values and tensors, the answers of the current rollout among them."""
         return {
             "rollout": self._number,
             "next": self._next,
-            "taken": self._taken if left else 0,
-            "answers": [_saved(a) for a in self.rollout.answers] if left and self.rollout else [],
+            "taken": self._taken,
+            "answers": [_saved(a) for a in self._answers],
             "keeper": self.keeper.state_dict() if self.keeper is not None else {},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go to where `state` was. From one without answers a rollout is sampled, unless it is the one at hand."""
-        at_hand = self.rollout is not None and not state["answers"] and self._number == state["rollout"] + 1
-        if self.keeper is not None:
-            self.keeper.load_state_dict(state["keeper"])
-        if at_hand:
+        """Go to where `state` was. What lies behind it is sampled anew, unless it is the rollout at hand: for a
+        post-mortem the weights may be past answering."""
+        if self.rollout is not None and self._number == state["rollout"] + 1:
             self._taken = 0
             return
+        if self.keeper is not None:
+            self.keeper.load_state_dict(state["keeper"])
         self._number, self._next, self._taken = state["rollout"], state["next"], state["taken"]
         self.rollout, self._parts = None, []
         if state["answers"]:
             self.rollout = Rollout([_restored(saved) for saved in state["answers"]], self._next)
             self._parts = self._cut(self._number - 1)
 
+    @property
+    def _answers(self) -> list[Answer]:
+        return [] if self.rollout is None else self.rollout.answers
+
     def _make(self) -> None:
         trained, self._training = self._training, 0.0
-        self.rollout = self.collect(self._number, self._next)
+        self.rollout = self.collect(self._number, self._next, self._answers)
         if not self.rollout.answers:
             raise ValueError(
                 f"rollout {self._number + 1}: no answer is left to learn from, as none could be scored"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import tyro
 from rich.console import Console
 
@@ -21,6 +22,7 @@ from minimind.inference.replica import Replica
 from minimind.inference.tracking import mix
 from minimind.modeling import Model
 from minimind.objectives.policy import Aggregation
+from minimind.objectives.surrogates import PolicyTokens, Sampled
 from minimind.rewards import Rewards, parse_rewards
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import FromFlag, StageArgs
@@ -157,18 +159,20 @@ class Rollouts:
 
     def build(
         self,
-        advantages: Callable[[list[Answer]], None],
+        advantages: Callable[[list[Answer]], dict[str, float]],
         *,
-        model: tuple[Model, Model] | None = None,
+        make: Callable[[Model], Model] | None = None,
         stream: Stream | None = None,
         keeper: Any = None,
         with_reference: bool = False,
         annotate: Callable[[list[Answer]], None] | None = None,
+        before: Callable[[list[Answer]], None] | None = None,
         refills: int = 0,
     ) -> None:
-        """The model, the engine on its weights, and what makes batches of its answers; arguments as of Collector."""
+        """The model, the engine on its weights, and what makes batches of its answers. make: the model to train of the
+        one that the run begins with; the rest as of Collector and RolloutLoader."""
         job, args = self.job, self.args
-        self.model, self.trained = job.build_model() if model is None else model
+        self.model, self.trained = job.build_model(make=make)
         longest = max(len(p.ids) for s in (self.train, self.heldout) if s for p in s.prompts)
         share = -(-args.prompts // job.parallel.world_size)
         sampler = Sampler(
@@ -187,6 +191,7 @@ class Rollouts:
             advantages=advantages,
             reference=frozen(job) if with_reference else None,
             annotate=annotate,
+            before=before,
             refills=refills,
             console=job.console,
         )
@@ -282,6 +287,13 @@ class Rollouts:
         answers = self.collector.sampler.sample(source, [Drawn(i, i) for i in picked], how)
         score(self.rewards, source, answers)
         return "\n".join(transcript(self.job.tokenizer, a) for a in answers)
+
+
+def no_tokens() -> PolicyTokens:
+    """For asking an objective whether it could be trained with."""
+    none = torch.zeros(0, dtype=torch.float64)
+    places = torch.zeros(0, dtype=torch.int64)
+    return PolicyTokens(Sampled(places, places, 0), none, none, none, none, none)
 
 
 def frozen(job: Job) -> Model:

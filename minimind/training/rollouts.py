@@ -37,7 +37,8 @@ class Answer:
     it was sampled from. reward: what all rewards come to, NaN where one failed and the answer is to be left out.
 
     Made later, float32, one for each of `ids`: advantages; reference, log-probabilities under the frozen model; values
-    and returns, of a critic.
+    of the states that the tokens were drawn from, of a critic, whose value of the state behind the last token is
+    `after`; returns.
     """
 
     prompt: int
@@ -53,6 +54,7 @@ class Answer:
     advantages: np.ndarray | None = None
     reference: np.ndarray | None = None
     values: np.ndarray | None = None
+    after: float = 0.0
     returns: np.ndarray | None = None
 
 

@@ -1,0 +1,228 @@
+"""train/grpo.py as a user runs it: what it leaves, how it goes on, on one process and two, and its errors."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind import load_model
+from minimind.weights import save_weights
+from tests.training.runs import ONE_THREAD, SCRIPT, last_step, reproducible, run
+from tests.training.test_lora import TINY, rows_of, save_origin
+
+GRPO = SCRIPT.with_name("grpo.py")
+ENV = {**ONE_THREAD, "PYTHONPATH": str(SCRIPT.parents[1])}
+TOY = "function=tests.training.toy_rewards:"
+# Two steps of two micro-batches on each of four rollouts: a checkpoint after step 3 lies inside one.
+FLAGS = ["--rollouts", "4", "--prompts", "4", "--samples", "4", "--minibatches", "2", "--micro-batches", "2", "--evals",
+         "2", "--eval-prompts", "12", "--save-every", "3", "--lr", "0.003", "--precision", "fp32",
+         "--reward", TOY + "vowels"]  # fmt: skip
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory) -> Path:
+    return save_origin(TINY, tmp_path_factory.mktemp("origin"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(40):
+            asked = [{"role": "user", "content": f"Say {'more ' * (i % 5)}{i}."}]
+            file.write(json.dumps({"conversations": [*asked, {"role": "assistant", "content": ""}]}) + "\n")
+    return path
+
+
+def command(origin: Path, prompts: Path, out: Path, *extra: str) -> list[str]:
+    return [sys.executable, str(GRPO), "--from", str(origin), "--data", str(prompts), "--out", str(out),
+            "--max-new-tokens", "6", *FLAGS, *extra]  # fmt: skip
+
+
+def finish(arguments: list[str]) -> str:
+    answer = run(arguments, ENV)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return answer.stdout
+
+
+@pytest.fixture(scope="module")
+def unbroken(origin, prompts, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    text = finish(command(origin, prompts, out, "--show", "1"))
+    assert "data: 36 prompts; held out 4; reward: 1 function" in text
+    assert text.count("  reward ") >= 4 * 4  # a prompt's answers of every rollout
+    return out
+
+
+def test_run_leaves_curves_and_figures_of_every_rollout(unbroken):
+    for picture in ("loss.png", "rewards.png"):
+        assert (unbroken / picture).read_bytes().startswith(b"\x89PNG")
+    assert "[reward " in (unbroken / "samples.txt").read_text()
+    rollouts, steps = rows_of(unbroken, "rollout"), rows_of(unbroken, "train")
+    assert [row["step"] for row in rollouts] == [1, 3, 5, 7] and len(steps) == STEPS
+    for row in rollouts:
+        assert row["answers"] == 16 and 0 < row["length"] <= 6 and row["entropy"] > 0
+        assert row["reward"] == row["reward_function"] and 0 <= row["degenerate_groups"] <= 1
+        assert row["drift_max"] < 2e-5  # float32 on both sides: a few roundings of numbers near 10
+    assert rollouts[0]["kl"] < 1e-9 < rollouts[-1]["kl"]
+    timed = [json.loads(line)["time"] for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
+    parts = [time for time in timed if "rollout" in time]
+    assert all(time.keys() >= {"rollout", "reward", "prepare"} for time in parts) and "train" in parts[-1]
+
+
+def test_first_step_follows_the_rewards(unbroken):
+    """Before any update the clip does nothing, and GRPO's loss is 0 but for rounding: advantages have mean 0."""
+    first = rows_of(unbroken, "train")[0]
+    assert abs(first["loss"]) < 0.5 and first["clipped"] == 0 and first["ratio"] == pytest.approx(1, abs=1e-5)
+    assert first["grad_norm"] > 0.01
+
+
+def start_and_kill(arguments: list[str], out: Path, step: int) -> None:
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and last_step(out) < step:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_killed_inside_a_rollout_and_started_again_the_run_is_the_same_to_the_bit(
+    unbroken, origin, prompts, tmp_path
+):
+    out = tmp_path / "killed"
+    arguments = command(origin, prompts, out, "--show", "1")
+    start_and_kill(arguments, out, 4)
+    assert "continuing after step" in finish(arguments)
+    assert reproducible(out) == reproducible(unbroken)
+    last = f"checkpoints/step-{STEPS:08d}/model.safetensors"
+    assert (out / last).read_bytes() == (unbroken / last).read_bytes()
+
+
+def torchrun(arguments: list[str], processes: int = 2) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *launcher, *arguments[1:]]
+
+
+def assert_same_curve(out: Path, truth: Path) -> None:
+    rows, expected = reproducible(out), reproducible(truth)
+    assert [row["kind"] for row in rows] == [row["kind"] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert row.keys() == other.keys()
+        row.pop("kind"), other.pop("kind")
+        # a few answers are compared for the drift, of every rank its own
+        for name in row.keys() - {"drift_mean", "drift_max", "ratio_drift", "behaviour_kl"}:
+            assert row[name] == pytest.approx(other[name], rel=1e-3, abs=2e-5), (row["step"], name)
+
+
+PLAIN = ["--optimizer", "adamw", "--grad-clip", "1000"]
+
+
+@pytest.fixture(scope="module")
+def alone(origin, prompts, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    finish(command(origin, prompts, out, *PLAIN))
+    return out
+
+
+def test_curve_of_two_processes_is_that_of_one(origin, prompts, alone, tmp_path):
+    out = tmp_path / "two"
+    text = finish(torchrun(command(origin, prompts, out, *PLAIN)))
+    assert text.count("finished in") == 1
+    assert_same_curve(out, alone)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_with_one_inside_a_rollout(origin, prompts, alone, tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        torchrun(command(origin, prompts, out, *PLAIN)),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENV,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and last_step(out) < 4:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    process.wait()
+    assert "continuing after step" in finish(command(origin, prompts, out, *PLAIN))
+    assert_same_curve(out, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["dapo", "dr_grpo", "gspo", "cispo"])
+def test_other_losses_raise_the_reward_too(loss, origin, prompts, tmp_path):
+    flags = ["--loss", loss, "--rollouts", "25", "--samples", "16", "--save-every", "100", "--evals", "1"]
+    finish(command(origin, prompts, tmp_path / "out", *flags))
+    rewards = [row["reward"] for row in rows_of(tmp_path / "out", "rollout")]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1, rewards
+    assert "kl" not in rows_of(tmp_path / "out", "rollout")[0]
+
+
+def test_failing_rewards_are_counted_and_the_run_goes_on_or_stops(origin, prompts, tmp_path):
+    text = finish(command(origin, prompts, tmp_path / "on", "--reward", TOY + "no_z", "--samples", "16"))
+    assert "answers: RuntimeError: an answer holds a z" in text and "reward function failed on" in text
+    last = rows_of(tmp_path / "on", "rollout")[-1]
+    assert last["reward_failed_function"] > 0
+    stopped = ["--reward", TOY + "always_raises", "--on-reward-error", "stop"]
+    answer = run(command(origin, prompts, tmp_path / "stop", *stopped), ENV)
+    assert answer.returncode == 2 and "Traceback" not in answer.stderr
+    assert "error: reward function failed on" in answer.stdout and "out of order" in answer.stdout
+    answer = run(command(origin, prompts, tmp_path / "none", "--reward", TOY + "always_raises"), ENV)
+    assert answer.returncode == 2 and "no answer is left to learn from" in answer.stdout
+
+
+def test_equal_rewards_are_warned_of_and_change_nothing(origin, prompts, tmp_path):
+    flags = ["--reward", TOY + "all_equal", "--beta", "0", "--loss", "dapo", "--refills", "1"]
+    text = finish(command(origin, prompts, tmp_path / "out", *flags))
+    assert text.count("warning: for 3 steps in every group all rewards are equal") == 1
+    rows = rows_of(tmp_path / "out", "rollout")
+    assert all(row["degenerate_groups"] == 1 and row["drawn"] == 2 for row in rows)
+    before, after = load_model(origin), load_model(tmp_path / "out")
+    for a, b in zip(before.parameters(), after.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--samples", "1"], "--samples 1: an answer is compared with others to its prompt; take 2 or more"),
+        (["--max-prompt", "5"], ":1: the prompt has "),
+        (["--reward", "letters"], "--reward letters: there is no reward 'letters'"),
+        (["--clip-low", "2"], "low=2.0: the ratio's lower bound is 1 - low"),
+        (["--parallel", "fsdp"], "--parallel fsdp: answers are sampled from whole weights; take ddp"),
+        (["--minibatches", "0"], "--minibatches 0: must be above 0"),
+    ],
+)
+def test_errors_are_one_line(flags, message, origin, prompts, tmp_path):
+    answer = run(command(origin, prompts, tmp_path / "no", *flags), ENV)
+    assert answer.returncode == 2 and "Traceback" not in answer.stderr, answer.stderr
+    assert message in " ".join(answer.stdout.split()), answer.stdout
+    assert not (tmp_path / "no").exists()
+
+
+def test_weights_that_are_not_finite_stop_the_run_with_a_line(origin, prompts, tmp_path):
+    model = load_model(origin)
+    with torch.no_grad():
+        model.embed_tokens.weight[5] = float("nan")
+    bad = tmp_path / "bad"
+    save_weights(model, bad)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bad / name).write_bytes((origin / name).read_bytes())
+    answer = run(command(bad, prompts, tmp_path / "out"), ENV)
+    assert answer.returncode == 2 and "Traceback" not in answer.stderr
+    assert "the model's logits are not finite" in answer.stdout
+
+
+def test_a_rate_too_high_ends_in_a_line_and_keeps_the_checkpoints(origin, prompts, tmp_path):
+    answer = run(command(origin, prompts, tmp_path / "out", "--lr", "1e30", "--grad-clip", "1e30"), ENV)
+    assert answer.returncode == 2 and "Traceback" not in answer.stderr
+    assert "not finite" in answer.stdout or "loss nan" in answer.stdout or "loss inf" in answer.stdout

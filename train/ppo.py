@@ -1,0 +1,147 @@
+"""Teach a chat model by rewards with a critic beside it: `python train/ppo.py` works as it is, on made sums.
+
+Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) as it is done for language models (Ouyang et al.
+2022, 2203.02155): a critic estimates at every token what the answer will be worth, generalised advantage estimation
+(1506.02438) turns that and the reward into advantages of single tokens, and both learn from every rollout in a few
+passes over parts of it. Run the same command again after any interruption and it continues where the last checkpoint
+was. Every run leaves a folder under runs/ with its metrics, curves, answers and weights; the critic lies beside the
+policy in every checkpoint.
+
+Choices where implementations differ: the KL to the model the run began with is taken off the reward of every token
+(k1, as Ziegler et al. 2019, 1909.08593, do) or, with --kl-in loss, added to the loss (k3); advantages are normalised
+over the rollout; the value's clip is that of OpenAI's baselines; an answer that was cut off is worth what the critic
+says of its end; the ratio is to the engine's log-probabilities at the time of sampling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from minimind.objectives.advantages import gae, token_rewards, whiten
+from minimind.objectives.policy import PolicyBatch, policy_loss
+from minimind.objectives.surrogates import Objective, clip, with_entropy, with_kl
+from minimind.objectives.values import actor_critic_loss, explained_variance, value_loss
+from minimind.training.actor_critic import ActorCritic, critic_of, load_both, save_both
+from minimind.training.collector import parts, per_answer
+from minimind.training.loop import StageLoss
+from minimind.training.rl_loader import pack
+from minimind.training.rl_stage import RolloutArgs, Rollouts, no_tokens
+from minimind.training.rollouts import Answer
+from minimind.training.script import run_script
+from minimind.value_head import ValueModel, ValueOutput
+
+# Peak rates by preset; nano has the best of a few that were tried.
+PEAK_LR = {"nano": 1e-4}
+
+
+@dataclass(frozen=True)
+class Args(RolloutArgs):
+    """Learn from answers and a critic of them. Every default works."""
+
+    prompts: int = 128
+    """Prompts of a rollout."""
+    samples: int = 1
+    """Answers to each prompt."""
+    minibatches: int = 2
+    """Optimizer steps on each pass over a rollout, each on a part of its answers."""
+    inner_epochs: int = 2
+    """Passes over each rollout."""
+    critic: Literal["own", "shared"] = "own"
+    """own: a second model that begins with the policy's weights; shared: a head on the policy."""
+    clip_range: float = 0.2
+    """The ratio has no gradient outside 1 +- clip_range where it would go on."""
+    value_clip: float | None = 0.2
+    """Values move no further than this from the old ones in a rollout, in units of the reward."""
+    value_weight: float = 0.5
+    """Weight of the critic's loss."""
+    gamma: float = 1.0
+    """Discount of later rewards."""
+    lam: float = 0.95
+    """GAE's lambda: 1 trusts the rewards alone, 0 the critic."""
+    beta: float = 0.02
+    """Weight of the KL to the model that the run began with; 0 keeps no such model."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL stands."""
+    entropy: float = 0.0
+    """Weight of the entropy, which keeps answers varied."""
+
+
+def main(args: Args, console: Console) -> bool:
+    """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
+    objective = surrogate(args)
+    run = Rollouts.begin("ppo", args, "token", console)
+    make = ActorCritic.of if args.critic == "own" else partial(ValueModel.of, keep_head=True)
+    run.build(
+        partial(advantages, args),
+        make=make,
+        with_reference=args.beta > 0,
+        annotate=lambda answers: estimate(critic_of(run.model), answers, run),
+    )
+    loss = partial(both_losses, args, objective, run)
+    peak = PEAK_LR.get(run.job.origin.preset, 1e-5)
+    return run.fit(loss, peak, save_model=save_both, load_model=load_both)
+
+
+def surrogate(args: Args) -> Objective:
+    objective: Objective = partial(clip, low=args.clip_range, high=args.clip_range)
+    if args.beta and args.kl_in == "loss":
+        objective = with_kl(objective, args.beta)
+    if args.entropy:
+        objective = with_entropy(objective, args.entropy)
+    objective(no_tokens())  # refuses settings that mean nothing
+    return objective
+
+
+@torch.no_grad()
+def estimate(critic: ValueModel, answers: list[Answer], run: Rollouts) -> None:
+    """The critic's values of the states that tokens were drawn from, and of those behind answers that were cut off."""
+    critic.eval()
+    for part in parts(answers):
+        batch = pack(part, run.job.device, 0, 0, run.shape, whole=True)
+        values = cast(ValueOutput, critic(batch.input_ids, cu_seqlens=batch.cu_seqlens)).values
+        ends = batch.cu_seqlens[1 : 1 + len(part)].long() - 1
+        after = values.flatten()[ends].tolist()
+        for a, own, end in zip(part, per_answer(values, batch.targets, part), after, strict=True):
+            a.values, a.after = own, 0.0 if a.ended else end
+
+
+def advantages(args: Args, answers: list[Answer]) -> dict[str, float]:
+    """Of single tokens, by generalised advantage estimation, normalised over all; and what the critic learns."""
+    lengths = [len(a.ids) for a in answers]
+    samples = torch.repeat_interleave(torch.arange(len(answers)), torch.tensor(lengths))
+
+    def tokens(name: str) -> Tensor:
+        return torch.from_numpy(np.concatenate([getattr(a, name) for a in answers]))
+
+    scores = torch.tensor([a.reward for a in answers], dtype=torch.float64)
+    kl = args.beta if args.kl_in == "reward" else 0.0
+    reference = tokens("reference") if kl else None
+    rewards = token_rewards(scores, samples, tokens("log_probs"), reference, kl)
+    after = torch.tensor([a.after for a in answers], dtype=torch.float64)
+    found, returns = gae(rewards, tokens("values"), samples, args.gamma, args.lam, after)
+    for a, own, goal in zip(answers, whiten(found).split(lengths), returns.split(lengths), strict=True):
+        a.advantages, a.returns = own.float().numpy(), goal.float().numpy()
+    explained = explained_variance(tokens("values"), returns)
+    return {"value": float(tokens("values").mean()), "explained_variance": float(explained)}
+
+
+def both_losses(args: Args, objective: Objective, run: Rollouts, batch: PolicyBatch) -> StageLoss:
+    """The policy's loss and the critic's."""
+    settings: dict[str, Any] = {"entropy": args.entropy != 0}
+    if args.critic == "shared":
+        settings |= {"value_weight": args.value_weight, "clip": args.value_clip}
+        return actor_critic_loss(cast(ValueModel, run.trained), batch, objective, **settings)
+    loss, aux, told = policy_loss(run.trained, batch, objective, **settings)
+    error, critic_aux, critic_told = value_loss(critic_of(run.model), batch, args.value_clip)
+    return loss + args.value_weight * error, aux + critic_aux, told | critic_told
+
+
+if __name__ == "__main__":
+    run_script(main, Args, __doc__)
