@@ -1,7 +1,7 @@
 """Sums and differences of a number below a hundred and a digit: a task whose answers a program can check.
 
-For reinforcement learning without a download. The conversations to learn from are weak on purpose: three answers in ten
-are right, the others slip by two or by ten in ways that do not depend on the question. Who learns from them learns to
+For reinforcement learning without a download. The conversations to learn from are weak on purpose: one answer in ten
+is right, the others slip by one or by ten in ways that do not depend on the question. Who learns from them learns to
 calculate, but seldom says the right number, and what it says most often is wrong; rewards can teach it better. Held-out
 problems occur neither there nor among those that rewards are given for. The same rows on every machine; nothing here is
 random.
@@ -18,7 +18,7 @@ from minimind.data.files import cache_root, make_folder, write_atomically
 from minimind.data.progress import say
 
 NAME = "builtin:arithmetic"  # what --data calls it
-SLIPS = (0, 0, 0, 2, 2, 2, 2, -2, -2, 10)  # one of them is added to the right answer
+SLIPS = (0, 1, 1, 1, 1, -1, -1, -1, -1, 10)  # one of them is added to the right answer
 _ANSWERS = 10  # weak ones to each problem: every slip once
 _HELD_OUT = 8  # one problem of so many
 
