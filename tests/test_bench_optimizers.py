@@ -30,6 +30,7 @@ RUNS = [run("muon", 4e-3, 1, 3.0), run("muon", 4e-3, 2, 3.2), run("adamw", 4e-3,
 
 def test_target_is_what_the_worse_optimizer_reaches_at_its_best_rate():
     assert best_settings(RUNS) == [("muon", 4e-3), ("adamw", 8e-3)]
+    assert best_settings([replace(r, lr=1 - r.lr) for r in RUNS]) == [("muon", 0.996), ("adamw", 0.992)]
     assert target_of(RUNS) == 4.1
     assert [tokens_to(r.curve, 4.1) is None for r in RUNS] == [False, False, False, True, False, False]
     assert tokens_to(RUNS[0].curve, 4.1) == pytest.approx(1000 * 4.9 / 6.0)
