@@ -26,7 +26,7 @@ BATCH_TOKENS = 16384  # of a forward, padding included; one longer conversation 
 
 
 def model_reward(folder: str, device: torch.device, trust_remote_code: bool = False) -> Reward:
-    """The reward model in `folder`, on `device`, in bfloat16 where the device computes in it. Raises ValueError, with
+    """The reward model in `folder`, on `device`, in bfloat16 where that is the faster there. Raises ValueError, with
     the way out, where there is none or it brings its own code, which runs with trust_remote_code alone."""
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -161,7 +161,9 @@ def _transformers_reward(
             f"model={path}: needs transformers; pip install 'minimind[export]', or train one with train/reward.py"
         ) from None
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    dtype = choose_precision(device, "auto").compute_dtype or torch.float32
+    dtype = torch.float32
+    if device.type == "cuda":  # on CPUs transformers' bfloat16 is no faster
+        dtype = choose_precision(device, "auto").compute_dtype or dtype
     scores_itself = "AutoModel" in foreign and "AutoModelForSequenceClassification" not in foreign
     kind = AutoModel if scores_itself else AutoModelForSequenceClassification
     try:
