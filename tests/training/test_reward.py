@@ -1,0 +1,183 @@
+"""train/reward.py as a user runs it: its figures, how it goes on, and that what it leaves is a reward."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minimind import ModelConfig, load_tokenizer
+from minimind.data.builtin_preferences import preferences
+from minimind.data.pair_loader import PairLoader
+from minimind.data.preferences import open_preferences
+from minimind.rewards import Sample, parse_rewards
+from minimind.tokenization import ChatEncoder
+from minimind.training.scores import to_device
+from minimind.value_head import load_value_model
+from tests.training.runs import ONE_THREAD, SCRIPT, last_step, reproducible, run
+from tests.training.test_dpo import FLAGS, origin, pairs
+from tests.training.test_lora import finish, rows_of, save_origin
+
+__all__ = ["origin", "pairs"]  # fixtures
+
+REWARD = SCRIPT.with_name("reward.py")
+
+
+def command(origin: Path, data: Path, out: Path, *extra: str) -> list[str]:
+    return [sys.executable, str(REWARD), "--from", str(origin), "--data", str(data), "--out", str(out), "--cache-dir",
+            str(data.parent / "cache"), *FLAGS, *extra]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(origin, pairs, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    text = finish(command(origin, pairs, out, "--centering", "0.05"))
+    assert "longer than --seq-len 128: 1 pairs left out" in text
+    assert "held-out loss 0.6931 per pair" in text and f"--reward model={out}:1" in text
+    return out
+
+
+def held_out(pairs: Path) -> list[dict]:
+    corpus = open_preferences([pairs], ChatEncoder(load_tokenizer()), pairs.parent / "cache").split(0.05)[1]
+    return [json.loads(line) for line in pairs.read_text().splitlines()][-corpus.num_documents :]
+
+
+def scored(run: Path, rows: list[dict]) -> np.ndarray:
+    """float64 [pairs, 2]: what the run gives as a reward, in float32."""
+    rewards = parse_rewards([f"model={run}"], on_error="stop")
+    rewards.parts[0].reward.model.compute_dtype = None
+    samples = [
+        Sample(row[side][:-1], row[side][-1]["content"]) for row in rows for side in ("chosen", "rejected")
+    ]
+    return rewards(samples).total.reshape(-1, 2)
+
+
+def test_held_out_figures_are_those_of_the_reward(unbroken, pairs):
+    """The score in training, of packed pairs, is the one that reinforcement learning gets, from text."""
+    for picture in ("loss.png", "accuracy.png", "scores.png"):
+        assert (unbroken / picture).read_bytes().startswith(b"\x89PNG")
+    scores = scored(unbroken, held_out(pairs))
+    margins = scores[:, 0] - scores[:, 1]
+    last = rows_of(unbroken, "eval")[-1]
+    assert last["heldout_all"] and last["heldout_pairs"] == len(scores)
+    for name, values in (
+        ("loss", np.logaddexp(0, -margins) + 0.05 * scores.sum(1) ** 2),
+        ("margin", margins),
+        ("chosen_score", scores[:, 0]),
+        ("rejected_score", scores[:, 1]),
+        ("accuracy", margins > 0),
+    ):
+        assert last[f"heldout_{name}"] == pytest.approx(values.mean(), rel=1e-4, abs=1e-5), name
+    rows = rows_of(unbroken, "train")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and rows[0]["accuracy"] == 0.5
+    assert rows[-1]["loss"] < 0.6 and rows[-1]["margin"] > 0.1
+    assert "+" in (unbroken / "samples.txt").read_text()
+
+
+def test_killed_and_started_again_the_curve_is_the_same_to_the_bit(unbroken, origin, pairs, tmp_path):
+    out = tmp_path / "killed"
+    arguments = command(origin, pairs, out, "--centering", "0.05")
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and last_step(out) < 4:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert "continuing after step" in finish(arguments)
+    assert reproducible(out) == reproducible(unbroken)
+    last = "checkpoints/step-00000008/model.safetensors"
+    assert (out / last).read_bytes() == (unbroken / last).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags"),
+    [
+        pytest.param(2, ("--parallel", "ddp", "--micro-tokens", "256"), marks=pytest.mark.slow),
+        pytest.param(1, ("--micro-tokens", "128"), marks=pytest.mark.slow),
+        pytest.param(1, ("--compile",), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_curve_is_that_of_one_process(processes, flags, origin, pairs, tmp_path):
+    plain = ["--optimizer", "adamw", "--grad-clip", "1000", "--log-every", "1"]
+    finish(command(origin, pairs, tmp_path / "alone", *plain))
+    arguments = command(origin, pairs, tmp_path / "out", *plain, *flags)
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        arguments = [sys.executable, *launcher, *arguments[1:]]
+    assert finish(arguments).count("finished in") == 1
+    rows, alone = reproducible(tmp_path / "out"), reproducible(tmp_path / "alone")
+    assert len(rows) == len(alone)
+    for row, truth in zip(rows, alone, strict=True):
+        assert row.keys() == truth.keys() and row.pop("kind") == truth["kind"]
+        for name, value in row.items():
+            assert value == pytest.approx(truth[name], rel=1e-3, abs=2e-5), (row["step"], name)
+
+
+def test_the_scored_token_is_the_last_before_the_end_of_the_turn(pairs):
+    """Of every pair, of both sides, whatever lies behind them in the row."""
+    tokenizer = load_tokenizer()
+    corpus = open_preferences([pairs], ChatEncoder(tokenizer), pairs.parent / "cache")
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    seen = 0
+    for host in PairLoader(corpus, 128, 4).epoch_batches():
+        batch = to_device(host, torch.device("cpu"), 64)
+        ids, cu = batch.input_ids.flatten(), batch.cu_seqlens
+        assert len(cu) == 64
+        for pair, *ends in zip(host.pairs, batch.chosen.tolist(), batch.rejected.tolist(), strict=True):
+            for side, end in zip(("chosen", "rejected"), ends, strict=True):
+                start = int(cu[torch.searchsorted(cu, end, right=True) - 1])
+                messages = rows[pair][side]
+                text = tokenizer.apply_chat_template(messages).rpartition("<|im_end|>")[0]
+                assert tokenizer.decode(ids[start : end + 1].tolist()) == text
+                seen += 1
+    assert seen == 2 * 299
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--centering", "-1"], "centering=-1.0: must be 0 or more"),
+        (["--parallel", "fsdp"], "--parallel fsdp: a reward model is trained with ddp"),
+        (["--seq-len", "8"], "--seq-len 8: a row holds both answers of a pair, and the shortest pair has"),
+    ],
+)
+def test_errors_are_one_line(flags, message, origin, pairs, tmp_path):
+    answer = run(command(origin, pairs, tmp_path / "no", *flags))
+    assert answer.returncode == 2 and "Traceback" not in answer.stderr, answer.stderr
+    assert f"error: {message}" in " ".join(answer.stdout.split()), answer.stdout
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
+def test_a_nano_learns_to_tell_manners(tmp_path):
+    """From nothing: held-out questions that are worded as no training question is, in half of which either answer is
+    right. A coin is right in half of them, and four of 156 pairs in five are seven standard deviations from that."""
+    first, out = save_origin(ModelConfig.preset("nano"), tmp_path / "origin"), tmp_path / "reward"
+    arguments = [
+        sys.executable,
+        str(REWARD),
+        "--from",
+        str(first),
+        "--out",
+        str(out),
+        "--cache-dir",
+        str(tmp_path / "cache"),
+    ]
+    answer = subprocess.run(arguments, capture_output=True, text=True, timeout=1800)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    accuracy = [row["heldout_accuracy"] for row in rows_of(out, "eval")]
+    assert accuracy[0] == 0.5 and accuracy[-1] >= 0.8, accuracy
+    scores = scored(out, preferences()[1])
+    assert (scores[:, 0] > scores[:, 1]).mean() >= 0.8
+    assert load_value_model(out).config == ModelConfig.preset("nano")
