@@ -88,7 +88,10 @@ class ReplyParser:
         if text.startswith(THINK):
             self._held, self._reasoned = text[len(THINK) :], True
             return self._enter(self._reasoning)
-        if not last and THINK.startswith(text):
+        if text.startswith(END_THINK):  # the end of reasoning that never began
+            self._held, self._reasoned = text[len(END_THINK) :], True
+            return self._enter(self._content)
+        if not last and (THINK.startswith(text) or END_THINK.startswith(text)):
             return False
         self._fresh = False  # where nothing was thought, the text begins as the model began it
         self._state = self._content

@@ -19,6 +19,8 @@ CASES = [
     (" \n<think>A", {}, ("A", None, [])),
     ("<think>A</think>\n<answer>\nB\n</answer>\n", {}, ("A", "B", [])),
     ("no <answer>B</answer>", {}, ("", "no <answer>B</answer>", [])),
+    ("</think>\n\nA", {}, ("", "A", [])),
+    ("</thin", {}, ("", "</thin", [])),
     ("<thin", {}, ("", "<thin", [])),
     ("a <think> b", {}, ("", "a <think> b", [])),
     (CALL, {}, ("", CALL, [])),

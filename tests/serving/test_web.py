@@ -1,0 +1,261 @@
+"""The web chat: its page run without a browser, and with one (slow)."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from minimind.serving.web_client import Call, Settings, Turn, fill, parse_tools
+from minimind.serving.web_command import PAGE, Args, main, server_command
+from minimind.serving.web_text import LANGUAGES, SUGGESTIONS, TEXT
+from minimind.weights import save_weights
+from tests.serving.service import ANSWERS, CALL, WEATHER, serving, taught
+
+ROOT = Path(__file__).parents[2]
+HELLO = ANSWERS["hi"]["content"]
+
+
+@pytest.fixture
+def page(server, monkeypatch):
+    """The page, run once, with the seed and temperature of an answer by heart."""
+    testing = pytest.importorskip("streamlit.testing.v1", reason="pip install 'minimind[web]'")
+    monkeypatch.setenv("MINIMIND_URL", f"{server.root}/v1")
+    monkeypatch.delenv("MINIMIND_API_KEY", raising=False)
+    app = testing.AppTest.from_file(str(PAGE), default_timeout=60)
+    app.run()
+    app.slider[0].set_value(0.0).run()
+    assert not app.exception
+    return app
+
+
+def said(app):
+    return [" ".join(m.value for m in message.markdown) for message in app.chat_message]
+
+
+def ask(app, question):
+    app.chat_input[0].set_value(question).run()
+    assert not app.exception
+
+
+def test_a_conversation(page):
+    assert page.selectbox[0].options == ["tiny"]
+    ask(page, "hi")
+    assert said(page) == ["hi", HELLO]
+    assert re.search(r"\d+ tokens · [\d,]+ tokens/s · first in \d+ ms", page.chat_message[1].caption[0].value)
+    ask(page, "why")
+    assert len(said(page)) == 4
+    page.sidebar.button[0].click().run()
+    assert said(page) == []
+
+
+def test_thinking_is_folded_away(page):
+    ask(page, "why")
+    (thought,) = page.chat_message[1].status
+    assert thought.label.startswith("Thought for") and thought.state == "complete"
+    assert thought.markdown[0].value == ANSWERS["why"]["reasoning_content"]
+    assert said(page)[1].endswith(ANSWERS["why"]["content"])
+
+
+def test_a_tool_call_is_shown_and_its_result_asked_for(page):
+    page.toggle[0].set_value(True).run()
+    page.sidebar.text_area[1].set_value(str([WEATHER]).replace("'", '"').replace("False", "false")).run()
+    ask(page, "go")
+    answer = page.chat_message[1]
+    assert "weather" in answer.markdown[0].value and str(CALL["arguments"]["city"]) in answer.code[0].value
+    page.text_input[0].set_value('{"degrees": 20}')
+    (send,) = [button for button in page.button if button.label == "Send"]
+    send.click().run()
+    assert not page.exception
+    assert len(page.chat_message) == 4 and page.chat_message[2].code[0].value == '{"degrees": 20}'
+
+
+def test_a_suggestion_is_a_question(page):
+    (button,) = [button for button in page.button if button.label == SUGGESTIONS["en"][0]]
+    button.click().run()
+    assert said(page)[0] == SUGGESTIONS["en"][0] and len(said(page)) == 2
+
+
+def test_chinese(page):
+    page.session_state.language = "zh"
+    page.run()
+    assert page.chat_input[0].placeholder == TEXT["ask"][1]
+    assert page.sidebar.button[0].label == "新对话"
+    ask(page, "hi")
+    assert "词元" in page.chat_message[1].caption[0].value
+
+
+def test_no_server_is_said(monkeypatch):
+    testing = pytest.importorskip("streamlit.testing.v1", reason="pip install 'minimind[web]'")
+    monkeypatch.setenv("MINIMIND_URL", "http://127.0.0.1:9/v1")
+    app = testing.AppTest.from_file(str(PAGE), default_timeout=60).run()
+    assert "minimind serve" in app.error[0].value and app.chat_input[0].disabled and not app.exception
+
+
+def test_every_text_is_in_both_languages():
+    assert all(len(texts) == len(LANGUAGES) and all(texts) for texts in TEXT.values())
+    for texts in TEXT.values():
+        assert len({len(re.findall(r"{[^}]*}", text)) for text in texts}) == 1
+    assert all(len(SUGGESTIONS[language]) == 4 for language in LANGUAGES)
+
+
+def test_an_answer_that_is_closed_early_frees_its_place(server):
+    turn = Turn("assistant")
+    pieces = fill(
+        server.client, Settings("tiny", max_tokens=900, temperature=0), [Turn("user", "what?")], turn
+    )
+    for _ in range(3):
+        next(pieces)
+    pieces.close()
+    assert turn.stopped and turn.message() is not None
+    end = time.perf_counter() + 5
+    while server.service.worker.in_flight:
+        assert time.perf_counter() < end
+        time.sleep(0.01)
+
+
+def test_the_oldest_rounds_make_room(server):
+    long = [Turn("user", "word " * 110), Turn("assistant", "word " * 110)] * 2
+    turn = Turn("assistant")
+    list(fill(server.client, Settings("tiny", temperature=0), [*long, Turn("user", "hi")], turn))
+    assert turn.dropped == 2 and turn.content == HELLO and not turn.error and not turn.stopped
+    alone = Turn("assistant")
+    list(fill(server.client, Settings("tiny"), [Turn("user", "word " * 2000)], alone))
+    assert "context" in alone.error and alone.message() is None
+
+
+def test_messages_are_sent_back_whole():
+    turn = Turn("assistant", "a", "b", [Call("c", "f", "{}")])
+    assert turn.message() == {
+        "role": "assistant", "content": "a", "reasoning_content": "b",
+        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+    }  # fmt: skip
+    for wrong in ("{", "{}", "[1]"):
+        with pytest.raises(ValueError, match="not"):
+            parse_tools(wrong)
+
+
+def test_the_server_gets_the_flags_of_the_model():
+    command = server_command(Args(model="m", lora="l", yarn=4.0, port=1))
+    assert command[4:] == ["--port", "0", "--model", "m", "--lora", "l", "--yarn", "4.0", "--device", "auto",
+                           "--dtype", "auto"]  # fmt: skip
+    with pytest.raises(ValueError, match="give one of them"):
+        main(Args(model="m", url="u"))
+
+
+@contextmanager
+def browser():
+    """Chromium without a window; skips, and says why, where it is not."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install 'minimind[dev]'")
+    binary, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
+    if binary is None or driver is None:
+        pytest.skip("no chromium and chromedriver here (Debian: apt-get install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-background-networking",
+        "window-size=1280,860",
+    ):
+        options.add_argument(f"--{flag}")
+    chrome = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    try:
+        yield chrome
+    finally:
+        chrome.quit()
+
+
+@contextmanager
+def web(*flags):
+    """`minimind web` in a process; its address."""
+    pytest.importorskip("streamlit", reason="pip install 'minimind[web]'")
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        port = place.getsockname()[1]
+    command = [sys.executable, "-m", "minimind.cli", "web", "--no-browser", "--port", str(port), *flags]
+    process = subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL
+    )
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def when(condition, seconds=60):
+    end = time.perf_counter() + seconds
+    while True:
+        try:
+            if value := condition():
+                return value
+        except Exception as problem:  # the page is not there yet, or was just drawn anew
+            last = problem
+        else:
+            last = None
+        if time.perf_counter() > end:
+            raise AssertionError("it did not come to that") from last
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_in_a_browser(tmp_path):
+    """A question typed, an answer seen while it comes, another one stopped."""
+    model, tokenizer = taught()
+    save_weights(model, tmp_path / "taught")
+    tokenizer.save(tmp_path / "taught")
+    with browser() as chrome, web("--model", str(tmp_path / "taught"), "--dtype", "fp32") as url:
+        when(lambda: chrome.get(url) or True)
+
+        def find(selector):
+            return chrome.find_elements("css selector", selector)
+
+        def type_in(text):
+            box = when(lambda: find('[data-testid="stChatInputTextArea"]'))[0]
+            box.send_keys(text + "\ue007")  # Enter
+
+        def messages():
+            return [element.text for element in find('[data-testid="stChatMessage"]')]
+
+        when(lambda: "MiniMind" in find("h1")[0].text)
+        type_in("hi")
+        when(lambda: len(messages()) == 2 and HELLO in messages()[1] and "tokens/s" in messages()[1])
+        type_in("why")
+        when(lambda: "Thought for" in messages()[3] and ANSWERS["why"]["content"] in messages()[3])
+        assert ANSWERS["why"]["reasoning_content"][:10] not in messages()[3], "it is folded away"
+        chrome.save_screenshot(str(tmp_path / "chat.png"))
+        assert (tmp_path / "chat.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_stop_button(tmp_path):
+    """An answer that would take minutes, stopped on its way; what came of it stays."""
+    options = {"model": slow_model(), "tokenizer": taught()[1], "kv_tokens": 1 << 13}
+    with serving(**options) as running, browser() as chrome, web("--url", f"{running.root}/v1") as url:
+        when(lambda: chrome.get(url) or True)
+        box = when(lambda: chrome.find_elements("css selector", '[data-testid="stChatInputTextArea"]'))[0]
+        box.send_keys("what?\ue007")
+        stop = when(lambda: chrome.find_elements("xpath", '//button[contains(., "Stop")]'))[0]
+        when(lambda: running.metric("minimind_generated_tokens_total") > 3)
+        stop.click()
+        when(lambda: running.service.worker.in_flight == 0)
+        when(
+            lambda: "stopped" in chrome.find_elements("css selector", '[data-testid="stChatMessage"]')[1].text
+        )
+        assert running.metric("minimind_generated_tokens_total") < 500
+
+
+def slow_model():
+    from minimind import ModelConfig
+    from minimind.modeling import Model
+
+    return Model(
+        ModelConfig(64, 2, 4, 2, 16, 128, taught()[1].vocab_size, max_position_embeddings=4096)
+    ).eval()
