@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.decode_peers import PEERS, Generation, Setting
-from bench.timing import first_line
+from bench.timing import first_line, peak_mib
 
 
 class DecoderError(Exception):
@@ -27,19 +26,11 @@ def work(name: str, setting: Setting, pipe: Connection) -> None:
             pipe.send("ready")
             while (prompts := pipe.recv()) is not None:
                 pipe.send(decode(torch.tensor(prompts)))
-        pipe.send(_peak_mib(setting.device))
+        pipe.send(peak_mib(setting.device))
     except EOFError:  # the one who asked is gone
         return
     except Exception as problem:  # a decoder that dies is a result, not the end of the run
         pipe.send(DecoderError(first_line(problem)))
-
-
-def _peak_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    # not ru_maxrss: a process that was just started inherits its parent's
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 class Worker:
