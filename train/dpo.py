@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from minimind.modeling import Model
 from minimind.objectives.preference import NEED_REFERENCE, OBJECTIVES, Pairs, preference_loss, with_sft
 from minimind.objectives.preference import Objective as PairObjective
 from minimind.tokenization import ChatEncoder
-from minimind.training.answers import show
+from minimind.training.answers import exact_match, show
 from minimind.training.arguments import FromFlag, StageArgs
 from minimind.training.figures import plot_figures
 from minimind.training.heldout import describe
@@ -49,7 +49,7 @@ class Args(StageArgs):
     (with --preset and --tokenizer). None: the newest finished run of train/sft.py under runs/."""
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"chosen": [{"role": ..., "content": ...}, ...],
-    "rejected": [...]} rows. None: a few hundred pairs about manners that come with the program."""
+    "rejected": [...]} rows. None: a thousand pairs about manners that come with the program."""
     heldout_data: tuple[str, ...] = ()
     """Pairs to measure on, instead of --heldout."""
     loss: Literal["dpo", "ipo", "simpo", "orpo"] = "dpo"
@@ -68,6 +68,13 @@ class Args(StageArgs):
     """Passes over the training part of the data."""
     seq_len: int = 2048
     """Tokens in a row, which holds both answers of a pair; longer pairs are left out and counted."""
+    eval_questions: int | None = None
+    """Held-out prompts answered on the way and compared with the chosen answers to the letter; at the end all are.
+    None: 64 of the built-in pairs, 0 of others."""
+
+    @property
+    def questions(self) -> int:
+        return self.eval_questions if self.eval_questions is not None else 0 if self.data else 64
 
 
 def main(args: Args, console: Console) -> bool:
@@ -83,7 +90,7 @@ def main(args: Args, console: Console) -> bool:
     measured = [Measured.of(view, job, args, plan.loader.rows, reference) for view in parts(heldout, args)]
     objective = Objective(
         loss=lambda batch: preference_loss(trained, batch, loss),
-        evaluate=lambda final: evaluate(model, measured, loss, job, final),
+        evaluate=lambda final: evaluate(model, measured, loss, job, args, final),
         sample=lambda: sample(job.parallel.whole(model), heldout or train, job),
         describe=lambda batch: describe(batch, train, job.tokenizer),
         data_fingerprint=f"{train.identity:016x}",
@@ -155,9 +162,9 @@ class Measured:
 
 
 def evaluate(
-    model: Model, measured: list[Measured], loss: PairObjective, job: Job, final: bool
+    model: Model, measured: list[Measured], loss: PairObjective, job: Job, args: Args, final: bool
 ) -> dict[str, Any]:
-    """What the objective and its figures are on held-out pairs."""
+    """What the objective and its figures are on held-out pairs, and the share of prompts answered as chosen."""
     if not measured:
         return {}
     held = measured[final]
@@ -167,6 +174,11 @@ def evaluate(
         f"of {figures['heldout_pairs']:,} held-out pairs {figures['heldout_ranking']:.1%} have the chosen answer "
         f"likelier, {figures['heldout_accuracy']:.1%} the higher reward for it; margin {figures['heldout_margin']:.3f}",
     )
+    if args.questions:
+        asked = prompts(held.loader.view, figures["heldout_pairs"] if final else args.questions)
+        whole = job.parallel.whole(model)
+        share = job.parallel.share(lambda: exact_match(cast(Model, whole), job.tokenizer, asked))
+        figures |= {"heldout_exact": share, "heldout_questions": len(asked)}
     return figures | {"heldout_all": final}
 
 
@@ -180,6 +192,7 @@ def draw(run: Path) -> None:
     shares = {
         "heldout_ranking": "chosen answer likelier",
         "heldout_accuracy": "chosen answer's reward higher",
+        "heldout_exact": "chosen answer given, to the letter",
     }
     rewards = {
         "heldout_chosen_reward": "chosen",

@@ -1,9 +1,11 @@
 """Pairs of answers without a download: manners, made for train/dpo.py.
 
-Who greets is greeted back, who thanks is welcome: to each question there are both answers, right and equal in content,
-and which is the chosen one depends on how it was asked. Every question is asked in both manners, so that whoever does
-not look at the manner is right in exactly half of the pairs, however likely it finds either reply. Each held-out
-question is worded as no training question words it. The same rows on every machine.
+Who greets is told that it is nice to meet them, who thanks that they are welcome, others the answer alone. The content
+is right and the same in all three; which of two answers is the chosen one depends on how the question was asked. Of any
+two manners each is chosen before the other equally often, so that whoever does not look at the question is right in
+half of the pairs, however likely it finds an answer. The manner stands behind the content: the content then has the
+same words before it in both answers, and no objective can win by making it unlikely in one of them (docs/LOG.md). Each
+held-out question is worded as no training question words it. The same rows on every machine.
 """
 
 import json
@@ -21,12 +23,14 @@ from minimind.data.progress import say
 Row = dict[str, Conversation]
 # For each manner: how it is asked, how that is answered.
 MANNERS = (
-    (("Hi! {}", "Hello. {}", "Good morning! {}", "Good evening. {}"), "Hello! {}"),
-    (("{} Thanks!", "{} Thank you.", "Thanks in advance. {}", "{} Many thanks."), "You are welcome. {}"),
+    (("Hi! {}", "Hello. {}", "Good morning! {}", "Good evening. {}"), "{} Nice to meet you!"),
+    (("{} Thanks!", "{} Thank you.", "Thanks in advance. {}", "{} Many thanks."), "{} You are welcome."),
+    (("{}", "Please help me: {}", "Quick question: {}", "I forgot. {}"), "{}"),
 )
 MANNERS_ZH = (
-    (("你好！{}", "早上好！{}", "您好，{}", "晚上好。{}"), "你好！{}"),
-    (("{}谢谢！", "{}多谢。", "先谢谢你。{}", "{}非常感谢。"), "不客气。{}"),
+    (("你好！{}", "早上好！{}", "您好，{}", "晚上好。{}"), "{}很高兴认识你！"),
+    (("{}谢谢！", "{}多谢。", "先谢谢你。{}", "{}非常感谢。"), "{}不客气。"),
+    (("{}", "请问，{}", "想问一下：{}", "我忘了。{}"), "{}"),
 )
 _HELD_OUT = 4  # a held-out question for one of so many facts
 
@@ -58,17 +62,20 @@ def preferences() -> tuple[list[Row], list[Row]]:
         for fact in topic.facts:
             asked = _shuffled([question.format(*fact) for question in topic.questions])
             answer = topic.answer.format(*fact)
-            train += _pairs(asked[0], answer, manners)
+            train += _pairs(asked[0], answer, manners, turn=len(train))
             if _digest([topic.name, *fact]) % _HELD_OUT == 0:
-                heldout += _pairs(asked[1], answer, manners)
+                heldout += _pairs(asked[1], answer, manners, turn=len(heldout))
     return _shuffled(train), _shuffled(heldout)
 
 
-def _pairs(question: str, answer: str, manners: tuple[tuple[tuple[str, ...], str], ...]) -> list[Row]:
-    """One for each manner; the rejected answer has the other one's."""
-    rows = []
-    for (wordings, reply), (_, other) in zip(manners, manners[::-1], strict=True):
+def _pairs(
+    question: str, answer: str, manners: tuple[tuple[tuple[str, ...], str], ...], turn: int
+) -> list[Row]:
+    """One for each manner; the rejected answer has the next one's or, at odd turns, that of the one before."""
+    rows, shift = [], 1 if turn % 2 else -1
+    for i, (wordings, reply) in enumerate(manners):
         asked = wordings[_digest(question) % len(wordings)].format(question)
+        other = manners[(i + shift) % len(manners)][1]
         sides = {"chosen": reply.format(answer), "rejected": other.format(answer)}
         rows.append({name: _exchange(asked, said) for name, said in sides.items()})
     return rows

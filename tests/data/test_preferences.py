@@ -164,22 +164,33 @@ def test_bad_rows_name_their_line(tmp_path, case):
 
 def test_built_in_manners_favour_no_reply_and_hold_out_wordings(tmp_path):
     train, heldout = preferences()
-    assert (train, heldout) == preferences() and 100 < len(heldout) < len(train) < 1000
+    assert (train, heldout) == preferences() and 200 < len(heldout) < len(train) < 1000
     for rows in (train, heldout):
-        chosen, rejected = (
-            Counter(row[side][1]["content"] for row in rows) for side in ("chosen", "rejected")
-        )
-        assert chosen == rejected  # whoever does not look at the question is right in half of the pairs
+        won: Counter[tuple[int, int]] = Counter()
         for row in rows:
-            asked, said = (row["chosen"][k]["content"] for k in (0, 1))
+            asked = row["chosen"][0]["content"]
             assert row["rejected"][0]["content"] == asked
-            replies = [m[1] for m in (*MANNERS, *MANNERS_ZH) if any(_worded(asked, w) for w in m[0])]
-            assert len(replies) == 1 and said.startswith(replies[0].removesuffix("{}"))
+            manner = next(i for i, m in enumerate(_manners(asked)) if any(_worded(asked, w) for w in m[0]))
+            better, worse = (_manner_of(row[side][1]["content"], asked) for side in ("chosen", "rejected"))
+            assert better == manner != worse
+            won[better, worse] += 1
+        # whoever does not look at the question is right in half of the pairs, whatever manner it likes
+        assert len(won) == 6 and all(abs(n - won[b, a]) <= 1 for (a, b), n in won.items()), won
     asked = [{row["chosen"][0]["content"] for row in rows} for rows in (train, heldout)]
     assert not asked[0] & asked[1]
     first, second = builtin_preferences(tmp_path, QUIET)
     assert [json.loads(line) for line in first.read_text().splitlines()] == train
     assert len(open_preferences([first, second], ENCODER, tmp_path, console=QUIET).sources) == 2
+
+
+def _manners(asked: str) -> tuple:
+    return MANNERS if asked.isascii() else MANNERS_ZH
+
+
+def _manner_of(said: str, asked: str) -> int:
+    """The plain manner, the last one, is that of answers in none of the others."""
+    endings = [m[1].removeprefix("{}") for m in _manners(asked)[:-1]]
+    return next((i for i, ending in enumerate(endings) if said.endswith(ending)), len(endings))
 
 
 def _worded(asked: str, wording: str) -> bool:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from minimind import ModelConfig, load_model, load_tokenizer
+from minimind import load_model, load_tokenizer
 from minimind.data import Corpus
 from minimind.data.preferences import open_preferences
 from minimind.modeling import Model
@@ -25,10 +25,10 @@ from minimind.training import reference
 from minimind.training.pairs import prompts
 from minimind.training.parallel import Parallel
 from minimind.training.reference import reference_log_probs
-from tests.training.runs import ONE_THREAD, SCRIPT, last_step, reproducible, run
+from tests.training.runs import ONE_THREAD, SCRIPT, last_step, learn, reproducible, run
 from tests.training.test_lora import TINY, finish, rows_of, save_origin
 
-DPO, SFT = SCRIPT.with_name("dpo.py"), SCRIPT.with_name("sft.py")
+DPO = SCRIPT.with_name("dpo.py")
 FLAGS = ["--tokens", str(512 * 8), "--seq-len", "128", "--batch-tokens", "512", "--save-every", "3", "--log-every", "2",
          "--evals", "2", "--eval-tokens", "400", "--lr", "0.002", "--precision", "fp32"]  # fmt: skip
 NEW = "reference log-probabilities of"
@@ -240,25 +240,12 @@ def test_errors_are_one_line(flags, message, origin, pairs, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_nano_learns_manners(tmp_path):
-    """Where only how a question is asked decides between two answers: from half of the held-out pairs to most."""
-    cache, base, out = ["--cache-dir", str(tmp_path / "cache")], tmp_path / "sft", tmp_path / "dpo"
-    first = save_origin(ModelConfig.preset("nano"), tmp_path / "origin")
-    learn = [
-        sys.executable,
-        str(SFT),
-        "--from",
-        str(first),
-        "--out",
-        str(base),
-        "--epochs",
-        "3",
-        "--evals",
-        "1",
-    ]
-    prefer = [sys.executable, str(DPO), "--from", str(base), "--out", str(out)]
-    for arguments in (learn, prefer):
-        answer = subprocess.run([*arguments, *cache], capture_output=True, text=True, timeout=1800)
-        assert answer.returncode == 0, answer.stdout + answer.stderr
-    ranking = [row["heldout_ranking"] for row in rows_of(out, "eval")]
-    assert 0.4 <= ranking[0] <= 0.6 and ranking[-1] >= 0.7, ranking
+def test_a_nano_learns_manners_and_keeps_its_facts(taught):
+    """Where only how a question is asked decides between two answers: from half of the held-out pairs to most of them,
+    and whole answers as they were chosen, facts included."""
+    first, *_, last = rows_of(learn("dpo", taught, "--evals", "1"), "eval")
+    assert 0.4 <= first["heldout_ranking"] <= 0.6 and last["heldout_ranking"] >= 0.9, (first, last)
+    assert first["heldout_exact"] < 0.4 and last["heldout_exact"] > 0.8, (
+        first,
+        last,
+    )  # a third keep the plain manner

@@ -265,4 +265,4 @@ def test_a_chat_model_learns_to_reason_when_asked(taught):
     first, *_, last = [row for row in reproducible(out) if row["kind"] == "eval"]
     assert first["auto_format"] < 0.1 and last["auto_format"] >= 0.8, (first, last)
     assert last["on_format"] >= 0.8 and last["off_format"] >= 0.8, last
-    assert last["auto_exact"] > first["auto_exact"] + 0.1 and last["plain_exact"] > 0.3, last
+    assert last["auto_exact"] > first["auto_exact"] + 0.1 and last["plain_exact"] > 0.8, last
