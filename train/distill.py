@@ -1,14 +1,15 @@
-"""Let a small model learn from a larger one: `python train/distill.py --teacher RUN --from RUN`.
+"""Let a small model learn from a larger one: `python train/distill.py` takes the newest pretraining run for a teacher.
 
-White-box distillation (docstring of minimind/objectives/distillation.py) over packed conversations: the student learns
-the assistant's next token and the teacher's whole distribution over it. Run the same command again after any
-interruption and it continues where the last checkpoint was. Every run leaves a folder under runs/ with its metrics,
-plots, answers and weights.
+White-box distillation (docstring of minimind/objectives/distillation.py): the student learns the next token and the
+teacher's whole distribution over it. A pretrained teacher teaches over packed text; one that was taught to answer, over
+packed conversations, the assistant's tokens of them. Run the same command again after any interruption and it continues
+where the last checkpoint was. Every run leaves a folder under runs/ with its metrics, plots, samples and weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from minimind.data import Corpus, PackedLoader, builtin_conversations
+from minimind.data import Corpus, PackedLoader, builtin_conversations, builtin_corpus, open_corpus
+from minimind.data.files import read_json
 from minimind.data.progress import say
 from minimind.modeling import Model
 from minimind.objectives.distillation import (
@@ -26,7 +28,8 @@ from minimind.objectives.distillation import (
     check_vocabularies,
     distillation_loss,
 )
-from minimind.tokenization import ChatEncoder
+from minimind.tokenization import ChatEncoder, Tokenizer
+from minimind.training.answers import continue_texts
 from minimind.training.arguments import FromFlag
 from minimind.training.batches import to_device
 from minimind.training.chats import ChatArgs, chat_figures, chat_sample, describe_chats, open_chats
@@ -40,21 +43,21 @@ from minimind.training.run_folder import newest_finished
 from minimind.training.script import run_script
 
 # Peak rates of the student by preset; not tuned yet.
-PEAK_LR = {"nano": 2e-3, "minimind2-small": 5e-4}
+PEAK_LR = {"half-nano": 4e-3, "nano": 2e-3, "minimind2-small": 5e-4}
 
 
 @dataclass(frozen=True)
 class Args(ChatArgs):
-    """Distil a teacher into a student. Every default works after train/pretrain.py and train/sft.py."""
+    """Distil a teacher into a student. Every default works after train/pretrain.py."""
 
     from_: FromFlag = None
     """The student: a run folder, a Hugging Face folder, or an upstream .pth (with --preset and --tokenizer). None:
-    random weights of --preset; without that, the newest finished run of train/pretrain.py under runs/."""
+    random weights, of --preset or, without that, of half the teacher's width and depth."""
     teacher: str | None = None
-    """The teacher: a run folder or a Hugging Face folder. None: the newest finished run of train/sft.py."""
+    """The teacher: a run folder or a Hugging Face folder. None: the newest finished run of train/pretrain.py."""
     data: tuple[str, ...] = ()
-    """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [{"role": ..., "content": ...},
-    ...]} rows. None: a few thousand short conversations that come with the program."""
+    """Files, folders or globs. Where the teacher is a run of train/pretrain.py: text as it takes it, None for its
+    built-in corpus. Else conversations as train/sft.py takes them, None for the built-in ones."""
     alpha: float = 0.5
     """Share of the data's own next token in the loss; the rest is the teacher's distribution."""
     temperature: float = 1.0
@@ -63,19 +66,21 @@ class Args(ChatArgs):
     """forward_kl: cover all the teacher may say; reverse_kl: keep to what it finds likely; jsd: between."""
     beta: float = 0.5
     """The teacher's share of the mixture of jsd."""
-    epochs: float = 4.0
-    """Passes over the training part of the data."""
 
 
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
     options = Distillation(args.alpha, args.temperature, args.divergence, args.beta)
-    if args.from_ is None and args.preset is None:
-        args = dataclasses.replace(args, from_=newest_finished("pretrain"))
     job = Job.begin("distill", args, console)
-    origin = find_teacher(args, job, console)
-    builtin = builtin_conversations(args.cache_dir, console)
-    train, heldout = open_chats(args, ChatEncoder(job.tokenizer), console, builtin)
+    origin = find_teacher(args, console)
+    if args.from_ is None and args.preset is None:
+        job.origin = half(origin, job.tokenizer if args.tokenizer else origin.tokenizer)
+    if origin.tokenizer.fingerprint != job.tokenizer.fingerprint:
+        raise ValueError(
+            f"--teacher {origin.weights}: its tokenizer is not the student's; distillation compares token by token"
+        )
+    lesson = (Texts if only_pretrained(origin) else Chats).open(args, job, console)
+    train, heldout = lesson.train, lesson.heldout
     plan = job.plan(partial(PackedLoader, train, args.seq_len, seed=args.seed))
     job.open_run(args.data_name)
     model, trained = job.build_model()
@@ -85,34 +90,107 @@ def main(args: Args, console: Console) -> bool:
     gap = Gap(teacher, heldout, args, job.parallel)
     objective = Objective(
         loss=lambda batch: distillation_loss(trained, taught, batch, options),
-        evaluate=lambda final: evaluate(model, gap, heldout, job, args, final),
-        sample=lambda: chat_sample(job.parallel.whole(model), heldout or train, job, args),
+        evaluate=lambda final: evaluate(model, gap, lesson, job, args, final),
+        sample=lambda: lesson.sample(job.parallel.whole(model), job, args),
         describe=lambda batch: describe(batch, train, job.tokenizer),
         data_fingerprint=f"{train.identity:016x} {origin.fingerprint()}",
         peak_lr=PEAK_LR.get(job.origin.preset, 5e-4),
     )
     size = f"teacher: {origin.preset}, {teacher.num_parameters() / 1e6:.1f}M parameters, {origin.weights}"
-    if not job.fit(plan, model, objective, [*describe_chats(train, heldout, plan.loader), size]):
+    if not job.fit(plan, model, objective, [*lesson.lines(plan.loader), size]):
         return False
     if job.parallel.main and heldout is not None:
         draw(job.run.path)
     return True
 
 
-def find_teacher(args: Args, job: Job, console: Console) -> Origin:
-    """Its weights; ValueError where there are none, or where it reads other tokens than the student."""
-    place = args.teacher or newest_finished("sft")
-    if not Path(place).expanduser().is_dir():
-        raise ValueError(f"--teacher {place}: no such folder; name a run folder or a Hugging Face folder")
+@dataclass(frozen=True)
+class Chats:
+    """Conversations to learn from, and what is measured and shown of them."""
+
+    train: Corpus
+    heldout: Corpus | None
+
+    @classmethod
+    def open(cls, args: Args, job: Job, console: Console) -> Chats:
+        builtin = builtin_conversations(args.cache_dir, console)
+        return cls(*open_chats(args, ChatEncoder(job.tokenizer), console, builtin))
+
+    def lines(self, loader: PackedLoader) -> list[str]:
+        return describe_chats(self.train, self.heldout, loader)
+
+    def figures(self, model: Model, job: Job, args: Args, final: bool) -> dict[str, Any]:
+        return chat_figures(model, self.heldout, job, args, final)
+
+    def sample(self, model: Model | None, job: Job, args: Args) -> str:
+        return chat_sample(model, self.heldout or self.train, job, args)
+
+
+class Texts(Chats):
+    """The same of text."""
+
+    @classmethod
+    def open(cls, args: Args, job: Job, console: Console) -> Chats:
+        def read(paths: Sequence[str]) -> Corpus:
+            return open_corpus(paths, job.tokenizer, args.cache_dir, args.on_bad_row, console)
+
+        corpus = read(list(args.data) or [str(builtin_corpus(args.cache_dir, console))])
+        if args.heldout_data:
+            return cls(corpus, read(args.heldout_data))
+        return cls(*corpus.split(args.heldout)) if args.heldout != 0 else cls(corpus, None)
+
+    def lines(self, loader: PackedLoader) -> list[str]:
+        held = f"; held out {self.heldout.num_documents:,} documents" if self.heldout else ""
+        return [
+            f"data: {self.train.num_documents:,} documents, {loader.tokens_per_epoch:,} tokens to train on{held}"
+        ]
+
+    def figures(self, model: Model, job: Job, args: Args, final: bool) -> dict[str, Any]:
+        return heldout_loss(
+            model, self.heldout, args.seq_len, None if final else args.eval_tokens, job.parallel
+        )
+
+    def sample(self, model: Model | None, job: Job, args: Args) -> str:
+        return continue_texts(model, job.tokenizer, self.heldout or self.train)
+
+
+def only_pretrained(teacher: Origin) -> bool:
+    """Whether the run folder around the weights says so."""
+    assert teacher.weights is not None
+    configs = (read_json(folder / "config.json") for folder in teacher.weights.parents[:2])
+    return any(config.get("stage") == "pretrain" for config in configs if config)
+
+
+def find_teacher(args: Args, console: Console) -> Origin:
+    """Its weights; ValueError where there are none."""
     try:
-        origin = Origin.of(dataclasses.replace(args, from_=place, preset=None, tokenizer=None), console)
+        place = args.teacher or newest_finished("pretrain")
+        if Path(place).expanduser().is_dir():
+            return Origin.of(dataclasses.replace(args, from_=place, preset=None, tokenizer=None), console)
     except ValueError as error:
         raise ValueError(str(error).replace("--from", "--teacher", 1)) from error
-    if origin.tokenizer.fingerprint != job.tokenizer.fingerprint:
+    raise ValueError(f"--teacher {place}: no such folder; name a run folder or a Hugging Face folder")
+
+
+def half(teacher: Origin, tokenizer: Tokenizer) -> Origin:
+    """A student of half the teacher's width and depth, with random weights; ValueError where that is no shape."""
+    whole = teacher.config
+    sizes = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+    )
+    shape = {name: getattr(whole, name) // 2 for name in sizes}
+    if whole.num_experts:
+        shape["moe_intermediate_size"] = whole.moe_intermediate_size // 2
+    if any(2 * size != getattr(whole, name) for name, size in shape.items()):
         raise ValueError(
-            f"--teacher {place}: its tokenizer is not the student's; distillation compares token by token"
+            f"--teacher {teacher.weights}: its shape cannot be halved; name the student's with --preset"
         )
-    return origin
+    config = dataclasses.replace(whole, **shape)
+    return Origin(tokenizer, config, f"half-{teacher.preset}")
 
 
 class Gap:
@@ -148,12 +226,10 @@ class Gap:
         return total / targets
 
 
-def evaluate(
-    model: Model, gap: Gap, heldout: Corpus | None, job: Job, args: Args, final: bool
-) -> dict[str, Any]:
-    if heldout is None:
+def evaluate(model: Model, gap: Gap, lesson: Chats, job: Job, args: Args, final: bool) -> dict[str, Any]:
+    if lesson.heldout is None:
         return {}
-    figures = chat_figures(model, heldout, job, args, final) | gap.figures(model, final)
+    figures = lesson.figures(model, job, args, final) | gap.figures(model, final)
     say(
         job.console,
         f"the teacher's held-out loss: {figures['teacher_loss']:.4f}; KL(teacher || student): "

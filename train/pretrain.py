@@ -11,11 +11,9 @@ from functools import partial
 
 from rich.console import Console
 
-from minimind.data import Corpus, PackedLoader, builtin_corpus, open_corpus
-from minimind.inference.generate import generate
-from minimind.modeling import Model
+from minimind.data import PackedLoader, builtin_corpus, open_corpus
 from minimind.objectives.next_token import next_token_loss
-from minimind.tokenization import Tokenizer
+from minimind.training.answers import continue_texts
 from minimind.training.arguments import StageArgs
 from minimind.training.heldout import describe, heldout_loss
 from minimind.training.job import Job, Objective
@@ -48,7 +46,7 @@ def main(args: Args, console: Console) -> bool:
         evaluate=lambda final: heldout_loss(
             model, heldout, args.seq_len, None if final else args.eval_tokens, job.parallel
         ),
-        sample=lambda: sample(job.parallel.whole(model), job.tokenizer, heldout or corpus),
+        sample=lambda: continue_texts(job.parallel.whole(model), job.tokenizer, heldout or corpus),
         describe=lambda batch: describe(batch, train, job.tokenizer),
         data_fingerprint=f"{corpus.identity:016x}",
         peak_lr=PEAK_LR.get(job.origin.preset, 1e-3),
@@ -56,23 +54,6 @@ def main(args: Args, console: Console) -> bool:
     size = f"data: {train.num_documents:,} documents, {plan.loader.tokens_per_epoch:,} tokens to train on"
     held = f"; held out {heldout.num_documents:,} documents" if heldout else ""
     return job.fit(plan, model, objective, [size + held])
-
-
-def sample(
-    model: Model | None, tokenizer: Tokenizer, source: Corpus, count: int = 3, new_tokens: int = 64
-) -> str:
-    """Continuations of the first tokens of `count` held-out documents, prompt and continuation divided by ' | '.
-    Nothing where there is no model: on all ranks but the first."""
-    if model is None:
-        return ""
-    indices = [i * source.num_documents // count for i in range(min(count, source.num_documents))]
-    documents = [source.document(i) for i in indices]
-    prompts = [[int(t) for t in d[: min(17, 1 + len(d) // 2)]] for d in documents]
-    answers = generate(model, prompts, new_tokens, stop_ids=(tokenizer.eos_token_id,))
-    return "\n".join(
-        f"{tokenizer.decode(prompt[1:])} | {tokenizer.decode(answer)}".replace("\n", "\\n")
-        for prompt, answer in zip(prompts, answers, strict=True)
-    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Questions of held-out conversations, asked of the model while it trains."""
+"""Questions of held-out conversations, asked of the model while it trains; beginnings of held-out texts, continued."""
 
 from __future__ import annotations
 
@@ -64,6 +64,23 @@ def show(model: Model, tokenizer: Tokenizer, asked: Sequence[Question], longest:
         line = f"{turns(tokenizer, question.prompt)} {tokenizer.decode(given)}"
         lines.append(f"{line}  [{tokenizer.decode(question.answer)}]".replace("\n", "\\n"))
     return "\n".join(lines)
+
+
+def continue_texts(
+    model: Model | None, tokenizer: Tokenizer, source: Corpus, count: int = 3, new_tokens: int = 64
+) -> str:
+    """Continuations of the first tokens of `count` documents, prompt and continuation divided by ' | '. Nothing where
+    there is no model: on all ranks but the first."""
+    if model is None:
+        return ""
+    indices = [i * source.num_documents // count for i in range(min(count, source.num_documents))]
+    documents = [source.document(i) for i in indices]
+    prompts = [[int(t) for t in d[: min(17, 1 + len(d) // 2)]] for d in documents]
+    given = generate(model, prompts, new_tokens, stop_ids=(tokenizer.eos_token_id,))
+    return "\n".join(
+        f"{tokenizer.decode(prompt[1:])} | {tokenizer.decode(ids)}".replace("\n", "\\n")
+        for prompt, ids in zip(prompts, given, strict=True)
+    )
 
 
 def turns(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
