@@ -39,7 +39,7 @@ from minimind.training.rollouts import Answer
 from minimind.training.script import run_script
 
 # Peak rates by preset; nano has the best of a few that were tried.
-PEAK_LR = {"nano": 3e-4}
+PEAK_LR = {"nano": 1.5e-4}
 
 
 @dataclass(frozen=True)

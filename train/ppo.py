@@ -38,14 +38,16 @@ from minimind.training.script import run_script
 from minimind.value_head import ValueModel, ValueOutput
 
 # Peak rates by preset; nano has the best of a few that were tried.
-PEAK_LR = {"nano": 1e-4}
+PEAK_LR = {"nano": 2e-4}
 
 
 @dataclass(frozen=True)
 class Args(RolloutArgs):
     """Learn from answers and a critic of them. Every default works."""
 
-    prompts: int = 128
+    rollouts: int = 40
+    """How often answers are sampled from the model as it then is."""
+    prompts: int = 256
     """Prompts of a rollout."""
     samples: int = 1
     """Answers to each prompt."""

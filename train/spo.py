@@ -33,7 +33,7 @@ from minimind.training.rollouts import Answer, Drawn
 from minimind.training.script import run_script
 
 # Peak rates by preset; nano has the best of a few that were tried.
-PEAK_LR = {"nano": 1e-4}
+PEAK_LR = {"nano": 2e-4}
 _MEASURED = 64  # answers by which the drift is measured
 
 
@@ -41,7 +41,9 @@ _MEASURED = 64  # answers by which the drift is measured
 class Args(RolloutArgs):
     """Learn from single answers. Every default works."""
 
-    prompts: int = 128
+    rollouts: int = 80
+    """How often answers are sampled from the model as it then is."""
+    prompts: int = 256
     """Prompts of a rollout, all different."""
     samples: int = 1
     """One: --prompts says how many answers a rollout has."""

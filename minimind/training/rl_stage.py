@@ -62,11 +62,11 @@ class RolloutArgs(StageArgs):
     for what that reward did not say."""
     trust_remote_code: bool = False
     """Let a reward model's folder bring code of its own."""
-    rollouts: int = 60
+    rollouts: int = 120
     """How often answers are sampled from the model as it then is."""
-    prompts: int = 16
+    prompts: int = 64
     """Prompts of a rollout."""
-    samples: int = 8
+    samples: int = 4
     """Answers to each prompt."""
     max_prompt: int = 512
     """Tokens of the longest prompt; longer ones are an error, or with --on-bad-row skip left out."""
@@ -80,7 +80,7 @@ class RolloutArgs(StageArgs):
     """Passes over each rollout."""
     micro_batches: int = 1
     """Forward and backward passes that a step adds up."""
-    eval_prompts: int = 128
+    eval_prompts: int = 256
     """Held-out prompts answered on the way; at the end all are."""
     show: int = 0
     """Print so many prompts of every rollout, with their answers, rewards and advantages."""
@@ -88,6 +88,8 @@ class RolloutArgs(StageArgs):
     """adamw: AdamW for all; muon: Muon for the matrices and AdamW for the rest."""
     schedule: Literal["cosine", "wsd", "constant"] = "constant"
     """How the rate falls after the warm-up."""
+    warmup: float = 0.1
+    """Share of the steps over which the rate rises."""
     weight_decay: float = 0.0
     """For matrices; norm gains never decay."""
     heldout: float = 0.1

@@ -60,12 +60,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sampling:
-    """samples of each prompt, of at most max_new_tokens each. seed: of the run."""
+    """samples of each prompt, of at most max_new_tokens each. seed: of the run. ignore_eos: for benchmarks, whose
+    answers should be of one length."""
 
     samples: int
     max_new_tokens: int
     temperature: float = 1.0
     seed: int = 0
+    ignore_eos: bool = False
 
 
 class Sampler:
@@ -103,7 +105,11 @@ class Sampler:
 
 def _params(how: Sampling, drawn: Drawn) -> SamplingParams:
     return SamplingParams(
-        how.max_new_tokens, how.temperature, seed=mix(how.seed, drawn.number), n=how.samples
+        how.max_new_tokens,
+        how.temperature,
+        seed=mix(how.seed, drawn.number),
+        n=how.samples,
+        ignore_eos=how.ignore_eos,
     )
 
 

@@ -1,0 +1,255 @@
+"""The GRPO steps that bench/rl.py times: one algorithm, the same model, prompts, reward and optimizer, done two ways.
+
+ours         this project's: answers by the engine on the live weights, an answer and its prompt as a packed document,
+             log-probabilities without logits; the precision that training takes on this device
+ours-fp32    the same in float32
+naive        as upstream MiniMind does it, in this project's plain model: float32; prompts padded on the left, every
+             answer's prompt computed anew, keys and values grown by torch.cat, a step for all answers until the last
+             has ended; log_softmax of the whole logits of prompts and answers for policy and reference
+
+Every step is one update on one rollout: the ratio is 1, so that nobody scores an old policy. A contender's first step
+tells what it thinks its answers' log-probabilities are, for the judge.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minimind import ops
+from minimind.config import ModelConfig
+from minimind.data.prompts import Prompt, PromptSet
+from minimind.inference.replica import Replica
+from minimind.modeling import Model
+from minimind.objectives.advantages import group_advantages
+from minimind.objectives.policy import policy_loss
+from minimind.objectives.surrogates import clip, with_kl
+from minimind.rewards import Rewards, Sample, parse_rewards
+from minimind.rope import rope_cos_sin
+from minimind.tokenization import load_tokenizer
+from minimind.training.collector import score, scored_again
+from minimind.training.device import choose_precision
+from minimind.training.optim import build_optimizers
+from minimind.training.rl_loader import Shape, pack
+from minimind.training.rollouts import Answer, Drawn, Sampler, Sampling
+from minimind.weights import load_model
+
+BETA, RATE = 0.04, 1e-6
+
+
+@dataclass(frozen=True)
+class Setting:
+    """folder: the model; prompts: token ids of each; samples of each, of exactly `new` tokens."""
+
+    folder: Path
+    prompts: list[list[int]]
+    samples: int
+    new: int
+    threads: int
+    device: torch.device
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig.from_json(self.folder / "config.json")
+
+
+@dataclass
+class Turn:
+    """Seconds of the parts of a step; answers, each its prompt's ids and its own, and what the contender takes for the
+    log-probabilities of its tokens, of a few."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: {"rollout": 0.0, "reward": 0.0, "train": 0.0})
+    answers: list[tuple[list[int], list[int], list[float]]] = field(default_factory=list)
+
+    @contextmanager
+    def part(self, name: str, device: torch.device) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[name] += time.perf_counter() - began
+
+
+Contender = Callable[[int], Turn]
+
+
+def ours(s: Setting, dtype: torch.dtype | None) -> Contender:
+    tokenizer, model = load_tokenizer(), load_model(s.folder, device=s.device)
+    model.compute_dtype = dtype or choose_precision(s.device).compute_dtype
+    frozen = Replica(load_model(s.folder, device=s.device), model.compute_dtype).model
+    optimizer = build_optimizers(model, "adamw", RATE, 0.0)
+    shape = Shape(aggregation="sample", max_new_tokens=s.new)
+    data = PromptSet([Prompt([{"role": "user", "content": "?"}], ids) for ids in s.prompts], 0)
+    batch = min(256, len(s.prompts) * s.samples)
+    sampler = Sampler(model, tokenizer, max(map(len, s.prompts)), s.new, batch)
+    rewards, objective = reward(), with_kl(clip, BETA)
+
+    def step(seed: int) -> Turn:
+        turn = Turn()
+        model.eval()
+        with turn.part("rollout", s.device):
+            drawn = [Drawn(i, i) for i in range(len(s.prompts))]
+            answers = sampler.sample(data, drawn, Sampling(s.samples, s.new, seed=seed, ignore_eos=True))
+        with turn.part("reward", s.device):
+            score(rewards, data, answers)
+        with turn.part("train", s.device):
+            for a, log_probs in zip(answers, scored_again(frozen, answers, shape), strict=True):
+                a.reference = log_probs
+            give_advantages(answers)
+            model.train()
+            count = sum(len(a.ids) for a in answers)
+            packed = pack(answers, s.device, count, len(answers), shape)
+            loss, aux, _ = policy_loss(model, packed, objective)
+            (loss / packed.global_weight + aux).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        turn.answers = [(a.prompt_ids.tolist(), a.ids.tolist(), a.log_probs.tolist()) for a in answers[:4]]
+        return turn
+
+    return step
+
+
+def give_advantages(answers: list[Answer]) -> None:
+    groups = torch.tensor([a.number for a in answers])
+    rewards = torch.tensor([a.reward for a in answers], dtype=torch.float64)
+    found = group_advantages(rewards, groups, int(groups.max()) + 1)
+    for a, value in zip(answers, found.tolist(), strict=True):
+        a.advantages = np.full(len(a.ids), value, np.float32)
+
+
+def reward() -> Rewards:
+    """Cheap, and different for every answer."""
+    return parse_rewards(["repetition"])
+
+
+def naive(s: Setting) -> Contender:
+    ops.set_mode("reference")
+    tokenizer, model = load_tokenizer(), load_model(s.folder, device=s.device)
+    frozen = load_model(s.folder, device=s.device).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    rewards = reward()
+    groups = torch.arange(len(s.prompts)).repeat_interleave(s.samples)
+
+    def step(seed: int) -> Turn:
+        turn = Turn()
+        ids, mask = left_padded(s)
+        with turn.part("rollout", s.device):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                ids = naive_generate(model.eval(), ids, mask, s.new)
+        said = ids[:, mask.shape[1] :]
+        with turn.part("reward", s.device):
+            samples = [Sample([], tokenizer.decode(row), row) for row in said.tolist()]
+            advantages = group_advantages(torch.tensor(rewards(samples).total), groups, len(s.prompts))
+        with turn.part("train", s.device):
+            whole = torch.cat((mask, mask.new_ones(said.shape)), dim=1)
+            log_probs = naive_log_probs(model.train(), ids, whole, s.new)
+            with torch.no_grad():
+                reference = naive_log_probs(frozen, ids, whole, s.new)
+            x = reference - log_probs
+            gain = (log_probs - log_probs.detach()).exp() * advantages.to(log_probs)[:, None]
+            loss = -(gain - BETA * (x.exp() - x - 1)).mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        rows = zip(s.prompts[:1] * 4, said.tolist(), log_probs.tolist(), strict=False)
+        turn.answers = list(rows)[: min(4, s.samples)]
+        return turn
+
+    return step
+
+
+def left_padded(s: Setting) -> tuple[Tensor, Tensor]:
+    """(ids, mask) int64 [prompts x samples, longest prompt], every prompt as often as it has answers."""
+    longest = max(map(len, s.prompts))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in s.prompts], device=s.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in s.prompts], device=s.device)
+    return ids.repeat_interleave(s.samples, 0), mask.repeat_interleave(s.samples, 0)
+
+
+def naive_log_probs(model: Model, ids: Tensor, mask: Tensor, new: int) -> Tensor:
+    """[B, new]: log_softmax of whole logits, as upstream gathers them."""
+    logits = model(ids, attention_mask=mask).logits[:, :-1]
+    return logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)[:, -new:]
+
+
+def naive_generate(model: Model, ids: Tensor, mask: Tensor, new: int) -> Tensor:
+    """`ids` [B, T] behind their padding -> [B, T + new], sampled at temperature 1."""
+    table = rope_cos_sin(model.config, torch.arange(ids.shape[1] + new, device=ids.device))
+    past: list[tuple[Tensor, Tensor] | None] = [None] * len(model.layers)
+    inputs = ids
+    for _ in range(new):
+        logits = _forward(model, inputs, mask, past, table)
+        inputs = torch.multinomial(logits.softmax(-1), 1)
+        ids, mask = torch.cat((ids, inputs), dim=1), torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
+    return ids
+
+
+def _forward(model: Model, ids: Tensor, mask: Tensor, past: list, table: tuple[Tensor, Tensor]) -> Tensor:
+    """ids [B, T], the last T of `mask` [B, S]'s positions -> logits [B, V] of the next token."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    seen = mask[:, None, None, :].bool()
+    if ids.shape[1] > 1:
+        square = torch.ones(ids.shape[1], mask.shape[1], dtype=torch.bool, device=ids.device)
+        seen = seen & square.tril(mask.shape[1] - ids.shape[1])
+    bias = torch.zeros(seen.shape, device=ids.device).masked_fill(~seen, -1e9)
+    x, delta = model.embed_tokens(ids), None
+    for index, block in enumerate(model.layers):
+        layer: Any = block
+        normed, x = layer.input_layernorm(x, delta)
+        normed, x = layer.post_attention_layernorm(
+            x, _attention(layer.self_attn, normed, positions, bias, table, past, index)
+        )
+        delta = layer.mlp(normed)
+    x, _ = model.norm(x, delta)
+    return x[:, -1] @ model.head_weight.t()
+
+
+def _attention(
+    layer: Any,
+    x: Tensor,
+    positions: Tensor,
+    bias: Tensor,
+    table: tuple[Tensor, Tensor],
+    past: list,
+    index: int,
+) -> Tensor:
+    norms: tuple[Any, Any] = (None, None)
+    if layer.q_norm is not None:
+        norms = layer.q_norm.weight, layer.k_norm.weight
+    q, k, v = ops.rope(
+        layer.qkv_proj(x),
+        table[0],
+        table[1],
+        positions,
+        layer.heads,
+        layer.groups,
+        norms[0],
+        norms[1],
+        layer.eps,
+    )
+    if past[index] is not None:
+        k, v = torch.cat((past[index][0], k), dim=1), torch.cat((past[index][1], v), dim=1)
+    past[index] = k, v
+    repeats = layer.heads // layer.groups
+    k, v = (t.repeat_interleave(repeats, dim=2).transpose(1, 2) for t in (k, v))
+    scores = q.transpose(1, 2) @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias
+    return layer.o_proj((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
+
+
+PEERS: dict[str, Callable[[Setting], Contender]] = {
+    "ours": partial(ours, dtype=None),
+    "ours-fp32": partial(ours, dtype=torch.float32),
+    "naive": naive,
+}

@@ -1,0 +1,111 @@
+"""bench/rl.py on a CPU and a tiny model: that its contenders do one thing, what is refused and written."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench import rl
+from bench.decode import random_model
+from bench.rl import COLUMNS, PARTS, Args, Row, error_ratio, main, show, summary
+from bench.rl_peers import PEERS, Setting, Turn, left_padded, naive_generate, naive_log_probs
+from minimind import ModelConfig, ops
+from minimind.config import PRESETS
+from minimind.weights import save_weights
+
+SMALL = ModelConfig(32, 2, 4, 2, 16, 64, qk_norm=True)
+
+
+@pytest.fixture
+def setting(tmp_path) -> Setting:
+    save_weights(random_model(SMALL), tmp_path / "model")
+    prompts = [list(range(20, 20 + length)) for length in (3, 9, 6)]
+    return Setting(tmp_path / "model", prompts, 2, 5, 1, torch.device("cpu"))
+
+
+def test_naive_sampling_behind_padding_is_the_models(setting):
+    """Every sampled token is as likely, one prompt at a time and unpadded, as in the padded batch."""
+    ops.set_mode("reference")
+    model = random_model(SMALL).double()
+    ids, mask = left_padded(setting)
+    assert ids.shape == mask.shape == (6, 9) and mask.sum(1).tolist() == [3, 3, 9, 9, 6, 6]
+    drawn: list[torch.Tensor] = []
+    multinomial = torch.multinomial
+
+    def record(p: torch.Tensor, count: int) -> torch.Tensor:
+        drawn.append(p.log())
+        return multinomial(p, count)
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "multinomial", record)
+        whole = naive_generate(model, ids, mask, 5)
+        said = whole[:, 9:]
+        batched = naive_log_probs(model, whole, torch.cat((mask, mask.new_ones(said.shape)), 1), 5)
+        for row in range(6):
+            prompt = setting.prompts[row // 2]
+            both = torch.cat((torch.tensor(prompt), said[row]))[None]
+            alone = model(both).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            torch.testing.assert_close(torch.stack([p[row] for p in drawn]), alone)
+            torch.testing.assert_close(batched[row], alone.gather(1, said[row][:, None])[:, 0])
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_contenders_score_their_answers_as_the_model_does(name, setting):
+    turn = PEERS[name](setting)(0)
+    assert set(turn.seconds) == set(PARTS) and all(value > 0 for value in turn.seconds.values())
+    for prompt, ids, log_probs in turn.answers:
+        assert prompt in setting.prompts and len(ids) == len(log_probs) == 5
+    assert error_ratio(setting, turn, name) <= 2
+    prompt, ids, log_probs = turn.answers[0]
+    wrong = Turn(answers=[(prompt, ids, [log_probs[1], log_probs[0], *log_probs[2:]])])
+    assert error_ratio(setting, wrong, name) > 2
+
+
+def test_rows_table_and_last_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(PRESETS, "nano", SMALL)
+    monkeypatch.setattr(
+        rl.Worker, "__init__", lambda self, name, setting: setattr(self, "run", PEERS[name](setting))
+    )
+    monkeypatch.setattr(rl.Worker, "step", lambda self, seed: self.run(seed))
+    monkeypatch.setattr(rl.Worker, "finish", lambda self: 100.0)
+    args = Args(prompts=2, samples=2, prompt=6, new=4, turns=2, threads=1, device="cpu", out=str(tmp_path))
+    found = main(args)
+    json.dumps(found)
+    rows = list(csv.DictReader(Path(found["csv"]).read_text().splitlines()))
+    assert list(rows[0]) == COLUMNS and [row["peer"] for row in rows] == list(PEERS)
+    for row in found["rows"]:
+        assert row["status"] == "ok" and row["turns"] == 2 and row["peak_mib"] == 100
+        assert row["tokens_per_second"] == pytest.approx(2 * 2 * 4 / row["seconds"])
+    assert "naive" in capsys.readouterr().out
+
+
+def test_a_turns_time_is_that_of_its_parts(setting):
+    turns = [Turn({"rollout": 1.0 * i, "reward": 0.0, "train": 2.0}) for i in (1, 2, 9)]
+    found = summary(turns, setting)
+    assert (found["seconds"], found["rollout"], found["train"]) == (4, 2, 2)
+    assert found["tokens_per_second"] == 6 * 5 / 4
+    row = Row("", None, "", 1, None, "nano", "ours", 1, 1, 1, 1, seconds=1.0, p20=1, p80=1, rollout=0.5, reward=0.1,
+              train=0.4, tokens_per_second=1, error_ratio=1)  # fmt: skip
+    console = Console(record=True, width=120)
+    show([row, replace(row, peer="naive", seconds=4.0)], console)
+    assert "4.00x" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"preset": "nana"}, "--preset nana: unknown"),
+        ({"preset": "minimind2-moe"}, "--preset minimind2-moe: the naive contender knows dense models"),
+        ({"peer": ("trl",)}, "--peer trl: unknown; choose from ours"),
+        ({"new": 0}, "--new 0: counts from 1"),
+    ],
+)
+def test_errors(flags, message):
+    with pytest.raises(ValueError, match=message):
+        main(Args(**flags))
