@@ -12,6 +12,7 @@ import importlib.util
 import os
 import re
 import secrets
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ def main(args: Args) -> int:
             raise ValueError(f"{name} is missing: pip install 'minimind[web]'")
     if args.url is not None and args.model is not None:
         raise ValueError("--url and --model: give one of them")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends what was started here, too
     if args.url is not None:
         return _page(args, args.url, os.environ.copy())
     environment = {**os.environ, "MINIMIND_API_KEY": secrets.token_urlsafe(24)}  # the page alone knows it

@@ -18,7 +18,8 @@ from tests.inference.small import random_prompts, small_model, small_tokenizer
 from tests.serving.service import Running, serving
 
 COMPLETIONS = "/v1/completions"
-LONG = {"model": "tiny", "prompt": [5], "max_tokens": 1000, "stream": True}
+# greedy: random weights then repeat one token to the end, where samples may draw the end token
+LONG = {"model": "tiny", "prompt": [5], "max_tokens": 1000, "stream": True, "temperature": 0}
 
 
 def varied_model() -> Model:
@@ -101,7 +102,6 @@ def until(condition, seconds=5.0):
 def test_a_client_that_goes_frees_its_place(stream, queued):
     model = small_model(max_position_embeddings=4096)
     with serving(model, max_batch=1, kv_tokens=1 << 13) as running:
-        steps = lambda: running.metric("minimind_engine_steps_total")  # noqa: E731
         blocker = httpx.stream("POST", running.root + COMPLETIONS, json={**LONG, "max_tokens": 4000})
         if queued:
             blocker.__enter__()
@@ -119,7 +119,7 @@ def test_a_client_that_goes_frees_its_place(stream, queued):
         if queued:
             blocker.__exit__(None, None, None)
             until(lambda: running.service.worker.in_flight == 0)
-        assert steps() < 3900, "it was not the end of the answer that freed the place"
+        assert running.metric('minimind_samples_finished_total{reason="cancelled"}') == 1 + queued
         assert running.metric("minimind_kv_cache_usage_ratio") == 0
 
 
@@ -152,7 +152,7 @@ def test_a_shutdown_finishes_what_runs():
     with serving(small_model(max_position_embeddings=2048), drain=30) as running:
         idle = httpx.Client(base_url=running.root)
         assert idle.get("/health").status_code == 200
-        body = {**LONG, "max_tokens": 300, "temperature": 0}
+        body = {**LONG, "max_tokens": 300}
         with httpx.stream("POST", running.root + COMPLETIONS, json=body) as response:
             running.server.should_exit = True
             until(lambda: running.service.worker.draining)
