@@ -58,8 +58,7 @@ class Args:
     stage: tuple[str, ...] = ("pretrain",)
     """Any of pretrain, sft, lora, distill, reason, dpo; here and below divided by commas or spaces."""
     data: tuple[str, ...] = ()
-    """Files as the stage's script takes them; with several stages STAGE=FILE, also more than once. None: the script's
-    built-in data."""
+    """Files as the stage's script takes them; of several stages as STAGE=FILE. None: the script's built-in data."""
     preset: tuple[str, ...] = ("minimind2-small",)
     """Model shapes."""
     peer: tuple[str, ...] = ("ours", "upstream-style")
