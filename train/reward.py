@@ -39,7 +39,7 @@ from minimind.training.scores import (
 from minimind.training.script import run_script
 from minimind.value_head import ValueModel, save_value_model
 
-# Peak rates by preset; nano has the best of three that were tried, the others are not tuned yet.
+# Peak rates by preset. With nano's all built-in held-out pairs are told apart; the others are not tuned yet.
 PEAK_LR = {"nano": 1e-3}
 
 

@@ -22,6 +22,7 @@ from minimind.value_head import ValueModel, load_value_model
 
 # What reward_loss tells besides the loss.
 FIGURES = ("accuracy", "margin", "chosen_score", "rejected_score")
+_SHOWN = 120  # characters of a prompt and of an answer in samples
 
 
 class ValueOrigin(Origin):
@@ -70,7 +71,8 @@ def heldout_scores(
 
 @torch.no_grad()
 def show_scores(model: ValueModel, tokenizer: Tokenizer, corpus: Corpus, count: int) -> str:
-    """Pairs from all over `corpus`: the prompt, and each answer behind its score, the chosen one first."""
+    """Pairs from all over `corpus`: the end of the prompt, and the beginning of each answer behind its score, the
+    chosen one first."""
     model.eval()
     lines = []
     for i in range(0, corpus.num_documents, max(1, corpus.num_documents // count)):
@@ -78,7 +80,9 @@ def show_scores(model: ValueModel, tokenizer: Tokenizer, corpus: Corpus, count: 
         second = int(np.flatnonzero(codes & SIDE)[0])
         sides = [_scored(model, ids[part], codes[part]) for part in (slice(second), slice(second, None))]
         prompt = turns(tokenizer, sides[0][1].tolist())
-        said = [f"{score:+.2f} {tokenizer.decode(answer.tolist())}" for score, _, answer in sides]
+        prompt = prompt if len(prompt) <= _SHOWN else f"... {prompt[-_SHOWN:]}"
+        texts = [(score, tokenizer.decode(answer.tolist())) for score, _, answer in sides]
+        said = [f"{score:+.2f} {t if len(t) <= _SHOWN else f'{t[:_SHOWN]} ...'}" for score, t in texts]
         lines.append(" | ".join((prompt, *said)).replace("\n", "\\n"))
     return "\n".join(lines[:count])
 

@@ -149,7 +149,6 @@ def test_the_scored_token_is_the_last_before_the_end_of_the_turn(pairs):
     [
         (["--centering", "-1"], "centering=-1.0: must be 0 or more"),
         (["--parallel", "fsdp"], "--parallel fsdp: a reward model is trained with ddp"),
-        (["--seq-len", "8"], "--seq-len 8: a row holds both answers of a pair, and the shortest pair has"),
     ],
 )
 def test_errors_are_one_line(flags, message, origin, pairs, tmp_path):
