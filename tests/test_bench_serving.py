@@ -5,15 +5,13 @@ import csv
 import dataclasses
 import json
 
-import httpx
 import pytest
 
-pytest.importorskip("fastapi", reason="pip install 'minimind[serve]'")
-
-from bench.serving import Args, Log, Task, ask, main, summary
 from bench.serving_report import COLUMNS
 from minimind import ModelConfig, load_tokenizer
 from minimind.weights import save_weights
+
+serving = pytest.importorskip("bench.serving", reason="pip install 'minimind[dev]'")
 
 
 def stream_of(*lines: str) -> bytes:
@@ -38,11 +36,13 @@ USAGE = json.dumps({"choices": [], "usage": {"completion_tokens": 7}})
     ],
 )
 def test_what_is_lost_and_mixed_is_counted(content, status, lost, mixed):
-    async def run() -> Log:
-        log = Log()
-        transport = httpx.MockTransport(lambda request: httpx.Response(status, content=content))
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            await ask(client, "x", Task([1], 7, "ab"), log)
+    async def run() -> serving.Log:
+        log = serving.Log()
+        transport = serving.httpx.MockTransport(
+            lambda request: serving.httpx.Response(status, content=content)
+        )
+        async with serving.httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            await serving.ask(client, "x", serving.Task([1], 7, "ab"), log)
         return log
 
     log = asyncio.run(run())
@@ -53,19 +53,22 @@ def test_what_is_lost_and_mixed_is_counted(content, status, lost, mixed):
 
 def test_a_load_that_brought_nothing_is_no_result():
     with pytest.raises(ValueError, match="no answer came"):
-        summary(Log())
+        serving.summary(serving.Log())
 
 
 def test_a_short_run(tmp_path):
-    from bench.decode import random_model
-
+    pytest.importorskip("fastapi", reason="pip install 'minimind[serve]'")
     tokenizer = load_tokenizer()
-    model = random_model(ModelConfig(32, 2, 4, 2, 16, 48, tokenizer.vocab_size, max_position_embeddings=256))
+    model = serving.random_model(
+        ModelConfig(32, 2, 4, 2, 16, 48, tokenizer.vocab_size, max_position_embeddings=256)
+    )
     save_weights(model, tmp_path / "model")
     tokenizer.save(tmp_path / "model")
-    args = Args(model=str(tmp_path / "model"), clients=6, seconds=1.0, max_batch=4, prompt=16, new=16, prompts=2,
-                threads=1, device="cpu", out=str(tmp_path / "out"))  # fmt: skip
-    result = main(args)
+    args = serving.Args(
+        model=str(tmp_path / "model"), clients=6, seconds=1.0, max_batch=4, prompt=16, new=16, prompts=2, threads=1,
+        device="cpu", out=str(tmp_path / "out"),
+    )  # fmt: skip
+    result = serving.main(args)
     assert result["lost"] == result["mixed"] == 0 and result["requests"] >= 6
     assert 0 < result["ttft_p50"] <= result["ttft_p99"] and result["tokens_per_second"] > 0
     with (tmp_path / "out" / "serving.csv").open(encoding="utf-8", newline="") as file:
@@ -74,4 +77,4 @@ def test_a_short_run(tmp_path):
     assert len(list((tmp_path / "out").glob("serving-*.png"))) == 1
     for wrong in ({"preset": "tiny"}, {"clients": 0}, {"new": 3}):
         with pytest.raises(ValueError, match=f"--{next(iter(wrong))}"):
-            main(dataclasses.replace(args, **wrong))
+            serving.main(dataclasses.replace(args, **wrong))

@@ -1,14 +1,12 @@
 """Wrong requests: the status and shape that OpenAI's clients know, one line that says what to do, never a 500."""
 
-import asyncio
 import json
 
-import httpx
 import pytest
 import torch
 
 from minimind.inference.requests import MAX_SEED
-from minimind.serving.worker import EngineWorker
+from minimind.serving.errors import error_body
 from tests.inference.small import small_model
 from tests.serving.service import WEATHER, serving
 
@@ -104,6 +102,12 @@ def test_bodies_that_are_no_request(server):
     error_of(server.http.get("/v1/poems"), 404)
 
 
+def test_a_message_is_one_line_of_utf8():
+    """Clients choose names of fields and functions, and a message may repeat them."""
+    assert error_body(400, "a\ud800\n b", "c\udfff")["error"]["message"] == "a? b"
+    assert error_body(400, "a", "c\udfff")["error"]["param"] == "c?"
+
+
 def test_models_and_health(server):
     assert [model.id for model in server.client.models.list()] == ["tiny"]
     assert server.client.models.retrieve("tiny").id == "tiny"
@@ -190,15 +194,9 @@ def test_weights_that_are_no_numbers_are_an_error():
         assert "not finite" in error_of(running.http.post(CHAT, json=HI), 500)["message"]
 
 
-def test_nothing_waits_for_a_request_that_is_refused():
-    """A refusal gives its place in the queue back."""
-
-    async def refuse(worker: EngineWorker) -> int:
-        return worker.in_flight
-
+def test_a_refusal_gives_its_place_in_the_queue_back():
     with serving(max_queue=0, max_batch=1) as running:
         for _ in range(3):
             error_of(running.http.post(COMPLETIONS, json={"model": "tiny", "prompt": [10**6]}), 400)
-        assert asyncio.run(refuse(running.service.worker)) == 0
+        assert running.service.worker.in_flight == 0
         assert running.http.post(COMPLETIONS, json={"model": "tiny", "prompt": [1]}).status_code == 200
-        assert isinstance(running.http, httpx.Client)
