@@ -1,4 +1,4 @@
-"""Pairs of answers without a download: manners, made for train/dpo.py.
+"""Pairs of answers without a download: manners, made for train/dpo.py and train/reward.py.
 
 Who greets is told that it is nice to meet them, who thanks that they are welcome, others the answer alone. The content
 is right and the same in all three; which of two answers is the chosen one depends on how the question was asked. Of any

@@ -61,8 +61,8 @@ def build_optimizers(
       update scaled to the size of AdamW's so that one `lr` serves both (Moonlight, arXiv 2502.16982); AdamW for
       the embedding, the head, the router, stacked experts (torch.optim.Muon takes 2-D tensors only) and the gains.
     """
-    if isinstance(model, FSDPModule):  # a forward without a backward leaves whole parameters in place of shards
-        model.reshard()
+    if isinstance(model, FSDPModule):
+        model.reshard()  # a forward without a backward leaves whole parameters in place of the shards
     parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     muon = [p for n, p in parameters if name == "muon" and _is_block_matrix(n, p)]
     orthogonal = {id(p) for p in muon}
