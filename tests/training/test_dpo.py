@@ -245,7 +245,5 @@ def test_a_nano_learns_manners_and_keeps_its_facts(taught):
     and whole answers as they were chosen, facts included."""
     first, *_, last = rows_of(learn("dpo", taught, "--evals", "1"), "eval")
     assert 0.4 <= first["heldout_ranking"] <= 0.6 and last["heldout_ranking"] >= 0.9, (first, last)
-    assert first["heldout_exact"] < 0.4 and last["heldout_exact"] > 0.8, (
-        first,
-        last,
-    )  # a third keep the plain manner
+    # a third of the answers are in the plain manner, as the model gave them before
+    assert first["heldout_exact"] < 0.4 and last["heldout_exact"] > 0.9, (first, last)
