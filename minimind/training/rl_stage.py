@@ -36,6 +36,8 @@ from minimind.training.rollouts import Answer, Drawn, PromptStream, Sampler, Sam
 from minimind.training.run_folder import newest_finished
 
 _HELD_OUT_SEED = 0x5EED  # apart from the rollouts' seeds
+# What teaches a model the weak version of the built-in task, as flags of train/sft.py.
+WEAK = ("--data", NAME, "--epochs", "1", "--seq-len", "256", "--batch-tokens", "1024", "--evals", "2")
 
 
 @dataclass(frozen=True)
@@ -331,9 +333,9 @@ def find_origin(args: RolloutArgs, console: Console) -> str:
     except ValueError:
         if world_size() > 1:
             raise ValueError(
-                f"--from: no model was taught the built-in task yet; run `python train/sft.py --data {NAME}` first"
+                f"--from: no model was taught the built-in task yet; run `python train/sft.py {' '.join(WEAK)}` first"
             ) from None
-    command = [sys.executable, str(Path(sys.argv[0]).with_name("sft.py")), "--data", NAME]
+    command = [sys.executable, str(Path(sys.argv[0]).with_name("sft.py")), *WEAK]
     command += [] if args.cache_dir is None else ["--cache-dir", args.cache_dir]
     command += ["--device", args.device, "--precision", args.precision]
     say(console, f"no model was taught the built-in task yet: {' '.join(command[1:])}")

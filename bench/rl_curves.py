@@ -1,0 +1,77 @@
+"""One picture of runs that differ in their seed: what their held-out rewards became, and what rollouts gave.
+
+python bench/rl_curves.py runs/grpo-1 runs/grpo-2 runs/grpo-3 --out docs/grpo.png
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])
+
+import matplotlib
+import tyro
+
+from minimind.training.metrics import read_metrics, smooth
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+@dataclass(frozen=True)
+class Args:
+    """Draw runs of train/grpo.py, ppo.py or spo.py together."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Their folders."""
+    out: Path = Path("rl.png")
+    """The picture."""
+
+
+def main(args: Args) -> None:
+    """ValueError names a folder that holds no such run."""
+    figure, (held, rolled, spread) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for number, run in enumerate(args.runs):
+        config = run / "config.json"
+        if not config.is_file():
+            raise ValueError(f"{run}: no run of train/grpo.py, ppo.py or spo.py")
+        saved = json.loads(config.read_text(encoding="utf-8"))
+        rows = read_metrics(run / "metrics.jsonl")
+        evals = [row for row in rows if row["kind"] == "eval"]
+        rollouts = [row for row in rows if row["kind"] == "rollout"]
+        colour, label = f"C{number}", f"seed {saved['args']['seed']}: {evals[-1]['heldout_reward']:.3f}"
+        steps = [row["step"] for row in evals]
+        held.plot(
+            steps, [row["heldout_reward"] for row in evals], "o-", color=colour, markersize=4, label=label
+        )
+        held.plot(steps, [row["heldout_greedy_reward"] for row in evals], ":", color=colour)
+        steps, rewards = [row["step"] for row in rollouts], [row["reward"] for row in rollouts]
+        rolled.plot(steps, rewards, color=colour, alpha=0.3, linewidth=0.8)
+        rolled.plot(steps, smooth(rewards), color=colour)
+        spread.plot(steps, [row["entropy"] for row in rollouts], color=colour)
+    for axes, title in (
+        (held, "held-out reward (dotted: of the likeliest answers)"),
+        (rolled, "reward of the rollouts"),
+        (spread, "entropy of a token, nats"),
+    ):
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("optimizer steps")
+        axes.grid(alpha=0.3)
+    held.set_ylim(0, 1)
+    held.legend()
+    figure.suptitle(f"train/{saved['stage']}.py, {saved['args']['data'] or 'the built-in sums'}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except ValueError as problem:
+        raise SystemExit(f"error: {problem}") from None

@@ -1,0 +1,119 @@
+"""train/ppo.py and train/spo.py as a user runs them: how critic and tracker go on, on one process and on two."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minimind import load_model
+from minimind.training.checkpoint import list_checkpoints, load_trainer_state
+from minimind.value_head import load_value_model
+from tests.training.runs import SCRIPT, reproducible, run
+from tests.training.test_grpo import ENV, TOY, assert_same_curve, finish, start_and_kill, torchrun
+from tests.training.test_lora import TINY, rows_of, save_origin
+
+FLAGS = ["--rollouts", "4", "--prompts", "12", "--evals", "2", "--eval-prompts", "12", "--save-every", "3",
+         "--minibatches", "2", "--lr", "0.003", "--precision", "fp32", "--max-new-tokens", "6", "--grad-clip", "1000",
+         "--reward", TOY + "vowels"]  # fmt: skip
+PPO = ["--inner-epochs", "1"]
+STAGES = {
+    "ppo": ("ppo", PPO),
+    "ppo shared": ("ppo", [*PPO, "--critic", "shared", "--kl-in", "loss"]),
+    "spo": ("spo", ["--reward-range", "0", "4"]),
+}
+some = pytest.mark.parametrize("name", ["ppo", "spo", pytest.param("ppo shared", marks=pytest.mark.slow)])
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory) -> Path:
+    return save_origin(TINY, tmp_path_factory.mktemp("origin"))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [{"conversations": [{"role": "user", "content": f"Say {i}."}]} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(name: str, origin: Path, prompts: Path, out: Path, *extra: str) -> list[str]:
+    script, flags = STAGES[name]
+    return [sys.executable, str(SCRIPT.with_name(f"{script}.py")), "--from", str(origin), "--data", str(prompts),
+            "--out", str(out), *FLAGS, *flags, *extra]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(origin, prompts, tmp_path_factory):
+    """The run of each stage, made when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def of(name: str) -> Path:
+        if name not in made:
+            out = made[name] = tmp_path_factory.mktemp("runs") / name.replace(" ", "-")
+            finish(command(name, origin, prompts, out))
+        return made[name]
+
+    return of
+
+
+@some
+def test_killed_inside_a_rollout_and_started_again_the_run_is_the_same_to_the_bit(
+    name, unbroken, origin, prompts, tmp_path
+):
+    out, whole = tmp_path / "killed", unbroken(name)
+    arguments = command(name, origin, prompts, out)
+    start_and_kill(arguments, out, 4)
+    assert "continuing after step" in finish(arguments)
+    assert reproducible(out) == reproducible(whole)
+    for file in list_checkpoints(whole)[-1].rglob("*.safetensors"):
+        assert (out / file.relative_to(whole)).read_bytes() == file.read_bytes()
+
+
+@some
+def test_curve_of_two_processes_is_that_of_one(name, unbroken, origin, prompts, tmp_path):
+    finish(torchrun(command(name, origin, prompts, tmp_path / "two")))
+    assert_same_curve(tmp_path / "two", unbroken(name))
+
+
+def test_the_critic_learns_and_lies_beside_the_policy(unbroken, origin):
+    run_folder = unbroken("ppo")
+    newest = list_checkpoints(run_folder)[-1]
+    critic, policy, first = load_value_model(newest / "critic"), load_model(newest), load_model(origin)
+    assert critic.value_head.weight.abs().max() > 0
+    for name, weight in policy.named_parameters():
+        assert weight.shape == first.get_parameter(name).shape
+    ids = torch.arange(8)[None]
+    assert not torch.equal(critic(ids).hidden_states, policy(ids).hidden_states)
+    rollouts, trained = rows_of(run_folder, "rollout"), rows_of(run_folder, "train")
+    assert rollouts[0]["value"] == 0 != rollouts[-1]["value"]  # the head begins at zero
+    assert {"value_error", "value_clipped", "kl"} <= trained[0].keys() and "explained_variance" in rollouts[0]
+
+
+def test_the_tracker_takes_in_every_answer_and_is_kept(unbroken):
+    run_folder = unbroken("spo")
+    state = load_trainer_state(list_checkpoints(run_folder)[-1])["loader"]
+    kept = state["keeper"]
+    assert kept["drift"] > 0 and state["rollout"] == 4
+    seen = kept["successes"].numpy() + kept["failures"].numpy()
+    assert (seen != seen[np.argmin(kept["seen_at"].numpy())]).any() and len(seen) == 36
+    assert len({answer["prompt"] for answer in state["answers"]}) == len(state["answers"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("spo", ["--samples", "2"], "--samples 2: there is one answer to a prompt; set --prompts instead"),
+        ("spo", ["--reward-range", "0", "0.0001"], "lies outside 0..0.0001"),
+        ("ppo", ["--clip-range", "1.5"], "low=1.5: the ratio's lower bound"),
+    ],
+)
+def test_errors_are_one_line(name, flags, message, origin, prompts, tmp_path):
+    answer = run(command(name, origin, prompts, tmp_path / "no", *flags), ENV)
+    assert answer.returncode == 2 and "Traceback" not in answer.stderr, answer.stderr
+    assert message in " ".join(answer.stdout.split()), answer.stdout
