@@ -44,8 +44,11 @@ def _mask(axes, ends: np.ndarray) -> None:
 
 def _counts(axes, lengths: np.ndarray) -> None:
     total = ROWS * LENGTH * LENGTH
-    counts = {"every pair in the row,\nthen a mask": total, "causal, documents\nnot kept apart": ROWS * LENGTH * (LENGTH + 1) // 2,
-              "causal within\ndocuments": int((lengths * (lengths + 1) // 2).sum())}  # fmt: skip
+    counts = {
+        "every pair in the row,\nthen a mask": total,
+        "causal, documents\nnot kept apart": ROWS * LENGTH * (LENGTH + 1) // 2,
+        "causal within\ndocuments": int((lengths * (lengths + 1) // 2).sum()),
+    }
     bars = axes.barh(list(counts), [n / 1e6 for n in counts.values()], 0.6, color=(ORANGE, GREEN, BLUE))
     axes.bar_label(bars, [f" {n / 1e6:.2f}M, {n / total:.0%}" for n in counts.values()])
     axes.invert_yaxis()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 
 import numpy as np
 from figures.style import BLUE, CYCLE, GREY, INK, ORANGE, PALE, panels, plain
@@ -50,7 +51,7 @@ def _padded(axes, lengths: np.ndarray) -> None:
 def _packed(axes, loader: PackedLoader) -> None:
     batch = loader.next_batch()
     ends = batch.cu_seqlens
-    for n, (start, stop) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for n, (start, stop) in enumerate(pairwise(ends)):
         row, at = divmod(int(start), LENGTH)
         real = batch.targets.flat[start] >= 0
         style = dict(color=CYCLE[n % 5]) if real else dict(color="white", edgecolor=GREY, hatch="///")

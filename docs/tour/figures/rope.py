@@ -1,4 +1,4 @@
-"""Rotary embedding of minimind2-small: how fast each pair turns, with and without YaRN, and what that makes of scores."""
+"""Rotary embedding of minimind2-small: how fast each pair turns, with and without YaRN, and what scores become."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 
 from figures.style import GREY, INK, ORANGE, PALE, SKY, box, panels, plain
 from matplotlib.figure import Figure
@@ -36,7 +37,7 @@ def merges(word: str) -> Iterator[list[str]]:
     ranks = {tuple(pair): rank for rank, pair in enumerate(model["merges"])}
     parts = list(word)
     yield parts
-    while pairs := [pair for pair in zip(parts, parts[1:], strict=False) if pair in ranks]:
+    while pairs := [pair for pair in pairwise(parts) if pair in ranks]:
         first, second = min(pairs, key=ranks.__getitem__)
         at = next(i for i in range(len(parts)) if parts[i : i + 2] == [first, second])
         parts = [*parts[:at], first + second, *parts[at + 2 :]]
