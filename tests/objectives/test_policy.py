@@ -210,7 +210,9 @@ def test_a_broken_ratio_makes_the_loss_infinite_and_never_nan(advantage):
     model = make()
     loss, _, figures = policy_loss(model, given, clip)
     value = loss.item()
-    assert math.isinf(value) if advantage < 0 else math.isfinite(value)  # the bound holds what would be gained
+    assert (
+        math.isinf(value) if advantage < 0 else math.isfinite(value)
+    )  # the bound holds what would be gained
     assert all(v.isfinite() for v in figures.values()) and figures["ratio"] > 1e8  # e^20, which shows
     if advantage > 0:
         loss.backward()
