@@ -68,9 +68,9 @@ def _geometry(axes) -> None:
     _arrow(axes, (a, b), radial.tolist(), RED, "along x: lost", (0.08, -0.16))
     _arrow(axes, (a, b), (g - radial).tolist(), BLUE, "the rest", (-0.55, -0.02))
     _arrow(axes, (c, d), dx.tolist(), GREEN, "dx = the rest / rms", (-0.35, 0.1))
-    for (u, v), text, shift in (((a, b), r"$\hat x$", (0.02, -0.22)), ((c, d), "x", (0.06, -0.15))):
+    for (u, v), text, shift in (((a, b), r"$\hat{x}$", (-0.22, -0.06)), ((c, d), "$x$", (0.05, -0.17))):
         axes.plot(u, v, "o", color=INK, ms=5)
-        axes.text(u + shift[0], v + shift[1], text)
+        axes.text(u + shift[0], v + shift[1], text, fontsize=14)
     axes.set(aspect="equal", xlim=(-0.1, 3.0), ylim=(-0.3, 2.2))
     axes.set_title("the gradient of a norm has no part along x")
     plain(axes)
