@@ -27,7 +27,7 @@ from minimind import ops
 from minimind.config import ModelConfig
 from minimind.data import expand_paths, read_documents
 from minimind.data.progress import say
-from minimind.inference.loading import ModelArgs, open_model, stretched
+from minimind.inference.loading import ModelArgs, Opened, open_model, stretched
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.training.display import Display, duration
@@ -37,8 +37,18 @@ BATCH_TOKENS = 8192  # of windows scored together, or one longer window
 
 @dataclass(frozen=True)
 class Args(ModelArgs):
-    """Perplexity of a model by context length."""
+    """Perplexity of a model by context length, or its benchmarks."""
 
+    tasks: tuple[str, ...] = ()
+    """Benchmarks of lm-evaluation-harness instead, with commas or spaces: ceval,cmmlu,mmlu, ..."""
+    few_shot: int | None = None
+    """With --tasks: examples before each question; None: as many as the task says."""
+    limit: int | None = None
+    """With --tasks: at most so many questions of each."""
+    include: str | None = None
+    """With --tasks: a folder with tasks of your own, .yaml and data."""
+    chat: bool = False
+    """With --tasks: put the questions into the chat template."""
     ppl: tuple[str, ...] = ()
     """Files, folders or globs of .txt and .jsonl, plain, .gz or .zst; what was not trained on."""
     context: tuple[str, ...] = ("512,1024,2048",)
@@ -46,7 +56,7 @@ class Args(ModelArgs):
     tokens: int = 65536
     """At most so many tokens are scored, from the beginning of the text."""
     out: str | None = None
-    """Folder for perplexity.json and perplexity.png; None: the run folder, or this one."""
+    """Folder for perplexity.json and perplexity.png, or tasks.json; None: the run folder, or this one."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +75,11 @@ class Score:
 
 def main(args: Args) -> int:
     console = Console()
+    if args.tasks:
+        return _tasks(args, console)
     lengths = parse_contexts(args.context)
     if not args.ppl:
-        raise ValueError("--ppl: name the text to measure on")
+        raise ValueError("--ppl: name the text to measure on, or benchmarks with --tasks")
     if args.tokens < lengths[-1]:
         raise ValueError(f"--tokens {args.tokens}: the longest context alone is {lengths[-1]}")
     opened = open_model(dataclasses.replace(args, yarn=None, yarn_original=None))
@@ -84,14 +96,33 @@ def main(args: Args) -> int:
         )
     scores = measure(opened.model, opened.tokenizer, ids[: scored + 1], lengths, curves, console)
     show(scores, console)
-    in_run = opened.folder if opened.stage is not None else None
-    folder = Path(args.out) if args.out else in_run or Path()
+    folder = _folder(args, opened)
     folder.mkdir(parents=True, exist_ok=True)
     found = {"text": list(args.ppl), "scores": [dataclasses.asdict(score) for score in scores]}
     (folder / "perplexity.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     plot(scores, folder / "perplexity.png", ", ".join(Path(p).name for p in args.ppl))
     say(console, f"{folder / 'perplexity.png'}, {folder / 'perplexity.json'}")
     return 0
+
+
+def _tasks(args: Args, console: Console) -> int:
+    from minimind.inference.harness import evaluate_tasks, report
+
+    if args.ppl:
+        raise ValueError("--ppl and --tasks: give one of them")
+    opened = open_model(args)
+    for note in opened.notes:
+        say(console, note)
+    found = evaluate_tasks(
+        opened, args.tasks, few_shot=args.few_shot, limit=args.limit, include=args.include, chat=args.chat
+    )
+    report(found, _folder(args, opened), console)
+    return 0
+
+
+def _folder(args: Args, opened: Opened) -> Path:
+    in_run = opened.folder if opened.stage is not None else None
+    return Path(args.out) if args.out else in_run or Path()
 
 
 def parse_contexts(given: Sequence[str]) -> list[int]:

@@ -65,6 +65,11 @@ def _earlier(path: Path, args: StageArgs) -> Origin:
             weights = checkpoint_folder(path)
         except ValueError as error:
             raise ValueError(f"--from {error}") from None
+        if not (weights / "config.json").is_file():
+            raise ValueError(
+                f"--from {path}: an adapter without its model; minimind export --model {path} --merge-lora --to hf "
+                "--out merged, and then --from merged"
+            )
         config = ModelConfig.from_json(weights / "config.json")
         if args.preset is not None and _preset_of(config) != args.preset:
             raise ValueError(
