@@ -41,8 +41,8 @@ from minimind.training.optim import OptimizerName
 from minimind.training.run_folder import newest_finished
 from minimind.training.script import run_script
 
-# Peak rate whatever the preset: an adapter starts at zero, and its size does not follow the model's. On nano 1e-3 learnt
-# as many answers and kept as many others, at twice the held-out loss.
+# Peak rate whatever the preset: an adapter starts at zero, and its size does not follow the model's. On nano 1e-3
+# taught as many answers and kept as many others, at twice the held-out loss.
 PEAK_LR = 2e-3
 
 
