@@ -46,7 +46,6 @@ class Choice:
     parser: ReplyParser
     reply: Reply = field(default_factory=Reply)
     deltas: list[Delta] = field(default_factory=list)
-    call_ids: list[str] = field(default_factory=list)
 
     def take(self, delta: Delta) -> list[Part]:
         parts = self.parser.push(delta.text)
@@ -122,7 +121,7 @@ class ChatAnswer:
             self._usage.take(delta)
             log = self._logprobs([delta])
             for part in choice.take(delta):
-                yield chunk(delta.index, self._delta(choice, part), log=log)
+                yield chunk(delta.index, _delta(part), log=log)
                 log = None
             reason = choice.finish_reason(delta)
             if reason is not None or log is not None:
@@ -145,18 +144,6 @@ class ChatAnswer:
                 for name, arguments in reply.calls
             ]
         return message
-
-    def _delta(self, choice: Choice, part: Part) -> dict[str, Any]:
-        if part.kind == "content":
-            return {"content": part.text}
-        if part.kind == "reasoning":
-            return {"reasoning_content": part.text}
-        if part.kind == "arguments":
-            return {"tool_calls": [{"index": part.call, "function": {"arguments": part.text}}]}
-        function = {"name": part.text, "arguments": ""}
-        return {
-            "tool_calls": [{"index": part.call, "id": _call_id(), "type": "function", "function": function}]
-        }
 
     def _logprobs(self, deltas: list[Delta]) -> dict[str, Any] | None:
         return chat_logprobs(self._service, deltas) if self._asked.logprobs else None
@@ -182,3 +169,15 @@ def constraint_of(service: Service, asked: ChatRequest, reasoning: bool) -> Call
 
 def _call_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    """The part as a chunk of a stream says it."""
+    if part.kind == "content":
+        return {"content": part.text}
+    if part.kind == "reasoning":
+        return {"reasoning_content": part.text}
+    if part.kind == "arguments":
+        return {"tool_calls": [{"index": part.call, "function": {"arguments": part.text}}]}
+    function = {"name": part.text, "arguments": ""}
+    return {"tool_calls": [{"index": part.call, "id": _call_id(), "type": "function", "function": function}]}

@@ -9,6 +9,7 @@ Any client of OpenAI's works with base_url http://127.0.0.1:8998/v1. The API is 
 
 from __future__ import annotations
 
+import importlib.util
 import ipaddress
 import json
 import os
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from minimind.serving.service import Service
 
 KEY_VARIABLE = "MINIMIND_API_KEY"
+NEEDED = ("fastapi", "uvicorn", "llguidance", "prometheus_client")
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,13 @@ class Args(ModelArgs):
 def main(args: Args) -> int:
     """The exit status. ValueError, one line, for bad input."""
     _check(args)
-    try:
-        from minimind.serving.server import Server, listen
-    except ImportError as problem:
-        raise ValueError(f"{problem.name} is missing: pip install 'minimind[serve]'") from None
-    service, notes = open_service(args)
-    with listen(args.host, args.port) as place:
+    for name in NEEDED:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"{name} is missing: pip install 'minimind[serve]'")
+    from minimind.serving.server import Server, listen
+
+    with listen(args.host, args.port) as place:  # before the model is read: a taken port is said at once
+        service, notes = open_service(args)
         port = place.getsockname()[1]
         for note in notes:
             print(note, file=sys.stderr)

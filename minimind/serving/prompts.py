@@ -18,6 +18,7 @@ from minimind.serving.protocol import (
 )
 from minimind.serving.reply import THINK
 from minimind.tokenization import ChatEncoder, Tokenizer
+from minimind.tokenization.reasoning import prompt_endings
 
 
 class ChatPrompts:
@@ -39,6 +40,8 @@ class ChatPrompts:
 
     def _encoder(self, thinking: bool | None) -> ChatEncoder:
         if thinking not in self._encoders:
+            if thinking is not None and ("on" if thinking else "off") not in prompt_endings(self._tokenizer):
+                raise ValueError("this model's chat template does not know enable_thinking; leave it out")
             variables = {} if thinking is None else {"enable_thinking": thinking}
             self._encoders[thinking] = ChatEncoder(self._tokenizer, **variables)
         return self._encoders[thinking]

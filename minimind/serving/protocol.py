@@ -126,7 +126,8 @@ class TemplateOptions(Strict):
 
 class Sampling(Strict):
     """top_k, min_p and repetition_penalty are additions. presence_penalty and repetition_penalty count tokens of the
-    prompt too. user, metadata, store and service_tier change nothing here and are accepted."""
+    prompt too. A temperature below 1e-5 is taken as 0: dividing by it would leave the numbers' range. user, metadata,
+    store and service_tier change nothing here and are accepted."""
 
     model: str
     temperature: Annotated[FiniteFloat, Field(ge=0, le=2)] | None = None
@@ -135,7 +136,7 @@ class Sampling(Strict):
     min_p: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[FiniteFloat, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[FiniteFloat, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[FiniteFloat, Field(ge=0.1, le=10)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     seed: Int64 | None = None
     stop: StopString | Stops | None = None

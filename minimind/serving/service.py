@@ -17,6 +17,8 @@ from minimind.serving.protocol import Sampling
 from minimind.serving.worker import EngineWorker, Generation
 from minimind.tokenization import Tokenizer
 
+LEAST_TEMPERATURE = 1e-5  # above 0
+
 
 @dataclass
 class Service:
@@ -67,6 +69,8 @@ class Service:
             include={"temperature", "top_p", "top_k", "min_p", "presence_penalty", "repetition_penalty", "n"},
             exclude_none=True,
         )
+        if given.get("temperature", 1.0) < LEAST_TEMPERATURE:
+            given["temperature"] = 0.0
         seed = None if asked.seed is None else asked.seed & MAX_SEED
         stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
         try:

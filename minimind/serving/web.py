@@ -20,8 +20,9 @@ from minimind.serving.web_text import LANGUAGES, SUGGESTIONS, text
 URL = os.environ.get("MINIMIND_URL", "http://127.0.0.1:8998/v1")
 AVATARS = {"user": ":material/person:", "assistant": ":material/neurology:", "tool": ":material/build:"}
 REDRAW_SECONDS = 0.04  # an eye sees no more, and every redraw sends the whole answer to the browser
+LEAST_TOKENS = 10  # of which a rate says something
 STYLE = """<style>
-[data-testid="stSidebarHeader"] { height: 1rem; margin: 0; }
+[data-testid="stSidebarHeader"] { height: 1.8rem; margin: 0; }
 [data-testid="stMainBlockContainer"] { padding-top: 2.5rem; max-width: 50rem; }
 [data-testid="stBottomBlockContainer"] { padding: .5rem 1rem 2rem; max-width: 50rem; }
 [data-testid="stSidebar"] [data-testid="stVerticalBlock"] { gap: .75rem; }
@@ -187,7 +188,8 @@ def draw_call(call: Call) -> None:
 def figures(turn: Turn) -> str:
     if turn.role != "assistant":
         return ""
-    notes = [t("figures", turn.tokens, turn.tokens_per_second, 1e3 * turn.first_after)] if turn.tokens else []
+    notes = [t("figures", turn.tokens, 1e3 * turn.first_after)] if turn.tokens else []
+    notes += [t("rate", turn.tokens_per_second)] if turn.tokens >= LEAST_TOKENS else []
     notes += [t("stopped")] if turn.stopped else []
     notes += [t("cut")] if turn.cut else []
     notes += [t("dropped", turn.dropped)] if turn.dropped else []

@@ -39,7 +39,8 @@ TEXT: dict[str, tuple[str, str]] = {
     "stopped": ("stopped", "已停止"),
     "cut": ("cut at the longest answer", "已到长度上限"),
     "dropped": ("the oldest {} rounds no longer fit", "最早的 {} 轮已放不下"),
-    "figures": ("{} tokens · {:.0f} tokens/s · first in {:.0f} ms", "{} 个词元 · {:.0f} 词元/秒 · 首词元 {:.0f} 毫秒"),
+    "figures": ("{} tokens, the first in {:.0f} ms", "{} 个词元，首词元 {:.0f} 毫秒"),
+    "rate": ("{:.0f} tokens/s", "{:.0f} 词元/秒"),
     "unreachable": ("No server answers at {}. Start one: minimind serve", "{} 没有服务响应。请启动：minimind serve"),
     "refused": ("The server at {} refuses: {}", "{} 的服务拒绝了请求：{}"),
 }  # fmt: skip

@@ -5,6 +5,7 @@ import json
 import openai
 import pytest
 
+from minimind.serving.errors import ApiError
 from minimind.serving.prompts import ChatPrompts
 from minimind.serving.protocol import ChatRequest
 from tests.serving.service import ANSWERS, CALL, WEATHER, taught
@@ -61,6 +62,26 @@ def test_thinking_is_opened_and_closed_by_the_switch(server):
     assert answer.reasoning_content and "<think>" not in answer.reasoning_content + (answer.content or "")
     with pytest.raises(openai.BadRequestError, match="contradict"):
         server.chat(extra_body={"open_thinking": True, "chat_template_kwargs": {"enable_thinking": False}})
+
+
+PLAIN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_without_the_switch_and_none_at_all(monkeypatch):
+    _, tokenizer = taught()
+    messages = [{"role": "user", "content": "hi"}]
+    asked = ChatRequest.model_validate({"model": "tiny", "messages": messages, "open_thinking": False})
+    plain = asked.model_copy(update={"open_thinking": None})
+    monkeypatch.setattr(tokenizer, "_template", PLAIN)
+    assert ChatPrompts(tokenizer).prompt(plain)[0]
+    with pytest.raises(ApiError, match="does not know enable_thinking"):
+        ChatPrompts(tokenizer).prompt(asked)
+    monkeypatch.setattr(tokenizer, "_template", None)
+    with pytest.raises(ApiError, match="no chat template"):
+        ChatPrompts(tokenizer).prompt(plain)
 
 
 def test_control_tokens_in_messages_are_text():

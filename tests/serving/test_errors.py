@@ -130,6 +130,20 @@ def test_metrics(server):
     assert 'minimind_samples_finished_total{reason="stop"}' in text
 
 
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 5e-324}, {"temperature": 1e-38}, {"temperature": 1e-5}, {"temperature": 2}, {"top_p": 5e-324},
+        {"min_p": 1}, {"min_p": 5e-324}, {"top_k": 2**31 - 1}, {"presence_penalty": -2}, {"presence_penalty": 2},
+        {"repetition_penalty": 0.1}, {"repetition_penalty": 10, "presence_penalty": 2, "temperature": 1e-5},
+    ],
+)  # fmt: skip
+def test_extremes_of_sampling_are_served(server, extreme):
+    for more in ({}, {"logprobs": True, "top_logprobs": 5}):
+        body = {**HI, "max_tokens": 6, **extreme, **more}
+        assert server.http.post(CHAT, json=body).status_code == 200
+
+
 def test_the_largest_seed_is_one(server):
     assert server.http.post(CHAT, json={**HI, "seed": MAX_SEED}).status_code == 200
     assert server.http.post(CHAT, json={**HI, "seed": -(2**63)}).status_code == 200

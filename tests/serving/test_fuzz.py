@@ -1,5 +1,6 @@
 """schemathesis over the server's own OpenAPI description: requests that fit it and requests that do not, and no 500."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -55,6 +56,10 @@ def fuzz(api, route: str, mode: GenerationMode, examples: int, **options) -> Cou
         response = case.call()
         case.validate_response(response, checks=CHECKS)
         statuses[response.status_code] += 1
+        if (
+            response.status_code == 422 and mode is GenerationMode.POSITIVE
+        ):  # half a surrogate pair is no text
+            assert "\\ud" in json.dumps(case.body), response.text
 
     one()
     return statuses
@@ -64,7 +69,7 @@ def fuzz(api, route: str, mode: GenerationMode, examples: int, **options) -> Cou
 def test_what_fits_the_description_is_no_server_error(api, route):
     statuses = fuzz(api, route, GenerationMode.POSITIVE, 40 if route in POSTED else 5, derandomize=True)
     if route in POSTED:
-        assert statuses[200] >= 3 and statuses[422] == 0, statuses
+        assert statuses[200] >= 3, statuses
     assert not {401, 413, 429} & statuses.keys()
 
 
