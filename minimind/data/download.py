@@ -118,7 +118,7 @@ def _fetch(file: RemoteFile, partial: Path, console: Console) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     idle, why = 0, "it sends nothing more"
     with ByteProgress(console, file.name, file.size, done) as progress:
-        while done != file.size:
+        while file.size is None or done < file.size:
             try:
                 whole = _receive(file, partial, done, progress)
                 if whole and file.size is None:

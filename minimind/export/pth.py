@@ -25,9 +25,6 @@ def pth_state(model: Model, dtype: torch.dtype = torch.float32) -> dict[str, Ten
         raise ValueError("--to pth: upstream ties the output head to the embedding; this model has both")
     if config.qk_norm and config.num_shared_experts:
         raise ValueError("--to pth: upstream has no model with both QK-norm and shared experts")
-    # copies: a view would bring its whole packed tensor into the file
-    state = {
-        name: tensor.detach().to("cpu", dtype, copy=True)
-        for name, tensor in to_stock(model.state_dict(), config).items()
-    }
+    stock = to_stock(model.state_dict(), config)
+    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in stock.items()}
     return {**state, "lm_head.weight": state["model.embed_tokens.weight"]}

@@ -26,12 +26,14 @@ FILES = {"pretrain_hq.jsonl": ROWS, "dpo.jsonl": ROWS[:1000], "README.md": b"# d
 
 class Hub:
     """A server of both hubs' dialects. cut: bytes after which the next answers break off, one per answer.
-    ranges: what was asked for. ignore_range: answer with the whole file. lie: name another SHA-256. no_sums: none."""
+    ranges: what was asked for. ignore_range: answer with the whole file. lie: name another SHA-256. no_sums: none.
+    short: name sizes smaller by so much."""
 
     def __init__(self) -> None:
         self.cut: list[int] = []
         self.ranges: list[str | None] = []
         self.status: list[int] = []
+        self.short = 0
         self.ignore_range = self.lie = self.no_sums = False
         hub = self
 
@@ -57,7 +59,8 @@ class Hub:
         if url.path == "/api/v1/datasets/gongjy/minimind_dataset/repo/tree":
             files: list[dict[str, Any]] = [{"Type": "tree", "Path": "images"}]
             files += [
-                {"Type": "blob", "Path": n, "Size": len(b), "Sha256": self.sum(n)} for n, b in FILES.items()
+                {"Type": "blob", "Path": n, "Size": len(b) - self.short, "Sha256": self.sum(n)}
+                for n, b in FILES.items()
             ]
             return self.send_json(http, {"Data": {"Files": files}})
         if url.path == "/api/datasets/gongjy/minimind_dataset/tree/main":
@@ -184,6 +187,14 @@ def test_a_wrong_checksum_is_refused(hub, tmp_path, capsys):
     assert fetch(hub, tmp_path, "dpo") == 2
     error = error_of(capsys)
     assert "SHA-256" in error and "the hub says 000000000000" in error and "damaged" in error
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("ignore_range", [False, True])
+def test_a_file_longer_than_announced_is_refused(ignore_range, hub, tmp_path, capsys):
+    hub.short, hub.ignore_range, hub.cut = 100, ignore_range, [500]
+    assert fetch(hub, tmp_path, "dpo") == 2
+    assert "1,000 bytes, the hub says 900; the download was damaged" in error_of(capsys)
     assert left(tmp_path) == []
 
 
