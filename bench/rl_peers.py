@@ -90,7 +90,7 @@ def ours(s: Setting, dtype: torch.dtype | None) -> Contender:
     shape = Shape(aggregation="sample", max_new_tokens=s.new)
     data = PromptSet([Prompt([{"role": "user", "content": "?"}], ids) for ids in s.prompts], 0)
     batch = min(256, len(s.prompts) * s.samples)
-    sampler = Sampler(model, tokenizer, max(map(len, s.prompts)), s.new, batch)
+    sampler = Sampler(model, tokenizer, max(map(len, s.prompts)), s.new, batch, s.samples)
     rewards, objective = reward(), with_kl(clip, BETA)
 
     def step(seed: int) -> Turn:

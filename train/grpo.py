@@ -16,9 +16,9 @@ What one --loss stands for, each part of which has a flag of its own:
     cispo     the clip bounds a token's weight, not its gradient; mean over all tokens; no KL      arXiv 2506.13585
 
 Departures: the ratio is to the engine's log-probabilities at the time of sampling, so that no old policy is scored
-again; on CPUs and GPUs that compute in bf16 it differs from 1 a little before the first update (drift_mean and
-drift_max in metrics.jsonl). DAPO's penalty for long answers is a reward like others. Refilling is bounded: what is
-missing then is missing.
+again (gspo excepted: --rescore); on CPUs and GPUs that compute in bf16 it differs from 1 a little before the first
+update (drift_mean and drift_max in metrics.jsonl). DAPO's penalty for long answers is a reward like others. Refilling
+is bounded: what is missing then is missing.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ class Args(RolloutArgs):
     """Weight of the KL to the model that the run began with; 0 keeps no such model. None: as the algorithm has it."""
     entropy: float = 0.0
     """Weight of the entropy, which keeps answers varied."""
+    rescore: bool | None = None
+    """Take the trainer's own log-probabilities of the answers for the old ones, by one more forward, not the engine's.
+    None: for gspo, whose clip is finer than what the two differ by in bf16."""
     refills: int | None = None
     """Draw up to so many times --prompts more prompts in place of those whose answers all have one reward. None: 3 for
     dapo, else 0."""
@@ -77,7 +80,10 @@ def main(args: Args, console: Console) -> bool:
     refills = args.refills if args.refills is not None else 3 if args.loss == "dapo" else 0
     run = Rollouts.begin("grpo", args, algorithm.aggregation, console)
     run.build(
-        partial(advantages, how=args.advantage or algorithm.std), with_reference=beta > 0, refills=refills
+        partial(advantages, how=args.advantage or algorithm.std),
+        with_reference=beta > 0,
+        refills=refills,
+        rescore=args.loss == "gspo" if args.rescore is None else args.rescore,
     )
     loss = partial(policy_loss, run.trained, objective=algorithm.objective, entropy=args.entropy != 0)
     return run.fit(loss, PEAK_LR.get(run.job.origin.preset, 1e-5), [describe(args, algorithm, beta)])

@@ -48,7 +48,8 @@ class Collector:
     worked out for a rank's share of them, such as a critic's values. advantages(answers): fills them in, given all, and
     returns figures to log. before(answers of the rollout before): called first, with the weights trained on them.
     refills: how many prompts may be drawn in place of those whose answers all have one reward, as a multiple of
-    `prompts`; 0: such groups stay.
+    `prompts`; 0: such groups stay. rescore: learn from the trainer's log-probabilities of the answers, by one more
+    forward, not from the engine's.
     """
 
     model: Model
@@ -65,6 +66,7 @@ class Collector:
     annotate: Callable[[list[Answer]], None] | None = None
     before: Callable[[list[Answer]], None] | None = None
     refills: int = 0
+    rescore: bool = False
     console: Console = field(default_factory=Console)
     watch: SignalWatch = field(default_factory=SignalWatch)
     failed: Counter[str] = field(default_factory=Counter)  # answers that each reward could not score, so far
@@ -80,6 +82,8 @@ class Collector:
         with _timed(seconds, "prepare"):
             self._annotate(kept)
             figures = self._figures(made, kept)
+            if self.rescore:
+                self._rescore(kept)
             if kept:
                 figures |= self.advantages(kept)
         return Rollout(kept, following, figures, seconds)
@@ -128,6 +132,13 @@ class Collector:
         for rank, part in enumerate(known):
             for a, worked_out in zip(answers[rank :: self.parallel.world_size], part, strict=True):
                 a.reference, a.values, a.after = worked_out
+
+    def _rescore(self, answers: list[Answer]) -> None:
+        """The trainer's own log-probabilities in place of the engine's."""
+        mine = answers[self.parallel.rank :: self.parallel.world_size]
+        for rank, part in enumerate(self.parallel.gather(scored_again(self.model, mine, self.shape))):
+            for a, log_probs in zip(answers[rank :: self.parallel.world_size], part, strict=True):
+                a.log_probs = log_probs
 
     def _figures(self, made: list[Answer], kept: list[Answer]) -> dict[str, float]:
         """What metrics.jsonl has of a rollout."""

@@ -35,6 +35,7 @@ from minimind.training.rl_view import draw_curves, show_groups, transcript
 from minimind.training.rollouts import Answer, Drawn, PromptStream, Sampler, Sampling
 from minimind.training.run_folder import newest_finished
 
+_TOGETHER = 256  # answers that decode together, at most
 _HELD_OUT_SEED = 0x5EED  # apart from the rollouts' seeds
 # What teaches a model the weak version of the built-in task, as flags of train/sft.py.
 WEAK = ("--data", NAME, "--epochs", "1", "--seq-len", "256", "--batch-tokens", "1024", "--evals", "2")
@@ -151,6 +152,10 @@ class Rollouts:
         job = Job.begin(stage, args, console)
         encoder = ChatEncoder(job.tokenizer)
         train, heldout = open_data(args, encoder, console)
+        if not args.reward and any(prompt.reference is None for prompt in train.prompts):
+            raise ValueError(
+                "--reward: not all prompts of --data have a reference answer; name what to reward, such as model=FOLDER"
+            )
         rewards = parse_rewards(
             args.reward or ("number",), args.on_reward_error, job.device, args.trust_remote_code
         )
@@ -172,6 +177,7 @@ class Rollouts:
         annotate: Callable[[list[Answer]], None] | None = None,
         before: Callable[[list[Answer]], None] | None = None,
         refills: int = 0,
+        rescore: bool = False,
     ) -> None:
         """The model, the engine on its weights, and what makes batches of its answers. make: the model to train of the
         one that the run begins with; the rest as of Collector and RolloutLoader."""
@@ -179,9 +185,8 @@ class Rollouts:
         self.model, self.trained = job.build_model(make=make)
         longest = max(len(p.ids) for s in (self.train, self.heldout) if s for p in s.prompts)
         share = -(-args.prompts // job.parallel.world_size)
-        sampler = Sampler(
-            self.model, job.tokenizer, longest, args.longest_answer, min(256, share * args.samples)
-        )
+        batch = min(_TOGETHER, share * args.samples)
+        sampler = Sampler(self.model, job.tokenizer, longest, args.longest_answer, batch, args.samples)
         self.collector = Collector(
             model=self.model,
             sampler=sampler,
@@ -197,6 +202,7 @@ class Rollouts:
             annotate=annotate,
             before=before,
             refills=refills,
+            rescore=rescore,
             console=job.console,
         )
         self.loader = RolloutLoader(self.collector, self.shape, job.parallel, job.device, keeper)

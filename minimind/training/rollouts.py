@@ -71,20 +71,29 @@ class Sampling:
 
 
 class Sampler:
-    """Samples from `model` as it is at each call. longest: tokens of any prompt; batch: answers that decode together.
+    """Samples from `model` as it is at each call. longest: tokens of any prompt; batch: answers that decode together,
+    `samples` of which share a prompt.
 
-    The engine shares the model's weights where they have the dtype that it computes in; one cache serves all calls.
+    The engine shares the model's weights where they have the dtype that it computes in. One cache serves all calls; it
+    holds a batch of such answers, and of answers that share less as many as fit at a time.
     """
 
     def __init__(
-        self, model: Model, tokenizer: Tokenizer, longest: int, max_new_tokens: int, batch: int
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        longest: int,
+        max_new_tokens: int,
+        batch: int,
+        samples: int = 1,
     ) -> None:
         page = 64 if model.head_weight.device.type == "cuda" else 16
-        pages = -(-(longest + max_new_tokens) // page)
+        own = 1 + -(-max_new_tokens // page)  # the first page holds the end of the prompt as well
+        pages = -(-batch // samples) * -(-longest // page) + batch * own
         self.engine = Engine(
             model,
             tokenizer,
-            kv_tokens=batch * pages * page,
+            kv_tokens=pages * page,
             max_batch=batch,
             max_context=longest + max_new_tokens,
             page_size=page,

@@ -185,6 +185,15 @@ def test_answers_that_no_reward_could_judge_are_left_out():
     assert rollout.figures["reward_dropped"] == 1
 
 
+def test_answers_scored_again_have_the_trainers_log_probabilities():
+    made = collector(lambda number: ("1", "2"), rescore=True)
+    rollout = made(0, 0, [])
+    exact = np.concatenate(scored_again(made.model, rollout.answers, SHAPE))
+    assert (np.concatenate([a.log_probs for a in rollout.answers]) == exact).all() and (exact != 0).all()
+    kept = collector(lambda number: ("1", "2"))(0, 0, [])
+    assert not any(a.log_probs.any() for a in kept.answers)
+
+
 def loader(shape: Shape = SHAPE, rank: int = 0, world: int = 1) -> RolloutLoader:
     def collect(number, first, previous):
         answers = sampled(
