@@ -248,15 +248,14 @@ def test_a_quantizer_on_the_path(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("target", ["hf", "pth", "gguf", "ollama"])
 def test_a_full_disk_leaves_nothing(target, folder, tmp_path, capsys, monkeypatch):
-    if target in ("gguf", "ollama"):
-        pytest.importorskip("gguf", reason="install minimind[export]: needs gguf")
-
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
+    if target in ("gguf", "ollama"):
+        gguf = pytest.importorskip("gguf", reason="install minimind[export]: needs gguf")
+        monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
     monkeypatch.setattr(hf, "save_file", full)
     monkeypatch.setattr("minimind.export.pth.torch.save", full)
-    monkeypatch.setattr("minimind.export.gguf.gguf.GGUFWriter.write_tensors_to_file", full, raising=False)
     out = tmp_path / {"pth": "m.pth", "gguf": "m.gguf"}.get(target, "out")
     error = refused(capsys, tmp_path, "--model", folder, "--to", target, "--out", out)
     assert f"--out {out}" in error and "No space left on device" in error

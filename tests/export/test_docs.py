@@ -41,7 +41,7 @@ def test_transformers_page(exported):
         pytest.importorskip(package, reason=f"pip install {package}")
     assert run("transformers.md") == 3
     model = load_model("my-model")
-    assert load_adapter(model, "my-adapter").targets == ("q_proj", "v_proj")
+    assert set(load_adapter(model, "my-adapter").targets or ()) == {"q_proj", "v_proj"}
 
 
 @pytest.mark.slow

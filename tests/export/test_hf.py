@@ -205,7 +205,7 @@ def test_top_1_without_normalised_gates_is_qwen3_moe(tmp_path, monkeypatch):
     check_logits(model, opened(tmp_path), ids, monkeypatch)
 
 
-def test_other_peoples_granite():
+def test_other_peoples_files():
     """Its multipliers, and what its class takes where the file says nothing."""
     raw = hf_config(CONFIGS["granitemoe"], load_tokenizer(), torch.float32)
     for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier"):
@@ -215,6 +215,12 @@ def test_other_peoples_granite():
     config = ModelConfig.from_dict(raw)
     assert config.num_shared_experts == 1 and not config.tie_word_embeddings
     assert ModelConfig.from_dict({**raw, "shared_intermediate_size": 0}).num_shared_experts == 0
+    raw = hf_config(CONFIGS["qwen3moe"], load_tokenizer(), torch.float32)
+    del raw["norm_topk_prob"], raw["num_experts"]
+    config = ModelConfig.from_dict(
+        {**raw, "num_local_experts": 4}
+    )  # the name transformers 5 has for it inside
+    assert config.num_experts == 4 and not config.norm_topk_prob
     with pytest.raises(ValueError, match="use_sliding_window"):
         ModelConfig.from_dict(
             {**hf_config(CONFIGS["qwen3"], load_tokenizer(), torch.float32), "use_sliding_window": True}
