@@ -143,6 +143,8 @@ def _receive(file: RemoteFile, partial: Path, done: int, progress: ByteProgress)
         from_there = response.status == 206 and response.headers.get("Content-Range", "").startswith(
             f"bytes {done}-"
         )
+        if response.status == 206 and not from_there:
+            raise HTTPException("it sends another part than the one asked for")
         done = done if from_there else 0  # it begins at the beginning
         left = response.headers.get("Content-Length")
         end = None if left is None else done + int(left)
