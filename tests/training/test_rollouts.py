@@ -69,6 +69,10 @@ def test_a_sample_is_a_function_of_weights_seed_and_number():
         assert a.ids.tolist() == again[a.number, a.sample]
     assert len({tuple(a.ids) for a in answers if a.number == 7}) > 1
     assert [a.ids.tolist() for a in sampled(model, replace(how, seed=6))] != [a.ids.tolist() for a in answers]
+    twice = sampled(model, how, [Drawn(1, 4), Drawn(2, 4)])
+    assert [a.ids.tolist() for a in twice[:3]] != [
+        a.ids.tolist() for a in twice[3:]
+    ]  # the number, not the prompt
     ended = [a for a in answers if a.ended]
     assert all(a.ids[-1] == small_tokenizer().eos_token_id for a in ended)
     assert all(len(a.ids) == 9 for a in answers if not a.ended)
