@@ -95,7 +95,7 @@ setup(
         "gpu": ["triton>=3.6; platform_system == 'Linux'"],
         "serve": ["fastapi>=0.115", "llguidance>=1.0", "prometheus_client>=0.21", "uvicorn>=0.32"],
         "web": ["minimind[serve]", "openai>=1.50", "streamlit>=1.40"],
-        "export": ["gguf>=0.10", "huggingface_hub>=0.26", "transformers>=4.57"],
+        "export": ["gguf>=0.10", "transformers>=4.57"],
         "eval": ["lm-eval>=0.4.9"],
         "track": ["tensorboard>=2.18", "wandb>=0.18", "swanlab>=0.10"],
         "dev": [

@@ -305,6 +305,7 @@ def talkative(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow  # a signal and an answer race each other where the machine is busy
 @pytest.mark.skipif(sys.platform == "win32", reason="needs pseudo-terminals: run it on Linux or macOS")
 def test_a_session_in_a_terminal(talkative):
     """Typed and pasted questions, Ctrl-C during an answer and at the prompt, /quit."""
