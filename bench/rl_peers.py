@@ -39,7 +39,7 @@ from minimind.tokenization import load_tokenizer
 from minimind.training.collector import score, scored_again
 from minimind.training.device import choose_precision
 from minimind.training.optim import build_optimizers
-from minimind.training.rl_loader import Shape, pack
+from minimind.training.rl_loader import Shape, pack, passes
 from minimind.training.rollouts import Answer, Drawn, Sampler, Sampling
 from minimind.weights import load_model
 
@@ -87,7 +87,9 @@ def ours(s: Setting, dtype: torch.dtype | None) -> Contender:
     model.compute_dtype = dtype or choose_precision(s.device).compute_dtype
     frozen = Replica(load_model(s.folder, device=s.device), model.compute_dtype).model
     optimizer = build_optimizers(model, "adamw", RATE, 0.0)
-    shape = Shape(aggregation="sample", max_new_tokens=s.new)
+    longest = max(map(len, s.prompts)) + s.new
+    parts = passes(len(s.prompts) * s.samples, longest, model.config, s.device)
+    shape = Shape(micro_batches=parts, aggregation="sample", max_new_tokens=s.new)
     data = PromptSet([Prompt([{"role": "user", "content": "?"}], ids) for ids in s.prompts], 0)
     batch = min(256, len(s.prompts) * s.samples)
     sampler = Sampler(model, tokenizer, max(map(len, s.prompts)), s.new, batch, s.samples)
@@ -107,9 +109,10 @@ def ours(s: Setting, dtype: torch.dtype | None) -> Contender:
             give_advantages(answers)
             model.train()
             count = sum(len(a.ids) for a in answers)
-            packed = pack(answers, s.device, count, len(answers), shape)
-            loss, aux, _ = policy_loss(model, packed, objective)
-            (loss / packed.global_weight + aux).backward()
+            for part in np.array_split(np.arange(len(answers)), shape.micro_batches):
+                packed = pack([answers[i] for i in part], s.device, count, len(answers), shape)
+                loss, aux, _ = policy_loss(model, packed, objective)
+                (loss / packed.global_weight + aux * (packed.num_targets / count)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -30,7 +30,7 @@ from minimind.training.collector import Collector, Stream, score
 from minimind.training.job import Job, Objective, Plan
 from minimind.training.loop import News, StageLoss
 from minimind.training.parallel import world_size
-from minimind.training.rl_loader import RolloutLoader, Shape
+from minimind.training.rl_loader import RolloutLoader, Shape, passes
 from minimind.training.rl_view import draw_curves, show_groups, transcript
 from minimind.training.rollouts import Answer, Drawn, PromptStream, Sampler, Sampling
 from minimind.training.run_folder import newest_finished
@@ -81,8 +81,9 @@ class RolloutArgs(StageArgs):
     """Optimizer steps on each rollout, each on a part of its answers."""
     inner_epochs: int = 1
     """Passes over each rollout."""
-    micro_batches: int = 1
-    """Forward and backward passes that a step adds up."""
+    micro_batches: int | None = None
+    """Forward and backward passes that a step adds up. None: as few as keep the longest answers to the longest prompts
+    within 4096 tokens of minimind2-small a pass, or 16384 on a GPU; other models by their size."""
     eval_prompts: int = 256
     """Held-out prompts answered on the way; at the end all are."""
     show: int = 0
@@ -160,9 +161,11 @@ class Rollouts:
             args.reward or ("number",), args.on_reward_error, job.device, args.trust_remote_code
         )
         job.open_run(args.data_name)
+        longest = max(len(prompt.ids) for prompt in train.prompts) + args.longest_answer
+        answers = -(-args.prompts * args.samples // args.minibatches)
         shape = Shape(
-            args.minibatches, args.inner_epochs, args.micro_batches, aggregation, args.longest_answer,
-            args.temperature, args.seed,
+            args.minibatches, args.inner_epochs, args.micro_batches or passes(answers, longest, job.config, job.device),
+            aggregation, args.longest_answer, args.temperature, args.seed,
         )  # fmt: skip
         return Rollouts(job, args, train, heldout, rewards, shape)
 

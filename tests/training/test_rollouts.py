@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from minimind.config import ModelConfig
 from minimind.data.prompts import Prompt, PromptSet
 from minimind.objectives.policy import policy_loss
 from minimind.objectives.surrogates import clip
@@ -16,7 +17,7 @@ from minimind.rewards import Part, Rewards, parse_rewards
 from minimind.training.actor_critic import ActorCritic, critic_of, load_both, save_both
 from minimind.training.collector import Collector, parts, per_answer, scored_again
 from minimind.training.parallel import Parallel
-from minimind.training.rl_loader import Rollout, RolloutLoader, Shape, pack
+from minimind.training.rl_loader import Rollout, RolloutLoader, Shape, pack, passes
 from minimind.training.rollouts import Answer, Drawn, PromptStream, Sampler, Sampling
 from minimind.value_head import ValueModel
 from tests.inference.small import random_prompts, small_model, small_tokenizer
@@ -266,3 +267,13 @@ def test_policy_and_critic_come_back_from_a_checkpoint(shared, tmp_path):
     load_both(second, tmp_path, Parallel())
     assert torch.equal(first(ids, return_logits=True).logits, second(ids, return_logits=True).logits)
     assert torch.equal(critic_of(first)(ids).values, critic_of(second)(ids).values)
+
+
+def test_a_step_takes_as_many_passes_as_the_model_is_large():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    nano, small, large = (ModelConfig.preset(name) for name in ("nano", "minimind2-small", "minimind2"))
+    assert passes(16, 256, small, cpu) == 1 and passes(17, 256, small, cpu) == 2
+    assert passes(64, 256, small, gpu) == 1 and passes(65, 256, small, gpu) == 2
+    assert passes(16, 256, large, cpu) == 4  # 1,365 tokens each, for three times the width times depth
+    assert passes(32, 256, nano, cpu) == 1
+    assert passes(1, 10**6, large, cpu) > 1
