@@ -16,7 +16,10 @@ COMMANDS = {
     "serve": ("minimind.serving.command", "serve a model over HTTP as OpenAI's API does"),
     "web": ("minimind.serving.web_command", "talk to a model in the browser"),
     "evaluate": ("minimind.inference.perplexity", "perplexity of a model by context length, or benchmarks"),
-    "export": ("minimind.export.command", "write a model for transformers, vLLM, llama.cpp, ollama or upstream"),
+    "export": (
+        "minimind.export.command",
+        "write a model for transformers, vLLM, llama.cpp, ollama or upstream",
+    ),
     "data": ("minimind.data.download", "fetch upstream's data sets"),
 }
 
