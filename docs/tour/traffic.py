@@ -53,7 +53,8 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [t for t in tree_leaves((args, kwargs or {})) if isinstance(t, Tensor)]
-        self._known |= {t.untyped_storage()._cdata for t in given}
+        for tensor in given:
+            self._know(tensor)
         out = func(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         for tensor in made:
@@ -64,6 +65,13 @@ class _Counter(TorchDispatchMode):
             self.ops += 1
             self.moved += sum(map(_bytes, {id(t): t for t in given}.values())) + sum(map(_bytes, made))
         return out
+
+    def _know(self, tensor: Tensor) -> None:
+        """Not held by the function. The address is forgotten with the storage: another one may get it."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._known.add(storage._cdata)
+            weakref.finalize(storage, self._known.discard, storage._cdata)
 
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
