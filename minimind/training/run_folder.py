@@ -89,13 +89,16 @@ def open_run(
 
 
 def newest_finished(stage: str, root: Path = Path("runs"), data: Sequence[str] | None = None) -> str:
-    """The finished run of `stage`, where given on this --data, that ended last. Raises ValueError, with the way out,
-    where there is none."""
+    """The finished run of `stage` that ended last: on this --data, or where none is given on any but a task of its own
+    such as builtin:arithmetic. Raises ValueError, with the way out, where there is none."""
+
+    def fits(config: dict[str, Any]) -> bool:
+        trained_on = config.get("args", {}).get("data", [])
+        of_a_task = any(name.startswith("builtin:") for name in trained_on)
+        return config.get("stage") == stage and (not of_a_task if data is None else trained_on == list(data))
+
     ended = [(flag.stat().st_mtime_ns, flag.parent) for flag in root.glob("*/finished")]
-    configs = [(path, _read_config(path)) for _, path in sorted(ended)]
-    runs = [path for path, config in configs if config.get("stage") == stage]
-    if data is not None:
-        runs = [path for path in runs if dict(configs)[path]["args"]["data"] == list(data)]
+    runs = [path for _, path in sorted(ended) if fits(_read_config(path))]
     if not runs:
         raise ValueError(
             f"--from: there is no finished run of train/{stage}.py under {root}/; run it first, or name weights"

@@ -1,12 +1,13 @@
 """Where a run goes: nothing is ever overwritten, an unfinished run of the same configuration is continued."""
 
+import os
 import sys
 
 import pytest
 
 from minimind.training import tracking
 from minimind.training.checkpoint import list_checkpoints
-from minimind.training.run_folder import open_run, truncate
+from minimind.training.run_folder import newest_finished, open_run, truncate
 
 CONFIG = {"stage": "pretrain", "args": {"lr": 1e-3, "data": ("a", "b")}}
 
@@ -127,3 +128,16 @@ def test_tensorboard_curve(tmp_path):
     tracker.log(1, {"loss": 2.5})
     tracker.finish()
     assert b"loss" in next(tmp_path.glob("tensorboard/events*")).read_bytes()
+
+
+def test_the_newest_run_is_of_a_task_of_its_own_only_when_asked_for(tmp_path):
+    task = ("builtin:arithmetic",)
+    for age, (name, data) in enumerate({"old": (), "chats": ("a.jsonl",), "sums": task}.items()):
+        run = opened(None, name, {"stage": "sft", "args": {"data": data}}, "auto", tmp_path)
+        run.mark_finished()
+        os.utime(run.path / "finished", (age, age))
+    assert newest_finished("sft", tmp_path) == str(tmp_path / "chats")
+    assert newest_finished("sft", tmp_path, task) == str(tmp_path / "sums")
+    assert newest_finished("sft", tmp_path, ()) == str(tmp_path / "old")
+    with pytest.raises(ValueError, match=r"--from: there is no finished run of train/dpo.py"):
+        newest_finished("dpo", tmp_path)
