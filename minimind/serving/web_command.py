@@ -44,11 +44,11 @@ class Args(ModelArgs):
 
 def main(args: Args) -> int:
     """The exit status. ValueError, one line, for bad input."""
+    if args.url is not None and args.model is not None:
+        raise ValueError("--url and --model: give one of them")
     for name in ("streamlit", "openai"):
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"{name} is missing: pip install 'minimind[web]'")
-    if args.url is not None and args.model is not None:
-        raise ValueError("--url and --model: give one of them")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends what was started here, too
     if args.url is not None:
         return _page(args, args.url, os.environ.copy())
