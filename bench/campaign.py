@@ -30,8 +30,8 @@ from bench.campaign_summary import summary
 from bench.kernel_cases import BUILDERS
 from bench.kernel_report import slug
 from minimind.data.files import write_atomically, write_json
-from minimind.training.device import choose_device, describe_device
-from minimind.training.display import duration
+from minimind.device import choose_device, describe_device
+from minimind.display import duration
 from minimind.training.run_folder import versions
 
 ROOT = Path(__file__).parents[1]

@@ -34,13 +34,13 @@ from bench.stages import ALPHA, BETA, STAGES, Stage, frozen_model, padded_batche
 from minimind import ops
 from minimind.config import ModelConfig
 from minimind.data.store import Corpus
+from minimind.device import choose_precision
 from minimind.modeling import Model
 from minimind.objectives.distillation import Distillation, distillation_loss
 from minimind.objectives.next_token import next_token_loss
 from minimind.objectives.preference import dpo, preference_loss, sequence_log_probs
 from minimind.training.batches import DeviceBatches
 from minimind.training.compiling import compile_model
-from minimind.training.device import choose_precision
 from minimind.training.optim import OptimizerName, build_optimizers
 from minimind.training.pairs import to_device as pairs_to_device
 

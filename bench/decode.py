@@ -39,11 +39,11 @@ from bench.decode_report import COLUMNS, Row, plot, show
 from bench.decode_worker import DecoderError, Worker
 from bench.kernel_report import append, check_columns, slug
 from minimind.config import PRESETS, ModelConfig
+from minimind.device import choose_device, describe_device
+from minimind.display import duration
 from minimind.export.gguf import export_gguf
 from minimind.modeling import Model
 from minimind.tokenization import load_tokenizer
-from minimind.training.device import choose_device, describe_device
-from minimind.training.display import duration
 from minimind.training.run_folder import versions
 from minimind.weights import load_model, save_weights
 

@@ -40,8 +40,8 @@ from bench.kernel_report import Row, append, check_columns, show, slug
 from bench.timing import Step, Timing, first_line, limits, measure
 from minimind import native
 from minimind.config import PRESETS, ModelConfig
+from minimind.device import choose_device, choose_precision, describe_device
 from minimind.inference import decode_ops
-from minimind.training.device import choose_device, choose_precision, describe_device
 from minimind.training.run_folder import versions
 
 PAGE = {"cpu": 16, "cuda": 256}  # tokens; flash-attn's paged form takes multiples of 256 only

@@ -32,8 +32,8 @@ from rich.table import Table
 from bench.kernel_report import append, check_columns, columns_of, plt, slug
 from bench.memory import Usage, measure
 from minimind.data import Corpus, PackedLoader, builtin_corpus, open_corpus
+from minimind.device import describe_device
 from minimind.tokenization import load_tokenizer
-from minimind.training.device import describe_device
 from minimind.training.run_folder import versions
 
 SHAPES = ((1, 512), (8, 512), (128, 512), (32, 2048), (8, 8192))  # rows, tokens in a row

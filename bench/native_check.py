@@ -22,8 +22,8 @@ import torch
 import tyro
 from torch import Tensor
 
+from minimind.device import choose_device
 from minimind.inference import decode_ops
-from minimind.training.device import choose_device
 
 FP8 = torch.float8_e4m3fn
 PAGE = 16

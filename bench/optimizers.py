@@ -35,8 +35,8 @@ from rich.table import Table
 from bench.kernel_report import append, check_columns, columns_of, slug
 from minimind.data.cache import open_corpus
 from minimind.data.corpus import builtin_corpus
+from minimind.device import describe_device
 from minimind.tokenization import load_tokenizer
-from minimind.training.device import describe_device
 from minimind.training.metrics import read_metrics
 from minimind.training.run_folder import versions
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from minimind import ops
 from minimind.config import ModelConfig
 from minimind.data.prompts import Prompt, PromptSet
+from minimind.device import choose_precision
 from minimind.inference.replica import Replica
 from minimind.modeling import Model
 from minimind.objectives.advantages import group_advantages
@@ -37,7 +38,6 @@ from minimind.rewards import Rewards, Sample, parse_rewards
 from minimind.rope import rope_cos_sin
 from minimind.tokenization import load_tokenizer
 from minimind.training.collector import score, scored_again
-from minimind.training.device import choose_precision
 from minimind.training.optim import build_optimizers
 from minimind.training.rl_loader import Shape, pack, passes
 from minimind.training.rollouts import Answer, Drawn, Sampler, Sampling

@@ -42,9 +42,9 @@ from bench.throughput_worker import Step, Worker
 from bench.timing import limits
 from minimind.config import PRESETS, ModelConfig
 from minimind.data.store import Corpus
+from minimind.device import choose_device, choose_precision, describe_device
+from minimind.display import duration
 from minimind.modeling import Model
-from minimind.training.device import choose_device, choose_precision, describe_device
-from minimind.training.display import duration
 from minimind.training.optim import OptimizerName
 from minimind.training.run_folder import versions
 

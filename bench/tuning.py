@@ -17,8 +17,8 @@ from bench.kernel_cases import Case, applies, build
 from bench.parity import ALLOWED, PARITY_TOKENS, worst_ratio
 from bench.timing import first_line, measure, step_of
 from minimind.config import PRESETS
+from minimind.device import describe_device
 from minimind.kernels.triton_support import architecture
-from minimind.training.device import describe_device
 
 TABLES = {  # op -> the tables its kernels read, as (module of minimind.kernels, name)
     "rms_norm": [("rms_norm", "CONFIGS")],

@@ -13,11 +13,11 @@ import tyro
 
 from minimind.config import PRESETS, ModelConfig, YarnScaling
 from minimind.data.files import read_json
+from minimind.device import choose_device, choose_precision
 from minimind.lora import merge_adapter, remove_adapters
 from minimind.lora_files import CONFIG, adapter_folder, load_adapter
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer, load_tokenizer
-from minimind.training.device import choose_device, choose_precision
 from minimind.weights import checkpoint_folder, load_model
 
 DTypeName = Literal["auto", "fp32", "bf16", "fp16"]

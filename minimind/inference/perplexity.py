@@ -27,10 +27,10 @@ from minimind import ops
 from minimind.config import ModelConfig
 from minimind.data import expand_paths, read_documents
 from minimind.data.progress import say
+from minimind.display import Display, duration
 from minimind.inference.loading import ModelArgs, Opened, open_model, stretched
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
-from minimind.training.display import Display, duration
 
 BATCH_TOKENS = 8192  # of windows scored together, or one longer window
 

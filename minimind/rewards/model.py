@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from minimind.data.files import read_json
+from minimind.device import choose_precision
 from minimind.rewards.sample import Reward, Sample
 from minimind.tokenization import ChatEncoder, load_tokenizer
-from minimind.training.device import choose_precision
 from minimind.value_head import ValueModel, load_value_model
 from minimind.weights import checkpoint_folder
 

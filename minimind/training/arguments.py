@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from minimind.training.device import PrecisionName
+from minimind.device import PrecisionName
 from minimind.training.optim import OptimizerName, ScheduleName
 from minimind.training.parallel import ParallelName
 from minimind.training.run_folder import ResumeMode

@@ -21,13 +21,13 @@ from rich.console import Console
 from minimind import ops
 from minimind.config import ModelConfig
 from minimind.data.progress import say
+from minimind.device import Precision, choose_precision, describe_device
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.training.arguments import StageArgs
 from minimind.training.batches import DeviceBatches, to_device
 from minimind.training.checkpoint import load_weights_into, share_trainer_state
 from minimind.training.compiling import compile_model
-from minimind.training.device import Precision, choose_precision, describe_device
 from minimind.training.loop import Loader, LoopOptions, News, Stage, StageLoss, Trainer
 from minimind.training.memory import tokens_that_fit
 from minimind.training.optim import build_optimizers, lr_factor

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from minimind.data.files import sync, write_json
+from minimind.display import Display, duration
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.training.checkpoint import load_weights_into, save_checkpoint
-from minimind.training.display import Display, duration
 from minimind.training.metrics import MetricsLog, plot_losses
 from minimind.training.optim import Optimizers
 from minimind.training.parallel import Parallel

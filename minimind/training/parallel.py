@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from minimind.device import choose_device
 from minimind.modeling import Model, MoE
-from minimind.training.device import choose_device
 
 ParallelName = Literal["auto", "none", "ddp", "fsdp"]
 T = TypeVar("T")

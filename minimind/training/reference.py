@@ -21,9 +21,9 @@ from minimind.data import Corpus
 from minimind.data.files import cache_root, disk_full, is_disk_full, make_folder, write_atomically
 from minimind.data.pair_loader import PairLoader
 from minimind.data.progress import say
+from minimind.display import Display, duration
 from minimind.modeling import Model
 from minimind.objectives.preference import sequence_log_probs
-from minimind.training.display import Display, duration
 from minimind.training.pairs import to_device
 from minimind.training.parallel import Parallel
 

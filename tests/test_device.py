@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from minimind.training.device import choose_device, choose_precision
+from minimind.device import choose_device, choose_precision
 
 
 def test_precision_says_why(monkeypatch):
