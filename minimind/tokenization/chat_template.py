@@ -40,7 +40,7 @@ def render_chat(
     Raises ValueError if a message is malformed or the template fails or refuses the conversation.
     """
     parsed = parse_messages(messages)
-    offered = _parsed_list(tools, "tools")
+    offered = parse_list(tools, "tools")
     if offered is None and parsed and parsed[0]["role"] == "system":
         offered = parsed[0].get("tools")
     try:
@@ -71,11 +71,12 @@ def _parsed_message(index: int, message: Message) -> dict[str, Any]:
     parsed = dict(message)
     for name in ("tools", "tool_calls"):
         if name in parsed:
-            parsed[name] = _parsed_list(parsed[name], f"message {index}: {name}")
+            parsed[name] = parse_list(parsed[name], f"message {index}: {name}")
     return parsed
 
 
-def _parsed_list(value: Any, name: str) -> list[Any] | None:
+def parse_list(value: Any, name: str) -> list[Any] | None:
+    """Tools or tool calls, which may be a JSON string or one object, as a list; ValueError, with `name`, for others."""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from minimind.tokenization.chat_template import MARKS, Message, marks_generation, parse_messages
+from minimind.tokenization.chat_template import MARKS, Message, marks_generation, parse_list, parse_messages
 from minimind.tokenization.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -91,12 +91,12 @@ class ChatEncoder:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | str | None = None) -> list[int]:
         """Token ids of a conversation and of the header of the assistant's next turn."""
-        parsed = _with_text(messages)
 
-        def render(guarded: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-            return self._render(guarded, tools=tools, add_generation_prompt=True), []
+        def render(guarded: list[Any]) -> tuple[str, list[tuple[int, int]]]:
+            said, offered = guarded
+            return self._render(said, tools=offered, add_generation_prompt=True), []
 
-        text, _, guard = self._guarded(parsed, render)
+        text, _, guard = self._guarded([_with_text(messages), parse_list(tools, "tools")], render)
         return self.encode([self._split(text, False, guard)])[0].ids.tolist()
 
     def encode(self, conversations: Sequence[Sequence[Piece]]) -> list[EncodedChat]:
@@ -152,23 +152,23 @@ class ChatEncoder:
 
     def _guarded(
         self,
-        messages: list[dict[str, Any]],
-        render: Callable[[list[dict[str, Any]]], tuple[str, list[tuple[int, int]]]],
+        contents: list[Any],
+        render: Callable[[list[Any]], tuple[str, list[tuple[int, int]]]],
     ) -> tuple[str, list[tuple[int, int]], str]:
         """(text, spans, guard) of `render`. Where a content holds the name of a control token, a noncharacter breaks
         that name, so that what is left of them is the template's; without the guard the text is the plain one."""
-        if not any(self._control.search(text) for text in _strings(messages)):
-            return *render(messages), ""
-        everything = "".join(_strings(messages))
+        if not any(self._control.search(text) for text in _strings(contents)):
+            return *render(contents), ""
+        everything = "".join(_strings(contents))
         guard = next((g for g in _GUARDS if g not in everything), None)
         if guard is None:
             raise ValueError(
                 "a content holds the name of a control token and every noncharacter U+FDD0 to U+FDED"
             )
         text, spans = render(
-            _map_strings(messages, lambda s: self._control.sub(lambda m: _broken(m[0], guard), s))
+            _map_strings(contents, lambda s: self._control.sub(lambda m: _broken(m[0], guard), s))
         )
-        plain, _ = render(messages)
+        plain, _ = render(contents)
         if text.replace(guard, "") != plain:
             raise ValueError(
                 "a content holds the name of a control token, and the chat template treats it as more than text"

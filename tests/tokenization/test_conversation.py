@@ -169,6 +169,20 @@ def test_control_tokens_in_parts_tools_and_arguments() -> None:
     assert (np.array(ChatEncoder(SHIPPED).prompt(messages[:2])) == SHIPPED.eos_token_id).sum() == 2
 
 
+def test_control_tokens_in_tools_on_offer() -> None:
+    """However they are given; \\u0065 is how JSON may spell the e."""
+    tool = {"type": "function", "function": {"name": END, "parameters": {END: [END]}}}
+    encoder, question = ChatEncoder(SHIPPED), [{"role": "user", "content": "x"}]
+    ids = encoder.prompt(question, [tool])
+    assert ids.count(SHIPPED.eos_token_id) == 2 and SHIPPED.decode(ids).count(END) == 2 + 3
+    for tools in (tool, json.dumps([tool]), json.dumps(tool).replace("end|>", "\\u0065nd|>")):
+        assert encoder.prompt(question, tools) == ids
+    system = [{"role": "system", "content": "", "tools": [tool]}, *question]
+    assert encoder.prompt(system) == ids
+    with pytest.raises(ValueError, match="tools is a string but not JSON"):
+        encoder.prompt(question, "[")
+
+
 def test_a_template_that_reads_control_tokens_in_contents_is_refused() -> None:
     template = MARKED.replace("{{ m.content }}{% endif", "{{ 'long' if '<|im_end|>' in m.content }}{% endif")
     with pytest.raises(ValueError, match="treats it as more than text"):
