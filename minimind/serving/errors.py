@@ -88,7 +88,7 @@ async def _invalid(request: Request, problem: Exception) -> JSONResponse:
     if first["type"] == "json_invalid":
         return JSONResponse(error_body(400, "the body is not JSON"), 400)
     param = ".".join(place) or None
-    message = f"{param}: {first['msg']}" if param else f"the body: {first['msg']}"
+    message = f"{param or 'the body'}: {first['msg'].removeprefix('Value error, ')}"
     return JSONResponse(error_body(422, message, param), 422)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from minimind.serving.errors import ApiError
 from minimind.serving.protocol import (
+    MAX_DEPTH,
     AssistantMessage,
     ChatRequest,
     Content,
@@ -15,6 +16,7 @@ from minimind.serving.protocol import (
     TemplateOptions,
     Tool,
     ToolMessage,
+    shallow,
 )
 from minimind.serving.reply import THINK
 from minimind.tokenization import ChatEncoder, Tokenizer
@@ -103,11 +105,12 @@ def _arguments(text: str) -> Any:
     """As an object, which every template can write; ApiError 400 if they are none."""
     try:
         value = json.loads(text or "{}")
+        if isinstance(value, dict):
+            return shallow(value)
     except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ApiError(400, "messages: the arguments of a tool call are not a JSON object", param="messages")
-    return value
+        pass
+    message = f"messages: the arguments of a tool call are not a JSON object of at most {MAX_DEPTH} levels"
+    raise ApiError(400, message, param="messages")
 
 
 def text(content: Content | None) -> str:

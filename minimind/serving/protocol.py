@@ -7,9 +7,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
 
 MAX_STOPS, MAX_N = 16, 128
+MAX_DEPTH = 64  # Python gives up rendering at some 300 levels, llguidance parsing at 128; written schemas have a dozen
+
+
+def shallow(value: dict[str, Any]) -> dict[str, Any]:
+    """`value`; ValueError where objects and lists in it lie deeper than MAX_DEPTH."""
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [x for outer in level for x in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [x for x in inner if isinstance(x, dict | list)]
+        if not level:
+            return value
+    raise ValueError(f"more than {MAX_DEPTH} levels of objects and lists")
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(shallow)]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 StopString = Annotated[str, Field(min_length=1)]
 Stops = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
@@ -69,7 +84,7 @@ Message = Annotated[InputMessage | AssistantMessage | ToolMessage, Field(discrim
 class Function(Strict):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
 
@@ -101,7 +116,7 @@ class JsonSchema(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
     name: str = ""
     description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    schema_: JsonObject = Field(alias="schema")
     strict: bool | None = None
 
 

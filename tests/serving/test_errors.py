@@ -7,6 +7,7 @@ import torch
 
 from minimind.inference.requests import MAX_SEED
 from minimind.serving.errors import error_body
+from minimind.serving.protocol import MAX_DEPTH
 from tests.inference.small import small_model
 from tests.serving.service import WEATHER, serving
 
@@ -14,6 +15,9 @@ HI = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tok
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 NAMED = {"type": "function", "function": {"name": "clock"}}
 FORMAT = {"type": "json_object"}
+DEEP = {}
+for _ in range(MAX_DEPTH):
+    DEEP = {"a": DEEP}
 
 
 def error_of(response, status):
@@ -40,6 +44,10 @@ def error_of(response, status):
         ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "the context 1,024"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [
             {"function": {"name": "f", "arguments": "x"}}]}]}, 400, "not a JSON object"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [
+            {"function": {"name": "f", "arguments": json.dumps(DEEP)}}]}]}, 400, "at most 64 levels"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, 422, "64 levels"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}}, 422, "schema: more than 64"),
         ({"temperature": 2.5}, 422, "less than or equal to 2"),
         ({"temperature": "hot"}, 422, "temperature"),
         ({"top_p": 0}, 422, "top_p"),
@@ -142,6 +150,19 @@ def test_extremes_of_sampling_are_served(server, extreme):
     for more in ({}, {"logprobs": True, "top_logprobs": 5}):
         body = {**HI, "max_tokens": 6, **extreme, **more}
         assert server.http.post(CHAT, json=body).status_code == 200
+
+
+def test_the_deepest_json_is_taken(server):
+    deep = DEEP["a"]
+    tool = {"type": "function", "function": {"name": "f", "parameters": deep}}
+    call = {"function": {"name": "f", "arguments": json.dumps(deep)}}
+    for more in (
+        {"tools": [tool]},
+        {"tools": [tool], "tool_choice": "required"},
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": deep}}},
+    ):
+        assert server.http.post(CHAT, json={**HI, **more}).status_code == 200, more
 
 
 def test_the_largest_seed_is_one(server):
