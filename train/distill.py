@@ -22,12 +22,7 @@ from minimind.data import Corpus, PackedLoader, builtin_conversations, builtin_c
 from minimind.data.files import read_json
 from minimind.data.progress import say
 from minimind.modeling import Model
-from minimind.objectives.distillation import (
-    Distillation,
-    DivergenceName,
-    check_vocabularies,
-    distillation_loss,
-)
+from minimind.objectives.distillation import Distillation, DivergenceName, distillation_loss
 from minimind.tokenization import ChatEncoder, Tokenizer
 from minimind.training.answers import continue_texts
 from minimind.training.arguments import FromFlag
@@ -76,17 +71,13 @@ def main(args: Args, console: Console) -> bool:
     origin = find_teacher(args, console)
     if args.from_ is None and args.preset is None:
         job.origin = half(origin, job.tokenizer if args.tokenizer else origin.tokenizer)
-    if origin.tokenizer.fingerprint != job.tokenizer.fingerprint:
-        raise ValueError(
-            f"--teacher {origin.weights}: its tokenizer is not the student's; distillation compares token by token"
-        )
+    check_same_tokens(origin, job.origin)
     lesson = (Texts if only_pretrained(origin) else Chats).open(args, job, console)
     train, heldout = lesson.train, lesson.heldout
     plan = job.plan(partial(PackedLoader, train, args.seq_len, seed=args.seed))
     job.open_run(args.data_name)
     model, trained = job.build_model()
     teacher = job.place(origin.model()).requires_grad_(False).eval()
-    check_vocabularies(model, teacher)
     taught = compile_model(teacher) if args.compile else teacher
     gap = Gap(teacher, heldout, args, job.parallel)
     objective = Objective(
@@ -170,7 +161,25 @@ def find_teacher(args: Args, console: Console) -> Origin:
             return Origin.of(dataclasses.replace(args, from_=place, preset=None, tokenizer=None), console)
     except ValueError as error:
         raise ValueError(str(error).replace("--from", "--teacher", 1)) from error
+    if Path(place).expanduser().is_file():
+        raise ValueError(
+            f"--teacher {place}: a bare weight file does not tell its shape; minimind export --model {place} "
+            "--preset NAME --to hf --out teacher, and then --teacher teacher"
+        )
     raise ValueError(f"--teacher {place}: no such folder; name a run folder or a Hugging Face folder")
+
+
+def check_same_tokens(teacher: Origin, student: Origin) -> None:
+    """ValueError unless both have one tokenizer and one vocabulary: they are compared token by token."""
+    place, theirs, mine = teacher.weights, teacher.config.vocab_size, student.config.vocab_size
+    if teacher.tokenizer.fingerprint != student.tokenizer.fingerprint:
+        raise ValueError(
+            f"--teacher {place}: its tokenizer is not the student's; take models of one tokenizer"
+        )
+    if theirs != mine:
+        raise ValueError(
+            f"--teacher {place}: a vocabulary of {theirs}, and the student's is {mine}; take models of one vocabulary"
+        )
 
 
 def half(teacher: Origin, tokenizer: Tokenizer) -> Origin:

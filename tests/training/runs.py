@@ -1,16 +1,37 @@
-"""Running train/pretrain.py as a user does, and reading what it left."""
+"""Running the scripts in train/ as a user does, and reading what they left."""
 
 import json
 import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from minimind import ModelConfig, load_tokenizer
+from minimind.modeling import Model
+from minimind.training.checkpoint import list_checkpoints
+from minimind.weights import save_weights
 
 SCRIPT = Path(__file__).parents[2] / "train" / "pretrain.py"
 # One thread: the shapes are too small for two, and two suffer when other tests run beside them.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 TWO_THREADS = {"OMP_NUM_THREADS": "2", **os.environ}
+TINY = ModelConfig(64, 2, 4, 2, 16, 128, qk_norm=True)
+
+
+def save_origin(config: ModelConfig, folder: Path) -> Path:
+    """A checkpoint of random weights with its tokenizer."""
+    torch.manual_seed(0)
+    save_weights(Model(config), folder)
+    load_tokenizer().save(folder)
+    return folder
 
 
 def command(data: Path, out: Path, *extra: str) -> list[str]:
@@ -19,8 +40,29 @@ def command(data: Path, out: Path, *extra: str) -> list[str]:
     return [sys.executable, str(SCRIPT), *flags]
 
 
+def torchrun(processes: int, arguments: list[str]) -> list[str]:
+    """The command `arguments` on so many processes; on one as it is."""
+    if processes == 1:
+        return arguments
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *launcher, *arguments[1:]]
+
+
 def run(arguments: list[str], env: dict[str, str] = ONE_THREAD) -> subprocess.CompletedProcess:
     return subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=env)
+
+
+def finish(arguments: list[str]) -> str:
+    """What a command that succeeds prints."""
+    answer = run(arguments)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    return answer.stdout
+
+
+def call(script: Path, **flags) -> None:
+    """The script's main with these flags, in this process."""
+    names = runpy.run_path(str(script))
+    assert names["main"](names["Args"](**flags), Console(quiet=True))
 
 
 def learn(stage: str, place: Path, *flags: str) -> Path:
@@ -38,6 +80,10 @@ def reproducible(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "time"} for row in rows]
 
 
+def rows_of(folder: Path, kind: str) -> list[dict]:
+    return [row for row in reproducible(folder) if row["kind"] == kind]
+
+
 def last_step(out: Path) -> int:
     """The newest complete training row on the disk."""
     if not (out / "metrics.jsonl").exists():
@@ -45,3 +91,46 @@ def last_step(out: Path) -> int:
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return max((row["step"] for row in rows if row["kind"] == "train"), default=0)
+
+
+def kill_after(step: int, arguments: list[str], out: Path) -> None:
+    """Start a run, and kill -9 it when `step` is in its metrics."""
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and last_step(out) < step:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, f"ended before step {step}"
+
+
+def assert_continues_to_the_bit(arguments: list[str], out: Path, unbroken: Path, *kills: int) -> str:
+    """Killed after the steps `kills` and started again, the run in `out` leaves the curve, the samples and the weights
+    of `unbroken`. Returns what the last start printed."""
+    for step in kills:
+        kill_after(step, arguments, out)
+    text = finish(arguments)
+    assert "continuing after step" in text
+    assert reproducible(out) == reproducible(unbroken)
+    assert (out / "samples.txt").read_text() == (unbroken / "samples.txt").read_text()
+    ours, theirs = (list_checkpoints(folder)[-1] for folder in (out, unbroken))
+    weights = sorted(path.name for path in theirs.glob("*.safetensors"))
+    assert weights and ours.name == theirs.name
+    assert all((ours / name).read_bytes() == (theirs / name).read_bytes() for name in weights)
+    return text
+
+
+def assert_same_curve(
+    rows: list[dict], truth: list[dict], rel: float, abs: float = 0.0, grad_norm: float = 1e-3
+) -> None:
+    """Every figure of every step. Where a figure is the share of margins above 0, it is not compared before the second
+    step: all margins are 0 there but for rounding, which decides their signs."""
+    assert len(rows) == len(truth)
+    for row, expected in zip(rows, truth, strict=True):
+        assert row.keys() == expected.keys() and row["kind"] == expected["kind"]
+        for name in row.keys() - {"kind"}:
+            if name.endswith("accuracy") and row["step"] <= 1:
+                continue
+            bound = grad_norm if name == "grad_norm" else rel
+            assert row[name] == pytest.approx(expected[name], rel=bound, abs=abs), (row["step"], name)

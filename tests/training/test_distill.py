@@ -15,12 +15,24 @@ from minimind import ModelConfig, load_model, load_tokenizer
 from minimind.data import Corpus, open_conversations, open_corpus
 from minimind.modeling import Model
 from minimind.tokenization import ChatEncoder
-from tests.training.runs import SCRIPT, learn
-from tests.training.test_lora import TINY, call, finish, rows_of, save_origin
+from tests.training.runs import (
+    SCRIPT,
+    TINY,
+    assert_continues_to_the_bit,
+    assert_same_curve,
+    call,
+    finish,
+    learn,
+    reproducible,
+    rows_of,
+    save_origin,
+    torchrun,
+)
 
 DISTILL = SCRIPT.with_name("distill.py")
 FLAGS = ["--tokens", str(512 * 6), "--seq-len", "128", "--batch-tokens", "512", "--evals", "1", "--eval-questions", "4",
-         "--eval-tokens", "2048", "--log-every", "2", "--precision", "fp32"]  # fmt: skip
+         "--eval-tokens", "2048", "--log-every", "2", "--save-every", "2", "--precision", "fp32", "--alpha", "0.2",
+         "--temperature", "2", "--divergence", "jsd"]  # fmt: skip
 WIDE = ModelConfig(96, 3, 4, 2, 24, 192)
 
 
@@ -44,25 +56,53 @@ def chats(tmp_path_factory) -> Path:
 
 def command(student: Path, teacher: Path, data: Path, out: Path, *extra: str) -> list[str]:
     return [sys.executable, str(DISTILL), "--from", str(student), "--teacher", str(teacher), "--data", str(data),
-            "--out", str(out), "--cache-dir", str(data.parent / "cache"), *extra]  # fmt: skip
+            "--out", str(out), "--cache-dir", str(data.parent / "cache"), *FLAGS, *extra]  # fmt: skip
 
 
-def test_run_learns_from_the_teacher_and_says_how_far_it_is(models, chats, tmp_path):
-    out = tmp_path / "run"
-    text = finish(
-        command(*models, chats, out, *FLAGS, "--alpha", "0.2", "--temperature", "2", "--divergence", "jsd")
-    )
+@pytest.fixture(scope="module")
+def unbroken(models, chats, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    text = finish(command(*models, chats, out))
     assert "teacher: custom" in text and "KL(teacher || student)" in text
+    return out
+
+
+def test_run_learns_from_the_teacher_and_says_how_far_it_is(unbroken, models, chats):
     for picture in ("loss.png", "gap.png"):
-        assert (out / picture).read_bytes().startswith(b"\x89PNG")
-    losses = [row["loss"] for row in rows_of(out, "train")]
+        assert (unbroken / picture).read_bytes().startswith(b"\x89PNG")
+    losses = [row["loss"] for row in rows_of(unbroken, "train")]
     assert len(losses) == 6 and losses[-1] < losses[0]
-    first, *_, last = rows_of(out, "eval")
+    first, *_, last = rows_of(unbroken, "eval")
     assert first["heldout_kl"] != last["heldout_kl"]
 
     encoder = ChatEncoder(load_tokenizer())
     _, held_out = open_conversations([chats], encoder, chats.parent / "cache").split(0.05)
-    assert_gap(last, load_model(out), load_model(models[1]), held_out)
+    assert_gap(last, load_model(unbroken), load_model(models[1]), held_out)
+
+
+def test_killed_and_started_again_the_curve_is_the_same_to_the_bit(unbroken, models, chats, tmp_path):
+    out = tmp_path / "killed"
+    assert_continues_to_the_bit(command(*models, chats, out), out, unbroken, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "flags"),
+    [
+        (2, ("--parallel", "ddp")),
+        (2, ("--parallel", "fsdp")),
+        (1, ("--micro-tokens", "128")),
+        (1, ("--compile",)),
+    ],
+    ids=str,
+)
+def test_curve_is_that_of_one_process(processes, flags, models, chats, tmp_path):
+    """The teacher is whole on every rank."""
+    plain = ["--optimizer", "adamw", "--grad-clip", "1000", "--log-every", "1"]
+    finish(command(*models, chats, tmp_path / "alone", *plain))
+    arguments = command(*models, chats, tmp_path / "out", *plain, *flags)
+    assert finish(torchrun(processes, arguments)).count("finished in") == 1
+    assert_same_curve(reproducible(tmp_path / "out"), reproducible(tmp_path / "alone"), rel=1e-4)
 
 
 def assert_gap(row: dict, student: Model, teacher: Model, held_out: Corpus) -> None:
@@ -107,13 +147,18 @@ def test_errors_are_one_line(models, chats, tmp_path):
     for place, flags, message in (
         (tmp_path / "absent", {}, f"--teacher {tmp_path / 'absent'}: no such folder"),
         (chats.parent, {}, f"--teacher {chats.parent}: neither a checkpoint"),
-        (small, {}, "the student has a vocabulary of 6400 and the teacher one of 6500"),
+        (
+            student / "model.safetensors",
+            {},
+            "a bare weight file does not tell its shape; minimind export --model",
+        ),
+        (small, {}, f"--teacher {small}: a vocabulary of 6500, and the student's is 6400"),
         (teacher, {"alpha": 2.0}, "alpha=2.0: must lie in 0..1"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)) as problem:
             call(DISTILL, from_=str(student), teacher=str(place), data=(str(chats),), out=str(tmp_path / "no"),
                  cache_dir=str(chats.parent / "cache"), seq_len=128, **flags)  # fmt: skip
-        assert "\n" not in str(problem.value)
+        assert "\n" not in str(problem.value) and not (tmp_path / "no").exists()
 
 
 def test_what_cannot_be_halved_needs_a_named_student(models, chats, tmp_path):

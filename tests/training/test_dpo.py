@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +22,19 @@ from minimind.training import reference
 from minimind.training.pairs import prompts
 from minimind.training.parallel import Parallel
 from minimind.training.reference import reference_log_probs
-from tests.training.runs import ONE_THREAD, SCRIPT, last_step, learn, reproducible, run
-from tests.training.test_lora import TINY, finish, rows_of, save_origin
+from tests.training.runs import (
+    SCRIPT,
+    TINY,
+    assert_continues_to_the_bit,
+    assert_same_curve,
+    finish,
+    learn,
+    reproducible,
+    rows_of,
+    run,
+    save_origin,
+    torchrun,
+)
 
 DPO = SCRIPT.with_name("dpo.py")
 FLAGS = ["--tokens", str(512 * 8), "--seq-len", "128", "--batch-tokens", "512", "--save-every", "3", "--log-every", "2",
@@ -118,19 +126,8 @@ def test_figures_are_those_of_the_answers(unbroken, origin, pairs):
 def test_killed_and_started_again_the_curve_is_the_same_to_the_bit(unbroken, origin, pairs, tmp_path):
     out = tmp_path / "killed"
     arguments = command(origin, pairs, out, "--label-smoothing", "0.1")
-    process = subprocess.Popen(
-        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and last_step(out) < 4:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    text = finish(arguments)
-    assert "continuing after step" in text and NEW not in text  # the reference is worked out once
-    assert reproducible(out) == reproducible(unbroken)
-    last = "checkpoints/step-00000008/model.safetensors"
-    assert (out / last).read_bytes() == (unbroken / last).read_bytes()
+    text = assert_continues_to_the_bit(arguments, out, unbroken, 4)
+    assert NEW not in text  # the reference is worked out once
 
 
 PLAIN = ["--optimizer", "adamw", "--grad-clip", "1000", "--log-every", "1"]
@@ -161,20 +158,10 @@ def test_curve_is_that_of_one_process(processes, flags, origin, pairs, alone, tm
     arguments = command(
         origin, pairs, tmp_path / "out", *PLAIN, *flags, "--cache-dir", str(tmp_path / "cache")
     )
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        arguments = [sys.executable, *launcher, *arguments[1:]]
-    text = finish(arguments)
+    text = finish(torchrun(processes, arguments))
     assert text.count("finished in") == 1 and text.count(NEW) == 3
-    rows = reproducible(tmp_path / "out")
-    assert len(rows) == len(alone)
-    for row, truth in zip(rows, alone, strict=True):
-        assert row.keys() == truth.keys() and row["kind"] == truth["kind"]
-        for name in row.keys() - {"kind"}:
-            if name.endswith("accuracy") and row["step"] <= 1:
-                continue  # all margins are 0 but for rounding, which decides their signs
-            # margins are differences of sums of some hundred nats in float32
-            assert row[name] == pytest.approx(truth[name], rel=1e-3, abs=2e-5), (row["step"], name)
+    # margins are differences of sums of some hundred nats in float32
+    assert_same_curve(reproducible(tmp_path / "out"), alone, rel=1e-3, abs=2e-5)
 
 
 @pytest.mark.parametrize("loss", ["ipo", "simpo", "orpo"])

@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import json
-import runpy
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
-from minimind import ModelConfig, load_model, load_tokenizer
+from minimind import load_model
 from minimind.data.builtin_identity import identity
 from minimind.lora_files import load_adapter
-from minimind.modeling import Model
 from minimind.training.checkpoint import list_checkpoints
-from minimind.weights import save_weights
-from tests.training.runs import ONE_THREAD, SCRIPT, last_step, learn, reproducible, run
+from tests.training.runs import (
+    SCRIPT,
+    TINY,
+    assert_continues_to_the_bit,
+    assert_same_curve,
+    call,
+    finish,
+    learn,
+    reproducible,
+    rows_of,
+    save_origin,
+    torchrun,
+)
 
 LORA = SCRIPT.with_name("lora.py")
-TINY = ModelConfig(64, 2, 4, 2, 16, 128, qk_norm=True)
 FLAGS = ["--tokens", str(512 * 8), "--seq-len", "128", "--batch-tokens", "512", "--save-every", "3", "--log-every", "2",
          "--evals", "2", "--eval-questions", "4", "--dropout", "0.1", "--precision", "fp32"]  # fmt: skip
-
-
-def save_origin(config: ModelConfig, folder: Path) -> Path:
-    """A checkpoint of random weights with its tokenizer."""
-    torch.manual_seed(0)
-    save_weights(Model(config), folder)
-    load_tokenizer().save(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -48,39 +44,14 @@ def cache(tmp_path_factory) -> Path:
 
 
 def command(origin: Path, out: Path, cache: Path, *extra: str) -> list[str]:
-    return [
-        sys.executable,
-        str(LORA),
-        "--from",
-        str(origin),
-        "--out",
-        str(out),
-        "--cache-dir",
-        str(cache),
-        *extra,
-    ]
-
-
-def finish(arguments: list[str]) -> str:
-    answer = run(arguments)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    return answer.stdout
-
-
-def call(script: Path, **flags) -> None:
-    """The script's main with these flags, in this process."""
-    names = runpy.run_path(str(script))
-    assert names["main"](names["Args"](**flags), Console(quiet=True))
-
-
-def rows_of(folder: Path, kind: str) -> list[dict]:
-    return [row for row in reproducible(folder) if row["kind"] == kind]
+    return [sys.executable, str(LORA), "--from", str(origin), "--out", str(out), "--cache-dir", str(cache),
+            *FLAGS, *extra]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def unbroken(origin, cache, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "unbroken"
-    text = finish(command(origin, out, cache, *FLAGS))
+    text = finish(command(origin, out, cache))
     assert "rank 8, scale 2, q_proj k_proj" in text and "other answers to the letter" in text
     return out
 
@@ -105,18 +76,23 @@ def test_run_leaves_an_adapter_and_figures_of_what_is_kept(unbroken, origin):
 
 
 def test_killed_and_started_again_the_curve_is_the_same_to_the_bit(unbroken, origin, cache, tmp_path):
-    arguments = command(origin, tmp_path / "killed", cache, *FLAGS)
-    process = subprocess.Popen(
-        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and last_step(tmp_path / "killed") < 4:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    text = finish(arguments)
-    assert "continuing after step" in text
-    assert reproducible(tmp_path / "killed") == reproducible(unbroken)
+    out = tmp_path / "killed"
+    assert_continues_to_the_bit(command(origin, out, cache), out, unbroken, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "flags"),
+    [(2, ("--parallel", "ddp")), (1, ("--micro-tokens", "128")), (1, ("--compile",))],
+    ids=str,
+)
+def test_curve_is_that_of_one_process(processes, flags, origin, cache, tmp_path):
+    """No dropout: each process would draw its own."""
+    plain = ["--dropout", "0", "--grad-clip", "1000", "--log-every", "1"]
+    finish(command(origin, tmp_path / "alone", cache, *plain))
+    arguments = command(origin, tmp_path / "out", cache, *plain, *flags)
+    assert finish(torchrun(processes, arguments)).count("finished in") == 1
+    assert_same_curve(reproducible(tmp_path / "out"), reproducible(tmp_path / "alone"), rel=1e-4)
 
 
 def test_an_adapter_can_be_trained_further(unbroken, origin, cache, tmp_path):

@@ -2,53 +2,40 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import re
-import signal
-import subprocess
+import runpy
 import sys
-import time
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 
-from minimind import ModelConfig, load_model, load_tokenizer, ops
+from minimind import load_model, load_tokenizer
 from minimind.data import PackedLoader, open_conversations
 from minimind.modeling import Model
 from minimind.tokenization.reasoning import ReasoningEncoder, prompt_endings
 from minimind.training.answers import Question
 from minimind.training.reasoning import Asked, reasoning_figures, reply_of
-from minimind.weights import save_weights
-from tests.training.runs import ONE_THREAD, SCRIPT, last_step, learn, reproducible, run
+from tests.training.runs import (
+    SCRIPT,
+    TINY,
+    assert_continues_to_the_bit,
+    assert_same_curve,
+    call,
+    finish,
+    learn,
+    reproducible,
+    rows_of,
+    save_origin,
+    torchrun,
+)
 
 REASON = SCRIPT.with_name("reason.py")
-TINY = ModelConfig(64, 2, 4, 2, 16, 128, qk_norm=True)
 WORDS = ["zero", "one", "two", "three", "four"]
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("reason", REASON)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["reason"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def save_origin(config: ModelConfig, folder: Path) -> Path:
-    """A checkpoint of random weights with its tokenizer."""
-    torch.manual_seed(0)
-    save_weights(Model(config), folder)
-    load_tokenizer().save(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +70,6 @@ def command(origin: Path, data: Path, out: Path, *extra: str) -> list[str]:
     return [sys.executable, str(REASON), *flags]
 
 
-def finish(arguments: list[str]) -> str:
-    answer = run(arguments)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    return answer.stdout
-
-
 @pytest.fixture(scope="module")
 def unbroken(origin, sums, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "unbroken"
@@ -100,10 +81,9 @@ def unbroken(origin, sums, tmp_path_factory) -> Path:
 def test_run_leaves_its_folder_and_figures(unbroken):
     for picture in ("loss.png", "format.png", "exact.png"):
         assert (unbroken / picture).read_bytes().startswith(b"\x89PNG")
-    rows = reproducible(unbroken)
-    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    losses = [row["loss"] for row in rows_of(unbroken, "train")]
     assert len(losses) == 9 and losses[-1] < losses[0]
-    evals = [row for row in rows if row["kind"] == "eval"]
+    evals = rows_of(unbroken, "eval")
     shares = {f"{mode}_{what}" for mode in ("auto", "on", "off") for what in ("format", "exact")}
     assert len(evals) == 3 and all(shares | {"plain_exact"} <= row.keys() for row in evals)
     assert evals[0]["reasoning_questions"] == evals[0]["plain_questions"] == 4
@@ -111,43 +91,49 @@ def test_run_leaves_its_folder_and_figures(unbroken):
 
 
 def test_killed_and_started_again_the_curve_is_the_same_to_the_bit(unbroken, origin, sums, tmp_path):
-    arguments = command(origin, sums, tmp_path / "killed")
-    process = subprocess.Popen(
-        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and last_step(tmp_path / "killed") < 4:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert "continuing after step" in finish(arguments)
-    assert reproducible(tmp_path / "killed") == reproducible(unbroken)
-    last = "checkpoints/step-00000009/model.safetensors"
-    assert (tmp_path / "killed" / last).read_bytes() == (unbroken / last).read_bytes()
+    out = tmp_path / "killed"
+    assert_continues_to_the_bit(command(origin, sums, out), out, unbroken, 4)
 
 
-def train(script: ModuleType, origin: Path, sums: Path, out: Path, **changed) -> list[dict]:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "flags"),
+    [
+        (2, ("--parallel", "ddp")),
+        (2, ("--parallel", "fsdp")),
+        (1, ("--micro-tokens", "128")),
+        (1, ("--compile",)),
+    ],
+    ids=str,
+)
+def test_curve_is_that_of_one_process(processes, flags, origin, sums, tmp_path):
+    """Ranks hold different numbers of markers, by whose weight the loss is divided."""
+    plain = ["--precision", "fp32", "--optimizer", "adamw", "--grad-clip", "1000", "--log-every", "1"]
+    finish(command(origin, sums, tmp_path / "alone", *plain))
+    arguments = command(origin, sums, tmp_path / "out", *plain, *flags)
+    assert finish(torchrun(processes, arguments)).count("finished in") == 1
+    assert_same_curve(reproducible(tmp_path / "out"), reproducible(tmp_path / "alone"), rel=1e-4)
+
+
+def train(origin: Path, sums: Path, out: Path, **changed) -> list[dict]:
     """Rows of a short run in float32, in this process."""
     flags = {"from_": str(origin), "data": (str(sums),), "cache_dir": str(sums.parent / "cache"), "out": str(out),
              "seq_len": 64, "batch_tokens": 1024, "tokens": 3072, "precision": "fp32", "optimizer": "adamw",
              "grad_clip": 1e3, "evals": 1, "heldout": 0.0}  # fmt: skip
-    with ops.using(ops.get_mode()):
-        assert script.main(script.Args(**{**flags, **changed}), Console(quiet=True))
-    return [row for row in reproducible(out) if row["kind"] == "train"]
+    call(REASON, **{**flags, **changed})
+    return rows_of(out, "train")
 
 
 @pytest.mark.parametrize("marker_weight", [2.5, 10.0])
-def test_loss_is_divided_by_the_weighted_sum_however_it_is_accumulated(
-    script, origin, sums, marker_weight, tmp_path
-):
+def test_loss_is_divided_by_the_weighted_sum_however_it_is_accumulated(origin, sums, marker_weight, tmp_path):
     """Step 1 against sum(w * nll) / sum(w) by hand, in float64 with full logits; later steps and the gradient norm
     against the same in one micro-batch."""
     flags = {"marker_weight": marker_weight}
-    whole = train(script, origin, sums, tmp_path / "whole", **flags)
-    parts = train(script, origin, sums, tmp_path / "parts", **flags, micro_tokens=128)
+    whole = train(origin, sums, tmp_path / "whole", **flags)
+    parts = train(origin, sums, tmp_path / "parts", **flags, micro_tokens=128)
 
     tokenizer = load_tokenizer()
-    encoder = ReasoningEncoder(tokenizer, script.Args().direct)
+    encoder = ReasoningEncoder(tokenizer, runpy.run_path(str(REASON))["Args"]().direct)
     corpus = open_conversations([sums], encoder, sums.parent / "cache")
     batch = PackedLoader(corpus, 64, 16, seed=42).next_batch()
     targets = torch.from_numpy(batch.targets)
@@ -248,21 +234,20 @@ def test_figures_are_those_of_what_was_written(monkeypatch):
         ({"data": ("{bad}",)}, "bad.jsonl:1: message 1, of the assistant, is not <think>reasoning</think> and an"),
     ],
 )  # fmt: skip
-def test_bad_flags_are_one_clear_line(changed, message, script, origin, sums, tmp_path):
+def test_bad_flags_are_one_clear_line(changed, message, origin, sums, tmp_path):
     bad = tmp_path / "bad.jsonl"
     row = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think>so"}]
     bad.write_text(json.dumps({"conversations": row}))
     if "data" in changed:
         changed = {"data": (str(bad),)}
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        train(script, origin, sums, tmp_path / "out", **changed)
+        train(origin, sums, tmp_path / "out", **changed)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
 def test_a_chat_model_learns_to_reason_when_asked(taught):
-    out = learn("reason", taught, "--evals", "1")
-    first, *_, last = [row for row in reproducible(out) if row["kind"] == "eval"]
+    first, *_, last = rows_of(learn("reason", taught, "--evals", "1"), "eval")
     assert first["auto_format"] < 0.1 and last["auto_format"] >= 0.8, (first, last)
     assert last["on_format"] >= 0.8 and last["off_format"] >= 0.8, last
     assert last["auto_exact"] > first["auto_exact"] + 0.1 and last["plain_exact"] > 0.8, last

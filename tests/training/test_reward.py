@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +20,18 @@ from minimind.rewards import Sample, parse_rewards
 from minimind.tokenization import ChatEncoder
 from minimind.training.scores import to_device
 from minimind.value_head import load_value_model
-from tests.training.runs import ONE_THREAD, SCRIPT, last_step, reproducible, run
+from tests.training.runs import (
+    SCRIPT,
+    assert_continues_to_the_bit,
+    assert_same_curve,
+    finish,
+    reproducible,
+    rows_of,
+    run,
+    save_origin,
+    torchrun,
+)
 from tests.training.test_dpo import FLAGS, origin, pairs
-from tests.training.test_lora import finish, rows_of, save_origin
 
 __all__ = ["origin", "pairs"]  # fixtures
 
@@ -84,19 +91,7 @@ def test_held_out_figures_are_those_of_the_reward(unbroken, pairs):
 
 def test_killed_and_started_again_the_curve_is_the_same_to_the_bit(unbroken, origin, pairs, tmp_path):
     out = tmp_path / "killed"
-    arguments = command(origin, pairs, out, "--centering", "0.05")
-    process = subprocess.Popen(
-        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and last_step(out) < 4:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert "continuing after step" in finish(arguments)
-    assert reproducible(out) == reproducible(unbroken)
-    last = "checkpoints/step-00000008/model.safetensors"
-    assert (out / last).read_bytes() == (unbroken / last).read_bytes()
+    assert_continues_to_the_bit(command(origin, pairs, out, "--centering", "0.05"), out, unbroken, 4)
 
 
 @pytest.mark.parametrize(
@@ -112,16 +107,8 @@ def test_curve_is_that_of_one_process(processes, flags, origin, pairs, tmp_path)
     plain = ["--optimizer", "adamw", "--grad-clip", "1000", "--log-every", "1"]
     finish(command(origin, pairs, tmp_path / "alone", *plain))
     arguments = command(origin, pairs, tmp_path / "out", *plain, *flags)
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        arguments = [sys.executable, *launcher, *arguments[1:]]
-    assert finish(arguments).count("finished in") == 1
-    rows, alone = reproducible(tmp_path / "out"), reproducible(tmp_path / "alone")
-    assert len(rows) == len(alone)
-    for row, truth in zip(rows, alone, strict=True):
-        assert row.keys() == truth.keys() and row.pop("kind") == truth["kind"]
-        for name, value in row.items():
-            assert value == pytest.approx(truth[name], rel=1e-3, abs=2e-5), (row["step"], name)
+    assert finish(torchrun(processes, arguments)).count("finished in") == 1
+    assert_same_curve(reproducible(tmp_path / "out"), reproducible(tmp_path / "alone"), rel=1e-3, abs=2e-5)
 
 
 def test_the_scored_token_is_the_last_before_the_end_of_the_turn(pairs):

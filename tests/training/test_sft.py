@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 
-from minimind import ModelConfig, load_model, load_tokenizer, ops
+from minimind import load_model, load_tokenizer
 from minimind.data import PackedLoader, open_conversations
 from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
@@ -28,22 +24,29 @@ from minimind.tokenization import ChatEncoder
 from minimind.training.answers import questions
 from minimind.training.batches import to_device
 from minimind.weights import save_weights
-from tests.training.runs import ONE_THREAD, SCRIPT, last_step, reproducible, run
+from tests.training.runs import (
+    ONE_THREAD,
+    SCRIPT,
+    TINY,
+    assert_continues_to_the_bit,
+    assert_same_curve,
+    call,
+    finish,
+    reproducible,
+    rows_of,
+    run,
+    save_origin,
+    torchrun,
+)
 
 SFT = SCRIPT.with_name("sft.py")
 STEPS = 24
 LENGTH = ["--tokens", str(512 * STEPS), "--save-every", "7", "--lr", "0.01"]
-TINY = ModelConfig(64, 2, 4, 2, 16, 128, qk_norm=True)
 
 
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory) -> Path:
-    """A checkpoint to begin with: random weights of a tiny model, and its tokenizer."""
-    folder = tmp_path_factory.mktemp("origin")
-    torch.manual_seed(0)
-    save_weights(Model(TINY), folder)
-    load_tokenizer().save(folder)
-    return folder
+    return save_origin(TINY, tmp_path_factory.mktemp("origin"))
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +73,6 @@ def command(origin: Path, data: Path, out: Path, *extra: str) -> list[str]:
     return [sys.executable, str(SFT), *flags]
 
 
-def finish(arguments: list[str]) -> str:
-    answer = run(arguments)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    return answer.stdout
-
-
 @pytest.fixture(scope="module")
 def unbroken(origin, chats, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "unbroken"
@@ -90,7 +87,7 @@ def test_run_leaves_its_folder_and_learns(unbroken, origin):
     assert (unbroken / "loss.png").read_bytes().startswith(b"\x89PNG")
     rows = reproducible(unbroken)
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, STEPS + 1))
-    held_out = [row["heldout_loss"] for row in rows if row["kind"] == "eval"]
+    held_out = [row["heldout_loss"] for row in rows_of(unbroken, "eval")]
     assert held_out[0] > 8 and held_out[-1] < held_out[0] - 2
     samples = (unbroken / "samples.txt").read_text(encoding="utf-8")
     assert samples.count("=== step") == 3 and "user: " in samples and " | assistant: " in samples
@@ -128,7 +125,7 @@ def test_recorded_held_out_figures_are_those_of_the_answers(unbroken, chats):
         loss = F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
         nats += loss[torch.tensor(mask[1:])].sum().item()
         targets += sum(mask)
-    row = [row for row in reproducible(unbroken) if row["kind"] == "eval"][-1]
+    row = rows_of(unbroken, "eval")[-1]
     assert row["heldout_all"] and row["heldout_tokens"] == targets and row["heldout_questions"] == asked
     # the recorded ones ran in this device's precision, here it is float32
     assert row["heldout_loss"] == pytest.approx(nats / targets, rel=0.01)
@@ -149,18 +146,7 @@ def greedy(model: Model, ids: list[int], tokenizer) -> list[int]:
 def test_killed_twice_the_curve_is_the_same_to_the_bit(unbroken, origin, chats, tmp_path):
     out = tmp_path / "killed"
     arguments = command(origin, chats, out, *LENGTH, "--eval-questions", "8")
-    for step in (3, 15):  # before any checkpoint, and after two
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, env=ONE_THREAD)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None and last_step(out) < step:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, f"ended before step {step}"
-    assert "continuing after step" in finish(arguments)
-    assert reproducible(out) == reproducible(unbroken)
-    assert (out / "samples.txt").read_text() == (unbroken / "samples.txt").read_text()
-    last = f"checkpoints/step-{STEPS:08d}/model.safetensors"
-    assert (out / last).read_bytes() == (unbroken / last).read_bytes()
+    assert_continues_to_the_bit(arguments, out, unbroken, 3, 15)  # before any checkpoint, and after two
 
 
 PLAIN = ["--tokens", "4096", "--precision", "fp32", "--optimizer", "adamw", "--grad-clip", "1000",
@@ -190,18 +176,8 @@ def alone(origin, chats, tmp_path_factory) -> list[dict]:
 def test_curve_is_that_of_one_process(processes, flags, origin, chats, alone, tmp_path):
     """Ranks hold different numbers of the assistant's tokens."""
     arguments = command(origin, chats, tmp_path / "out", *PLAIN, *flags)
-    if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        arguments = [sys.executable, *launcher, *arguments[1:]]
-    text = finish(arguments)
-    assert text.count("finished in") == 1
-    rows = reproducible(tmp_path / "out")
-    assert len(rows) == len(alone)
-    for row, truth in zip(rows, alone, strict=True):
-        assert row.keys() == truth.keys() and row["kind"] == truth["kind"]
-        for name in row.keys() - {"kind"}:
-            exact = 1e-3 if name == "grad_norm" else 2e-5
-            assert row[name] == pytest.approx(truth[name], rel=exact), (row["step"], name)
+    assert finish(torchrun(processes, arguments)).count("finished in") == 1
+    assert_same_curve(reproducible(tmp_path / "out"), alone, rel=2e-5)
 
 
 @pytest.mark.parametrize("marker_weight", [1.0, 10.0])
@@ -277,17 +253,10 @@ def test_questions_are_every_assistant_turn(chats):
     ],
 )
 def test_bad_flags_are_one_clear_line(changed, message, origin, chats, tmp_path):
-    spec = importlib.util.spec_from_file_location("sft", SFT)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["sft"] = script  # dataclasses look their module up
-    spec.loader.exec_module(script)
     changed = {k: v.format(data=chats) if isinstance(v, str) else v for k, v in changed.items()}
     flags = {"from_": str(origin), "data": (str(chats),), "cache_dir": str(chats.parent / "cache")}
-    args = script.Args(**{**flags, "out": str(tmp_path / "out"), **changed})
-    with ops.using(ops.get_mode()), pytest.raises(ValueError, match=re.escape(message)) as caught:
-        script.main(args, Console(quiet=True))
-    del sys.modules["sft"]
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        call(SFT, **{**flags, "out": str(tmp_path / "out"), **changed})
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
@@ -312,6 +281,5 @@ def test_other_weights_do_not_continue_a_run(unbroken, origin, chats, tmp_path):
 @pytest.mark.slow
 def test_a_pretrained_nano_learns_to_answer(taught):
     """From none to most of the questions that no training conversation words so."""
-    rows = reproducible(taught / "runs" / "sft-nano-builtin")
-    exact = [row["heldout_exact"] for row in rows if row["kind"] == "eval"]
+    exact = [row["heldout_exact"] for row in rows_of(taught / "runs" / "sft-nano-builtin", "eval")]
     assert exact[0] < 0.02 and exact[-1] > 0.9, exact
