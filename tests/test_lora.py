@@ -1,7 +1,5 @@
-"""Adapters against the dense weights they stand for and against peft; what they keep, save and refuse."""
+"""Adapters against the dense weights they stand for: what they compute, keep, add up to and refuse."""
 
-import copy
-import json
 import os
 import subprocess
 import sys
@@ -9,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from minimind import ModelConfig, load_model, ops
+from minimind import load_model, ops
 from minimind.lora import (
     Adapter,
     LoRAConfig,
@@ -24,80 +21,10 @@ from minimind.lora import (
     set_adapters,
     unmerge_adapter,
 )
-from minimind.lora_files import adapter_config, adapter_state, load_adapter, save_adapter
+from minimind.lora_files import adapter_config, adapter_state
 from minimind.modeling import Linear, Model
-from minimind.weights import from_stock, save_weights, to_stock
-from tests.conftest import documents_batch
-from tests.kernels.contract import error
-
-TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-            intermediate_size=96, vocab_size=97)  # fmt: skip
-MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
-SHAPES = {
-    "dense": TINY,
-    "qk_norm": {**TINY, "qk_norm": True},
-    "moe": {**TINY, **MOE, "num_shared_experts": 2},
-}
-DOCUMENTS = [[1, 99, 28], [63, 65]]
-EPS = torch.finfo(torch.float32).eps
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def make(shape: str = "dense", **changes) -> Model:
-    torch.manual_seed(0)
-    model = Model(ModelConfig(**{**SHAPES[shape], **changes}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
-
-
-def with_adapter(model: Model, config: LoRAConfig, name: str = "default", seed: int = 1) -> Model:
-    """An adapter whose B is not 0, so that it does something."""
-    add_adapter(model, config, name)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, linear in lora_linears(model):
-            if name in linear.adapters:
-                b = linear.adapter(name).B
-                b.copy_(torch.randn(b.shape, generator=generator) * 0.1)
-    return model
-
-
-def batch():
-    return documents_batch(DOCUMENTS, 128, 97)
-
-
-def logits_of(model: Model) -> torch.Tensor:
-    ids, cu = batch()
-    return model(ids, cu_seqlens=cu).logits
-
-
-def matrices(model: Model, name: str = "default") -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """(A, B) by upstream's module name."""
-    state = adapter_state(model, name)
-    modules = [k.removesuffix(".lora_A.weight") for k in state if k.endswith(".lora_A.weight")]
-    return {
-        m.removeprefix("base_model.model."): (state[f"{m}.lora_A.weight"], state[f"{m}.lora_B.weight"])
-        for m in modules
-    }
-
-
-def dense(model: Model, scale: float, *names: str) -> Model:
-    """A plain float64 model with W + scale * B A, made module by module under upstream's names."""
-    state = {k: v.detach().double() for k, v in model.state_dict().items() if ".adapters." not in k}
-    stock = to_stock(state, model.config)
-    for name in names or ("default",):
-        for module, (a, b) in matrices(model, name).items():
-            stock[f"{module}.weight"] = stock[f"{module}.weight"] + scale * (b.double() @ a.double())
-    plain = Model(model.config).double().eval()
-    plain.load_state_dict(from_stock(stock, model.config))
-    return plain
-
-
-def within(value: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> bool:
-    """The numerics contract: no more than twice the error of plain PyTorch, and rounding."""
-    return error(value, truth) <= 2 * error(plain, truth) + 4 * EPS * (1 + truth.abs().max().item())
+from minimind.weights import save_weights, to_stock
+from tests.adapted import SHAPES, batch, dense, logits_of, make, matrices, with_adapter, within
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -321,81 +248,6 @@ def test_several_adapters_add_up_and_can_be_switched():
     assert within(logits_of(model), logits_of(plain.float()), truth)
 
 
-PARTS = [("q_proj", "v_proj"), ("up_proj",), ("layers.1.self_attn.k_proj", "o_proj"), None]
-
-
-@pytest.mark.parametrize("targets", PARTS)
-@pytest.mark.parametrize("shape", ["dense", "moe"])
-def test_saved_adapters_open_as_they_were(shape, targets, tmp_path):
-    model = with_adapter(
-        make(shape), LoRAConfig(rank=3, alpha=5.0, dropout=0.1, targets=targets, rslora=True)
-    )
-    save_adapter(model, tmp_path, base_model="runs/sft")
-    again = make(shape)
-    config = load_adapter(again, tmp_path, "other")
-    assert torch.equal(logits_of(again), logits_of(model))
-    assert adapter_config(again, "other") == adapter_config(model) == config
-    assert not any(p.requires_grad for p in again.parameters())
-    saved, state = load_file(tmp_path / "adapter_model.safetensors"), adapter_state(again, "other")
-    assert saved.keys() == state.keys() and all(torch.equal(saved[k], v) for k, v in state.items())
-    load_adapter(again, tmp_path, "more", trainable=True)
-    assert all(".adapters.more." in n for n, p in again.named_parameters() if p.requires_grad)
-
-
-def test_names_on_disk_are_pefts(tmp_path):
-    model = with_adapter(make(), LoRAConfig(rank=4, targets=("q_proj", "up_proj")))
-    save_adapter(model, tmp_path)
-    shapes = {k: tuple(v.shape) for k, v in load_file(tmp_path / "adapter_model.safetensors").items()}
-    assert shapes == {
-        f"base_model.model.model.layers.{layer}.{module}.lora_{side}.weight": shape
-        for layer in range(2)
-        for module, rows in (("self_attn.q_proj", 64), ("mlp.up_proj", 96))
-        for side, shape in (("A", (4, 64)), ("B", (rows, 4)))
-    }
-    raw = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert raw["peft_type"] == "LORA" and raw["r"] == 4 and raw["lora_alpha"] == 16
-    assert raw["target_modules"] == ["q_proj", "up_proj"] and raw["task_type"] == "CAUSAL_LM"
-
-
-def llama_of(model: Model):
-    transformers = pytest.importorskip("transformers", reason="install minimind[export]: compares with peft")
-    cfg = model.config
-    config = transformers.LlamaConfig(
-        **{**TINY, "max_position_embeddings": 512}, rms_norm_eps=cfg.rms_norm_eps, tie_word_embeddings=True,
-        attn_implementation="eager", rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-    )  # fmt: skip
-    llama = transformers.LlamaForCausalLM(config).eval()
-    stock = to_stock(model.state_dict(), cfg)
-    llama.load_state_dict({**stock, "lm_head.weight": stock["model.embed_tokens.weight"]})
-    return llama
-
-
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], list(ALL), ["up_proj"]])
-@pytest.mark.parametrize("rslora", [False, True])
-def test_equal_to_peft_both_ways(targets, rslora, tmp_path):
-    peft = pytest.importorskip("peft", reason="install minimind[dev]: compares adapters with peft")
-    model = make()
-    settings = peft.LoraConfig(
-        r=4, lora_alpha=6, lora_dropout=0.1, target_modules=targets, use_rslora=rslora, task_type="CAUSAL_LM"
-    )
-    theirs = peft.get_peft_model(llama_of(model), settings).eval()
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(0, 0.1)
-    theirs.save_pretrained(tmp_path / "theirs")
-    ids = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(0))
-    plain = theirs(ids).logits
-    ours = copy.deepcopy(model)
-    load_adapter(ours, tmp_path / "theirs")
-    save_adapter(ours, tmp_path / "ours")
-    back = peft.PeftModel.from_pretrained(llama_of(model), tmp_path / "ours").eval()
-    assert torch.equal(back(ids).logits, plain)
-    truth = theirs.double()(ids).logits
-    assert (truth - llama_of(model).double()(ids).logits).abs().max() > 0.1  # the adapter does something
-    assert within(ours(ids).logits, plain, truth)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -438,61 +290,6 @@ def test_routed_experts_are_refused_and_shared_ones_are_adapted():
     model = make("moe")
     add_adapter(model, LoRAConfig(targets=("gate_proj",)))
     assert adapter_config(model).targets == ("shared_experts.0.gate_proj", "shared_experts.1.gate_proj")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(use_dora=True), "use_dora=True is not supported"),
-        (dict(bias="all"), "bias='all' is not supported"),
-        (dict(modules_to_save=["lm_head"]), "modules_to_save"),
-        (dict(alpha_pattern={"q_proj": 3}), "alpha_pattern"),
-        (dict(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
-        (dict(a_later_invention=7), "a_later_invention=7"),
-        (dict(peft_type="LOHA"), "peft_type is 'LOHA'"),
-        (dict(r=0), "rank=0"),
-        (dict(lora_alpha="much"), "much"),
-    ],
-)
-def test_what_peft_knows_beyond_lora_is_refused_by_name(change, message, tmp_path):
-    save_adapter(with_adapter(make(), LoRAConfig()), tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=rf"adapter_config\.json: .*{message}") as problem:
-        load_adapter(make(), tmp_path)
-    assert "\n" not in str(problem.value)
-
-
-def test_adapters_of_another_model_are_refused(tmp_path):
-    save_adapter(with_adapter(make(), LoRAConfig(targets=("q_proj",))), tmp_path)
-    for changes, message in (
-        (dict(hidden_size=48), r"\(8, 64\).*need.*\(8, 48\).*another model"),
-        (dict(num_hidden_layers=1), r"layers\.1\..*this model has 1 layers"),
-        (dict(num_hidden_layers=3), r"nothing for model\.layers\.2\.self_attn\.q_proj"),
-    ):
-        model = make(**changes)
-        with pytest.raises(ValueError, match=message):
-            load_adapter(model, tmp_path)
-        assert not lora_linears(model)
-    weights = tmp_path / "adapter_model.safetensors"
-    state = load_file(weights)
-    for old, new, message in (
-        ("self_attn.q_proj", "mlp.experts.0.up_proj", "routed experts take no adapter"),
-        ("self_attn.q_proj", "self_attn.w_proj", "which this model has not"),
-        ("lora_A", "lora_embedding_A", "no LoRA matrix"),
-        ("lora_A", "lora_B", r"need \{'A'"),
-    ):
-        save_file({k.replace(old, new): v for k, v in state.items()}, weights)
-        with pytest.raises(ValueError, match=message):
-            load_adapter(make(), tmp_path)
-    weights.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
-        load_adapter(make(), tmp_path)
-    weights.unlink()
-    with pytest.raises(ValueError, match="no such file"):
-        load_adapter(make(), tmp_path)
-    with pytest.raises(ValueError, match="give the folder of a LoRA adapter"):
-        load_adapter(make(), tmp_path / "absent")
 
 
 def test_replicated_and_sharded_adapters_train_as_one_does():
