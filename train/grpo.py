@@ -33,8 +33,9 @@ from rich.console import Console
 
 from minimind.objectives.advantages import group_advantages, leave_one_out
 from minimind.objectives.policy import policy_loss
-from minimind.objectives.surrogates import ALGORITHMS, Algorithm, Objective, with_entropy, with_kl
-from minimind.training.rl_stage import RolloutArgs, Rollouts, no_tokens
+from minimind.objectives.surrogates import ALGORITHMS, Algorithm, Objective, with_terms
+from minimind.training.rl_arguments import RolloutArgs
+from minimind.training.rl_stage import Rollouts
 from minimind.training.rollouts import Answer
 from minimind.training.script import run_script
 
@@ -95,11 +96,7 @@ def bundle(args: Args) -> tuple[Algorithm, float]:
     bounds: dict[str, Any] = {"low": args.clip_low, "high": args.clip_high}
     objective: Objective = partial(known.objective, **{k: v for k, v in bounds.items() if v is not None})
     beta = known.kl if args.beta is None else args.beta
-    if beta:
-        objective = with_kl(objective, beta)
-    if args.entropy:
-        objective = with_entropy(objective, args.entropy)
-    objective(no_tokens())  # refuses settings that mean nothing
+    objective = with_terms(objective, beta, args.entropy)
     return Algorithm(objective, args.aggregation or known.aggregation, known.std, beta), beta
 
 

@@ -15,6 +15,7 @@ says of its end; the ratio is to the engine's log-probabilities at the time of s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -26,13 +27,14 @@ from torch import Tensor
 
 from minimind.objectives.advantages import gae, token_rewards, whiten
 from minimind.objectives.policy import PolicyBatch, policy_loss
-from minimind.objectives.surrogates import Objective, clip, with_entropy, with_kl
-from minimind.objectives.values import actor_critic_loss, explained_variance, value_loss
+from minimind.objectives.surrogates import Objective, clip, with_terms
+from minimind.objectives.values import actor_critic_loss, explained_variance, value_loss, value_losses
 from minimind.training.actor_critic import ActorCritic, critic_of, load_both, save_both
 from minimind.training.collector import parts, per_answer
 from minimind.training.loop import StageLoss
+from minimind.training.rl_arguments import RolloutArgs
 from minimind.training.rl_loader import pack
-from minimind.training.rl_stage import RolloutArgs, Rollouts, no_tokens
+from minimind.training.rl_stage import Rollouts
 from minimind.training.rollouts import Answer
 from minimind.training.script import run_script
 from minimind.value_head import ValueModel, ValueOutput
@@ -63,6 +65,9 @@ class Args(RolloutArgs):
     """Values move no further than this from the old ones in a rollout, in units of the reward."""
     value_weight: float = 0.5
     """Weight of the critic's loss."""
+    critic_rate: float = 1.0
+    """The critic's learning rate in multiples of the policy's, with a shared trunk that of its head: it begins with
+    nothing and has no bound that keeps it near what it was."""
     gamma: float = 1.0
     """Discount of later rewards."""
     lam: float = 0.95
@@ -74,10 +79,22 @@ class Args(RolloutArgs):
     entropy: float = 0.0
     """Weight of the entropy, which keeps answers varied."""
 
+    def check(self) -> None:
+        super().check()
+        none = torch.zeros(0, dtype=torch.float64)
+        gae(none, none, none.long(), self.gamma, self.lam)
+        value_losses(none, none, none, self.value_clip)
+        for name in ("value_weight", "critic_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"--beta {self.beta}: must be 0 or more")
+
 
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
-    objective = surrogate(args)
+    kl = args.beta if args.kl_in == "loss" else 0.0
+    objective = with_terms(partial(clip, low=args.clip_range), kl, args.entropy)
     run = Rollouts.begin("ppo", args, "token", console)
     make = ActorCritic.of if args.critic == "own" else partial(ValueModel.of, keep_head=True)
     run.build(
@@ -88,17 +105,12 @@ def main(args: Args, console: Console) -> bool:
     )
     loss = partial(both_losses, args, objective, run)
     peak = PEAK_LR.get(run.job.origin.preset, 1e-5)
-    return run.fit(loss, peak, save_model=save_both, load_model=load_both)
+    return run.fit(loss, peak, rate=partial(rate, args), save_model=save_both, load_model=load_both)
 
 
-def surrogate(args: Args) -> Objective:
-    objective: Objective = partial(clip, low=args.clip_range, high=args.clip_range)
-    if args.beta and args.kl_in == "loss":
-        objective = with_kl(objective, args.beta)
-    if args.entropy:
-        objective = with_entropy(objective, args.entropy)
-    objective(no_tokens())  # refuses settings that mean nothing
-    return objective
+def rate(args: Args, name: str) -> float:
+    """Of a parameter, in multiples of --lr."""
+    return args.critic_rate if name.startswith(("critic.", "value_head.")) else 1.0
 
 
 @torch.no_grad()

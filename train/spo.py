@@ -24,11 +24,13 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from minimind.data.progress import say
 from minimind.objectives.advantages import whiten
 from minimind.objectives.policy import policy_loss
-from minimind.objectives.surrogates import Objective, clip, with_entropy, with_kl
+from minimind.objectives.surrogates import clip, with_terms
 from minimind.objectives.value_tracker import ValueTracker
-from minimind.training.rl_stage import RolloutArgs, Rollouts, no_tokens
+from minimind.training.rl_arguments import RolloutArgs
+from minimind.training.rl_stage import Rollouts
 from minimind.training.rollouts import Answer, Drawn
 from minimind.training.script import run_script
 
@@ -60,14 +62,19 @@ class Args(RolloutArgs):
     half: float = 0.06
     """The drift of the policy at which half of what was seen of a prompt is forgotten."""
 
+    def check(self) -> None:
+        super().check()
+        ValueTracker(0, *self.reward_range, half=self.half)
+
 
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
     if args.samples != 1:
         raise ValueError(f"--samples {args.samples}: there is one answer to a prompt; set --prompts instead")
-    objective = surrogate(args)
+    objective = with_terms(partial(clip, low=args.clip_low, high=args.clip_high), args.beta, args.entropy)
     run = Rollouts.begin("spo", args, "token", console)
     if args.prompts > len(run.train):
+        say(console, f"--prompts {args.prompts}: there are {len(run.train)}, all of which every rollout asks")
         run.args = dataclasses.replace(run.args, prompts=len(run.train))
     tracker = ValueTracker(len(run.train), *args.reward_range, half=args.half)
     run.build(
@@ -79,16 +86,6 @@ def main(args: Args, console: Console) -> bool:
     )
     loss = partial(policy_loss, run.trained, objective=objective, entropy=args.entropy != 0)
     return run.fit(loss, PEAK_LR.get(run.job.origin.preset, 1e-5))
-
-
-def surrogate(args: Args) -> Objective:
-    objective: Objective = partial(clip, low=args.clip_low, high=args.clip_high)
-    if args.beta:
-        objective = with_kl(objective, args.beta)
-    if args.entropy:
-        objective = with_entropy(objective, args.entropy)
-    objective(no_tokens())  # refuses settings that mean nothing
-    return objective
 
 
 def advantages(tracker: ValueTracker, answers: list[Answer]) -> dict[str, float]:

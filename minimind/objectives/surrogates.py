@@ -87,6 +87,12 @@ class PolicyTokens:
         """log p / mu"""
         return self.log_probs - self.behaviour
 
+    @staticmethod
+    def none() -> PolicyTokens:
+        """Those of an empty batch."""
+        numbers, places = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+        return PolicyTokens(Sampled(places, places, 0), numbers, numbers, numbers, numbers, numbers)
+
 
 @dataclass(frozen=True)
 class PolicyLosses:
@@ -190,6 +196,17 @@ def with_entropy(objective: Objective, weight: float) -> Objective:
         return replace(result, losses=result.losses - weight * tokens.entropy)
 
     return loss
+
+
+def with_terms(objective: Objective, kl: float = 0.0, entropy: float = 0.0) -> Objective:
+    """with_kl and with_entropy of these weights, where they are not 0. Raises ValueError at once for numbers that mean
+    nothing, `objective`'s own among them."""
+    if kl:
+        objective = with_kl(objective, kl)
+    if entropy:
+        objective = with_entropy(objective, entropy)
+    objective(PolicyTokens.none())
+    return objective
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ def degenerate(total: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
 def summary(scores: Scores, groups: np.ndarray | None = None) -> dict[str, float]:
     """Figures for metrics.jsonl: reward, reward_std (over samples), reward_NAME of each part unweighted,
-    reward_failed_NAME, the count, of those that failed, reward_dropped, the samples left out, and degenerate_groups,
-    the share. A mean over no sample is left out."""
+    reward_failed_NAME, the samples that it failed on if there are any, reward_dropped, the samples left out, and
+    degenerate_groups, the share. A mean over no sample is left out."""
     kept = scores.total[scores.kept]
     figures: dict[str, float] = {}
     if len(kept):
@@ -32,7 +32,8 @@ def summary(scores: Scores, groups: np.ndarray | None = None) -> dict[str, float
         judged = values[~np.isnan(values)]
         if len(judged):
             figures[f"reward_{name}"] = float(judged.mean())
-    figures |= {f"reward_failed_{name}": float(failure.count) for name, failure in scores.failures.items()}
+        if len(judged) < len(values):
+            figures[f"reward_failed_{name}"] = float(len(values) - len(judged))
     figures["reward_dropped"] = float(len(scores.total) - len(kept))
     if groups is not None:
         figures["degenerate_groups"] = float(degenerate(scores.total, groups).mean())

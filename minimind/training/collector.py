@@ -69,7 +69,9 @@ class Collector:
     rescore: bool = False
     console: Console = field(default_factory=Console)
     watch: SignalWatch = field(default_factory=SignalWatch)
-    failed: Counter[str] = field(default_factory=Counter)  # answers that each reward could not score, so far
+    failed: Counter[str] = field(
+        default_factory=Counter
+    )  # answers that each reward failed on, since the start
 
     def __call__(self, number: int, first: int, previous: list[Answer]) -> Rollout:
         """Rollout `number`, from the prompt `first` of the stream on; previous: answers of the rollout before."""
@@ -96,20 +98,24 @@ class Collector:
         while missing and limit:
             drawn = self.stream.draw(first, min(missing, limit))
             first, limit = first + len(drawn), limit - len(drawn)
-            answers = self._share(drawn, seconds)
+            answers = self.answer(self.data, drawn, self.how, seconds)
             made += answers
             scored = [a for a in answers if not np.isnan(a.reward)]
             kept += _teaching(scored) if self.refills else scored
             missing = self.prompts - len({a.number for a in kept}) if self.refills else 0
         return made, kept or [a for a in made if not np.isnan(a.reward)], first
 
-    def _share(self, drawn: list[Drawn], seconds: dict[str, float]) -> list[Answer]:
-        """The answers to `drawn`, of which each rank makes its part; their rewards are NaN where they failed."""
+    def answer(
+        self, data: PromptSet, drawn: list[Drawn], how: Sampling, seconds: dict[str, float] | None = None
+    ) -> list[Answer]:
+        """The answers to `drawn` of `data`, of which each rank makes its part, by number and sample; their rewards are
+        NaN where they failed, which is said once of each reward. seconds: what "rollout" and "reward" are added to."""
         mine = drawn[self.parallel.rank :: self.parallel.world_size]
+        seconds = seconds or {"rollout": 0.0, "reward": 0.0}
         with _timed(seconds, "rollout"):
-            answers = self.sampler.sample(self.data, mine, self.how)
+            answers = self.sampler.sample(data, mine, how)
         with _timed(seconds, "reward"):
-            failures = score(self.rewards, self.data, answers)
+            failures = score(self.rewards, data, answers)
         with _timed(seconds, "rollout"):  # the ranks wait for the slowest
             parts = self.parallel.gather((answers, failures))
         for name, failure in chain(*(failures.items() for _, failures in parts)):
@@ -160,7 +166,6 @@ class Collector:
                 "entropy": -log_probs.mean(),  # an estimate, as the tokens were drawn from what it is the entropy of
             }
         )
-        figures |= {f"reward_failed_{name}": count for name, count in self.failed.items()}
         if kept and kept[0].reference is not None:
             reference = np.concatenate([a.reference for a in kept if a.reference is not None])
             sampled = torch.from_numpy(np.concatenate([a.log_probs for a in kept])).double()

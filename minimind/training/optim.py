@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -53,8 +53,10 @@ def build_optimizers(
     lr: float,
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.95),
+    rate: Callable[[str], float] = lambda name: 1.0,
 ) -> Optimizers:
-    """The optimizer of a run. Matrices and embeddings decay, norm gains do not.
+    """The optimizer of a run. Matrices and embeddings decay, norm gains do not. rate: by a parameter's name, what its
+    learning rate is in multiples of `lr`.
 
     adamw: fused AdamW for everything (Loshchilov & Hutter 2019, arXiv 1711.05101).
     muon: momentum orthogonalised by Newton-Schulz for the matrices inside the blocks (Jordan et al. 2024), its
@@ -64,21 +66,26 @@ def build_optimizers(
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward without a backward leaves whole parameters in place of the shards
     parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    muon = [p for n, p in parameters if name == "muon" and _is_block_matrix(n, p)]
-    orthogonal = {id(p) for p in muon}
-    rest = [p for _, p in parameters if id(p) not in orthogonal]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
+    muon: list[dict[str, Any]] = []
+    rest: list[dict[str, Any]] = []
+    for times in sorted({rate(n) for n, _ in parameters}):
+        own = [(n, p) for n, p in parameters if rate(n) == times]
+        blocks = [p for n, p in own if name == "muon" and _is_block_matrix(n, p)]
+        orthogonal = {id(p) for p in blocks}
+        others = [p for _, p in own if id(p) not in orthogonal]
+        muon += [{"params": blocks, "lr": lr * times}] if blocks else []
+        rest += [
+            {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay, "lr": lr * times},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "lr": lr * times},
+        ]
+    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=lr, betas=betas, fused=True)]
     if muon:
         parts.append(torch.optim.Muon(muon, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     return Optimizers(parts)
 
 
 def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim == 2 and name.startswith("layers.") and "router" not in name
+    return parameter.ndim == 2 and ".layers." in f".{name}" and "router" not in name
 
 
 def lr_factor(schedule: ScheduleName, step: int, steps: int, warmup: int, final: float = 0.1) -> float:

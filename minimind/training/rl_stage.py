@@ -1,129 +1,34 @@
-"""What the reinforcement learning stages share: their flags, prompts, rewards, held-out figures, and the run itself."""
+"""A run of a reinforcement learning stage: from prompts and rewards to batches, held-out figures and samples."""
 
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
-import tyro
 from rich.console import Console
 
-from minimind.data.builtin_arithmetic import NAME, arithmetic_prompts
 from minimind.data.progress import say
-from minimind.data.prompts import PromptSet, open_prompts
+from minimind.data.prompts import PromptSet
 from minimind.inference.replica import Replica
 from minimind.inference.tracking import mix
 from minimind.modeling import Model
 from minimind.objectives.policy import Aggregation
-from minimind.objectives.surrogates import PolicyTokens, Sampled
 from minimind.rewards import Rewards, parse_rewards
 from minimind.tokenization import ChatEncoder
-from minimind.training.arguments import FromFlag, StageArgs
 from minimind.training.collector import Collector, Stream, score
 from minimind.training.job import Job, Objective, Plan
 from minimind.training.loop import News, StageLoss
-from minimind.training.parallel import world_size
+from minimind.training.rl_arguments import RolloutArgs
+from minimind.training.rl_inputs import find_origin, open_data
 from minimind.training.rl_loader import RolloutLoader, Shape, passes
 from minimind.training.rl_view import draw_curves, show_groups, transcript
 from minimind.training.rollouts import Answer, Drawn, PromptStream, Sampler, Sampling
-from minimind.training.run_folder import newest_finished
 
 _TOGETHER = 256  # answers that decode together, at most
 _HELD_OUT_SEED = 0x5EED  # apart from the rollouts' seeds
-# What teaches a model the weak version of the built-in task, as flags of train/sft.py.
-WEAK = ("--data", NAME, "--epochs", "1", "--seq-len", "256", "--batch-tokens", "1024", "--evals", "2")
-
-
-@dataclass(frozen=True)
-class RolloutArgs(StageArgs):
-    """Flags of a stage that learns from its own answers."""
-
-    from_: FromFlag = None
-    """The model to go on from: a run folder, a Hugging Face folder, or an upstream .pth (with --preset and
-    --tokenizer). None: the newest finished run of train/sft.py; with the built-in --data, one that was taught the weak
-    version of that task, which is trained first if there is none (a minute or two)."""
-    data: tuple[str, ...] = ()
-    """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [..., {"role": "assistant",
-    "content": ""}]} rows: the last turn is the one to write. What stands in it, or in "reference" beside it, is the
-    answer that some rewards compare with. None: sums and differences that come with the program."""
-    heldout_data: tuple[str, ...] = ()
-    """Prompts to measure on, instead of --heldout."""
-    reward: tuple[str, ...] = ()
-    """Rewards to add up, each NAME[=ARGUMENT][:WEIGHT]: number exact json[=KEY,KEY] tools format[=think|answer]
-    length=LOW..HIGH overlong=LOW..HIGH repetition[=N] regex=PATTERN function=PACKAGE.MODULE:FUNCTION model=FOLDER (what
-    each is: docstring of minimind/rewards/__init__.py). None: number, whether the answer's last number is the
-    reference's."""
-    on_reward_error: str = "drop"
-    """What becomes of an answer that a reward cannot score: drop leaves it out, stop ends the run, a number is taken
-    for what that reward did not say."""
-    trust_remote_code: bool = False
-    """Let a reward model's folder bring code of its own."""
-    rollouts: int = 120
-    """How often answers are sampled from the model as it then is."""
-    prompts: int = 64
-    """Prompts of a rollout."""
-    samples: int = 4
-    """Answers to each prompt."""
-    max_prompt: int = 512
-    """Tokens of the longest prompt; longer ones are an error, or with --on-bad-row skip left out."""
-    max_new_tokens: int | None = None
-    """Tokens of the longest answer; what is longer is cut off. None: 8 for the built-in prompts, else 256."""
-    temperature: float = 1.0
-    """Of sampling, and of the distribution that is trained."""
-    minibatches: int = 1
-    """Optimizer steps on each rollout, each on a part of its answers."""
-    inner_epochs: int = 1
-    """Passes over each rollout."""
-    micro_batches: int | None = None
-    """Forward and backward passes that a step adds up. None: as few as keep the longest answers to the longest prompts
-    within 4096 tokens of minimind2-small a pass, or 16384 on a GPU; other models by their size."""
-    eval_prompts: int = 256
-    """Held-out prompts answered on the way; at the end all are."""
-    show: int = 0
-    """Print so many prompts of every rollout, with their answers, rewards and advantages."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw: AdamW for all; muon: Muon for the matrices and AdamW for the rest."""
-    schedule: Literal["cosine", "wsd", "constant"] = "constant"
-    """How the rate falls after the warm-up."""
-    warmup: float = 0.1
-    """Share of the steps over which the rate rises."""
-    weight_decay: float = 0.0
-    """For matrices; norm gains never decay."""
-    heldout: float = 0.1
-    """Share of the prompts, the last ones and at most 256, that is never trained on."""
-    log_every: int = 1
-    """Steps between reads of the loss from the device."""
-    tokens: tyro.conf.Suppress[int | None] = None
-    epochs: tyro.conf.Suppress[float] = 1.0
-    seq_len: tyro.conf.Suppress[int] = 512
-    batch_tokens: tyro.conf.Suppress[int | None] = None
-    micro_tokens: tyro.conf.Suppress[int | None] = None
-    eval_tokens: tyro.conf.Suppress[int] = 65536
-
-    def check(self) -> None:
-        super().check()
-        for name in ("rollouts", "prompts", "samples", "max_prompt", "max_new_tokens", "temperature", "minibatches",
-                     "inner_epochs", "micro_batches", "eval_prompts"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
-        if self.parallel == "fsdp":
-            raise ValueError("--parallel fsdp: answers are sampled from whole weights; take ddp")
-        if self.prompts < world_size():
-            raise ValueError(
-                f"--prompts {self.prompts}: fewer than the {world_size()} processes that share them"
-            )
-
-    @property
-    def longest_answer(self) -> int:
-        return self.max_new_tokens or (256 if self.data else 8)
 
 
 @dataclass
@@ -230,6 +135,8 @@ class Rollouts:
         try:
             done = job.fit(plan, self.model, objective, [*self.describe(), *lines])
         finally:
+            for name, count in self.collector.failed.items():
+                say(job.console, f"reward {name} failed on {count:,} answers in all")
             if job.parallel.main and job.run.metrics.exists():
                 draw_curves(job.run.metrics, job.run.path / "rewards.png", job.run.path.name)
         return done
@@ -263,10 +170,11 @@ class Rollouts:
         sampled = self._heldout(count, self.args.temperature)
         greedy = self._heldout(count, 0.0)
         figures = {
-            "heldout_reward": float(np.nanmean([a.reward for a in sampled])),
-            "heldout_greedy_reward": float(np.nanmean([a.reward for a in greedy])),
+            "heldout_reward": mean_reward(sampled),
+            "heldout_greedy_reward": mean_reward(greedy),
             "heldout_length": float(np.mean([len(a.ids) for a in sampled])),
             "heldout_prompts": count,
+            "heldout_dropped": int(sum(np.isnan(a.reward) for a in sampled)),
             "heldout_all": final,
         }
         say(
@@ -278,13 +186,9 @@ class Rollouts:
     def _heldout(self, count: int, temperature: float) -> list[Answer]:
         """An answer to each of the first `count` held-out prompts, scored; of all ranks."""
         assert self.heldout is not None
-        parallel = self.job.parallel
-        drawn = [Drawn(i, i) for i in range(count)][parallel.rank :: parallel.world_size]
         how = Sampling(1, self.args.longest_answer, temperature, mix(self.args.seed, _HELD_OUT_SEED))
         self.model.eval()
-        answers = self.collector.sampler.sample(self.heldout, drawn, how)
-        score(self.rewards, self.heldout, answers)
-        return [a for part in parallel.gather(answers) for a in part]
+        return self.collector.answer(self.heldout, [Drawn(i, i) for i in range(count)], how)
 
     def sample(self) -> str:
         """Answers to prompts from all over the held-out ones, or the training ones."""
@@ -302,11 +206,14 @@ class Rollouts:
         return "\n".join(transcript(self.job.tokenizer, a) for a in answers)
 
 
-def no_tokens() -> PolicyTokens:
-    """For asking an objective whether it could be trained with."""
-    none = torch.zeros(0, dtype=torch.float64)
-    places = torch.zeros(0, dtype=torch.int64)
-    return PolicyTokens(Sampled(places, places, 0), none, none, none, none, none)
+def mean_reward(answers: Sequence[Answer]) -> float:
+    """Of the held-out answers that have a reward."""
+    rewards = [a.reward for a in answers if not np.isnan(a.reward)]
+    if not rewards:
+        raise ValueError(
+            "no held-out answer could be scored; mend the reward, or measure nothing with --heldout 0"
+        )
+    return float(np.mean(rewards))
 
 
 def frozen(job: Job) -> Model:
@@ -314,40 +221,3 @@ def frozen(job: Job) -> Model:
     origin = job.place(job.origin.model())
     dtype = origin.compute_dtype or origin.head_weight.dtype
     return Replica(origin, dtype).model
-
-
-def open_data(
-    args: RolloutArgs, encoder: ChatEncoder, console: Console
-) -> tuple[PromptSet, PromptSet | None]:
-    """(training, held-out) prompts."""
-    data, heldout = list(args.data), list(args.heldout_data)
-    if not data:
-        builtin = arithmetic_prompts(args.cache_dir, console)
-        data, heldout = [str(builtin[0])], heldout or [str(builtin[1])]
-
-    def read(paths: list[str]) -> PromptSet:
-        return open_prompts(paths, encoder, args.max_prompt, args.on_bad_row, console)
-
-    if heldout:
-        return read(data), read(heldout)
-    return read(data).split(args.heldout)
-
-
-def find_origin(args: RolloutArgs, console: Console) -> str:
-    """The newest finished SFT run; for the built-in task one on its weak version, made here where there is none."""
-    if args.data:
-        return newest_finished("sft")
-    try:
-        return newest_finished("sft", data=(NAME,))
-    except ValueError:
-        if world_size() > 1:
-            raise ValueError(
-                f"--from: no model was taught the built-in task yet; run `python train/sft.py {' '.join(WEAK)}` first"
-            ) from None
-    command = [sys.executable, str(Path(sys.argv[0]).with_name("sft.py")), *WEAK]
-    command += [] if args.cache_dir is None else ["--cache-dir", args.cache_dir]
-    command += ["--device", args.device, "--precision", args.precision]
-    say(console, f"no model was taught the built-in task yet: {' '.join(command[1:])}")
-    if subprocess.run(command).returncode:
-        raise ValueError(f"--from: {' '.join(command[1:])} did not finish; run it, or name a model")
-    return newest_finished("sft", data=(NAME,))

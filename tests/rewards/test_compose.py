@@ -138,6 +138,8 @@ def test_summary():
             "reward": 2.0,
             "reward_std": np.std([1, 3, 2, 2]),
             "reward_a": 1 / 3,
+            "reward_failed_a": 2.0,
+            "reward_failed_b": 5.0,
             "reward_dropped": 1.0,
             "degenerate_groups": 0.5,
         }

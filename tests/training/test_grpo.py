@@ -182,14 +182,20 @@ def attempt(origin: Path, prompts: Path, out: Path, **flags) -> None:
 
 def test_failing_rewards_are_counted_and_the_run_goes_on_or_stops(origin, prompts, tmp_path):
     attempt(origin, prompts, tmp_path / "on", reward=(TOY + "no_z",), samples=16)
-    last = rows_of(tmp_path / "on", "rollout")[-1]
-    assert last["reward_failed_function"] > 0 and last["answers"] == 64
+    rows = rows_of(tmp_path / "on", "rollout")
+    assert any(row.get("reward_failed_function") for row in rows) and all(
+        row["answers"] == 64 for row in rows
+    )
     broken = (TOY + "always_raises",)
     with pytest.raises(ValueError, match=r"reward function failed on .* out of order") as stopped:
         attempt(origin, prompts, tmp_path / "stop", reward=broken, on_reward_error="stop")
     assert "\n" not in str(stopped.value)
     with pytest.raises(ValueError, match="no answer is left to learn from"):
         attempt(origin, prompts, tmp_path / "none", reward=broken, heldout=0)
+    with pytest.raises(
+        ValueError, match="no held-out answer could be scored; mend the reward, or measure nothing"
+    ):
+        attempt(origin, prompts, tmp_path / "held", reward=broken)
 
 
 def test_equal_rewards_are_warned_of_and_change_nothing(origin, prompts, tmp_path):

@@ -3,6 +3,7 @@ import torch
 
 from minimind import ModelConfig
 from minimind.modeling import Model
+from minimind.training.actor_critic import ActorCritic
 from minimind.training.optim import build_optimizers, lr_factor
 
 CONFIG = ModelConfig(32, 1, 2, 1, 16, 48, 50, num_experts=2, num_experts_per_tok=1, num_shared_experts=1,
@@ -45,6 +46,24 @@ def test_norm_gains_do_not_decay_and_matrices_do():
         for n, p in model.named_parameters():
             shrink = 1.0 if p.ndim == 1 else 1 - 0.5 * 1e-2 * 0.5
             torch.testing.assert_close(p, before[n] * shrink, msg=n)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_every_parameter_has_the_rate_of_its_name(name):
+    """In a module with a critic, whose matrices Muon takes as it takes the policy's."""
+    model = ActorCritic.of(Model(CONFIG))
+    optimizers = build_optimizers(
+        model, name, 1e-2, 0.1, rate=lambda n: 3.0 if n.startswith("critic.") else 1.0
+    )
+    names = {id(p): n for n, p in model.named_parameters()}
+    optimizers.set_lr_factor(0.5)
+    found = {names[id(p)]: (group["lr"], type(part).__name__)
+             for part in optimizers.parts for group in part.param_groups for p in group["params"]}  # fmt: skip
+    assert found.keys() == set(names.values())
+    for n, (lr, kind) in found.items():
+        assert lr == pytest.approx(1.5e-2 if n.startswith("critic.") else 0.5e-2), n
+        assert kind == found[n.removeprefix("critic.")][1] if "value_head" not in n else kind == "AdamW", n
+    assert {kind for _, kind in found.values()} == ({"Muon", "AdamW"} if name == "muon" else {"AdamW"})
 
 
 def test_state_goes_on_exactly():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -103,6 +104,26 @@ def test_the_tracker_takes_in_every_answer_and_is_kept(unbroken):
     seen = kept["successes"].numpy() + kept["failures"].numpy()
     assert (seen != seen[np.argmin(kept["seen_at"].numpy())]).any() and len(seen) == 36
     assert len({answer["prompt"] for answer in state["answers"]}) == len(state["answers"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("ppo", {"lam": 2.0}, r"lam=2.0: both must lie in \[0, 1\]"),
+        ("ppo", {"value_clip": 0.0}, "value clip 0.0: must be above 0"),
+        ("ppo", {"beta": -1.0}, "--beta -1.0: must be 0 or more"),
+        ("ppo", {"value_weight": 0.0}, "--value-weight 0.0: must be above 0"),
+        ("ppo", {"critic_rate": float("nan")}, "--critic-rate nan: must be above 0"),
+        ("ppo", {"temperature": float("nan")}, "--temperature nan: must be above 0"),
+        ("spo", {"reward_range": (1.0, 0.0)}, "rewards from 1.0 to 0.0: the first must be the lower one"),
+        ("spo", {"half": 0.0}, "half=0.0, exploration=0.05: both must be above 0"),
+    ],
+)
+def test_numbers_without_meaning_are_refused_before_anything_is_made(script, flags, message):
+    names = runpy.run_path(str(SCRIPT.with_name(f"{script}.py")))
+    names["Args"]().check()
+    with pytest.raises(ValueError, match=message):
+        names["Args"](**flags).check()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minimind.training.rl_stage import WEAK
+from minimind.training.rl_inputs import WEAK
 from tests.training.runs import SCRIPT
 from tests.training.test_lora import rows_of
 

@@ -1,0 +1,57 @@
+"""What a reinforcement learning stage begins with: its prompts and its model, those of the built-in task by default."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from minimind.data.builtin_arithmetic import NAME, arithmetic_prompts
+from minimind.data.progress import say
+from minimind.data.prompts import PromptSet, open_prompts
+from minimind.tokenization import ChatEncoder
+from minimind.training.parallel import world_size
+from minimind.training.rl_arguments import RolloutArgs
+from minimind.training.run_folder import newest_finished
+
+# What teaches a model the weak version of the built-in task, as flags of train/sft.py.
+WEAK = ("--data", NAME, "--epochs", "1", "--seq-len", "256", "--batch-tokens", "1024", "--evals", "2")
+
+
+def open_data(
+    args: RolloutArgs, encoder: ChatEncoder, console: Console
+) -> tuple[PromptSet, PromptSet | None]:
+    """(training, held-out) prompts."""
+    data, heldout = list(args.data), list(args.heldout_data)
+    if not data:
+        builtin = arithmetic_prompts(args.cache_dir, console)
+        data, heldout = [str(builtin[0])], heldout or [str(builtin[1])]
+
+    def read(paths: list[str]) -> PromptSet:
+        return open_prompts(paths, encoder, args.max_prompt, args.on_bad_row, console)
+
+    if heldout:
+        return read(data), read(heldout)
+    return read(data).split(args.heldout)
+
+
+def find_origin(args: RolloutArgs, console: Console) -> str:
+    """The newest finished SFT run; for the built-in task one on its weak version, made here where there is none."""
+    if args.data:
+        return newest_finished("sft")
+    try:
+        return newest_finished("sft", data=(NAME,))
+    except ValueError:
+        if world_size() > 1:
+            raise ValueError(
+                f"--from: no model was taught the built-in task yet; run `python train/sft.py {' '.join(WEAK)}` first"
+            ) from None
+    command = [sys.executable, str(Path(sys.argv[0]).with_name("sft.py")), *WEAK]
+    command += [] if args.cache_dir is None else ["--cache-dir", args.cache_dir]
+    command += ["--device", args.device, "--precision", args.precision]
+    say(console, f"no model was taught the built-in task yet: {' '.join(command[1:])}")
+    if subprocess.run(command).returncode:
+        raise ValueError(f"--from: {' '.join(command[1:])} did not finish; run it, or name a model")
+    return newest_finished("sft", data=(NAME,))
