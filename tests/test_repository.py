@@ -52,7 +52,7 @@ def test_arrows_point_one_way():
         "minimind/native.py": {"native_build"},
         "minimind/lora.py": {"modeling"},
         "minimind/lora_files.py": {"lora", "modeling"},
-        "minimind/objectives": {"attention", "modeling", "objectives", "ops", "value_head"},
+        "minimind/objectives": {"attention", "modeling", "objectives", "ops", "spans", "value_head"},
         "minimind/data": {"data"},
         "minimind/tokenization": {"tokenization"},
         "minimind/inference": {

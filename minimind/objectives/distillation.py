@@ -21,6 +21,7 @@ from torch import Tensor
 from minimind import ops
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch
+from minimind.spans import span
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
 
@@ -70,15 +71,18 @@ def distillation_loss(
     loss = hidden.new_zeros((), dtype=torch.float32)
     if options.alpha > 0:
         targets = batch.targets.flatten()
-        loss = loss + options.alpha * ops.linear_cross_entropy(
-            hidden, head, targets, weights, num_targets=batch.num_targets
-        )
+        with span("loss"):
+            loss = loss + options.alpha * ops.linear_cross_entropy(
+                hidden, head, targets, weights, num_targets=batch.num_targets
+            )
     if options.alpha < 1:
         share = (1 - options.alpha) * options.temperature**2
-        loss = loss + share * ops.linear_distillation(
-            hidden, head, *teacher_head(teacher, batch), counted.flatten().float() if weights is None else weights,
-            temperature=options.temperature, beta=options.mixture, num_targets=batch.num_targets,
-        )  # fmt: skip
+        taught = teacher_head(teacher, batch)
+        with span("loss"):
+            loss = loss + share * ops.linear_distillation(
+                hidden, head, *taught, counted.flatten().float() if weights is None else weights,
+                temperature=options.temperature, beta=options.mixture, num_targets=batch.num_targets,
+            )  # fmt: skip
     return loss, out.aux_loss
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minimind import ops
 from minimind.modeling import Model, ModelOutput
+from minimind.spans import span
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ def next_token_loss(
     )
     hidden = out.hidden_states.flatten(0, 1)
     weights = None if batch.loss_weights is None else batch.loss_weights.flatten()
-    loss = ops.linear_cross_entropy(
-        hidden, model.head_weight, batch.targets.flatten(), weights, num_targets=batch.num_targets
-    )
+    with span("loss"):
+        loss = ops.linear_cross_entropy(
+            hidden, model.head_weight, batch.targets.flatten(), weights, num_targets=batch.num_targets
+        )
     if out.tokens_per_expert is None:
         return loss, out.aux_loss
     return loss, out.aux_loss, {k: v * batch.share_of_weight for k, v in expert_load(out).items()}

@@ -23,6 +23,7 @@ from minimind.objectives.surrogates import (
     Sampled,
     kl_estimates,
 )
+from minimind.spans import span
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,15 @@ def score(model: Model, batch: PolicyBatch, entropy: bool = False) -> tuple[Mode
     """The model's forward over the batch, and the sampled tokens with their log-probabilities under it."""
     at = batch.sampled()
     out = forward(model, batch)
-    log_probs, entropies = ops.linear_log_probs(
-        out.hidden_states.flatten(0, 1),
-        model.head_weight,
-        batch.targets.flatten(),
-        temperature=batch.temperature,
-        entropy=entropy,
-        num_targets=batch.num_targets,
-    )
+    with span("loss"):
+        log_probs, entropies = ops.linear_log_probs(
+            out.hidden_states.flatten(0, 1),
+            model.head_weight,
+            batch.targets.flatten(),
+            temperature=batch.temperature,
+            entropy=entropy,
+            num_targets=batch.num_targets,
+        )
     reference = None if batch.reference_log_probs is None else at.take(batch.reference_log_probs)
     return out, PolicyTokens(
         at,

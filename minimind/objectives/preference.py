@@ -30,6 +30,7 @@ from torch import Tensor
 from minimind import ops
 from minimind.attention import document_ids
 from minimind.modeling import Model
+from minimind.spans import span
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,10 @@ def sequence_log_probs(
     """
     counted = targets.ne(-100)
     out = model(input_ids, cu_seqlens=cu_seqlens, attention_mask=counted, return_logits=False)
-    per_token, _ = ops.linear_log_probs(
-        out.hidden_states.flatten(0, 1), model.head_weight, targets.flatten(), num_targets=num_targets
-    )
+    with span("loss"):
+        per_token, _ = ops.linear_log_probs(
+            out.hidden_states.flatten(0, 1), model.head_weight, targets.flatten(), num_targets=num_targets
+        )
     document = document_ids(cu_seqlens.to(per_token.device), per_token.numel())
     sums = per_token.new_zeros(2, cu_seqlens.shape[0] - 1, dtype=torch.float64)
     values = torch.stack((per_token.double(), counted.flatten().double()))

@@ -26,12 +26,13 @@ from torch.distributed.tensor import DTensor
 from minimind.data.files import sync, write_json
 from minimind.display import Display, duration
 from minimind.modeling import Model
+from minimind.spans import span
 from minimind.tokenization import Tokenizer
 from minimind.training.checkpoint import load_weights_into, save_checkpoint
 from minimind.training.metrics import MetricsLog, plot_losses
 from minimind.training.optim import Optimizers
 from minimind.training.parallel import Parallel
-from minimind.training.profiling import StepProfiler, span
+from minimind.training.profiling import StepProfiler
 from minimind.training.run_folder import RunFolder, truncate
 from minimind.training.tracking import Tracker
 from minimind.weights import save_weights

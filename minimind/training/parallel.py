@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minimind.device import choose_device
 from minimind.modeling import Model, MoE
+from minimind.spans import span
 
 ParallelName = Literal["auto", "none", "ddp", "fsdp"]
 T = TypeVar("T")
@@ -125,7 +126,8 @@ class Parallel:
     def sum(self, figures: Tensor) -> Tensor:
         """Added up over the ranks, in place; on every rank."""
         if self.strategy != "none":
-            dist.all_reduce(figures)
+            with span("communication"):
+                dist.all_reduce(figures)
         return figures
 
     def gather(self, part: T) -> list[T]:
@@ -133,7 +135,8 @@ class Parallel:
         if self.strategy == "none":
             return [part]
         parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, part)
+        with span("communication"):
+            dist.all_gather_object(parts, part)
         return parts
 
     def share(self, make: Callable[[], T]) -> T:
@@ -145,7 +148,8 @@ class Parallel:
             if self.main:
                 box = [make(), True]
         finally:
-            dist.broadcast_object_list(box, src=0)
+            with span("communication"):
+                dist.broadcast_object_list(box, src=0)
         if not box[1]:
             sys.exit(2)
         return box[0]

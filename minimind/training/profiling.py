@@ -1,69 +1,23 @@
-"""Named spans within a step, and a StepProfiler that shows where the time of a few steps went.
-
-Spans are off unless a StepProfiler is recording or MINIMIND_NVTX=1 is set, which turns them on for `nsys profile`
-and `ncu` without PyTorch's own profiler. Names: data, forward, block N, loss, backward, optimizer, communication.
-"""
+"""A StepProfiler that shows where the time of a few steps went, and the spans of a model's blocks."""
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, cast
 
 import torch
 from rich.console import Console
 from torch import nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.hooks import RemovableHandle
 
 from minimind.data.progress import say
+from minimind.spans import nvtx_mode, record, span
 from minimind.training.timeline import draw
 from minimind.training.trace import read_trace, show
 
 TRACE, PICTURE = "trace.json.gz", "timeline.png"
-
-
-@dataclass
-class _State:
-    recording: bool = False
-    nvtx: bool = os.environ.get("MINIMIND_NVTX") == "1"
-
-
-_state = _State()
-_OFF = nullcontext()
-
-
-def nvtx_mode() -> bool:
-    """Whether MINIMIND_NVTX=1 turned the spans on for the whole process."""
-    return _state.nvtx
-
-
-def span(name: str) -> AbstractContextManager[None]:
-    """Context: what runs in it is `name` in the trace, and an NVTX range in a process that uses CUDA. When off, one
-    shared object that does nothing. Not for code that torch.compile traces: see `mark_blocks`."""
-    return _Span(name) if _state.recording or _state.nvtx else _OFF
-
-
-class _Span(AbstractContextManager[None]):
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        self.record = record_function(self.name)
-        self.record.__enter__()
-        self.nvtx = torch.cuda.is_initialized()
-        if self.nvtx:
-            torch.cuda.nvtx.range_push(self.name)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.nvtx:
-            torch.cuda.nvtx.range_pop()
-        self.record.__exit__(kind, error, trace)
 
 
 def mark_blocks(model: nn.Module) -> list[RemovableHandle]:
@@ -110,7 +64,7 @@ class StepProfiler:
         self._count = 0
         self._recording = False
         self._profile: profile | None = None
-        self._step: AbstractContextManager[None] = _OFF
+        self._step: AbstractContextManager[None] = nullcontext()
 
     def begin(self, step: int) -> None:
         """Before step number `step` of the run, which names it in the trace."""
@@ -137,7 +91,7 @@ class StepProfiler:
 
     def _leave_step(self) -> None:
         self._step.__exit__(None, None, None)
-        self._step = _OFF
+        self._step = nullcontext()
 
     def _start(self) -> None:
         self._recording = True
@@ -151,7 +105,7 @@ class StepProfiler:
             activities.append(ProfilerActivity.CUDA)
         self._profile = profile(activities=activities, profile_memory=True)
         self._profile.start()
-        _state.recording = True
+        record(True)
 
     def _stop(self) -> None:
         self._recording = False
@@ -161,7 +115,7 @@ class StepProfiler:
             if torch.cuda.is_initialized():
                 torch.cuda.profiler.stop()
             return
-        _state.recording = False
+        record(False)
         self._profile.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._profile.export_chrome_trace(str(self.folder / TRACE))

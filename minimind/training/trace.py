@@ -71,13 +71,20 @@ def read_trace(path: Path) -> Trace:
         lane = f"thread {row['tid']}"
         if kind in ("kernel", "device span"):
             lane = f"GPU {row['pid']} stream {row['tid']}"
-        name = (
-            row["name"].rpartition("#")[2] if kind in ("span", "device span") else row["name"]
-        )  # Optimizer.step#Muon.step
+        name = _span_name(row["name"]) if kind in ("span", "device span") else row["name"]
         event = Event(name, kind, lane, (row["ts"] - zero) / 1e3, row.get("dur", 0.0) / 1e3)
         lanes[lane][kind].append(event)
     events = [e for kinds in lanes.values() for lane_events in kinds.values() for e in _nested(lane_events)]
     return Trace(sorted(events, key=lambda e: (e.start, -e.length)), _memory(rows, zero))
+
+
+def _span_name(name: str) -> str:
+    """As we call it: a collective of torch.distributed is communication, and FSDP's spans do not name their layers."""
+    if name.startswith(("nccl:", "gloo:")):
+        return "communication"
+    if name.startswith("FSDP::"):
+        return re.split(r" \(| for ", name)[0]
+    return name.rpartition("#")[2]  # Optimizer.step#Muon.step
 
 
 def _nested(events: Sequence[Event]) -> list[Event]:
@@ -153,7 +160,7 @@ def _span_table(trace: Trace, steps: int, wall: float) -> Table:
         if not event.name.startswith("step "):
             groups["blocks" if event.name.startswith("block ") else event.name].append(event)
     for name, events in groups.items():
-        ms, own = sum(e.length for e in events), sum(e.self_ms for e in events)
+        ms, own = busy_ms(events), sum(e.self_ms for e in events)
         row = [f"{ms / steps:,.2f}", f"{ms / wall:.1%}", f"{own / wall:.1%}", f"{len(events) / steps:,.0f}"]
         names = {e.name for e in events}
         row += [f"{busy_ms(e for e in device if e.name in names) / steps:,.2f}"] * bool(device)

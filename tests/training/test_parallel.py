@@ -76,7 +76,7 @@ def assert_same(out: Path, alone: Path, rel: float = 2e-5) -> None:
 @pytest.mark.parametrize(
     ("processes", "flags"),
     [
-        (4, ()),
+        (4, ("--profile",)),
         pytest.param(1, DDP, marks=slow),
         pytest.param(2, DDP, marks=slow),
         pytest.param(2, (*DDP, "--micro-tokens", "256"), marks=slow),
@@ -91,6 +91,7 @@ def assert_same(out: Path, alone: Path, rel: float = 2e-5) -> None:
 def test_curve_is_that_of_one_process(processes, flags, data, alone, tmp_path):
     text = finish(pretrain(data, tmp_path / "out", processes, *flags))
     assert text.count("finished in") == text.count("device:") == 1  # rank 0 alone speaks
+    assert ("communication" in text) == ("--profile" in flags)
     assert_same(tmp_path / "out", alone)
 
 

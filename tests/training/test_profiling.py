@@ -11,8 +11,9 @@ from rich.console import Console
 
 from minimind.config import ModelConfig
 from minimind.modeling import Model
-from minimind.training import profiling
-from minimind.training.profiling import StepProfiler, mark_blocks, span
+from minimind.objectives.next_token import TokenBatch, next_token_loss
+from minimind.spans import _OFF, _state, record, span
+from minimind.training.profiling import StepProfiler, mark_blocks
 from minimind.training.timeline import draw
 from minimind.training.trace import busy_ms, ranked, read_trace, show
 
@@ -59,7 +60,7 @@ def test_three_steps(tmp_path):
     for _ in range(6):
         run.step()
     run.profiler.close()
-    assert span("after") is profiling._OFF
+    assert span("after") is _OFF
 
     trace = read_trace(tmp_path / "profile" / "trace.json.gz")
     assert [step.name for step in trace.steps] == ["step 2", "step 3", "step 4"]
@@ -89,7 +90,7 @@ def test_a_short_run_shows_what_there_is(tmp_path, steps):
     run.profiler.close()
     run.profiler.close()
     assert "step 4" in names_in(tmp_path / "trace.json.gz")
-    assert run.text.getvalue().count("timeline.png") == 1 and span("after") is profiling._OFF
+    assert run.text.getvalue().count("timeline.png") == 1 and span("after") is _OFF
 
     early = Run(tmp_path / "early", first=3)
     early.step()
@@ -100,8 +101,8 @@ def test_a_short_run_shows_what_there_is(tmp_path, steps):
 
 
 def test_nvtx_mode_turns_spans_on_and_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(profiling._state, "nvtx", True)
-    assert span("forward") is not profiling._OFF
+    monkeypatch.setattr(_state, "nvtx", True)
+    assert span("forward") is not _OFF
     run = Run(tmp_path / "nothing", first=1, steps=2)
     with torch.profiler.profile() as recorded:
         for _ in range(3):
@@ -111,18 +112,31 @@ def test_nvtx_mode_turns_spans_on_and_writes_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "nothing").exists() and not run.text.getvalue()
 
 
+def test_the_head_and_its_loss_are_a_span_behind_the_blocks():
+    model, ids = Model(TINY), torch.zeros(1, 8, dtype=torch.int64)
+    mark_blocks(model)
+    record(True)
+    try:
+        with torch.profiler.profile() as recorded:
+            next_token_loss(model, TokenBatch(ids, ids, torch.tensor([0, 8], dtype=torch.int32), 8))
+    finally:
+        record(False)
+    found = {e.name: e.time_range for e in recorded.events() if e.name in ("block 0", "block 1", "loss")}
+    assert found["block 0"].end <= found["block 1"].start < found["block 1"].end <= found["loss"].start
+
+
 def test_compiled_blocks_have_no_graph_break():
     model = torch.nn.Sequential()
     model.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
     model.forward = lambda x: model.layers[1](model.layers[0](x))
     handles = mark_blocks(model)
-    profiling._state.recording = True
+    record(True)
     try:
         with torch.profiler.profile() as recorded:
             torch.compile(model, backend="eager", fullgraph=True)(torch.ones(1, 4))
             model(torch.ones(1, 4))
     finally:
-        profiling._state.recording = False
+        record(False)
     blocks = [event.name for event in recorded.events() if event.name.startswith("block")]
     assert blocks == ["block 0", "block 1"]  # the second call's, which was not compiled
     for handle in handles:
@@ -134,7 +148,7 @@ def test_a_block_that_raises_closes_its_span():
     model = torch.nn.Sequential()
     model.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
     mark_blocks(model)
-    profiling._state.recording = True
+    record(True)
     try:
         with torch.profiler.profile() as recorded:
             with pytest.raises(RuntimeError), span("forward"):
@@ -142,7 +156,7 @@ def test_a_block_that_raises_closes_its_span():
             with span("after"):
                 pass
     finally:
-        profiling._state.recording = False
+        record(False)
     spans = {e.name: e for e in recorded.events() if e.name in ("forward", "block 0", "after")}
     assert (
         spans["block 0"].time_range.end <= spans["forward"].time_range.end <= spans["after"].time_range.start
@@ -157,6 +171,9 @@ def test_a_trace_of_a_gpu(tmp_path):
 
     rows = [
         row("user_annotation", "step 7", 1, 1, 0, 8000), row("user_annotation", "forward", 1, 1, 1000, 2000),
+        row("user_annotation", "communication", 1, 2, 4000, 900),
+        row("user_annotation", "nccl:all_reduce", 1, 2, 4100, 600),
+        row("user_annotation", "FSDP::all_gather (layers.3)", 1, 1, 1100, 50),
         row("cpu_op", "aten::mm", 1, 1, 1500, 100), row("cpu_op", "MmBackward0", 1, 2, 4000, 100),
         row("gpu_user_annotation", "forward", 0, 7, 2000, 4000), row("kernel", "void gemm<long>", 0, 7, 2000, 3000),
         row("gpu_memcpy", "Memcpy HtoD", 0, 9, 4000, 2000), row("kernel", "triton_poi_0", 0, 7, 7000, 1000),
@@ -171,11 +188,19 @@ def test_a_trace_of_a_gpu(tmp_path):
     assert trace.memory == [(0.0, 1.0)]
     text = io.StringIO()
     show(trace, Console(file=text, width=120))
-    lines = [
-        line for line in text.getvalue().splitlines() if "no kernel running" in line or "forward" in line
-    ]
-    assert "3.00" in lines[0] and "37.5%" in lines[0]
-    assert "2.00" in lines[1] and "4.00" in lines[1]  # on the host, on the GPU
+    table = [line.replace("│", " ").split() for line in text.getvalue().splitlines()]
+    (idle,) = (line for line in table if line[:3] == ["no", "kernel", "running"])
+    assert idle[3:5] == ["3.00", "37.5%"]
+    spans_shown = {
+        line[0]: line
+        for line in table
+        if line and line[0] in ("forward", "communication", "FSDP::all_gather")
+    }
+    assert (
+        spans_shown["forward"][1] == "2.00" and spans_shown["forward"][-1] == "4.00"
+    )  # on the host, on the GPU
+    assert spans_shown["communication"][1] == "0.90"  # the collective lies within our own span
+    assert "FSDP::all_gather" in spans_shown, "without its layer"
     draw(trace, tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").stat().st_size > 10_000
 
