@@ -25,6 +25,12 @@ class YarnScaling:
     attention_factor: float | None = 1.0
 
 
+# What a file of any JSON can lead to.
+_ANY_JSON = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+           "intermediate_size", "vocab_size", "max_position_embeddings")  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of a decoder-only transformer. `num_experts == 0` means a dense feed-forward.
@@ -54,6 +60,10 @@ class ModelConfig:
     router_aux_loss_level: Literal["sequence", "batch"] = "sequence"
 
     def __post_init__(self) -> None:
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number above 0")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -82,7 +92,11 @@ class ModelConfig:
 
     @staticmethod
     def from_json(path: str | Path) -> ModelConfig:
-        return ModelConfig.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        """`from_dict` of a file. ValueError, naming it, where it holds no config or one that cannot work."""
+        try:
+            return ModelConfig.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except _ANY_JSON as error:
+            raise ValueError(f"{path}: not a model's config ({error}); name another folder") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict of this dataclass's own fields; `from_dict` inverts it."""

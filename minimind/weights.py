@@ -200,9 +200,12 @@ def _read_file(path: Path) -> StateDict:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable weight file ({str(error).splitlines()[0]})") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path}: not a readable weight file ({reason})") from error
     except Exception as error:  # pickle.UnpicklingError and friends, which weights_only raises
-        raise ValueError(f"{path}: refused, it holds more than tensors ({type(error).__name__})") from error
+        raise ValueError(
+            f"{path}: refused, it holds more than tensors, or is no weight file ({type(error).__name__})"
+        ) from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]  # upstream's file for resuming: the optimizer and the epoch beside the weights
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

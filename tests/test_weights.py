@@ -71,9 +71,13 @@ def test_wrong_weights_are_named(tmp_path):
 
 
 def test_unreadable_files_are_named(tmp_path):
-    (tmp_path / "broken.pth").write_bytes(b"not a zip file")
-    with pytest.raises(ValueError, match=r"broken\.pth"):
-        load_model(tmp_path / "broken.pth", "nano")
+    for content, reason in (
+        (b"not a zip file", "or is no weight file"),
+        (b"", r"not a readable weight file \(EOFError\)"),
+    ):
+        (tmp_path / "broken.pth").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"broken\.pth: .*{reason}"):
+            load_model(tmp_path / "broken.pth", "nano")
     torch.save({"x": print}, tmp_path / "code.pth")
     with pytest.raises(ValueError, match=r"code\.pth: refused"):
         load_model(tmp_path / "code.pth", "nano")
@@ -82,6 +86,21 @@ def test_unreadable_files_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="neither a checkpoint"):
         load_model(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "null", "[1]", '{"hidden_size": "wide"}', '{"hidden_size": -192}', '{"hidden_size": 192.5}',
+        '{"num_key_value_heads": 0}', '{"num_attention_heads": 0}', '{"rope_scaling": "yarn"}', '{"num_experts": "4"}',
+        '{"model_type": "granitemoe"}', '{"hidden_act": "gelu"}',
+    ],
+)  # fmt: skip
+def test_a_broken_config_json_is_named_in_one_line(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json: not a model's config \(.+\)") as caught:
+        ModelConfig.from_json(tmp_path / "config.json")
+    assert "\n" not in str(caught.value)
 
 
 def test_config_json_round_trips_and_reads_other_dialects():

@@ -7,6 +7,7 @@ The folder it writes loads with load_tokenizer(folder) and with transformers' Au
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import tempfile
@@ -85,8 +86,8 @@ def weighted_sources(config: Config) -> list[tuple[Path, float]]:
     weights = config.weights or (1.0,) * len(config.data)
     if len(weights) != len(config.data):
         raise ValueError(f"--weights has {len(weights)} numbers for {len(config.data)} entries of --data")
-    if min(weights, default=0) < 0:
-        raise ValueError("--weights must not be negative")
+    if not all(0 <= weight < math.inf for weight in weights):
+        raise ValueError(f"--weights {' '.join(f'{w:g}' for w in weights)}: numbers of 0 or more")
     pairs = zip(config.data, weights, strict=True)
     return [(path, weight) for entry, weight in pairs for path in expand_paths([entry])]
 
@@ -150,3 +151,5 @@ if __name__ == "__main__":
         main(tyro.cli(Config, description=__doc__))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -18,7 +18,7 @@ _LINE_SECONDS = 5.0
 
 def say(console: Console, text: str) -> None:
     """Print one line as it is."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class ByteProgress:

@@ -85,6 +85,8 @@ def iter_texts(path: Path | str, on_bad_row: str = "error", bad: BadRows | None 
 
 
 def _expand_one(pattern: str) -> list[Path]:
+    if not pattern:  # Path("") is the current folder: all below it would be data
+        raise ValueError("an empty name among the data; give files, folders or glob patterns")
     path = Path(pattern).expanduser()
     if path.is_file():
         if not path.name.endswith(EXTENSIONS):

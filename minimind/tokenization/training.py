@@ -55,6 +55,8 @@ def train_bpe(
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(f"vocab_size is {vocab_size}; bytes and special tokens alone need {MIN_VOCAB_SIZE}")
+    if min_frequency < 0:
+        raise ValueError(f"min_frequency is {min_frequency}; it counts from 0")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

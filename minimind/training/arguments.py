@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -110,8 +111,18 @@ class StageArgs:
         """Refuse numbers that no run can use, in one line."""
         for name in _POSITIVE:
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        for name in ("epochs", "lr"):
+            value = getattr(self, name)
+            if value is not None and math.isinf(value):
+                raise ValueError(f"--{name} {value}: must be a number")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"--warmup {self.warmup}: a share of the steps, from 0 to 1")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"--weight-decay {self.weight_decay}: must be 0 or more")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"--seed {self.seed}: from 0 to {(1 << 63) - 1}")
         if self.cuda_graph and not self.compile:
             raise ValueError("--cuda-graph: goes with --compile")
 

@@ -64,13 +64,15 @@ def open_run(
     if out is None:
         return _next_free(root / default_name, config, resume)
     path = Path(out)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--out {out}: is a file; name a folder")
     if (
         path.exists()
         and not (path / "config.json").exists()
         and any(f.name != ".lock" for f in path.iterdir())
     ):
         raise ValueError(f"--out {out}: not empty and not a run folder; name another folder")
-    path.mkdir(parents=True, exist_ok=True)
+    _make(path)
     lock = _try_lock(path)
     if lock is None:
         raise ValueError(f"--out {out}: another process is training in it; wait, or name another folder")
@@ -148,11 +150,7 @@ def _next_free(base: Path, config: dict[str, Any], resume: ResumeMode) -> RunFol
     while True:
         path = base if number == 1 else base.with_name(f"{base.name}-{number}")
         number += 1
-        try:
-            path.mkdir(parents=True)
-            fresh = True
-        except FileExistsError:
-            fresh = False
+        fresh = _make(path)
         if not fresh and (
             resume == "never"
             or (path / "finished").exists()
@@ -163,6 +161,19 @@ def _next_free(base: Path, config: dict[str, Any], resume: ResumeMode) -> RunFol
         lock = _try_lock(path)
         if lock is not None:
             return _create(path, config, lock) if fresh else _continue(path, lock)
+
+
+def _make(path: Path) -> bool:
+    """Whether the folder is new. ValueError where it cannot be made."""
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        if path.is_dir():
+            return False
+        raise ValueError(
+            f"{path}: cannot be made ({error.strerror}); name another folder with --out"
+        ) from None
+    return True
 
 
 def _try_lock(path: Path) -> FileLock | None:

@@ -198,6 +198,8 @@ def test_paths_that_give_nothing(tmp_path, pattern, message):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="no data given"):
         expand_paths([])
+    with pytest.raises(ValueError, match="an empty name among the data"):
+        expand_paths([""])
 
 
 def test_texts_of_every_stage(tmp_path):

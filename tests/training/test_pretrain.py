@@ -13,6 +13,7 @@ import torch
 
 from minimind import load_model, load_tokenizer
 from minimind.data import open_corpus
+from minimind.training.arguments import StageArgs
 from tests.training.runs import ONE_THREAD, command, last_step, reproducible, run
 
 LENGTH = ["--tokens", str(512 * 40), "--save-every", "7"]
@@ -179,7 +180,7 @@ BAD = {
     "absent file": (["--data", "absent.jsonl"], "absent.jsonl"),
     "bad batch": (["--batch-tokens", "500"], "--batch-tokens 500 must be a multiple"),
     "no gpu": (["--device", "cuda"], "use --device cpu"),
-    "not a device": (["--device", "abacus"], "--device abacus"),
+    "not a device": (["--device", "cuda:x"], "--device cuda:x: choose auto"),  # rich reads :x: as a red cross
     "no tokenizer": (["--tokenizer", "nowhere"], "nowhere"),
     "heldout": (["--heldout", "1.5"], "--heldout must be a fraction"),
     "negative heldout": (["--heldout", "-0.1"], "--heldout must be a fraction"),
@@ -203,6 +204,21 @@ def test_bad_flags_are_one_clear_line(case, data, tmp_path):
     assert answer.returncode == 2
     assert message in answer.stdout and "Traceback" not in answer.stdout + answer.stderr
     assert len([line for line in answer.stdout.splitlines() if "error:" in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("lr", math.nan, "--lr nan: must be above 0"),
+        ("epochs", math.inf, "--epochs inf: must be a number"),
+        ("warmup", math.inf, "--warmup inf: a share of the steps, from 0 to 1"),
+        ("weight_decay", math.nan, "--weight-decay nan: must be 0 or more"),
+        ("seed", 1 << 64, "--seed 18446744073709551616: from 0 to"),
+    ],
+)
+def test_numbers_that_no_run_can_use(flag, value, message):
+    with pytest.raises(ValueError, match=message):
+        StageArgs(**{flag: value}).check()
 
 
 def test_malformed_row_names_file_and_line(data, tmp_path):

@@ -64,6 +64,11 @@ def test_named_folder_refuses_what_would_lose_something(tmp_path):
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="not empty and not a run folder"):
         opened(str(tmp_path / "other"), "x", CONFIG, "auto")
+    thesis = str(tmp_path / "other" / "thesis.txt")
+    with pytest.raises(ValueError, match=r"--out .*thesis\.txt: is a file; name a folder"):
+        opened(thesis, "x", CONFIG, "auto")
+    with pytest.raises(ValueError, match=r"thesis\.txt/in: cannot be made \(.*\); name another folder with --out"):
+        opened(f"{thesis}/in", "x", CONFIG, "auto")
 
 
 def test_truncate_cuts_what_came_after_the_checkpoint(tmp_path):
