@@ -149,4 +149,4 @@ def _register_fakes() -> None:
     def _(
         tokens: Tensor, positions, slots, block_table, lengths, cos, sin, weights: list[Tensor], *_
     ) -> Tensor:
-        return tokens.new_empty(tokens.shape[0], weights[2].shape[0], dtype=torch.float32)
+        return tokens.new_empty(tokens.shape[0], weights[0].shape[0], dtype=torch.float32)

@@ -67,7 +67,12 @@ struct AttentionCall {
   float* scratch;  // attention_scratch() floats
 };
 
-struct Layer {
+// Packed weights (matmul.h): rows of a block, and what N and K are padded to.
+constexpr int64_t kBlock = 16, kPackedK = 4;
+constexpr int64_t blocks_of(int64_t rows) { return (rows + kBlock - 1) / kBlock; }
+constexpr int64_t packed_k(int64_t k) { return (k + kPackedK - 1) / kPackedK * kPackedK; }
+
+struct Layer {  // matrices packed
   const float *input_norm, *post_norm, *q_norm, *k_norm, *router;
   const void *qkv, *o, *gate_up, *down;
   const void* const* shared;  // gate_up, down of each shared expert
@@ -79,11 +84,11 @@ struct Step {
   Tables tables;
   Cache cache;           // of layer 0; the next ones lie layer_stride numbers apart, their scales `groups` apart
   int64_t layer_stride;
-  const void *embedding, *head;  // [V, C]
+  const void *embedding, *head;  // [V, C], the head packed
   const float* final_norm;
   const Layer* layers;
   Type type;  // of the matrices
-  int64_t batch, vocab, hidden, expert_inner, shared_inner;
+  int64_t batch, vocab, hidden, expert_inner, shared_inner;  // the last two with their padding
   int num_layers, experts, experts_per_token, shared_experts, threads;
   bool normalize_gates;
   float eps, attention_scale;

@@ -3,7 +3,7 @@
 // their order (the rescaled sums of online softmax; Milakov & Gimelshein 2018, arXiv 1805.02867).
 #pragma once
 
-#include "matmul.h"
+#include "dots.h"
 #include "rope.h"
 #include "team.h"
 

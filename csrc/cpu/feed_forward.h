@@ -6,23 +6,22 @@
 
 namespace minimind::cpu::MINIMIND_ISA {
 
-// out[n] = silu(gate) * up for rows n of gate_up's halves [2 I, K] in [begin, end); work: 2 * kWidth * batch floats.
+// out[b] = silu(gate) * up for the blocks of inner rows in [begin, end); a block of w's gate rows is followed by the same of
+// its up rows. Whole blocks are written: rows of padding give zeros. work: kBlock * batch floats.
 template <class T>
-inline void gate_up(const T* w, int64_t k_size, int64_t inner, int64_t begin, int64_t end, Rows<const Activation<T>> x,
-                    int64_t batch, Rows<Activation<T>> out, float* work) {
-  const Rows<float> gates{work, 2 * kWidth}, ups{work + kWidth, 2 * kWidth};
-  for (int64_t n = begin; n < end; n += kWidth) {
-    const int64_t count = end - n < kWidth ? end - n : kWidth;
-    matmul(w, k_size, n, n + count, x, batch, gates, n);
-    matmul(w, k_size, inner + n, inner + n + count, x, batch, ups, inner + n);
-    for (int64_t b = 0; b < batch; ++b) {
-      const Floats gate = load(gates[b]), up = load(ups[b]);
-      const Floats y = as_factor<T>(gate / (1.0f + exponential(-gate)) * up);
-      if (count == kWidth)
-        store(out[b] + n, y);
-      else
-        store_some(out[b] + n, y, count);
-    }
+inline void gate_up(const T* w, int64_t k_size, int64_t begin, int64_t end, Rows<const Activation<T>> x, int64_t batch,
+                    Rows<Activation<T>> out, float* work) {
+  const int64_t size = kBlock * k_size;
+  for (int64_t i = begin; i < end; ++i) {
+    multiply_block(w + 2 * i * size, k_size, x, batch, [&](int64_t b, const Floats* gates) {
+      for (int v = 0; v < kVectors; ++v) store(work + b * kBlock + v * kWidth, gates[v]);
+    });
+    multiply_block(w + (2 * i + 1) * size, k_size, x, batch, [&](int64_t b, const Floats* ups) {
+      for (int v = 0; v < kVectors; ++v) {
+        const Floats gate = load(work + b * kBlock + v * kWidth);
+        store(out[b] + i * kBlock + v * kWidth, as_factor<T>(gate / (1.0f + exponential(-gate)) * ups[v]));
+      }
+    });
   }
 }
 

@@ -1,17 +1,24 @@
-// Products of weight rows [N, K] with a few activation rows [B, K]. A block of weight rows is read from memory once and
-// multiplied with all activation rows while it is in the cache. Every output has its own accumulator, filled along K in
-// one order, so it does not depend on the tile that computes it: not on the batch, not on the number of threads.
+// Products of packed weights [N, K] with a few activation rows [B, K] (minimind/inference/packing.py packs). Sixteen weight
+// rows are a block; in it, what one instruction takes of them lies side by side, so the lanes of a register are outputs:
+// no sums across lanes, and a thread's share of the weights is one stretch of memory, read once, in order.
+//
+//   float32   [N / 16, K, 16]          bfloat16   [N / 16, K / 2, 16, 2]
+//
+// N and K are padded with zeros, to 16 and to 4. An output is the sum of two accumulators, each filled along K in one
+// order, so it does not depend on the tile that computes it: not on the batch, not on the number of threads.
 #pragma once
 
 #include "vec.h"
 
 namespace minimind::cpu::MINIMIND_ISA {
 
-constexpr int kRows = 4;  // weight rows of a tile
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kBatch = 4;  // activation rows of a tile: 16 accumulators of 32 registers
+constexpr int kVectors = kBlock / kWidth;  // of a block
+#if defined(__AVX512F__)
+constexpr int kBatch = 8;  // activation rows of a tile: 16 accumulators of 32 registers
+#elif defined(__AVX2__) || defined(__aarch64__)
+constexpr int kBatch = 2;  // 8 of 16, or 16 of 32
 #else
-constexpr int kBatch = 2;  // 8 of 16
+constexpr int kBatch = 1;
 #endif
 
 // Rows of numbers in memory, `stride` apart; index: which of them, or null for all in order.
@@ -24,92 +31,108 @@ struct Rows {
   MINIMIND_INLINE A* operator[](int64_t i) const { return base + (index == nullptr ? i : index[i]) * stride; }
 };
 
-// A core has more misses under way when it is told what comes next: rows as short as a tile's end before the hardware has
-// seen their pattern. The weights of a share are one stretch of memory, so what lies this far ahead is wanted soon. Into L2,
-// which can wait for more lines than L1: 2.7 ms a step without, 2.3 into L1, 1.7 into L2 (Zen 4, 51 MB of weights).
+// What accumulator `chain` of two takes, from number k of the rows on: weights of vector v of the block, an activation in
+// every lane, and their product.
+template <class T, class A>
+struct Packed {  // numbers k and k + 1
+  static constexpr int kStep = 2;
+  static MINIMIND_INLINE Floats weight(const T* block, int64_t k, int chain, int v) {
+    return load(block + (k + chain) * kBlock + v * kWidth);
+  }
+  static MINIMIND_INLINE Floats activation(const A* x, int64_t k, int chain) { return broadcast(x[k + chain]); }
+  static MINIMIND_INLINE Floats add(Floats sum, Floats w, Floats x) { return sum + w * x; }
+};
+template <class A>
+struct Packed<bf16, A> : Packed<float, A> {  // k in the lower halves of 32 bits, k + 1 in the upper ones
+  static MINIMIND_INLINE Floats weight(const bf16* block, int64_t k, int chain, int v) {
+    const Bits pairs = load_as<Bits>(block + k * kBlock + 2 * v * kWidth);
+    return as_floats(chain == 0 ? pairs << 16 : pairs & 0xffff0000u);
+  }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Packed<bf16, bf16> {  // pairs k, k + 1 and k + 2, k + 3
+  static constexpr int kStep = 4;
+  static MINIMIND_INLINE __m512bh weight(const bf16* block, int64_t k, int chain, int) {
+    return load_as<__m512bh>(block + (k + 2 * chain) * kBlock);
+  }
+  static MINIMIND_INLINE __m512bh activation(const bf16* x, int64_t k, int chain) {
+    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(load_as<int>(x + k + 2 * chain)));
+  }
+  static MINIMIND_INLINE Floats add(Floats sum, __m512bh w, __m512bh x) {
+    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), w, x));
+  }
+};
+#endif
+
+// A core has more misses under way when it is told what comes next. Into L2, which can wait for more lines than L1.
 constexpr int kAhead = 8192;  // bytes
 
-// Rows w[0..R) times rows x[0..B): sums[b][r]. kStream: the rows of w are neighbours, and come from memory.
-template <int R, int B, bool kStream = false, class T, class A>
-MINIMIND_INLINE void tile(const T* const* w, const A* const* x, int64_t k_size, float (&sums_out)[B][kRows]) {
-  using P = Product<T, A>;
-  constexpr auto kBytes = static_cast<int>(P::kStep * sizeof(T));
-  Floats acc[R][B] = {};
-  const auto step = [&](const T* const* from_w, const A* const* from_x, int64_t k) {
-    typename P::Weight weights[R];
+// One block times rows x[0..B): emit(b, its kVectors vectors of sums). k_size: with its padding. kStream: the block comes
+// from memory, not from a cache.
+template <int B, bool kStream, class T, class A, class Emit>
+MINIMIND_INLINE void tile_of_block(const T* block, int64_t k_size, Rows<const A> x, int64_t first, Emit emit) {
+  using P = Packed<T, A>;
+  constexpr int kBytes = P::kStep * kBlock * static_cast<int>(sizeof(T));
+  const A* rows[B];
+  for (int b = 0; b < B; ++b) rows[b] = x[first + b];
+  Floats sums[2][kVectors][B] = {};
+  for (int64_t k = 0; k < k_size; k += P::kStep) {
+    if constexpr (kStream)
+      for (int at = 0; at < kBytes; at += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(block + k * kBlock) + kAhead + at, 0, 2);
+#pragma GCC unroll 2
+    for (int chain = 0; chain < 2; ++chain)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const auto weight = P::weight(block, k, chain, v);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      weights[r] = P::weight(from_w[r] + k);
-      if constexpr (kStream)
-        __builtin_prefetch(reinterpret_cast<const char*>(from_w[0] + k * R) + kAhead + r * kBytes, 0, 2);
-    }
-#pragma GCC unroll 8
-    for (int b = 0; b < B; ++b) {
-      const typename P::Activation row = P::activation(from_x[b] + k);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[r][b] = P::add(acc[r][b], weights[r], row);
-    }
-  };
-  int64_t k = 0;
-  for (; k + P::kStep <= k_size; k += P::kStep) step(w, x, k);
-  if (const auto left = static_cast<size_t>(k_size - k)) {  // the rest, padded with zeros
-    T w_rest[R][P::kStep] = {};
-    A x_rest[B][P::kStep] = {};
-    const T* w_rows[R];
-    const A* x_rows[B];
-    for (int r = 0; r < R; ++r) w_rows[r] = w_rest[r], __builtin_memcpy(w_rest[r], w[r] + k, left * sizeof(T));
-    for (int b = 0; b < B; ++b) x_rows[b] = x_rest[b], __builtin_memcpy(x_rest[b], x[b] + k, left * sizeof(A));
-    step(w_rows, x_rows, 0);
+        for (int b = 0; b < B; ++b)
+          sums[chain][v][b] = P::add(sums[chain][v][b], weight, P::activation(rows[b], k, chain));
+      }
   }
-#if defined(__AVX512F__)
-  if constexpr (R == 4 && B == 4) return store(sums_out[0], sums(acc));
-#endif
 #pragma GCC unroll 8
   for (int b = 0; b < B; ++b) {
-    if constexpr (R == 4) {
-      const Four four = sums(acc[0][b], acc[1][b], acc[2][b], acc[3][b]);
-      __builtin_memcpy(sums_out[b], &four, sizeof(four));
-    } else {
-      for (int r = 0; r < R; ++r) sums_out[b][r] = sum(acc[r][b]);
-    }
+    Floats out[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) out[v] = sums[0][v][b] + sums[1][v][b];
+    emit(first + b, out);
   }
 }
 
-template <int R, int B, bool kStream, class T, class A, class Emit>
-MINIMIND_INLINE void tile_at(const T* w, int64_t k_size, int64_t n, Rows<const A> x, int64_t b, Emit emit) {
-  const T* w_rows[R];
-  const A* x_rows[B];
-  for (int r = 0; r < R; ++r) w_rows[r] = w + (n + r) * k_size;
-  for (int i = 0; i < B; ++i) x_rows[i] = x[b + i];
-  float out[B][kRows];
-  tile<R, B, kStream>(w_rows, x_rows, k_size, out);
-  for (int i = 0; i < B; ++i) emit(b + i, out[i]);
-}
-
-// Weight rows n .. n + R with all `batch` rows of x: emit(b, the R sums).
-template <int R, class T, class A, class Emit>
-MINIMIND_INLINE void row_block(const T* w, int64_t k_size, int64_t n, Rows<const A> x, int64_t batch, Emit emit) {
-  if (batch >= kBatch) tile_at<R, kBatch, true>(w, k_size, n, x, 0, emit);
-  int64_t b = batch >= kBatch ? kBatch : 0;
-  for (; b + kBatch <= batch; b += kBatch) tile_at<R, kBatch, false>(w, k_size, n, x, b, emit);
-  switch (batch - b) {
-    case 1: return tile_at<R, 1, true>(w, k_size, n, x, b, emit);
-    case 2: return tile_at<R, 2, true>(w, k_size, n, x, b, emit);
-    case 3: return tile_at<R, 3, true>(w, k_size, n, x, b, emit);
-    default: return;
+// The rows that are left, fewer than a full tile.
+template <int B, bool kStream, class T, class A, class Emit>
+MINIMIND_INLINE void last_tile(const T* block, int64_t k_size, Rows<const A> x, int64_t first, int64_t left, Emit emit) {
+  if constexpr (B > 0) {
+    if (left == B) return tile_of_block<B, kStream>(block, k_size, x, first, emit);
+    last_tile<B - 1, kStream>(block, k_size, x, first, left, emit);
   }
 }
 
-// out[b][n - first] = w[n] . x[b] for n in [begin, end).
+// One block times all `batch` rows of x.
+template <class T, class A, class Emit>
+MINIMIND_INLINE void multiply_block(const T* block, int64_t k_size, Rows<const A> x, int64_t batch, Emit emit) {
+  if (batch < kBatch) return last_tile<kBatch - 1, true>(block, k_size, x, 0, batch, emit);
+  tile_of_block<kBatch, true>(block, k_size, x, 0, emit);
+  int64_t b = kBatch;
+  for (; b + kBatch <= batch; b += kBatch) tile_of_block<kBatch, false>(block, k_size, x, b, emit);
+  last_tile<kBatch - 1, false>(block, k_size, x, b, batch - b, emit);
+}
+
+// out[b][n] = w[n] . x[b] for the blocks of rows in [begin, end) of w, which has n_size rows.
 template <class T, class A>
-inline void matmul(const T* w, int64_t k_size, int64_t begin, int64_t end, Rows<const A> x, int64_t batch, Rows<float> out,
-                   int64_t first = 0) {
-  int64_t n = begin;
-  for (; n + kRows <= end; n += kRows)
-    row_block<kRows>(w, k_size, n, x, batch,
-                     [&](int64_t b, const float* v) { __builtin_memcpy(out[b] + n - first, v, sizeof(float[kRows])); });
-  for (; n < end; ++n)
-    row_block<1>(w, k_size, n, x, batch, [&](int64_t b, const float* v) { out[b][n - first] = *v; });
+inline void matmul(const T* w, int64_t k_size, int64_t n_size, int64_t begin, int64_t end, Rows<const A> x, int64_t batch,
+                   Rows<float> out) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t n = i * kBlock, count = n_size - n;
+    multiply_block(w + n * k_size, k_size, x, batch, [&](int64_t b, const Floats* sums) {
+      float* to = out[b] + n;
+      if (count >= kBlock)
+        for (int v = 0; v < kVectors; ++v) store(to + v * kWidth, sums[v]);
+      else
+        __builtin_memcpy(to, sums, static_cast<size_t>(count) * sizeof(float));
+    });
+  }
 }
 
 }  // namespace minimind::cpu::MINIMIND_ISA

@@ -69,9 +69,9 @@ const T* pointer(const OptionalTensor& t) {
   return t ? static_cast<const T*>(t->data()) : nullptr;
 }
 
-void check(const char* what, const Tensor& t, Dtype dtype, std::initializer_list<int64_t> sizes) {
+void check(const char* what, const Tensor& t, Dtype dtype, const std::vector<int64_t>& sizes) {
   bool right = t.dim() == static_cast<int64_t>(sizes.size());
-  for (int64_t d = 0; right && d < t.dim(); ++d) right = sizes.begin()[d] < 0 || sizes.begin()[d] == t.size(d);
+  for (int64_t d = 0; right && d < t.dim(); ++d) right = sizes[d] < 0 || sizes[d] == t.size(d);
   MINIMIND_CHECK(right, what, ": wrong shape");
   MINIMIND_CHECK(t.dtype() == dtype, what, " must be ", name(dtype), ", got ", name(t.dtype()));
   MINIMIND_CHECK(t.is_cpu() && t.is_contiguous(), what, " must be contiguous and on the CPU");
@@ -230,14 +230,35 @@ struct WeightReader {
   Dtype matrix;
   size_t at = 0;
 
-  const Tensor& next(const char* what, Dtype dtype, std::initializer_list<int64_t> sizes) {
+  const Tensor& next(const char* what, Dtype dtype, const std::vector<int64_t>& sizes) {
     MINIMIND_CHECK(at < list.size(), "weights: ", list.size(), " tensors, but ", what, " is still to come");
     const std::string place = std::string("weights[") + std::to_string(at) + "], " + what;
     check(place.c_str(), list[at], dtype, sizes);
     return list[at++];
   }
   const float* norm(const char* what, int64_t n) { return next(what, Dtype::float32, {n}).data<const float>(); }
-  const Tensor& weight(const char* what, std::initializer_list<int64_t> sizes) { return next(what, matrix, sizes); }
+  // Packed rows (cpu/matmul.h) of k numbers, or of any number if k is 0; shape: all that comes before them.
+  const Tensor& packed(const char* what, std::vector<int64_t> shape, int64_t k) {
+    const int64_t number = k == 0 ? -1 : packed_k(k);
+    const bool pairs = matrix == Dtype::bfloat16;
+    shape.insert(shape.end(), {pairs && k != 0 ? number / 2 : number, kBlock});
+    if (pairs) shape.push_back(2);
+    return next(what, matrix, shape);
+  }
+  struct FeedForward {
+    const void *gate_up, *down;
+    int64_t inner;  // with its padding
+  };
+  // gate_up [..., I / 16, 2, packed], down [..., C / 16, packed].
+  FeedForward feed_forward(const std::vector<int64_t>& outer, int64_t hidden) {
+    const auto dims = static_cast<int64_t>(outer.size());
+    std::vector<int64_t> up = outer, lower = outer;
+    up.insert(up.end(), {-1, 2}), lower.push_back(blocks_of(hidden));
+    const Tensor &gate_up = packed("gate_up", up, hidden), &down = packed("down", lower, 0);
+    const int64_t inner = down.size(dims + 1) * (matrix == Dtype::bfloat16 ? 2 : 1);
+    MINIMIND_CHECK(inner % kPackedK == 0 && gate_up.size(dims) == blocks_of(inner), "gate_up and down: sizes disagree");
+    return {gate_up.data(), down.data(), inner};
+  }
 };
 
 Tensor decode_step(const Tensor& tokens, const Tensor& positions, const Tensor& slots, const Tensor& block_table,
@@ -257,11 +278,11 @@ Tensor decode_step(const Tensor& tokens, const Tensor& positions, const Tensor& 
   const Tables tables = tables_of(block_table, lengths, cache, batch);
 
   WeightReader reader{weights, matrix};
-  const Tensor& embedding = reader.weight("embedding", {-1, -1});
+  const Tensor& embedding = reader.next("embedding", matrix, {-1, -1});
   const int64_t vocab = embedding.size(0), hidden = embedding.size(1);
   const int64_t inside = heads * cache.head_dim, qkv = inside + 2 * cache.groups * int64_t{cache.head_dim};
   const float* final_norm = reader.norm("final norm", hidden);
-  const void* head = reader.weight("head", {vocab, hidden}).data();
+  const void* head = reader.packed("head", {blocks_of(vocab)}, hidden).data();
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t token = tokens.data<const int64_t>()[b];
     MINIMIND_CHECK(token >= 0 && token < vocab, "tokens[", b, "] = ", token, " is not in the vocabulary of ", vocab);
@@ -272,24 +293,22 @@ Tensor decode_step(const Tensor& tokens, const Tensor& positions, const Tensor& 
   auto next_shared = shared_weights.begin();
   for (Layer& layer : table) {
     layer.input_norm = reader.norm("input norm", hidden);
-    layer.qkv = reader.weight("qkv", {qkv, hidden}).data();
+    layer.qkv = reader.packed("qkv", {blocks_of(qkv)}, hidden).data();
     layer.q_norm = qk_norm ? reader.norm("q norm", cache.head_dim) : nullptr;
     layer.k_norm = qk_norm ? reader.norm("k norm", cache.head_dim) : nullptr;
-    layer.o = reader.weight("o", {hidden, inside}).data();
+    layer.o = reader.packed("o", {blocks_of(hidden)}, inside).data();
     layer.post_norm = reader.norm("post-attention norm", hidden);
     if (experts > 0) {
       layer.router = reader.next("router", Dtype::float32, {experts, hidden}).data<const float>();
-      const Tensor& gate_up = reader.weight("gate_up of the experts", {experts, -1, hidden});
-      expert_inner = gate_up.size(1) / 2;
-      layer.gate_up = gate_up.data();
-      layer.down = reader.weight("down of the experts", {experts, hidden, expert_inner}).data();
+      const auto routed = reader.feed_forward({experts}, hidden);
+      layer.gate_up = routed.gate_up, layer.down = routed.down, expert_inner = routed.inner;
     }
     layer.shared = &*next_shared;
     for (int64_t e = 0; e < shared; ++e) {
-      const Tensor& gate_up = reader.weight("gate_up", {shared_inner == 0 ? -1 : 2 * shared_inner, hidden});
-      shared_inner = gate_up.size(0) / 2;
-      *next_shared++ = gate_up.data();
-      *next_shared++ = reader.weight("down", {hidden, shared_inner}).data();
+      const auto dense = reader.feed_forward({}, hidden);
+      MINIMIND_CHECK(shared_inner == 0 || shared_inner == dense.inner, "gate_up and down: sizes disagree between layers");
+      *next_shared++ = dense.gate_up, *next_shared++ = dense.down;
+      shared_inner = dense.inner;
     }
   }
   MINIMIND_CHECK(reader.at == weights.size(), "weights: ", weights.size(), " tensors, but the model has ", reader.at);

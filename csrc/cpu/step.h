@@ -8,13 +8,15 @@
 #pragma once
 
 #include "attention.h"
+#include "dots.h"
 #include "feed_forward.h"
 
 namespace minimind::cpu::MINIMIND_ISA {
 
 template <class T>
 struct Buffers {
-  int64_t qkv_size, heads_size, copies, inner;  // copies: rows of the feed-forward, B for each choice and shared expert
+  int64_t qkv_size, heads_size, copies;       // copies: rows of the feed-forward, B for each choice and shared expert
+  int64_t normed_row, attended_row, hidden_row;  // as long as the padded weights' rows
   float *x, *qkv, *delta, *made, *gates, *partial, *work;
   Activation<T>*normed, *attended, *hidden;
   int32_t *chosen, *sorting;
@@ -26,8 +28,9 @@ struct Buffers {
     qkv_size = heads_size + 2 * static_cast<int64_t>(s.cache.groups) * s.cache.head_dim;
     const int64_t choices = s.batch * s.experts_per_token;
     copies = choices + s.batch * s.shared_experts;
-    inner = s.expert_inner > s.shared_inner ? s.expert_inner : s.shared_inner;
-    work_size = s.hidden + s.experts + 2 * kWidth * s.batch;
+    normed_row = packed_k(s.hidden), attended_row = packed_k(heads_size);
+    hidden_row = kBlock * blocks_of(s.expert_inner > s.shared_inner ? s.expert_inner : s.shared_inner);
+    work_size = s.hidden + s.experts + kBlock * s.batch;
     sorting_size = s.experts + 1 + 2 * choices;
     char* at = memory;
     const auto take = [&](auto*& pointer, int64_t n) {
@@ -41,9 +44,9 @@ struct Buffers {
     take(gates, choices);
     take(partial, attention_scratch(s.tables.lengths, s.batch, s.rope.heads, s.cache.head_dim));
     take(work, work_size * s.threads);
-    take(normed, s.batch * s.hidden);
-    take(attended, s.batch * heads_size);
-    take(hidden, copies * inner);
+    take(normed, s.batch * normed_row);
+    take(attended, s.batch * attended_row);
+    take(hidden, copies * hidden_row);
     take(chosen, choices);
     take(sorting, sorting_size * s.threads);
     take(counters, s.num_layers);
@@ -60,14 +63,15 @@ struct StepRunner {
   float* work() const { return m.work + team.rank * m.work_size; }
 
   void run() const {
+    clear_padding();
     for (int l = 0; l < s.num_layers; ++l) {
       const Layer& layer = s.layers[l];
       add_and_norm(layer.input_norm, [&](int64_t b, float* x) { l == 0 ? embed(b, x) : add_made(b, x); });
       team.sync();
-      project(layer.qkv, s.hidden, m.normed, m.qkv_size, {m.qkv, m.qkv_size});
+      project(layer.qkv, m.normed, m.normed_row, m.qkv_size, m.qkv);
       team.sync();
       attention(l);
-      project(layer.o, m.heads_size, m.attended, s.hidden, {m.delta, s.hidden});
+      project(layer.o, m.attended, m.attended_row, s.hidden, m.delta);
       team.sync();
       add_and_norm(layer.post_norm, [&](int64_t b, float* x) { add(x, m.delta + b * s.hidden, 1); }, layer.router);
       team.sync();
@@ -75,13 +79,21 @@ struct StepRunner {
     }
     add_and_norm(s.final_norm, [&](int64_t b, float* x) { add_made(b, x); });
     team.sync();
-    const Range mine = project(s.head, s.hidden, m.normed, s.vocab, {s.logits, s.vocab});
+    const Range mine = project(s.head, m.normed, m.normed_row, s.vocab, s.logits);
     for (int64_t b = 0; b < s.batch; ++b)
       if (s.tables.lengths[b] <= 0) zero(s.logits + b * s.vocab, mine);
   }
 
-  static void zero(float* row, Range range) {
-    for (int64_t i = range.begin; i < range.end; ++i) row[i] = 0;
+  template <class N>
+  static void zero(N* row, Range range) {
+    for (int64_t i = range.begin; i < range.end; ++i) row[i] = N{};
+  }
+  void clear_padding() const {
+    const Range mine = team.share(s.batch);
+    for (int64_t b = mine.begin; b < mine.end; ++b) {
+      zero(m.normed + b * m.normed_row, {s.hidden, m.normed_row});
+      zero(m.attended + b * m.attended_row, {m.heads_size, m.attended_row});
+    }
   }
 
   void embed(int64_t b, float* x) const {
@@ -111,7 +123,7 @@ struct StepRunner {
       const float factor = inverse_rms(x, s.hidden, s.eps);
       for (int64_t i = 0; i < s.hidden; ++i) normed[i] = x[i] * factor * weight[i];
       if (router != nullptr) route(b, normed, router, work() + s.hidden);
-      to_activations(normed, m.normed + b * s.hidden, s.hidden);
+      to_activations(normed, m.normed + b * m.normed_row, s.hidden);
     }
   }
 
@@ -122,15 +134,17 @@ struct StepRunner {
   }
 
   void route(int64_t b, const float* normed, const float* router, float* logits) const {
-    matmul(router, s.hidden, 0, s.experts, Rows<const float>{normed, 0}, 1, {logits, 0});
+    dots(router, s.hidden, s.experts, normed, logits);
     const int64_t at = b * s.experts_per_token;
     choose_experts(logits, s.experts, s.experts_per_token, s.normalize_gates, m.gates + at, m.chosen + at);
   }
 
-  Range project(const void* w, int64_t k_size, const Activation<T>* x, int64_t n, Rows<float> out) const {
-    const Range mine = team.share(n, kRows);
-    matmul(static_cast<const T*>(w), k_size, mine.begin, mine.end, Rows<const Activation<T>>{x, k_size}, s.batch, out);
-    return mine;
+  // out [B, N] = x [B, K] . w [N, K], by the whole team; returns this thread's share of N.
+  Range project(const void* w, const Activation<T>* x, int64_t k_size, int64_t n, float* out) const {
+    const Range mine = team.share(blocks_of(n));
+    const Rows<const Activation<T>> rows{x, k_size};
+    matmul(static_cast<const T*>(w), k_size, n, mine.begin, mine.end, rows, s.batch, Rows<float>{out, n});
+    return {mine.begin * kBlock, mine.end * kBlock < n ? mine.end * kBlock : n};
   }
 
   void attention(int l) const {
@@ -147,7 +161,7 @@ struct StepRunner {
     team.sync();
     const Attention a{cache, s.tables, m.qkv, m.qkv_size, s.batch, s.rope.heads, s.attention_scale, m.partial};
     attend(a, team, m.counters + l, [&](int64_t b, int64_t head, const float* row) {
-      to_activations(row, m.attended + b * m.heads_size + head * dim, dim);
+      to_activations(row, m.attended + b * m.attended_row + head * dim, dim);
     });
   }
 
@@ -162,25 +176,26 @@ struct StepRunner {
         return {layer.shared[2 * i], layer.shared[2 * i + 1], s.shared_inner, s.batch, nullptr, nullptr, first};
       }
       const auto *gate_ups = static_cast<const T*>(layer.gate_up), *downs = static_cast<const T*>(layer.down);
-      const int64_t size = s.expert_inner * s.hidden, begin = starts[e];
-      return {gate_ups + 2 * e * size, downs + e * size, s.expert_inner, starts[e + 1] - begin,
-              rows + begin,            sorted + begin,   0};
+      const int64_t up_size = 2 * kBlock * blocks_of(s.expert_inner) * m.normed_row;
+      const int64_t down_size = kBlock * blocks_of(s.hidden) * packed_k(s.expert_inner), begin = starts[e];
+      return {gate_ups + e * up_size, downs + e * down_size, s.expert_inner, starts[e + 1] - begin,
+              rows + begin,           sorted + begin,        0};
     };
-    over_experts(expert, [](const Expert& e) { return e.inner; }, [&](const Expert& e, Range n) {
-      const Rows<Activation<T>> out{m.hidden + e.first_copy * m.inner, m.inner, e.out_rows};
-      const Rows<const Activation<T>> x{m.normed, s.hidden, e.x_rows};
-      gate_up(static_cast<const T*>(e.gate_up), s.hidden, e.inner, n.begin, n.end, x, e.batch, out, work());
+    over_experts(expert, [](const Expert& e) { return blocks_of(e.inner); }, [&](const Expert& e, Range blocks) {
+      const Rows<Activation<T>> out{m.hidden + e.first_copy * m.hidden_row, m.hidden_row, e.out_rows};
+      const Rows<const Activation<T>> x{m.normed, m.normed_row, e.x_rows};
+      gate_up(static_cast<const T*>(e.gate_up), m.normed_row, blocks.begin, blocks.end, x, e.batch, out, work());
     });
     team.sync();
-    over_experts(expert, [&](const Expert&) { return s.hidden; }, [&](const Expert& e, Range n) {
-      const Rows<const Activation<T>> x{m.hidden + e.first_copy * m.inner, m.inner, e.out_rows};
+    over_experts(expert, [&](const Expert&) { return blocks_of(s.hidden); }, [&](const Expert& e, Range blocks) {
+      const Rows<const Activation<T>> x{m.hidden + e.first_copy * m.hidden_row, m.hidden_row, e.out_rows};
       const Rows<float> out{m.made + e.first_copy * s.hidden, s.hidden, e.out_rows};
-      matmul(static_cast<const T*>(e.down), e.inner, n.begin, n.end, x, e.batch, out);
+      matmul(static_cast<const T*>(e.down), packed_k(e.inner), s.hidden, blocks.begin, blocks.end, x, e.batch, out);
     });
     team.sync();
   }
 
-  // This thread's share of the rows of all experts that have tokens: visit(expert, its rows).
+  // This thread's share of the blocks of all experts that have tokens: visit(expert, its blocks).
   template <class Get, class Size, class Visit>
   void over_experts(Get get, Size size, Visit visit) const {
     const int64_t count = s.experts + s.shared_experts;
@@ -189,15 +204,15 @@ struct StepRunner {
       const Expert expert = get(e);
       if (expert.batch > 0) total += size(expert);
     }
-    const Range mine = team.share(total, kWidth);
+    const Range mine = team.share(total);
     for (int64_t e = 0; e < count; ++e) {
       const Expert expert = get(e);
       if (expert.batch == 0) continue;
-      const int64_t rows = size(expert);
+      const int64_t blocks = size(expert);
       const int64_t begin = mine.begin - before, end = mine.end - before;
-      const Range n{begin < 0 ? 0 : begin, end > rows ? rows : end};
-      if (n.begin < n.end) visit(expert, n);
-      before += rows;
+      const Range part{begin < 0 ? 0 : begin, end > blocks ? blocks : end};
+      if (part.begin < part.end) visit(expert, part);
+      before += blocks;
     }
   }
 };

@@ -40,15 +40,8 @@ struct Team {
   void sync() const {
     if (size > 1) barrier->wait(static_cast<uint32_t>(size));
   }
-  // This thread's share of n, in multiples of `unit`.
-  Range share(int64_t n, int64_t unit = 1) const {
-    const int64_t units = (n + unit - 1) / unit;
-    const auto bound = [&](int64_t i) {
-      const int64_t at = units * i / size * unit;
-      return at < n ? at : n;
-    };
-    return {bound(rank), bound(rank + 1)};
-  }
+  // This thread's share of n.
+  Range share(int64_t n) const { return {n * rank / size, n * (rank + 1) / size}; }
   // The next task that nobody has taken; counter: shared, 0 before the first.
   static int64_t next(int64_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
 };

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from minimind.inference import decode_ops
+from minimind.inference import decode_ops, huge_pages
 from minimind.inference.decode_checks import check, check_cache
 from minimind.inference.decode_reference import (
     decode_attention_ref,
@@ -17,18 +20,23 @@ from minimind.inference.decode_reference import (
     norm_ref,
     rope_append_kv_ref,
 )
-from minimind.modeling import MLP, Model, MoE
+from minimind.inference.packing import pack, packed_shape
+from minimind.modeling import MLP, Block, Model, MoE, RMSNorm
+
+Role = Literal[
+    "embedding", "matrix", "gate_up", "small"
+]  # small: norms and routers, which compute in float32
 
 
 @dataclass(frozen=True)
 class DecodeWeights:
     """A model's weights in the order of the operator `decode_step` (csrc/register.cpp).
 
-    tensors: matrices bfloat16 or float32, norms and routers float32. Those that the model holds in that dtype are the
-    model's own memory, so a training step shows at once; the others are copies of the moment.
+    tensors: matrices bfloat16 or float32, norms and routers float32; the model's own memory where it holds them so.
     """
 
     tensors: tuple[Tensor, ...]
+    roles: tuple[Role, ...]
     layers: int
     heads: int
     groups: int
@@ -49,14 +57,11 @@ class DecodeWeights:
             raise ValueError(
                 f"decode_step takes float32 or bfloat16 weights, not {dtype}; pass dtype=torch.bfloat16"
             )
-        embedding = model.embed_tokens.weight.detach().to(dtype)
-        head = embedding if model.lm_head is None else model.lm_head.weight.detach().to(dtype)
-        tensors = [embedding, model.norm.weight.detach().float(), head]
-        for layer in model.layers:
-            matrices = [weight.detach() for weight in _layer_weights(layer)]
-            tensors += [w.float() if _is_small(w, cfg.num_experts) else w.to(dtype) for w in matrices]
+        roles, weights = zip(*_weights(model), strict=True)
+        dtypes = [torch.float32 if role == "small" else dtype for role in roles]
         return DecodeWeights(
-            tuple(tensors),
+            tuple(weight.detach().to(own) for weight, own in zip(weights, dtypes, strict=True)),
+            roles,
             cfg.num_hidden_layers,
             cfg.num_attention_heads,
             cfg.num_key_value_heads,
@@ -77,27 +82,56 @@ class DecodeWeights:
     def vocab_size(self) -> int:
         return self.tensors[2].shape[0]
 
+    @cached_property
+    def packed(self) -> list[Tensor]:
+        """What the operator takes: `tensors`, matrices but the embedding packed, as they were at first use."""
+        return self.pack()
+
+    def pack(self, into: Sequence[Tensor] = ()) -> list[Tensor]:
+        """`packed` of this moment; into: an earlier result for this model, whose memory is used again."""
+        matrices = [i for i, role in enumerate(self.roles) if role in ("matrix", "gate_up")]
+        if into:
+            room = [into[i] for i in matrices]
+        else:
+            shapes = [
+                packed_shape(self.tensors[i].shape, self.dtype, self.roles[i] == "gate_up") for i in matrices
+            ]
+            room = huge_pages.empty(shapes, self.dtype, self.tensors[0].device)
+        packed = list(self.tensors)
+        for i, out in zip(matrices, room, strict=True):
+            packed[i] = pack(self.tensors[i], out, self.roles[i] == "gate_up")
+        return packed
+
     def layer(self, index: int) -> tuple[Tensor, ...]:
         per_layer = (len(self.tensors) - 3) // self.layers
         return self.tensors[3 + index * per_layer :][:per_layer]
 
 
-def _is_small(weight: Tensor, experts: int) -> bool:
-    return weight.ndim == 1 or (weight.ndim == 2 and weight.shape[0] == experts)
+def _weights(model: Model) -> Iterator[tuple[Role, Tensor]]:
+    yield "embedding", model.embed_tokens.weight
+    yield "small", model.norm.weight
+    yield "matrix", model.head_weight
+    for layer in cast(Iterable[Block], model.layers):
+        yield from _layer_weights(layer)
 
 
-def _layer_weights(layer) -> list[Tensor]:
+def _layer_weights(layer: Block) -> Iterator[tuple[Role, Tensor]]:
     attention, mlp = layer.self_attn, layer.mlp
-    out = [layer.input_layernorm.weight, attention.qkv_proj.weight]
+    yield "small", layer.input_layernorm.weight
+    yield "matrix", attention.qkv_proj.weight
     if attention.q_norm is not None:
-        out += [attention.q_norm.weight, attention.k_norm.weight]
-    out += [attention.o_proj.weight, layer.post_attention_layernorm.weight]
+        yield "small", attention.q_norm.weight
+        yield "small", cast(RMSNorm, attention.k_norm).weight
+    yield "matrix", attention.o_proj.weight
+    yield "small", layer.post_attention_layernorm.weight
     if isinstance(mlp, MoE):
-        out += [mlp.router.weight, mlp.gate_up_proj, mlp.down_proj]
+        yield "small", mlp.router.weight
+        yield "gate_up", mlp.gate_up_proj
+        yield "matrix", mlp.down_proj
     for dense in mlp.shared_experts if isinstance(mlp, MoE) else [mlp]:
         assert isinstance(dense, MLP)
-        out += [dense.gate_up_proj.weight, dense.down_proj.weight]
-    return out
+        yield "gate_up", dense.gate_up_proj.weight
+        yield "matrix", dense.down_proj.weight
 
 
 def decode_step(
@@ -141,7 +175,7 @@ def decode_step(
         return decode_step_ref(weights, *inputs, *caches, k_scale, v_scale)
     w = weights
     shape = (w.heads, w.qk_norm, w.experts, w.experts_per_token, w.shared_experts, w.normalize_gates, w.eps)
-    return torch.ops.minimind.decode_step(*inputs, list(w.tensors), *caches, *shape, k_scale, v_scale)
+    return torch.ops.minimind.decode_step(*inputs, w.packed, *caches, *shape, k_scale, v_scale)
 
 
 def decode_step_ref(

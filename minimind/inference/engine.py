@@ -31,9 +31,9 @@ from minimind.tokenization import Tokenizer
 class Engine:
     """Continuous batching over a paged key/value cache. Single-threaded; deterministic for given requests and steps.
 
-    model: its weights are shared, not copied, where they have `dtype`; other matrices, and projections with active
-        low-rank adapters, are copied, and `refresh_weights` copies them again. Runs as in eval mode; the model
-        itself is not touched.
+    model: its weights are shared where they have `dtype`; other matrices, and projections with active low-rank
+        adapters, are copied, and native decoding on a CPU reads a packed copy of its own. `refresh_weights` takes up
+        what has changed in the model since. Runs as in eval mode; the model itself is not touched.
     tokenizer: None for requests by token ids only: no text, no stop strings, no end-of-sequence id.
     dtype: float32, bfloat16 or float16, of activations and cache; None: what the model computes in.
     kv_bytes, kv_tokens: the cache's size, one of them; neither: max_batch full contexts, but at most 512 MiB on a CPU
@@ -188,8 +188,8 @@ class Engine:
         """One line for the head of a run: backend, dtype, cache and batch."""
         cache, scheduler = self._cache, self._scheduler
         shared = "weights shared with the model"
-        if self._replica.copied_bytes:
-            shared = f"{self._replica.copied_bytes / 2**20:.0f} MiB of weights copied"
+        if copied := self._replica.copied_bytes + self._runner.packed_bytes:
+            shared = f"{copied / 2**20:.0f} MiB of weights copied"
         return (
             f"{self._runner.describe()}; {str(self.dtype).removeprefix('torch.')}, {shared}; cache "
             f"{cache.bytes / 2**20:.0f} MiB for {cache.pages * cache.page_size} tokens in pages of "

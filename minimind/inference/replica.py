@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minimind.inference import huge_pages
 from minimind.lora import LoRALinear
 from minimind.modeling import Model
 
@@ -46,11 +45,9 @@ class Replica:
         weights = {name: self._source.get_parameter(name) for name in names}
         old = self._copies
         self._copies = {n: old[n] for n, w in weights.items() if n in old and old[n].device == w.device}
-        missing = [name for name in names if name not in self._copies]
-        if missing:
-            shapes, device = [weights[name].shape for name in missing], weights[missing[0]].device
-            made = huge_pages.empty(shapes, self._dtype, device)
-            self._copies.update(zip(missing, made, strict=True))
+        for name in names:
+            if name not in self._copies:
+                self._copies[name] = torch.empty_like(weights[name], dtype=self._dtype)
 
     def _is_shared(self, name: str) -> bool:
         weight, path = self._source.get_parameter(name), name.rpartition(".")[0]

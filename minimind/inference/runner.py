@@ -72,6 +72,7 @@ class Runner:
         positions = torch.arange(max_context, device=self._device)
         self._cos, self._sin = rope_cos_sin(self._model.config, positions)  # [max_context, D / 2]
         self._weights: DecodeWeights | None = None
+        self._packed: list[Tensor] = []  # the weights as the operator decode_step takes them
         self._graphs: DecodeGraphs | None = None
         self.weights_changed(moved=True)
 
@@ -80,10 +81,18 @@ class Runner:
             return f"decoding: native ({native.build_info().summary(self._device)})"
         return f"decoding: reference (plain PyTorch){'' if self._reason is None else f': {self._reason}'}"
 
+    @property
+    def packed_bytes(self) -> int:
+        """Of the weights' copy that decoding reads on a CPU."""
+        own = self._replica.model.parameters()
+        shared = {p.data_ptr() for p in own}
+        return sum(t.nbytes for t in self._packed if t.data_ptr() not in shared)
+
     def weights_changed(self, moved: bool) -> None:
         """After Replica.refresh, which returned `moved`."""
         if self._native and self._device.type == "cpu":
             self._weights = DecodeWeights.of(self._model, self._dtype)
+            self._packed = self._weights.pack(self._packed)
         if moved:
             self._graphs = None
 
@@ -132,7 +141,7 @@ class Runner:
     def _decode_whole(self, w: DecodeWeights, rows: int) -> Tensor:
         b = self._batch.views(rows)
         return torch.ops.minimind.decode_step.default(
-            b["token"], b["position"], b["slot"], b["table"], b["length"], self._cos, self._sin, w.tensors,
+            b["token"], b["position"], b["slot"], b["table"], b["length"], self._cos, self._sin, self._packed,
             self._cache.k, self._cache.v, w.heads, w.qk_norm, w.experts, w.experts_per_token, w.shared_experts,
             w.normalize_gates, w.eps, None, None,
         )  # fmt: skip

@@ -182,16 +182,28 @@ def test_empty_slots_yield_zeros_and_touch_nothing():
 
 
 @needs_native
-def test_float32_weights_are_the_models_own_memory():
-    model = make_model(CONFIGS["moe"])
-    decoder = Decoder.of(model, 1)
-    pointers = {p.data_ptr() for p in model.parameters()}
-    assert {t.data_ptr() for t in decoder.weights.tensors} == pointers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_packed_weights_follow_when_they_are_packed_again_in_place(dtype):
+    model, changed = make_model(CONFIGS["moe"]), make_model(CONFIGS["moe"], seed=1)
+    decoder = Decoder.of(model, 1, dtype)
     before = decoder.step(torch.tensor([3]))
-    with torch.no_grad():
-        model.norm.weight.mul_(2)
+    for mine, theirs in zip(model.parameters(), changed.parameters(), strict=True):
+        mine.copy_(theirs)
     decoder.lengths.zero_()
-    assert torch.equal(decoder.step(torch.tensor([3])), 2 * before)
+    weights = DecodeWeights.of(model, dtype)
+    again = weights.pack(into=decoder.weights.packed)
+    assert [
+        t.data_ptr() for t, role in zip(again, weights.roles, strict=True) if role in ("matrix", "gate_up")
+    ] == [
+        t.data_ptr()
+        for t, role in zip(decoder.weights.packed, weights.roles, strict=True)
+        if role in ("matrix", "gate_up")
+    ]
+    decoder.weights = weights
+    after = decoder.step(torch.tensor([3]))
+    assert not torch.equal(after, before)
+    assert torch.equal(after, Decoder.of(changed, 1, dtype).step(torch.tensor([3])))
 
 
 def test_wrong_arguments_are_named():
@@ -210,9 +222,13 @@ def test_native_refuses_what_would_read_foreign_memory():
     decoder = Decoder.of(make_model(CONFIGS["dense"]), 2)
     with pytest.raises(RuntimeError, match=r"tokens\[1\] = 301 is not in the vocabulary of 301"):
         decoder.step(torch.tensor([1, 301]))
-    fewer = replace(decoder.weights, tensors=decoder.weights.tensors[:-1])
+    w = decoder.weights
+    fewer = replace(w, tensors=w.tensors[:-1], roles=w.roles[:-1])
     with pytest.raises(RuntimeError, match=r"weights: 20 tensors, but down is still to come"):
         replace(decoder, weights=fewer).step(torch.tensor([1, 2]))
+    narrow = [t[:150] if role == "gate_up" else t for t, role in zip(w.tensors, w.roles, strict=True)]
+    with pytest.raises(RuntimeError, match="gate_up and down: sizes disagree"):
+        replace(decoder, weights=replace(w, tensors=tuple(narrow))).step(torch.tensor([1, 2]))
 
 
 @needs_native
@@ -224,6 +240,6 @@ def test_opcheck():
     cos, sin = rope_cos_sin(d.model.config, torch.arange(8))
     inputs = (torch.tensor([1, 2]), one * 0, d.table[:, 0].long() * PAGE, d.table, one, cos, sin)
     shape = (w.heads, w.qk_norm, w.experts, w.experts_per_token, w.shared_experts, w.normalize_gates, w.eps)
-    args = (*inputs, list(w.tensors), d.key_cache.zero_(), d.value_cache.zero_(), *shape, None, None)
+    args = (*inputs, w.packed, d.key_cache.zero_(), d.value_cache.zero_(), *shape, None, None)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.minimind.decode_step.default, args, test_utils=tests)
