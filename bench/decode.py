@@ -58,7 +58,7 @@ class Args:
     """Shape of the model, with random weights."""
     model: str | None = None
     """A run folder or checkpoint instead of --preset."""
-    peer: tuple[str, ...] = tuple(name for name in PEERS if name != "ours-reference")
+    peer: tuple[str, ...] = tuple(name for name in PEERS if name not in ("ours-reference", "ours-fp8"))
     """Who takes part; ratios are against the last."""
     batch: tuple[int, ...] = (1, 16, 64)
     """Rows decoded together."""
@@ -146,7 +146,11 @@ def measure(
             worker.ready()
             start = time.perf_counter()
             prompts = _prompts(setting, vocab, seed=0)
-            verdict = verdicts[name] = judge.judge(prompts, worker.run(prompts).tokens, PEERS[name].width)
+            peer = PEERS[name]
+            tokens = worker.run(prompts).tokens
+            verdict = verdicts[name] = judge.judge(
+                prompts, tokens, peer.width, float8_cache=peer.kv_bytes == 1
+            )
         except (DecoderError, ValueError) as problem:
             drop(name, "failed", str(problem))
             continue

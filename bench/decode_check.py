@@ -6,6 +6,7 @@ below the best; e is what plain PyTorch in the same dtype is off by on the same 
 project's tests a decoder may be off by twice that: (best - chosen) / (2 e) <= 2. For a float32 decoder this leaves
 room for ties of the last digits only.
 
+With a float8 cache, e is that of whole forwards whose keys and values are rounded as the engine's cache rounds them.
 q8_0 means weights and, in llama.cpp, inputs of every product in blocks of 32 integers with one scale: so does its e.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from bench.decode_peers import Width
 from minimind import ops
+from minimind.inference.cache_dtype import FLOAT8, rounded_cache
 from minimind.modeling import Linear, Model
 
 ROWS = 4  # of a batch, spread over it, are put through the truth
@@ -49,7 +51,9 @@ class Judge:
     seen: dict[tuple, Verdict] = field(default_factory=dict)
     truth_model: Model | None = None
 
-    def judge(self, prompts: Tensor, tokens: list[list[int]], width: Width) -> Verdict:
+    def judge(
+        self, prompts: Tensor, tokens: list[list[int]], width: Width, float8_cache: bool = False
+    ) -> Verdict:
         """prompts int64 [B, P], tokens [B][N]. ValueError when a row or a token is missing."""
         if len(tokens) != len(prompts) or len({len(row) for row in tokens}) != 1:
             lengths = sorted({len(row) for row in tokens})
@@ -57,13 +61,13 @@ class Judge:
         rows = np.unique(np.linspace(0, len(prompts) - 1, ROWS).round().astype(int)).tolist()
         written = torch.tensor([tokens[r] for r in rows])
         ids = torch.cat((prompts[rows], written), dim=1)
-        key = (width, *ids.flatten().tolist())
+        key = (width, float8_cache, *ids.flatten().tolist())
         if key not in self.seen:
-            self.seen[key] = self._verdict(ids, written, width)
+            self.seen[key] = self._verdict(ids, written, width, float8_cache)
         return self.seen[key]
 
     @torch.no_grad()
-    def _verdict(self, ids: Tensor, written: Tensor, width: Width) -> Verdict:
+    def _verdict(self, ids: Tensor, written: Tensor, width: Width, float8_cache: bool) -> Verdict:
         start = ids.shape[1] - written.shape[1] - 1
         mode = ops.get_mode()
         ops.set_mode("reference")
@@ -71,7 +75,7 @@ class Judge:
             if self.truth_model is None:
                 self.truth_model = copy.deepcopy(self.model).double()
             truth = self.truth_model(ids[:, :-1]).logits[:, start:]
-            same = rounded_logits(self.model, ids[:, :-1], width)[:, start:].double()
+            same = rounded_logits(self.model, ids[:, :-1], width, float8_cache)[:, start:].double()
         finally:
             ops.set_mode(mode)
         error = float((same - truth).abs().max())
@@ -80,13 +84,15 @@ class Judge:
         return Verdict(float(regret.max()) / (2 * error), error, equal)
 
 
-def rounded_logits(model: Model, ids: Tensor, width: Width) -> Tensor:
-    """Logits [B, T, V] of plain PyTorch with matrices of `width`."""
+def rounded_logits(model: Model, ids: Tensor, width: Width, float8_cache: bool = False) -> Tensor:
+    """Logits [B, T, V] of plain PyTorch with matrices of `width`, keys and values through float8 on request."""
     if width == "q8_0":
         model = _with_q8_weights(model)
         hidden = model(ids, return_logits=False).hidden_states
         return round_q8(hidden) @ model.head_weight.t()
-    return copy.deepcopy(model).to(_DTYPES[width])(ids).logits
+    model = copy.deepcopy(model).to(_DTYPES[width])
+    with rounded_cache(model, FLOAT8 if float8_cache else _DTYPES[width]):
+        return model(ids).logits
 
 
 def round_q8(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The greedy decoders that bench/decode.py drives, each at its best settings, all on the same weights.
 
 ours            this project's engine, native ops, bf16 weights and cache
-ours-fp32       the same in float32
+ours-fp8        the same with a float8 cache
+ours-fp32       in float32
 ours-reference  the engine without native ops: plain PyTorch, bf16
 naive           this project's plain model with the loop of upstream's generate: float32, keys and values grown by
                 torch.cat at every token, attention as matrix products
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from minimind import native, ops
 from minimind.config import ModelConfig
+from minimind.inference.cache_dtype import FLOAT8
 from minimind.inference.decode_ops import Backend
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams
@@ -86,11 +88,13 @@ class Stopwatch:
         return Generation(tokens, self.stamps, [self.stamps[0][0]] * len(tokens))
 
 
-def ours(s: Setting, dtype: torch.dtype, backend: Backend = "native") -> Decoder:
+def ours(
+    s: Setting, dtype: torch.dtype, backend: Backend = "native", kv_dtype: torch.dtype | None = None
+) -> Decoder:
     room = s.batch * 256 * -(-(s.prompt + s.new) // 256)  # whole pages for every row, whatever their size
     engine = Engine(
-        load_model(s.folder, device=s.device), None, dtype=dtype, backend=backend, max_batch=s.batch,
-        max_context=s.prompt + s.new, kv_tokens=room, prefix_cache=False,
+        load_model(s.folder, device=s.device), None, dtype=dtype, kv_dtype=kv_dtype, backend=backend,
+        max_batch=s.batch, max_context=s.prompt + s.new, kv_tokens=room, prefix_cache=False,
     )  # fmt: skip
     params = SamplingParams(max_new_tokens=s.new, temperature=0.0, ignore_eos=True)
 
@@ -252,7 +256,8 @@ def llama_cpp(s: Setting, width: str) -> Decoder:
 
 @dataclass(frozen=True)
 class Peer:
-    """make: called once in the peer's own process. width: of the matrices; kv_bytes: of an element of the cache."""
+    """make: called once in the peer's own process. width: of the matrices; kv_bytes: of an element of the cache, 1 for
+    float8."""
 
     make: Callable[[Setting], Decoder]
     width: Width
@@ -261,6 +266,7 @@ class Peer:
 
 PEERS: dict[str, Peer] = {
     "ours": Peer(lambda s: ours(s, torch.bfloat16), "bf16", 2),
+    "ours-fp8": Peer(lambda s: ours(s, torch.bfloat16, kv_dtype=FLOAT8), "bf16", 1),
     "ours-fp32": Peer(lambda s: ours(s, torch.float32), "fp32", 4),
     "ours-reference": Peer(lambda s: ours(s, torch.bfloat16, "reference"), "bf16", 2),
     "hf-dynamic": Peer(lambda s: hf(s, torch.bfloat16, False), "bf16", 2),
@@ -289,6 +295,6 @@ def why_not(name: str, config: ModelConfig, device: torch.device) -> str | None:
             return "llama-cpp-python is not installed"
         if device.type != "cpu":
             return "built for the CPU only"
-    if name in ("ours", "ours-fp32"):
+    if name in ("ours", "ours-fp8", "ours-fp32"):
         return native.why_not(device)
     return None

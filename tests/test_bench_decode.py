@@ -21,6 +21,7 @@ from bench.decode_check import Judge, round_q8, rounded_logits
 from bench.decode_peers import PEERS, Generation, Setting, naive, naive_forward, why_not
 from bench.decode_report import COLUMNS, Row, plot, show
 from minimind import ModelConfig, native, ops
+from minimind.inference.cache_dtype import FLOAT8
 from minimind.modeling import Model
 from minimind.rope import rope_cos_sin
 from minimind.weights import save_weights
@@ -70,6 +71,19 @@ def test_rounding_explains_narrow_decoders_but_no_more(width, dtype):
     assert verdict.passed and verdict.error > 1e-4
     stale = greedy(random_model(SMALL, seed=1), prompts, 40)
     assert not Judge(model).judge(prompts, stale, width).passed
+
+
+def test_a_float8_cache_is_judged_by_a_float8_caches_rounding(tmp_path):
+    model, prompts = random_model(SMALL), prompts_of(4, 9)
+    save_weights(model, tmp_path)
+    decode = decode_peers.ours(Setting(tmp_path, 4, 9, 40, 1, CPU), torch.float32, "reference", FLOAT8)
+    judge, tokens = Judge(model), decode(prompts).tokens
+    verdict = judge.judge(prompts, tokens, "fp32", float8_cache=True)
+    assert verdict.passed and verdict.error > 1e-3
+    assert not judge.judge(prompts, tokens, "fp32").passed, "the cache was not rounded at all"
+    stale = greedy(random_model(SMALL, seed=1), prompts, 40)
+    assert not judge.judge(prompts, stale, "fp32", float8_cache=True).passed
+    assert [name for name, peer in PEERS.items() if peer.kv_bytes == 1] == ["ours-fp8"]
 
 
 def test_q8_rounding_is_that_of_the_file_format():
@@ -192,7 +206,7 @@ def test_who_cannot_run_says_why():
     moe = ModelConfig.preset("minimind2-moe")
     assert "dense models only" in (why_not("hf-dynamic", moe, CPU) or "")
     assert why_not("naive", moe, CPU) is None and why_not("ours-reference", moe, CPU) is None
-    assert why_not("ours", moe, CPU) == native.why_not(CPU)
+    assert why_not("ours", moe, CPU) == why_not("ours-fp8", moe, CPU) == native.why_not(CPU)
     assert why_not("llama.cpp-f16", moe, torch.device("cuda")) in (
         "built for the CPU only", "llama-cpp-python is not installed",
     )  # fmt: skip

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from minimind.config import ModelConfig
+from minimind.inference.cache_dtype import FLOAT8, as_bytes, float8_scales, restored, stored
+from minimind.modeling import Model
 
 CPU_CACHE_BYTES = 512 << 20  # where the caller names no budget
 
@@ -112,20 +114,19 @@ class PagePool:
 
 
 def cache_pages(
-    config: ModelConfig,
-    dtype: torch.dtype,
+    token_bytes: int,
     device: torch.device,
     page_size: int,
     kv_bytes: int | None,
     kv_tokens: int | None,
     useful_tokens: int,
 ) -> int:
-    """How many pages the budget pays for; see `Engine`. useful_tokens: more are never needed."""
+    """How many pages the budget pays for; see `Engine`. token_bytes: of a token's keys and values in all layers;
+    useful_tokens: more are never needed."""
     if page_size < 1:
         raise ValueError(f"page_size={page_size} must be at least 1")
     if kv_bytes is not None and kv_tokens is not None:
         raise ValueError("kv_bytes and kv_tokens both set the cache's size: give one of them")
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
     if kv_tokens is not None:
         pages, given = kv_tokens // page_size, f"kv_tokens={kv_tokens}"
     elif kv_bytes is not None:
@@ -141,18 +142,57 @@ def cache_pages(
 
 
 @dataclass(frozen=True)
-class PagedCache:
-    """k, v: [layers, pages, page_size, key/value heads, head_dim], one tensor each for the whole model."""
+class LayerCache:
+    """One layer of it: k, v [P, S, G, D]; k_scale, v_scale float32 [G] of a float8 cache, else None."""
 
     k: Tensor
     v: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+
+    def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """k, v [N, G, D] into rows `slots`, int64 [N]: page * page_size + place."""
+        for cache, new, scale in ((self.k, k, self.k_scale), (self.v, v, self.v_scale)):
+            as_bytes(cache).flatten(0, 1).index_copy_(0, slots, as_bytes(stored(new, cache.dtype, scale)))
+
+    def read(self, slots: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rows `slots`, int64 [M], in `dtype`: k, v [M, G, D]."""
+        k, v = (
+            restored(as_bytes(cache).flatten(0, 1).index_select(0, slots).view(cache.dtype), dtype, scale)
+            for cache, scale in ((self.k, self.k_scale), (self.v, self.v_scale))
+        )
+        return k, v
+
+
+@dataclass(frozen=True)
+class PagedCache:
+    """k, v: [layers, pages, page_size, key/value heads, head_dim], one tensor each for the whole model; k_scale and
+    v_scale, float32 [layers, key/value heads], of a float8 cache (cache_dtype.py), else None."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
     @staticmethod
     def allocate(
         config: ModelConfig, pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> PagedCache:
         shape = (config.num_hidden_layers, pages, page_size, config.num_key_value_heads, config.head_dim)
-        return PagedCache(*(torch.empty(shape, dtype=dtype, device=device) for _ in "kv"))
+        caches = [torch.empty(shape, dtype=dtype, device=device) for _ in "kv"]
+        if dtype != FLOAT8:
+            return PagedCache(*caches)
+        return PagedCache(*caches, *(torch.ones(shape[0], shape[3], device=device) for _ in "kv"))
+
+    def take_scales(self, model: Model) -> None:
+        """Of float8: the scales for the model's weights, in place. What was stored before means something else then."""
+        if self.k_scale is not None and self.v_scale is not None:
+            for mine, new in zip((self.k_scale, self.v_scale), float8_scales(model), strict=True):
+                mine.copy_(new)
+
+    def layer(self, index: int) -> LayerCache:
+        scales = (None if scale is None else scale[index] for scale in (self.k_scale, self.v_scale))
+        return LayerCache(self.k[index], self.v[index], *scales)
 
     @property
     def pages(self) -> int:
@@ -169,5 +209,5 @@ class PagedCache:
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages (from, to) in every layer."""
         source, target = torch.tensor(pairs, device=self.k.device).unbind(1)
-        for tensor in (self.k, self.v):
+        for tensor in (as_bytes(self.k), as_bytes(self.v)):
             tensor[:, target] = tensor[:, source]

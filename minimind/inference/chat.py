@@ -101,8 +101,8 @@ def open_conversation(args: Args) -> tuple[Conversation, list[str]]:
     if reason and not args.raw:
         notes.append(f"this model continues your text, it does not answer: {reason}")
     engine = Engine(
-        opened.model, opened.tokenizer, dtype=opened.dtype, backend=args.backend, max_batch=1,
-        seed=time.time_ns() % 2**31,
+        opened.model, opened.tokenizer, dtype=opened.dtype, kv_dtype=opened.kv_dtype, backend=args.backend,
+        max_batch=1, seed=time.time_ns() % 2**31,
     )  # fmt: skip
     notes.append(engine.describe())
     conversation = Conversation(

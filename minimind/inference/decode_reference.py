@@ -12,11 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from minimind.inference.cache_dtype import as_bytes, stored
 from minimind.kernels.moe_routing import route_ref
 from minimind.kernels.rms_norm import rms_norm_ref
 from minimind.kernels.rope import rope_ref
-
-FLOAT8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 def rope_append_kv_ref(
@@ -44,17 +43,8 @@ def rope_append_kv_ref(
     written = slots >= 0
     page, offset = slots[written] // key_cache.shape[1], slots[written] % key_cache.shape[1]
     for new, cache, scale in ((k, key_cache, k_scale), (v, value_cache, v_scale)):
-        _store(cache, page, offset, new[written], scale)
+        as_bytes(cache)[page, offset] = as_bytes(stored(new[written], cache.dtype, scale))
     return (q * written[:, None, None]).to(qkv.dtype)
-
-
-def _store(cache: Tensor, page: Tensor, offset: Tensor, rows: Tensor, scale: Tensor | None) -> None:
-    if scale is not None:
-        rows = (rows / scale[:, None]).clamp(-FLOAT8_MAX, FLOAT8_MAX)
-    rows = rows.to(cache.dtype)
-    if cache.dtype == torch.float8_e4m3fn:  # index_put_ does not know the dtype
-        cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)
-    cache[page, offset] = rows
 
 
 def decode_attention_ref(

@@ -17,6 +17,7 @@ from torch import Tensor
 from minimind.inference.admission import Admission, max_positions
 from minimind.inference.batch import DecodeBatch
 from minimind.inference.cache import PagedCache, PagePool, cache_pages
+from minimind.inference.cache_dtype import check_kv_dtype
 from minimind.inference.decode_ops import Backend
 from minimind.inference.replica import Replica
 from minimind.inference.requests import Delta, Request, RequestOutput, TopLogProbs
@@ -35,7 +36,9 @@ class Engine:
         adapters, are copied, and native decoding on a CPU reads a packed copy of its own. `refresh_weights` takes up
         what has changed in the model since. Runs as in eval mode; the model itself is not touched.
     tokenizer: None for requests by token ids only: no text, no stop strings, no end-of-sequence id.
-    dtype: float32, bfloat16 or float16, of activations and cache; None: what the model computes in.
+    dtype: float32, bfloat16 or float16, of activations; None: what the model computes in.
+    kv_dtype: of the cache: one of these or float8_e4m3fn, half of bfloat16's memory (docs/decoding.md); None: as dtype.
+        Prompts, too, see keys and values as the cache gives them back.
     kv_bytes, kv_tokens: the cache's size, one of them; neither: max_batch full contexts, but at most 512 MiB on a CPU
         and half of the free memory on a GPU. It is taken at once and never grows.
     max_batch: samples that decode together.
@@ -57,6 +60,7 @@ class Engine:
         tokenizer: Tokenizer | None,
         *,
         dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype | None = None,
         kv_bytes: int | None = None,
         kv_tokens: int | None = None,
         max_batch: int = 32,
@@ -76,16 +80,19 @@ class Engine:
         dtype = dtype or model.compute_dtype or model.head_weight.dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype={dtype} must be torch.float32, torch.bfloat16 or torch.float16")
+        kv_dtype = kv_dtype or dtype
+        check_kv_dtype(kv_dtype, device)
         of_sample = -(-max_context // page_size)
         useful_tokens = max_batch * of_sample * page_size
-        pages = cache_pages(config, dtype, device, page_size, kv_bytes, kv_tokens, useful_tokens)
+        token_bytes = model.kv_bytes_per_token(kv_dtype)
+        pages = cache_pages(token_bytes, device, page_size, kv_bytes, kv_tokens, useful_tokens)
         table_pages = min(pages, of_sample)
 
-        self.dtype, self.device, self.max_context = dtype, device, max_context
+        self.dtype, self.kv_dtype, self.device, self.max_context = dtype, kv_dtype, device, max_context
         self._pool = PagePool(pages, prefix_cache)
         self._scheduler = Scheduler(self._pool, page_size, max_batch, prefill_chunk)
         self._admission = Admission(config.vocab_size, tokenizer, max_context, pages, page_size, seed)
-        self._cache = PagedCache.allocate(config, pages, page_size, dtype, device)
+        self._cache = PagedCache.allocate(config, pages, page_size, kv_dtype, device)
         self._replica = Replica(model, dtype)
         self._batch = DecodeBatch(max_batch, table_pages, page_size, config.vocab_size, device)
         self._runner = Runner(self._replica, self._cache, self._batch, max_context, backend)
@@ -175,6 +182,8 @@ class Engine:
             pages_cached=pool.cached,
             page_size=scheduler.page_size,
             kv_bytes=self._cache.bytes,
+            kv_bytes_per_token=self._cache.bytes // (pool.pages * scheduler.page_size),
+            kv_dtype=_name(self.kv_dtype),
             steps=counters.steps,
             prompt_tokens=counters.prompt_tokens,
             cached_tokens=counters.cached_tokens,
@@ -191,9 +200,9 @@ class Engine:
         if copied := self._replica.copied_bytes + self._runner.packed_bytes:
             shared = f"{copied / 2**20:.0f} MiB of weights copied"
         return (
-            f"{self._runner.describe()}; {str(self.dtype).removeprefix('torch.')}, {shared}; cache "
-            f"{cache.bytes / 2**20:.0f} MiB for {cache.pages * cache.page_size} tokens in pages of "
-            f"{cache.page_size}; batch up to {scheduler.max_batch}, context {self.max_context}"
+            f"{self._runner.describe()}; {_name(self.dtype)}, {shared}; cache {cache.bytes / 2**20:.0f} MiB of "
+            f"{_name(self.kv_dtype)} for {cache.pages * cache.page_size} tokens in pages of {cache.page_size}; "
+            f"batch up to {scheduler.max_batch}, context {self.max_context}"
         )
 
     def _run(
@@ -347,3 +356,7 @@ class Engine:
         job.samples.remove(sample)
         if not job.samples:
             del self._jobs[job.id]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -14,6 +14,7 @@ import tyro
 from minimind.config import PRESETS, ModelConfig, YarnScaling
 from minimind.data.files import read_json
 from minimind.device import choose_device, choose_precision
+from minimind.inference.cache_dtype import FLOAT8, KVDTypeName
 from minimind.lora import merge_adapter, remove_adapters
 from minimind.lora_files import CONFIG, adapter_folder, load_adapter
 from minimind.modeling import Model
@@ -21,7 +22,7 @@ from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.weights import checkpoint_folder, load_model
 
 DTypeName = Literal["auto", "fp32", "bf16", "fp16"]
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FLOAT8}
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,15 @@ class ModelArgs(WeightArgs):
     """auto, cpu, cuda or cuda:N."""
     dtype: DTypeName = "auto"
     """What is computed in; auto: bf16 where the device has it, else fp32."""
+    kv_dtype: KVDTypeName = "auto"
+    """What keys and values are kept in; auto: what is computed in; fp8: half of bf16's memory (docs/decoding.md)."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """model: float32, on its device; dtype: what to compute in. stage: how it was trained, None where its folder does
-    not say. folder: to put results in, None for a single file. notes: lines a user should see. lora: where its adapter
-    is, None without one."""
+    """model: float32, on its device; dtype: what to compute in, kv_dtype: to keep keys and values in. stage: how it was
+    trained, None where its folder does not say. folder: to put results in, None for a single file. notes: lines a user
+    should see. lora: where its adapter is, None without one."""
 
     model: Model
     tokenizer: Tokenizer
@@ -67,13 +70,15 @@ class Opened:
     folder: Path | None
     notes: list[str]
     lora: Path | None = None
+    kv_dtype: torch.dtype | None = None
 
 
 def open_model(args: ModelArgs) -> Opened:
     """ValueError, one line, naming the file or the flag."""
     device = choose_device(args.device)
     dtype = choose_precision(device).compute_dtype if args.dtype == "auto" else _DTYPES[args.dtype]
-    return open_weights(args, device, dtype)
+    kv_dtype = dtype if args.kv_dtype == "auto" else _DTYPES[args.kv_dtype]
+    return dataclasses.replace(open_weights(args, device, dtype), kv_dtype=kv_dtype)
 
 
 def open_weights(

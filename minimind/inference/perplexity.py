@@ -2,7 +2,8 @@
 
 The text is one stream of tokens, cut into windows of each length: every length scores the very same tokens, each once,
 with what stands before it in its window. Perplexity is exp of the mean of -log p; bits per byte do not depend on the
-tokenizer. The second half of every window is also shown alone: there a length's context is really used.
+tokenizer. The second half of every window is also shown alone: there a length's context is really used. With
+--kv-dtype fp8 every curve is measured once more with keys and values rounded as such a cache rounds them.
 
 No logits are held: memory grows with the longest window, not with the text. A table is printed; perplexity.json and
 perplexity.png go to the run folder or --out.
@@ -28,10 +29,12 @@ from minimind.config import ModelConfig
 from minimind.data import expand_paths, read_documents
 from minimind.data.progress import say
 from minimind.display import Display, duration
+from minimind.inference.cache_dtype import rounded_cache
 from minimind.inference.loading import ModelArgs, Opened, open_model, stretched
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 
+_COLOURS = ("#1b6ca8", "#d98324", "#5a9e6f", "#9467bd")
 BATCH_TOKENS = 8192  # of windows scored together, or one longer window
 
 
@@ -95,6 +98,10 @@ def main(args: Args) -> int:
             "shorter --context"
         )
     scores = measure(opened.model, opened.tokenizer, ids[: scored + 1], lengths, curves, console)
+    if opened.kv_dtype not in (None, opened.dtype):
+        with rounded_cache(opened.model, opened.kv_dtype):
+            rounded = {f"{name}, cache in {args.kv_dtype}": config for name, config in curves.items()}
+            scores += measure(opened.model, opened.tokenizer, ids[: scored + 1], lengths, rounded, console)
     show(scores, console)
     folder = _folder(args, opened)
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +117,10 @@ def _tasks(args: Args, console: Console) -> int:
 
     if args.ppl:
         raise ValueError("--ppl and --tasks: give one of them")
+    if args.kv_dtype != "auto":
+        raise ValueError(
+            f"--kv-dtype {args.kv_dtype}: --tasks scores without a cache; --ppl shows what it costs"
+        )
     opened = open_model(args)
     for note in opened.notes:
         say(console, note)
@@ -256,7 +267,7 @@ def plot(scores: Sequence[Score], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for colour, name in zip(("#1b6ca8", "#d98324"), dict.fromkeys(s.curve for s in scores), strict=False):
+    for colour, name in zip(_COLOURS, dict.fromkeys(s.curve for s in scores), strict=False):
         here = [score for score in scores if score.curve == name]
         lengths = [score.context for score in here]
         axis.plot(lengths, [s.perplexity for s in here], "o-", color=colour, label=name)

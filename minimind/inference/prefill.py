@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from minimind.inference.cache import LayerCache
 from minimind.inference.scheduler import Chunk
 
 VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
@@ -142,23 +143,25 @@ def _mask(queries: int, keys: int, device: torch.device) -> Tensor | None:
 
 @dataclass(frozen=True)
 class PagedLayout:
-    """The attention layout of a prefill step in one layer, whose cache is key_cache, value_cache [P, S, G, D]."""
+    """The attention layout of a prefill step in one layer."""
 
     prompts: Prompts
     attention: ChunkAttention
-    key_cache: Tensor
-    value_cache: Tensor
+    cache: LayerCache
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [1, N, H, D], k and v [1, N, G, D] -> [1, N, H, D]; k and v are in the cache afterwards."""
-        prompts, (q, k, v) = self.prompts, (q[0], k[0], v[0])
-        key_rows, value_rows = self.key_cache.flatten(0, 1), self.value_cache.flatten(0, 1)  # [P S, G, D]
-        key_rows.index_copy_(0, prompts.slot, k)
-        value_rows.index_copy_(0, prompts.slot, v)
+        """q [1, N, H, D], k and v [1, N, G, D] -> [1, N, H, D]; k and v are in the cache afterwards.
+
+        A cache of another dtype than q's is read back even where the chunks are all there is, so that what a token sees
+        does not depend on how its prompt was cut.
+        """
+        prompts, cache, (q, k, v) = self.prompts, self.cache, (q[0], k[0], v[0])
+        cache.write(prompts.slot, k, v)
+        same_dtype = cache.k.dtype == q.dtype
         flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-        if flash and prompts.table is not None and not prompts.fresh:
-            return self.attention.paged_varlen(q, self.key_cache, self.value_cache).unsqueeze(0)
-        if not prompts.fresh:
-            k, v = (x.index_select(0, prompts.context) for x in (key_rows, value_rows))
+        if flash and same_dtype and prompts.table is not None and not prompts.fresh:
+            return self.attention.paged_varlen(q, cache.k, cache.v).unsqueeze(0)
+        if not (prompts.fresh and same_dtype):
+            k, v = cache.read(prompts.context, q.dtype)
         attend = self.attention.varlen if flash else self.attention.sdpa
         return attend(q, k, v).unsqueeze(0)

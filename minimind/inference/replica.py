@@ -15,10 +15,10 @@ from minimind.modeling import Model
 
 
 class Replica:
-    """`model` is a Model of the same shape that follows `source`; copied_bytes: what is not shared."""
+    """`model` is a Model of the same shape that follows `source` in `dtype`; copied_bytes: what is not shared."""
 
     def __init__(self, source: Model, dtype: torch.dtype) -> None:
-        self._source, self._dtype = source, dtype
+        self._source, self.dtype = source, dtype
         with torch.device("meta"), torch.random.fork_rng(devices=[]):  # initialisation draws, on meta too
             self.model = Model(source.config)
         self.model.compute_dtype = dtype
@@ -47,13 +47,13 @@ class Replica:
         self._copies = {n: old[n] for n, w in weights.items() if n in old and old[n].device == w.device}
         for name in names:
             if name not in self._copies:
-                self._copies[name] = torch.empty_like(weights[name], dtype=self._dtype)
+                self._copies[name] = torch.empty_like(weights[name], dtype=self.dtype)
 
     def _is_shared(self, name: str) -> bool:
         weight, path = self._source.get_parameter(name), name.rpartition(".")[0]
         if self._adapted(path) is not None:
             return False
-        return weight.ndim == 1 or path.endswith("router") or weight.dtype == self._dtype
+        return weight.ndim == 1 or path.endswith("router") or weight.dtype == self.dtype
 
     def _adapted(self, path: str) -> LoRALinear | None:
         """The module at `path`, if it is a projection with active adapters that are not merged into its weight."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from minimind import native
 from minimind.inference import decode_ops
 from minimind.inference.batch import DecodeBatch
-from minimind.inference.cache import PagedCache
+from minimind.inference.cache import LayerCache, PagedCache
 from minimind.inference.decode_ops import BACKENDS, Backend
 from minimind.inference.decode_reference import decode_attention_ref, rope_append_kv_ref
 from minimind.inference.decode_step import DecodeWeights
@@ -46,7 +46,8 @@ def _native_ops() -> tuple[Callable, Callable, Callable]:
 
 
 def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps the native operators from decoding in `dtype` on `device`: one line, or None."""
+    """What keeps the native operators from computing in `dtype` on `device`: one line, or None. They read and write
+    a cache of any dtype."""
     if device.type == "cpu" and dtype not in (torch.float32, torch.bfloat16):
         return f"on a CPU they compute in float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     return native.why_not(device)
@@ -60,7 +61,8 @@ class Runner:
     ) -> None:
         self._replica, self._cache, self._batch = replica, cache, batch
         self._device = cache.k.device
-        self._model, self._dtype = replica.model, cache.k.dtype
+        self._model, self._dtype = replica.model, replica.dtype
+        self._layer_caches = [cache.layer(i) for i in range(len(cache.k))]
         missing = why_not_native(self._device, self._dtype)
         if backend == "native" and missing is not None:
             raise ValueError(f"backend='native' cannot be met: {missing}; use backend='auto' or 'reference'")
@@ -89,7 +91,9 @@ class Runner:
         return sum(t.nbytes for t in self._packed if t.data_ptr() not in shared)
 
     def weights_changed(self, moved: bool) -> None:
-        """After Replica.refresh, which returned `moved`."""
+        """After Replica.refresh, which returned `moved`. A float8 cache takes the new weights' scales, and with that
+        loses what it holds."""
+        self._cache.take_scales(self._model)
         if self._native and self._device.type == "cpu":
             self._weights = DecodeWeights.of(self._model, self._dtype)
             self._packed = self._weights.pack(self._packed)
@@ -105,10 +109,9 @@ class Runner:
         x = model.embed_tokens(prompts.token).to(self._dtype).unsqueeze(0)  # [1, N, C]
         sequences = _no_statistics(x) if model.config.num_experts else None
         delta = None
-        for layer, k, v in self._layers():
-            x, delta, _ = layer(
-                x, delta, rotation, cast(Any, PagedLayout(prompts, attention, k, v)), sequences
-            )
+        for layer, cache in self._layers():
+            layout = cast(Any, PagedLayout(prompts, attention, cache))
+            x, delta, _ = layer(x, delta, rotation, layout, sequences)
         assert delta is not None
         return self._logits(x[0].index_select(0, prompts.last), delta[0].index_select(0, prompts.last))
 
@@ -143,7 +146,7 @@ class Runner:
         return torch.ops.minimind.decode_step.default(
             b["token"], b["position"], b["slot"], b["table"], b["length"], self._cos, self._sin, self._packed,
             self._cache.k, self._cache.v, w.heads, w.qk_norm, w.experts, w.experts_per_token, w.shared_experts,
-            w.normalize_gates, w.eps, None, None,
+            w.normalize_gates, w.eps, self._cache.k_scale, self._cache.v_scale,
         )  # fmt: skip
 
     def _decode_layers(self, rows: int) -> Tensor:
@@ -151,26 +154,26 @@ class Runner:
         x = model.embed_tokens(b["token"]).to(self._dtype)  # [B, C]
         sequences = _no_statistics(x) if model.config.num_experts else None
         delta = None
-        for layer, k, v in self._layers():
+        for layer, cache in self._layers():
             normed, x = layer.input_layernorm(x, delta)
-            normed, x = layer.post_attention_layernorm(x, self._attend(layer.self_attn, normed, k, v, b))
+            normed, x = layer.post_attention_layernorm(x, self._attend(layer.self_attn, normed, cache, b))
             delta = layer.mlp(normed) if sequences is None else layer.mlp(normed[None], *sequences)[0][0]
         assert delta is not None
         return self._logits(x, delta)
 
-    def _layers(self) -> Iterator[tuple[Block, Tensor, Tensor]]:
-        """Every layer with its caches, [P, S, G, D]."""
-        return zip(cast(Iterable[Block], self._model.layers), self._cache.k, self._cache.v, strict=True)
+    def _layers(self) -> Iterator[tuple[Block, LayerCache]]:
+        return zip(cast(Iterable[Block], self._model.layers), self._layer_caches, strict=True)
 
-    def _attend(self, attn: Attention, x: Tensor, k: Tensor, v: Tensor, b: dict[str, Tensor]) -> Tensor:
-        """x [B, C] -> [B, C]; the tokens' keys and values go into the layer's cache k, v [P, S, G, D]."""
+    def _attend(self, attn: Attention, x: Tensor, cache: LayerCache, b: dict[str, Tensor]) -> Tensor:
+        """x [B, C] -> [B, C]; the tokens' keys and values go into the layer's cache."""
         norms = (
             None if attn.q_norm is None else attn.q_norm.weight,
             None if attn.k_norm is None else attn.k_norm.weight,
         )
         positions = (self._cos, self._sin, b["position"], b["slot"])
-        q = self._rope(attn.qkv_proj(x), *positions, k, v, attn.heads, *norms, attn.eps, None, None)
-        out = self._attention(q, k, v, b["table"], b["length"], q.shape[-1] ** -0.5, None, None)
+        caches, scales = (cache.k, cache.v), (cache.k_scale, cache.v_scale)
+        q = self._rope(attn.qkv_proj(x), *positions, *caches, attn.heads, *norms, attn.eps, *scales)
+        out = self._attention(q, *caches, b["table"], b["length"], q.shape[-1] ** -0.5, *scales)
         return attn.o_proj(out.flatten(1))
 
     def _logits(self, x: Tensor, delta: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ class EngineStats:
     """A snapshot. waiting, running: samples, those whose prompt is being computed among the running ones.
 
     pages_used are held by requests; pages_cached keep beginnings for reuse and give way when pages are needed.
-    kv_bytes: the whole cache. What follows counts since the engine was made: steps, tokens, preemptions, samples by
-    finish_reason. prompt_tokens were computed or found in the cache, cached_tokens of them found. tokens_per_second:
-    generated in the last 10 seconds of work.
+    kv_bytes: the whole cache; kv_bytes_per_token: of a token in all layers; kv_dtype: "bfloat16", "float8_e4m3fn", ...
+    What follows counts since the engine was made: steps, tokens, preemptions, samples by finish_reason. prompt_tokens
+    were computed or found in the cache, cached_tokens of them found. tokens_per_second: generated in the last 10
+    seconds of work.
     """
 
     waiting: int
@@ -26,6 +27,8 @@ class EngineStats:
     pages_cached: int
     page_size: int
     kv_bytes: int
+    kv_bytes_per_token: int
+    kv_dtype: str
     steps: int
     prompt_tokens: int
     cached_tokens: int

@@ -91,8 +91,8 @@ def open_service(args: Args) -> tuple[Service, list[str]]:
     opened = open_model(args)
     notes = opened.notes
     engine = Engine(
-        opened.model, opened.tokenizer, dtype=opened.dtype, backend=args.backend, max_batch=args.max_batch,
-        max_context=args.max_context, kv_tokens=args.kv_tokens, seed=time.time_ns() % 2**31,
+        opened.model, opened.tokenizer, dtype=opened.dtype, kv_dtype=opened.kv_dtype, backend=args.backend,
+        max_batch=args.max_batch, max_context=args.max_context, kv_tokens=args.kv_tokens, seed=time.time_ns() % 2**31,
     )  # fmt: skip
     notes.append(engine.describe())
     if opened.tokenizer.chat_template is None:

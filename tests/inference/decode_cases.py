@@ -10,7 +10,8 @@ from torch import Tensor
 
 from minimind import native
 from minimind.inference import decode_ops
-from minimind.inference.decode_reference import FLOAT8_MAX, gather_cache
+from minimind.inference.cache_dtype import FLOAT8_MAX
+from minimind.inference.decode_reference import gather_cache
 from tests.kernels.contract import DEVICE, error, rand
 
 FP8 = torch.float8_e4m3fn

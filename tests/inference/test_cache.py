@@ -128,12 +128,14 @@ def test_a_key_stands_for_everything_before_it():
 
 
 CONFIG = ModelConfig(32, 2, 4, 2, 16, 48, 50)
-TOKEN_BYTES = 2 * 2 * 2 * 16 * 4  # k and v, layers, heads, head_dim, float32
+TOKEN_NUMBERS = 2 * 2 * 2 * 16  # k and v, layers, heads, head_dim
+TOKEN_BYTES = 4 * TOKEN_NUMBERS
+DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn]
 
 
 def pages(**budget):
     options = {"kv_bytes": None, "kv_tokens": None, "useful_tokens": 160, "page_size": 16, **budget}
-    return cache_pages(CONFIG, torch.float32, torch.device("cpu"), **options)
+    return cache_pages(TOKEN_BYTES, torch.device("cpu"), **options)
 
 
 def test_budget():
@@ -149,13 +151,30 @@ def test_budget():
         pages(kv_tokens=100, kv_bytes=100)
 
 
-def test_the_cache_takes_what_it_says_and_copies_whole_pages():
-    cache = PagedCache.allocate(CONFIG, 5, 4, torch.float32, torch.device("cpu"))
-    assert cache.bytes == 5 * 4 * TOKEN_BYTES == cache.k.nbytes + cache.v.nbytes
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_cache_takes_what_it_says_and_copies_whole_pages(dtype):
+    cache = PagedCache.allocate(CONFIG, 5, 4, dtype, torch.device("cpu"))
+    assert cache.bytes == 5 * 4 * TOKEN_NUMBERS * dtype.itemsize == cache.k.nbytes + cache.v.nbytes
     for tensor in (cache.k, cache.v):
         tensor.copy_(torch.randn(tensor.shape))
-    k, v = cache.k.clone(), cache.v.clone()
+    k, v = cache.k.float(), cache.v.float()
     cache.copy_pages([(0, 3), (2, 4)])
-    for tensor, old in ((cache.k, k), (cache.v, v)):
+    for tensor, old in ((cache.k.float(), k), (cache.v.float(), v)):
         assert torch.equal(tensor[:, [3, 4]], old[:, [0, 2]])
         assert torch.equal(tensor[:, :3], old[:, :3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_read_as_they_were_written_but_for_rounding(dtype):
+    cache = PagedCache.allocate(CONFIG, 5, 4, dtype, torch.device("cpu"))  # NaN in tests
+    if cache.k_scale is not None:
+        cache.k_scale.copy_(torch.tensor([[1.0, 1.0], [0.25, 4.0]]))
+    layer, slots = cache.layer(1), torch.tensor([17, 3, 9])
+    k, v = (torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    layer.write(slots, k, v)
+    scale = torch.tensor([0.25, 4.0])[:, None] if dtype == torch.float8_e4m3fn else 1
+    found_k, found_v = layer.read(slots[[2, 0]], torch.float32)
+    assert torch.equal(found_k, (k / scale).to(dtype).float()[[2, 0]] * scale)
+    assert torch.equal(found_v, v.to(dtype).float()[[2, 0]])
+    written = cache.k[1].flatten(0, 1).float()[:, 0, 0].isfinite().nonzero().flatten()
+    assert written.tolist() == [3, 9, 17] and cache.k[0].float().isnan().all()

@@ -25,9 +25,9 @@ def sample(tokens, pages):
     return out
 
 
-def runner_of(model, dtype=torch.float32, page_size=4):
-    config = model.config
-    cache = PagedCache.allocate(config, 32, page_size, dtype, CPU)  # NaN in tests: what is not written shows
+def runner_of(model, dtype=torch.float32, page_size=4, kv_dtype=None):
+    config = model.config  # NaN in tests: what is not written shows
+    cache = PagedCache.allocate(config, 32, page_size, kv_dtype or dtype, CPU)
     batch = DecodeBatch(4, 16, page_size, config.vocab_size, CPU)
     return Runner(Replica(model, dtype), cache, batch, 128, "reference"), cache
 

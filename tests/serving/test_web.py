@@ -145,7 +145,7 @@ def test_messages_are_sent_back_whole():
 def test_the_server_gets_the_flags_of_the_model():
     command = server_command(Args(model="m", lora="l", yarn=4.0, port=1))
     assert command[4:] == ["--port", "0", "--model", "m", "--lora", "l", "--yarn", "4.0", "--device", "auto",
-                           "--dtype", "auto"]  # fmt: skip
+                           "--dtype", "auto", "--kv-dtype", "auto"]  # fmt: skip
     with pytest.raises(ValueError, match="give one of them"):
         main(Args(model="m", url="u"))
 
