@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from minimind.serving.errors import ApiError
@@ -24,20 +25,26 @@ from minimind.tokenization.reasoning import prompt_endings
 
 
 class ChatPrompts:
-    """Renders with the tokenizer's chat template. Names of control tokens in what clients send are ordinary text."""
+    """Renders with the tokenizer's chat template. Names of control tokens in what clients send are ordinary text.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    check_length: called with the characters of a text before it is encoded; raises where they are too many.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, check_length: Callable[[int], None] = lambda characters: None
+    ) -> None:
+        self._tokenizer, self._check_length = tokenizer, check_length
         self._encoders: dict[bool | None, ChatEncoder] = {}
 
     def prompt(self, asked: ChatRequest) -> tuple[list[int], bool]:
         """(token ids, whether they end within reasoning). ApiError 400 for what the template refuses."""
         try:
-            ids = self._encoder(thinking(asked)).prompt(
-                [plain(m) for m in asked.messages], offered(asked) or None
-            )
+            encoder = self._encoder(thinking(asked))
+            pieces = encoder.prompt_pieces([plain(m) for m in asked.messages], offered(asked) or None)
         except ValueError as problem:
             raise ApiError(400, str(problem), param="messages") from None
+        self._check_length(sum(len(piece.text) for piece in pieces))
+        ids = encoder.encode([pieces])[0].ids.tolist()
         return ids, self._tokenizer.decode(ids[-8:]).rstrip().endswith(THINK)
 
     def _encoder(self, thinking: bool | None) -> ChatEncoder:

@@ -45,11 +45,23 @@ class Service:
 
     @cached_property
     def prompts(self) -> ChatPrompts:
-        return ChatPrompts(self.tokenizer)
+        return ChatPrompts(self.tokenizer, self.check_length)
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
         return self.tokenizer.token_bytes()
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters that one token can stand for."""
+        return max(map(len, [*self.token_bytes, *self.tokenizer.special_tokens]))
+
+    def check_length(self, characters: int) -> None:
+        """ApiError 400 for a text that cannot fit the context, whatever its tokens are: encoding megabytes takes
+        seconds, and all cores."""
+        if characters > self.context * self._longest_token:
+            message = f"the prompt has {characters:,} characters, more than a context of {self.context:,} tokens holds"
+            raise ApiError(400, message, code="context_length_exceeded")
 
     def check_model(self, name: str) -> None:
         if name != self.model:
@@ -94,9 +106,11 @@ class Service:
         return await self.worker.submit(Request(prompt, params, name, constraint))
 
     async def encode(self, text: str) -> list[int]:
-        """A raw prompt, behind the bos token."""
-        ids = await asyncio.to_thread(self.tokenizer.encode, text)
-        bos = self.tokenizer.bos_token_id
+        """A raw prompt, behind the bos token. ApiError 400 if it is too long."""
+        self.check_length(len(text))
+        # of a batch of one: `encode` itself would keep Python's lock, and stop every other answer, for as long
+        (found,) = await asyncio.to_thread(self.tokenizer.encode_batch, [text])
+        ids, bos = found.tolist(), self.tokenizer.bos_token_id
         return ids if ids[:1] == [bos] else [bos, *ids]
 
     def token_text(self, token_id: int) -> str:

@@ -91,13 +91,19 @@ class ChatEncoder:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | str | None = None) -> list[int]:
         """Token ids of a conversation and of the header of the assistant's next turn."""
+        return self.encode([self.prompt_pieces(messages, tools)])[0].ids.tolist()
+
+    def prompt_pieces(
+        self, messages: Sequence[Message], tools: Sequence[Any] | str | None = None
+    ) -> list[Piece]:
+        """The text of `prompt`, not encoded yet."""
 
         def render(guarded: list[Any]) -> tuple[str, list[tuple[int, int]]]:
             said, offered = guarded
             return self._render(said, tools=offered, add_generation_prompt=True), []
 
         text, _, guard = self._guarded([_with_text(messages), parse_list(tools, "tools")], render)
-        return self.encode([self._split(text, False, guard)])[0].ids.tolist()
+        return self._split(text, False, guard)
 
     def encode(self, conversations: Sequence[Sequence[Piece]]) -> list[EncodedChat]:
         """What `pieces` gave, as tokens; all conversations at once, on all cores."""

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from minimind import load_tokenizer
 from minimind.inference.requests import MAX_SEED
 from minimind.serving.errors import error_body
 from minimind.serving.protocol import MAX_DEPTH
@@ -13,6 +14,7 @@ from tests.serving.service import WEATHER, serving
 
 HI = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+LONGEST = max(load_tokenizer().special_tokens, key=len)
 NAMED = {"type": "function", "function": {"name": "clock"}}
 FORMAT = {"type": "json_object"}
 DEEP = {}
@@ -42,6 +44,7 @@ def error_of(response, status):
         ({"tools": [WEATHER], "response_format": FORMAT}, 400, "give one of them"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, 400, "enforced"),
         ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "the context 1,024"),
+        ({"messages": [{"role": "user", "content": "x" * 99_000}]}, 400, "characters, more than a context of 1,024"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [
             {"function": {"name": "f", "arguments": "x"}}]}]}, 400, "not a JSON object"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [
@@ -71,6 +74,8 @@ def test_what_is_wrong_is_said(server, change, status, message):
         ({"prompt": [5, 10**6]}, 400, "outside the vocabulary"),
         ({"prompt": "x", "echo": True}, 400, "echo: not served"),
         ({"prompt": "x", "best_of": 3}, 400, "best_of"),
+        ({"prompt": "x" * 99_000}, 400, "99,000 characters, more than a context of 1,024"),
+        ({"prompt": LONGEST * 1022}, 200, ""),  # as many characters as fit
         ({"prompt": []}, 422, "prompt"),
         ({"prompt": [["x"]]}, 422, "prompt"),
         ({}, 422, "prompt"),
