@@ -52,7 +52,8 @@ class StageArgs:
     """Tokens per forward and backward, of all processes together; a step accumulates batch_tokens / micro_tokens of
     them. None: all at once, but no more than 65536, nor more than fit on the GPU (docs/scaling.md)."""
     optimizer: OptimizerName = "muon"
-    """muon: Muon for the matrices and AdamW for the rest; adamw: AdamW for all."""
+    """muon: Muon for the matrices and AdamW for the rest, which came to AdamW's loss in a sixth to a quarter of the
+    tokens (docs/LOG.md) for a quarter more time a step; adamw: AdamW for all."""
     lr: float | None = None
     """Peak learning rate. None takes the preset's."""
     schedule: ScheduleName = "cosine"

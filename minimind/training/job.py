@@ -23,6 +23,7 @@ from minimind.config import ModelConfig
 from minimind.data.progress import say
 from minimind.device import Precision, choose_precision, describe_device
 from minimind.modeling import Model
+from minimind.spans import nvtx_mode
 from minimind.tokenization import Tokenizer
 from minimind.training.arguments import StageArgs
 from minimind.training.batches import DeviceBatches, to_device
@@ -33,7 +34,7 @@ from minimind.training.memory import tokens_that_fit
 from minimind.training.optim import build_optimizers, lr_factor
 from minimind.training.origin import Origin
 from minimind.training.parallel import Parallel
-from minimind.training.profiling import StepProfiler, mark_blocks, nvtx_mode
+from minimind.training.profiling import StepProfiler, mark_blocks
 from minimind.training.run_folder import RunFolder, open_run, record_versions
 from minimind.training.tracking import make_tracker
 from minimind.weights import save_weights
@@ -102,6 +103,10 @@ class Job:
         device = parallel.choose_device(args.device)
         if args.cuda_graph and device.type != "cuda":
             raise ValueError(f"--cuda-graph: there is none on {device}; drop the flag")
+        if args.cuda_graph and parallel.strategy == "fsdp":
+            raise ValueError(
+                "--cuda-graph: FSDP's weights are in another place each time; take --parallel ddp"
+            )
         precision = choose_precision(device, args.precision)
         ops.set_mode("fused" if args.fused else "reference")
         origin = Origin.of(args, console)
@@ -224,6 +229,7 @@ class Job:
             eval_every=math.ceil(plan.steps / max(1, args.evals)),
             save_every=args.save_every or max(1, plan.steps // 20),
             keep_checkpoints=args.keep_checkpoints,
+            own_gradients=args.cuda_graph,
         )
 
     def _say_what_runs(self, plan: Plan, model: Model, lines: Sequence[str]) -> None:

@@ -83,6 +83,7 @@ class LoopOptions:
     eval_every: int = 100
     save_every: int = 100
     keep_checkpoints: int = 2
+    own_gradients: bool = False  # those of a CUDA graph's backward lie in its memory, which it fills anew
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,8 @@ class Trainer:
                 # DDP and FSDP average gradients over ranks, but each rank's loss is a part of the sum, not a sample
                 with span("backward"):
                     ((loss + aux) * ranks).backward()
+            if options.own_gradients and i == 0 and len(batches) > 1:
+                stage.optimizer.own_gradients()
             told = more[0] if more else {}
             losses.append(torch.stack((loss.detach(), aux.detach(), *(v / weight for v in told.values()))))
         stage.loader.fetch()  # while the device computes

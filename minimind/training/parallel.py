@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from minimind.device import choose_device
@@ -217,8 +219,17 @@ def _shard(model: Model, mesh: DeviceMesh) -> None:
     dtype = model.compute_dtype if model.compute_dtype == torch.bfloat16 else None
     # the model itself says what runs in which precision: inputs are not cast
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    placement = partial(_placement, shards=mesh.size(mesh.ndim - 1))
     for block in model.layers:
         if isinstance(block.mlp, MoE):
             fully_shard(block.mlp.router, mesh=mesh)  # float32: near ties decide where a token goes
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def _placement(parameter: nn.Parameter, shards: int) -> Shard | None:
+    """FSDP cuts the first dimension: of 4 stacked experts 8 processes would get one, or nothing. Their second dimension
+    is cut where that is even and the first is not."""
+    if parameter.ndim == 3 and parameter.shape[0] % shards and parameter.shape[1] % shards == 0:
+        return Shard(1)
+    return None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch.distributed.tensor import DTensor
 
 from minimind import ModelConfig, load_tokenizer
 from minimind.modeling import Model
@@ -44,15 +45,19 @@ class Rows:
         return TokenBatch(inputs, targets, cu, count, ROWS * LENGTH - 24)
 
 
-def train(parallel: Parallel, level: str) -> tuple[Model | None, torch.Tensor]:
+def train(parallel: Parallel, level: str, experts: int) -> tuple[Model | None, torch.Tensor]:
     """Weights after two steps of two micro-batches, and the figures of both steps."""
     config = ModelConfig(
-        32, 1, 2, 1, 16, 48, VOCAB, num_experts=4, num_experts_per_tok=2, num_shared_experts=1,
+        32, 1, 2, 1, 16, 48, VOCAB, num_experts=experts, num_experts_per_tok=2, num_shared_experts=1,
         moe_intermediate_size=24, router_aux_loss_coef=5.0, router_aux_loss_level=level,
     )  # fmt: skip
     torch.manual_seed(0)
     model = Model(config)
     wrapped = parallel.wrap(model)
+    if parallel.strategy == "fsdp":
+        stacked = [p for p in model.parameters() if p.ndim == 3]
+        assert len(stacked) == 2 and all(isinstance(p, DTensor) for p in stacked)
+        assert all(p.to_local().numel() * parallel.world_size == p.numel() for p in stacked), "equal shards"
     stage = Stage(
         model=model,
         tokenizer=load_tokenizer(),
@@ -74,17 +79,17 @@ def train(parallel: Parallel, level: str) -> tuple[Model | None, torch.Tensor]:
     assert all(row.names == ("max_violation", "min_load") for row in trainer.pending)
     figures = parallel.sum(torch.stack([row.figures for row in trainer.pending]))
     most, least = figures[:, 3:].unbind(1)  # means over ranks and micro-batches, of their own tokens
-    assert (most >= 0).all() and (most <= 4 / 2 - 1).all() and (least >= 0).all() and (least <= 1).all()
+    assert (most >= 0).all() and (most <= experts / 2 - 1).all() and (least >= 0).all() and (least <= 1).all()
     return parallel.whole(model), figures[:, :3]
 
 
 def main() -> None:
     world = Parallel.from_env("ddp", 1)
     world.join(torch.device("cpu"))
-    for level in ("batch", "sequence"):
-        alone, expected = train(Parallel(), level)
+    for level, experts in (("batch", 4), ("sequence", 3)):  # 3 are cut along another dimension than 4
+        alone, expected = train(Parallel(), level, experts)
         for strategy in ("ddp", "fsdp"):
-            together, figures = train(Parallel(strategy, world.rank, 0, world.world_size), level)
+            together, figures = train(Parallel(strategy, world.rank, 0, world.world_size), level, experts)
             torch.testing.assert_close(figures, expected, rtol=1e-5, atol=1e-5, msg=f"{strategy}, {level}")
             if world.main:
                 for (name, a), b in zip(together.named_parameters(), alone.parameters(), strict=True):

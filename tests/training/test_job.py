@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from minimind import ModelConfig
+from minimind.training.arguments import StageArgs
 from minimind.training.job import Job
 
 
@@ -36,3 +38,12 @@ def test_micro_tokens_fit_the_card(monkeypatch, preset, gib, ranks, recompute, s
         config=ModelConfig.preset(preset), args=SimpleNamespace(seq_len=512, recompute=recompute),
     )  # fmt: skip
     assert Job._micro_tokens(job, step) == expected
+
+
+def test_cuda_graphs_need_weights_that_stay_where_they_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"--cuda-graph: FSDP's weights .* take --parallel ddp"):
+        Job.begin("pretrain", StageArgs(compile=True, cuda_graph=True, parallel="fsdp"), Console(quiet=True))

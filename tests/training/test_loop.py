@@ -1,0 +1,79 @@
+"""A step of the loop, driven by hand."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from minimind import ModelConfig, load_tokenizer
+from minimind.modeling import Model
+from minimind.objectives.next_token import TokenBatch, next_token_loss
+from minimind.training.loop import LoopOptions, Stage, StageLoss, Trainer
+from minimind.training.optim import build_optimizers
+from minimind.training.run_folder import RunFolder
+from minimind.training.tracking import NoTracker
+
+TINY = ModelConfig(32, 1, 2, 1, 16, 48, 50)
+
+
+class Same:
+    """One batch again and again."""
+
+    host = None
+
+    def __init__(self) -> None:
+        ids = torch.arange(16).view(1, 16)
+        self.batch = TokenBatch(ids, ids, torch.tensor([0, 16], dtype=torch.int32), 16, 16)
+
+    def next_batch(self) -> TokenBatch:
+        return self.batch
+
+    def fetch(self) -> None:
+        pass
+
+    def state(self) -> dict[str, int]:
+        return {}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+def step(own_gradients: bool) -> tuple[list[bool], Tensor]:
+    """One step of three micro-batches -> before the second and the third, whether the gradients are still the tensors
+    that the first backward gave; the weights afterwards."""
+    torch.manual_seed(0)
+    model = Model(TINY)
+    given: dict[str, int] = {}
+    kept: list[bool] = []
+
+    def loss(batch: TokenBatch) -> StageLoss:
+        gradients = {n: p.grad.data_ptr() for n, p in model.named_parameters() if p.grad is not None}
+        if gradients:
+            kept.append(gradients == given)
+            assert gradients == given or not gradients.items() & given.items()
+        return next_token_loss(model, batch)
+
+    def note(parameter: Tensor, name: str) -> None:
+        assert parameter.grad is not None
+        given.setdefault(name, parameter.grad.data_ptr())
+
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(partial(note, name=name))
+    stage = Stage(
+        model=model, tokenizer=load_tokenizer(), optimizer=build_optimizers(model, "adamw", 1e-2, 0.1), loader=Same(),
+        loss=loss, peak_lr=1e-2, lr_factor=lambda step: 1.0, evaluate=lambda final: {}, sample=lambda: "",
+        describe=lambda batch: [], title="", data_fingerprint="",
+    )  # fmt: skip
+    options = LoopOptions(steps=1, micro_batches=3, own_gradients=own_gradients)
+    Trainer(stage, options, RunFolder(Path(), None, None), NoTracker(), Console())._train_step()
+    return kept, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_what_a_cuda_graph_gave_out_is_not_added_to():
+    """A graph's backward writes its gradients to one place each time: a sum that lay there would be lost."""
+    kept, weights = step(own_gradients=False)
+    assert kept == [True, True], "autograd keeps the tensor it is given"
+    kept, same = step(own_gradients=True)
+    assert kept == [False, False] and torch.equal(weights, same)
