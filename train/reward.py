@@ -52,7 +52,7 @@ class Args(StageArgs):
     --tokenizer). None: the newest finished run of train/sft.py under runs/."""
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"chosen": [{"role": ..., "content": ...}, ...],
-    "rejected": [...]} rows. None: a few hundred pairs about manners that come with the program."""
+    "rejected": [...]} rows. None: a thousand pairs about manners that come with the program."""
     heldout_data: tuple[str, ...] = ()
     """Pairs to measure on, instead of --heldout."""
     centering: float = 0.01

@@ -20,8 +20,9 @@ from minimind.training.checkpoint import list_checkpoints
 from minimind.weights import save_weights
 
 SCRIPT = Path(__file__).parents[2] / "train" / "pretrain.py"
-# One thread: the shapes are too small for two, and two suffer when other tests run beside them.
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+# One thread: the shapes are too small for two, and two suffer when other tests run beside them. The repository is where
+# --reward function= finds the tests' own rewards.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[1])}
 TWO_THREADS = {"OMP_NUM_THREADS": "2", **os.environ}
 TINY = ModelConfig(64, 2, 4, 2, 16, 128, qk_norm=True)
 

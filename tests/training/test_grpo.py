@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import signal
 import subprocess
 import sys
@@ -12,15 +11,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from minimind import load_model
 from minimind.weights import save_weights
-from tests.training.runs import ONE_THREAD, SCRIPT, last_step, reproducible, run
-from tests.training.test_lora import TINY, rows_of, save_origin
+from tests.training.runs import (
+    ONE_THREAD,
+    SCRIPT,
+    TINY,
+    assert_continues_to_the_bit,
+    assert_same_curve,
+    call,
+    finish,
+    last_step,
+    reproducible,
+    rows_of,
+    run,
+    save_origin,
+    torchrun,
+)
 
 GRPO = SCRIPT.with_name("grpo.py")
-ENV = {**ONE_THREAD, "PYTHONPATH": str(SCRIPT.parents[1])}
 TOY = "function=tests.training.toy_rewards:"
 # Two steps of two micro-batches on each of four rollouts: a checkpoint after step 3 lies inside one.
 FLAGS = ["--rollouts", "4", "--prompts", "4", "--samples", "4", "--minibatches", "2", "--micro-batches", "2", "--evals",
@@ -47,12 +57,6 @@ def prompts(tmp_path_factory) -> Path:
 def command(origin: Path, prompts: Path, out: Path, *extra: str) -> list[str]:
     return [sys.executable, str(GRPO), "--from", str(origin), "--data", str(prompts), "--out", str(out),
             "--max-new-tokens", "6", *FLAGS, *extra]  # fmt: skip
-
-
-def finish(arguments: list[str]) -> str:
-    answer = run(arguments, ENV)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    return answer.stdout
 
 
 @pytest.fixture(scope="module")
@@ -87,41 +91,21 @@ def test_first_step_follows_the_rewards(unbroken):
     assert first["grad_norm"] > 0.01
 
 
-def start_and_kill(arguments: list[str], out: Path, step: int) -> None:
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and last_step(out) < step:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-
-
 def test_killed_inside_a_rollout_and_started_again_the_run_is_the_same_to_the_bit(
     unbroken, origin, prompts, tmp_path
 ):
     out = tmp_path / "killed"
-    arguments = command(origin, prompts, out, "--show", "1")
-    start_and_kill(arguments, out, 4)
-    assert "continuing after step" in finish(arguments)
-    assert reproducible(out) == reproducible(unbroken)
-    last = f"checkpoints/step-{STEPS:08d}/model.safetensors"
-    assert (out / last).read_bytes() == (unbroken / last).read_bytes()
+    assert_continues_to_the_bit(command(origin, prompts, out, "--show", "1"), out, unbroken, 4)
 
 
-def torchrun(arguments: list[str], processes: int = 2) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *launcher, *arguments[1:]]
+def assert_same_rollouts(out: Path, truth: Path) -> None:
+    """The same curves, but for how far engine and trainer are apart: that is rounding."""
 
+    def compared(folder: Path) -> list[dict]:
+        rounding = {"drift_mean", "drift_max", "ratio_drift", "behaviour_kl"}
+        return [{k: v for k, v in row.items() if k not in rounding} for row in reproducible(folder)]
 
-def assert_same_curve(out: Path, truth: Path) -> None:
-    rows, expected = reproducible(out), reproducible(truth)
-    assert [row["kind"] for row in rows] == [row["kind"] for row in expected]
-    for row, other in zip(rows, expected, strict=True):
-        assert row.keys() == other.keys()
-        row.pop("kind"), other.pop("kind")
-        # a few answers are compared for the drift, of every rank its own
-        for name in row.keys() - {"drift_mean", "drift_max", "ratio_drift", "behaviour_kl"}:
-            assert row[name] == pytest.approx(other[name], rel=1e-3, abs=2e-5), (row["step"], name)
+    assert_same_curve(compared(out), compared(truth), rel=1e-3, abs=2e-5)
 
 
 PLAIN = ["--optimizer", "adamw", "--grad-clip", "1000"]
@@ -136,19 +120,19 @@ def alone(origin, prompts, tmp_path_factory) -> Path:
 
 def test_curve_of_two_processes_is_that_of_one(origin, prompts, alone, tmp_path):
     out = tmp_path / "two"
-    text = finish(torchrun(command(origin, prompts, out, *PLAIN)))
+    text = finish(torchrun(2, command(origin, prompts, out, *PLAIN)))
     assert text.count("finished in") == 1
-    assert_same_curve(out, alone)
+    assert_same_rollouts(out, alone)
 
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_with_one_inside_a_rollout(origin, prompts, alone, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(
-        torchrun(command(origin, prompts, out, *PLAIN)),
+        torchrun(2, command(origin, prompts, out, *PLAIN)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=ENV,
+        env=ONE_THREAD,
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None and last_step(out) < 4:
@@ -156,7 +140,7 @@ def test_a_run_of_two_processes_goes_on_with_one_inside_a_rollout(origin, prompt
     process.send_signal(signal.SIGTERM)
     process.wait()
     assert "continuing after step" in finish(command(origin, prompts, out, *PLAIN))
-    assert_same_curve(out, alone)
+    assert_same_rollouts(out, alone)
 
 
 @pytest.mark.slow
@@ -171,13 +155,12 @@ def test_other_losses_raise_the_reward_too(loss, origin, prompts, tmp_path):
 
 def attempt(origin: Path, prompts: Path, out: Path, **flags) -> None:
     """The script's main with these flags, in this process."""
-    names = runpy.run_path(str(GRPO))
     settings = {
         "from_": str(origin), "data": (str(prompts),), "out": str(out), "max_new_tokens": 6, "rollouts": 4,
         "prompts": 4, "samples": 4, "evals": 1, "eval_prompts": 4, "precision": "fp32", "lr": 0.003,
         "reward": (TOY + "vowels",), **flags,
     }  # fmt: skip
-    assert names["main"](names["Args"](**settings), Console(quiet=True))
+    call(GRPO, **settings)
 
 
 def test_failing_rewards_are_counted_and_the_run_goes_on_or_stops(origin, prompts, tmp_path):
@@ -241,6 +224,6 @@ def test_weights_that_are_not_finite_stop_the_run_with_a_line(origin, prompts, t
 
 def test_a_rate_too_high_ends_in_a_line_and_keeps_the_checkpoints(origin, prompts, tmp_path):
     flags = ["--lr", "1e30", "--grad-clip", "1e30", "--warmup", "0.001", "--save-every", "1"]
-    answer = run(command(origin, prompts, tmp_path / "out", *flags), ENV)
+    answer = run(command(origin, prompts, tmp_path / "out", *flags))
     assert answer.returncode == 2 and "Traceback" not in answer.stderr, answer.stderr
     assert "error: step" in answer.stdout and "Checkpoints are from before" in answer.stdout

@@ -14,9 +14,17 @@ import torch
 from minimind import load_model
 from minimind.training.checkpoint import list_checkpoints, load_trainer_state
 from minimind.value_head import load_value_model
-from tests.training.runs import SCRIPT, reproducible, run
-from tests.training.test_grpo import ENV, TOY, assert_same_curve, finish, start_and_kill, torchrun
-from tests.training.test_lora import TINY, rows_of, save_origin
+from tests.training.runs import (
+    SCRIPT,
+    TINY,
+    assert_continues_to_the_bit,
+    finish,
+    rows_of,
+    run,
+    save_origin,
+    torchrun,
+)
+from tests.training.test_grpo import TOY, assert_same_rollouts
 
 FLAGS = ["--rollouts", "4", "--prompts", "12", "--evals", "2", "--eval-prompts", "12", "--save-every", "3",
          "--minibatches", "2", "--lr", "0.003", "--precision", "fp32", "--max-new-tokens", "6", "--grad-clip", "1000",
@@ -68,18 +76,15 @@ def test_killed_inside_a_rollout_and_started_again_the_run_is_the_same_to_the_bi
     name, unbroken, origin, prompts, tmp_path
 ):
     out, whole = tmp_path / "killed", unbroken(name)
-    arguments = command(name, origin, prompts, out)
-    start_and_kill(arguments, out, 4)
-    assert "continuing after step" in finish(arguments)
-    assert reproducible(out) == reproducible(whole)
-    for file in list_checkpoints(whole)[-1].rglob("*.safetensors"):
+    assert_continues_to_the_bit(command(name, origin, prompts, out), out, whole, 4)
+    for file in list_checkpoints(whole)[-1].rglob("critic/*.safetensors"):
         assert (out / file.relative_to(whole)).read_bytes() == file.read_bytes()
 
 
 @some
 def test_curve_of_two_processes_is_that_of_one(name, unbroken, origin, prompts, tmp_path):
-    finish(torchrun(command(name, origin, prompts, tmp_path / "two")))
-    assert_same_curve(tmp_path / "two", unbroken(name))
+    finish(torchrun(2, command(name, origin, prompts, tmp_path / "two")))
+    assert_same_rollouts(tmp_path / "two", unbroken(name))
 
 
 def test_the_critic_learns_and_lies_beside_the_policy(unbroken, origin):
@@ -135,6 +140,6 @@ def test_numbers_without_meaning_are_refused_before_anything_is_made(script, fla
     ],
 )
 def test_errors_are_one_line(name, flags, message, origin, prompts, tmp_path):
-    answer = run(command(name, origin, prompts, tmp_path / "no", *flags), ENV)
+    answer = run(command(name, origin, prompts, tmp_path / "no", *flags))
     assert answer.returncode == 2 and "Traceback" not in answer.stderr, answer.stderr
     assert message in " ".join(answer.stdout.split()), answer.stdout

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from minimind.training.rl_inputs import WEAK
-from tests.training.runs import SCRIPT
-from tests.training.test_lora import rows_of
+from tests.training.runs import SCRIPT, rows_of
 
 STEPS = {"grpo": 1, "ppo": 4, "spo": 1}  # on each rollout
 
