@@ -8,6 +8,7 @@ label: `score.weight` beside the decoder's own tensors, under the names of HF Ll
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,6 +93,8 @@ def save_value_model(model: Model, folder: Path) -> None:
     head = state.pop("value_head.weight")
     stock = {k: v.contiguous() for k, v in to_stock(state, model.config).items()}
     save_file(stock | {SCORE: head.contiguous()}, folder / "model.safetensors", metadata={"format": "pt"})
+    # safetensors lets its owner alone read it
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def load_value_model(path: str | Path, config: ModelConfig | None = None) -> ValueModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ def save_weights(model: Model, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
     state = {k: v.contiguous() for k, v in to_stock(merged_state(model), model.config).items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    # safetensors lets its owner alone read it
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def checkpoint_folder(path: Path) -> Path:

@@ -1,13 +1,20 @@
 """Checkpoints are whole or not there."""
 
+import os
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import SafetensorError
 
 from minimind import ModelConfig, load_model, load_tokenizer, weights
+from minimind.lora import LoRAConfig, add_adapter
+from minimind.lora_files import save_adapter
 from minimind.modeling import Model
 from minimind.training import checkpoint
 from minimind.training.checkpoint import list_checkpoints, load_trainer_state, save_checkpoint
+from minimind.value_head import ValueModel, save_value_model
 
 CONFIG = ModelConfig(32, 1, 2, 1, 16, 48, 50)
 
@@ -43,6 +50,29 @@ def test_full_disk_leaves_the_older_checkpoint_and_nothing_else(tmp_path, monkey
     monkeypatch.undo()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert load_model(tmp_path).config == CONFIG
+
+
+def adapter(folder: Path) -> None:
+    model = Model(CONFIG)
+    add_adapter(model, LoRAConfig(rank=2))
+    save_adapter(model, folder)
+
+
+@pytest.mark.parametrize("write", [
+    lambda folder: save(folder, 1),
+    lambda folder: save_value_model(ValueModel(CONFIG), folder),
+    adapter,
+], ids=["checkpoint", "value model", "adapter"])  # fmt: skip
+def test_files_are_as_readable_as_the_umask_lets_them(tmp_path, write: Callable[[Path], None]):
+    """On a shared machine another user serves the model; safetensors alone would keep it to its owner."""
+    before = os.umask(0o027)
+    try:
+        write(tmp_path)
+    finally:
+        os.umask(before)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert any(file.suffix == ".safetensors" for file in files)
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o640}
 
 
 def test_unreadable_trainer_state_is_named(tmp_path):
