@@ -2,7 +2,7 @@
 
 Counted are the tensors that the Triton path keeps for the backward in 16-bit compute, the float32 master weights with
 gradient and AdamW state, a 16-bit copy of the weights, and the head's gradient and chunk of logits. The allocator's
-fragments and CUDA's own half gigabyte are left to `share`. tests/training/test_memory.py compares the first with what
+fragments and CUDA's own half gigabyte are left to `share`. tests/kernels/test_memory.py compares the first with what
 autograd saves; `torch.compile` may keep less, as it computes some of it again.
 """
 
