@@ -8,6 +8,7 @@ them draw their next token together. Requests join and leave between steps.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Iterable, Iterator
 
@@ -300,7 +301,9 @@ class Engine:
                 scheduler.decoded(sample)
             track: Track = sample.track
             if log_prob != log_prob:
-                track.job.error = "the model's logits are not finite; do its weights hold NaN?"
+                track.job.error = (
+                    track.job.error or "the model's logits are not finite; do its weights hold NaN?"
+                )
                 delta = track.finish(sample, "error")
             else:
                 sample.tokens.append(token)
@@ -316,9 +319,15 @@ class Engine:
         """Rule out, in place, what the constraints of samples do not allow. logits [B, V]."""
         for row, sample in enumerate(self._batch.samples):
             constraint = sample.track.constraint
-            if constraint is not None and (allowed := constraint.allowed()) is not None:
+            try:
+                allowed = None if constraint is None else constraint.allowed()
+            except ValueError as problem:
+                sample.track.job.error = str(problem)
+                logits[row] = math.nan  # no token can be drawn: the sample ends
+                continue
+            if allowed is not None:
                 ruled_out = torch.from_numpy(~allowed).to(logits.device)
-                logits[row].masked_fill_(ruled_out, float("-inf"))
+                logits[row].masked_fill_(ruled_out, -math.inf)
 
     def _alternatives(self, logits: Tensor) -> dict[int, tuple[TopLogProbs, ...]]:
         """By row, for the samples that asked: the likeliest tokens and their log-probabilities."""

@@ -80,7 +80,8 @@ class Constraint(Protocol):
     """What one sample may say, decided token by token; a grammar, for example."""
 
     def allowed(self) -> np.ndarray | None:
-        """The tokens that may come next, bool [vocab_size]; None: all of them."""
+        """The tokens that may come next, bool [vocab_size]; None: all of them. ValueError, one line, where none may:
+        the sample ends with "error", and the output says why."""
 
     def advance(self, token_id: int) -> None:
         """This token was drawn."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,9 +59,10 @@ class Grammars:
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_lark(grammar), log_level=0)
+        matcher.compute_bitmask()  # a schema such as {"$ref": "#"}, which nothing fits, is an error only now
         if problem := matcher.get_error():
-            reason = problem.splitlines()[0].rpartition("failed to compile JSON schema: ")[2][:300]
-            raise ApiError(400, f"{param}: this schema cannot be enforced: {reason}", param=param)
+            message = f"{param}: this schema cannot be enforced: {_reason(problem)}"
+            raise ApiError(400, message, param=param)
         after = self._tokenizer.special_tokens.get(END_THINK) if reasoning else None
         if reasoning and after is None:
             raise ApiError(
@@ -96,6 +98,8 @@ class GrammarConstraint:
         if self._after is not None:
             return None
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():  # the mask then has the end token alone, as if the answer were complete
+            raise ValueError(f"the grammar cannot go on: {_reason(self._matcher.get_error())}")
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(bool)
 
     def advance(self, token_id: int) -> None:
@@ -103,6 +107,14 @@ class GrammarConstraint:
             self._matcher.consume_token(token_id)
         elif token_id == self._after:
             self._after = None
+
+
+def _reason(problem: str) -> str:
+    """llguidance's message as one line, without the grammar and the parser's state that it shows."""
+    said = " ".join(re.split(r"\n +\d+ \| |\n<state>", problem)[0].split())
+    if said == "NoExtensionBias":
+        return "nothing fits it"
+    return said.rpartition("failed to compile JSON schema: ")[2][:300]
 
 
 def _lark(rules: str, **schemas: dict[str, Any]) -> str:

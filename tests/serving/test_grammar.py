@@ -56,6 +56,21 @@ def test_a_preempted_sample_goes_on_where_its_grammar_was():
     assert tight.stats().preemptions > 0
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_grammar_that_comes_to_no_end_is_an_error_of_that_answer_alone(backend):
+    """An object that must hold another such object: after the first brace there is nothing finite to say."""
+    tokenizer = small_tokenizer()
+    endless = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+    constraint = Grammars(tokenizer).json_schema(endless, reasoning=False)
+    requests = [
+        Request([1, 5, 9], SamplingParams(20, seed=1), constraint=c) for c in (None, constraint, None)
+    ]
+    engine = Engine(small_model(), tokenizer, kv_tokens=4096, max_batch=4, backend=backend)
+    free, bound, other = engine.generate(requests)
+    assert bound.finish_reason == "error" and bound.error.startswith("the grammar cannot go on: parser error")
+    assert free.token_ids == other.token_ids == engine.generate(requests[:1])[0].token_ids
+
+
 def test_behind_reasoning_the_grammar_begins_at_its_end():
     constraint = Grammars(small_tokenizer()).json_object(reasoning=True)()
     assert constraint.allowed() is None
@@ -85,6 +100,8 @@ def test_a_complete_value_can_only_end():
         ({"$ref": "https://example.com/schema.json"}, "retriev"),
         ({"type": "string", "format": "poem"}, "poem"),
         ({"title": "\ud800"}, "hex escape"),
+        ({"type": "string", "pattern": "["}, "unclosed character class$"),
+        ({"$ref": "#"}, "nothing fits it"),
         ({"allOf": [{"type": "string"}, {"type": "object"}]}, "nsatisfiable"),
     ],
 )
