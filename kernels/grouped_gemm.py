@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minimind.kernels.swiglu import sigmoid
 from minimind.kernels.triton_support import cdiv, config_for, jit, launch, next_power_of_2, tl
 
 GROUP_M = 8  # rows of tiles that are walked column by column together, so that they share what is in L2
@@ -46,19 +47,21 @@ class Config:
     weight_grad: Tile
 
 
+_SMALL_TILES = Config(
+    hidden=Tile(128, 64, 32, num_warps=8, num_stages=4),
+    scatter=Tile(128, 128, 32, num_warps=8, num_stages=4),
+    hidden_grad=Tile(128, 64, 32, num_warps=8, num_stages=4),
+    weight_grad=Tile(128, 128, 32, num_warps=8, num_stages=8),
+)
 HALF_CONFIGS = {
-    80: Config(
-        hidden=Tile(128, 64, 32, num_warps=8, num_stages=4),
-        scatter=Tile(128, 128, 32, num_warps=8, num_stages=4),
-        hidden_grad=Tile(128, 64, 32, num_warps=8, num_stages=4),
-        weight_grad=Tile(128, 128, 32, num_warps=8, num_stages=8),
-    ),
+    80: _SMALL_TILES,
     90: Config(
         hidden=Tile(128, 128, 64, num_warps=8, num_stages=3),
         scatter=Tile(128, 128, 64, num_warps=8, num_stages=3),
         hidden_grad=Tile(128, 64, 64, num_warps=8, num_stages=3),
         weight_grad=Tile(128, 128, 64, num_warps=8, num_stages=6),
     ),
+    120: _SMALL_TILES,  # 99 KiB and the tensor cores of sm_80 again: the tiles of sm_90 spill
 }
 FLOAT_CONFIGS = {
     80: Config(
@@ -69,12 +72,6 @@ FLOAT_CONFIGS = {
     )
 }
 SUM_ROWS, SUM_COLUMNS = 16, 128  # of a tile of sum_copies
-
-
-@jit
-def _sigmoid(x):
-    b_exp = tl.exp(-tl.abs(x))  # at most 1, so that nothing overflows
-    return tl.where(x >= 0, 1.0, b_exp) / (1.0 + b_exp)
 
 
 @jit
@@ -136,7 +133,7 @@ def _moe_hidden_kernel(
         p_gate_up += o_row * (2 * INTER) + o_n[None, :]
         tl.store(p_gate_up, b_gate, mask=mask)
         tl.store(p_gate_up + INTER, b_up, mask=mask)
-    tl.store(p_hidden + o_row * INTER + o_n[None, :], b_gate * _sigmoid(b_gate) * b_up, mask=mask)
+    tl.store(p_hidden + o_row * INTER + o_n[None, :], b_gate * sigmoid(b_gate) * b_up, mask=mask)
 
 
 @jit(do_not_specialize=["n_m"])
@@ -185,7 +182,7 @@ def _swiglu_grad(b_dh, p_gate_up, p_dgate_up, p_scaled, o_row, o_n, m_row, b_sca
     p_gate_up += o_row * (2 * INTER) + o_n
     b_gate = tl.load(p_gate_up, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N / 2]
     b_up = tl.load(p_gate_up + INTER, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N / 2]
-    b_sigmoid = _sigmoid(b_gate)
+    b_sigmoid = sigmoid(b_gate)
     b_silu = b_gate * b_sigmoid
     b_h = b_silu * b_up
     if p_scaled is not None:
@@ -306,11 +303,6 @@ def _launch(kernel, tile: Tile, order: Tensor, offsets: Tensor, columns: int, *a
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """x [N, C], copied unless its last dimension is contiguous."""
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def hidden(

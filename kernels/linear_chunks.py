@@ -26,6 +26,7 @@ from minimind.kernels.triton_support import (
     jit,
     next_power_of_2,
     on_host,
+    own_precision,
     tl,
 )
 
@@ -155,8 +156,8 @@ def select_rows(keep: Tensor, num_targets: int | None) -> Rows:
         kept = int(keep.sum())
         check(
             num_targets is None or num_targets >= kept,
-            f"num_targets is {num_targets}, but {kept} rows count; give at least that, or None",
-        )
+            "num_targets is {}, but {} rows count; give at least that, or None", num_targets, kept,
+        )  # fmt: skip
         if num_targets is None and keep.device.type == "cpu":
             num_targets = kept
     if num_targets is None or num_targets >= total:
@@ -181,8 +182,8 @@ def target_rows(
     if on_host(targets):
         check(
             not bool(bad.any()),
-            f"targets holds numbers outside 0..{vocab - 1} other than ignore_index ({ignore_index})",
-        )
+            "targets holds numbers outside 0..{} other than ignore_index ({})", vocab - 1, ignore_index,
+        )  # fmt: skip
     scale = keep.float() if loss_weights is None else loss_weights.masked_fill(~keep, 0)
     return inside, scale.masked_fill(bad, float("nan"))
 
@@ -214,18 +215,19 @@ def run_chunks(
     dx = new(x.shape if need_dx else (0,), dtype=x.dtype, device=x.device)
     dw = torch.zeros(w.shape if need_dw else (0,), dtype=torch.float32, device=x.device)
     buffer = torch.empty(min(chunk, rows.count), w.shape[0], dtype=x.dtype, device=x.device)
-    for start in range(0, rows.count, chunk):
-        part = slice(start, min(start + chunk, rows.count))
-        x_part = rows.chunk(x, part)
-        dlogits = row_function(part, torch.matmul(x_part, w.t(), out=buffer[: part.stop - start]))
-        if need_dx and rows.index is None:
-            torch.mm(dlogits, w, out=dx[part])
-        elif need_dx and rows.index is not None:
-            dx.index_copy_(0, rows.index[part], torch.mm(dlogits, w))
-        if need_dw and dlogits.dtype == dw.dtype:
-            dw.addmm_(dlogits.t(), x_part)
-        elif need_dw:
-            dw += torch.mm(dlogits.t(), x_part)
+    with own_precision(x.device):
+        for start in range(0, rows.count, chunk):
+            part = slice(start, min(start + chunk, rows.count))
+            x_part = rows.chunk(x, part)
+            dlogits = row_function(part, torch.matmul(x_part, w.t(), out=buffer[: part.stop - start]))
+            if need_dx and rows.index is None:
+                torch.mm(dlogits, w, out=dx[part])
+            elif need_dx and rows.index is not None:
+                dx.index_copy_(0, rows.index[part], torch.mm(dlogits, w))
+            if need_dw and dlogits.dtype == dw.dtype:
+                dw.addmm_(dlogits.t(), x_part)
+            elif need_dw:
+                dw += torch.mm(dlogits.t(), x_part)
     return dx, dw
 
 
@@ -295,45 +297,38 @@ def check_head(
     num_targets: int | None,
     names: tuple[str, str] = ("x", "weight"),
 ) -> None:
-    """x [N, D] and weight [V, D], floating-point tensors of one device, which runs the chosen form.
-
-    The messages are made only where they are needed: torch.compile cannot print a size that varies."""
+    """x [N, D] and weight [V, D], floating-point tensors of one device, which runs the chosen form."""
     pair = dict(zip(names, (x, weight), strict=True))
     if kernels:
         check_tensors(**pair)
     for name, tensor in pair.items():
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{name} is {tensor.dtype}; these losses take float32, bfloat16 and float16")
-        if tensor.ndim != 2:
-            raise ValueError(f"{name} is {list(tensor.shape)}, and should have two dimensions")
-    if weight.device != x.device:
-        raise ValueError(
-            f"{names[1]} is on {weight.device} and {names[0]} on {x.device}; move them to one device"
-        )
-    if weight.shape[1] != x.shape[1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"{names[1]} is {list(weight.shape)}, and {names[0]} {list(x.shape)} needs "
-            f"[vocabulary, {x.shape[1]}]"
-        )
-    if num_targets is not None and num_targets < 0:
-        raise ValueError(f"num_targets is {num_targets}; give a number of rows, or None")
+        message = "{} is {}; these losses take float32, bfloat16 and float16"
+        check(tensor.dtype in FLOATS, message, name, tensor.dtype)
+        check(tensor.ndim == 2, "{} is {}, and should have two dimensions", name, list(tensor.shape))
+    message = "{} is on {} and {} on {}; move them to one device"
+    check(weight.device == x.device, message, names[1], weight.device, names[0], x.device)
+    check(
+        weight.shape[1] == x.shape[1] and weight.shape[0] > 0, "{} is {}, and {} {} needs [vocabulary, {}]",
+        names[1], list(weight.shape), names[0], list(x.shape), x.shape[1],
+    )  # fmt: skip
+    message = "num_targets is {}; give a number of rows, or None"
+    check(num_targets is None or num_targets >= 0, message, num_targets)
 
 
 def check_per_row(x: Tensor, dtype: torch.dtype, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
-        if tensor is None or (tensor.shape, tensor.dtype, tensor.device) == (x.shape[:1], dtype, x.device):
-            continue
-        raise ValueError(
-            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, "
-            f"and should be {dtype} [{x.shape[0]}] on {x.device}"
-        )
+        if tensor is not None:
+            check(
+                (tensor.shape, tensor.dtype, tensor.device) == (x.shape[:1], dtype, x.device),
+                "{} is {} {} on {}, and should be {} [{}] on {}",
+                name, tensor.dtype, list(tensor.shape), tensor.device, dtype, x.shape[0], x.device,
+            )  # fmt: skip
 
 
 def check_weight_sum(x: Tensor, weight_sum: Tensor | None) -> None:
-    if weight_sum is None:
-        return
-    if (weight_sum.ndim, weight_sum.dtype, weight_sum.device) != (0, torch.float32, x.device):
-        raise ValueError(
-            f"weight_sum is {weight_sum.dtype} {list(weight_sum.shape)} on {weight_sum.device}, "
-            f"and should be a float32 scalar tensor on {x.device}"
-        )
+    if weight_sum is not None:
+        check(
+            (weight_sum.ndim, weight_sum.dtype, weight_sum.device) == (0, torch.float32, x.device),
+            "weight_sum is {} {} on {}, and should be a float32 scalar tensor on {}",
+            weight_sum.dtype, list(weight_sum.shape), weight_sum.device, x.device,
+        )  # fmt: skip

@@ -213,7 +213,7 @@ def linear_cross_entropy(
     check_per_row(x, torch.int64, targets=targets)
     check_per_row(x, torch.float32, loss_weights=loss_weights)
     check_weight_sum(x, weight_sum)
-    check(softcap >= 0, f"softcap is {softcap}; give a positive number, or 0 for none")
+    check(softcap >= 0, "softcap is {}; give a positive number, or 0 for none", softcap)
     mantissa, power = split_weight_sum(weight_sum)
     grad = torch.is_grad_enabled()
     total, _, _ = _linear_cross_entropy(

@@ -284,19 +284,17 @@ def linear_distillation(
     """
     check_head(kernels, x, weight, num_targets)
     check_head(kernels, teacher_x, teacher_weight, num_targets, ("teacher_x", "teacher_weight"))
-    if teacher_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"teacher_weight has {teacher_weight.shape[0]} rows and weight {weight.shape[0]}; "
-            "the two models need one vocabulary"
-        )
-    if teacher_x.shape[0] != x.shape[0] or teacher_x.device != x.device:
-        raise ValueError(
-            f"teacher_x has {teacher_x.shape[0]} rows on {teacher_x.device}, and x {x.shape[0]} on {x.device}"
-        )
+    words = teacher_weight.shape[0], weight.shape[0]
+    message = "teacher_weight has {} rows and weight {}; the two models need one vocabulary"
+    check(words[0] == words[1], message, *words)
+    check(
+        (teacher_x.shape[0], teacher_x.device) == (x.shape[0], x.device),
+        "teacher_x has {} rows on {}, and x {} on {}", teacher_x.shape[0], teacher_x.device, x.shape[0], x.device,
+    )  # fmt: skip
     check_per_row(x, torch.float32, loss_weights=loss_weights)
     check_weight_sum(x, weight_sum)
-    check(temperature > 0, f"temperature is {temperature}; give a positive number")
-    check(0 <= beta <= 1, f"beta is {beta}; give a number from 0 to 1")
+    check(temperature > 0, "temperature is {}; give a positive number", temperature)
+    check(0 <= beta <= 1, "beta is {}; give a number from 0 to 1", beta)
     mantissa, power = split_weight_sum(weight_sum)
     grad = torch.is_grad_enabled()
     total, _, _ = _linear_distillation(

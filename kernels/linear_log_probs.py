@@ -345,8 +345,8 @@ def linear_log_probs(
     """
     check_head(kernels, x, weight, num_targets)
     check_per_row(x, torch.int64, targets=targets)
-    check(temperature > 0, f"temperature is {temperature}; give a positive number")
-    check(softcap >= 0, f"softcap is {softcap}; give a positive number, or 0 for none")
+    check(temperature > 0, "temperature is {}; give a positive number", temperature)
+    check(softcap >= 0, "softcap is {}; give a positive number, or 0 for none", softcap)
     log_probs, entropies, _ = _linear_log_probs(
         x, weight, targets, temperature, entropy, num_targets, ignore_index, softcap, kernels
     )

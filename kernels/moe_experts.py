@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.kernels.grouped_gemm import hidden, hidden_grad, rows_of, scatter, weight_grad
-from minimind.kernels.triton_support import check, check_tensors, on_host
+from minimind.kernels.grouped_gemm import hidden, hidden_grad, scatter, weight_grad
+from minimind.kernels.triton_support import check, check_tensors, on_host, rows_of
 
 
 def moe_experts_ref(x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, expert_ids: Tensor) -> Tensor:
@@ -107,36 +107,31 @@ _moe_experts.register_autograd(_backward, setup_context=_save)
 
 def _check(x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tensor, offsets: Tensor) -> None:
     check_tensors(x=x, gate_up=gate_up, down=down, gates=gates)
-    check(x.ndim == 2 and x.shape[1] > 0, f"x is {list(x.shape)}, and must be [tokens, size]")
+    check(x.ndim == 2 and x.shape[1] > 0, "x is {}, and must be [tokens, size]", list(x.shape))
     tokens, size = x.shape
     check(
         gate_up.ndim == 3 and gate_up.shape[0] > 0 and gate_up.shape[1] > 0 and gate_up.shape[1] % 2 == 0
         and gate_up.shape[2] == size,
-        f"gate_up is {list(gate_up.shape)}, and x needs [experts, 2 * intermediate, {size}]",
+        "gate_up is {}, and x needs [experts, 2 * intermediate, {}]", list(gate_up.shape), size,
     )  # fmt: skip
     experts, inter = gate_up.shape[0], gate_up.shape[1] // 2
-    check(
-        2 * inter * size < 2**31, f"gate_up has experts of {2 * inter} x {size}; an expert must be below 2^31"
-    )
-    check(
-        down.shape == (experts, size, inter),
-        f"down is {list(down.shape)}, and gate_up needs [{experts}, {size}, {inter}]",
-    )
+    message = "gate_up has experts of {} x {}; an expert must be below 2^31"
+    check(2 * inter * size < 2**31, message, 2 * inter, size)
+    wanted = [experts, size, inter]
+    check(list(down.shape) == wanted, "down is {}, and gate_up needs {}", list(down.shape), wanted)
     for name, weight in (("gate_up", gate_up), ("down", down)):
-        check(
-            weight.dtype in (x.dtype, torch.float32),
-            f"{name} is {weight.dtype}; for x of {x.dtype} give {x.dtype} or torch.float32",
-        )
+        message = "{} is {}; for x of {} give that or torch.float32"
+        check(weight.dtype in (x.dtype, torch.float32), message, name, weight.dtype, x.dtype)
     check(
         gates.ndim == 2 and gates.shape[0] == tokens and gates.shape[1] > 0,
-        f"gates is {list(gates.shape)}, and x needs [{tokens}, choices]",
-    )
+        "gates is {}, and x needs [{}, choices]", list(gates.shape), tokens,
+    )  # fmt: skip
     for name, tensor, length in (("order", order, gates.numel()), ("offsets", offsets, experts + 1)):
         check(
             tensor.shape == (length,) and tensor.dtype == torch.int32 and tensor.device == x.device,
-            f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; give what moe_routing.route made: "
-            f"torch.int32 [{length}] on {x.device}",
-        )
+            "{} is {} {} on {}; give what moe_routing.route made: torch.int32 [{}] on {}",
+            name, tensor.dtype, list(tensor.shape), tensor.device, length, x.device,
+        )  # fmt: skip
     if on_host(order):
         _check_sort(order, offsets)
 
@@ -146,12 +141,12 @@ def _check_sort(order: Tensor, offsets: Tensor) -> None:
     copies = order.numel()
     check(
         bool((order.sort().values == torch.arange(copies, device=order.device)).all()),
-        f"order is not a permutation of the copies 0..{copies - 1}; give what moe_routing.route made",
-    )
+        "order is not a permutation of the copies 0..{}; give what moe_routing.route made", copies - 1,
+    )  # fmt: skip
     check(
         int(offsets[0]) == 0 and int(offsets[-1]) == copies and bool((offsets.diff() >= 0).all()),
-        f"offsets do not rise from 0 to the {copies} copies; give what moe_routing.route made",
-    )
+        "offsets do not rise from 0 to the {} copies; give what moe_routing.route made", copies,
+    )  # fmt: skip
 
 
 def moe_experts(

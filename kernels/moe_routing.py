@@ -29,6 +29,7 @@ from minimind.kernels.triton_support import (
     jit,
     launch,
     next_power_of_2,
+    rows_of,
     tl,
 )
 
@@ -111,7 +112,7 @@ def _route_choose_kernel(
     tl.store(p_expert_ids + o_copy, b_ids, mask=m_copy)
 
     b_chosen = b_chosen & m_token[:, None]
-    o_table = o_e * n_blocks + i_block
+    o_table = o_e.to(tl.int64) * n_blocks + i_block
     tl.store(p_histogram + o_table, tl.sum(b_chosen.to(tl.int32), axis=0), mask=o_e < E)
     if p_mask is not None:
         b_chosen = b_chosen & (tl.load(p_mask + o_token, mask=m_token, other=0) != 0)[:, None]  # [BLOCK_T]
@@ -137,7 +138,7 @@ def _route_place_kernel(
     for k in tl.static_range(K):
         b_id = tl.load(p_expert_ids + o_token * K + k, mask=m_token, other=-1)  # [BLOCK_T]
         b_chosen += (b_id[:, None] == o_e[None, :]).to(tl.int32)
-    o_table = o_e * n_blocks + i_block
+    o_table = o_e.to(tl.int64) * n_blocks + i_block
     b_end = tl.load(p_ends + o_table, mask=o_e < E, other=0)  # [BLOCK_E]
     b_first = b_end - tl.load(p_histogram + o_table, mask=o_e < E, other=0)  # [BLOCK_E]
     b_place = b_first[None, :] + tl.cumsum(b_chosen, axis=0) - b_chosen
@@ -194,7 +195,7 @@ def _route(
     logits: Tensor, top_k: int, normalize: bool, sequence_ids: Tensor | None, sequences: int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, experts = logits.shape
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    logits = rows_of(logits)
     block_t, block_e, warps = _tile(experts, logits.device)
     blocks = max(1, cdiv(tokens, block_t))  # one even for no tokens: it writes the offsets
 
@@ -282,32 +283,26 @@ def _check(
     logits: Tensor, top_k: int, sequence_ids: Tensor | None, sequences: int, mask: Tensor | None
 ) -> None:
     check_tensors(logits=logits)
-    check(logits.ndim == 2, f"logits has {logits.ndim} dimensions, and must be [tokens, experts]")
+    check(logits.ndim == 2, "logits has {} dimensions, and must be [tokens, experts]", logits.ndim)
     tokens, experts = logits.shape
-    check(
-        1 <= experts <= MAX_EXPERTS, f"logits is for {experts} experts; this kernel takes 1 to {MAX_EXPERTS}"
-    )
-    check(
-        1 <= top_k <= min(experts, MAX_TOP_K),
-        f"top_k is {top_k}; of {experts} experts a token can choose 1 to {min(experts, MAX_TOP_K)}",
-    )
-    check(tokens * top_k < 2**31, f"logits has {tokens} tokens; tokens * top_k must stay below 2^31")
-    check(sequences >= 1, f"sequences is {sequences}, and must be 1 or more")
-    check(
-        sequences == 1 or sequence_ids is not None,
-        f"sequences is {sequences}: give sequence_ids as well, or leave both out",
-    )
+    message = "logits is for {} experts; this kernel takes 1 to {}"
+    check(1 <= experts <= MAX_EXPERTS, message, experts, MAX_EXPERTS)
+    most = min(experts, MAX_TOP_K)
+    message = "top_k is {}; of {} experts a token can choose 1 to {}"
+    check(1 <= top_k <= most, message, top_k, experts, most)
+    check(tokens * top_k < 2**31, "logits has {} tokens; tokens * top_k must stay below 2^31", tokens)
+    check(sequences >= 1, "sequences is {}, and must be 1 or more", sequences)
+    message = "sequences is {}: give sequence_ids as well, or leave both out"
+    check(sequences == 1 or sequence_ids is not None, message, sequences)
     for name, tensor in (("sequence_ids", sequence_ids), ("mask", mask)):
         if tensor is not None:
-            check(tensor.shape == (tokens,), f"{name} is {list(tensor.shape)}, and logits needs [{tokens}]")
-            check(
-                tensor.device == logits.device,
-                f"{name} is on {tensor.device} and logits on {logits.device}; move them to one device",
-            )
-    check(
-        sequence_ids is None or sequence_ids.dtype in (torch.int32, torch.int64),
-        f"sequence_ids is {None if sequence_ids is None else sequence_ids.dtype}; give int32 or int64",
-    )
+            message = "{} is {}, and logits needs [{}]"
+            check(tensor.shape == (tokens,), message, name, list(tensor.shape), tokens)
+            message = "{} is on {} and logits on {}; move them to one device"
+            check(tensor.device == logits.device, message, name, tensor.device, logits.device)
+    if sequence_ids is not None:
+        dtype = sequence_ids.dtype
+        check(dtype in (torch.int32, torch.int64), "sequence_ids is {}; give int32 or int64", dtype)
 
 
 def route(

@@ -233,13 +233,13 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
     check_tensors(x=x, weight=weight, residual=residual)
     check(x.ndim >= 1, "x has no dimension to normalise over")
     size = x.shape[-1]
-    check(1 <= size <= MAX_D, f"x has rows of {size}; this kernel takes 1 to {MAX_D}")
-    check(weight.shape == (size,), f"weight is {list(weight.shape)}, and x needs [{size}]")
+    check(1 <= size <= MAX_D, "x has rows of {}; this kernel takes 1 to {}", size, MAX_D)
+    check(weight.shape == (size,), "weight is {}, and x needs [{}]", list(weight.shape), size)
     if residual is not None:
         check(
             residual.shape == x.shape and residual.dtype == x.dtype,
-            f"residual is {residual.dtype} {list(residual.shape)}, and x {x.dtype} {list(x.shape)}",
-        )
+            "residual is {} {}, and x {} {}", residual.dtype, list(residual.shape), x.dtype, list(x.shape),
+        )  # fmt: skip
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

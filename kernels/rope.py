@@ -10,11 +10,7 @@ Angle tables cos, sin float32 [P, D / 2], row position_ids[token]. Pairs are (i,
 
 Nothing of the size of qkv is kept for the backward; with the norm, qkv itself and r (float32, one number a head).
 v is copied, because a view of qkv would make autograd fill and add two gradients of qkv's size: here one pass writes
-the whole of it.
-
-The programs fall into three ranges, of query, key and value rows, so that what a program does is one scalar branch;
-a row is a head of a token. A tile is BLOCK_R rows by two halves, padded to a power of two (40 to 64, 48 to 64).
-The weights' gradients have no atomics: each program sums its rows in float32, one reduction over programs follows.
+the whole of it. The kernels are in rope_sections.py.
 """
 
 from collections.abc import Callable
@@ -24,17 +20,17 @@ import torch
 from torch import Tensor
 
 from minimind.kernels.rms_norm import rms_norm_ref
+from minimind.kernels.rope_sections import rope_backward_kernel, rope_forward_kernel
 from minimind.kernels.triton_support import (
     cdiv,
     check,
     check_tensors,
     config_for,
-    jit,
     launch,
     multiprocessors,
     next_power_of_2,
     on_host,
-    tl,
+    rows_of,
 )
 
 MAX_D = 256
@@ -72,182 +68,6 @@ def rope_ref(
 def _rotate_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
-@jit
-def _load_halves(p_x, mask, HALF: tl.constexpr):
-    b_first = tl.load(p_x, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_H]
-    b_second = tl.load(p_x + HALF, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_H]
-    return b_first, b_second
-
-
-@jit
-def _store_halves(p_x, b_first, b_second, mask, HALF: tl.constexpr):
-    tl.store(p_x, b_first, mask=mask)
-    tl.store(p_x + HALF, b_second, mask=mask)
-
-
-@jit
-def _load_weight(p_weight, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
-    o_d = tl.arange(0, BLOCK_H)
-    b_first, b_second = _load_halves(p_weight + o_d, o_d < HALF, HALF)  # [BLOCK_H]
-    return b_first[None, :], b_second[None, :]
-
-
-@jit
-def _load_angles(
-    p_cos, p_sin, p_position, o_token, m_row, n_ids, n_positions,
-    HALF: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """A position outside the tables takes their first or last row: nothing beyond them is read."""
-    o_id = o_token.to(tl.int32) % n_ids  # one row of ids may serve every sequence
-    b_position = tl.load(p_position + o_id, mask=m_row, other=0).to(tl.int64)  # [BLOCK_R]
-    b_position = tl.minimum(tl.maximum(b_position, 0), n_positions - 1)
-    o_d = tl.arange(0, BLOCK_H)
-    o_table = b_position[:, None] * HALF + o_d[None, :]
-    mask = m_row[:, None] & (o_d < HALF)[None, :]
-    b_cos = tl.load(p_cos + o_table, mask=mask, other=0.0)  # [BLOCK_R, BLOCK_H]
-    b_sin = tl.load(p_sin + o_table, mask=mask, other=0.0)  # [BLOCK_R, BLOCK_H]
-    return b_cos, b_sin
-
-
-@jit
-def _rotate(b_first, b_second, b_cos, b_sin):
-    return b_first * b_cos - b_second * b_sin, b_second * b_cos + b_first * b_sin
-
-
-@jit
-def _forward_section(
-    p_qkv, p_cos, p_sin, p_position, p_weight, p_out, p_rstd,
-    i_block, n_tokens, n_ids, n_positions, qkv_stride, eps,
-    ROTATED: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """Block i_block of the rows of heads FIRST to FIRST + COUNT of qkv; p_weight None: no norm."""
-    o_row = tl.cast(i_block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_token, o_head = o_row // COUNT, FIRST + o_row % COUNT
-    o_d = tl.arange(0, BLOCK_H)
-    m_row = o_token < n_tokens
-    mask = m_row[:, None] & (o_d < HALF)[None, :]
-    o_qkv = (o_token * qkv_stride + o_head * (2 * HALF))[:, None] + o_d[None, :]
-    b_first, b_second = _load_halves(p_qkv + o_qkv, mask, HALF)
-    if p_weight is not None:
-        b_square = tl.sum(b_first * b_first + b_second * b_second, axis=1)  # [BLOCK_R]
-        b_rstd = tl.rsqrt(b_square / (2 * HALF) + tl.cast(eps, tl.float32))
-        tl.store(p_rstd + o_token * (H + G) + o_head, b_rstd, mask=m_row)
-        b_w_first, b_w_second = _load_weight(p_weight, HALF, BLOCK_H)
-        b_first = b_first * b_rstd[:, None] * b_w_first
-        b_second = b_second * b_rstd[:, None] * b_w_second
-    if ROTATED:
-        b_cos, b_sin = _load_angles(
-            p_cos, p_sin, p_position, o_token, m_row, n_ids, n_positions, HALF, BLOCK_H
-        )
-        b_first, b_second = _rotate(b_first, b_second, b_cos, b_sin)
-    _store_halves(p_out + o_row[:, None] * (2 * HALF) + o_d[None, :], b_first, b_second, mask, HALF)
-
-
-@jit(do_not_specialize=["n_tokens", "n_ids", "n_positions", "q_blocks", "k_blocks"])
-def _rope_forward_kernel(
-    p_qkv, p_cos, p_sin, p_position, p_q_weight, p_k_weight, p_q, p_k, p_v, p_rstd,
-    n_tokens, n_ids, n_positions, q_blocks, k_blocks, qkv_stride, eps,
-    H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    i_block = tl.program_id(0)
-    if i_block < q_blocks:
-        _forward_section(
-            p_qkv, p_cos, p_sin, p_position, p_q_weight, p_q, p_rstd,
-            i_block, n_tokens, n_ids, n_positions, qkv_stride, eps,
-            True, 0, H, H, G, HALF, BLOCK_R, BLOCK_H,
-        )  # fmt: skip
-    elif i_block < q_blocks + k_blocks:
-        _forward_section(
-            p_qkv, p_cos, p_sin, p_position, p_k_weight, p_k, p_rstd,
-            i_block - q_blocks, n_tokens, n_ids, n_positions, qkv_stride, eps,
-            True, H, G, H, G, HALF, BLOCK_R, BLOCK_H,
-        )  # fmt: skip
-    else:
-        _forward_section(
-            p_qkv, p_cos, p_sin, p_position, None, p_v, p_rstd,
-            i_block - q_blocks - k_blocks, n_tokens, n_ids, n_positions, qkv_stride, eps,
-            False, H + G, G, H, G, HALF, BLOCK_R, BLOCK_H,
-        )  # fmt: skip
-
-
-@jit
-def _backward_section(
-    p_dout, p_qkv, p_cos, p_sin, p_position, p_weight, p_rstd, p_dqkv, p_partial,
-    i_first, programs, n_tokens, n_ids, n_positions, qkv_stride,
-    ROTATED: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr,
-    H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    """Every `programs`-th block from i_first; the rows of _forward_section."""
-    o_d = tl.arange(0, BLOCK_H)
-    if p_weight is not None:
-        b_w_first, b_w_second = _load_weight(p_weight, HALF, BLOCK_H)
-        b_dw_first = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
-        b_dw_second = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
-    for i_block in range(i_first, tl.cdiv(tl.cast(n_tokens, tl.int64) * COUNT, BLOCK_R), programs):
-        o_row = tl.cast(i_block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-        o_token, o_head = o_row // COUNT, FIRST + o_row % COUNT
-        m_row = o_token < n_tokens
-        mask = m_row[:, None] & (o_d < HALF)[None, :]
-        b_first, b_second = _load_halves(p_dout + o_row[:, None] * (2 * HALF) + o_d[None, :], mask, HALF)
-        if ROTATED:
-            b_cos, b_sin = _load_angles(
-                p_cos, p_sin, p_position, o_token, m_row, n_ids, n_positions, HALF, BLOCK_H
-            )
-            b_first, b_second = _rotate(b_first, b_second, b_cos, -b_sin)
-        if p_weight is not None:
-            o_qkv = (o_token * qkv_stride + o_head * (2 * HALF))[:, None] + o_d[None, :]
-            b_x_first, b_x_second = _load_halves(p_qkv + o_qkv, mask, HALF)
-            b_rstd = tl.load(p_rstd + o_token * (H + G) + o_head, mask=m_row, other=0.0)[
-                :, None
-            ]  # [BLOCK_R, 1]
-            b_x_first, b_x_second = b_x_first * b_rstd, b_x_second * b_rstd
-            b_dw_first += b_first * b_x_first
-            b_dw_second += b_second * b_x_second
-            b_first, b_second = b_first * b_w_first, b_second * b_w_second
-            b_mean = tl.sum(b_first * b_x_first + b_second * b_x_second, axis=1)[:, None] / (2 * HALF)
-            b_first = b_rstd * (b_first - b_x_first * b_mean)
-            b_second = b_rstd * (b_second - b_x_second * b_mean)
-        o_dqkv = ((o_token * (H + 2 * G) + o_head) * (2 * HALF))[:, None] + o_d[None, :]
-        _store_halves(p_dqkv + o_dqkv, b_first, b_second, mask, HALF)
-    if p_weight is not None:
-        p_row = p_partial + tl.program_id(0) * (2 * HALF) + o_d
-        _store_halves(p_row, tl.sum(b_dw_first, axis=0), tl.sum(b_dw_second, axis=0), o_d < HALF, HALF)
-
-
-@jit(do_not_specialize=["n_tokens", "n_ids", "n_positions", "q_programs", "k_programs", "v_programs"])
-def _rope_backward_kernel(
-    p_dq, p_dk, p_dv, p_qkv, p_cos, p_sin, p_position, p_q_weight, p_k_weight, p_rstd, p_dqkv, p_partial,
-    n_tokens, n_ids, n_positions, q_programs, k_programs, v_programs, qkv_stride,
-    H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
-):  # fmt: skip
-    i_program = tl.program_id(0)
-    if i_program < q_programs:
-        _backward_section(
-            p_dq, p_qkv, p_cos, p_sin, p_position, p_q_weight, p_rstd, p_dqkv, p_partial,
-            i_program, q_programs, n_tokens, n_ids, n_positions, qkv_stride,
-            True, 0, H, H, G, HALF, BLOCK_R, BLOCK_H,
-        )  # fmt: skip
-    elif i_program < q_programs + k_programs:
-        _backward_section(
-            p_dk, p_qkv, p_cos, p_sin, p_position, p_k_weight, p_rstd, p_dqkv, p_partial,
-            i_program - q_programs, k_programs, n_tokens, n_ids, n_positions, qkv_stride,
-            True, H, G, H, G, HALF, BLOCK_R, BLOCK_H,
-        )  # fmt: skip
-    else:
-        _backward_section(
-            p_dv, None, p_cos, p_sin, p_position, None, p_rstd, p_dqkv, p_partial,
-            i_program - q_programs - k_programs, v_programs, n_tokens, n_ids, n_positions, qkv_stride,
-            False, H + G, G, H, G, HALF, BLOCK_R, BLOCK_H,
-        )  # fmt: skip
-
-
-def _rows(qkv: Tensor) -> Tensor:
-    """qkv as [N, width], the last dimension contiguous: a view if one row stride reaches all rows, else a copy."""
-    rows = qkv.reshape(-1, qkv.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _ids(position_ids: Tensor, shape: torch.Size) -> Tensor:
@@ -299,10 +119,10 @@ def _rope(
     )
     rstd_shape = (0,) if q_weight is None else (*shape, heads + groups)
     rstd = torch.empty(rstd_shape, dtype=torch.float32, device=qkv.device)
-    rows, ids, tile = _rows(qkv), _ids(position_ids, shape), _tile(half, qkv.device)
+    rows, ids, tile = rows_of(qkv), _ids(position_ids, shape), _tile(half, qkv.device)
     q_blocks, k_blocks, v_blocks = _programs(rows.shape[0], heads, groups, tile["BLOCK_R"])
     launch(
-        _rope_forward_kernel, (q_blocks + k_blocks + v_blocks,),
+        rope_forward_kernel, (q_blocks + k_blocks + v_blocks,),
         rows, cos.contiguous(), sin.contiguous(), ids, _contiguous(q_weight), _contiguous(k_weight), q, k, v, rstd,
         rows.shape[0], ids.numel(), cos.shape[0], q_blocks, k_blocks, rows.stride(0), eps,
         H=heads, G=groups, **tile,
@@ -330,12 +150,12 @@ def _rope_backward(
     ids, tile = _ids(position_ids, shape), _tile(size // 2, device)
     rows, partial, limit = None, None, None
     if qkv is not None:
-        rows, limit = _rows(qkv), multiprocessors(device) * config_for(CONFIGS, device).programs_per_sm
+        rows, limit = rows_of(qkv), multiprocessors(device) * config_for(CONFIGS, device).programs_per_sm
     q_programs, k_programs, v_programs = _programs(tokens, heads, groups, tile["BLOCK_R"], limit)
     if qkv is not None:
         partial = torch.empty(q_programs + k_programs, size, dtype=torch.float32, device=device)
     launch(
-        _rope_backward_kernel, (q_programs + k_programs + v_programs,),
+        rope_backward_kernel, (q_programs + k_programs + v_programs,),
         dq.contiguous(), dk.contiguous(), dv.contiguous(), rows, cos.contiguous(), sin.contiguous(), ids,
         _contiguous(q_weight), _contiguous(k_weight), rstd, dqkv, partial,
         tokens, ids.numel(), cos.shape[0], q_programs, k_programs, v_programs, 0 if rows is None else rows.stride(0),
@@ -398,44 +218,37 @@ def _check(
     k_weight: Tensor | None,
 ) -> None:
     check_tensors(qkv=qkv, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight)
-    check(heads >= 1 and groups >= 1, f"heads is {heads} and groups {groups}; both count from 1")
+    check(heads >= 1 and groups >= 1, "heads is {} and groups {}; both count from 1", heads, groups)
     check(
         cos.dtype == sin.dtype == torch.float32 and cos.ndim == 2 and cos.shape == sin.shape and len(cos) > 0,
-        f"cos is {cos.dtype} {list(cos.shape)} and sin {sin.dtype} {list(sin.shape)}; both must be float32 [P, D / 2]",
-    )
+        "cos is {} {} and sin {} {}; both must be float32 [P, D / 2]",
+        cos.dtype, list(cos.shape), sin.dtype, list(sin.shape),
+    )  # fmt: skip
     size = 2 * cos.shape[1]
-    check(2 <= size <= MAX_D, f"cos is for heads of {size}; this kernel takes 2 to {MAX_D}")
+    check(2 <= size <= MAX_D, "cos is for heads of {}; this kernel takes 2 to {}", size, MAX_D)
     width = (heads + 2 * groups) * size
-    check(
-        qkv.ndim >= 1 and qkv.shape[-1] == width,
-        f"qkv is {list(qkv.shape)}; {heads} + 2 x {groups} heads of {size} need a last dimension of {width}",
-    )
+    message = "qkv is {}; {} + 2 x {} heads of {} need a last dimension of {}"
+    check(qkv.shape[-1:] == (width,), message, list(qkv.shape), heads, groups, size, width)
     check((q_weight is None) == (k_weight is None), "q_weight and k_weight: give both, or neither")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        check(
-            weight is None or weight.shape == (size,),
-            f"{name} is {None if weight is None else list(weight.shape)}, and qkv needs [{size}]",
-        )
+        if weight is not None:
+            check(weight.shape == (size,), "{} is {}, and qkv needs [{}]", name, list(weight.shape), size)
     _check_positions(position_ids, qkv, len(cos))
 
 
 def _check_positions(position_ids: Tensor, qkv: Tensor, positions: int) -> None:
-    check(
-        position_ids.dtype in (torch.int32, torch.int64) and position_ids.device == qkv.device,
-        f"position_ids is {position_ids.dtype} on {position_ids.device}; it must be int32 or int64 on {qkv.device}",
-    )
+    dtype, device = position_ids.dtype, position_ids.device
+    message = "position_ids is {} on {}; it must be int32 or int64 on {}"
+    check(dtype in (torch.int32, torch.int64) and device == qkv.device, message, dtype, device, qkv.device)
     ids, tokens = position_ids.shape, qkv.shape[:-1]
-    check(
-        len(ids) <= len(tokens)
-        and all(a in (1, b) for a, b in zip(reversed(ids), reversed(tokens), strict=False)),
-        f"position_ids is {list(ids)}, which does not broadcast to qkv's {list(tokens)}",
-    )
+    fits = all(a in (1, b) for a, b in zip(reversed(ids), reversed(tokens), strict=False))
+    message = "position_ids is {}, which does not broadcast to qkv's {}"
+    check(len(ids) <= len(tokens) and fits, message, list(ids), list(tokens))
+    check(tokens.numel() < 2**31, "qkv has {} tokens; they must stay below 2^31", tokens.numel())
     if on_host(position_ids) and position_ids.numel() > 0:
         low, high = int(position_ids.min()), int(position_ids.max())
-        check(
-            low >= 0 and high < positions,
-            f"position_ids go from {low} to {high}, and cos and sin have rows 0 to {positions - 1}; make longer tables",
-        )
+        message = "position_ids go from {} to {}, and cos and sin have rows 0 to {}; make longer tables"
+        check(low >= 0 and high < positions, message, low, high, positions - 1)
 
 
 def rope(

@@ -25,6 +25,7 @@ from minimind.kernels.triton_support import (
     jit,
     launch,
     next_power_of_2,
+    rows_of,
     tl,
 )
 
@@ -45,7 +46,7 @@ def swiglu_ref(gate_up: Tensor) -> Tensor:
 
 
 @jit
-def _sigmoid(x):
+def sigmoid(x):
     b_exp = tl.exp(-tl.abs(x))  # at most 1, so that nothing overflows
     return tl.where(x >= 0, 1.0, b_exp) / (1.0 + b_exp)
 
@@ -68,7 +69,7 @@ def _swiglu_forward_kernel(
     p_gate = p_gate_up + o_row * gate_up_stride + o_col
     b_gate = tl.load(p_gate, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_I]
     b_up = tl.load(p_gate + SIZE, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_I]
-    tl.store(p_y + o_row * SIZE + o_col, b_gate * _sigmoid(b_gate) * b_up, mask=mask)
+    tl.store(p_y + o_row * SIZE + o_col, b_gate * sigmoid(b_gate) * b_up, mask=mask)
 
 
 @jit(do_not_specialize=["n_rows"])
@@ -81,16 +82,10 @@ def _swiglu_backward_kernel(
     b_gate = tl.load(p_gate, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_I]
     b_up = tl.load(p_gate + SIZE, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_I]
     b_dy = tl.load(p_dy + o_row * SIZE + o_col, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_I]
-    b_sigmoid = _sigmoid(b_gate)
+    b_sigmoid = sigmoid(b_gate)
     p_dgate = p_dgate_up + o_row * (2 * SIZE) + o_col
     tl.store(p_dgate, b_dy * b_up * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid)), mask=mask)
     tl.store(p_dgate + SIZE, b_dy * b_gate * b_sigmoid, mask=mask)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x as [N, size] with the last dimension contiguous: a view where one row stride reaches every row, else a copy."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _tiles(rows: int, size: int, device: torch.device) -> tuple[tuple[int], dict[str, int]]:
@@ -106,7 +101,7 @@ def _tiles(rows: int, size: int, device: torch.device) -> tuple[tuple[int], dict
 def _swiglu(gate_up: Tensor) -> Tensor:
     size = gate_up.shape[-1] // 2
     y = torch.empty(*gate_up.shape[:-1], size, dtype=gate_up.dtype, device=gate_up.device)
-    rows = _rows(gate_up)
+    rows = rows_of(gate_up)
     grid, tile = _tiles(rows.shape[0], size, rows.device)
     launch(_swiglu_forward_kernel, grid, rows, y, rows.shape[0], rows.stride(0), **tile)
     return y
@@ -115,7 +110,7 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 @torch.library.custom_op("minimind::swiglu_backward", mutates_args=())
 def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     dgate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-    rows = _rows(gate_up)
+    rows = rows_of(gate_up)
     grid, tile = _tiles(rows.shape[0], dy.shape[-1], rows.device)
     launch(
         _swiglu_backward_kernel, grid, dy.contiguous(), rows, dgate_up, rows.shape[0], rows.stride(0), **tile
@@ -155,6 +150,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
     check_tensors(gate_up=gate_up)
     check(
         gate_up.ndim >= 1 and gate_up.shape[-1] >= 2 and gate_up.shape[-1] % 2 == 0,
-        f"gate_up is {list(gate_up.shape)}; its last dimension must hold gate and up, of one size each",
-    )
+        "gate_up is {}; its last dimension must hold gate and up, of one size each", list(gate_up.shape),
+    )  # fmt: skip
     return _swiglu(gate_up)

@@ -30,7 +30,7 @@ else:
         return function if function is not None else lambda f: f
 
 
-ARCHITECTURES = (80, 86, 89, 90)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Config = TypeVar("Config")
@@ -109,6 +109,18 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """x as [N, size] with the last dimension contiguous: a view where one row stride reaches every row, else a copy."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def own_precision(device: torch.device) -> torch.autocast:
+    """Products inside are in the dtype of what they are given: PyTorch's autocast, which a caller may have on, would
+    round some of an op's float32 steps and miss those with `out=`."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def on_host(tensor: Tensor) -> bool:
     """Whether values may be looked at: on a CPU, or with MINIMIND_CHECK=1, which makes the host wait for the device;
     not while torch.compile traces, which has no values."""
@@ -117,10 +129,12 @@ def on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("MINIMIND_CHECK") == "1"
 
 
-def check(condition: bool, message: str) -> None:
-    """Refuse bad input before anything is launched."""
+def check(condition: bool, message: str, *values: object) -> None:
+    """Refuse bad input before anything is launched; each {} of the message takes one of `values`.
+
+    Only then: a size or factor that is printed while torch.compile traces would be compiled in, or break the graph."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message.format(*values))
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
@@ -129,17 +143,13 @@ def check_tensors(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        check(
-            tensor.dtype in FLOATS,
-            f"{name} is {tensor.dtype}; the kernels take float32, bfloat16 and float16",
-        )
+        message = "{} is {}; the kernels take float32, bfloat16 and float16"
+        check(tensor.dtype in FLOATS, message, name, tensor.dtype)
+        device = tensor.device
         if first is None:
             first = name, tensor
-            reason = why_no_triton(tensor.device)
-            check(
-                reason is None, f"{name} is on {tensor.device}: {reason}; use ops mode 'reference' or 'fused'"
-            )
-        check(
-            tensor.device == first[1].device,
-            f"{name} is on {tensor.device} and {first[0]} on {first[1].device}; move them to one device",
-        )
+            reason = why_no_triton(device)
+            message = "{} is on {}: {}; use ops mode 'reference' or 'fused'"
+            check(reason is None, message, name, device, reason)
+        message = "{} is on {} and {} on {}; move them to one device"
+        check(device == first[1].device, message, name, device, first[0], first[1].device)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minimind import native
+from minimind.kernels.triton_support import own_precision
 
 # A stack holds documents no shorter than this share of its longest: 0.75 wastes at most 44% of a stack's scores
 # and gives about ten stacks for lengths of 16 to 512.
@@ -97,17 +98,18 @@ def make_stacks(cu_seqlens: np.ndarray) -> tuple[Stack, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _mask(start: int, stop: int, repeats: int, dtype: torch.dtype) -> Tensor:
-    """[repeats * (stop - start), stop]: -inf where the key comes after the query, for so many heads."""
-    after = torch.arange(stop) > torch.arange(start, stop).unsqueeze(1)
-    return torch.zeros(stop - start, stop, dtype=dtype).masked_fill_(after, -torch.inf).repeat(repeats, 1)
+def _mask(rows: int, dtype: torch.dtype) -> Tensor:
+    """[rows, rows]: -inf where the key comes after the query."""
+    return torch.full((rows, rows), -torch.inf, dtype=dtype).triu_(1)
 
 
 def _probabilities(q: Tensor, k: Tensor, rows: slice) -> Tensor:
     """q [b, R, L, D], k [b, 1, L, D] -> softmax of the scores of query rows `rows`, [b, R * rows, stop]."""
-    mask = _mask(rows.start, rows.stop, q.shape[1], q.dtype)
-    keys = k[:, 0, : rows.stop].transpose(1, 2)
-    scores = torch.baddbmm(mask, _flat(q, rows), keys, alpha=q.shape[3] ** -0.5)
+    queries, keys = _flat(q, rows), k[:, 0, : rows.stop].transpose(1, 2)
+    scores = torch.empty(*queries.shape[:2], rows.stop, dtype=q.dtype)
+    scores.baddbmm_(queries, keys, beta=0, alpha=q.shape[3] ** -0.5)
+    own = scores.unflatten(1, (q.shape[1], -1))[..., rows.start :]  # all of the keys before come first
+    own += _mask(rows.stop - rows.start, q.dtype)
     return torch.softmax(scores, dim=-1, out=scores)
 
 
@@ -130,16 +132,22 @@ def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
     if runs_natively(q):
         return torch.ops.minimind.native_document_attention(*_dense(q, k, v), cu_seqlens.int())
     out = torch.empty(q.shape, dtype=q.dtype)
-    heads, groups = q.shape[1], k.shape[1]
-    for stack in _stacks(cu_seqlens.numpy().astype(np.int64).tobytes()):
-        rows_q, rows_k, rows_v = (stack.take(t, groups) for t in (q, k, v))
-        rows_out = torch.empty_like(rows_q)
-        for part, rows in stack.tiles(groups, heads):
-            p = _probabilities(rows_q[part], rows_k[part], rows)
-            tile = torch.bmm(p, rows_v[part, 0, : rows.stop])
-            rows_out[part, :, rows] = tile.unflatten(1, (-1, rows.stop - rows.start))
-        stack.put(rows_out, out)
+    with own_precision(q.device):
+        for stack in _stacks(cu_seqlens.numpy().astype(np.int64).tobytes()):
+            _stack_forward(stack, (q, k, v), out)
     return out
+
+
+def _stack_forward(stack: Stack, given: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
+    """q, k, v -> out at the stack's tokens."""
+    heads, groups = given[0].shape[1], given[1].shape[1]
+    q, k, v = (stack.take(t, groups) for t in given)
+    rows_out = torch.empty_like(q)
+    for part, rows in stack.tiles(groups, heads):
+        p = _probabilities(q[part], k[part], rows)
+        tile = torch.bmm(p, v[part, 0, : rows.stop])
+        rows_out[part, :, rows] = tile.unflatten(1, (-1, rows.stop - rows.start))
+    stack.put(rows_out, out)
 
 
 @torch.library.custom_op("minimind::document_attention_backward", mutates_args=(), device_types="cpu")
@@ -150,8 +158,9 @@ def _document_attention_backward(
         given = _dense(dout, q, k, v)
         return torch.ops.minimind.native_document_attention_backward(*given, cu_seqlens.int())
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
-    for stack in _stacks(cu_seqlens.numpy().astype(np.int64).tobytes()):
-        _stack_backward(stack, (dout, q, k, v), (dq, dk, dv))
+    with own_precision(q.device):
+        for stack in _stacks(cu_seqlens.numpy().astype(np.int64).tobytes()):
+            _stack_backward(stack, (dout, q, k, v), (dq, dk, dv))
     return dq, dk, dv
 
 

@@ -15,6 +15,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from minimind.kernels.triton_support import own_precision
+
 _MULTIPLE = 64  # of the rows in a product
 
 
@@ -49,12 +51,13 @@ def _parts(offsets: Tensor) -> Iterator[_Part]:
 @torch.library.custom_op("minimind::expert_linear", mutates_args=(), device_types="cpu")
 def _expert_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     out = torch.empty(x.shape[0], weight.shape[1], dtype=x.dtype)
-    for part in _parts(offsets):
-        matrix = weight[part.expert].t()
-        if part.window.start == part.rows.start:  # rows behind its own: their experts write them again
-            torch.mm(x[part.window], matrix, out=out[part.window])
-        else:
-            out[part.rows] = torch.mm(x[part.window], matrix)[part.inner]
+    with own_precision(x.device):
+        for part in _parts(offsets):
+            matrix = weight[part.expert].t()
+            if part.window.start == part.rows.start:  # rows behind its own: their experts write them again
+                torch.mm(x[part.window], matrix, out=out[part.window])
+            else:
+                out[part.rows] = torch.mm(x[part.window], matrix)[part.inner]
     return out
 
 

@@ -106,8 +106,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual): all [..., D] in x.dtype."""
-    if _kernels(x):
+    """(rms_norm(x + residual), x + residual): all [..., D] in x.dtype, or in that of the sum where there are two."""
+    if _kernels(x) and residual.dtype == x.dtype:
         return _norm.add_rms_norm(x, residual, weight, eps)
     total = x + residual
     return rms_norm(total, weight, eps), total

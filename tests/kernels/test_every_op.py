@@ -1,0 +1,138 @@
+"""What holds of every op alike: under autocast, in deterministic mode, differentiated twice, compiled for any size."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+
+from minimind import ops
+from minimind.kernels.linear_cross_entropy import linear_cross_entropy
+from minimind.kernels.linear_distillation import linear_distillation
+from minimind.kernels.linear_log_probs import linear_log_probs
+from minimind.kernels.moe_experts import moe_experts
+from minimind.kernels.moe_routing import route
+from minimind.kernels.rms_norm import add_rms_norm, rms_norm
+from minimind.kernels.rope import rope
+from minimind.kernels.swiglu import swiglu
+from tests.kernels.contract import DEVICE, rand, run
+
+WEIGHT, HEAD, TEACHER = (1 + rand(16, seed=1, scale=0.1), rand(37, 16, seed=2), rand(37, 8, seed=3))
+GATE_UP, DOWN, TABLE = rand(4, 12, 16, seed=4), rand(4, 16, 6, seed=5), rand(64, 8, seed=6)
+Case = tuple[Callable[..., "Tensor | tuple[Tensor, ...]"], Callable[[int], list[Tensor]]]
+
+
+def hidden(rows: int) -> list[Tensor]:
+    return [rand(rows, 16, seed=7)]
+
+
+def targets(x: Tensor) -> Tensor:
+    """Every third is ignored, so that the rows that are computed have to be picked."""
+    numbers = torch.arange(x.shape[0], device=x.device) % 37
+    return numbers.masked_fill(numbers % 3 == 0, -100)
+
+
+def routed_experts(x: Tensor, logits: Tensor) -> Tensor:
+    routing = route(logits, 2, True)
+    return moe_experts(x, GATE_UP, DOWN, routing.gates, routing.order, routing.offsets)
+
+
+def gates_and_scores(logits: Tensor) -> tuple[Tensor, Tensor]:
+    routing = route(logits, 2, True)
+    return routing.gates, routing.scores
+
+
+def rotated(qkv: Tensor) -> tuple[Tensor, ...]:
+    return rope(qkv, TABLE, TABLE, torch.arange(qkv.shape[0], device=qkv.device), 2, 1)
+
+
+def losses(kernels: bool) -> dict[str, Case]:
+    """The three losses of the head. The weight gets a gradient as well."""
+    return {
+        "linear_cross_entropy": (
+            lambda x, w: linear_cross_entropy(x, w, targets(x), kernels=kernels), lambda n: [*hidden(n), HEAD]
+        ),
+        "linear_log_probs": (
+            lambda x, w: linear_log_probs(x, w, targets(x), entropy=True, kernels=kernels),
+            lambda n: [*hidden(n), HEAD],
+        ),
+        "linear_distillation": (
+            lambda x, w: linear_distillation(x, w, x.detach()[:, :8], TEACHER, kernels=kernels),
+            lambda n: [*hidden(n), HEAD],
+        ),
+    }  # fmt: skip
+
+
+KERNELS: dict[str, Case] = {
+    "rms_norm": (lambda x: rms_norm(x, WEIGHT, 1e-5), hidden),
+    "add_rms_norm": (
+        lambda x, y: add_rms_norm(x, y, WEIGHT, 1e-5), lambda n: [*hidden(n), rand(n, 16, seed=8)]
+    ),
+    "swiglu": (swiglu, hidden),
+    "rope": (rotated, lambda n: [rand(n, 64, seed=9)]),
+    "route": (gates_and_scores, lambda n: [rand(n, 4, seed=10)]),
+    "moe_experts": (routed_experts, lambda n: [*hidden(n), rand(n, 4, seed=10)]),
+    **losses(kernels=True),
+}  # fmt: skip
+EVERY = KERNELS | {f"{name}, PyTorch": case for name, case in losses(kernels=False).items()}
+
+
+@pytest.mark.parametrize("op", EVERY)
+def test_autocast_changes_nothing(op):
+    """An op's products are in the dtype of what it is given; under autocast some steps would be rounded, others not."""
+    function, inputs = EVERY[op]
+    plain = run(function, inputs(20), None, grads=True)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        mine = run(function, inputs(20), None, grads=True)
+    for a, b in zip(mine, plain, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op", EVERY)
+def test_deterministic_mode_changes_nothing(op):
+    """There PyTorch refuses what adds in no fixed order on a GPU."""
+    function, inputs = EVERY[op]
+    plain = run(function, inputs(20), None, grads=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        mine = run(function, inputs(20), None, grads=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True))
+
+
+@pytest.mark.parametrize("op", EVERY)
+def test_a_second_derivative_is_refused(op):
+    """A gradient that were taken for a constant would be wrong without a word."""
+    function, inputs = EVERY[op]
+    leaves = [t.clone().requires_grad_() for t in inputs(5)]
+    result = function(*leaves)
+    total = sum(t.square().sum() for t in ((result,) if isinstance(result, Tensor) else result))
+    with pytest.raises(RuntimeError, match=r"no autograd formula|don't support automatic differentiation"):
+        gradients = torch.autograd.grad(total, leaves, create_graph=True)
+        sum(g.sum() for g in gradients).backward()
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_compiled_once_for_every_number_of_rows(op):
+    function, inputs = KERNELS[op]
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+    frames = set()
+    for rows in (5, 7, 30):
+        mine, plain = (run(f, inputs(rows), None, grads=True) for f in (compiled, function))
+        frames.add(counter.frame_count)
+        assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True))
+    assert len(frames) == 1
+
+
+@pytest.mark.parametrize("mode", ["fused", "kernels"])
+def test_the_sum_of_two_dtypes_is_taken_as_pytorch_takes_it(mode):
+    """Under autocast a layer's result is bfloat16 and the residual stream float32."""
+    x, delta = rand(5, 16), rand(5, 16, seed=1).bfloat16()
+    with ops.using(mode):
+        mine = ops.add_rms_norm(x, delta, WEIGHT, 1e-5)
+        expected = ops.rms_norm(x + delta, WEIGHT, 1e-5), x + delta
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(mine, expected, strict=True))
