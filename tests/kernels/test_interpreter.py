@@ -33,3 +33,27 @@ def test_bfloat16_matrices_multiply_as_numbers():
     out = torch.full((16, 16), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     launch(_dot_kernel, (1,), a, b, out, SIZE=16, num_warps=4)
     torch.testing.assert_close(out, (a.float() @ b.float()).bfloat16(), rtol=1e-2, atol=1e-2)
+
+
+@jit
+def _copy_kernel(p_x, p_y, n, STEP: tl.constexpr, SIZE: tl.constexpr):
+    """Each program its SIZE numbers, STEP behind those of the one before."""
+    o_x = tl.program_id(0) * STEP + tl.arange(0, SIZE)
+    tl.store(p_y + o_x, tl.load(p_x + o_x, mask=o_x < n, other=0.0), mask=o_x < n)
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="on a GPU compute-sanitizer does this")
+def test_the_sanitizer_sees_strange_addresses_and_races():
+    x, y = rand(40), torch.zeros(40)
+    launch(_copy_kernel, (5,), x, y, 40, STEP=8, SIZE=8, num_warps=4)
+    assert torch.equal(x, y)
+    launch(_copy_kernel, (1,), x, x, 40, STEP=0, SIZE=64, num_warps=4)  # in place, alone: no race
+    for n in (41, 64):
+        with pytest.raises(Exception, match=r"_copy_kernel, program .* outside of every tensor"):
+            launch(_copy_kernel, (5,), x, y, n, STEP=8, SIZE=16, num_warps=4)
+    with pytest.raises(Exception, match="outside of every tensor"):
+        launch(_copy_kernel, (3,), x[::2][:8], y, 40, STEP=8, SIZE=8, num_warps=4)
+    with pytest.raises(Exception, match="two programs store to one address"):
+        launch(_copy_kernel, (5,), x, y, 40, STEP=7, SIZE=8, num_warps=4)
+    with pytest.raises(Exception, match="a program loads what another one stores"):
+        launch(_copy_kernel, (2,), x[4:], x, 16, STEP=8, SIZE=8, num_warps=4)
