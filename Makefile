@@ -17,6 +17,7 @@ $(VENV)/installed: setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*.* c
 demo: venv
 	$(RUN) train/pretrain.py --tokens 700_000 --evals 4
 	$(RUN) train/sft.py --evals 4
+	@echo 'talk to it: $(VENV)/bin/minimind chat'
 
 test: venv
 	$(RUN) -m pytest tests/

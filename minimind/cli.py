@@ -6,6 +6,7 @@ They are imported when they are asked for: `minimind` alone answers at once.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -46,10 +47,13 @@ def run(arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         print(f"error: unknown command {name!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    module = importlib.import_module(COMMANDS[name][0])
-    args = tyro.cli(module.Args, prog=f"minimind {name}", description=module.__doc__, args=rest)
     try:
+        module = importlib.import_module(COMMANDS[name][0])
+        args = tyro.cli(module.Args, prog=f"minimind {name}", description=module.__doc__, args=rest)
         return module.main(args)
+    except BrokenPipeError:  # whoever read our output has enough: no error, and nothing left to write it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2

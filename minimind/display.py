@@ -1,8 +1,10 @@
-"""What a run shows: a live progress line in a terminal, a plain line now and then elsewhere."""
+"""What a run shows: a live progress line in a terminal, a plain line now and then elsewhere; and pictures."""
 
 from __future__ import annotations
 
 import time
+import warnings
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -10,6 +12,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from minimind.data.progress import say
 
 _PLAIN_SECONDS = 10.0
+# Fonts with Chinese characters, of Linux, macOS and Windows: runs are named after their data.
+_CHINESE = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "PingFang SC",
+            "Microsoft YaHei", "SimHei")  # fmt: skip
 
 
 class Display:
@@ -42,6 +47,22 @@ class Display:
     def close(self) -> None:
         if self.progress is not None:
             self.progress.stop()
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, which needs no display, and draws Chinese titles where the system has a font for them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.font_manager import get_font_names
+
+    known = set(get_font_names())
+    plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in _CHINESE if name in known)]
+    warnings.filterwarnings(
+        "ignore", r"Glyph \d+ .*missing from", UserWarning
+    )  # boxes then, and no pages of lines
+    return plt
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ plots, answers and weights.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,7 +67,7 @@ class Args(ChatArgs):
 
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
-    if args.marker_weight <= 0:
+    if not 0 < args.marker_weight < math.inf:
         raise ValueError(f"--marker-weight {args.marker_weight:g}: must be above 0")
     args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
     job = Job.begin("reason", args, console)

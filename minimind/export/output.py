@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -38,4 +38,5 @@ def replacing(path: Path) -> Iterator[Path]:
         if partial.is_dir():
             shutil.rmtree(partial)
         else:
-            partial.unlink(missing_ok=True)
+            with suppress(NotADirectoryError):  # a file on the way there
+                partial.unlink(missing_ok=True)

@@ -66,13 +66,12 @@ def evaluate_tasks(
 
 
 def report(found: dict[str, Any], folder: Path, console: Console) -> None:
-    """Print a line for each task's figures and write all of them to tasks.json."""
+    """Print a line for each task's figures and write all of them to folder/tasks.json."""
     for task, figures in found["results"].items():
         for metric, value in figures.items():
             name = metric.removesuffix(",none")
             if isinstance(value, (int, float)) and "stderr" not in metric and "sample" not in metric:
                 say(console, f"{figures.get('alias', task):<40} {name:<24} {value:.4f}")
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tasks.json"
     path.write_text(json.dumps(found, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     say(console, f"{path}")

@@ -21,6 +21,8 @@ from minimind.modeling import Model
 from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.weights import checkpoint_folder, load_model
 
+MAX_YARN = 1024  # the tables of cosines grow with it: two million positions of 2,048
+
 DTypeName = Literal["auto", "fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FLOAT8}
 
@@ -108,12 +110,12 @@ def stretched(config: ModelConfig, args: WeightArgs) -> ModelConfig:
         if args.yarn_original is not None:
             raise ValueError("--yarn-original says what --yarn stretches; give both")
         return config
-    if args.yarn < 1:
-        raise ValueError(f"--yarn {args.yarn:g}: a factor of at least 1")
+    if not 1 <= args.yarn <= MAX_YARN:
+        raise ValueError(f"--yarn {args.yarn:g}: a factor of at least 1, and at most {MAX_YARN}")
+    if args.yarn_original is not None and args.yarn_original < 1:
+        raise ValueError(f"--yarn-original {args.yarn_original}: counts from 1")
     known = config.rope_scaling or YarnScaling()
     original = args.yarn_original or known.original_max_position_embeddings
-    if original < 1:
-        raise ValueError(f"--yarn-original {original}: counts from 1")
     scaling = dataclasses.replace(known, factor=args.yarn, original_max_position_embeddings=original)
     return dataclasses.replace(config, rope_scaling=scaling)
 
@@ -124,11 +126,7 @@ def _config_of(path: Path, preset: str | None) -> ModelConfig:
     if path.is_dir():
         if preset is not None:
             raise ValueError(f"--preset {preset}: {path} has a config.json of its own; drop --preset")
-        file = checkpoint_folder(path) / "config.json"
-        try:
-            return ModelConfig.from_json(file)
-        except (json.JSONDecodeError, TypeError) as problem:
-            raise ValueError(f"{file}: not a model's config ({problem})") from None
+        return ModelConfig.from_json(checkpoint_folder(path) / "config.json")
     if not path.exists():
         raise ValueError(f"--model {path}: no such file or folder")
     if preset is None:

@@ -28,13 +28,14 @@ from minimind import ops
 from minimind.config import ModelConfig
 from minimind.data import expand_paths, read_documents
 from minimind.data.progress import say
-from minimind.display import Display, duration
+from minimind.display import Display, duration, pyplot
 from minimind.inference.cache_dtype import rounded_cache
 from minimind.inference.loading import ModelArgs, Opened, open_model, stretched
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 
 _COLOURS = ("#1b6ca8", "#d98324", "#5a9e6f", "#9467bd")
+_MOST_NATS = 700.0  # exp of more is beyond float64
 BATCH_TOKENS = 8192  # of windows scored together, or one longer window
 
 
@@ -97,14 +98,13 @@ def main(args: Args) -> int:
             f"--ppl: {len(ids):,} tokens, the longest --context wants {lengths[-1] + 1:,}; give more text, or a "
             "shorter --context"
         )
+    folder = _folder(args, opened)
     scores = measure(opened.model, opened.tokenizer, ids[: scored + 1], lengths, curves, console)
     if opened.kv_dtype not in (None, opened.dtype):
         with rounded_cache(opened.model, opened.kv_dtype):
             rounded = {f"{name}, cache in {args.kv_dtype}": config for name, config in curves.items()}
             scores += measure(opened.model, opened.tokenizer, ids[: scored + 1], lengths, rounded, console)
     show(scores, console)
-    folder = _folder(args, opened)
-    folder.mkdir(parents=True, exist_ok=True)
     found = {"text": list(args.ppl), "scores": [dataclasses.asdict(score) for score in scores]}
     (folder / "perplexity.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     plot(scores, folder / "perplexity.png", ", ".join(Path(p).name for p in args.ppl))
@@ -121,19 +121,29 @@ def _tasks(args: Args, console: Console) -> int:
         raise ValueError(
             f"--kv-dtype {args.kv_dtype}: --tasks scores without a cache; --ppl shows what it costs"
         )
+    for name, value, least in (("few-shot", args.few_shot, 0), ("limit", args.limit, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value}: at least {least}")
     opened = open_model(args)
+    folder = _folder(args, opened)
     for note in opened.notes:
         say(console, note)
     found = evaluate_tasks(
         opened, args.tasks, few_shot=args.few_shot, limit=args.limit, include=args.include, chat=args.chat
     )
-    report(found, _folder(args, opened), console)
+    report(found, folder, console)
     return 0
 
 
 def _folder(args: Args, opened: Opened) -> Path:
+    """Where the results go: made before anything is measured for it."""
     in_run = opened.folder if opened.stage is not None else None
-    return Path(args.out) if args.out else in_run or Path()
+    folder = Path(args.out) if args.out else in_run or Path()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder}: cannot be made ({error.strerror}); name another folder") from None
+    return folder
 
 
 def parse_contexts(given: Sequence[str]) -> list[int]:
@@ -222,6 +232,10 @@ def measure(
                     left = duration((time.monotonic() - began) / done * (whole - done))
                     display.update(step, f"{name}, {length} tokens, ETA {left}")
                 nats = float(sums.sum())
+                if not nats / total < _MOST_NATS:
+                    raise ValueError(
+                        f"{nats / total:g} nats a token have no perplexity; do the model's weights hold NaN?"
+                    )
                 half = total // length * (length - length // 2)
                 scores.append(
                     Score(
@@ -261,11 +275,7 @@ def show(scores: Sequence[Score], console: Console) -> None:
 
 def plot(scores: Sequence[Score], path: Path, title: str) -> None:
     """Perplexity over context length, a line a curve; dashed: the second halves of the windows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for colour, name in zip(_COLOURS, dict.fromkeys(s.curve for s in scores), strict=False):
         here = [score for score in scores if score.curve == name]

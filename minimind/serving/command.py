@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import json
+import math
 import os
 import shlex
 import sys
@@ -150,5 +151,5 @@ def _check(args: Args) -> None:
         ("max-queue", args.max_queue, 0), ("max-tokens", args.max_tokens, 1), ("drain-seconds", args.drain_seconds, 0),
         ("max-body-mib", args.max_body_mib, 2**-10),
     ):  # fmt: skip
-        if value < least:
-            raise ValueError(f"--{flag} {value:g}: at least {least:g}")
+        if not least <= value < math.inf:
+            raise ValueError(f"--{flag} {value:g}: a number of at least {least:g}")

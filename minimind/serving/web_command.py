@@ -21,9 +21,11 @@ from pathlib import Path
 from minimind.inference.loading import ModelArgs
 
 PAGE = Path(__file__).with_name("web.py")
-# What streamlit is told: no reports to its makers, no button to publish the page, colours.
+# What streamlit is told: no reports to its makers, no question for an address at its first start, no button to publish
+# the page, colours.
 _OPTIONS = {
-    "browser.gatherUsageStats": "false", "client.toolbarMode": "minimal", "server.fileWatcherType": "none",
+    "browser.gatherUsageStats": "false", "server.showEmailPrompt": "false", "client.toolbarMode": "minimal",
+    "server.fileWatcherType": "none",
     "theme.primaryColor": "#5b6ee1", "theme.baseRadius": "large", "theme.showWidgetBorder": "false",
 }  # fmt: skip
 
@@ -46,6 +48,10 @@ def main(args: Args) -> int:
     """The exit status. ValueError, one line, for bad input."""
     if args.url is not None and args.model is not None:
         raise ValueError("--url and --model: give one of them")
+    if not 1 <= args.port < 1 << 16:
+        raise ValueError(f"--port {args.port}: from 1 to 65535")
+    if args.url is not None and not args.url.startswith(("http://", "https://")):
+        raise ValueError(f"--url {args.url}: an address such as http://127.0.0.1:8998/v1")
     for name in ("streamlit", "openai"):
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"{name} is missing: pip install 'minimind[web]'")

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from minimind.display import pyplot
 from minimind.training.metrics import read_metrics
 
 
 def plot_figures(metrics: Path, picture: Path, title: str, unit: str, labels: Mapping[str, str]) -> None:
     """Draw the figures `labels` names (what each is called) over the tokens trained on. Lines join those measured on
     the same part of the held-out data; stars are those of all of it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     rows = [row for row in read_metrics(metrics) if row["kind"] == "eval"]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for i, (name, label) in enumerate(labels.items()):

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from minimind.display import pyplot
+
 
 class MetricsLog:
     """Append-only JSON lines. `kind` is "train" (every step) or "eval"; wall-clock values are under "time", the
@@ -32,11 +34,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def plot_losses(metrics: Path, picture: Path, title: str, unit: str = "nats per token") -> None:
     """Draw training and held-out loss over tokens, with the learning rate and the gradient norm below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     rows = read_metrics(metrics)
     train = [r for r in rows if r["kind"] == "train"]
     evals = [r for r in rows if r["kind"] == "eval"]
@@ -71,7 +69,8 @@ def plot_losses(metrics: Path, picture: Path, title: str, unit: str = "nats per 
         top.legend()
     bottom.set_xlabel("tokens trained on, millions")
     bottom.set_ylabel("gradient norm", color="tab:gray")
-    bottom.set_yscale("log")
+    if any(r["grad_norm"] > 0 for r in train):
+        bottom.set_yscale("log")
     figure.savefig(picture, dpi=120)
     plt.close(figure)
 

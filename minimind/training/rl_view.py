@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from minimind.display import pyplot
 from minimind.tokenization import Tokenizer
 from minimind.training.answers import turns
 from minimind.training.metrics import read_metrics, smooth
@@ -59,11 +60,7 @@ def _coloured(tokenizer: Tokenizer, answer: Answer, largest: float) -> Text:
 
 def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     """Reward (held-out too), KL, length and entropy over the rollouts' answers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     rows = read_metrics(metrics)
     rollouts = [row for row in rows if row["kind"] == "rollout"]
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")

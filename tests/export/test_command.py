@@ -186,6 +186,8 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys):
         capsys, tmp_path, *base, "--to", "hf", "--out", tmp_path / "full"
     )
     assert "m.pth: exists;" in refused(capsys, tmp_path, *base, "--out", tmp_path / "m.pth")
+    below = tmp_path / "m.pth" / "m.gguf"
+    assert f"--out {below}: cannot be written" in refused(capsys, tmp_path, *base, "--out", below)
     (tmp_path / "empty").mkdir()
     assert run(capsys, *base, "--to", "hf", "--out", tmp_path / "empty")[0] == 0
 

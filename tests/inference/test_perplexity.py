@@ -154,9 +154,38 @@ def test_the_command(folder, capsys):
         (["--ppl", "BOOK", "--context", "65536"], "the longest --context wants 65,537"),
         (["--ppl", "BOOK", "--tokens", "100"], "--tokens 100: the longest context alone is 2048"),
         (["--ppl", "nowhere.txt"], "nowhere.txt"),
+        (
+            ["--ppl", "BOOK", "--context", "64", "--out", "BOOK"],
+            "book.txt: cannot be made (File exists); name another",
+        ),
+        (["--tasks", "arc_easy", "--limit", "-1"], "--limit -1: at least 1"),
+        (["--tasks", "arc_easy", "--few-shot", "-1"], "--few-shot -1: at least 0"),
     ],
 )
 def test_bad_input(flags, message, folder, capsys):
     given = [str(folder / "book.txt") if flag == "BOOK" else flag for flag in flags]
     assert cli.run(["evaluate", "--model", str(folder / "m"), *given]) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert message in said.err and "perplexity of" not in said.out, "before anything is measured"
+
+
+@pytest.mark.parametrize("factor", [float("nan"), 1e6])
+def test_weights_that_have_no_perplexity(factor, folder, capsys):
+    model = small_model()
+    with torch.no_grad():
+        model.norm.weight *= factor
+    save_weights(model, folder / "broken")
+    small_tokenizer().save(folder / "broken")
+    flags = [
+        "--ppl",
+        str(folder / "book.txt"),
+        "--context",
+        "64",
+        "--tokens",
+        "64",
+        "--out",
+        str(folder / "out"),
+    ]
+    assert cli.run(["evaluate", "--model", str(folder / "broken"), *flags]) == 2
+    assert "nats a token have no perplexity" in capsys.readouterr().err
+    assert not any((folder / "out").iterdir())

@@ -76,7 +76,9 @@ def test_the_line_it_prints_works_and_a_signal_lets_streams_finish(process, fold
     ("change", "message"),
     [
         ({"port": 70000}, "from 0 to 65535"),
-        ({"max_queue": -1}, "--max-queue -1: at least 0"),
+        ({"max_queue": -1}, "--max-queue -1: a number of at least 0"),
+        ({"drain_seconds": float("inf")}, "--drain-seconds inf: a number of at least 0"),
+        ({"max_body_mib": float("nan")}, "--max-body-mib nan: a number of at least"),
         ({"max_batch": 0}, "max_batch=0"),
         ({"host": "no.such.host.invalid"}, "--host no.such.host.invalid"),
         ({"model": "nowhere"}, "nowhere"),

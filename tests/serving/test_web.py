@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from minimind.serving.web_client import Call, Settings, Turn, fill, parse_tools
-from minimind.serving.web_command import PAGE, Args, main, server_command
+from minimind.serving.web_command import _OPTIONS, PAGE, Args, main, server_command
 from minimind.serving.web_text import LANGUAGES, SUGGESTIONS, TEXT
 from minimind.weights import save_weights
 from tests.serving.service import ANSWERS, CALL, WEATHER, serving, taught
@@ -142,12 +142,25 @@ def test_messages_are_sent_back_whole():
             parse_tools(wrong)
 
 
+def test_streamlit_is_told_what_it_knows_and_asks_nothing():
+    config = pytest.importorskip("streamlit.config", reason="pip install 'minimind[web]'")
+    assert not set(_OPTIONS) - set(config.get_config_options())
+    assert _OPTIONS["server.showEmailPrompt"] == "false", (
+        "its first start in a terminal would wait for an address"
+    )
+
+
 def test_the_server_gets_the_flags_of_the_model():
     command = server_command(Args(model="m", lora="l", yarn=4.0, port=1))
     assert command[4:] == ["--port", "0", "--model", "m", "--lora", "l", "--yarn", "4.0", "--device", "auto",
                            "--dtype", "auto", "--kv-dtype", "auto"]  # fmt: skip
-    with pytest.raises(ValueError, match="give one of them"):
-        main(Args(model="m", url="u"))
+    for flags, message in (
+        ({"model": "m", "url": "u"}, "--url and --model: give one of them"),
+        ({"url": "127.0.0.1:8998"}, "--url 127.0.0.1:8998: an address such as http://"),
+        ({"model": "m", "port": 65536}, "--port 65536: from 1 to 65535"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(Args(**flags))
 
 
 @contextmanager

@@ -228,6 +228,7 @@ def test_figures_are_those_of_what_was_written(monkeypatch):
     ("changed", "message"),
     [
         ({"marker_weight": 0.0}, "--marker-weight 0: must be above 0"),
+        ({"marker_weight": float("nan")}, "--marker-weight nan: must be above 0"),
         ({"direct": 2.0}, "--direct 2: must be a share from 0 to 1"),
         ({"direct": 1.0}, "--data: no conversation has reasoning; give reasoning_content or <think>...</think>"),
         ({"from_": "nowhere"}, "--from nowhere: no such file or folder"),

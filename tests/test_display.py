@@ -1,0 +1,24 @@
+"""Pictures and lines that a run shows."""
+
+import json
+import warnings
+
+from rich.console import Console
+
+from minimind.data.progress import say
+from minimind.training.metrics import plot_losses
+
+
+def test_a_picture_of_anything_is_drawn_without_a_word(tmp_path):
+    """Chinese and emoji in the title, and gradients that are all zero."""
+    row = {"kind": "train", "tokens": 1, "loss": 2.0, "grad_norm": 0.0, "lr": 1e-3}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png", "pretrain-nano-唐诗 🦜")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_lines_are_shown_as_they_are(capsys):
+    say(Console(), "cuda:x [bold] :smile: runs/a:b")
+    assert capsys.readouterr().out == "cuda:x [bold] :smile: runs/a:b\n"
