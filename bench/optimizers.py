@@ -27,7 +27,6 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -35,7 +34,7 @@ from rich.table import Table
 from bench.kernel_report import append, check_columns, columns_of, slug
 from minimind.data.cache import open_corpus
 from minimind.data.corpus import builtin_corpus
-from minimind.device import describe_device
+from minimind.device import choose_device, describe_device
 from minimind.tokenization import load_tokenizer
 from minimind.training.metrics import read_metrics
 from minimind.training.run_folder import versions
@@ -249,7 +248,7 @@ def main(args: Args) -> dict[str, Any]:
     console = Console(stderr=True)
     if not args.seeds or not (args.muon_lr or args.adamw_lr):
         raise ValueError("--seeds, and --muon-lr or --adamw-lr: name at least one of each")
-    stamp = versions(describe_device(torch.device("cpu")))
+    stamp = versions(describe_device(choose_device("auto")))
     folder = Path(args.out) if args.out else Path(__file__).parent / "results" / slug(stamp["device"])
     table = folder / "optimizers.csv"
     check_columns(table, columns_of(Row))

@@ -171,6 +171,7 @@ def main(args: Args) -> dict[str, Any]:
     limit = None
     if device.type == "cuda":
         limit = limits(device, choose_precision(device).compute_dtype)["TFLOP/s"]
+        torch.cuda.empty_cache()  # the contenders are other processes
     rows: list[Row] = []
     shares: dict[str, Padding] = {}
     for stage, preset in itertools.product(args.stage, args.preset):

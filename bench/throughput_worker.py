@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import resource
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -33,11 +35,26 @@ def work(name: str, setting: Setting, pipe: Connection) -> None:
     pipe.send("ready")
     while (told := pipe.recv()) is not None:
         count, counts = told
-        loading = contender.loading
-        pipe.send([_timed(contender.step, setting.device) for _ in range(count)])
-        if not counts:
-            contender.loading = loading
+        with _turn(contender, setting.device):
+            loading = contender.loading
+            steps = [_timed(contender.step, setting.device) for _ in range(count)]
+            if not counts:
+                contender.loading = loading
+        pipe.send(steps)
     pipe.send(_rest(contender, setting.device))
+
+
+@contextlib.contextmanager
+def _turn(contender: Any, device: torch.device) -> Iterator[None]:
+    """A turn on a GPU that all contenders share: what the allocator holds in reserve goes back at its end, for the next
+    one's activations, and an uncounted step fetches it again at the next beginning."""
+    if device.type == "cuda":
+        loading = contender.loading
+        contender.step()
+        contender.loading = loading
+    yield
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _timed(step: Any, device: torch.device) -> Step:
