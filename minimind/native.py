@@ -1,4 +1,6 @@
-"""The native operators (csrc/): loaded at first use; what was built, and what is missing where it was not.
+"""The native operators (csrc/): loaded at first use; what was built, and what is missing where it was not:
+
+    python -m minimind.native
 
 native_build.py puts _native_cpu.so, _native_cuda.so and _native_build.json, which says why one of them is not there,
 into the package. Loading them registers the operators of torch.ops.minimind.
@@ -9,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +39,7 @@ class BuildInfo:
 
     def summary(self, device: torch.device) -> str:
         if device.type == "cuda":
-            return f"CUDA {self.cuda_version}, sm_{', sm_'.join(map(str, self.cuda_architectures))}"
+            return f"CUDA {self.cuda_version}, {_names(self.cuda_architectures)}"
         return f"{self.cpu_kernels_in_use} on {self.threads} threads, {self.compiler}"
 
 
@@ -49,6 +52,22 @@ def why_not(device: torch.device) -> str | None:
     if reason is None and device.type == "cuda":
         reason = _why_no_kernel(torch.cuda.get_device_capability(device))
     return None if reason is None else f"{reason}; {_COST}"
+
+
+def report() -> str:
+    """What was built, with what and for what, and why a part is not used: a line for C++, one for CUDA."""
+    info, cpu, cuda = build_info(), None, None
+    if info.compiler:
+        kernels = ", ".join(info.cpu_kernels)
+        cpu = f"{info.compiler}; {info.cpu_kernels_in_use} of {kernels}; {info.threads} threads"
+    if _library("cuda").exists():
+        version, architectures = _cuda_info()
+        cuda = f"CUDA {version}; {_names(architectures)}"
+    lines = []
+    for name, part, built in (("C++", "cpu", cpu), ("CUDA", "cuda", cuda)):
+        missing = info.missing.get(part)
+        lines.append(f"{name}: " + "; not used: ".join(filter(None, (built, missing))))
+    return "\n".join(lines)
 
 
 def build_info() -> BuildInfo:
@@ -103,10 +122,15 @@ def _read_info(version: str, architectures: tuple[int, ...], missing: dict[str, 
 
 
 def _cuda_info() -> tuple[str, tuple[int, ...]]:
-    function = ctypes.CDLL(str(_library("cuda"))).minimind_cuda_build_info
-    function.restype = ctypes.c_char_p
-    version, architectures = function().decode().split("|")
-    return version, tuple(map(int, architectures.split()))
+    """CUDA's version and the architectures, read from the file: without a GPU it cannot be loaded. The string is that
+    of csrc/cuda/build_info.cpp."""
+    found = re.search(rb"\0(\d[\d.]*)\|(\d+(?: \d+)*)\0", _library("cuda").read_bytes())
+    assert found is not None
+    return found[1].decode(), tuple(map(int, found[2].split()))
+
+
+def _names(architectures: tuple[int, ...]) -> str:
+    return ", ".join(f"sm_{architecture}" for architecture in architectures)
 
 
 def _why_no_driver(built_with: str) -> str | None:
@@ -126,8 +150,7 @@ def _why_no_kernel(capability: tuple[int, int]) -> str | None:
     major, minor = capability
     if any(major == a // 10 and minor >= a % 10 for a in built) or 10 * major + minor >= max(built):
         return None
-    names = ", ".join(f"sm_{a}" for a in built)
-    return f"the CUDA operators were built for {names}, this GPU is sm_{major}{minor}"
+    return f"the CUDA operators were built for {_names(built)}, this GPU is sm_{major}{minor}"
 
 
 def _register_fakes() -> None:
@@ -150,3 +173,7 @@ def _register_fakes() -> None:
         tokens: Tensor, positions, slots, block_table, lengths, cos, sin, weights: list[Tensor], *_
     ) -> Tensor:
         return tokens.new_empty(tokens.shape[0], weights[0].shape[0], dtype=torch.float32)
+
+
+if __name__ == "__main__":
+    print(report())

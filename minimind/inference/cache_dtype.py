@@ -23,7 +23,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from minimind.attention import Layout
 from minimind.config import ModelConfig
 from minimind.inference.decode_checks import CACHES
 from minimind.modeling import Attention, Block, Model
@@ -92,9 +91,9 @@ def _power_of_two(bound: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _RoundedLayout:
-    """A layout whose keys and values are rounded first, as one layer's cache would."""
+    """An attention layout (attention.py) whose keys and values are rounded first, as one layer's cache would."""
 
-    layout: Layout
+    layout: Any
     dtype: torch.dtype
     scales: tuple[Tensor, Tensor] | tuple[None, None]
 
@@ -102,7 +101,7 @@ class _RoundedLayout:
         k, v = (
             restored(stored(x, self.dtype, s), q.dtype, s) for x, s in zip((k, v), self.scales, strict=True)
         )
-        return self.layout.attend(q, k, v)
+        return cast(Tensor, self.layout.attend(q, k, v))
 
 
 @contextmanager

@@ -73,6 +73,28 @@ def test_the_kernels_of_lesser_processors(kernels):
     assert answer.returncode == 0, answer.stdout[-3000:]
 
 
+def test_the_report_says_what_was_built_and_what_is_missing(tmp_path, monkeypatch):
+    answer = subprocess.run(
+        [sys.executable, "-m", "minimind.native"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    cpp, cuda = answer.stdout.splitlines()
+    info = native.build_info()
+    assert cpp.startswith("C++: ") and cuda.startswith("CUDA: ") and answer.stderr == ""
+    for part, line in (("cpu", cpp), ("cuda", cuda)):
+        assert info.missing.get(part, "") in line
+    assert all(kernels in cpp for kernels in info.cpu_kernels) and info.compiler in cpp
+
+    library = b"\x7fELF\0" + b"13.0.88|80 86 90" + b"\0more"  # as csrc/cuda/build_info.cpp says it
+    (tmp_path / native_build.library_name("cuda")).write_bytes(library)
+    missing = {"cpu": "there is no C++ compiler", "cuda": "this PyTorch sees no CUDA GPU"}
+    monkeypatch.setattr(native, "PACKAGE", tmp_path)
+    monkeypatch.setattr(native, "load", lambda: native.BuildInfo("", (), "", 0, "", (), missing))
+    assert native.report().splitlines() == [
+        "C++: there is no C++ compiler",
+        "CUDA: CUDA 13.0.88; sm_80, sm_86, sm_90; not used: this PyTorch sees no CUDA GPU",
+    ]
+
+
 @needs_native
 def test_kernels_that_do_not_exist_are_an_error():
     code = "from minimind import native; native.build_info()"
