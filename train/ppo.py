@@ -65,9 +65,6 @@ class Args(RolloutArgs):
     """Values move no further than this from the old ones in a rollout, in units of the reward."""
     value_weight: float = 0.5
     """Weight of the critic's loss."""
-    critic_rate: float = 1.0
-    """The critic's learning rate in multiples of the policy's, with a shared trunk that of its head: it begins with
-    nothing and has no bound that keeps it near what it was."""
     gamma: float = 1.0
     """Discount of later rewards."""
     lam: float = 0.95
@@ -84,9 +81,8 @@ class Args(RolloutArgs):
         none = torch.zeros(0, dtype=torch.float64)
         gae(none, none, none.long(), self.gamma, self.lam)
         value_losses(none, none, none, self.value_clip)
-        for name in ("value_weight", "critic_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+        if not 0 < self.value_weight < math.inf:
+            raise ValueError(f"--value-weight {self.value_weight}: must be above 0")
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"--beta {self.beta}: must be 0 or more")
 
@@ -105,12 +101,7 @@ def main(args: Args, console: Console) -> bool:
     )
     loss = partial(both_losses, args, objective, run)
     peak = PEAK_LR.get(run.job.origin.preset, 1e-5)
-    return run.fit(loss, peak, rate=partial(rate, args), save_model=save_both, load_model=load_both)
-
-
-def rate(args: Args, name: str) -> float:
-    """Of a parameter, in multiples of --lr."""
-    return args.critic_rate if name.startswith(("critic.", "value_head.")) else 1.0
+    return run.fit(loss, peak, save_model=save_both, load_model=load_both)
 
 
 @torch.no_grad()

@@ -73,7 +73,6 @@ class Objective:
     describe: Callable[[Any], list[Any]]
     data_fingerprint: str
     peak_lr: float  # where --lr is not given
-    rate: Callable[[str], float] = lambda name: 1.0  # of a parameter, in multiples of the peak
     save_model: Callable[[Model, Path], None] = save_weights
     load_model: Callable[[Model, Path, Parallel], None] = load_weights_into
     place: Callable[..., Any] = to_device  # the loader's batches on the device, as DeviceBatches says
@@ -198,7 +197,7 @@ class Job:
         return Stage(
             model=model,
             tokenizer=self.tokenizer,
-            optimizer=build_optimizers(model, args.optimizer, peak, args.weight_decay, rate=objective.rate),
+            optimizer=build_optimizers(model, args.optimizer, peak, args.weight_decay),
             loader=self._on_device(plan.loader, objective),
             loss=objective.loss,
             peak_lr=peak,

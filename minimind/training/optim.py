@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -38,14 +38,6 @@ class Optimizers:
         for part in self.parts:
             part.zero_grad()
 
-    @torch.no_grad()
-    def own_gradients(self) -> None:
-        """Put copies in place of the gradients: to be added to where the next backward writes over what it gave out."""
-        for part in self.parts:
-            for parameter in (p for group in part.param_groups for p in group["params"]):
-                if parameter.grad is not None:
-                    parameter.grad = parameter.grad.clone()
-
     def state_dict(self, model: Model) -> dict[str, Any]:
         """Whole tensors by parameter name, whatever the strategy; on rank 0, empty elsewhere. All ranks call it."""
         return get_optimizer_state_dict(model, self.parts, options=to_rank_0())
@@ -61,10 +53,8 @@ def build_optimizers(
     lr: float,
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.95),
-    rate: Callable[[str], float] = lambda name: 1.0,
 ) -> Optimizers:
-    """The optimizer of a run. Matrices and embeddings decay, norm gains do not. rate: by a parameter's name, what its
-    learning rate is in multiples of `lr`.
+    """The optimizer of a run. Matrices and embeddings decay, norm gains do not.
 
     adamw: fused AdamW for everything (Loshchilov & Hutter 2019, arXiv 1711.05101).
     muon: momentum orthogonalised by Newton-Schulz for the matrices inside the blocks (Jordan et al. 2024), its
@@ -74,19 +64,14 @@ def build_optimizers(
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward without a backward leaves whole parameters in place of the shards
     parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    muon: list[dict[str, Any]] = []
-    rest: list[dict[str, Any]] = []
-    for times in sorted({rate(n) for n, _ in parameters}):
-        own = [(n, p) for n, p in parameters if rate(n) == times]
-        blocks = [p for n, p in own if name == "muon" and _is_block_matrix(n, p)]
-        orthogonal = {id(p) for p in blocks}
-        others = [p for _, p in own if id(p) not in orthogonal]
-        muon += [{"params": blocks, "lr": lr * times}] if blocks else []
-        rest += [
-            {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay, "lr": lr * times},
-            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, "lr": lr * times},
-        ]
-    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=lr, betas=betas, fused=True)]
+    muon = [p for n, p in parameters if name == "muon" and _is_block_matrix(n, p)]
+    orthogonal = {id(p) for p in muon}
+    rest = [p for _, p in parameters if id(p) not in orthogonal]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
     if muon:
         parts.append(torch.optim.Muon(muon, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     return Optimizers(parts)

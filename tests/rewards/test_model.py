@@ -98,7 +98,7 @@ def test_batches_hold_everything_once_within_their_limit(padded):
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory) -> Path:
-    """A classifier of transformers whose tokenizer pads with the token that ends turns."""
+    """A classifier of transformers whose tokenizer pads with the token that ends turns, conversations among them."""
     transformers = pytest.importorskip("transformers", reason="install minimind[export]: needs transformers")
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("classifier")
@@ -108,8 +108,8 @@ def classifier(tmp_path_factory) -> Path:
     transformers.LlamaForSequenceClassification(config).save_pretrained(path)
     tokenizer.save(path)
     fast = transformers.AutoTokenizer.from_pretrained(path)
-    assert fast.convert_tokens_to_ids("<|im_end|>") is not None
     fast.pad_token = "<|im_end|>"
+    fast.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
     fast.save_pretrained(path)
     return path
 
@@ -121,6 +121,7 @@ def test_a_classifier_of_transformers(classifier):
     rows = [reward.tokenizer.apply_chat_template([*one.prompt, {"role": "assistant", "content": one.text}],
                                                  tokenize=True, return_dict=False) for one in SAMPLES]  # fmt: skip
     assert len({len(row) for row in rows}) > 4
+    assert all(row[-1] == reward.tokenizer.pad_token_id for row in rows)
 
     def of_last_tokens(model) -> torch.Tensor:
         hidden = [model.model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]

@@ -118,7 +118,6 @@ def test_the_tracker_takes_in_every_answer_and_is_kept(unbroken):
         ("ppo", {"value_clip": 0.0}, "value clip 0.0: must be above 0"),
         ("ppo", {"beta": -1.0}, "--beta -1.0: must be 0 or more"),
         ("ppo", {"value_weight": 0.0}, "--value-weight 0.0: must be above 0"),
-        ("ppo", {"critic_rate": float("nan")}, "--critic-rate nan: must be above 0"),
         ("ppo", {"temperature": float("nan")}, "--temperature nan: must be above 0"),
         ("spo", {"reward_range": (1.0, 0.0)}, "rewards from 1.0 to 0.0: the first must be the lower one"),
         ("spo", {"half": 0.0}, "half=0.0, exploration=0.05: both must be above 0"),
