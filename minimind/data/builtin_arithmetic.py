@@ -2,9 +2,9 @@
 
 For reinforcement learning without a download. The conversations to learn from are weak on purpose: one answer in ten
 is right, the others slip by one or by ten in ways that do not depend on the question. Who learns from them learns to
-calculate, but seldom says the right number, and what it says most often is wrong; rewards can teach it better. Held-out
-problems occur neither there nor among those that rewards are given for. The same rows on every machine; nothing here is
-random.
+calculate, with a blur around the right number: nano's sampled answers are right for a third of the held-out problems,
+its likeliest ones for four fifths, so that much of what rewards teach it is to trust what it knows. Held-out problems
+occur neither there nor among those that rewards are given for. The same rows on every machine; nothing here is random.
 """
 
 import json

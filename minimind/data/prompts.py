@@ -6,6 +6,8 @@ taken for a reference answer, for rewards that compare with one; "reference" bes
 other fields of the row go to the rewards as they are.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -53,7 +55,7 @@ class PromptSet:
     def __getitem__(self, index: int) -> Prompt:
         return self.prompts[index]
 
-    def split(self, share: float, most: int = 256) -> "tuple[PromptSet, PromptSet | None]":
+    def split(self, share: float, most: int = 256) -> tuple[PromptSet, PromptSet | None]:
         """(all but the last `share`, at most `most`; these, None where there are none)."""
         held = min(most, round(share * len(self)), len(self) - 1)
         if held < 1:

@@ -8,7 +8,7 @@ from typing import Literal
 import tyro
 
 from minimind.training.arguments import FromFlag, StageArgs
-from minimind.training.parallel import world_size
+from minimind.training.parallel import ParallelName, world_size
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ class RolloutArgs(StageArgs):
     """For matrices; norm gains never decay."""
     heldout: float = 0.1
     """Share of the prompts, the last ones and at most 256, that is never trained on."""
+    parallel: ParallelName = "auto"
+    """How the processes of torchrun share the work: ddp, a model each, or auto, which is ddp where there are several.
+    fsdp is refused: answers are sampled from whole weights."""
     log_every: int = 1
     """Steps between reads of the loss from the device."""
     tokens: tyro.conf.Suppress[int | None] = None
