@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import pytest
 from rich.console import Console
 
 from minimind.data.progress import say
@@ -17,6 +18,12 @@ def test_a_picture_of_anything_is_drawn_without_a_word(tmp_path):
         warnings.simplefilter("error")
         plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png", "pretrain-nano-唐诗 🦜")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_line_that_is_no_row_of_metrics_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "eval"}\n{"kin')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: no row of metrics .*; remove the line"):
+        plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png", "x")
 
 
 def test_lines_are_shown_as_they_are(capsys):

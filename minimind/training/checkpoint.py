@@ -26,6 +26,7 @@ from minimind.training.parallel import Parallel, from_rank_0
 from minimind.weights import load_model, save_weights
 
 _PREFIX = "step-"
+_WAY_OUT = "delete that folder to resume from the one before"
 
 
 def save_checkpoint(
@@ -81,12 +82,13 @@ def remove_partial(run: Path) -> None:
 
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
     try:
-        return torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+        state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not {"step", "optimizer", "loader"} <= state.keys():
+            raise RuntimeError("it holds no trainer's state")
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"{checkpoint / 'trainer.pt'}: unreadable ({reason}); delete that folder to resume from the one before"
-        ) from error
+        raise ValueError(f"{checkpoint / 'trainer.pt'}: unreadable ({reason}); {_WAY_OUT}") from error
+    return state
 
 
 def share_trainer_state(checkpoint: Path, parallel: Parallel) -> dict[str, Any]:
@@ -103,5 +105,8 @@ def share_trainer_state(checkpoint: Path, parallel: Parallel) -> dict[str, Any]:
 
 def load_weights_into(model: Model, checkpoint: Path, parallel: Parallel) -> None:
     """Copy a checkpoint's float32 weights, read on rank 0, into `model` in place. All ranks call it."""
-    weights = load_model(checkpoint, config=model.config).state_dict() if parallel.main else {}
+    try:
+        weights = load_model(checkpoint, config=model.config).state_dict() if parallel.main else {}
+    except ValueError as error:
+        raise ValueError(f"{error}; {_WAY_OUT}") from error
     set_model_state_dict(model, weights, options=from_rank_0())

@@ -29,7 +29,14 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """ValueError names the line that is no row."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: no row of metrics ({error}); remove the line") from None
+    return rows
 
 
 def plot_losses(metrics: Path, picture: Path, title: str, unit: str = "nats per token") -> None:

@@ -13,14 +13,21 @@ from minimind.lora import LoRAConfig, add_adapter
 from minimind.lora_files import save_adapter
 from minimind.modeling import Model
 from minimind.training import checkpoint
-from minimind.training.checkpoint import list_checkpoints, load_trainer_state, save_checkpoint
+from minimind.training.checkpoint import (
+    list_checkpoints,
+    load_trainer_state,
+    load_weights_into,
+    save_checkpoint,
+)
+from minimind.training.parallel import Parallel
 from minimind.value_head import ValueModel, save_value_model
 
 CONFIG = ModelConfig(32, 1, 2, 1, 16, 48, 50)
 
 
 def save(run, step, keep=2):
-    return save_checkpoint(run, step, Model(CONFIG), load_tokenizer(), {"step": step}, keep)
+    state = {"step": step, "optimizer": {}, "loader": {}}
+    return save_checkpoint(run, step, Model(CONFIG), load_tokenizer(), state, keep)
 
 
 def test_keeps_the_newest(tmp_path):
@@ -28,7 +35,7 @@ def test_keeps_the_newest(tmp_path):
         save(tmp_path, step)
     assert [c.name for c in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
-    assert load_trainer_state(list_checkpoints(tmp_path)[-1]) == {"step": 3}
+    assert load_trainer_state(list_checkpoints(tmp_path)[-1]) ["step"] == 3
 
 
 @pytest.mark.parametrize("failing", ["save_file", "sync", "torch.save"])
@@ -77,7 +84,19 @@ def test_files_are_as_readable_as_the_umask_lets_them(tmp_path, write: Callable[
 
 def test_unreadable_trainer_state_is_named(tmp_path):
     folder = save(tmp_path, 1)
-    for content in (b"", b"not a checkpoint", (folder / "trainer.pt").read_bytes()[:300]):
+    others = []
+    for value in ([1], {"step": 1}):
+        torch.save(value, tmp_path / "other.pt")
+        others.append((tmp_path / "other.pt").read_bytes())
+    for content in (b"", b"not a checkpoint", (folder / "trainer.pt").read_bytes()[:300], *others):
         (folder / "trainer.pt").write_bytes(content)
         with pytest.raises(ValueError, match=r"trainer\.pt: unreadable .* delete that folder"):
             load_trainer_state(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_checkpoint_without_its_weights_says_the_way_out(tmp_path, name):
+    folder = save(tmp_path, 1)
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=r"step-00000001: neither .*; delete that folder to resume"):
+        load_weights_into(Model(CONFIG), folder, Parallel())
