@@ -153,6 +153,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 GRANITE = ("granitemoe", "granitemoeshared")
 _TRANSFORMERS = ("llama", "qwen3", "qwen3_moe", *GRANITE)
+_SILENT = {"rope_theta": 1e4, "rms_norm_eps": 1e-6}  # what transformers takes where a file says nothing
 
 
 def _from_dict(raw: dict[str, Any]) -> ModelConfig:
@@ -196,6 +197,10 @@ def _from_dict(raw: dict[str, Any]) -> ModelConfig:
     theta = (raw.get("rope_parameters") or {}).get("rope_theta")
     if "rope_theta" not in out and theta is not None:
         out["rope_theta"] = theta
+    if kind in _TRANSFORMERS:
+        out = {**_SILENT, **out}
+        if kind == "llama" or kind in GRANITE:
+            out.setdefault("num_key_value_heads", heads)
     return ModelConfig(**out)
 
 
@@ -229,6 +234,9 @@ def _rope_scaling(raw: dict[str, Any]) -> YarnScaling | None:
     if kind != "yarn":
         raise ValueError(f"rope_scaling type {kind!r} is not supported; only 'yarn' is")
     known = {f.name for f in dataclasses.fields(YarnScaling)}
+    for key in ("mscale", "mscale_all_dim", "truncate"):
+        if scaling.get(key) is not None:
+            raise ValueError(f"rope_scaling: {key}={scaling[key]} is not supported; only YaRN without it is")
     if raw.get("model_type") in _TRANSFORMERS:  # there, no factor means the paper's
         scaling = {"attention_factor": None, **scaling}
     return YarnScaling(**{k: v for k, v in scaling.items() if k in known})

@@ -126,7 +126,13 @@ def from_stock(state: Mapping[str, Tensor], config: ModelConfig, source: str = "
 
     out: StateDict = {"embed_tokens.weight": take("model.embed_tokens.weight")}
     head = left.pop("lm_head.weight", None)
-    if not config.tie_word_embeddings:
+    if config.tie_word_embeddings:
+        if head is not None and not torch.equal(head, out["embed_tokens.weight"]):
+            raise ValueError(
+                f"{source}: 'lm_head.weight' is not the embedding, and the config ties the two; "
+                "set tie_word_embeddings to false"
+            )
+    else:
         if head is None:
             raise ValueError(f"{source}: tensor 'lm_head.weight' is missing and the embedding is not tied")
         out["lm_head.weight"] = head

@@ -66,6 +66,12 @@ def test_wrong_weights_are_named(tmp_path):
         from_stock(missing, config)
     with pytest.raises(ValueError, match="'stranger' has no place"):
         from_stock({**stock, "stranger": torch.zeros(1)}, config)
+    tied = {**stock, "lm_head.weight": stock["model.embed_tokens.weight"]}  # as upstream saves it
+    assert "lm_head.weight" not in from_stock(tied, config)
+    with pytest.raises(
+        ValueError, match=r"lm_head\.weight' is not the embedding, and the config ties the two"
+    ):
+        from_stock({**tied, "lm_head.weight": tied["lm_head.weight"] + 1}, config)
     with pytest.raises(ValueError, match=r"embed_tokens\.weight is \[96, 64\]"):
         from_stock({**stock, "model.embed_tokens.weight": torch.zeros(96, 64)}, config)
 
@@ -112,9 +118,34 @@ def test_config_json_round_trips_and_reads_other_dialects():
              "num_hidden_layers": 8, "intermediate_size": 1408, "vocab_size": 6400, "rms_norm_eps": 1e-5,
              "rope_theta": 1e6, "tie_word_embeddings": True, "max_position_embeddings": 32768}  # fmt: skip
     assert ModelConfig.from_dict(llama) == ModelConfig.preset("minimind2-small")
+    for key in ("mscale", "mscale_all_dim", "truncate"):
+        with pytest.raises(ValueError, match=f"rope_scaling: {key}=0.5 is not supported"):
+            ModelConfig.from_dict({**llama, "rope_scaling": {"type": "yarn", "factor": 2, key: 0.5}})
     with pytest.raises(ValueError, match="hidden_act"):
         ModelConfig.from_dict({**llama, "hidden_act": "gelu"})
     with pytest.raises(ValueError, match="'linear' is not supported"):
         ModelConfig.from_dict({**llama, "rope_scaling": {"type": "linear", "factor": 2}})
     with pytest.raises(ValueError, match="multiple of"):
         ModelConfig.from_dict({**llama, "num_key_value_heads": 3})
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Qwen3Moe", "GraniteMoe"])
+def test_a_config_of_transformers_that_says_little_means_what_it_means_there(kind):
+    """Files older than a key, or written by hand: the base of the rotation would be wrong without a word."""
+    transformers = pytest.importorskip(
+        "transformers", reason="install minimind[export] to compare with transformers"
+    )
+    theirs = getattr(transformers, f"{kind}Config")(hidden_size=64, num_attention_heads=4)
+    raw = {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "model_type": theirs.model_type,
+        "moe_intermediate_size": 48,
+    }
+    granite = {"attention_multiplier": 0.25, "intermediate_size": 96} if kind == "GraniteMoe" else {}
+    ours = ModelConfig.from_dict({**raw, **granite})
+    theta = getattr(theirs, "rope_theta", None) or theirs.rope_parameters["rope_theta"]
+    assert (ours.rope_theta, ours.rms_norm_eps) == (theta, theirs.rms_norm_eps)
+    assert ours.tie_word_embeddings == bool(theirs.tie_word_embeddings)
+    if not kind.startswith("Qwen"):
+        assert ours.num_key_value_heads == 4

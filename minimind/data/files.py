@@ -62,7 +62,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file to the disk, or, of a folder, the renames in it."""
+    """Bring a file to the disk, or, of a folder, the renames in it, which Windows can neither open nor be asked for."""
+    if os.name == "nt" and path.is_dir():
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
