@@ -1,48 +1,48 @@
-"""Everything that a GPU is asked, in one command that can be cut off and run again until it is done.
+"""Everything that a card is asked, in one command that can be cut off and run again until it is done.
 
-    python bench/campaign.py [--minutes 25] [--only kernels throughput] [--data FILE...]
+    python bench/campaign.py --list                    the slices, their minutes, and what became of each
+    python bench/campaign.py --smoke                   every command at its smallest, rows thrown away: does one crash?
+    python bench/campaign.py [--minutes 9] [--only kernels rl] [--data FILE...] [--chats FILE...]
 
-The campaign is a list of slices, each a command of its own that takes less than eight minutes: parity of every kernel,
-the same under compute-sanitizer, the kernels' resources, every op against its peers, and training throughput of every
-preset and every stage. What a slice did is kept in campaign.json under bench/results/DEVICE, and its whole output
-beside it; a slice that passed at this commit is not run again. campaign.md sums up what is there.
+The campaign is a list of slices (bench/campaign_slices.py), each a command of its own that takes less than eight
+minutes: parity, compute-sanitizer, training of every preset and stage, decoding, every op against its peers,
+reinforcement learning, the server, pretraining and SFT to their end, timelines, tuning. What a slice did is kept in
+campaign.json under bench/results/DEVICE, its rows beside it and its whole output in campaign/; a slice that passed at
+this commit is not run again. One that fails stops no other, and is named at the end. campaign.md sums up what is there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
+import torch
 import tyro
 from rich.console import Console
 
-from bench.campaign_summary import summary
-from bench.kernel_cases import BUILDERS
+from bench.campaign_slices import LIMIT, Slice, slices
 from bench.kernel_report import slug
+from bench.performance_tables import device_report
 from minimind.data.files import write_atomically, write_json
 from minimind.device import choose_device, describe_device
 from minimind.display import duration
 from minimind.training.run_folder import versions
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 480.0  # seconds of a slice
-KERNEL_TESTS = ("rms_norm", "rope", "swiglu", "linear_cross_entropy", "linear_log_probs", "linear_distillation",
-                "moe_routing", "moe_experts", "model", "memory")  # fmt: skip
-DECODE_TESTS = ("decode_ops", "sampling_ops", "prefill", "engine")
-SANITIZED = ("rms_norm", "rope", "swiglu", "moe_routing", "moe_experts")
-SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")  # of compute-sanitizer
-NATIVE_CHECK = "bench/native_check.py"
-PRESETS = ("minimind2-small", "minimind2", "minimind2-moe")
+PASSED = "passed"
 
 
 @dataclass(frozen=True)
@@ -50,81 +50,37 @@ class Args:
     """Run what is left of the campaign."""
 
     minutes: float = 1e9
-    """Start no slice that could end later than this."""
+    """End by then: no slice is begun that would take longer by its estimate, and one that does is cut off."""
     only: tuple[str, ...] = ("",)
     """Only the slices with one of these in their name."""
     data: tuple[str, ...] = ()
-    """Of the throughput slices of the presets, as in train/pretrain.py; None takes the built-in corpus."""
+    """Of pretraining, as in train/pretrain.py; None takes the built-in corpus."""
+    chats: tuple[str, ...] = ()
+    """Of SFT, as in train/sft.py; None takes the built-in conversations."""
     again: bool = False
     """Also run slices that passed at this commit."""
     list: bool = False
     """Show the slices and what became of each, and run nothing."""
+    smoke: bool = False
+    """Run every command as small as it goes and throw the rows away."""
     device: str = "auto"
-    """auto, cpu, cuda. A CPU runs the same slices on its own, smaller sizes."""
-
-
-@dataclass(frozen=True)
-class Slice:
-    """needs: a program that must be on PATH."""
-
-    name: str
-    command: Sequence[str]
-    needs: str | None = None
-
-
-def slices(args: Args, cuda: bool) -> list[Slice]:
-    python = sys.executable
-    pytest = (python, "-m", "pytest", "-q")
-    found = [Slice(f"parity {name}", (*pytest, f"tests/kernels/test_{name}.py")) for name in KERNEL_TESTS]
-    found.append(Slice("parity attention", (*pytest, "tests/test_attention.py")))
-    found += [Slice(f"parity {name}", (*pytest, f"tests/inference/test_{name}.py")) for name in DECODE_TESTS]
-    if cuda:
-        checked = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", *pytest, "-x")
-        for name in SANITIZED:
-            test = f"tests/kernels/test_{name}.py"
-            found.append(Slice(f"sanitizer {name}", (*checked, test), needs="compute-sanitizer"))
-        for tool in SANITIZERS:
-            watched = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", python, NATIVE_CHECK)
-            found.append(Slice(f"sanitizer native {tool}", watched, needs="compute-sanitizer"))
-    found.append(Slice("resources", (python, "bench/resources.py", "--dtype", "bf16")))
-    found += [Slice(f"kernels {op}", (python, "bench/kernels.py", "--ops", op)) for op in BUILDERS]
-    data = ("--data", *args.data) if args.data else ()
-    for preset in PRESETS:
-        peers = ["ours", "ours-eager", "compile", "hf", "liger", "upstream-style"]
-        sizes = ("--rows", "64", "--steps", "30") if cuda else ("--steps", "5", "--warmup", "2")
-        command = (python, "bench/throughput.py", "--preset", preset, "--peer", *peers, *sizes, *data)
-        found.append(Slice(f"throughput {preset}", command))
-    for stage in ("sft", "lora", "distill", "reason", "dpo"):
-        sizes = ("--rows", "64", "--steps", "30") if cuda else ("--steps", "5", "--warmup", "2")
-        command = (
-            python,
-            "bench/throughput.py",
-            "--stage",
-            stage,
-            "--peer",
-            "ours",
-            "upstream-style",
-            *sizes,
-        )
-        found.append(Slice(f"throughput {stage}", command))
-    for batch in (1, 16, 64):
-        command = (python, "bench/decode.py", "--batch", str(batch), *(("--turns", "5") if cuda else ()))
-        found.append(Slice(f"decode batch {batch}", command))
-    return [s for s in found if any(part in s.name for part in args.only)]
+    """auto, cpu, cuda or cuda:N. A CPU runs the same slices on its own, smaller sizes."""
 
 
 @dataclass
 class Campaign:
-    """state: what became of each slice, by name."""
+    """state: what became of each slice, by name; deadline: of time.monotonic()."""
 
     folder: Path
     commit: str
     console: Console
     state: dict[str, dict[str, Any]]
+    environment: dict[str, str] = field(default_factory=dict)
+    deadline: float = float("inf")
 
     def done(self, name: str) -> bool:
         before = self.state.get(name, {})
-        return before.get("status") == "passed" and before.get("commit") == self.commit
+        return before.get("status") == PASSED and before.get("commit") == self.commit
 
     def run(self, piece: Slice) -> None:
         log = self.folder / "campaign" / f"{slug(piece.name)}.log"
@@ -133,7 +89,9 @@ class Campaign:
         if piece.needs is not None and shutil.which(piece.needs) is None:
             status, log_name = f"not run: {piece.needs} is not on PATH", None
         else:
-            status, log_name = _execute(piece.command, log), str(log.relative_to(self.folder))
+            limit = min(LIMIT, self.deadline - time.monotonic())
+            status = execute(piece, log, limit, {**os.environ, **self.environment, **piece.environment})
+            log_name = str(log.relative_to(self.folder))
         seconds = round(time.time() - start, 1)
         self.state[piece.name] = {
             "status": status, "seconds": seconds, "commit": self.commit, "log": log_name,
@@ -141,55 +99,113 @@ class Campaign:
         }  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "campaign.json", self.state)
-        self.console.print(f"{piece.name}: {status}, {duration(seconds)}", highlight=False)
+        self.say(f"{piece.name}: {status}, {duration(seconds)}")
+
+    def go_on(self, left: list[Slice]) -> None:
+        """In their order, leaving out those for which there is no time."""
+        for piece in left:
+            if time.monotonic() + 60 * piece.minutes > self.deadline:
+                self.say(f"{piece.name}: no time for its {piece.minutes:g} minutes; run this again")
+            else:
+                self.run(piece)
+
+    def report(self, wanted: list[Slice]) -> None:
+        """The slices that did not pass, each with the last line of its output."""
+        for name, entry in ((s.name, self.state.get(s.name)) for s in wanted):
+            if entry is None or entry["status"] == PASSED:
+                continue
+            said = last_line(self.folder / entry["log"]) if entry["log"] else ""
+            self.say(f"{name}: {entry['status']}{': ' if said else ''}{said}")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _execute(command: Sequence[str], log: Path) -> str:
+def execute(piece: Slice, log: Path, limit: float, environment: dict[str, str]) -> str:
+    """What became of the command; it and all that it started end within `limit` seconds."""
     with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            piece.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )  # fmt: skip
         try:
-            code = subprocess.run(
-                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT
-            ).returncode
+            code = process.wait(timeout=max(1.0, limit))
         except subprocess.TimeoutExpired:
-            return f"failed: longer than {duration(LIMIT)}"
-    return "passed" if code == 0 else f"failed: exit status {code}"
+            return f"failed: cut off after {duration(limit)}"
+        finally:
+            end(process)
+    return PASSED if code == 0 else f"failed: exit status {code}"
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """The process, and what it left running: its session is its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def last_line(log: Path) -> str:
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
 
 
 def main(args: Args) -> int:
     """The exit status: 0 if every slice that was asked for has passed at this commit."""
-    console = Console()
     device = choose_device(args.device)
     stamp = versions(describe_device(device))
-    folder = Path(__file__).parent / "results" / slug(stamp["device"])
+    if not args.smoke:
+        return _run(args, device, stamp, Path(__file__).parent / "results" / slug(stamp["device"]))
+    place = Path(tempfile.mkdtemp(prefix="minimind-smoke-"))
+    status = _run(args, device, stamp, place)
+    if status:
+        print(f"what the commands said: {place / 'campaign'}")
+    else:
+        shutil.rmtree(place)
+    return status
+
+
+def _run(args: Args, device: torch.device, stamp: dict[str, Any], folder: Path) -> int:
+    console = Console()
     record = folder / "campaign.json"
     state = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    campaign = Campaign(folder, stamp["commit"] or "unknown", console, state)
-    wanted = slices(args, device.type == "cuda")
+    deadline = time.monotonic() + 60 * args.minutes
+    campaign = Campaign(folder, stamp["commit"] or "unknown", console, state, _visible(device), deadline)
+    cuda = device.type == "cuda"
+    memory = torch.cuda.get_device_properties(device).total_memory if cuda else 0
+    data, chats = ([str(Path(path).resolve()) for path in paths] for paths in (args.data, args.chats))
+    every = slices(cuda, memory, data, chats, args.smoke, ("--out", str(folder)))
+    wanted = [s for s in every if any(part in s.name for part in args.only)]
     if not wanted:
-        raise ValueError(f"--only {' '.join(args.only)}: no slice has this in its name")
+        raise ValueError(f"--only {' '.join(args.only)}: no slice has this in its name; --list shows them")
     left = [s for s in wanted if args.again or not campaign.done(s.name)]
+    minutes = sum(s.minutes for s in left)
+    campaign.say(
+        f"{stamp['device']}: {len(left)} of {len(wanted)} slices to run, about {minutes:g} minutes on an H100"
+    )
     if args.list:
         for piece in wanted:
-            console.print(
-                f"{piece.name}: {state.get(piece.name, {}).get('status', 'to be run')}", highlight=False
-            )
+            status = PASSED if piece not in left else state.get(piece.name, {}).get("status", "to be run")
+            campaign.say(f"{piece.minutes:4g} min  {piece.name}: {status}")
         return 0
-    console.print(f"{stamp['device']}: {len(left)} of {len(wanted)} slices to run", highlight=False)
-    start = time.monotonic()
-    for piece in left:
-        if time.monotonic() - start + LIMIT > 60 * args.minutes:
-            console.print(
-                f"--minutes {args.minutes:g} leaves no room for {piece.name}; run this again", highlight=False
-            )
-            break
-        campaign.run(piece)
-    if folder.exists():
-        write_atomically(folder / "campaign.md", summary(folder, stamp, campaign.state).encode())
-        console.print(f"summary: {folder / 'campaign.md'}", highlight=False, soft_wrap=True)
+    campaign.go_on(left)
+    if not args.smoke and folder.exists():
+        write_atomically(folder / "campaign.md", device_report(folder, stamp, campaign.state).encode())
+        campaign.say(f"summary: {folder / 'campaign.md'}")
+    campaign.report(wanted)
     return 0 if all(campaign.done(piece.name) for piece in wanted) else 1
 
 
+def _visible(device: torch.device) -> dict[str, str]:
+    """So that every command sees the device that was asked for, and takes it by itself."""
+    if device.type == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    return {} if device.index is None else {"CUDA_VISIBLE_DEVICES": str(device.index)}
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the slice that runs is ended, not left behind
     try:
         status = main(tyro.cli(Args, description=__doc__))
     except ValueError as problem:

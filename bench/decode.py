@@ -116,7 +116,8 @@ def main(args: Args) -> dict[str, Any]:
             append(table, new)
             show(new, Console(width=None if sys.stdout.isatty() else 150))
             rows += new
-    picture = folder / f"decode-{found['commit'] or 'unknown'}.png"
+    what = f"-batch-{args.batch[0]}" if len(args.batch) == 1 else ""
+    picture = folder / f"decode{what}-{found['commit'] or 'unknown'}.png"
     plot(rows, picture)
     result: dict[str, Any] = {"csv": str(table), "png": str(picture), "bandwidth": bandwidths}
     return result | {"rows": [dataclasses.asdict(row) for row in rows]}

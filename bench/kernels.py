@@ -62,7 +62,7 @@ class Args:
     out: str | None = None
     """Folder for the rows and the picture; None for bench/results/DEVICE."""
     tune: str | None = None
-    """Search tile sizes for this op instead, and print the best as a table entry to paste."""
+    """Search tile sizes for this op instead, and print the best as a table entry to paste (rows: tuning.csv)."""
 
 
 @dataclass(frozen=True)
@@ -192,15 +192,24 @@ def cases(args: Args, bench: Bench) -> Iterator[tuple[Case, Case]]:
                     yield case, build(op, preset, PARITY_TOKENS, bench.dtype, bench.device, compiled=cuda)
 
 
+def folder_of(args: Args, device: str) -> Path:
+    return Path(args.out) if args.out else Path(__file__).parent / "results" / slug(device)
+
+
 def main(args: Args) -> dict[str, Any]:
     console = Console(width=None if sys.stdout.isatty() else 120)
     if args.tune is not None:
         device = choose_device(args.device)
         dtype = choose_dtype(args.dtype, device)
-        return tuning.main(args.tune, presets_of(args, device), args.tokens, dtype, device, console)
+        presets, folder = presets_of(args, device), folder_of(args, describe_device(device))
+        return tuning.main(args.tune, presets, args.tokens, dtype, device, folder, console)
     bench = open_bench(args)
-    folder = Path(args.out) if args.out else Path(__file__).parent / "results" / slug(bench.stamp["device"])
-    table, picture = folder / "kernels.csv", folder / f"kernels-{bench.stamp['commit'] or 'unknown'}.png"
+    folder = folder_of(args, bench.stamp["device"])
+    what = f"-{args.ops[0]}" if len(args.ops) == 1 else ""
+    table, picture = (
+        folder / "kernels.csv",
+        folder / f"kernels{what}-{bench.stamp['commit'] or 'unknown'}.png",
+    )
     check_columns(table)
     if bench.device.type == "cpu":
         console.print("no GPU: timing the PyTorch forms that ops takes on a CPU, not the Triton kernels")

@@ -46,15 +46,19 @@ class Args:
     """auto, cpu, cuda."""
 
 
-def both(operator: Callable[..., Any], make: Callable[[], tuple[Any, ...]]) -> list[tuple[Tensor, Tensor]]:
-    """(native, reference) of every result and of every argument, since some are changed."""
+def both(
+    operator: Callable[..., Any], make: Callable[[torch.device], tuple[Any, ...]], device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """(native, reference) of every result and of every argument, since some are changed, on the CPU. The reference is
+    computed there, so that a sanitizer sees no kernels but ours and PyTorch's copies."""
     results = []
-    for backend in ("native", "reference"):
-        args = make()
+    places: dict[decode_ops.Backend, torch.device] = {"native": device, "reference": torch.device("cpu")}
+    for backend, place in places.items():
+        args = make(place)
         with decode_ops.using(backend):
             result = operator(*args)
         tensors = [result] if isinstance(result, Tensor) else list(result)
-        results.append(tensors + [arg for arg in args if isinstance(arg, Tensor)])
+        results.append([t.cpu() for t in (*tensors, *args) if isinstance(t, Tensor)])
     return list(zip(*results, strict=True))
 
 
@@ -109,25 +113,25 @@ def choices(vocabulary: int, device: torch.device) -> Any:
     )  # fmt: skip
 
 
-def cases(device: torch.device) -> Iterator[tuple[str, torch.dtype, Callable[..., Any], Callable[[], Any]]]:
-    """(name, dtype of the arithmetic, operator, what makes its arguments)."""
+def cases() -> Iterator[tuple[str, torch.dtype, Callable[..., Any], Callable[[torch.device], Any]]]:
+    """(name, dtype of the arithmetic, operator, what makes its arguments on a device)."""
     for dtype, cache, dim, lengths in ATTENTION:
         name = f"decode_attention, {dtype} over {cache}, heads of {dim}"
-        make = functools.partial(attention, dtype, cache, dim, lengths, device)
+        make = functools.partial(attention, dtype, cache, dim, lengths)
         yield name, dtype, decode_ops.decode_attention, make
     for dtype, cache, dim in APPEND:
         name = f"rope_append_kv, {dtype} to {cache}, heads of {dim}"
-        yield name, dtype, decode_ops.rope_append_kv, functools.partial(append, dtype, cache, dim, device)
+        yield name, dtype, decode_ops.rope_append_kv, functools.partial(append, dtype, cache, dim)
     for vocabulary in VOCABULARIES:
         name = f"sample from {vocabulary} tokens"
-        yield name, torch.float32, decode_ops.sample, functools.partial(choices, vocabulary, device)
+        yield name, torch.float32, decode_ops.sample, functools.partial(choices, vocabulary)
 
 
 def main(args: Args) -> int:
     """The exit status."""
-    found = []
-    for name, dtype, operator, make in cases(choose_device(args.device)):
-        found += [f"{name}: {line}" for line in wrong(both(operator, make), dtype)]
+    device, found = choose_device(args.device), []
+    for name, dtype, operator, make in cases():
+        found += [f"{name}: {line}" for line in wrong(both(operator, make, device), dtype)]
     for line in found:
         print(line)
     print(f"{len(found)} wrong results")

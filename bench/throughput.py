@@ -5,7 +5,8 @@
     python bench/throughput.py --peer ours,hf,upstream-style --preset minimind2-small,minimind2
 
 Each contender (bench/contenders.py) lives in a process of its own, so that its peak memory is its own too; they take
-turns, a few steps each, so that a machine whose speed drifts slows all of them alike. Positions are all that a model
+turns, a few steps each, so that a machine whose speed drifts slows all of them alike; one that dies is left out, and
+the exit status is 1. Positions are all that a model
 computes; real tokens are those that are no padding. How much of its rows upstream would pad is counted over the whole
 data, and stands below the table. A step that took far longer than the others is shown with what it spent its time on.
 
@@ -87,18 +88,31 @@ class Args:
     """Also say how long and how dear upstream's two-hour run would be at the measured rate: a projection."""
 
 
-def measure(args: Args, setting: Setting, names: list[str], console: Console) -> dict[str, Worker]:
+def measure(
+    args: Args, setting: Setting, names: list[str], console: Console
+) -> tuple[dict[str, Worker], list[str]]:
+    """(those that ran to their end, one line for each that did not)."""
     title = f"{setting.stage}, {setting.preset}"
-    workers = {name: Worker(name, setting) for name in names}
-    for name, worker in workers.items():
+    workers: dict[str, Worker] = {}
+    died = []
+    for name in names:
         console.print(f"{title}: warming up {name}", highlight=False)
-        worker.run(args.warmup, counts=False)
+        try:
+            workers[name] = Worker(name, setting)
+            workers[name].run(args.warmup, counts=False)
+        except ValueError as problem:  # the others go on
+            workers.pop(name, None)
+            died.append(f"{title}: {problem}")
     start = time.perf_counter()
     done = 0
-    while done < args.steps:
+    while workers and done < args.steps:
         count = min(args.turn, args.steps - done)
-        for worker in workers.values():
-            worker.run(count, counts=True)
+        for name, worker in list(workers.items()):
+            try:
+                worker.run(count, counts=True)
+            except ValueError as problem:
+                del workers[name]
+                died.append(f"{title}: {problem}")
         done += count
         left = duration((time.perf_counter() - start) / done * (args.steps - done))
         console.print(f"{title}: {done}/{args.steps} steps of each, ETA {left}", highlight=False)
@@ -106,7 +120,7 @@ def measure(args: Args, setting: Setting, names: list[str], console: Console) ->
         slow = slow_step(worker.steps)
         if slow is not None:
             console.print(f"{title}: {worker.name}: {slow}", highlight=False, soft_wrap=True)
-    return workers
+    return workers, died
 
 
 def slow_step(steps: Sequence[Step]) -> str | None:
@@ -174,6 +188,7 @@ def main(args: Args) -> dict[str, Any]:
         torch.cuda.empty_cache()  # the contenders are other processes
     rows: list[Row] = []
     shares: dict[str, Padding] = {}
+    died: list[str] = []
     for stage, preset in itertools.product(args.stage, args.preset):
         setting = _setting(args, stage, preset, corpora[stage], device)
         able = []
@@ -186,14 +201,18 @@ def main(args: Args) -> dict[str, Any]:
         if not able:
             raise ValueError(f"--peer: none of {', '.join(args.peer)} can run {stage} with {preset} here")
         shares[stage] = padding_of(setting.kind, setting.corpus, setting.rows, setting.seq_len)
-        workers = measure(args, setting, able, console)
+        workers, failures = measure(args, setting, able, console)
+        died += failures
+        if not workers:
+            raise ValueError(failures[-1])
         new = rows_of(args, setting, workers, limit, stamp)
         append(table, new)
         show(new, shares[stage], Console(width=None if sys.stdout.isatty() else 140))
         rows += new
-    picture = folder / f"throughput-{stamp['commit'] or 'unknown'}.png"
+    what = "-".join((*args.stage, *args.preset)) if len(args.stage) + len(args.preset) == 2 else "several"
+    picture = folder / f"throughput-{what}-{stamp['commit'] or 'unknown'}.png"
     plot(rows, picture)
-    result: dict[str, Any] = {"csv": str(table), "png": str(picture), "limit_tflops": limit}
+    result: dict[str, Any] = {"csv": str(table), "png": str(picture), "limit_tflops": limit, "died": died}
     result["padding"] = {stage: dataclasses.asdict(share) for stage, share in shares.items()}
     if args.project:
         result["projection"] = projection.cards(rows, Console())
@@ -262,4 +281,6 @@ if __name__ == "__main__":
         outcome = main(tyro.cli(Args, description=__doc__))
     except ValueError as problem:
         raise SystemExit(f"error: {problem}") from None
-    print(json.dumps(outcome))
+    print(json.dumps(outcome), flush=True)
+    if outcome["died"]:
+        raise SystemExit("error: " + "; ".join(outcome["died"]))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import importlib
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -14,11 +17,13 @@ import torch
 from rich.console import Console
 
 from bench.kernel_cases import Case, applies, build
+from bench.kernel_report import append, check_columns, columns_of
 from bench.parity import ALLOWED, PARITY_TOKENS, worst_ratio
 from bench.timing import first_line, measure, step_of
 from minimind.config import PRESETS
 from minimind.device import describe_device
 from minimind.kernels.triton_support import architecture
+from minimind.training.run_folder import versions
 
 TABLES = {  # op -> the tables its kernels read, as (module of minimind.kernels, name)
     "rms_norm": [("rms_norm", "CONFIGS")],
@@ -34,6 +39,26 @@ TABLES = {  # op -> the tables its kernels read, as (module of minimind.kernels,
 FLOAT_TABLES = TABLES | {"moe": [("grouped_gemm", "FLOAT_CONFIGS"), ("moe_routing", "CONFIGS")]}
 GAIN = 0.98  # a candidate is taken from 2% on; less is noise
 RUNS = 30
+LONGEST = 180.0  # seconds of one table's search; each candidate is compiled anew
+
+
+@dataclass(frozen=True)
+class Row:
+    """The best entry found for one table. ratio: of its time to the present entry's."""
+
+    date: str
+    commit: str | None
+    device: str
+    torch: str | None
+    triton: str | None
+    op: str
+    dtype: str
+    table: str
+    entry: str
+    ratio: float
+
+
+COLUMNS = columns_of(Row)
 
 
 def places(config: Any) -> list[tuple[str, ...]]:
@@ -63,9 +88,10 @@ def changes(place: tuple[str, ...]) -> list[Callable[[int], int]]:
 
 def main(
     op: str, presets: Sequence[str], tokens: Sequence[int] | None, dtype: torch.dtype, device: torch.device,
-    console: Console,
+    folder: Path, console: Console,
 ) -> dict[str, Any]:  # fmt: skip
-    """Change one number of each table's entry after another, and keep what is faster."""
+    """Change one number of each table's entry after another, and keep what is faster. Adds a row for every table to
+    tuning.csv in `folder`."""
     if op not in TABLES:
         raise ValueError(f"--tune {op}: unknown; choose from {', '.join(TABLES)}")
     if device.type != "cuda":
@@ -79,16 +105,22 @@ def main(
         [build(op, p, PARITY_TOKENS, dtype, device, compiled=False) for p in wanted],
         arch, device, console,
     )  # fmt: skip
-    entries = []
+    found = versions(describe_device(device))
+    stamp = {name: found[name] for name in ("device", "commit", "torch", "triton")}
+    stamp["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    check_columns(folder / "tuning.csv", COLUMNS)
+    rows = []
     for module, attribute in (FLOAT_TABLES if dtype == torch.float32 else TABLES)[op]:
         table = getattr(importlib.import_module(f"minimind.kernels.{module}"), attribute)
         best, ratio = search.run(table)
-        entries.append(
-            {"table": f"kernels/{module}.py {attribute}", "entry": f"{arch}: {best},", "ratio": ratio}
+        name, entry = f"kernels/{module}.py {attribute}", f"{arch}: {best},"
+        rows.append(
+            Row(**stamp, op=op, dtype=str(dtype).removeprefix("torch."), table=name, entry=entry, ratio=ratio)
         )
-        console.print(f"kernels/{module}.py {attribute}, {ratio:.3f} of the time before:", highlight=False)
-        console.print(f"    {arch}: {best},", highlight=False, soft_wrap=True)
-    return {"op": op, "device": describe_device(device), "entries": entries}
+        append(folder / "tuning.csv", rows[-1:])
+        console.print(f"{name}, {ratio:.3f} of the time before:", highlight=False)
+        console.print(f"    {entry}", highlight=False, soft_wrap=True)
+    return {"csv": str(folder / "tuning.csv"), "rows": [dataclasses.asdict(row) for row in rows]}
 
 
 @dataclass(frozen=True)
@@ -102,7 +134,8 @@ class _Search:
     console: Console
 
     def run(self, table: dict[int, Any]) -> tuple[Any, float]:
-        """(the best entry found, its time over the present entry's)"""
+        """(the best entry found within LONGEST, its time over the present entry's)"""
+        end = time.monotonic() + LONGEST
         best = table[max(a for a in table if a <= self.arch)]
         first = self.seconds(table, best)
         if isinstance(first, str):
@@ -113,6 +146,11 @@ class _Search:
                 candidate = replaced(best, place, change)
                 if candidate == best:
                     continue
+                if time.monotonic() > end:
+                    self.console.print(
+                        f"stopped after {LONGEST:g} s, before {'.'.join(place)}", highlight=False
+                    )
+                    return best, taken / first
                 seconds = self.seconds(table, candidate)
                 if isinstance(seconds, str):
                     answer = seconds

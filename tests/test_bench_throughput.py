@@ -1,4 +1,4 @@
-"""bench/throughput.py and bench/campaign.py on a CPU and a few steps: what is counted, written and refused."""
+"""bench/throughput.py on a CPU and a few steps: what is counted, written and refused."""
 
 import csv
 import dataclasses
@@ -15,15 +15,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import campaign, contenders, projection
-from bench.campaign import Campaign, Slice
+from bench import contenders, projection
 from bench.contenders import MAKERS, why_not
 from bench.stages import ALPHA, BETA, STAGES, padded_batches, padding_of, upstream_loss
 from bench.throughput import Args, data_of, main, slow_step
 from bench.throughput_report import COLUMNS, Row, plot
 from bench.throughput_worker import Step
 from minimind import ModelConfig, ops
-from minimind.data.files import write_json
 from minimind.modeling import Model
 from minimind.objectives.distillation import Distillation, distillation_loss
 from minimind.objectives.next_token import next_token_loss
@@ -265,54 +263,3 @@ def test_a_picture_of_several_presets(tmp_path):
     rows = [row(), row(peer="hf"), row(preset="minimind2", peer="hf"), row(stage="dpo", peak_mib=None)]
     plot(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000
-
-
-@pytest.fixture
-def here(tmp_path) -> Campaign:
-    return Campaign(tmp_path, "abc", Console(quiet=True), {})
-
-
-def test_slices_are_run_once_and_their_failures_again(here, tmp_path):
-    works = Slice("good one", (sys.executable, "-c", "print('fine')"))
-    fails = Slice("bad one", (sys.executable, "-c", "raise SystemExit(3)"))
-    lacks = Slice("other", ("x",), needs="no-such-program")
-    for piece in (works, fails, lacks):
-        here.run(piece)
-    assert (here.done("good one"), here.done("bad one"), here.done("other")) == (True, False, False)
-    state = json.loads((tmp_path / "campaign.json").read_text())
-    assert state["bad one"]["status"] == "failed: exit status 3"
-    assert state["other"]["status"] == "not run: no-such-program is not on PATH"
-    assert (tmp_path / state["good one"]["log"]).read_text() == "fine\n"
-    here.commit = "def"
-    assert not here.done("good one"), "another commit has to pass by itself"
-
-
-def test_a_slice_that_takes_too_long_is_cut_off(here, monkeypatch):
-    monkeypatch.setattr(campaign, "LIMIT", 0.2)
-    here.run(Slice("slow", (sys.executable, "-c", "import time; time.sleep(30)")))
-    assert here.state["slow"]["status"].startswith("failed: longer than")
-
-
-def test_the_campaign_covers_every_kernel_and_names_files_that_exist():
-    found = campaign.slices(campaign.Args(), cuda=True)
-    named = {part for piece in found for part in piece.command if part.endswith(".py")}
-    assert all((ROOT / name).exists() for name in named)
-    tests = {f"tests/kernels/{f.name}" for f in (ROOT / "tests/kernels").glob("test_*.py")}
-    assert tests - named <= {
-        f"tests/kernels/test_{n}.py" for n in ("bench_kernels", "interpreter", "resources")
-    }
-    kinds = {"parity", "sanitizer", "resources", "kernels", "throughput", "decode"}
-    assert {p.name.split()[0] for p in found} == kinds
-    assert not any(p.needs for p in campaign.slices(campaign.Args(), cuda=False))
-
-
-def test_summary(here, tmp_path):
-    from bench.campaign_summary import summary
-    from bench.kernel_report import append
-
-    append(tmp_path / "throughput.csv", [row(tokens_per_second=1.0), row(tokens_per_second=2345.0)])
-    write_json(tmp_path / "campaign.json", {})
-    here.run(Slice("good one", (sys.executable, "-c", "")))
-    stamp = {"device": "card", "torch": "2", "triton": "3", "python": "3.12"}
-    text = summary(tmp_path, stamp, here.state)
-    assert "| good one | passed |" in text and "| 2,345 |" in text and "| 1 |" not in text

@@ -1,0 +1,79 @@
+"""Every Triton op once, forward and backward, on few tokens, held to the numerics contract and not timed.
+
+    compute-sanitizer --tool memcheck python bench/kernel_check.py [--ops rope moe] [--device auto]
+    TRITON_INTERPRET=1 python bench/kernel_check.py --device cpu        # in Triton's interpreter
+
+Short enough to run under compute-sanitizer, which bench/campaign.py does with each of its tools. The exit status is 1
+if a result breaks the contract (bench/parity.py); what tests/kernels asks of the ops is more.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
+
+import torch
+import tyro
+
+from bench.kernel_cases import BUILDERS, Case, applies, build
+from bench.parity import ALLOWED, worst_ratio
+from minimind.config import PRESETS
+from minimind.device import choose_device, choose_precision
+from minimind.kernels.triton_support import why_no_triton
+
+TOKENS = 77  # no multiple of any tile
+
+
+@dataclass(frozen=True)
+class Args:
+    """Run every op's kernels and compare."""
+
+    ops: tuple[str, ...] = tuple(BUILDERS)
+    """Which ops."""
+    device: str = "auto"
+    """auto, cpu, cuda."""
+
+
+def cases(args: Args, device: torch.device) -> Iterator[Case]:
+    """Of the different shapes among the presets. In float32 on a CPU: the interpreter does not round to bfloat16."""
+    dtype = choose_precision(device).compute_dtype if device.type == "cuda" else torch.float32
+    for op in args.ops:
+        seen = set()
+        for preset, config in PRESETS.items():
+            if preset == "nano" or not applies(op, config):
+                continue
+            case = build(op, preset, TOKENS, dtype, device, compiled=False, kernels=True)
+            if case.shape not in seen:
+                seen.add(case.shape)
+                yield case
+
+
+def main(args: Args) -> int:
+    """The exit status."""
+    device = choose_device(args.device)
+    for op in args.ops:
+        if op not in BUILDERS:
+            raise ValueError(f"--ops {op}: unknown; choose from {', '.join(BUILDERS)}")
+    if (reason := why_no_triton(device)) is not None:
+        raise ValueError(f"--device {device}: {reason}; on a CPU set TRITON_INTERPRET=1")
+    wrong = 0
+    for case in cases(args, device):
+        ratio = worst_ratio(case.contenders["minimind"], case.reference, case.leaves)
+        wrong += ratio > ALLOWED
+        verdict = "" if ratio <= ALLOWED else f", and {ALLOWED:g} is allowed"
+        print(f"{case.op}, {case.shape}: error {ratio:.2g} times plain PyTorch's{verdict}", flush=True)
+    print(f"{wrong} wrong results")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    try:
+        status = main(tyro.cli(Args, description=__doc__))
+    except ValueError as problem:
+        raise SystemExit(f"error: {problem}") from None
+    raise SystemExit(status)

@@ -1,0 +1,198 @@
+"""docs/PERFORMANCE.md, and the tables of README.md and README_zh.md, from the committed rows of bench/results.
+
+    python bench/performance.py [--check]
+
+No figure on those pages is typed: the README's stand between markers, the rest of it is left alone. --check writes
+nothing and fails where a page is not what the rows say. The exit status is 1 then, and where a target was missed whose
+reason nobody has given (bench/performance_targets.py).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import fill
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
+
+import tyro
+
+from bench.campaign_slices import slices
+from bench.performance_projection import default_tiles, minimind_zero
+from bench.performance_readme import blocks
+from bench.performance_rows import RESULTS, Device, devices
+from bench.performance_tables import sections
+from bench.performance_targets import CPU, GPU, NEEDS_CARD, UNEXPLAINED, judged, table
+
+ROOT = Path(__file__).parents[1]
+PAGE = "docs/PERFORMANCE.md"
+READMES = "README.md", "README_zh.md"
+RESOURCES = RESULTS / "resources.json"  # python bench/resources.py --arch 86 89 90 --dtype bf16 --json it
+REMAINING = """\
+Nobody has run this project on a GPU yet. On a machine that has one, with CUDA's nvcc on PATH:
+
+```bash
+pip install -e '.[gpu,serve,dev]' liger-kernel pytest-xdist     # builds csrc/ for sm_80, 86, 89 and 90
+python bench/campaign.py --smoke                                # every command at its smallest; rows are thrown away
+python bench/campaign.py                                        # all of it; run it again after any interruption
+python bench/performance.py                                     # these pages, with the new rows
+git add bench/results docs README.md README_zh.md && git commit
+```
+
+`--data FILE... --chats FILE...` trains the end-to-end run and the throughput slices on real text instead of the
+built-in one (`minimind data download pretrain_hq sft_mini_512`). Where a card is lent for minutes at a time,
+`--minutes 9` ends before ten are over: slices are begun in the order below while their estimate fits, what is cut off
+is run again, and what passed at the commit is not. A slice that fails stops no other, and is named at the end with the
+last line of its log.
+
+A machine with PyTorch and Triton but without a network gets the other libraries as wheels, and the native operators
+as they were built elsewhere (`minimind/_native*`), or builds them (`python -m minimind.native_build`). A copy without
+`.git` is told its commit:
+
+```bash
+# where there is a network
+pip download -d wheels -c constraints.txt --no-deps --only-binary :all: --python-version 3.12 --implementation cp \\
+    --platform manylinux_2_31_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \\
+    tyro typeguard docstring_parser zstandard fastapi starlette pydantic pydantic_core annotated_types annotated_doc \\
+    typing_inspection typing_extensions opentelemetry-api uvicorn llguidance prometheus_client liger-kernel
+git describe --always --abbrev=12
+# on the card
+python -m pip install --no-index --no-deps --target /tmp/site wheels/*.whl
+export PYTHONPATH=/tmp/site MINIMIND_COMMIT=...     # what git said
+python bench/campaign.py --smoke --minutes 4; python bench/campaign.py --minutes 5; tar czf results.tgz bench/results
+# again, with bench/results as it came back, until nothing is left
+python bench/campaign.py --minutes 9; tar czf results.tgz bench/results
+```
+
+`bench/profile.sh` adds what nsys and ncu see. Still by hand, and in no slice: two GPUs (`torchrun --nproc-per-node 2
+train/pretrain.py`, docs/scaling.md), vLLM (docs/export/vllm.md)."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """Write the pages."""
+
+    check: bool = False
+    """Write nothing; fail where a page is not what the rows say."""
+
+
+def page(found: Sequence[Device]) -> str:
+    """docs/PERFORMANCE.md."""
+    cpus, gpus = [d for d in found if d.is_cpu], [d for d in found if not d.is_cpu]
+    parts = [
+        "# Performance",
+        "Written by `python bench/performance.py` from the rows under bench/results/: no figure here is typed. "
+        "**Measured** ones stand under the name of the device that gave them, each with the commit of its row; n is "
+        "the number of timed runs, p20 and p80 what 20 and 80 of a hundred of them stay below. **Projected** ones are "
+        "in a section of their own.",
+        "## Targets",
+        *(
+            part
+            for device in cpus
+            for part in (f"On {device.name}:", table(judged(CPU, device), "not measured here"))
+        ),
+        *(
+            part
+            for device in gpus
+            for part in (f"On {device.name}:", table(judged(GPU, device), "not measured here"))
+        ),
+    ]
+    if not gpus:
+        parts += ["On a GPU:", table(judged(GPU, None), NEEDS_CARD)]
+    parts += ["## Commands that remain to be run on a card", REMAINING, _slices()]
+    parts += ["## Projected: time and cost of MiniMind-Zero", minimind_zero(found)]
+    parts += ["## Default tile sizes by architecture", _tiles(found)]
+    parts += ["## Measured"]
+    for device in found:
+        parts += [f"### {device.name}", f"bench/results/{device.folder.name}", *sections(device, "####")]
+    return "\n\n".join(map(_wrapped, parts)) + "\n"
+
+
+def _wrapped(part: str) -> str:
+    """Paragraphs in lines; tables, headings and code as they are."""
+    fenced = part.split("```")
+    for i in range(0, len(fenced), 2):
+        paragraphs = fenced[i].split("\n\n")
+        fenced[i] = "\n\n".join(
+            p
+            if p.startswith(("|", "#", "\n"))
+            else fill(p, 120, break_on_hyphens=False, break_long_words=False)
+            for p in paragraphs
+        )
+    return "```".join(fenced)
+
+
+def _slices() -> str:
+    lines = [f"{piece.minutes:4g} min  {piece.name}" for piece in slices(cuda=True)]
+    total = sum(piece.minutes for piece in slices(cuda=True))
+    lines.append(f"{total:4g} min  in all, estimated for an H100 and not measured")
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+def _tiles(found: Sequence[Device]) -> str:
+    head = (
+        "Chosen for sm_80 and newer from the resource report and arithmetic; an entry for sm_90 where its shared "
+        "memory holds larger tiles of a matrix product. None is measured until a row of tuning.csv says so: "
+        "`python bench/kernels.py --tune OP` on a card."
+    )
+    return f"{head}\n\n{default_tiles(found, RESOURCES)}"
+
+
+def with_blocks(text: str, texts: dict[str, str], name: str) -> str:
+    """A README with what stands between its markers replaced. ValueError for a marker without its block, or the other
+    way round."""
+    for block, content in texts.items():
+        begin, end = f"<!-- generated: {block} -->", f"<!-- end: {block} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"{name}: needs {begin} and {end} once each")
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+    unknown = set(re.findall(r"<!-- generated: (\w+) -->", text)) - texts.keys()
+    if unknown:
+        raise ValueError(f"{name}: nothing makes the block {', '.join(sorted(unknown))}")
+    return text
+
+
+def pages(root: Path = ROOT) -> dict[Path, str]:
+    """Every page as the rows have it."""
+    found = devices()
+    made = {root / PAGE: page(found)}
+    texts = blocks(found)
+    for language, name in enumerate(READMES):
+        path = root / name
+        own = {block: words[language] for block, words in texts.items()}
+        made[path] = with_blocks(path.read_text(encoding="utf-8"), own, name)
+    return made
+
+
+def main(args: Args) -> int:
+    """The exit status."""
+    made, wrong = pages(), []
+    for path, text in made.items():
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            continue
+        if args.check:
+            wrong.append(
+                f"{path.relative_to(ROOT)}: not what bench/results says; run python bench/performance.py"
+            )
+        else:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {path.relative_to(ROOT)}")
+    missed = made[ROOT / PAGE].count(UNEXPLAINED)
+    if missed:
+        wrong.append(f"{missed} targets were missed and {UNEXPLAINED}")
+    for line in wrong:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    try:
+        status = main(tyro.cli(Args, description=__doc__))
+    except ValueError as problem:
+        raise SystemExit(f"error: {problem}") from None
+    raise SystemExit(status)

@@ -1,0 +1,170 @@
+"""bench/performance.py: the committed pages are what the committed rows say, and say what is missing."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+
+import pytest
+
+from bench import performance, projection
+from bench.performance import with_blocks
+from bench.performance_projection import default_tiles, minimind_zero
+from bench.performance_readme import SHOWN, blocks
+from bench.performance_rows import RESULTS, Device, device_of, devices, find
+from bench.performance_tables import device_report, sections
+from bench.performance_targets import CPU, GPU, NEEDS_CARD, UNEXPLAINED, Target, judged, step, table
+
+
+def write(folder, name: str, rows: list[dict]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def step_row(**changes) -> dict:
+    row = {
+        "date": "1", "commit": "abc", "device": "NVIDIA H100, 80 GiB", "stage": "pretrain",
+        "preset": "minimind2-small", "data": "built-in", "rows": "64", "seq_len": "512", "peer": "ours", "steps": "30",
+        "tokens_per_second": "300", "positions_per_second": "320", "step_seconds": "0.5", "p20": "0.4", "p80": "0.6",
+        "peak_mib": "100", "utilisation": "0.41", "host_syncs": "0", "once_seconds": "",
+    }  # fmt: skip
+    return row | changes
+
+
+@pytest.fixture
+def card(tmp_path) -> Device:
+    rows = [
+        step_row(date="0", peer="ours", positions_per_second="999"),
+        step_row(),
+        step_row(peer="upstream-style", tokens_per_second="60", positions_per_second="100", peak_mib="200"),
+        step_row(date="2", peer="compile", positions_per_second="200"),
+    ]
+    write(tmp_path / "card", "throughput", rows)
+    return device_of(tmp_path / "card")
+
+
+def test_the_committed_pages_are_what_the_rows_say():
+    for path, text in performance.pages().items():
+        assert path.read_text(encoding="utf-8") == text, "run python bench/performance.py"
+        assert UNEXPLAINED not in text
+
+
+def test_every_measured_target_is_answered_by_the_machine_that_the_readme_shows():
+    device = device_of(RESULTS / SHOWN)
+    assert all(value is not None for _, value in judged(CPU, device))
+    assert device.is_cpu and not any(d.is_cpu for d in devices() if "nvidia" in d.folder.name)
+
+
+def test_ratios_are_of_one_run(card):
+    assert step("positions_per_second", "ours", "upstream-style")(card) == pytest.approx(3.2)
+    assert step("positions_per_second", "ours", "compile")(card) is None, "they did not take turns"
+    (group,) = card.runs("throughput")
+    assert [row["date"] for row in group] == ["1", "1", "2"], "the newest of each, oldest first"
+    assert card.base_of("throughput", group[0])["peer"] == "upstream-style"
+    assert card.base_of("throughput", group[2]) is None
+
+
+def test_a_table_by_hand(card):
+    text = "\n".join(sections(card, "##"))
+    assert "## Training steps" in text and "## Decoding" not in text
+    line = next(line for line in text.splitlines() if "| ours |" in line)
+    cells = [cell.strip() for cell in line.split("|")[5:]]
+    assert cells == [
+        "300",
+        "5.00",
+        "320",
+        "3.20",
+        "0.5 (0.4-0.6)",
+        "100",
+        "0.50",
+        "41%",
+        "0",
+        "30",
+        "abc",
+        "",
+    ]
+
+
+def test_met_missed_and_not_measured(card):
+    def always(value):
+        return lambda device: value
+
+    targets = [
+        Target("speed", 3.0, always(3.2)), Target("memory", 0.5, always(0.6), at_most=True, reason="It leaks."),
+        Target("worse", 3.0, always(2.999)), Target("unknown", 1.0, always(None)),
+    ]  # fmt: skip
+    lines = table(judged(targets, card), NEEDS_CARD).splitlines()[2:]
+    assert lines[0].endswith("| 3.20x | met |")
+    assert lines[1].endswith("at most 0.50x | 0.60x | **missed**: It leaks. |")
+    assert lines[2].endswith(f"**missed**: {UNEXPLAINED} |")
+    assert lines[3].endswith(f"|  | {NEEDS_CARD} |")
+    found = {target.what: value for target, value in judged(GPU, card)}
+    assert found["minimind2-small, model FLOP utilisation"] == pytest.approx(0.41)
+    assert found["decoding, 64 sequences over one"] is None
+
+
+def test_a_card_changes_the_pages(card):
+    found = [card, device_of(RESULTS / SHOWN)]
+    page = performance.page(found)
+    assert "On NVIDIA H100, 80 GiB:" in page and UNEXPLAINED not in page
+    assert NEEDS_CARD not in page and "not measured here" in page
+    english, chinese = blocks(found)["cards"]
+    assert "| NVIDIA H100, 80 GiB | 300 | 5.0x |  |  |" in english and "| 300 | 5.0x |" in chinese
+    assert "No GPU" in blocks(found[1:])["cards"][0]
+
+
+def test_markers(tmp_path):
+    text = "a\n<!-- generated: x -->\nold\n<!-- end: x -->\nb\n"
+    new = with_blocks(text, {"x": "new"}, "README.md")
+    assert new == "a\n<!-- generated: x -->\n\nnew\n\n<!-- end: x -->\nb\n"
+    assert with_blocks(new, {"x": "new"}, "README.md") == new
+    with pytest.raises(ValueError, match=r"README\.md: needs <!-- generated: y -->"):
+        with_blocks(text, {"x": "1", "y": "2"}, "README.md")
+    with pytest.raises(ValueError, match="nothing makes the block x"):
+        with_blocks(text, {}, "README.md")
+
+
+def test_hours_by_hand(card, tmp_path):
+    assert projection.hours(71e12 * 0.5 * 3600 / 1e6, 1_000_000, 71.0, 0.5) == pytest.approx(1.0)
+    counts = tmp_path / "counts.csv"
+    rows = [{"stage": "pretrain", "data": "a", "bytes": "200", "tokens": "100"},
+            {"stage": "sft", "data": "b", "bytes": "400", "tokens": "100"}]  # fmt: skip
+    write(tmp_path, "counts", rows)
+    text = minimind_zero([], counts)
+    assert "= 700M tokens" in text and "needs a card" in text
+    likely = projection.hours(7e8, projection.zero_flops(), 71.0, 0.4)
+    assert "| RTX 3090 | 71 | 40% |" in text and f"| {likely:.2f} |" in text
+    both = [step_row(tokens_per_second="1e6"), step_row(stage="sft", tokens_per_second="5e5")]
+    write(card.folder, "throughput", both)
+    measured = minimind_zero([device_of(card.folder)], counts)
+    assert f"{4e8 / 1e6 / 3600 + 3e8 / 5e5 / 3600:.2f} h in all" in measured
+
+
+def test_every_table_of_tiles_is_shown():
+    text = default_tiles([], performance.RESOURCES)
+    for name in ("grouped_gemm.py HALF_CONFIGS", "rope.py CONFIGS", "moe_routing.py CONFIGS"):
+        assert name in text
+    for line in text.splitlines():
+        if line.startswith("| `kernels/"):
+            assert "report and arithmetic" in line
+    rows = [line for line in text.splitlines() if line.startswith("| `") and "sm_90 |" in line]
+    assert rows, "resources.json is empty; python bench/resources.py --json"
+
+
+def test_the_summary_of_a_campaign(card):
+    stamp = {"device": "card", "torch": "2", "triton": "3", "python": "3.12"}
+    state = {"kernels moe": {"status": "passed", "seconds": 3.0, "commit": "abc"}}
+    text = device_report(card.folder, stamp, state)
+    assert "| kernels moe | passed | 3 | abc |" in text and "## Training steps" in text
+
+
+def test_missing_rows_are_named(tmp_path):
+    shutil.copytree(RESULTS / SHOWN, tmp_path / SHOWN)
+    rows = [row for row in device_of(tmp_path / SHOWN).tables["rl"] if row["model"] != "nano"]
+    write(tmp_path / SHOWN, "rl", rows)
+    with pytest.raises(ValueError, match=r"rl\.csv: no row with nano, which the README shows"):
+        blocks(devices(tmp_path))
+    assert find(rows, model="nano") is None
