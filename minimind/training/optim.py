@@ -38,6 +38,14 @@ class Optimizers:
         for part in self.parts:
             part.zero_grad()
 
+    @torch.no_grad()
+    def own_gradients(self) -> None:
+        """Put copies in place of the gradients: to be added to where the next backward writes over what it gave out."""
+        for part in self.parts:
+            for parameter in (p for group in part.param_groups for p in group["params"]):
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.clone()
+
     def state_dict(self, model: Model) -> dict[str, Any]:
         """Whole tensors by parameter name, whatever the strategy; on rank 0, empty elsewhere. All ranks call it."""
         return get_optimizer_state_dict(model, self.parts, options=to_rank_0())
