@@ -24,8 +24,7 @@ from bench.occupancy import CARDS, occupancy
 @dataclass(frozen=True)
 class Resources:
     """Of one program: registers of a thread, bytes of stack of a thread and of shared memory; spilled bytes are
-    stores and loads together, as ptxas counts them. Instructions are counted for kernels with a matrix product; hgmma
-    are those of whole warp groups, HGMMA on sm_90 and UTCHMMA on sm_100."""
+    stores and loads together, as ptxas counts them. Instructions are counted for kernels with a matrix product."""
 
     case: str
     dtype: str
@@ -85,7 +84,7 @@ def _measure(job: Compilation) -> Resources:
     return Resources(
         job.case, job.dtype, job.arch, job.module, job.kernel, job.num_warps, job.num_stages,
         registers, _spilled(job) if stack else 0, stack, shared, fits.programs, fits.share, fits.bound,
-        matrices, *(_count(machine_code, name) for name in ("HMMA", "HGMMA|UTCHMMA", "FFMA")),
+        matrices, *(_count(machine_code, name) for name in ("HMMA", "HGMMA", "FFMA")),
     )  # fmt: skip
 
 
@@ -120,4 +119,4 @@ def _cubin(binary: bytes) -> Iterator[str]:
 
 
 def _count(machine_code: str, instruction: str) -> int:
-    return len(re.findall(rf"\b(?:{instruction})\b", machine_code))
+    return len(re.findall(rf"\b{instruction}\b", machine_code))

@@ -26,7 +26,6 @@ CARDS = {
     86: Card(warps=48, programs=16, shared=100 * KIB, shared_per_program=99 * KIB),
     89: Card(warps=48, programs=24, shared=100 * KIB, shared_per_program=99 * KIB),
     90: Card(warps=64, programs=32, shared=228 * KIB, shared_per_program=227 * KIB),
-    100: Card(warps=64, programs=32, shared=228 * KIB, shared_per_program=227 * KIB),
     120: Card(warps=48, programs=24, shared=100 * KIB, shared_per_program=99 * KIB),
 }
 

@@ -1,6 +1,6 @@
 """Registers, spills, shared memory and occupancy of every kernel, on cards that need not be here.
 
-    python bench/resources.py [--arch 80 86 89 90 100 120] [--dtype bf16 fp32] [--only moe rope]
+    python bench/resources.py [--arch 80 86 89 90 120] [--dtype bf16 fp32] [--only moe rope]
                               [--json FILE] [--jobs N] [--native also|only|none]
 
 Each public op is called forward and backward at the presets' widths; its launches are caught and compiled for each
@@ -116,7 +116,7 @@ def show(results: Sequence[Resources | str], console: Console) -> None:
     for arch in sorted({r.arch for r in rows}):
         table = Table(
             title=f"sm_{arch}",
-            caption="HMMA, HGMMA (UTCHMMA on sm_100): tensor-core instructions; FFMA: float32 multiply-adds",
+            caption="HMMA, HGMMA: tensor-core instructions; FFMA: float32 multiply-adds",
         )
         for column in ("kernel", "case", "dtype"):
             table.add_column(column, overflow="fold")

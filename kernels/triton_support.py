@@ -30,7 +30,7 @@ else:
         return function if function is not None else lambda f: f
 
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+ARCHITECTURES = (80, 86, 89, 90, 120)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Config = TypeVar("Config")

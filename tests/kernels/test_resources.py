@@ -187,7 +187,7 @@ def test_occupancy(arch, warps, registers, shared, expected):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"arch": (75,)}, "--arch 75: unknown; choose from 80, 86, 89, 90, 100, 120"),
+        ({"arch": (75,)}, "--arch 75: unknown; choose from 80, 86, 89, 90, 120"),
         ({"dtype": ("int8",)}, "--dtype int8: unknown; choose from bf16"),
         ({"only": ("nothing of this name",)}, "no case has this in its name"),
     ],
