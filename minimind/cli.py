@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import tyro
 
+from minimind.display import show_any_character
+
 COMMANDS = {
     "chat": ("minimind.inference.chat", "talk to a model in the terminal"),
     "serve": ("minimind.serving.command", "serve a model over HTTP as OpenAI's API does"),
@@ -62,6 +64,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
+    show_any_character()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import time
 import warnings
 from typing import Any
@@ -47,6 +49,14 @@ class Display:
     def close(self) -> None:
         if self.progress is not None:
             self.progress.stop()
+
+
+def show_any_character() -> None:
+    """Standard output and error write what their encoding lacks as \\uXXXX: a sample in Chinese ends no training in
+    a Latin-1 terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where it is closed
+            stream.reconfigure(errors="backslashreplace")
 
 
 def pyplot() -> Any:

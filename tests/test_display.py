@@ -1,6 +1,9 @@
 """Pictures and lines that a run shows."""
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -29,3 +32,17 @@ def test_a_line_that_is_no_row_of_metrics_is_named(tmp_path):
 def test_lines_are_shown_as_they_are(capsys):
     say(Console(), "cuda:x [bold] :smile: runs/a:b")
     assert capsys.readouterr().out == "cuda:x [bold] :smile: runs/a:b\n"
+
+
+def test_an_encoding_without_a_character_ends_nothing():
+    code = (
+        "from rich.console import Console; from minimind.data.progress import say; "
+        "from minimind.display import show_any_character; show_any_character(); say(Console(), '诗 caf\\u00e9')"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (answer.returncode, answer.stdout) == (0, "\\u8bd7 caf\\xe9\n"), answer.stderr

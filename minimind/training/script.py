@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 
 from minimind.data.progress import say
+from minimind.display import show_any_character
 from minimind.training.arguments import StageArgs
 from minimind.training.parallel import leave, rank
 
@@ -19,6 +20,7 @@ Args = TypeVar("Args", bound=StageArgs)
 def run_script(main: Callable[[Args, Console], bool], args: type[Args], description: str | None) -> NoReturn:
     """Parse the flags of `args`, call main(flags, console) and exit: 0 when it is done, 130 when it was interrupted,
     2 after one line about bad input, which main raises as ValueError."""
+    show_any_character()
     parsed = tyro.cli(args, description=description)
     console = Console(quiet=rank() > 0)
     try:
