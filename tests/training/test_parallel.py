@@ -83,6 +83,8 @@ def assert_same(out: Path, alone: Path, rel: float = 2e-5) -> None:
         pytest.param(3, DDP, marks=slow),  # does not divide the 8 rows of a batch
         pytest.param(2, (*FSDP, "--micro-tokens", "256"), marks=slow),
         pytest.param(4, (*FSDP, "--replicas", "2"), marks=slow),
+        pytest.param(8, (*FSDP, "--replicas", "2"), marks=slow),  # a row each
+        pytest.param(2, (*DDP, "--compile", "--recompute"), marks=slow),
         pytest.param(2, (*DDP, "--compile"), marks=slow),
         pytest.param(2, (*FSDP, "--compile"), marks=slow),
     ],
@@ -130,12 +132,13 @@ def test_mixture_of_experts_steps_are_those_of_one_process():
 
 
 @slow
-def test_muon_steps_on_shards(data, tmp_path):
+@pytest.mark.parametrize(("processes", "mesh"), [(2, ()), (4, ("--replicas", "2"))], ids=["shards", "mesh"])
+def test_muon_steps_on_shards(processes, mesh, data, tmp_path):
     """bf16 and Newton-Schulz on DTensors; rounding grows, so the curves are near, not equal."""
     curves = []
     flags = ["--tokens", str(512 * STEPS), "--precision", "bf16"]
-    for name, start in (("one", []), ("two", torchrun(2))):
-        arguments = command(data, tmp_path / name, *flags, *(FSDP if start else ()))
+    for name, start in (("one", []), ("several", torchrun(processes))):
+        arguments = command(data, tmp_path / name, *flags, *((*FSDP, *mesh) if start else ()))
         finish([*start, *arguments[1:]] if start else arguments)
         curves.append([row["loss"] for row in reproducible(tmp_path / name) if row["kind"] == "train"])
     assert curves[0] == pytest.approx(curves[1], rel=0.02)

@@ -200,6 +200,7 @@ def test_a_trace_of_a_gpu(tmp_path):
         spans_shown["forward"][1] == "2.00" and spans_shown["forward"][-1] == "4.00"
     )  # on the host, on the GPU
     assert spans_shown["communication"][1] == "0.90"  # the collective lies within our own span
+    assert "nccl" not in text.getvalue()
     assert "FSDP::all_gather" in spans_shown, "without its layer"
     draw(trace, tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").stat().st_size > 10_000
