@@ -17,8 +17,12 @@ _ELSEWHERE = "choose another folder with --cache-dir or $MINIMIND_CACHE"
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """`cache_dir`, else $MINIMIND_CACHE, else ~/.cache/minimind."""
-    return Path(cache_dir or os.environ.get("MINIMIND_CACHE") or "~/.cache/minimind").expanduser()
+    """`cache_dir`, else $MINIMIND_CACHE, else ~/.cache/minimind. ValueError where that needs a home that is not."""
+    root = cache_dir or os.environ.get("MINIMIND_CACHE") or "~/.cache/minimind"
+    try:
+        return Path(root).expanduser()
+    except RuntimeError:  # in a container, for one: no $HOME, and a user that the system does not know
+        raise ValueError(f"{root}: there is no such home folder; {_ELSEWHERE}") from None
 
 
 def make_folder(folder: Path) -> Path:

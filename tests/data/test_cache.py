@@ -317,6 +317,16 @@ def test_the_cache_is_where_the_environment_says(path, tmp_path, monkeypatch):
     assert contents(tmp_path / "here")
 
 
+def test_no_home_is_said(path, monkeypatch):
+    """As in a container whose user the system does not know."""
+    monkeypatch.delenv("MINIMIND_CACHE", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(
+        ValueError, match=r"~/\.cache/minimind: there is no such home folder; choose .*--cache-dir"
+    ):
+        open_corpus([path], ByteTokenizer(), console=QUIET)
+
+
 def test_progress_where_there_is_no_terminal(path, tmp_path, monkeypatch):
     monkeypatch.setattr("minimind.data.progress._LINE_SECONDS", 0.0)
     console = listening()
