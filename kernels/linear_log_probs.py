@@ -56,7 +56,11 @@ def linear_log_probs_ref(
     return log_probs, -(log_p.exp() * log_p).sum(-1).masked_fill(ignored, 0) if entropy else None
 
 
-@jit
+# rows of one tensor, of whose length their alignment depends: not compiled anew for each
+STATS = ["p_max", "p_log_sum", "p_entropy"]
+
+
+@jit(do_not_specialize_on_alignment=STATS)
 def _linear_log_probs_forward_kernel(
     p_logits, p_targets, p_scale, p_log_probs, p_max, p_log_sum, p_entropy, temperature, softcap,
     V: tl.constexpr, BLOCK_V: tl.constexpr, CAPPED: tl.constexpr,
@@ -83,7 +87,7 @@ def _linear_log_probs_forward_kernel(
         tl.store(p_entropy + i_row, b_scale * (b_log_sum - b_mean / b_sum))
 
 
-@jit
+@jit(do_not_specialize_on_alignment=STATS)
 def _linear_log_probs_backward_kernel(
     p_logits, p_targets, p_dlog_probs, p_dentropy, p_max, p_log_sum, p_entropy, temperature, softcap,
     V: tl.constexpr, BLOCK_V: tl.constexpr, CAPPED: tl.constexpr,

@@ -44,6 +44,28 @@ sys.exit(resources.main(resources.Args(json=sys.argv[1], jobs=1, native="none"))
 """
 
 
+FOR_MANY_SIZES = """
+import sys
+
+import torch
+
+from bench import capture, capture_cases
+
+
+def compilations(tokens):
+    capture_cases.TOKENS = tokens
+    found = capture.capture(capture_cases.cases(torch.bfloat16, sys.argv[1:]), 86, "bf16")
+    return {c.key: f"{c.kernel} ({c.case})" for c in found}
+
+
+known = compilations(96)
+for tokens in (1, 2, 97, 2064):
+    for key, name in compilations(tokens).items():
+        if key not in known:
+            print(f"{name} is compiled anew for {tokens} tokens")
+"""
+
+
 def run(*command: str) -> subprocess.CompletedProcess:
     """In a process of its own: this one may interpret its kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path()}
@@ -134,6 +156,13 @@ def test_native_kernels_need_nvcc():
 @pytest.mark.parametrize("arch", CARDS)
 def test_every_case_on_every_card(arch, dtype, tmp_path):
     check_rows(compile_kernels(tmp_path, "--arch", str(arch), "--dtype", dtype, "--native", "none"))
+
+
+def test_the_number_of_tokens_compiles_nothing_anew(tmp_path):
+    script = tmp_path / "sizes.py"
+    script.write_text(FOR_MANY_SIZES, encoding="utf-8")
+    result = run(str(script), *SUBSET)
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr[-4000:]
 
 
 def test_a_spill_is_reported(tmp_path):
