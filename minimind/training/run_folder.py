@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock, Timeout
 
-from minimind.data.files import write_json
+from minimind.data.files import read_json, write_json
 from minimind.training.checkpoint import list_checkpoints, remove_partial
 
 ResumeMode = Literal["auto", "never"]
@@ -114,7 +114,7 @@ def truncate(path: Path, size: int) -> None:
     if there < size:
         raise ValueError(
             f"{path}: {there} bytes, but the checkpoint was written after {size}; was it edited? "
-            "Put it back or start anew with --resume never"
+            "Put it back or start anew in another folder"
         )
     if path.exists():
         os.truncate(path, size)
@@ -141,7 +141,10 @@ def versions(device: str) -> dict[str, Any]:
 def record_versions(run: Path, device: str) -> None:
     """Add this start to versions.json: a resumed run may have continued on other software."""
     path = run / "versions.json"
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    known = read_json(path) if path.exists() else {"starts": []}
+    starts = (known or {}).get("starts")
+    if not isinstance(starts, list):
+        raise ValueError(f"{path}: damaged; remove it, a new one is begun")
     write_json(path, {"starts": [*starts, versions(device)]})
 
 
@@ -182,6 +185,10 @@ def _try_lock(path: Path) -> FileLock | None:
         lock.acquire(timeout=0)
     except Timeout:
         return None
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be written ({error.strerror}); name another folder with --out"
+        ) from None
     return lock
 
 
@@ -198,9 +205,12 @@ def _continue(path: Path, lock: FileLock) -> RunFolder:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'}: not valid JSON ({error}); name another --out") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path / 'config.json'}: not a run's configuration; name another --out")
+    return config
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -220,6 +230,8 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
+    """Of the checkout; of a copy without .git what $MINIMIND_COMMIT says."""
+    told = os.environ.get("MINIMIND_COMMIT")
     try:
         answer = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
@@ -228,5 +240,5 @@ def _git_commit() -> str | None:
             timeout=10,
         )
     except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
+        return told
+    return answer.stdout.strip() or told if answer.returncode == 0 else told

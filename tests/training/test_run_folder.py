@@ -7,7 +7,7 @@ import pytest
 
 from minimind.training import tracking
 from minimind.training.checkpoint import list_checkpoints
-from minimind.training.run_folder import newest_finished, open_run, truncate
+from minimind.training.run_folder import newest_finished, open_run, record_versions, truncate
 
 CONFIG = {"stage": "pretrain", "args": {"lr": 1e-3, "data": ("a", "b")}}
 
@@ -67,7 +67,9 @@ def test_named_folder_refuses_what_would_lose_something(tmp_path):
     thesis = str(tmp_path / "other" / "thesis.txt")
     with pytest.raises(ValueError, match=r"--out .*thesis\.txt: is a file; name a folder"):
         opened(thesis, "x", CONFIG, "auto")
-    with pytest.raises(ValueError, match=r"thesis\.txt/in: cannot be made \(.*\); name another folder with --out"):
+    with pytest.raises(
+        ValueError, match=r"thesis\.txt/in: cannot be made \(.*\); name another folder with --out"
+    ):
         opened(f"{thesis}/in", "x", CONFIG, "auto")
 
 
@@ -146,3 +148,22 @@ def test_the_newest_run_is_of_a_task_of_its_own_only_when_asked_for(tmp_path):
     assert newest_finished("sft", tmp_path, ()) == str(tmp_path / "old")
     with pytest.raises(ValueError, match=r"--from: there is no finished run of train/dpo.py"):
         newest_finished("dpo", tmp_path)
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
+    (tmp_path / "mine" / ".lock").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"mine: cannot be written \(.*\); name another folder with --out"):
+        opened(str(tmp_path / "mine"), "x", CONFIG, "auto")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_damaged_files_of_a_run_are_named(tmp_path, content):
+    run = opened(str(tmp_path / "mine"), "x", CONFIG, "auto")
+    record_versions(run.path, "a device")
+    del run
+    (tmp_path / "mine" / "versions.json").write_text(content)
+    with pytest.raises(ValueError, match=r"versions\.json: damaged; remove it"):
+        record_versions(tmp_path / "mine", "a device")
+    (tmp_path / "mine" / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json: not .*; name another --out"):
+        opened(str(tmp_path / "mine"), "x", CONFIG, "auto")
