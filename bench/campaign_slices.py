@@ -31,6 +31,11 @@ ATTENTION = {  # slice -> batches, contexts; the float64 truth of the longest ta
 }  # fmt: skip
 PRESETS = ("minimind2-small", "minimind2", "minimind2-moe", "minimind3")
 STAGES = ("sft", "dpo", "lora", "distill", "reason")
+FIRST = (  # what half an hour of a card goes to, where that is all there is
+    "parity kernels", "parity losses", "parity model", "parity decoding", "sanitizer native memcheck",
+    "sanitizer native racecheck", "sanitizer native initcheck", "throughput minimind2-small", "decode batch 1",
+    "end to end", "rl minimind2-small",
+)  # fmt: skip
 PEERS = ("ours", "ours-eager", "compile", "hf", "liger", "upstream-style")
 
 
@@ -101,7 +106,9 @@ def slices(
     found += _whole_runs(sizes, preset, data, chats, smoke, out)
     if cuda and not smoke:
         found += [_bench(f"tune {op}", 3, "kernels", "--tune", op, *out) for op in BUILDERS]
-    return [replace(piece, minutes=0.5) for piece in found] if smoke else found
+    if smoke:
+        return [replace(piece, minutes=0.5) for piece in found]
+    return sorted(found, key=lambda piece: FIRST.index(piece.name) if piece.name in FIRST else len(FIRST))
 
 
 def _bench(name: str, minutes: float, script: str, *flags: str) -> Slice:

@@ -137,9 +137,11 @@ def slow_step(steps: Sequence[Step]) -> str | None:
 
 
 def rows_of(
-    args: Args, setting: Setting, workers: dict[str, Worker], limit: float | None, stamp: dict[str, Any]
-) -> list[Row]:
-    """limit: TFLOP/s that this device reaches in one large product, for the utilisation."""
+    args: Args, setting: Setting, workers: dict[str, Worker], limit: float | None, stamp: dict[str, Any],
+    died: list[str],
+) -> list[Row]:  # fmt: skip
+    """limit: TFLOP/s that this device reaches in one large product, for the utilisation; died: gets a line for each
+    that dies while it is asked for the rest."""
     with torch.device("meta"):
         model = Model(ModelConfig.preset(setting.preset))
     mean_length = setting.corpus.num_tokens // setting.corpus.num_documents
@@ -149,7 +151,11 @@ def rows_of(
     for name, worker in workers.items():
         seconds = [step.seconds for step in worker.steps]
         real, total = sum(step.real for step in worker.steps), sum(seconds)
-        rest = worker.finish()
+        try:
+            rest = worker.finish()
+        except ValueError as problem:
+            died.append(f"{setting.stage}, {setting.preset}: {problem}")
+            continue
         quintiles = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else seconds * 4
         computed = setting.positions * len(seconds) / total
         whole = limit is not None and setting.stage in WHOLE_MODEL
@@ -203,9 +209,9 @@ def main(args: Args) -> dict[str, Any]:
         shares[stage] = padding_of(setting.kind, setting.corpus, setting.rows, setting.seq_len)
         workers, failures = measure(args, setting, able, console)
         died += failures
-        if not workers:
-            raise ValueError(failures[-1])
-        new = rows_of(args, setting, workers, limit, stamp)
+        new = rows_of(args, setting, workers, limit, stamp, died)
+        if not new:
+            raise ValueError(died[-1])
         append(table, new)
         show(new, shares[stage], Console(width=None if sys.stdout.isatty() else 140))
         rows += new

@@ -9,15 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import tyro
 from rich.console import Console
 
-from bench import campaign, end_to_end
+from bench import campaign, end_to_end, kernel_check, native_check, throughput, timelines
 from bench.campaign import Campaign
-from bench.campaign_slices import LIMIT, NOT_OF_A_CARD, Sizes, Slice, sizes_of, slices
+from bench.campaign_slices import FIRST, LIMIT, NOT_OF_A_CARD, Sizes, Slice, sizes_of, slices
+from bench.throughput_worker import Step
+from minimind import native
 
 ROOT = Path(__file__).parents[1]
 CARD = dict(cuda=True, memory=80 * 2**30)
@@ -104,6 +107,8 @@ def test_every_kernel_is_proven_and_every_question_asked():
         assert all(piece.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1" for piece in checked)
     for piece in found:
         assert 0 < 60 * piece.minutes < LIMIT
+    assert tuple(piece.name for piece in found[: len(FIRST)]) == FIRST
+    assert sum(piece.minutes for piece in found[: len(FIRST)]) <= 30
     stages = {piece.name for piece in found if piece.name.startswith("throughput")}
     assert stages >= {f"throughput {stage}" for stage in ("sft", "lora", "distill", "reason", "dpo")}
     assert not any(piece.needs for piece in slices(cuda=False, memory=0))
@@ -136,6 +141,68 @@ def test_an_unknown_slice_is_refused_and_the_list_runs_nothing(capsys):
         campaign.main(campaign.Args(only=("nonsense",), list=True, device="cpu"))
     assert campaign.main(campaign.Args(list=True, device="cpu")) == 0
     assert "parity kernels" in capsys.readouterr().out
+
+
+def test_a_peer_that_dies_takes_no_other_along(monkeypatch):
+    class Fake:
+        def __init__(self, name, setting):
+            self.name, self.steps = name, []
+            if name == "at once":
+                raise ValueError("--peer at once: its process died")
+
+        def run(self, count, counts):
+            self.steps += [Step(1.0, 1.0, 0.0, 0, 8)] * (count if counts else 0)
+            if self.name == "later" and len(self.steps) > 2:
+                raise ValueError("--peer later: its process died")
+
+    monkeypatch.setattr(throughput, "Worker", Fake)
+    args = throughput.Args(steps=6, turn=2)
+    setting = SimpleNamespace(stage="sft", preset="nano")
+    names = ["at once", "well", "later"]
+    workers, died = throughput.measure(args, setting, names, Console(quiet=True))
+    assert list(workers) == ["well"] and len(workers["well"].steps) == 6
+    assert died == [f"sft, nano: --peer {name}: its process died" for name in ("at once", "later")]
+
+
+def test_what_the_sanitizers_watch_is_checked_too(monkeypatch, capsys):
+    args = kernel_check.Args(ops=("rope",), device="cpu")
+    assert kernel_check.main(args) == 0 and "rope, D 80, 8/2 heads" in capsys.readouterr().out
+    monkeypatch.setattr(kernel_check, "worst_ratio", lambda *_: 2.01)
+    assert kernel_check.main(args) == 1 and "2 is allowed" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--ops rop: unknown"):
+        kernel_check.main(kernel_check.Args(ops=("rop",), device="cpu"))
+
+
+@pytest.mark.skipif(
+    native.why_not(torch.device("cpu")) is not None, reason="the native operators are not built"
+)
+def test_the_native_operators_are_compared_with_the_reference(monkeypatch):
+    monkeypatch.setattr(native_check, "ATTENTION", native_check.ATTENTION[:1])
+    assert native_check.main(native_check.Args("cpu")) == 0
+    monkeypatch.setattr(
+        native_check, "append", lambda dtype, cache, dim, device, seen=[]: _other(dtype, dim, seen)
+    )
+    assert native_check.main(native_check.Args("cpu")) == 1
+
+
+def _other(dtype: torch.dtype, dim: int, seen: list) -> tuple:
+    """Arguments of rope_append_kv that are not those of the time before."""
+    seen.append(None)
+    shape = [torch.zeros(2, 16, 2, dim) for _ in range(2)]
+    angles = torch.full((10, dim // 2), float(len(seen)))
+    places = torch.tensor([0, 9, 3], dtype=torch.int32), torch.tensor([5, -1, 16])
+    qkv = torch.ones(3, 12 * dim)
+    return (qkv, angles.cos(), angles.sin(), *places, *shape, 8, None, None, 1e-6, None, None)
+
+
+def test_a_timeline_of_decoding(tmp_path):
+    args = timelines.Args(what=("decode",), preset="nano", device="cpu", out=str(tmp_path))
+    (picture,) = timelines.main(args)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    said = picture.with_suffix(".txt").read_text()
+    assert all(f"│ {part} " in said for part in ("plan", "decode", "sample")) and "nano" in said
+    with pytest.raises(ValueError, match="--what eat: unknown"):
+        timelines.main(timelines.Args(what=("eat",)))
 
 
 def test_what_a_run_came_to(tmp_path):
