@@ -136,3 +136,20 @@ def test_the_sum_of_two_dtypes_is_taken_as_pytorch_takes_it(mode):
         mine = ops.add_rms_norm(x, delta, WEIGHT, 1e-5)
         expected = ops.rms_norm(x + delta, WEIGHT, 1e-5), x + delta
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(mine, expected, strict=True))
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_small_probability_keeps_its_gradient(kernels):
+    """A filter that drops small p would not know how much a token weighs: p is 1e-12 here, and the weight 1e12."""
+    logits = rand(1, 37, seed=11)
+    logits[0, 5] += 27.6
+    weight = torch.full((1,), 1e12, device=DEVICE)
+    target = torch.tensor([5], device=DEVICE)
+    x, eye = logits.clone().requires_grad_(), torch.eye(37, device=DEVICE)
+    loss = linear_cross_entropy(x, eye, target, weight, kernels=kernels)
+    log_probs, _ = linear_log_probs(x, eye, target, kernels=kernels)
+    p = logits.double().softmax(1)
+    others = torch.arange(37, device=DEVICE) != 5
+    for (dx,) in (torch.autograd.grad(loss, x), torch.autograd.grad(log_probs, x, -weight)):
+        wrong = (dx / (1e12 * p) - 1)[0, others].abs().max()
+        assert wrong < 64 * torch.finfo(torch.float32).eps  # log p is near -28, and rounded
