@@ -243,16 +243,19 @@ def test_profile_and_recomputation_change_nothing(unbroken, data, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_run_resumes(data, tmp_path):
-    """Resume with compile on is what upstream could not do."""
-    out = tmp_path / "compiled"
+    """Resume with compile on is what upstream could not do; the second process takes the first one's machine code."""
+    out, built = tmp_path / "compiled", tmp_path / "inductor"
+    kept = {**ONE_THREAD, "TORCHINDUCTOR_CACHE_DIR": str(built)}
     flags = ["--compile", "--tokens", str(512 * 12), "--save-every", "4"]
-    process = subprocess.Popen(command(data, out, *flags), stdout=subprocess.DEVNULL, env=ONE_THREAD)
+    process = subprocess.Popen(command(data, out, *flags), stdout=subprocess.DEVNULL, env=kept)
     while process.poll() is None and last_step(out) < 6:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    answer = run(command(data, out, *flags))
+    libraries = set(built.rglob("*.so"))
+    answer = run(command(data, out, *flags), kept)
     assert answer.returncode == 0 and "continuing after step" in answer.stdout
+    assert libraries and set(built.rglob("*.so")) == libraries
     assert [r["step"] for r in reproducible(out) if r["kind"] == "train"] == list(range(1, 13))
     names = set(load_model(out).state_dict())
     assert not any("_orig_mod" in name for name in names)
