@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from minimind import native
-from minimind.kernels.triton_support import own_precision
 
 # A stack holds documents no shorter than this share of its longest: 0.75 wastes at most 44% of a stack's scores
 # and gives about ten stacks for lengths of 16 to 512.
@@ -132,7 +131,7 @@ def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
     if runs_natively(q):
         return torch.ops.minimind.native_document_attention(*_dense(q, k, v), cu_seqlens.int())
     out = torch.empty(q.shape, dtype=q.dtype)
-    with own_precision(q.device):
+    with torch.autocast("cpu", enabled=False):  # a caller's would round the scores
         for stack in _stacks(cu_seqlens.numpy().astype(np.int64).tobytes()):
             _stack_forward(stack, (q, k, v), out)
     return out
@@ -158,7 +157,7 @@ def _document_attention_backward(
         given = _dense(dout, q, k, v)
         return torch.ops.minimind.native_document_attention_backward(*given, cu_seqlens.int())
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
-    with own_precision(q.device):
+    with torch.autocast("cpu", enabled=False):
         for stack in _stacks(cu_seqlens.numpy().astype(np.int64).tobytes()):
             _stack_backward(stack, (dout, q, k, v), (dq, dk, dv))
     return dq, dk, dv

@@ -6,11 +6,26 @@ import torch
 
 from minimind import ModelConfig, attention, native, ops
 from minimind import document_attention as operator
-from minimind.attention import CausalLayout, DocumentLayout, MaskLayout, VarlenLayout, make_layout
+from minimind.attention import (
+    CausalLayout,
+    DocumentLayout,
+    MaskLayout,
+    UnfoldedLayout,
+    Unfolding,
+    VarlenLayout,
+    make_layout,
+)
 from minimind.document_attention import document_attention, make_stacks
 from minimind.modeling import Model
 from tests.conftest import documents_batch
-from tests.kernels.contract import DEVICE, DTYPES, assert_contract, assert_second_backward_agrees, rand
+from tests.kernels.contract import (
+    DEVICE,
+    DTYPES,
+    assert_contract,
+    assert_second_backward_agrees,
+    rand,
+    run,
+)
 
 CPU = torch.device("cpu")
 NAMES = ["out", "dq", "dk", "dv"]
@@ -83,6 +98,15 @@ def test_steep_scores(form):
 
 
 @cpu_only
+def test_autocast_rounds_nothing(form):
+    inputs, cu = heads(sum(LENGTHS), 4, 2, 16, torch.float32), boundaries(LENGTHS)
+    plain = run(lambda q, k, v: document_attention(q, k, v, cu), inputs, None, grads=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = run(lambda q, k, v: document_attention(q, k, v, cu), inputs, None, grads=True)
+    assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True))
+
+
+@cpu_only
 def test_second_backward_and_opcheck(form):
     inputs, cu = heads(12, 4, 2, 16, torch.float32), boundaries([1, 7, 4])
     assert_second_backward_agrees(lambda q, k, v: document_attention(q, k, v, cu), inputs)
@@ -90,6 +114,39 @@ def test_second_backward_and_opcheck(form):
     torch.library.opcheck(torch.ops.minimind.document_attention, (*leaves, cu))
     plain = [t.detach() for t in (leaves[0], *leaves)]
     torch.library.opcheck(torch.ops.minimind.document_attention_backward, (*plain, cu))
+
+
+@cpu_only
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_documents_that_share_their_beginning(form, dtype):
+    """A prompt and two answers to it, twice, and a document alone, against the mask of who may see whom."""
+    parts = [
+        (0, 37, 20, 63),
+        (120, 1, 1, 100),
+        (222, 15, 0, 0),
+    ]  # begin, length of the prompt and of each answer
+    total, sees, rows, ends, back = 237, torch.zeros(237, 237, dtype=torch.bool), [], [0], torch.zeros(237)
+    for begin, prompt, first, second in parts:
+        shared = list(range(begin, begin + prompt))
+        for answer in ([*range(begin + prompt, begin + prompt + first)],
+                       [*range(begin + prompt + first, begin + prompt + first + second)]):  # fmt: skip
+            document = shared + answer
+            for i, token in enumerate(document if answer or not first else []):
+                sees[token, document[: i + 1]] = True
+                back[token] = len(rows) + i
+            rows += document if answer or not first else []
+            ends.append(len(rows))
+    unfolding = Unfolding(torch.tensor(rows), torch.tensor(ends, dtype=torch.int32), back.long())
+    layout = make_layout(1, total, CPU, dtype, boundaries([total]), unfolding=unfolding)
+    assert isinstance(layout, UnfoldedLayout) and isinstance(layout.documents, DocumentLayout)
+    plain = make_layout(1, total, CPU, dtype, boundaries([total]), fused=False, unfolding=unfolding)
+    mask = MaskLayout(sees[None, None])
+    assert isinstance(plain, MaskLayout) and torch.equal(plain.mask, mask.mask)
+    assert_contract(
+        lambda q, k, v: layout.attend(q[None], k[None], v[None])[0],
+        lambda q, k, v: mask.attend(q[None], k[None], v[None])[0],
+        heads(total, 4, 2, 64, dtype), NAMES,
+    )  # fmt: skip
 
 
 def test_stacks_waste_little():
