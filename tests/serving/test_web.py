@@ -166,7 +166,7 @@ def test_the_server_gets_the_flags_of_the_model():
 @contextmanager
 def browser():
     """Chromium without a window; skips, and says why, where it is not."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install 'minimind[dev]'")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install 'minimind[interop]'")
     binary, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
     if binary is None or driver is None:
         pytest.skip("no chromium and chromedriver here (Debian: apt-get install chromium chromium-driver)")
