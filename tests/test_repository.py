@@ -58,6 +58,8 @@ def test_arrows_point_one_way():
         "minimind/inference": {
             "config",
             "data",
+            "device",
+            "display",
             "inference",
             "kernels",
             "lora",
@@ -67,7 +69,6 @@ def test_arrows_point_one_way():
             "ops",
             "rope",
             "tokenization",
-            "training",
             "weights",
         },
     }
