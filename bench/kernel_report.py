@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,8 +71,12 @@ def slug(device: str) -> str:
 
 
 def check_columns(path: Path, columns: Sequence[str] = COLUMNS) -> None:
-    """Raises ValueError where `path` holds a table with other columns."""
-    if not path.exists():
+    """Raises ValueError where `path` holds a table with other columns, or where it could not be written: before
+    anything is measured for it."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not os.access(there, os.W_OK) or (there != path and not there.is_dir()):
+        raise ValueError(f"{path}: cannot be written ({there}); name another folder with --out")
+    if there != path:
         return
     with path.open(encoding="utf-8", newline="") as file:
         header = next(csv.reader(file), [])

@@ -35,6 +35,8 @@ class Args:
 
 def main(args: Args) -> None:
     """ValueError names a folder that holds no such run."""
+    if not args.runs:
+        raise ValueError("RUNS: name folders of train/grpo.py, ppo.py or spo.py")
     figure, (held, rolled, spread) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for number, run in enumerate(args.runs):
         config = run / "config.json"
@@ -44,6 +46,10 @@ def main(args: Args) -> None:
         rows = read_metrics(run / "metrics.jsonl")
         evals = [row for row in rows if row["kind"] == "eval"]
         rollouts = [row for row in rows if row["kind"] == "rollout"]
+        if not rollouts or not all("heldout_reward" in row for row in evals[-1:]):
+            raise ValueError(
+                f"{run}: no rewards in its metrics.jsonl; is it a run of train/grpo.py, ppo.py or spo.py?"
+            )
         colour, label = f"C{number}", f"seed {saved['args']['seed']}: {evals[-1]['heldout_reward']:.3f}"
         steps = [row["step"] for row in evals]
         held.plot(

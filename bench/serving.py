@@ -276,6 +276,8 @@ def _left(url: str) -> float:
 def _check(args: Args) -> torch.device:
     if args.preset not in PRESETS:
         raise ValueError(f"--preset {args.preset}: unknown; choose from {', '.join(PRESETS)}")
+    if not 0 < args.seconds < float("inf"):
+        raise ValueError(f"--seconds {args.seconds:g}: a number above 0")
     for flag, value, least in (("clients", args.clients, 1), ("prompts", args.prompts, 1), ("prompt", args.prompt, 8),
                                ("new", args.new, 16), ("threads", args.threads or 1, 1)):  # fmt: skip
         if value < least:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from minimind.display import show_any_character
+from minimind.display import prepare_output
 
 COMMANDS = {
     "chat": ("minimind.inference.chat", "talk to a model in the terminal"),
@@ -64,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
-    show_any_character()
+    prepare_output()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -37,7 +38,7 @@ def test_lines_are_shown_as_they_are(capsys):
 def test_an_encoding_without_a_character_ends_nothing():
     code = (
         "from rich.console import Console; from minimind.data.progress import say; "
-        "from minimind.display import show_any_character; show_any_character(); say(Console(), '诗 caf\\u00e9')"
+        "from minimind.display import prepare_output; prepare_output(); say(Console(), '诗 caf\\u00e9')"
     )
     answer = subprocess.run(
         [sys.executable, "-c", code],
@@ -46,3 +47,19 @@ def test_an_encoding_without_a_character_ends_nothing():
         text=True,
     )
     assert (answer.returncode, answer.stdout) == (0, "\\u8bd7 caf\\xe9\n"), answer.stderr
+
+
+@pytest.mark.parametrize("place", [">&- 2>&-", ">/dev/full"])
+def test_an_output_that_takes_nothing_is_no_traceback(tmp_path, place):
+    """The script's error has nowhere to go but standard error, if that is open."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    code = (
+        "from minimind.training.arguments import StageArgs; from minimind.training.script import run_script; "
+        "from minimind.data.progress import say; run_script(lambda args, console: say(console, 'x'), StageArgs, '')"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {place}"
+    answer = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in answer.stderr
+    if "full" in place:
+        assert answer.returncode == 2 and "error: [Errno 28]" in answer.stderr

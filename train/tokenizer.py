@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from minimind.data.reader import expand_paths, iter_texts
-from minimind.display import show_any_character
+from minimind.display import prepare_output
 from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.tokenization.training import train_bpe
 
@@ -148,7 +148,7 @@ def report(path: Path, tokenizer: Tokenizer, on_bad_row: str) -> None:
 
 
 if __name__ == "__main__":
-    show_any_character()
+    prepare_output()
     try:
         main(tyro.cli(Config, description=__doc__))
     except (ValueError, OSError) as error:

@@ -116,9 +116,9 @@ def _one_shot(args: Args) -> str | None:
     """The text of --prompt or of a standard input that is no terminal; None for a conversation."""
     if args.prompt is not None:
         return args.prompt
-    if sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         return None
-    text = sys.stdin.read().removesuffix("\n")
+    text = "" if sys.stdin is None else sys.stdin.read().removesuffix("\n")
     if not text:
         raise ValueError("standard input is empty and no terminal; give a question there or with --prompt")
     return text

@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from minimind.data.progress import say
-from minimind.display import show_any_character
+from minimind.display import prepare_output
 from minimind.training.arguments import StageArgs
 from minimind.training.parallel import leave, rank
 
@@ -20,13 +20,16 @@ Args = TypeVar("Args", bound=StageArgs)
 def run_script(main: Callable[[Args, Console], bool], args: type[Args], description: str | None) -> NoReturn:
     """Parse the flags of `args`, call main(flags, console) and exit: 0 when it is done, 130 when it was interrupted,
     2 after one line about bad input, which main raises as ValueError."""
-    show_any_character()
+    prepare_output()
     parsed = tyro.cli(args, description=description)
     console = Console(quiet=rank() > 0)
     try:
         done = main(parsed, console)
     except (ValueError, OSError) as problem:  # OSError: a full disk, a folder that is not ours
-        say(console, f"error: {problem}")
+        try:
+            say(console, f"error: {problem}")
+        except OSError:  # standard output itself is what failed: a log on a full disk
+            print(f"error: {problem}", file=sys.stderr)
         if rank() > 0:  # what went wrong here need not have gone wrong on rank 0
             print(f"rank {rank()}: error: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -280,9 +280,10 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, folder, capsys, t
 
 
 def test_standard_input_that_is_empty(folder, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert cli.run(["chat", "--model", str(folder)]) == 2
-    assert "standard input is empty" in capsys.readouterr().err
+    for stdin in (io.StringIO(""), None):  # None: closed
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert cli.run(["chat", "--model", str(folder)]) == 2
+        assert "standard input is empty" in capsys.readouterr().err
 
 
 def test_the_command_lists_what_there_is(capsys):

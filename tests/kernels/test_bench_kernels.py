@@ -235,6 +235,14 @@ def test_changed_columns_are_an_error_that_names_the_file(tmp_path):
     assert path.read_text(encoding="utf-8").count("\n") == 1
 
 
+def test_a_table_that_cannot_be_written_is_an_error_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(
+        ValueError, match=r"kernels\.csv: cannot be written .*; name another folder with --out"
+    ):
+        kernels.main(kernels.Args(device="cpu", out=str(tmp_path / "file" / "below")))
+
+
 def test_main_writes_rows_and_a_picture(tmp_path, capsys):
     ops = ("rms_norm", "rope", "rope_qk_norm", "linear_cross_entropy", "moe")
     args = kernels.Args(
