@@ -66,6 +66,27 @@ for tokens in (1, 2, 97, 2064):
 """
 
 
+FLOAT64_ARGUMENTS = """
+import dataclasses
+import re
+import sys
+
+import torch
+
+from bench import capture, capture_cases, compiling
+
+found = {c.kernel: c for c in capture.capture(capture_cases.cases(torch.bfloat16, sys.argv[1:]), 86, "bf16")}
+for kernel, job in sorted(found.items()):
+    if "fp32" in job.signature.values():
+        wide = {name: "fp64" if kind == "fp32" else kind for name, kind in job.signature.items()}
+        code = compiling._compile(dataclasses.replace(job, signature=wide)).asm["ttir"]
+        lines = [line.strip() for line in code.splitlines() if re.search(r"\\bf64\\b|xf64", line)]
+        assert lines, kernel
+        bad = [line for line in lines if not line.startswith("tt.func") and "arith.truncf" not in line]
+        print(kernel, "computes in float64:" if bad else "rounds first", *bad[:1])
+"""
+
+
 def run(*command: str) -> subprocess.CompletedProcess:
     """In a process of its own: this one may interpret its kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path()}
@@ -163,6 +184,17 @@ def test_the_number_of_tokens_compiles_nothing_anew(tmp_path):
     script.write_text(FOR_MANY_SIZES, encoding="utf-8")
     result = run(str(script), *SUBSET)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_no_kernel_computes_in_float64(tmp_path):
+    """A Python number that Inductor hands to a kernel is float64, and would make float64 of all that it meets."""
+    script = tmp_path / "wide.py"
+    script.write_text(FLOAT64_ARGUMENTS, encoding="utf-8")
+    result = run(str(script), *SUBSET)
+    assert result.returncode == 0, result.stderr[-4000:]
+    lines = result.stdout.splitlines()
+    assert len(lines) == 6 and all(line.endswith("rounds first") for line in lines), result.stdout
 
 
 def test_a_spill_is_reported(tmp_path):
