@@ -33,12 +33,13 @@ from torch import nn
 from bench.stages import ALPHA, BETA, STAGES, Stage, frozen_model, padded_batches, upstream_loss
 from minimind import ops
 from minimind.config import ModelConfig
+from minimind.data.pair_loader import PairBatch
 from minimind.data.store import Corpus
 from minimind.device import choose_precision
 from minimind.modeling import Model
 from minimind.objectives.distillation import Distillation, distillation_loss
 from minimind.objectives.next_token import next_token_loss
-from minimind.objectives.preference import dpo, preference_loss, sequence_log_probs
+from minimind.objectives.preference import dpo, pair_log_probs, preference_loss
 from minimind.training.batches import DeviceBatches
 from minimind.training.compiling import compile_model
 from minimind.training.optim import OptimizerName, build_optimizers
@@ -137,11 +138,8 @@ def _preferences(s: Setting, model: Model) -> tuple[StepLoss, Any, float]:
     for _ in range(s.steps):
         host: Any = loader.next_batch()
         batch = pairs_to_device(host, s.device)
-        found, _, _ = sequence_log_probs(
-            model, batch.input_ids, batch.targets, batch.cu_seqlens, batch.num_targets
-        )
-        sides = torch.stack((batch.chosen, batch.rejected), 1)
-        scores[host.pairs] = found[sides].cpu().numpy()
+        pairs, _ = pair_log_probs(model, batch)
+        scores[host.pairs] = torch.stack((pairs.chosen, pairs.rejected), 1).cpu().numpy()
     once = (time.perf_counter() - start) / s.steps
     model.train()
     objective = partial(dpo, beta=BETA)
@@ -270,9 +268,12 @@ def _model(s: Setting) -> Model:
 
 
 def _real(batches: DeviceBatches) -> int:
-    """Positions of the newest batch that are no padding, which is token 0: no document holds it."""
-    assert batches.host is not None
-    return int(np.count_nonzero(batches.host.input_ids))
+    """Positions of the newest batch that are no padding, which is token 0: no document holds it. Those of a prompt that
+    both sides of a pair share count in both, as upstream computes them."""
+    host = batches.host
+    assert host is not None
+    twice = host.shared if isinstance(host, PairBatch) else 0
+    return int(np.count_nonzero(host.input_ids)) + twice
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

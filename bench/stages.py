@@ -6,7 +6,8 @@ each sequence a row of its own, cut or padded to max_seq_len, all logits, and
     pretrain, sft, lora, reason   cross-entropy of every position, of which the mask keeps some
     distill                       the same, and KL(teacher || student) of the positions that the mask keeps
     dpo                           log_softmax over the whole vocabulary, of the policy and, in every step, of the
-                                  reference; two rows a pair, so that ours packs pairs into rows twice as long
+                                  reference; two rows a pair, so that ours packs pairs into rows twice as long, what
+                                  both sides begin with once
 
 seq_len is upstream's max_seq_len for that stage in its scripts of 2025 for minimind2-small (older ones have 512 for
 SFT), but for pretraining, where both sides take 512 instead of its 340.
@@ -62,7 +63,7 @@ class Stage:
     def loader(self, corpus: Corpus, rows: int, seq_len: int) -> PackedLoader:
         """Packed rows: as many positions a batch as `rows` of upstream's with `seq_len`."""
         if self.pairs:
-            return PairLoader(corpus, 2 * seq_len, rows // 2, seed=0)
+            return PairLoader(corpus, 2 * seq_len, rows // 2, seed=0, share=True)
         return PackedLoader(corpus, seq_len, rows, seed=0, marker_weight=self.marker_weight)
 
     def prepare(self, model: Model) -> Model:

@@ -6,13 +6,14 @@ The layout of a batch is worked out once per step and shared by every layer:
     MaskLayout       an explicit boolean mask: the reference of the two below, which compute no score between documents
     DocumentLayout   on a CPU (document_attention.py)
     VarlenLayout     on a GPU, PyTorch's flash attention over documents
+    UnfoldedLayout   documents that share their beginning: one of the above over the whole of each
 """
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,33 @@ class VarlenLayout:
         return out.view(q.shape)
 
 
-Layout = CausalLayout | MaskLayout | DocumentLayout | VarlenLayout
+class Unfolding(NamedTuple):
+    """How documents that share their beginning, which the batch of N tokens holds once, are read one by one.
+
+    rows: int64 [M], the tokens of every document, one document after the other; cu_seqlens: int [n + 1], where each
+    begins among them, from 0 to M; back: int64 [N], where among them each token of the batch is taken from.
+    """
+
+    rows: Tensor
+    cu_seqlens: Tensor
+    back: Tensor
+
+
+@dataclass(frozen=True)
+class UnfoldedLayout:
+    """Queries, keys and values of a shared beginning are computed once and repeated for each document, where it is
+    cheap: all but attention itself is done once for it. `documents` is the layout of `rows`."""
+
+    rows: Tensor
+    back: Tensor
+    documents: DocumentLayout | VarlenLayout
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        whole = (x.flatten(0, 1).index_select(0, self.rows).unsqueeze(0) for x in (q, k, v))
+        return self.documents.attend(*whole).squeeze(0).index_select(0, self.back).view(q.shape)
+
+
+Layout = CausalLayout | MaskLayout | DocumentLayout | VarlenLayout | UnfoldedLayout
 
 
 def make_layout(
@@ -101,18 +128,25 @@ def make_layout(
     cu_seqlens: Tensor | None = None,
     attention_mask: Tensor | None = None,
     fused: bool = True,
+    unfolding: Unfolding | None = None,
 ) -> Layout:
     """The attention layout of a [batch, length] step in `dtype`.
 
     cu_seqlens: int [n + 1], boundaries of the documents in the flattened batch, row ends among them.
+    unfolding: the documents instead, where some share their beginning; none is longer than `length`.
     attention_mask: bool or int [batch, length], 0 at padding; used when there are no cu_seqlens.
     fused: compute no score between documents, where this device and dtype have a form for that.
     """
+    parts = _document_layout(
+        device, dtype, cu_seqlens if unfolding is None else unfolding.cu_seqlens, length, fused
+    )
+    if unfolding is not None:
+        if parts is not None:
+            return UnfoldedLayout(unfolding.rows, unfolding.back, parts)
+        return MaskLayout(_visible(unfolding, batch, length)[:, None])
     if cu_seqlens is not None:
-        if fused and device.type == "cpu":
-            return DocumentLayout(cu_seqlens)
-        if fused and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-            return VarlenLayout(cu_seqlens.to(device, torch.int32), length)
+        if parts is not None:
+            return parts
         document = document_ids(cu_seqlens.to(device), batch * length).view(batch, length)
         causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         return MaskLayout(((document[:, :, None] == document[:, None, :]) & causal)[:, None])
@@ -123,6 +157,31 @@ def make_layout(
         visible = visible | torch.eye(length, dtype=torch.bool, device=device)
         return MaskLayout(visible[:, None])
     return CausalLayout()
+
+
+def _document_layout(
+    device: torch.device, dtype: torch.dtype, cu_seqlens: Tensor | None, longest: int, fused: bool
+) -> DocumentLayout | VarlenLayout | None:
+    """The form that computes no score between documents, where there is one."""
+    if fused and cu_seqlens is not None:
+        if device.type == "cpu":
+            return DocumentLayout(cu_seqlens)
+        if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+            return VarlenLayout(cu_seqlens.to(device, torch.int32), longest)
+    return None
+
+
+def _visible(unfolding: Unfolding, batch: int, length: int) -> Tensor:
+    """bool [B, T, T]: a token sees what its document has up to it; documents lie within a row."""
+    rows, back = unfolding.rows, unfolding.back
+    bounds = unfolding.cu_seqlens.to(rows.device)
+    document = document_ids(bounds, rows.numel())
+    place = (torch.arange(rows.numel(), device=rows.device) - bounds[document])[back].view(batch, length)
+    holds = torch.zeros(bounds.numel() - 1, batch * length, dtype=torch.bool, device=rows.device)
+    holds[document, rows] = True
+    sees = holds[document[back]].view(batch, length, batch, length)
+    own_row = torch.arange(batch, device=rows.device)
+    return sees[own_row, :, own_row] & (place[:, None, :] <= place[:, :, None])
 
 
 def document_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:

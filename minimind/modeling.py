@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minimind import ops
-from minimind.attention import Layout, document_ids, make_layout
+from minimind.attention import Layout, Unfolding, document_ids, make_layout
 from minimind.config import ModelConfig
 from minimind.rope import rope_cos_sin
 
@@ -246,20 +246,22 @@ class Model(nn.Module):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        unfolding: Unfolding | None = None,
         return_logits: bool = True,
     ) -> ModelOutput:
         """input_ids int64 [B, T]. Two kinds of batches, equal in their losses:
 
         packed: cu_seqlens int [n + 1], the documents' boundaries in the flattened B * T tokens, row ends among
           them; position_ids [B, T] restart in each document (made from cu_seqlens when absent). attention_mask
-          then only says which tokens the router statistics count.
+          then only says which tokens the router statistics count. unfolding, where documents share beginnings: what
+          each reads; cu_seqlens then are the boundaries of the parts, and position_ids must be given.
         padded: attention_mask [B, T], 0 at padding on either side; positions count the unmasked tokens.
         """
         batch, length = input_ids.shape
         device = input_ids.device
         dtype = self.compute_dtype or self.head_weight.dtype
         fused = ops.get_mode() != "reference"
-        layout = make_layout(batch, length, device, dtype, cu_seqlens, attention_mask, fused)
+        layout = make_layout(batch, length, device, dtype, cu_seqlens, attention_mask, fused, unfolding)
         if position_ids is None:
             table = torch.arange(length, device=device)  # a document lies within a row: no position is higher
             position_ids = _positions(batch, length, device, cu_seqlens, attention_mask)

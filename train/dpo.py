@@ -32,6 +32,7 @@ from minimind.training.figures import plot_figures
 from minimind.training.heldout import describe
 from minimind.training.job import Job, Objective
 from minimind.training.pairs import describe_pairs, heldout_figures, open_pairs, prompts, to_device
+from minimind.training.parallel import world_size
 from minimind.training.reference import reference_log_probs
 from minimind.training.run_folder import newest_finished
 from minimind.training.script import run_script
@@ -67,8 +68,13 @@ class Args(StageArgs):
     built-in pairs, whose answers no model would give by itself, else 0."""
     epochs: float = 6.0
     """Passes over the training part of the data."""
+    batch_tokens: int | None = None
+    """Tokens per optimizer step, padding included; a multiple of --seq-len. None: of the built-in pairs, which are
+    short, a row for each process; of others 65536 on a GPU for models larger than nano, else 4096."""
     seq_len: int = 2048
     """Tokens in a row, which holds both answers of a pair; longer pairs are left out and counted."""
+    share_prompts: bool = True
+    """Compute what both answers of a pair begin with once."""
     eval_questions: int | None = None
     """Held-out prompts answered on the way and compared with the chosen answers to the letter; at the end all are.
     None: 64 of the built-in pairs, 0 of others."""
@@ -82,9 +88,11 @@ def main(args: Args, console: Console) -> bool:
     """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
     loss = pair_objective(args)
     args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
+    if args.batch_tokens is None and not args.data:
+        args = dataclasses.replace(args, batch_tokens=args.seq_len * world_size())
     job = Job.begin("dpo", args, console)
     train, heldout = open_pairs(args, args.heldout_data, ChatEncoder(job.tokenizer), console)
-    plan = job.plan(partial(PairLoader, train, args.seq_len, seed=args.seed))
+    plan = job.plan(partial(PairLoader, train, args.seq_len, seed=args.seed, share=args.share_prompts))
     job.open_run(args.data_name)
     model, trained = job.build_model()
     reference = partial(find_reference, job, args, model, plan.loader.rows)
@@ -136,9 +144,8 @@ def find_reference(job: Job, args: Args, model: Model, rows: int, view: Corpus) 
     if args.loss not in NEED_REFERENCE:
         return None
     weights = job.origin.fingerprint()
-    return reference_log_probs(
-        model, weights, view, args.seq_len, rows, job.parallel, job.console, args.cache_dir
-    )
+    where = job.parallel, job.console, args.cache_dir
+    return reference_log_probs(model, weights, view, args.seq_len, rows, *where, args.share_prompts)
 
 
 def parts(heldout: Corpus | None, args: Args) -> list[Corpus]:
@@ -158,7 +165,8 @@ class Measured:
         view: Corpus, job: Job, args: Args, rows: int, reference: Callable[[Corpus], np.ndarray | None]
     ) -> Measured:
         parallel = job.parallel
-        loader = PairLoader(view, args.seq_len, rows, 0, False, parallel.rank, parallel.world_size)
+        ranks = parallel.rank, parallel.world_size
+        loader = PairLoader(view, args.seq_len, rows, 0, False, *ranks, share=args.share_prompts)
         return Measured(loader, reference(view))
 
 

@@ -1,4 +1,13 @@
-"""Packed batches of preference pairs: both answers of a pair lie side by side in one row."""
+"""Packed batches of preference pairs: both answers lie side by side in one row, behind one copy of their prompt or two.
+
+With --share-prompts a row holds, of each pair, what both sides begin with and what either has behind that:
+
+    prompt | chosen answer | rejected answer
+
+so that all of a model but attention computes the prompt once. Of 600 pairs of upstream's dpo.jsonl that is 25% of the
+tokens, of the built-in pairs 43%. The last token that the sides share stands at the beginning of each answer: it has a
+target of its own in each.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,27 +19,34 @@ import numpy as np
 from minimind.data.loader import Batch, PackedLoader
 from minimind.data.rows import Pieces, segments
 from minimind.data.store import Corpus
-from minimind.data.weights import SIDE, Cuts
+from minimind.data.weights import SIDE, Cuts, class_of
 
 
 @dataclass(frozen=True, eq=False)
 class PairBatch(Batch):
-    """A Batch in which each side of a pair is a segment of its own.
+    """A Batch in which what the sides of a pair share and what is left of each are segments of their own, one after the
+    other; the first is empty where nothing is shared.
 
-    chosen, rejected: int64 [P], which segments of cu_seqlens are the answers of each pair. pairs: int64 [P], their
-    numbers in the corpus. global_num_pairs: those of all ranks together, which is also global_weight.
+    prompt, chosen, rejected: int64 [P], which segments of cu_seqlens these are. pairs: int64 [P], their numbers in the
+    corpus. global_num_pairs: those of all ranks together, which is also global_weight. Positions of the rejected answer
+    go on from the prompt's end. share: whether the loader shares prompts; shared: how many tokens that leaves out.
     """
 
+    prompt: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray
     pairs: np.ndarray
     global_num_pairs: int
+    share: bool
+    shared: int
 
 
 class PairLoader(PackedLoader):
     """PackedLoader over the pairs of `open_preferences`. As a row belongs to one micro-batch of one rank, so does a
     pair. One that is longer than a row is left out whole (`left_out` counts them): cut, its sides might no longer
     differ, and neither would end. Raises ValueError where none fits.
+
+    share: lay the prompt down once; else each side is whole.
     """
 
     def __init__(
@@ -42,8 +58,13 @@ class PairLoader(PackedLoader):
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        share: bool = False,
     ) -> None:
-        shortest = int(self._tokens(view).min())
+        self.share = share
+        self.middles, self.shared = _sides(view, share)
+        self.lengths = view.lengths(np.arange(view.num_documents))
+        self.tokens = self.lengths - 2 - self.shared  # the last token of a side predicts nothing
+        shortest = int(self.tokens.min())
         if 1 <= seq_len < shortest:
             raise ValueError(
                 f"--seq-len {seq_len}: a row holds both answers of a pair, and the shortest pair has {shortest} tokens"
@@ -52,9 +73,8 @@ class PairLoader(PackedLoader):
 
     @cached_property
     def cuts(self) -> Cuts:
-        tokens = self._tokens(self.view)
-        fits = tokens <= self.seq_len
-        return Cuts(pairs=int(tokens[fits].sum()), left_out=int((~fits).sum()))
+        fits = self.tokens <= self.seq_len
+        return Cuts(pairs=int(self.tokens[fits].sum()), left_out=int((~fits).sum()))
 
     @property
     def left_out(self) -> int:
@@ -67,43 +87,80 @@ class PairLoader(PackedLoader):
         return self.view.num_documents - self.left_out
 
     @property
+    def saved(self) -> float:
+        """Share of the tokens of the pairs' sides that rows do not hold, as the other side has them."""
+        shared = self.shared[self.tokens <= self.seq_len].sum()
+        return float(shared / (self.cuts.pairs + shared))
+
+    @property
     def max_segments(self) -> int:
-        """As in PackedLoader; a pair is two."""
-        return 2 * super().max_segments
+        """As in PackedLoader; a pair is three."""
+        return 3 * super().max_segments
 
     def epoch_batches(self) -> Iterator[PairBatch]:
         return cast(Iterator[PairBatch], super().epoch_batches())
 
-    @staticmethod
-    def _tokens(view: Corpus, documents: np.ndarray | None = None) -> np.ndarray:
-        """(input, target) positions that each pair takes; the one between its sides is no target."""
-        return view.lengths(np.arange(view.num_documents) if documents is None else documents) - 1
+    def _identity(self) -> dict[str, int]:
+        return super()._identity() | {"share": int(self.share)}
 
     def _cut(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        tokens = self._tokens(self.view, documents)
+        tokens = self.tokens[documents]
         which = np.flatnonzero(tokens <= self.seq_len)
         return which, np.zeros_like(which), tokens[which], self.view.bytes_of(documents)[which]
 
     def _assemble(self, batch: Pieces) -> PairBatch:
-        whole = super()._assemble(batch)
         mine = batch.rows(np.arange(self.rank, batch.num_rows, self.world_size))
-        sizes, is_piece = segments(mine, len(whole.documents), self.seq_len)
+        whole = super()._assemble(self._apart(batch))
+        sizes, is_piece = segments(self._apart(mine), len(whole.documents), self.seq_len)
         starts = (sizes.cumsum() - sizes)[is_piece]
-        second = np.flatnonzero(self.view.gather_codes(mine.address, mine.length) & SIDE)
-        middles = starts + second - (mine.length.cumsum() - mine.length)
-        bounds = np.sort(np.concatenate([whole.cu_seqlens, middles]))
-        chosen = np.searchsorted(bounds, starts)
-        places = np.arange(bounds[-1]) - np.repeat(bounds[:-1], np.diff(bounds))
+        shared = self.shared[mine.document]
+        bounds = np.sort(np.concatenate([whole.cu_seqlens, starts[0::2] + shared]))
+        prompt = np.searchsorted(bounds, starts[0::2])
+        places = whole.position_ids.copy()
+        places.ravel()[:] += np.repeat(
+            np.bincount(prompt + 2, shared, len(bounds) - 1).astype(np.int64), np.diff(bounds)
+        )
         number = len(batch.document)
         return PairBatch(
             **vars(whole)
             | {
                 "cu_seqlens": bounds.astype(np.int32),
-                "position_ids": places.reshape(whole.input_ids.shape),
+                "position_ids": places,
                 "global_weight": float(number),
             },
-            chosen=chosen,
-            rejected=chosen + 1,
+            prompt=prompt,
+            chosen=prompt + 1,
+            rejected=prompt + 2,
             pairs=mine.document,
             global_num_pairs=number,
+            share=self.share,
+            shared=int(shared.sum()),
         )
+
+    def _apart(self, pairs: Pieces) -> Pieces:
+        """Two pieces for each pair: the chosen side, and what the rejected one has behind the shared beginning."""
+        which, address = pairs.document, pairs.address
+        middle, shared = self.middles[which], self.shared[which]
+        tail = self.lengths[which] - middle - shared - 1
+        return Pieces(
+            which.repeat(2),
+            np.stack([address, address + middle + shared], 1).ravel(),
+            np.stack([middle - 1, tail], 1).ravel(),
+            np.stack([pairs.num_bytes, np.zeros_like(middle)], 1).ravel(),
+            2 * pairs.row_starts,
+        )
+
+
+def _sides(view: Corpus, share: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens of the chosen side, how many of its first ones the rejected side need not repeat): int64 [pairs]."""
+    middles, shared = np.zeros(view.num_documents, np.int64), np.zeros(view.num_documents, np.int64)
+    for i in range(view.num_documents):
+        codes = view.codes(i)
+        middles[i] = middle = int(np.flatnonzero(codes & SIDE)[0])
+        if share:
+            ids, kinds = view.document(i), class_of(codes)
+            least = min(middle, len(ids) - middle)
+            differ = (ids[:least] != ids[middle:][:least]) | (kinds[:least] != kinds[middle:][:least])
+            alike = int(differ.argmax()) if differ.any() else least
+            shared[i] = max(0, min(alike - 1, least - 2))
+    return middles, shared

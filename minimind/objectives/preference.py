@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind import ops
-from minimind.attention import document_ids
+from minimind.attention import Unfolding, document_ids
 from minimind.modeling import Model
 from minimind.spans import span
 
@@ -41,7 +41,8 @@ class PreferenceBatch:
     boundaries in the flattened batch. chosen, rejected int64 [P]: which documents are the answers of each pair.
     reference_chosen, reference_rejected float [P]: their log-probabilities under the reference model, for the
     objectives that need one. num_targets, global_num_targets, global_num_pairs: numbers of the host, of this rank and
-    of all ranks together.
+    of all ranks together. Where the batch holds the prompts of its pairs once: prompt int64 [P], which documents they
+    are; position_ids and unfolding, as Model takes them.
     """
 
     input_ids: Tensor
@@ -54,6 +55,9 @@ class PreferenceBatch:
     global_num_pairs: int
     reference_chosen: Tensor | None = None
     reference_rejected: Tensor | None = None
+    prompt: Tensor | None = None
+    position_ids: Tensor | None = None
+    unfolding: Unfolding | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -165,17 +169,7 @@ def preference_loss(
     chosen_log_prob and rejected_log_prob (per token), ranking (1 where the chosen answer is the likelier one, whatever
     the reference finds: Chen et al., 2405.19534).
     """
-    log_probs, tokens, aux = sequence_log_probs(
-        model, batch.input_ids, batch.targets, batch.cu_seqlens, batch.num_targets
-    )
-    pairs = Pairs(
-        log_probs.index_select(0, batch.chosen),
-        log_probs.index_select(0, batch.rejected),
-        tokens.index_select(0, batch.chosen),
-        tokens.index_select(0, batch.rejected),
-        batch.reference_chosen,
-        batch.reference_rejected,
-    )
+    pairs, aux = pair_log_probs(model, batch)
     result = objective(pairs)
     margins = result.chosen_rewards - result.rejected_rewards
     chosen, rejected = pairs.averages()
@@ -191,15 +185,56 @@ def preference_loss(
     return result.losses.sum().float(), aux, {name: value.sum().float() for name, value in metrics.items()}
 
 
+def pair_log_probs(model: Model, batch: PreferenceBatch) -> tuple[Pairs, Tensor]:
+    """(the batch's pairs, mean auxiliary loss); under torch.no_grad() this is how reference log-probabilities are
+    made. What both sides learn before they part counts in both."""
+    log_probs, tokens, aux = sequence_log_probs(
+        model,
+        batch.input_ids,
+        batch.targets,
+        batch.cu_seqlens,
+        batch.num_targets,
+        position_ids=batch.position_ids,
+        unfolding=batch.unfolding,
+    )
+
+    def side(values: Tensor, answer: Tensor) -> Tensor:
+        values_of_answer = values.index_select(0, answer)
+        return (
+            values_of_answer
+            if batch.prompt is None
+            else values_of_answer + values.index_select(0, batch.prompt)
+        )
+
+    columns = [
+        side(values, answer) for values in (log_probs, tokens) for answer in (batch.chosen, batch.rejected)
+    ]
+    return Pairs(*columns, batch.reference_chosen, batch.reference_rejected), aux
+
+
 def sequence_log_probs(
-    model: Model, input_ids: Tensor, targets: Tensor, cu_seqlens: Tensor, num_targets: int | None = None
+    model: Model,
+    input_ids: Tensor,
+    targets: Tensor,
+    cu_seqlens: Tensor,
+    num_targets: int | None = None,
+    *,
+    position_ids: Tensor | None = None,
+    unfolding: Unfolding | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probability of each document's targets, their number, mean auxiliary loss): float64 [n], [n], a scalar.
 
-    Arguments as in PreferenceBatch. Under torch.no_grad() this is how reference log-probabilities are made.
+    Arguments as in PreferenceBatch.
     """
     counted = targets.ne(-100)
-    out = model(input_ids, cu_seqlens=cu_seqlens, attention_mask=counted, return_logits=False)
+    out = model(
+        input_ids,
+        position_ids=position_ids,
+        cu_seqlens=cu_seqlens,
+        attention_mask=counted,
+        unfolding=unfolding,
+        return_logits=False,
+    )
     with span("loss"):
         per_token, _ = ops.linear_log_probs(
             out.hidden_states.flatten(0, 1), model.head_weight, targets.flatten(), num_targets=num_targets

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from minimind.attention import Unfolding
 from minimind.data import Corpus
 from minimind.data.builtin_preferences import builtin_preferences
 from minimind.data.pair_loader import PairBatch, PairLoader
@@ -23,6 +24,7 @@ from minimind.training.arguments import StageArgs
 from minimind.training.batches import move
 from minimind.training.parallel import Parallel
 
+_UNREAD = 64  # tokens of a document that pads an unfolding: short, as attention costs their square
 # What preference_loss tells besides the loss, in the order of metrics.jsonl.
 FIGURES = (
     "accuracy",
@@ -59,8 +61,12 @@ def describe_pairs(loader: PairLoader, heldout: Corpus | None) -> list[str]:
     """Lines for the start of a run."""
     held = f"; held out {heldout.num_documents:,}" if heldout else ""
     first = f"data: {loader.num_pairs:,} pairs, {loader.tokens_per_epoch:,} tokens a pass{held}"
-    left = f"longer than --seq-len {loader.seq_len}: {loader.left_out:,} pairs left out"
-    return [first, left] if loader.left_out else [first]
+    lines = [first]
+    if loader.share:
+        lines.append(f"prompts computed once for both answers: {loader.saved:.1%} of the tokens saved")
+    if loader.left_out:
+        lines.append(f"longer than --seq-len {loader.seq_len}: {loader.left_out:,} pairs left out")
+    return lines
 
 
 def to_device(
@@ -70,12 +76,41 @@ def to_device(
     reference: np.ndarray | None = None,
 ) -> PreferenceBatch:
     """The packed rows as tensors. boundaries: as in batches.to_device; reference: float64 [pairs of the corpus, 2]."""
-    arrays = [batch.chosen, batch.rejected]
-    if reference is not None:
-        arrays += list(np.ascontiguousarray(reference[batch.pairs].T))
-    input_ids, targets, bounds, chosen, rejected, *scores = move(batch, device, boundaries, arrays)
+    arrays = [batch.chosen, batch.rejected, batch.prompt]
+    scores = [] if reference is None else list(np.ascontiguousarray(reference[batch.pairs].T))
+    once = [batch.position_ids, *unfold(batch, boundaries)] if batch.share else []
+    input_ids, targets, bounds, chosen, rejected, prompt, *more = move(
+        batch, device, boundaries, [*arrays, *scores, *once]
+    )
     counts = batch.num_targets, batch.global_num_targets, batch.global_num_pairs
-    return PreferenceBatch(input_ids, targets, bounds, chosen, rejected, *counts, *scores)
+    named: dict[str, Any] = dict(
+        zip(("reference_chosen", "reference_rejected"), more[: len(scores)], strict=False)
+    )
+    if once:
+        named |= {"position_ids": more[len(scores)], "unfolding": Unfolding(*more[len(scores) + 1 :])}
+    return PreferenceBatch(input_ids, targets, bounds, chosen, rejected, *counts, prompt=prompt, **named)
+
+
+def unfold(batch: PairBatch, boundaries: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The arrays of an Unfolding: a chosen side stands behind its prompt already, before a rejected answer the prompt
+    is read again. boundaries: those that cu_seqlens is padded to; the number of tokens read is then rounded up to a
+    quarter of the batch, so that a compiled step meets few shapes, with documents that nothing is taken from."""
+    bounds, total = batch.cu_seqlens.astype(np.int64), batch.input_ids.size
+    begins, again = bounds[batch.prompt], bounds[batch.rejected]
+    lengths = bounds[batch.chosen] - begins
+    copied = np.arange(lengths.sum()) + (begins - lengths.cumsum() + lengths).repeat(lengths)
+    rows = np.insert(np.arange(total), again.repeat(lengths), copied)
+    back = np.arange(total) + np.bincount(again, lengths, total).astype(np.int64).cumsum()
+    starts = back[bounds[:-1]]
+    starts[batch.rejected] -= lengths
+    starts = np.append(np.delete(starts, batch.chosen), len(rows))
+    if boundaries is not None:
+        size = -(-len(rows) // (quarter := -(-total // 4))) * quarter
+        starts = np.append(starts, np.arange(len(rows), size, _UNREAD)[1:])
+        places = boundaries + quarter // _UNREAD + 2
+        starts = np.pad(starts, (0, places - len(starts)), constant_values=size)
+        rows = np.pad(rows, (0, size - len(rows)))
+    return rows, starts.astype(np.int32), back
 
 
 @torch.no_grad()

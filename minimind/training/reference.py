@@ -23,7 +23,7 @@ from minimind.data.pair_loader import PairLoader
 from minimind.data.progress import say
 from minimind.display import Display, duration
 from minimind.modeling import Model
-from minimind.objectives.preference import sequence_log_probs
+from minimind.objectives.preference import pair_log_probs
 from minimind.training.pairs import to_device
 from minimind.training.parallel import Parallel
 
@@ -39,17 +39,19 @@ def reference_log_probs(
     parallel: Parallel,
     console: Console,
     cache_dir: str | None = None,
+    share: bool = False,
 ) -> np.ndarray:
     """float64 [pairs of `view`, 2], memory-mapped: log p(chosen) and log p(rejected), 0 for pairs longer than a row.
 
     weights: what names the model's weights, as Origin.fingerprint does. rows: of a batch of all ranks together, which
-    share the work; all call it, and all return the same. Raises ValueError when the cache's folder cannot be written.
+    share the work; all call it, and all return the same. share: as PairLoader has it. Raises ValueError when the
+    cache's folder cannot be written.
     """
     folder = make_folder(cache_root(cache_dir) / "reference")
-    path = folder / f"{_key(model, weights, view, seq_len)}.npy"
+    path = folder / f"{_key(model, weights, view, seq_len, share)}.npy"
     shape = (view.num_documents, 2)
     if not _everywhere(path, shape, parallel, model.head_weight.device):
-        scores = _work_out(model, view, seq_len, rows, parallel, console)
+        scores = _work_out(model, view, seq_len, rows, parallel, console, share)
         if _open(path, shape) is None:  # of several nodes each may have its own folder
             _write(path, scores)
         parallel.sum(torch.zeros(1, device=model.head_weight.device))  # until all have written
@@ -59,9 +61,9 @@ def reference_log_probs(
     return found
 
 
-def _key(model: Model, weights: str | None, view: Corpus, seq_len: int) -> str:
+def _key(model: Model, weights: str | None, view: Corpus, seq_len: int, share: bool) -> str:
     precision = [str(model.compute_dtype), model.head_weight.device.type, ops.get_mode()]
-    parts = [FORMAT_VERSION, weights, model.config.to_dict(), view.identity, seq_len, *precision]
+    parts = [FORMAT_VERSION, weights, model.config.to_dict(), view.identity, seq_len, share, *precision]
     return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -81,22 +83,19 @@ def _everywhere(path: Path, shape: tuple[int, int], parallel: Parallel, device: 
 
 @torch.no_grad()
 def _work_out(
-    model: Model, view: Corpus, seq_len: int, rows: int, parallel: Parallel, console: Console
+    model: Model, view: Corpus, seq_len: int, rows: int, parallel: Parallel, console: Console, share: bool
 ) -> np.ndarray:
     model.eval()
     device = model.head_weight.device
-    loader = PairLoader(view, seq_len, rows, 0, False, parallel.rank, parallel.world_size)
+    loader = PairLoader(view, seq_len, rows, 0, False, parallel.rank, parallel.world_size, share)
     steps = -(-loader.tokens_per_epoch // (rows * seq_len))  # about: padding adds a few
     scores = np.zeros((view.num_documents, 2))
     display, began = Display(console, steps, 0), time.monotonic()
     try:
         for step, host in enumerate(loader.epoch_batches(), 1):
             batch = to_device(host, device)
-            log_probs, _, _ = sequence_log_probs(
-                model, batch.input_ids, batch.targets, batch.cu_seqlens, batch.num_targets
-            )
-            answers = torch.stack((batch.chosen, batch.rejected), 1)
-            scores[host.pairs] = log_probs[answers].cpu().numpy()
+            pairs, _ = pair_log_probs(model, batch)
+            scores[host.pairs] = torch.stack((pairs.chosen, pairs.rejected), 1).cpu().numpy()
             left = (time.monotonic() - began) / step * max(0, steps - step)
             display.update(min(step, steps), f"of the reference log-probabilities  ETA {duration(left)}")
     finally:

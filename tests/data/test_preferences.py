@@ -64,13 +64,14 @@ def test_a_pair_is_both_conversations_and_knows_where_the_second_begins(tmp_path
     assert corpus.num_bytes == len("".join(answers).encode())
 
 
+@pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_every_pair_is_once_in_a_pass_and_whole(tmp_path, world_size):
+def test_every_pair_is_once_in_a_pass_and_whole(tmp_path, world_size, share):
     """Inputs, targets and boundaries of each side are those of the conversation alone, on whichever rank it is."""
     corpus = opened(tmp_path, ROWS)
     seen: Counter[int] = Counter()
     ranks = [
-        PairLoader(corpus, 192, 5, 3, rank=r, world_size=world_size).epoch_batches()
+        PairLoader(corpus, 192, 5, 3, rank=r, world_size=world_size, share=share).epoch_batches()
         for r in range(world_size)
     ]
     for parts in zip(*ranks, strict=True):
@@ -81,35 +82,41 @@ def test_every_pair_is_once_in_a_pass_and_whole(tmp_path, world_size):
         targets = sum(b.num_targets for b in parts)
         assert counts == {(pairs, pairs, targets, (-(-5 // world_size), 192))}
         for batch in parts:
-            check(batch)
+            check(batch, share)
             seen.update(batch.pairs.tolist())
     assert seen == Counter(range(len(ROWS)))
 
 
-def check(batch: PairBatch) -> None:
+def check(batch: PairBatch, share: bool) -> None:
     ids, targets, places = batch.input_ids.ravel(), batch.targets.ravel(), batch.position_ids.ravel()
     bounds = batch.cu_seqlens
-    assert bounds[0] == 0 and bounds[-1] == ids.size and (np.diff(bounds) > 0).all()
+    assert bounds[0] == 0 and bounds[-1] == ids.size and (np.diff(bounds) >= 0).all()
     assert set(range(0, ids.size, batch.input_ids.shape[1])) <= set(bounds.tolist())
-    used = sorted([*batch.chosen, *batch.rejected])
+    used = sorted([*batch.prompt, *batch.chosen, *batch.rejected])
     for k, (a, b) in enumerate(pairwise(bounds)):
-        assert (places[a:b] == np.arange(b - a)).all()
         assert k in used or not (ids[a:b].any() or (targets[a:b] >= 0).any())
-    assert len(set(used)) == len(used) == 2 * len(batch.pairs)
-    for number, *segments in zip(batch.pairs, batch.chosen, batch.rejected, strict=True):
+        assert k in used or (places[a:b] == np.arange(b - a)).all()
+    assert len(set(used)) == len(used) == 3 * len(batch.pairs)
+    shared = 0
+    for number, *segments in zip(batch.pairs, batch.prompt, batch.chosen, batch.rejected, strict=True):
         rows = {int(bounds[k]) // batch.input_ids.shape[1] for k in segments}
         assert len(rows) == 1  # a row belongs to one micro-batch of one rank
-        for k, side in zip(segments, encoded(ROWS[number]), strict=True):
-            a, b = bounds[k], bounds[k + 1]
+        prompt, *answers = (np.arange(bounds[k], bounds[k + 1]) for k in segments)
+        sides = encoded(ROWS[number])
+        alike = next(i for i, (a, b) in enumerate(zip(sides[0].ids, sides[1].ids, strict=False)) if a != b)
+        assert len(prompt) == (alike - 1 if share else 0)
+        shared += len(prompt)
+        for answer, side in zip(answers, sides, strict=True):
+            at = np.concatenate([prompt, answer])
             wanted = np.where(side.trained[1:], side.ids[1:].astype(np.int64), -100)
-            assert ids[a:b][: len(wanted)].tolist() == side.ids[:-1].tolist()
-            assert targets[a:b].tolist() == wanted.tolist() + [-100] * (b - a - len(wanted))
-            assert b - a - len(wanted) in (0, 1)
+            assert ids[at].tolist() == side.ids[:-1].tolist() and targets[at].tolist() == wanted.tolist()
+            assert (places[at] == np.arange(len(at))).all()
+    assert (batch.share, batch.shared) == (share, shared)
 
 
 def test_the_stream_of_rows_goes_on_where_it_was(tmp_path):
     corpus = opened(tmp_path, ROWS)
-    whole, late = PairLoader(corpus, 96, 4, 1), PairLoader(corpus, 96, 4, 1)
+    whole, late = (PairLoader(corpus, 96, 4, 1, share=True) for _ in range(2))
     for _ in range(7):  # beyond a pass
         whole.next_batch()
     late.load_state(json.loads(json.dumps(whole.state())))
@@ -118,10 +125,12 @@ def test_the_stream_of_rows_goes_on_where_it_was(tmp_path):
     for name in ("input_ids", "targets", "cu_seqlens", "chosen", "pairs"):
         assert (getattr(a, name) == getattr(b, name)).all()
     assert len(a.cu_seqlens) <= whole.max_segments + 1
+    with pytest.raises(ValueError, match="share was 1 and is 0 now"):
+        PairLoader(corpus, 96, 4, 1).load_state(whole.state())
 
 
 def test_a_pair_longer_than_a_row_is_left_out_whole_and_counted(tmp_path):
-    lengths = [sum(len(side.ids) for side in encoded(row)) - 1 for row in ROWS]
+    lengths = [sum(len(side.ids) - 1 for side in encoded(row)) for row in ROWS]
     seq_len = sorted(lengths)[len(ROWS) // 2]
     loader = PairLoader(opened(tmp_path, ROWS), seq_len, 4)
     fit = [i for i, n in enumerate(lengths) if n <= seq_len]

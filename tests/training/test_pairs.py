@@ -1,0 +1,66 @@
+"""Pairs on the device: what a model says of their answers, however the batch holds them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from minimind import ModelConfig, load_tokenizer
+from minimind.data.pair_loader import PairLoader
+from minimind.data.preferences import open_preferences
+from minimind.modeling import Model
+from minimind.objectives.preference import pair_log_probs
+from minimind.tokenization import ChatEncoder
+from minimind.training.pairs import to_device
+from tests.data.test_preferences import ROWS
+from tests.kernels.contract import error
+from tests.training.runs import TINY
+
+MOE = ModelConfig(64, 2, 4, 2, 16, 96, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
+EPS = torch.finfo(torch.float32).eps
+
+
+def one_by_one(model: Model, encoder: ChatEncoder) -> list[torch.Tensor]:
+    """[log-probabilities [pairs, 2], gradients of their weighted sum]: every side alone, all its logits."""
+    found = []
+    for row in ROWS:
+        for side in encoder.encode([encoder.pieces(row[name]) for name in ("chosen", "rejected")]):
+            ids, trained = torch.tensor(side.ids.astype("int64")), torch.tensor(side.trained)[1:]
+            log_p = model(ids[None, :-1]).logits[0].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+            found.append(log_p[trained].sum())
+    return with_gradients(model, torch.stack(found).view(-1, 2))
+
+
+def with_gradients(model: Model, log_probs: torch.Tensor) -> list[torch.Tensor]:
+    total = (log_probs * log_probs.new_tensor([1.0, -2.0])).sum()
+    return [log_probs.detach(), *torch.autograd.grad(total, list(model.parameters()))]
+
+
+@pytest.mark.parametrize("boundaries", [None, 256])
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("config", [TINY, MOE], ids=["dense", "moe"])
+def test_log_probabilities_are_those_of_each_side_alone(config, share, boundaries, ops_mode, tmp_path):
+    path, encoder = tmp_path / "pairs.jsonl", ChatEncoder(load_tokenizer())
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    corpus = open_preferences([path], encoder, tmp_path / "cache")
+    torch.manual_seed(0)
+    model = Model(config)
+    exact = Model(config).double()
+    exact.load_state_dict({name: tensor.double() for name, tensor in model.state_dict().items()})
+    truth, plain = one_by_one(exact, encoder), one_by_one(model, encoder)
+
+    loader = PairLoader(corpus, 192, 40, share=share)
+    (host,) = loader.epoch_batches()
+    batch = to_device(host, torch.device("cpu"), boundaries)
+    assert (batch.unfolding is not None) == share
+    pairs, _ = pair_log_probs(model, batch)
+    log_probs = torch.stack((pairs.chosen, pairs.rejected), 1)[torch.from_numpy(host.pairs).argsort()]
+    for value, expected, of_plain in zip(with_gradients(model, log_probs), truth, plain, strict=True):
+        allowed = 2 * error(of_plain, expected) + 4 * EPS * (1 + expected.abs().max().item())
+        assert error(value, expected) <= allowed, tuple(value.shape)
+    answers = [[m["content"] for m in row["rejected"] if m["role"] == "assistant"] for row in ROWS]
+    assert pairs.rejected_tokens.sum() >= sum(map(len, answers))
+    if share:
+        assert 0.2 < loader.saved < 0.5
