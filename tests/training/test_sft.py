@@ -16,8 +16,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minimind import load_model, load_tokenizer
+from minimind import ModelConfig, load_model, load_tokenizer
 from minimind.data import PackedLoader, open_conversations
+from minimind.export.hf import export_hf
+from minimind.export.pth import export_pth
 from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder
@@ -232,6 +234,22 @@ def test_questions_are_every_assistant_turn(chats):
     asked = questions(corpus, 512, len(expected))
     assert [(tokenizer.decode(q.prompt), tokenizer.decode(q.answer)) for q in asked] == expected
     assert max(len(q.prompt) + len(q.answer) for q in questions(corpus, 20)) < 20
+
+
+def test_upstreams_weights_and_a_hugging_face_folder_begin_a_run_alike(chats, tmp_path):
+    """The same weights as a .pth with a preset and a tokenizer, as what transformers loads, and as our checkpoint."""
+    folder = save_origin(ModelConfig.preset("nano"), tmp_path / "checkpoint")
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    export_pth(model, tmp_path / "full_sft.pth")
+    export_hf(model, tokenizer, tmp_path / "hf")
+    named = {"preset": "nano", "tokenizer": str(folder)}
+    losses = []
+    for place, more in ((folder, {}), (tmp_path / "full_sft.pth", named), (tmp_path / "hf", {})):
+        out = tmp_path / "runs" / place.name
+        call(SFT, from_=str(place), data=(str(chats),), out=str(out), cache_dir=str(chats.parent / "cache"), seq_len=64,
+             batch_tokens=512, tokens=512, heldout=0.0, **more)  # fmt: skip
+        losses.append([row["loss"] for row in rows_of(out, "train")])
+    assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 1
 
 
 @pytest.mark.parametrize(
