@@ -93,19 +93,13 @@ def main(args: Args) -> list[Path]:
 def train(args: Args, device: torch.device, place: Path) -> str:
     """Record steps of train/pretrain.py into `place`; what it said about them."""
     rows = args.rows or (64 if device.type == "cuda" else 8)
-    flags = ["--profile", "--preset", args.preset, "--optimizer", "adamw", "--batch-tokens", str(512 * rows)]
-    flags += [
-        "--tokens",
-        str(512 * rows * TRAINED),
-        "--evals",
-        "1",
-        "--eval-tokens",
-        "512",
-        "--device",
-        str(device),
-    ]
-    flags += ["--out", str(place / "run"), *(("--data", *args.data) if args.data else ())]
-    command = [sys.executable, str(ROOT / "train" / "pretrain.py"), *flags]
+    flags = {
+        "preset": args.preset, "optimizer": "adamw", "batch-tokens": 512 * rows, "tokens": 512 * rows * TRAINED,
+        "evals": 1, "heldout": 0, "device": device, "out": place / "run",
+    }  # fmt: skip
+    given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    data = ["--data", *args.data] if args.data else []
+    command = [sys.executable, str(ROOT / "train" / "pretrain.py"), "--profile", *given, *data]
     wide = {**os.environ, "COLUMNS": "110"}  # of the tables
     answer = subprocess.run(command, capture_output=True, text=True, env=wide)
     if answer.returncode:
