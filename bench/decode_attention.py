@@ -266,6 +266,8 @@ def main(args: Args) -> dict[str, Any]:
 if __name__ == "__main__":
     try:
         outcome = main(tyro.cli(Args, description=__doc__))
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     print(json.dumps(outcome))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.decode_peers import PEERS, Generation, Setting
-from bench.timing import first_line, peak_mib
+from bench.timing import first_line, peak_mib, start_deaf
 
 
 class DecoderError(Exception):
@@ -41,7 +41,7 @@ class Worker:
         self.name, self.turns = name, list[Generation]()
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(name, setting, theirs), daemon=True)
-        self.process.start()
+        start_deaf(self.process)
         theirs.close()  # so that a dead worker is an end of file here
         self.peak_mib: float | None = None
 

@@ -211,6 +211,8 @@ def plot_memory(usages: Sequence[Usage], path: Path, title: str) -> None:
 if __name__ == "__main__":
     try:
         outcome = main(tyro.cli(Args, description=__doc__))
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     print(json.dumps(outcome))

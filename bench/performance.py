@@ -193,6 +193,8 @@ def main(args: Args) -> int:
 if __name__ == "__main__":
     try:
         status = main(tyro.cli(Args, description=__doc__))
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     raise SystemExit(status)

@@ -139,5 +139,7 @@ if __name__ == "__main__":
     try:
         for count in main(tyro.cli(Args, description=__doc__)):
             print(f"{count.data}: {count.bytes / count.tokens:.3f} bytes a token")
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -36,7 +36,7 @@ from rich.table import Table
 from bench.decode import random_model
 from bench.kernel_report import append, check_columns, columns_of, slug
 from bench.rl_peers import PEERS, Setting, Turn
-from bench.timing import first_line, peak_mib
+from bench.timing import first_line, peak_mib, start_deaf
 from minimind.config import PRESETS, ModelConfig
 from minimind.device import choose_device, choose_precision, describe_device
 from minimind.modeling import Model
@@ -203,7 +203,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(name, setting, theirs), daemon=True)
-        self.process.start()
+        start_deaf(self.process)
         theirs.close()  # so that a dead worker is an end of file here
 
     def step(self, seed: int) -> Turn:
@@ -283,6 +283,8 @@ def _check(args: Args) -> torch.device:
 if __name__ == "__main__":
     try:
         outcome = main(tyro.cli(Args, description=__doc__))
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     print(json.dumps(outcome))

@@ -79,5 +79,7 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

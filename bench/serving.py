@@ -288,7 +288,9 @@ def _check(args: Args) -> torch.device:
 if __name__ == "__main__":
     try:
         outcome = main(tyro.cli(Args, description=__doc__))
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     print(json.dumps(outcome))
     raise SystemExit(int(outcome["lost"] > 0 or outcome["mixed"] > 0))

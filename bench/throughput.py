@@ -285,8 +285,10 @@ def _apart(values: Sequence[str]) -> tuple[str, ...]:
 if __name__ == "__main__":
     try:
         outcome = main(tyro.cli(Args, description=__doc__))
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     print(json.dumps(outcome), flush=True)
     if outcome["died"]:
         raise SystemExit("error: " + "; ".join(outcome["died"]))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.contenders import MAKERS, Setting
-from bench.timing import peak_mib
+from bench.timing import peak_mib, start_deaf
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Worker:
         self.name = name
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(name, setting, theirs), daemon=True)
-        self.process.start()
+        start_deaf(self.process)
         theirs.close()  # so that a dead worker is an end of file here
         self.steps: list[Step] = []
         self._recv()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -176,3 +178,12 @@ def limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     if isinstance(copy, str) or isinstance(product, str):
         raise ValueError(f"{device} cannot copy and multiply: {copy}, {product}")
     return {"GB/s": 2 * source.numel() / copy.median / 1e9, "TFLOP/s": 2 * 8192**3 / product.median / 1e12}
+
+
+def start_deaf(process: BaseProcess) -> None:
+    """Start a worker that Ctrl-C does not reach: it ends with this process, which says what there is to say."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child inherits it
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,3 +114,22 @@ def test_a_turns_time_is_that_of_its_parts(setting):
 def test_errors(flags, message):
     with pytest.raises(ValueError, match=message):
         main(Args(**flags))
+
+
+def test_ctrl_c_is_no_traceback(tmp_path):
+    """A terminal sends it to the workers too."""
+    command = [sys.executable, rl.__file__, "--preset", "nano", "--peer", "ours", "--out", str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as bench:
+        place = Path(f"/proc/{bench.pid}/task/{bench.pid}/children")
+        while len(children := place.read_text().split()) < 2:  # multiprocessing's tracker and the worker
+            assert bench.poll() is None
+            time.sleep(0.05)
+        os.killpg(bench.pid, signal.SIGINT)
+        said = bench.communicate(timeout=60)[0].decode()
+    assert bench.returncode == 130 and "Traceback" not in said, said
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < end, "a worker outlives the benchmark"
+        time.sleep(0.05)

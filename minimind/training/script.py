@@ -9,6 +9,7 @@ from typing import NoReturn, TypeVar
 import tyro
 from rich.console import Console
 
+from minimind.data.files import is_disk_full
 from minimind.data.progress import say
 from minimind.display import prepare_output
 from minimind.training.arguments import StageArgs
@@ -26,10 +27,12 @@ def run_script(main: Callable[[Args, Console], bool], args: type[Args], descript
     try:
         done = main(parsed, console)
     except (ValueError, OSError) as problem:  # OSError: a full disk, a folder that is not ours
+        full = isinstance(problem, OSError) and is_disk_full(problem)
+        line = f"error: {problem}" + ("; free some space, then run the same command again" if full else "")
         try:
-            say(console, f"error: {problem}")
+            say(console, line)
         except OSError:  # standard output itself is what failed: a log on a full disk
-            print(f"error: {problem}", file=sys.stderr)
+            print(line, file=sys.stderr)
         if rank() > 0:  # what went wrong here need not have gone wrong on rank 0
             print(f"rank {rank()}: error: {problem}", file=sys.stderr)
         sys.exit(2)
