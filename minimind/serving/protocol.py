@@ -25,7 +25,9 @@ def shallow(value: dict[str, Any]) -> dict[str, Any]:
 
 
 JsonObject = Annotated[dict[str, Any], AfterValidator(shallow)]
-Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Int64 = Annotated[
+    int, Field(ge=-(2**63), lt=2**63)
+]  # the API's description holds bounds as floats: 2^63 - 1 is none
 StopString = Annotated[str, Field(min_length=1)]
 Stops = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
 

@@ -54,7 +54,7 @@ def error_of(response, status):
         ({"temperature": 2.5}, 422, "less than or equal to 2"),
         ({"temperature": "hot"}, 422, "temperature"),
         ({"top_p": 0}, 422, "top_p"),
-        ({"seed": 2**64}, 422, "seed"),
+        ({"seed": 2**63}, 422, "seed"),
         ({"stop": [""]}, 422, "stop"),
         ({"messages": []}, 422, "messages"),
         ({"messages": [{"role": "poet", "content": "x"}]}, 422, "messages.0"),
@@ -155,6 +155,20 @@ def test_extremes_of_sampling_are_served(server, extreme):
     for more in ({}, {"logprobs": True, "top_logprobs": 5}):
         body = {**HI, "max_tokens": 6, **extreme, **more}
         assert server.http.post(CHAT, json=body).status_code == 200
+
+
+def test_bounds_are_described_as_they_are_checked(server):
+    """As floats, in which 2^63 - 1 would be 2^63."""
+    schemas = server.http.get("/openapi.json").json()["components"]["schemas"]
+    for name in ("ChatRequest", "CompletionRequest"):
+        (integer,) = (
+            kind for kind in schemas[name]["properties"]["seed"]["anyOf"] if kind["type"] == "integer"
+        )
+        assert (
+            integer["minimum"] == -(2**63)
+            and integer["exclusiveMaximum"] == 2**63
+            and "maximum" not in integer
+        )
 
 
 def test_the_deepest_json_is_taken(server):
