@@ -267,8 +267,8 @@ def show(scores: Sequence[Score], console: Console) -> None:
         table.add_column(column, justify="right" if column else "left")
     for score in scores:
         table.add_row(
-            score.curve, f"{score.context:,}", f"{score.perplexity:.4g}", f"{score.bits_per_byte:.4f}",
-            f"{score.second_half:.4g}", f"{score.tokens / score.seconds:,.0f}",
+            score.curve, f"{score.context:,}", f"{score.perplexity:.5g}", f"{score.bits_per_byte:.4f}",
+            f"{score.second_half:.5g}", f"{score.tokens / score.seconds:,.0f}",
         )  # fmt: skip
     console.print(table)
 

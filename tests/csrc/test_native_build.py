@@ -182,6 +182,43 @@ def test_a_compilers_error_reaches_the_user_and_nothing_old_stays(tmp_path, monk
     assert not (tmp_path / "root" / "minimind" / native_build.library_name("cpu")).exists()
 
 
+@pytest.mark.slow
+@needs_compiler
+def test_one_wheel_for_every_python_runs_away_from_the_checkout(tmp_path):
+    """Named for the platform and no version of Python; what is installed from it finds its operators and kernels."""
+    source = tmp_path / "source"
+    for folder in ("csrc", "kernels", "minimind"):
+        unwanted = shutil.ignore_patterns("_native_*.so", native_build.REPORT, "__pycache__")
+        shutil.copytree(ROOT / folder, source / folder, ignore=unwanted)
+    for file in (
+        "setup.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "CMakeLists.txt",
+        "constraints.txt",
+        "README.md",
+    ):
+        shutil.copy(ROOT / file, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+    def run(*command: str, cwd: Path = tmp_path, **variables: str) -> str:
+        environment = {**os.environ, **variables}
+        answer = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
+        assert answer.returncode == 0, answer.stderr[-3000:]
+        return answer.stdout
+
+    run(*pip, "wheel", ".", "--no-deps", "--wheel-dir", str(tmp_path), cwd=source, MINIMIND_CUDA="0")
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+    site = tmp_path / "site"
+    run(*pip, "install", "--no-deps", "--target", str(site), str(wheel))
+    code = "import minimind.kernels.rope; from minimind import native; print(native.__file__); print(native.report())"
+    place, cpp, cuda = run(sys.executable, "-c", code, PYTHONPATH=str(site)).splitlines()
+    assert place.startswith(str(site))
+    assert cpp.startswith("C++: ") and "not used" not in cpp and "not built" not in cpp
+    assert "MINIMIND_CUDA=0 left them out" in cuda or "no CUDA GPU" in cuda
+
+
 def test_a_library_of_other_sources_is_not_used(monkeypatch):
     if native.why_not(CPU) is not None:
         pytest.skip("nothing is built")
