@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from minimind.display import prepare_output
+from minimind.stdio import prepare_output
 
 COMMANDS = {
     "chat": ("minimind.inference.chat", "talk to a model in the terminal"),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
-import sys
 import time
 import warnings
 from typing import Any
@@ -50,15 +47,6 @@ class Display:
     def close(self) -> None:
         if self.progress is not None:
             self.progress.stop()
-
-
-def prepare_output() -> None:
-    """Standard output and error write what their encoding lacks as \\uXXXX: a sample in Chinese ends no training in
-    a Latin-1 terminal. What is closed leads nowhere."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def pyplot() -> Any:

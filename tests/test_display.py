@@ -38,7 +38,7 @@ def test_lines_are_shown_as_they_are(capsys):
 def test_an_encoding_without_a_character_ends_nothing():
     code = (
         "from rich.console import Console; from minimind.data.progress import say; "
-        "from minimind.display import prepare_output; prepare_output(); say(Console(), '诗 caf\\u00e9')"
+        "from minimind.stdio import prepare_output; prepare_output(); say(Console(), '诗 caf\\u00e9')"
     )
     answer = subprocess.run(
         [sys.executable, "-c", code],
@@ -63,3 +63,9 @@ def test_an_output_that_takes_nothing_is_no_traceback(tmp_path, place):
     assert "Traceback" not in answer.stderr
     if "full" in place:
         assert answer.returncode == 2 and "left on device; free some space, then" in answer.stderr
+
+
+def test_the_command_alone_answers_at_once():
+    code = "import sys, minimind.cli; print([m for m in ('numpy', 'torch', 'rich') if m in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.stdout == "[]\n", answer.stderr

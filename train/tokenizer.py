@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from minimind.data.reader import expand_paths, iter_texts
-from minimind.display import prepare_output
+from minimind.stdio import prepare_output
 from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.tokenization.training import train_bpe
 

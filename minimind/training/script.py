@@ -11,7 +11,7 @@ from rich.console import Console
 
 from minimind.data.files import is_disk_full
 from minimind.data.progress import say
-from minimind.display import prepare_output
+from minimind.stdio import prepare_output
 from minimind.training.arguments import StageArgs
 from minimind.training.parallel import leave, rank
 
