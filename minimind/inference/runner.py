@@ -49,7 +49,7 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     """What keeps the native operators from computing in `dtype` on `device`: one line, or None. They read and write
     a cache of any dtype."""
     if device.type == "cpu" and dtype not in (torch.float32, torch.bfloat16):
-        return f"on a CPU they compute in float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return f"on a CPU the native operators compute in float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     return native.why_not(device)
 
 
