@@ -146,7 +146,7 @@ def test_a_run_of_two_processes_goes_on_with_one_inside_a_rollout(origin, prompt
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dapo", "dr_grpo", "gspo", "cispo"])
 def test_other_losses_raise_the_reward_too(loss, origin, prompts, tmp_path):
-    flags = ["--loss", loss, "--rollouts", "25", "--samples", "16", "--save-every", "100", "--evals", "1"]
+    flags = ["--loss", loss, "--rollouts", "40", "--samples", "16", "--save-every", "100", "--evals", "1"]
     finish(command(origin, prompts, tmp_path / "out", *flags))
     rewards = [row["reward"] for row in rows_of(tmp_path / "out", "rollout")]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1, rewards
