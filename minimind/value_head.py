@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from minimind.attention import Unfolding
 from minimind.config import ModelConfig
 from minimind.modeling import Linear, Model, ModelOutput
 from minimind.weights import checkpoint_folder, from_stock, to_stock
@@ -65,6 +66,7 @@ class ValueModel(Model):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        unfolding: Unfolding | None = None,
         return_logits: bool = False,
     ) -> ValueOutput:
         """As of Model, with the values; logits only on request."""
@@ -73,6 +75,7 @@ class ValueModel(Model):
             position_ids=position_ids,
             cu_seqlens=cu_seqlens,
             attention_mask=attention_mask,
+            unfolding=unfolding,
             return_logits=return_logits,
         )
         hidden = out.hidden_states

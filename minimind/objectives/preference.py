@@ -206,10 +206,15 @@ def pair_log_probs(model: Model, batch: PreferenceBatch) -> tuple[Pairs, Tensor]
             else values_of_answer + values.index_select(0, batch.prompt)
         )
 
-    columns = [
-        side(values, answer) for values in (log_probs, tokens) for answer in (batch.chosen, batch.rejected)
-    ]
-    return Pairs(*columns, batch.reference_chosen, batch.reference_rejected), aux
+    pairs = Pairs(
+        side(log_probs, batch.chosen),
+        side(log_probs, batch.rejected),
+        side(tokens, batch.chosen),
+        side(tokens, batch.rejected),
+        batch.reference_chosen,
+        batch.reference_rejected,
+    )
+    return pairs, aux
 
 
 def sequence_log_probs(
