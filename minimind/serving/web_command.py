@@ -92,6 +92,7 @@ def _page(args: Args, url: str, environment: dict[str, str]) -> int:
     try:
         return page.wait()
     except KeyboardInterrupt:
+        page.terminate()  # a terminal has told it too, kill -INT has not
         page.wait()
         return 0
     finally:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from minimind.serving import web_command
 from minimind.serving.web_client import Call, Settings, Turn, fill, parse_tools
 from minimind.serving.web_command import _OPTIONS, PAGE, Args, main, server_command
 from minimind.serving.web_text import LANGUAGES, SUGGESTIONS, TEXT
@@ -217,6 +218,30 @@ def when(condition, seconds=60):
         if time.perf_counter() > end:
             raise AssertionError("it did not come to that") from last
         time.sleep(0.05)
+
+
+def test_an_interrupt_ends_the_page_and_its_server(monkeypatch):
+    """kill -INT reaches `minimind web` alone, not what it has started."""
+    pages = []
+
+    class Page:
+        def __init__(self, command, env):
+            self.ended = False
+            pages.append(self)
+
+        def wait(self):
+            if not self.ended:
+                if len(pages) > 1:
+                    raise AssertionError("it would wait for ever")
+                pages.append(self)
+                raise KeyboardInterrupt
+
+        def terminate(self):
+            self.ended = True
+
+    monkeypatch.setattr(web_command.subprocess, "Popen", Page)
+    assert web_command._page(Args(), "http://127.0.0.1:9/v1", {}) == 0
+    assert pages[0].ended
 
 
 @pytest.mark.slow
