@@ -55,7 +55,7 @@ class Args(ChatArgs):
     built-in corpus. Else conversations as train/sft.py takes them, None for the built-in ones."""
     alpha: float = 0.2
     """Share of the data's own next token in the loss; the rest is the teacher's distribution. For nano's half on the
-    built-in text 0.2 was better than 1, which is without a teacher, with two seeds, and than 0.5 with one."""
+    built-in text 0.2 was better than 0.5, and that than 1, with each of two seeds."""
     temperature: float = 1.0
     """Softens both distributions; the loss is multiplied by its square."""
     divergence: DivergenceName = "forward_kl"
