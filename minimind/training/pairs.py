@@ -93,8 +93,9 @@ def to_device(
 
 def unfold(batch: PairBatch, boundaries: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The arrays of an Unfolding: a chosen side stands behind its prompt already, before a rejected answer the prompt
-    is read again. boundaries: those that cu_seqlens is padded to; the number of tokens read is then rounded up to a
-    quarter of the batch, so that a compiled step meets few shapes, with documents that nothing is taken from."""
+    is read again. boundaries: those that cu_seqlens is padded to; the tokens read are then padded to twice the batch,
+    more than which no prompts can make of it, with documents that nothing is taken from: a compiled step meets one shape.
+    """
     bounds, total = batch.cu_seqlens.astype(np.int64), batch.input_ids.size
     begins, again = bounds[batch.prompt], bounds[batch.rejected]
     lengths = bounds[batch.chosen] - begins
@@ -105,9 +106,9 @@ def unfold(batch: PairBatch, boundaries: int | None) -> tuple[np.ndarray, np.nda
     starts[batch.rejected] -= lengths
     starts = np.append(np.delete(starts, batch.chosen), len(rows))
     if boundaries is not None:
-        size = -(-len(rows) // (quarter := -(-total // 4))) * quarter
+        size = 2 * total
         starts = np.append(starts, np.arange(len(rows), size, _UNREAD)[1:])
-        places = boundaries + quarter // _UNREAD + 2
+        places = boundaries + total // _UNREAD + 2
         starts = np.pad(starts, (0, places - len(starts)), constant_values=size)
         rows = np.pad(rows, (0, size - len(rows)))
     return rows, starts.astype(np.int32), back
