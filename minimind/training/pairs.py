@@ -94,8 +94,7 @@ def to_device(
 def unfold(batch: PairBatch, boundaries: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The arrays of an Unfolding: a chosen side stands behind its prompt already, before a rejected answer the prompt
     is read again. boundaries: those that cu_seqlens is padded to; the tokens read are then padded to twice the batch,
-    more than which no prompts can make of it, with documents that nothing is taken from: a compiled step meets one shape.
-    """
+    more than which no prompts can make of it, with documents that nothing is taken from: one shape, compiled once."""
     bounds, total = batch.cu_seqlens.astype(np.int64), batch.input_ids.size
     begins, again = bounds[batch.prompt], bounds[batch.rejected]
     lengths = bounds[batch.chosen] - begins
