@@ -195,14 +195,8 @@ CPU = (
     Target("decoding, one sequence in bf16 against llama.cpp in f16", 1.0, decoding("ours", "llama.cpp-f16", 1)),
     Target("decoding, one sequence in bf16 against llama.cpp in bf16", 1.0, decoding("ours", "llama.cpp-bf16", 1)),
     Target("decoding, one sequence in float32 against llama.cpp in float32", 1.0,
-           decoding("ours-fp32", "llama.cpp-f32", 1),
-           reason="Both wait for the weights: each reads them at three quarters of the rate at which these cores read "
-           "a buffer of that size, so that little is left to win. Next: the rest of a step outside the weights, which "
-           "is attention and sampling."),
-    Target("decoding in bf16, sixteen sequences over one", 5.0, batched("ours", 16),
-           reason="One sequence became faster (prefetching, large pages) and takes most of the memory's rate, which "
-           "leaves sixteen less to win: they take a quarter of it, and are bound by arithmetic. Next: a profile by "
-           "phases of sixteen rows, as was made of one (docs/LOG.md)."),
+           decoding("ours-fp32", "llama.cpp-f32", 1)),
+    Target("decoding in bf16, sixteen sequences over one", 5.0, batched("ours", 16)),
     Target("GRPO step of nano, tokens/s against upstream's way", 3.0, grpo(TOKENS, "nano")),
     Target("GRPO step of minimind2-small, tokens/s against upstream's way", 3.0, grpo(TOKENS, "minimind2-small")),
     Target("GRPO step of nano, peak memory against upstream's way", 0.5, grpo(MEMORY, "nano"), True),
