@@ -120,7 +120,12 @@ def test_ctrl_c_is_no_traceback(tmp_path):
     """A terminal sends it to the workers too."""
     command = [sys.executable, rl.__file__, "--preset", "nano", "--peer", "ours", "--out", str(tmp_path)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        # a shell's background job ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as bench:
         place = Path(f"/proc/{bench.pid}/task/{bench.pid}/children")
         while len(children := place.read_text().split()) < 2:  # multiprocessing's tracker and the worker
