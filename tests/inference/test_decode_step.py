@@ -200,6 +200,7 @@ def test_packed_weights_follow_when_they_are_packed_again_in_place(dtype):
         for t, role in zip(decoder.weights.packed, weights.roles, strict=True)
         if role in ("matrix", "gate_up")
     ]
+    weights.__dict__["packed"] = again  # instead of a packing of its own
     decoder.weights = weights
     after = decoder.step(torch.tensor([3]))
     assert not torch.equal(after, before)

@@ -64,3 +64,13 @@ def test_log_probabilities_are_those_of_each_side_alone(config, share, boundarie
     assert pairs.rejected_tokens.sum() >= sum(map(len, answers))
     if share:
         assert 0.2 < loader.saved < 0.5
+
+
+def test_a_compiled_step_meets_one_shape(tmp_path):
+    path, encoder = tmp_path / "pairs.jsonl", ChatEncoder(load_tokenizer())
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    loader = PairLoader(open_preferences([path], encoder, tmp_path / "cache"), 192, 1, share=True)
+    batches = [to_device(host, torch.device("cpu"), boundaries=64) for host in loader.epoch_batches()]
+    read = {int(batch.unfolding.cu_seqlens.unique().numel()) for batch in batches}
+    shapes = {tuple(tensor.shape for tensor in batch.unfolding) for batch in batches}
+    assert len(batches) > 1 and len(read) > 1 and len(shapes) == 1
