@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -49,19 +50,33 @@ class Worker:
         self._recv()
 
     def run(self, prompts: Tensor) -> Generation:
-        self.pipe.send(prompts.tolist())
+        self._send(prompts.tolist())
         return self._recv()
 
     def finish(self) -> None:
-        self.pipe.send(None)
+        self._send(None)
         self.peak_mib = self._recv()
         self.process.join()
+
+    def _send(self, request: Any) -> None:
+        try:
+            self.pipe.send(request)
+        except OSError:  # it died while others had their turn
+            raise DecoderError(self._death()) from None
 
     def _recv(self) -> Any:
         try:
             answer = self.pipe.recv()
-        except EOFError:
-            raise DecoderError("its process died; if memory ran out, take a smaller --batch") from None
+        except (EOFError, OSError):
+            raise DecoderError(self._death()) from None
         if isinstance(answer, DecoderError):
             raise answer
         return answer
+
+    def _death(self) -> str:
+        self.process.join(10)
+        status = self.process.exitcode or 0
+        names = {number.value: number.name for number in signal.Signals}
+        how = f"died by {names.get(-status, f'signal {-status}')}" if status < 0 else "its process died"
+        memory = status >= 0 or how.endswith("SIGKILL")  # as the kernel ends who takes too much
+        return f"{how}; if memory ran out, take a smaller --batch" if memory else how

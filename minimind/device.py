@@ -75,6 +75,14 @@ def _native_bf16(device: torch.device) -> tuple[bool, str]:
         for probe, name in (("_is_amx_tile_supported", "AMX"), ("_is_avx512_bf16_supported", "AVX512-BF16")):
             supported = getattr(torch.cpu, probe, None)
             if supported is not None and supported():
-                return True, f"this CPU has {name}"
+                if _onednn_takes_bf16():
+                    return True, f"this CPU has {name}"
+                return False, f"this CPU has {name}, but ONEDNN_MAX_CPU_ISA keeps oneDNN from it"
         return False, "PyTorch reports no bf16 instructions on this CPU"
     raise ValueError(f"no precision policy for {device}")
+
+
+def _onednn_takes_bf16() -> bool:
+    """Whether oneDNN, which computes the products, may use the instructions: an environment variable can forbid it."""
+    found = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return found is None or found()

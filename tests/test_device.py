@@ -1,6 +1,11 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from minimind import device
 from minimind.device import choose_device, choose_precision
 
 
@@ -8,8 +13,12 @@ def test_precision_says_why(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(device, "_onednn_takes_bf16", lambda: True)
     native = choose_precision(cpu)
     assert native.compute_dtype == torch.bfloat16 and "AVX512-BF16" in str(native)
+    monkeypatch.setattr(device, "_onednn_takes_bf16", lambda: False)
+    limited = choose_precision(cpu)
+    assert limited.compute_dtype == torch.float32 and "ONEDNN_MAX_CPU_ISA keeps oneDNN" in str(limited)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
     plain = choose_precision(cpu)
     assert plain.compute_dtype == torch.float32
@@ -18,6 +27,13 @@ def test_precision_says_why(monkeypatch):
     )
     assert "slow" in str(choose_precision(cpu, "bf16"))
     assert choose_precision(cpu, "fp32").compute_dtype == torch.float32
+
+
+def test_onednn_says_when_it_may_not_use_bf16():
+    code = "from minimind import device; print(device._onednn_takes_bf16())"
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert answer.stdout == "False\n", answer.stderr
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 6), torch.bfloat16)])

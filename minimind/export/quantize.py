@@ -1,12 +1,13 @@
 """4-bit GGUF files, by llama.cpp's own quantizer: that of llama-cpp-python, or a llama-quantize on the PATH.
 
-It runs in a process of its own: llama.cpp ends the process on what it cannot do.
+It runs in a process of its own: llama.cpp ends the process on what it cannot do, and may crash.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,10 +29,21 @@ def quantizer() -> list[str]:
 def quantize(source: Path, path: Path) -> None:
     """A float32 GGUF -> Q4_K_M, mixed 4- and 6-bit blocks; llama.cpp takes other types where rows are no multiple of
     256. ValueError, with its last word, where it fails."""
-    done = subprocess.run([*quantizer(), str(source), str(path), "Q4_K_M"], capture_output=True, text=True)
+    command = [*quantizer(), str(source), str(path), "Q4_K_M"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode != 0:
         said = (done.stderr + done.stdout).strip().splitlines() or ["no message"]
-        raise ValueError(f"--dtype q4_k_m: llama.cpp's quantizer failed ({said[-1]})")
+        raise ValueError(
+            f"--dtype q4_k_m: llama.cpp's quantizer failed{_death(done.returncode)} ({said[-1]})"
+        )
+
+
+def _death(status: int) -> str:
+    """A crash is told apart from a refusal, whose last word says enough."""
+    if status >= 0:
+        return ""
+    known = {number.value: number.name for number in signal.Signals}
+    return f": died by {known.get(-status, f'signal {-status}')}"
 
 
 def main(source: str, path: str, kind: str) -> int:

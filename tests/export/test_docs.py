@@ -1,5 +1,6 @@
 """The Python of the guide pages runs as it stands there."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from minimind import ModelConfig, cli, load_model, load_tokenizer
 from minimind.lora_files import load_adapter
 from minimind.weights import save_weights
+from tests import foreign
 from tests.export.small import model_of
 
 DOCS = Path(__file__).parents[2] / "docs" / "export"
@@ -47,8 +49,10 @@ def test_transformers_page(exported):
 @pytest.mark.slow
 def test_llama_cpp_page(exported):
     for package in ("gguf", "llama_cpp"):
-        pytest.importorskip(package, reason=f"pip install {package}")
-    assert run("llama.cpp.md") == 1
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"pip install {package}")
+    (block,) = blocks("llama.cpp.md")
+    foreign.call("llama.cpp", exec, f"import os; os.chdir({str(Path.cwd())!r})\n{block}")
 
 
 def test_links_and_flags_of_the_pages():

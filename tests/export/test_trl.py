@@ -9,9 +9,9 @@ from tests.export.small import CONFIGS, model_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 pytest.importorskip("transformers", reason="install minimind[export]")
-trl = pytest.importorskip("trl", reason="pip install trl")
+trl = pytest.importorskip("trl", reason="needs trl: pip install trl")
 peft = pytest.importorskip("peft", reason="install minimind[dev]")
-datasets = pytest.importorskip("datasets", reason="pip install trl")
+datasets = pytest.importorskip("datasets", reason="needs trl: pip install trl")
 
 ANSWER = [{"role": "assistant", "content": "Four."}]
 QUESTION = [{"role": "user", "content": "2+2?"}]
