@@ -1,10 +1,14 @@
 # make demo   from nothing to a model that answers, in minutes, on any machine
-# make test   the test suite; make lint: ruff and mypy; make venv: the environment alone
+# make test   the test suite, in minutes; make test-all: with the heavy tests too, as CI does
+# make test-processors   the numeric tests as other processors would run them
+# make lint: ruff and mypy; make venv: the environment alone
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+# a process for each core; whole files, since tests of a file share what is made once. Timing is bench/regression's.
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile -p no:benchmark
 
-.PHONY: demo test lint venv clean
+.PHONY: demo test test-all test-processors lint venv clean
 
 venv: $(VENV)/installed
 
@@ -20,7 +24,13 @@ demo: venv
 	@echo 'talk to it: $(VENV)/bin/minimind chat'
 
 test: venv
-	$(RUN) -m pytest tests/
+	$(PYTEST) tests/
+
+test-all: venv
+	$(PYTEST) -m 'not slow' tests/
+
+test-processors: venv
+	$(RUN) -m pytest -s -m slow tests/test_processors.py
 
 lint: venv
 	$(RUN) -m ruff check .

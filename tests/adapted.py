@@ -8,7 +8,6 @@ from minimind.lora_files import adapter_state
 from minimind.modeling import Model
 from minimind.weights import from_stock, to_stock
 from tests.conftest import documents_batch
-from tests.kernels.contract import error
 
 TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
             intermediate_size=96, vocab_size=97)  # fmt: skip
@@ -19,7 +18,6 @@ SHAPES = {
     "moe": {**TINY, **MOE, "num_shared_experts": 2},
 }
 DOCUMENTS = [[1, 99, 28], [63, 65]]
-EPS = torch.finfo(torch.float32).eps
 
 
 def make(shape: str = "dense", **changes) -> Model:
@@ -72,8 +70,3 @@ def dense(model: Model, scale: float, *names: str) -> Model:
     plain = Model(model.config).double().eval()
     plain.load_state_dict(from_stock(stock, model.config))
     return plain
-
-
-def within(value: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor) -> bool:
-    """The numerics contract: no more than twice the error of plain PyTorch, and rounding."""
-    return error(value, truth) <= 2 * error(plain, truth) + 4 * EPS * (1 + truth.abs().max().item())

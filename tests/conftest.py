@@ -1,7 +1,8 @@
-"""Shared fixtures. Tests run on two threads' worth of small shapes; nothing here needs a GPU or the network."""
+"""Shared fixtures. Nothing here needs a GPU or the network; OMP_NUM_THREADS=2 runs the tests on two threads each."""
 
 import os
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -9,8 +10,14 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported: its kernels then run in the interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
+if (
+    "OMP_NUM_THREADS" not in os.environ
+):  # too small to gain from a second thread, and slow where two wait for a core
+    torch.set_num_threads(1)
+
 from minimind import ops
 from minimind.kernels.triton_support import triton
+from tests import sum_order  # noqa: F401  asked for by an environment variable, it shuffles the sums of products
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +75,21 @@ def routing_of(expert_ids: torch.Tensor, gates: torch.Tensor, experts: int) -> o
     """A Routing that sends token t to expert_ids[t, k] with gates[t, k]; no scores, no counts."""
     order, inverse, offsets = ops._sort_copies(expert_ids, experts)
     return ops.Routing(gates, expert_ids, gates.new_empty(0), order, inverse, offsets, offsets.new_empty(0))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was skipped and why, a line for each reason."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple)
+    )
+    if reasons:
+        terminalreporter.section(f"skipped here: {reasons.total()}")
+    for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])):
+        terminalreporter.write_line(f"{count:4d}  {reason}")
+
+
+def pytest_collection_modifyitems(items):
+    """The folder with the longest tests first, so that no worker begins one when the others are done."""
+    items.sort(key=lambda item: "tests/training/" not in item.nodeid)

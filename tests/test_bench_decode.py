@@ -218,6 +218,7 @@ def test_every_peer_is_described():
         assert re.search(rf"(?m)(^|[\s,]){re.escape(name)}([\s,]|$)", text), name
 
 
+@pytest.mark.heavy
 def test_a_run_of_the_script(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)

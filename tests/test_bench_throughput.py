@@ -92,6 +92,7 @@ def run(tmp_path, *flags: str) -> list[dict]:
     return json.loads(answer.stdout.splitlines()[-1])["rows"]
 
 
+@pytest.mark.heavy
 def test_a_run_of_two_stages(data, pairs, tmp_path):
     rows = run(
         tmp_path, "--stage", "pretrain,dpo", "--data", f"pretrain={data}", f"dpo={pairs}", "--peer", "ours-eager",

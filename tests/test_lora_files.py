@@ -11,7 +11,8 @@ from minimind.lora import TARGETS, LoRAConfig, lora_linears
 from minimind.lora_files import adapter_config, adapter_state, load_adapter, save_adapter
 from minimind.modeling import Model
 from minimind.weights import to_stock
-from tests.adapted import TINY, logits_of, make, with_adapter, within
+from tests.adapted import TINY, logits_of, make, with_adapter
+from tests.kernels.contract import assert_within
 
 PARTS = [("q_proj", "v_proj"), ("up_proj",), ("layers.1.self_attn.k_proj", "o_proj"), None]
 
@@ -85,7 +86,7 @@ def test_equal_to_peft_both_ways(targets, rslora, tmp_path):
     assert torch.equal(back(ids).logits, plain)
     truth = theirs.double()(ids).logits
     assert (truth - llama_of(model).double()(ids).logits).abs().max() > 0.1  # the adapter does something
-    assert within(ours(ids).logits, plain, truth)
+    assert_within(ours(ids).logits, plain, truth)
 
 
 @pytest.mark.parametrize(

@@ -58,21 +58,6 @@ def test_there_is_one_openmp_runtime_and_it_is_torchs():
     assert answer.stdout.split() == ["3", "1"]
 
 
-@needs_native
-@pytest.mark.parametrize("kernels", ["avx512", "avx2", "generic"])
-def test_the_kernels_of_lesser_processors(kernels):
-    """The parity tests again, on what the best processors do not take."""
-    if kernels not in native.build_info().cpu_kernels:
-        pytest.skip(f"this processor or build has no {kernels} kernels")
-    tests = ["tests/inference/test_decode_ops.py", "tests/inference/test_decode_step.py"]
-    chosen = "native and (contract or dtype or forward or long) or own_bfloat16 or any_batch and odd"
-    answer = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", chosen],
-        env={**os.environ, "MINIMIND_CPU_KERNELS": kernels}, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert answer.returncode == 0, answer.stdout[-3000:]
-
-
 def test_the_report_says_what_was_built_and_what_is_missing(tmp_path, monkeypatch):
     answer = subprocess.run(
         [sys.executable, "-m", "minimind.native"], cwd=ROOT, capture_output=True, text=True, check=True

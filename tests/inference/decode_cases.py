@@ -12,7 +12,7 @@ from minimind import native
 from minimind.inference import decode_ops
 from minimind.inference.cache_dtype import FLOAT8_MAX
 from minimind.inference.decode_reference import gather_cache
-from tests.kernels.contract import DEVICE, error, rand
+from tests.kernels.contract import DEVICE, rand
 
 FP8 = torch.float8_e4m3fn
 HEADS = [(2, 1, 32), (8, 2, 64), (8, 2, 80), (8, 4, 96), (6, 2, 128), (7, 1, 64), (8, 1, 48)]  # H, G, D
@@ -102,10 +102,3 @@ def paged(
     q = rand(len(lengths), heads, dim, seed=seed + 3, scale=scale).to(dtype)
     tensors = (q, *caches, table.to(DEVICE), torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
     return Attention(*tensors, dim**-0.5, *scales)
-
-
-def assert_within(value: Tensor, plain: Tensor, truth: Tensor, name: str = "") -> None:
-    """The numerics contract (tests/kernels/contract.py)."""
-    assert value.shape == plain.shape and value.dtype == plain.dtype, name
-    allowed = 2 * error(plain, truth) + 4 * torch.finfo(torch.float32).eps * (1 + truth.abs().max().item())
-    assert error(value, truth) <= allowed, f"{name}: error {error(value, truth):.3e}, allowed {allowed:.3e}"

@@ -11,8 +11,8 @@ from minimind.inference import decode_ops
 from minimind.inference.cache_dtype import FLOAT8_MAX
 from minimind.inference.decode_reference import rope_append_kv_ref
 from minimind.kernels.rope import rope_ref
-from tests.inference.decode_cases import FP8, HEADS, MISSING, assert_within, backends, needs_native, paged
-from tests.kernels.contract import DEVICE, rand
+from tests.inference.decode_cases import FP8, HEADS, MISSING, backends, needs_native, paged
+from tests.kernels.contract import DEVICE, assert_within, rand
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -14,8 +14,8 @@ from minimind.inference import decode_ops
 from minimind.inference.decode_step import DecodeWeights, decode_step
 from minimind.modeling import Model
 from minimind.rope import rope_cos_sin
-from tests.inference.decode_cases import FP8, MISSING, assert_within, needs_native
-from tests.kernels.contract import DEVICE
+from tests.inference.decode_cases import FP8, MISSING, needs_native
+from tests.kernels.contract import DEVICE, assert_within
 
 SMALL = {"hidden_size": 96, "num_hidden_layers": 3, "intermediate_size": 150, "vocab_size": 301}
 CONFIGS = {

@@ -18,7 +18,7 @@ from minimind.inference.generate import generate
 from minimind.weights import save_weights
 from tests.inference.small import VARIANTS, small_model, small_tokenizer
 
-pytest.importorskip("lm_eval", reason="pip install lm-eval")
+pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install lm-eval")
 pytestmark = pytest.mark.filterwarnings("default")
 
 CHOICES = ["世界", " there", "café", "Hello", "!"]

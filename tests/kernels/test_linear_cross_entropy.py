@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from minimind.kernels import linear_chunks
 from minimind.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
-from tests.kernels.contract import DEVICE, DTYPES, assert_second_backward_agrees, error, rand
+from tests.kernels.contract import DEVICE, DTYPES, assert_second_backward_agrees, assert_within, error, rand
 
 both_forms = pytest.mark.parametrize("kernels", [False, True], ids=["torch", "triton"])
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES)
@@ -23,10 +23,7 @@ def assert_head_contract(kernel, reference, inputs, names):
     )
     assert len(mine) == len(truths) == len(names), f"{len(mine)} results for {names}"
     for name, value, plain, truth in zip(names, mine, plains, truths, strict=True):
-        assert value.shape == plain.shape and value.dtype == plain.dtype, name
-        scale = truth.abs().max().item() if truth.numel() else 0.0
-        allowed = 2 * error(plain, truth) + 4 * torch.finfo(torch.float32).eps * (1 + scale)
-        assert error(value, truth) <= allowed, f"{name}: {error(value, truth):.3e} > {allowed:.3e}"
+        assert_within(value, plain, truth, name)
 
 
 def head_results(function, inputs, dtype):
@@ -345,7 +342,7 @@ def test_full_logits_never_exist(monkeypatch):
         assert largest(linear_cross_entropy, kernels=kernels) <= 16 * 211
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="the allocator's peak is a GPU's")
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: the peak of its memory")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_peak_is_a_quarter_of_eager_at_most(dtype):
     tokens, size, vocab = 16384, 512, 6400
@@ -396,7 +393,7 @@ def test_chunks_keep_to_the_budget():
     assert linear_chunks.chunk_rows(torch.device("cpu"), 10**9) == 64
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="a CPU has no device to wait for")
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: that the host never waits for it")
 @both_forms
 @pytest.mark.parametrize("num_targets", [None, 40])
 def test_no_host_sync(num_targets, kernels):

@@ -253,7 +253,7 @@ def test_masked_tokens_cost_nothing(monkeypatch, kernels):
     assert work(half, 6) == full // 2 and work(half, None) == full
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="a CPU has no device to wait for")
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: that the host never waits for it")
 @both_forms
 @betas
 @pytest.mark.parametrize("num_targets", [None, 40])

@@ -61,7 +61,7 @@ def test_cards():
     assert fits("minimind2", 1) == 0
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="peak memory of a GPU")
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: the peak of its memory")
 def test_8k_tokens_fit_in_4_gib():
     """minimind2-small: a whole step at 8,192 tokens, weights, gradients and AdamW included."""
     from minimind.objectives.next_token import TokenBatch, next_token_loss

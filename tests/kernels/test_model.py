@@ -66,8 +66,7 @@ def test_losses_and_gradients_are_the_references(shape):
         assert error(mine[name], value) <= 4 * error(plain[name], value) + eps, name
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["packed", "padded"])
+@pytest.mark.parametrize(("shape", "kind"), [*((s, "packed") for s in SHAPES), ("moe_sequence", "padded")])
 def test_the_compiled_model_has_no_graph_break(shape, kind):
     """fullgraph=True raises at a break. On a CPU the traced graph runs the interpreted kernels, uncompiled."""
     torch.compiler.reset()
@@ -152,13 +151,13 @@ def assert_same_curve(new_model: Callable[[], Model], steps: int, lr: float = 3e
 
 
 @pytest.mark.parametrize("steps", [5, pytest.param(100, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("shape", ["dense", "moe_sequence"])
+@pytest.mark.parametrize("shape", ["dense", pytest.param("moe_sequence", marks=pytest.mark.heavy)])
 def test_training_follows_the_same_curve(shape, steps):
     assert_same_curve(lambda: make(shape), steps)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="the interpreter would take hours for a model of real size")
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: a model of real size")
 @pytest.mark.parametrize("preset", ["minimind2-small", "minimind2-moe"])
 def test_presets_follow_the_same_curve(preset):
     def new_model() -> Model:

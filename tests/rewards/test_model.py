@@ -13,12 +13,11 @@ from minimind import ModelConfig, load_tokenizer
 from minimind.rewards import parse_rewards
 from minimind.rewards.model import ClassifierReward, batches, model_reward
 from minimind.value_head import ValueModel, save_value_model
-from tests.kernels.contract import error
+from tests.kernels.contract import assert_within
 from tests.rewards.samples import sample
 
 TINY = ModelConfig(64, 2, 4, 2, 16, 128, qk_norm=True)
 CPU = torch.device("cpu")
-EPS = torch.finfo(torch.float32).eps
 ANSWERS = ["4", "The sum of two and two is four.", "<think>2 + 2</think>4", "", "4<|im_end|>", "four " * 60]
 SAMPLES = [sample(text, prompt=[{"role": "user", "content": "2 + 2?"}]) for text in ANSWERS]
 LONG = [("system", "Be brief."), ("user", "Hello."), ("assistant", "Hi!"), ("user", "Hm.")]
@@ -54,15 +53,14 @@ def test_scores_are_values_at_the_answers_last_token(folder, tmp_path):
     plain = [one for one in SAMPLES if "<|im_end|>" not in one.text]
     rows = [torch.tensor([rendered(one)]) for one in plain]
     exact, alone = (torch.stack([m(row).values[0, -1] for row in rows]) for m in (truth, model))
-    allowed = 2 * error(alone, exact) + 4 * EPS * (1 + exact.abs().max().item())
     reward = model_reward(str(folder), CPU)
     reward.model.compute_dtype = None  # float32 on every machine
     for limit in (16384, 40, 1):
         reward.batch_tokens = limit
         scores = reward(plain)
         assert scores.dtype == np.float64
-        assert error(torch.from_numpy(scores), exact) <= allowed
-        assert error(torch.from_numpy(reward(plain[::-1])[::-1].copy()), exact) <= allowed
+        assert_within(torch.tensor(scores, dtype=alone.dtype), alone, exact)
+        assert_within(torch.tensor(reward(plain[::-1])[::-1].copy(), dtype=alone.dtype), alone, exact)
     assert len(set(np.round(scores, 6))) == len(plain)
 
 
@@ -128,10 +126,9 @@ def test_a_classifier_of_transformers(classifier):
         return torch.stack(hidden) @ model.score.weight[0]
 
     exact, alone = of_last_tokens(copy.deepcopy(reward.model).double()), of_last_tokens(reward.model)
-    allowed = 2 * error(alone, exact) + 4 * EPS * (1 + exact.abs().max().item())
     for limit in (16384, 300, 1):
         reward.batch_tokens = limit
-        assert error(torch.from_numpy(reward(SAMPLES)), exact) <= allowed, limit
+        assert_within(torch.tensor(reward(SAMPLES), dtype=alone.dtype), alone, exact, f"limit {limit}")
 
 
 def test_what_is_no_reward_model_is_refused(classifier, tmp_path):

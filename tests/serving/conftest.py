@@ -1,7 +1,6 @@
 import importlib.util
 
 import pytest
-import torch
 
 NEEDED = ("fastapi", "httpx", "llguidance", "openai", "prometheus_client", "uvicorn")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -15,17 +14,8 @@ def pytest_terminal_summary(terminalreporter):
         )
 
 
-@pytest.fixture(autouse=True, scope="package")
-def _one_thread():
-    """Products as small as these gain nothing from a second thread and lose much to waiting for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="package")
-def server(_one_thread):
+def server():
     """With a model that was taught ANSWERS."""
     from tests.serving.service import serving, taught
 

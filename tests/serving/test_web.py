@@ -27,7 +27,9 @@ HELLO = ANSWERS["hi"]["content"]
 @pytest.fixture
 def page(server, monkeypatch):
     """The page, run once, with the seed and temperature of an answer by heart."""
-    testing = pytest.importorskip("streamlit.testing.v1", reason="pip install 'minimind[web]'")
+    testing = pytest.importorskip(
+        "streamlit.testing.v1", reason="needs streamlit: pip install 'minimind[web]'"
+    )
     monkeypatch.setenv("MINIMIND_URL", f"{server.root}/v1")
     monkeypatch.delenv("MINIMIND_API_KEY", raising=False)
     app = testing.AppTest.from_file(str(PAGE), default_timeout=60)
@@ -94,7 +96,9 @@ def test_chinese(page):
 
 
 def test_no_server_is_said(monkeypatch):
-    testing = pytest.importorskip("streamlit.testing.v1", reason="pip install 'minimind[web]'")
+    testing = pytest.importorskip(
+        "streamlit.testing.v1", reason="needs streamlit: pip install 'minimind[web]'"
+    )
     monkeypatch.setenv("MINIMIND_URL", "http://127.0.0.1:9/v1")
     app = testing.AppTest.from_file(str(PAGE), default_timeout=60).run()
     assert "minimind serve" in app.error[0].value and app.chat_input[0].disabled and not app.exception
@@ -144,7 +148,7 @@ def test_messages_are_sent_back_whole():
 
 
 def test_streamlit_is_told_what_it_knows_and_asks_nothing():
-    config = pytest.importorskip("streamlit.config", reason="pip install 'minimind[web]'")
+    config = pytest.importorskip("streamlit.config", reason="needs streamlit: pip install 'minimind[web]'")
     assert not set(_OPTIONS) - set(config.get_config_options())
     assert _OPTIONS["server.showEmailPrompt"] == "false", (
         "its first start in a terminal would wait for an address"
@@ -191,7 +195,7 @@ def browser():
 @contextmanager
 def web(*flags):
     """`minimind web` in a process; its address."""
-    pytest.importorskip("streamlit", reason="pip install 'minimind[web]'")
+    pytest.importorskip("streamlit", reason="needs streamlit: pip install 'minimind[web]'")
     with socket.create_server(("127.0.0.1", 0)) as place:
         port = place.getsockname()[1]
     command = [sys.executable, "-m", "minimind.cli", "web", "--no-browser", "--port", str(port), *flags]

@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from minimind import ModelConfig, load_tokenizer
 from minimind.modeling import Model
 from minimind.training.checkpoint import list_checkpoints
 from minimind.weights import save_weights
+from tests import warm
 
 SCRIPT = Path(__file__).parents[2] / "train" / "pretrain.py"
 # One thread: the shapes are too small for two, and two suffer when other tests run beside them. The repository is where
@@ -41,23 +43,48 @@ def command(data: Path, out: Path, *extra: str) -> list[str]:
     return [sys.executable, str(SCRIPT), *flags]
 
 
-def torchrun(processes: int, arguments: list[str]) -> list[str]:
-    """The command `arguments` on so many processes; on one as it is."""
-    if processes == 1:
-        return arguments
+def torchrun(processes: int, *arguments: str) -> list[str]:
+    """The command `arguments` (a script and its flags) under the real launcher."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [sys.executable, *launcher, *arguments[1:]]
+    return [sys.executable, *launcher, *arguments]
 
 
 def run(arguments: list[str], env: dict[str, str] = ONE_THREAD) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=env)
+    return warm.run(arguments, env)
 
 
-def finish(arguments: list[str]) -> str:
-    """What a command that succeeds prints."""
-    answer = run(arguments)
+def finish(arguments: list[str], processes: int = 1) -> str:
+    """What a command that succeeds prints, on so many processes."""
+    answer = run(arguments) if processes == 1 else run_ranks(processes, arguments)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return answer.stdout
+
+
+def run_ranks(processes: int, arguments: list[str]) -> subprocess.CompletedProcess:
+    """As torchrun does: one process for each rank, told of the others by the environment; one that fails ends all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    ranks = [
+        warm.popen(
+            arguments, ONE_THREAD | world | {"RANK": str(n), "LOCAL_RANK": str(n)}, None, warm.PIPE, warm.PIPE
+        )
+        for n in range(processes)
+    ]
+    deadline = time.monotonic() + 300
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        if any(rank.returncode for rank in ranks):
+            break
+        time.sleep(0.005)
+    for rank in ranks:
+        rank.kill()
+    outputs = [rank.communicate() for rank in ranks]
+    status = next((rank.returncode for rank in ranks if rank.returncode), 0)
+    return subprocess.CompletedProcess(
+        arguments, status, *("".join(o[i] or "" for o in outputs) for i in (0, 1))
+    )
 
 
 def call(script: Path, **flags) -> None:
@@ -96,9 +123,7 @@ def last_step(out: Path) -> int:
 
 def kill_after(step: int, arguments: list[str], out: Path) -> None:
     """Start a run, and kill -9 it when `step` is in its metrics."""
-    process = subprocess.Popen(
-        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD
-    )
+    process = warm.popen(arguments, ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None and last_step(out) < step:
         time.sleep(0.002)

@@ -35,7 +35,7 @@ def test_keeps_the_newest(tmp_path):
         save(tmp_path, step)
     assert [c.name for c in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
-    assert load_trainer_state(list_checkpoints(tmp_path)[-1]) ["step"] == 3
+    assert load_trainer_state(list_checkpoints(tmp_path)[-1])["step"] == 3
 
 
 @pytest.mark.parametrize("failing", ["save_file", "sync", "torch.save"])

@@ -26,7 +26,6 @@ from tests.training.runs import (
     reproducible,
     rows_of,
     save_origin,
-    torchrun,
 )
 
 DISTILL = SCRIPT.with_name("distill.py")
@@ -101,7 +100,7 @@ def test_curve_is_that_of_one_process(processes, flags, models, chats, tmp_path)
     plain = ["--optimizer", "adamw", "--grad-clip", "1000", "--log-every", "1"]
     finish(command(*models, chats, tmp_path / "alone", *plain))
     arguments = command(*models, chats, tmp_path / "out", *plain, *flags)
-    assert finish(torchrun(processes, arguments)).count("finished in") == 1
+    assert finish(arguments, processes).count("finished in") == 1
     assert_same_curve(reproducible(tmp_path / "out"), reproducible(tmp_path / "alone"), rel=1e-4)
 
 

@@ -33,7 +33,6 @@ from tests.training.runs import (
     rows_of,
     run,
     save_origin,
-    torchrun,
 )
 
 DPO = SCRIPT.with_name("dpo.py")
@@ -158,7 +157,7 @@ def test_curve_is_that_of_one_process(processes, flags, origin, pairs, alone, tm
     arguments = command(
         origin, pairs, tmp_path / "out", *PLAIN, *flags, "--cache-dir", str(tmp_path / "cache")
     )
-    text = finish(torchrun(processes, arguments))
+    text = finish(arguments, processes)
     assert text.count("finished in") == 1 and text.count(NEW) == 3
     # margins are differences of sums of some hundred nats in float32
     assert_same_curve(reproducible(tmp_path / "out"), alone, rel=1e-3, abs=2e-5)

@@ -120,7 +120,7 @@ def alone(origin, prompts, tmp_path_factory) -> Path:
 
 def test_curve_of_two_processes_is_that_of_one(origin, prompts, alone, tmp_path):
     out = tmp_path / "two"
-    text = finish(torchrun(2, command(origin, prompts, out, *PLAIN)))
+    text = finish(command(origin, prompts, out, *PLAIN), 2)
     assert text.count("finished in") == 1
     assert_same_rollouts(out, alone)
 
@@ -129,7 +129,7 @@ def test_curve_of_two_processes_is_that_of_one(origin, prompts, alone, tmp_path)
 def test_a_run_of_two_processes_goes_on_with_one_inside_a_rollout(origin, prompts, alone, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(
-        torchrun(2, command(origin, prompts, out, *PLAIN)),
+        torchrun(2, *command(origin, prompts, out, *PLAIN)[1:]),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=ONE_THREAD,

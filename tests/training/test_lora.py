@@ -25,7 +25,6 @@ from tests.training.runs import (
     reproducible,
     rows_of,
     save_origin,
-    torchrun,
 )
 
 LORA = SCRIPT.with_name("lora.py")
@@ -91,7 +90,7 @@ def test_curve_is_that_of_one_process(processes, flags, origin, cache, tmp_path)
     plain = ["--dropout", "0", "--grad-clip", "1000", "--log-every", "1"]
     finish(command(origin, tmp_path / "alone", cache, *plain))
     arguments = command(origin, tmp_path / "out", cache, *plain, *flags)
-    assert finish(torchrun(processes, arguments)).count("finished in") == 1
+    assert finish(arguments, processes).count("finished in") == 1
     assert_same_curve(reproducible(tmp_path / "out"), reproducible(tmp_path / "alone"), rel=1e-4)
 
 

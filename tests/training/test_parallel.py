@@ -14,7 +14,7 @@ import torch
 from minimind import load_model
 from minimind.training.checkpoint import list_checkpoints, load_trainer_state
 from minimind.training.parallel import Parallel
-from tests.training.runs import ONE_THREAD, SCRIPT, command, last_step, reproducible, run
+from tests.training.runs import ONE_THREAD, SCRIPT, command, finish, last_step, reproducible, run, torchrun
 
 STEPS = 12
 # float32 and AdamW, or rounding grows; no clipping, as a float32 norm on a CPU is good to 5e-5 only
@@ -24,24 +24,10 @@ DDP, FSDP = ("--parallel", "ddp"), ("--parallel", "fsdp")
 slow = pytest.mark.slow
 
 
-def torchrun(processes: int, *arguments: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node", str(processes), *arguments]
-
-
-def pretrain(data: Path, out: Path, processes: int, *extra: str) -> list[str]:
-    return torchrun(processes, *command(data, out, *FLAGS, *extra)[1:])
-
-
-def finish(arguments: list[str]) -> str:
-    answer = run(arguments)
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    return answer.stdout
-
-
 def start_until(step: int, arguments: list[str], out: Path) -> tuple[subprocess.Popen, int]:
-    """A running launcher whose run has written `step`, and the process id of its second rank."""
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ONE_THREAD)
+    """torchrun of `arguments` on two ranks whose run has written `step`, and the process id of its second rank."""
+    launcher = torchrun(2, *arguments[1:])
+    process = subprocess.Popen(launcher, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ONE_THREAD)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None and last_step(out) < step:
         time.sleep(0.005)
@@ -91,7 +77,7 @@ def assert_same(out: Path, alone: Path, rel: float = 2e-5) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
 )
 def test_curve_is_that_of_one_process(processes, flags, data, alone, tmp_path):
-    text = finish(pretrain(data, tmp_path / "out", processes, *flags))
+    text = finish(command(data, tmp_path / "out", *FLAGS, *flags), processes)
     assert text.count("finished in") == text.count("device:") == 1  # rank 0 alone speaks
     assert ("communication" in text) == ("--profile" in flags)
     assert_same(tmp_path / "out", alone)
@@ -100,14 +86,14 @@ def test_curve_is_that_of_one_process(processes, flags, data, alone, tmp_path):
 def test_one_killed_rank_then_another_count_and_strategy(data, alone, tmp_path):
     """kill -9 of one rank ends the run; the checkpoint goes on elsewhere, no line is written twice."""
     out = tmp_path / "out"
-    process, worker = start_until(6, pretrain(data, out, 2, *FSDP), out)
+    process, worker = start_until(6, command(data, out, *FLAGS, *FSDP), out)
     os.kill(worker, signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0 and not (out / "finished").exists()
     at_four = list_checkpoints(out)[0]
     state = load_trainer_state(at_four)["optimizer"]["state"]
     assert state.keys() == dict(load_model(at_four).named_parameters()).keys()
-    text = finish(pretrain(data, out, 1, *DDP))
+    text = finish(torchrun(1, *command(data, out, *FLAGS, *DDP)[1:]))
     assert "continuing after step" in text
     assert_same(out, alone)
     starts = json.loads((out / "versions.json").read_text())["starts"]
@@ -118,17 +104,17 @@ def test_one_killed_rank_then_another_count_and_strategy(data, alone, tmp_path):
 @pytest.mark.parametrize("then", [DDP, FSDP], ids=" ".join)
 def test_one_interrupted_rank_stops_all_at_one_step(then, data, alone, tmp_path):
     out = tmp_path / "out"
-    process, worker = start_until(5, pretrain(data, out, 2), out)
+    process, worker = start_until(5, command(data, out, *FLAGS), out)
     os.kill(worker, signal.SIGINT)
     text = process.communicate(timeout=120)[0].decode()
     assert process.returncode != 0 and "saved; the same command continues" in text
-    assert "continuing after step" in finish(pretrain(data, out, 4, *then))
+    assert "continuing after step" in finish(command(data, out, *FLAGS, *then), 4)
     assert_same(out, alone)
 
 
 def test_mixture_of_experts_steps_are_those_of_one_process():
     """Batch-level and sequence-level auxiliary loss, ranks with unequal numbers of targets; see ranks.py."""
-    finish(torchrun(2, str(Path(__file__).with_name("ranks.py"))))
+    finish([sys.executable, str(Path(__file__).with_name("ranks.py"))], 2)
 
 
 @slow
@@ -137,9 +123,8 @@ def test_muon_steps_on_shards(processes, mesh, data, tmp_path):
     """bf16 and Newton-Schulz on DTensors; rounding grows, so the curves are near, not equal."""
     curves = []
     flags = ["--tokens", str(512 * STEPS), "--precision", "bf16"]
-    for name, start in (("one", []), ("several", torchrun(processes))):
-        arguments = command(data, tmp_path / name, *flags, *((*FSDP, *mesh) if start else ()))
-        finish([*start, *arguments[1:]] if start else arguments)
+    for name, ranks, strategy in (("one", 1, ()), ("several", processes, (*FSDP, *mesh))):
+        finish(command(data, tmp_path / name, *flags, *strategy), ranks)
         curves.append([row["loss"] for row in reproducible(tmp_path / name) if row["kind"] == "train"])
     assert curves[0] == pytest.approx(curves[1], rel=0.02)
 

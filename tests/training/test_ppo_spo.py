@@ -22,7 +22,6 @@ from tests.training.runs import (
     rows_of,
     run,
     save_origin,
-    torchrun,
 )
 from tests.training.test_grpo import TOY, assert_same_rollouts
 
@@ -83,7 +82,7 @@ def test_killed_inside_a_rollout_and_started_again_the_run_is_the_same_to_the_bi
 
 @some
 def test_curve_of_two_processes_is_that_of_one(name, unbroken, origin, prompts, tmp_path):
-    finish(torchrun(2, command(name, origin, prompts, tmp_path / "two")))
+    finish(command(name, origin, prompts, tmp_path / "two"), 2)
     assert_same_rollouts(tmp_path / "two", unbroken(name))
 
 

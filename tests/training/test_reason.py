@@ -31,7 +31,6 @@ from tests.training.runs import (
     reproducible,
     rows_of,
     save_origin,
-    torchrun,
 )
 
 REASON = SCRIPT.with_name("reason.py")
@@ -111,7 +110,7 @@ def test_curve_is_that_of_one_process(processes, flags, origin, sums, tmp_path):
     plain = ["--precision", "fp32", "--optimizer", "adamw", "--grad-clip", "1000", "--log-every", "1"]
     finish(command(origin, sums, tmp_path / "alone", *plain))
     arguments = command(origin, sums, tmp_path / "out", *plain, *flags)
-    assert finish(torchrun(processes, arguments)).count("finished in") == 1
+    assert finish(arguments, processes).count("finished in") == 1
     assert_same_curve(reproducible(tmp_path / "out"), reproducible(tmp_path / "alone"), rel=1e-4)
 
 

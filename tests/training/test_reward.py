@@ -29,7 +29,6 @@ from tests.training.runs import (
     rows_of,
     run,
     save_origin,
-    torchrun,
 )
 from tests.training.test_dpo import FLAGS, origin, pairs
 
@@ -107,7 +106,7 @@ def test_curve_is_that_of_one_process(processes, flags, origin, pairs, tmp_path)
     plain = ["--optimizer", "adamw", "--grad-clip", "1000", "--log-every", "1"]
     finish(command(origin, pairs, tmp_path / "alone", *plain))
     arguments = command(origin, pairs, tmp_path / "out", *plain, *flags)
-    assert finish(torchrun(processes, arguments)).count("finished in") == 1
+    assert finish(arguments, processes).count("finished in") == 1
     assert_same_curve(reproducible(tmp_path / "out"), reproducible(tmp_path / "alone"), rel=1e-3, abs=2e-5)
 
 

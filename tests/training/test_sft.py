@@ -7,7 +7,6 @@ import math
 import random
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from minimind.tokenization import ChatEncoder
 from minimind.training.answers import questions
 from minimind.training.batches import to_device
 from minimind.weights import save_weights
+from tests import warm
 from tests.training.runs import (
     ONE_THREAD,
     SCRIPT,
@@ -38,7 +38,6 @@ from tests.training.runs import (
     rows_of,
     run,
     save_origin,
-    torchrun,
 )
 
 SFT = SCRIPT.with_name("sft.py")
@@ -178,7 +177,7 @@ def alone(origin, chats, tmp_path_factory) -> list[dict]:
 def test_curve_is_that_of_one_process(processes, flags, origin, chats, alone, tmp_path):
     """Ranks hold different numbers of the assistant's tokens."""
     arguments = command(origin, chats, tmp_path / "out", *PLAIN, *flags)
-    assert finish(torchrun(processes, arguments)).count("finished in") == 1
+    assert finish(arguments, processes).count("finished in") == 1
     assert_same_curve(reproducible(tmp_path / "out"), alone, rel=2e-5)
 
 
@@ -280,7 +279,7 @@ def test_bad_flags_are_one_clear_line(changed, message, origin, chats, tmp_path)
 
 def test_without_a_pretraining_run_it_says_what_to_do(chats, tmp_path):
     arguments = [sys.executable, str(SFT), "--data", str(chats)]
-    answer = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, env=ONE_THREAD)
+    answer = warm.run(arguments, ONE_THREAD, tmp_path)
     assert answer.returncode == 2
     assert "--from: there is no finished run of train/pretrain.py under runs/; run it first" in answer.stdout
 

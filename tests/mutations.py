@@ -1,0 +1,1184 @@
+"""Does the suite notice a defect? Each mutation below is one small edit that breaks something, and the tests named
+beside it must fail because of it:
+
+    python tests/mutations.py --list
+    python tests/mutations.py --check-clean          the named tests as they are first, then every mutation
+    python tests/mutations.py --only packing         those whose file, defect or tests contain the word
+
+Everything happens in a temporary copy of the files that git does not ignore. When a test moves, change the name here;
+a file is as good as a single test while it takes seconds. The exit status is 1 unless every mutation was caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARIES = ("minimind/_native_cpu.so", "minimind/_native_cuda.so", "minimind/_native_build.json")
+# An edit that makes Python stumble over itself proves nothing about the tests.
+STUMBLES = (
+    "NameError",
+    "UnboundLocalError",
+    "SyntaxError",
+    "IndentationError",
+    "ImportError",
+    "ModuleNotFoundError",
+)
+LIMIT = 900.0  # seconds for the named tests, far above what any takes: a mutation may never end
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """defect: what is wrong after `old`, which stands in `file` once, has become `new`. tests: files or node ids,
+    with spaces between."""
+
+    defect: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.defect}"
+
+
+MUTATIONS = (
+    # kernels/
+    Mutation(
+        "the mean of squares is over the padded row",
+        "kernels/rms_norm.py",
+        "b_rstd = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / D +",
+        "b_rstd = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / BLOCK_D +",
+        "tests/kernels/test_rms_norm.py",
+    ),
+    Mutation(
+        "one term of dx is off by a thousandth",
+        "kernels/rms_norm.py",
+        "(b_dxhat - b_xhat * b_mean[:, None])",
+        "(b_dxhat - b_xhat * b_mean[:, None] * 1.001)",
+        "tests/kernels/test_rms_norm.py",
+    ),
+    Mutation(
+        "the residual stream's own gradient is lost",
+        "kernels/rms_norm.py",
+        "_rms_norm_backward(dy, total, weight, rstd, dtotal)",
+        "_rms_norm_backward(dy, total, weight, rstd, None)",
+        "tests/kernels/test_rms_norm.py",
+    ),
+    Mutation(
+        "the gradient is turned forward instead of back",
+        "kernels/rope_sections.py",
+        "_rotate(b_first, b_second, b_cos, -b_sin)",
+        "_rotate(b_first, b_second, b_cos, b_sin)",
+        "tests/kernels/test_rope.py",
+    ),
+    Mutation(
+        "half of a head's weight gradient is off by a thousandth",
+        "kernels/rope_sections.py",
+        "b_dw_second += b_second * b_x_second",
+        "b_dw_second += b_second * b_x_second * 1.001",
+        "tests/kernels/test_rope.py",
+    ),
+    Mutation(
+        "the last row of the tables is never taken",
+        "kernels/rope_sections.py",
+        "tl.minimum(tl.maximum(b_position, 0), n_positions - 1)",
+        "tl.minimum(tl.maximum(b_position, 0), n_positions - 2)",
+        "tests/kernels/test_rope.py",
+    ),
+    Mutation(
+        "the gate's derivative is off by a thousandth of one term",
+        "kernels/swiglu.py",
+        "(1.0 + b_gate * (1.0 - b_sigmoid))",
+        "(1.0 + b_gate * (1.001 - b_sigmoid))",
+        "tests/kernels/test_swiglu.py",
+    ),
+    Mutation(
+        "p is rounded to the logits' dtype before 1 is taken off it",
+        "kernels/linear_cross_entropy.py",
+        "b_at_target = b_scale * (expm1(b_log_p) +",
+        "b_at_target = b_scale * (tl.exp(b_log_p).to(p_row.dtype.element_ty).to(tl.float32) - 1.0 +",
+        "tests/kernels/test_linear_cross_entropy.py::test_linear_cross_entropy",
+    ),
+    Mutation(
+        "the sum of weights does not divide",
+        "kernels/linear_cross_entropy.py",
+        "scale = scale / divisor",
+        "scale = scale * divisor",
+        "tests/kernels/test_linear_cross_entropy.py::test_as_training_calls_it",
+    ),
+    Mutation(
+        "the PyTorch form forgets the z-loss in the target's gradient",
+        "kernels/linear_cross_entropy.py",
+        "scale * (log_p.expm1() + log_p.exp() * more)",
+        "scale * log_p.expm1()",
+        "tests/kernels/test_linear_cross_entropy.py::test_linear_cross_entropy",
+    ),
+    Mutation(
+        "a row of several tiles does not rescale the sum of the tiles before",
+        "kernels/linear_chunks.py",
+        "b_sum = tl.exp(b_shift) * b_sum + tl.sum(b_e, axis=0)",
+        "b_sum = b_sum + tl.sum(b_e, axis=0)",
+        "tests/kernels/test_linear_cross_entropy.py::test_rows_longer_than_a_tile",
+    ),
+    Mutation(
+        "the head's gradient is added up over chunks in the dtype of x",
+        "kernels/linear_chunks.py",
+        "dw = torch.zeros(w.shape if need_dw else (0,), dtype=torch.float32, device=x.device)",
+        "dw = torch.zeros(w.shape if need_dw else (0,), dtype=x.dtype, device=x.device)",
+        "tests/kernels/test_linear_cross_entropy.py::test_float16_where_the_sum_over_chunks_leaves_its_range",
+    ),
+    Mutation(
+        "the loss's gradient is rounded to bfloat16 before it scales",
+        "kernels/linear_chunks.py",
+        "torch.mul(gradient, scale.reshape(1), out=out)",
+        "torch.mul(gradient, scale.to(gradient.dtype).reshape(1), out=out)",
+        "tests/kernels/test_linear_cross_entropy.py::test_factors_on_a_bfloat16_gradient",
+    ),
+    Mutation(
+        "the soft cap's slope is that of its root",
+        "kernels/linear_chunks.py",
+        "return 1.0 - b_tanh * b_tanh",
+        "return 1.0 - b_tanh",
+        "tests/kernels/test_linear_cross_entropy.py::test_linear_cross_entropy",
+    ),
+    Mutation(
+        "the temperature does not divide the gradient",
+        "kernels/linear_log_probs.py",
+        "        b_dz *= b_inverse_t\n",
+        "",
+        "tests/kernels/test_linear_log_probs.py::test_linear_log_probs",
+    ),
+    Mutation(
+        "the entropy's gradient lacks the entropy itself",
+        "kernels/linear_log_probs.py",
+        "b_dz -= b_dentropy * b_p * (b_log_p + b_entropy)",
+        "b_dz -= b_dentropy * b_p * b_log_p",
+        "tests/kernels/test_linear_log_probs.py::test_linear_log_probs",
+    ),
+    Mutation(
+        "the PyTorch form measures from the stored maximum without the temperature",
+        "kernels/linear_log_probs.py",
+        "log_p = z.sub_(stats[0]).div_(temperature).sub_(stats[1])",
+        "log_p = z.sub_(stats[0]).sub_(stats[1])",
+        "tests/kernels/test_linear_log_probs.py::test_linear_log_probs",
+    ),
+    Mutation(
+        "the mixture's two shares change places in one term",
+        "kernels/linear_distillation.py",
+        "_log_over_mixture(-b_d, rest, beta)",
+        "_log_over_mixture(-b_d, beta, rest)",
+        "tests/kernels/test_linear_distillation.py::test_linear_distillation",
+    ),
+    Mutation(
+        "the temperature does not divide the gradient",
+        "kernels/linear_distillation.py",
+        "b_factor = b_scale * b_inverse_t",
+        "b_factor = b_scale",
+        "tests/kernels/test_linear_distillation.py::test_linear_distillation",
+    ),
+    Mutation(
+        "gates that sum to 1 get the gradient of gates that do not",
+        "kernels/moe_routing.py",
+        "tl.where(b_chosen, (b_dscores - b_mean) / b_sum, 0.0)",
+        "tl.where(b_chosen, b_dscores / b_sum, 0.0)",
+        "tests/kernels/test_moe_routing.py",
+    ),
+    Mutation(
+        "the tokens that should not count are those that do",
+        "kernels/moe_routing.py",
+        "tl.load(p_mask + o_token, mask=m_token, other=0) != 0)",
+        "tl.load(p_mask + o_token, mask=m_token, other=0) == 0)",
+        "tests/kernels/test_moe_routing.py",
+    ),
+    Mutation(
+        "a token that is alone in its tile is left out of the weights' gradient",
+        "kernels/grouped_gemm.py",
+        "for i_row in range(row, end, BLOCK_K):",
+        "for i_row in range(row, end - 1, BLOCK_K):",
+        "tests/kernels/test_moe_experts.py::test_moe_experts",
+    ),
+    Mutation(
+        "the up projection's gradient is off by a thousandth",
+        "kernels/grouped_gemm.py",
+        "tl.store(p_dgate_up + INTER, b_du * b_silu, mask=mask)",
+        "tl.store(p_dgate_up + INTER, b_du * b_silu * 1.001, mask=mask)",
+        "tests/kernels/test_moe_experts.py::test_moe_experts",
+    ),
+    Mutation(
+        "a gate's gradient is multiplied by the gate",
+        "kernels/grouped_gemm.py",
+        "return tl.sum(b_dh * b_h, axis=1)",
+        "return tl.sum(b_dh * b_h * b_scale, axis=1)",
+        "tests/kernels/test_moe_experts.py::test_moe_experts",
+    ),
+    # csrc/cuda, under the emulator
+    Mutation(
+        "warps are put together as if all had the same maximum",
+        "csrc/cuda/attention_split.cuh",
+        "const float weight = exp2f(r.maximum[row] - maximum);",
+        "const float weight = maximum > r.maximum[row] + 99 ? 0.0f : 1.0f;",
+        "tests/csrc/test_cuda_emulated.py::test_attention_of_every_preset",
+    ),
+    Mutation(
+        "a sequence sees one key beyond its end",
+        "csrc/cuda/attention_tensor_core.cuh",
+        "scores[i] = token + 8 * (i / 2) < end ?",
+        "scores[i] = token + 8 * (i / 2) <= end ?",
+        "tests/csrc/test_cuda_emulated.py::test_attention_of_every_preset",
+    ),
+    Mutation(
+        "probabilities are rounded to 16 bits",
+        "csrc/cuda/attention_tensor_core.cuh",
+        "low[half] = movmatrix_trans(pack<T>(first - unpack<T>(pair, 0), second - unpack<T>(pair, 1)));",
+        "low[half] = movmatrix_trans(pack<T>(0.0f, 0.0f));",
+        "tests/csrc/test_cuda_emulated.py::test_probabilities_are_not_rounded_to_16_bits",
+    ),
+    Mutation(
+        "every head divides by the first one's float8 scale",
+        "csrc/cuda/rope_append_kv.cuh",
+        "if (scale != nullptr) divisor = scale[group];",
+        "if (scale != nullptr) divisor = scale[0];",
+        "tests/csrc/test_cuda_emulated.py::test_rope_append_kv",
+    ),
+    Mutation(
+        "top-p is a share of all tokens, not of those that top-k left",
+        "csrc/cuda/sample.cuh",
+        "AtLeastMass{top_p * bounds.at_low.mass}",
+        "AtLeastMass{top_p * all.mass}",
+        "tests/csrc/test_cuda_emulated.py::test_sample",
+    ),
+    # csrc/cpu
+    Mutation(
+        "top-k leaves one token more",
+        "csrc/cpu/sample.cpp",
+        "least = order[static_cast<size_t>(row.top_k) - 1];",
+        "least = *std::max_element(order.begin() + row.top_k, order.end());",
+        "tests/inference/test_sampling_ops.py",
+    ),
+    Mutation(
+        "a query sees the key behind its own",
+        "csrc/cpu/document_attention.h",
+        "inverse[i] = 1.0f / exponentials_of(b.scores + i * keys, start + i + 1, keys, scale);",
+        "inverse[i] = 1.0f / exponentials_of(b.scores + i * keys, start + i + 2, keys, scale);",
+        "tests/test_attention.py::test_documents",
+    ),
+    Mutation(
+        "the scores' gradient lacks the scale",
+        "csrc/cpu/document_attention.h",
+        "(load(dp + j) - mean) * scale * load(p + j)",
+        "(load(dp + j) - mean) * load(p + j)",
+        "tests/test_attention.py::test_documents",
+    ),
+    Mutation(
+        "chunks of a long sequence are put together as if all had the same maximum",
+        "csrc/cpu/attention.h",
+        "const float factor = exponential(broadcast(part[0] - maximum))[0];",
+        "const float factor = part[0] > maximum ? 0.0f : 1.0f;",
+        "tests/inference/test_decode_ops.py::test_long_sequences",
+    ),
+    Mutation(
+        "gates that should sum to 1 do not",
+        "csrc/cpu/feed_forward.h",
+        "gates[k] /= sum_chosen + 1e-20f;",
+        "gates[k] /= total;",
+        "tests/inference/test_decode_step.py::test_step_by_step_it_is_the_models_forward",
+    ),
+    # the model
+    Mutation(
+        "the reference mask lets documents see those before them in the row",
+        "minimind/attention.py",
+        "((document[:, :, None] == document[:, None, :]) & causal)",
+        "((document[:, :, None] >= document[:, None, :]) & causal)",
+        "tests/test_modeling.py::test_packed_padded_and_single_documents_agree",
+    ),
+    Mutation(
+        "a document's first token belongs to the one before",
+        "minimind/attention.py",
+        "position, right=True)",
+        "position, right=False)",
+        "tests/objectives/test_preference.py",
+    ),
+    Mutation(
+        "padding can be seen",
+        "minimind/attention.py",
+        "visible = causal & attention_mask.bool()[:, None, :]",
+        "visible = causal.expand(batch, length, length)",
+        "tests/test_modeling.py::test_packed_padded_and_single_documents_agree",
+    ),
+    Mutation(
+        "a query sees the key behind its own",
+        "minimind/document_attention.py",
+        "dtype=dtype).triu_(1)",
+        "dtype=dtype).triu_(2)",
+        "tests/test_attention.py::test_documents",
+    ),
+    Mutation(
+        "the keys' gradient lacks the scale",
+        "minimind/document_attention.py",
+        "_flat(q[part], rows), alpha=scale)",
+        "_flat(q[part], rows))",
+        "tests/test_attention.py::test_documents",
+    ),
+    Mutation(
+        "an expert's gradient counts the rows of those beside it",
+        "minimind/expert_linear.py",
+        "if part.window != part.rows:",
+        "if part.window.start != part.rows.start:",
+        "tests/test_ops.py::test_expert_linear",
+    ),
+    Mutation(
+        "the balance of the experts is not divided by the choices of a token",
+        "minimind/modeling.py",
+        "tokens = counts.sum().clamp(min=1) / config.num_experts_per_tok",
+        "tokens = counts.sum().clamp(min=1)",
+        "tests/test_modeling.py::test_tokens_per_expert_and_balanced_loss tests/test_golden.py",
+    ),
+    Mutation(
+        "YaRN's ramp begins one pair too early",
+        "minimind/rope.py",
+        "ramp = ((index - low) / max(high - low, 0.001))",
+        "ramp = ((index - low + 1) / max(high - low, 0.001))",
+        "tests/test_golden.py::test_logits",
+    ),
+    Mutation(
+        "values of a bfloat16 trunk are bfloat16",
+        "minimind/value_head.py",
+        "values = F.linear(wide, self.value_head.weight.to(wide.dtype)).squeeze(-1)",
+        "values = F.linear(hidden, self.value_head.weight.to(hidden.dtype)).squeeze(-1)",
+        "tests/test_value_head.py",
+    ),
+    # low-rank adapters
+    Mutation(
+        "A's gradient is scaled by alpha / rank twice",
+        "minimind/lora.py",
+        "low = F.linear(x, self.A.to(x.dtype)) * self.config.scale",
+        "low = F.linear(x, torch.lerp(self.A.detach(), self.A, self.config.scale).to(x.dtype)) * self.config.scale",
+        "tests/test_lora.py::test_logits_and_gradients_are_those_of_the_dense_weights",
+    ),
+    Mutation(
+        "merging forgets alpha / rank",
+        "minimind/lora.py",
+        "a.to(total.dtype), alpha=adapter.config.scale)",
+        "a.to(total.dtype))",
+        "tests/test_lora.py::test_merged_weights_compute_the_same_and_the_frozen_ones_come_back",
+    ),
+    Mutation(
+        "rsLoRA's scale is plain LoRA's",
+        "minimind/lora.py",
+        "return self.alpha / (self.rank**0.5 if self.rslora else self.rank)",
+        "return self.alpha / self.rank",
+        "tests/test_lora_files.py::test_equal_to_peft_both_ways",
+    ),
+    # data
+    Mutation(
+        "the end of a long document is dropped",
+        "minimind/data/packing.py",
+        "counts = -(-pairs // seq_len)",
+        "counts = np.maximum(pairs // seq_len, pairs > 0)",
+        "tests/data/test_packing.py",
+    ),
+    Mutation(
+        "a token is its own target",
+        "minimind/data/loader.py",
+        "targets[filled] = self.view.gather(mine.address + 1, mine.length)",
+        "targets[filled] = self.view.gather(mine.address, mine.length)",
+        "tests/data/test_loader.py",
+    ),
+    Mutation(
+        "the loss is divided by the targets of this rank alone",
+        "minimind/data/loader.py",
+        "_Counted(int(mine.length.sum()), int(batch.length.sum()),",
+        "_Counted(int(mine.length.sum()), int(mine.length.sum()),",
+        "tests/data/test_loader.py",
+    ),
+    Mutation(
+        "a resumed run reads its window from the beginning",
+        "minimind/data/loader.py",
+        "self._epoch, self._window, self._row = epoch, window, row",
+        "self._epoch, self._window, self._row = epoch, window, 0",
+        "tests/data/test_loader.py",
+    ),
+    Mutation(
+        "every pass has the order of the first",
+        "minimind/data/loader.py",
+        "Permutation(self.view.num_documents, self.seed, epoch)",
+        "Permutation(self.view.num_documents, self.seed, 0)",
+        "tests/data/test_loader.py",
+    ),
+    Mutation(
+        "the loss mask is that of the inputs, not of the targets",
+        "minimind/data/loader.py",
+        "classes = class_of(self.view.gather_codes(mine.address + 1, mine.length))",
+        "classes = class_of(self.view.gather_codes(mine.address, mine.length))",
+        "tests/data/test_conversations.py",
+    ),
+    Mutation(
+        "heavier tokens do not count in the sum of weights",
+        "minimind/data/loader.py",
+        "weight = number + markers * (self.marker_weight - 1)",
+        "weight = number",
+        "tests/data/test_conversations.py",
+    ),
+    Mutation(
+        "a conversation is cut before the token that ends its turn",
+        "minimind/data/weights.py",
+        "kept = int(turns[-1]) + 1 if len(turns) else seq_len",
+        "kept = int(turns[-1]) if len(turns) else seq_len",
+        "tests/data/test_conversations.py",
+    ),
+    Mutation(
+        "another tokenizer finds the tokens of this one",
+        "minimind/data/cache.py",
+        "parts = [FORMAT_VERSION, kind, content_hash, *recipe.key()]",
+        "parts = [FORMAT_VERSION, kind, content_hash]",
+        "tests/data/test_cache.py",
+    ),
+    Mutation(
+        "files of the wrong size are taken for whole",
+        "minimind/data/cache.py",
+        "any(os.path.getsize(folder / n) != size for n, size in",
+        "any(os.path.getsize(folder / n) < 0 for n, size in",
+        "tests/data/test_cache.py",
+    ),
+    Mutation(
+        "bad rows that are in the cache are no error",
+        "minimind/data/cache.py",
+        'if bad.count and on_bad_row == "error":',
+        'if bad.count > 1000 and on_bad_row == "error":',
+        "tests/data/test_cache.py",
+    ),
+    Mutation(
+        "tokens of a part of a file are read from its beginning",
+        "minimind/data/store.py",
+        "first = starts + piece.source.index[piece.first, 0]",
+        "first = starts",
+        "tests/training/test_pretrain.py::test_recorded_held_out_figures_are_those_of_the_saved_model",
+    ),
+    Mutation(
+        "an error names the line after the bad row",
+        "minimind/data/reader.py",
+        "report(line, reason_of(error))\n            continue\n        yield Document",
+        "report(line + 1, reason_of(error))\n            continue\n        yield Document",
+        "tests/data/test_reader.py",
+    ),
+    Mutation(
+        "a torn Zstandard file ends quietly",
+        "minimind/data/streams.py",
+        "if self._frame is not None:\n                        raise",
+        "if self._frame is False:\n                        raise",
+        "tests/data/test_reader.py",
+    ),
+    Mutation(
+        "the last token of the chosen side is not told from the rejected side's first",
+        "minimind/data/pair_loader.py",
+        "np.stack([middle - 1, tail], 1).ravel(),",
+        "np.stack([middle, tail - 1], 1).ravel(),",
+        "tests/data/test_preferences.py",
+    ),
+    # tokenization
+    Mutation(
+        "the token that ends a turn is not learnt",
+        "minimind/tokenization/conversation.py",
+        "return start, end + len(self._eos)",
+        "return start, end",
+        "tests/tokenization/test_conversation.py",
+    ),
+    Mutation(
+        "the assistant's header is learnt",
+        "minimind/tokenization/conversation.py",
+        "start = len(before) + len(self._header)",
+        "start = len(before)",
+        "tests/tokenization/test_conversation.py",
+    ),
+    Mutation(
+        "a user can write control tokens",
+        "minimind/tokenization/conversation.py",
+        'mode: Any = True if control else "markup"',
+        "mode: Any = True",
+        "tests/tokenization/test_conversation.py",
+    ),
+    Mutation(
+        "reasoning that the data lacks is learnt as an empty block",
+        "minimind/tokenization/reasoning.py",
+        "out.append(replace(piece, text=self._block, trained=False))",
+        "out.append(replace(piece, text=self._block))",
+        "tests/tokenization/test_reasoning.py",
+    ),
+    Mutation(
+        "Chinese in tools is escaped",
+        "minimind/tokenization/chat_template.py",
+        "ensure_ascii: bool = False,",
+        "ensure_ascii: bool = True,",
+        "tests/tokenization/test_chat_template.py",
+    ),
+    Mutation(
+        "BPE merges digits",
+        "minimind/tokenization/training.py",
+        r"\p{L}+|\p{N}| ?",
+        r"\p{L}+|\p{N}+| ?",
+        "tests/tokenization/test_training.py::test_words_are_split_as_qwen2_splits_them",
+    ),
+    Mutation(
+        "<think> and tool calls vanish from decoded text",
+        "minimind/tokenization/training.py",
+        'token["special"] = token["content"] not in MARKUP_TOKENS',
+        'token["special"] = True',
+        "tests/tokenization/test_training.py::test_markup_stays_visible",
+    ),
+    # training
+    Mutation(
+        "micro-batches are averaged, not summed over the step's targets",
+        "minimind/training/loop.py",
+        "loss, aux = loss / weight,",
+        "loss, aux = loss / (batch.global_weight * len(batches)),",
+        "tests/training/test_reason.py::test_loss_is_divided_by_the_weighted_sum_however_it_is_accumulated",
+    ),
+    Mutation(
+        "gradients of ranks are averaged, though each is a part of the sum",
+        "minimind/training/loop.py",
+        "((loss + aux) * ranks).backward()",
+        "(loss + aux).backward()",
+        "tests/training/test_grpo.py::test_curve_of_two_processes_is_that_of_one",
+    ),
+    Mutation(
+        "a resumed run draws other random numbers",
+        "minimind/training/loop.py",
+        'torch.set_rng_state(state["rng"])',
+        'torch.manual_seed(state["step"])',
+        "tests/training/test_lora.py::test_killed_and_started_again_the_curve_is_the_same_to_the_bit",
+    ),
+    Mutation(
+        "a resumed run begins its data anew",
+        "minimind/training/loop.py",
+        'self.stage.loader.load_state(state["loader"])',
+        "self.stage.loader.state()",
+        "tests/training/test_lora.py::test_killed_and_started_again_the_curve_is_the_same_to_the_bit",
+    ),
+    Mutation(
+        "what was fetched ahead is lost on resuming",
+        "minimind/training/batches.py",
+        "        return self._place\n",
+        "        return self.loader.state()\n",
+        "tests/training/test_batches.py",
+    ),
+    Mutation(
+        "the optimizer's state is not read back",
+        "minimind/training/optim.py",
+        "set_optimizer_state_dict(model, self.parts, state, options=from_rank_0())",
+        "set_optimizer_state_dict(model, self.parts, self.state_dict(model), options=from_rank_0())",
+        "tests/training/test_optim.py",
+    ),
+    Mutation(
+        "norm gains decay",
+        "minimind/training/optim.py",
+        '"weight_decay": 0.0}',
+        '"weight_decay": weight_decay}',
+        "tests/training/test_optim.py",
+    ),
+    Mutation(
+        "Muon's matrices do not decay",
+        "minimind/training/optim.py",
+        "torch.optim.Muon(muon, lr=lr, weight_decay=weight_decay,",
+        "torch.optim.Muon(muon, lr=lr, weight_decay=0.0,",
+        "tests/training/test_optim.py",
+    ),
+    Mutation(
+        "a critic's matrices are left to AdamW",
+        "minimind/training/optim.py",
+        '".layers." in f".{name}"',
+        'name.startswith("layers.")',
+        "tests/training/test_optim.py",
+    ),
+    Mutation(
+        "the cosine ends a step too late",
+        "minimind/training/optim.py",
+        "progress = (step - warmup + 1) / max(1, steps - warmup)",
+        "progress = (step - warmup) / max(1, steps - warmup)",
+        "tests/training/test_optim.py",
+    ),
+    Mutation(
+        "an old checkpoint too many is deleted",
+        "minimind/training/checkpoint.py",
+        "list_checkpoints(run)[:-keep]",
+        "list_checkpoints(run)[: 1 - keep]",
+        "tests/training/test_checkpoint.py",
+    ),
+    Mutation(
+        "a resumed run keeps the lines behind its checkpoint",
+        "minimind/training/run_folder.py",
+        "        os.truncate(path, size)",
+        "        os.truncate(path, there)",
+        "tests/training/test_run_folder.py",
+    ),
+    Mutation(
+        "bits per byte are nats per byte",
+        "minimind/training/heldout.py",
+        "total / math.log(2) / max(1, text_bytes)",
+        "total / max(1, text_bytes)",
+        "tests/training/test_pretrain.py::test_recorded_held_out_figures_are_those_of_the_saved_model",
+    ),
+    Mutation(
+        "an answer's targets stand one token late",
+        "minimind/training/rl_loader.py",
+        "first = start + len(a.prompt_ids) - 1",
+        "first = start + len(a.prompt_ids) - 2",
+        "tests/training/test_rollouts.py",
+    ),
+    # objectives
+    Mutation(
+        "label smoothing adds what it should weigh against",
+        "minimind/objectives/preference.py",
+        "label_smoothing * F.logsigmoid(-logit)",
+        "label_smoothing * F.logsigmoid(logit)",
+        "tests/objectives/test_preference.py",
+    ),
+    Mutation(
+        "IPO aims at twice the gap",
+        "minimind/objectives/preference.py",
+        "(chosen - rejected - 1 / (2 * beta)).square()",
+        "(chosen - rejected - 1 / beta).square()",
+        "tests/objectives/test_preference.py",
+    ),
+    Mutation(
+        "DPO's margin forgets the reference of the rejected answer",
+        "minimind/objectives/preference.py",
+        "return self.chosen - self.reference_chosen, self.rejected - self.reference_rejected",
+        "return self.chosen - self.reference_chosen, self.rejected - self.reference_chosen",
+        "tests/objectives/test_preference.py",
+    ),
+    Mutation(
+        "the clip takes the gradient of good tokens that became unlikely",
+        "minimind/objectives/surrogates.py",
+        "torch.where(gains, log_ratio.clamp(max=high),",
+        "torch.where(gains, log_ratio.clamp(min=low, max=high),",
+        "tests/objectives/test_surrogates.py",
+    ),
+    Mutation(
+        "GSPO's ratio is not the length's root",
+        "minimind/objectives/surrogates.py",
+        "means = at.sums(log_ratio) / at.lengths().clamp(min=1)",
+        "means = at.sums(log_ratio)",
+        "tests/objectives/test_surrogates.py",
+    ),
+    Mutation(
+        "the KL is measured the other way round",
+        "minimind/objectives/surrogates.py",
+        "x = reference - log_probs",
+        "x = log_probs - reference",
+        "tests/objectives/test_surrogates.py",
+    ),
+    Mutation(
+        "the mean over answers is a sum over tokens",
+        "minimind/objectives/policy.py",
+        "losses = losses / at.spread(at.lengths())",
+        "losses = losses + 0 * at.spread(at.lengths())",
+        "tests/objectives/test_policy.py tests/objectives/test_surrogates.py",
+    ),
+    Mutation(
+        "advantages leak into the sample before",
+        "minimind/objectives/advantages.py",
+        "torch.full_like(values, gamma * lam).masked_fill(last, 0)",
+        "torch.full_like(values, gamma * lam)",
+        "tests/objectives/test_advantages.py",
+    ),
+    Mutation(
+        "an answer that was cut off has no future",
+        "minimind/objectives/advantages.py",
+        "gamma * torch.where(last, after, following)",
+        "gamma * torch.where(last, 0.0, following)",
+        "tests/objectives/test_advantages.py",
+    ),
+    Mutation(
+        "a group's deviation is divided by n",
+        "minimind/objectives/advantages.py",
+        "(squares / (sizes - 1).clamp(min=1)).sqrt()",
+        "(squares / sizes.clamp(min=1)).sqrt()",
+        "tests/objectives/test_advantages.py",
+    ),
+    Mutation(
+        "the critic's clip takes the smaller error",
+        "minimind/objectives/values.py",
+        "return torch.maximum(plain, bound),",
+        "return torch.minimum(plain, bound),",
+        "tests/objectives/test_values.py",
+    ),
+    Mutation(
+        "what was seen long ago counts as much as before",
+        "minimind/objectives/value_tracker.py",
+        "2 ** (-moved / self.half)",
+        "2 ** (moved / self.half)",
+        "tests/objectives/test_value_tracker.py",
+    ),
+    Mutation(
+        "scores are kept apart instead of around 0",
+        "minimind/objectives/reward_model.py",
+        "centering * (chosen + rejected).square()",
+        "centering * (chosen - rejected).square()",
+        "tests/objectives/test_reward_model.py",
+    ),
+    Mutation(
+        "the gradient shrinks as the temperature grows",
+        "minimind/objectives/distillation.py",
+        "share = (1 - options.alpha) * options.temperature**2",
+        "share = (1 - options.alpha) * options.temperature",
+        "tests/objectives/test_distillation.py",
+    ),
+    # rewards
+    Mutation(
+        "a percentage is not a hundredth",
+        "minimind/rewards/verifiers.py",
+        'return value / 100 if digits.endswith("%") else value',
+        "return value",
+        "tests/rewards/test_verifiers.py",
+    ),
+    Mutation(
+        "made-up arguments of a tool are right",
+        "minimind/rewards/verifiers.py",
+        'not schema.get("additionalProperties", False)',
+        'not schema.get("additionalProperties", True)',
+        "tests/rewards/test_verifiers.py",
+    ),
+    Mutation(
+        "markers may stand there any number of times",
+        "minimind/rewards/rules.py",
+        "sample.text.count(marker) == 1 for",
+        "sample.text.count(marker) >= 1 for",
+        "tests/rewards/test_rules.py",
+    ),
+    Mutation(
+        "rewards are added up without their weights",
+        "minimind/rewards/compose.py",
+        "total += part.weight * np.where",
+        "total += np.where",
+        "tests/rewards/test_compose.py",
+    ),
+    # inference
+    Mutation(
+        "a prompt's last token is taken from the cache, so that nothing is drawn from it",
+        "minimind/inference/scheduler.py",
+        "full = (len(sample.tokens) - 1) // self.page_size",
+        "full = len(sample.tokens) // self.page_size",
+        "tests/inference/test_scheduler.py",
+    ),
+    Mutation(
+        "samples write into the page that they share",
+        "minimind/inference/scheduler.py",
+        "if not fresh and self.pool.references(sample.pages[-1]) == 1:",
+        "if not fresh:",
+        "tests/inference/test_scheduler.py",
+    ),
+    Mutation(
+        "a page is found whatever stands before it",
+        "minimind/inference/cache.py",
+        'hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16)',
+        'hashlib.blake2b(array("q", tokens).tobytes(), digest_size=16)',
+        "tests/inference/test_cache.py",
+    ),
+    Mutation(
+        "a chain of pages is evicted from its beginning",
+        "minimind/inference/cache.py",
+        "for page in reversed(pages):",
+        "for page in pages:",
+        "tests/inference/test_cache.py",
+    ),
+    Mutation(
+        "the bound of normed keys forgets how long a head is",
+        "minimind/inference/cache_dtype.py",
+        "weight.float().abs().amax() * dim**0.5)",
+        "weight.float().abs().amax())",
+        "tests/inference/test_cache_dtype.py",
+    ),
+    Mutation(
+        "new weights read the old ones' keys",
+        "minimind/inference/engine.py",
+        "            self._scheduler.preempt(sample)\n        self._pool.forget()",
+        "            self._scheduler.preempt(sample)",
+        "tests/inference/test_engine.py",
+    ),
+    Mutation(
+        "all samples of a request are the same",
+        "minimind/inference/tracking.py",
+        "return self.seed if index == 0 else mix(self.seed, index)",
+        "return self.seed",
+        "tests/inference/test_engine.py",
+    ),
+    Mutation(
+        "an answer is one token longer than allowed",
+        "minimind/inference/tracking.py",
+        "len(sample.tokens) >= self.job.limit",
+        "len(sample.tokens) > self.job.limit",
+        "tests/inference/test_engine_service.py",
+    ),
+    Mutation(
+        "a preempted sample draws its first numbers again",
+        "minimind/inference/batch.py",
+        'values["offset"][row] = len(sample.tokens) - sample.prompt_length',
+        'values["offset"][row] = 0',
+        "tests/inference/test_engine_service.py",
+    ),
+    Mutation(
+        "a chunk's tokens do not see themselves",
+        "minimind/inference/prefill.py",
+        ".tril(keys - queries)",
+        ".tril(keys - queries - 1)",
+        "tests/inference/test_prefill.py",
+    ),
+    Mutation(
+        "a penalty makes unlikely tokens likelier",
+        "minimind/inference/sampling_reference.py",
+        "torch.where(logits > 0, logits / factor, logits * factor)",
+        "logits / factor",
+        "tests/inference/test_sampling_ops.py",
+    ),
+    Mutation(
+        "top-p is a share of all tokens, not of those that top-k left",
+        "minimind/inference/sampling_reference.py",
+        "mass = torch.where(ordered >= ordered.gather(-1, k[:, None] - 1), mass, 0.0)",
+        "mass = mass.clone()",
+        "tests/inference/test_sampling_ops.py",
+    ),
+    Mutation(
+        "a stop string is found within a token alone",
+        "minimind/inference/detokenize.py",
+        "cut = len(held) - overlap(held, self._stops)",
+        "cut = len(held)",
+        "tests/inference/test_detokenize.py",
+    ),
+    Mutation(
+        "packed weights have up before gate",
+        "minimind/inference/packing.py",
+        "weight = weight.unflatten(-2, (2, -1))",
+        "weight = weight.unflatten(-2, (2, -1)).flip(-3)",
+        "tests/inference/test_packing.py",
+    ),
+    Mutation(
+        "the stop token is part of the answer",
+        "minimind/inference/generate.py",
+        "return ids[:-1] if ids and ids[-1] in stop_ids else ids",
+        "return ids",
+        "tests/training/test_generate.py",
+    ),
+    Mutation(
+        "bits per byte are nats per byte",
+        "minimind/inference/perplexity.py",
+        "nats / math.log(2) / num_bytes",
+        "nats / num_bytes",
+        "tests/inference/test_perplexity.py",
+    ),
+    # serving
+    Mutation(
+        "any key opens the server",
+        "minimind/serving/gate.py",
+        'if scheme.lower() != "bearer" or not',
+        'if scheme.lower() != "bearer" and not',
+        "tests/serving/test_errors.py::test_the_key_is_asked_for",
+    ),
+    Mutation(
+        "a request of the wrong shape is the server's failure",
+        "minimind/serving/errors.py",
+        "JSONResponse(error_body(422, message, param), 422)",
+        "JSONResponse(error_body(500, message, param), 500)",
+        "tests/serving/test_errors.py::test_bodies_that_are_no_request",
+    ),
+    Mutation(
+        "an error has several lines",
+        "minimind/serving/errors.py",
+        'return " ".join(said.encode(errors="replace").decode().split())',
+        'return said.encode(errors="replace").decode()',
+        "tests/serving/test_errors.py::test_a_message_is_one_line_of_utf8",
+    ),
+    Mutation(
+        "an escaped quote ends a tool call's string",
+        "minimind/serving/reply.py",
+        "closes = character == '\"' and not self._escaped",
+        "closes = character == '\"'",
+        "tests/serving/test_reply.py",
+    ),
+    # export
+    Mutation(
+        "GGUF's queries and keys are rotated as other pairs",
+        "minimind/export/gguf.py",
+        "return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)",
+        "return weight.unflatten(0, (heads, 2, -1)).flatten(0, 2)",
+        "tests/export/test_gguf.py",
+    ),
+    Mutation(
+        "llama.cpp applies YaRN's factor twice",
+        "minimind/export/gguf.py",
+        "writer.add_rope_scaling_attn_factors(own / paper)",
+        "writer.add_rope_scaling_attn_factors(own)",
+        "tests/export/test_gguf.py",
+    ),
+    Mutation(
+        "the router is quantized",
+        "minimind/export/gguf.py",
+        'if tensor.ndim == 1 or name.endswith(".mlp.gate"):',
+        "if tensor.ndim == 1:",
+        "tests/export/test_gguf.py",
+    ),
+    Mutation(
+        "control tokens are written as text",
+        "minimind/export/gguf_vocabulary.py",
+        'kinds.CONTROL if added["special"] else kinds.USER_DEFINED',
+        "kinds.USER_DEFINED",
+        "tests/export/test_gguf.py",
+    ),
+    Mutation(
+        "other blocks are asked for than were promised",
+        "minimind/export/quantize.py",
+        'str(path), "Q4_K_M"]',
+        'str(path), "Q4_0"]',
+        "tests/export/test_command.py::test_a_quantizer_on_the_path",
+    ),
+    Mutation(
+        "Granite's attention is not scaled",
+        "minimind/export/hf.py",
+        '"attention_multiplier": config.head_dim**-0.5,',
+        '"attention_multiplier": 1.0,',
+        "tests/export/test_hf.py::test_the_same_logits_and_greedy_tokens",
+    ),
+    Mutation(
+        "the router has not upstream's name",
+        "minimind/weights.py",
+        'out[base.replace("mlp.router.", "mlp.gate.")] = tensor',
+        "out[base] = tensor",
+        "tests/test_weights.py",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """outcome: caught, NOT CAUGHT, or why the mutation says nothing; test: which failed; reason: its first line."""
+
+    mutation: Mutation
+    outcome: str
+    seconds: float
+    test: str = ""
+    reason: str = ""
+
+
+def main() -> int:
+    args = arguments()
+    chosen = [m for m in MUTATIONS if args.only in f"{m} {m.tests}"]
+    if args.list:
+        print("\n".join(f"{m}\n    {m.tests}" for m in chosen))
+        return 0
+    if not chosen:
+        raise SystemExit(f"--only {args.only}: no mutation's file, defect or tests contain it")
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        copy = Path(folder) / "copy"
+        copy_tree(copy)
+        check_imports(copy)
+        if args.check_clean and not is_clean(copy, chosen):
+            return 1
+        results = run_all(copy, chosen, args.tests_all)
+    missed = [r for r in results if r.outcome != "caught"]
+    print(
+        f"\n{len(results) - len(missed)} of {len(results)} mutations caught in {clock(sum(r.seconds for r in results))}"
+    )
+    for result in missed:
+        print(f"{result.outcome}: {result.mutation}")
+    return int(bool(missed))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", metavar="PATTERN", default="", help="a part of a file, defect or test")
+    parser.add_argument("--list", action="store_true", help="print the mutations and run nothing")
+    parser.add_argument(
+        "--check-clean", action="store_true", help="first see the named tests pass, unmutated"
+    )
+    parser.add_argument("--tests-all", action="store_true", help="the whole suite each time: hours")
+    return parser.parse_args()
+
+
+def copy_tree(copy: Path) -> None:
+    """The files as they are now, those not committed yet too, and the built libraries, which git ignores."""
+    files = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(files, cwd=ROOT, capture_output=True, check=True).stdout
+    for name in listed.decode().split("\0")[:-1]:
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    copy_libraries(copy)
+
+
+def copy_libraries(copy: Path) -> None:
+    for name in LIBRARIES:
+        if (ROOT / name).is_file():
+            shutil.copy2(ROOT / name, copy / name)
+
+
+def environment(copy: Path) -> dict[str, str]:
+    """PYTHONPATH goes before an editable installation of ROOT. No bytecode: an edit of the same size within a second
+    would not be seen. A token cache of its own: what a mutation writes there must not outlive it."""
+    cache = str(copy.parent / "cache")
+    return {
+        **os.environ,
+        "PYTHONPATH": str(copy),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "MINIMIND_CACHE": cache,
+    }
+
+
+def check_imports(copy: Path) -> None:
+    """The packages of the copy are imported, in its folder and elsewhere, as subprocesses of tests do."""
+    code = "import bench, minimind, minimind.kernels.rope as r, tests; print(minimind.__file__, r.__file__)"
+    for folder in (copy, copy.parent):
+        answer = subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, env=environment(copy), capture_output=True, text=True
+        )
+        found = answer.stdout.split()
+        if found != [str(copy / "minimind/__init__.py"), str(copy / "kernels/rope.py")]:
+            raise SystemExit(f"not the copy is imported, but {found}\n{answer.stderr}")
+
+
+def is_clean(copy: Path, mutations: Sequence[Mutation]) -> bool:
+    """Whether all named tests, each once, pass as they are."""
+    names = dict.fromkeys(name for m in mutations for name in m.tests.split())
+    once = [name for name in names if "::" not in name or name.split("::")[0] not in names]
+    start = time.monotonic()
+    code, failed = run_tests(copy, once, len(mutations) * LIMIT, "--maxfail=20")
+    print(
+        f"unmutated: {'passed' if code == 0 else 'FAILED'} in {clock(time.monotonic() - start)}", flush=True
+    )
+    for kind, test, reason in failed:
+        print(f"    {kind} {test}: {reason}")
+    return code == 0
+
+
+def run_all(copy: Path, mutations: Sequence[Mutation], tests_all: bool) -> list[Result]:
+    results: list[Result] = []
+    start = time.monotonic()
+    for number, mutation in enumerate(mutations, 1):
+        result = run_one(copy, mutation, tests_all)
+        results.append(result)
+        left = (time.monotonic() - start) / number * (len(mutations) - number)
+        print(
+            f"[{number}/{len(mutations)}] {result.outcome}  {result.seconds:.0f} s  ETA {clock(left)}  {mutation}",
+            flush=True,
+        )
+        if result.test:
+            print(f"    {result.test}: {result.reason}", flush=True)
+    return results
+
+
+def run_one(copy: Path, mutation: Mutation, tests_all: bool) -> Result:
+    start = time.monotonic()
+    times = (copy / mutation.file).read_text(encoding="utf-8").count(mutation.old)
+    if times != 1:
+        return Result(mutation, "old text not found" if times == 0 else f"old text found {times} times", 0.0)
+    with mutated(copy, mutation) as problem:
+        if problem:
+            return Result(mutation, f"broken mutation ({problem})", time.monotonic() - start)
+        tests, limit = (["tests/"], 10 * LIMIT) if tests_all else (mutation.tests.split(), LIMIT)
+        code, failed = run_tests(copy, tests, limit, "-x")
+    outcome, test, reason = judged(code, failed)
+    return Result(mutation, outcome, time.monotonic() - start, test, reason)
+
+
+@contextlib.contextmanager
+def mutated(copy: Path, mutation: Mutation) -> Iterator[str | None]:
+    """The copy with the mutation in it; yields why it cannot be built, or None."""
+    file, native = copy / mutation.file, mutation.file.startswith("csrc/cpu/")
+    before = file.read_bytes()
+    file.write_text(before.decode().replace(mutation.old, mutation.new), encoding="utf-8")
+    try:
+        yield build_cpu(copy) if native else None
+    finally:
+        file.write_bytes(before)
+        if native:
+            copy_libraries(copy)
+        shutil.rmtree(copy.parent / "cache", ignore_errors=True)
+
+
+def build_cpu(copy: Path) -> str | None:
+    """The C++ operators of the copy; only what changed is compiled again. csrc/cuda is built by its tests."""
+    without_cuda = {**environment(copy), "MINIMIND_CUDA": "0"}
+    build = [sys.executable, "-m", "minimind.native_build"]
+    subprocess.run(build, cwd=copy, env=without_cuda, capture_output=True, check=True)
+    report = json.loads((copy / "minimind/_native_build.json").read_text(encoding="utf-8"))
+    return report["cpu"]["missing"]
+
+
+def run_tests(
+    copy: Path, tests: Sequence[str], limit: float, *flags: str
+) -> tuple[int | None, list[tuple[str, str, str]]]:
+    """(pytest's exit status, None where the time was up; "failure" or "error", test and first line of each)."""
+    report = copy.parent / "report.xml"
+    report.unlink(missing_ok=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+        *flags,
+        *tests,
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=copy,
+        env=environment(copy),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        code = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        code = None
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # what the tests started as well
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return code, failures(report) if report.exists() else []
+
+
+def failures(report: Path) -> list[tuple[str, str, str]]:
+    found = []
+    for case in ElementTree.parse(report).iter("testcase"):
+        for kind in ("failure", "error"):
+            for problem in case.findall(kind):
+                reason = problem.get("message", "").partition("\n")[0]
+                found.append((kind, f"{case.get('classname')}::{case.get('name')}", reason[:160]))
+    return found
+
+
+def judged(code: int | None, failed: Sequence[tuple[str, str, str]]) -> tuple[str, str, str]:
+    """(outcome, test, reason). An error is a test that could not even start."""
+    if code is None:
+        return "NOT CAUGHT (the tests did not end)", "", ""
+    kind, test, reason = failed[0] if failed else ("", "", "")
+    if code == 0:
+        return "NOT CAUGHT", test, reason
+    if kind != "failure" or any(stumble in reason for stumble in STUMBLES):
+        return f"broken mutation (pytest ended with {code})", test, reason
+    return "caught", test, reason
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""The numeric tests as other processors, thread counts and installations run them: `make test-processors`.
+
+Environment variables keep ATen, oneDNN, MKL and the native operators from the instructions of this processor, which
+then adds up in another order and rounds elsewhere, as a lesser one does; others shuffle the sums (sum_order.py), as one
+that is not at hand might. A configuration that this machine cannot take is skipped with the reason. Other interpreters
+(another Python, another PyTorch) are named by MINIMIND_TEST_PYTHONS, their paths with colons between; each needs the
+project's dependencies.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind import native
+
+ROOT = Path(__file__).parents[1]
+PYTHONS = [path for path in os.environ.get("MINIMIND_TEST_PYTHONS", "").split(os.pathsep) if path]
+NUMERIC = [
+    "tests/csrc/test_cuda_emulated.py",
+    "tests/export/test_hf.py",
+    "tests/inference",
+    "tests/kernels",
+    "tests/objectives",
+    "tests/rewards",
+    "tests/training",
+    *(f"tests/test_{name}.py" for name in ("attention", "bench_rl", "golden", "lora", "lora_files", "modeling", "ops",
+                                           "value_head", "weights")),
+]  # fmt: skip
+# What stands for a whole processor, then one thing at a time. CI runs the first two beside the plain suite.
+CONFIGURATIONS = {
+    "x86-64 without AVX": {
+        "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "MINIMIND_CPU_KERNELS": "generic", "OMP_NUM_THREADS": "1",
+    },
+    "AVX2": {
+        "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "MINIMIND_CPU_KERNELS": "avx2", "OMP_NUM_THREADS": "2",
+    },
+    "ATen default": {"ATEN_CPU_CAPABILITY": "default"},
+    "ATen avx2": {"ATEN_CPU_CAPABILITY": "avx2"},
+    "oneDNN SSE41": {"ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "oneDNN AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "oneDNN AVX512_CORE": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "oneDNN AVX512_CORE_BF16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "MKL AVX2": {"MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "MKL alike everywhere": {"MKL_CBWR": "COMPATIBLE"},
+    "generic kernels": {"MINIMIND_CPU_KERNELS": "generic"},
+    "avx2 kernels": {"MINIMIND_CPU_KERNELS": "avx2"},
+    "avx512 kernels": {"MINIMIND_CPU_KERNELS": "avx512"},
+    "avx512_bf16 kernels": {"MINIMIND_CPU_KERNELS": "avx512_bf16"},
+    "sums in another order": {"MINIMIND_TEST_SUM_ORDER": "1"},
+    "sums in a third order": {"MINIMIND_TEST_SUM_ORDER": "2"},
+    "1 thread": {"OMP_NUM_THREADS": "1"},
+    "2 threads": {"OMP_NUM_THREADS": "2"},
+    "3 threads": {"OMP_NUM_THREADS": "3"},
+}  # fmt: skip
+
+
+def why_not(environment: dict[str, str]) -> str | None:
+    kernels = environment.get("MINIMIND_CPU_KERNELS")
+    if kernels is None:
+        return None
+    missing = native.why_not(torch.device("cpu"))
+    if missing is None and kernels not in native.build_info().cpu_kernels:
+        missing = f"this processor or build has no {kernels} kernels"
+    return missing
+
+
+def assert_green(root: Path, environment: dict[str, str], python: str = sys.executable) -> None:
+    """The numeric tests in `root`; their output is shown as it comes, since they take minutes."""
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers(python), *NUMERIC]
+    process = subprocess.Popen(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": str(root), **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    assert process.wait() == 0, "".join(lines[-80:])
+    assert re.search(r"\d+ passed", lines[-1]), lines[-1]
+
+
+def workers(python: str) -> list[str]:
+    """Two processes where pytest-xdist is installed for that interpreter."""
+    found = subprocess.run([python, "-c", "import xdist"], capture_output=True).returncode == 0
+    return ["-n", "2", "--dist", "loadfile"] if found else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_numbers_of_another_processor(name):
+    reason = why_not(CONFIGURATIONS[name])
+    if reason is not None:
+        pytest.skip(reason)
+    assert_green(ROOT, CONFIGURATIONS[name])
+
+
+@pytest.mark.slow
+def test_without_a_compiler(tmp_path):
+    """A copy of the tree in which nothing was built, and no compiler on the PATH."""
+    root, tools = tmp_path / "tree", tmp_path / "bin"
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for name in filter(None, files.split("\0")):
+        if (ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+    tools.mkdir()
+    for tool in ("bash", "sh", "git", "env", "pgrep", "uname"):
+        if found := shutil.which(tool):
+            (tools / tool).symlink_to(found)
+    assert_green(root, {"PATH": str(tools), "CXX": "", "CC": ""})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("python", PYTHONS or [pytest.param("", marks=pytest.mark.skip("none named"))])
+def test_another_python_or_pytorch(python):
+    assert_green(ROOT, {}, python)
