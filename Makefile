@@ -1,6 +1,6 @@
 # make demo   from nothing to a model that answers, in minutes, on any machine
 # make test   the test suite, in minutes; make test-all: with the heavy tests too, as CI does
-# make test-processors   the numeric tests as other processors would run them
+# make test-processors   the numeric tests as other processors would run them; ONLY='with_avx2 or threads_3'
 # make lint: ruff and mypy; make venv: the environment alone
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 # a process for each core; whole files, since tests of a file share what is made once. Timing is bench/regression's.
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile -p no:benchmark
 
-.PHONY: demo test test-all test-processors lint venv clean
+.PHONY: demo test test-heavy test-all test-processors lint venv clean
 
 venv: $(VENV)/installed
 
@@ -26,11 +26,13 @@ demo: venv
 test: venv
 	$(PYTEST) tests/
 
-test-all: venv
-	$(PYTEST) -m 'not slow' tests/
+test-heavy: venv
+	$(PYTEST) -m heavy tests/
+
+test-all: test test-heavy
 
 test-processors: venv
-	$(RUN) -m pytest -s -m slow tests/test_processors.py
+	$(RUN) -m pytest -s -m slow tests/test_processors.py $(if $(ONLY),-k '$(ONLY)')
 
 lint: venv
 	$(RUN) -m ruff check .

@@ -170,6 +170,17 @@ def test_tokens_per_expert_and_balanced_loss():
     assert model(ids, cu_seqlens=cu).aux_loss.item() == pytest.approx(2 * 0.1, rel=1e-5)  # layers * coef
 
 
+def test_the_router_scores_in_float32_whatever_the_compute_dtype(monkeypatch):
+    model, scored, route = make("moe_sequence"), [], ops.route
+    model.compute_dtype = torch.bfloat16
+    monkeypatch.setattr(ops, "route", lambda logits, *rest: scored.append(logits) or route(logits, *rest))
+    ids, cu = documents_batch(DOCUMENTS, 128, 97)
+    model(ids, cu_seqlens=cu)
+    assert len(scored) == 2
+    for logits in scored:  # not bfloat16's numbers in a wider dtype
+        assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
+
+
 def test_bf16_compute_keeps_fp32_masters():
     model = make("qk_norm")
     model.compute_dtype = torch.bfloat16

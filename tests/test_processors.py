@@ -36,31 +36,31 @@ NUMERIC = [
 ]  # fmt: skip
 # What stands for a whole processor, then one thing at a time. CI runs the first two beside the plain suite.
 CONFIGURATIONS = {
-    "x86-64 without AVX": {
+    "before_avx": {
         "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
         "MINIMIND_CPU_KERNELS": "generic", "OMP_NUM_THREADS": "1",
     },
-    "AVX2": {
+    "with_avx2": {
         "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "MINIMIND_CPU_KERNELS": "avx2", "OMP_NUM_THREADS": "2",
     },
-    "ATen default": {"ATEN_CPU_CAPABILITY": "default"},
-    "ATen avx2": {"ATEN_CPU_CAPABILITY": "avx2"},
-    "oneDNN SSE41": {"ONEDNN_MAX_CPU_ISA": "SSE41"},
-    "oneDNN AVX2": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
-    "oneDNN AVX512_CORE": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
-    "oneDNN AVX512_CORE_BF16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
-    "MKL AVX2": {"MKL_ENABLE_INSTRUCTIONS": "AVX2"},
-    "MKL alike everywhere": {"MKL_CBWR": "COMPATIBLE"},
-    "generic kernels": {"MINIMIND_CPU_KERNELS": "generic"},
-    "avx2 kernels": {"MINIMIND_CPU_KERNELS": "avx2"},
-    "avx512 kernels": {"MINIMIND_CPU_KERNELS": "avx512"},
-    "avx512_bf16 kernels": {"MINIMIND_CPU_KERNELS": "avx512_bf16"},
-    "sums in another order": {"MINIMIND_TEST_SUM_ORDER": "1"},
-    "sums in a third order": {"MINIMIND_TEST_SUM_ORDER": "2"},
-    "1 thread": {"OMP_NUM_THREADS": "1"},
-    "2 threads": {"OMP_NUM_THREADS": "2"},
-    "3 threads": {"OMP_NUM_THREADS": "3"},
+    "aten_default": {"ATEN_CPU_CAPABILITY": "default"},
+    "aten_avx2": {"ATEN_CPU_CAPABILITY": "avx2"},
+    "onednn_sse41": {"ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "onednn_avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "onednn_avx512_core": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "onednn_avx512_core_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "mkl_avx2": {"MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "mkl_compatible": {"MKL_CBWR": "COMPATIBLE"},
+    "kernels_generic": {"MINIMIND_CPU_KERNELS": "generic"},
+    "kernels_avx2": {"MINIMIND_CPU_KERNELS": "avx2"},
+    "kernels_avx512": {"MINIMIND_CPU_KERNELS": "avx512"},
+    "kernels_avx512_bf16": {"MINIMIND_CPU_KERNELS": "avx512_bf16"},
+    "sums_shuffled": {"MINIMIND_TEST_SUM_ORDER": "1"},
+    "sums_shuffled_again": {"MINIMIND_TEST_SUM_ORDER": "2"},
+    "threads_1": {"OMP_NUM_THREADS": "1"},
+    "threads_2": {"OMP_NUM_THREADS": "2"},
+    "threads_3": {"OMP_NUM_THREADS": "3"},
 }  # fmt: skip
 
 

@@ -168,8 +168,9 @@ def test_every_native_kernel_on_every_card(arch, tmp_path):
 
 
 def test_native_kernels_need_nvcc(monkeypatch):
-    monkeypatch.setenv("CUDACXX", "no-such-compiler")
-    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
     result = run("bench/resources.py", "--native", "only")
     assert result.returncode == 1
     assert "error: --native only: csrc/cuda is left out: nvcc" in result.stderr

@@ -32,7 +32,7 @@ POSTED = ROUTES[:2]
 
 
 @pytest.fixture(scope="module")
-def api(_one_thread):
+def api():
     with serving(small_model(max_position_embeddings=64), default_max_tokens=4, backend="auto") as running:
         yield schemathesis.openapi.from_url(f"{running.root}/openapi.json")
 

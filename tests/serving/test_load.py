@@ -29,7 +29,7 @@ def varied_model() -> Model:
 
 
 @pytest.fixture(scope="module")
-def varied(_one_thread):
+def varied():
     with serving(varied_model(), kv_tokens=1 << 15, max_batch=16, backend="auto") as running:
         yield running
 

@@ -79,3 +79,26 @@ def test_what_a_cuda_graph_gave_out_is_not_added_to():
     kept, figures = step(own_gradients=True)
     assert kept == [False, False]
     torch.testing.assert_close(figures, expected)
+
+
+def test_gradients_are_clipped_before_the_update_and_logged_as_they_were():
+    torch.manual_seed(0)
+    model = Model(TINY)
+    optimizer = build_optimizers(model, "adamw", 1e-2, 0.1)
+    norms, update = [], optimizer.step
+
+    def note() -> None:
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+        update()
+
+    optimizer.step = note
+    stage = Stage(
+        model=model, tokenizer=load_tokenizer(), optimizer=optimizer, loader=Same(), loss=partial(next_token_loss, model),
+        peak_lr=1e-2, lr_factor=lambda step: 1.0, evaluate=lambda final: {}, sample=lambda: "",
+        describe=lambda batch: [], title="", data_fingerprint="",
+    )  # fmt: skip
+    options = LoopOptions(steps=1, grad_clip=0.01)
+    trainer = Trainer(stage, options, RunFolder(Path(), None, None), NoTracker(), Console())
+    trainer._train_step()
+    torch.testing.assert_close(norms[0], torch.tensor(0.01), rtol=1e-3, atol=0)
+    assert trainer.pending[0].figures[-1] > 0.1
