@@ -93,9 +93,9 @@ def test_gradients_are_clipped_before_the_update_and_logged_as_they_were():
 
     optimizer.step = note
     stage = Stage(
-        model=model, tokenizer=load_tokenizer(), optimizer=optimizer, loader=Same(), loss=partial(next_token_loss, model),
-        peak_lr=1e-2, lr_factor=lambda step: 1.0, evaluate=lambda final: {}, sample=lambda: "",
-        describe=lambda batch: [], title="", data_fingerprint="",
+        model=model, tokenizer=load_tokenizer(), optimizer=optimizer, loader=Same(),
+        loss=partial(next_token_loss, model), peak_lr=1e-2, lr_factor=lambda step: 1.0,
+        evaluate=lambda final: {}, sample=lambda: "", describe=lambda batch: [], title="", data_fingerprint="",
     )  # fmt: skip
     options = LoopOptions(steps=1, grad_clip=0.01)
     trainer = Trainer(stage, options, RunFolder(Path(), None, None), NoTracker(), Console())
