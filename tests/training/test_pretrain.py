@@ -17,7 +17,8 @@ from minimind.training.arguments import StageArgs
 from tests import warm
 from tests.training.runs import ONE_THREAD, SCRIPT, call, command, last_step, reproducible, run
 
-LENGTH = ["--tokens", str(512 * 40), "--save-every", "7"]
+STEPS = 24
+LENGTH = ["--tokens", str(512 * STEPS), "--save-every", "7"]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_run_leaves_its_folder_and_learns(unbroken):
     assert (unbroken / "samples.txt").read_text(encoding="utf-8").count("=== step") == 3
     rows = reproducible(unbroken)
     steps = [row["step"] for row in rows if row["kind"] == "train"]
-    assert steps == list(range(1, 41))
+    assert steps == list(range(1, STEPS + 1))
     held_out = [row["heldout_loss"] for row in rows if row["kind"] == "eval"]
     assert held_out[0] > 8 and held_out[-1] < 3
     assert len(list((unbroken / "checkpoints").iterdir())) == 2  # keep-last-k
@@ -60,8 +61,8 @@ def test_recorded_held_out_figures_are_those_of_the_saved_model(unbroken, data):
     assert row["heldout_loss"] == pytest.approx(nats / targets, rel=0.01)
     num_bytes = sum(len(text.encode()) for text in texts)
     assert row["heldout_bpb"] == pytest.approx(nats / math.log(2) / num_bytes, rel=0.01)
-    trainer = torch.load(unbroken / "checkpoints" / "step-00000040" / "trainer.pt", weights_only=True)
-    assert trainer["step"] == 40
+    trainer = torch.load(unbroken / "checkpoints" / f"step-{STEPS:08d}" / "trainer.pt", weights_only=True)
+    assert trainer["step"] == STEPS
 
 
 @pytest.mark.slow  # the smallest mixture preset has 145M parameters
@@ -113,7 +114,7 @@ def test_killed_three_times_the_curve_is_the_same_to_the_bit(unbroken, data, tmp
     a process of its own, whose sets and dictionaries hash with another seed."""
     out = tmp_path / "killed"
     rng = random.Random(time.time_ns())
-    kills = [3, *sorted(rng.sample(range(9, 39, 3), 2))]  # the first before any checkpoint
+    kills = [3, *sorted(rng.sample(range(9, STEPS - 2, 3), 2))]  # the first before any checkpoint
     for step in kills:
         start = subprocess.Popen if step == kills[0] else warm.popen
         process = start(command(data, out, *LENGTH), stdout=subprocess.DEVNULL, env=ONE_THREAD)
@@ -127,7 +128,7 @@ def test_killed_three_times_the_curve_is_the_same_to_the_bit(unbroken, data, tmp
     assert "continuing after step" in answer.stdout
     assert reproducible(out) == reproducible(unbroken), f"killed at {kills}"
     assert (out / "samples.txt").read_text() == (unbroken / "samples.txt").read_text()
-    last = "checkpoints/step-00000040/model.safetensors"
+    last = f"checkpoints/step-{STEPS:08d}/model.safetensors"
     assert (out / last).read_bytes() == (unbroken / last).read_bytes()
 
 
