@@ -172,6 +172,7 @@ BAD = {
     "replicas alone": (None, ("auto", 2), "--replicas 2: needs --parallel fsdp"),
     "remainder": (4, ("fsdp", 3), "--replicas 3: must divide the 4 processes"),
     "none": (4, ("fsdp", 0), "--replicas 0: must divide"),
+    "nothing to sum": (None, ("auto", 1, "bf16"), "--reduce-dtype bf16: one process sends no gradients"),
 }
 
 
