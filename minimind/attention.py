@@ -121,7 +121,8 @@ class UnfoldedLayout:
 
 class _Unfold(torch.autograd.Function):
     """x [N, ...] -> x[rows] [M, ...]. The backward adds up the few copies of a token in float32: that of index_select
-    adds to the gradient by atomics, on a GPU in 16 bit and in an order of its own."""
+    adds to the gradient by atomics, on a GPU in 16 bit and in an order of its own. Rows that no place names are
+    padding: nothing is taken from their documents, their gradient is zero and is not read."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
