@@ -206,7 +206,7 @@ def leave() -> None:
 
     If DDP's reducer is the last to hold the group, it destroys it with the GIL held and waits for Gloo's thread, which
     may be waiting for the GIL to drop the last collective's tensor: one exit in a few hung (torch 2.11 and 2.13).
-    Modules under FSDP refer to each other and outlive their last name: one exit in twelve aborted.
+    Modules under FSDP refer to each other and outlive their last name: one exit in ten or so aborted.
     """
     gc.collect()
     if dist.is_initialized():
