@@ -3,7 +3,8 @@
 ours            train/STAGE.py --compile --fused: packed rows, the device's precision, no logits, fused AdamW; dpo's
                 reference is worked out before the first step, as train/dpo.py does once for a data set (`once` says
                 what that cost for the batch of a step)
-ours-eager      the same without --compile
+ours-muon       the same with Muon for the matrices, the default of train/pretrain.py
+ours-eager      ours without --compile
 eager           this project's plain PyTorch model on the same packed rows and in the same precision, full logits
 compile         that under torch.compile
 upstream-style  the plain model as upstream MiniMind trains it (bench/stages.py): one sequence a row, padded to
@@ -18,6 +19,7 @@ liger           hf with Liger-Kernel's RMSNorm, RoPE, SwiGLU and fused cross-ent
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
@@ -229,6 +231,7 @@ def hf(s: Setting, pure: bool = False, liger: bool = False) -> Contender:
 
 MAKERS: dict[str, Callable[[Setting], Contender]] = {
     "ours": lambda s: ours(s, True),
+    "ours-muon": lambda s: ours(dataclasses.replace(s, optimizer="muon"), True),
     "ours-eager": lambda s: ours(s, False),
     "eager": lambda s: plain(s, False),
     "compile": lambda s: plain(s, True),
@@ -240,8 +243,17 @@ MAKERS: dict[str, Callable[[Setting], Contender]] = {
 }
 
 
+def optimizer_of(name: str, s: Setting) -> OptimizerName:
+    """Which one this contender has."""
+    if name == "ours-muon":
+        return "muon"
+    return s.optimizer if name.startswith("ours") else "adamw"
+
+
 def why_not(name: str, stage: str, preset: str, device: torch.device) -> str | None:
     """None if this contender can run here, else one short reason."""
+    if name == "ours-muon" and stage == "lora":
+        return "adapters are trained with adamw"
     if name in ("eager", "compile") and stage not in NO_REFERENCE:
         return f"there is no plain form of {stage} on packed rows"
     if name == "upstream-bf16" and device.type == "cuda":

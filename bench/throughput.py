@@ -35,7 +35,7 @@ import tyro
 from rich.console import Console
 
 from bench import projection
-from bench.contenders import MAKERS, Setting, why_not
+from bench.contenders import MAKERS, Setting, optimizer_of, why_not
 from bench.kernel_report import append, check_columns, slug
 from bench.stages import STAGES, Padding, padding_of
 from bench.throughput_report import COLUMNS, Row, plot, show
@@ -62,9 +62,9 @@ class Args:
     """Files as the stage's script takes them; of several stages as STAGE=FILE. None: the script's built-in data."""
     preset: tuple[str, ...] = ("minimind2-small",)
     """Model shapes."""
-    peer: tuple[str, ...] = ("ours", "upstream-style")
-    """Any of ours, ours-eager, eager, compile, upstream-style, upstream-bf16, hf, hf-bf16, liger; ratios are against
-    the last."""
+    peer: tuple[str, ...] = ("ours", "ours-muon", "upstream-style")
+    """Any of ours, ours-muon, ours-eager, eager, compile, upstream-style, upstream-bf16, hf, hf-bf16, liger; ratios are
+    against the last."""
     steps: int = 12
     """Timed steps of each."""
     warmup: int = 3
@@ -77,7 +77,7 @@ class Args:
     """Tokens in a row. None takes what upstream pads to: 340 for sft, lora and distill, 720 for reason, 1024 for dpo;
     512 for pretrain."""
     optimizer: OptimizerName = "adamw"
-    """Of ours; the peers have AdamW."""
+    """Of ours and ours-eager; ours-muon has Muon, the peers have AdamW."""
     device: str = "auto"
     """auto, cpu, cuda."""
     out: str | None = None
@@ -164,7 +164,7 @@ def rows_of(
                 **stamp,
                 stage=setting.stage, preset=setting.preset, rows=setting.rows, seq_len=setting.seq_len,
                 data="+".join(Path(path).name for path in paths) or "built-in", peer=name, steps=len(seconds),
-                optimizer=setting.optimizer if name.startswith("ours") else "adamw",
+                optimizer=optimizer_of(name, setting),
                 tokens_per_second=real / total, positions_per_second=computed,
                 step_seconds=statistics.median(seconds), p20=quintiles[0], p80=quintiles[-1],
                 peak_mib=rest["peak_mib"], reserved_mib=rest.get("reserved_mib"),

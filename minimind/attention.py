@@ -95,12 +95,13 @@ class Unfolding(NamedTuple):
     """How documents that share their beginning, which the batch of N tokens holds once, are read one by one.
 
     rows: int64 [M], the tokens of every document, one document after the other; cu_seqlens: int [n + 1], where each
-    begins among them, from 0 to M; back: int64 [N], where among them each token of the batch is taken from.
+    begins among them, from 0 to M; places: int64 [N, C], where among them each token of the batch stands, -1 behind the
+    last place of one that is read fewer than C times. Attention's result is taken from the first.
     """
 
     rows: Tensor
     cu_seqlens: Tensor
-    back: Tensor
+    places: Tensor
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,56 @@ class UnfoldedLayout:
     cheap: all but attention itself is done once for it. `documents` is the layout of `rows`."""
 
     rows: Tensor
-    back: Tensor
+    places: Tensor
     documents: DocumentLayout | VarlenLayout
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        whole = (x.flatten(0, 1).index_select(0, self.rows).unsqueeze(0) for x in (q, k, v))
-        return self.documents.attend(*whole).squeeze(0).index_select(0, self.back).view(q.shape)
+        whole = (_Unfold.apply(x.flatten(0, 1), self.rows, self.places).unsqueeze(0) for x in (q, k, v))
+        out = self.documents.attend(*whole).squeeze(0)
+        return _Fold.apply(out, self.rows, self.places).view(q.shape)
+
+
+class _Unfold(torch.autograd.Function):
+    """x [N, ...] -> x[rows] [M, ...]. The backward adds up the few copies of a token in float32: that of index_select
+    adds to the gradient by atomics, on a GPU in 16 bit and in an order of its own. Rows that no place names are
+    padding: nothing is taken from their documents, their gradient is zero and is not read."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        exact = torch.promote_types(grads[0].dtype, torch.float32)
+        total = grads[0].new_zeros(places.shape[0], *grads[0].shape[1:], dtype=exact)
+        for place in places.unbind(1):
+            copies = grads[0].index_select(0, place.clamp(min=0))
+            total += copies.masked_fill(_beside(place < 0, copies), 0)
+        return total.to(grads[0].dtype), None, None
+
+
+class _Fold(torch.autograd.Function):
+    """y [M, ...] -> y at the first place of each token [N, ...]. The backward is a gather: rows that were not taken
+    have no gradient."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, places)
+        return y.index_select(0, places[:, 0])
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        rows, places = ctx.saved_tensors
+        taken = places[:, 0].index_select(0, rows) == torch.arange(rows.numel(), device=rows.device)
+        spread = grads[0].index_select(0, rows)
+        return spread.masked_fill(_beside(~taken, spread), 0), None, None
+
+
+def _beside(mask: Tensor, rows: Tensor) -> Tensor:
+    """mask [N], to be broadcast over rows [N, ...]."""
+    return mask.view(-1, *[1] * (rows.ndim - 1))
 
 
 Layout = CausalLayout | MaskLayout | DocumentLayout | VarlenLayout | UnfoldedLayout
@@ -142,7 +187,7 @@ def make_layout(
     )
     if unfolding is not None:
         if parts is not None:
-            return UnfoldedLayout(unfolding.rows, unfolding.back, parts)
+            return UnfoldedLayout(unfolding.rows, unfolding.places, parts)
         return MaskLayout(_visible(unfolding, batch, length)[:, None])
     if cu_seqlens is not None:
         if parts is not None:
@@ -173,7 +218,7 @@ def _document_layout(
 
 def _visible(unfolding: Unfolding, batch: int, length: int) -> Tensor:
     """bool [B, T, T]: a token sees what its document has up to it; documents lie within a row."""
-    rows, back = unfolding.rows, unfolding.back
+    rows, back = unfolding.rows, unfolding.places[:, 0]
     bounds = unfolding.cu_seqlens.to(rows.device)
     document = document_ids(bounds, rows.numel())
     place = (torch.arange(rows.numel(), device=rows.device) - bounds[document])[back].view(batch, length)

@@ -134,7 +134,7 @@ def test_documents_that_share_their_beginning(form, dtype):
         (120, 1, 1, 100),
         (222, 15, 0, 0),
     ]  # begin, length of the prompt and of each answer
-    total, sees, rows, ends, back = 237, torch.zeros(237, 237, dtype=torch.bool), [], [0], torch.zeros(237)
+    total, sees, rows, ends = 237, torch.zeros(237, 237, dtype=torch.bool), [], [0]
     for begin, prompt, first, second in parts:
         shared = list(range(begin, begin + prompt))
         for answer in ([*range(begin + prompt, begin + prompt + first)],
@@ -142,10 +142,9 @@ def test_documents_that_share_their_beginning(form, dtype):
             document = shared + answer
             for i, token in enumerate(document if answer or not first else []):
                 sees[token, document[: i + 1]] = True
-                back[token] = len(rows) + i
             rows += document if answer or not first else []
             ends.append(len(rows))
-    unfolding = Unfolding(torch.tensor(rows), torch.tensor(ends, dtype=torch.int32), back.long())
+    unfolding = Unfolding(torch.tensor(rows), torch.tensor(ends, dtype=torch.int32), places_of(rows, total))
     layout = make_layout(1, total, CPU, dtype, boundaries([total]), unfolding=unfolding)
     assert isinstance(layout, UnfoldedLayout) and isinstance(layout.documents, DocumentLayout)
     plain = make_layout(1, total, CPU, dtype, boundaries([total]), fused=False, unfolding=unfolding)
@@ -156,6 +155,48 @@ def test_documents_that_share_their_beginning(form, dtype):
         lambda q, k, v: mask.attend(q[None], k[None], v[None])[0],
         heads(total, 4, 2, 64, dtype), NAMES,
     )  # fmt: skip
+
+
+def places_of(rows: list[int], tokens: int) -> torch.Tensor:
+    found = [[i for i, row in enumerate(rows) if row == token] for token in range(tokens)]
+    most = max(map(len, found))
+    return torch.tensor([some + [-1] * (most - len(some)) for some in found])
+
+
+class Plain:
+    """Attention whose result is a sum that rounds nothing."""
+
+    def attend(self, q, k, v):
+        return q + k + v
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copies_of_a_beginning_are_added_up_in_float32_and_in_order(dtype):
+    """Forty documents behind one prompt, and padding that nothing is taken from."""
+    rows = list(range(10)) + [*range(8), 8] * 39 + [0] * 64
+    places = places_of(rows[:-64], 10)
+    layout = UnfoldedLayout(torch.tensor(rows, device=DEVICE), places.to(DEVICE), Plain())
+    weight = rand(1, 10, 4, 8, seed=1).to(dtype)
+    copies = rand(len(rows) - 64, 4, 8, seed=2).to(dtype)
+
+    def gradient(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        x = torch.zeros(10, 4, 8, dtype=dtype, device=DEVICE, requires_grad=True)
+        read = attention._Unfold.apply(x, layout.rows, layout.places)
+        (read[:-64] * copies.to(dtype)).sum().backward()
+        q, k, v = (torch.ones(1, *x.shape, dtype=dtype, device=DEVICE, requires_grad=True) for _ in range(3))
+        (layout.attend(q, k, v) * weight.to(dtype)).sum().backward()
+        return x.grad, q.grad, k.grad, v.grad
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as recorded:
+            mine = gradient(dtype)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    called = {event.key for event in recorded.key_averages()}
+    assert not {name for name in called if "index_add" in name or "index_put" in name or "scatter" in name}
+    for grad, truth in zip(mine, gradient(torch.float64), strict=True):
+        torch.testing.assert_close(grad.double(), truth, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
 def test_stacks_waste_little():

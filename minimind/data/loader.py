@@ -11,6 +11,7 @@ from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from minimind.data.packing import assign_rows, cut_documents
 from minimind.data.permutation import Permutation
@@ -60,6 +61,8 @@ class PackedLoader:
     fits, or else within its first answer (`cuts` counts them), and only the assistant's tokens are targets.
     marker_weight: the weight of those of reasoning markers; the others' is 1.
     """
+
+    _segments_per_piece = 1
 
     def __init__(
         self,
@@ -117,13 +120,15 @@ class PackedLoader:
 
     @property
     def max_segments(self) -> int:
-        """Segments, padding tails among them, that this rank's share of a batch can have; for the first window."""
-        pieces = self._pieces(0, 0)
-        row_of = np.repeat(np.arange(pieces.num_rows), np.diff(pieces.row_starts))
-        filled = np.bincount(row_of, weights=pieces.length, minlength=pieces.num_rows)
-        segments = np.sort(np.diff(pieces.row_starts) + (filled < self.seq_len))[::-1]
+        """About the most segments, padding tails among them, in a rank's share of a batch: a quarter more than any rows
+        in a row of the first window have, and no more than its fullest rows. Rarely a later batch has more."""
+        counts = self._segments_of_rows(self._pieces(0, 0))
         rows = -(-self.rows // self.world_size)
-        return int(segments[:rows].sum()) + max(0, rows - len(segments)) * int(segments[0])
+        span = self.world_size * (rows - 1) + 1  # of the stream, where the rank's rows of a batch lie
+        stream = np.resize(counts, len(counts) + span - 1)  # a batch may go on in the next pass
+        most = int(sliding_window_view(stream, span)[:, :: self.world_size].sum(1).max())
+        fullest = np.sort(counts)[-rows:].sum() + max(0, rows - len(counts)) * counts.max()
+        return min(most + most // 4, int(fullest))
 
     @property
     def num_windows(self) -> int:
@@ -192,6 +197,12 @@ class PackedLoader:
             "shuffle": int(self.shuffle),
             "window_documents": self._window_documents,
         }
+
+    def _segments_of_rows(self, pieces: Pieces) -> np.ndarray:
+        """How many segments each row has; int64 [rows]."""
+        row_of = np.repeat(np.arange(pieces.num_rows), np.diff(pieces.row_starts))
+        filled = np.bincount(row_of, weights=pieces.length, minlength=pieces.num_rows)
+        return self._segments_per_piece * np.diff(pieces.row_starts) + (filled < self.seq_len)
 
     def _advance(self) -> None:
         self._row, self._window = 0, self._window + 1

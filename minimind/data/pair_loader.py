@@ -49,6 +49,8 @@ class PairLoader(PackedLoader):
     share: lay the prompt down once; else each side is whole.
     """
 
+    _segments_per_piece = 3  # what the sides share, and what is left of each
+
     def __init__(
         self,
         view: Corpus,
@@ -91,11 +93,6 @@ class PairLoader(PackedLoader):
         """Share of the tokens of the pairs' sides that rows do not hold, as the other side has them."""
         shared = self.shared[self.tokens <= self.seq_len].sum()
         return float(shared / (self.cuts.pairs + shared))
-
-    @property
-    def max_segments(self) -> int:
-        """As in PackedLoader; a pair is three."""
-        return 3 * super().max_segments
 
     def epoch_batches(self) -> Iterator[PairBatch]:
         return cast(Iterator[PairBatch], super().epoch_batches())

@@ -12,7 +12,7 @@ import tyro
 
 from minimind.device import PrecisionName
 from minimind.training.optim import OptimizerName, ScheduleName
-from minimind.training.parallel import ParallelName
+from minimind.training.parallel import ParallelName, ReduceDtypeName
 from minimind.training.run_folder import ResumeMode
 from minimind.training.tracking import TrackerName
 
@@ -101,6 +101,9 @@ class StageArgs:
     there are several. A run may continue with other numbers of processes."""
     replicas: int = 1
     """With fsdp: groups of processes that each hold the whole model in shards; several nodes: one group per node."""
+    reduce_dtype: ReduceDtypeName = "fp32"
+    """With ddp or fsdp: what gradients cross the network and are summed in. bf16 sends half the bytes; docs/scaling.md
+    says what it costs."""
     seed: int = 42
     """Decides initial weights and data order."""
     track: TrackerName = "none"

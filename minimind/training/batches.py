@@ -28,8 +28,9 @@ class DeviceBatches:
     computes, it makes `next_batch` wait for nothing.
 
     cu_seqlens is padded with empty documents to one length for all batches, so that a compiled step fits each of them
-    and nothing is compiled twice. It is enough for any rows of the loader's first window; where a later batch needs
-    more, it grows by half, and a compiled step is compiled once more.
+    and nothing is compiled twice. Each is a block of FlashAttention's and 128 rows of its scratch (memory.py), so there
+    are a quarter more than batches of the loader's first window need; where a later one needs still more, the length
+    grows by half, and a compiled step is compiled once more.
 
     place(batch, device, boundaries) -> what the loss takes, for batches that `to_device` does not know.
     """

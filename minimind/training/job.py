@@ -98,7 +98,7 @@ class Job:
     def begin(stage: str, args: StageArgs, console: Console) -> Job:
         """Check the flags, choose device and precision, set the ops' mode, find tokenizer and shape."""
         args.check()
-        parallel = Parallel.from_env(args.parallel, args.replicas)
+        parallel = Parallel.from_env(args.parallel, args.replicas, args.reduce_dtype)
         device = parallel.choose_device(args.device)
         if args.cuda_graph and device.type != "cuda":
             raise ValueError(f"--cuda-graph: there is none on {device}; drop the flag")

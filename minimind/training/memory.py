@@ -1,9 +1,10 @@
 """What a training step keeps in a GPU's memory: arithmetic over the model's shape, so that a batch is chosen to fit.
 
 Counted are the tensors that the Triton path keeps for the backward in 16-bit compute, the float32 master weights with
-gradient and AdamW state, a 16-bit copy of the weights, and the head's gradient and chunk of logits. The allocator's
-fragments and CUDA's own half gigabyte are left to `share`. tests/kernels/test_memory.py compares the first with what
-autograd saves; `torch.compile` may keep less, as it computes some of it again.
+gradient and AdamW state, a 16-bit copy of the weights, the head's gradient and chunk of logits, and the scratch of
+attention's backward. The allocator's fragments and CUDA's own half gigabyte are left to `share`.
+tests/kernels/test_memory.py compares the first with what autograd saves; `torch.compile` may keep less, as it computes
+some of it again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from minimind.config import ModelConfig
 CONTEXT_BYTES = 1 << 29  # CUDA's context and libraries, about
 _POSITION = 12  # of a token: its row of the rotation's table
 _HEAD_CHUNK = 2048  # tokens whose logits exist at once
+_PER_BOUNDARY = 64  # tokens; the built-in corpus has 93, with the quarter that a loader adds
 
 
 def activation_bytes(config: ModelConfig, recompute: bool = False) -> int:
@@ -42,6 +44,15 @@ def _layer_bytes(config: ModelConfig) -> int:
     return 2 * halves + 4 * floats
 
 
+def attention_scratch_bytes(config: ModelConfig, tokens: int, boundaries: int) -> int:
+    """Bytes that FlashAttention-2's backward takes for a layer and gives back: float32 sums of dq, heads rounded up to
+    32 numbers, and of the softmax's gradient, both with 128 rows more for each document; keys' and values' gradients
+    for each query head, 16 bit, where these share them (mha_varlen_bwd in its csrc/flash_attn/flash_api.cpp)."""
+    heads, dim = config.num_attention_heads, config.head_dim
+    sums = 4 * (tokens + 128 * boundaries) * heads * (-(-dim // 32) * 32 + 1)
+    return sums + (4 * tokens * heads * dim if config.num_key_value_heads < heads else 0)
+
+
 def state_bytes(config: ModelConfig, parameters: int) -> int:
     """Bytes that do not depend on the batch: 16 a parameter, a 16-bit copy, and the head's gradient and logits."""
     head = config.vocab_size * (4 * config.hidden_size + 6 * _HEAD_CHUNK)
@@ -52,6 +63,8 @@ def tokens_that_fit(
     config: ModelConfig, parameters: int, memory: int, recompute: bool = False, share: float = 0.9
 ) -> int:
     """How many tokens a forward and backward may hold at once on a card with `memory` bytes; 0 when not even the
-    model fits. Beside the activations each token has its hidden state's gradient and a copy of it, 16 bit."""
+    model fits. Beside the activations each token has its hidden state's gradient and a copy of it, 16 bit, and its part
+    of the scratch of attention's backward."""
     left = share * (memory - CONTEXT_BYTES) - state_bytes(config, parameters)
-    return max(0, int(left / (activation_bytes(config, recompute) + 4 * config.hidden_size)))
+    scratch = attention_scratch_bytes(config, _PER_BOUNDARY, 1) / _PER_BOUNDARY
+    return max(0, int(left / (activation_bytes(config, recompute) + 4 * config.hidden_size + scratch)))

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.fsdp import FSDPModule
 
 from minimind.modeling import Model
+from minimind.training.muon import Muon
 from minimind.training.parallel import from_rank_0, to_rank_0
 
 OptimizerName = Literal["muon", "adamw"]
@@ -67,7 +68,7 @@ def build_optimizers(
     adamw: fused AdamW for everything (Loshchilov & Hutter 2019, arXiv 1711.05101).
     muon: momentum orthogonalised by Newton-Schulz for the matrices inside the blocks (Jordan et al. 2024), its
       update scaled to the size of AdamW's so that one `lr` serves both (Moonlight, arXiv 2502.16982); AdamW for
-      the embedding, the head, the router, stacked experts (torch.optim.Muon takes 2-D tensors only) and the gains.
+      the embedding, the head, the router, stacked experts and the gains.
     """
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward without a backward leaves whole parameters in place of the shards
@@ -81,7 +82,7 @@ def build_optimizers(
     ]
     parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
     if muon:
-        parts.append(torch.optim.Muon(muon, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        parts.append(Muon(muon, lr=lr, weight_decay=weight_decay))
     return Optimizers(parts)
 
 

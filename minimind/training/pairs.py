@@ -101,16 +101,20 @@ def unfold(batch: PairBatch, boundaries: int | None) -> tuple[np.ndarray, np.nda
     copied = np.arange(lengths.sum()) + (begins - lengths.cumsum() + lengths).repeat(lengths)
     rows = np.insert(np.arange(total), again.repeat(lengths), copied)
     back = np.arange(total) + np.bincount(again, lengths, total).astype(np.int64).cumsum()
+    repeated = np.ones(len(rows), bool)
+    repeated[back] = False
+    places = np.stack([back, np.full(total, -1)], 1)
+    places[rows[repeated], 1] = np.flatnonzero(repeated)
     starts = back[bounds[:-1]]
     starts[batch.rejected] -= lengths
     starts = np.append(np.delete(starts, batch.chosen), len(rows))
     if boundaries is not None:
         size = 2 * total
         starts = np.append(starts, np.arange(len(rows), size, _UNREAD)[1:])
-        places = boundaries + total // _UNREAD + 2
-        starts = np.pad(starts, (0, places - len(starts)), constant_values=size)
+        room = boundaries + total // _UNREAD + 2
+        starts = np.pad(starts, (0, room - len(starts)), constant_values=size)
         rows = np.pad(rows, (0, size - len(rows)))
-    return rows, starts.astype(np.int32), back
+    return rows, starts.astype(np.int32), places
 
 
 @torch.no_grad()

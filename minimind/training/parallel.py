@@ -6,6 +6,7 @@ is saved does not tell how many ranks there were.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -28,6 +30,8 @@ from minimind.modeling import Model, MoE
 from minimind.spans import span
 
 ParallelName = Literal["auto", "none", "ddp", "fsdp"]
+ReduceDtypeName = Literal["fp32", "bf16"]
+_DTYPES: dict[ReduceDtypeName, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 T = TypeVar("T")
 
 
@@ -40,11 +44,13 @@ class Parallel:
     local_rank: int = 0
     world_size: int = 1
     replicas: int = 1
+    reduce_dtype: ReduceDtypeName = "fp32"
     wrapped: nn.Module | None = None
 
     @staticmethod
-    def from_env(name: ParallelName, replicas: int) -> Parallel:
-        """What --parallel and --replicas mean under torchrun's environment, or without it. Raises ValueError."""
+    def from_env(name: ParallelName, replicas: int, reduce_dtype: ReduceDtypeName = "fp32") -> Parallel:
+        """What --parallel, --replicas and --reduce-dtype mean under torchrun's environment, or without it. Raises
+        ValueError."""
         world = world_size()
         if name == "auto":
             name = "ddp" if world > 1 else "none"
@@ -64,13 +70,16 @@ class Parallel:
             raise ValueError(
                 f"--replicas {replicas}: must divide the {world} processes that torchrun started"
             )
-        return Parallel(name, rank(), int(os.environ.get("LOCAL_RANK", 0)), world, replicas)
+        if reduce_dtype != "fp32" and name == "none":
+            raise ValueError(f"--reduce-dtype {reduce_dtype}: one process sends no gradients; drop the flag")
+        return Parallel(name, rank(), int(os.environ.get("LOCAL_RANK", 0)), world, replicas, reduce_dtype)
 
     def __str__(self) -> str:
         if self.strategy == "none":
             return "one process"
         shards = f", {self.replicas} replicas of {self.world_size // self.replicas} shards"
-        return f"{self.world_size} processes, {self.strategy}" + (shards if self.replicas > 1 else "")
+        sums = f", gradients summed in {self.reduce_dtype}" if self.reduce_dtype != "fp32" else ""
+        return f"{self.world_size} processes, {self.strategy}" + (shards if self.replicas > 1 else "") + sums
 
     @property
     def main(self) -> bool:
@@ -112,9 +121,11 @@ class Parallel:
             if isinstance(module, MoE):
                 module.statistics_group = dist.group.WORLD
         if self.strategy == "ddp":
-            self.wrapped = _Replica(model, gradient_as_bucket_view=True)
+            self.wrapped = replica = _Replica(model, gradient_as_bucket_view=True)
+            if self.reduce_dtype == "bf16":
+                replica.register_comm_hook(None, _sum_in_bf16)
         else:
-            _shard(model, self._mesh(model.head_weight.device))
+            _shard(model, self._mesh(model.head_weight.device), _DTYPES[self.reduce_dtype])
         return self.wrapped
 
     def exchange(self, last: bool) -> AbstractContextManager[None]:
@@ -184,12 +195,20 @@ class _Replica(DistributedDataParallel):
         return self.module.head_weight
 
 
+def _sum_in_bf16(group, bucket):
+    """DDP refuses bf16_compress_hook by its name where there is no NCCL; gloo sums bf16 too. It compares annotations
+    with types, so that there are none here."""
+    return bf16_compress_hook(group, bucket)
+
+
 def leave() -> None:
     """Part from the other processes, when nothing refers to a wrapped module any more.
 
     If DDP's reducer is the last to hold the group, it destroys it with the GIL held and waits for Gloo's thread, which
     may be waiting for the GIL to drop the last collective's tensor: one exit in a few hung (torch 2.11 and 2.13).
+    Modules under FSDP refer to each other and outlive their last name: one exit in ten or so aborted.
     """
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -214,11 +233,12 @@ def from_rank_0() -> StateDictOptions:
     return StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
 
 
-def _shard(model: Model, mesh: DeviceMesh) -> None:
-    """FSDP2 over blocks; masters stay float32, gradients are summed in float32, weights travel as they compute."""
+def _shard(model: Model, mesh: DeviceMesh, reduce_dtype: torch.dtype) -> None:
+    """FSDP2 over blocks; masters stay float32, gradients are summed in `reduce_dtype`, weights travel as they
+    compute."""
     dtype = model.compute_dtype if model.compute_dtype == torch.bfloat16 else None
     # the model itself says what runs in which precision: inputs are not cast
-    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
     placement = partial(_placement, shards=mesh.size(mesh.ndim - 1))
     for block in model.layers:
         if isinstance(block.mlp, MoE):

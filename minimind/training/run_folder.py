@@ -21,8 +21,8 @@ from minimind.training.checkpoint import list_checkpoints, remove_partial
 ResumeMode = Literal["auto", "never"]
 
 
-# Settings that change where things lie, not what is computed.
-_NOT_IDENTITY = {"args.cache_dir", "args.parallel", "args.replicas"}
+# Settings that change where things lie and how they are sent, not what is computed, rounding aside.
+_NOT_IDENTITY = {"args.cache_dir", "args.parallel", "args.replicas", "args.reduce_dtype"}
 
 
 @dataclass(frozen=True)

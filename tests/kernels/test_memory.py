@@ -5,7 +5,7 @@ import torch
 
 from minimind import ModelConfig, ops
 from minimind.modeling import Model
-from minimind.training.memory import activation_bytes, tokens_that_fit
+from minimind.training.memory import activation_bytes, attention_scratch_bytes, tokens_that_fit
 from tests.kernels.contract import DEVICE
 from tests.kernels.test_model import SHAPES
 
@@ -44,6 +44,19 @@ def test_activation_bytes(shape, recompute):
         expected -= 4 * config.num_attention_heads * config.num_hidden_layers
     assert counted <= expected * 1.02
     assert counted >= expected * 0.9
+
+
+def test_scratch_of_attention():
+    """The tensors that flash_api.cpp's mha_varlen_bwd allocates, head by head."""
+    grouped = ModelConfig(64, 1, 8, 2, 80, 96, 50)
+    tokens, boundaries = 1000, 7
+    sums = torch.empty(tokens + 128 * boundaries, 8, 96, device="meta")  # 80 rounded up
+    softmax = torch.empty(8, tokens + 128 * boundaries, device="meta")
+    expanded = torch.empty(2, tokens, 8, 80, dtype=torch.bfloat16, device="meta")
+    expected = sum(x.nbytes for x in (sums, softmax, expanded))
+    assert attention_scratch_bytes(grouped, tokens, boundaries) == expected
+    alone = ModelConfig(64, 1, 8, 8, 80, 96, 50)
+    assert attention_scratch_bytes(alone, tokens, boundaries) == expected - expanded.nbytes
 
 
 def test_cards():

@@ -117,6 +117,14 @@ def test_mixture_of_experts_steps_are_those_of_one_process():
     finish([sys.executable, str(Path(__file__).with_name("ranks.py"))], 2)
 
 
+@pytest.mark.parametrize(
+    ("processes", "replicas"), [(3, 1), pytest.param(2, 1, marks=slow), pytest.param(4, 2, marks=slow)]
+)
+def test_muon_shares_its_matrices_out(processes, replicas):
+    """Shards that end within a matrix, and stacked experts cut along either dimension; see muon_ranks.py."""
+    finish(torchrun(processes, str(Path(__file__).with_name("muon_ranks.py")), str(replicas)))
+
+
 @slow
 @pytest.mark.parametrize(("processes", "mesh"), [(2, ()), (4, ("--replicas", "2"))], ids=["shards", "mesh"])
 def test_muon_steps_on_shards(processes, mesh, data, tmp_path):
@@ -149,6 +157,7 @@ BAD = {
     "replicas alone": (None, ("auto", 2), "--replicas 2: needs --parallel fsdp"),
     "remainder": (4, ("fsdp", 3), "--replicas 3: must divide the 4 processes"),
     "none": (4, ("fsdp", 0), "--replicas 0: must divide"),
+    "nothing to sum": (None, ("auto", 1, "bf16"), "--reduce-dtype bf16: one process sends no gradients"),
 }
 
 

@@ -1,0 +1,172 @@
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from minimind import ModelConfig
+from minimind.modeling import Model
+from minimind.training.muon import Muon, newton_schulz_
+from minimind.training.muon_plan import batches_of, matrices_of, share_out
+from minimind.training.optim import Optimizers, build_optimizers
+
+SMALL = ModelConfig(64, 8, 4, 2, 16, 88, 50)
+SHAPES = [(24, 16), (16, 16), (16, 24), (24, 16), (1, 16), (16, 1), (63, 123)]
+VIEWS = ("aten::t", "aten::transpose", "aten::view", "aten::split", "aten::slice", "aten::unbind", "aten::squeeze",
+         "aten::numpy_T", "aten::mT", "aten::reshape", "aten::contiguous", "aten::empty", "aten::new_empty",
+         "aten::result_type", "aten::as_strided", "aten::empty_like", "aten::detach")  # fmt: skip
+
+
+def gradients(shapes, seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def after(make, shapes=SHAPES, steps: int = 3) -> list[torch.Tensor]:
+    """Parameters after steps of the optimizer that `make` makes of them."""
+    parameters = [nn.Parameter(value) for value in gradients(shapes, 0)]
+    optimizer = make(parameters)
+    for step in range(steps):
+        for parameter, gradient in zip(parameters, gradients(shapes, step + 1), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+    return [p.detach() for p in parameters]
+
+
+def torchs(parameters) -> torch.optim.Optimizer:
+    return torch.optim.Muon(parameters, lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+
+
+@pytest.mark.parametrize("elements", [None, 1, 800], ids=["batches", "one by one", "batches of two"])
+def test_steps_are_those_of_torch(elements):
+    ours = after(lambda p: Muon(p, lr=0.1, weight_decay=0.1, batch_elements=elements))
+    for mine, theirs in zip(ours, after(torchs), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02)  # bf16 factors times 0.02 to 0.2
+
+
+def iterated(matrix: torch.Tensor) -> torch.Tensor:
+    """Newton-Schulz in float64."""
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32), (1, 9), (123, 63)])
+def test_rounding_is_no_larger_than_torchs(shape):
+    given = torch.stack(gradients([shape] * 8, 0))
+    truth = torch.stack([iterated(matrix) for matrix in given])
+    batch = given.bfloat16()
+    newton_schulz_(batch)
+    alone = [nn.Parameter(torch.zeros(shape)) for _ in given]
+    for parameter, gradient in zip(alone, given, strict=True):
+        parameter.grad = gradient
+    torch.optim.Muon(alone, lr=1.0, weight_decay=0.0, momentum=0.0, adjust_lr_fn="match_rms_adamw").step()
+    scale = 0.2 * max(shape) ** 0.5
+    theirs = torch.stack([-p.detach() / scale for p in alone])
+    assert (batch - truth).norm() <= 2 * (theirs - truth).norm()
+
+
+def launches(step) -> int:
+    """Operators that a step calls itself, views left out: on a GPU at least a kernel each."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        step()
+    ours = [e for e in recorded.events() if e.name.startswith("aten::") and not e.name.startswith(VIEWS)]
+    return sum(not (e.cpu_parent and e.cpu_parent.name.startswith("aten::")) for e in ours)
+
+
+def test_an_eighth_of_the_launches_for_eight_blocks():
+    model = Model(SMALL)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    muon = build_optimizers(model, "muon", 1e-3, 0.1).parts[1]
+    matrices = [p for group in muon.param_groups for p in group["params"]]
+    assert len(matrices) == 32
+    assert launches(muon.step) <= launches(torchs(matrices).step) / 8
+
+
+def test_parts_are_orthogonalised_apart():
+    """Packed q, k and v, and stacked experts of packed gate and up, as if each had been a parameter of its own."""
+    whole = [(20, 12), (3, 16, 12)]
+
+    def together(parameters):
+        return Muon(parameters, lr=0.1, rows={parameters[0]: (12, 4, 4), parameters[1]: (8, 8)})
+
+    def apart(parameters):
+        """The same numbers in parameters of their own, whose storage is that of the whole."""
+        views = [*parameters[0].data.split((12, 4, 4)), *parameters[1].data.view(-1, 12).split(8)]
+        parts = [nn.Parameter(view) for view in views]
+        optimizer = Muon(parts, lr=0.1, batch_elements=1)
+        step = optimizer.step
+
+        def with_gradients():
+            grads = [*parameters[0].grad.split((12, 4, 4)), *parameters[1].grad.view(-1, 12).split(8)]
+            for part, gradient in zip(parts, grads, strict=True):
+                part.grad = gradient
+            step()
+
+        optimizer.step = with_gradients
+        return optimizer
+
+    for a, b in zip(after(together, whole), after(apart, whole), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.01)
+
+
+def test_matrices_of_one_shape_share_a_batch_whatever_holds_them():
+    matrices = matrices_of(0, (3, 16, 12), (8, 8)) + matrices_of(1, (8, 12)) + matrices_of(2, (4, 12))
+    ordered = share_out(matrices, 1)[0]
+    assert batches_of(ordered, 1 << 20) == [(1, 4, 12), (7, 8, 12)]
+    assert batches_of(ordered, 3 * 96) == [(1, 4, 12), (3, 8, 12), (3, 8, 12), (1, 8, 12)]
+    assert batches_of(ordered, 1) == [(1, 4, 12)] + [(1, 8, 12)] * 7
+
+
+def test_ranks_share_the_work():
+    matrices = [m for i in range(9) for m in matrices_of(i, (512, 1408) if i % 2 else (512, 512))]
+    shares = share_out(matrices, 4)
+    assert sorted(m.parameter for share in shares for m in share) == list(range(9))
+    costs = [sum(m.cost for m in share) for share in shares]
+    assert max(costs) < 2 * sum(costs) / 4
+    assert share_out(matrices[:1], 2) == [[matrices[0]], []]
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "message"),
+    [
+        ((4,), None, r"not a tensor of shape \(4,\)"),
+        ((5, 4), (3, 3), r"do not make up one of shape \(5, 4\)"),
+    ],
+)
+def test_what_is_no_matrix_is_refused(shape, rows, message):
+    parameter = nn.Parameter(torch.zeros(shape))
+    parameter.grad = torch.zeros(shape)
+    with pytest.raises(ValueError, match=message):
+        Muon([parameter], rows={parameter: rows} if rows else None).step()
+
+
+def test_checkpoints_of_torchs_muon_load():
+    def take_steps(steps, theirs, state=None, weights=None):
+        torch.manual_seed(0)
+        model = Model(dataclasses.replace(SMALL, num_hidden_layers=2))
+        optimizers = build_optimizers(model, "muon", 1e-2, 0.1)
+        if theirs:
+            groups = optimizers.parts[1].param_groups
+            optimizers = Optimizers([optimizers.parts[0], torchs([p for g in groups for p in g["params"]])])
+        if weights is not None:
+            model.load_state_dict(weights)
+            optimizers.load_state_dict(model, state)
+        for step in steps:
+            ids = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(step))
+            model(ids).logits.square().mean().backward()
+            optimizers.step()
+            optimizers.zero_grad()
+        return {k: v.clone() for k, v in model.state_dict().items()}, optimizers.state_dict(model)
+
+    half, state = take_steps(range(3), theirs=True)
+    resumed, ours = take_steps(range(3, 5), False, state, half)
+    whole, theirs = take_steps(range(5), theirs=True)
+    assert ours["state"].keys() == theirs["state"].keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=5e-3, msg=name)
