@@ -590,6 +590,13 @@ MUTATIONS = (
         "tests/training/test_loop.py",
     ),
     Mutation(
+        "an update of Muon is as large as its shorter side asks",
+        "minimind/training/muon_plan.py",
+        "0.2 * math.sqrt(max(self.rows, self.columns))",
+        "0.2 * math.sqrt(min(self.rows, self.columns))",
+        "tests/training/test_optim.py",
+    ),
+    Mutation(
         "Muon takes the router",
         "minimind/training/optim.py",
         ' and "router" not in name',
@@ -627,8 +634,8 @@ MUTATIONS = (
     Mutation(
         "Muon's matrices do not decay",
         "minimind/training/optim.py",
-        "torch.optim.Muon(muon, lr=lr, weight_decay=weight_decay,",
-        "torch.optim.Muon(muon, lr=lr, weight_decay=0.0,",
+        "Muon(muon, lr=lr, weight_decay=weight_decay)",
+        "Muon(muon, lr=lr, weight_decay=0.0)",
         "tests/training/test_optim.py",
     ),
     Mutation(
