@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from minimind import ModelConfig, attention, native, ops
+from minimind import ModelConfig, native, ops, varlen
 from minimind import document_attention as operator
 from minimind.attention import (
     CausalLayout,
@@ -181,11 +181,24 @@ def test_what_flash_attention_is_asked_for(monkeypatch, with_gqa):
         assert with_gqa or k.shape == v.shape == q.shape
         return masked(q, k, v, cu_q)
 
-    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(attention, "_VARLEN_OPTIONS", ["enable_gqa"] if with_gqa else [])
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(varlen, "TAKES_FEWER_HEADS", with_gqa)
     q, k, v = heads(sum(LENGTHS), 4, 2, 16, torch.float32)
     out = VarlenLayout(cu, 128).attend(q[None], k[None], v[None])[0]
     torch.testing.assert_close(out, masked(q, k, v, cu))
+
+
+@pytest.mark.parametrize("with_gqa", [False, True])
+def test_the_choice_of_flash_attention_does_not_break_a_graph(monkeypatch, with_gqa):
+    def varlen_attn(q, k, v, *bounds, window_size, enable_gqa=False):
+        return q * k.mean() + v.mean() * bounds[-1]
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(varlen, "TAKES_FEWER_HEADS", with_gqa)
+    q, k, v = (x[None] for x in heads(sum(LENGTHS), 4, 2, 16, torch.float32))
+    layout = VarlenLayout(boundaries(LENGTHS), 128)
+    compiled = torch.compile(layout.attend, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), layout.attend(q, k, v))
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="flash attention over documents has no CPU form")
