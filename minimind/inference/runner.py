@@ -107,11 +107,10 @@ class Runner:
         rotation = Rotation(self._cos, self._sin, prompts.position.unsqueeze(0))
         attention = ChunkAttention(prompts)
         x = model.embed_tokens(prompts.token).to(self._dtype).unsqueeze(0)  # [1, N, C]
-        sequences = _no_statistics(x) if model.config.num_experts else None
         delta = None
         for layer, cache in self._layers():
             layout = cast(Any, PagedLayout(prompts, attention, cache))
-            x, delta, _ = layer(x, delta, rotation, layout, sequences)
+            x, delta, _ = layer(x, delta, rotation, layout, None)
         assert delta is not None
         return self._logits(x[0].index_select(0, prompts.last), delta[0].index_select(0, prompts.last))
 
@@ -152,12 +151,11 @@ class Runner:
     def _decode_layers(self, rows: int) -> Tensor:
         model, b = self._model, self._batch.views(rows)
         x = model.embed_tokens(b["token"]).to(self._dtype)  # [B, C]
-        sequences = _no_statistics(x) if model.config.num_experts else None
         delta = None
         for layer, cache in self._layers():
             normed, x = layer.input_layernorm(x, delta)
             normed, x = layer.post_attention_layernorm(x, self._attend(layer.self_attn, normed, cache, b))
-            delta = layer.mlp(normed) if sequences is None else layer.mlp(normed[None], *sequences)[0][0]
+            delta = layer.mlp(normed[None])[0][0] if model.config.num_experts else layer.mlp(normed)
         assert delta is not None
         return self._logits(x, delta)
 
@@ -179,10 +177,3 @@ class Runner:
     def _logits(self, x: Tensor, delta: Tensor) -> Tensor:
         x, _ = self._model.norm(x, delta)
         return F.linear(x, self._model.head_weight.to(x.dtype)).float()
-
-
-def _no_statistics(x: Tensor) -> tuple[Tensor, int, Tensor]:
-    """What a MoE layer wants for its load-balance statistics, which nobody reads here: all tokens are one sequence."""
-    tokens = x.numel() // x.shape[-1]
-    ids = torch.zeros(tokens, dtype=torch.int64, device=x.device)
-    return ids, 1, torch.ones(tokens, device=x.device)

@@ -79,7 +79,7 @@ for key, name in ({c.key: f"{c.kernel} ({c.case})" for c in many}).items():
     if key not in {c.key for c in few}:
         print(f"{name} is compiled anew for some length")
 for kernel, count in run_shapes.variants(many).items():
-    if count > 2:
+    if count > 3:
         print(f"{kernel} has {count} variants")
 """
 
