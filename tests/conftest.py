@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
-import torch._dynamo  # before memory is poisoned below: its table of functions must hold PyTorch's own
 
 if not torch.cuda.is_available():  # before Triton is imported: its kernels then run in the interpreter
     os.environ["TRITON_INTERPRET"] = "1"
+
+import torch._dynamo  # before memory is poisoned below: its table of functions must hold PyTorch's own
 
 from minimind import ops
 from minimind.kernels.triton_support import triton
