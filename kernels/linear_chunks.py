@@ -235,8 +235,14 @@ def run_chunks(
             if need_dw and dlogits.dtype == dw.dtype:
                 dw.addmm_(dlogits.t(), x_part)
             elif need_dw:
-                dw += torch.mm(dlogits.t(), x_part)
+                dw += _product(dlogits.t(), x_part)
     return dx, dw
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of 16-bit matrices, to be added to a float32 sum: not rounded on the way, where there is a product for that
+    (cuBLAS; PyTorch has none on a CPU)."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else torch.mm(a, b)
 
 
 def capped(logits: Tensor, softcap: float) -> Tensor:

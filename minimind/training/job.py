@@ -21,7 +21,7 @@ from rich.console import Console
 from minimind import ops
 from minimind.config import ModelConfig
 from minimind.data.progress import say
-from minimind.device import Precision, choose_precision, describe_device
+from minimind.device import Precision, choose_precision, describe_device, keep_sums_float32
 from minimind.modeling import Model
 from minimind.spans import nvtx_mode
 from minimind.tokenization import Tokenizer
@@ -107,6 +107,7 @@ class Job:
                 "--cuda-graph: FSDP's weights are in another place each time; take --parallel ddp"
             )
         precision = choose_precision(device, args.precision)
+        keep_sums_float32()
         ops.set_mode("fused" if args.fused else "reference")
         origin = Origin.of(args, console)
         return Job(stage, args, console, parallel, device, precision, origin)

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -403,6 +405,13 @@ def test_masked_tokens_cost_nothing(monkeypatch, kernels):
     as_on_a_device(monkeypatch)
     assert work(half, num_targets=6) == full // 2
     assert work(half) == full, "counting would wait for the device"
+
+
+def test_on_a_gpu_no_part_of_dw_is_rounded_before_the_sum(monkeypatch):
+    """What cuBLAS is asked for, on a machine that need not have it."""
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch, "mm", lambda a, b, **options: options)
+    assert linear_chunks._product(on_gpu, on_gpu) == {"out_dtype": torch.float32}
 
 
 def test_chunks_keep_to_the_budget():
