@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind import native
+from minimind import native, varlen
 from minimind.inference import decode_ops
 from minimind.inference.batch import DecodeBatch
 from minimind.inference.cache import LayerCache, PagedCache
@@ -68,6 +68,9 @@ class Runner:
             raise ValueError(f"backend='native' cannot be met: {missing}; use backend='auto' or 'reference'")
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+        config = self._model.config
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        varlen.learn_heads(self._device, varlen.Heads(*heads, self._dtype))
         asked = backend if backend != "auto" else decode_ops.get_backend()
         self._native, self._reason = asked != "reference" and missing is None, missing
         self._rope, self._attention, self._sample = _native_ops() if self._native else _REFERENCE

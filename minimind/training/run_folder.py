@@ -22,7 +22,7 @@ ResumeMode = Literal["auto", "never"]
 
 
 # Settings that change where things lie, not what is computed.
-_NOT_IDENTITY = {"args.cache_dir", "args.parallel", "args.replicas"}
+_NOT_IDENTITY = {"args.attention", "args.cache_dir", "args.parallel", "args.replicas"}
 
 
 @dataclass(frozen=True)
