@@ -93,6 +93,9 @@ setup(
     ],
     extras_require={
         "gpu": ["nvtx>=0.2.11; platform_system == 'Linux'", "triton>=3.6; platform_system == 'Linux'"],
+        # faster attention in training, one of them: docs/kernels.md (FlashAttention 3 is built from its repository)
+        "flash2": ["flash-attn>=2.7; platform_system == 'Linux'"],
+        "flash4": ["flash-attn-4; platform_system == 'Linux'"],
         "serve": ["fastapi>=0.115", "llguidance>=1.0", "prometheus_client>=0.21", "uvicorn>=0.32"],
         "web": ["minimind[serve]", "openai>=1.50", "streamlit>=1.40"],
         "export": ["gguf>=0.10", "transformers>=4.57"],

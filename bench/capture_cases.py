@@ -1,4 +1,5 @@
-"""Every public op, forward and backward, at the presets' widths and few tokens: what bench/capture.py watches."""
+"""Every public op, forward and backward, at the presets' widths and few tokens, and the shapes of whole runs: what
+bench/capture.py watches."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from bench import run_shapes
 from minimind.config import PRESETS, ModelConfig
 from minimind.kernels.linear_cross_entropy import linear_cross_entropy
 from minimind.kernels.linear_distillation import linear_distillation
@@ -27,7 +29,7 @@ MANY_EXPERTS = ModelConfig(hidden_size=768, num_experts=64, num_experts_per_tok=
 def cases(dtype: torch.dtype, only: Sequence[str] = ("",)) -> Cases:
     """Name -> a call of one op with activations of `dtype` and float32 weights. only: parts of names, of which a
     case has one."""
-    found: Cases = {}
+    found = run_shapes.cases(dtype)  # first: what a run asks for is then found under its name
     for name, config in PRESETS.items():
         found |= _dense(name, config, dtype)
         if config.num_experts:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.util
-import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -34,7 +33,6 @@ import torch.nn.functional as F
 import tyro
 from rich.console import Console
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from bench.kernel_report import Row, append, check_columns, show, slug
 from bench.timing import Step, Timing, first_line, limits, measure
@@ -43,6 +41,7 @@ from minimind.config import PRESETS, ModelConfig
 from minimind.device import choose_device, choose_precision, describe_device
 from minimind.inference import decode_ops
 from minimind.training.run_folder import versions
+from minimind.varlen import PAGED, varlen_attn
 
 PAGE = {"cpu": 16, "cuda": 256}  # tokens; flash-attn's paged form takes multiples of 256 only
 
@@ -167,7 +166,7 @@ def why_not(name: str, device: torch.device) -> str | None:
         return native.why_not(device)
     if name in ("varlen", "flash-attn") and device.type != "cuda":
         return "it needs a GPU"
-    if name == "varlen" and "block_table" not in inspect.signature(varlen_attn).parameters:
+    if name == "varlen" and not PAGED:
         return "this torch has no paged form"
     if name == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
         return "flash-attn is not installed"

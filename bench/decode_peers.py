@@ -147,11 +147,7 @@ def naive_forward(
         normed, x = layer.post_attention_layernorm(
             x, _naive_attention(layer.self_attn, normed, positions, table, past, index)
         )
-        if isinstance(layer.mlp, MoE):
-            sequences = torch.zeros(ids.numel(), dtype=torch.int64, device=ids.device)
-            delta, _ = layer.mlp(normed, sequences, 1, torch.ones(ids.numel(), device=ids.device))
-        else:
-            delta = layer.mlp(normed)
+        delta = layer.mlp(normed)[0] if isinstance(layer.mlp, MoE) else layer.mlp(normed)
     return model.norm(x, delta)[0] @ model.head_weight.t()
 
 

@@ -4,10 +4,11 @@
                               [--json FILE] [--jobs N] [--native also|only|none]
 
 Each public op is called forward and backward at the presets' widths; its launches are caught and compiled for each
-architecture as Triton's JIT would compile them (bench/capture.py, bench/compiling.py). Where nvcc is on PATH, so are
-the kernels of csrc/cuda (bench/native_resources.py). Nothing is launched and no GPU is needed. The exit status is 1 if
-a kernel spills, needs more shared memory than the card has, multiplies 16-bit matrices without tensor cores, or does
-not compile.
+architecture as Triton's JIT would compile them (bench/capture.py, bench/compiling.py). So is what whole runs launch,
+whose variants of each kernel are counted (bench/run_shapes.py); in the JSON file these cases begin with "run, ". Where
+nvcc is on PATH, so are the kernels of csrc/cuda (bench/native_resources.py). Nothing is launched and no GPU is needed.
+The exit status is 1 if a kernel spills, needs more shared memory than the card has, multiplies 16-bit matrices without
+tensor cores, or does not compile.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench import native_resources
+from bench import native_resources, run_shapes
 from bench.capture import Compilation, capture
 from bench.capture_cases import cases
 from bench.compiling import Resources, compile_one
@@ -185,6 +186,9 @@ def main(args: Args) -> int:
     native = measure_native(args, console)
     show([*results, *native], console)
     found = problems(compilations, results) + native_problems(native)
+    counts = ", ".join(f"{name} {count}" for name, count in run_shapes.variants(compilations).items())
+    if counts:
+        console.print(f"variants that a run compiles: {counts}", highlight=False, soft_wrap=True)
     for line in found:
         console.print(f"[red]{line}", highlight=False, soft_wrap=True)
     console.print(f"{len(results) + len(native)} kernels compiled, {len(found)} problems")

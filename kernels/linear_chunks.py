@@ -32,6 +32,9 @@ from minimind.kernels.triton_support import (
 
 # Bytes of one chunk's logits. On a CPU 512 rows of 6400 float32 numbers: 13 MB, which its cache holds.
 LOGITS_BYTES = {"cpu": 512 * 6400 * 4, "cuda": 64 * 2**20}
+# Of the rows. Above it all are computed: gathering them and scattering their gradient takes a GPU longer than the
+# products of a few more rows, at 6400 x 768 about 6% of all of them (bandwidth against bf16 peak); a CPU 1%.
+ALL_ROWS_ABOVE = {"cpu": 1.0, "cuda": 0.95}
 ROWS_MULTIPLE = 64  # of a chunk, which is never smaller: whole tiles of the product, aligned rows
 
 
@@ -124,7 +127,7 @@ def row_tile(logits: Tensor) -> tuple[int, int]:
 @dataclass(frozen=True)
 class Rows:
     """Which rows are computed: the first `count` of `index` int64, or all of them. `poison` is None or a float32
-    scalar on the device: NaN if more rows than `count` should have been, else 0."""
+    scalar on the device: NaN if the caller's bound was too small, else 0."""
 
     total: int
     count: int
@@ -150,7 +153,8 @@ class Rows:
 
 def select_rows(keep: Tensor, num_targets: int | None) -> Rows:
     """The rows where `keep`, bool [N], in their order. num_targets: at most so many are kept; None: a CPU counts
-    them, and elsewhere, where counting would wait for the device, all rows are computed."""
+    them, and elsewhere, where counting would wait for the device, all rows are computed, as they are where nearly all
+    are kept."""
     total = keep.numel()
     if on_host(keep):
         kept = int(keep.sum())
@@ -162,14 +166,18 @@ def select_rows(keep: Tensor, num_targets: int | None) -> Rows:
             num_targets = kept
     if num_targets is None or num_targets >= total:
         return Rows(total, total)
+    if num_targets > total * ALL_ROWS_ABOVE.get(keep.device.type, ALL_ROWS_ABOVE["cuda"]):
+        return Rows(total, total, poison=_poison(keep.sum(), num_targets))
     rank = keep.cumsum(0)
     place = torch.where(keep, rank - 1, rank[-1] + (~keep).cumsum(0) - 1)  # a stable partition
     index = torch.empty(total, dtype=torch.int64, device=keep.device)
     index.scatter_(0, place, torch.arange(total, device=keep.device))
-    poison = torch.zeros((), dtype=torch.float32, device=keep.device).masked_fill_(
-        rank[-1] > num_targets, float("nan")
-    )
-    return Rows(total, num_targets, index[:num_targets], poison)
+    return Rows(total, num_targets, index[:num_targets], _poison(rank[-1], num_targets))
+
+
+def _poison(kept: Tensor, num_targets: int) -> Tensor:
+    poison = torch.zeros((), dtype=torch.float32, device=kept.device)
+    return poison.masked_fill_(kept > num_targets, float("nan"))
 
 
 def target_rows(
@@ -227,8 +235,14 @@ def run_chunks(
             if need_dw and dlogits.dtype == dw.dtype:
                 dw.addmm_(dlogits.t(), x_part)
             elif need_dw:
-                dw += torch.mm(dlogits.t(), x_part)
+                dw += _product(dlogits.t(), x_part)
     return dx, dw
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b of 16-bit matrices, to be added to a float32 sum: not rounded on the way, where there is a product for that
+    (cuBLAS; PyTorch has none on a CPU)."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.device.type == "cuda" else torch.mm(a, b)
 
 
 def capped(logits: Tensor, softcap: float) -> Tensor:

@@ -4,7 +4,8 @@
     dx  = r * (w dy - xhat * mean_d(w dy xhat))       dw = sum_n dy xhat          with xhat = x * r
 
 x [..., D]: every row of the last dimension is normalised by itself. A head-wise slice of a packed projection
-[..., S, D][..., a:b, :] is read where it lies. Only r (float32, one number a row) is kept for the backward.
+[..., S, D][..., a:b, :] is read where it lies. No shape but D is compiled in: one kernel serves every number of rows,
+and one more those that no single stride reaches. Only r (float32, one number a row) is kept for the backward.
 
 A program takes BLOCK_R whole rows, so the many short rows of QK-norm fill it as well as one long row. The weight
 gradient has no atomics: each program sums its rows in float32 and one reduction over programs follows, so that two
@@ -51,23 +52,29 @@ def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
     return rms_norm_ref(total, weight, eps), total
 
 
-@jit(do_not_specialize=["n_rows"])
+@jit
+def _row_offsets(o_row, heads, stride, stride_head, SPLIT: tl.constexpr):
+    """Where rows begin; not SPLIT: one stride reaches them all."""
+    return (o_row // heads) * stride + (o_row % heads) * stride_head if SPLIT else o_row * stride
+
+
+@jit(do_not_specialize=["n_rows", "heads"])
 def _rms_norm_forward_kernel(
     p_x, p_residual, p_weight, p_y, p_total, p_rstd,
-    n_rows, x_stride, x_stride_head, residual_stride, residual_stride_head, eps,
-    D: tl.constexpr, HEADS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    n_rows, heads, x_stride, x_stride_head, residual_stride, residual_stride_head, eps,
+    D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_d = tl.arange(0, BLOCK_D)
     m_row = o_row < n_rows
     mask = m_row[:, None] & (o_d < D)[None, :]
-    o_x = (o_row // HEADS) * x_stride + (o_row % HEADS) * x_stride_head
+    o_x = _row_offsets(o_row, heads, x_stride, x_stride_head, SPLIT)
     b_x = tl.load(p_x + o_x[:, None] + o_d[None, :], mask=mask, other=0.0).to(
         tl.float32
     )  # [BLOCK_R, BLOCK_D]
     o_out = o_row[:, None] * D + o_d[None, :]
     if p_residual is not None:
-        o_res = (o_row // HEADS) * residual_stride + (o_row % HEADS) * residual_stride_head
+        o_res = _row_offsets(o_row, heads, residual_stride, residual_stride_head, SPLIT)
         b_res = tl.load(
             p_residual + o_res[:, None] + o_d[None, :], mask=mask, other=0.0
         )  # [BLOCK_R, BLOCK_D]
@@ -81,11 +88,11 @@ def _rms_norm_forward_kernel(
     tl.store(p_y + o_out, b_x * b_rstd[:, None] * b_w[None, :], mask=mask)
 
 
-@jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows", "heads"])
 def _rms_norm_backward_kernel(
     p_dy, p_x, p_weight, p_rstd, p_dtotal, p_dx, p_partial,
-    n_rows, x_stride, x_stride_head,
-    D: tl.constexpr, HEADS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    n_rows, heads, x_stride, x_stride_head,
+    D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i_program = tl.program_id(0)
     o_d = tl.arange(0, BLOCK_D)
@@ -96,7 +103,7 @@ def _rms_norm_backward_kernel(
         o_row = tl.cast(i_block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
         m_row = o_row < n_rows
         mask = m_row[:, None] & m_d[None, :]
-        o_x = (o_row // HEADS) * x_stride + (o_row % HEADS) * x_stride_head
+        o_x = _row_offsets(o_row, heads, x_stride, x_stride_head, SPLIT)
         o_out = o_row[:, None] * D + o_d[None, :]
         b_x = tl.load(p_x + o_x[:, None] + o_d[None, :], mask=mask, other=0.0)  # [BLOCK_R, BLOCK_D]
         b_dy = tl.load(p_dy + o_out, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_D]
@@ -112,17 +119,25 @@ def _rms_norm_backward_kernel(
     tl.store(p_partial + i_program * D + o_d, tl.sum(b_dw, axis=0), mask=m_d)
 
 
+def _row_stride(x: Tensor, dims: int) -> int | None:
+    """The one stride that steps through the first `dims` dimensions of x in order, or None."""
+    strides = x.stride()[:dims]
+    if any(strides[i] != x.shape[i + 1] * strides[i + 1] for i in range(dims - 1)):
+        return None
+    return strides[-1] if strides else x.shape[-1]
+
+
 def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
     """(x or a copy that can be addressed so, heads, stride of a token, stride of a head): row n of the last
-    dimension begins at n // heads * token stride + n % heads * head stride."""
+    dimension begins at n // heads * token stride + n % heads * head stride. Heads are 1 where that is enough."""
     if x.stride(-1) == 1 or x.shape[-1] == 1:
-        heads = x.shape[-2] if x.ndim > 2 else 1
-        outer = x.shape[:-2] if x.ndim > 2 else x.shape[:-1]
-        strides = x.stride()[: len(outer)]
-        if all(strides[i] == strides[i + 1] * outer[i + 1] for i in range(len(outer) - 1)):
-            return x, heads, strides[-1] if outer else 0, x.stride(-2) if x.ndim > 2 else 0
-    x = x.contiguous()
-    return x, 1, x.shape[-1], 0
+        stride = _row_stride(x, x.ndim - 1)
+        if stride is not None:
+            return x, 1, stride, 0
+        stride = _row_stride(x, x.ndim - 2)
+        if stride is not None:
+            return x, x.shape[-2], stride, x.stride(-2)
+    return x.contiguous(), 1, x.shape[-1], 0
 
 
 def _tile(x: Tensor) -> tuple[int, int, int]:
@@ -150,8 +165,9 @@ def _forward(
     block_r, block_d, warps = _tile(x)
     launch(
         _rms_norm_forward_kernel, (cdiv(rstd.numel(), block_r),),
-        x, residual, weight.contiguous(), y, total, rstd, rstd.numel(), *x_strides, *residual_strides, eps,
-        D=size, HEADS=heads, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
+        x, residual, weight.contiguous(), y, total, rstd,
+        rstd.numel(), heads, *x_strides, *residual_strides, eps,
+        D=size, SPLIT=heads != 1, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
     return y, rstd
 
@@ -181,8 +197,8 @@ def _rms_norm_backward(
     launch(
         _rms_norm_backward_kernel, (programs,),
         dy.contiguous(), x, weight.contiguous(), rstd, None if dtotal is None else dtotal.contiguous(), dx, partial,
-        rstd.numel(), *x_strides,
-        D=x.shape[-1], HEADS=heads, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
+        rstd.numel(), heads, *x_strides,
+        D=x.shape[-1], SPLIT=heads != 1, BLOCK_R=block_r, BLOCK_D=block_d, num_warps=warps,
     )  # fmt: skip
     return dx, partial.sum(0).to(weight.dtype)
 

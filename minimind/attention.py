@@ -11,18 +11,15 @@ The layout of a batch is worked out once per step and shared by every layer:
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
+from minimind import varlen
 from minimind.document_attention import document_attention
-
-_VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
 
 
 class _PermuteRows(torch.autograd.Function):
@@ -86,9 +83,10 @@ class VarlenLayout:
     max_length: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        flat = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        out = causal_varlen_attention(*flat, self.cu_seqlens, self.max_length)
-        return out.view(q.shape)
+        bounds = varlen.Bounds(self.cu_seqlens, self.cu_seqlens, self.max_length, self.max_length)
+        return varlen.causal_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds).view(
+            q.shape
+        )
 
 
 class Unfolding(NamedTuple):
@@ -241,15 +239,3 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=q.shape[2] != k.shape[2], **kwargs
     )
     return out.transpose(1, 2)
-
-
-def causal_varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
-    """PyTorch's flash attention over documents: q [N, H, D], k and v [N, H_kv, D] -> [N, H, D], 16-bit, on a GPU."""
-    options: dict[str, Any] = {}
-    if "enable_gqa" in _VARLEN_OPTIONS:
-        options["enable_gqa"] = q.shape[1] != k.shape[1]
-    else:  # torch 2.11
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    bounds = cu_seqlens, cu_seqlens, max_length, max_length
-    return cast(Tensor, varlen_attn(q, k, v, *bounds, window_size=(-1, 0), **options))

@@ -50,6 +50,12 @@ def choose_precision(device: torch.device, requested: PrecisionName = "auto") ->
     return Precision(torch.bfloat16 if native else torch.float32, reason)
 
 
+def keep_sums_float32() -> None:
+    """cuBLAS may cut a long sum, as a weight's gradient over 32768 tokens, and add its parts in 16 bits: not here."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

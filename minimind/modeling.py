@@ -127,12 +127,13 @@ class MoE(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, sequence_ids: Tensor, sequences: int, mask: Tensor
-    ) -> tuple[Tensor, RoutingReport]:
-        """x [B, T, C]; sequence_ids int64 [B * T] in 0..sequences-1; mask float32 [B * T], 0 at padding."""
+        self, x: Tensor, sequence_ids: Tensor | None = None, sequences: int = 1, mask: Tensor | None = None
+    ) -> tuple[Tensor, RoutingReport | None]:
+        """x [B, T, C]; sequence_ids int64 [B * T] in 0..sequences-1; mask float32 [B * T], 0 at padding. Both None, as
+        in inference: nothing is reported, and nothing computed for it."""
         flat = x.flatten(0, 1)
         router_dtype = torch.promote_types(x.dtype, torch.float32)
-        if self.config.router_aux_loss_level == "batch":
+        if sequence_ids is not None and self.config.router_aux_loss_level == "batch":
             sequence_ids, sequences = torch.zeros_like(sequence_ids), 1
         routing = ops.route(
             self.router(flat.to(router_dtype)),
@@ -145,6 +146,8 @@ class MoE(nn.Module):
         out = ops.moe_experts(flat, self.gate_up_proj, self.down_proj, routing).view_as(x)
         for expert in self.shared_experts:
             out = out + expert(x)
+        if sequence_ids is None or mask is None:
+            return out, None
         group = self.statistics_group if self.training else None
         aux = load_balance_loss(routing.scores, routing.counts, sequence_ids, mask, self.config, group)
         return out, RoutingReport(aux, routing.offsets.diff())
@@ -200,12 +203,13 @@ class Block(nn.Module):
         layout: Layout,
         sequences: tuple[Tensor, int, Tensor] | None,
     ) -> tuple[Tensor, Tensor, RoutingReport | None]:
-        """x, the residual stream [B, T, C], and delta, what the layer before adds to it -> the same two."""
+        """x, the residual stream [B, T, C], and delta, what the layer before adds to it -> the same two, and the report
+        of a MoE layer on `sequences`, unless they are None."""
         normed, x = self.input_layernorm(x, delta)
         normed, x = self.post_attention_layernorm(x, self.self_attn(normed, rotation, layout))
-        if sequences is None:
-            return x, self.mlp(normed), None
-        return x, *self.mlp(normed, *sequences)
+        if isinstance(self.mlp, MoE):
+            return x, *self.mlp(normed, *(sequences or ()))
+        return x, self.mlp(normed), None
 
 
 class Model(nn.Module):

@@ -83,9 +83,14 @@ def describe(device: torch.device) -> str:
     return f"ops: fused = PyTorch's fastest forms ({forms}): {reason}{slower}"
 
 
-@torch.compiler.assume_constant_result
 def _cuda_kernels() -> bool:
     return why_no_triton(torch.device("cuda", torch.cuda.current_device())) is None
+
+
+if (
+    torch.cuda.is_available()
+):  # elsewhere it is never asked, and the decorator would import torch._dynamo: 1.5 s
+    _cuda_kernels = torch.compiler.assume_constant_result(_cuda_kernels)
 
 
 def _kernels(x: Tensor) -> bool:

@@ -10,10 +10,10 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported: its kernels then run in the interpreter
     os.environ["TRITON_INTERPRET"] = "1"
 
-if (
-    "OMP_NUM_THREADS" not in os.environ
-):  # too small to gain from a second thread, and slow where two wait for a core
+if "OMP_NUM_THREADS" not in os.environ:  # small shapes gain nothing from a second thread and wait for it
     torch.set_num_threads(1)
+
+import torch._dynamo  # before memory is poisoned below: its table of functions must hold PyTorch's own
 
 from minimind import ops
 from minimind.kernels.triton_support import triton

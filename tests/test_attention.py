@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from minimind import ModelConfig, attention, native, ops
+from minimind import ModelConfig, native, ops, varlen
 from minimind import document_attention as operator
 from minimind.attention import (
     CausalLayout,
@@ -13,6 +13,7 @@ from minimind.attention import (
     UnfoldedLayout,
     Unfolding,
     VarlenLayout,
+    _Unfold,
     make_layout,
 )
 from minimind.document_attention import document_attention, make_stacks
@@ -181,7 +182,7 @@ def test_copies_of_a_beginning_are_added_up_in_float32_and_in_order(dtype):
 
     def gradient(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         x = torch.zeros(10, 4, 8, dtype=dtype, device=DEVICE, requires_grad=True)
-        read = attention._Unfold.apply(x, layout.rows, layout.places)
+        read = _Unfold.apply(x, layout.rows, layout.places)
         (read[:-64] * copies.to(dtype)).sum().backward()
         q, k, v = (torch.ones(1, *x.shape, dtype=dtype, device=DEVICE, requires_grad=True) for _ in range(3))
         (layout.attend(q, k, v) * weight.to(dtype)).sum().backward()
@@ -231,11 +232,24 @@ def test_what_flash_attention_is_asked_for(monkeypatch, with_gqa):
         assert with_gqa or k.shape == v.shape == q.shape
         return masked(q, k, v, cu_q)
 
-    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(attention, "_VARLEN_OPTIONS", ["enable_gqa"] if with_gqa else [])
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(varlen, "TAKES_FEWER_HEADS", with_gqa)
     q, k, v = heads(sum(LENGTHS), 4, 2, 16, torch.float32)
     out = VarlenLayout(cu, 128).attend(q[None], k[None], v[None])[0]
     torch.testing.assert_close(out, masked(q, k, v, cu))
+
+
+@pytest.mark.parametrize("with_gqa", [False, True])
+def test_the_choice_of_flash_attention_does_not_break_a_graph(monkeypatch, with_gqa):
+    def varlen_attn(q, k, v, *bounds, window_size, enable_gqa=False):
+        return q * k.mean() + v.mean() * bounds[-1]
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(varlen, "TAKES_FEWER_HEADS", with_gqa)
+    q, k, v = (x[None] for x in heads(sum(LENGTHS), 4, 2, 16, torch.float32))
+    layout = VarlenLayout(boundaries(LENGTHS), 128)
+    compiled = torch.compile(layout.attend, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), layout.attend(q, k, v))
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: flash attention over documents")

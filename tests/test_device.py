@@ -1,12 +1,18 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from minimind import device
 from minimind.device import choose_device, choose_precision
+from minimind.training.arguments import StageArgs
+from minimind.training.job import Job
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_precision_says_why(monkeypatch):
@@ -49,3 +55,26 @@ def test_auto_takes_a_gpu_when_there_is_one(monkeypatch):
     assert choose_device("auto").type == "cpu"
     with pytest.raises(ValueError, match="use --device cpu"):
         choose_device("cuda")
+
+
+def test_a_run_keeps_long_sums_in_float32():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = True
+    try:
+        Job.begin("pretrain", StageArgs(device="cpu"), Console(quiet=True))
+        assert not matmul.allow_bf16_reduced_precision_reduction
+        assert not matmul.allow_fp16_reduced_precision_reduction
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the compiler is needed")
+def test_a_start_without_a_gpu_does_not_import_the_compiler():
+    """It would take 1.5 s of every start, of `minimind chat` and of --help as well."""
+    code = (
+        "import sys, minimind.modeling, minimind.inference.engine, minimind.training.job\n"
+        "print([m for m in ('torch._dynamo', 'torch.nn.attention.varlen') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr

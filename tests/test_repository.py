@@ -69,6 +69,7 @@ def test_arrows_point_one_way():
             "ops",
             "rope",
             "tokenization",
+            "varlen",
             "weights",
         },
     }

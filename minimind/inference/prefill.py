@@ -6,24 +6,18 @@ and lets every token look at all tokens of its sample up to itself, those of ear
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
+from minimind import varlen
 from minimind.inference.cache import LayerCache
 from minimind.inference.scheduler import Chunk
-
-VARLEN_OPTIONS = inspect.signature(varlen_attn).parameters
-PAGED_VARLEN = "block_table" in VARLEN_OPTIONS  # torch >= 2.13
-PAGED_VARLEN_SIZE = 256  # flash attention takes pages of multiples of this
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ def pack(chunks: Sequence[Chunk], page_size: int, device: torch.device) -> Promp
         if chunk.last:
             last.append(n - 1)
     table = None
-    if device.type == "cuda" and PAGED_VARLEN and page_size % PAGED_VARLEN_SIZE == 0:
+    if device.type == "cuda" and varlen.PAGED and page_size % varlen.PAGE_MULTIPLE == 0:
         width = max(len(chunk.sample.pages) for chunk in chunks)
         padded = [chunk.sample.pages + [0] * (width - len(chunk.sample.pages)) for chunk in chunks]
         table = torch.tensor(padded, dtype=torch.int32, device=device)
@@ -93,7 +87,7 @@ class ChunkAttention:
         keys = [0, *(end for _, _, _, end in prompts.bounds)]
         cu_queries, cu_keys = (torch.tensor(cu, dtype=torch.int32, device=device) for cu in (queries, keys))
         longest = (max(b - a for a, b in pairwise(cu)) for cu in (queries, keys))
-        self._varlen_bounds: tuple[Any, ...] = (cu_queries, cu_keys, *longest)
+        self._varlen_bounds = varlen.Bounds(cu_queries, cu_keys, *longest)
         self._used, self._table = cu_keys.diff(), prompts.table
 
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -116,22 +110,12 @@ class ChunkAttention:
 
     def varlen(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Flash attention over all chunks at once, 16-bit on a GPU."""
-        options: dict[str, Any] = {}
-        if "enable_gqa" in VARLEN_OPTIONS:
-            options["enable_gqa"] = q.shape[1] != k.shape[1]
-        else:  # torch 2.11
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        out = varlen_attn(q, k, v, *self._varlen_bounds, window_size=(-1, 0), **options)
-        return cast(Tensor, out)
+        return varlen.causal_attention(q, k, v, self._varlen_bounds)
 
     def paged_varlen(self, q: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
         """Flash attention that reads the pages [P, S, G, D] where they lie."""
-        out = varlen_attn(
-            q, key_cache, value_cache, *self._varlen_bounds, window_size=(-1, 0),
-            enable_gqa=True, seqused_k=self._used, block_table=self._table, num_splits=1,
-        )  # fmt: skip
-        return cast(Tensor, out)
+        assert self._table is not None
+        return varlen.paged_attention(q, key_cache, value_cache, self._varlen_bounds, self._used, self._table)
 
 
 def _mask(queries: int, keys: int, device: torch.device) -> Tensor | None:

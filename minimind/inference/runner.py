@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind import native
+from minimind import native, varlen
 from minimind.inference import decode_ops
 from minimind.inference.batch import DecodeBatch
 from minimind.inference.cache import LayerCache, PagedCache
@@ -68,6 +68,9 @@ class Runner:
             raise ValueError(f"backend='native' cannot be met: {missing}; use backend='auto' or 'reference'")
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+        config = self._model.config
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        varlen.learn_heads(self._device, varlen.Heads(*heads, self._dtype))
         asked = backend if backend != "auto" else decode_ops.get_backend()
         self._native, self._reason = asked != "reference" and missing is None, missing
         self._rope, self._attention, self._sample = _native_ops() if self._native else _REFERENCE
@@ -107,11 +110,10 @@ class Runner:
         rotation = Rotation(self._cos, self._sin, prompts.position.unsqueeze(0))
         attention = ChunkAttention(prompts)
         x = model.embed_tokens(prompts.token).to(self._dtype).unsqueeze(0)  # [1, N, C]
-        sequences = _no_statistics(x) if model.config.num_experts else None
         delta = None
         for layer, cache in self._layers():
             layout = cast(Any, PagedLayout(prompts, attention, cache))
-            x, delta, _ = layer(x, delta, rotation, layout, sequences)
+            x, delta, _ = layer(x, delta, rotation, layout, None)
         assert delta is not None
         return self._logits(x[0].index_select(0, prompts.last), delta[0].index_select(0, prompts.last))
 
@@ -152,12 +154,11 @@ class Runner:
     def _decode_layers(self, rows: int) -> Tensor:
         model, b = self._model, self._batch.views(rows)
         x = model.embed_tokens(b["token"]).to(self._dtype)  # [B, C]
-        sequences = _no_statistics(x) if model.config.num_experts else None
         delta = None
         for layer, cache in self._layers():
             normed, x = layer.input_layernorm(x, delta)
             normed, x = layer.post_attention_layernorm(x, self._attend(layer.self_attn, normed, cache, b))
-            delta = layer.mlp(normed) if sequences is None else layer.mlp(normed[None], *sequences)[0][0]
+            delta = layer.mlp(normed[None])[0][0] if model.config.num_experts else layer.mlp(normed)
         assert delta is not None
         return self._logits(x, delta)
 
@@ -179,10 +180,3 @@ class Runner:
     def _logits(self, x: Tensor, delta: Tensor) -> Tensor:
         x, _ = self._model.norm(x, delta)
         return F.linear(x, self._model.head_weight.to(x.dtype)).float()
-
-
-def _no_statistics(x: Tensor) -> tuple[Tensor, int, Tensor]:
-    """What a MoE layer wants for its load-balance statistics, which nobody reads here: all tokens are one sequence."""
-    tokens = x.numel() // x.shape[-1]
-    ids = torch.zeros(tokens, dtype=torch.int64, device=x.device)
-    return ids, 1, torch.ones(tokens, device=x.device)

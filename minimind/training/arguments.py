@@ -15,6 +15,7 @@ from minimind.training.optim import OptimizerName, ScheduleName
 from minimind.training.parallel import ParallelName, ReduceDtypeName
 from minimind.training.run_folder import ResumeMode
 from minimind.training.tracking import TrackerName
+from minimind.varlen import AttentionName
 
 PresetName = Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "minimind3", "minimind3-moe"]
 
@@ -88,6 +89,9 @@ class StageArgs:
     """Use the fastest form of every op this device has; --no-fused takes the plain reference."""
     precision: PrecisionName = "auto"
     """What matrix products run in; weights are float32 always."""
+    attention: AttentionName = "auto"
+    """Flash attention over documents on a GPU: torch, or a package that is installed: flash2, flash3, flash4 (see
+    docs/kernels.md). auto: the fastest that works on this GPU."""
     resume: ResumeMode = "auto"
     """auto continues an unfinished run of this very configuration; never starts a new folder."""
     on_bad_row: Literal["error", "skip"] = "error"

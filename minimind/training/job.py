@@ -18,10 +18,10 @@ from typing import Any, Protocol, cast
 import torch
 from rich.console import Console
 
-from minimind import ops
+from minimind import ops, varlen
 from minimind.config import ModelConfig
 from minimind.data.progress import say
-from minimind.device import Precision, choose_precision, describe_device
+from minimind.device import Precision, choose_precision, describe_device, keep_sums_float32
 from minimind.modeling import Model
 from minimind.spans import nvtx_mode
 from minimind.tokenization import Tokenizer
@@ -91,6 +91,7 @@ class Job:
     device: torch.device
     precision: Precision
     origin: Origin
+    attention: str  # which form of it runs, in one line
     run: RunFolder = field(init=False)
     state: dict[str, Any] = field(init=False)  # the trainer's, of the checkpoint
 
@@ -107,9 +108,11 @@ class Job:
                 "--cuda-graph: FSDP's weights are in another place each time; take --parallel ddp"
             )
         precision = choose_precision(device, args.precision)
+        keep_sums_float32()
         ops.set_mode("fused" if args.fused else "reference")
         origin = Origin.of(args, console)
-        return Job(stage, args, console, parallel, device, precision, origin)
+        attention = _choose_attention(args, device, precision, origin.config)
+        return Job(stage, args, console, parallel, device, precision, origin, attention)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -238,6 +241,7 @@ class Job:
             f"device: {describe_device(self.device)}; {self.parallel}",
             f"precision: {self.precision}",
             ops.describe(self.device),
+            *([self.attention] if self.attention else []),
             f"model: {self.origin.preset}, {model.num_parameters() / 1e6:.1f}M parameters "
             f"({model.num_parameters(active=True) / 1e6:.1f}M active), "
             f"{model.flops_per_token(self.args.seq_len) / 1e6:.0f} MFLOP per token trained, "
@@ -288,3 +292,19 @@ class Job:
         while batch_tokens > limit and batch_tokens % (2 * row) == 0 and batch_tokens // 2 >= ranks * row:
             batch_tokens //= 2
         return batch_tokens
+
+
+def _choose_attention(
+    args: StageArgs, device: torch.device, precision: Precision, config: ModelConfig
+) -> str:
+    """What --attention comes to, in one line, empty where there is no choice. Raises ValueError."""
+    if not args.fused:
+        if args.attention != "auto":
+            raise ValueError(
+                f"--attention {args.attention}: not with --no-fused, which takes plain attention"
+            )
+        return ""
+    heads = varlen.Heads(
+        config.num_attention_heads, config.num_key_value_heads, config.head_dim, precision.compute_dtype
+    )
+    return varlen.choose(args.attention, device, heads)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from minimind.device import choose_device
-from minimind.modeling import Model, MoE
+from minimind.modeling import Block, Model, MoE
 from minimind.spans import span
 
 ParallelName = Literal["auto", "none", "ddp", "fsdp"]
@@ -234,17 +234,21 @@ def from_rank_0() -> StateDictOptions:
 
 
 def _shard(model: Model, mesh: DeviceMesh, reduce_dtype: torch.dtype) -> None:
-    """FSDP2 over blocks; masters stay float32, gradients are summed in `reduce_dtype`, weights travel as they
-    compute."""
+    """FSDP2: masters stay float32, gradients are summed in `reduce_dtype`. The matrices of a block, which are rounded
+    before every product anyway, travel as they compute; what is not, norm gains, routers, embedding and head, travels
+    in float32, so that every rank computes what one process would. All gains come with the embedding, once a step.
+    """
     dtype = model.compute_dtype if model.compute_dtype == torch.bfloat16 else None
     # the model itself says what runs in which precision: inputs are not cast
-    policy = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    rounded = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
     placement = partial(_placement, shards=mesh.size(mesh.ndim - 1))
-    for block in model.layers:
+    for block in cast(Iterable[Block], model.layers):
         if isinstance(block.mlp, MoE):
-            fully_shard(block.mlp.router, mesh=mesh)  # float32: near ties decide where a token goes
-        fully_shard(block, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+            fully_shard(block.mlp.router, mesh=mesh, mp_policy=exact)  # near ties decide where a token goes
+        matrices: list[nn.Module] = [block.self_attn.qkv_proj, block.self_attn.o_proj, block.mlp]
+        fully_shard(matrices, mesh=mesh, mp_policy=rounded, shard_placement_fn=placement)
+    fully_shard(model, mesh=mesh, mp_policy=exact)
 
 
 def _placement(parameter: nn.Parameter, shards: int) -> Shard | None:

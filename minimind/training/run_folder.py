@@ -21,8 +21,8 @@ from minimind.training.checkpoint import list_checkpoints, remove_partial
 ResumeMode = Literal["auto", "never"]
 
 
-# Settings that change where things lie and how they are sent, not what is computed, rounding aside.
-_NOT_IDENTITY = {"args.cache_dir", "args.parallel", "args.replicas", "args.reduce_dtype"}
+# Settings that change where things lie, how they are sent and by whose kernels, not what is computed, rounding aside.
+_NOT_IDENTITY = {"args.attention", "args.cache_dir", "args.parallel", "args.reduce_dtype", "args.replicas"}
 
 
 @dataclass(frozen=True)

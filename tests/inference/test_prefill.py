@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from minimind.inference import prefill
+from minimind import modeling, varlen
 from minimind.inference.batch import DecodeBatch
 from minimind.inference.cache import PagedCache
 from minimind.inference.graphs import graph_sizes
@@ -105,8 +105,8 @@ def fake_varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, enable_g
 @pytest.mark.parametrize("gqa", [True, False])
 def test_flash_attention_gets_the_arguments_it_documents(monkeypatch, gqa):
     """There is no GPU here: the kernel is replaced by its documentation."""
-    monkeypatch.setattr(prefill, "varlen_attn", fake_varlen_attn)
-    monkeypatch.setattr(prefill, "VARLEN_OPTIONS", {"enable_gqa": None} if gqa else {})
+    monkeypatch.setattr(varlen, "varlen_attn", fake_varlen_attn)
+    monkeypatch.setattr(varlen, "TAKES_FEWER_HEADS", gqa)
     a, b = sample([1] * 9, [5, 2, 7]), sample([1] * 2, [1])
     prompts = pack([Chunk(a, 3, 9, True), Chunk(b, 0, 2, True)], 4, CPU)
     table = torch.tensor([[5, 2, 7], [1, 0, 0]], dtype=torch.int32)
@@ -119,6 +119,17 @@ def test_flash_attention_gets_the_arguments_it_documents(monkeypatch, gqa):
     eps = 64 * torch.finfo(torch.float32).eps
     assert (attention.varlen(q, k, v) - expected).abs().max() <= eps
     assert (attention.paged_varlen(q, *cache) - expected).abs().max() <= eps
+
+
+def test_inference_computes_no_load_balance_loss(monkeypatch):
+    """A dozen launches a layer, which nobody reads."""
+    monkeypatch.setattr(modeling, "load_balance_loss", None)
+    runner, _ = runner_of(small_model("moe", vocab_size=50))
+    s = sample(TOKENS[0][:9], [3, 1, 0])
+    assert runner.prefill([Chunk(s, 0, 9, True)]).isfinite().all()
+    s.computed = 9
+    runner._batch.join(s, SamplingParams(), seed=0)
+    assert runner._decode_layers(1).shape == (1, 50)
 
 
 def test_rows_beyond_the_batch_change_nothing():

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -274,6 +276,25 @@ def test_num_targets(monkeypatch, slack, dtype, kernels):
 
 
 @both_forms
+@both_dtypes
+def test_nearly_all_targets_are_not_gathered(monkeypatch, dtype, kernels):
+    assert linear_chunks.ALL_ROWS_ABOVE["cuda"] < 0.99
+    monkeypatch.setattr(linear_chunks, "ALL_ROWS_ABOVE", {DEVICE.type: 0.95, "cuda": 0.95})
+    small_chunks(monkeypatch)
+    as_on_a_device(monkeypatch)
+    x, weight, targets = head(200, dtype=dtype)
+    targets[7] = targets[100] = -100
+    assert linear_chunks.select_rows(targets != -100, 198).index is None
+    assert linear_chunks.select_rows(targets != -100, 190).index is not None
+    assert_head_contract(
+        lambda x, w: linear_cross_entropy(x, w, targets, num_targets=198, kernels=kernels),
+        lambda x, w: linear_cross_entropy_ref(x, w, targets),
+        [x, weight], ["loss", "dx", "dw"],
+    )  # fmt: skip
+    assert linear_cross_entropy(x, weight, targets, num_targets=197, kernels=kernels).isnan()
+
+
+@both_forms
 @pytest.mark.parametrize("num_targets", [0, 5])
 def test_too_small_a_bound_is_nan_on_a_device(monkeypatch, num_targets, kernels):
     as_on_a_device(monkeypatch)
@@ -381,6 +402,13 @@ def test_masked_tokens_cost_nothing(monkeypatch, kernels):
     as_on_a_device(monkeypatch)
     assert work(half, num_targets=6) == full // 2
     assert work(half) == full, "counting would wait for the device"
+
+
+def test_on_a_gpu_no_part_of_dw_is_rounded_before_the_sum(monkeypatch):
+    """What cuBLAS is asked for, on a machine that need not have it."""
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch, "mm", lambda a, b, **options: options)
+    assert linear_chunks._product(on_gpu, on_gpu) == {"out_dtype": torch.float32}
 
 
 def test_chunks_keep_to_the_budget():

@@ -66,6 +66,24 @@ for tokens in (1, 2, 97, 2064):
 """
 
 
+FOR_MANY_LENGTHS = """
+import torch
+
+from bench import run_shapes
+from bench.capture import capture
+
+few, many = (
+    capture(run_shapes.cases(torch.bfloat16, lengths), 90, "bf16") for lengths in (run_shapes.FEW, run_shapes.MANY)
+)
+for key, name in ({c.key: f"{c.kernel} ({c.case})" for c in many}).items():
+    if key not in {c.key for c in few}:
+        print(f"{name} is compiled anew for some length")
+for kernel, count in run_shapes.variants(many).items():
+    if count > 3:
+        print(f"{kernel} has {count} variants")
+"""
+
+
 FLOAT64_ARGUMENTS = """
 import dataclasses
 import re
@@ -187,6 +205,14 @@ def test_the_number_of_tokens_compiles_nothing_anew(tmp_path):
     script = tmp_path / "sizes.py"
     script.write_text(FOR_MANY_SIZES, encoding="utf-8")
     result = run(str(script), *SUBSET)
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr[-4000:]
+
+
+def test_a_run_compiles_few_variants_whatever_its_lengths(tmp_path):
+    """Prompts of 1 to 600 tokens, rows of 128 to 1024, batches of 1 to 64 samples, training on 1 to 17 documents."""
+    script = tmp_path / "lengths.py"
+    script.write_text(FOR_MANY_LENGTHS, encoding="utf-8")
+    result = run(str(script))
     assert (result.returncode, result.stdout) == (0, ""), result.stderr[-4000:]
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind.kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+from minimind.kernels.rms_norm import _rows, add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from tests.kernels.contract import DEVICE, DTYPES, assert_contract, assert_second_backward_agrees, rand
 
 EPS = 1e-5
@@ -53,6 +53,20 @@ def test_heads_of_a_packed_projection_are_read_where_they_lie(dtype):
             lambda x, w: rms_norm(x, w, EPS), lambda x, w: rms_norm_ref(x, w, EPS),
             [part, weight_for(part, dtype)], ["y", "dx", "dw"],
         )  # fmt: skip
+
+
+def test_part_of_every_row_is_read_where_it_lies():
+    x = rand(3, 18, 64)[:, 1:]
+    assert _rows(x)[0] is x and _rows(x[:, -1:])[1] == 1
+    assert_contract(
+        lambda x, w: rms_norm(x, w, EPS), lambda x, w: rms_norm_ref(x, w, EPS),
+        [x, weight_for(x, torch.float32)], ["y", "dx", "dw"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (1, 5, 64), (2, 5, 64), (2, 3, 5, 64), (64,), (2, 1, 64)])
+def test_rows_side_by_side_are_found_with_one_stride(shape):
+    assert _rows(rand(*shape))[1:] == (1, 64, 0)
 
 
 def test_strides_of_the_two_addends_may_differ():

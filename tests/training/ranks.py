@@ -1,5 +1,5 @@
 """Run by torchrun in test_parallel.py: two steps of the real loop on a tiny mixture of experts, on several ranks and
-on one; every rank compares. Plain SGD, so that a gradient of another size shows."""
+on one; every rank compares. Plain SGD, so that a gradient of another size shows. Then what is rounded to bfloat16."""
 
 from __future__ import annotations
 
@@ -95,10 +95,33 @@ def compare_sums(world: Parallel) -> None:
         assert (norms[0] / norms[1] - 1).abs().max() > 1e-6, strategy
 
 
+def check_rounding(world: Parallel) -> None:
+    """In bfloat16, from gains and weights that bfloat16 does not hold: loss and gradients are those of one process, to
+    the bit, where every rank has the same batch."""
+    gradients = []
+    for strategy in ("none", "ddp", "fsdp"):
+        torch.manual_seed(0)
+        model = Model(ModelConfig(32, 2, 2, 1, 16, 48, VOCAB, qk_norm=True))
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                torch.nn.init.uniform_(parameter, 0.9, 1.1)
+        model.compute_dtype = torch.bfloat16
+        wrapped = Parallel(strategy, world.rank, 0, world.world_size).wrap(model)
+        loss, _ = next_token_loss(wrapped, Rows(Parallel()).next_batch())
+        loss.backward()
+        found = {name: p.grad for name, p in model.named_parameters()} | {"loss": loss.detach()}
+        gradients.append({k: g.full_tensor() if isinstance(g, DTensor) else g for k, g in found.items()})
+    alone, *others = gradients
+    for strategy, found in zip(("ddp", "fsdp"), others, strict=True):
+        for name, gradient in found.items():
+            assert torch.equal(gradient, alone[name]), f"{name}: {strategy}"
+
+
 def main() -> None:
     world = Parallel.from_env("ddp", 1)
     world.join(torch.device("cpu"))
     compare_sums(world)
+    check_rounding(world)
     for level, experts in (("batch", 4), ("sequence", 3)):  # 3 are cut along another dimension than 4
         alone, expected = train(Parallel(), level, experts)
         for strategy in ("ddp", "fsdp"):

@@ -73,6 +73,7 @@ def assert_same(out: Path, alone: Path, rel: float = 2e-5) -> None:
         pytest.param(2, (*DDP, "--compile", "--recompute"), marks=slow),
         pytest.param(2, (*DDP, "--compile"), marks=slow),
         pytest.param(2, (*FSDP, "--compile"), marks=slow),
+        pytest.param(2, (*FSDP, "--recompute"), marks=slow),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
 )
