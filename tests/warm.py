@@ -220,6 +220,7 @@ def _reap(running: dict[int, socket.socket]) -> None:
 def _become(order: dict[str, Any], streams: list[int]) -> list[str]:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the job of a shell's background ignores it
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
