@@ -1,4 +1,4 @@
-"""A command in a process of its own: within a time limit, with its whole output in a file, and with nothing left of it."""
+"""A command in a process of its own: within a time limit, its whole output in a file, nothing of it left running."""
 
 from __future__ import annotations
 
