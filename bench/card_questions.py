@@ -64,13 +64,8 @@ def questions(setting: Setting) -> list[Question]:
         *_sanitized(), _grpo(setting),
     ]  # fmt: skip
     ours = sorted({name for question in asked for name in _modules(question.command)})
-    command = (
-        sys.executable,
-        "bench/card_imports.py",
-        *ours,
-        *MODULES,
-        *(() if setting.rehearse else OF_A_CARD),
-    )
+    theirs = MODULES if setting.rehearse else MODULES + OF_A_CARD
+    command = (sys.executable, "bench/card_imports.py", *ours, *theirs)
     return [Question("imports", command, 0.5, part=1), *asked]
 
 

@@ -17,7 +17,7 @@ def execute(
 ) -> int | None:  # fmt: skip
     """The exit status, None if it was cut off: it and all that it started end within `limit` seconds. tick: called
     every so many seconds while it runs."""
-    end_by = time.monotonic() + max(1.0, limit)
+    end_by = time.monotonic() + limit
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
