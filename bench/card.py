@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,14 @@ class Card:
     environment: dict[str, str] = field(default_factory=dict)
     deadline: float = float("inf")
     every: float = EVERY
+    rehearse: bool = False
 
-    def begin(self, asked: Sequence[Question], rehearse: bool) -> None:
+    def begin(self, asked: Sequence[Question]) -> None:
         """A state for every question, so that the first archive has them all."""
         for question in asked:
             entry = self.state.setdefault(question.name, {"state": NOT_REACHED})
-            if entry["state"] != DONE and question.card and rehearse:
-                entry["state"] = NEEDS_CARD
+            if question.card and self.rehearse:
+                entry |= {"state": NEEDS_CARD, "rehearsed": True}
         self.keep()
 
     def order(self, asked: Sequence[Question], again: bool) -> list[Question]:
@@ -102,33 +104,34 @@ class Card:
                 self.ask(question)
 
     def ask(self, question: Question) -> None:
-        log = self.work / "logs" / f"{slug(question.name)}.log"
+        log = self.log_of(question)
         log.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)
         shutil.rmtree(run_folder(self.work, question.name), ignore_errors=True)  # it would be gone on with
         start = time.monotonic()
-
-        def note(state: str) -> None:
-            seconds = round(time.monotonic() - start, 1)
-            entry = {
-                "state": state,
-                "seconds": seconds,
-                "commit": self.commit,
-                "said": said(log, question.telling),
-            }
-            self.state[question.name] = {**entry, "command": plain(question.command)}
-            self.keep()
-
-        note(CUT)  # which is true if nothing more is heard
-        if question.needs is not None and shutil.which(question.needs) is None:
-            note(f"no {question.needs}")
-        else:
+        self.note(question, CUT, start)  # which is true if nothing more is heard
+        state = f"no {question.needs}"
+        if question.needs is None or shutil.which(question.needs) is not None:
             limit = min(120 * question.minutes, self.seconds_left())
             environment = {**os.environ, **self.environment, **question.environment}
-            code = execute(question.command, ROOT, log, limit, environment, lambda: note(CUT), self.every)
-            note(CUT if code is None else f"failed {code}" if code else DONE)
-        entry = self.state[question.name]
-        self.say(f"{question.name}: {entry['state']}, {duration(entry['seconds'])}: {entry['said']}")
+            tick = partial(self.note, question, CUT, start)
+            code = execute(question.command, ROOT, log, limit, environment, tick, self.every)
+            state = CUT if code is None else f"failed {code}" if code else DONE
+        entry = self.note(question, state, start)
+        self.say(f"{question.name}: {state}, {duration(entry['seconds'])}: {entry['said']}")
+
+    def note(self, question: Question, state: str, start: float) -> dict[str, Any]:
+        """Keep what is known of it now."""
+        entry = self.state[question.name] = {
+            "state": state, "seconds": round(time.monotonic() - start, 1), "commit": self.commit,
+            "rehearsed": self.rehearse, "said": said(self.log_of(question), question.telling),
+            "command": " ".join("python" if part == sys.executable else part for part in question.command),
+        }  # fmt: skip
+        self.keep()
+        return entry
+
+    def log_of(self, question: Question) -> Path:
+        return self.work / "logs" / f"{slug(question.name)}.log"
 
     def keep(self) -> list[str]:
         """State, table and archive; returns what was too large for it."""
@@ -144,10 +147,6 @@ class Card:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def plain(command: Sequence[str]) -> str:
-    return " ".join("python" if part == sys.executable else part for part in command)
-
-
 def main(args: Args) -> int:
     """The exit status: 0 if every question that was asked for is done or needs a card."""
     start = time.monotonic()
@@ -158,19 +157,19 @@ def main(args: Args) -> int:
         unpack(Path(args.before), work)
     data = tuple(str(Path(path).resolve()) for path in args.data)
     asked = wanted(questions(Setting(args.rehearse, work, data)), args)
-    state = json.loads((work / STATE).read_text(encoding="utf-8")) if (work / STATE).exists() else {}
+    state = earlier(work / STATE, args.rehearse)
     commit = versions("")["commit"] or "unknown"
     deadline = start + 60 * args.minutes
     environment = {"PYTHONUNBUFFERED": "1", "COLUMNS": "150"}  # all output before a cut, tables whole
     if args.rehearse:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    card = Card(work, out / ARCHIVE, commit, Console(), state, environment, deadline)
+    card = Card(work, out / ARCHIVE, commit, Console(), state, environment, deadline, rehearse=args.rehearse)
     return put(card, asked, args)
 
 
 def put(card: Card, asked: Sequence[Question], args: Args) -> int:
     """Ask, and whatever happens show the table and leave the archive."""
-    card.begin(asked, args.rehearse)
+    card.begin(asked)
     left = card.order(asked, args.again)
     minutes = sum(question.minutes for question in left)
     card.say(f"{len(left)} of {len(asked)} questions to ask, about {minutes:.3g} minutes on an H200")
@@ -185,6 +184,12 @@ def put(card: Card, asked: Sequence[Question], args: Args) -> int:
         size = card.archive.stat().st_size / 1e6
         card.say(f"archive: {card.archive} ({size:.1f} MB)")
     return 0 if all(card.state[name]["state"] in (DONE, NEEDS_CARD) for name in names) else 1
+
+
+def earlier(path: Path, rehearse: bool) -> dict[str, dict[str, Any]]:
+    """What became of each question in earlier calls; what a rehearsal did is not done on a card."""
+    state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {name: entry for name, entry in state.items() if entry.get("rehearsed", False) == rehearse}
 
 
 def wanted(every: Sequence[Question], args: Args) -> list[Question]:

@@ -19,6 +19,7 @@ if [[ ! -e $place/$commit ]]; then
     touch "$place/$commit"
 fi
 export PYTHONPATH=$place/source:$place/site MINIMIND_COMMIT=$commit MINIMIND_CACHE=$place/cache
+export PATH=$PATH:/usr/local/cuda/bin # of compute-sanitizer, where it is no one's default
 mkdir -p "$MINIMIND_CACHE"
 cp -r "$pack/tokens" "$MINIMIND_CACHE/"
 exec "$python" "$place/source/bench/card.py" --data "$pack/text.jsonl.zst" --work "$place/work" "$@"

@@ -51,14 +51,14 @@ FOUR = (
 
 
 def test_each_question_has_a_state_and_a_line(here, capsys):
-    here.console = Console(width=120)
-    args = Args(rehearse=True)
-    assert card.put(here, FOUR, args) == 1
+    here.console, here.rehearse = Console(width=120), True
+    assert card.put(here, FOUR, Args()) == 1
     files = archived(here.archive)
     assert states(json.loads(files["card.json"])) == {
         "good one": "done", "bad one": "failed 3", "other": "no no-such-program", "with a card": "needs a GPU",
     }  # fmt: skip
     assert files["logs/bad-one.log"] == "what went wrong\n"
+    assert not card.earlier(here.work / "card.json", rehearse=False), "a rehearsal is no answer of a card"
     table = files["card.md"].splitlines()
     assert table[2].startswith("| good one | done | 0 | all is [well] |") and "what went wrong" in table[3]
     shown = capsys.readouterr().out
@@ -66,13 +66,14 @@ def test_each_question_has_a_state_and_a_line(here, capsys):
 
 
 def test_a_second_call_goes_on_with_what_is_not_done(here, tmp_path):
-    here.begin(FOUR, rehearse=False)
+    here.begin(FOUR)
     assert [q.name for q in here.order(FOUR, again=False)] == [q.name for q in FOUR]
     for question in FOUR[:2]:
         here.ask(question)
     card_report.unpack(here.archive, tmp_path / "elsewhere")
     here.work = tmp_path / "elsewhere"
-    here.state = json.loads((here.work / "card.json").read_text())
+    here.state = card.earlier(here.work / "card.json", rehearse=False)
+    assert states(here.state)["good one"] == "done"
     names = [q.name for q in here.order(FOUR, again=False)]
     assert names == ["other", "with a card", "bad one"], "what failed at this commit comes last"
     assert here.order(FOUR, again=True)[-2:] == list(FOUR[:2])
@@ -83,7 +84,7 @@ def test_a_second_call_goes_on_with_what_is_not_done(here, tmp_path):
 def test_nothing_is_begun_that_does_not_fit(here):
     here.deadline = time.monotonic() + card.PACKING + 30
     asked = [python("long one", "", minutes=1.0), python("short one", "", minutes=0.1)]
-    here.begin(asked, rehearse=False)
+    here.begin(asked)
     here.go_on(asked)
     assert states(here.state) == {"long one": "not reached", "short one": "done"}
 
