@@ -13,7 +13,7 @@ from pathlib import Path
 
 def execute(
     command: Sequence[str], folder: Path, log: Path, limit: float, environment: dict[str, str],
-    tick: Callable[[], None] | None = None, every: float = 20.0,
+    tick: Callable[[], object] | None = None, every: float = 20.0,
 ) -> int | None:  # fmt: skip
     """The exit status, None if it was cut off: it and all that it started end within `limit` seconds. tick: called
     every so many seconds while it runs."""
