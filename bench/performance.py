@@ -60,8 +60,8 @@ Triton and transformers lacks, and text with its tokens (33 MB in all).
 ```bash
 # where there is a network; the working tree must be committed and the native operators built
 python bench/card.py --rehearse --minutes 60                # every question on a CPU, as small as it goes: minutes
-python bench/card_pack.py --check PYTHON                    # build/card-pack, tried without an index and with what
-                                                            # a Python 3.12 that has PyTorch is sure to have
+python bench/card_pack.py --check PYTHON                    # build/card-pack, rehearsed in a fresh Python 3.12 with
+                                                            # no index and PYTHON's PyTorch and its company alone
 # on the card
 bash card-pack/start.sh --minutes 9 --out results
 bash card-pack/start.sh --minutes 4 --before results/card.tar.gz --out results      # later, or on another card

@@ -227,9 +227,9 @@ def test_a_packs_text_is_found_tokenized(tmp_path):
     assert 10 < corpus.num_documents < 30 and "tokenized" not in console.export_text()
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_the_rehearsal(tmp_path):
-    """Every question in its CPU form, some minutes; a stop in its midst leaves the archive."""
+    """Every question in its CPU form, three minutes; a stop in its midst leaves the archive."""
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"document {i} " * 60}) + "\n" for i in range(300)))
     command = [sys.executable, "bench/card.py", "--rehearse", "--minutes", "60", "--data", str(text)]
