@@ -66,7 +66,7 @@ def questions(setting: Setting) -> list[Question]:
     ours = sorted({name for question in asked for name in _modules(question.command)})
     theirs = MODULES if setting.rehearse else MODULES + OF_A_CARD
     command = (sys.executable, "bench/card_imports.py", *ours, *theirs)
-    return [Question("imports", command, 0.5, part=1), *asked]
+    return [Question("imports", command, 0.7, part=1), *asked]
 
 
 def run_folder(work: Path, name: str) -> Path:
@@ -111,7 +111,7 @@ def _pretrain(s: Setting, part: int, name: str, minutes: float, tokens: int, *fl
 def _trains(s: Setting) -> list[Question]:
     return [
         _pretrain(s, 2, "pretrain", 1.5, 4_000_000, "--profile"),
-        _throughput(s, 3, "throughput small", 1.0, s.preset, ("ours", "upstream-style")),
+        _throughput(s, 3, "throughput small", 1.2, s.preset, ("ours", "upstream-style")),
     ]
 
 
@@ -165,8 +165,11 @@ def _peers(s: Setting) -> list[Question]:
                "--tokens", tokens, "--repeat", repeat, *s.rows)
         for what, (ops, preset) in PEERS.items()
     ]  # fmt: skip
-    others = ("ours", "hf") if s.rehearse else ("ours", "compile", "hf", "liger")
-    return [*found, _throughput(s, 8, "peers of training", 1.5, s.preset, others)]
+    others = ("ours-eager", "hf") if s.rehearse else ("ours", "compile", "hf", "liger")
+    training = _throughput(
+        s, 8, "peers of training", 2.0, "minimind2-small", others
+    )  # nano's shape is no Llama's
+    return [*found, training]
 
 
 def _decode_tests(s: Setting) -> Question:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -33,8 +34,14 @@ def said(log: Path, telling: Sequence[str] = ()) -> str:
         with suppress(ValueError, AttributeError):
             rows = json.loads(line).get("rows") if line.startswith("{") else None
             if rows:
-                return figures(rows)[:300]
+                return "; ".join((figures(rows), *left_out(lines)))[:300]
     return last_line(log)
+
+
+def left_out(lines: Sequence[str]) -> list[str]:
+    """Contenders that could not run there: a table without them would not say so."""
+    found = [re.search(r"\bwithout ([\w.-]+): ", line) for line in lines]
+    return [f"without {match[1]}" for match in found if match]
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> str:

@@ -136,8 +136,8 @@ def test_what_a_question_said(tmp_path):
         {"peer": "naive", "tokens_per_second": 10.0, "status": "ok"},
         {"peer": "hf", "status": "failed", "reason": "no"},
     ]
-    log.write_text(f"first\n{json.dumps({'rows': rows})}\nafter\n")
-    assert card_report.said(log) == "ours 1,234/s; naive 10/s; hf failed"
+    log.write_text(f"sft, nano: without liger: needs a GPU\n{json.dumps({'rows': rows})}\nafter\n")
+    assert card_report.said(log) == "ours 1,234/s; naive 10/s; hf failed; without liger"
     times = [
         {"op": "rope", "contender": name, "phase": phase, "ratio": 1.5, "status": "ok"}
         for name in ("minimind", "liger")
