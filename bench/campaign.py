@@ -13,12 +13,10 @@ this commit is not run again. One that fails stops no other, and is named at the
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +34,7 @@ from rich.console import Console
 from bench.campaign_slices import LIMIT, Slice, slices
 from bench.kernel_report import slug
 from bench.performance_tables import device_report
+from bench.running import execute, last_line
 from minimind.data.files import write_atomically, write_json
 from minimind.device import choose_device, describe_device
 from minimind.display import duration
@@ -90,7 +89,8 @@ class Campaign:
             status, log_name = f"not run: {piece.needs} is not on PATH", None
         else:
             limit = min(LIMIT, self.deadline - time.monotonic())
-            status = execute(piece, log, limit, {**os.environ, **self.environment, **piece.environment})
+            environment = {**os.environ, **self.environment, **piece.environment}
+            status = outcome(execute(piece.command, ROOT, log, limit, environment), limit)
             log_name = str(log.relative_to(self.folder))
         seconds = round(time.time() - start, 1)
         self.state[piece.name] = {
@@ -121,34 +121,10 @@ class Campaign:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def execute(piece: Slice, log: Path, limit: float, environment: dict[str, str]) -> str:
-    """What became of the command; it and all that it started end within `limit` seconds."""
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            piece.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )  # fmt: skip
-        try:
-            code = process.wait(timeout=max(1.0, limit))
-        except subprocess.TimeoutExpired:
-            return f"failed: cut off after {duration(limit)}"
-        finally:
-            end(process)
+def outcome(code: int | None, limit: float) -> str:
+    if code is None:
+        return f"failed: cut off after {duration(limit)}"
     return PASSED if code == 0 else f"failed: exit status {code}"
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """The process, and what it left running: its session is its own."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def last_line(log: Path) -> str:
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
 
 
 def main(args: Args) -> int:

@@ -66,6 +66,9 @@ class Args:
     """Tokens of each prompt."""
     new: int = 128
     """Tokens to decode after it."""
+    max_context: int | None = None
+    """Of our engine: the longest sequence that it is ready for. None: --prompt and --new tokens. A longer one should
+    cost nothing; its rows name it beside the model."""
     turns: int = 3
     """Timed batches of each."""
     threads: int | None = None
@@ -87,7 +90,7 @@ def main(args: Args) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": found["commit"], "device": found["device"], "threads": threads, "torch": found["torch"],
         "transformers": _version("transformers"), "llama_cpp": _version("llama_cpp_python"),
-        "model": Path(args.model).name if args.model else args.preset,
+        "model": _title(args),
         "weights": "trained" if args.model else "random weights", "prompt": args.prompt, "new": args.new,
     }  # fmt: skip
     folder = Path(args.out) if args.out else Path(__file__).parent / "results" / slug(str(found["device"]))
@@ -111,7 +114,7 @@ def main(args: Args) -> dict[str, Any]:
             for width in dict.fromkeys(PEERS[name].width for name in names)
         }
         for batch in args.batch:
-            setting = Setting(Path(place), batch, args.prompt, args.new, threads, device)
+            setting = Setting(Path(place), batch, args.prompt, args.new, threads, device, args.max_context)
             new = measure(args, setting, names, judge, bandwidths, stamp, console)
             append(table, new)
             show(new, Console(width=None if sys.stdout.isatty() else 150))
@@ -254,6 +257,11 @@ def _model(args: Args) -> Model:
     return random_model(ModelConfig.preset(args.preset))
 
 
+def _title(args: Args) -> str:
+    name = Path(args.model).name if args.model else args.preset
+    return name if args.max_context is None else f"{name}, context up to {args.max_context}"
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -274,6 +282,10 @@ def _check(args: Args) -> torch.device:
                 raise ValueError(f"--{flag} {value}: counts from 1")
     if args.new < 2:
         raise ValueError(f"--new {args.new}: at least 2, since time between tokens is measured")
+    if args.max_context is not None and args.max_context < args.prompt + args.new:
+        raise ValueError(
+            f"--max-context {args.max_context}: --prompt and --new need {args.prompt + args.new}"
+        )
     return choose_device(args.device)
 
 

@@ -45,7 +45,8 @@ Width = Literal["fp32", "bf16", "f16", "q8_0"]
 
 @dataclass(frozen=True)
 class Setting:
-    """folder: config.json, model.safetensors and model-TYPE.gguf; batch rows of `prompt` tokens, `new` to follow."""
+    """folder: config.json, model.safetensors and model-TYPE.gguf; batch rows of `prompt` tokens, `new` to follow.
+    max_context: that the engine is ready for; None for just these tokens."""
 
     folder: Path
     batch: int
@@ -53,6 +54,7 @@ class Setting:
     new: int
     threads: int
     device: torch.device
+    max_context: int | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -94,7 +96,7 @@ def ours(
     room = s.batch * 256 * -(-(s.prompt + s.new) // 256)  # whole pages for every row, whatever their size
     engine = Engine(
         load_model(s.folder, device=s.device), None, dtype=dtype, kv_dtype=kv_dtype, backend=backend,
-        max_batch=s.batch, max_context=s.prompt + s.new, kv_tokens=room, prefix_cache=False,
+        max_batch=s.batch, max_context=s.max_context or s.prompt + s.new, kv_tokens=room, prefix_cache=False,
     )  # fmt: skip
     params = SamplingParams(max_new_tokens=s.new, temperature=0.0, ignore_eos=True)
 

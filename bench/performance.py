@@ -49,22 +49,33 @@ built-in one (`minimind data download pretrain_hq sft_mini_512`). Where a card i
 is run again, and what passed at the commit is not. A slice that fails stops no other, and is named at the end with the
 last line of its log.
 
-A machine with PyTorch and Triton but without a network gets the other libraries as wheels, and the native operators
-as they were built elsewhere (`minimind/_native*`), or builds them (`python -m minimind.native_build`). A copy without
-`.git` is told its commit:
+### A quarter of an hour of a card without a network
+
+`bench/card.py` asks the most valuable questions first: does it import, are the kernels right, does pretraining run, how
+fast are training and decoding, then peers, sanitizers and GRPO (bench/card_questions.py). Each is a process of its own,
+cut off after twice its estimate; none needs another's success. `bench/card_pack.py` makes the folder that travels: the
+committed source, the native operators as they are built here, wheels of what a machine with Python 3.12, PyTorch,
+Triton and transformers lacks, and text with its tokens (33 MB in all).
 
 ```bash
-# where there is a network
-pip download -d wheels -c constraints.txt --no-deps --only-binary :all: --python-version 3.12 --implementation cp \\
-    --platform manylinux_2_31_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \\
-    tyro typeguard docstring_parser zstandard fastapi starlette pydantic pydantic_core annotated_types annotated_doc \\
-    typing_inspection typing_extensions opentelemetry-api uvicorn llguidance prometheus_client liger-kernel
-git describe --always --abbrev=12
+# where there is a network; the working tree must be committed and the native operators built
+python bench/card.py --rehearse --minutes 60                # every question on a CPU, as small as it goes: minutes
+python bench/card_pack.py --check PYTHON                    # build/card-pack, rehearsed in a fresh Python 3.12 with
+                                                            # no index and PYTHON's PyTorch and its company alone
 # on the card
-python -m pip install --no-index --no-deps --target /tmp/site wheels/*.whl
-export PYTHONPATH=/tmp/site MINIMIND_COMMIT=...     # what git said
-python bench/campaign.py --smoke --minutes 4; python bench/campaign.py --minutes 5; tar czf results.tgz bench/results
-# again, with bench/results as it came back, until nothing is left
+bash card-pack/start.sh --minutes 9 --out results
+bash card-pack/start.sh --minutes 4 --before results/card.tar.gz --out results      # later, or on another card
+```
+
+`results/card.tar.gz` is written anew after every question and every 20 seconds, so that a cut leaves what was done:
+logs, rows, profiles, and a table of what became of each question (`card.md`). The second call asks what is not done,
+first what was not tried at its commit; `--part 3 4` and `--only NAME` choose. Where the machine stays, `--before` is
+not needed. The archive's `rows/` belongs into bench/results/DEVICE. The campaign runs there as well, once `start.sh`
+has unpacked the source and the wheels:
+
+```bash
+cd /tmp/minimind-card/source
+export PYTHONPATH=$PWD:/tmp/minimind-card/site MINIMIND_COMMIT=...      # what card-pack/commit says
 python bench/campaign.py --minutes 9; tar czf results.tgz bench/results
 ```
 

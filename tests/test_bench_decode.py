@@ -125,10 +125,11 @@ def test_the_naive_decoder_is_greedy(tmp_path):
     assert generation.first == [generation.stamps[0][0]] * 3
 
 
-def test_the_engine_is_driven_to_the_end_of_every_row(tmp_path):
+@pytest.mark.parametrize("max_context", [None, 200])
+def test_the_engine_is_driven_to_the_end_of_every_row(tmp_path, max_context):
     model, prompts = random_model(SMALL), prompts_of(5, 9)
     save_weights(model, tmp_path)
-    decode = decode_peers.ours(Setting(tmp_path, 5, 9, 15, 1, CPU), torch.float32, "reference")
+    decode = decode_peers.ours(Setting(tmp_path, 5, 9, 15, 1, CPU, max_context), torch.float32, "reference")
     for _ in range(2):
         generation = decode(prompts)
         assert generation.tokens == greedy(model, prompts, 15)
@@ -194,6 +195,7 @@ def test_table_and_picture(tmp_path):
         ({"prompt": 0}, "--prompt 0: counts from 1"),
         ({"turns": 0}, "--turns 0: counts from 1"),
         ({"new": 1}, "--new 1: at least 2"),
+        ({"max_context": 255}, "--max-context 255: --prompt and --new need 256"),
         ({"device": "abacus"}, "--device abacus"),
     ],
 )
