@@ -70,43 +70,19 @@ def filled(tensor: Tensor, seed: int) -> Tensor:
 def test_rms_norm(sparse, launch_one):
     x, y, rstd, dy, dx = (sparse(ROWS, WIDTH), sparse(ROWS, WIDTH), sparse(ROWS, dtype=torch.float32),
                           sparse(ROWS, WIDTH), sparse(ROWS, WIDTH))  # fmt: skip
-    weight, tile = torch.ones(WIDTH), dict(D=WIDTH, HEADS=1, BLOCK_R=BLOCK, BLOCK_D=WIDTH)
+    weight, tile = torch.ones(WIDTH), dict(D=WIDTH, SPLIT=False, BLOCK_R=BLOCK, BLOCK_D=WIDTH)
     part, dy_part = filled(x, 1).clone().requires_grad_(), filled(dy, 2)
     launch_one(
-        rms_norm._rms_norm_forward_kernel,
-        LAST,
-        x,
-        None,
-        weight,
-        y,
-        None,
-        rstd,
-        ROWS,
-        WIDTH,
-        0,
-        0,
-        0,
-        1e-5,
-        **tile,
-    )
+        rms_norm._rms_norm_forward_kernel, LAST,
+        x, None, weight, y, None, rstd, ROWS, 1, WIDTH, 0, 0, 0, 1e-5, **tile,
+    )  # fmt: skip
     expected = rms_norm_ref(part, weight, 1e-5)
     torch.testing.assert_close(y[-BLOCK:], expected)
     partial = sparse(LAST + 1, WIDTH, dtype=torch.float32)
     launch_one(
-        rms_norm._rms_norm_backward_kernel,
-        LAST,
-        dy,
-        x,
-        weight,
-        rstd,
-        None,
-        dx,
-        partial,
-        ROWS,
-        WIDTH,
-        0,
-        **tile,
-    )
+        rms_norm._rms_norm_backward_kernel, LAST,
+        dy, x, weight, rstd, None, dx, partial, ROWS, 1, WIDTH, 0, **tile,
+    )  # fmt: skip
     expected.backward(dy_part)
     torch.testing.assert_close(dx[-BLOCK:], part.grad)
 
