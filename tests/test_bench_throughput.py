@@ -198,6 +198,7 @@ def test_a_slow_step_is_told():
     assert "step 5 took 3 s instead of 1" in line and "0.6 of them in the kernel, 1,000 page faults" in line
 
 
+@pytest.mark.heavy
 def test_ours_has_a_row_with_each_optimizer(data, tmp_path):
     assert Args().peer[:2] == ("ours", "ours-muon")
     flags = ["--steps", "2", "--warmup", "1", "--rows", "2", "--seq-len", "64", "--data", str(data)]

@@ -46,6 +46,7 @@ def test_a_crashing_quantizer_is_one_line(tmp_path, monkeypatch):
         quantize.quantize(tmp_path / "m.f32", tmp_path / "m.gguf")
 
 
+@pytest.mark.heavy
 def test_a_crashing_decoder_is_a_row_and_the_others_go_on(tmp_path, monkeypatch, capfd):
     crashed: list[Worker] = []
 

@@ -1,7 +1,5 @@
 """Adapters against the dense weights they stand for: what they compute, keep, add up to and refuse."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from minimind.modeling import Linear, Model
 from minimind.weights import save_weights, to_stock
 from tests.adapted import SHAPES, batch, dense, logits_of, make, matrices, with_adapter
 from tests.kernels.contract import assert_within, moved
+from tests.training.runs import finish
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -297,14 +296,4 @@ def test_routed_experts_are_refused_and_shared_ones_are_adapted():
 
 
 def test_replicated_and_sharded_adapters_train_as_one_does():
-    script = Path(__file__).with_name("lora_ranks.py")
-    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    answer = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=script.parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert answer.returncode == 0, answer.stdout + answer.stderr
+    finish([sys.executable, str(Path(__file__).with_name("lora_ranks.py"))], processes=2)

@@ -208,6 +208,7 @@ def test_the_number_of_tokens_compiles_nothing_anew(tmp_path):
     assert (result.returncode, result.stdout) == (0, ""), result.stderr[-4000:]
 
 
+@pytest.mark.heavy
 def test_a_run_compiles_few_variants_whatever_its_lengths(tmp_path):
     """Prompts of 1 to 600 tokens, rows of 128 to 1024, batches of 1 to 64 samples, training on 1 to 17 documents."""
     script = tmp_path / "lengths.py"

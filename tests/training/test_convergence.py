@@ -21,7 +21,7 @@ from minimind.weights import save_weights
 from tests.kernels.contract import EPS, move_by_rounding
 from tests.training.runs import SCRIPT, reproducible
 
-STEPS = 8
+STEPS = 5
 TINY = ModelConfig(64, 2, 4, 2, 16, 128, qk_norm=True)
 WIDE = ModelConfig(96, 2, 4, 2, 24, 192)
 

@@ -51,8 +51,7 @@ def make(config: ModelConfig) -> Model:
     return Model(config)
 
 
-@pytest.mark.parametrize("boundaries", [None, 256])
-@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize(("share", "boundaries"), [(False, None), (True, None), (True, 256)])
 def test_log_probabilities_are_those_of_each_side_alone(sides, share, boundaries, ops_mode, tmp_path):
     path, encoder = tmp_path / "pairs.jsonl", ChatEncoder(load_tokenizer())
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -123,7 +123,7 @@ def test_mixture_of_experts_steps_are_those_of_one_process():
 )
 def test_muon_shares_its_matrices_out(processes, replicas):
     """Shards that end within a matrix, and stacked experts cut along either dimension; see muon_ranks.py."""
-    finish(torchrun(processes, str(Path(__file__).with_name("muon_ranks.py")), str(replicas)))
+    finish([sys.executable, str(Path(__file__).with_name("muon_ranks.py")), str(replicas)], processes)
 
 
 @slow
