@@ -42,7 +42,7 @@ CONFIGURATIONS = {
     },
     "with_avx2": {
         "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "MINIMIND_CPU_KERNELS": "avx2", "OMP_NUM_THREADS": "2",
+        "MINIMIND_CPU_KERNELS": "avx2", "OMP_NUM_THREADS": "1",
     },
     "aten_default": {"ATEN_CPU_CAPABILITY": "default"},
     "aten_avx2": {"ATEN_CPU_CAPABILITY": "avx2"},

@@ -147,6 +147,8 @@ def test_what_is_no_matrix_is_refused(shape, rows, message):
 
 
 def test_checkpoints_of_torchs_muon_load():
+    """bf16 iterations differ between the forms, and between processors; momentum that is not there differs far more."""
+
     def take_steps(steps, theirs, state=None, weights=None):
         torch.manual_seed(0)
         model = Model(dataclasses.replace(SMALL, num_hidden_layers=2))
@@ -156,7 +158,8 @@ def test_checkpoints_of_torchs_muon_load():
             optimizers = Optimizers([optimizers.parts[0], torchs([p for g in groups for p in g["params"]])])
         if weights is not None:
             model.load_state_dict(weights)
-            optimizers.load_state_dict(model, state)
+            if state is not None:
+                optimizers.load_state_dict(model, state)
         for step in steps:
             ids = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(step))
             model(ids).logits.square().mean().backward()
@@ -167,6 +170,7 @@ def test_checkpoints_of_torchs_muon_load():
     half, state = take_steps(range(3), theirs=True)
     resumed, ours = take_steps(range(3, 5), False, state, half)
     whole, theirs = take_steps(range(5), theirs=True)
+    forgetful, _ = take_steps(range(3, 5), False, None, half)
     assert ours["state"].keys() == theirs["state"].keys()
     for name, value in whole.items():
-        torch.testing.assert_close(resumed[name], value, rtol=0, atol=5e-3, msg=name)
+        assert (resumed[name] - value).norm() < 0.5 * (forgetful[name] - value).norm(), name
