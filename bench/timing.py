@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
@@ -181,9 +182,19 @@ def limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def start_deaf(process: BaseProcess) -> None:
-    """Start a worker that Ctrl-C does not reach: it ends with this process, which says what there is to say."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child inherits it
+    """Start a worker that Ctrl-C does not reach: it ends with this process, which says what there is to say.
+
+    The worker inherits that SIGINT is blocked. Here a Ctrl-C during the start comes after it: other threads do not
+    block it, and ignoring it would lose it.
+    """
+    resource_tracker.ensure_running()  # its own start unblocks
+    late: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: late.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if late:
+        signal.raise_signal(signal.SIGINT)

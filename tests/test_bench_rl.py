@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -117,12 +116,6 @@ def test_errors(flags, message):
         main(Args(**flags))
 
 
-def blocked(process: str) -> bool:
-    """Whether it holds signals back."""
-    (mask,) = re.findall(r"SigBlk:\t(\w+)", Path(f"/proc/{process}/status").read_text())
-    return int(mask, 16) != 0
-
-
 def test_ctrl_c_is_no_traceback(tmp_path):
     """A terminal sends it to the workers too."""
     command = [sys.executable, rl.__file__, "--preset", "nano", "--peer", "ours", "--out", str(tmp_path)]
@@ -135,10 +128,10 @@ def test_ctrl_c_is_no_traceback(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as bench:
         place = Path(f"/proc/{bench.pid}/task/{bench.pid}/children")
-        # multiprocessing's tracker and the worker; while Python starts a process, signals wait and may be lost
-        while len(children := place.read_text().split()) < 2 or blocked(children[1]):
+        # multiprocessing's tracker and the worker: in the midst of its start
+        while len(children := place.read_text().split()) < 2:
             assert bench.poll() is None
-            time.sleep(0.05)
+            time.sleep(0.001)
         os.killpg(bench.pid, signal.SIGINT)
         said = bench.communicate(timeout=60)[0].decode()
     assert bench.returncode == 130 and "Traceback" not in said, said

@@ -78,7 +78,8 @@ def assert_green(root: Path, environment: dict[str, str], python: str = sys.exec
     """The numeric tests in `root`; their output is shown as it comes, since they take minutes."""
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers(python), *NUMERIC]
     process = subprocess.Popen(
-        command, cwd=root, env={**os.environ, "PYTHONPATH": str(root), **environment},
+        command, cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "PYTEST_ADDOPTS": "", **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert process.stdout is not None
