@@ -26,8 +26,8 @@ def order(terms: int) -> Tensor:
 
 def shuffled(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """a [..., M, K] and b [..., K, N] with their K terms in another order."""
-    if a.dtype not in SHUFFLED or a.shape[-1] < 2:
-        return a, b
+    if a.dtype not in SHUFFLED or a.shape[-1] < 2 or a.shape[-1] != b.shape[-2]:
+        return a, b  # shapes that do not fit are ATen's to refuse
     places = order(a.shape[-1])
     return a.index_select(a.ndim - 1, places), b.index_select(b.ndim - 2, places)
 

@@ -76,7 +76,7 @@ def why_not(environment: dict[str, str]) -> str | None:
 
 def assert_green(root: Path, environment: dict[str, str], python: str = sys.executable) -> None:
     """The numeric tests in `root`; their output is shown as it comes, since they take minutes."""
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers(python), *NUMERIC]
+    command = [python, "-m", "pytest", "-p", "no:cacheprovider", *workers(python), *NUMERIC]
     process = subprocess.Popen(
         command, cwd=root,
         env={**os.environ, "PYTHONPATH": str(root), "PYTEST_ADDOPTS": "", **environment},

@@ -170,7 +170,8 @@ class Trainer:
                 f"{self.run.path}: the data or the tokenizer changed since this run began; "
                 "put them back or start anew with --resume never"
             )
-        self.stage.optimizer.load_state_dict(self.stage.model, state["optimizer"])
+        if note := self.stage.optimizer.load_state_dict(self.stage.model, state["optimizer"]):
+            self.display.say(note)
         self.stage.load_model(self.stage.model, self.run.checkpoint, self.parallel)
         self.stage.loader.load_state(state["loader"])
         torch.set_rng_state(state["rng"])

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
 
-from minimind.modeling import Model
+from minimind.modeling import MLP, Attention, Model, MoE
 from minimind.training.muon import Muon
 from minimind.training.parallel import from_rank_0, to_rank_0
 
@@ -51,9 +51,28 @@ class Optimizers:
         """Whole tensors by parameter name, whatever the strategy; on rank 0, empty elsewhere. All ranks call it."""
         return get_optimizer_state_dict(model, self.parts, options=to_rank_0())
 
-    def load_state_dict(self, model: Model, state: dict[str, Any]) -> None:
-        """state: from `state_dict`, on rank 0; what the others pass is not looked at. All ranks call it."""
+    def load_state_dict(self, model: Model, state: dict[str, Any]) -> str | None:
+        """state: from `state_dict`, on rank 0; what the others pass is not looked at. All ranks call it. Returns what
+        did not fit as it was, one line, or None."""
+        names = {id(p): name for name, p in model.named_parameters()}
+        muon = [p for part in self.parts if isinstance(part, Muon) for p in part.param_groups[0]["params"]]
+        state, moved = _experts_to_muon(state, [names[id(p)] for p in muon])
         set_optimizer_state_dict(model, self.parts, state, options=from_rank_0())
+        if not moved:
+            return None
+        return f"{len(moved)} stacks of experts were AdamW's and are Muon's now: their mean gradients become momentum"
+
+
+def _experts_to_muon(state: dict[str, Any], names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """A state of when AdamW updated the stacked experts, as Muon of `names` takes it, and what has moved. AdamW's first
+    moment is what Muon calls momentum."""
+    if not state or "momentum" not in state["param_groups"][-1]:
+        return state, []
+    moved = [name for name in names if "exp_avg" in state["state"].get(name, {})]
+    kept = {name: {"momentum_buffer": state["state"][name]["exp_avg"]} for name in moved}
+    groups = [{**g, "params": [n for n in g["params"] if n not in kept]} for g in state["param_groups"]]
+    groups[-1]["params"] += moved
+    return {"state": {**state["state"], **kept}, "param_groups": groups}, moved
 
 
 def build_optimizers(
@@ -66,9 +85,9 @@ def build_optimizers(
     """The optimizer of a run. Matrices and embeddings decay, norm gains do not.
 
     adamw: fused AdamW for everything (Loshchilov & Hutter 2019, arXiv 1711.05101).
-    muon: momentum orthogonalised by Newton-Schulz for the matrices inside the blocks (Jordan et al. 2024), its
-      update scaled to the size of AdamW's so that one `lr` serves both (Moonlight, arXiv 2502.16982); AdamW for
-      the embedding, the head, the router, stacked experts and the gains.
+    muon: momentum orthogonalised by Newton-Schulz for the matrices inside the blocks (Jordan et al. 2024), those of
+      each expert and packed q, k, v, gate and up apart, its update scaled to the size of AdamW's so that one `lr`
+      serves both (Moonlight, arXiv 2502.16982); AdamW for the embedding, the head, the router and the gains.
     """
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward without a backward leaves whole parameters in place of the shards
@@ -82,12 +101,27 @@ def build_optimizers(
     ]
     parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
     if muon:
-        parts.append(Muon(muon, lr=lr, weight_decay=weight_decay))
+        parts.append(Muon(muon, lr=lr, weight_decay=weight_decay, rows=packed_rows(model)))
     return Optimizers(parts)
 
 
 def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim == 2 and ".layers." in f".{name}" and "router" not in name
+    return parameter.ndim in (2, 3) and ".layers." in f".{name}" and "router" not in name
+
+
+def packed_rows(model: Model) -> dict[nn.Parameter, tuple[int, ...]]:
+    """The rows of q, k and v, or of gate and up, in each weight that holds them one under the other."""
+    config = model.config
+    queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    rows: dict[nn.Parameter, tuple[int, ...]] = {}
+    for module in model.modules():
+        if isinstance(module, Attention):
+            rows[module.qkv_proj.weight] = (queries, keys, keys)
+        elif isinstance(module, MLP | MoE):
+            gate_up = module.gate_up_proj
+            weight = gate_up if isinstance(gate_up, nn.Parameter) else gate_up.weight
+            rows[weight] = (weight.shape[-2] // 2,) * 2
+    return rows
 
 
 def lr_factor(schedule: ScheduleName, step: int, steps: int, warmup: int, final: float = 0.1) -> float:

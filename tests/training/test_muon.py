@@ -10,8 +10,17 @@ from minimind.modeling import Model
 from minimind.training.muon import Muon, newton_schulz_
 from minimind.training.muon_plan import batches_of, matrices_of, share_out
 from minimind.training.optim import Optimizers, build_optimizers
+from minimind.weights import to_stock
 
 SMALL = ModelConfig(64, 8, 4, 2, 16, 88, 50)
+MOE = dataclasses.replace(
+    SMALL,
+    num_hidden_layers=2,
+    num_experts=4,
+    num_experts_per_tok=2,
+    num_shared_experts=1,
+    moe_intermediate_size=88,
+)
 SHAPES = [(24, 16), (16, 16), (16, 24), (24, 16), (1, 16), (16, 1), (63, 123)]
 VIEWS = ("aten::t", "aten::transpose", "aten::view", "aten::split", "aten::slice", "aten::unbind", "aten::squeeze",
          "aten::numpy_T", "aten::mT", "aten::reshape", "aten::contiguous", "aten::empty", "aten::new_empty",
@@ -115,6 +124,48 @@ def test_parts_are_orthogonalised_apart():
         torch.testing.assert_close(a, b, rtol=0, atol=0.01)
 
 
+@pytest.mark.parametrize("config", [SMALL, MOE], ids=["dense", "moe"])
+def test_every_stored_matrix_is_orthogonalised_by_itself(config):
+    """q, k and v, gate and up, and each expert apart, as torch's Muon does it with what a file holds; the router is
+    AdamW's."""
+    torch.manual_seed(0)
+    model = Model(config)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = to_stock(model.state_dict(), config)
+    grads = to_stock({name: p.grad for name, p in model.named_parameters()}, config)
+    matrices = {n: nn.Parameter(w.clone()) for n, w in before.items() if "layers" in n and w.ndim == 2}
+    routers = [matrices.pop(name) for name in list(matrices) if name.endswith("mlp.gate.weight")]
+    assert len(routers) == (config.num_hidden_layers if config.num_experts else 0)
+    for name, matrix in matrices.items():
+        matrix.grad = grads[name]
+    torchs(matrices.values()).step()
+    build_optimizers(model, "muon", 0.1, 0.1).step()
+    after_ours = to_stock(model.state_dict(), config)
+    for name, theirs in matrices.items():
+        truth = 0.99 * before[name] - 0.1 * 0.2 * max(theirs.shape) ** 0.5 * iterated(grads[name])
+        assert (after_ours[name] - truth).norm() <= 2 * (theirs - truth).norm(), name
+
+
+def test_experts_that_adamw_updated_go_on_with_muon():
+    def state_of(model):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        muon = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n and "router" not in n]
+        adamw = [p for p in model.parameters() if all(p is not other for other in muon)]
+        old = Optimizers([torch.optim.AdamW(adamw, lr=0.1), Muon(muon, lr=0.1)])
+        old.step()
+        old.zero_grad()
+        return old.state_dict(model)
+
+    model = Model(MOE)
+    optimizers = build_optimizers(model, "muon", 0.1, 0.1)
+    assert "4 stacks of experts were AdamW's" in optimizers.load_state_dict(model, state_of(model))
+    momentum = optimizers.parts[1].state[model.layers[0].mlp.gate_up_proj]["momentum_buffer"]
+    torch.testing.assert_close(momentum, torch.full_like(momentum, 0.1))
+    assert optimizers.load_state_dict(model, optimizers.state_dict(model)) is None
+
+
 def test_matrices_of_one_shape_share_a_batch_whatever_holds_them():
     matrices = matrices_of(0, (3, 16, 12), (8, 8)) + matrices_of(1, (8, 12)) + matrices_of(2, (4, 12))
     ordered = share_out(matrices, 1)[0]
@@ -153,6 +204,7 @@ def test_checkpoints_of_torchs_muon_load():
         torch.manual_seed(0)
         model = Model(dataclasses.replace(SMALL, num_hidden_layers=2))
         optimizers = build_optimizers(model, "muon", 1e-2, 0.1)
+        optimizers.parts[1].rows = {}  # torch's takes packed matrices whole
         if theirs:
             groups = optimizers.parts[1].param_groups
             optimizers = Optimizers([optimizers.parts[0], torchs([p for g in groups for p in g["params"]])])
