@@ -61,8 +61,18 @@ class StageArgs:
     """How the rate falls after the warm-up."""
     warmup: float = 0.02
     """Share of the steps over which the rate rises."""
+    cooldown: float | None = None
+    """With --schedule wsd: share of the steps over which the rate falls. None: 0.2."""
+    final_lr: float | None = None
+    """With cosine and wsd: share of the peak rate that is left at the end. None: 0.1."""
+    embedding_lr: float = 1.0
+    """Rate of the embedding, and of a head that shares it, as a multiple of --lr."""
     weight_decay: float = 0.1
     """For matrices; norm gains never decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's: how much of its means of gradients and of their squares stays from step to step."""
+    muon_momentum: float | None = None
+    """With --optimizer muon: how much of its mean of gradients stays from step to step. None: 0.95."""
     grad_clip: float = 1.0
     """Largest gradient norm."""
     heldout: float = 0.05
@@ -127,12 +137,32 @@ class StageArgs:
                 raise ValueError(f"--{name} {value}: must be a number")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"--warmup {self.warmup}: a share of the steps, from 0 to 1")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"--weight-decay {self.weight_decay}: must be 0 or more")
+        self._check_optimizer()
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"--seed {self.seed}: from 0 to {(1 << 63) - 1}")
         if self.cuda_graph and not self.compile:
             raise ValueError("--cuda-graph: goes with --compile")
+
+    def _check_optimizer(self) -> None:
+        if self.cooldown is not None and self.schedule != "wsd":
+            raise ValueError(f"--cooldown {self.cooldown}: goes with --schedule wsd, not {self.schedule}")
+        if self.final_lr is not None and self.schedule == "constant":
+            raise ValueError(f"--final-lr {self.final_lr}: the rate of --schedule constant does not fall")
+        if self.muon_momentum is not None and self.optimizer != "muon":
+            raise ValueError(
+                f"--muon-momentum {self.muon_momentum}: goes with --optimizer muon, not {self.optimizer}"
+            )
+        for name in ("cooldown", "final_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: a share, from 0 to 1")
+        for name, values in (("betas", self.betas), ("muon-momentum", (self.muon_momentum or 0.0,))):
+            if not all(0 <= value < 1 for value in values):
+                raise ValueError(f"--{name} {' '.join(map(str, values))}: from 0 to less than 1")
+        if not 0 <= self.embedding_lr < math.inf:
+            raise ValueError(f"--embedding-lr {self.embedding_lr}: must be 0 or more")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"--weight-decay {self.weight_decay}: must be 0 or more")
 
     def saved(self) -> dict[str, Any]:
         """The flags that say what is computed, under their names on the command line (with _ for -)."""

@@ -31,7 +31,7 @@ from minimind.training.checkpoint import load_weights_into, share_trainer_state
 from minimind.training.compiling import compile_model
 from minimind.training.loop import Loader, LoopOptions, News, Stage, StageLoss, Trainer
 from minimind.training.memory import tokens_that_fit
-from minimind.training.optim import build_optimizers, lr_factor
+from minimind.training.optim import Optimizers, build_optimizers, lr_factor
 from minimind.training.origin import Origin
 from minimind.training.parallel import Parallel
 from minimind.training.profiling import StepProfiler, mark_blocks
@@ -197,14 +197,16 @@ class Job:
         args = self.args
         peak = args.lr if args.lr is not None else objective.peak_lr
         warmup = max(1, round(args.warmup * plan.steps))
+        final = 0.1 if args.final_lr is None else args.final_lr
+        cooldown = 0.2 if args.cooldown is None else args.cooldown
         return Stage(
             model=model,
             tokenizer=self.tokenizer,
-            optimizer=build_optimizers(model, args.optimizer, peak, args.weight_decay),
+            optimizer=self._optimizers(model, peak),
             loader=self._on_device(plan.loader, objective),
             loss=objective.loss,
             peak_lr=peak,
-            lr_factor=lambda step: lr_factor(args.schedule, step, plan.steps, warmup),
+            lr_factor=lambda step: lr_factor(args.schedule, step, plan.steps, warmup, final, cooldown),
             evaluate=objective.evaluate,
             sample=objective.sample,
             describe=objective.describe,
@@ -214,6 +216,13 @@ class Job:
             load_model=objective.load_model,
             loss_unit=objective.loss_unit,
             news=objective.news,
+        )
+
+    def _optimizers(self, model: Model, peak: float) -> Optimizers:
+        args = self.args
+        momentum = 0.95 if args.muon_momentum is None else args.muon_momentum
+        return build_optimizers(
+            model, args.optimizer, peak, args.weight_decay, args.betas, momentum, args.embedding_lr
         )
 
     def _on_device(self, loader: Any, objective: Objective) -> Loader:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from minimind.data.files import sync, write_json
+from minimind.data.progress import say
 from minimind.display import Display, duration
 from minimind.modeling import Model
 from minimind.spans import span
@@ -171,7 +172,7 @@ class Trainer:
                 "put them back or start anew with --resume never"
             )
         if note := self.stage.optimizer.load_state_dict(self.stage.model, state["optimizer"]):
-            self.display.say(note)
+            say(self.console, note)
         self.stage.load_model(self.stage.model, self.run.checkpoint, self.parallel)
         self.stage.loader.load_state(state["loader"])
         torch.set_rng_state(state["rng"])

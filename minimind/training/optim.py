@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -81,8 +81,11 @@ def build_optimizers(
     lr: float,
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.95),
+    momentum: float = 0.95,
+    embedding_lr: float = 1.0,
 ) -> Optimizers:
-    """The optimizer of a run. Matrices and embeddings decay, norm gains do not.
+    """The optimizer of a run. Matrices and embeddings decay, norm gains do not. betas are AdamW's, momentum is Muon's;
+    embedding_lr: of the embedding, as a multiple of `lr`.
 
     adamw: fused AdamW for everything (Loshchilov & Hutter 2019, arXiv 1711.05101).
     muon: momentum orthogonalised by Newton-Schulz for the matrices inside the blocks (Jordan et al. 2024), those of
@@ -95,13 +98,17 @@ def build_optimizers(
     muon = [p for n, p in parameters if name == "muon" and _is_block_matrix(n, p)]
     orthogonal = {id(p) for p in muon}
     rest = [p for _, p in parameters if id(p) not in orthogonal]
+    embedding = {id(p): p for n, p in parameters if n.endswith("embed_tokens.weight")}
+    apart = embedding if embedding_lr != 1 else {}
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim >= 2 and id(p) not in apart], "weight_decay": weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if apart:
+        groups.append({"params": list(apart.values()), "weight_decay": weight_decay, "lr": lr * embedding_lr})
     parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
     if muon:
-        parts.append(Muon(muon, lr=lr, weight_decay=weight_decay, rows=packed_rows(model)))
+        parts.append(Muon(muon, lr=lr, weight_decay=weight_decay, momentum=momentum, rows=packed_rows(model)))
     return Optimizers(parts)
 
 
@@ -116,26 +123,28 @@ def packed_rows(model: Model) -> dict[nn.Parameter, tuple[int, ...]]:
     rows: dict[nn.Parameter, tuple[int, ...]] = {}
     for module in model.modules():
         if isinstance(module, Attention):
-            rows[module.qkv_proj.weight] = (queries, keys, keys)
+            rows[cast(nn.Parameter, module.qkv_proj.weight)] = (queries, keys, keys)
         elif isinstance(module, MLP | MoE):
             gate_up = module.gate_up_proj
-            weight = gate_up if isinstance(gate_up, nn.Parameter) else gate_up.weight
+            weight = gate_up if isinstance(gate_up, nn.Parameter) else cast(nn.Parameter, gate_up.weight)
             rows[weight] = (weight.shape[-2] // 2,) * 2
     return rows
 
 
-def lr_factor(schedule: ScheduleName, step: int, steps: int, warmup: int, final: float = 0.1) -> float:
+def lr_factor(
+    schedule: ScheduleName, step: int, steps: int, warmup: int, final: float = 0.1, cooldown: float = 0.2
+) -> float:
     """Multiplier on the peak rate at `step` in 0..steps-1: linear warm-up, then the schedule down to `final`.
 
-    cosine: half a period. wsd: flat, then linear down over the last fifth (warm-up-stable-decay, Hu et al. 2024,
-    arXiv 2404.06395). constant: flat.
+    cosine: half a period. wsd: flat, then linear down over the last `cooldown` of the steps (warm-up-stable-decay, Hu
+    et al. 2024, arXiv 2404.06395). constant: flat.
     """
     if step < warmup:
         return (step + 1) / warmup
     if schedule == "constant":
         return 1.0
     if schedule == "wsd":
-        decay = max(1, steps // 5)
+        decay = max(1, int(steps * cooldown))
         return 1.0 - (1.0 - final) * max(0, step - (steps - decay) + 1) / decay
     if schedule == "cosine":
         progress = (step - warmup + 1) / max(1, steps - warmup)

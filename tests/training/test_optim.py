@@ -25,10 +25,28 @@ def test_schedules_warm_up_and_end_where_they_should(schedule, steps):
         assert factors[799] == 1.0 > factors[801]
 
 
+def test_where_the_rate_begins_to_fall_and_ends():
+    factors = [lr_factor("wsd", step, 100, 1, final=0.0, cooldown=0.5) for step in range(100)]
+    assert factors[49] == 1.0 > factors[50] and factors[-1] == 0.0
+    assert factors[74] == pytest.approx(0.5)
+    assert lr_factor("cosine", 99, 100, 1, final=0.3) == pytest.approx(0.3)
+
+
+def test_rates_and_means_reach_their_parameters():
+    model = Model(CONFIG)
+    optimizers = build_optimizers(model, "muon", 1e-2, 0.1, (0.8, 0.9), momentum=0.7, embedding_lr=3.0)
+    adamw, muon = (part.param_groups for part in optimizers.parts)
+    assert [group["params"] for group in adamw if group["lr"] != 1e-2] == [[model.embed_tokens.weight]]
+    assert adamw[-1]["lr"] == pytest.approx(3e-2) and {group["betas"] for group in adamw} == {(0.8, 0.9)}
+    assert muon[0]["momentum"] == 0.7
+    optimizers.set_lr_factor(0.5)
+    assert adamw[-1]["lr"] == pytest.approx(1.5e-2) and muon[0]["lr"] == pytest.approx(5e-3)
+
+
 def test_every_parameter_is_in_exactly_one_group():
     for name in ("muon", "adamw"):
         model = Model(CONFIG)
-        optimizers = build_optimizers(model, name, 1e-3, 0.1)
+        optimizers = build_optimizers(model, name, 1e-3, 0.1, embedding_lr=0.5)
         ids = [id(p) for part in optimizers.parts for g in part.param_groups for p in g["params"]]
         assert sorted(ids) == sorted(id(p) for p in model.parameters())
         assert len(optimizers.parts) == (2 if name == "muon" else 1)
@@ -87,7 +105,7 @@ def test_muon_takes_the_blocks_matrices_and_moves_each_as_far_as_adamw_would():
     names = {id(p): n for n, p in model.named_parameters()}
     taken = {names[id(p)] for group in optimizers.parts[1].param_groups for p in group["params"]}
     assert taken == {
-        n for n, p in model.named_parameters() if "layers" in n and p.ndim == 2 and "router" not in n
+        n for n, p in model.named_parameters() if "layers" in n and p.ndim > 1 and "router" not in n
     }
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     torch.manual_seed(0)

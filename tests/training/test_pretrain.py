@@ -225,11 +225,34 @@ def test_bad_flags_are_one_clear_line(case, data, tmp_path):
         ("warmup", math.inf, "--warmup inf: a share of the steps, from 0 to 1"),
         ("weight_decay", math.nan, "--weight-decay nan: must be 0 or more"),
         ("seed", 1 << 64, "--seed 18446744073709551616: from 0 to"),
+        ("final_lr", math.nan, "--final-lr nan: a share, from 0 to 1"),
+        ("betas", (0.9, 1.0), "--betas 0.9 1.0: from 0 to less than 1"),
+        ("muon_momentum", 1.0, "--muon-momentum 1.0: from 0 to less than 1"),
+        ("embedding_lr", -1.0, "--embedding-lr -1.0: must be 0 or more"),
     ],
 )
 def test_numbers_that_no_run_can_use(flag, value, message):
     with pytest.raises(ValueError, match=message):
         StageArgs(**{flag: value}).check()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"cooldown": 0.3}, "--cooldown 0.3: goes with --schedule wsd, not cosine"),
+        (
+            {"final_lr": 0.0, "schedule": "constant"},
+            "--final-lr 0.0: the rate of --schedule constant does not fall",
+        ),
+        (
+            {"muon_momentum": 0.9, "optimizer": "adamw"},
+            "--muon-momentum 0.9: goes with --optimizer muon, not adamw",
+        ),
+    ],
+)
+def test_a_flag_without_effect_is_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        StageArgs(**flags).check()
 
 
 def test_malformed_row_names_file_and_line(data, tmp_path):
