@@ -135,8 +135,10 @@ def reload_adapter(model: Model, folder: Path, name: str = "default") -> None:
 
 
 def adapter_folder(path: Path) -> Path:
-    """The folder with the adapter: `path` itself, or the newest checkpoint of a run folder."""
-    steps = sorted(path.glob(f"checkpoints/step-*/{CONFIG}"))
+    """The folder with the adapter: `path` itself, or of a run folder the checkpoint kept as best, else the newest."""
+    steps = [
+        file for kind in ("step", "best") for file in sorted(path.glob(f"checkpoints/{kind}-*/{CONFIG}"))
+    ]
     return steps[-1].parent if steps and not (path / CONFIG).is_file() else path
 
 

@@ -69,10 +69,10 @@ def save_weights(model: Model, folder: Path) -> None:
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The folder with the weights: `path` itself, or the newest checkpoint of a run folder."""
+    """The folder with the weights: `path` itself, or of a run folder the checkpoint kept as best, else the newest."""
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
         return path
-    steps = sorted(path.glob("checkpoints/step-*"))
+    steps = sorted(path.glob("checkpoints/step-*")) + sorted(path.glob("checkpoints/best-*"))
     if not steps:
         raise ValueError(f"{path}: neither a checkpoint (config.json + model.safetensors) nor a run folder")
     return steps[-1]

@@ -24,7 +24,7 @@ FromFlag = Annotated[str | None, tyro.conf.arg(name="from")]  # `from` is a word
 # Flags that say nothing about the run itself.
 _NOT_SAVED = {"resume", "out", "track", "profile"}
 _POSITIVE = ("tokens", "epochs", "seq_len", "batch_tokens", "micro_tokens", "lr", "grad_clip", "eval_tokens",
-             "evals", "save_every", "keep_checkpoints", "log_every")  # fmt: skip
+             "evals", "save_every", "keep_checkpoints", "log_every", "patience")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ class StageArgs:
     """Steps between checkpoints. None: twenty in a run."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
+    keep_best: bool = False
+    """Keep the weights with the best held-out figure too; opening the run then takes them. It is compared where it is
+    measured on the same part, --evals times in a run."""
+    patience: int | None = None
+    """End after so many evaluations without a better held-out figure, and keep the best weights. None: go on."""
     log_every: int = 10
     """Steps between reads of the loss from the device."""
     compile: bool = False

@@ -4,6 +4,7 @@ checkpoints/step-00000250/
     config.json  model.safetensors    what load_model opens: float32, upstream's names
     tokenizer.json ...                the tokenizer it was trained with
     trainer.pt                        optimizer, RNG, data position; loads with weights_only=True
+checkpoints/best-00000200/            with --keep-best: the same without trainer.pt; opening the run takes it
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from minimind.tokenization import Tokenizer
 from minimind.training.parallel import Parallel, from_rank_0
 from minimind.weights import load_model, save_weights
 
-_PREFIX = "step-"
+_PREFIX, _BEST = "step-", "best-"
 _WAY_OUT = "delete that folder to resume from the one before"
 
 
@@ -43,16 +44,44 @@ def save_checkpoint(
     trainer: plain Python values and tensors; save_model(model, folder) makes the folder. Raises ValueError when the
     disk is full; what was there stays.
     """
+
+    def fill(folder: Path) -> None:
+        save_model(model, folder)
+        tokenizer.save(folder)
+        torch.save(trainer, folder / "trainer.pt")
+
+    final = _write(run, f"{_PREFIX}{step:08d}", fill)
+    _drop(list_checkpoints(run)[:-keep])
+    return final
+
+
+def save_best(
+    run: Path,
+    step: int,
+    model: Model,
+    tokenizer: Tokenizer,
+    save_model: Callable[[Model, Path], None] = save_weights,
+) -> Path:
+    """Write the weights of step `step` as the run's best, in place of those before. Raises as save_checkpoint does."""
+
+    def fill(folder: Path) -> None:
+        save_model(model, folder)
+        tokenizer.save(folder)
+
+    final = _write(run, f"{_BEST}{step:08d}", fill)
+    _drop([folder for folder in run.glob(f"checkpoints/{_BEST}*") if folder != final])
+    return final
+
+
+def _write(run: Path, name: str, fill: Callable[[Path], None]) -> Path:
     root = run / "checkpoints"
     root.mkdir(parents=True, exist_ok=True)
-    final = root / f"{_PREFIX}{step:08d}"
+    final = root / name
     if final.exists():
         return final
-    partial = root / f".partial-{step:08d}-{os.getpid()}"
+    partial = root / f".partial-{name}-{os.getpid()}"
     try:
-        save_model(model, partial)
-        tokenizer.save(partial)
-        torch.save(trainer, partial / "trainer.pt")
+        fill(partial)
         for file in [*partial.iterdir(), partial]:
             sync(file)
         os.replace(partial, final)
@@ -62,11 +91,14 @@ def save_checkpoint(
         raise ValueError(
             f"{final}: cannot write the checkpoint ({error}); free some space, then run the same command again"
         ) from error
-    for old in list_checkpoints(run)[:-keep]:
+    return final
+
+
+def _drop(folders: Iterable[Path]) -> None:
+    for old in folders:
         gone = old.with_name(f".partial-{old.name}")  # never a half-deleted folder under a whole one's name
         os.replace(old, gone)
         shutil.rmtree(gone)
-    return final
 
 
 def list_checkpoints(run: Path) -> list[Path]:

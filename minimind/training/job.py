@@ -240,6 +240,8 @@ class Job:
             eval_every=math.ceil(plan.steps / max(1, args.evals)),
             save_every=args.save_every or max(1, plan.steps // 20),
             keep_checkpoints=args.keep_checkpoints,
+            keep_best=args.keep_best or args.patience is not None,
+            patience=args.patience,
             own_gradients=args.cuda_graph,
         )
 

@@ -8,12 +8,13 @@ all run this loop and rank 0 alone writes and speaks.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +30,7 @@ from minimind.display import Display, duration
 from minimind.modeling import Model
 from minimind.spans import span
 from minimind.tokenization import Tokenizer
-from minimind.training.checkpoint import load_weights_into, save_checkpoint
+from minimind.training.checkpoint import load_weights_into, save_best, save_checkpoint
 from minimind.training.metrics import MetricsLog, plot_losses
 from minimind.training.optim import Optimizers
 from minimind.training.parallel import Parallel
@@ -84,6 +85,8 @@ class LoopOptions:
     eval_every: int = 100
     save_every: int = 100
     keep_checkpoints: int = 2
+    keep_best: bool = False
+    patience: int | None = None  # evaluations without a better held-out figure after which training ends
     own_gradients: bool = False  # those of a CUDA graph's backward lie in its memory, which it fills anew
 
 
@@ -137,6 +140,26 @@ class _Row:
 
 
 @dataclass
+class Best:
+    """The best held-out figure of those that are measured on one and the same part; since: evaluations after it."""
+
+    step: int = 0
+    value: float = math.nan
+    since: int = 0
+
+    def take(self, step: int, values: dict[str, Any]) -> bool:
+        """Whether the figures of `step` are the best so far: a loss is to be low, a reward high."""
+        value, sign = values.get("heldout_loss"), 1
+        if value is None:
+            value, sign = values["heldout_reward"], -1
+        if math.isnan(self.value) or sign * value < sign * self.value:
+            self.step, self.value, self.since = step, value, 0
+            return True
+        self.since += 1
+        return False
+
+
+@dataclass
 class Trainer:
     stage: Stage
     options: LoopOptions
@@ -150,6 +173,7 @@ class Trainer:
     seconds: float = 0.0
     interrupted: str | None = None  # the signal's name
     stopping: bool = False  # all ranks know that one was interrupted
+    best: Best = field(default_factory=Best)
     heldout: str = ""  # the newest held-out figure, for the progress line
     newest: str = ""  # the newest of the stage's news, for the same
     pending: list[_Row] = field(default_factory=list)
@@ -180,6 +204,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step, self.targets_seen = state["step"], state["targets_seen"]
         self.seconds = state["seconds"]
+        self.best = Best(**state.get("best", {}))
         self._cut_logs(state["metrics_bytes"], state["samples_bytes"])
 
     def fit(self) -> bool:
@@ -212,7 +237,7 @@ class Trainer:
         if self.step == 0:
             self._sample()
             self._evaluate()
-        while self.step < self.options.steps and not self.stopping:
+        while self.step < self.options.steps and not self.stopping and not self._enough():
             if self.profiler is not None:
                 self.profiler.begin(self.step + 1)
             self._train_step()
@@ -220,15 +245,31 @@ class Trainer:
                 self.profiler.end()
             self._after_step()
         self._save()
-        if self.step < self.options.steps:
+        if self.step < self.options.steps and not self._enough():
             reason = self.interrupted or "another process was interrupted"
             self.display.say(f"{reason}: stopped at step {self.step}, saved; the same command continues")
             return False
+        self._end_of_best()
         self._evaluate(final=True)
         self._sample()
         if self.parallel.main:
             self.run.mark_finished()
         return True
+
+    def _enough(self) -> bool:
+        patience = self.options.patience
+        return patience is not None and self.best.since >= patience
+
+    def _end_of_best(self) -> None:
+        if not self.options.keep_best:
+            return
+        if not self._enough():
+            self._evaluate()
+        best = self.best
+        self.display.say(
+            f"best held-out figure {best.value:.4f} at step {best.step}, {best.since} evaluations ago; opening the run "
+            "takes its weights"
+        )
 
     def _train_step(self) -> None:
         stage, options = self.stage, self.options
@@ -365,7 +406,21 @@ class Trainer:
             self.display.say(
                 f"step {self.step}: held-out {name} {values[f'heldout_{name}']:.4f} {unit}{size}{exact}"
             )
+        if self.options.keep_best and not final:
+            self._keep_best(values)
         self.clock = time.perf_counter()
+
+    def _keep_best(self, values: dict[str, Any]) -> None:
+        if not values:
+            raise ValueError("--keep-best and --patience go by held-out data; hold some out with --heldout")
+        if self.best.take(self.step, values):
+            whole, stage = self.parallel.whole(self.stage.model), self.stage
+
+            def write() -> None:
+                assert whole is not None
+                save_best(self.run.path, self.step, whole, stage.tokenizer, stage.save_model)
+
+            self.parallel.share(write)
 
     def _sample(self) -> None:
         text = self.stage.sample()
@@ -399,6 +454,7 @@ class Trainer:
             "optimizer": optimizer,
             "loader": stage.loader.state(),
             "data": stage.data_fingerprint,
+            "best": asdict(self.best),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "tracker": {"name": self.tracker.name, "id": self.tracker.run_id},

@@ -3,14 +3,16 @@
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from minimind import ModelConfig, load_tokenizer
+from minimind import ModelConfig, load_model, load_tokenizer
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss
-from minimind.training.loop import LoopOptions, Stage, StageLoss, Trainer
+from minimind.training.checkpoint import list_checkpoints, load_trainer_state
+from minimind.training.loop import Best, LoopOptions, Stage, StageLoss, Trainer
 from minimind.training.optim import build_optimizers
 from minimind.training.run_folder import RunFolder
 from minimind.training.tracking import NoTracker
@@ -102,3 +104,76 @@ def test_gradients_are_clipped_before_the_update_and_logged_as_they_were():
     trainer._train_step()
     torch.testing.assert_close(norms[0], torch.tensor(0.01), rtol=1e-3, atol=0)
     assert trainer.pending[0].figures[-1] > 0.1
+
+
+def fit(
+    folder: Path,
+    losses: list[float],
+    patience: int | None,
+    stop_after: int | None = None,
+    key: str = "heldout_loss",
+):
+    """A run of ten steps, held-out figures after each, `losses` in order; continued where `folder` has a checkpoint.
+    Ctrl-C comes in step `stop_after`."""
+    torch.manual_seed(0)
+    model = Model(TINY)
+    kept: dict[int, Tensor] = {}
+
+    def evaluate(final: bool) -> dict[str, float]:
+        if not final:
+            kept[trainer.step] = model.head_weight.detach().clone()
+        return {key: losses[trainer.step], "heldout_all": final}
+
+    def loss(batch: TokenBatch) -> StageLoss:
+        if trainer.step == stop_after:
+            trainer.interrupted = "SIGINT"
+        return next_token_loss(model, batch)
+
+    stage = Stage(
+        model=model, tokenizer=load_tokenizer(), optimizer=build_optimizers(model, "adamw", 1e-2, 0.1), loader=Same(),
+        loss=loss, peak_lr=1e-2, lr_factor=lambda step: 1.0, evaluate=evaluate, sample=lambda: "",
+        describe=lambda batch: [], title="", data_fingerprint="",
+    )  # fmt: skip
+    options = LoopOptions(10, eval_every=1, save_every=4, keep_best=True, patience=patience)
+    folder.mkdir(exist_ok=True)
+    newest = list_checkpoints(folder)[-1:]
+    run = RunFolder(folder, newest[0] if newest else None, None)
+    run.metrics.touch()
+    run.samples.touch()
+    trainer = Trainer(stage, options, run, NoTracker(), Console(quiet=True))
+    if newest:
+        trainer.resume(load_trainer_state(newest[0]))
+    trainer.fit()
+    return trainer, kept
+
+
+LOSSES = [5.0, 4.0, 3.0, 2.0, 2.5, 1.5, 1.6, 1.7, float("nan"), 1.0, 1.1]
+
+
+@pytest.mark.parametrize(("patience", "best", "last"), [(None, 9, 10), (1, 3, 4), (3, 5, 8), (4, 9, 10)])
+def test_the_best_weights_are_kept_and_a_run_without_better_ones_ends(patience, best, last, tmp_path):
+    trainer, kept = fit(tmp_path, LOSSES, patience)
+    assert trainer.step == last and trainer.run.finished
+    assert [folder.name for folder in tmp_path.glob("checkpoints/best-*")] == [f"best-{best:08d}"]
+    assert torch.equal(load_model(tmp_path).head_weight, kept[best])
+
+
+def test_of_rewards_the_highest_is_best(tmp_path):
+    trainer, _ = fit(tmp_path, LOSSES, 2, key="heldout_reward")
+    assert (trainer.step, trainer.best.step) == (2, 0)
+
+
+@pytest.mark.parametrize("stop_after", [3, 5, 6])
+def test_an_interrupted_run_knows_its_best(stop_after, tmp_path):
+    whole, _ = fit(tmp_path / "whole", LOSSES, 3)
+    cut, _ = fit(tmp_path / "cut", LOSSES, 3, stop_after)
+    assert cut.step == stop_after + 1 and not cut.run.finished
+    continued, _ = fit(tmp_path / "cut", LOSSES, 3)
+    assert (continued.step, continued.best) == (whole.step, whole.best) == (8, Best(5, 1.5, 3))
+    a, b = (load_model(tmp_path / name) for name in ("whole", "cut"))
+    assert torch.equal(a.head_weight, b.head_weight)
+
+
+def test_without_held_out_data_nothing_is_best(tmp_path):
+    with pytest.raises(ValueError, match="--keep-best and --patience go by held-out data"):
+        Trainer(None, LoopOptions(1, keep_best=True), None, NoTracker(), Console())._keep_best({})
