@@ -8,13 +8,16 @@ is kept: the gradient of x needs only W, and W gets none.
     set_adapters(model, ["a", "b"])             their sum; [] is the base model
     merge_adapter(model)                        W + scale * B A, no cost at inference; unmerge_adapter puts W back
 
+With DoRA (Liu et al. 2024, arXiv 2402.09353) each row of W + scale * B A is given a trained length, at first that of W:
+y = g (W x + scale * B (A x)), g = length / |row|. |row| is a constant in the backward, as in the paper.
+
 Adapters on disk are peft's: minimind/lora_files.py. Parameters are float32 as the base's are, products run in the
 dtype of x. The optimizer must be element-wise (AdamW): Muon would orthogonalise the stacked matrices as one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -38,7 +41,7 @@ class LoRAConfig:
     dropout: probability that a number of x does not reach A, in training; one draw serves q, k and v (or gate and up),
     where peft draws for each. targets: ends of upstream's module names, such as "q_proj", "shared_experts.0.up_proj"
     or "layers.3.mlp.down_proj"; None: every projection but routed experts, router, embedding and head. ValueError for
-    numbers that mean nothing.
+    numbers that mean nothing. dora: train the rows' lengths too.
     """
 
     rank: int = 8
@@ -46,6 +49,7 @@ class LoRAConfig:
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
     rslora: bool = False
+    dora: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -63,34 +67,50 @@ class LoRAConfig:
 
 
 class Adapter(nn.Module):
-    """The low-rank terms of one packed matrix: A [n r, in] and B [rows, r], stacked by part.
+    """The low-rank terms of one packed matrix: A [n r, in] and B [rows, r], stacked by part; with DoRA M [rows].
 
-    parts: {"q_proj": rows, ...} of the n parts that have one. A uniform in +-1 / sqrt(in), B zero, as in peft.
+    weights: {"q_proj": [rows, in], ...} of the n parts that have one. A uniform in +-1 / sqrt(in), B zero, as in peft.
     """
 
-    def __init__(self, weight: Tensor, parts: dict[str, int], config: LoRAConfig) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], config: LoRAConfig) -> None:
         super().__init__()
-        self.parts, self.config = parts, config
+        self.parts, self.config = {part: len(weight) for part, weight in weights.items()}, config
+        parts, weight = self.parts, next(iter(weights.values()))
         width = weight.shape[1]
         dtype = torch.promote_types(weight.dtype, torch.float32)
         a = torch.empty(len(parts) * config.rank, width, dtype=dtype, device=weight.device)
         self.A = nn.Parameter(nn.init.kaiming_uniform_(a, a=5**0.5))
         self.B = nn.Parameter(a.new_zeros(sum(parts.values()), config.rank))
+        lengths = [weight.detach().to(dtype).norm(dim=1) for weight in weights.values()]
+        self.M = nn.Parameter(torch.cat(lengths)) if config.dora else None
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """x [..., in] -> the term of each part, [..., rows]."""
         x = F.dropout(x, self.config.dropout, self.training)
         low = F.linear(x, self.A.to(x.dtype)) * self.config.scale  # [..., n r]
         pieces = zip(
-            low.split(self.config.rank, dim=-1),
-            self.B.to(x.dtype).split(tuple(self.parts.values())),
-            strict=True,
+            low.split(self.config.rank, dim=-1), self.by_part(self.B.to(x.dtype)).items(), strict=True
         )
-        return {part: F.linear(z, b) for part, (z, b) in zip(self.parts, pieces, strict=True)}
+        return {part: F.linear(z, b) for z, (part, b) in pieces}
+
+    def gains(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """With DoRA the factor of each part's rows, [rows], float32 or wider; weights: the frozen ones by part."""
+        if self.M is None:
+            return {}
+        with torch.no_grad():
+            lengths = {
+                part: torch.addmm(weights[part].to(b.dtype), b, a, alpha=self.config.scale).norm(dim=1)
+                for part, (a, b) in self.split(self.A, self.B).items()
+            }
+        return {part: length / lengths[part] for part, length in self.by_part(self.M).items()}
+
+    def by_part(self, rows: Tensor) -> dict[str, Tensor]:
+        """Views of each part's share of `rows`."""
+        return dict(zip(self.parts, rows.split(tuple(self.parts.values())), strict=True))
 
     def split(self, a: Tensor, b: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """(A [r, in], B [rows, r]) of each part, views of the stacked a and b."""
-        pairs = zip(a.split(self.config.rank), b.split(tuple(self.parts.values())), strict=True)
+        pairs = zip(a.split(self.config.rank), self.by_part(b).values(), strict=True)
         return dict(zip(self.parts, pairs, strict=True))
 
 
@@ -113,12 +133,22 @@ class LoRALinear(nn.Module):
         y = F.linear(x, self.weight.to(x.dtype))
         if self.base is not None or not self.active:
             return y
-        pieces = dict(zip(self.parts, y.split(tuple(self.parts.values()), dim=-1), strict=True))
+        frozen = self.by_part(y, dim=-1)
+        pieces = dict(frozen)
         for name in self.active:
-            for part, term in self.adapter(name)(x).items():
+            adapter = self.adapter(name)
+            gains = adapter.gains(self.by_part(self.weight))
+            for part, term in adapter(x).items():
+                if part in gains:
+                    gain = gains[part]
+                    term = gain.to(y.dtype) * term + (gain - 1).to(y.dtype) * frozen[part]
                 pieces[part] = pieces[part] + term
         whole = tuple(pieces.values())
         return whole[0] if len(whole) == 1 else torch.cat(whole, dim=-1)
+
+    def by_part(self, packed: Tensor, dim: int = 0) -> dict[str, Tensor]:
+        """Views of what each part has of `packed`, whose dimension `dim` is that of the packed rows."""
+        return dict(zip(self.parts, packed.split(tuple(self.parts.values()), dim), strict=True))
 
     def adapter(self, name: str) -> Adapter:
         return cast(Adapter, self.adapters[name])
@@ -127,11 +157,16 @@ class LoRALinear(nn.Module):
     def merged(self) -> Tensor:
         """The weight with the active adapters, in float32 or wider; as it is where they are merged into it."""
         total = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
-        rows = dict(zip(self.parts, total.split(tuple(self.parts.values())), strict=True))
+        rows, frozen = self.by_part(total), self.by_part(self.weight)
         for name in self.active if self.base is None else ():
             adapter = self.adapter(name)
+            gains = adapter.gains(frozen)
             for part, (a, b) in adapter.split(adapter.A, adapter.B).items():
-                rows[part].addmm_(b.to(total.dtype), a.to(total.dtype), alpha=adapter.config.scale)
+                change = b.to(total.dtype) @ a.to(total.dtype) * adapter.config.scale
+                if part in gains:
+                    gain = gains[part].to(total.dtype)[:, None]
+                    change = gain * change + (gain - 1) * frozen[part]
+                rows[part].add_(change)
         return total
 
     @torch.no_grad()
@@ -188,7 +223,8 @@ def attach(model: Model, config: LoRAConfig, names: Sequence[str], name: str, tr
         mine = {part: rows for part, rows in parts.items() if (path, part) in wanted}
         if mine:
             linear = _as_lora(model, path, parts)
-            adapter = Adapter(linear.weight, mine, config).train(linear.training)
+            weights = linear.by_part(linear.weight)
+            adapter = Adapter({part: weights[part] for part in mine}, config).train(linear.training)
             linear.adapters[name] = adapter.requires_grad_(trainable)
     model.dropout = model.dropout or config.dropout > 0
     set_adapters(model, [name])

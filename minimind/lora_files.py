@@ -2,8 +2,9 @@
 
     adapter_config.json          peft's LoraConfig
     adapter_model.safetensors    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight [r, in], lora_B [out, r]
+                                 with DoRA also lora_magnitude_vector [out]
 
-What an adapter_config.json asks for beyond plain LoRA and rsLoRA is refused by name.
+What an adapter_config.json asks for beyond plain LoRA, rsLoRA and DoRA is refused by name.
 """
 
 from __future__ import annotations
@@ -34,14 +35,25 @@ from minimind.lora import (
 from minimind.modeling import Model
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_((?P<side>[AB])\.weight|(?P<length>magnitude_vector)(\.weight)?)"
+)
 # Settings of peft that say nothing about the function the adapter computes; the file's own tensors say where it is.
 _OF_NO_EFFECT = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "inference_mode",
     "layers_pattern", "layers_to_transform", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
-_READ = {"bias", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "use_rslora"}
+_READ = {
+    "bias",
+    "init_lora_weights",
+    "lora_alpha",
+    "lora_dropout",
+    "peft_type",
+    "r",
+    "use_dora",
+    "use_rslora",
+}
 # Starting points that leave the base's weights as they are; the others (pissa, olora, corda, ...) change them.
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -63,6 +75,10 @@ def adapter_state(
         for part, (low, high) in adapter.split(a.detach(), b.detach()).items():
             key = f"base_model.model.model.{path.rpartition('.')[0]}.{part}"
             out[f"{key}.lora_A.weight"], out[f"{key}.lora_B.weight"] = low, high
+        if adapter.M is not None:
+            lengths = (adapter.M if state is None else state[f"{prefix}.M"]).detach()
+            for part, length in adapter.by_part(lengths).items():
+                out[f"base_model.model.model.{path.rpartition('.')[0]}.{part}.lora_magnitude_vector"] = length
     return out
 
 
@@ -101,6 +117,7 @@ def save_adapter(
         "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
         "lora_dropout": config.dropout,
         "use_rslora": config.rslora,
+        "use_dora": config.dora,
         "target_modules": list(config.targets or ()),
         "bias": "none",
     }
@@ -143,14 +160,17 @@ def adapter_folder(path: Path) -> Path:
 
 
 @torch.no_grad()
-def _fill(model: Model, name: str, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+def _fill(model: Model, name: str, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     for path, linear in lora_linears(model):
         if name in linear.adapters:
             adapter, prefix = linear.adapter(name), path.rpartition(".")[0]
             for part, (low, high) in adapter.split(adapter.A, adapter.B).items():
-                a, b = tensors[f"model.{prefix}.{part}"]
-                low.copy_(a)
-                high.copy_(b)
+                sides = tensors[f"model.{prefix}.{part}"]
+                low.copy_(sides["A"])
+                high.copy_(sides["B"])
+            if adapter.M is not None:
+                for part, length in adapter.by_part(adapter.M).items():
+                    length.copy_(tensors[f"model.{prefix}.{part}"]["M"])
 
 
 def _read_config(path: Path) -> LoRAConfig:
@@ -170,7 +190,7 @@ def _read_config(path: Path) -> LoRAConfig:
         asked["init_lora_weights"] = raw["init_lora_weights"]
     for key, value in asked.items():
         raise ValueError(
-            f"{path}: {key}={value!r} is not supported, only plain LoRA and rsLoRA are; merge it with peft instead"
+            f"{path}: {key}={value!r} is not supported, only LoRA, rsLoRA and DoRA are; merge it with peft instead"
         )
     named = raw.get("target_modules")
     partial = raw.get("layers_to_transform") is not None or bool(raw.get("exclude_modules"))
@@ -181,6 +201,7 @@ def _read_config(path: Path) -> LoRAConfig:
             dropout=float(raw.get("lora_dropout", 0)),
             targets=tuple(named) if isinstance(named, list) and not partial else None,
             rslora=bool(raw.get("use_rslora")),
+            dora=bool(raw.get("use_dora")),
         )
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing") from error
@@ -188,8 +209,8 @@ def _read_config(path: Path) -> LoRAConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read_tensors(path: Path, model: Model, config: LoRAConfig) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, B) by upstream's module name, each of them one of the model's."""
+def _read_tensors(path: Path, model: Model, config: LoRAConfig) -> dict[str, dict[str, Tensor]]:
+    """{"A": ..., "B": ..., with DoRA "M": ...} by upstream's module name, each of them one of the model's."""
     try:
         state = load_file(path)
     except FileNotFoundError as error:
@@ -203,7 +224,7 @@ def _read_tensors(path: Path, model: Model, config: LoRAConfig) -> dict[str, tup
             raise ValueError(
                 f"{path}: tensor {key!r} is no LoRA matrix of a projection; it has no place here"
             )
-        sides.setdefault(match["module"], {})[match["side"]] = tensor
+        sides.setdefault(match["module"], {})[match["side"] or "M"] = tensor
     if not sides:
         raise ValueError(f"{path}: holds no tensor")
     known = projections(model)
@@ -211,7 +232,10 @@ def _read_tensors(path: Path, model: Model, config: LoRAConfig) -> dict[str, tup
         if module not in known:
             raise ValueError(f"{path}: {_why_not(module, model)}")
         weight = model.get_parameter(f"{known[module].path}.weight")
-        wanted = {"A": (config.rank, weight.shape[1]), "B": (known[module].rows, config.rank)}
+        rows = known[module].rows
+        wanted: dict[str, tuple[int, ...]] = {"A": (config.rank, weight.shape[1]), "B": (rows, config.rank)}
+        if config.dora:
+            wanted["M"] = (rows,)
         found = {side: tuple(tensor.shape) for side, tensor in sorted(pair.items())}
         if found != wanted:
             raise ValueError(
@@ -223,7 +247,7 @@ def _read_tensors(path: Path, model: Model, config: LoRAConfig) -> dict[str, tup
             raise ValueError(
                 f"{path}: nothing for {module}, though {CONFIG} names it; the adapter was made for another model"
             )
-    return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
+    return sides
 
 
 def _why_not(module: str, model: Model) -> str:

@@ -36,8 +36,10 @@ def with_adapter(model: Model, config: LoRAConfig, name: str = "default", seed: 
     with torch.no_grad():
         for _, linear in lora_linears(model):
             if name in linear.adapters:
-                b = linear.adapter(name).B
-                b.copy_(torch.randn(b.shape, generator=generator) * 0.1)
+                adapter = linear.adapter(name)
+                adapter.B.copy_(torch.randn(adapter.B.shape, generator=generator) * 0.1)
+                if adapter.M is not None:
+                    adapter.M.mul_(1 + 0.3 * torch.randn(adapter.M.shape, generator=generator))
     return model
 
 

@@ -81,11 +81,56 @@ def test_logits_and_gradients_are_those_of_the_dense_weights(shape, rslora, ops_
         assert_within(mine[key], plain[key], value, key, off[key])
 
 
+def test_dora_gives_the_rows_their_lengths():
+    """y, dx, dA, dB and dM are autograd's of M (W + s B A) x / |W + s B A|, the length a constant; merged as well."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x, grad = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((48, 32), (5, 32), (5, 48))
+    )
+    parts = {"q_proj": 32, "k_proj": 8, "v_proj": 8}
+    linear = LoRALinear(torch.nn.Parameter(weight, False), parts)
+    weights = linear.by_part(linear.weight)
+    config = LoRAConfig(rank=4, alpha=6.0, dora=True)
+    adapter = linear.adapters["a"] = Adapter({part: weights[part] for part in ("q_proj", "v_proj")}, config)
+    x.requires_grad_()
+    linear.active = ("a",)
+    torch.testing.assert_close(linear(x), x @ weight.T)
+    with torch.no_grad():
+        adapter.B.normal_(generator=generator)
+        adapter.M.mul_(1 + 0.3 * torch.randn(40, generator=generator, dtype=torch.float64))
+    rows = []
+    for part, frozen in weights.items():
+        if part in adapter.parts:
+            a, b = adapter.split(adapter.A, adapter.B)[part]
+            changed = frozen + 1.5 * b @ a
+            frozen = (
+                adapter.by_part(adapter.M)[part][:, None]
+                * changed
+                / changed.detach().norm(dim=1, keepdim=True)
+            )
+        rows.append(frozen)
+    dense = torch.cat(rows)
+    leaves = [x, adapter.A, adapter.B, adapter.M]
+    expected = torch.autograd.grad(x @ dense.T, leaves, grad)
+    y = linear(x)
+    torch.testing.assert_close(y, x @ dense.T)
+    torch.testing.assert_close(torch.autograd.grad(y, leaves, grad), expected)
+    torch.testing.assert_close(linear.merged(), dense.detach())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_new_dora_adapter_changes_nothing(shape):
+    model = make(shape)
+    before = logits_of(model)
+    add_adapter(model, LoRAConfig(rank=4, dora=True))
+    assert torch.equal(logits_of(model), before)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_packed_projection_keeps_its_input_once_and_nothing_for_frozen_weights(dropout):
     parts = {"q_proj": 32, "k_proj": 16, "v_proj": 16}
     linear = LoRALinear(torch.nn.Parameter(torch.randn(64, 32), False), parts)
-    linear.adapters["a"] = Adapter(linear.weight, parts, LoRAConfig(rank=4, dropout=dropout))
+    linear.adapters["a"] = Adapter(linear.by_part(linear.weight), LoRAConfig(rank=4, dropout=dropout))
     linear.active = ("a",)
     own = {p.untyped_storage().data_ptr() for p in linear.parameters()}
     x, kept = torch.randn(3, 50, 32, requires_grad=True), {}

@@ -18,11 +18,10 @@ PARTS = [("q_proj", "v_proj"), ("up_proj",), ("layers.1.self_attn.k_proj", "o_pr
 
 
 @pytest.mark.parametrize("targets", PARTS)
-@pytest.mark.parametrize("shape", ["dense", "moe"])
-def test_saved_adapters_open_as_they_were(shape, targets, tmp_path):
-    model = with_adapter(
-        make(shape), LoRAConfig(rank=3, alpha=5.0, dropout=0.1, targets=targets, rslora=True)
-    )
+@pytest.mark.parametrize(("shape", "dora"), [("dense", False), ("dense", True), ("moe", False)])
+def test_saved_adapters_open_as_they_were(shape, dora, targets, tmp_path):
+    config = LoRAConfig(rank=3, alpha=5.0, dropout=0.1, targets=targets, rslora=True, dora=dora)
+    model = with_adapter(make(shape), config)
     save_adapter(model, tmp_path, base_model="runs/sft")
     again = make(shape)
     config = load_adapter(again, tmp_path, "other")
@@ -64,18 +63,21 @@ def llama_of(model: Model):
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], list(TARGETS), ["up_proj"]])
-@pytest.mark.parametrize("rslora", [False, True])
-def test_equal_to_peft_both_ways(targets, rslora, tmp_path):
+@pytest.mark.parametrize(("rslora", "dora"), [(False, False), (True, False), (True, True)])
+def test_equal_to_peft_both_ways(targets, rslora, dora, tmp_path):
     peft = pytest.importorskip("peft", reason="install minimind[dev]: compares adapters with peft")
     model = make()
     settings = peft.LoraConfig(
-        r=4, lora_alpha=6, lora_dropout=0.1, target_modules=targets, use_rslora=rslora, task_type="CAUSAL_LM"
-    )
+        r=4, lora_alpha=6, lora_dropout=0.1, target_modules=targets, use_rslora=rslora, use_dora=dora,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     theirs = peft.get_peft_model(llama_of(model), settings).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.1)
+            elif "magnitude" in name:
+                parameter.mul_(torch.empty_like(parameter).uniform_(0.7, 1.3))
     theirs.save_pretrained(tmp_path / "theirs")
     ids = torch.randint(0, 97, (2, 60), generator=torch.Generator().manual_seed(0))
     plain = theirs(ids).logits
@@ -92,7 +94,7 @@ def test_equal_to_peft_both_ways(targets, rslora, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(use_dora=True), "use_dora=True is not supported"),
+        (dict(trainable_token_indices=[5]), "trainable_token_indices"),
         (dict(bias="all"), "bias='all' is not supported"),
         (dict(modules_to_save=["lm_head"]), "modules_to_save"),
         (dict(alpha_pattern={"q_proj": 3}), "alpha_pattern"),

@@ -9,6 +9,7 @@ its metrics, plots, answers and the adapter, in peft's form.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,12 +66,16 @@ class Args(ChatArgs):
     """The adapter is scaled by alpha / rank."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
+    dora: bool = False
+    """Train the lengths of the adapted rows too (DoRA)."""
+    lora_plus: float = 1.0
+    """Rate of the adapter's B as a multiple of --lr (LoRA+, whose authors take 16)."""
     dropout: float = 0.0
     """Probability that a number does not reach the adapter, in training."""
     targets: tuple[str, ...] = ()
     """Ends of module names, such as q_proj v_proj. None: all projections but routed experts."""
     adapter: str | None = None
-    """Go on training this adapter, ours or peft's, with its rank, alpha, dropout and targets."""
+    """Go on training this adapter, ours or peft's, with its rank, alpha, dropout, targets, rslora and dora."""
     epochs: float = 6.0
     """Passes over the training part of the data."""
     batch_tokens: int | None = 1024
@@ -80,15 +85,22 @@ class Args(ChatArgs):
     weight_decay: float = 0.0
     """Of the adapter's matrices."""
 
+    def lr_multiples(self) -> dict[str, float]:
+        return {".B": self.lora_plus}
+
 
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
     if args.optimizer != "adamw":
         raise ValueError(f"--optimizer {args.optimizer}: adapters are trained with adamw")
+    if not 0 < args.lora_plus < math.inf:
+        raise ValueError(f"--lora-plus {args.lora_plus}: must be above 0")
+    if args.embedding_lr != 1:
+        raise ValueError(f"--embedding-lr {args.embedding_lr}: the embedding is frozen; drop the flag")
     if args.parallel == "fsdp":
         raise ValueError("--parallel fsdp: the frozen model is not sharded; take ddp")
     args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
-    config = LoRAConfig(args.rank, args.alpha, args.dropout, args.targets or None, args.rslora)
+    config = LoRAConfig(args.rank, args.alpha, args.dropout, args.targets or None, args.rslora, args.dora)
     job = Job.begin("lora", args, console)
     train, heldout, kept = open_data(args, ChatEncoder(job.tokenizer), console)
     plan = job.plan(partial(PackedLoader, train, args.seq_len, seed=args.seed))

@@ -169,6 +169,10 @@ class StageArgs:
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"--weight-decay {self.weight_decay}: must be 0 or more")
 
+    def lr_multiples(self) -> dict[str, float]:
+        """Of --lr, by the end of a parameter's name."""
+        return {"embed_tokens.weight": self.embedding_lr}
+
     def saved(self) -> dict[str, Any]:
         """The flags that say what is computed, under their names on the command line (with _ for -)."""
         fields = dataclasses.asdict(self).items()

@@ -222,7 +222,7 @@ class Job:
         args = self.args
         momentum = 0.95 if args.muon_momentum is None else args.muon_momentum
         return build_optimizers(
-            model, args.optimizer, peak, args.weight_decay, args.betas, momentum, args.embedding_lr
+            model, args.optimizer, peak, args.weight_decay, args.betas, momentum, args.lr_multiples()
         )
 
     def _on_device(self, loader: Any, objective: Objective) -> Loader:

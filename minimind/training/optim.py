@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -82,10 +82,10 @@ def build_optimizers(
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.95),
     momentum: float = 0.95,
-    embedding_lr: float = 1.0,
+    multiples: Mapping[str, float] | None = None,
 ) -> Optimizers:
     """The optimizer of a run. Matrices and embeddings decay, norm gains do not. betas are AdamW's, momentum is Muon's;
-    embedding_lr: of the embedding, as a multiple of `lr`.
+    multiples: of `lr`, for parameters of AdamW's whose names end so.
 
     adamw: fused AdamW for everything (Loshchilov & Hutter 2019, arXiv 1711.05101).
     muon: momentum orthogonalised by Newton-Schulz for the matrices inside the blocks (Jordan et al. 2024), those of
@@ -97,15 +97,18 @@ def build_optimizers(
     parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     muon = [p for n, p in parameters if name == "muon" and _is_block_matrix(n, p)]
     orthogonal = {id(p) for p in muon}
-    rest = [p for _, p in parameters if id(p) not in orthogonal]
-    embedding = {id(p): p for n, p in parameters if n.endswith("embed_tokens.weight")}
-    apart = embedding if embedding_lr != 1 else {}
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2 and id(p) not in apart], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    rest = [(n, p) for n, p in parameters if id(p) not in orthogonal]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for _, p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for _, p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    if apart:
-        groups.append({"params": list(apart.values()), "weight_decay": weight_decay, "lr": lr * embedding_lr})
+    for end, multiple in (multiples or {}).items():
+        apart = {id(p) for n, p in rest if n.endswith(end)} if multiple != 1 else set()
+        for group in [group for group in groups if apart & {id(p) for p in group["params"]}]:
+            groups.append(
+                {**group, "params": [p for p in group["params"] if id(p) in apart], "lr": lr * multiple}
+            )
+            group["params"] = [p for p in group["params"] if id(p) not in apart]
     parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
     if muon:
         parts.append(Muon(muon, lr=lr, weight_decay=weight_decay, momentum=momentum, rows=packed_rows(model)))

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from minimind import load_model
 from minimind.data.builtin_identity import identity
-from minimind.lora_files import load_adapter
+from minimind.lora import LoRAConfig, add_adapter, lora_linears
+from minimind.lora_files import adapter_folder, load_adapter
 from minimind.training.checkpoint import list_checkpoints
 from tests.training.runs import (
     SCRIPT,
@@ -101,9 +102,23 @@ def test_an_adapter_can_be_trained_further(unbroken, origin, cache, tmp_path):
     assert rows_of(out, "train")[0]["loss"] < rows_of(unbroken, "train")[0]["loss"]
 
 
+def test_dora_trains_lengths_and_the_best_adapter_is_what_opens(origin, cache, tmp_path):
+    out = tmp_path / "dora"
+    call(LORA, from_=str(origin), out=str(out), cache_dir=str(cache), dora=True, lora_plus=4.0, keep_best=True,
+         tokens=1024, seq_len=128, batch_tokens=512, eval_questions=2, evals=2, precision="fp32")  # fmt: skip
+    (best,) = out.glob("checkpoints/best-*")
+    model, fresh = load_model(origin), load_model(origin)
+    assert adapter_folder(out) == best and load_adapter(model, out).dora
+    add_adapter(fresh, LoRAConfig(dora=True))
+    pairs = zip(lora_linears(model), lora_linears(fresh), strict=True)
+    assert all(not torch.equal(a.adapter("default").M, b.adapter("default").M) for (_, a), (_, b) in pairs)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (dict(lora_plus=0.0), "--lora-plus 0.0: must be above 0"),
+        (dict(embedding_lr=2.0), "--embedding-lr 2.0: the embedding is frozen"),
         (dict(optimizer="muon"), "--optimizer muon: adapters are trained with adamw"),
         (dict(parallel="fsdp"), "--parallel fsdp: the frozen model is not sharded"),
         (dict(rank=0), "LoRA rank=0: must be at least 1"),

@@ -34,19 +34,24 @@ def test_where_the_rate_begins_to_fall_and_ends():
 
 def test_rates_and_means_reach_their_parameters():
     model = Model(CONFIG)
-    optimizers = build_optimizers(model, "muon", 1e-2, 0.1, (0.8, 0.9), momentum=0.7, embedding_lr=3.0)
+    optimizers = build_optimizers(
+        model, "muon", 1e-2, 0.1, (0.8, 0.9), 0.7, {"embed_tokens.weight": 3.0, "layernorm.weight": 0.0}
+    )
     adamw, muon = (part.param_groups for part in optimizers.parts)
-    assert [group["params"] for group in adamw if group["lr"] != 1e-2] == [[model.embed_tokens.weight]]
-    assert adamw[-1]["lr"] == pytest.approx(3e-2) and {group["betas"] for group in adamw} == {(0.8, 0.9)}
+    layer = model.layers[0]
+    apart = {group["lr"]: group for group in adamw[2:]}
+    assert apart[3e-2]["params"] == [model.embed_tokens.weight] and apart[3e-2]["weight_decay"] == 0.1
+    assert apart[0]["params"] == [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
+    assert apart[0]["weight_decay"] == 0 and {group["betas"] for group in adamw} == {(0.8, 0.9)}
     assert muon[0]["momentum"] == 0.7
     optimizers.set_lr_factor(0.5)
-    assert adamw[-1]["lr"] == pytest.approx(1.5e-2) and muon[0]["lr"] == pytest.approx(5e-3)
+    assert apart[3e-2]["lr"] == pytest.approx(1.5e-2) and muon[0]["lr"] == pytest.approx(5e-3)
 
 
 def test_every_parameter_is_in_exactly_one_group():
     for name in ("muon", "adamw"):
         model = Model(CONFIG)
-        optimizers = build_optimizers(model, name, 1e-3, 0.1, embedding_lr=0.5)
+        optimizers = build_optimizers(model, name, 1e-3, 0.1, multiples={"embed_tokens.weight": 0.5})
         ids = [id(p) for part in optimizers.parts for g in part.param_groups for p in g["params"]]
         assert sorted(ids) == sorted(id(p) for p in model.parameters())
         assert len(optimizers.parts) == (2 if name == "muon" else 1)
