@@ -196,7 +196,7 @@ def server(args: Args, folder: Path, threads: int) -> Iterator[tuple[str, subpro
 
 async def load(url: str, process: subprocess.Popen[str], args: Args, tasks: list[Task]) -> Log:
     limits = httpx.Limits(max_connections=args.clients + 1, max_keepalive_connections=args.clients + 1)
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits, trust_env=False) as client:
         name = (await client.get("/v1/models")).json()["data"][0]["id"]
         log = Log()
         watcher = asyncio.create_task(_watch(process.pid, log))
@@ -268,7 +268,9 @@ async def _watch(pid: int, log: Log) -> None:
 def _left(url: str) -> float:
     """Samples in the queue and in the batch."""
     found = re.findall(
-        r"^minimind_requests_(?:waiting|running) (\S+)", httpx.get(f"{url}/metrics").text, re.MULTILINE
+        r"^minimind_requests_(?:waiting|running) (\S+)",
+        httpx.get(f"{url}/metrics", trust_env=False).text,
+        re.MULTILINE,
     )
     return sum(map(float, found))
 

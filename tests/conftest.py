@@ -19,6 +19,10 @@ from minimind import ops
 from minimind.kernels.triton_support import triton
 from tests import sum_order  # noqa: F401  asked for by an environment variable, it shuffles the sums of products
 
+for _name in ("http_proxy", "https_proxy", "all_proxy"):  # tests talk to servers of this machine
+    for _spelling in (_name, _name.upper()):
+        os.environ.pop(_spelling, None)
+
 
 @pytest.fixture(autouse=True)
 def _restore_ops_mode():

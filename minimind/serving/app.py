@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Security
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPBearer
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
@@ -17,6 +18,8 @@ from minimind.serving.completions_route import completions_router
 from minimind.serving.errors import ApiError, documented, install_handlers
 from minimind.serving.gate import Gate
 from minimind.serving.service import Service
+
+LOOPBACK = r"https?://(localhost|127(\.\d+){3}|\[::1\])(:\d+)?"  # origins of pages that this machine serves
 
 
 def create_app(service: Service) -> FastAPI:
@@ -35,6 +38,10 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(router(service), dependencies=protected)
     app.include_router(state_router(service))
     app.add_middleware(Gate, api_key=service.api_key, max_body=service.max_body, metrics=service.metrics)
+    app.add_middleware(  # before the gate: a browser asks whether it may send the key before it sends it
+        CORSMiddleware, allow_origins=service.allow_origins, allow_origin_regex=LOOPBACK,
+        allow_methods=["GET", "POST"], allow_headers=["*"],
+    )  # fmt: skip
     return app
 
 

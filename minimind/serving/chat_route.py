@@ -73,7 +73,7 @@ class ChatAnswer:
     async def begin(cls, service: Service, asked: ChatRequest) -> ChatAnswer:
         if asked.max_tokens is not None and asked.max_completion_tokens is not None:
             raise ApiError(400, "max_tokens and max_completion_tokens are one limit: give one of them")
-        if asked.top_logprobs is not None and not asked.logprobs:
+        if asked.top_logprobs and not asked.logprobs:
             raise ApiError(400, "top_logprobs: only with logprobs", param="top_logprobs")
         limit = asked.max_tokens or asked.max_completion_tokens
         params = service.params(asked, limit, (asked.top_logprobs or 0) if asked.logprobs else None)

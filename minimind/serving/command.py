@@ -14,6 +14,7 @@ import ipaddress
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -42,6 +43,9 @@ class Args(ModelArgs):
     """0 finds a free one."""
     api_key: str | None = None
     """What clients must give; None takes MINIMIND_API_KEY, and without that lets everybody in."""
+    allow_origin: tuple[str, ...] = ()
+    """Web pages that may call from a browser, such as https://chat.example.com; '*': all. Pages that this machine
+    serves may anyway."""
     name: str | None = None
     """What clients call the model; None: the name of its folder or file."""
     max_batch: int = 32
@@ -111,7 +115,7 @@ def open_service(args: Args) -> tuple[Service, list[str]]:
     worker = EngineWorker(engine, args.max_queue, metrics.first_token.observe)
     service = Service(
         worker, opened.tokenizer, args.name or _name_of(args, opened), metrics, args.max_tokens,
-        int(args.max_body_mib * 2**20), key,
+        int(args.max_body_mib * 2**20), key, args.allow_origin,
     )  # fmt: skip
     return service, notes
 
@@ -147,6 +151,11 @@ def _is_loopback(host: str) -> bool:
 
 
 def _check(args: Args) -> None:
+    for origin in args.allow_origin:
+        if origin != "*" and not re.fullmatch(r"https?://[^/?#\s]+", origin):
+            raise ValueError(
+                f"--allow-origin {origin}: scheme and host alone, such as https://chat.example.com, or '*'"
+            )
     for flag, value, least in (
         ("max-queue", args.max_queue, 0), ("max-tokens", args.max_tokens, 1), ("drain-seconds", args.drain_seconds, 0),
         ("max-body-mib", args.max_body_mib, 2**-10),

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hmac
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minimind.serving.errors import ApiError
 from minimind.serving.metrics import Metrics
 
+FORM = "application/x-www-form-urlencoded"
+
 
 class Gate:
-    """Below /v1 it asks for the key, where there is one. Counts responses by route and status."""
+    """Below /v1 it asks for the key, where there is one. Counts responses by route and status.
+
+    A body that is not said to be JSON is read as JSON all the same: curl -d calls it a form. Not one that a web page of
+    another origin sends: its browser asks before it sends JSON, and does not before it sends a form.
+    """
 
     def __init__(self, app: ASGIApp, api_key: str | None, max_body: int, metrics: Metrics) -> None:
         self._app, self._max_body, self._metrics = app, max_body, metrics
@@ -34,6 +40,8 @@ class Gate:
             if self._key is not None and (scope["path"] + "/").startswith("/v1/"):
                 self._check_key(headers.get("authorization", ""), self._key)
             self._check_size(headers.get("content-length", "0"))
+            if headers.get("content-type", FORM).startswith(FORM) and "origin" not in headers:
+                MutableHeaders(scope=scope)["content-type"] = "application/json"
         except ApiError as problem:
             await problem.response()(scope, receive, counted)
             return

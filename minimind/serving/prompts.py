@@ -8,7 +8,6 @@ from typing import Any
 
 from minimind.serving.errors import ApiError
 from minimind.serving.protocol import (
-    MAX_DEPTH,
     AssistantMessage,
     ChatRequest,
     Content,
@@ -109,15 +108,13 @@ def plain(message: Message) -> dict[str, Any]:
 
 
 def _arguments(text: str) -> Any:
-    """As an object, which every template can write; ApiError 400 if they are none."""
+    """As an object, which every template can write. What is none stays as the model wrote it: an answer that was cut
+    within its arguments is part of a conversation that may go on."""
     try:
         value = json.loads(text or "{}")
-        if isinstance(value, dict):
-            return shallow(value)
+        return shallow(value) if isinstance(value, dict) else text
     except (ValueError, RecursionError):
-        pass
-    message = f"messages: the arguments of a tool call are not a JSON object of at most {MAX_DEPTH} levels"
-    raise ApiError(400, message, param="messages")
+        return text
 
 
 def text(content: Content | None) -> str:

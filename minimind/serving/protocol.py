@@ -1,13 +1,15 @@
 """What clients send. The field's names and meanings are OpenAI's; what is added to them is said.
 
-A parameter that is not known, or known and not served, is refused: an answer never ignores half of a question.
+null means the same as leaving a field out. A parameter that is not known is refused, and so is a value that would
+change the answer and is not served: an answer never ignores half of a question. Inside messages, where clients keep
+notes of their own, fields that are not known do not count.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 MAX_STOPS, MAX_N = 16, 128
 MAX_DEPTH = 64  # Python gives up rendering at some 300 levels, llguidance parsing at 128; written schemas have a dozen
@@ -28,15 +30,23 @@ JsonObject = Annotated[dict[str, Any], AfterValidator(shallow)]
 Int64 = Annotated[
     int, Field(ge=-(2**63), lt=2**63)
 ]  # the API's description holds bounds as floats: 2^63 - 1 is none
+Limit = Annotated[int, Field(ge=1, lt=2**31)] | Literal[-1]  # -1: as many as there is room for
 StopString = Annotated[str, Field(min_length=1)]
 Stops = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
 
 
-class Strict(BaseModel):
+class Lenient(BaseModel):
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+
+
+class Strict(Lenient):
     model_config = ConfigDict(extra="forbid")
 
 
-class TextPart(Strict):
+class TextPart(Lenient):
     type: Literal["text"]
     text: str
 
@@ -44,29 +54,26 @@ class TextPart(Strict):
 Content = str | list[TextPart]
 
 
-class FunctionCall(Strict):
-    """arguments: JSON, as the model wrote it."""
+class FunctionCall(Lenient):
+    """arguments: JSON, as the model wrote it; where its answer was cut, the beginning of some."""
 
     name: str
-    arguments: str
+    arguments: str = ""
 
 
-class ToolCall(Strict):
+class ToolCall(Lenient):
     id: str = ""
     type: Literal["function"] = "function"
     function: FunctionCall
-    index: int | None = None
 
 
-class InputMessage(Strict):
+class InputMessage(Lenient):
     role: Literal["system", "developer", "user"]
     content: Content
-    name: str | None = None
 
 
-class AssistantMessage(BaseModel):
-    """An answer as it was given; other fields, which a client's library may have added, do not count.
-    reasoning_content: what the model thought; the template decides what becomes of it."""
+class AssistantMessage(Lenient):
+    """An answer as it was given. reasoning_content: what the model thought; the template decides what becomes of it."""
 
     role: Literal["assistant"]
     content: Content | None = None
@@ -74,9 +81,9 @@ class AssistantMessage(BaseModel):
     tool_calls: list[ToolCall] | None = None
 
 
-class ToolMessage(Strict):
+class ToolMessage(Lenient):
     role: Literal["tool"]
-    content: Content
+    content: Content = ""
     tool_call_id: str = ""
 
 
@@ -112,7 +119,7 @@ class JsonFormat(Strict):
     type: Literal["json_object"]
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Lenient):
     """Field `schema` of OpenAI's, which pydantic keeps for itself."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
@@ -131,7 +138,10 @@ Format = Annotated[TextFormat | JsonFormat | JsonSchemaFormat, Field(discriminat
 
 
 class StreamOptions(Strict):
+    """include_obfuscation: whether chunks are padded against eavesdroppers, which they never are here."""
+
     include_usage: bool = False
+    include_obfuscation: bool = False
 
 
 class TemplateOptions(Strict):
@@ -144,7 +154,7 @@ class TemplateOptions(Strict):
 class Sampling(Strict):
     """top_k, min_p and repetition_penalty are additions. presence_penalty and repetition_penalty count tokens of the
     prompt too. A temperature below 1e-5 is taken as 0: dividing by it would leave the numbers' range. user, metadata,
-    store and service_tier change nothing here and are accepted."""
+    store, service_tier, safety_identifier and prompt_cache_key change nothing here and are accepted."""
 
     model: str
     temperature: Annotated[FiniteFloat, Field(ge=0, le=2)] | None = None
@@ -164,18 +174,25 @@ class Sampling(Strict):
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
 
 class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Limit | None = None
+    max_completion_tokens: Limit | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: Format | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    reasoning_effort: Literal["medium"] | None = None
+    verbosity: Literal["medium"] | None = None
+    functions: Annotated[list[Any], Field(max_length=0)] | None = None
+    function_call: Literal["none", "auto"] | None = None
     chat_template_kwargs: TemplateOptions | None = None
     open_thinking: bool | None = None
 
@@ -193,7 +210,7 @@ class CompletionRequest(Sampling):
         | TokenIds
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_N)]
     )
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Limit | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
     suffix: str | None = None

@@ -23,7 +23,7 @@ LEAST_TEMPERATURE = 1e-5  # above 0
 @dataclass
 class Service:
     """model: the name that clients give. default_max_tokens: of answers whose request names none. max_body: bytes.
-    api_key: None lets everybody in."""
+    api_key: None lets everybody in. allow_origins: of web pages that may call, beside those of this machine."""
 
     worker: EngineWorker
     tokenizer: Tokenizer
@@ -32,6 +32,7 @@ class Service:
     default_max_tokens: int = 1024
     max_body: int = 4 << 20
     api_key: str | None = None
+    allow_origins: tuple[str, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -69,7 +70,7 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def params(self, asked: Sampling, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """ApiError 400 for what the engine does not do."""
+        """max_tokens: -1 for as many as there is room for. ApiError 400 for what the engine does not do."""
         if asked.frequency_penalty:
             message = "frequency_penalty: not served; presence_penalty and repetition_penalty are"
             raise ApiError(400, message, param="frequency_penalty")
@@ -86,7 +87,8 @@ class Service:
         seed = None if asked.seed is None else asked.seed & MAX_SEED
         stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
         try:
-            return SamplingParams(max_new_tokens=max_tokens, seed=seed, stop=stop, logprobs=logprobs, **given)
+            limit = self.context if max_tokens == -1 else max_tokens
+            return SamplingParams(max_new_tokens=limit, seed=seed, stop=stop, logprobs=logprobs, **given)
         except ValueError as problem:
             raise ApiError(400, str(problem)) from None
 
@@ -100,9 +102,11 @@ class Service:
         if len(prompt) >= self.context:
             message = f"the prompt has {len(prompt):,} tokens, the context {self.context:,}, one of them for an answer"
             raise ApiError(400, message, code="context_length_exceeded")
-        if params.max_new_tokens is None:
+        if params.max_new_tokens is None or params.max_new_tokens >= self.context:
             room = max(1, min(self.context, self._cache_tokens + 1) - len(prompt))
-            params = replace(params, max_new_tokens=min(self.default_max_tokens, room))
+            params = replace(
+                params, max_new_tokens=min(params.max_new_tokens or self.default_max_tokens, room)
+            )
         return await self.worker.submit(Request(prompt, params, name, constraint))
 
     async def encode(self, text: str) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 import openai
 import streamlit as st
 
-from minimind.serving.web_client import SAMPLE_TOOLS, Call, Settings, Turn, fill, parse_tools
+from minimind.serving.web_client import SAMPLE_TOOLS, Call, Settings, Turn, connect, fill, parse_tools
 from minimind.serving.web_text import LANGUAGES, SUGGESTIONS, text
 
 URL = os.environ.get("MINIMIND_URL", "http://127.0.0.1:8998/v1")
@@ -49,7 +49,7 @@ def main() -> None:
     if "turns" not in state:
         state.turns = []
         state.language = "zh" if (st.context.locale or "").startswith("zh") else "en"
-    client = openai.OpenAI(base_url=URL, api_key=os.environ.get("MINIMIND_API_KEY") or "none", max_retries=0)
+    client = connect(URL, os.environ.get("MINIMIND_API_KEY"))
     settings = sidebar(client)
     asked = st.chat_input(t("ask"), disabled=settings is None)
     if settings is None:

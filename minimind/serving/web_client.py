@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import openai
 
@@ -90,6 +92,16 @@ class Turn:
                 for c in self.calls
             ]
         return message
+
+
+def connect(url: str, api_key: str | None) -> openai.OpenAI:
+    """A client of the server at `url`. A server on this machine is not asked for through the environment's proxy."""
+    try:
+        local = ipaddress.ip_address(urlsplit(url).hostname or "").is_loopback
+    except ValueError:
+        local = urlsplit(url).hostname == "localhost"
+    http = openai.DefaultHttpxClient(trust_env=not local)
+    return openai.OpenAI(base_url=url, api_key=api_key or "none", max_retries=0, http_client=http)
 
 
 def parse_tools(text: str) -> list[dict[str, Any]]:

@@ -76,7 +76,9 @@ def serving(
 ) -> Iterator[Running]:
     """options: of the engine and the service."""
     own = {
-        name: options.pop(name) for name in ("api_key", "max_body", "default_max_tokens") if name in options
+        name: options.pop(name)
+        for name in ("api_key", "max_body", "default_max_tokens", "allow_origins")
+        if name in options
     }
     engine_options = {"kv_tokens": 4096, "max_batch": 8, "backend": "reference", **options}
     tokenizer = tokenizer or small_tokenizer()

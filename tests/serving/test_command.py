@@ -78,6 +78,8 @@ def test_the_line_it_prints_works_and_a_signal_lets_streams_finish(process, fold
         ({"port": 70000}, "from 0 to 65535"),
         ({"max_queue": -1}, "--max-queue -1: a number of at least 0"),
         ({"drain_seconds": float("inf")}, "--drain-seconds inf: a number of at least 0"),
+        ({"allow_origin": ("chat.example.com",)}, "--allow-origin chat.example.com: scheme and host alone"),
+        ({"allow_origin": ("https://a.b/c",)}, "--allow-origin https://a.b/c: scheme and host alone"),
         ({"max_body_mib": float("nan")}, "--max-body-mib nan: a number of at least"),
         ({"max_batch": 0}, "max_batch=0"),
         ({"host": "no.such.host.invalid"}, "--host no.such.host.invalid"),

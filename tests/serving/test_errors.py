@@ -8,7 +8,8 @@ import torch
 from minimind import load_tokenizer
 from minimind.inference.requests import MAX_SEED
 from minimind.serving.errors import error_body
-from minimind.serving.protocol import MAX_DEPTH
+from minimind.serving.prompts import offered
+from minimind.serving.protocol import MAX_DEPTH, ChatRequest
 from tests.inference.small import small_model
 from tests.serving.service import WEATHER, serving
 
@@ -45,10 +46,6 @@ def error_of(response, status):
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, 400, "enforced"),
         ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "the context 1,024"),
         ({"messages": [{"role": "user", "content": "x" * 99_000}]}, 400, "characters, more than a context of 1,024"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [
-            {"function": {"name": "f", "arguments": "x"}}]}]}, 400, "not a JSON object"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [
-            {"function": {"name": "f", "arguments": json.dumps(DEEP)}}]}]}, 400, "at most 64 levels"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, 422, "64 levels"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}}, 422, "schema: more than 64"),
         ({"temperature": 2.5}, 422, "less than or equal to 2"),
@@ -60,6 +57,11 @@ def error_of(response, status):
         ({"messages": [{"role": "poet", "content": "x"}]}, 422, "messages.0"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 422, "text"),
         ({"max_tokens": 0}, 422, "max_tokens"),
+        ({"max_tokens": -2}, 422, "max_tokens"),
+        ({"reasoning_effort": "high"}, 422, "reasoning_effort: Input should be 'medium'"),
+        ({"functions": [{"name": "f"}]}, 422, "functions: List should have at most 0 items"),
+        ({"prediction": {"type": "content", "content": "x"}}, 422, "prediction: Extra inputs are not permitted"),
+        ({"modalities": ["text", "audio"]}, 422, "modalities: List should have at most 1 item"),
         ({"sampler": 1}, 422, "sampler: Extra inputs are not permitted"),
         ({"model": "gpt-5"}, 404, "this server has 'tiny'"),
     ],
@@ -112,6 +114,130 @@ def test_bodies_that_are_no_request(server):
     assert server.http.post(CHAT, content=tools, headers=json_type).status_code in (200, 400)
     error_of(server.http.get(CHAT), 405)
     error_of(server.http.get("/v1/poems"), 404)
+
+
+def call_of(arguments):
+    """A conversation with a call that has these arguments, and its result."""
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    return [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "ok"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"city": "Par', "null", "", "3", "[" * 200, json.dumps(DEEP), "<|im_end|>"]
+)
+def test_calls_that_were_cut_or_malformed_stay_part_of_the_conversation(server, arguments):
+    """The server sends them out itself, with finish_reason length."""
+    response = server.http.post(CHAT, json={**HI, "messages": call_of(arguments)})
+    assert response.status_code == 200, response.text
+    prompt = server.service.prompts.prompt(ChatRequest(model="tiny", messages=call_of(arguments)))[0]
+    text = server.service.tokenizer.decode(prompt, skip_special_tokens=False)
+    written = json.dumps(json.loads(arguments)) if arguments.startswith('{"a') else arguments or "{}"
+    assert f'"arguments": {written}}}' in text
+
+
+ANSWERED = [
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}],
+        "id": "u1",
+    },
+    {"role": "assistant", "content": None, "refusal": None, "tool_calls": None, "annotations": []},
+    {"role": "tool", "tool_call_id": "c1", "content": None, "name": None, "is_error": False},
+    {"role": "tool", "tool_call_id": "c1", "content": "ok", "name": "weather"},
+]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"messages": ANSWERED},
+        dict.fromkeys(
+            ("reasoning_effort", "prediction", "functions", "function_call", "modalities", "audio", "verbosity", "n",
+             "web_search_options", "safety_identifier", "prompt_cache_key", "tools", "stop", "a_later_invention")
+        ),
+        {"reasoning_effort": "medium", "verbosity": "medium", "modalities": ["text"], "functions": []},
+        {"safety_identifier": "me", "prompt_cache_key": "k", "store": False, "function_call": "none"},
+        {"logprobs": False, "top_logprobs": 0},
+        {"response_format": {"type": "text", "json_schema": None}, "stream_options": None},
+        {"tools": [{**WEATHER, "function": {**WEATHER["function"], "strict": None}, "extra": None}]},
+    ],
+)  # fmt: skip
+def test_what_changes_nothing_is_accepted(server, extra):
+    response = server.http.post(CHAT, json={**HI, **extra})
+    assert response.status_code == 200, response.text
+
+
+def test_null_in_a_schema_is_the_schemas_own():
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"properties": {"x": {"default": None}}}},
+    }
+    asked = ChatRequest(model="tiny", messages=[{"role": "user", "content": "x"}], tools=[tool])
+    assert offered(asked)[0]["function"]["parameters"] == {"properties": {"x": {"default": None}}}
+
+
+def test_a_stream_that_asks_for_no_padding(server):
+    options = {"include_usage": True, "include_obfuscation": False}
+    response = server.http.post(CHAT, json={**HI, "stream": True, "stream_options": options})
+    assert response.status_code == 200 and "[DONE]" in response.text
+
+
+def test_as_many_tokens_as_there_is_room_for(server):
+    prompt = {"model": "tiny", "prompt": [3] * 20, "max_tokens": -1}
+    body = server.http.post(COMPLETIONS, json=prompt).json()
+    choice, usage = body["choices"][0], body["usage"]
+    assert choice["finish_reason"] == "stop" or usage["total_tokens"] == server.service.context
+
+
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded"])
+def test_json_without_its_content_type_is_json(server, kind):
+    """curl -d says that it sends a form. A web page of another origin could, too, without asking."""
+    headers = {} if kind is None else {"Content-Type": kind}
+    body = json.dumps(HI)
+    assert server.http.post(CHAT, content=body, headers=headers).status_code == 200
+    error_of(
+        server.http.post(CHAT, content=body, headers={**headers, "Origin": "https://elsewhere.example"}), 422
+    )
+
+
+def preflight(running, origin):
+    asks = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    return running.http.options(
+        CHAT, headers={**asks, "Access-Control-Request-Headers": "authorization,content-type"}
+    )
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://127.0.0.1", "http://[::1]:8080"])
+def test_pages_of_this_machine_may_call(server, origin):
+    answer = preflight(server, origin)
+    assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == origin
+    assert "POST" in answer.headers["access-control-allow-methods"]
+    assert "authorization" in answer.headers["access-control-allow-headers"]
+    answer = server.http.post(CHAT, json=HI, headers={"Origin": origin})
+    assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == origin
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://elsewhere.example", "http://localhost.elsewhere.example", "null"]
+)
+def test_other_pages_may_not(server, origin):
+    assert "access-control-allow-origin" not in preflight(server, origin).headers
+    answer = server.http.post(CHAT, json=HI, headers={"Origin": origin})
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_pages_that_were_named_may_call_and_need_no_key_to_ask():
+    with serving(api_key="secret", allow_origins=("https://chat.example.com",)) as running:
+        answer = preflight(running, "https://chat.example.com")
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://chat.example.com"
+        answer = running.http.post(CHAT, json=HI, headers={"Origin": "https://chat.example.com"})
+        assert answer.status_code == 401
+        assert answer.headers["access-control-allow-origin"] == "https://chat.example.com"
 
 
 def test_a_message_is_one_line_of_utf8():

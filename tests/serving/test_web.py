@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from minimind.serving import web_command
-from minimind.serving.web_client import Call, Settings, Turn, fill, parse_tools
+from minimind.serving.web_client import Call, Settings, Turn, connect, fill, parse_tools
 from minimind.serving.web_command import _OPTIONS, PAGE, Args, main, server_command
 from minimind.serving.web_text import LANGUAGES, SUGGESTIONS, TEXT
 from minimind.weights import save_weights
@@ -46,6 +46,14 @@ def said(app):
 def ask(app, question):
     app.chat_input[0].set_value(question).run()
     assert not app.exception
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "ALL_PROXY"])
+def test_a_server_of_this_machine_is_not_sought_behind_a_proxy(server, name, monkeypatch):
+    monkeypatch.setenv(name, "socks5://127.0.0.1:9" if name == "ALL_PROXY" else "http://127.0.0.1:9")
+    assert [model.id for model in connect(f"{server.root}/v1", None).models.list()] == ["tiny"]
+    local = server.root.replace("127.0.0.1", "localhost")
+    assert [model.id for model in connect(f"{local}/v1", None).models.list()] == ["tiny"]
 
 
 def test_a_conversation(page):
