@@ -1,4 +1,4 @@
-"""What clients of OpenAI's API send: a question, one with a tool, and the tool's result, most of it recorded from them."""
+"""What clients of OpenAI's API send, most of it recorded from them: a question, one with a tool, the tool's result."""
 
 import json
 from pathlib import Path
