@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from minimind.stdio import prepare_output
+from minimind.stdio import prepare_output, with_home
 
 COMMANDS = {
     "chat": ("minimind.inference.chat", "talk to a model in the terminal"),
@@ -65,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     prepare_output()
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run(with_home(sys.argv[1:])))
 
 
 if __name__ == "__main__":

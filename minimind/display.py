@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import re
+import sys
 import time
 import warnings
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from minimind.data.progress import say
+
+P = ParamSpec("P")
 
 _PLAIN_SECONDS = 10.0
 # Fonts with Chinese characters, of Linux, macOS and Windows: runs are named after their data.
@@ -63,6 +70,34 @@ def pyplot() -> Any:
         "ignore", r"Glyph \d+ .*missing from", UserWarning
     )  # boxes then, and no pages of lines
     return plt
+
+
+def decoration(draw: Callable[P, None]) -> Callable[P, None]:
+    """Keep a function that draws a picture from failing a run: what goes wrong becomes a line on standard error."""
+
+    @functools.wraps(draw)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            draw(*args, **kwargs)
+        except Exception as problem:
+            pictures = [
+                str(a) for a in (*args, *kwargs.values()) if isinstance(a, Path) and a.suffix == ".png"
+            ]
+            reason = str(problem).partition("\n")[0] or type(problem).__name__
+            print(f"{pictures[-1] if pictures else draw.__name__}: not drawn ({reason})", file=sys.stderr)
+
+    return guarded
+
+
+def caption(text: str) -> str:
+    """`text` as matplotlib writes it: a $ begins no formula, bytes that are no UTF-8 become U+FFFD, and without a font
+    for Chinese a run of such characters becomes an ellipsis."""
+    from matplotlib.font_manager import get_font_names
+
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace("$", r"\$")
+    if not set(get_font_names()) & set(_CHINESE):
+        text = re.sub(r"[\u2e80-\ud7ff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]+", "…", text)
+    return text
 
 
 def duration(seconds: float) -> str:

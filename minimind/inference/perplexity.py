@@ -28,7 +28,7 @@ from minimind import ops
 from minimind.config import ModelConfig
 from minimind.data import expand_paths, read_documents
 from minimind.data.progress import say
-from minimind.display import Display, duration, pyplot
+from minimind.display import Display, caption, decoration, duration, pyplot
 from minimind.inference.cache_dtype import rounded_cache
 from minimind.inference.loading import ModelArgs, Opened, open_model, stretched
 from minimind.modeling import Model
@@ -273,6 +273,7 @@ def show(scores: Sequence[Score], console: Console) -> None:
     console.print(table)
 
 
+@decoration
 def plot(scores: Sequence[Score], path: Path, title: str) -> None:
     """Perplexity over context length, a line a curve; dashed: the second halves of the windows."""
     plt = pyplot()
@@ -280,7 +281,7 @@ def plot(scores: Sequence[Score], path: Path, title: str) -> None:
     for colour, name in zip(_COLOURS, dict.fromkeys(s.curve for s in scores), strict=False):
         here = [score for score in scores if score.curve == name]
         lengths = [score.context for score in here]
-        axis.plot(lengths, [s.perplexity for s in here], "o-", color=colour, label=name)
+        axis.plot(lengths, [s.perplexity for s in here], "o-", color=colour, label=caption(name))
         axis.plot(lengths, [s.second_half for s in here], "o--", color=colour, alpha=0.5, markersize=3)
     ticks = sorted({score.context for score in scores})
     axis.set_xscale("log", base=2)
@@ -288,7 +289,7 @@ def plot(scores: Sequence[Score], path: Path, title: str) -> None:
     axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
     axis.set_xlabel("context, tokens; dashed: second half of each window alone")
     axis.set_ylabel("perplexity")
-    axis.set_title(f"{title}, {scores[0].tokens:,} tokens", fontsize=10, loc="left")
+    axis.set_title(f"{caption(title)}, {scores[0].tokens:,} tokens", fontsize=10, loc="left")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     figure.savefig(path, dpi=120)

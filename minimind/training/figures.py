@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from minimind.display import pyplot
+from minimind.display import caption, decoration, pyplot
 from minimind.training.metrics import read_metrics
 
 
+@decoration
 def plot_figures(metrics: Path, picture: Path, title: str, unit: str, labels: Mapping[str, str]) -> None:
     """Draw the figures `labels` names (what each is called) over the tokens trained on. Lines join those measured on
     the same part of the held-out data; stars are those of all of it."""
@@ -28,7 +29,7 @@ def plot_figures(metrics: Path, picture: Path, title: str, unit: str, labels: Ma
                 markersize=size,
                 label=text,
             )
-    axes.set_title(title)
+    axes.set_title(caption(title))
     axes.set_xlabel("tokens trained on, millions")
     axes.set_ylabel(unit)
     axes.grid(alpha=0.3)

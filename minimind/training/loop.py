@@ -423,7 +423,10 @@ class Trainer:
             self.parallel.share(write)
 
     def _sample(self) -> None:
-        text = self.stage.sample()
+        try:
+            text = self.stage.sample()
+        except Exception as problem:  # a sample is decoration
+            text = f"none ({type(problem).__name__}: {problem})"
         if self.parallel.main:
             with self.run.samples.open("a", encoding="utf-8") as file:
                 file.write(f"=== step {self.step}\n{text}\n\n")

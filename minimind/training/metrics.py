@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from minimind.display import pyplot
+from minimind.display import caption, decoration, pyplot
 
 
 class MetricsLog:
@@ -39,6 +39,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@decoration
 def plot_losses(metrics: Path, picture: Path, title: str, unit: str = "nats per token") -> None:
     """Draw training and held-out loss over tokens, with the learning rate and the gradient norm below."""
     plt = pyplot()
@@ -70,7 +71,7 @@ def plot_losses(metrics: Path, picture: Path, title: str, unit: str = "nats per 
             label = f"{name}: {last}"
             top.plot(x, y, style, color="tab:red", markersize=5 if style == "o-" else 14, label=label)
     top.set_ylabel(f"loss, {unit}")
-    top.set_title(title)
+    top.set_title(caption(title))
     top.grid(alpha=0.3)
     if train or evals:
         top.legend()

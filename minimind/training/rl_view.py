@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from minimind.display import pyplot
+from minimind.display import caption, decoration, pyplot
 from minimind.tokenization import Tokenizer
 from minimind.training.answers import turns
 from minimind.training.metrics import read_metrics, smooth
@@ -58,6 +58,7 @@ def _coloured(tokenizer: Tokenizer, answer: Answer, largest: float) -> Text:
     return line
 
 
+@decoration
 def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     """Reward (held-out too), KL, length and entropy over the rollouts' answers."""
     plt = pyplot()
@@ -73,7 +74,7 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     _held_out(axes.flat[0], [row for row in rows if row["kind"] == "eval" and "heldout_reward" in row])
     if not any("kl" in row for row in rollouts):
         axes.flat[1].text(0.5, 0.5, "no reference model", ha="center", transform=axes.flat[1].transAxes)
-    figure.suptitle(title)
+    figure.suptitle(caption(title))
     figure.savefig(picture, dpi=120)
     plt.close(figure)
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from minimind.data.files import is_disk_full
 from minimind.data.progress import say
-from minimind.stdio import prepare_output
+from minimind.stdio import prepare_output, with_home
 from minimind.training.arguments import StageArgs
 from minimind.training.parallel import leave, rank
 
@@ -22,7 +22,7 @@ def run_script(main: Callable[[Args, Console], bool], args: type[Args], descript
     """Parse the flags of `args`, call main(flags, console) and exit: 0 when it is done, 130 when it was interrupted,
     2 after one line about bad input, which main raises as ValueError."""
     prepare_output()
-    parsed = tyro.cli(args, description=description)
+    parsed = tyro.cli(args, description=description, args=with_home(sys.argv[1:]))
     console = Console(quiet=rank() > 0)
     try:
         done = main(parsed, console)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minimind.display import decoration
 from minimind.training.trace import Event, Kind, Trace, busy_ms, busy_periods, ranked, short
 
 _NAMED = 8  # operators or kernels with a colour of their own
@@ -18,6 +19,7 @@ _COLOURS = {
 }  # fmt: skip
 
 
+@decoration
 def draw(trace: Trace, picture: Path) -> None:
     """Write a PNG: all steps and their memory, then the last step enlarged."""
     import matplotlib

@@ -112,6 +112,7 @@ def fit(
     patience: int | None,
     stop_after: int | None = None,
     key: str = "heldout_loss",
+    sample=lambda: "",
 ):
     """A run of ten steps, held-out figures after each, `losses` in order; continued where `folder` has a checkpoint.
     Ctrl-C comes in step `stop_after`."""
@@ -131,7 +132,7 @@ def fit(
 
     stage = Stage(
         model=model, tokenizer=load_tokenizer(), optimizer=build_optimizers(model, "adamw", 1e-2, 0.1), loader=Same(),
-        loss=loss, peak_lr=1e-2, lr_factor=lambda step: 1.0, evaluate=evaluate, sample=lambda: "",
+        loss=loss, peak_lr=1e-2, lr_factor=lambda step: 1.0, evaluate=evaluate, sample=sample,
         describe=lambda batch: [], title="", data_fingerprint="",
     )  # fmt: skip
     options = LoopOptions(10, eval_every=1, save_every=4, keep_best=True, patience=patience)
@@ -177,3 +178,12 @@ def test_an_interrupted_run_knows_its_best(stop_after, tmp_path):
 def test_without_held_out_data_nothing_is_best(tmp_path):
     with pytest.raises(ValueError, match="--keep-best and --patience go by held-out data"):
         Trainer(None, LoopOptions(1, keep_best=True), None, NoTracker(), Console())._keep_best({})
+
+
+def test_a_sample_that_fails_ends_no_run(tmp_path):
+    def no_sample():
+        raise RuntimeError("out of memory")
+
+    trainer, _ = fit(tmp_path, LOSSES, None, sample=no_sample)
+    assert trainer.run.finished
+    assert "none (RuntimeError: out of memory)" in (tmp_path / "samples.txt").read_text()
