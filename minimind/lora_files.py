@@ -3,6 +3,7 @@
     adapter_config.json          peft's LoraConfig
     adapter_model.safetensors    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight [r, in], lora_B [out, r]
                                  with DoRA also lora_magnitude_vector [out]
+    base_model.json              ours: where the base model is and a hash of it, so that no other is taken for it
 
 What an adapter_config.json asks for beyond plain LoRA, rsLoRA and DoRA is refused by name.
 """
@@ -10,6 +11,7 @@ What an adapter_config.json asks for beyond plain LoRA, rsLoRA and DoRA is refus
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -22,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minimind.data.files import read_json, write_json
 from minimind.lora import (
     ROUTED,
     LoRAConfig,
@@ -33,8 +36,9 @@ from minimind.lora import (
     projections,
 )
 from minimind.modeling import Model
+from minimind.weights import fingerprint
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base_model.json"
 _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_((?P<side>[AB])\.weight|(?P<length>magnitude_vector)(\.weight)?)"
 )
@@ -101,17 +105,23 @@ def save_adapter(
     model: Model,
     folder: str | Path,
     name: str = "default",
-    base_model: str | None = None,
+    base_model: str | Path | None = None,
+    base_fingerprint: str | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the adapter into `folder`. base_model: where its base model can be found, a note for other programs.
-    state: as in `adapter_state`."""
+    """Write the adapter into `folder`. base_model: where its base model is, a folder, a file or a hub's name;
+    base_fingerprint: that of its weights, by which `base_of` knows it again. state: as in `adapter_state`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if base_model is not None and Path(base_model).exists():
+        base_model = Path(base_model).resolve()
+        note_base(folder, base_model, os.path.relpath(base_model, folder.resolve()), base_fingerprint)
     tensors = {key: t.contiguous().cpu() for key, t in adapter_state(model, name, state).items()}
     config = adapter_config(model, name)
     raw = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": None if base_model is None else str(base_model),
         "inference_mode": True,
         "r": config.rank,
         "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
@@ -121,8 +131,6 @@ def save_adapter(
         "target_modules": list(config.targets or ()),
         "bias": "none",
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets its owner alone read it
@@ -157,6 +165,44 @@ def adapter_folder(path: Path) -> Path:
         file for kind in ("step", "best") for file in sorted(path.glob(f"checkpoints/{kind}-*/{CONFIG}"))
     ]
     return steps[-1].parent if steps and not (path / CONFIG).is_file() else path
+
+
+def note_base(folder: Path, path: Path, relative: str, base_fingerprint: str | None) -> None:
+    """Write into `folder`, an adapter's, where its base model is: its path, also relative to the folder."""
+    write_json(folder / BASE, {"path": str(path), "relative": relative, "fingerprint": base_fingerprint})
+
+
+def base_of(folder: Path) -> Path:
+    """The base model of the adapter in `folder`: the one it was trained on, wherever both lie now. ValueError, naming
+    both, where it is not found or another model is in its place."""
+    noted, named = (
+        read_json(folder / BASE) or {},
+        (read_json(folder / CONFIG) or {}).get("base_model_name_or_path"),
+    )
+    places = [noted.get("path"), noted.get("relative") and folder / noted["relative"], named]
+    if folder.parent.name == "checkpoints" and isinstance(
+        named, str
+    ):  # the path was relative to where it ran
+        places.append(folder.parents[2].parent / named)
+    found = [path for path in map(Path, filter(None, places)) if path.exists()]
+    way_out = f"give --model BASE --lora {folder}"
+    if not found:
+        raise ValueError(f"{folder}: an adapter, and its base model ({named}) is not here; {way_out}")
+    for path in found:
+        if not another_base(folder, path):
+            return path
+    raise ValueError(f"{folder}: {another_base(folder, found[0])}; {way_out}")
+
+
+def another_base(folder: Path, path: Path) -> str | None:
+    """None, or what tells the weights at `path` from those that the adapter in `folder` was trained on."""
+    known = (read_json(folder / BASE) or {}).get("fingerprint")
+    if known is None and folder.parent.name == "checkpoints":  # of a run from before there was that file
+        known = (read_json(folder.parents[1] / "config.json") or {}).get("weights")
+    if known is None:
+        return None
+    own = fingerprint(path)
+    return None if known.split()[-1] == own.split()[-1] else f"trained on {known}, and {path} holds {own}"
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -76,6 +77,17 @@ def checkpoint_folder(path: Path) -> Path:
     if not steps:
         raise ValueError(f"{path}: neither a checkpoint (config.json + model.safetensors) nor a run folder")
     return steps[-1]
+
+
+def fingerprint(path: Path) -> str:
+    """Which weights a folder or file holds: its name and a hash of its bytes."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    digest = hashlib.blake2b(digest_size=8)
+    for each in files:
+        with each.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return f"{path.name} {digest.hexdigest()}"
 
 
 def to_stock(state: Mapping[str, Tensor], config: ModelConfig) -> StateDict:

@@ -8,9 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minimind.lora import TARGETS, LoRAConfig, lora_linears
-from minimind.lora_files import adapter_config, adapter_state, load_adapter, save_adapter
+from minimind.lora_files import (
+    adapter_config,
+    adapter_state,
+    another_base,
+    base_of,
+    load_adapter,
+    save_adapter,
+)
 from minimind.modeling import Model
-from minimind.weights import to_stock
+from minimind.weights import fingerprint, save_weights, to_stock
 from tests.adapted import TINY, logits_of, make, with_adapter
 from tests.kernels.contract import assert_within
 
@@ -144,3 +151,58 @@ def test_adapters_of_another_model_are_refused(tmp_path):
         load_adapter(make(), tmp_path)
     with pytest.raises(ValueError, match="give the folder of a LoRA adapter"):
         load_adapter(make(), tmp_path / "absent")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with a base and an adapter trained on it, named by a path relative to that folder."""
+    place = tmp_path / "project"
+    base, folder = place / "runs/sft/checkpoints/step-00000002", place / "runs/lora/checkpoints/step-00000001"
+    save_weights(make(), base)
+    monkeypatch.chdir(place)
+    relative = base.relative_to(place)
+    save_adapter(
+        with_adapter(make(), LoRAConfig()), folder, base_model=relative, base_fingerprint=fingerprint(base)
+    )
+    other = tmp_path / "elsewhere"
+    save_weights(make("qk_norm"), other / relative)
+    monkeypatch.chdir(other)
+    return place, base, folder
+
+
+def without_note(folder, base):
+    """As adapters were saved before they noted where their base is: the run alone holds a hash of it."""
+    (folder / "base_model.json").unlink()
+    config = folder / "adapter_config.json"
+    raw = json.loads(config.read_text()) | {"base_model_name_or_path": "runs/sft/checkpoints/step-00000002"}
+    config.write_text(json.dumps(raw))
+    (folder.parents[1] / "config.json").write_text(
+        json.dumps({"stage": "lora", "weights": fingerprint(base)})
+    )
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_an_adapter_finds_the_base_that_it_was_trained_on(noted, project, tmp_path):
+    """Whatever lies under the same relative path where it is opened, and where the project has moved to."""
+    place, base, folder = project
+    if not noted:
+        without_note(folder, base)
+    assert base_of(folder).resolve() == base
+    place.rename(tmp_path / "moved")
+    moved = tmp_path / "moved" / folder.relative_to(place)
+    assert base_of(moved).resolve() == tmp_path / "moved" / base.relative_to(place)
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_another_model_in_the_bases_place_is_refused(noted, project):
+    _, base, folder = project
+    if not noted:
+        without_note(folder, base)
+    known = fingerprint(base)
+    save_weights(make("qk_norm"), base)
+    message = (
+        rf"step-00000001: trained on {known}, and .*step-00000002 holds step-00000002 \w+; give --model BASE"
+    )
+    with pytest.raises(ValueError, match=message):
+        base_of(folder)
+    assert "trained on" in another_base(folder, base)

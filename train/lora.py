@@ -106,6 +106,7 @@ def main(args: Args, console: Console) -> bool:
     plan = job.plan(partial(PackedLoader, train, args.seq_len, seed=args.seed))
     job.open_run(args.data_name)
     model, trained = job.build_model(lambda model: give_adapter(model, args, config))
+    base = job.origin.fingerprint()
     objective = Objective(
         loss=lambda batch: next_token_loss(trained, batch),
         evaluate=lambda final: evaluate(model, heldout, kept, job, args, final),
@@ -113,7 +114,9 @@ def main(args: Args, console: Console) -> bool:
         describe=lambda batch: describe(batch, train, job.tokenizer),
         data_fingerprint=f"{train.identity:016x}",
         peak_lr=PEAK_LR,
-        save_model=lambda model, folder: save_adapter(model, folder, base_model=str(job.origin.weights)),
+        save_model=lambda model, folder: save_adapter(
+            model, folder, base_model=job.origin.weights, base_fingerprint=base
+        ),
         load_model=lambda model, checkpoint, parallel: reload_adapter(model, checkpoint),
     )
     lines = [*describe_chats(train, heldout, plan.loader), describe_adapter(model)]

@@ -25,7 +25,8 @@ from minimind.export.pth import export_pth
 from minimind.export.quantize import quantize, quantizer
 from minimind.inference.loading import Opened, WeightArgs, open_weights
 from minimind.lora import adapter_names, remove_adapters
-from minimind.lora_files import adapter_config, save_adapter
+from minimind.lora_files import adapter_config, note_base, save_adapter
+from minimind.weights import fingerprint
 
 DType = Literal["auto", "fp32", "fp16", "bf16", "q8_0", "q4_k_m"]
 _TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -109,6 +110,8 @@ def write_hf(opened: Opened, out: Path, dtype: str) -> list[str]:
             save_adapter(opened.model, folder / "adapter", base_model=str(out.resolve()))
             remove_adapters(opened.model)
         export_hf(opened.model, opened.tokenizer, folder, _TORCH[dtype])
+        if adapted:
+            note_base(folder / "adapter", out.resolve(), "..", fingerprint(folder))
     lines = [f"{out}: {_size(out)}, {dtype}, for transformers, vLLM and trl"]
     if not adapted:
         return [*lines, f"next: minimind chat --model {_quoted(out)}; vllm serve {_quoted(out)}"]

@@ -12,11 +12,10 @@ import torch
 import tyro
 
 from minimind.config import PRESETS, ModelConfig, YarnScaling
-from minimind.data.files import read_json
 from minimind.device import choose_device, choose_precision
 from minimind.inference.cache_dtype import FLOAT8, KVDTypeName
 from minimind.lora import merge_adapter, remove_adapters
-from minimind.lora_files import CONFIG, adapter_folder, load_adapter
+from minimind.lora_files import CONFIG, adapter_folder, another_base, base_of, load_adapter
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.weights import checkpoint_folder, load_model
@@ -100,6 +99,8 @@ def open_weights(
             f"{path}: {config.vocab_size} tokens, its tokenizer has {tokenizer.vocab_size}; name another --tokenizer"
         )
     if lora is not None:
+        if other := another_base(adapter_folder(lora), _weights_of(path)):
+            notes.append(f"{lora}: {other}; right if that is the same model in another form")
         _adapt(model, lora, merge)
     return Opened(model, tokenizer, dtype, _stage_of(given), given if given.is_dir() else None, notes, lora)
 
@@ -172,12 +173,11 @@ def _base_and_adapter(path: Path, lora: str | None) -> tuple[Path, Path | None]:
     folder = adapter_folder(path)
     if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
         return path, None
-    base = (read_json(folder / CONFIG) or {}).get("base_model_name_or_path")
-    if not isinstance(base, str) or not Path(base).exists():
-        raise ValueError(
-            f"{path}: an adapter, and its base model ({base}) is not here; give --model BASE --lora {path}"
-        )
-    return Path(base), path
+    return base_of(folder), path
+
+
+def _weights_of(path: Path) -> Path:
+    return checkpoint_folder(path) if path.is_dir() else path
 
 
 def _adapt(model: Model, folder: Path, merge: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from minimind.data.progress import say
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.training.arguments import StageArgs
-from minimind.weights import checkpoint_folder, load_model
+from minimind.weights import checkpoint_folder, fingerprint, load_model
 
 
 @dataclass(frozen=True)
@@ -47,16 +46,8 @@ class Origin:
         return Model(self.config) if self.weights is None else load_model(self.weights, self.config)
 
     def fingerprint(self) -> str | None:
-        """Which weights they were: the checkpoint's name and a hash of its files. None for random ones."""
-        if self.weights is None:
-            return None
-        files = sorted(self.weights.glob("*.safetensors")) if self.weights.is_dir() else [self.weights]
-        digest = hashlib.blake2b(digest_size=8)
-        for path in files:
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
-        return f"{self.weights.name} {digest.hexdigest()}"
+        """Of the weights; None for random ones."""
+        return None if self.weights is None else fingerprint(self.weights)
 
 
 def _earlier(path: Path, args: StageArgs) -> Origin:
