@@ -18,10 +18,15 @@ $(VENV)/installed: setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*.* c
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: venv
-	$(RUN) train/pretrain.py --tokens 700_000 --evals 4
-	$(RUN) train/sft.py --evals 4
-	@echo 'talk to it: $(VENV)/bin/minimind chat'
+demo: runs/demo-sft/finished
+	@echo 'talk to it: $(VENV)/bin/minimind chat; rm -r runs/demo-* and it is trained anew'
+
+# an interrupted run goes on where it was; a finished one is not repeated
+runs/demo-pretrain/finished: | venv
+	$(RUN) train/pretrain.py --tokens 700_000 --evals 4 --out runs/demo-pretrain
+
+runs/demo-sft/finished: runs/demo-pretrain/finished
+	$(RUN) train/sft.py --from runs/demo-pretrain --evals 4 --out runs/demo-sft
 
 test: venv
 	$(PYTEST) tests/
