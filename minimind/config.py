@@ -78,6 +78,14 @@ class ModelConfig:
         if self.num_experts and self.moe_intermediate_size <= 0:
             raise ValueError("moe_intermediate_size must be positive when num_experts > 0")
 
+    @property
+    def positions(self) -> int:
+        """How many tokens the model can place, YaRN's scaling included."""
+        if self.rope_scaling is None:
+            return self.max_position_embeddings
+        scaled = int(self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings)
+        return max(self.max_position_embeddings, scaled)
+
     @staticmethod
     def preset(name: str, **overrides: Any) -> ModelConfig:
         """The preset `name` (see PRESETS), with any field overridden."""

@@ -12,10 +12,7 @@ from minimind.tokenization import Tokenizer
 
 def max_positions(config: ModelConfig, wanted: int | None) -> int:
     """Tokens of prompt and output together: all positions that the model has, YaRN's included, or fewer as wanted."""
-    positions = config.max_position_embeddings
-    if config.rope_scaling is not None:
-        scaling = config.rope_scaling
-        positions = max(positions, int(scaling.factor * scaling.original_max_position_embeddings))
+    positions = config.positions
     if wanted is not None and not 2 <= wanted <= positions:
         raise ValueError(f"max_context={wanted} must lie in 2..{positions}, the positions that the model has")
     return wanted or positions

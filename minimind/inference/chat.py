@@ -118,7 +118,7 @@ def _one_shot(args: Args) -> str | None:
         return args.prompt
     if sys.stdin is not None and sys.stdin.isatty():
         return None
-    text = "" if sys.stdin is None else sys.stdin.read().removesuffix("\n")
+    text = "" if sys.stdin is None else sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
     if not text:
         raise ValueError("standard input is empty and no terminal; give a question there or with --prompt")
     return text

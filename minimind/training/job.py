@@ -111,6 +111,10 @@ class Job:
         keep_sums_float32()
         ops.set_mode("fused" if args.fused else "reference")
         origin = Origin.of(args, console)
+        if args.seq_len > origin.config.positions:
+            raise ValueError(
+                f"--seq-len {args.seq_len}: the model knows {origin.config.positions} positions; take no more tokens"
+            )
         attention = _choose_attention(args, device, precision, origin.config)
         return Job(stage, args, console, parallel, device, precision, origin, attention)
 

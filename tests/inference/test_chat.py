@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from minimind import ModelConfig, cli
-from minimind.inference.chat import Args, Terminal, main, open_conversation, printable
+from minimind.inference.chat import Args, Terminal, _one_shot, main, open_conversation, printable
 from minimind.inference.conversation import Conversation
 from minimind.inference.engine import Engine
 from minimind.inference.loading import ModelArgs, open_model, stretched
@@ -277,6 +277,11 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, folder, capsys, t
     assert cli.run(["chat", "--prompt", "x", *given]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert message in line
+
+
+def test_a_byte_order_mark_is_no_part_of_the_question(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffhi\n"))
+    assert _one_shot(Args()) == "hi"
 
 
 def test_standard_input_that_is_empty(folder, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from rich.console import Console
 from minimind import ModelConfig, cli, ops
 from minimind.config import YarnScaling
 from minimind.inference.loading import ModelArgs
-from minimind.inference.perplexity import BATCH_TOKENS, curves_of, measure, parse_contexts, read_stream
+from minimind.inference.perplexity import (
+    BATCH_TOKENS,
+    Args,
+    _folder,
+    curves_of,
+    measure,
+    parse_contexts,
+    read_stream,
+)
 from minimind.weights import save_weights
 from tests.inference.small import TEXT, small_model, small_tokenizer
 
@@ -167,6 +176,14 @@ def test_bad_input(flags, message, folder, capsys):
     assert cli.run(["evaluate", "--model", str(folder / "m"), *given]) == 2
     said = capsys.readouterr()
     assert message in said.err and "perplexity of" not in said.out, "before anything is measured"
+
+
+def test_a_folder_that_takes_no_results_is_said_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}: the results cannot be written there; name a folder with --out"
+    ):
+        _folder(Args(out=str(tmp_path)), None)
 
 
 @pytest.mark.parametrize("factor", [float("nan"), 1e6])

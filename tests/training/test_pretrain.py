@@ -196,6 +196,7 @@ BAD = {
     "heldout": (["--heldout", "1.5"], "--heldout must be a fraction"),
     "negative heldout": (["--heldout", "-0.1"], "--heldout must be a fraction"),
     "no such gpu": (["--device", "cuda:99"], "--device cuda:99: PyTorch sees"),
+    "more than the model knows": (["--seq-len", "8192"], "--seq-len 8192: the model knows 4096 positions"),
     "zero rows": (["--seq-len", "0"], "--seq-len 0: must be above 0"),
     "zero log": (["--log-every", "0"], "--log-every 0: must be above 0"),
     "graph of nothing": (["--cuda-graph"], "--cuda-graph: goes with --compile"),
