@@ -11,7 +11,7 @@ from rich.console import Console
 
 from minimind import ModelConfig, cli, ops
 from minimind.config import YarnScaling
-from minimind.inference.loading import ModelArgs
+from minimind.inference.loading import ModelArgs, Opened
 from minimind.inference.perplexity import (
     BATCH_TOKENS,
     Args,
@@ -183,7 +183,7 @@ def test_a_folder_that_takes_no_results_is_said_before_anything_is_measured(tmp_
     with pytest.raises(
         ValueError, match=rf"{tmp_path}: the results cannot be written there; name a folder with --out"
     ):
-        _folder(Args(out=str(tmp_path)), None)
+        _folder(Args(out=str(tmp_path)), Opened(None, None, torch.float32, None, None, []))
 
 
 @pytest.mark.parametrize("factor", [float("nan"), 1e6])
