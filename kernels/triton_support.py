@@ -73,8 +73,8 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def seen_by_compiler() -> bool:
-    """Whether torch.compile is to look into the operators: where there is a GPU to compile for. Elsewhere the first such
-    operator would import torch._dynamo, 1.5 s of every start, and Triton's interpreter cannot be traced."""
+    """Whether torch.compile is to look into the operators: where there is a GPU to compile for. Elsewhere the first
+    such operator would import torch._dynamo, 1.5 s of every start, and Triton's interpreter cannot be traced."""
     return triton is not None and not interpreting() and torch.cuda.is_available()
 
 
