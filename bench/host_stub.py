@@ -32,11 +32,12 @@ def import_ops(visible: bool) -> None:
 
 @dataclass
 class Found:
-    """launches: of our kernels since it was set to 0, by whatever way. sources: name -> what Inductor gave to Triton of
-    every kernel."""
+    """launches: of our kernels since it was set to 0, by whatever way; by_operators: those of them that an operator
+    made, not generated code. sources: name and source of every kernel that Inductor gave to Triton."""
 
     launches: int = 0
-    sources: dict[str, str] = field(default_factory=dict)
+    by_operators: int = 0
+    sources: list[tuple[str, str]] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -58,7 +59,7 @@ def stubbed(arch: int) -> Iterator[Found]:
         return kernel
 
     def make_launcher(_: Any, name: str, source: str, device_str: str = "cuda") -> _Launcher:
-        found.sources[name] = source
+        found.sources.append((name, source))
         return _Launcher(found, ours="custom_kernel=True" in source)
 
     options = {"cpu_backend": "triton", "compile_threads": 1, "force_disable_caches": True}
@@ -96,6 +97,7 @@ class _Kernel:
 
     def run(self, *_: Any) -> None:
         self.found.launches += 1
+        self.found.by_operators += 1
 
 
 class _Launcher:
@@ -128,7 +130,7 @@ def compilations(found: Found, arch: int, dtype: str) -> list[Compilation]:
     from torch._inductor.codecache import PyCodeCache
 
     asked = []
-    for name, source in found.sources.items():
+    for name, source in found.sources:
         if "custom_kernel=True" not in source:
             continue
         kernel = getattr(PyCodeCache.load(source), name)

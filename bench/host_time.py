@@ -146,18 +146,21 @@ def main(args: Args) -> list[Row]:
     folder = Path(args.out) if args.out else Path(__file__).parent / "results" / slug(stamp["device"])
     check_columns(folder / "host_time.csv", columns_of(Row))
     rows: list[Row] = []
+
+    def keep(new: list[Row]) -> list[Row]:
+        append(folder / "host_time.csv", new)
+        return new
+
     with workers(args.arch) as forms:
         for preset in args.preset:
             console.print(f"{preset}: compiling, then timing", highlight=False)
             taken = measure(preset, args, forms)
-            rows += [row_of(preset, form, *taken[form], stamp) for form in forms]
+            rows += keep([row_of(preset, form, *taken[form], stamp) for form in forms])
         for op in args.op:
             console.print(f"{op}: compiling, then timing", highlight=False)
             few, many = (measure(f"{op} {args.preset[0]} {calls}", args, forms) for calls in CALLS)
-            for form in forms:
-                pair = (row_of(op, form, *taken[form], stamp) for taken in (few, many))
-                rows.append(one_more(*pair, f"{op}, one more call"))
-    append(folder / "host_time.csv", rows)
+            pairs = {form: [row_of(op, form, *taken[form], stamp) for taken in (few, many)] for form in forms}
+            rows += keep([one_more(*pair, f"{op}, one more call") for pair in pairs.values()])
     show(rows, Console(width=None if sys.stdout.isatty() else 120))
     return rows
 

@@ -81,9 +81,9 @@ def seen_by_compiler() -> bool:
 def kernel_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Make of a function that launches kernels and writes to none of its arguments the operator minimind::`name`.
 
-    Where torch.compile looks into it, the launches stand in the code that it generates, a few microseconds each, and
-    what surrounds them is fused with its neighbours; calling an operator of Python's from there takes the host 50
-    (bench/host_time.py). A function that runs other operators on what its kernels made may not be worth it."""
+    Where torch.compile looks into it, the launches stand in the code that it generates, each a fifth of the host's time
+    that a call of the operator takes there (bench/host_time.py, docs/kernels.md), and PyTorch's operators in it are fused
+    with their neighbours. The losses of the head run outside compiled models: torch.library.custom_op is theirs."""
     make = torch.library.triton_op if seen_by_compiler() else torch.library.custom_op
     return make(f"minimind::{name}", mutates_args=())
 
