@@ -78,26 +78,26 @@ def capture(cases: dict[str, Callable[[], None]], arch: int, dtype: str) -> list
         seen.setdefault(compilation.key, compilation)
         return True  # as if it had been compiled
 
-    with _pretending(arch):
+    with pretending(arch, _bind):
         for case, run in cases.items():
             with mock.patch.object(knobs.runtime, "jit_cache_hook", functools.partial(remember, case)):
                 run()
     return list(seen.values())
 
 
+def _bind(kernel, grid, args, constants, num_warps, num_stages) -> None:
+    kernel.warmup(*args, grid=grid, **constants, num_warps=num_warps, num_stages=num_stages)
+
+
 @contextlib.contextmanager
-def _pretending(arch: int) -> Iterator[None]:
-    """CPU tensors look like those of an `arch` card, and launches stop at Triton's cache of compiled kernels."""
-
-    def bind(kernel, grid, args, constants, num_warps, num_stages) -> None:
-        kernel.warmup(*args, grid=grid, **constants, num_warps=num_warps, num_stages=num_stages)
-
+def pretending(arch: int, run: Callable[..., None]) -> Iterator[None]:
+    """CPU tensors look like those of an `arch` card to the modules that are imported, and `run` gets the launches."""
     answers: dict[str, Callable[..., Any]] = {
         "why_no_triton": lambda device: None,
         "on_host": lambda tensor: False,  # as on a card; and what the ops return means nothing here
         "architecture": lambda device: arch,
         "multiprocessors": lambda device: MULTIPROCESSORS[arch],
-        "_run": bind,
+        "_run": run,
     }
     modules = [m for name, m in list(sys.modules.items()) if name.startswith("minimind.")]
     driver.set_active(_Card(arch))  # for good: this process launches nothing

@@ -33,7 +33,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.stages import ALPHA, BETA, STAGES, Stage, frozen_model, padded_batches, upstream_loss
-from minimind import ops
+from minimind import ops, varlen
+from minimind.attention import attention_name
 from minimind.config import ModelConfig
 from minimind.data.pair_loader import PairBatch
 from minimind.data.store import Corpus
@@ -77,12 +78,13 @@ class Setting:
 class Contender:
     """step() trains once and returns how many positions of its batch were no padding; loading: seconds spent so far on
     waiting for data; compiled: whether torch.compile is in it; once: seconds a step that a run spends but once for its
-    data, before the first step."""
+    data, before the first step; attention: whose."""
 
     step: Callable[[], int]
     compiled: bool = False
     loading: float = 0.0
     once: float | None = None
+    attention: str = "sdpa"
 
     @contextlib.contextmanager
     def waits_for_data(self) -> Iterator[None]:
@@ -97,6 +99,7 @@ StepLoss = Callable[[Model, Any], Any]  # (loss, auxiliary loss, ...)
 def ours(s: Setting, compiled: bool) -> Contender:
     ops.set_mode("fused")
     model, kind = s.kind.prepare(_model(s)), s.kind
+    attention = _attention(s, model)
     trained = compile_model(model) if compiled else model
     optimizer = build_optimizers(model, s.optimizer, 1e-4, 0.1)
     loss_of: StepLoss = next_token_loss
@@ -119,8 +122,17 @@ def ours(s: Setting, compiled: bool) -> Contender:
         optimizer.zero_grad()
         return real
 
-    me = Contender(step, compiled, once=once)
+    me = Contender(step, compiled, once=once, attention=attention)
     return me
+
+
+def _attention(s: Setting, model: Model) -> str:
+    """Taken as a run takes it."""
+    c, dtype = model.config, choose_precision(s.device).compute_dtype
+    varlen.choose(
+        "auto", s.device, varlen.Heads(c.num_attention_heads, c.num_key_value_heads, c.head_dim, dtype)
+    )
+    return attention_name(s.device, dtype, fused=True)
 
 
 def _distillation(s: Setting, compiled: bool) -> StepLoss:
@@ -174,7 +186,7 @@ def plain(s: Setting, compiled: bool) -> Contender:
         optimizer.zero_grad()
         return real
 
-    me = Contender(step, compiled)
+    me = Contender(step, compiled, attention="masked")
     return me
 
 

@@ -61,7 +61,8 @@ class Args:
 class Row:
     """One stage. tokens: positions trained on, padding (about 1%) included; seconds: of its training steps alone;
     wall_seconds: of the whole command, tokenizing, compiling, evaluating and saving included. Losses: held out, nats
-    per token and at the end bits per byte. correct: share of held-out questions answered to the letter, after SFT."""
+    per token and at the end bits per byte. correct: share of held-out questions answered to the letter, after SFT.
+    attention: whose it trained with, as minimind.attention.attention_name says."""
 
     date: str
     commit: str | None
@@ -75,6 +76,7 @@ class Row:
     seconds: float
     wall_seconds: float
     tokens_per_second: float
+    attention: str
     heldout_before: float | None
     heldout_after: float | None
     heldout_bpb: float | None
@@ -133,7 +135,8 @@ def train(args: Args, stage: str, out: Path, flags: Sequence[str]) -> float:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """What Row holds of a finished run, from its metrics."""
+    """What Row holds of a finished run, from its metrics and versions."""
+    start = json.loads((run / "versions.json").read_text(encoding="utf-8"))["starts"][-1]
     rows = read_metrics(run / "metrics.jsonl")
     steps = [row for row in rows if row["kind"] == "train"]
     evals = [row for row in rows if row["kind"] == "eval"]
@@ -141,6 +144,7 @@ def outcome(run: Path) -> dict[str, Any]:
     first, last = (evals[0], evals[-1]) if evals else ({}, {})
     return {
         "steps": len(steps), "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds,
+        "attention": start["attention"],
         "heldout_before": first.get("heldout_loss"), "heldout_after": last.get("heldout_loss"),
         "heldout_bpb": last.get("heldout_bpb"), "correct": last.get("heldout_exact"),
     }  # fmt: skip

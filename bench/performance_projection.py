@@ -44,7 +44,9 @@ def minimind_zero(devices: Sequence[Device], counts: Path = projection.COUNTS) -
         "```text\nhours = tokens x FLOP a token / (share x the card's TFLOP/s x 1e12) / 3600\n```",
         _hours_table(total, flops),
         "The share is that of the card's published bf16 rate which a step spends on the model's own operations. It is "
-        f"**assumed**: nobody has measured it on a card. Upstream's {projection.ZERO_HOURS} hours come to {spent:.0%} "
+        "**assumed**: nobody has measured it on a card. Attention is PyTorch's FlashAttention 2 (`--attention torch`), "
+        "the fastest for these cards; on Hopper 3 or 4 would raise the share. "
+        f"Upstream's {projection.ZERO_HOURS} hours come to {spent:.0%} "
         "by the same count, since its rows are padded and cost as much as full ones.",
     ]  # fmt: skip
     return "\n\n".join([*lines, *_measured(devices, tokens["likely"])])

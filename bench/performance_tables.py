@@ -42,16 +42,18 @@ def training(device: Device) -> str:
         for r in group:
             base = device.base_of("throughput", r)
             body.append((
-                r["stage"], r["preset"], f"{r['rows']} x {r['seq_len']}, {r['data']}", r["peer"],
+                r["stage"], r["preset"], f"{r['rows']} x {r['seq_len']}, {r['data']}", r["peer"], r["attention"],
                 *_with_ratio(r, base, "tokens_per_second"), *_with_ratio(r, base, "positions_per_second"),
                 _spread(r, "step_seconds", 1, ".3g"), *_with_ratio(r, base, "peak_mib"),
                 text(number(r, "utilisation"), ".0%"), r["host_syncs"], r["steps"], r["commit"],
             ))  # fmt: skip
-    head = ("stage", "model", "batch", "step", "real tokens/s", "x", "positions/s", "x", "s a step (p20-p80)",
-            "peak MiB", "x", "MFU", "syncs", "n", "commit")  # fmt: skip
+    head = ("stage", "model", "batch", "step", "attention", "real tokens/s", "x", "positions/s", "x",
+            "s a step (p20-p80)", "peak MiB", "x", "MFU", "syncs", "n", "commit")  # fmt: skip
     note = (
         "x: against `upstream-style` in the same run; real: no padding; MFU: the model's operations over what one "
-        "large product reaches here; n: steps. bench/contenders.py says what each is."
+        "large product reaches here; n: steps. attention: `documents`, this project's on a CPU; `torch`, PyTorch's "
+        "FlashAttention 2; `flash2` to `flash4`, a package's; `masked` and `sdpa`, PyTorch's others; empty: a row from "
+        "before it was noted, on a CPU. bench/contenders.py says what each is."
     )
     return _noted(head, body, note)
 
@@ -131,14 +133,14 @@ def serving(device: Device) -> str:
 def end_to_end(device: Device) -> str:
     body = [
         (
-            r["stage"], r["preset"], r["data"], f"{int(r['tokens']):,}", text(number(r, "seconds")),
+            r["stage"], r["preset"], r["data"], r["attention"], f"{int(r['tokens']):,}", text(number(r, "seconds")),
             text(number(r, "wall_seconds")), text(number(r, "tokens_per_second")),
             f"{text(number(r, 'heldout_before'), '.3f')} to {text(number(r, 'heldout_after'), '.3f')}",
             text(number(r, "heldout_bpb"), ".3f"), text(number(r, "correct"), ".1%"), r["commit"],
         )
         for r in device.tables["end_to_end"]
     ]  # fmt: skip
-    head = ("stage", "model", "data", "tokens", "s of steps", "s in all", "tokens/s", "held-out loss",
+    head = ("stage", "model", "data", "attention", "tokens", "s of steps", "s in all", "tokens/s", "held-out loss",
             "bits per byte", "right answers", "commit")  # fmt: skip
     return _noted(head, body, "Whole commands, one after the other (bench/end_to_end.py).")
 

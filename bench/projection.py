@@ -108,8 +108,14 @@ def cards(rows: Sequence[Row], console: Console) -> list[dict[str, Any]]:
             flops = Model(ModelConfig.preset(row.preset)).flops_per_token(row.seq_len)
         for card, limit in PUBLISHED.items():
             rate = (row.utilisation or 0.0) * limit * 1e12 / flops
-            found.append({"card": card, "preset": row.preset, "peer": row.peer, "positions_per_second": rate})
-            console.print(f"  {card}: {row.preset}, {row.peer}: {rate:,.0f} positions/s", highlight=False)
+            found.append({
+                "card": card, "preset": row.preset, "peer": row.peer, "attention": row.attention,
+                "positions_per_second": rate,
+            })  # fmt: skip
+            console.print(
+                f"  {card}: {row.preset}, {row.peer}, attention as here ({row.attention}): {rate:,.0f} positions/s",
+                highlight=False,
+            )  # fmt: skip
     return found
 
 
@@ -126,7 +132,8 @@ def headline(rows: Sequence[Row], corpus: Corpus, console: Console) -> dict[str,
     total = sum(taken.values())
     how = f"at {rates['sft']:,.0f} tokens/s" if "sft" in found else "at the pretraining rate"
     console.print(
-        f"MiniMind-Zero at {rates['pretrain']:,.0f} tokens/s on {found['pretrain'].device}, projected from file sizes "
+        f"MiniMind-Zero at {rates['pretrain']:,.0f} tokens/s on {found['pretrain'].device} "
+        f"(attention: {found['pretrain'].attention}), projected from file sizes "
         f"and {per_token:.2f} bytes per token: pretraining {taken['pretrain']:.2f} h, SFT {taken['sft']:.2f} h "
         f"({how}), {total:.2f} h in all, {total * YUAN_PER_HOUR:.2f} yuan at {YUAN_PER_HOUR} an hour; upstream reports "
         f"{ZERO_HOURS} h on one RTX 3090",

@@ -164,7 +164,7 @@ def rows_of(
                 **stamp,
                 stage=setting.stage, preset=setting.preset, rows=setting.rows, seq_len=setting.seq_len,
                 data="+".join(Path(path).name for path in paths) or "built-in", peer=name, steps=len(seconds),
-                optimizer=optimizer_of(name, setting),
+                optimizer=optimizer_of(name, setting), attention=rest["attention"],
                 tokens_per_second=real / total, positions_per_second=computed,
                 step_seconds=statistics.median(seconds), p20=quintiles[0], p80=quintiles[-1],
                 peak_mib=rest["peak_mib"], reserved_mib=rest.get("reserved_mib"),

@@ -24,7 +24,9 @@ class Row:
     p20 and p80 are what 20 and 80 of a hundred steps stay below. rows, seq_len: of upstream's batch. peak_mib:
     allocated, or resident on a CPU, compilation included (bench/timing.py). utilisation: the model's operations over
     what one large product of this device reaches. loader_share: of the time, spent waiting for data. once_seconds: for
-    the batch of a step, what is done once for the data before the first step, and is not in the step's time."""
+    the batch of a step, what is done once for the data before the first step, and is not in the step's time.
+    attention: whose, as minimind.attention.attention_name says; sdpa: PyTorch's on rows of one sequence, the kernels
+    that it chose itself. Empty in rows from before it was noted."""
 
     date: str
     commit: str | None
@@ -38,6 +40,7 @@ class Row:
     seq_len: int
     peer: str
     optimizer: str
+    attention: str
     steps: int
     tokens_per_second: float
     positions_per_second: float
@@ -69,6 +72,7 @@ def _text(value: float | None, form: str) -> str:
 # Columns of the table: heading, and the cell of a row beside the one that ratios are against.
 _CELLS: tuple[tuple[str, Callable[[Row, Row], str]], ...] = (
     ("", lambda row, base: row.peer),
+    ("attention", lambda row, base: row.attention),
     ("real tokens/s", lambda row, base: f"{row.tokens_per_second:,.0f}"),
     ("ratio", lambda row, base: _ratio(row.tokens_per_second, base.tokens_per_second)),
     ("padding", lambda row, base: f"{row.padding:.1%}"),

@@ -74,7 +74,10 @@ def _wait(device: torch.device) -> None:
 
 
 def _rest(contender: Any, device: torch.device) -> dict[str, Any]:
-    rest = {"loading": contender.loading, "once": contender.once, "peak_mib": peak_mib(device)}
+    rest = {
+        "loading": contender.loading, "once": contender.once, "peak_mib": peak_mib(device),
+        "attention": contender.attention,
+    }  # fmt: skip
     if device.type == "cuda":
         rest["reserved_mib"] = torch.cuda.max_memory_reserved(device) / 2**20
         rest["host_syncs"] = _count_syncs(contender.step)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind.kernels.grouped_gemm import hidden, hidden_grad, scatter, weight_grad
-from minimind.kernels.triton_support import check, check_tensors, on_host, rows_of
+from minimind.kernels.triton_support import check, check_tensors, kernel_op, on_host, rows_of
 
 
 def moe_experts_ref(x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, expert_ids: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def moe_experts_ref(x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, exp
     return (copies.view(tokens, top_k, size) * gates.to(x.dtype).unsqueeze(-1)).sum(dim=1)
 
 
-@torch.library.custom_op("minimind::moe_experts", mutates_args=())
+@kernel_op("moe_experts")
 def _moe_experts(
     x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tensor, offsets: Tensor, save: bool
 ) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def _moe_experts(
     return out, _none(x) if saved is None else saved
 
 
-@torch.library.custom_op("minimind::moe_experts_backward", mutates_args=())
+@kernel_op("moe_experts_backward")
 def _moe_experts_backward(
     dout: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tensor, offsets: Tensor,
     saved: Tensor, needs: list[bool],

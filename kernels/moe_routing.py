@@ -27,6 +27,7 @@ from minimind.kernels.triton_support import (
     check_tensors,
     config_for,
     jit,
+    kernel_op,
     launch,
     next_power_of_2,
     rows_of,
@@ -190,7 +191,7 @@ def _tile(experts: int, device: torch.device) -> tuple[int, int, int]:
     return min(config.tokens, config.elements // block_e), block_e, config.num_warps
 
 
-@torch.library.custom_op("minimind::moe_route", mutates_args=())
+@kernel_op("moe_route")
 def _route(
     logits: Tensor, top_k: int, normalize: bool, sequence_ids: Tensor | None, sequences: int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -226,7 +227,7 @@ def _route(
     return gates, expert_ids, scores, order, inverse, offsets, counts
 
 
-@torch.library.custom_op("minimind::moe_route_backward", mutates_args=())
+@kernel_op("moe_route_backward")
 def _route_backward(
     dgates: Tensor | None, dscores: Tensor | None, scores: Tensor, expert_ids: Tensor, normalize: bool,
     dtype: torch.dtype,

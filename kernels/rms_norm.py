@@ -23,6 +23,7 @@ from minimind.kernels.triton_support import (
     check_tensors,
     config_for,
     jit,
+    kernel_op,
     launch,
     multiprocessors,
     next_power_of_2,
@@ -172,19 +173,19 @@ def _forward(
     return y, rstd
 
 
-@torch.library.custom_op("minimind::rms_norm", mutates_args=())
+@kernel_op("rms_norm")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return _forward(x, None, weight, eps, None)
 
 
-@torch.library.custom_op("minimind::add_rms_norm", mutates_args=())
+@kernel_op("add_rms_norm")
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     y, rstd = _forward(x, residual, weight, eps, total)
     return y, total, rstd
 
 
-@torch.library.custom_op("minimind::rms_norm_backward", mutates_args=())
+@kernel_op("rms_norm_backward")
 def _rms_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, dtotal: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from minimind.kernels.triton_support import (
     check,
     check_tensors,
     config_for,
+    kernel_op,
     launch,
     multiprocessors,
     next_power_of_2,
@@ -99,7 +100,7 @@ def _contiguous(weight: Tensor | None) -> Tensor | None:
     return None if weight is None else weight.contiguous()
 
 
-@torch.library.custom_op("minimind::rope", mutates_args=())
+@kernel_op("rope")
 def _rope(
     qkv: Tensor,
     cos: Tensor,
@@ -130,7 +131,7 @@ def _rope(
     return q, k, v, rstd
 
 
-@torch.library.custom_op("minimind::rope_backward", mutates_args=())
+@kernel_op("rope_backward")
 def _rope_backward(
     dq: Tensor,
     dk: Tensor,

@@ -23,6 +23,7 @@ from minimind.kernels.triton_support import (
     check_tensors,
     config_for,
     jit,
+    kernel_op,
     launch,
     next_power_of_2,
     rows_of,
@@ -97,7 +98,7 @@ def _tiles(rows: int, size: int, device: torch.device) -> tuple[tuple[int], dict
     return grid, dict(SIZE=size, BLOCK_R=block_r, BLOCK_I=block_i, num_warps=config.num_warps)
 
 
-@torch.library.custom_op("minimind::swiglu", mutates_args=())
+@kernel_op("swiglu")
 def _swiglu(gate_up: Tensor) -> Tensor:
     size = gate_up.shape[-1] // 2
     y = torch.empty(*gate_up.shape[:-1], size, dtype=gate_up.dtype, device=gate_up.device)
@@ -107,7 +108,7 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("minimind::swiglu_backward", mutates_args=())
+@kernel_op("swiglu_backward")
 def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     dgate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     rows = rows_of(gate_up)

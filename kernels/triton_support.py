@@ -72,6 +72,22 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def seen_by_compiler() -> bool:
+    """Whether torch.compile is to look into the operators: where there is a GPU to compile for. Elsewhere the first
+    such operator would import torch._dynamo, 1.5 s of every start, and Triton's interpreter cannot be traced."""
+    return triton is not None and not interpreting() and torch.cuda.is_available()
+
+
+def kernel_op(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """Make of a function that launches kernels and writes to none of its arguments the operator minimind::`name`.
+
+    Where torch.compile looks into it, the launches stand in the code that it generates, each a fifth of the host's time
+    that a call of the operator takes there (bench/host_time.py, docs/kernels.md), and PyTorch's operators in it are fused
+    with their neighbours. The losses of the head run outside compiled models: torch.library.custom_op is theirs."""
+    make = torch.library.triton_op if seen_by_compiler() else torch.library.custom_op
+    return make(f"minimind::{name}", mutates_args=())
+
+
 def config_for(table: Mapping[int, Config], device: torch.device) -> Config:
     """The table's entry for the newest architecture that is not newer than the device's."""
     arch = architecture(device)
@@ -89,8 +105,12 @@ def launch(
 def _launch(
     kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict, num_warps: int, num_stages: int
 ) -> None:
-    device = next(a.device for a in args if isinstance(a, Tensor))
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    first = next(a for a in args if isinstance(a, Tensor))
+    device = first.device
+    if type(first) not in (Tensor, torch.nn.Parameter):  # torch.compile traces: note the launch
+        traced = torch.library.wrap_triton(kernel)
+        traced[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+    elif device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device
             kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
     else:

@@ -214,6 +214,16 @@ def _document_layout(
     return None
 
 
+def attention_name(device: torch.device, dtype: torch.dtype | None, fused: bool) -> str:
+    """Whose attention a packed batch gets, in a word, for the record: `torch` (FlashAttention 2), flash2, flash3 or
+    flash4 on a GPU, `documents` on a CPU, else `masked`, PyTorch's with a mask over all pairs of tokens."""
+    if not fused or device.type not in ("cpu", "cuda"):
+        return "masked"
+    if device.type == "cpu":
+        return "documents"
+    return varlen.taken() if dtype in (torch.bfloat16, torch.float16) else "masked"
+
+
 def _visible(unfolding: Unfolding, batch: int, length: int) -> Tensor:
     """bool [B, T, T]: a token sees what its document has up to it; documents lie within a row."""
     rows, back = unfolding.rows, unfolding.places[:, 0]

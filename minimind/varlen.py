@@ -42,6 +42,7 @@ EXPAND = (
     True  # keys and values for every query head, where PyTorch's operator does not say that it takes fewer
 )
 _flash2: Any = None  # flash-attn's function, where that was chosen
+_taken: AttentionName = "torch"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ PACKAGES = {
         "FlashAttention 4", "flash_attn.cute.interface", "pip install flash-attn-4", (9, 10), "FA4"
     ),
 }
-FASTER = {
+FASTER: dict[int, tuple[AttentionName, ...]] = {
     9: ("flash3", "flash4"),
     10: ("flash4",),
 }  # than PyTorch's kernels, by major; elsewhere those are as good
@@ -136,6 +137,11 @@ def choose(name: AttentionName, device: torch.device, heads: Heads) -> str:
             raise ValueError(f"--attention {name}: {reason}; use --attention torch")
         passed_over.append(f"; {PACKAGES[candidate].title} would be faster: {reason}")
     return "attention: FlashAttention 2 of PyTorch" + "".join(passed_over)
+
+
+def taken() -> AttentionName:
+    """The implementation that runs."""
+    return _taken
 
 
 def why_none(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -214,16 +220,16 @@ def _with_gradients(attention: Any, leaves: list[Tensor]) -> list[Tensor]:
 
 
 def _take_torch(device: torch.device, heads: Heads) -> None:
-    global _flash2, PAGED
-    _flash2, PAGED = None, _HAS_PAGES
+    global _flash2, _taken, PAGED
+    _flash2, _taken, PAGED = None, "torch", _HAS_PAGES
     if getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)() is not None:
         torch.nn.attention.restore_flash_attention_impl()
     learn_heads(device, heads)
 
 
-def _take(name: str, device: torch.device, heads: Heads) -> str | None:
+def _take(name: AttentionName, device: torch.device, heads: Heads) -> str | None:
     """Make the calls go to a package that `why_not` lets pass. A reason if it then does not work: all is as before."""
-    global _flash2, PAGED
+    global _flash2, _taken, PAGED
     package = PACKAGES[name]
     try:
         if package.registered is None:
@@ -236,6 +242,7 @@ def _take(name: str, device: torch.device, heads: Heads) -> str | None:
         found = problem(device, heads)
         if found is None:
             # of FlashAttention 4, PyTorch has pages on Blackwell only
+            _taken = name
             PAGED = _HAS_PAGES and (name != "flash4" or torch.cuda.get_device_capability(device)[0] >= 10)
             return None
         reason = found

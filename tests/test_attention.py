@@ -14,6 +14,7 @@ from minimind.attention import (
     Unfolding,
     VarlenLayout,
     _Unfold,
+    attention_name,
     make_layout,
 )
 from minimind.document_attention import document_attention, make_stacks
@@ -220,6 +221,18 @@ def test_which_form_runs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)
         assert isinstance(make_layout(2, 8, cuda, torch.bfloat16, cu), VarlenLayout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_name_is_that_of_the_layout(monkeypatch, fused, dtype):
+    """In rows of benchmarks and in a run's versions.json."""
+    monkeypatch.setattr(varlen, "_taken", "flash3")
+    names = {MaskLayout: "masked", DocumentLayout: "documents", VarlenLayout: "flash3"}
+    layout = make_layout(1, 8, torch.device("cpu"), dtype, torch.tensor([0, 3, 8]), fused=fused)
+    assert attention_name(torch.device("cpu"), dtype, fused) == names[type(layout)]
+    on_a_gpu = VarlenLayout if fused and dtype == torch.bfloat16 else MaskLayout
+    assert attention_name(torch.device("cuda"), dtype, fused) == names[on_a_gpu]
 
 
 @pytest.mark.parametrize("with_gqa", [False, True])

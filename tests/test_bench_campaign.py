@@ -219,9 +219,11 @@ def test_what_a_run_came_to(tmp_path):
         },
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    starts = [{"attention": "torch"}, {"attention": "flash3"}]
+    (tmp_path / "versions.json").write_text(json.dumps({"starts": starts}))
     assert end_to_end.outcome(tmp_path) == {
         "steps": 2, "tokens": 200, "seconds": 4.0, "tokens_per_second": 50.0, "heldout_before": 9.0,
-        "heldout_after": 3.0, "heldout_bpb": 1.5, "correct": 0.25,
+        "heldout_after": 3.0, "heldout_bpb": 1.5, "correct": 0.25, "attention": "flash3",
     }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def step_row(**changes) -> dict:
         "date": "1", "commit": "abc", "device": "NVIDIA H100, 80 GiB", "stage": "pretrain",
         "preset": "minimind2-small", "data": "built-in", "rows": "64", "seq_len": "512", "peer": "ours", "steps": "30",
         "tokens_per_second": "300", "positions_per_second": "320", "step_seconds": "0.5", "p20": "0.4", "p80": "0.6",
-        "peak_mib": "100", "utilisation": "0.41", "host_syncs": "0", "once_seconds": "",
+        "peak_mib": "100", "utilisation": "0.41", "host_syncs": "0", "once_seconds": "", "attention": "torch",
     }  # fmt: skip
     return row | changes
 
@@ -73,6 +73,7 @@ def test_a_table_by_hand(card):
     line = next(line for line in text.splitlines() if "| ours |" in line)
     cells = [cell.strip() for cell in line.split("|")[5:]]
     assert cells == [
+        "torch",
         "300",
         "5.00",
         "320",

@@ -17,9 +17,9 @@ from rich.console import Console
 
 from bench import contenders, projection
 from bench.contenders import MAKERS, why_not
-from bench.stages import ALPHA, BETA, STAGES, padded_batches, padding_of, upstream_loss
+from bench.stages import ALPHA, BETA, STAGES, Padding, padded_batches, padding_of, upstream_loss
 from bench.throughput import Args, data_of, main, slow_step
-from bench.throughput_report import COLUMNS, Row, plot
+from bench.throughput_report import COLUMNS, Row, plot, show
 from bench.throughput_worker import Step
 from minimind import ModelConfig, ops
 from minimind.modeling import Model
@@ -69,7 +69,7 @@ def row(**changes) -> Row:
         "device": "card", "stage": "pretrain", "preset": "minimind2-small", "data": "d", "rows": 8, "seq_len": 512,
         "peer": "ours", "steps": 3, "tokens_per_second": 1000.0, "positions_per_second": 2000.0, "step_seconds": 1.0,
         "p20": 0.9, "p80": 1.1, "peak_mib": 100.0, "loader_share": 0.01, "optimizer": "adamw", "date": "today",
-        "padding": 0.5,
+        "padding": 0.5, "attention": "flash3",
     }  # fmt: skip
     return Row(**(values | changes))
 
@@ -103,6 +103,7 @@ def test_a_run_of_two_stages(data, pairs, tmp_path):
     ]
     for ours, peer in (rows[:2], rows[2:]):
         assert ours["steps"] == peer["steps"] == 3 and ours["graph_breaks"] is None
+        assert (ours["attention"], peer["attention"]) == ("documents", "sdpa")
         assert ours["padding"] < 0.2 < peer["padding"], "packed rows are full, padded ones are not"
         for row in (ours, peer):
             computed = row["tokens_per_second"] / row["positions_per_second"]
@@ -255,16 +256,24 @@ def test_projections_by_hand(capsys):
         154.9e6 + 8 * 8 * 64 * 2 * 512 * 3
     )  # 6 for each weight of a matrix, and half of the scores' square
     assert first["positions_per_second"] == pytest.approx(0.5 * 71e12 / flops, rel=0.01)
-    assert second["card"] == "RTX 4090"
-    assert "projected, not measured" in capsys.readouterr().out
+    assert second["card"] == "RTX 4090" and second["attention"] == "flash3"
+    said = capsys.readouterr().out
+    assert "projected, not measured" in said and said.count("attention as here (flash3)") == 2
     corpus = type("Fake", (), {"num_bytes": 3000, "num_tokens": 1000})()
     found = projection.headline([row(tokens_per_second=1e5)], corpus, Console())
     assert found["total_hours"] == pytest.approx(2.8e9 / 3 / 1e5 / 3600)
+    assert "(attention: flash3)" in capsys.readouterr().out
     both = [row(tokens_per_second=1e5), row(stage="sft", tokens_per_second=5e4)]
     hours = projection.headline(both, corpus, Console())["hours"]
     assert hours["sft"] / hours["pretrain"] == pytest.approx(2 * 1.2 / 1.6)
     with pytest.raises(ValueError, match="--peer ours"):
         projection.headline([row(peer="hf")], corpus, Console())
+
+
+def test_the_table_says_whose_attention(capsys):
+    show([row(), row(peer="hf", attention="sdpa")], Padding(0.5, 0.1), Console(width=200))
+    said = capsys.readouterr().out
+    assert "attention" in said and "flash3" in said and "sdpa" in said
 
 
 def test_a_picture_of_several_presets(tmp_path):

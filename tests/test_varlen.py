@@ -36,7 +36,7 @@ class Machine:
         monkeypatch.setattr(varlen, "varlen_attn", self.operator)
         monkeypatch.setattr(varlen, "TAKES_FEWER_HEADS", takes_fewer_heads)
         monkeypatch.setattr(varlen, "_HAS_PAGES", True)
-        for name in ("EXPAND", "PAGED", "_flash2"):  # put back afterwards
+        for name in ("EXPAND", "PAGED", "_flash2", "_taken"):  # put back afterwards
             monkeypatch.setattr(varlen, name, getattr(varlen, name))
         monkeypatch.setattr(varlen, "_installed", lambda module: module in installed)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -124,9 +124,9 @@ def test_a_named_one_that_cannot_be_had_is_an_error(monkeypatch, name, capabilit
 def test_flash2_is_called_instead_of_pytorchs_operator(monkeypatch):
     machine = Machine(monkeypatch, (8, 6), ALL)
     assert varlen.choose("flash2", CPU, HEADS) == "attention: FlashAttention 2 of flash-attn"
-    assert machine.calls == ["flash2"]
+    assert machine.calls == ["flash2"] and varlen.taken() == "flash2"
     assert varlen.choose("torch", CPU, HEADS) == "attention: FlashAttention 2 of PyTorch"
-    assert varlen._flash2 is None
+    assert varlen._flash2 is None and varlen.taken() == "torch"
 
 
 def test_flash4_has_no_pages_on_hopper(monkeypatch):

@@ -95,7 +95,8 @@ class StageArgs:
     compile: bool = False
     """Compile the model with torch.compile: up to a minute at the start of the first run."""
     cuda_graph: bool = False
-    """With --compile on a GPU: replay forward and backward as CUDA graphs, which saves what launches cost."""
+    """With --compile on a GPU: replay forward and backward as CUDA graphs, which saves what launches cost where steps
+    are short; docs/kernels.md says why this is not the default."""
     recompute: bool = False
     """Keep only the blocks' inputs and run each again in the backward: a third more compute for far less memory."""
     profile: bool = False

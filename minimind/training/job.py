@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from minimind import ops, varlen
+from minimind.attention import attention_name
 from minimind.config import ModelConfig
 from minimind.data.progress import say
 from minimind.device import Precision, choose_precision, describe_device, keep_sums_float32
@@ -145,7 +146,8 @@ class Job:
             lambda: open_run(self.args.out, name, self._identity(), self.args.resume)
         )
         if self.parallel.main:
-            record_versions(self.run.path, f"{describe_device(self.device)}; {self.parallel}")
+            attention = attention_name(self.device, self.precision.compute_dtype, self.args.fused)
+            record_versions(self.run.path, f"{describe_device(self.device)}; {self.parallel}", attention)
         self.state = {"step": 0, "tracker": {}}
         if self.run.checkpoint is not None:
             self.state = share_trainer_state(self.run.checkpoint, self.parallel)

@@ -138,14 +138,15 @@ def versions(device: str) -> dict[str, Any]:
     }
 
 
-def record_versions(run: Path, device: str) -> None:
-    """Add this start to versions.json: a resumed run may have continued on other software."""
+def record_versions(run: Path, device: str, attention: str) -> None:
+    """Add this start to versions.json: a resumed run may have continued on other software. attention: as
+    `attention_name` says."""
     path = run / "versions.json"
     known = read_json(path) if path.exists() else {"starts": []}
     starts = (known or {}).get("starts")
     if not isinstance(starts, list):
         raise ValueError(f"{path}: damaged; remove it, a new one is begun")
-    write_json(path, {"starts": [*starts, versions(device)]})
+    write_json(path, {"starts": [*starts, versions(device) | {"attention": attention}]})
 
 
 def _next_free(base: Path, config: dict[str, Any], resume: ResumeMode) -> RunFolder:

@@ -159,11 +159,11 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]"])
 def test_damaged_files_of_a_run_are_named(tmp_path, content):
     run = opened(str(tmp_path / "mine"), "x", CONFIG, "auto")
-    record_versions(run.path, "a device")
+    record_versions(run.path, "a device", "documents")
     del run
     (tmp_path / "mine" / "versions.json").write_text(content)
     with pytest.raises(ValueError, match=r"versions\.json: damaged; remove it"):
-        record_versions(tmp_path / "mine", "a device")
+        record_versions(tmp_path / "mine", "a device", "documents")
     (tmp_path / "mine" / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json: not .*; name another --out"):
         opened(str(tmp_path / "mine"), "x", CONFIG, "auto")
