@@ -51,9 +51,10 @@ def _timed(case: Case, runs: int) -> list[tuple[float, float]]:
 
 
 def _make(name: str) -> Case:
-    """A preset's whole model, or `OP of PRESET x CALLS`."""
+    """A preset's whole model, or `OP PRESET CALLS`. What was compiled before is forgotten."""
     from minimind.config import PRESETS
 
+    torch.compiler.reset()
     if name in PRESETS:
         return _model(PRESETS[name])
     op, preset, calls = name.split()

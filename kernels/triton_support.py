@@ -82,8 +82,8 @@ def kernel_op(name: str) -> Callable[[Callable[..., Any]], Any]:
     """Make of a function that launches kernels and writes to none of its arguments the operator minimind::`name`.
 
     Where torch.compile looks into it, the launches stand in the code that it generates, each a fifth of the host's time
-    that a call of the operator takes there (bench/host_time.py, docs/kernels.md), and PyTorch's operators in it are fused
-    with their neighbours. The losses of the head run outside compiled models: torch.library.custom_op is theirs."""
+    that a call of the operator takes there (bench/host_time.py, docs/kernels.md), and what else the function does is
+    fused with its neighbours. The losses of the head run outside compiled models: torch.library.custom_op is theirs."""
     make = torch.library.triton_op if seen_by_compiler() else torch.library.custom_op
     return make(f"minimind::{name}", mutates_args=())
 
