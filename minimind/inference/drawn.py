@@ -1,0 +1,93 @@
+"""Drawn tokens on their way to the host.
+
+On a GPU the host is one step late: it launches step t + 1 before it reads the tokens of step t, so the GPU never waits
+for it. What a step drew stays on the device, where the next step takes it up; a copy goes to pinned memory behind the
+step, and an event tells when it is there. On a CPU the host would gain nothing, for it is the device, and a sample that
+ends by a stop token would cost a forward more: it stays in step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minimind.inference.requests import TopLogProbs
+from minimind.inference.scheduler import Sample
+
+_BYTES = 8 + 4  # of a row: its token and its log-probability
+
+
+def host_is_late(device: torch.device) -> bool:
+    """Whether an engine on `device` reads its tokens one step late."""
+    return device.type == "cuda"
+
+
+def copy_over(source: Tensor, target: Tensor) -> None:
+    """source, on the host, into target: neither waits for the device nor needs `source` to stay as it is."""
+    if target.device.type == "cuda":
+        source = source.pin_memory()  # from a pool that waits for copies before it gives memory out again
+    target.copy_(source, non_blocking=True)
+
+
+@dataclass
+class Drawn:
+    """What a step drew for each row of the batch as it was.
+
+    order: rows by the arrival of their samples. decoded: so many first rows were decoded, the others are new.
+    in_step: the next step cannot begin without the host. top: by row, the likeliest tokens where they were asked for.
+    """
+
+    samples: list[Sample]
+    order: Sequence[int]
+    decoded: int
+    in_step: bool
+    _token: np.ndarray
+    _log_prob: np.ndarray
+    _there: torch.cuda.Event | None
+    top: dict[int, tuple[TopLogProbs, ...]] = field(default_factory=dict)
+
+    def read(self) -> tuple[list[int], list[float]]:
+        """Tokens and log-probabilities of all rows, when they are there."""
+        if self._there is not None:
+            self._there.synchronize()
+        rows = len(self.samples)
+        return self._token[:rows].tolist(), self._log_prob[:rows].tolist()
+
+
+class Landing:
+    """token int64, log_prob float32 [rows]: of the last draws, side by side in `device`, uint8.
+
+    late: the host reads copies, two in turn, since one is still to be read when the next is made; else the tensors
+    themselves, host_token and host_log_prob.
+    """
+
+    def __init__(self, rows: int, device: torch.device, late: bool) -> None:
+        self.device = torch.zeros(rows * _BYTES, dtype=torch.uint8, device=device)
+        self.token, self.log_prob = _parts(self.device, rows)
+        cuda = device.type == "cuda"
+        copies = [torch.zeros(rows * _BYTES, dtype=torch.uint8, pin_memory=cuda) for _ in range(2 * late)]
+        self._copies = [
+            (copy, *(part.numpy() for part in _parts(copy, rows)), torch.cuda.Event() if cuda else None)
+            for copy in copies
+        ]
+        if not late:
+            self.host_token, self.host_log_prob = self.token.numpy(), self.log_prob.numpy()
+
+    def fetch(self) -> tuple[np.ndarray, np.ndarray, torch.cuda.Event | None]:
+        """Begin a copy of what was drawn: the host's token and log_prob, and the event after which they are right."""
+        if not self._copies:
+            return self.host_token, self.host_log_prob, None
+        copy, token, log_prob, there = self._copies[0]
+        self._copies.reverse()
+        copy.copy_(self.device, non_blocking=True)
+        if there is not None:
+            there.record()
+        return token, log_prob, there
+
+
+def _parts(memory: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    return memory[: 8 * rows].view(torch.int64), memory[8 * rows :].view(torch.float32)
