@@ -5,7 +5,7 @@ numbers in place instead of building tensors, and addresses never change, as CUD
 
 Where the host stays in step, which a CPU does, the arrays are the tensors that are computed with. Where it is late, the
 device has a twin of them, which every step moves on by itself: the host's arrays only foretell what the twin holds, and
-are copied over it when a sample joined, left or got a page. The drawn tokens are the device's alone until they are read.
+are copied over it when a sample joined, left or got a page. Drawn tokens are the device's alone until they are read.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class DecodeBatch:
         self._changed = False
 
     def take(self, first: int, tokens: Tensor, log_probs: Tensor) -> None:
-        """Take up what was drawn for the rows from `first` on: int64 [n], float32 [n]. The host does not learn of it."""
+        """Take up what was drawn for the rows from `first` on: int64 [n], float32 [n]. Nothing waits for the device."""
         last = first + len(tokens)
         if self._twin is None:
             ids = tokens.numpy()
@@ -206,7 +206,7 @@ class DecodeBatch:
 
     @contextlib.contextmanager
     def blank(self) -> Iterator[None]:
-        """Inside, the twin has no row in use, so that steps can be run on it for practice; afterwards it is as before."""
+        """Inside, no row of the twin is in use, and steps can be run on it for practice; afterwards it is as before."""
         assert self._twin is not None
         before = self._landing.device.clone()
         self._twin.zero_()

@@ -371,7 +371,7 @@ class Engine:
             raise
 
     def _constrain(self, logits: Tensor, first: int) -> None:
-        """Rule out, in place, what the constraints of samples do not allow. logits [n, V] of the rows from `first` on."""
+        """Rule out, in place, what the samples' constraints do not allow. logits [n, V] of the rows from `first` on."""
         for row, sample in enumerate(self._batch.samples[first:]):
             constraint = sample.track.constraint
             try:
