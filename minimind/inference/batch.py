@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimind.inference.drawn import Drawn, Landing, copy_over
+from minimind.inference.drawn import Drawn, Landing
 from minimind.inference.requests import SamplingParams
 from minimind.inference.scheduler import Sample
+from minimind.inference.transfer import copy_over
 
 _DTYPES: dict[str, type[np.generic]] = {
     "slot": np.int64, "offset": np.int64, "seed": np.int64,

@@ -26,13 +26,6 @@ def host_is_late(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def copy_over(source: Tensor, target: Tensor) -> None:
-    """source, on the host, into target: neither waits for the device nor needs `source` to stay as it is."""
-    if target.device.type == "cuda":
-        source = source.pin_memory()  # from a pool that waits for copies before it gives memory out again
-    target.copy_(source, non_blocking=True)
-
-
 @dataclass
 class Drawn:
     """What a step drew for each row of the batch as it was.

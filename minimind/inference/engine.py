@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Generator, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,8 +34,14 @@ from minimind.inference.runner import Runner
 from minimind.inference.scheduler import Plan, Sample, Scheduler
 from minimind.inference.stats import Counters, EngineStats
 from minimind.inference.tracking import Job, Track, refused
+from minimind.inference.transfer import on_device
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
+
+# A prompt step of minimind2-small takes the host about 1.2 ms, whatever its length. An RTX 3090 computes 2,048 tokens
+# in 2.5 ms (minimind2: 10): it does not wait for the host, and those who decode do not wait long for their next token.
+GPU_CHUNK = 2048
+CPU_CHUNK = 512  # 128 to 2,048 take the same time a token; a longer chunk only stalls the others longer
 
 
 class Engine:
@@ -52,7 +59,8 @@ class Engine:
     max_batch: samples that decode together.
     max_context: tokens of prompt and output; None: as many as the model has positions, YaRN's scaling included.
     page_size: tokens of a page; None: 16 on a CPU, 64 on a GPU.
-    prefill_chunk: prompt tokens that a step computes at most, so that a long prompt does not stall the others.
+    prefill_chunk: prompt tokens that a step computes at most, so that a long prompt does not stall the others; None:
+        512 on a CPU, 2,048 on a GPU (docs/decoding.md).
     prefix_cache: reuse the pages of equal beginnings. What was found and what would have been computed may differ in
         the last bits.
     backend: of decoding: "native" is the C++ and CUDA extension, "reference" plain PyTorch, "auto" native where built.
@@ -74,12 +82,14 @@ class Engine:
         max_batch: int = 32,
         max_context: int | None = None,
         page_size: int | None = None,
-        prefill_chunk: int = 512,
+        prefill_chunk: int | None = None,
         prefix_cache: bool = True,
         backend: Backend = "auto",
         seed: int = 0,
     ) -> None:
         config, device = model.config, model.head_weight.device
+        if prefill_chunk is None:
+            prefill_chunk = GPU_CHUNK if device.type == "cuda" else CPU_CHUNK
         for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -182,6 +192,15 @@ class Engine:
         moved = self._replica.refresh()
         self._runner.weights_changed(moved)
         self._start_over()
+
+    def let_go_of_model(self) -> None:
+        """Leave it to others to keep the model alive, without which `refresh_weights` is an error."""
+        self._replica.let_go_of_source()
+
+    @property
+    def held_bytes(self) -> int:
+        """Of memory, beside the model's: the cache and copies of weights. CUDA graphs come on top."""
+        return self._cache.bytes + self._replica.copied_bytes + self._runner.packed_bytes
 
     def stats(self) -> EngineStats:
         counters = self._counters
@@ -324,8 +343,8 @@ class Engine:
                     self._batch.join(sample, job.params, seed, job.limit, sample.track.needs_host)
         if len(copies) == sum(copies):
             return logits
-        counts = torch.tensor(copies, device=logits.device)
-        return logits.repeat_interleave(counts, dim=0, output_size=sum(copies))
+        (rows,) = on_device([np.repeat(np.arange(len(copies)), copies)], logits.device)
+        return logits.index_select(0, rows)
 
     def _draw(self, logits: Tensor, first: int, top: dict[int, tuple[TopLogProbs, ...]]) -> None:
         """The next token of every row from `first` on; into `top` goes what those who asked are told beside it."""

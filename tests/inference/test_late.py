@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from minimind.inference import batch, drawn
+from minimind.inference import batch, transfer
 from minimind.inference import engine as engine_module
 from minimind.inference.batch import DecodeBatch
 from minimind.inference.requests import Request, SamplingParams
@@ -243,7 +243,7 @@ def test_a_steady_step_launches_before_it_waits_and_copies_nothing_to_the_device
 def test_a_page_costs_one_copy_to_the_device(monkeypatch):
     engine = engine_with(True, model(), page_size=8)
     copies = []
-    monkeypatch.setattr(batch, "copy_over", lambda *tensors: copies.append(drawn.copy_over(*tensors)))
+    monkeypatch.setattr(batch, "copy_over", lambda *tensors: copies.append(transfer.copy_over(*tensors)))
     for first in (3, 6):  # their second pages come in different steps
         engine.submit(Request(list(range(first)), SamplingParams(17, temperature=0)))
     counts = []
