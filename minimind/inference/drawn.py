@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,12 +62,7 @@ class Landing:
     def __init__(self, rows: int, device: torch.device, late: bool) -> None:
         self.device = torch.zeros(rows * _BYTES, dtype=torch.uint8, device=device)
         self.token, self.log_prob = _parts(self.device, rows)
-        cuda = device.type == "cuda"
-        copies = [torch.zeros(rows * _BYTES, dtype=torch.uint8, pin_memory=cuda) for _ in range(2 * late)]
-        self._copies = [
-            (copy, *(part.numpy() for part in _parts(copy, rows)), torch.cuda.Event() if cuda else None)
-            for copy in copies
-        ]
+        self._copies = [_Copy.of(rows, device) for _ in range(2 * late)]
         if not late:
             self.host_token, self.host_log_prob = self.token.numpy(), self.log_prob.numpy()
 
@@ -74,12 +70,28 @@ class Landing:
         """Begin a copy of what was drawn: the host's token and log_prob, and the event after which they are right."""
         if not self._copies:
             return self.host_token, self.host_log_prob, None
-        copy, token, log_prob, there = self._copies[0]
+        copy = self._copies[0]
         self._copies.reverse()
-        copy.copy_(self.device, non_blocking=True)
-        if there is not None:
-            there.record()
-        return token, log_prob, there
+        copy.memory.copy_(self.device, non_blocking=True)
+        if copy.there is not None:
+            copy.there.record()
+        return copy.token, copy.log_prob, copy.there
+
+
+class _Copy(NamedTuple):
+    """The host's memory for what was drawn, and the event that says when it is there."""
+
+    memory: Tensor
+    token: np.ndarray
+    log_prob: np.ndarray
+    there: torch.cuda.Event | None
+
+    @staticmethod
+    def of(rows: int, device: torch.device) -> _Copy:
+        cuda = device.type == "cuda"
+        memory = torch.zeros(rows * _BYTES, dtype=torch.uint8, pin_memory=cuda)
+        token, log_prob = _parts(memory, rows)
+        return _Copy(memory, token.numpy(), log_prob.numpy(), torch.cuda.Event() if cuda else None)
 
 
 def _parts(memory: Tensor, rows: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -44,7 +44,7 @@ def _plain(run: Callable[[], T]) -> Callable[[], T]:
     return run
 
 
-def _captured(run: Callable[[], T], pool: tuple[int, int]) -> Callable[[], T]:
+def _captured(run: Callable[[], T], pool: Any) -> Callable[[], T]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -54,9 +54,9 @@ def pack(chunks: Sequence[Chunk], page_size: int, device: torch.device) -> Promp
     n = m = 0
     for chunk in chunks:
         pages = np.array(chunk.sample.pages, np.int64)
-        context = (pages[:, None] * page_size + np.arange(page_size)).ravel()[: chunk.end]
-        contexts.append(context)
-        slots.append(context[chunk.start :])
+        rows = (pages[:, None] * page_size + np.arange(page_size)).ravel()[: chunk.end]
+        contexts.append(rows)
+        slots.append(rows[chunk.start :])
         tokens.append(np.array(chunk.sample.tokens[chunk.start : chunk.end], np.int64))
         positions.append(np.arange(chunk.start, chunk.end))
         bounds.append((n, n := n + chunk.end - chunk.start, m, m := m + chunk.end))
