@@ -174,7 +174,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
-        """One token for every running sample, and the next chunk of the prompts that wait. [] when there is no work."""
+        """One token for every running sample, and the next chunk of the prompts that wait. [] when there is no work. On
+        a GPU the deltas are those of the step before, none in the first."""
         deltas, self._undelivered = self._undelivered, []
         if self._jobs:
             try:
