@@ -877,14 +877,14 @@ MUTATIONS = (
         "minimind/inference/engine.py",
         "            if sample.ended:\n                continue\n",
         "",
-        "tests/inference/test_late.py",
+        "tests/inference/test_late.py::test_a_step_that_is_launched_keeps_its_pages_until_it_is_read",
     ),
     Mutation(
         "a sample at its limit runs a step more where the host is late",
         "minimind/inference/engine.py",
         "for sample in self._batch.at_limit():",
         "for sample in self._batch.at_limit()[:0]:",
-        "tests/inference/test_late.py",
+        "tests/inference/test_late.py::test_a_sample_that_ends_by_its_length_runs_no_step_more",
     ),
     Mutation(
         "a late host preempts before it reads who has ended",

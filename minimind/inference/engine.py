@@ -277,9 +277,7 @@ class Engine:
             for sample in self._batch.at_limit():
                 self._leave(sample)
                 sample.ending = True
-            if (
-                self._scheduler.short_of_pages()
-            ):  # one may have ended, and whom to preempt depends on the tokens
+            if self._scheduler.short_of_pages():  # whom to preempt depends on who ended
                 self._read(deltas)
         launched = self._launch(self._scheduler.plan(), start)
         self._read(deltas)
