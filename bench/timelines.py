@@ -40,7 +40,14 @@ from minimind.training.run_folder import versions
 ROOT = Path(__file__).parents[1]
 WHAT = ("train", "decode")
 # Parts of Engine's step: (object, method, name of the span). What is outside them is the engine's own bookkeeping.
-PARTS = (("_scheduler", "plan", "plan"), ("_runner", "decode", "decode"), ("_runner", "sample", "sample"))
+PARTS = {
+    "cpu": (
+        ("_scheduler", "plan", "plan"),
+        ("_runner", "_decode", "decode"),
+        ("_runner", "sample", "sample"),
+    ),
+    "cuda": (("_scheduler", "plan", "plan"), ("_runner", "step", "decode and sample")),  # one graph
+}
 TRAINED = 5  # steps; the third to the last are recorded
 
 
@@ -119,7 +126,7 @@ def decode(args: Args, device: torch.device, place: Path) -> str:
     engine = Engine(
         model, None, dtype=precision.compute_dtype, max_batch=args.batch, max_context=512, prefix_cache=False
     )
-    for owner, method, name in PARTS:
+    for owner, method, name in PARTS[device.type]:
         part: Any = getattr(engine, owner)
         setattr(part, method, spanned(getattr(part, method), name))
     generator = torch.Generator().manual_seed(0)

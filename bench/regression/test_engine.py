@@ -47,11 +47,11 @@ def engine_without_compute(tokenizer: Tokenizer) -> Engine:
     logits, log_probs = torch.zeros(BATCH, 1), torch.zeros(BATCH)
     script = itertools.cycle([torch.full((BATCH,), i) for i in tokenizer.encode(TEXT)])
 
-    def sample(logits: Tensor) -> tuple[Tensor, Tensor]:
+    def sample(logits: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         return next(script)[: len(logits)], log_probs[: len(logits)]
 
     runner: Any = engine._runner
-    runner.decode = lambda: logits[: len(engine._batch)]
+    runner._decode = lambda rows: logits[:rows]
     runner.prefill = lambda chunks: logits[: sum(chunk.last for chunk in chunks)]
     runner.sample = sample
     return engine

@@ -1,71 +1,108 @@
 """The decode batch: what every running sample needs in a step, in arrays that live as long as the engine.
 
 A sample keeps its row while it runs; when one leaves, the last row moves into its place. So a step changes a few
-numbers in place instead of building tensors. On a GPU all arrays lie in one pinned buffer with a twin on the device,
-and one copy a step brings it up to date; addresses never change, as CUDA graphs want.
+numbers in place instead of building tensors, and addresses never change, as CUDA graphs want.
+
+Where the host stays in step, which a CPU does, the arrays are the tensors that are computed with. Where it is late, the
+device has a twin of them, which every step moves on by itself: the host's arrays only foretell what the twin holds, and
+are copied over it when a sample joined, left or got a page. Drawn tokens are the device's alone until they are read.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minimind.inference.drawn import Drawn, Landing
 from minimind.inference.requests import SamplingParams
 from minimind.inference.scheduler import Sample
+from minimind.inference.transfer import copy_over
 
 _DTYPES: dict[str, type[np.generic]] = {
-    "token": np.int64, "slot": np.int64, "seed": np.int64, "offset": np.int64,
-    "position": np.int32, "length": np.int32, "top_k": np.int32, "table": np.int32,
+    "slot": np.int64, "offset": np.int64, "seed": np.int64,
+    "position": np.int32, "length": np.int32, "active": np.int32, "top_k": np.int32, "table": np.int32,
     "temperature": np.float32, "top_p": np.float32, "min_p": np.float32,
     "repetition_penalty": np.float32, "presence_penalty": np.float32,
 }  # fmt: skip
+_COUNTERS = ("slot", "position")  # each begins two neighbours above that go up by one with every token
 
 
 class DecodeBatch:
     """max_batch rows, of which the first `len(batch)` are in use; `samples` are theirs, in order.
 
-    On the device: token, slot, seed, offset int64 [max_batch]; position, length, top_k int32 [max_batch]; table int32
-    [max_batch, max_pages]; temperature, top_p, min_p, repetition_penalty, presence_penalty float32 [max_batch];
-    history int32 [max_batch, vocab_size], how often a token occurred in the sample: kept up for samples with a penalty,
-    anything in the others. Rows not in use have slot -1 and length 0.
+    Tensors: token, slot, seed, offset int64 [max_batch]; position, length, top_k, active int32 [max_batch]; table int32
+    [max_batch, max_pages]; temperature, top_p, min_p, repetition_penalty, presence_penalty, log_prob float32
+    [max_batch]; history int32 [max_batch, vocab_size], how often a token occurred in the sample: kept up for samples
+    with a penalty, anything in the others. active: 1 in rows in use; the others have 0, slot -1 and length 0.
+
+    Between steps a row is ready for the next one: token and log_prob are those of the last draw, which has index
+    `position` in the sample and belongs into row `slot` of the cache, if that is in a page that the sample has; length
+    counts it.
+
+    late: whether the tensors are a twin of the host's arrays, also on a CPU.
     """
 
     def __init__(
-        self, max_batch: int, max_pages: int, page_size: int, vocab_size: int, device: torch.device
+        self,
+        max_batch: int,
+        max_pages: int,
+        page_size: int,
+        vocab_size: int,
+        device: torch.device,
+        late: bool = False,
     ) -> None:
         self.samples: list[Sample] = []
         self.max_batch = max_batch
         self._page_size, self._rows = page_size, np.arange(max_batch)
         shapes = {name: (max_batch, max_pages) if name == "table" else (max_batch,) for name in _DTYPES}
         sizes = [int(np.prod(shapes[name])) * np.dtype(kind).itemsize for name, kind in _DTYPES.items()]
-        self._host = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self._device = torch.zeros_like(self._host, device=device) if device.type == "cuda" else self._host
+        self._host = torch.zeros(sum(sizes), dtype=torch.uint8)
+        self._twin = torch.zeros_like(self._host, device=device) if late else None
         self._array: dict[str, np.ndarray] = {}
         self.tensor: dict[str, Tensor] = {}
-        for name, host, on_device in zip(
-            _DTYPES, self._host.split(sizes), self._device.split(sizes), strict=True
-        ):
+        seen = self._host if self._twin is None else self._twin
+        for name, host, on_device in zip(_DTYPES, self._host.split(sizes), seen.split(sizes), strict=True):
             self._array[name] = host.numpy().view(_DTYPES[name]).reshape(shapes[name])
             dtype = torch.from_numpy(self._array[name]).dtype
             self.tensor[name] = on_device.view(dtype).view(shapes[name])
+        self._counters = [self.tensor[name].as_strided((2, max_batch), (max_batch, 1)) for name in _COUNTERS]
         self._array["slot"].fill(-1)
-        self.history = torch.zeros(max_batch, vocab_size, dtype=torch.int32, device=device)
-        if device.type == "cpu":
-            self._history_array = self.history.numpy()
+        self._changed = True  # the arrays hold what the twin does not
+        self._landing = Landing(max_batch, device, late)
+        self.tensor |= {"token": self._landing.token, "log_prob": self._landing.log_prob}
+        self.tensor["history"] = torch.zeros(max_batch, vocab_size, dtype=torch.int32, device=device)
+        if self._twin is None:
+            self._history_array = self.tensor["history"].numpy()
         self._penalised = np.zeros(max_batch, dtype=bool)
-        self._row_ids = torch.arange(max_batch, device=device)
-        self._views: dict[int, dict[str, Tensor]] = {}
+        self._needs_host = np.zeros(max_batch, dtype=bool)
+        self._limit = np.zeros(max_batch, dtype=np.int32)
+        self._order: list[int] | None = None
+        self._views: dict[tuple[int, int], dict[str, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def join(self, sample: Sample, params: SamplingParams, seed: int) -> None:
-        """A sample whose tokens are all computed; its next token is about to be drawn."""
+    def join(
+        self,
+        sample: Sample,
+        params: SamplingParams,
+        seed: int,
+        limit: int = 2**31 - 1,
+        needs_host: bool = False,
+    ) -> None:
+        """A sample whose tokens are all computed; its next token is about to be drawn.
+
+        limit: of its tokens, prompt included. needs_host: whether the host has a say in every draw.
+        """
         row = sample.row = len(self.samples)
         self.samples.append(sample)
-        values = self._array
-        values["length"][row] = sample.computed
+        values, last = self._array, sample.computed - 1
+        values["length"][row], values["position"][row], values["active"][row] = sample.computed, last, 1
+        values["slot"][row] = sample.pages[last // self._page_size] * self._page_size + last % self._page_size
         values["seed"][row] = seed
         values["offset"][row] = len(sample.tokens) - sample.prompt_length
         values["table"][row, : len(sample.pages)] = sample.pages
@@ -73,25 +110,29 @@ class DecodeBatch:
         values["top_p"][row], values["min_p"][row] = params.top_p, params.min_p
         values["repetition_penalty"][row] = params.repetition_penalty
         values["presence_penalty"][row] = params.presence_penalty
+        self._limit[row], self._needs_host[row] = limit, needs_host
         self._penalised[row] = params.repetition_penalty != 1 or params.presence_penalty != 0
         if self._penalised[row]:
-            counts = np.bincount(sample.tokens, minlength=self.history.shape[1]).astype(np.int32)
-            self.history[row].copy_(torch.from_numpy(counts))
+            history = self.tensor["history"]
+            counts = np.bincount(sample.tokens, minlength=history.shape[1]).astype(np.int32)
+            copy_over(torch.from_numpy(counts), history[row])
+        self._order, self._changed = None, True
 
     def leave(self, sample: Sample) -> None:
         """Take a sample out."""
         row, last = sample.row, len(self.samples) - 1
         if row != last:
-            for array in self._array.values():
+            for array in (*self._array.values(), self._penalised, self._needs_host, self._limit):
                 array[row] = array[last]
-            self._penalised[row] = self._penalised[last]
-            if self._penalised[row]:
-                self.history[row].copy_(self.history[last])
+            moved = ("token", "log_prob", "history") if self._penalised[row] else ("token", "log_prob")
+            for name in moved:
+                self.tensor[name][row].copy_(self.tensor[name][last])
             self.samples[row] = self.samples[last]
             self.samples[row].row = row
-        self._array["slot"][last], self._array["length"][last] = -1, 0
+        self._array["slot"][last], self._array["length"][last], self._array["active"][last] = -1, 0, 0
         self.samples.pop()
         sample.row = -1
+        self._order, self._changed = None, True
 
     def clear(self) -> None:
         """Take all samples out."""
@@ -100,43 +141,80 @@ class DecodeBatch:
         self.samples.clear()
         self._array["slot"].fill(-1)
         self._array["length"].fill(0)
+        self._array["active"].fill(0)
+        self._order, self._changed = None, True
 
     def set_last_page(self, sample: Sample) -> None:
-        self._array["table"][sample.row, len(sample.pages) - 1] = sample.pages[-1]
+        """The sample's last page is new, and its next token goes there."""
+        row, page, place = sample.row, sample.pages[-1], sample.computed % self._page_size
+        self._array["table"][row, len(sample.pages) - 1] = page
+        self._array["slot"][row] = page * self._page_size + place
+        self._changed = True
 
-    def views(self, rows: int) -> dict[str, Tensor]:
-        """The first `rows` rows of every tensor, history among them. Made once for each number of rows."""
-        if rows not in self._views:
-            views = {name: tensor[:rows] for name, tensor in self.tensor.items()}
-            self._views[rows] = {**views, "history": self.history[:rows]}
-        return self._views[rows]
+    def needs_host(self, first: int = 0) -> bool:
+        """Whether the host has a say in the next token of one of the rows from `first` on."""
+        return bool(self._needs_host[first : len(self.samples)].any())
 
-    def next_step(self) -> None:
-        """Make room for the token that is computed next, in every row, and bring the device up to date."""
-        rows, size = self._rows[: len(self.samples)], self._page_size
-        length = self._array["length"][: len(rows)]
-        position = self._array["position"][: len(rows)]
-        position[:] = length
-        length += 1
-        slot = self._array["slot"][: len(rows)]
-        slot[:] = self._array["table"][rows, position // size]
-        slot *= size
-        slot += position % size
-        self.upload()
-
-    def drawn(self, tokens: Tensor, ids: np.ndarray) -> None:
-        """Take up the tokens that were drawn for all rows: int64 [len(batch)], on the device and here."""
+    def at_limit(self) -> list[Sample]:
+        """The samples that end with their last draw, whatever it was."""
         rows = len(self.samples)
-        self._array["token"][:rows] = ids
-        self._array["offset"][:rows] += 1
-        if not self._penalised[:rows].any():
-            return
-        if self.history.device.type == "cpu":  # a third of the time of the tensor operation
-            self._history_array[self._rows[:rows], ids] += 1
-        else:
-            self.history[self._row_ids[:rows], tokens] += 1
+        full = np.flatnonzero(self._array["length"][:rows] >= self._limit[:rows])
+        return [self.samples[row] for row in full]
+
+    def views(self, rows: int, first: int = 0) -> dict[str, Tensor]:
+        """Rows first..first + rows of every tensor. Made once for each such part of the batch."""
+        if (first, rows) not in self._views:
+            self._views[first, rows] = {name: t[first : first + rows] for name, t in self.tensor.items()}
+        return self._views[first, rows]
 
     def upload(self) -> None:
-        """Bring the device up to date: one copy, none on a CPU."""
-        if self._device is not self._host:
-            self._device.copy_(self._host, non_blocking=True)
+        """Bring the twin up to date: one copy, and none where nothing but tokens came since the last."""
+        if self._twin is not None and self._changed:
+            copy_over(self._host, self._twin)
+        self._changed = False
+
+    def take(self, first: int, tokens: Tensor, log_probs: Tensor) -> None:
+        """Take up what was drawn for the rows from `first` on: int64 [n], float32 [n]. Nothing waits for the device."""
+        last = first + len(tokens)
+        if self._twin is None:
+            ids = tokens.numpy()
+            self._landing.host_token[first:last] = ids
+            self._landing.host_log_prob[first:last] = log_probs.numpy()
+            if self._penalised[first:last].any():  # in NumPy: a third of the time of the tensor operation
+                self._history_array[self._rows[first:last], ids] += 1
+            return
+        b = self.views(len(tokens), first)
+        b["token"].copy_(tokens)
+        b["log_prob"].copy_(log_probs)
+        b["history"].scatter_add_(1, tokens[:, None], b["active"][:, None])
+        for two in self._counters:
+            two[:, first:last].add_(b["active"])
+
+    def advance(self, first: int = 0) -> None:
+        """What `take` did to the twin's rows from `first` on, here: they have another token."""
+        rows = len(self.samples)
+        for name in ("slot", "offset", "position", "length"):
+            self._array[name][first:rows] += 1
+
+    def drawn(self, decoded: int, in_step: bool) -> Drawn:
+        """The tokens of all rows on their way to the host; those of the first `decoded` rows came from decoding."""
+        if self._order is None:
+            samples = self.samples
+            self._order = sorted(
+                range(len(samples)), key=lambda row: (samples[row].arrival, samples[row].index)
+            )
+        return Drawn(self.samples.copy(), self._order, decoded, in_step, *self._landing.fetch())
+
+    @contextlib.contextmanager
+    def blank(self) -> Iterator[None]:
+        """Inside, no row of the twin is in use, and steps can be run on it for practice; afterwards it is as before."""
+        assert self._twin is not None
+        before = self._landing.device.clone()
+        self._twin.zero_()
+        self.tensor["slot"].fill_(-1)
+        try:
+            yield
+        finally:
+            self._landing.device.copy_(before)
+            self._changed = True
+            self.upload()

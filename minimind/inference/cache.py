@@ -14,11 +14,13 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minimind.config import ModelConfig
 from minimind.inference.cache_dtype import FLOAT8, as_bytes, float8_scales, restored, stored
+from minimind.inference.transfer import on_device
 from minimind.modeling import Model
 
 CPU_CACHE_BYTES = 512 << 20  # where the caller names no budget
@@ -208,6 +210,7 @@ class PagedCache:
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages (from, to) in every layer."""
-        source, target = torch.tensor(pairs, device=self.k.device).unbind(1)
+        pages = [np.array(side, np.int64) for side in zip(*pairs, strict=True)]
+        source, target = on_device(pages, self.k.device)
         for tensor in (as_bytes(self.k), as_bytes(self.v)):
             tensor[:, target] = tensor[:, source]

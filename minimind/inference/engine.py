@@ -1,9 +1,15 @@
 """The engine: one for chat, evaluation, RL rollouts and the API.
 
-A step decodes one token for every running sample and computes the next chunk of the prompts that came in; then all of
-them draw their next token together. Requests join and leave between steps.
+A step decodes one token for every running sample and computes the next chunk of the prompts that came in; all of them
+draw their next token. Requests join and leave between steps.
 
     submit -> Scheduler: queue and pages -> Runner: the model over PagedCache, draw -> Track: text and stops -> Delta
+
+On a GPU the host is one step late (drawn.py): `step` launches a step and then reads the tokens of the one before. A
+sample that ended with them has a row in the launched step all the same; what that draws is dropped, and its page goes
+back with the sample's others. A sample that ends by its length leaves before, since that is known before its token is.
+Where somebody needs the tokens now, they are read first: to preempt, to cancel, to take up new weights, and where the
+host has a say in the draw itself (grammars; the likeliest tokens, which are found beside the draw).
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ import math
 import time
 from collections.abc import Generator, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,14 +27,21 @@ from minimind.inference.batch import DecodeBatch
 from minimind.inference.cache import PagedCache, PagePool, cache_pages
 from minimind.inference.cache_dtype import check_kv_dtype
 from minimind.inference.decode_ops import Backend
+from minimind.inference.drawn import Drawn, host_is_late
 from minimind.inference.replica import Replica
 from minimind.inference.requests import Delta, Request, RequestOutput, TopLogProbs
 from minimind.inference.runner import Runner
 from minimind.inference.scheduler import Plan, Sample, Scheduler
 from minimind.inference.stats import Counters, EngineStats
 from minimind.inference.tracking import Job, Track, refused
+from minimind.inference.transfer import on_device
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
+
+# A prompt step of minimind2-small takes the host about 1.2 ms, whatever its length. An RTX 3090 computes 2,048 tokens
+# in 2.5 ms (minimind2: 10): it does not wait for the host, and those who decode do not wait long for their next token.
+GPU_CHUNK = 2048
+CPU_CHUNK = 512  # 128 to 2,048 take the same time a token; a longer chunk only stalls the others longer
 
 
 class Engine:
@@ -45,7 +59,8 @@ class Engine:
     max_batch: samples that decode together.
     max_context: tokens of prompt and output; None: as many as the model has positions, YaRN's scaling included.
     page_size: tokens of a page; None: 16 on a CPU, 64 on a GPU.
-    prefill_chunk: prompt tokens that a step computes at most, so that a long prompt does not stall the others.
+    prefill_chunk: prompt tokens that a step computes at most, so that a long prompt does not stall the others; None:
+        512 on a CPU, 2,048 on a GPU (docs/decoding.md).
     prefix_cache: reuse the pages of equal beginnings. What was found and what would have been computed may differ in
         the last bits.
     backend: of decoding: "native" is the C++ and CUDA extension, "reference" plain PyTorch, "auto" native where built.
@@ -67,12 +82,14 @@ class Engine:
         max_batch: int = 32,
         max_context: int | None = None,
         page_size: int | None = None,
-        prefill_chunk: int = 512,
+        prefill_chunk: int | None = None,
         prefix_cache: bool = True,
         backend: Backend = "auto",
         seed: int = 0,
     ) -> None:
         config, device = model.config, model.head_weight.device
+        if prefill_chunk is None:
+            prefill_chunk = GPU_CHUNK if device.type == "cuda" else CPU_CHUNK
         for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -95,8 +112,10 @@ class Engine:
         self._admission = Admission(config.vocab_size, tokenizer, max_context, pages, page_size, seed)
         self._cache = PagedCache.allocate(config, pages, page_size, kv_dtype, device)
         self._replica = Replica(model, dtype)
-        self._batch = DecodeBatch(max_batch, table_pages, page_size, config.vocab_size, device)
-        self._runner = Runner(self._replica, self._cache, self._batch, max_context, backend)
+        self._late = host_is_late(device)
+        self._batch = DecodeBatch(max_batch, table_pages, page_size, config.vocab_size, device, self._late)
+        self._runner = Runner(self._replica, self._cache, self._batch, max_context, backend, self._late)
+        self._unread: Drawn | None = None  # what the last step drew
         self._jobs: dict[str, Job] = {}
         self._arrivals = 0
         self._undelivered: list[Delta] = []
@@ -137,6 +156,8 @@ class Engine:
     def cancel(self, request_id: str) -> bool:
         """End an unfinished request: its pages are free at once, its samples finish with "cancelled" in the deltas of
         the next `step`. False if there is no such request."""
+        if request_id in self._jobs:
+            self._read_now()
         job = self._jobs.get(request_id)
         if job is None:
             return False
@@ -153,11 +174,12 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
-        """One token for every running sample, and the next chunk of the prompts that wait. [] when there is no work."""
+        """One token for every running sample, and the next chunk of the prompts that wait. [] when there is no work. On
+        a GPU the deltas are those of the step before, none in the first."""
         deltas, self._undelivered = self._undelivered, []
         if self._jobs:
             try:
-                deltas += self._step()
+                self._step(deltas)
             except BaseException:  # out of memory, Ctrl-C: what the step had planned is not in the cache
                 self._undelivered = deltas
                 self._start_over()
@@ -167,9 +189,19 @@ class Engine:
     def refresh_weights(self) -> None:
         """Take up the model's changed weights: copy anew what is not shared, and forget every cached key and value.
         Running samples keep their tokens; their keys and values are computed again with the new weights."""
+        self._read_now()
         moved = self._replica.refresh()
         self._runner.weights_changed(moved)
         self._start_over()
+
+    def let_go_of_model(self) -> None:
+        """Leave it to others to keep the model alive, without which `refresh_weights` is an error."""
+        self._replica.let_go_of_source()
+
+    @property
+    def held_bytes(self) -> int:
+        """Of memory, beside the model's: the cache and copies of weights. CUDA graphs come on top."""
+        return self._cache.bytes + self._replica.copied_bytes + self._runner.packed_bytes
 
     def stats(self) -> EngineStats:
         counters = self._counters
@@ -238,19 +270,47 @@ class Engine:
                 self.cancel(name)
             self._undelivered = [delta for delta in self._undelivered if delta.id not in own]
 
-    def _step(self) -> list[Delta]:
+    def _step(self, deltas: list[Delta]) -> None:
+        """Append the deltas of the tokens that are read in this step."""
         start = time.perf_counter()
-        plan = self._scheduler.plan()
-        self._carry_out(plan, start)
-        decoding, logits = len(self._batch), []
+        if self._unread is not None:
+            for sample in self._batch.at_limit():
+                self._leave(sample)
+                sample.ending = True
+            if self._scheduler.short_of_pages():  # whom to preempt depends on who ended
+                self._read(deltas)
+        launched = self._launch(self._scheduler.plan(), start)
+        self._read(deltas)
+        self._unread = launched
+        if launched is not None and launched.in_step:
+            self._read(deltas)
+        self._counters.step(start, time.perf_counter())
+
+    def _launch(self, plan: Plan, now: float) -> Drawn | None:
+        """Begin a step; what it draws, None if that is nothing."""
+        self._carry_out(plan, now)
+        batch, runner = self._batch, self._runner
+        decoding, top = len(batch), dict[int, tuple[TopLogProbs, ...]]()
         if decoding:
-            self._batch.next_step()
-            logits.append(self._runner.decode())
+            batch.upload()
+            if batch.needs_host():
+                self._draw(runner.decode(), 0, top)
+            else:
+                runner.step()
+            batch.advance()
+            for sample in batch.samples:
+                sample.computed += 1
         if plan.chunks:
-            logits.append(self._join(plan, self._runner.prefill(plan.chunks)))
-        deltas = self._draw(logits[0] if len(logits) == 1 else torch.cat(logits), decoding)
-        self._counters.step(start, time.perf_counter(), sum(len(delta.token_ids) for delta in deltas))
-        return deltas
+            logits = self._join(plan, runner.prefill(plan.chunks))
+            if len(batch) > decoding:
+                batch.upload()
+                self._draw(logits, decoding, top)
+                batch.advance(decoding)
+        if not len(batch):
+            return None
+        drawn = batch.drawn(decoding, in_step=not self._late or batch.needs_host())
+        drawn.top = top
+        return drawn
 
     def _carry_out(self, plan: Plan, now: float) -> None:
         for sample in plan.preempted:
@@ -278,27 +338,34 @@ class Engine:
                     if sample.track is None:
                         sample.track = Track(job, sample.index)
                         job.samples.append(sample)
-                    self._batch.join(sample, job.params, job.sample_seed(sample.index))
-        self._batch.upload()
+                    seed = job.sample_seed(sample.index)
+                    self._batch.join(sample, job.params, seed, job.limit, sample.track.needs_host)
         if len(copies) == sum(copies):
             return logits
-        return logits.repeat_interleave(torch.tensor(copies, device=logits.device), dim=0)
+        (rows,) = on_device([np.repeat(np.arange(len(copies)), copies)], logits.device)
+        return logits.index_select(0, rows)
 
-    def _draw(self, logits: Tensor, decoding: int) -> list[Delta]:
-        """The next token of every row of the batch, of which the first `decoding` were decoded in this step."""
-        batch, scheduler = self._batch, self._scheduler
-        if not len(batch):
-            return []
-        self._constrain(logits)
-        tokens, log_probs = self._runner.sample(logits)
-        ids = tokens.cpu().numpy()
-        top = self._alternatives(logits)
-        batch.drawn(tokens, ids)
-        deltas, done = [], []
-        drawn = zip(batch.samples, ids.tolist(), log_probs.tolist(), strict=True)
-        for row, (sample, token, log_prob) in enumerate(drawn):
-            if row < decoding:
-                scheduler.decoded(sample)
+    def _draw(self, logits: Tensor, first: int, top: dict[int, tuple[TopLogProbs, ...]]) -> None:
+        """The next token of every row from `first` on; into `top` goes what those who asked are told beside it."""
+        if self._batch.needs_host(first):
+            self._constrain(logits, first)
+        tokens, log_probs = self._runner.sample(logits, first)
+        if self._batch.needs_host(first):
+            top |= self._alternatives(logits, first)
+        self._batch.take(first, tokens, log_probs)
+
+    def _read(self, deltas: list[Delta]) -> None:
+        """Take up the tokens that are not read yet."""
+        drawn, self._unread = self._unread, None
+        if drawn is None:
+            return
+        tokens, log_probs = drawn.read()
+        for row in drawn.order:
+            sample, token, log_prob = drawn.samples[row], tokens[row], log_probs[row]
+            if sample.ended:
+                continue
+            if row < drawn.decoded:
+                self._scheduler.decoded(sample)
             track: Track = sample.track
             if log_prob != log_prob:
                 track.job.error = (
@@ -307,17 +374,23 @@ class Engine:
                 delta = track.finish(sample, "error")
             else:
                 sample.tokens.append(token)
-                delta = track.take(sample, log_prob, top.get(row, ()))
+                delta = track.take(sample, log_prob, drawn.top.get(row, ()))
             deltas.append(delta)
+            self._counters.generated_tokens += len(delta.token_ids)
             if delta.finish_reason is not None:
-                done.append((sample, delta.finish_reason))
-        for sample, reason in done:
-            self._remove(sample, reason)
-        return deltas
+                self._remove(sample, delta.finish_reason)
 
-    def _constrain(self, logits: Tensor) -> None:
-        """Rule out, in place, what the constraints of samples do not allow. logits [B, V]."""
-        for row, sample in enumerate(self._batch.samples):
+    def _read_now(self) -> None:
+        """The same between steps; the next one delivers them."""
+        try:
+            self._read(self._undelivered)
+        except BaseException:
+            self._start_over()
+            raise
+
+    def _constrain(self, logits: Tensor, first: int) -> None:
+        """Rule out, in place, what the samples' constraints do not allow. logits [n, V] of the rows from `first` on."""
+        for row, sample in enumerate(self._batch.samples[first:]):
             constraint = sample.track.constraint
             try:
                 allowed = None if constraint is None else constraint.allowed()
@@ -329,24 +402,26 @@ class Engine:
                 ruled_out = torch.from_numpy(~allowed).to(logits.device)
                 logits[row].masked_fill_(ruled_out, -math.inf)
 
-    def _alternatives(self, logits: Tensor) -> dict[int, tuple[TopLogProbs, ...]]:
-        """By row, for the samples that asked: the likeliest tokens and their log-probabilities."""
+    def _alternatives(self, logits: Tensor, first: int) -> dict[int, tuple[TopLogProbs, ...]]:
+        """By row of the batch, for the samples that asked: the likeliest tokens and their log-probabilities."""
         wanted = {
             row: sample.track.job.params.logprobs
-            for row, sample in enumerate(self._batch.samples)
+            for row, sample in enumerate(self._batch.samples[first:])
             if sample.track.job.params.logprobs
         }
         if not wanted:
             return {}
-        values, ids = self._runner.likeliest(logits, list(wanted), max(wanted.values()))
+        values, ids = self._runner.likeliest(logits, list(wanted), max(wanted.values()), first)
         pairs = zip(wanted.items(), ids.tolist(), values.tolist(), strict=True)
         return {
-            row: (tuple(zip(row_ids[:n], row_values[:n], strict=True)),)
+            first + row: (tuple(zip(row_ids[:n], row_values[:n], strict=True)),)
             for (row, n), row_ids, row_values in pairs
         }
 
     def _start_over(self) -> None:
-        """Trust nothing in the cache: running samples go back to the queue with the tokens that they have."""
+        """Trust nothing in the cache: running samples go back to the queue with the tokens that they have. One that
+        was drawn and is not read will be drawn again, the same."""
+        self._unread = None
         self._batch.clear()
         for sample in self._scheduler.running.copy():
             self._scheduler.preempt(sample)
@@ -358,6 +433,7 @@ class Engine:
 
     def _remove(self, sample: Sample, reason: str, count: int = 1) -> None:
         """Forget a finished sample, or one that stands for `count` that are cancelled."""
+        sample.ended = True
         self._leave(sample)
         self._scheduler.remove(sample)
         self._counters.finished[reason] += count

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from minimind import varlen
 from minimind.inference.cache import LayerCache
 from minimind.inference.scheduler import Chunk
+from minimind.inference.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Prompts:
 
     token, position, slot int64 [N]; slot: a row of the cache, page * page_size + place.
     context int64 [M]: rows of the cache. last int64 [n]: where in N the last tokens of finished prompts are.
-    bounds: of every chunk, first and end token in N, first and end row in M.
+    bounds: of every chunk, first and end token in N, first and end row in M; cu_queries, cu_keys int32 [chunks + 1]:
+    the same ends, on the device.
     table int32 [chunks, pages]: only for flash attention over pages.
     """
 
@@ -37,6 +39,8 @@ class Prompts:
     context: Tensor
     last: Tensor
     bounds: list[tuple[int, int, int, int]]
+    cu_queries: Tensor
+    cu_keys: Tensor
     table: Tensor | None = None
 
     @property
@@ -50,27 +54,34 @@ def pack(chunks: Sequence[Chunk], page_size: int, device: torch.device) -> Promp
     n = m = 0
     for chunk in chunks:
         pages = np.array(chunk.sample.pages, np.int64)
-        context = (pages[:, None] * page_size + np.arange(page_size)).ravel()[: chunk.end]
-        contexts.append(context)
-        slots.append(context[chunk.start :])
+        rows = (pages[:, None] * page_size + np.arange(page_size)).ravel()[: chunk.end]
+        contexts.append(rows)
+        slots.append(rows[chunk.start :])
         tokens.append(np.array(chunk.sample.tokens[chunk.start : chunk.end], np.int64))
         positions.append(np.arange(chunk.start, chunk.end))
         bounds.append((n, n := n + chunk.end - chunk.start, m, m := m + chunk.end))
         if chunk.last:
             last.append(n - 1)
-    table = None
+    queries = np.array([0, *(end for _, end, _, _ in bounds)], np.int32)
+    keys = np.array([0, *(end for _, _, _, end in bounds)], np.int32)
+    table = np.zeros((0, 0), np.int32)
     if device.type == "cuda" and varlen.PAGED and page_size % varlen.PAGE_MULTIPLE == 0:
-        width = max(len(chunk.sample.pages) for chunk in chunks)
-        padded = [chunk.sample.pages + [0] * (width - len(chunk.sample.pages)) for chunk in chunks]
-        table = torch.tensor(padded, dtype=torch.int32, device=device)
-
-    def tensor(parts: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(device)
-
+        table = _table(chunks)
+    wide = [np.concatenate(parts) for parts in (tokens, positions, slots, contexts)]
+    token, position, slot, context, ends = on_device([*wide, np.array(last, np.int64)], device)
+    cu_queries, cu_keys, paged = on_device([queries, keys, table.ravel()], device)
     return Prompts(
-        tensor(tokens), tensor(positions), tensor(slots), tensor(contexts),
-        torch.tensor(last, dtype=torch.int64, device=device), bounds, table,
+        token, position, slot, context, ends, bounds, cu_queries, cu_keys,
+        paged.view(table.shape) if table.size else None,
     )  # fmt: skip
+
+
+def _table(chunks: Sequence[Chunk]) -> np.ndarray:
+    """The samples' pages, int32 [chunks, most], with zeros behind."""
+    table = np.zeros((len(chunks), max(len(chunk.sample.pages) for chunk in chunks)), np.int32)
+    for row, chunk in zip(table, chunks, strict=True):
+        row[: len(chunk.sample.pages)] = chunk.sample.pages
+    return table
 
 
 class ChunkAttention:
@@ -80,15 +91,19 @@ class ChunkAttention:
     """
 
     def __init__(self, prompts: Prompts) -> None:
-        self._bounds = prompts.bounds
-        device = prompts.token.device
-        self._masks = [_mask(end - start, last - first, device) for start, end, first, last in prompts.bounds]
-        queries = [0, *(end for _, end, _, _ in prompts.bounds)]
-        keys = [0, *(end for _, _, _, end in prompts.bounds)]
-        cu_queries, cu_keys = (torch.tensor(cu, dtype=torch.int32, device=device) for cu in (queries, keys))
-        longest = (max(b - a for a, b in pairwise(cu)) for cu in (queries, keys))
-        self._varlen_bounds = varlen.Bounds(cu_queries, cu_keys, *longest)
-        self._used, self._table = cu_keys.diff(), prompts.table
+        self._bounds, self._device = prompts.bounds, prompts.token.device
+        longest_query = max(end - start for start, end, _, _ in prompts.bounds)
+        longest_key = max(last - first for _, _, first, last in prompts.bounds)
+        self._varlen_bounds = varlen.Bounds(prompts.cu_queries, prompts.cu_keys, longest_query, longest_key)
+        self._table = prompts.table
+
+    @cached_property
+    def _masks(self) -> list[Tensor | None]:
+        return [_mask(end - start, last - first, self._device) for start, end, first, last in self._bounds]
+
+    @cached_property
+    def _used(self) -> Tensor:
+        return self._varlen_bounds.keys.diff()
 
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Chunk by chunk, on any device and in any dtype."""

@@ -7,6 +7,9 @@ sum of both; `refresh` remakes the copies where they lie.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,13 +21,25 @@ class Replica:
     """`model` is a Model of the same shape that follows `source` in `dtype`; copied_bytes: what is not shared."""
 
     def __init__(self, source: Model, dtype: torch.dtype) -> None:
-        self._source, self.dtype = source, dtype
+        self.dtype = dtype
+        self._get_source: Callable[[], Model | None] = lambda: source
         with torch.device("meta"), torch.random.fork_rng(devices=[]):  # initialisation draws, on meta too
             self.model = Model(source.config)
         self.model.compute_dtype = dtype
         self.model.eval().requires_grad_(False)
         self._copies: dict[str, Tensor] = {}
         self.refresh()
+
+    @property
+    def _source(self) -> Model:
+        source = self._get_source()
+        if source is None:
+            raise RuntimeError("the model whose weights these are is gone")
+        return source
+
+    def let_go_of_source(self) -> None:
+        """Leave it to others to keep the source alive. Its weights are held on to all the same."""
+        self._get_source = weakref.ref(self._source)
 
     @property
     def copied_bytes(self) -> int:

@@ -2,8 +2,10 @@
 
     prompts   the model's own layers under PagedLayout (prefill.py)
     decoding  native on a CPU: one call of the extension for the whole model
-              otherwise: the model's projections around rope_append_kv and decode_attention; native ones on a GPU
-              as CUDA graphs
+              otherwise: the model's projections around rope_append_kv and decode_attention
+    drawing   `sample`, and DecodeBatch.take, which makes the rows ready for the next step
+
+`step` is all three for the rows of the batch: on a GPU, with native operators, one CUDA graph.
 
 Operators are called without the argument checks of decode_ops: shapes and dtypes are the engine's own.
 """
@@ -11,7 +13,7 @@ Operators are called without the argument checks of decode_ops: shapes and dtype
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,7 @@ from minimind.inference.scheduler import Chunk
 from minimind.modeling import Attention, Block, Rotation
 from minimind.rope import rope_cos_sin
 
+T = TypeVar("T")
 _SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "history", "seed", "offset"
 )  # fmt: skip
@@ -54,10 +57,16 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 class Runner:
-    """replica: the model; cache, batch: what it reads and writes; backend: see Engine."""
+    """replica: the model; cache, batch: what it reads and writes; backend: see Engine; late: as of the batch."""
 
     def __init__(
-        self, replica: Replica, cache: PagedCache, batch: DecodeBatch, max_context: int, backend: Backend
+        self,
+        replica: Replica,
+        cache: PagedCache,
+        batch: DecodeBatch,
+        max_context: int,
+        backend: Backend,
+        late: bool = False,
     ) -> None:
         self._replica, self._cache, self._batch = replica, cache, batch
         self._device = cache.k.device
@@ -78,7 +87,8 @@ class Runner:
         self._cos, self._sin = rope_cos_sin(self._model.config, positions)  # [max_context, D / 2]
         self._weights: DecodeWeights | None = None
         self._packed: list[Tensor] = []  # the weights as the operator decode_step takes them
-        self._graphs: DecodeGraphs | None = None
+        self._graphed = late and (self._native or self._device.type == "cpu")
+        self._graphs: dict[str, DecodeGraphs[Any]] = {}
         self.weights_changed(moved=True)
 
     def describe(self) -> str:
@@ -101,7 +111,7 @@ class Runner:
             self._weights = DecodeWeights.of(self._model, self._dtype)
             self._packed = self._weights.pack(self._packed)
         if moved:
-            self._graphs = None
+            self._graphs.clear()
 
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
         """Compute the chunks; float32 [n, V], logits of the next token of those that are their samples' last."""
@@ -117,31 +127,49 @@ class Runner:
         assert delta is not None
         return self._logits(x[0].index_select(0, prompts.last), delta[0].index_select(0, prompts.last))
 
-    def decode(self) -> Tensor:
-        """One token for every row of the batch; logits of the next, float32 [B, V], valid until the next call."""
-        rows = len(self._batch)
-        if self._weights is not None:
-            return self._decode_whole(self._weights, rows)
-        if self._native:
-            if self._graphs is None:
-                self._graphs = DecodeGraphs(self._decode_layers, self._batch.max_batch)
-            return self._graphs(rows)
-        return self._decode_layers(rows)
+    def step(self) -> None:
+        """Decode one token for every row of the batch and draw the next: `batch.take` has them then."""
+        self._run("step", self._step)
 
-    def sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """logits float32 [B, V] of the batch's rows -> their next tokens int64 [B], log-probabilities float32 [B]."""
-        b = self._batch.views(logits.shape[0])
+    def decode(self) -> Tensor:
+        """One token for every row of the batch; logits of the next, float32 [B, V], valid until the next call. For
+        batches in which the host has a say before the draw."""
+        return self._run("decode", self._decode)[: len(self._batch)]
+
+    def sample(self, logits: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """logits float32 [n, V] of the batch's rows from `first` on -> their next tokens int64 [n], log-probabilities
+        float32 [n]."""
+        b = self._batch.views(logits.shape[0], first)
         return self._sample(logits, *[b[name] for name in _SAMPLING])
 
-    def likeliest(self, logits: Tensor, rows: list[int], count: int) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and ids of the likeliest tokens of some rows, [len(rows), count]: of the penalised, scaled
-        and untruncated distribution, as `sample` reports that of its token."""
+    def likeliest(self, logits: Tensor, rows: list[int], count: int, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and ids of the likeliest tokens of some rows of `logits`, [len(rows), count]: of the
+        penalised, scaled and untruncated distribution, as `sample` reports that of its token."""
         index = torch.tensor(rows, device=logits.device)
-        b = {name: self._batch.views(logits.shape[0])[name][index] for name in _SAMPLING}
+        views = self._batch.views(logits.shape[0], first)
+        b = {name: views[name][index] for name in _SAMPLING}
         logits = penalised(logits[index], b["repetition_penalty"], b["presence_penalty"], b["history"])
         temperature = torch.where(b["temperature"] > 0, b["temperature"], 1.0)
         log_probs = (logits / temperature[:, None]).log_softmax(-1)
         return log_probs.topk(min(count, log_probs.shape[-1]), dim=-1)
+
+    def _run(self, name: str, function: Callable[[int], T]) -> T:
+        """function(rows of the batch), as a graph where there are graphs: then perhaps of more rows."""
+        rows = len(self._batch)
+        if not self._graphed:
+            return function(rows)
+        if name not in self._graphs:
+            with self._batch.blank():
+                self._graphs[name] = DecodeGraphs(function, self._batch.max_batch, self._device)
+        return self._graphs[name](rows)
+
+    def _step(self, rows: int) -> None:
+        self._batch.take(0, *self.sample(self._decode(rows)))
+
+    def _decode(self, rows: int) -> Tensor:
+        if self._weights is not None:
+            return self._decode_whole(self._weights, rows)
+        return self._decode_layers(rows)
 
     def _decode_whole(self, w: DecodeWeights, rows: int) -> Tensor:
         b = self._batch.views(rows)

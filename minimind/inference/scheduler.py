@@ -25,7 +25,8 @@ class Sample:
     """
 
     __slots__ = (
-        "arrival", "cached", "computed", "count", "index", "keys", "pages", "prompt_length", "row", "tokens", "track"
+        "arrival", "cached", "computed", "count", "ended", "ending", "index", "keys", "pages", "prompt_length", "row",
+        "tokens", "track",
     )  # fmt: skip
 
     def __init__(self, arrival: int, index: int, count: int, tokens: list[int], track: Any = None) -> None:
@@ -36,7 +37,9 @@ class Sample:
         self.cached = 0  # prompt tokens that the first admission found in the cache
         self.pages: list[int] = []
         self.keys: list[bytes] = []  # of full pages, as far as they were needed
-        self.row = -1  # in the decode batch; -1 while the prompt is computed
+        self.row = -1  # in the decode batch; -1 while the prompt is computed, and when it is ending
+        self.ending = False  # its last token is drawn, but the host has not read it yet
+        self.ended = False
 
     def __lt__(self, other: Sample) -> bool:
         return (self.arrival, self.index) < (other.arrival, other.index)
@@ -87,17 +90,29 @@ class Scheduler:
                 self._grow(sample, plan)
         budget = self.chunk_tokens
         for sample in self.running:
-            if sample.row < 0 and budget > 0:
+            if sample.row < 0 and budget > 0 and not sample.ending:
                 budget -= self._chunk(sample, budget, plan)
         while budget > 0 and self.waiting and not plan.preempted and self._admit(self.waiting[0]):
             budget -= self._chunk(self.running[-1], budget, plan)
         return plan
 
+    def short_of_pages(self) -> bool:
+        """Whether the decoding samples' next tokens may take more pages than there are, so that `plan` preempts."""
+        if self.pool.available >= len(self.running):
+            return False
+        wanted = sum(
+            sample.computed % self.page_size == 0 or self.pool.references(sample.pages[-1]) > 1
+            for sample in self.running
+            if sample.row >= 0
+        )
+        return self.pool.available < wanted
+
     def decoded(self, sample: Sample) -> None:
-        """A decoding sample's last token is computed, its key and value are in the cache."""
-        sample.computed += 1
-        if sample.computed % self.page_size == 0:
-            self._publish(sample, sample.computed - 1)
+        """The keys and values of all `tokens` of a decoding sample are in the cache. `computed`, of which `plan` goes
+        out, counts the last one since its step was launched, and may be further."""
+        filled = len(sample.tokens)
+        if filled % self.page_size == 0:
+            self._publish(sample, filled - 1, filled)
 
     def fork(self, sample: Sample) -> list[Sample]:
         """The `count` samples of a prompt that is computed: the first one and copies that share its pages."""
@@ -121,6 +136,7 @@ class Scheduler:
         """Back to the queue, without pages."""
         self.running.remove(sample)
         self._give_back(sample)
+        sample.ending = False
         insort(self.waiting, sample)
 
     def _give_back(self, sample: Sample) -> None:
@@ -156,11 +172,12 @@ class Scheduler:
 
     def _admit(self, sample: Sample) -> bool:
         """Pages for all of a waiting sample's tokens, those of a known beginning shared."""
-        if sum(s.count for s in self.running) + sample.count > self.max_batch:
+        going_on = [s for s in self.running if not s.ending]
+        if sum(s.count for s in going_on) + sample.count > self.max_batch:
             return False
         found = self._find(sample)
         missing = self.pages_for(len(sample.tokens)) - len(found)
-        reserve = len(self.running) + sample.count if self.running else 0  # each may soon want one page more
+        reserve = len(going_on) + sample.count if self.running else 0  # each may soon want one page more
         if self.pool.available < missing + reserve:
             self.pool.release(found)
             return False
@@ -191,13 +208,13 @@ class Scheduler:
         chunk = Chunk(sample, sample.computed, end, last=end == len(sample.tokens))
         plan.chunks.append(chunk)
         sample.computed = chunk.end
-        self._publish(sample, chunk.start)
+        self._publish(sample, chunk.start, chunk.end)
         return chunk.end - chunk.start
 
-    def _publish(self, sample: Sample, start: int) -> None:
-        """Publish the pages that were filled since `start`."""
+    def _publish(self, sample: Sample, start: int, end: int) -> None:
+        """Publish the pages that tokens start..end filled."""
         if self.pool.reuse:
-            full = sample.computed // self.page_size
+            full = end // self.page_size
             self._name_pages(sample, full)
             for i in range(start // self.page_size, full):
                 self.pool.publish(sample.pages[i], sample.keys[i])

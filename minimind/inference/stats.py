@@ -48,12 +48,13 @@ class Counters:
     generated_tokens: int = 0
     finished: Counter[str] = field(default_factory=Counter)
     _recent: deque[tuple[float, float, int]] = field(default_factory=deque)  # a step's start, end and tokens
+    _told: int = 0  # of generated_tokens, those of earlier steps
 
-    def step(self, start: float, end: float, tokens: int) -> None:
-        """A step that lasted from `start` to `end` seconds and generated so many tokens."""
+    def step(self, start: float, end: float) -> None:
+        """A step that lasted from `start` to `end` seconds; what was generated since the last one counts as its own."""
         self.steps += 1
-        self.generated_tokens += tokens
-        self._recent.append((start, end, tokens))
+        self._recent.append((start, end, self.generated_tokens - self._told))
+        self._told = self.generated_tokens
         while self._recent[0][1] < end - RATE_SECONDS:
             self._recent.popleft()
 

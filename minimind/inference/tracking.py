@@ -73,6 +73,11 @@ class Track:
         table = job.token_bytes
         self.detokenizer = None if table is None else Detokenizer(table, job.params.stop)
 
+    @property
+    def needs_host(self) -> bool:
+        """Whether a draw waits for the host: to say what may come, or to be told what else was likely."""
+        return self.constraint is not None or bool(self.job.params.logprobs)
+
     def take(self, sample: Sample, log_prob: float, top: tuple[TopLogProbs, ...] = ()) -> Delta:
         """The delta of the token that `sample.tokens` now ends with; its finish_reason says whether it was the last."""
         token, detokenizer = sample.tokens[-1], self.detokenizer

@@ -223,7 +223,7 @@ def test_a_step_that_fails_costs_no_request(monkeypatch):
     engine = engine_of(model, prefill_chunk=16)
     prompts = random_prompts(5, 30, model.config.vocab_size)
     names = [engine.submit(request) for request in greedily(prompts)]
-    for failing in ("prefill", "decode", "sample"):
+    for failing in ("prefill", "step", "sample"):
         engine.step()
         with monkeypatch.context() as patch:
             patch.setattr(engine._runner, failing, lambda *_: 1 / 0)

@@ -1,6 +1,5 @@
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 
@@ -142,8 +141,8 @@ def test_rows_beyond_the_batch_change_nothing():
         s.computed = 9
         runner._batch.join(s, SamplingParams(), seed=0)
     runner._batch.leave(runner._batch.samples[2])
-    runner._batch.drawn(torch.tensor([7, 8]), np.array([7, 8]))
-    runner._batch.next_step()
+    runner._batch.take(0, torch.tensor([7, 8]), torch.zeros(2))
+    runner._batch.advance()
     before = cache.k.clone()
     exact, padded = runner._decode_layers(2), runner._decode_layers(4)
     assert torch.allclose(

@@ -63,6 +63,7 @@ class Run:
             self.check_cache(chunk.sample, chunk.end)
         for sample in decoding:
             self.check_cache(sample, len(sample.tokens))
+            sample.computed += 1
             self.scheduler.decoded(sample)
         joined = [s for c in plan.chunks if c.last for s in self.scheduler.fork(c.sample)]
         for sample in decoding + joined:
