@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from minimind.data import loader as loader_module
 from minimind.data.loader import Batch, PackedLoader
+from minimind.data.split import split
 from tests.data.fake import corpus_of, ids_of, some_texts
 
 TEXTS = some_texts(150)
@@ -168,7 +169,7 @@ def test_a_place_in_other_data_is_refused(corpus):
         PackedLoader(corpus, SEQ_LEN + 1, rows=4, seed=5),
         PackedLoader(corpus, SEQ_LEN, rows=5, seed=5),
         PackedLoader(corpus, SEQ_LEN, rows=4, seed=5, shuffle=False),
-        PackedLoader(corpus.split(0.2)[0], SEQ_LEN, rows=4, seed=5),
+        PackedLoader(split(corpus, 0.2)[0], SEQ_LEN, rows=4, seed=5),
     ]:
         with pytest.raises(
             ValueError, match=r"the checkpoint does not fit this data: .* was .* and is .* now"
@@ -193,7 +194,7 @@ def test_sizes_that_cannot_work(corpus):
         with pytest.raises(ValueError, match=message):
             PackedLoader(corpus, **({"seq_len": 8, "rows": 4} | options))
     with pytest.raises(ValueError, match="nothing to predict"):
-        PackedLoader(corpus.split(0)[1], 8, 4)
+        PackedLoader(split(corpus, 0)[1], 8, 4)
 
 
 def test_windows_hold_few_documents_when_they_are_long(corpus, monkeypatch):
