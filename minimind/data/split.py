@@ -26,17 +26,26 @@ def hash_texts(texts: Sequence[str]) -> np.ndarray:
 
 
 def split(
-    corpus: Corpus, fraction: float = 0.05, max_tokens: int = MAX_TOKENS, dedupe: bool = False
+    corpus: Corpus,
+    fraction: float = 0.05,
+    max_tokens: int = MAX_TOKENS,
+    dedupe: bool = False,
+    known: np.ndarray | None = None,
 ) -> tuple[Corpus, Corpus]:
     """(train, held-out): `fraction` of the tokens, at most `max_tokens`, but at least one text, is held out.
 
-    dedupe: leave out every document whose text an earlier one has, on both sides. The documents keep their order.
-    `fraction` 0 holds out nothing, which gives a corpus without documents. Raises ValueError when all documents have
-    one text.
+    dedupe: leave out every document whose text an earlier one has, on both sides; known: others to leave out, int64,
+    ascending. The documents keep their order. `fraction` 0 holds out nothing, which gives a corpus without documents.
+    Raises ValueError when all documents have one text.
     """
     check(fraction)
-    again = repeats(corpus) if dedupe else np.empty(0, np.int64)
-    rule = f"hash {corpus.identity:x} {fraction} {max_tokens} {dedupe}"
+    again = np.union1d(repeats(corpus) if dedupe else [], [] if known is None else known).astype(np.int64)
+    told = blake2b(again.tobytes(), digest_size=8).hexdigest() if len(again) else ""
+    rule = f"hash {corpus.identity:x} {fraction} {max_tokens} {told}"
+    if corpus.num_documents and len(again) == corpus.num_documents:
+        raise ValueError(
+            "--dedupe: every document of --data is also in --heldout-data, so nothing is left to train on"
+        )
     if fraction == 0:
         return corpus.without(again, rule) if len(again) else corpus, Corpus([])
     share = min(fraction, max_tokens / max(1, corpus.num_tokens))
@@ -49,9 +58,7 @@ def split(
     return corpus.without(np.union1d(held, again), rule), corpus.only(held, rule)
 
 
-def split_tail(
-    corpus: Corpus, fraction: float, max_tokens: int = MAX_TOKENS, dedupe: bool = False
-) -> tuple[Corpus, Corpus]:
+def split_tail(corpus: Corpus, fraction: float, max_tokens: int = MAX_TOKENS) -> tuple[Corpus, Corpus]:
     """The split of earlier versions, for their runs to go on with."""
     check(fraction)
     return corpus.split_tail(fraction, max_tokens) if fraction else (corpus, Corpus([]))

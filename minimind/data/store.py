@@ -112,14 +112,15 @@ class _Slice:
         if self.left_out is None:
             stop = bisect_left(index[:, 0], begin + int(tokens) + 1, self.first, self.stop + 1) - 1
             return replace(self, stop=stop)
-        gone = np.concatenate([[0], self._sizes(self.left_out)[:, 0].cumsum()])
+        left_out = self.left_out
+        gone = np.concatenate([[0], self._sizes(left_out)[:, 0].cumsum()])
 
         def until(stop: int) -> int:
-            return int(index[stop, 0]) - begin - int(gone[np.searchsorted(self.left_out, stop)])
+            return int(index[stop, 0]) - begin - int(gone[np.searchsorted(left_out, stop)])
 
         stops = range(self.first, self.stop + 1)
         stop = stops[bisect_left(stops, int(tokens) + 1, key=until) - 1]
-        return replace(self, stop=stop, left_out=self.left_out[self.left_out < stop])
+        return replace(self, stop=stop, left_out=left_out[left_out < stop])
 
     def name(self) -> tuple[Any, ...]:
         plain = (self.source.key, self.first, self.stop)

@@ -88,7 +88,9 @@ def test_a_part_of_a_corpus_is_a_corpus(tmp_path, files):
             assert [view.locate(i) for i in range(len(texts))] == [corpus.locate(int(i)) for i in mine]
             assert (view.hashes(0, len(texts)) == corpus.hashes(0, 300)[mine]).all()
             head = view.head(max(1, view.num_tokens // 3))
-            assert set(tail(head)) <= set(texts) and (len(texts) < 50 or 0.8 < 3 * head.num_tokens / view.num_tokens <= 1)
+            assert set(tail(head)) <= set(texts) and (
+                len(texts) < 50 or 0.8 < 3 * head.num_tokens / view.num_tokens <= 1
+            )
             assert len({view.identity, corpus.identity, corpus.only(numbers, "b").identity}) == 3
             assert head.identity != view.identity or len(texts) == 1
 

@@ -35,7 +35,7 @@ def test_micro_tokens_fit_the_card(monkeypatch, preset, gib, ranks, recompute, s
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     job = SimpleNamespace(
         parallel=SimpleNamespace(world_size=ranks), device=torch.device("cuda"),
-        config=ModelConfig.preset(preset), args=SimpleNamespace(seq_len=512, recompute=recompute),
+        config=ModelConfig.preset(preset), args=SimpleNamespace(row=512, recompute=recompute),
     )  # fmt: skip
     assert Job._micro_tokens(job, step) == expected
 
