@@ -30,7 +30,7 @@ class Args(StageArgs):
 
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl ({"text": ...} rows) and .txt, plain, .gz or .zst. FILE:2 draws twice as many
-    rows of it as of FILE:1, FILE:0..3 more and more of them (docs/training.md). None: the docstrings of the installed
+    rows of it as of FILE:1, FILE:0..3 more and more of them (docs/data.md). None: the docstrings of the installed
     Python packages."""
     heldout_data: tuple[str, ...] = ()
     """Text to measure on, instead of --heldout; NAME=FILE is measured beside it, with figures of its own."""

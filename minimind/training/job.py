@@ -97,6 +97,7 @@ class Job:
     attention: str  # which form of it runs, in one line
     given: StageArgs = field(init=False)  # the flags as they were given; args: with what the data decided
     notes: list[str] = field(default_factory=list)  # lines about what was decided
+    remembered: list[str] = field(default_factory=list)  # what an earlier start of this run decided
     run: RunFolder = field(init=False)
     state: dict[str, Any] = field(init=False)  # the trainer's, of the checkpoint
 
@@ -138,7 +139,8 @@ class Job:
         if is_flag and getattr(self.given, name) not in (None, self._defaults.flags.get(name)):
             return getattr(self.given, name)
         if name in self.chosen:
-            self.notes.append(f"{_flag(name)} {self.chosen[name]}, as this run began")
+            label = f"--{name.replace('_', '-')}" if is_flag else name.replace("_", " ")
+            self.remembered.append(f"{label} {self.chosen[name]}")
         else:
             self.chosen[name], reason = rule()
             if reason:
@@ -285,6 +287,7 @@ class Job:
             *([f"weights: {self.origin.weights}"] if self.origin.weights else []),
             *lines,
             *self.notes,
+            *([f"as this run began: {', '.join(self.remembered)}"] if self.remembered else []),
             f"run: {self.run.path}, {plan.steps} steps{size}{resumed}",
         ):
             say(self.console, line)
@@ -359,10 +362,6 @@ def _fitting(config: ModelConfig, device: torch.device, recompute: bool) -> int:
     with torch.device("meta"):
         parameters = Model(config).num_parameters()
     return tokens_that_fit(config, parameters, memory, recompute)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _choose_attention(
