@@ -407,16 +407,16 @@ MUTATIONS = (
     ),
     Mutation(
         "a resumed run reads its window from the beginning",
-        "minimind/data/loader.py",
-        "self._epoch, self._window, self._row = epoch, window, row",
-        "self._epoch, self._window, self._row = epoch, window, 0",
+        "minimind/data/row_stream.py",
+        "self.epoch, self.window, self.row = epoch, window, row",
+        "self.epoch, self.window, self.row = epoch, window, 0",
         "tests/data/test_loader.py",
     ),
     Mutation(
         "every pass has the order of the first",
-        "minimind/data/loader.py",
-        "Permutation(self.view.num_documents, self.seed, epoch)",
-        "Permutation(self.view.num_documents, self.seed, 0)",
+        "minimind/data/row_stream.py",
+        "Permutation(count, self.seed, epoch)",
+        "Permutation(count, self.seed, 0)",
         "tests/data/test_loader.py",
     ),
     Mutation(

@@ -9,16 +9,15 @@ where the last checkpoint was. Every run leaves a folder under runs/ with its me
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 
-from minimind.data import Corpus, PackedLoader, builtin_conversations, builtin_corpus, open_corpus
+from minimind.data import Corpus, PackedLoader, builtin_conversations, builtin_corpus
 from minimind.data.files import read_json
 from minimind.data.progress import say
 from minimind.modeling import Model
@@ -31,9 +30,10 @@ from minimind.training.chats import ChatArgs, chat_figures, chat_sample, describ
 from minimind.training.compiling import compile_model
 from minimind.training.figures import plot_figures
 from minimind.training.heldout import describe, heldout_loss
-from minimind.training.job import Job, Objective
+from minimind.training.job import Job, Objective, Plan
 from minimind.training.origin import Origin
 from minimind.training.parallel import Parallel
+from minimind.training.parts import Named, Parts, all_losses, open_parts, read_texts
 from minimind.training.run_folder import newest_finished
 from minimind.training.script import run_script
 
@@ -73,9 +73,10 @@ def main(args: Args, console: Console) -> bool:
         job.origin = half(origin, job.tokenizer if args.tokenizer else origin.tokenizer)
     check_same_tokens(origin, job.origin)
     lesson = (Texts if only_pretrained(origin) else Chats).open(args, job, console)
-    train, heldout = lesson.train, lesson.heldout
-    plan = job.plan(partial(PackedLoader, train, args.seq_len, seed=args.seed))
-    job.open_run(args.data_name)
+    args, parts = cast(Args, job.args), lesson.parts
+    train, heldout = parts.train, parts.heldout
+    plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=parts.mixture))
+    job.open_run()
     model, trained = job.build_model()
     teacher = job.place(origin.model()).requires_grad_(False).eval()
     taught = compile_model(teacher) if args.compile else teacher
@@ -85,11 +86,11 @@ def main(args: Args, console: Console) -> bool:
         evaluate=lambda final: evaluate(model, gap, lesson, job, args, final),
         sample=lambda: lesson.sample(job.parallel.whole(model), job, args),
         describe=lambda batch: describe(batch, train, job.tokenizer),
-        data_fingerprint=f"{train.identity:016x} {origin.fingerprint()}",
+        data_fingerprint=f"{parts.fingerprint} {origin.fingerprint()}",
         peak_lr=PEAK_LR.get(job.origin.preset, 5e-4),
     )
     size = f"teacher: {origin.preset}, {teacher.num_parameters() / 1e6:.1f}M parameters, {origin.weights}"
-    if not job.fit(plan, model, objective, [*lesson.lines(plan.loader), size]):
+    if not job.fit(plan, model, objective, [*lesson.lines(plan), size]):
         return False
     if job.parallel.main and heldout is not None:
         draw(job.run.path)
@@ -100,22 +101,22 @@ def main(args: Args, console: Console) -> bool:
 class Chats:
     """Conversations to learn from, and what is measured and shown of them."""
 
-    train: Corpus
-    heldout: Corpus | None
+    parts: Parts
 
     @classmethod
     def open(cls, args: Args, job: Job, console: Console) -> Chats:
         builtin = builtin_conversations(args.cache_dir, console)
-        return cls(*open_chats(args, ChatEncoder(job.tokenizer), console, builtin))
+        encoder = ChatEncoder(job.tokenizer)
+        return cls(open_chats(job, args.data, args.heldout_data, encoder, builtin))
 
-    def lines(self, loader: PackedLoader) -> list[str]:
-        return describe_chats(self.train, self.heldout, loader)
+    def lines(self, plan: Plan) -> list[str]:
+        return describe_chats(self.parts, plan)
 
     def figures(self, model: Model, job: Job, args: Args, final: bool) -> dict[str, Any]:
-        return chat_figures(model, self.heldout, job, args, final)
+        return chat_figures(model, self.parts, job, args, final)
 
     def sample(self, model: Model | None, job: Job, args: Args) -> str:
-        return chat_sample(model, self.heldout or self.train, job, args)
+        return chat_sample(model, self.parts.heldout or self.parts.train, job, args)
 
 
 class Texts(Chats):
@@ -123,27 +124,22 @@ class Texts(Chats):
 
     @classmethod
     def open(cls, args: Args, job: Job, console: Console) -> Chats:
-        def read(paths: Sequence[str]) -> Corpus:
-            return open_corpus(paths, job.tokenizer, args.cache_dir, args.on_bad_row, console)
+        job.settle("seq_len", lambda: (512, ""))
+        builtin = () if args.data else (builtin_corpus(args.cache_dir, console),)
+        named = Named.of(args.data, args.heldout_data, builtin)
+        return cls(open_parts(job, named, partial(read_texts, job)))
 
-        corpus = read(list(args.data) or [str(builtin_corpus(args.cache_dir, console))])
-        if args.heldout_data:
-            return cls(corpus, read(args.heldout_data))
-        return cls(*corpus.split(args.heldout)) if args.heldout != 0 else cls(corpus, None)
-
-    def lines(self, loader: PackedLoader) -> list[str]:
-        held = f"; held out {self.heldout.num_documents:,} documents" if self.heldout else ""
-        return [
-            f"data: {self.train.num_documents:,} documents, {loader.tokens_per_epoch:,} tokens to train on{held}"
-        ]
+    def lines(self, plan: Plan) -> list[str]:
+        parts = self.parts
+        held = f"; held out {parts.heldout.num_documents:,} documents" if parts.heldout else ""
+        size = f"{parts.train.num_documents:,} documents, {plan.loader.tokens_per_epoch:,} tokens to train on"
+        return [f"data: {size}{held}", *parts.lines(plan)]
 
     def figures(self, model: Model, job: Job, args: Args, final: bool) -> dict[str, Any]:
-        return heldout_loss(
-            model, self.heldout, args.seq_len, None if final else args.eval_tokens, job.parallel
-        )
+        return all_losses(model, self.parts, job, final)
 
     def sample(self, model: Model | None, job: Job, args: Args) -> str:
-        return continue_texts(model, job.tokenizer, self.heldout or self.train)
+        return continue_texts(model, job.tokenizer, self.parts.heldout or self.parts.train)
 
 
 def only_pretrained(teacher: Origin) -> bool:
@@ -216,14 +212,14 @@ class Gap:
 
     def _teacher_loss(self, final: bool) -> float:
         limit = None if final else self.args.eval_tokens
-        found = heldout_loss(self.teacher, self.heldout, self.args.seq_len, limit, self.parallel)
+        found = heldout_loss(self.teacher, self.heldout, self.args.row, limit, self.parallel)
         return found["heldout_loss"]
 
     @torch.no_grad()
     def _divergence(self, student: Model, final: bool) -> float:
         assert self.heldout is not None
         corpus = self.heldout if final else self.heldout.head(self.args.eval_tokens)
-        ranks, seq_len = self.parallel.world_size, self.args.seq_len
+        ranks, seq_len = self.parallel.world_size, self.args.row
         rows = ranks * max(1, 4096 // seq_len)
         loader = PackedLoader(corpus, seq_len, rows, 0, False, self.parallel.rank, ranks)
         sums = torch.zeros(2, dtype=torch.float64, device=student.head_weight.device)
@@ -237,9 +233,10 @@ class Gap:
 
 
 def evaluate(model: Model, gap: Gap, lesson: Chats, job: Job, args: Args, final: bool) -> dict[str, Any]:
-    if lesson.heldout is None:
-        return {}
-    figures = lesson.figures(model, job, args, final) | gap.figures(model, final)
+    figures = lesson.figures(model, job, args, final)
+    if lesson.parts.heldout is None:
+        return figures
+    figures |= gap.figures(model, final)
     say(
         job.console,
         f"the teacher's held-out loss: {figures['teacher_loss']:.4f}; KL(teacher || student): "

@@ -26,12 +26,19 @@ from minimind.modeling import Model
 from minimind.objectives.preference import NEED_REFERENCE, OBJECTIVES, Pairs, preference_loss, with_sft
 from minimind.objectives.preference import Objective as PairObjective
 from minimind.tokenization import ChatEncoder
-from minimind.training.answers import exact_match, show
-from minimind.training.arguments import FromFlag, StageArgs
+from minimind.training.answers import Question, exact_match, show
+from minimind.training.arguments import FromFlag
 from minimind.training.figures import plot_figures
-from minimind.training.heldout import describe
+from minimind.training.heldout import describe, rename
 from minimind.training.job import Job, Objective
-from minimind.training.pairs import describe_pairs, heldout_figures, open_pairs, prompts, to_device
+from minimind.training.pairs import (
+    PairArgs,
+    describe_pairs,
+    heldout_figures,
+    open_pairs,
+    prompts,
+    to_device,
+)
 from minimind.training.parallel import world_size
 from minimind.training.reference import reference_log_probs
 from minimind.training.run_folder import newest_finished
@@ -43,17 +50,12 @@ PEAK_LR, BUILTIN_PEAK_LR = 1e-5, {"nano": 1e-3}
 
 
 @dataclass(frozen=True)
-class Args(StageArgs):
+class Args(PairArgs):
     """Train on preferences. Every default works after train/sft.py."""
 
     from_: FromFlag = None
     """The model to go on from, which is also the reference: a run folder, a Hugging Face folder, or an upstream .pth
     (with --preset and --tokenizer). None: the newest finished run of train/sft.py under runs/."""
-    data: tuple[str, ...] = ()
-    """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"chosen": [{"role": ..., "content": ...}, ...],
-    "rejected": [...]} rows. None: a thousand pairs about manners that come with the program."""
-    heldout_data: tuple[str, ...] = ()
-    """Pairs to measure on, instead of --heldout."""
     loss: Literal["dpo", "ipo", "simpo", "orpo"] = "dpo"
     """dpo and ipo compare with the reference; simpo and orpo need none."""
     beta: float | None = None
@@ -66,15 +68,9 @@ class Args(StageArgs):
     sft_weight: float | None = None
     """dpo, ipo and simpo: how much the chosen answer's own loss per token counts beside the objective. None: 1 for the
     built-in pairs, whose answers no model would give by itself, else 0."""
-    epochs: float = 6.0
-    """Passes over the training part of the data."""
     batch_tokens: int | None = None
     """Tokens per optimizer step, padding included; a multiple of --seq-len. None: of the built-in pairs, which are
     short, a row for each process; of others 65536 on a GPU for models larger than nano, else 4096."""
-    seq_len: int = 2048
-    """Tokens in a row, which holds both answers of a pair; longer pairs are left out and counted."""
-    share_prompts: bool = True
-    """Compute what both answers of a pair begin with once."""
     eval_questions: int | None = None
     """Held-out prompts answered on the way and compared with the chosen answers to the letter; at the end all are.
     None: 64 of the built-in pairs, 0 of others."""
@@ -83,31 +79,46 @@ class Args(StageArgs):
     def questions(self) -> int:
         return self.eval_questions if self.eval_questions is not None else 0 if self.data else 64
 
+    @property
+    def legacy(self) -> dict[str, Any]:
+        return super().legacy | ({} if self.data else {"batch_tokens": 2048 * world_size()})
+
 
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
     loss = pair_objective(args)
     args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
-    if args.batch_tokens is None and not args.data:
-        args = dataclasses.replace(args, batch_tokens=args.seq_len * world_size())
     job = Job.begin("dpo", args, console)
-    train, heldout = open_pairs(args, args.heldout_data, ChatEncoder(job.tokenizer), console)
-    plan = job.plan(partial(PairLoader, train, args.seq_len, seed=args.seed, share=args.share_prompts))
-    job.open_run(args.data_name)
+    parts = open_pairs(job, args, ChatEncoder(job.tokenizer))
+    if not args.data:
+        job.settle("batch_tokens", lambda: (job.args.row * world_size(), ""))
+    args, train, heldout = cast(Args, job.args), parts.train, parts.heldout
+    plan = job.plan(
+        partial(
+            PairLoader,
+            train,
+            args.row,
+            seed=args.seed,
+            share=args.share_prompts,
+            mixture=parts.mixture,
+        )
+    )
+    job.open_run()
     model, trained = job.build_model()
     reference = partial(find_reference, job, args, model, plan.loader.rows)
-    measured = [Measured.of(view, job, args, plan.loader.rows, reference) for view in parts(heldout, args)]
+    of = partial(Measured.of, job=job, args=args, rows=plan.loader.rows, reference=reference)
+    measured = {name: (of(view.head(args.eval_tokens)), of(view)) for name, view in parts.measured.items()}
     objective = Objective(
         loss=lambda batch: preference_loss(trained, batch, loss),
         evaluate=lambda final: evaluate(model, measured, loss, job, args, final),
         sample=lambda: sample(job.parallel.whole(model), heldout or train, job),
         describe=lambda batch: describe(batch, train, job.tokenizer),
-        data_fingerprint=f"{train.identity:016x}",
+        data_fingerprint=parts.fingerprint,
         peak_lr=PEAK_LR if args.data else BUILTIN_PEAK_LR.get(job.origin.preset, PEAK_LR),
         place=partial(to_device, reference=reference(train)),
         loss_unit="per pair",
     )
-    if not job.fit(plan, model, objective, describe_pairs(plan.loader, heldout)):
+    if not job.fit(plan, model, objective, describe_pairs(parts, plan)):
         return False
     if job.parallel.main and heldout is not None:
         draw(job.run.path)
@@ -145,12 +156,7 @@ def find_reference(job: Job, args: Args, model: Model, rows: int, view: Corpus) 
         return None
     weights = job.origin.fingerprint()
     where = job.parallel, job.console, args.cache_dir
-    return reference_log_probs(model, weights, view, args.seq_len, rows, *where, args.share_prompts)
-
-
-def parts(heldout: Corpus | None, args: Args) -> list[Corpus]:
-    """What is measured on the way, and at the end."""
-    return [] if heldout is None else [heldout.head(args.eval_tokens), heldout]
+    return reference_log_probs(model, weights, view, args.row, rows, *where, args.share_prompts)
 
 
 @dataclass(frozen=True)
@@ -166,29 +172,42 @@ class Measured:
     ) -> Measured:
         parallel = job.parallel
         ranks = parallel.rank, parallel.world_size
-        loader = PairLoader(view, args.seq_len, rows, 0, False, *ranks, share=args.share_prompts)
+        loader = PairLoader(view, args.row, rows, 0, False, *ranks, share=args.share_prompts)
         return Measured(loader, reference(view))
 
 
 def evaluate(
-    model: Model, measured: list[Measured], loss: PairObjective, job: Job, args: Args, final: bool
+    model: Model,
+    measured: dict[str, tuple[Measured, Measured]],
+    loss: PairObjective,
+    job: Job,
+    args: Args,
+    final: bool,
 ) -> dict[str, Any]:
-    """What the objective and its figures are on held-out pairs, and the share of prompts answered as chosen."""
-    if not measured:
-        return {}
-    held = measured[final]
-    figures = heldout_figures(model, held.loader, held.reference, loss, job.parallel)
-    say(
-        job.console,
-        f"of {figures['heldout_pairs']:,} held-out pairs {figures['heldout_ranking']:.1%} have the chosen answer "
-        f"likelier, {figures['heldout_accuracy']:.1%} the higher reward for it; margin {figures['heldout_margin']:.3f}",
-    )
-    if args.questions:
-        asked = prompts(held.loader.view, figures["heldout_pairs"] if final else args.questions)
-        whole = job.parallel.whole(model)
-        share = job.parallel.share(lambda: exact_match(cast(Model, whole), job.tokenizer, asked))
-        figures |= {"heldout_exact": share, "heldout_questions": len(asked)}
-    return figures | {"heldout_all": final}
+    """What the objective and its figures are on held-out pairs, of every named set too, and the share of prompts
+    answered as chosen. measured: by name, "" for the main one, what is measured on the way and at the end."""
+    found: dict[str, Any] = {}
+    for name, views in measured.items():
+        held = views[final]
+        figures = heldout_figures(model, held.loader, held.reference, loss, job.parallel)
+        say(
+            job.console,
+            f"of {figures['heldout_pairs']:,} held-out pairs{f' of {name}' if name else ''} "
+            f"{figures['heldout_ranking']:.1%} have the chosen answer likelier, {figures['heldout_accuracy']:.1%} the "
+            f"higher reward for it; margin {figures['heldout_margin']:.3f}",
+        )
+        if args.questions and not name:
+            asked = prompts(held.loader.view, figures["heldout_pairs"] if final else args.questions)
+            figures |= answered(model, asked, job)
+        found |= (rename(name, figures) if name else figures) | {"heldout_all": final}
+    return found
+
+
+def answered(model: Model, asked: list[Question], job: Job) -> dict[str, Any]:
+    """The share of prompts answered as chosen, to the letter."""
+    whole = job.parallel.whole(model)
+    share = job.parallel.share(lambda: exact_match(cast(Model, whole), job.tokenizer, asked))
+    return {"heldout_exact": share, "heldout_questions": len(asked)}
 
 
 def sample(model: Model | None, source: Corpus, job: Job) -> str:

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -39,12 +39,15 @@ from minimind.training.figures import plot_figures
 from minimind.training.heldout import describe
 from minimind.training.job import Job, Objective
 from minimind.training.optim import OptimizerName
+from minimind.training.parts import Parts
 from minimind.training.run_folder import newest_finished
 from minimind.training.script import run_script
 
 # Peak rate whatever the preset: an adapter starts at zero, and its size does not follow the model's. On nano 1e-3
 # taught as many answers and kept as many others, at twice the held-out loss.
 PEAK_LR = 2e-3
+# An adapter begins at zero and learns little from a few large steps; few rows a step leave a GPU idle.
+STEPS, LEAST_BATCH = 1000, 1024
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,9 @@ class Args(ChatArgs):
     """Go on training this adapter, ours or peft's, with its rank, alpha, dropout, targets, rslora and dora."""
     epochs: float = 6.0
     """Passes over the training part of the data."""
-    batch_tokens: int | None = 1024
-    """Tokens per optimizer step, padding included; a multiple of --seq-len."""
+    batch_tokens: int | None = None
+    """Tokens per optimizer step, padding included; a multiple of --seq-len. None: as many as leave a thousand steps,
+    but at least 1024, and at most 65536 on a GPU for models larger than nano, else 4096."""
     optimizer: OptimizerName = "adamw"
     """adamw alone: muon would take the matrices of q, k and v, which are stacked, for one."""
     weight_decay: float = 0.0
@@ -87,6 +91,10 @@ class Args(ChatArgs):
 
     def lr_multiples(self) -> dict[str, float]:
         return {".B": self.lora_plus}
+
+    @property
+    def legacy(self) -> dict[str, Any]:
+        return super().legacy | {"batch_tokens": 1024}
 
 
 def main(args: Args, console: Console) -> bool:
@@ -102,24 +110,26 @@ def main(args: Args, console: Console) -> bool:
     args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
     config = LoRAConfig(args.rank, args.alpha, args.dropout, args.targets or None, args.rslora, args.dora)
     job = Job.begin("lora", args, console)
-    train, heldout, kept = open_data(args, ChatEncoder(job.tokenizer), console)
-    plan = job.plan(partial(PackedLoader, train, args.seq_len, seed=args.seed))
-    job.open_run(args.data_name)
+    parts, kept = open_data(job, args, ChatEncoder(job.tokenizer))
+    job.settle("batch_tokens", lambda: batch_tokens(job, parts.train))
+    args, train, heldout = cast(Args, job.args), parts.train, parts.heldout
+    plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=parts.mixture))
+    job.open_run()
     model, trained = job.build_model(lambda model: give_adapter(model, args, config))
     base = job.origin.fingerprint()
     objective = Objective(
         loss=lambda batch: next_token_loss(trained, batch),
-        evaluate=lambda final: evaluate(model, heldout, kept, job, args, final),
+        evaluate=lambda final: evaluate(model, parts, kept, job, args, final),
         sample=lambda: chat_sample(job.parallel.whole(model), heldout or train, job, args),
         describe=lambda batch: describe(batch, train, job.tokenizer),
-        data_fingerprint=f"{train.identity:016x}",
+        data_fingerprint=parts.fingerprint,
         peak_lr=PEAK_LR,
         save_model=lambda model, folder: save_adapter(
             model, folder, base_model=job.origin.weights, base_fingerprint=base
         ),
         load_model=lambda model, checkpoint, parallel: reload_adapter(model, checkpoint),
     )
-    lines = [*describe_chats(train, heldout, plan.loader), describe_adapter(model)]
+    lines = [*describe_chats(parts, plan), describe_adapter(model)]
     if not job.fit(plan, model, objective, lines):
         return False
     if job.parallel.main:
@@ -127,16 +137,26 @@ def main(args: Args, console: Console) -> bool:
     return True
 
 
-def open_data(
-    args: Args, encoder: ChatEncoder, console: Console
-) -> tuple[Corpus, Corpus | None, Corpus | None]:
-    """(training, held-out, kept) conversations."""
-    train, heldout, kept = builtin_identity(args.cache_dir, console)
+def open_data(job: Job, args: Args, encoder: ChatEncoder) -> tuple[Parts, Corpus | None]:
+    """(training and held-out, kept) conversations."""
+    train, heldout, kept = builtin_identity(args.cache_dir, job.console)
     kept_paths = list(args.kept_data) or ([] if args.data else [str(kept)])
     return (
-        *open_chats(args, encoder, console, (train, heldout)),
-        read_chats(args, encoder, console, kept_paths) if kept_paths else None,
+        open_chats(job, args.data, args.heldout_data, encoder, (train, heldout)),
+        read_chats(job, encoder, kept_paths) if kept_paths else None,
     )
+
+
+def batch_tokens(job: Job, train: Corpus) -> tuple[int, str]:
+    """A row for each process, doubled to LEAST_BATCH and on while that leaves a run STEPS steps, up to what other
+    stages take; and why, in one line."""
+    args = job.args
+    total = args.tokens if args.tokens is not None else round(args.epochs * train.num_tokens)
+    most, batch = job.usual_batch, args.row * job.parallel.world_size
+    while batch < LEAST_BATCH or (2 * batch <= most and total >= 2 * batch * STEPS):
+        batch *= 2
+    reason = f"--batch-tokens {batch}: {-(-total // batch):,} steps for {total:,} tokens"
+    return batch, f"{reason}; as many as leave {STEPS:,} steps, from {LEAST_BATCH} to {most}"
 
 
 def give_adapter(model: Model, args: Args, config: LoRAConfig) -> None:
@@ -156,11 +176,11 @@ def describe_adapter(model: Model) -> str:
 
 
 def evaluate(
-    model: Model, heldout: Corpus | None, kept: Corpus | None, job: Job, args: Args, final: bool
+    model: Model, parts: Parts, kept: Corpus | None, job: Job, args: Args, final: bool
 ) -> dict[str, Any]:
     """What is learnt, and what is kept: at the end also what there was to keep."""
-    figures = chat_figures(model, heldout, job, args, final)
-    if kept is None or heldout is None or not args.questions:
+    figures = chat_figures(model, parts, job, args, final)
+    if kept is None or parts.heldout is None or not args.questions:
         return figures
     figures |= answered(model, kept, job, args, final, "kept")
     said = f"{figures['kept_exact']:.1%} of {figures['kept_questions']} other answers to the letter"

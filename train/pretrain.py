@@ -11,12 +11,13 @@ from functools import partial
 
 from rich.console import Console
 
-from minimind.data import PackedLoader, builtin_corpus, open_corpus
+from minimind.data import PackedLoader, builtin_corpus
 from minimind.objectives.next_token import next_token_loss
 from minimind.training.answers import continue_texts
 from minimind.training.arguments import StageArgs
-from minimind.training.heldout import describe, heldout_loss
+from minimind.training.heldout import describe
 from minimind.training.job import Job, Objective
+from minimind.training.parts import Named, all_losses, open_parts, read_texts
 from minimind.training.script import run_script
 
 # Peak rates by preset; nano was tuned (docs/LOG.md), the others are not yet.
@@ -28,32 +29,34 @@ class Args(StageArgs):
     """Pretrain a language model. Every default works."""
 
     data: tuple[str, ...] = ()
-    """Files, folders or globs of .jsonl ({"text": ...} rows) and .txt, plain, .gz or .zst. None: the docstrings of
-    the installed Python packages."""
+    """Files, folders or globs of .jsonl ({"text": ...} rows) and .txt, plain, .gz or .zst. FILE:2 draws twice as many
+    rows of it as of FILE:1, FILE:0..3 more and more of them (docs/data.md). None: the docstrings of the installed
+    Python packages."""
+    heldout_data: tuple[str, ...] = ()
+    """Text to measure on, instead of --heldout; NAME=FILE is measured beside it, with figures of its own."""
 
 
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
     job = Job.begin("pretrain", args, console)
-    paths = list(args.data) or [str(builtin_corpus(args.cache_dir, console))]
-    corpus = open_corpus(paths, job.tokenizer, args.cache_dir, args.on_bad_row, console)
-    train, heldout = corpus.split(args.heldout) if args.heldout != 0 else (corpus, None)
-    plan = job.plan(partial(PackedLoader, train, args.seq_len, seed=args.seed))
-    job.open_run(args.data_name)
+    builtin = () if args.data else (builtin_corpus(args.cache_dir, console),)
+    named = Named.of(args.data, args.heldout_data, builtin)
+    parts = open_parts(job, named, partial(read_texts, job))
+    train, heldout = parts.train, parts.heldout
+    plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=parts.mixture))
+    job.open_run()
     model, trained = job.build_model()
     objective = Objective(
         loss=lambda batch: next_token_loss(trained, batch),
-        evaluate=lambda final: heldout_loss(
-            model, heldout, args.seq_len, None if final else args.eval_tokens, job.parallel
-        ),
-        sample=lambda: continue_texts(job.parallel.whole(model), job.tokenizer, heldout or corpus),
+        evaluate=lambda final: all_losses(model, parts, job, final),
+        sample=lambda: continue_texts(job.parallel.whole(model), job.tokenizer, heldout or train),
         describe=lambda batch: describe(batch, train, job.tokenizer),
-        data_fingerprint=f"{corpus.identity:016x}",
+        data_fingerprint=f"{parts.whole.identity:016x}",
         peak_lr=PEAK_LR.get(job.origin.preset, 1e-3),
     )
     size = f"data: {train.num_documents:,} documents, {plan.loader.tokens_per_epoch:,} tokens to train on"
     held = f"; held out {heldout.num_documents:,} documents" if heldout else ""
-    return job.fit(plan, model, objective, [size + held])
+    return job.fit(plan, model, objective, [size + held, *parts.lines(plan)])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from minimind.data import Corpus, PackedLoader
+from minimind.data import PackedLoader
 from minimind.data.builtin_reasoning import builtin_reasoning
 from minimind.data.progress import say
 from minimind.modeling import Model
@@ -27,8 +27,9 @@ from minimind.tokenization.reasoning import ReasoningEncoder
 from minimind.training.arguments import FromFlag
 from minimind.training.chats import ChatArgs, chat_sample, describe_chats, open_chats
 from minimind.training.figures import plot_figures
-from minimind.training.heldout import describe, heldout_loss
+from minimind.training.heldout import describe
 from minimind.training.job import Job, Objective
+from minimind.training.parts import Parts, all_losses
 from minimind.training.reasoning import MODES, Asked, has_reasoning, reasoning_figures
 from minimind.training.run_folder import newest_finished
 from minimind.training.script import run_script
@@ -48,6 +49,10 @@ class Args(ChatArgs):
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [{"role": ..., "content": ...},
     ...]} rows; the assistant's messages have "reasoning_content", or <think>...</think> in front of the answer, which
     may stand in <answer>...</answer>. None: a few thousand short questions that come with the program."""
+    seq_len: int | None = None
+    """Tokens in a row; conversations lose their last turns beyond it, and one whose first answer does not fit is left
+    out: cut, it would teach to begin reasoning and not to end it. None: 512, or as many up to 4096 as leave at most one
+    conversation in a hundred longer, where the tokens of a step and a GPU's memory allow."""
     marker_weight: float = 10.0
     """Weight in the loss of the tokens of <think>, </think>, <answer> and </answer>; that of others is 1. The loss is
     divided by the sum of the weights."""
@@ -64,6 +69,10 @@ class Args(ChatArgs):
     def questions(self) -> int:
         return 64 if self.eval_questions is None else self.eval_questions
 
+    @property
+    def legacy(self) -> dict[str, Any]:
+        return super().legacy | {"whole_answers": False}
+
 
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
@@ -72,27 +81,37 @@ def main(args: Args, console: Console) -> bool:
     args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
     job = Job.begin("reason", args, console)
     encoder = ReasoningEncoder(job.tokenizer, args.direct)
-    train, heldout = open_chats(args, encoder, console, builtin_reasoning(args.cache_dir, console))
+    builtin = builtin_reasoning(args.cache_dir, console)
+    parts = open_chats(job, args.data, args.heldout_data, encoder, builtin)
+    args, train, heldout = cast(Args, job.args), parts.train, parts.heldout
     if not has_reasoning(train):
         raise ValueError(
             "--data: no conversation has reasoning; give reasoning_content or <think>...</think>, or use train/sft.py"
         )
     asked = Asked([], [])
     if heldout is not None and args.questions:
-        asked = Asked.of(heldout, job.tokenizer, args.seq_len)
-    loader = partial(PackedLoader, train, args.seq_len, seed=args.seed, marker_weight=args.marker_weight)
+        asked = Asked.of(heldout, job.tokenizer, args.row)
+    loader = partial(
+        PackedLoader,
+        train,
+        args.row,
+        seed=args.seed,
+        marker_weight=args.marker_weight,
+        whole_answers=job.settle("whole_answers", lambda: (True, "")),
+        mixture=parts.mixture,
+    )
     plan = job.plan(loader)
-    job.open_run(args.data_name)
+    job.open_run()
     model, trained = job.build_model()
     objective = Objective(
         loss=lambda batch: next_token_loss(trained, batch),
-        evaluate=lambda final: evaluate(model, heldout, asked, job, args, final),
+        evaluate=lambda final: evaluate(model, parts, asked, job, args, final),
         sample=lambda: chat_sample(job.parallel.whole(model), heldout or train, job, args),
         describe=lambda batch: describe(batch, train, job.tokenizer),
-        data_fingerprint=f"{train.identity:016x}",
+        data_fingerprint=parts.fingerprint,
         peak_lr=PEAK_LR.get(job.origin.preset, 5e-4),
     )
-    lines = [*describe_chats(train, heldout, plan.loader), describe_questions(asked)]
+    lines = [*describe_chats(parts, plan), describe_questions(asked)]
     if not job.fit(plan, model, objective, lines):
         return False
     if job.parallel.main and asked.reasoned:
@@ -104,11 +123,9 @@ def describe_questions(asked: Asked) -> str:
     return f"asked on held-out data: {len(asked.reasoned):,} questions with reasoning, {len(asked.plain):,} without"
 
 
-def evaluate(
-    model: Model, heldout: Corpus | None, asked: Asked, job: Job, args: Args, final: bool
-) -> dict[str, Any]:
+def evaluate(model: Model, parts: Parts, asked: Asked, job: Job, args: Args, final: bool) -> dict[str, Any]:
     """Loss over the assistant's held-out tokens, each with weight 1; the replies' format and answers."""
-    figures = heldout_loss(model, heldout, args.seq_len, None if final else args.eval_tokens, job.parallel)
+    figures = all_losses(model, parts, job, final)
     mine = asked.first(None if final else args.questions)
     whole = job.parallel.whole(model)
     figures |= job.parallel.share(lambda: reasoning_figures(cast(Model, whole), job.tokenizer, mine))

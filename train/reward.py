@@ -23,11 +23,12 @@ from minimind.data.pair_loader import PairLoader
 from minimind.data.progress import say
 from minimind.objectives.reward_model import bradley_terry, reward_loss
 from minimind.tokenization import ChatEncoder
-from minimind.training.arguments import FromFlag, StageArgs
+from minimind.training.arguments import FromFlag
 from minimind.training.figures import plot_figures
-from minimind.training.heldout import describe
+from minimind.training.heldout import describe, rename
 from minimind.training.job import Job, Objective
-from minimind.training.pairs import describe_pairs, open_pairs
+from minimind.training.pairs import PairArgs, describe_pairs, open_pairs
+from minimind.training.parts import Parts
 from minimind.training.run_folder import newest_finished
 from minimind.training.scores import (
     ValueOrigin,
@@ -44,23 +45,18 @@ PEAK_LR = {"nano": 1e-3}
 
 
 @dataclass(frozen=True)
-class Args(StageArgs):
+class Args(PairArgs):
     """Train a reward model. Every default works after train/sft.py."""
 
     from_: FromFlag = None
     """The model to go on from: a run folder, a Hugging Face folder, or an upstream .pth (with --preset and
     --tokenizer). None: the newest finished run of train/sft.py under runs/."""
-    data: tuple[str, ...] = ()
-    """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"chosen": [{"role": ..., "content": ...}, ...],
-    "rejected": [...]} rows. None: a thousand pairs about manners that come with the program."""
-    heldout_data: tuple[str, ...] = ()
-    """Pairs to measure on, instead of --heldout."""
     centering: float = 0.01
     """Weight of the squared sum of both scores, which keeps scores around 0; 0 for none."""
-    epochs: float = 6.0
-    """Passes over the training part of the data."""
-    seq_len: int = 2048
-    """Tokens in a row, which holds both answers of a pair; longer pairs are left out and counted."""
+
+    @property
+    def legacy(self) -> dict[str, Any]:
+        return super().legacy | {"share_prompts": False}
 
 
 def main(args: Args, console: Console) -> bool:
@@ -72,23 +68,33 @@ def main(args: Args, console: Console) -> bool:
     args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
     job = Job.begin("reward", args, console)
     job.origin = ValueOrigin(**vars(job.origin))
-    train, heldout = open_pairs(args, args.heldout_data, ChatEncoder(job.tokenizer), console)
-    plan = job.plan(partial(PairLoader, train, args.seq_len, seed=args.seed))
-    job.open_run(args.data_name)
+    parts = open_pairs(job, args, ChatEncoder(job.tokenizer))
+    args, train, heldout = cast(Args, job.args), parts.train, parts.heldout
+    plan = job.plan(
+        partial(
+            PairLoader,
+            train,
+            args.row,
+            seed=args.seed,
+            share=args.share_prompts,
+            mixture=parts.mixture,
+        )
+    )
+    job.open_run()
     model, trained = job.build_model()
     objective = Objective(
         loss=lambda batch: reward_loss(cast(ValueModel, trained), batch, args.centering),
-        evaluate=lambda final: evaluate(cast(ValueModel, model), heldout, job, args, plan.loader.rows, final),
+        evaluate=lambda final: evaluate(cast(ValueModel, model), parts, job, args, plan.loader.rows, final),
         sample=lambda: sample(cast(ValueModel, model), heldout or train, job),
         describe=lambda batch: describe(batch, train, job.tokenizer),
-        data_fingerprint=f"{train.identity:016x}",
+        data_fingerprint=parts.fingerprint,
         peak_lr=PEAK_LR.get(job.origin.preset, 1e-5),
         save_model=save_value_model,
         load_model=load_value_weights_into,
         place=to_device,
         loss_unit="per pair",
     )
-    if not job.fit(plan, model, objective, describe_pairs(plan.loader, heldout)):
+    if not job.fit(plan, model, objective, describe_pairs(parts, plan)):
         return False
     if job.parallel.main and heldout is not None:
         draw(job.run.path)
@@ -96,22 +102,22 @@ def main(args: Args, console: Console) -> bool:
     return True
 
 
-def evaluate(
-    model: ValueModel, heldout: Corpus | None, job: Job, args: Args, rows: int, final: bool
-) -> dict[str, Any]:
-    """How well held-out pairs are told apart; at the end all of them."""
-    if heldout is None:
-        return {}
-    parallel = job.parallel
-    view = heldout if final else heldout.head(args.eval_tokens)
-    loader = PairLoader(view, args.seq_len, rows, 0, False, parallel.rank, parallel.world_size)
-    figures = heldout_scores(model, loader, args.centering, parallel)
-    say(
-        job.console,
-        f"of {figures['heldout_pairs']:,} held-out pairs {figures['heldout_accuracy']:.1%} have the chosen answer "
-        f"score higher; margin {figures['heldout_margin']:.3f}",
-    )
-    return figures | {"heldout_all": final}
+def evaluate(model: ValueModel, parts: Parts, job: Job, args: Args, rows: int, final: bool) -> dict[str, Any]:
+    """How well held-out pairs are told apart, of every named set too; at the end all of them."""
+    found: dict[str, Any] = {}
+    ranks = job.parallel.rank, job.parallel.world_size
+    for name, whole in parts.measured.items():
+        view = whole if final else whole.head(args.eval_tokens)
+        loader = PairLoader(view, args.row, rows, 0, False, *ranks, share=args.share_prompts)
+        figures = heldout_scores(model, loader, args.centering, job.parallel)
+        say(
+            job.console,
+            f"of {figures['heldout_pairs']:,} held-out pairs{f' of {name}' if name else ''} "
+            f"{figures['heldout_accuracy']:.1%} have the chosen answer score higher; margin "
+            f"{figures['heldout_margin']:.3f}",
+        )
+        found |= (rename(name, figures) if name else figures) | {"heldout_all": final}
+    return found
 
 
 def sample(model: ValueModel, source: Corpus, job: Job) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 from rich.console import Console
 
@@ -52,20 +53,21 @@ def main(args: Args, console: Console) -> bool:
         args = dataclasses.replace(args, from_=newest_finished("pretrain"))
     job = Job.begin("sft", args, console)
     builtin = (weak_arithmetic if weak else builtin_conversations)(args.cache_dir, console)
-    chosen = dataclasses.replace(args, data=()) if weak else args
-    train, heldout = open_chats(chosen, ChatEncoder(job.tokenizer), console, builtin)
-    plan = job.plan(partial(PackedLoader, train, args.seq_len, seed=args.seed))
-    job.open_run(args.data_name)
+    data = () if weak else args.data
+    parts = open_chats(job, data, args.heldout_data, ChatEncoder(job.tokenizer), builtin)
+    args, train, heldout = cast(Args, job.args), parts.train, parts.heldout
+    plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=parts.mixture))
+    job.open_run()
     model, trained = job.build_model()
     objective = Objective(
         loss=lambda batch: next_token_loss(trained, batch),
-        evaluate=lambda final: chat_figures(model, heldout, job, args, final),
+        evaluate=lambda final: chat_figures(model, parts, job, args, final),
         sample=lambda: chat_sample(job.parallel.whole(model), heldout or train, job, args),
         describe=lambda batch: describe(batch, train, job.tokenizer),
-        data_fingerprint=f"{train.identity:016x}",
+        data_fingerprint=parts.fingerprint,
         peak_lr=PEAK_LR.get(job.origin.preset, 5e-4),
     )
-    return job.fit(plan, model, objective, describe_chats(train, heldout, plan.loader))
+    return job.fit(plan, model, objective, describe_chats(parts, plan))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,17 @@ from minimind.data.files import disk_full, is_disk_full, read_json, write_json
 from minimind.data.progress import ByteProgress
 from minimind.data.recipes import Encoded, Recipe
 from minimind.data.records import BadRows, Document, Position, bad_row_error
-from minimind.data.store import CODES, DOCUMENTS, ENTRY_BYTES, META, TOKEN_BYTES, TOKENS
+from minimind.data.split import hash_texts
+from minimind.data.store import (
+    CODES,
+    DOCUMENTS,
+    ENTRY_BYTES,
+    HASH_BYTES,
+    HASHES,
+    META,
+    TOKEN_BYTES,
+    TOKENS,
+)
 from minimind.data.streams import decompressed_size
 
 PROGRESS = "progress.json"
@@ -54,6 +64,7 @@ class Progress:
     def sizes(self) -> dict[str, int]:
         """Bytes of each file."""
         sizes = {TOKENS: self.tokens * TOKEN_BYTES, DOCUMENTS: (self.documents + 1) * ENTRY_BYTES}
+        sizes |= {HASHES: self.documents * HASH_BYTES}
         return sizes | ({CODES: self.tokens} if self.weighted else {})
 
 
@@ -95,7 +106,8 @@ def build(
             files.commit()
         if not progress.documents:
             raise ValueError(f"{path}: no document in this file{_all_bad(progress.bad)}")
-        meta = asdict(progress) | {"sizes": progress.sizes(), "source": path.name}
+        sizes = {name: size for name, size in progress.sizes().items() if name != HASHES}  # can be made again
+        meta = asdict(progress) | {"sizes": sizes, "source": path.name}
         write_json(folder / META, meta)
     except OSError as error:
         if is_disk_full(error):
@@ -146,6 +158,7 @@ class _Files:
         if encoded.codes is not None:
             _write(self._files[CODES], encoded.codes)
         _write(self._files[DOCUMENTS], entries.astype("<i8"))
+        _write(self._files[HASHES], hash_texts([document.text for document in batch]))
         progress.documents += len(batch)
         progress.tokens, progress.bytes = int(entries[-1, 0]), int(entries[-1, 1])
         progress.position = batch[-1].end

@@ -22,8 +22,10 @@ from minimind.data.files import (
 from minimind.data.progress import ByteProgress, say
 from minimind.data.reader import EXTENSIONS, expand_paths
 from minimind.data.recipes import Encoder, Recipe, Texts
-from minimind.data.records import bad_row_error, reporter
-from minimind.data.store import CODES, DOCUMENTS, META, TOKENS, Corpus, Source
+from minimind.data.records import START, BadRows, bad_row_error, reporter
+from minimind.data.split import hash_texts
+from minimind.data.store import CODES, DOCUMENTS, HASHES, META, TOKENS, Corpus, Source
+from minimind.data.streams import decompressed_size
 
 FORMAT_VERSION = 2
 _HASH_CHUNK = 1 << 20
@@ -97,6 +99,14 @@ def _open_source(
             source = _complete(folder, path) or _built(
                 folder, path, recipe, on_bad_row, console, part_bytes, stamp
             )
+    if source.hashes is None:
+        with suppress(OSError, ValueError):  # a cache that cannot be written to still has the tokens
+            make_folder(folder)
+            with locked(folder.parent / f"{key}.lock", f"that is reading {path.name}", console):
+                source = _complete(folder, path) or source
+                if source.hashes is None:
+                    _add_hashes(folder, path, recipe, console)
+                    source = _complete(folder, path) or source
     bad = load_bad_rows(source.meta["bad"])
     if bad.count and on_bad_row == "error":
         raise bad_row_error(path, *bad.first[0])
@@ -118,7 +128,7 @@ def _built(
 ) -> Source:
     if (folder / META).exists():
         say(console, f"{folder}: damaged, so built anew")
-        for name in (META, PROGRESS, TOKENS, DOCUMENTS, CODES):
+        for name in (META, PROGRESS, TOKENS, DOCUMENTS, CODES, HASHES):
             (folder / name).unlink(missing_ok=True)
     began = time.monotonic()
     build(folder, path, recipe, on_bad_row, console, part_bytes)
@@ -131,6 +141,20 @@ def _built(
     done = f"{source.meta['documents']:,} documents, {source.meta['tokens']:,} tokens"
     say(console, f"tokenized {path.name}: {done} in {time.monotonic() - began:.1f} s")
     return source
+
+
+def _add_hashes(folder: Path, path: Path, recipe: Recipe[Any], console: Console) -> None:
+    """What a cache of an earlier version lacks; the tokens, and with them what a run knows its data by, stay."""
+    temporary = folder / f".{HASHES}.{os.getpid()}.tmp"
+    title = f"reading {path.name} again for copies of documents"
+    try:
+        with open(temporary, "wb") as file, ByteProgress(console, title, decompressed_size(path)) as shown:
+            for document in recipe.read(path, "skip", START, BadRows()):
+                file.write(hash_texts([document.text]).tobytes())
+                shown.update(document.end.offset)
+        os.replace(temporary, folder / HASHES)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _complete(folder: Path, path: Path) -> Source | None:

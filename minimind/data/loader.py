@@ -1,27 +1,26 @@
-"""Packed batches in an order that is a function of (seed, epoch) alone, in constant memory.
+"""Packed batches in an order that is a function of the seed and the passes alone, in constant memory.
 
-An epoch visits the documents in a pseudo-random order, in windows of at most 16384 documents and about 2^22
-tokens. A window's documents are cut into pieces, packed into rows of `seq_len` and the rows shuffled; batches
-are taken from the stream of rows and may span windows and epochs, so that no row is ever dropped.
+Batches are taken from a stream of packed rows (row_stream.py), or of a mixture from several, and may span windows and
+epochs, so that no row is ever dropped.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from minimind.data.packing import assign_rows, cut_documents
-from minimind.data.permutation import Permutation
+from minimind.data.mixture import Draw, Mixture
+from minimind.data.packing import cut_documents
+from minimind.data.row_stream import RowStream
 from minimind.data.rows import Pieces, join, segments
 from minimind.data.store import Corpus
 from minimind.data.weights import MARKER, NONE, Cuts, class_of, fit
 
 IGNORE_INDEX = -100
-_WINDOW_DOCUMENTS = 1 << 14
-_WINDOW_TOKENS = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,9 @@ class PackedLoader:
 
     Conversations (a weighted `view`) stay whole: one that is longer than a row is cut behind its last turn that
     fits, or else within its first answer (`cuts` counts them), and only the assistant's tokens are targets.
-    marker_weight: the weight of those of reasoning markers; the others' is 1.
+    marker_weight: the weight of those of reasoning markers; the others' is 1. whole_answers: leave a conversation
+    out whose first answer does not fit. mixture: draw rows from parts of the corpus by weight; `horizon`, the rows of
+    the whole run, is then set before the first batch.
     """
 
     _segments_per_piece = 1
@@ -74,6 +75,8 @@ class PackedLoader:
         rank: int = 0,
         world_size: int = 1,
         marker_weight: float = 1.0,
+        whole_answers: bool = False,
+        mixture: Mixture | None = None,
     ) -> None:
         if seq_len < 1 or rows < 1:
             raise ValueError(f"seq_len={seq_len} and rows={rows} must both be at least 1")
@@ -86,19 +89,28 @@ class PackedLoader:
         if view.num_tokens <= view.num_documents:
             raise ValueError("the data has nothing to predict: no document is longer than one token")
         self.view, self.seq_len, self.rows, self.seed, self.shuffle = view, seq_len, rows, seed, shuffle
-        self.marker_weight = marker_weight
+        self.marker_weight, self.whole_answers = marker_weight, whole_answers
         self.rank, self.world_size = rank, world_size
-        mean = -(-view.num_tokens // view.num_documents)
-        self._window_documents = max(1, min(_WINDOW_DOCUMENTS, _WINDOW_TOKENS // mean))
-        self._epoch = self._window = self._row = 0
-        self._packed: tuple[tuple[int, int], Pieces] | None = None
+        self.mixture, self._draw = mixture, Draw(mixture) if mixture else None
+        ranges = mixture.ranges if mixture else ((0, view.num_documents),)
+        self.streams = [RowStream(view, a, b, seq_len, seed, shuffle, self._cut) for a, b in ranges]
         if view.weighted and not self.cuts.pairs:
             raise ValueError(f"--seq-len {seq_len}: every first question is longer; use longer rows")
 
     @property
     def epoch(self) -> int:
-        """Passes begun before the one the next row is from."""
-        return self._epoch
+        """Passes begun before the one the next row is from; of a mixture, over the part that had the fewest."""
+        return min(stream.epoch for stream in self.streams)
+
+    @property
+    def horizon(self) -> int:
+        """Rows of the whole run, by which the weights of a mixture change; 0 where it does not matter."""
+        return self._draw.horizon if self._draw else 0
+
+    @horizon.setter
+    def horizon(self, rows: int) -> None:
+        if self._draw:
+            self._draw.horizon = rows
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -110,19 +122,19 @@ class PackedLoader:
     @cached_property
     def cuts(self) -> Cuts:
         """What of the conversations does not fit into a row."""
-        return Cuts.of(self.view, self.seq_len)
+        return Cuts.of(self.view, self.seq_len, self.whole_answers)
 
     @property
     def fill(self) -> float:
         """Share of a row's positions that hold tokens, the rest being padding; measured on the first window."""
-        pieces = self._pieces(0, 0)
-        return float(pieces.length.sum()) / (pieces.num_rows * self.seq_len)
+        first = join([stream.pieces(0, 0) for stream in self.streams])
+        return float(first.length.sum()) / (first.num_rows * self.seq_len)
 
     @property
     def max_segments(self) -> int:
         """About the most segments, padding tails among them, in a rank's share of a batch: a quarter more than any rows
         in a row of the first window have, and no more than its fullest rows. Rarely a later batch has more."""
-        counts = self._segments_of_rows(self._pieces(0, 0))
+        counts = self._segments_of_rows(join([stream.pieces(0, 0) for stream in self.streams]))
         rows = -(-self.rows // self.world_size)
         span = self.world_size * (rows - 1) + 1  # of the stream, where the rank's rows of a batch lie
         stream = np.resize(counts, len(counts) + span - 1)  # a batch may go on in the next pass
@@ -130,31 +142,20 @@ class PackedLoader:
         fullest = np.sort(counts)[-rows:].sum() + max(0, rows - len(counts)) * counts.max()
         return min(most + most // 4, int(fullest))
 
-    @property
-    def num_windows(self) -> int:
-        """Windows of one pass."""
-        return -(-self.view.num_documents // self._window_documents)
-
     def next_batch(self) -> Batch:
         """The next batch; after an epoch's last row come the first of the next epoch."""
-        taken, missing = [], self.rows
-        while missing:
-            pieces = self._pieces(self._epoch, self._window)
-            stop = min(self._row + missing, pieces.num_rows)
-            if stop > self._row:
-                taken.append(pieces.rows(np.arange(self._row, stop)))
-            missing -= stop - self._row
-            self._row = stop
-            if stop == pieces.num_rows:
-                self._advance()
+        counts = self._draw.rows(self.rows) if self._draw else [self.rows]
+        taken = [
+            part for stream, count in zip(self.streams, counts, strict=True) for part in stream.take(count)
+        ]
         return self._assemble(join(taken))
 
     def epoch_batches(self) -> Iterator[Batch]:
         """One whole pass, the first epoch's; rows of padding fill the last batch. Leaves the cursor alone."""
         held: list[Pieces] = []
-        for window in range(self.num_windows):
-            pieces = self._pieces(0, window)
-            held = [join([*held, pieces])]
+        windows = ((stream, window) for stream in self.streams for window in range(stream.num_windows))
+        for stream, window in windows:
+            held = [join([*held, stream.pieces(0, window)])]
             whole = held[0].num_rows // self.rows * self.rows
             for first in range(0, whole, self.rows):
                 yield self._assemble(held[0].rows(np.arange(first, first + self.rows)))
@@ -162,12 +163,14 @@ class PackedLoader:
         if held[0].num_rows:
             yield self._assemble(held[0])
 
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """The place in the stream of rows, and what it is a place in. JSON-able, the same on all ranks."""
-        cursor = {"epoch": self._epoch, "window": self._window, "row": self._row}
-        return cursor | self._identity()
+        if self._draw is None:
+            return self.streams[0].place() | self._identity()
+        drawn = {"taken": self._draw.taken, "owed": list(self._draw.owed)}
+        return drawn | {"places": [stream.place() for stream in self.streams]} | self._identity()
 
-    def load_state(self, state: dict[str, int]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Go to the place that `state()` gave, also on another rank or number of ranks.
 
         Raises ValueError when it is a place in other data, or in the same data packed differently.
@@ -179,14 +182,16 @@ class PackedLoader:
                     f"the checkpoint does not fit this data: {name} was {theirs} and is {mine} now; "
                     "resume with the same data and settings, or start a new run"
                 )
-        cursor = [state.get(name, -1) for name in ("epoch", "window", "row")]
-        epoch, window, row = cursor
-        if min(cursor) < 0 or window >= self.num_windows or row > self._pieces(epoch, window).num_rows:
-            raise ValueError(f"the checkpoint's place in the data is damaged: {state}")
-        self._epoch, self._window, self._row = epoch, window, row
+        if self._draw is None:
+            self.streams[0].go_to(state)
+            return
+        for stream, place in zip(self.streams, state["places"], strict=True):
+            stream.go_to(place)
+        self._draw.taken, self._draw.owed = state["taken"], list(state["owed"])
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, Any]:
         view = self.view
+        mixed = {"mixture": self.mixture.key()} if self.mixture else {}
         return {
             "data": view.identity,
             "documents": view.num_documents,
@@ -195,7 +200,8 @@ class PackedLoader:
             "seq_len": self.seq_len,
             "rows": self.rows,
             "shuffle": int(self.shuffle),
-            "window_documents": self._window_documents,
+            "window_documents": self.streams[0].window_documents,
+            **mixed,
         }
 
     def _segments_of_rows(self, pieces: Pieces) -> np.ndarray:
@@ -204,40 +210,10 @@ class PackedLoader:
         filled = np.bincount(row_of, weights=pieces.length, minlength=pieces.num_rows)
         return self._segments_per_piece * np.diff(pieces.row_starts) + (filled < self.seq_len)
 
-    def _advance(self) -> None:
-        self._row, self._window = 0, self._window + 1
-        if self._window == self.num_windows:
-            self._window, self._epoch = 0, self._epoch + 1
-
-    def _pieces(self, epoch: int, window: int) -> Pieces:
-        if self._packed is None or self._packed[0] != (epoch, window):
-            self._packed = (epoch, window), self._pack(epoch, window)
-        return self._packed[1]
-
-    def _pack(self, epoch: int, window: int) -> Pieces:
-        first = window * self._window_documents
-        documents = np.arange(first, min(first + self._window_documents, self.view.num_documents))
-        if self.shuffle:
-            documents = Permutation(self.view.num_documents, self.seed, epoch)(documents)
-        which, start, length, num_bytes = self._cut(documents)
-        row = assign_rows(length, self.seq_len)
-        num_rows = int(row.max()) + 1 if len(row) else 0
-        if self.shuffle:
-            rank_of = np.random.default_rng([self.seed & (1 << 64) - 1, epoch, window]).permutation(num_rows)
-        else:  # rows in the order of their first documents
-            firsts = np.full(num_rows, len(row))
-            np.minimum.at(firsts, row, np.arange(len(row)))
-            rank_of = np.argsort(np.argsort(firsts))
-        row = rank_of[row]
-        order = np.argsort(row, kind="stable")
-        starts = np.searchsorted(row[order], np.arange(num_rows + 1))
-        address = self.view.addresses(documents)[which] + start
-        return Pieces(documents[which][order], address[order], length[order], num_bytes[order], starts)
-
     def _cut(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """(number in `documents`, start, length, bytes counted) of each piece; a conversation is one or none."""
         if self.view.weighted:
-            kept = fit(self.view, documents, self.seq_len)
+            kept = fit(self.view, documents, self.seq_len, self.whole_answers)
             which = np.flatnonzero(kept.pairs)
             return which, np.zeros_like(which), kept.pairs[which], kept.num_bytes[which]
         lengths = self.view.lengths(documents)

@@ -12,11 +12,13 @@ target of its own in each.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from minimind.data.loader import Batch, PackedLoader
+from minimind.data.mixture import Mixture
+from minimind.data.preferences import common_tokens, row_tokens
 from minimind.data.rows import Pieces, segments
 from minimind.data.store import Corpus
 from minimind.data.weights import SIDE, Cuts, class_of
@@ -43,8 +45,8 @@ class PairBatch(Batch):
 
 class PairLoader(PackedLoader):
     """PackedLoader over the pairs of `open_preferences`. As a row belongs to one micro-batch of one rank, so does a
-    pair. One that is longer than a row is left out whole (`left_out` counts them): cut, its sides might no longer
-    differ, and neither would end. Raises ValueError where none fits.
+    pair. One that is longer than a row is left out whole (`left_out` counts them): with its end cut, its sides might no
+    longer differ, and neither would end; open_preferences cuts prompts. Raises ValueError where none fits.
 
     share: lay the prompt down once; else each side is whole.
     """
@@ -61,17 +63,18 @@ class PairLoader(PackedLoader):
         rank: int = 0,
         world_size: int = 1,
         share: bool = False,
+        mixture: Mixture | None = None,
     ) -> None:
         self.share = share
-        self.middles, self.shared = _sides(view, share)
+        self.middles, self.shared = sides(view, share)
         self.lengths = view.lengths(np.arange(view.num_documents))
-        self.tokens = self.lengths - 2 - self.shared  # the last token of a side predicts nothing
+        self.tokens = row_tokens(self.middles, self.lengths - self.middles, self.shared)
         shortest = int(self.tokens.min())
         if 1 <= seq_len < shortest:
             raise ValueError(
                 f"--seq-len {seq_len}: a row holds both answers of a pair, and the shortest pair has {shortest} tokens"
             )
-        super().__init__(view, seq_len, rows, seed, shuffle, rank, world_size)
+        super().__init__(view, seq_len, rows, seed, shuffle, rank, world_size, mixture=mixture)
 
     @cached_property
     def cuts(self) -> Cuts:
@@ -97,7 +100,7 @@ class PairLoader(PackedLoader):
     def epoch_batches(self) -> Iterator[PairBatch]:
         return cast(Iterator[PairBatch], super().epoch_batches())
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, Any]:
         return super()._identity() | {"share": int(self.share)}
 
     def _cut(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -148,7 +151,7 @@ class PairLoader(PackedLoader):
         )
 
 
-def _sides(view: Corpus, share: bool) -> tuple[np.ndarray, np.ndarray]:
+def sides(view: Corpus, share: bool) -> tuple[np.ndarray, np.ndarray]:
     """(tokens of the chosen side, how many of its first ones the rejected side need not repeat): int64 [pairs]."""
     middles, shared = np.zeros(view.num_documents, np.int64), np.zeros(view.num_documents, np.int64)
     for i in range(view.num_documents):
@@ -156,8 +159,5 @@ def _sides(view: Corpus, share: bool) -> tuple[np.ndarray, np.ndarray]:
         middles[i] = middle = int(np.flatnonzero(codes & SIDE)[0])
         if share:
             ids, kinds = view.document(i), class_of(codes)
-            least = min(middle, len(ids) - middle)
-            differ = (ids[:least] != ids[middle:][:least]) | (kinds[:least] != kinds[middle:][:least])
-            alike = int(differ.argmax()) if differ.any() else least
-            shared[i] = max(0, min(alike - 1, least - 2))
+            shared[i] = common_tokens(ids[:middle], ids[middle:], kinds[:middle], kinds[middle:])
     return middles, shared

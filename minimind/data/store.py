@@ -1,14 +1,16 @@
 """Tokenized sources in memory-mapped files, and a corpus over them.
 
 A source's folder holds `tokens.bin`, its documents one after the other as uint16, and `documents.bin`, int64
-[num_documents + 1, 2]: token and UTF-8 byte offset of each document, and the two totals. Conversations also have
-`codes.bin`, a byte for each token that says what it is to the loss (weights.py). `meta.json`, written last, marks it
-complete.
+[num_documents + 1, 2]: token and UTF-8 byte offset of each document, and the two totals. `hashes.bin`, uint64
+[num_documents], has a hash of each document's text, which tells copies (split.py). Conversations also have `codes.bin`,
+a byte for each token that says what it is to the loss (weights.py). `meta.json`, written last, marks it complete.
 """
 
+import os
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,15 @@ from typing import Any
 import numpy as np
 
 TOKENS, DOCUMENTS, CODES, META = "tokens.bin", "documents.bin", "codes.bin", "meta.json"
-TOKEN_BYTES, ENTRY_BYTES = 2, 16
+HASHES = "hashes.bin"
+TOKEN_BYTES, ENTRY_BYTES, HASH_BYTES = 2, 16, 8
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
     """One tokenized file: `tokens` uint16 [num_tokens], `index` int64 [num_documents + 1, 2], of conversations also
-    `codes` uint8 [num_tokens]."""
+    `codes` uint8 [num_tokens]; `hashes` uint64 [num_documents], None in a cache of an earlier version that could not be
+    written to."""
 
     path: Path
     key: str
@@ -30,42 +34,114 @@ class Source:
     index: np.ndarray
     meta: dict[str, Any]
     codes: np.ndarray | None = None
+    hashes: np.ndarray | None = None
 
     @classmethod
     def open(cls, folder: Path, path: Path, meta: dict[str, Any]) -> "Source":
         """Map the files of `folder`, which `meta` describes and whose sizes have been checked."""
         tokens = np.memmap(folder / TOKENS, dtype="<u2", mode="r")
         index = np.memmap(folder / DOCUMENTS, dtype="<i8", mode="r").reshape(-1, 2)
-        codes = None
+        codes = hashes = None
         if meta.get("weighted"):
             codes = np.memmap(folder / CODES, dtype=np.uint8, mode="r").view(np.ndarray)
-        return cls(path, folder.name, tokens.view(np.ndarray), index.view(np.ndarray), meta, codes)
+        path_of_hashes = folder / HASHES
+        if path_of_hashes.exists() and os.path.getsize(path_of_hashes) == HASH_BYTES * (len(index) - 1):
+            hashes = np.memmap(path_of_hashes, dtype="<u8", mode="r").view(np.ndarray)
+        return cls(path, folder.name, tokens.view(np.ndarray), index.view(np.ndarray), meta, codes, hashes)
 
 
 @dataclass(frozen=True, eq=False)
 class _Slice:
-    """Documents first..stop of a source."""
+    """Documents first..stop of a source, of these only the `picked` ones or all but the `left_out` ones: int64 numbers
+    in the source, ascending. rule: what decided on them."""
 
     source: Source
     first: int
     stop: int
+    picked: np.ndarray | None = None
+    left_out: np.ndarray | None = None
+    rule: str = ""
+
+    @property
+    def count(self) -> int:
+        if self.picked is not None:
+            return len(self.picked)
+        return self.stop - self.first - (0 if self.left_out is None else len(self.left_out))
+
+    def span(self, column: int) -> int:
+        """Tokens (column 0) or bytes (1) from the first document to the last, whether they are in the slice or not."""
+        return int(self.source.index[self.stop, column] - self.source.index[self.first, column])
 
     def total(self, column: int) -> int:
-        return int(self.source.index[self.stop, column] - self.source.index[self.first, column])
+        """Tokens or bytes of the slice's documents."""
+        return int(self._totals[column])
+
+    @cached_property
+    def _totals(self) -> np.ndarray:
+        if self.picked is not None:
+            return self._sizes(self.picked).sum(0)
+        spans = np.array([self.span(0), self.span(1)])
+        return spans if self.left_out is None else spans - self._sizes(self.left_out).sum(0)
+
+    def _sizes(self, numbers: np.ndarray) -> np.ndarray:
+        """int64 [n, 2]: tokens and bytes of documents of the source."""
+        index = self.source.index
+        return index[numbers + 1] - index[numbers]
+
+    def numbers(self, values: np.ndarray) -> np.ndarray:
+        """int64: which documents of the source the slice's documents `values`, from 0, are."""
+        if self.picked is not None:
+            return self.picked[values]
+        if self.left_out is None:
+            return values + self.first
+        return values + self.first + np.searchsorted(self._before, values, side="right")
+
+    @cached_property
+    def _before(self) -> np.ndarray:
+        """How many documents of the slice come before each that is left out."""
+        assert self.left_out is not None
+        return self.left_out - self.first - np.arange(len(self.left_out))
+
+    def head(self, tokens: float) -> "_Slice":
+        """The first documents that have at most `tokens` tokens in all."""
+        index = self.source.index
+        if self.picked is not None:
+            count = int(np.searchsorted(self._sizes(self.picked)[:, 0].cumsum(), int(tokens), side="right"))
+            return replace(self, picked=self.picked[:count])
+        begin = int(index[self.first, 0])
+        if self.left_out is None:
+            stop = bisect_left(index[:, 0], begin + int(tokens) + 1, self.first, self.stop + 1) - 1
+            return replace(self, stop=stop)
+        left_out = self.left_out
+        gone = np.concatenate([[0], self._sizes(left_out)[:, 0].cumsum()])
+
+        def until(stop: int) -> int:
+            return int(index[stop, 0]) - begin - int(gone[np.searchsorted(left_out, stop)])
+
+        stops = range(self.first, self.stop + 1)
+        stop = stops[bisect_left(stops, int(tokens) + 1, key=until) - 1]
+        return replace(self, stop=stop, left_out=left_out[left_out < stop])
+
+    def name(self) -> tuple[Any, ...]:
+        plain = (self.source.key, self.first, self.stop)
+        if self.picked is None and self.left_out is None:
+            return plain
+        return *plain, "only" if self.picked is not None else "without", self.count, self.rule
 
 
 class Corpus:
     """Documents of several sources in order, numbered from 0. Holds no token in memory.
 
-    A document's address is the place of its first token in the concatenation of all its corpus' tokens.
+    A document's address is the place of its first token in the concatenation of the sources' tokens, of documents that
+    are not in the corpus too.
     """
 
     def __init__(self, slices: Sequence[_Slice]) -> None:
-        self._slices = [piece for piece in slices if piece.stop > piece.first]
-        self._first_document = np.cumsum([0] + [s.stop - s.first for s in self._slices])
-        self._first_token = np.cumsum([0] + [s.total(0) for s in self._slices])
+        self._slices = [piece for piece in slices if piece.count]
+        self._first_document = np.cumsum([0] + [s.count for s in self._slices])
+        self._first_token = np.cumsum([0] + [s.span(0) for s in self._slices])
         self.num_documents = int(self._first_document[-1])
-        self.num_tokens = int(self._first_token[-1])
+        self.num_tokens = sum(s.total(0) for s in self._slices)
         self.num_bytes = sum(s.total(1) for s in self._slices)
 
     @classmethod
@@ -86,7 +162,7 @@ class Corpus:
     @property
     def identity(self) -> int:
         """63 bits that change with the texts, their order and their tokenization."""
-        text = repr([(s.source.key, s.first, s.stop) for s in self._slices])
+        text = repr([piece.name() for piece in self._slices])
         return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
     def document(self, i: int) -> np.ndarray:
@@ -114,8 +190,44 @@ class Corpus:
         for s, where, numbers in self._by_slice(indices, self._first_document):
             piece = self._slices[s]
             base = self._first_token[s] - piece.source.index[piece.first, 0]
-            out[where] = piece.source.index[numbers + piece.first, 0] + base
+            out[where] = piece.source.index[piece.numbers(numbers), 0] + base
         return out
+
+    def hashes(self, first: int, stop: int) -> np.ndarray:
+        """uint64 [stop - first]: hashes of the texts of documents first..stop. Raises ValueError where a token cache of
+        an earlier version has none and cannot be written to."""
+        out = np.empty(stop - first, np.uint64)
+        for s, where, numbers in self._by_slice(np.arange(first, stop), self._first_document):
+            source = self._slices[s].source
+            if source.hashes is None:
+                raise ValueError(
+                    f"{source.path}: its token cache is of an earlier version and cannot be written to, so that copies "
+                    "of a text cannot be told; choose another folder with --cache-dir"
+                )
+            out[where] = source.hashes[self._slices[s].numbers(numbers)]
+        return out
+
+    def only(self, numbers: np.ndarray, rule: str) -> "Corpus":
+        """The documents `numbers`, int64, ascending; rule: what decided on them, for `identity`. Of a whole corpus."""
+        return Corpus([replace(s, picked=mine, rule=rule) for s, mine in self._shares(numbers)])
+
+    def without(self, numbers: np.ndarray, rule: str) -> "Corpus":
+        """All but the documents `numbers`; otherwise as `only`."""
+        return Corpus([replace(s, left_out=mine, rule=rule) for s, mine in self._shares(numbers)])
+
+    def _shares(self, numbers: np.ndarray) -> Iterator[tuple[_Slice, np.ndarray]]:
+        """Each slice with those of `numbers` that lie in it, as numbers in its source."""
+        assert all(s.picked is None and s.left_out is None for s in self._slices)
+        parts = np.split(np.asarray(numbers, np.int64), np.searchsorted(numbers, self._first_document[1:-1]))
+        for piece, first, mine in zip(self._slices, self._first_document, parts, strict=False):
+            yield piece, mine - first + piece.first
+
+    def range_of(self, paths: Collection[Path]) -> tuple[int, int]:
+        """First and stop of the documents of files that were opened one after the other."""
+        mine = [i for i, piece in enumerate(self._slices) if piece.source.path in paths]
+        if not mine:
+            return 0, 0
+        return int(self._first_document[mine[0]]), int(self._first_document[mine[-1] + 1])
 
     def gather(self, addresses: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """uint16 [sum(lengths)]: the runs of tokens at `addresses`, one after the other.
@@ -150,22 +262,13 @@ class Corpus:
             out[run + np.repeat((ends - lengths)[where], counts)] = values
         return out
 
-    def split(self, fraction: float = 0.05, max_tokens: int = 1_000_000) -> "tuple[Corpus, Corpus]":
-        """(train, held-out): held-out is the last `fraction` of each source's tokens, in whole documents.
+    def split_tail(self, fraction: float, max_tokens: int) -> "tuple[Corpus, Corpus]":
+        """(train, held-out) as runs of earlier versions have them, which go on with them: held-out is the last
+        `fraction` of each source's tokens, in whole documents, copies of training documents among them.
 
         A source of two or more documents keeps at least one and gives at least one, until `max_tokens` are
-        held out; when every source is a single document, the last one is held out. `fraction` 0 holds out
-        nothing, which gives a corpus without documents. Raises ValueError when there is only one document.
+        held out; when every source is a single document, the last one is held out. Of two or more documents.
         """
-        if not 0 <= fraction < 1:
-            raise ValueError(f"--heldout must be a fraction from 0 to below 1, not {fraction}")
-        if fraction == 0:
-            return self, Corpus([])
-        if self.num_documents < 2:
-            raise ValueError(
-                "the data is a single document, which cannot be split into training and held-out text; "
-                "add documents (one per line in a .jsonl file) or pass --heldout 0"
-            )
         share = min(fraction, max_tokens / self.num_tokens)
         held: list[_Slice] = []
         left = max_tokens
@@ -187,14 +290,11 @@ class Corpus:
         if self.num_tokens <= max_tokens:
             return self
         share = max_tokens / self.num_tokens
-        heads = []
-        for s in self._slices:
-            target = int(s.source.index[s.first, 0]) + int(share * s.total(0))
-            stop = bisect_left(s.source.index[:, 0], target + 1, s.first, s.stop + 1) - 1
-            heads.append(_Slice(s.source, s.first, stop))
-        if all(piece.first == piece.stop for piece in heads):
-            s = self._slices[0]
-            heads[0] = _Slice(s.source, s.first, s.first + 1)
+        heads = [s.head(share * s.total(0)) for s in self._slices]
+        if not any(piece.count for piece in heads):
+            first = self._slices[0]
+            number = int(first.numbers(np.zeros(1, np.int64))[0])
+            heads[0] = _Slice(first.source, number, number + 1)
         return Corpus(heads)
 
     def _locate(self, i: int) -> tuple[_Slice, int]:
@@ -202,13 +302,13 @@ class Corpus:
             raise IndexError(f"document {i} of {self.num_documents}")
         s = int(np.searchsorted(self._first_document, i, side="right")) - 1
         piece = self._slices[s]
-        return piece, piece.first + i - int(self._first_document[s])
+        return piece, int(piece.numbers(np.array([i - int(self._first_document[s])]))[0])
 
     def _differences(self, indices: np.ndarray, column: int) -> np.ndarray:
         out = np.empty(len(indices), np.int64)
         for s, where, numbers in self._by_slice(indices, self._first_document):
             piece = self._slices[s]
-            at = numbers + piece.first
+            at = piece.numbers(numbers)
             out[where] = piece.source.index[at + 1, column] - piece.source.index[at, column]
         return out
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind.attention import Unfolding
 from minimind.value_head import ValueModel
 
 
@@ -27,7 +28,8 @@ class RewardBatch:
 
     input_ids, targets int64 [B, T], targets -100 outside the answers; cu_seqlens int32 [n + 1]. chosen, rejected int64
     [P]: where in the flattened batch the last token of each answer is. num_targets, global_num_targets,
-    global_num_pairs: numbers of the host, of this rank and of all ranks together.
+    global_num_pairs: numbers of the host, of this rank and of all ranks together. Where the batch holds the prompts of
+    its pairs once: position_ids and unfolding, as Model takes them.
     """
 
     input_ids: Tensor
@@ -38,6 +40,8 @@ class RewardBatch:
     num_targets: int
     global_num_targets: int
     global_num_pairs: int
+    position_ids: Tensor | None = None
+    unfolding: Unfolding | None = None
 
     @property
     def global_weight(self) -> float:
@@ -59,7 +63,13 @@ def reward_loss(
     the device, the first two differentiable; the caller divides by the GLOBAL number of pairs. The sums: accuracy (1
     where the chosen answer scores higher, 1/2 where both are equal), margin, chosen_score, rejected_score."""
     counted = batch.targets.ne(-100)
-    out = model(batch.input_ids, cu_seqlens=batch.cu_seqlens, attention_mask=counted)
+    out = model(
+        batch.input_ids,
+        position_ids=batch.position_ids,
+        cu_seqlens=batch.cu_seqlens,
+        attention_mask=counted,
+        unfolding=batch.unfolding,
+    )
     values = out.values.flatten().double()
     chosen, rejected = values.index_select(0, batch.chosen), values.index_select(0, batch.rejected)
     losses = bradley_terry(chosen, rejected, centering)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from minimind.tokenization.chat_template import MARKS, Message, marks_generation, parse_list, parse_messages
+from minimind.tokenization.shortening import exchanges, kept
 from minimind.tokenization.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -120,6 +121,23 @@ class ChatEncoder:
             rows.append(self._joined(pieces, ids[place : place + len(pieces)]))
             place += len(pieces)
         return rows
+
+    def shorten(self, prompt: Sequence[Message], pieces: Sequence[Piece], excess: int) -> np.ndarray | None:
+        """bool [tokens of `pieces`]: which to keep so that at least `excess` tokens go from the beginning of `prompt`,
+        the messages that `pieces` begins with (shortening.py says which). None where not so many can go, or where the
+        template does not render the prompt message by message."""
+        text, spans = exchanges(self._render, _with_text(prompt))
+        if not spans or not "".join(piece.text for piece in pieces).startswith(text):
+            return None
+        found, place = [], 0
+        for piece in pieces:
+            mode: Any = True if piece.control else "markup"
+            found.append(
+                place + np.array(self.tokenizer.offsets(piece.text, allow_special=mode)).reshape(-1, 2)
+            )
+            place += len(piece.text)
+        offsets = np.concatenate(found)
+        return kept(spans, offsets[:, 0], offsets[:, 1], excess)
 
     def _joined(self, pieces: Sequence[Piece], ids: Sequence[np.ndarray]) -> EncodedChat:
         lengths = [len(row) for row in ids]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from minimind.data.mixture import parse_part
 from minimind.device import PrecisionName
 from minimind.training.optim import OptimizerName, ScheduleName
 from minimind.training.parallel import ParallelName, ReduceDtypeName
@@ -44,7 +45,7 @@ class StageArgs:
     """How many tokens to train on, padding (about 1%) included; overrides --epochs."""
     epochs: float = 1.0
     """Passes over the training part of the data."""
-    seq_len: int = 512
+    seq_len: int | None = 512
     """Tokens in a row; longer documents are cut."""
     batch_tokens: int | None = None
     """Tokens per optimizer step, padding included; a multiple of --seq-len. None: 65536 on a GPU for models larger
@@ -76,7 +77,10 @@ class StageArgs:
     grad_clip: float = 1.0
     """Largest gradient norm."""
     heldout: float = 0.05
-    """Share of every file, its last documents, that is never trained on; at most a million tokens in all."""
+    """Share of the tokens that is never trained on, at most a million; a hash of each document's text decides, so that
+    copies of a text are on one side."""
+    dedupe: bool = False
+    """Leave out documents whose text an earlier one has, or one of --heldout-data."""
     eval_tokens: int = 65536
     """Held-out tokens used for the figures on the way; the last figure uses all."""
     evals: int = 10
@@ -174,15 +178,29 @@ class StageArgs:
         """Of --lr, by the end of a parameter's name."""
         return {"embed_tokens.weight": self.embedding_lr}
 
+    @property
+    def legacy(self) -> dict[str, Any]:
+        """What runs of earlier versions did where by now the data decides, for these to go on with."""
+        return {"split": "tail"}
+
     def saved(self) -> dict[str, Any]:
         """The flags that say what is computed, under their names on the command line (with _ for -)."""
         fields = dataclasses.asdict(self).items()
         return {name.rstrip("_"): value for name, value in fields if name not in _NOT_SAVED}
 
     @property
+    def row(self) -> int:
+        """--seq-len, once it is chosen."""
+        assert self.seq_len is not None
+        return self.seq_len
+
+    @property
     def data_name(self) -> str:
         """Of the run folder: the first file's, and how many more there are."""
         if not self.data:
             return "builtin"
-        name = Path(self.data[0]).name.split(".")[0].strip("*").removeprefix("builtin:") or "data"
+        name = (
+            Path(parse_part(self.data[0]).path).name.split(".")[0].strip("*").removeprefix("builtin:")
+            or "data"
+        )
         return name + (f"+{len(self.data) - 1}" if len(self.data) > 1 else "")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,6 +43,39 @@ def heldout_loss(
         "heldout_tokens": int(targets),
         "heldout_all": max_tokens is None,
     }
+
+
+def named_losses(
+    model: Model, sets: Mapping[str, Corpus], seq_len: int, max_tokens: int | None, parallel: Parallel
+) -> dict[str, Any]:
+    """heldout_loss of every set, under heldout_NAME_loss and so on."""
+    found: dict[str, Any] = {}
+    for name, view in sets.items():
+        found |= rename(name, heldout_loss(model, view, seq_len, max_tokens, parallel))
+    return found
+
+
+def rename(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures heldout_... as heldout_NAME_...; heldout_all stays, as it says of which part of the data they are."""
+    return {
+        key if key == "heldout_all" else key.replace("heldout", f"heldout_{name}", 1): value
+        for key, value in figures.items()
+    }
+
+
+def loss_lines(values: Mapping[str, Any], unit: str, scope: str) -> list[str]:
+    """A line for each held-out loss in a row of figures: the main one, then those of named sets."""
+    lines = []
+    for key, loss in values.items():
+        found = re.fullmatch(r"heldout_(?:(\w+)_)?loss", key)
+        if found is None:
+            continue
+        prefix, size = key.removesuffix("loss"), f" ({scope})"
+        if f"{prefix}bpb" in values:
+            tokens = f"{values[f'{prefix}tokens']:,} tokens"
+            size = f", {values[f'{prefix}bpb']:.4f} bits/byte ({tokens}, {scope})"
+        lines.append(f"held-out loss{f' of {found[1]}' if found[1] else ''} {loss:.4f} {unit}{size}")
+    return lines
 
 
 def describe(batch: Batch, corpus: Corpus, tokenizer: Tokenizer) -> list[dict[str, Any]]:

@@ -1,17 +1,20 @@
 """What all stages do alike: from the flags to the device, the run folder, the model, the loop and its last line.
 
 job = Job.begin("sft", args, console)              device, processes, precision, tokenizer, shape
+args = job.settle("seq_len", rule)                 what flags leave to the data, as the run began with it
 plan = job.plan(make_loader)                       batches and the number of steps
-job.open_run(args.data_name)                       the run folder, locked; where to continue
+job.open_run()                                     the run folder, locked; where to continue
 model, trained = job.build_model()                 the weights, and what trains them
 return job.fit(plan, model, objective, lines)      to the last step
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -36,7 +39,7 @@ from minimind.training.optim import Optimizers, build_optimizers, lr_factor
 from minimind.training.origin import Origin
 from minimind.training.parallel import Parallel
 from minimind.training.profiling import StepProfiler, mark_blocks
-from minimind.training.run_folder import RunFolder, open_run, record_versions
+from minimind.training.run_folder import Defaults, RunFolder, find_run, open_run, record_versions
 from minimind.training.tracking import make_tracker
 from minimind.weights import save_weights
 
@@ -93,8 +96,14 @@ class Job:
     precision: Precision
     origin: Origin
     attention: str  # which form of it runs, in one line
+    given: StageArgs = field(init=False)  # the flags as they were given; args: with what the data decided
+    notes: list[str] = field(default_factory=list)  # lines about what was decided
+    remembered: list[str] = field(default_factory=list)  # what an earlier start of this run decided
     run: RunFolder = field(init=False)
     state: dict[str, Any] = field(init=False)  # the trainer's, of the checkpoint
+
+    def __post_init__(self) -> None:
+        self.given = self.args
 
     @staticmethod
     def begin(stage: str, args: StageArgs, console: Console) -> Job:
@@ -112,12 +121,38 @@ class Job:
         keep_sums_float32()
         ops.set_mode("fused" if args.fused else "reference")
         origin = Origin.of(args, console)
-        if args.seq_len > origin.config.positions:
+        if args.seq_len is not None and args.seq_len > origin.config.positions:
             raise ValueError(
                 f"--seq-len {args.seq_len}: the model knows {origin.config.positions} positions; take no more tokens"
             )
         attention = _choose_attention(args, device, precision, origin.config)
+        parallel.join(device)
         return Job(stage, args, console, parallel, device, precision, origin, attention)
+
+    @cached_property
+    def chosen(self) -> dict[str, Any]:
+        """What is not in the flags and decides what is computed: of an unfinished run that goes on, as it began."""
+        where = self.given.out, self._name
+        return self.parallel.share(
+            lambda: find_run(*where, self._identity(), self.given.resume, self._defaults)
+        )
+
+    def settle(self, name: str, rule: Callable[[], tuple[Any, str]]) -> Any:
+        """The flag `name`, or where it was left to the data (None) or is no flag what rule() -> (value, reason in one
+        line) says at a run's first start and the run folder ever after. Sets the flag in `args`."""
+        is_flag = hasattr(self.args, name)
+        if is_flag and getattr(self.given, name) not in (None, self._defaults.flags.get(name)):
+            return getattr(self.given, name)
+        if name in self.chosen:
+            label = f"--{name.replace('_', '-')}" if is_flag else name.replace("_", " ")
+            self.remembered.append(f"{label} {self.chosen[name]}")
+        else:
+            self.chosen[name], reason = rule()
+            if reason:
+                self.notes.append(reason)
+        if is_flag:
+            self.args = dataclasses.replace(self.args, **{name: self.chosen[name]})
+        return self.chosen[name]
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -132,18 +167,20 @@ class Job:
         args = self.args
         rows, micro_batches = self._batch_shape()
         loader = make_loader(rows=rows, rank=self.parallel.rank, world_size=self.parallel.world_size)
-        step_tokens = rows * args.seq_len * micro_batches
+        step_tokens = rows * args.row * micro_batches
         budget = (
             args.tokens if args.tokens is not None else args.epochs * loader.tokens_per_epoch / loader.fill
         )
-        return Plan(loader, max(1, math.ceil(budget / step_tokens)), micro_batches, step_tokens)
+        steps = max(1, math.ceil(budget / step_tokens))
+        if getattr(loader, "mixture", None):
+            loader.horizon = steps * micro_batches * rows  # type: ignore[attr-defined]
+        return Plan(loader, steps, micro_batches, step_tokens)
 
-    def open_run(self, data_name: str) -> None:
-        """Meet the other processes; continue the unfinished run of these flags and weights, or make a new folder."""
-        name = f"{self.stage}-{self.origin.preset}-{data_name}"
-        self.parallel.join(self.device)
+    def open_run(self) -> None:
+        """Continue the unfinished run of these flags and weights, or make a new folder."""
+        config = self._identity() | {"chosen": self.chosen}
         self.run = self.parallel.share(
-            lambda: open_run(self.args.out, name, self._identity(), self.args.resume)
+            lambda: open_run(self.given.out, self._name, config, self.given.resume, defaults=self._defaults)
         )
         if self.parallel.main:
             attention = attention_name(self.device, self.precision.compute_dtype, self.args.fused)
@@ -186,7 +223,8 @@ class Job:
         self._say_what_runs(plan, model, lines)
         stage = self._stage(plan, model, objective)
         track = args.track if parallel.main else "none"
-        tracker = make_tracker(track, self.run.path, self._saved(), self.state["tracker"], start)
+        flags = self._saved() | self.chosen
+        tracker = make_tracker(track, self.run.path, flags, self.state["tracker"], start)
         profiler = None
         if args.profile and parallel.main:
             profiler = StepProfiler(self.run.path / "profile", self.console)
@@ -261,17 +299,28 @@ class Job:
             *([self.attention] if self.attention else []),
             f"model: {self.origin.preset}, {model.num_parameters() / 1e6:.1f}M parameters "
             f"({model.num_parameters(active=True) / 1e6:.1f}M active), "
-            f"{model.flops_per_token(self.args.seq_len) / 1e6:.0f} MFLOP per token trained, "
+            f"{model.flops_per_token(self.args.row) / 1e6:.0f} MFLOP per token trained, "
             f"{model.kv_bytes_per_token() / 1024:.1f} KiB of bf16 KV per token",
             *([f"weights: {self.origin.weights}"] if self.origin.weights else []),
             *lines,
+            *self.notes,
+            *([f"as this run began: {', '.join(self.remembered)}"] if self.remembered else []),
             f"run: {self.run.path}, {plan.steps} steps{size}{resumed}",
         ):
             say(self.console, line)
 
     def _saved(self) -> dict[str, Any]:
         """The flags as config.json has them."""
-        return self.args.saved() | ({} if self.args.from_ else {"preset": self.origin.preset})
+        return self.given.saved() | ({} if self.given.from_ else {"preset": self.origin.preset})
+
+    @property
+    def _name(self) -> str:
+        """Of the run folder."""
+        return f"{self.stage}-{self.origin.preset}-{self.given.data_name}"
+
+    @property
+    def _defaults(self) -> Defaults:
+        return Defaults(type(self.given)().saved(), self.given.legacy)
 
     def _identity(self) -> dict[str, Any]:
         """What makes a run this run and no other."""
@@ -282,33 +331,54 @@ class Job:
     def _batch_shape(self) -> tuple[int, int]:
         """(rows of a micro-batch, micro-batches of a step)."""
         args, ranks = self.args, self.parallel.world_size
-        large = self.device.type == "cuda" and self.origin.preset != "nano"
-        batch_tokens = args.batch_tokens or (65536 if large else 4096)
+        batch_tokens = args.batch_tokens or self.usual_batch
         micro_tokens = args.micro_tokens or self._micro_tokens(batch_tokens)
-        if batch_tokens % micro_tokens or micro_tokens % args.seq_len:
+        if batch_tokens % micro_tokens or micro_tokens % args.row:
             raise ValueError(
                 f"--batch-tokens {batch_tokens} must be a multiple of --micro-tokens {micro_tokens}, "
                 f"and that of --seq-len {args.seq_len}"
             )
-        if micro_tokens < ranks * args.seq_len:
+        if micro_tokens < ranks * args.row:
             raise ValueError(
                 f"--micro-tokens {micro_tokens}: fewer than a row of --seq-len {args.seq_len} for each of {ranks} "
-                f"processes; use {ranks * args.seq_len} or more, or fewer processes"
+                f"processes; use {ranks * args.row} or more, or fewer processes"
             )
-        return micro_tokens // args.seq_len, batch_tokens // micro_tokens
+        return micro_tokens // args.row, batch_tokens // micro_tokens
+
+    @property
+    def usual_batch(self) -> int:
+        """Tokens of an optimizer step where neither flag nor data say."""
+        return 65536 if self.device.type == "cuda" and self.origin.preset != "nano" else 4096
+
+    def longest_row(self, most: int = 4096) -> int:
+        """The longest row, a power of two up to `most`, that divides the tokens of a step and of a micro-batch, leaves
+        every process one, and of which one fits into the memory of a GPU; 512 where that would be shorter."""
+        args, ranks = self.args, self.parallel.world_size
+        batch = args.batch_tokens or self.usual_batch
+        parts = [batch, args.micro_tokens or batch]
+        fits, row = min(_fitting(self.config, self.device, args.recompute), self.config.positions), most
+        while row > 512 and (any(part % row or part < ranks * row for part in parts) or row > fits):
+            row //= 2
+        return row
 
     def _micro_tokens(self, batch_tokens: int) -> int:
         """All of the step's tokens, halved until a part is small enough for a GPU's memory."""
-        ranks, limit = self.parallel.world_size, 65536
-        if self.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self.device).total_memory
-            with torch.device("meta"):
-                parameters = Model(self.config).num_parameters()
-            limit = min(limit, ranks * tokens_that_fit(self.config, parameters, memory, self.args.recompute))
-        row = self.args.seq_len
+        ranks = self.parallel.world_size
+        limit = min(65536, ranks * _fitting(self.config, self.device, self.args.recompute))
+        row = self.args.row
         while batch_tokens > limit and batch_tokens % (2 * row) == 0 and batch_tokens // 2 >= ranks * row:
             batch_tokens //= 2
         return batch_tokens
+
+
+def _fitting(config: ModelConfig, device: torch.device, recompute: bool) -> int:
+    """Tokens of a forward and backward that fit into the memory of one GPU; elsewhere there is no limit."""
+    if device.type != "cuda":
+        return 1 << 62
+    memory = torch.cuda.get_device_properties(device).total_memory
+    with torch.device("meta"):
+        parameters = Model(config).num_parameters()
+    return tokens_that_fit(config, parameters, memory, recompute)
 
 
 def _choose_attention(

@@ -31,6 +31,7 @@ from minimind.modeling import Model
 from minimind.spans import span
 from minimind.tokenization import Tokenizer
 from minimind.training.checkpoint import load_weights_into, save_best, save_checkpoint
+from minimind.training.heldout import loss_lines
 from minimind.training.metrics import MetricsLog, plot_losses
 from minimind.training.optim import Optimizers
 from minimind.training.parallel import Parallel
@@ -389,26 +390,25 @@ class Trainer:
             self.metrics.write("eval", self.step, {"tokens": self.tokens, **values}, seconds)
             self.metrics.flush()
             self.tracker.log(self.step, {k: float(v) for k, v in values.items()})
-            name = "loss" if "heldout_loss" in values else "reward"
-            self.heldout = f"held-out {values[f'heldout_{name}']:.3f}  "
-            scope = "all of it" if final else "same part each time"
-            size = f" ({scope})"
-            if "heldout_bpb" in values:
-                size = (
-                    f", {values['heldout_bpb']:.4f} bits/byte ({values['heldout_tokens']:,} tokens, {scope})"
-                )
-            exact = ""
-            if "heldout_exact" in values:
-                exact = (
-                    f"; {values['heldout_exact']:.1%} of {values['heldout_questions']} answers to the letter"
-                )
-            unit = self.stage.loss_unit if name == "loss" else "a prompt"
-            self.display.say(
-                f"step {self.step}: held-out {name} {values[f'heldout_{name}']:.4f} {unit}{size}{exact}"
-            )
+            self._say_figures(values, "all of it" if final else "same part each time")
         if self.options.keep_best and not final:
             self._keep_best(values)
         self.clock = time.perf_counter()
+
+    def _say_figures(self, values: dict[str, Any], scope: str) -> None:
+        exact = ""
+        if "heldout_exact" in values:
+            exact = f"; {values['heldout_exact']:.1%} of {values['heldout_questions']} answers to the letter"
+        if "heldout_reward" in values:
+            lines = [f"held-out reward {values['heldout_reward']:.4f} a prompt ({scope})"]
+            self.heldout = f"held-out {values['heldout_reward']:.3f}  "
+        else:
+            lines = loss_lines(values, self.stage.loss_unit, scope)
+        if "heldout_loss" in values:
+            self.heldout = f"held-out {values['heldout_loss']:.3f}  "
+        for line in lines:
+            self.display.say(f"step {self.step}: {line}{exact}")
+            exact = ""
 
     def _keep_best(self, values: dict[str, Any]) -> None:
         if not values:

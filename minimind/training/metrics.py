@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def plot_losses(metrics: Path, picture: Path, title: str, unit: str = "nats per 
             last = f"{newest['heldout_bpb']:.3f} bits per byte" if "heldout_bpb" in newest else f"{y[-1]:.3f}"
             label = f"{name}: {last}"
             top.plot(x, y, style, color="tab:red", markersize=5 if style == "o-" else 14, label=label)
+    _plot_named(top, evals)
     top.set_ylabel(f"loss, {unit}")
     top.set_title(caption(title))
     top.grid(alpha=0.3)
@@ -81,6 +83,19 @@ def plot_losses(metrics: Path, picture: Path, title: str, unit: str = "nats per 
         bottom.set_yscale("log")
     figure.savefig(picture, dpi=120)
     plt.close(figure)
+
+
+def _plot_named(axes: Any, evals: list[dict[str, Any]]) -> None:
+    """A curve for each named evaluation set."""
+    names = {m[1]: None for row in evals for key in row if (m := re.fullmatch(r"heldout_(\w+)_loss", key))}
+    for i, name in enumerate(names):
+        key = f"heldout_{name}_loss"
+        mine = [row for row in evals if key in row]
+        for final, style, size in ((False, "o-", 4), (True, "*", 11)):
+            some = [row for row in mine if row["heldout_all"] == final]
+            label = f"{name}: {some[-1][key]:.3f}" if some and final else None
+            x, y = [row["tokens"] / 1e6 for row in some], [row[key] for row in some]
+            axes.plot(x, y, style, color=f"C{i + 4}", markersize=size, label=label)
 
 
 def smooth(values: list[float]) -> list[float]:

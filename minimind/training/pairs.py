@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from minimind.attention import Unfolding
 from minimind.data import Corpus
 from minimind.data.builtin_preferences import builtin_preferences
-from minimind.data.pair_loader import PairBatch, PairLoader
-from minimind.data.preferences import open_preferences
+from minimind.data.pair_loader import PairBatch, PairLoader, sides
+from minimind.data.preferences import open_preferences, row_tokens
+from minimind.data.row_length import row_length
 from minimind.data.weights import NONE, SIDE, class_of
 from minimind.modeling import Model
 from minimind.objectives.preference import Objective, PreferenceBatch, preference_loss
@@ -22,7 +22,9 @@ from minimind.tokenization import ChatEncoder
 from minimind.training.answers import Question
 from minimind.training.arguments import StageArgs
 from minimind.training.batches import move
+from minimind.training.job import Job, Plan
 from minimind.training.parallel import Parallel
+from minimind.training.parts import Named, Parts, open_parts
 
 _UNREAD = 64  # tokens of a document that pads an unfolding: short, as attention costs their square
 # What preference_loss tells besides the loss, in the order of metrics.jsonl.
@@ -37,36 +39,74 @@ FIGURES = (
 )
 
 
-def open_pairs(
-    args: StageArgs, heldout_data: Sequence[str], encoder: ChatEncoder, console: Console
-) -> tuple[Corpus, Corpus | None]:
-    """(training, held-out) pairs: those of --data and --heldout-data, or the built-in ones."""
+@dataclass(frozen=True)
+class PairArgs(StageArgs):
+    """Flags of a stage that learns from pairs."""
+
+    data: tuple[str, ...] = ()
+    """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"chosen": [{"role": ..., "content": ...}, ...],
+    "rejected": [...]} rows. None: a thousand pairs about manners that come with the program."""
+    heldout_data: tuple[str, ...] = ()
+    """Pairs to measure on, instead of --heldout; NAME=FILE is measured beside it, with figures of its own."""
+    epochs: float = 6.0
+    """Passes over the training part of the data."""
+    seq_len: int | None = None
+    """Tokens in a row, which holds both answers of a pair; longer pairs are cut at the beginning of their prompt. None:
+    2048, or 4096 where more than one pair in a hundred is longer and the tokens of a step and a GPU's memory allow."""
+    share_prompts: bool = True
+    """Compute what both answers of a pair begin with once."""
+
+    @property
+    def legacy(self) -> dict[str, Any]:
+        return super().legacy | {"seq_len": 2048, "cut_prompts": False}
+
+
+@dataclass(frozen=True)
+class PairParts(Parts):
+    """cut: pairs of train whose prompt was cut to fit into a row."""
+
+    cut: int = 0
+
+
+def open_pairs(job: Job, args: PairArgs, encoder: ChatEncoder) -> PairParts:
+    """The pairs of --data and --heldout-data, or the built-in ones; settles --seq-len by them."""
+    builtin = () if args.data else builtin_preferences(args.cache_dir, job.console)
+    named = Named.of(args.data, args.heldout_data, builtin)
     read = partial(
         open_preferences,
         encoder=encoder,
         cache_dir=args.cache_dir,
         on_bad_row=args.on_bad_row,
-        console=console,
+        console=job.console,
     )
-    data, heldout = list(args.data), list(heldout_data)
-    if not data:
-        train, held = builtin_preferences(args.cache_dir, console)
-        data, heldout = [str(train)], heldout or [str(held)]
-    if heldout:
-        return read(data), read(heldout)
-    return read(data).split(args.heldout) if args.heldout != 0 else (read(data), None)
+    share = job.settle("share_prompts", lambda: (True, ""))
+    whole = read(named.paths)
+    lengths = _tokens_of_pairs(whole, share)
+    most = job.longest_row()
+    row = job.settle("seq_len", lambda: row_length(lengths, min(2048, most), most, "pairs"))
+    if not job.settle("cut_prompts", lambda: (True, "")):
+        return PairParts(**vars(open_parts(job, named, read)))
+    parts = open_parts(job, named, partial(read, longest=row, share=share))
+    return PairParts(**vars(parts), cut=int((_tokens_of_pairs(parts.whole, share) < lengths).sum()))
 
 
-def describe_pairs(loader: PairLoader, heldout: Corpus | None) -> list[str]:
+def _tokens_of_pairs(view: Corpus, share: bool) -> np.ndarray:
+    """int64 [pairs]: what each takes of a row."""
+    middles, shared = sides(view, share)
+    return row_tokens(middles, view.lengths(np.arange(view.num_documents)) - middles, shared)
+
+
+def describe_pairs(parts: PairParts, plan: Plan) -> list[str]:
     """Lines for the start of a run."""
-    held = f"; held out {heldout.num_documents:,}" if heldout else ""
-    first = f"data: {loader.num_pairs:,} pairs, {loader.tokens_per_epoch:,} tokens a pass{held}"
-    lines = [first]
+    loader, held = plan.loader, f"; held out {parts.heldout.num_documents:,}" if parts.heldout else ""
+    lines = [f"data: {loader.num_pairs:,} pairs, {loader.tokens_per_epoch:,} tokens a pass{held}"]
     if loader.share:
         lines.append(f"prompts computed once for both answers: {loader.saved:.1%} of the tokens saved")
-    if loader.left_out:
-        lines.append(f"longer than --seq-len {loader.seq_len}: {loader.left_out:,} pairs left out")
-    return lines
+    told = [f"{parts.cut:,} of all pairs cut at the beginning of their prompt"] if parts.cut else []
+    told += [f"{loader.left_out:,} pairs left out"] if loader.left_out else []
+    if told:
+        lines.append(f"longer than --seq-len {loader.seq_len}: {', '.join(told)}")
+    return [*lines, *parts.lines(plan)]
 
 
 def to_device(

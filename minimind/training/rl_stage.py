@@ -65,7 +65,7 @@ class Rollouts:
         rewards = parse_rewards(
             args.reward or ("number",), args.on_reward_error, job.device, args.trust_remote_code
         )
-        job.open_run(args.data_name)
+        job.open_run()
         longest = max(len(prompt.ids) for prompt in train.prompts) + args.longest_answer
         answers = -(-args.prompts * args.samples // args.minibatches)
         shape = Shape(

@@ -6,9 +6,10 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,8 +54,66 @@ class RunFolder:
         (self.path / "finished").touch()
 
 
+@dataclass(frozen=True)
+class Defaults:
+    """What a configuration of an earlier version does not say. flags: the default of each, which holds where a flag is
+    newer than the run. legacy: what then stood for what is chosen from the data by now: flags that are left to the
+    data, and other choices."""
+
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    legacy: Mapping[str, Any] = field(default_factory=dict)
+
+    def complete(self, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        """`old` as this version would have written it, had it been started as `new` is."""
+        said, now = old.get("args", {}), new.get("args", {})
+        args = {**{k: v for k, v in self.flags.items() if k in now}, **said}
+        chosen = dict(old.get("chosen", {}))
+        for name, value in self.legacy.items():
+            if name in chosen or ("chosen" in old and name in said):
+                continue
+            if name not in now:
+                chosen[name] = value
+            elif now[name] == self.flags.get(name) and said.get(name, value) == value:
+                args[name], chosen[name] = now[name], value
+        return {**old, "args": args, "chosen": chosen}
+
+
+def find_run(
+    out: str | None,
+    default_name: str,
+    config: dict[str, Any],
+    resume: ResumeMode,
+    defaults: Defaults,
+    root: Path = Path("runs"),
+) -> dict[str, Any]:
+    """What the run that `open_run` would continue chose from its data when it began, `config` being without that; empty
+    where there is none. Makes and locks nothing."""
+    if resume == "never":
+        return {}
+    if out is not None:
+        paths = iter([Path(out)])
+    else:
+        base = root / default_name
+        paths = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in count(1))
+    for path in paths:
+        if not (path / "config.json").exists():
+            if out is None and path.is_dir():
+                continue
+            return {}
+        found = defaults.complete(_read_config(path), config)
+        chosen = found.pop("chosen")
+        if not (path / "finished").exists() and not _difference(found, config):
+            return chosen
+    return {}
+
+
 def open_run(
-    out: str | None, default_name: str, config: dict[str, Any], resume: ResumeMode, root: Path = Path("runs")
+    out: str | None,
+    default_name: str,
+    config: dict[str, Any],
+    resume: ResumeMode,
+    root: Path = Path("runs"),
+    defaults: Defaults = Defaults(),
 ) -> RunFolder:
     """Continue the unfinished run with this very configuration, or make a new folder. Nothing is overwritten.
 
@@ -62,7 +121,7 @@ def open_run(
     Raises ValueError when `out` holds a finished run, one with another configuration, or one that is running.
     """
     if out is None:
-        return _next_free(root / default_name, config, resume)
+        return _next_free(root / default_name, config, resume, defaults)
     path = Path(out)
     if path.exists() and not path.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder")
@@ -82,7 +141,7 @@ def open_run(
         raise ValueError(f"--out {out}: holds a run already; name another folder or drop --resume never")
     if (path / "finished").exists():
         raise ValueError(f"--out {out}: this run is finished; name another folder to train anew")
-    difference = _difference(_read_config(path), config)
+    difference = _difference(defaults.complete(_read_config(path), config), config)
     if difference:
         raise ValueError(
             f"--out {out}: started with {difference}; repeat that command or name another folder"
@@ -149,7 +208,7 @@ def record_versions(run: Path, device: str, attention: str) -> None:
     write_json(path, {"starts": [*starts, versions(device) | {"attention": attention}]})
 
 
-def _next_free(base: Path, config: dict[str, Any], resume: ResumeMode) -> RunFolder:
+def _next_free(base: Path, config: dict[str, Any], resume: ResumeMode, defaults: Defaults) -> RunFolder:
     number = 1
     while True:
         path = base if number == 1 else base.with_name(f"{base.name}-{number}")
@@ -159,7 +218,7 @@ def _next_free(base: Path, config: dict[str, Any], resume: ResumeMode) -> RunFol
             resume == "never"
             or (path / "finished").exists()
             or not (path / "config.json").exists()
-            or _difference(_read_config(path), config)
+            or _difference(defaults.complete(_read_config(path), config), config)
         ):
             continue
         lock = _try_lock(path)
@@ -215,7 +274,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    before, now = _leaves(old), _leaves(json.loads(json.dumps(new)))
+    before, now = (_leaves(json.loads(json.dumps(config))) for config in (old, new))
     return ", ".join(
         f"{key.removeprefix('args.')} {before.get(key)} (now {now.get(key)})"
         for key in sorted((before.keys() | now.keys()) - _NOT_IDENTITY)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
+from minimind.attention import Unfolding
 from minimind.data import Corpus
 from minimind.data.pair_loader import PairBatch, PairLoader
 from minimind.data.weights import NONE, SIDE, class_of
@@ -17,6 +18,7 @@ from minimind.tokenization import Tokenizer
 from minimind.training.answers import turns
 from minimind.training.batches import move
 from minimind.training.origin import Origin
+from minimind.training.pairs import unfold
 from minimind.training.parallel import Parallel, from_rank_0
 from minimind.value_head import ValueModel, load_value_model
 
@@ -47,9 +49,11 @@ def to_device(batch: PairBatch, device: torch.device, boundaries: int | None = N
         places[np.searchsorted(places, batch.cu_seqlens[sides + 1]) - 1]
         for sides in (batch.chosen, batch.rejected)
     ]
-    input_ids, targets, bounds, chosen, rejected = move(batch, device, boundaries, ends)
+    once = [batch.position_ids, *unfold(batch, boundaries)] if batch.share else []
+    input_ids, targets, bounds, chosen, rejected, *more = move(batch, device, boundaries, [*ends, *once])
     counts = batch.num_targets, batch.global_num_targets, batch.global_num_pairs
-    return RewardBatch(input_ids, targets, bounds, chosen, rejected, *counts)
+    shared = (more[0], Unfolding(*more[1:])) if once else ()
+    return RewardBatch(input_ids, targets, bounds, chosen, rejected, *counts, *shared)
 
 
 @torch.no_grad()

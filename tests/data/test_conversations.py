@@ -43,6 +43,21 @@ ROWS = [chat(*(f"{i} {'word ' * (i * k % 11)}." for k in range(2 * (1 + i % 3)))
 ROWS[7] = chat("long " * 30, "short", "and then?", "yes")
 
 
+def test_whole_answers_leaves_out_what_would_lose_its_end(tmp_path):
+    """Cut within its only answer, a conversation would teach to begin and not to end; cut behind a turn it teaches."""
+    rows = [chat("a?", "yes"), chat("b?", "long " * 60), chat("c?", "yes", "d?", "long " * 60)]
+    corpus = opened(tmp_path, rows)
+    cut, whole = (PackedLoader(corpus, 48, 2, whole_answers=flag) for flag in (False, True))
+    assert (cut.cuts.inside, cut.cuts.at_turn, cut.cuts.left_out) == (1, 1, 0)
+    assert (whole.cuts.inside, whole.cuts.at_turn, whole.cuts.left_out) == (0, 1, 1)
+    assert str(whole.cuts) == "1 cut behind an earlier turn, 1 left out, as the first answer does not fit"
+    named = {int(d) for batch in whole.epoch_batches() for row in batch.documents for d in row}
+    assert named == {0, 2}
+    ends = TOKENIZER.eos_token_id
+    targets = np.concatenate([batch.targets.ravel() for batch in whole.epoch_batches()])
+    assert (targets == ends).sum() == 2
+
+
 def test_tokens_codes_and_bytes(tmp_path):
     corpus = opened(tmp_path, ROWS)
     assert corpus.weighted and corpus.num_documents == 60

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind.data import loader as loader_module
+from minimind.data import row_stream
 from minimind.data.loader import Batch, PackedLoader
+from minimind.data.split import split
 from tests.data.fake import corpus_of, ids_of, some_texts
 
 TEXTS = some_texts(150)
@@ -22,7 +23,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _small_windows(monkeypatch):
-    monkeypatch.setattr(loader_module, "_WINDOW_DOCUMENTS", 16)
+    monkeypatch.setattr(row_stream, "WINDOW_DOCUMENTS", 16)
 
 
 def segments(batch: Batch) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
@@ -80,7 +81,8 @@ def test_an_epoch_has_every_pair_once(corpus, seq_len, shuffle):
 
 def test_batches_without_end_drop_nothing(corpus):
     loader = PackedLoader(corpus, SEQ_LEN, rows=7, seed=1)
-    rows = sum(loader._pieces(epoch, w).num_rows for epoch in range(3) for w in range(loader.num_windows))
+    stream = loader.streams[0]
+    rows = sum(stream.pieces(epoch, w).num_rows for epoch in range(3) for w in range(stream.num_windows))
     runs = []
     for i in range(-(-rows // 7)):
         batch = loader.next_batch()
@@ -110,9 +112,8 @@ def test_order_depends_on_seed_and_epoch_alone(corpus):
 
     assert same(first(1), first(1))
     assert not same(first(1), first(2)) and not same(first(1), first(1, skip=1))
-    documents = [
-        set(PackedLoader(corpus, SEQ_LEN, 4, s)._pieces(e, 0).document) for s, e in [(1, 0), (1, 1), (2, 0)]
-    ]
+    streams = [PackedLoader(corpus, SEQ_LEN, 4, seed).streams[0] for seed in (1, 1, 2)]
+    documents = [set(stream.pieces(e, 0).document) for stream, e in zip(streams, (0, 1, 0), strict=True)]
     assert documents[0] != documents[1] and documents[0] != documents[2]
     assert first(-5).num_targets > 0 and first(2**70).num_targets > 0
 
@@ -168,7 +169,7 @@ def test_a_place_in_other_data_is_refused(corpus):
         PackedLoader(corpus, SEQ_LEN + 1, rows=4, seed=5),
         PackedLoader(corpus, SEQ_LEN, rows=5, seed=5),
         PackedLoader(corpus, SEQ_LEN, rows=4, seed=5, shuffle=False),
-        PackedLoader(corpus.split(0.2)[0], SEQ_LEN, rows=4, seed=5),
+        PackedLoader(split(corpus, 0.2)[0], SEQ_LEN, rows=4, seed=5),
     ]:
         with pytest.raises(
             ValueError, match=r"the checkpoint does not fit this data: .* was .* and is .* now"
@@ -193,11 +194,11 @@ def test_sizes_that_cannot_work(corpus):
         with pytest.raises(ValueError, match=message):
             PackedLoader(corpus, **({"seq_len": 8, "rows": 4} | options))
     with pytest.raises(ValueError, match="nothing to predict"):
-        PackedLoader(corpus.split(0)[1], 8, 4)
+        PackedLoader(split(corpus, 0)[1], 8, 4)
 
 
 def test_windows_hold_few_documents_when_they_are_long(corpus, monkeypatch):
-    monkeypatch.setattr(loader_module, "_WINDOW_TOKENS", 500)
+    monkeypatch.setattr(row_stream, "WINDOW_TOKENS", 500)
     loader = PackedLoader(corpus, SEQ_LEN, rows=4)
-    assert 1 < loader._window_documents < 16
+    assert 1 < loader.streams[0].window_documents < 16
     assert pairs(list(loader.epoch_batches())) == expected_pairs()

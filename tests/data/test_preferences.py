@@ -143,6 +143,71 @@ def test_a_pair_longer_than_a_row_is_left_out_whole_and_counted(tmp_path):
         PairLoader(loader.view, 9, 4)
 
 
+LONG = [
+    pair(*(chat(*before, answer, system=system) for answer in ("yes. " * 9, "no. " * 7)))
+    for system in ("", "Be brief. ")
+    for before in (
+        ["word " * 150],
+        ["first " * 20, "said " * 30, "second " * 25, "more " * 5, "third " * 90],
+        ["first " * 70, "said " * 20, "second " * 5],
+        ["千里之行，始于足下。" * 30 + "🙂" * 20],
+        ["一 " * 40, "二", "🙂" * 60, "四", "why?"],
+    )
+]  # fmt: skip
+TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n?", re.DOTALL)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("longest", [96, 128, 200])
+def test_a_long_prompt_loses_its_beginning_and_stays_a_conversation(tmp_path, longest, share):
+    """System message, headers, the prompt's end and both answers stay; what is left renders to the very same text."""
+    path = write(tmp_path / "pairs.jsonl", LONG)
+    whole = open_preferences([path], ENCODER, tmp_path / "cache", console=QUIET)
+    cut = open_preferences([path], ENCODER, tmp_path / "cache", console=QUIET, longest=longest, share=share)
+    assert (whole.hashes(0, len(LONG)) == cut.hashes(0, len(LONG))).all() and cut.identity != whole.identity
+    sizes = PairLoader(cut, 1000, 1, share=share).tokens
+    assert (sizes <= longest).all() and PairLoader(cut, longest, 4, share=share).num_pairs == len(LONG)
+    trimmed = 0
+    for i, row in enumerate(LONG):
+        ids, codes, kept = cut.document(i), cut.codes(i), []
+        middle = int(np.flatnonzero(codes & weights.SIDE)[0])
+        for side, part in (("chosen", slice(middle)), ("rejected", slice(middle, None))):
+            text = ENCODER.tokenizer.decode(ids[part].tolist())
+            messages = [{"role": role, "content": content} for role, content in TURN.findall(text)]
+            kept.append(messages)
+            (expected,) = ENCODER.encode([ENCODER.pieces(messages)])
+            assert "".join(p.text for p in ENCODER.pieces(messages)) == text
+            trained = weights.class_of(codes[part]) > weights.NONE
+            assert trained.sum() == expected.trained.sum()
+            system = row[side][0]["role"] == "system"
+            assert not system or messages[0] == row[side][0]
+            later = messages[system:]
+            mine = row[side][len(row[side]) - len(later) :]
+            assert later[0]["role"] == "user" and later[1:] == mine[1:]
+            assert later[0]["content"] and mine[0]["content"].endswith(later[0]["content"])
+            shorter = later[0]["content"] != mine[0]["content"]
+            dropped = len(messages) < len(row[side])
+        assert kept[0][:-1] == kept[1][:-1]
+        trimmed += shorter
+        if whole.lengths(np.array([i])) == cut.lengths(np.array([i])):
+            assert not shorter and not dropped
+        else:
+            assert shorter or dropped
+            assert dropped or sizes[i] > longest - (8 if share else 16)  # no more than it takes
+    assert trimmed > 2
+
+
+def test_a_pair_of_long_answers_is_not_cut(tmp_path):
+    rows = [
+        pair(chat("why?", "because " * 90), chat("why?", "no " * 90)),
+        pair(chat("hi", "a"), chat("hi", "b")),
+    ]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    cut = open_preferences([path], ENCODER, tmp_path / "cache", console=QUIET, longest=64)
+    assert cut.document(0).tolist() == [t for side in encoded(rows[0]) for t in side.ids]
+    assert PairLoader(cut, 64, 1, share=True).left_out == 1
+
+
 GOOD, WORSE = chat("hi", "hello"), chat("hi", "go away")
 BAD = {
     "missing": ('{"chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]}',

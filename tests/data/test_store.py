@@ -1,7 +1,10 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
 from minimind.data.cache import open_corpus
+from minimind.data.split import split_tail
 from minimind.data.store import Corpus
 from tests.data.fake import ByteTokenizer, corpus_of, ids_of, some_texts, text_of
 
@@ -32,10 +35,10 @@ def tail(corpus: Corpus) -> list[str]:
     return [text_of(corpus.document(i)) for i in range(corpus.num_documents)]
 
 
-def test_a_split_holds_out_the_last_documents_of_every_source(tmp_path):
+def test_the_split_of_earlier_versions_holds_out_the_last_documents_of_every_source(tmp_path):
     files = TEXTS[:150], TEXTS[150:152], TEXTS[152:153], TEXTS[153:]
     corpus = corpus_of(tmp_path, *files)
-    train, held = corpus.split(0.1)
+    train, held = split_tail(corpus, 0.1)
     assert train.num_documents + held.num_documents == 300
     assert train.num_tokens + held.num_tokens == corpus.num_tokens
     assert train.num_bytes + held.num_bytes == corpus.num_bytes
@@ -50,26 +53,46 @@ def test_a_split_holds_out_the_last_documents_of_every_source(tmp_path):
         else:
             assert n == len(texts) - 1
     assert train.identity != held.identity != corpus.identity
-    whole, none = corpus.split(0)
+    whole, none = split_tail(corpus, 0)
     assert whole is corpus and none.num_documents == none.num_tokens == none.num_bytes == 0
 
 
-def test_a_split_is_capped(tmp_path):
+def test_the_split_of_earlier_versions_is_capped(tmp_path):
     corpus = corpus_of(tmp_path, TEXTS[:100], TEXTS[100:])
-    _, held = corpus.split(0.5, max_tokens=700)
+    _, held = split_tail(corpus, 0.5, 700)
     assert 500 < held.num_tokens <= 700 and len(held.sources) == 2
-    assert corpus.split(0.5, max_tokens=1)[1].num_documents == 1
-
-
-def test_a_split_of_single_documents(tmp_path):
-    train, held = corpus_of(tmp_path / "two", TEXTS[:1], TEXTS[1:2]).split()
+    assert split_tail(corpus, 0.5, 1)[1].num_documents == 1
+    train, held = split_tail(corpus_of(tmp_path / "two", TEXTS[:1], TEXTS[1:2]), 0.05)
     assert (tail(train), tail(held)) == (TEXTS[:1], TEXTS[1:2])
-    one = corpus_of(tmp_path / "one", TEXTS[:1])
-    with pytest.raises(ValueError, match=r"the data is a single document, .* pass --heldout 0"):
-        one.split()
-    assert one.split(0)[0] is one
-    with pytest.raises(ValueError, match="--heldout must be a fraction"):
-        one.split(1.5)
+
+
+@pytest.mark.parametrize("files", [(300,), (100, 101, 299)])
+def test_a_part_of_a_corpus_is_a_corpus(tmp_path, files):
+    """Picked or left out, one document or most of them: every function says what a corpus of those texts would."""
+    bounds = [0, *files] if files[-1] == 300 else [0, *files, 300]
+    corpus = corpus_of(tmp_path, *(TEXTS[a:b] for a, b in pairwise(bounds)))
+    rng = np.random.default_rng(0)
+    for count in (1, 7, 150, 299):
+        numbers = np.sort(rng.choice(300, count, replace=False))
+        rest = np.setdiff1d(np.arange(300), numbers)
+        for view, mine in ((corpus.only(numbers, "a"), numbers), (corpus.without(numbers, "a"), rest)):
+            texts = [TEXTS[i] for i in mine]
+            assert tail(view) == texts and view.num_documents == len(texts)
+            assert view.num_bytes == len("".join(texts).encode())
+            assert view.num_tokens == view.num_bytes + 2 * len(texts)
+            some = rng.permutation(len(texts))
+            lengths = view.lengths(some)
+            assert lengths.tolist() == [len(ids_of(texts[i])) for i in some]
+            ids = [token for i in some for token in ids_of(texts[i])]
+            assert view.gather(view.addresses(some), lengths).tolist() == ids
+            assert [view.locate(i) for i in range(len(texts))] == [corpus.locate(int(i)) for i in mine]
+            assert (view.hashes(0, len(texts)) == corpus.hashes(0, 300)[mine]).all()
+            head = view.head(max(1, view.num_tokens // 3))
+            assert set(tail(head)) <= set(texts) and (
+                len(texts) < 50 or 0.8 < 3 * head.num_tokens / view.num_tokens <= 1
+            )
+            assert len({view.identity, corpus.identity, corpus.only(numbers, "b").identity}) == 3
+            assert head.identity != view.identity or len(texts) == 1
 
 
 def test_head_is_the_first_documents_of_every_source(tmp_path):
@@ -88,6 +111,6 @@ def test_a_book_in_one_txt_file_is_held_out_in_the_right_proportion(tmp_path):
     lines = "".join(f"{text}\n" for text in some_texts(20_000))
     (tmp_path / "book.txt").write_text(lines, encoding="utf-8")
     corpus = open_corpus([tmp_path / "book.txt"], ByteTokenizer(), tmp_path / "cache")
-    train, held_out = corpus.split(0.05)
+    train, held_out = split_tail(corpus, 0.05)
     assert 0.025 < held_out.num_tokens / corpus.num_tokens <= 0.05
     assert train.num_tokens + held_out.num_tokens == corpus.num_tokens

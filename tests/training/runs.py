@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from minimind import ModelConfig, load_tokenizer
+from minimind.data import Corpus
 from minimind.modeling import Model
 from minimind.training.checkpoint import list_checkpoints
 from minimind.weights import save_weights
@@ -101,6 +102,12 @@ def learn(stage: str, place: Path, *flags: str) -> Path:
     )
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return place / re.findall("finished in (.+): see", answer.stdout)[-1]
+
+
+def lines_of(view: Corpus, file: Path) -> list[dict]:
+    """The rows of the one .jsonl file that `view` is a part of."""
+    rows = file.read_text(encoding="utf-8").splitlines()
+    return [json.loads(rows[view.locate(i)[1]]) for i in range(view.num_documents)]
 
 
 def reproducible(folder: Path) -> list[dict]:

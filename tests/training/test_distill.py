@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from minimind import ModelConfig, load_model, load_tokenizer
 from minimind.data import Corpus, open_conversations, open_corpus
+from minimind.data.split import split
 from minimind.modeling import Model
 from minimind.tokenization import ChatEncoder
 from tests.training.runs import (
@@ -75,7 +76,7 @@ def test_run_learns_from_the_teacher_and_says_how_far_it_is(unbroken, models, ch
     assert first["heldout_kl"] != last["heldout_kl"]
 
     encoder = ChatEncoder(load_tokenizer())
-    _, held_out = open_conversations([chats], encoder, chats.parent / "cache").split(0.05)
+    _, held_out = split(open_conversations([chats], encoder, chats.parent / "cache"))
     assert_gap(last, load_model(unbroken), load_model(models[1]), held_out)
 
 
@@ -136,7 +137,7 @@ def test_a_pretrained_teacher_teaches_text(data, tmp_path):
     assert (out / "gap.png").exists() and "zero" in (out / "samples.txt").read_text()
     student = load_model(out)
     assert student.config == ModelConfig(48, 1, 2, 1, 24, 96, qk_norm=True)
-    _, held_out = open_corpus([data], load_tokenizer(), cache).split(0.02)
+    _, held_out = split(open_corpus([data], load_tokenizer(), cache), 0.02)
     assert_gap(rows_of(out, "eval")[-1], student, load_model(teacher), held_out)
 
 

@@ -35,7 +35,7 @@ def test_micro_tokens_fit_the_card(monkeypatch, preset, gib, ranks, recompute, s
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     job = SimpleNamespace(
         parallel=SimpleNamespace(world_size=ranks), device=torch.device("cuda"),
-        config=ModelConfig.preset(preset), args=SimpleNamespace(seq_len=512, recompute=recompute),
+        config=ModelConfig.preset(preset), args=SimpleNamespace(row=512, recompute=recompute),
     )  # fmt: skip
     assert Job._micro_tokens(job, step) == expected
 
@@ -47,3 +47,36 @@ def test_cuda_graphs_need_weights_that_stay_where_they_are(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"--cuda-graph: FSDP's weights .* take --parallel ddp"):
         Job.begin("pretrain", StageArgs(compile=True, cuda_graph=True, parallel="fsdp"), Console(quiet=True))
+
+
+class Machine(SimpleNamespace):
+    """What Job.longest_row asks of a job."""
+
+    usual_batch = Job.usual_batch
+    longest_row = Job.longest_row
+
+
+@pytest.mark.parametrize(
+    ("device", "gib", "ranks", "flags", "expected"),
+    [
+        ("cpu", 0, 1, {}, 4096),
+        ("cpu", 0, 2, {}, 2048),  # a row for each process in 4096 tokens
+        ("cpu", 0, 1, {"batch_tokens": 1024}, 1024),
+        ("cpu", 0, 1, {"batch_tokens": 1500}, 512),  # the error about --batch-tokens follows
+        ("cpu", 0, 1, {"micro_tokens": 2048}, 2048),
+        ("cuda", 24, 8, {}, 4096),
+        ("cuda", 2, 1, {}, 512),  # a card that is too small for the model: it will say so
+    ],
+)
+def test_the_longest_row_fits_the_step_the_processes_and_the_card(
+    monkeypatch, device, gib, ranks, flags, expected
+):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib << 30)
+    )
+    given = {"batch_tokens": None, "micro_tokens": None, "recompute": False} | flags
+    job = Machine(
+        parallel=SimpleNamespace(world_size=ranks), device=torch.device(device), args=SimpleNamespace(**given),
+        config=ModelConfig.preset("minimind2"), origin=SimpleNamespace(preset="minimind2"),
+    )  # fmt: skip
+    assert job.longest_row() == expected

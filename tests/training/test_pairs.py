@@ -12,8 +12,11 @@ from minimind.data.pair_loader import PairLoader
 from minimind.data.preferences import open_preferences
 from minimind.modeling import Model
 from minimind.objectives.preference import pair_log_probs
+from minimind.objectives.reward_model import RewardBatch, bradley_terry, reward_loss
 from minimind.tokenization import ChatEncoder
+from minimind.training import scores
 from minimind.training.pairs import to_device
+from minimind.value_head import ValueModel
 from tests.data.test_preferences import ROWS
 from tests.kernels.contract import assert_within, versions
 from tests.training.runs import TINY
@@ -71,6 +74,43 @@ def test_log_probabilities_are_those_of_each_side_alone(sides, share, boundaries
     assert pairs.rejected_tokens.sum() >= sum(map(len, answers))
     if share:
         assert 0.2 < loader.saved < 0.5
+
+
+def test_scores_are_those_of_each_side_alone(ops_mode, tmp_path):
+    """Of a reward model, with the prompt once in a row or twice."""
+    path, encoder = tmp_path / "pairs.jsonl", ChatEncoder(load_tokenizer())
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    corpus = open_preferences([path], encoder, tmp_path / "cache")
+    model = ValueModel.of(make(TINY))
+    torch.nn.init.normal_(model.value_head.weight)
+    with ops.using("reference"):
+        alone = {name: scores_one_by_one(m, encoder) for name, m in versions(model, terms=256).items()}
+    for share in (False, True):
+        (host,) = PairLoader(corpus, 192, 40, share=share).epoch_batches()
+        batch = scores.to_device(host, torch.device("cpu"), 256)
+        assert (batch.unfolding is not None) == share
+        figures = [values_of(model, batch)[ends] for ends in (batch.chosen, batch.rejected)]
+        found = torch.stack(figures, 1)[torch.from_numpy(host.pairs).argsort()]
+        assert_within(found.float(), **alone)
+        loss = bradley_terry(*found.double().T, 0.1).sum()
+        assert reward_loss(model, batch, 0.1)[0].item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+@torch.no_grad()
+def scores_one_by_one(model: ValueModel, encoder: ChatEncoder) -> torch.Tensor:
+    """[pairs, 2]: of every side alone, at the last token before the one that ends its last turn."""
+    found = []
+    for row in ROWS:
+        for side in encoder.encode([encoder.pieces(row[name]) for name in ("chosen", "rejected")]):
+            ids = torch.tensor(side.ids[: side.ends.nonzero()[0][-1]].astype("int64"))
+            found.append(model(ids[None]).values[0, -1])
+    return torch.stack(found).view(-1, 2)
+
+
+@torch.no_grad()
+def values_of(model: ValueModel, batch: RewardBatch) -> torch.Tensor:
+    options = {"position_ids": batch.position_ids, "unfolding": batch.unfolding}
+    return model(batch.input_ids, cu_seqlens=batch.cu_seqlens, **options).values.flatten()
 
 
 def test_a_compiled_step_meets_one_shape(tmp_path):

@@ -13,9 +13,10 @@ import torch
 
 from minimind import load_model, load_tokenizer
 from minimind.data import open_corpus
+from minimind.data.split import split
 from minimind.training.arguments import StageArgs
 from tests import warm
-from tests.training.runs import ONE_THREAD, SCRIPT, call, command, last_step, reproducible, run
+from tests.training.runs import ONE_THREAD, SCRIPT, call, command, last_step, lines_of, reproducible, run
 
 STEPS = 24
 LENGTH = ["--tokens", str(512 * STEPS), "--save-every", "7"]
@@ -46,7 +47,7 @@ def test_run_leaves_its_folder_and_learns(unbroken):
 def test_recorded_held_out_figures_are_those_of_the_saved_model(unbroken, data):
     """Nats per token and bits per byte, from the weights on disk and one unpacked document at a time."""
     model, tokenizer = load_model(unbroken), load_tokenizer(unbroken)
-    _, held_out = open_corpus([data], tokenizer, data.parent / "cache").split(0.05)
+    _, held_out = split(open_corpus([data], tokenizer, data.parent / "cache"))
     nats = targets = 0.0
     for i in range(held_out.num_documents):
         ids = torch.from_numpy(held_out.document(i).astype("int64"))[None]
@@ -54,7 +55,7 @@ def test_recorded_held_out_figures_are_those_of_the_saved_model(unbroken, data):
             logits = model(ids[:, :-1]).logits[0]
         nats += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
         targets += ids.shape[1] - 1
-    texts = [json.loads(line)["text"] for line in data.read_text().splitlines()][-held_out.num_documents :]
+    texts = [line["text"] for line in lines_of(held_out, data)]
     row = [row for row in reproducible(unbroken) if row["kind"] == "eval"][-1]
     assert row["heldout_all"] and row["heldout_tokens"] == targets
     # the recorded ones ran in this device's precision, here it is float32

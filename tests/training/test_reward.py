@@ -16,6 +16,7 @@ from minimind import ModelConfig, load_tokenizer
 from minimind.data.builtin_preferences import preferences
 from minimind.data.pair_loader import PairLoader
 from minimind.data.preferences import open_preferences
+from minimind.data.split import split
 from minimind.rewards import Sample, parse_rewards
 from minimind.tokenization import ChatEncoder
 from minimind.training.scores import to_device
@@ -25,6 +26,7 @@ from tests.training.runs import (
     assert_continues_to_the_bit,
     assert_same_curve,
     finish,
+    lines_of,
     reproducible,
     rows_of,
     run,
@@ -46,14 +48,18 @@ def command(origin: Path, data: Path, out: Path, *extra: str) -> list[str]:
 def unbroken(origin, pairs, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "unbroken"
     text = finish(command(origin, pairs, out, "--centering", "0.05"))
-    assert "longer than --seq-len 128: 1 pairs left out" in text
+    assert (
+        "longer than --seq-len 128: 1 of all pairs cut at the beginning of their prompt, 1 pairs left out"
+        in text
+    )
+    assert "prompts computed once for both answers: " in text
     assert "held-out loss 0.6931 per pair" in text and f"--reward model={out}:1" in text
     return out
 
 
 def held_out(pairs: Path) -> list[dict]:
-    corpus = open_preferences([pairs], ChatEncoder(load_tokenizer()), pairs.parent / "cache").split(0.05)[1]
-    return [json.loads(line) for line in pairs.read_text().splitlines()][-corpus.num_documents :]
+    encoder = ChatEncoder(load_tokenizer())
+    return lines_of(split(open_preferences([pairs], encoder, pairs.parent / "cache", longest=128))[1], pairs)
 
 
 def scored(run: Path, rows: list[dict]) -> np.ndarray:
@@ -110,24 +116,29 @@ def test_curve_is_that_of_one_process(processes, flags, origin, pairs, tmp_path)
     assert_same_curve(reproducible(tmp_path / "out"), reproducible(tmp_path / "alone"), rel=1e-3, abs=2e-5)
 
 
-def test_the_scored_token_is_the_last_before_the_end_of_the_turn(pairs):
-    """Of every pair, of both sides, whatever lies behind them in the row."""
+@pytest.mark.parametrize("share", [False, True])
+def test_the_scored_token_is_the_last_before_the_end_of_the_turn(pairs, share):
+    """Of every pair, of both sides, whatever lies behind them in the row, with the prompt once or twice."""
     tokenizer = load_tokenizer()
     corpus = open_preferences([pairs], ChatEncoder(tokenizer), pairs.parent / "cache")
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     seen = 0
-    for host in PairLoader(corpus, 128, 4).epoch_batches():
-        batch = to_device(host, torch.device("cpu"), 64)
-        ids, cu = batch.input_ids.flatten(), batch.cu_seqlens
-        assert len(cu) == 64
-        for pair, *ends in zip(host.pairs, batch.chosen.tolist(), batch.rejected.tolist(), strict=True):
-            for side, end in zip(("chosen", "rejected"), ends, strict=True):
-                start = int(cu[torch.searchsorted(cu, end, right=True) - 1])
+    for host in PairLoader(corpus, 128, 4, share=share).epoch_batches():
+        batch = to_device(host, torch.device("cpu"), 128)
+        ids, cu = batch.input_ids.flatten(), host.cu_seqlens
+        assert len(batch.cu_seqlens) == 128 and (batch.unfolding is not None) == share
+        for k, pair in enumerate(host.pairs):
+            prompt = ids[cu[host.prompt[k]] : cu[host.prompt[k] + 1]].tolist()
+            for side, segments, ends in (
+                ("chosen", host.chosen, batch.chosen),
+                ("rejected", host.rejected, batch.rejected),
+            ):
+                start = cu[segments[k]]
                 messages = rows[pair][side]
                 text = tokenizer.apply_chat_template(messages).rpartition("<|im_end|>")[0]
-                assert tokenizer.decode(ids[start : end + 1].tolist()) == text
+                assert tokenizer.decode([*prompt, *ids[start : ends[k] + 1].tolist()]) == text
                 seen += 1
-    assert seen == 2 * 299
+    assert seen == 2 * 298
 
 
 @pytest.mark.parametrize(

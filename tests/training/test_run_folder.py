@@ -7,7 +7,14 @@ import pytest
 
 from minimind.training import tracking
 from minimind.training.checkpoint import list_checkpoints
-from minimind.training.run_folder import newest_finished, open_run, record_versions, truncate
+from minimind.training.run_folder import (
+    Defaults,
+    find_run,
+    newest_finished,
+    open_run,
+    record_versions,
+    truncate,
+)
 
 CONFIG = {"stage": "pretrain", "args": {"lr": 1e-3, "data": ("a", "b")}}
 
@@ -38,6 +45,44 @@ def test_auto_continues_the_unfinished_run_only(tmp_path):
     assert opened(None, "x", CONFIG, "auto", tmp_path).path.name == "x-2"
     elsewhere = {**CONFIG, "args": {**CONFIG["args"], "cache_dir": "/other"}}
     assert opened(None, "x", elsewhere, "auto", tmp_path).path.name == "x-2"
+
+
+LEGACY = Defaults({"seq_len": None, "dedupe": False}, {"seq_len": 512, "split": "tail"})
+
+
+def now(**args) -> dict:
+    return {"stage": "sft", "args": {"lr": None, "seq_len": None, "dedupe": False, **args}, "model": {}}
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_a_run_of_an_earlier_version_goes_on_as_it_was(tmp_path, out):
+    """Without flags that came later, and with what stood where the data decides by now."""
+    place = (str(tmp_path / "x") if out else None, "x")
+    old = {"stage": "sft", "args": {"lr": None, "seq_len": 512}, "model": {}}
+    first = opened(*place, old, "auto", tmp_path)
+    found = find_run(*place, now(), "auto", LEGACY, tmp_path)
+    assert found == {"seq_len": 512, "split": "tail"}
+    again = opened(*place, now() | {"chosen": found}, "auto", tmp_path, LEGACY)
+    assert again.path == first.path
+    explicit = find_run(*place, now(seq_len=512), "auto", LEGACY, tmp_path)
+    assert explicit == {"split": "tail"}
+    for other in (now(seq_len=1024), now(dedupe=True), now(lr=0.1)):
+        assert find_run(*place, other, "auto", LEGACY, tmp_path) == {}
+    assert find_run(*place, now(), "never", LEGACY, tmp_path) == {}
+    first.mark_finished()
+    assert find_run(*place, now(), "auto", LEGACY, tmp_path) == {}
+
+
+def test_what_the_data_decided_is_found_again(tmp_path):
+    chosen = {"seq_len": 2048, "split": "hash"}
+    opened(None, "x", now(lr=0.5) | {"chosen": {"seq_len": 1024, "split": "hash"}}, "auto", tmp_path)
+    second = opened(None, "x", now() | {"chosen": chosen}, "auto", tmp_path, LEGACY)
+    assert second.path.name == "x-2"
+    assert find_run(None, "x", now(), "auto", LEGACY, tmp_path) == chosen
+    assert opened(None, "x", now() | {"chosen": chosen}, "auto", tmp_path, LEGACY).path == second.path
+    assert find_run(None, "x", now(seq_len=512), "auto", LEGACY, tmp_path) == {}
+    with pytest.raises(ValueError, match=r"started with chosen\.seq_len 2048 \(now 512\)"):
+        opened(str(second.path), "x", now() | {"chosen": chosen | {"seq_len": 512}}, "auto", tmp_path, LEGACY)
 
 
 def test_a_run_in_progress_is_left_alone(tmp_path):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from minimind import ModelConfig, load_model, load_tokenizer
 from minimind.data import PackedLoader, open_conversations
+from minimind.data.split import split
 from minimind.export.hf import export_hf
 from minimind.export.pth import export_pth
 from minimind.modeling import Model
@@ -34,6 +35,7 @@ from tests.training.runs import (
     assert_same_curve,
     call,
     finish,
+    lines_of,
     reproducible,
     rows_of,
     run,
@@ -102,11 +104,10 @@ def test_recorded_held_out_figures_are_those_of_the_answers(unbroken, chats):
     model, tokenizer = load_model(unbroken), load_tokenizer(unbroken)
     encoder = ChatEncoder(tokenizer)
     corpus = open_conversations([chats], encoder, chats.parent / "cache")
-    _, held_out = corpus.split(0.05)
-    rows = [json.loads(line)["conversations"] for line in chats.read_text().splitlines()]
+    held_out = split(corpus)[1]
     nats = targets = num_bytes = matches = 0.0
     asked = 0
-    for row in rows[-held_out.num_documents :]:
+    for row in (line["conversations"] for line in lines_of(held_out, chats)):
         text = ""
         ids, mask = [], []
         for message in row:
