@@ -29,7 +29,7 @@ from minimind.training.arguments import StageArgs
 from minimind.training.batches import DeviceBatches, to_device
 from minimind.training.checkpoint import load_weights_into, share_trainer_state
 from minimind.training.compiling import compile_model
-from minimind.training.loop import Loader, LoopOptions, News, Stage, StageLoss, Trainer
+from minimind.training.loop import Apart, Loader, LoopOptions, News, Stage, StageLoss, Trainer
 from minimind.training.memory import tokens_that_fit
 from minimind.training.optim import build_optimizers, lr_factor
 from minimind.training.origin import Origin
@@ -78,6 +78,8 @@ class Objective:
     place: Callable[..., Any] = to_device  # the loader's batches on the device, as DeviceBatches says
     loss_unit: str = "nats per token"
     news: Callable[[], News | None] = lambda: None
+    apart: Sequence[Apart] = ()
+    before_update: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -197,10 +199,13 @@ class Job:
         args = self.args
         peak = args.lr if args.lr is not None else objective.peak_lr
         warmup = max(1, round(args.warmup * plan.steps))
+        optimizer = build_optimizers(model, args.optimizer, peak, args.weight_decay)
+        for part in objective.apart:
+            optimizer.set_rate(part.parameters, part.rate)
         return Stage(
             model=model,
             tokenizer=self.tokenizer,
-            optimizer=build_optimizers(model, args.optimizer, peak, args.weight_decay),
+            optimizer=optimizer,
             loader=self._on_device(plan.loader, objective),
             loss=objective.loss,
             peak_lr=peak,
@@ -214,6 +219,8 @@ class Job:
             load_model=objective.load_model,
             loss_unit=objective.loss_unit,
             news=objective.news,
+            apart=objective.apart,
+            before_update=objective.before_update,
         )
 
     def _on_device(self, loader: Any, objective: Objective) -> Loader:

@@ -13,7 +13,7 @@ from minimind.config import ModelConfig
 from minimind.data.prompts import Prompt, PromptSet
 from minimind.objectives.policy import policy_loss
 from minimind.objectives.surrogates import clip
-from minimind.rewards import Part, Rewards, parse_rewards
+from minimind.rewards import Part, Rewards, RewardScale, parse_rewards
 from minimind.training.actor_critic import ActorCritic, critic_of, load_both, save_both
 from minimind.training.collector import Collector, parts, per_answer, scored_again
 from minimind.training.parallel import Parallel
@@ -98,28 +98,28 @@ def test_packed_numbers_stand_at_their_tokens():
     answers = sampled(small_model(), Sampling(2, 9))
     rng = np.random.default_rng(0)
     for a in answers:
-        for name in ("advantages", "reference", "values", "returns"):
+        for name in ("advantages", "reference", "values", "returns", "room"):
             setattr(a, name, rng.normal(size=len(a.ids)).astype(np.float32))
-    for whole in (False, True):
-        batch = pack(answers, torch.device("cpu"), 100, 24, SHAPE, whole)
-        bounds, row = batch.cu_seqlens.tolist(), batch.input_ids[0]
-        assert bounds[-1] == row.numel() and row.numel() % 128 == 0
-        for a, start, end in zip(answers, bounds, bounds[1:], strict=False):
-            both = np.concatenate((a.prompt_ids, a.ids))
-            assert row[start:end].tolist() == both[: len(both) - (not whole)].tolist()
-            at = slice(start + len(a.prompt_ids) - 1, start + len(both) - 1)
-            assert batch.targets[0, at].tolist() == a.ids.tolist()
-            for name, values in (
-                ("behaviour_log_probs", a.log_probs),
-                ("advantages", a.advantages),
-                ("reference_log_probs", a.reference),
-                ("old_values", a.values),
-                ("returns", a.returns),
-            ):
-                assert getattr(batch, name)[0, at].tolist() == values.tolist()
-        assert batch.num_targets == sum(len(a.ids) for a in answers) == int((batch.targets != -100).sum())
-        again = per_answer(batch.advantages, batch.targets, answers)
-        assert all((a.advantages == b).all() for a, b in zip(answers, again, strict=True))
+    batch = pack(answers, torch.device("cpu"), 100, 24, SHAPE)
+    bounds, row = batch.cu_seqlens.tolist(), batch.input_ids[0]
+    assert bounds[-1] == row.numel() and row.numel() % 128 == 0
+    for a, start, end in zip(answers, bounds, bounds[1:], strict=False):
+        both = np.concatenate((a.prompt_ids, a.ids))
+        assert row[start:end].tolist() == both[:-1].tolist()
+        at = slice(start + len(a.prompt_ids) - 1, start + len(both) - 1)
+        assert batch.targets[0, at].tolist() == a.ids.tolist()
+        for name, values in (
+            ("behaviour_log_probs", a.log_probs),
+            ("advantages", a.advantages),
+            ("reference_log_probs", a.reference),
+            ("old_values", a.values),
+            ("returns", a.returns),
+            ("value_room", a.room),
+        ):
+            assert getattr(batch, name)[0, at].tolist() == values.tolist()
+    assert batch.num_targets == sum(len(a.ids) for a in answers) == int((batch.targets != -100).sum())
+    again = per_answer(batch.advantages, batch.targets, answers)
+    assert all((a.advantages == b).all() for a, b in zip(answers, again, strict=True))
     assert [a for part in parts(answers) for a in part] == answers
 
 
@@ -251,6 +251,78 @@ def test_every_answer_is_in_each_pass_once_and_ranks_share_the_batches():
         own = [rank.next_batch() for rank in ranks]
         assert sum(b.num_targets for b in own) == batch.num_targets
         assert {b.global_num_targets for b in own} == {batch.num_targets}
+
+
+def test_masked_answers_are_in_no_batch():
+    source = loader()
+    source.next_batch()
+    answers = source.rollout.answers
+    for a in answers[::2]:
+        a.masked = True
+    source._parts, source._taken = source._cut(0), 0
+    batches = [source.next_batch() for _ in range(8)]
+    learnt = sum(len(a.ids) for a in answers[1::2])
+    assert sum(b.num_targets for b in batches[:4]) == sum(b.num_targets for b in batches[4:]) == learnt
+    for a in answers:
+        a.masked = True
+    source._parts, source._taken = source._cut(0), 0
+    assert source.next_batch().num_targets == 0
+
+
+def cut_off(number: int) -> tuple[str, str]:
+    return "1", "x"
+
+
+def test_what_was_cut_off_is_penalised_and_left_out_where_asked():
+    """The second answer to each prompt was cut off: its reward is less by the penalty, and the mask leaves it out of
+    the loss, not out of what the others are compared with."""
+
+    class CutOff(Scripted):
+        def sample(self, prompts, drawn, how):
+            answers = super().sample(prompts, drawn, how)
+            for a in answers:
+                a.ended = a.sample == 0
+            return answers
+
+    plain = collector(cut_off)
+    plain.sampler = CutOff(cut_off)
+    assert [a.reward for a in plain(0, 0, []).answers[:2]] == [1.0, 0.0]
+    seen: list[list[float]] = []
+    made = collector(cut_off, penalty=0.5, mask=True)
+    made.sampler, made.advantages = (
+        CutOff(cut_off),
+        lambda answers: seen.append([a.score for a in answers]) or {},
+    )
+    rollout = made(0, 0, [])
+    assert [a.reward for a in rollout.answers[:2]] == [1.0, -0.5]
+    assert [a.masked for a in rollout.answers] == [False, True] * 4 and rollout.figures["masked"] == 0.5
+    assert seen == [[1.0, -0.5] * 4]
+
+
+def test_a_rollout_that_is_cut_off_whole_is_warned_of():
+    console = Console(record=True, width=200, quiet=False)
+    made = collector(cut_off, mask=True)
+    made.console = console
+
+    class CutOff(Scripted):
+        def sample(self, prompts, drawn, how):
+            answers = super().sample(prompts, drawn, how)
+            for a in answers:
+                a.ended = False
+            return answers
+
+    made.sampler = CutOff(cut_off)
+    with console.capture() as printed:
+        assert made(0, 0, []).figures["masked"] == 1
+    assert "all 8 answers of a rollout were cut off at --max-new-tokens 1" in " ".join(printed.get().split())
+
+
+def test_scores_are_clipped_and_normalised_and_rewards_are_told_as_they_are():
+    made = collector(lambda number: ("1", "2"), scale=RewardScale((0.0, 0.5), running=True))
+    rollout = made(0, 0, [])
+    assert [a.score for a in rollout.answers[:2]] == pytest.approx([1.0, -1.0], rel=1e-6)
+    assert rollout.figures["reward"] == 0.5 and rollout.figures["reward_clipped"] == 0.5
+    assert rollout.figures["reward_mean"] == 0.25 and rollout.figures["reward_deviation"] == 0.25
 
 
 @pytest.mark.parametrize("shared", [False, True])
