@@ -106,7 +106,7 @@ def value_shift(rewards: Tensor, values: Tensor, samples: Tensor, gamma: float =
     first = _last(samples.flip(0)).flip(0)
     places = torch.arange(len(values), device=values.device)
     age = places - places[first][first.cumsum(0) - 1]
-    discounted = rewards.double() * gamma**age
+    discounted = rewards.double() * gamma ** age.double()
     return discounted.sum() / first.sum() - values.double()[first].mean()
 
 

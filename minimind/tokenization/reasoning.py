@@ -92,7 +92,7 @@ class ReasoningEncoder(ChatEncoder):
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
         bare = [_without_reasoning(number, message) for number, message in enumerate(messages)]
-        if not _picks(messages, self.direct):
+        if not picks(messages, self.direct):
             return super().pieces(messages)
         out: list[Piece] = []
         for piece in self._without.pieces(bare):
@@ -130,7 +130,7 @@ class ThinkingPrompts:
 
     def thinking(self, messages: Sequence[Message]) -> bool | None:
         """Whether this conversation's prompt asks for reasoning; None: it does not say."""
-        return None if self.share is None else _picks(messages, self.share)
+        return None if self.share is None else picks(messages, self.share)
 
     def opening(self, messages: Sequence[Message]) -> str:
         """What of a reasoning reply its prompt has written already: "<think>" and a newline, or nothing."""
@@ -143,8 +143,9 @@ class ThinkingPrompts:
         return encoder.prompt(messages)
 
 
-def _picks(messages: Sequence[Message], share: float) -> bool:
-    """By a hash of its own: data sorted by a plain one would have the whole share at its beginning."""
+def picks(messages: Sequence[Message], share: float) -> bool:
+    """Whether a conversation is among a `share` of all. By a hash of its own: data sorted by a plain one would have the
+    whole share at its beginning."""
     text = json.dumps(list(messages)).encode()
     digest = hashlib.blake2b(text, digest_size=8, person=b"reasoning").digest()
     return int.from_bytes(digest, "big") < share * 2**64

@@ -47,7 +47,7 @@ def critic_parameters(model: Model) -> list[nn.Parameter]:
     """What learns with the critic alone: all of its own trunk, or the head on the policy's."""
     if isinstance(model, ActorCritic):
         return list(model.critic.parameters())
-    return [cast(ValueModel, model).value_head.weight]
+    return list(cast(ValueModel, model).value_head.parameters())
 
 
 def save_both(model: Model, folder: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from minimind import ModelConfig, load_tokenizer
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss
-from minimind.training.loop import LoopOptions, Stage, StageLoss, Trainer
+from minimind.training.loop import Apart, LoopOptions, Stage, StageLoss, Trainer
 from minimind.training.optim import build_optimizers
 from minimind.training.run_folder import RunFolder
 from minimind.training.tracking import NoTracker
@@ -102,3 +102,31 @@ def test_gradients_are_clipped_before_the_update_and_logged_as_they_were():
     trainer._train_step()
     torch.testing.assert_close(norms[0], torch.tensor(0.01), rtol=1e-3, atol=0)
     assert trainer.pending[0].figures[-1] > 0.1
+
+
+def test_what_learns_apart_is_clipped_apart():
+    """Gradients a thousand times as large in one part leave the other's as they are."""
+    torch.manual_seed(0)
+    model = Model(TINY)
+    mine = list(model.layers[0].parameters())
+    own = {id(p) for p in mine}
+    rest = [p for p in model.parameters() if id(p) not in own]
+    stage = Stage(
+        model=model, tokenizer=load_tokenizer(), optimizer=build_optimizers(model, "adamw", 1e-2, 0.1), loader=Same(),
+        loss=partial(next_token_loss, model), peak_lr=1e-2, lr_factor=lambda step: 1.0,
+        evaluate=lambda final: {}, sample=lambda: "", describe=lambda batch: [], title="", data_fingerprint="",
+        apart=[Apart("critic", mine)],
+    )  # fmt: skip
+    trainer = Trainer(
+        stage, LoopOptions(steps=1, grad_clip=2.0), RunFolder(Path(), None, None), NoTracker(), Console()
+    )
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e3 if id(p) in own else 1e-4)
+    norm, other = trainer._clip()
+    assert all((p.grad == 1e-4).all() for p in rest) and norm < 2
+    total = torch.nn.utils.get_total_norm([p.grad for p in mine])
+    torch.testing.assert_close(total, torch.tensor(2.0), rtol=1e-3, atol=0)
+    assert other > 1e3
+    trainer._train_step()
+    row = trainer.pending[0]
+    assert row.names[-1] == "critic_grad_norm" and len(row.figures) == 3 + len(row.names)

@@ -57,6 +57,26 @@ def test_muon_takes_a_critics_matrices_as_it_takes_the_policys():
     assert "critic.layers.0.self_attn.qkv_proj.weight" in taken
 
 
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_critic_has_a_rate_of_its_own(name):
+    model = ActorCritic.of(Model(CONFIG))
+    optimizers = build_optimizers(model, name, 1e-2, 0.1)
+    own = {id(p) for p in model.critic.parameters()}
+    optimizers.set_rate(model.critic.parameters(), 3.0)
+    optimizers.set_lr_factor(0.5)
+    groups = [group for part in optimizers.parts for group in part.param_groups]
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert rates == {id(p): pytest.approx(0.015 if id(p) in own else 0.005) for p in model.parameters()}
+    assert sum(len(group["params"]) for group in groups) == len(rates)
+    decays = {
+        n: g["weight_decay"]
+        for n, p in model.named_parameters()
+        for g in groups
+        if any(p is q for q in g["params"])
+    }
+    assert all((decays[n] > 0) == (p.ndim > 1) for n, p in model.named_parameters())
+
+
 def test_state_goes_on_exactly():
     def run(steps, state=None, weights=None):
         torch.manual_seed(0)
