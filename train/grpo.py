@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from minimind.data.progress import say
 from minimind.objectives.advantages import group_advantages, leave_one_out
 from minimind.objectives.policy import policy_loss
 from minimind.objectives.surrogates import ALGORITHMS, Algorithm, Objective, with_terms
@@ -88,6 +89,11 @@ def main(args: Args, console: Console) -> bool:
     algorithm, beta = bundle(args)
     refills = args.refills if args.refills is not None else 3 if args.loss == "dapo" else 0
     run = Rollouts.begin("grpo", args, algorithm.aggregation, console)
+    if args.reward_norm == "running" and (args.advantage or algorithm.std) in ("group", "batch"):
+        say(
+            console,
+            "--reward-norm running: changes nothing, as advantages are divided by a deviation of their own",
+        )
     run.build(
         partial(advantages, how=args.advantage or algorithm.std),
         with_reference=beta > 0,

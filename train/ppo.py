@@ -117,7 +117,26 @@ def main(args: Args, console: Console) -> bool:
     loss = partial(both_losses, args, objective, run)
     lr = args.lr or peak_lr(NANO_LR, run.job.config)
     apart = Apart("critic", critic_parameters(run.model), (args.critic_lr or lr) / lr)
-    return run.fit(loss, NANO_LR, save_model=save_both, load_model=load_both, apart=[apart])
+    return run.fit(
+        loss,
+        NANO_LR,
+        [describe(args, apart.rate * lr)],
+        save_model=save_both,
+        load_model=load_both,
+        apart=[apart],
+    )
+
+
+def describe(args: Args, critic_lr: float) -> str:
+    held = (
+        "not clipped"
+        if args.value_clip is None
+        else f"clipped at {args.value_clip:g} of what they are off by"
+    )
+    return (
+        f"critic: {args.critic}, peak rate {critic_lr:.2g}; values shifted to the rewards' level, {held}; its gradients "
+        "are clipped apart from the policy's"
+    )
 
 
 @torch.no_grad()

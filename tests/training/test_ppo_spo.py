@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from minimind import load_model
+from minimind.rewards import parse_rewards
 from minimind.training.checkpoint import list_checkpoints, load_trainer_state
 from minimind.value_head import load_value_model
 from tests.training.runs import (
@@ -118,6 +119,34 @@ def test_rewards_outside_the_range_are_said_and_counted_and_the_run_goes_on(orig
     )
     rollouts = rows_of(tmp_path / "out", "rollout")
     assert len(rollouts) == 4 and any(row["reward_clamped"] > 0 for row in rollouts)
+
+
+@pytest.mark.parametrize(
+    ("reward", "flags", "expected"),
+    [
+        ("number:2", {}, ((0.0, 2.0), "none")),
+        ("number", {"truncation_penalty": 0.5}, ((-0.5, 1.0), "none")),
+        (TOY + "vowels", {}, ((-3.0, 3.0), "running")),
+        (TOY + "vowels", {"reward_clip": (-2.0, 5.0)}, ((-2.0, 5.0), "none")),
+        ("number", {"reward_norm": "running"}, ((-3.0, 3.0), "running")),
+        (TOY + "vowels", {"reward_range": (0.0, 4.0)}, ((0.0, 4.0), "none")),
+    ],
+)
+def test_the_range_of_success_is_that_of_the_rewards(reward, flags, expected):
+    names = runpy.run_path(str(SCRIPT.with_name("spo.py")))
+    found, norm, reason = names["range_of"](names["Args"](**flags), parse_rewards([reward]))
+    assert (found, norm) == expected and reason
+
+
+def test_a_reward_model_needs_no_range(origin, prompts, tmp_path):
+    """Rewards that may be anything: normalised, and success is three deviations wide."""
+    flags = ["--rollouts", "2", "--save-every", "9", "--thinking", "0.5", "--mask-truncated"]
+    arguments = command("spo", origin, prompts, tmp_path / "out", *flags)
+    at = arguments.index("--reward-range")
+    text = finish([*arguments[:at], *arguments[at + 3 :]])
+    assert "success: rewards from -3 to 3, in standard deviations" in " ".join(text.split())
+    rollouts = rows_of(tmp_path / "out", "rollout")
+    assert all(row["reward_deviation"] > 0 and row["masked"] == 1 - row["ended"] for row in rollouts)
 
 
 def test_a_stopped_rollout_leaves_the_policy_and_not_the_critic(origin, prompts, tmp_path):
