@@ -134,8 +134,8 @@ def describe(args: Args, critic_lr: float) -> str:
         else f"clipped at {args.value_clip:g} of what they are off by"
     )
     return (
-        f"critic: {args.critic}, peak rate {critic_lr:.2g}; values shifted to the rewards' level, {held}; its gradients "
-        "are clipped apart from the policy's"
+        f"critic: {args.critic}, peak rate {critic_lr:.2g}; values shifted to the rewards' level, {held}; "
+        "its gradients are clipped apart from the policy's"
     )
 
 
