@@ -51,13 +51,13 @@ class Answer:
     text: str = ""
     reward: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
-    score: float = 0.0
-    masked: bool = False
     advantages: np.ndarray | None = None
     reference: np.ndarray | None = None
     values: np.ndarray | None = None
     returns: np.ndarray | None = None
     room: np.ndarray | None = None
+    score: float = 0.0
+    masked: bool = False
 
 
 @dataclass(frozen=True)

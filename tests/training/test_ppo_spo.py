@@ -30,7 +30,8 @@ from tests.training.test_grpo import TOY, assert_same_rollouts
 FLAGS = ["--rollouts", "4", "--prompts", "12", "--evals", "2", "--eval-prompts", "12", "--save-every", "3",
          "--minibatches", "2", "--lr", "0.003", "--precision", "fp32", "--max-new-tokens", "6", "--grad-clip", "1000",
          "--reward", TOY + "vowels"]  # fmt: skip
-PPO = ["--inner-epochs", "1"]
+SCORED = ["--reward-norm", "running", "--truncation-penalty", "0.1"]
+PPO = ["--inner-epochs", "1", "--critic-lr", "0.006", *SCORED]
 STAGES = {
     "ppo": ("ppo", PPO),
     "ppo shared": ("ppo", [*PPO, "--critic", "shared", "--kl-in", "loss"]),
@@ -140,7 +141,7 @@ def test_the_range_of_success_is_that_of_the_rewards(reward, flags, expected):
 
 def test_a_reward_model_needs_no_range(origin, prompts, tmp_path):
     """Rewards that may be anything: normalised, and success is three deviations wide."""
-    flags = ["--rollouts", "2", "--save-every", "9", "--thinking", "0.5", "--mask-truncated"]
+    flags = ["--rollouts", "2", "--save-every", "9", "--thinking", "0.5", "--mask-truncated", "True"]
     arguments = command("spo", origin, prompts, tmp_path / "out", *flags)
     at = arguments.index("--reward-range")
     text = finish([*arguments[:at], *arguments[at + 3 :]])

@@ -18,6 +18,7 @@ from minimind.training.actor_critic import ActorCritic, critic_of, load_both, sa
 from minimind.training.collector import Collector, parts, per_answer, scored_again
 from minimind.training.parallel import Parallel
 from minimind.training.rl_loader import Rollout, RolloutLoader, Shape, pack, passes
+from minimind.training.rl_stop import DriftStop
 from minimind.training.rollouts import Answer, Drawn, PromptStream, Sampler, Sampling
 from minimind.value_head import ValueModel
 from tests.inference.small import random_prompts, small_model, small_tokenizer
@@ -339,6 +340,28 @@ def test_policy_and_critic_come_back_from_a_checkpoint(shared, tmp_path):
     load_both(second, tmp_path, Parallel())
     assert torch.equal(first(ids, return_logits=True).logits, second(ids, return_logits=True).logits)
     assert torch.equal(critic_of(first)(ids).values, critic_of(second)(ids).values)
+
+
+def test_a_rollout_is_left_where_the_policy_has_left_it():
+    """Two micro-batches of 10 and 30 tokens: their mean KL, and not one of them, is held against the target."""
+    policy, critic = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+    stop = DriftStop(0.1, [policy], Parallel())
+    light, heavy = (replace(pack([], torch.device("cpu"), n, 1, SHAPE)) for n in (10, 30))
+
+    def update(first: float, second: float) -> bool:
+        policy.grad, critic.grad = torch.ones(2), torch.ones(2)
+        stop.see(light, {"behaviour_kl": torch.tensor(10 * first)})
+        stop.see(heavy, {"behaviour_kl": torch.tensor(30 * second)})
+        stop.before_update()
+        assert critic.grad is not None
+        return policy.grad is not None
+
+    assert update(0.3, 0.03)  # 0.0975
+    state = stop.state_dict()
+    assert not update(0.1, 0.11) and not update(0.0, 0.0)  # for the rest of the rollout
+    assert stop.begin() == {"policy_steps": 1} and update(0.0, 0.0)
+    stop.load_state_dict(state)
+    assert (stop.stopped, stop.taken) == (False, 1)
 
 
 def test_a_step_takes_as_many_passes_as_the_model_is_large():
