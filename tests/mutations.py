@@ -585,8 +585,8 @@ MUTATIONS = (
     Mutation(
         "gradients are not clipped",
         "minimind/training/loop.py",
-        "clip_grad_norm_(stage.model.parameters(), options.grad_clip)",
-        "clip_grad_norm_(stage.model.parameters(), float('inf'))",
+        "clip_grad_norm_(part, self.options.grad_clip)",
+        "clip_grad_norm_(part, float('inf'))",
         "tests/training/test_loop.py",
     ),
     Mutation(
@@ -738,7 +738,7 @@ MUTATIONS = (
         "tests/objectives/test_advantages.py",
     ),
     Mutation(
-        "an answer that was cut off has no future",
+        "an episode that was cut off has no future",
         "minimind/objectives/advantages.py",
         "gamma * torch.where(last, after, following)",
         "gamma * torch.where(last, 0.0, following)",
@@ -750,6 +750,41 @@ MUTATIONS = (
         "(squares / (sizes - 1).clamp(min=1)).sqrt()",
         "(squares / sizes.clamp(min=1)).sqrt()",
         "tests/objectives/test_advantages.py",
+    ),
+    Mutation(
+        "a critic that knows nothing yet judges by the place",
+        "train/ppo.py",
+        "gae(rewards, values + shift,",
+        "gae(rewards, values + 0 * shift,",
+        "tests/training/test_ppo_long.py",
+    ),
+    Mutation(
+        "the values are shifted by what all states miss",
+        "minimind/objectives/advantages.py",
+        "- values.double()[first].mean()",
+        "- values.double().mean()",
+        "tests/objectives/test_advantages.py",
+    ),
+    Mutation(
+        "masked answers are learnt from",
+        "minimind/training/rl_loader.py",
+        "if not a.masked]",
+        "if not a.masked or a.ids.size]",
+        "tests/training/test_rollouts.py",
+    ),
+    Mutation(
+        "a critic's rate is forgotten",
+        "minimind/training/optim.py",
+        "peaks.append(peak * rate)",
+        "peaks.append(peak)",
+        "tests/training/test_optim.py",
+    ),
+    Mutation(
+        "the running deviation forgets that the mean moved",
+        "minimind/rewards/scale.py",
+        "self.squares += apart * apart * self.count * len(rewards) / total",
+        "self.squares += 0.0",
+        "tests/rewards/test_scale.py",
     ),
     Mutation(
         "the critic's clip takes the smaller error",

@@ -10,10 +10,15 @@ What one --loss stands for, each part of which has a flag of its own:
     grpo      PPO's clip; advantages over the group's standard deviation; mean of every answer's mean; KL to the model
               the run began with in the loss (k3, per token)                                       arXiv 2402.03300
     dapo      a higher upper clip; mean over all tokens; no KL; prompts whose answers all have one reward are replaced
-              by others (--refills)                                                                arXiv 2503.14476
+              by others (--refills); answers that were cut off are not learnt from                 arXiv 2503.14476
     dr_grpo   no standard deviation and no division by an answer's length; no KL                   arXiv 2503.20783
     gspo      the ratio and the clip of whole answers; no KL                                       arXiv 2507.18071
     cispo     the clip bounds a token's weight, not its gradient; mean over all tokens; no KL      arXiv 2506.13585
+
+How many steps are taken on a rollout (--minibatches) belongs to it: after a single one the ratio is 1 and no clip acts,
+so that grpo, dapo and cispo were one algorithm but for their means. The papers take 16 (dapo, cispo, and GRPO as
+DeepSeek-R1 was trained, 2501.12948), 8 (dr_grpo) and 4 (gspo), of 512 to 8,192 answers. Here as many, but no fewer than
+SMALLEST answers in each. GRPO's first paper takes one step; four at a third of the rate learnt more (docs/LOG.md).
 
 Departures: the ratio is to the engine's log-probabilities at the time of sampling, so that no old policy is scored
 again (gspo excepted: --rescore); on CPUs and GPUs that compute in bf16 it differs from 1 a little before the first
@@ -23,7 +28,8 @@ is bounded: what is missing then is missing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -31,6 +37,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from minimind.data.progress import say
 from minimind.objectives.advantages import group_advantages, leave_one_out
 from minimind.objectives.policy import policy_loss
 from minimind.objectives.surrogates import ALGORITHMS, Algorithm, Objective, with_terms
@@ -39,8 +46,8 @@ from minimind.training.rl_stage import Rollouts
 from minimind.training.rollouts import Answer
 from minimind.training.script import run_script
 
-# Peak rates by preset; nano has the best of a few that were tried.
-PEAK_LR = {"nano": 1.5e-4}
+NANO_LR = 5e-5  # peak rate of nano, of a few that were tried; others' by rl_stage.peak_lr
+SMALLEST = 32  # answers of a step, where --minibatches does not say
 
 
 @dataclass(frozen=True)
@@ -77,17 +84,30 @@ def main(args: Args, console: Console) -> bool:
         raise ValueError(
             f"--samples {args.samples}: an answer is compared with others to its prompt; take 2 or more"
         )
+    if args.minibatches is None:
+        args = dataclasses.replace(args, minibatches=steps(args))
     algorithm, beta = bundle(args)
     refills = args.refills if args.refills is not None else 3 if args.loss == "dapo" else 0
     run = Rollouts.begin("grpo", args, algorithm.aggregation, console)
+    if args.reward_norm == "running" and (args.advantage or algorithm.std) in ("group", "batch"):
+        say(
+            console,
+            "--reward-norm running: changes nothing, as advantages are divided by a deviation of their own",
+        )
     run.build(
         partial(advantages, how=args.advantage or algorithm.std),
         with_reference=beta > 0,
         refills=refills,
         rescore=args.loss == "gspo" if args.rescore is None else args.rescore,
+        mask=args.loss == "dapo",
     )
     loss = partial(policy_loss, run.trained, objective=algorithm.objective, entropy=args.entropy != 0)
-    return run.fit(loss, PEAK_LR.get(run.job.origin.preset, 1e-5), [describe(args, algorithm, beta)])
+    return run.fit(loss, NANO_LR, [describe(args, algorithm, beta)])
+
+
+def steps(args: Args) -> int:
+    """On each pass over a rollout: as many as the paper takes, or as leave SMALLEST answers for each."""
+    return max(1, min(ALGORITHMS[args.loss].minibatches, args.prompts * args.samples // SMALLEST))
 
 
 def bundle(args: Args) -> tuple[Algorithm, float]:
@@ -97,12 +117,14 @@ def bundle(args: Args) -> tuple[Algorithm, float]:
     objective: Objective = partial(known.objective, **{k: v for k, v in bounds.items() if v is not None})
     beta = known.kl if args.beta is None else args.beta
     objective = with_terms(objective, beta, args.entropy)
-    return Algorithm(objective, args.aggregation or known.aggregation, known.std, beta), beta
+    return replace(
+        known, objective=objective, aggregation=args.aggregation or known.aggregation, kl=beta
+    ), beta
 
 
 def advantages(answers: list[Answer], how: Any) -> dict[str, float]:
     """Give every token of an answer the answer's advantage in its group."""
-    rewards = torch.tensor([a.reward for a in answers], dtype=torch.float64)
+    rewards = torch.tensor([a.score for a in answers], dtype=torch.float64)
     groups = torch.from_numpy(np.unique([a.number for a in answers], return_inverse=True)[1])
     count = int(groups.max()) + 1
     loo = how == "loo"
@@ -116,7 +138,12 @@ def describe(args: Args, algorithm: Algorithm, beta: float) -> str:
     parts = [
         f"{args.loss}: advantages over {args.advantage or algorithm.std}, mean by {algorithm.aggregation}"
     ]
-    return ", ".join([*parts, f"KL {beta:g}" if beta else "no reference model"])
+    parts.append(f"KL {beta:g}" if beta else "no reference model")
+    taken, paper = args.minibatches, ALGORITHMS[args.loss].minibatches
+    answers = args.prompts * args.samples // (taken or 1)
+    acts = "the clip does not act" if (taken, args.inner_epochs) == (1, 1) else "so that the clip acts"
+    parts.append(f"{taken} steps a pass of {answers} answers ({paper} in the paper's recipe), {acts}")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

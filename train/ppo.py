@@ -9,8 +9,14 @@ policy in every checkpoint.
 
 Choices where implementations differ: the KL to the model the run began with is taken off the reward of every token
 (k1, as Ziegler et al. 2019, 1909.08593, do) or, with --kl-in loss, added to the loss (k3); advantages are normalised
-over the rollout; the value's clip is that of OpenAI's baselines; an answer that was cut off is worth what the critic
-says of its end; the ratio is to the engine's log-probabilities at the time of sampling.
+over the rollout; the value's clip is that of OpenAI's baselines, its width a share of what the critic is off by; an
+answer that was cut off has the score of what stands there, and nothing is expected behind it; the ratio is to the
+engine's log-probabilities at the time of sampling.
+
+A critic knows nothing at first. With values of 0, advantages say how near the end a token stood, and the end token wins
+whatever its answer was worth; therefore the values are shifted by what those of the answers' first states miss of the
+rewards on average (advantages.value_shift). The gradients of actor and critic are clipped apart: the critic's norm is
+the larger one, and would decide how far the actor goes.
 
 A low explained_variance in metrics.jsonl need not be the critic's fault. Of the built-in sums' reward as the weak model
 answers them, the prompt decides 1% of the variance and the answer's first token 20%; the rest is known when the answer
@@ -29,22 +35,21 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from minimind.objectives.advantages import gae, token_rewards, whiten
+from minimind.objectives.advantages import gae, token_rewards, value_shift, whiten
 from minimind.objectives.policy import PolicyBatch, policy_loss
 from minimind.objectives.surrogates import Objective, clip, with_terms
-from minimind.objectives.values import actor_critic_loss, explained_variance, value_loss, value_losses
-from minimind.training.actor_critic import ActorCritic, critic_of, load_both, save_both
+from minimind.objectives.values import actor_critic_loss, explained_variance, value_loss, value_room
+from minimind.training.actor_critic import ActorCritic, critic_of, critic_parameters, load_both, save_both
 from minimind.training.collector import parts, per_answer
-from minimind.training.loop import StageLoss
+from minimind.training.loop import Apart, StageLoss
 from minimind.training.rl_arguments import RolloutArgs
 from minimind.training.rl_loader import pack
-from minimind.training.rl_stage import Rollouts
+from minimind.training.rl_stage import Rollouts, peak_lr
 from minimind.training.rollouts import Answer
 from minimind.training.script import run_script
 from minimind.value_head import ValueModel, ValueOutput
 
-# Peak rates by preset; nano has the best of a few that were tried.
-PEAK_LR = {"nano": 2e-4}
+NANO_LR = 2e-4  # peak rate of nano, of a few that were tried; others' by rl_stage.peak_lr
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,13 @@ class Args(RolloutArgs):
     """own: a second model that begins with the policy's weights; shared: a head on the policy."""
     clip_range: float = 0.2
     """The ratio has no gradient outside 1 +- clip_range where it would go on."""
+    critic_lr: float | None = None
+    """Peak rate of the critic, or with --critic shared of its head. None: as --lr."""
     value_clip: float | None = 0.2
-    """Values move no further than this from the old ones in a rollout, in units of the reward."""
+    """Values move no further than this from the old ones in a rollout, as a share of the root mean square of what they
+    are off by."""
     value_weight: float = 0.5
-    """Weight of the critic's loss."""
+    """Weight of the critic's loss, which with --critic own changes nothing where its gradients are clipped."""
     gamma: float = 1.0
     """Discount of later rewards."""
     lam: float = 0.95
@@ -84,7 +92,10 @@ class Args(RolloutArgs):
         super().check()
         none = torch.zeros(0, dtype=torch.float64)
         gae(none, none, none.long(), self.gamma, self.lam)
-        value_losses(none, none, none, self.value_clip)
+        if self.value_clip is not None:
+            value_room(none, none, self.value_clip)
+        if self.critic_lr is not None and not 0 < self.critic_lr < math.inf:
+            raise ValueError(f"--critic-lr {self.critic_lr}: must be above 0")
         if not 0 < self.value_weight < math.inf:
             raise ValueError(f"--value-weight {self.value_weight}: must be above 0")
         if not 0 <= self.beta < math.inf:
@@ -104,21 +115,39 @@ def main(args: Args, console: Console) -> bool:
         annotate=lambda answers: estimate(critic_of(run.model), answers, run),
     )
     loss = partial(both_losses, args, objective, run)
-    peak = PEAK_LR.get(run.job.origin.preset, 1e-5)
-    return run.fit(loss, peak, save_model=save_both, load_model=load_both)
+    lr = args.lr or peak_lr(NANO_LR, run.job.config)
+    apart = Apart("critic", critic_parameters(run.model), (args.critic_lr or lr) / lr)
+    return run.fit(
+        loss,
+        NANO_LR,
+        [describe(args, apart.rate * lr)],
+        save_model=save_both,
+        load_model=load_both,
+        apart=[apart],
+    )
+
+
+def describe(args: Args, critic_lr: float) -> str:
+    held = (
+        "not clipped"
+        if args.value_clip is None
+        else f"clipped at {args.value_clip:g} of what they are off by"
+    )
+    return (
+        f"critic: {args.critic}, peak rate {critic_lr:.2g}; values shifted to the rewards' level, {held}; "
+        "its gradients are clipped apart from the policy's"
+    )
 
 
 @torch.no_grad()
 def estimate(critic: ValueModel, answers: list[Answer], run: Rollouts) -> None:
-    """The critic's values of the states that tokens were drawn from, and of those behind answers that were cut off."""
+    """The critic's values of the states that tokens were drawn from."""
     critic.eval()
     for part in parts(answers):
-        batch = pack(part, run.job.device, 0, 0, run.shape, whole=True)
+        batch = pack(part, run.job.device, 0, 0, run.shape)
         values = cast(ValueOutput, critic(batch.input_ids, cu_seqlens=batch.cu_seqlens)).values
-        ends = batch.cu_seqlens[1 : 1 + len(part)].long() - 1
-        after = values.flatten()[ends].tolist()
-        for a, own, end in zip(part, per_answer(values, batch.targets, part), after, strict=True):
-            a.values, a.after = own, 0.0 if a.ended else end
+        for a, own in zip(part, per_answer(values, batch.targets, part), strict=True):
+            a.values = own
 
 
 def advantages(args: Args, answers: list[Answer]) -> dict[str, float]:
@@ -129,26 +158,35 @@ def advantages(args: Args, answers: list[Answer]) -> dict[str, float]:
     def tokens(name: str) -> Tensor:
         return torch.from_numpy(np.concatenate([getattr(a, name) for a in answers]))
 
-    scores = torch.tensor([a.reward for a in answers], dtype=torch.float64)
+    scores = torch.tensor([a.score for a in answers], dtype=torch.float64)
     kl = args.beta if args.kl_in == "reward" else 0.0
     reference = tokens("reference") if kl else None
     rewards = token_rewards(scores, samples, tokens("log_probs"), reference, kl)
-    after = torch.tensor([a.after for a in answers], dtype=torch.float64)
-    found, returns = gae(rewards, tokens("values"), samples, args.gamma, args.lam, after)
-    for a, own, goal in zip(answers, whiten(found).split(lengths), returns.split(lengths), strict=True):
+    values = tokens("values")
+    shift = value_shift(rewards, values, samples, args.gamma)
+    found, returns = gae(rewards, values + shift, samples, args.gamma, args.lam)
+    learnt = torch.tensor([not a.masked for a in answers])[samples]
+    whitened = torch.zeros_like(found).masked_scatter(learnt, whiten(found[learnt]))
+    room = None if args.value_clip is None else value_room(values, returns, args.value_clip)
+    for a, own, goal in zip(answers, whitened.split(lengths), returns.split(lengths), strict=True):
         a.advantages, a.returns = own.float().numpy(), goal.float().numpy()
-    explained = explained_variance(tokens("values"), returns)
-    return {"value": float(tokens("values").mean()), "explained_variance": float(explained)}
+        a.room = None if room is None else np.full(len(a.ids), float(room), np.float32)
+    explained = explained_variance(values, returns)
+    return {
+        "value": float(values.mean()),
+        "value_shift": float(shift),
+        "explained_variance": float(explained),
+    }
 
 
 def both_losses(args: Args, objective: Objective, run: Rollouts, batch: PolicyBatch) -> StageLoss:
     """The policy's loss and the critic's."""
     settings: dict[str, Any] = {"entropy": args.entropy != 0}
     if args.critic == "shared":
-        settings |= {"value_weight": args.value_weight, "clip": args.value_clip}
+        settings["value_weight"] = args.value_weight
         return actor_critic_loss(cast(ValueModel, run.trained), batch, objective, **settings)
     loss, aux, told = policy_loss(run.trained, batch, objective, **settings)
-    error, critic_aux, critic_told = value_loss(critic_of(run.model), batch, args.value_clip)
+    error, critic_aux, critic_told = value_loss(critic_of(run.model), batch)
     return loss + args.value_weight * error, aux + critic_aux, told | critic_told
 
 

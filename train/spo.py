@@ -11,6 +11,10 @@ Departures from the paper, besides those of the tracker: the policy's drift betw
 answers of the first of them, up to 64, as mean |log p - log mu| per token; where the engine computes in bf16 its
 rounding is part of that. The prompts' first estimates are 1/2, not those of answers sampled for the purpose. The loss
 is PPO's clip as a mean over all tokens; a KL in the loss is optional.
+
+Success is a share of a range of rewards (--reward-range). Where every reward has bounds these are it; a reward model
+has none, and there the rewards are normalised and three standard deviations to either side are the range. What lies
+outside counts as the nearer end.
 """
 
 from __future__ import annotations
@@ -29,13 +33,14 @@ from minimind.objectives.advantages import whiten
 from minimind.objectives.policy import policy_loss
 from minimind.objectives.surrogates import clip, with_terms
 from minimind.objectives.value_tracker import ValueTracker
-from minimind.training.rl_arguments import RolloutArgs
+from minimind.rewards import Rewards
+from minimind.training.rl_arguments import NormName, RolloutArgs
 from minimind.training.rl_stage import Rollouts
 from minimind.training.rollouts import Answer, Drawn
 from minimind.training.script import run_script
 
-# Peak rates by preset; nano has the best of a few that were tried.
-PEAK_LR = {"nano": 2e-4}
+NANO_LR = 5e-5  # peak rate of nano, of a few that were tried; others' by rl_stage.peak_lr
+DEVIATIONS = 3.0  # to either side of the mean: the range of rewards without bounds
 _MEASURED = 64  # answers by which the drift is measured
 
 
@@ -49,8 +54,13 @@ class Args(RolloutArgs):
     """Prompts of a rollout, all different."""
     samples: int = 1
     """One: --prompts says how many answers a rollout has."""
-    reward_range: tuple[float, float] = (0.0, 1.0)
-    """The lowest and the highest reward that there can be, weights included."""
+    minibatches: int | None = 4
+    """Optimizer steps on each pass over a rollout, each on a part of its answers: with one alone the ratio is 1 and the
+    clip does nothing."""
+    reward_range: tuple[float, float] | None = None
+    """The rewards that count as failure and as success, weights included and normalised where --reward-norm says so;
+    what lies outside is counted and taken for the nearer one. None: the bounds of the rewards, or where one of them has
+    none, --reward-clip, or else -3 to 3 of rewards that are normalised."""
     clip_low: float = 0.2
     """The ratio has no gradient below 1 - clip_low where it would fall."""
     clip_high: float = 0.28
@@ -64,7 +74,7 @@ class Args(RolloutArgs):
 
     def check(self) -> None:
         super().check()
-        ValueTracker(0, *self.reward_range, half=self.half)
+        ValueTracker(0, *(self.reward_range or (0.0, 1.0)), half=self.half)
 
 
 def main(args: Args, console: Console) -> bool:
@@ -76,27 +86,56 @@ def main(args: Args, console: Console) -> bool:
     if args.prompts > len(run.train):
         say(console, f"--prompts {args.prompts}: there are {len(run.train)}, all of which every rollout asks")
         run.args = dataclasses.replace(run.args, prompts=len(run.train))
-    tracker = ValueTracker(len(run.train), *args.reward_range, half=args.half)
+    (low, high), norm, reason = range_of(args, run.rewards)
+    run.args = dataclasses.replace(run.args, reward_norm=norm)
+    tracker = ValueTracker(len(run.train), low, high, half=args.half)
     run.build(
-        partial(advantages, tracker),
+        partial(advantages, tracker, console),
         stream=Uncertain(tracker, args.seed),
-        keeper=Kept(tracker),
+        keepers={"tracker": Kept(tracker)},
         with_reference=args.beta > 0,
         before=lambda answers: tracker.advance(float(run.collector.moved(answers, _MEASURED).mean())),
     )
     loss = partial(policy_loss, run.trained, objective=objective, entropy=args.entropy != 0)
-    return run.fit(loss, PEAK_LR.get(run.job.origin.preset, 1e-5))
+    line = f"success: rewards from {low:g} to {high:g}, {reason}"
+    return run.fit(loss, NANO_LR, [line])
 
 
-def advantages(tracker: ValueTracker, answers: list[Answer]) -> dict[str, float]:
+def range_of(args: Args, rewards: Rewards) -> tuple[tuple[float, float], NormName, str]:
+    """(the range that success is a share of, --reward-norm as it is to be, why)."""
+    norm = args.reward_norm
+    if args.reward_range is not None:
+        return args.reward_range, norm, "as --reward-range says"
+    if norm == "none" and args.reward_clip is not None:
+        return args.reward_clip, norm, "as --reward-clip says"
+    bounds = rewards.bounds
+    if norm == "none" and bounds is not None:
+        return (bounds[0] - args.truncation_penalty, bounds[1]), norm, "the bounds of --reward"
+    reason = "--reward-norm running" if norm == "running" else "normalised, as not every --reward has bounds"
+    return (-DEVIATIONS, DEVIATIONS), "running", f"in standard deviations from the mean so far: {reason}"
+
+
+def advantages(tracker: ValueTracker, console: Console, answers: list[Answer]) -> dict[str, float]:
     """Give every token of an answer how much better than the tracked value it is, and take the rewards in."""
     prompts = np.array([a.prompt for a in answers])
-    rewards = np.array([a.reward for a in answers])
-    values = tracker.values(prompts)
-    found = whiten(torch.from_numpy(tracker.observe(prompts, rewards)))
+    scores = np.array([a.score for a in answers])
+    values, clamped = tracker.values(prompts), tracker.clamped
+    found = whiten(torch.from_numpy(tracker.observe(prompts, scores)))
     for answer, value in zip(answers, found.tolist(), strict=True):
         answer.advantages = np.full(len(answer.ids), value, np.float32)
-    return {"value": float(values.mean()), "value_error": float(np.square(rewards - values).mean())}
+    outside = tracker.clamped - clamped
+    if outside and not clamped:
+        say(
+            console,
+            f"{outside} of {len(answers)} rewards, {scores.min():g} to {scores.max():g}, lie outside --reward-range "
+            f"{tracker.low:g} {tracker.high:g} and count as the nearer end (reward_clamped in metrics.jsonl)",
+        )
+    held = np.clip(scores, tracker.low, tracker.high)
+    return {
+        "value": float(values.mean()),
+        "value_error": float(np.square(held - values).mean()),
+        "reward_clamped": outside / len(answers),
+    }
 
 
 @dataclass(frozen=True)

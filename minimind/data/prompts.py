@@ -1,9 +1,9 @@
 """Prompts to be answered by the model in training, in upstream MiniMind's rlaif format.
 
 A row of a .jsonl file (plain, .gz or .zst) is {"conversations": [message, ...]}, the messages as in conversations.py.
-The last one is the assistant's turn that the model is to write: upstream leaves its content empty. What stands there is
-taken for a reference answer, for rewards that compare with one; "reference" beside "conversations" goes before it. All
-other fields of the row go to the rewards as they are.
+The last one is the assistant's turn that the model is to write: upstream leaves its content empty, or writes that there
+is none (NO_REFERENCE). What else stands there is taken for a reference answer, for rewards that compare with one;
+"reference" beside "conversations" goes before it. All other fields of the row go to the rewards as they are.
 """
 
 from __future__ import annotations
@@ -21,24 +21,37 @@ from minimind.data.progress import say
 from minimind.data.reader import expand_paths, iter_rows, kind_of
 from minimind.data.records import START, BadRows, bad_row_error, reason_of, reporter
 
+NO_REFERENCE = (
+    "",
+    "none",
+    "null",
+    "无",
+    "空",
+)  # what stands for no reference, whatever its case and the space around it
+
 
 class PromptEncoder(Protocol):
-    """What is needed of minimind.tokenization.ChatEncoder."""
+    """What is needed of minimind.tokenization.reasoning.ThinkingPrompts."""
 
     @property
     def fingerprint(self) -> str: ...
-    def prompt(self, messages: Sequence[Any], tools: Sequence[Any] | str | None = None) -> list[int]: ...
+    def prompt(self, messages: Sequence[Any]) -> list[int]: ...
+    def thinking(self, messages: Sequence[Any]) -> bool | None: ...
+    def opening(self, messages: Sequence[Any]) -> str: ...
 
 
 @dataclass(frozen=True)
 class Prompt:
     """messages: before the turn to write; ids: their tokens, with the header of that turn; metadata: the row's other
-    fields."""
+    fields; thinking: whether the prompt asks for reasoning or for none, None where it leaves that to the model;
+    opening: what of the reply stands in the prompt."""
 
     messages: list[dict[str, Any]]
     ids: list[int]
     reference: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    thinking: bool | None = None
+    opening: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,7 +129,14 @@ def _prompt(row: dict[str, Any], encoder: PromptEncoder) -> Prompt:
         if not messages:
             raise ValueError("nothing stands before the assistant's turn, so that it answers nothing")
     checked = messages_of({} if messages is None else {"conversations": messages}, "conversations")
-    reference = row.pop("reference", None) or said or None
-    if reference is not None and not isinstance(reference, str):
-        raise ValueError(f"the reference is {kind_of(reference)}, not a string")
-    return Prompt(checked, encoder.prompt(checked), reference, row)
+    reference = _reference(row.pop("reference", None)) or _reference(said)
+    return Prompt(
+        checked, encoder.prompt(checked), reference, row, encoder.thinking(checked), encoder.opening(checked)
+    )
+
+
+def _reference(said: Any) -> str | None:
+    """The answer that a field holds; None where it says that there is none."""
+    if said is not None and not isinstance(said, str):
+        raise ValueError(f"the reference is {kind_of(said)}, not a string")
+    return None if said is None or said.strip().casefold() in NO_REFERENCE else said

@@ -73,9 +73,9 @@ def gae(
         delta_t = r_t + gamma V_t+1 - V_t        A_t = delta_t + gamma lam A_t+1        return_t = A_t + V_t
 
     rewards, values [M]: V_t belongs to the state BEFORE token t, the one that it was drawn from. After a sample's last
-    token V and A are 0, for an answer that ended. One that was only cut off has a future all the same, and without it
-    would be blamed for its length: bootstrap [samples] is V of the state after the last token, 0 for those that ended.
-    None: all ended.
+    token V and A are 0. bootstrap [samples]: V of the state after the last token, for episodes that were cut off before
+    their rewards were all given, 0 for the others; None: there are none. An answer that was cut off is not one of them:
+    its score is for the text as it stands, and a value behind it would count that once more.
 
     The recurrence runs backwards in ceil(log2 M) steps over all tokens: each doubles how far a token sees (Hillis &
     Steele 1986).
@@ -95,6 +95,19 @@ def gae(
         advantages = advantages + seen
         step *= 2
     return advantages, advantages + values
+
+
+def value_shift(rewards: Tensor, values: Tensor, samples: Tensor, gamma: float = 1.0) -> Tensor:
+    """What the values of the first states miss of the discounted rewards that followed, on average: a scalar, 0 for no
+    tokens. It is 0 but for chance where the critic is right, and all of the level where it still knows nothing: added
+    to the values, advantages say how good a token was from the first rollout on, and not how near the end it stood."""
+    if not len(values):
+        return values.new_zeros((), dtype=torch.float64)
+    first = _last(samples.flip(0)).flip(0)
+    places = torch.arange(len(values), device=values.device)
+    age = places - places[first][first.cumsum(0) - 1]
+    discounted = rewards.double() * gamma ** age.double()
+    return discounted.sum() / first.sum() - values.double()[first].mean()
 
 
 def token_rewards(

@@ -32,10 +32,10 @@ class PolicyBatch:
 
     input_ids, targets int64 [B, T], targets -100 outside the sampled tokens; cu_seqlens int32 [n + 1], the documents'
     boundaries in the flattened batch, empty ones at the end allowed. behaviour_log_probs: of each target, as it was
-    sampled; advantages; reference_log_probs; old_values and returns of PPO's critic: float32 [B, T], aligned with
-    targets and read there alone. num_targets is exact and this rank's; global_num_targets and global_num_samples are
-    of all ranks and above 0; max_new_tokens is what "constant" divides by. temperature: what logits were divided by
-    when sampling, and are when scored.
+    sampled; advantages; reference_log_probs; old_values and returns of PPO's critic, and value_room, how far its values
+    may move from the old ones: float32 [B, T], aligned with targets and read there alone. num_targets is exact and this
+    rank's; global_num_targets and global_num_samples are of all ranks and above 0; max_new_tokens is what "constant"
+    divides by. temperature: what logits were divided by when sampling, and are when scored.
     """
 
     input_ids: Tensor
@@ -52,6 +52,7 @@ class PolicyBatch:
     reference_log_probs: Tensor | None = None
     old_values: Tensor | None = None
     returns: Tensor | None = None
+    value_room: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.aggregation not in get_args(Aggregation):

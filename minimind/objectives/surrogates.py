@@ -211,20 +211,23 @@ def with_terms(objective: Objective, kl: float = 0.0, entropy: float = 0.0) -> O
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What one name of a paper stands for; `std` is group_advantages' (advantages.py), `kl` the loss's coefficient."""
+    """What one name of a paper stands for; `std` is group_advantages' (advantages.py), `kl` the loss's coefficient,
+    `minibatches` the steps that its recipe takes on each pass over a rollout; grpo's is that of DeepSeek-R1
+    (2501.12948) cut to what a rollout here can feed, the first paper's being 1."""
 
     objective: Objective
     aggregation: Aggregation
     std: Literal["group", "batch", "none"]
     kl: float = 0.0
+    minibatches: int = 1
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "grpo": Algorithm(clip, "sample", "group", kl=0.04),
-    "dapo": Algorithm(partial(clip, low=0.2, high=0.28), "token", "group"),
-    "dr_grpo": Algorithm(clip, "constant", "none"),
-    "gspo": Algorithm(gspo, "sample", "group"),
-    "cispo": Algorithm(cispo, "token", "group"),
+    "grpo": Algorithm(clip, "sample", "group", kl=0.04, minibatches=4),
+    "dapo": Algorithm(partial(clip, low=0.2, high=0.28), "token", "group", minibatches=16),
+    "dr_grpo": Algorithm(clip, "constant", "none", minibatches=8),
+    "gspo": Algorithm(gspo, "sample", "group", minibatches=4),
+    "cispo": Algorithm(cispo, "token", "group", minibatches=16),
 }
 
 

@@ -11,7 +11,8 @@ with weights sqrt(v (1 - v)) + eps, most often those whose outcome is least cert
 answers stands at the beginning.
 
 Departures from the paper:
-- Rewards need not be 0 or 1: those between `low` and `high` count as the share of the way.
+- Rewards need not be 0 or 1: those between `low` and `high` count as the share of the way; what lies outside counts as
+  the nearer end, in the advantage too, and is counted.
 - D is the mean of |log p_new - log p_old| per token, as in the authors' code, where the paper has a KL divergence; and
   it is not measured on the answers of old, which would have to be kept and scored again, but added up over the updates
   in between (`advance`). Distances add up at most: rather more is forgotten than less.
@@ -32,8 +33,9 @@ class ValueTracker:
     """Success rates of prompts 0..num_prompts-1, as float64 arrays of the host.
 
     rho_min, rho_max: no more than about 1 / (1 - rho) answers are remembered, 8 to 25 of them. half: the drift D at
-    which half is forgotten (the authors' 0.06). exploration: eps of the weights. Raises ValueError on settings without
-    meaning, and on rewards outside low..high.
+    which half is forgotten (the authors' 0.06). exploration: eps of the weights. clamped: how many rewards lay outside
+    low..high so far. Raises ValueError on settings without meaning, and on
+    rewards that are NaN.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class ValueTracker:
         self.failures = np.full(num_prompts, self.prior / 2)
         self.seen_at = np.zeros(num_prompts)  # the drift when the prompt was last answered
         self.drift = 0.0  # of the policy, since the beginning
+        self.clamped = 0
 
     def begin(self, prompts: np.ndarray, rewards: np.ndarray) -> None:
         """Take the means of a few answers of the policy to each of `prompts` as the prior's. int64, float64 [n]."""
@@ -75,7 +78,7 @@ class ValueTracker:
     def observe(self, prompts: np.ndarray, rewards: np.ndarray) -> np.ndarray:
         """Take in answers of the policy as it is now: int64 and float64 [n] -> their advantages, float64 [n]."""
         shares = self._shares(rewards)
-        advantages = rewards - self.values(prompts)
+        advantages = self.low + (self.high - self.low) * shares - self.values(prompts)
         for prompt, share in zip(prompts, shares, strict=True):
             rho = self.remembered(prompt)
             self.successes[prompt] = rho * self.successes[prompt] + share
@@ -111,7 +114,7 @@ class ValueTracker:
     def state_dict(self) -> dict[str, Any]:
         """All that changes, as copies."""
         arrays = {name: getattr(self, name).copy() for name in ("successes", "failures", "seen_at")}
-        return arrays | {"drift": self.drift}
+        return arrays | {"drift": self.drift, "clamped": self.clamped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on, to the bit, from what `state_dict` gave. Raises ValueError where the number of prompts differs."""
@@ -122,17 +125,15 @@ class ValueTracker:
             )
         for name in ("successes", "failures", "seen_at"):
             setattr(self, name, np.asarray(state[name], np.float64).copy())
-        self.drift = float(state["drift"])
+        self.drift, self.clamped = float(state["drift"]), int(state["clamped"])
 
     def _chances(self, prompts: np.ndarray | None) -> np.ndarray:
         which = slice(None) if prompts is None else prompts
         return self.successes[which] / (self.successes[which] + self.failures[which])
 
     def _shares(self, rewards: np.ndarray) -> np.ndarray:
-        outside = ~((rewards >= self.low) & (rewards <= self.high))
-        if outside.any():
-            raise ValueError(
-                f"reward {rewards[outside][0]:g} lies outside {self.low:g}..{self.high:g}, between which success is "
-                "counted; give the range that the rewards have"
-            )
-        return (rewards - self.low) / (self.high - self.low)
+        if np.isnan(rewards).any():
+            raise ValueError("a reward is NaN; leave out answers that could not be judged")
+        held = np.clip(rewards, self.low, self.high)
+        self.clamped += int((held != rewards).sum())
+        return (held - self.low) / (self.high - self.low)

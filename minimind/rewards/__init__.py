@@ -17,6 +17,7 @@ last colon stands the weight if it is a number: write it out where an argument e
     function=PACKAGE.MODULE:FUNCTION   one's own: a list of `Sample`s -> as many numbers
     model=FOLDER              a reward model: a run of train/reward.py, a Hugging Face sequence classifier, or one of
                               InternLM2-Reward's kind (which brings code, and needs --trust-remote-code)
+    answer_model=FOLDER       the same, shown the answer alone, what stands behind the reasoning or in <answer></answer>
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ from collections.abc import Sequence
 
 import torch
 
-from minimind.rewards.compose import Part, RewardError, Rewards, Scores, Spec, name_parts
+from minimind.rewards.compose import MODELS, Part, RewardError, Rewards, Scores, Spec, name_parts
 from minimind.rewards.sample import Reward, Sample
+from minimind.rewards.scale import RewardScale
+from minimind.rewards.verifiers import answer_only
 from minimind.rewards.watch import SignalWatch, degenerate, summary
 
 __all__ = [
     "Part",
     "Reward",
     "RewardError",
+    "RewardScale",
     "Rewards",
     "Sample",
     "Scores",
@@ -55,16 +59,22 @@ def parse_rewards(
     left out), or a number to take instead. device: where reward models run.
     """
     specs = [Spec.parse(word) for word in words]
+    folders = {spec.argument or "" for spec in specs if spec.name in MODELS}
+    models = {folder: _open(folder, device or torch.device("cpu"), trust_remote_code) for folder in folders}
     made = []
     for spec in specs:
-        if spec.name != "model":
+        if spec.name not in MODELS:
             made.append((spec, spec.make()))
             continue
-        from minimind.rewards.model import model_reward
-
-        try:
-            reward = model_reward(spec.argument or "", device or torch.device("cpu"), trust_remote_code)
-        except ValueError as error:
-            raise ValueError(f"--reward {error}") from None
-        made.append((spec, reward))
+        reward = models[spec.argument or ""]
+        made.append((spec, answer_only(reward) if spec.name == "answer_model" else reward))
     return Rewards(name_parts(made), on_error)
+
+
+def _open(folder: str, device: torch.device, trust_remote_code: bool) -> Reward:
+    from minimind.rewards.model import model_reward
+
+    try:
+        return model_reward(folder, device, trust_remote_code)
+    except ValueError as error:
+        raise ValueError(f"--reward {error}") from None

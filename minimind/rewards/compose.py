@@ -33,8 +33,13 @@ MAKERS: dict[str, Callable[..., Reward]] = {
     "tools": tools_reward,
     "function": function_reward,
 }
+# The lowest and the highest value of each; what is not here may say anything.
+BOUNDS: dict[str, tuple[float, float]] = {"overlong": (-1.0, 0.0)} | dict.fromkeys(
+    ("format", "length", "repetition", "regex", "number", "exact", "json", "tools"), (0.0, 1.0)
+)
+MODELS = ("model", "answer_model")  # loaded by minimind.rewards.model
 NEED_ARGUMENT = {"length": "20..200", "overlong": "200..256", "regex": "PATTERN", "model": "FOLDER",
-                 "function": "package.module:function"}  # fmt: skip
+                 "answer_model": "FOLDER", "function": "package.module:function"}  # fmt: skip
 NO_ARGUMENT = {"number", "exact", "tools"}
 
 
@@ -58,7 +63,7 @@ class Spec:
         if weight is None:
             head, weight = text, 1.0
         name, equals, argument = head.partition("=")
-        known = [*MAKERS, "model"]
+        known = [*MAKERS, *MODELS]
         if name not in known:
             raise ValueError(f"--reward {text}: there is no reward {name!r}; choose from {', '.join(known)}")
         if not argument and (equals or name in NEED_ARGUMENT):
@@ -79,11 +84,12 @@ class Spec:
 
 @dataclass(frozen=True)
 class Part:
-    """name: the reward's, numbered where there are several of it."""
+    """name: the reward's, numbered where there are several of it; bounds: between which it lies, None: unknown."""
 
     name: str
     weight: float
     reward: Reward
+    bounds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,18 @@ class Rewards:
         return " + ".join(f"{part.weight:g} {part.name}" for part in self.parts)
 
     @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The lowest and the highest sum there can be, weights included; None where a part may say anything."""
+        low = high = 0.0
+        for part in self.parts:
+            if part.bounds is None:
+                return None
+            said = part.bounds if math.isnan(self._instead) else (*part.bounds, self._instead)
+            low += min(part.weight * value for value in said)
+            high += max(part.weight * value for value in said)
+        return low, high
+
+    @property
     def _instead(self) -> float:
         number = _number(self.on_error)
         return math.nan if number is None else number
@@ -165,7 +183,8 @@ def name_parts(made: Sequence[tuple[Spec, Reward]]) -> list[Part]:
     for spec, reward in made:
         seen[spec.name] += 1
         number = seen[spec.name]
-        parts.append(Part(spec.name if number == 1 else f"{spec.name}-{number}", spec.weight, reward))
+        name = spec.name if number == 1 else f"{spec.name}-{number}"
+        parts.append(Part(name, spec.weight, reward, BOUNDS.get(spec.name)))
     return parts
 
 

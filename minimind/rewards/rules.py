@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minimind.rewards.sample import Reward, Sample
-from minimind.tokenization.reasoning import parse_reply
+from minimind.tokenization.reasoning import parse_answer, parse_reply
 
 _MARKERS = {"think": ("<think>", "</think>"), "answer": ("<think>", "</think>", "<answer>", "</answer>")}
 
@@ -30,13 +30,17 @@ def format_reward(kind: str = "think") -> Reward:
     """1 for a reply of the right form, neither part being empty; else half the share of its markers that stand there
     exactly once, which leads a model that knows none of them to the form.
 
-    think: <think>reasoning</think> and then the answer. answer: that in <answer>...</answer>.
+    think: <think>reasoning</think> and then the answer. answer: that in <answer>...</answer>. Where the prompt asked
+    for no reasoning, 1 for an answer without any marker, else 0.
     """
     if kind not in _MARKERS:
         raise ValueError(f"format={kind}: choose think or answer")
     markers = _MARKERS[kind]
 
     def judge(sample: Sample) -> float:
+        if sample.thinking is False:
+            plain = parse_answer(sample.text)
+            return float(plain is not None and plain.answer != "")
         reply = parse_reply(sample.text)
         wrapped = kind == "think" or sample.text.rstrip().endswith("</answer>")
         if reply is not None and reply.reasoning and reply.answer and wrapped:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
+
+import numpy as np
 
 from minimind.rewards.rules import each
 from minimind.rewards.sample import Reward, Sample
@@ -42,6 +45,15 @@ def final_answer(text: str) -> str:
     if marker:
         return after.strip()
     return "" if "<think>" in text else text.strip()
+
+
+def answer_only(reward: Reward) -> Reward:
+    """`reward` of samples whose text is their final_answer, which of one that was cut off in its reasoning is empty."""
+
+    def of_answers(samples: Sequence[Sample]) -> np.ndarray:
+        return reward([replace(sample, text=final_answer(sample.text)) for sample in samples])
+
+    return of_answers
 
 
 def number_reward() -> Reward:

@@ -92,7 +92,7 @@ class ReasoningEncoder(ChatEncoder):
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
         bare = [_without_reasoning(number, message) for number, message in enumerate(messages)]
-        if not self._picks(messages):
+        if not picks(messages, self.direct):
             return super().pieces(messages)
         out: list[Piece] = []
         for piece in self._without.pieces(bare):
@@ -103,11 +103,52 @@ class ReasoningEncoder(ChatEncoder):
             out += [piece] if piece.text else []
         return out
 
-    def _picks(self, messages: Sequence[Message]) -> bool:
-        # a hash of its own: data sorted by a plain one would have the whole share at its beginning
-        text = json.dumps(list(messages)).encode()
-        digest = hashlib.blake2b(text, digest_size=8, person=b"reasoning").digest()
-        return int.from_bytes(digest, "big") < self.direct * 2**64
+
+class ThinkingPrompts:
+    """Prompts, a share of which ask for reasoning and the others for none, picked by a hash of the conversation.
+
+    share: None leaves the choice to the model, as prompts do that do not name enable_thinking. Raises ValueError where
+    there is a share and the template does not know the switch.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, share: float | None) -> None:
+        self.share = share
+        self._plain = ChatEncoder(tokenizer)
+        self._endings = prompt_endings(tokenizer) if share is not None else {}
+        if share is not None and not {"on", "off"} <= self._endings.keys():
+            raise ValueError(
+                f"--thinking {share:g}: the chat template does not know enable_thinking; leave the flag out"
+            )
+        self._asking = {value: ChatEncoder(tokenizer, enable_thinking=value) for value in (True, False)}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        if self.share is None:
+            return self._plain.fingerprint
+        parts = [self._asking[True].fingerprint, self._asking[False].fingerprint, self.share]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def thinking(self, messages: Sequence[Message]) -> bool | None:
+        """Whether this conversation's prompt asks for reasoning; None: it does not say."""
+        return None if self.share is None else picks(messages, self.share)
+
+    def opening(self, messages: Sequence[Message]) -> str:
+        """What of a reasoning reply its prompt has written already: "<think>" and a newline, or nothing."""
+        return self._endings["on"] if self.thinking(messages) else ""
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids up to where the model goes on."""
+        thinking = self.thinking(messages)
+        encoder = self._plain if thinking is None else self._asking[thinking]
+        return encoder.prompt(messages)
+
+
+def picks(messages: Sequence[Message], share: float) -> bool:
+    """Whether a conversation is among a `share` of all. By a hash of its own: data sorted by a plain one would have the
+    whole share at its beginning."""
+    text = json.dumps(list(messages)).encode()
+    digest = hashlib.blake2b(text, digest_size=8, person=b"reasoning").digest()
+    return int.from_bytes(digest, "big") < share * 2**64
 
 
 def _without_reasoning(number: int, message: Message) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
 from minimind.data.files import sync
@@ -17,7 +18,8 @@ from minimind.training.parallel import Parallel, from_rank_0
 from minimind.value_head import ValueModel, load_value_model, save_value_model
 from minimind.weights import load_model, save_weights
 
-_HEAD, _CRITIC, _OWN = "value_head.weight", "critic", "critic."
+_HEAD, _CRITIC = "value_head.weight", "critic"
+CRITIC = "critic."  # how the names of its parameters begin in an ActorCritic
 
 
 class ActorCritic(Model):
@@ -41,6 +43,13 @@ def critic_of(model: Model) -> ValueModel:
     return model.critic if isinstance(model, ActorCritic) else cast(ValueModel, model)
 
 
+def critic_parameters(model: Model) -> list[nn.Parameter]:
+    """What learns with the critic alone: all of its own trunk, or the head on the policy's."""
+    if isinstance(model, ActorCritic):
+        return list(model.critic.parameters())
+    return list(cast(ValueModel, model).value_head.parameters())
+
+
 def save_both(model: Model, folder: Path) -> None:
     """The policy as a model to chat with, and the critic; see the module's docstring."""
     save_weights(_policy(model), folder)
@@ -59,7 +68,7 @@ def load_both(model: Model, checkpoint: Path, parallel: Parallel) -> None:
         state |= load_model(checkpoint, config=model.config).state_dict()
         if isinstance(model, ActorCritic):
             critic = load_value_model(checkpoint / _CRITIC, config=model.critic.config).state_dict()
-            state |= {_OWN + name: value for name, value in critic.items()}
+            state |= {CRITIC + name: value for name, value in critic.items()}
         else:
             state[_HEAD] = torch.load(checkpoint / f"{_CRITIC}_head.pt", weights_only=True)
     set_model_state_dict(model, state, options=from_rank_0())

@@ -23,10 +23,11 @@ from minimind.data.prompts import PromptSet
 from minimind.modeling import Model
 from minimind.objectives.policy import token_log_probs
 from minimind.objectives.surrogates import kl_estimates
-from minimind.rewards import Rewards, Sample, Scores, SignalWatch, summary
+from minimind.rewards import Rewards, RewardScale, Sample, Scores, SignalWatch, summary
 from minimind.rewards.compose import Failures
 from minimind.training.parallel import Parallel
 from minimind.training.rl_loader import Rollout, Shape, pack
+from minimind.training.rl_stop import DriftStop
 from minimind.training.rollouts import Answer, Drawn, Sampler, Sampling
 
 _TOKENS = 8192  # of a forward without gradients
@@ -45,8 +46,10 @@ class Collector:
     answers each.
 
     reference: a frozen model to score answers with, where the algorithm wants it. annotate(answers): what else is
-    worked out for a rank's share of them, such as a critic's values. advantages(answers): fills them in, given all, and
-    returns figures to log. before(answers of the rollout before): called first, with the weights trained on them.
+    worked out for a rank's share of them, such as a critic's values. advantages(answers): fills them in by the scores,
+    given all, and returns figures to log. before(answers of the rollout before): called first, with the weights trained
+    on them. scale: makes scores of the rewards. stop: told of every new rollout. penalty: taken off the reward of an
+    answer that was cut off; mask: whether the loss leaves such answers out.
     refills: how many prompts may be drawn in place of those whose answers all have one reward, as a multiple of
     `prompts`; 0: such groups stay. rescore: learn from the trainer's log-probabilities of the answers, by one more
     forward, not from the engine's.
@@ -65,6 +68,10 @@ class Collector:
     reference: Model | None = None
     annotate: Callable[[list[Answer]], None] | None = None
     before: Callable[[list[Answer]], None] | None = None
+    scale: RewardScale = field(default_factory=RewardScale)
+    stop: DriftStop | None = None
+    penalty: float = 0.0
+    mask: bool = False
     refills: int = 0
     rescore: bool = False
     console: Console = field(default_factory=Console)
@@ -83,12 +90,28 @@ class Collector:
         made, kept, following = self._answers(first, seconds)
         with _timed(seconds, "prepare"):
             self._annotate(kept)
-            figures = self._figures(made, kept)
+            figures = self._figures(made, kept) | (self.stop.begin() if self.stop else {})
             if self.rescore:
                 self._rescore(kept)
             if kept:
-                figures |= self.advantages(kept)
+                figures |= self._scored(kept) | self.advantages(kept)
         return Rollout(kept, following, figures, seconds)
+
+    def _scored(self, answers: list[Answer]) -> dict[str, float]:
+        """Make the scores of the rewards, and mask what the loss is to leave out."""
+        scores, figures = self.scale(np.array([a.reward for a in answers]))
+        for a, value in zip(answers, scores.tolist(), strict=True):
+            a.score, a.masked = value, self.mask and not a.ended
+        if not self.mask:
+            return figures
+        masked = float(np.mean([a.masked for a in answers]))
+        if masked == 1:
+            say(
+                self.console,
+                f"warning: all {len(answers)} answers of a rollout were cut off at --max-new-tokens "
+                f"{self.how.max_new_tokens}, and --mask-truncated leaves them out: there is nothing to learn from",
+            )
+        return figures | {"masked": masked}
 
     def _answers(self, first: int, seconds: dict[str, float]) -> tuple[list[Answer], list[Answer], int]:
         """(all answers, those to learn from, the next prompt's number)."""
@@ -115,7 +138,7 @@ class Collector:
         with _timed(seconds, "rollout"):
             answers = self.sampler.sample(data, mine, how)
         with _timed(seconds, "reward"):
-            failures = score(self.rewards, data, answers)
+            failures = score(self.rewards, data, answers, self.penalty)
         with _timed(seconds, "rollout"):  # the ranks wait for the slowest
             parts = self.parallel.gather((answers, failures))
         for name, failure in chain(*(failures.items() for _, failures in parts)):
@@ -134,10 +157,10 @@ class Collector:
                 a.reference = log_probs
         if self.annotate is not None:
             self.annotate(mine)
-        known = self.parallel.gather([(a.reference, a.values, a.after) for a in mine])
+        known = self.parallel.gather([(a.reference, a.values) for a in mine])
         for rank, part in enumerate(known):
             for a, worked_out in zip(answers[rank :: self.parallel.world_size], part, strict=True):
-                a.reference, a.values, a.after = worked_out
+                a.reference, a.values = worked_out
 
     def _rescore(self, answers: list[Answer]) -> None:
         """The trainer's own log-probabilities in place of the engine's."""
@@ -185,16 +208,22 @@ class Collector:
         return np.concatenate([np.zeros(0), *chain(*self.parallel.gather(apart))])
 
 
-def score(rewards: Rewards, data: PromptSet, answers: Sequence[Answer]) -> dict[str, Failures]:
-    """Fill in the rewards of `answers`, NaN where one is to be left out; which rewards failed."""
+def score(
+    rewards: Rewards, data: PromptSet, answers: Sequence[Answer], penalty: float = 0.0
+) -> dict[str, Failures]:
+    """Fill in the rewards of `answers`, less `penalty` where one was cut off, NaN where one is to be left out; which
+    rewards failed."""
     samples = []
     for a in answers:
         prompt = data[a.prompt]
         ids, reason = a.ids.tolist(), cast(Any, "stop" if a.ended else "length")
-        samples.append(Sample(prompt.messages, a.text, ids, reason, prompt.reference, prompt.metadata))
+        text = prompt.opening + a.text
+        samples.append(
+            Sample(prompt.messages, text, ids, reason, prompt.reference, prompt.metadata, prompt.thinking)
+        )
     scores = rewards(samples)
     for i, a in enumerate(answers):
-        a.reward = float(scores.total[i])
+        a.reward = float(scores.total[i]) - (0.0 if a.ended else penalty)
         a.parts = {name: float(values[i]) for name, values in scores.parts.items()}
     return scores.failures
 

@@ -33,7 +33,7 @@ from minimind.training.arguments import StageArgs
 from minimind.training.batches import DeviceBatches, to_device
 from minimind.training.checkpoint import load_weights_into, share_trainer_state
 from minimind.training.compiling import compile_model
-from minimind.training.loop import Loader, LoopOptions, News, Stage, StageLoss, Trainer
+from minimind.training.loop import Apart, Loader, LoopOptions, News, Stage, StageLoss, Trainer
 from minimind.training.memory import tokens_that_fit
 from minimind.training.optim import Optimizers, build_optimizers, lr_factor
 from minimind.training.origin import Origin
@@ -82,6 +82,8 @@ class Objective:
     place: Callable[..., Any] = to_device  # the loader's batches on the device, as DeviceBatches says
     loss_unit: str = "nats per token"
     news: Callable[[], News | None] = lambda: None
+    apart: Sequence[Apart] = ()
+    before_update: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -246,7 +248,7 @@ class Job:
         return Stage(
             model=model,
             tokenizer=self.tokenizer,
-            optimizer=self._optimizers(model, peak),
+            optimizer=self._optimizers(model, objective, peak),
             loader=self._on_device(plan.loader, objective),
             loss=objective.loss,
             peak_lr=peak,
@@ -260,14 +262,20 @@ class Job:
             load_model=objective.load_model,
             loss_unit=objective.loss_unit,
             news=objective.news,
+            apart=objective.apart,
+            before_update=objective.before_update,
         )
 
-    def _optimizers(self, model: Model, peak: float) -> Optimizers:
+    def _optimizers(self, model: Model, objective: Objective, peak: float) -> Optimizers:
         args = self.args
         momentum = 0.95 if args.muon_momentum is None else args.muon_momentum
-        return build_optimizers(
-            model, args.optimizer, peak, args.weight_decay, args.betas, momentum, args.lr_multiples()
-        )
+        optimizer = build_optimizers(model, args.optimizer, peak, args.weight_decay, args.betas, momentum)
+        for end, rate in args.lr_multiples().items():
+            if rate != 1:
+                optimizer.set_rate([p for name, p in model.named_parameters() if name.endswith(end)], rate)
+        for part in objective.apart:
+            optimizer.set_rate(part.parameters, part.rate)
+        return optimizer
 
     def _on_device(self, loader: Any, objective: Objective) -> Loader:
         placed = hasattr(loader, "fetch")

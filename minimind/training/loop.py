@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from minimind.data.files import sync, write_json
@@ -92,6 +92,16 @@ class LoopOptions:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """Parameters that learn beside the rest of a model, such as a critic's: their gradients are clipped by a norm of
+    their own, logged as NAME_grad_norm, and their rate is `rate` times the others'."""
+
+    name: str
+    parameters: Sequence[nn.Parameter]
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
 class Stage:
     """What a stage brings.
 
@@ -101,7 +111,8 @@ class Stage:
     sample() -> text shown and kept in samples.txt. describe(host batch) -> list of what was in it, for a post-mortem.
     news() -> what became known while a step's batches were made. All ranks call all of them. save_model(whole model,
     folder), on rank 0, and load_model(model, checkpoint, parallel), on all, for what is trained where that is not the
-    whole model.
+    whole model. apart: see Apart. before_update() is called between the backwards of a step and the optimizer, and may
+    take gradients away.
     """
 
     model: Model
@@ -120,6 +131,8 @@ class Stage:
     load_model: Callable[[Model, Path, Parallel], None] = load_weights_into
     loss_unit: str = "nats per token"
     news: Callable[[], News | None] = lambda: None
+    apart: Sequence[Apart] = ()
+    before_update: Callable[[], None] = lambda: None
 
 
 class NonFiniteLossError(ValueError):
@@ -299,16 +312,25 @@ class Trainer:
             losses.append(torch.stack((loss.detach(), aux.detach(), *(v / weight for v in told.values()))))
         stage.loader.fetch()  # while the device computes
         with span("optimizer"):
-            norm = torch.nn.utils.clip_grad_norm_(stage.model.parameters(), options.grad_clip)
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            norm, *norms = self._clip()
             sums = torch.stack(losses).sum(0)
-            figures = torch.cat((sums[:2], norm.unsqueeze(0) / ranks, sums[2:]))
+            figures = torch.cat((sums[:2], norm[None] / ranks, sums[2:], *(n[None] / ranks for n in norms)))
+            stage.before_update()
             stage.optimizer.step()
             stage.optimizer.zero_grad()
         lr = stage.peak_lr * factor
         self.step += 1
         self.targets_seen += total
-        self.pending.append(_Row(self.step, figures, lr, total, self.tokens, position, tuple(told), news))
+        names = (*told, *(f"{part.name}_grad_norm" for part in stage.apart))
+        self.pending.append(_Row(self.step, figures, lr, total, self.tokens, position, names, news))
+
+    def _clip(self) -> list[Tensor]:
+        """Bound the norms of the gradients: (that of the model but for what learns apart, those of these parts)."""
+        parts = [list(part.parameters) for part in self.stage.apart]
+        own = {id(parameter) for part in parts for parameter in part}
+        rest = [parameter for parameter in self.stage.model.parameters() if id(parameter) not in own]
+        norms = [torch.nn.utils.clip_grad_norm_(part, self.options.grad_clip) for part in (rest, *parts)]
+        return [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
 
     def _after_step(self) -> None:
         options = self.options

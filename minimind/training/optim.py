@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -31,6 +31,18 @@ class Optimizers:
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
 
+    def set_rate(self, parameters: Iterable[nn.Parameter], rate: float) -> None:
+        """Give these parameters `rate` times the peak that they have, in groups of their own; before the first step."""
+        chosen = {id(parameter) for parameter in parameters}
+        for part, peaks in zip(self.parts, self.peaks, strict=True):
+            for group, peak in list(zip(part.param_groups, peaks, strict=True)):
+                mine = [p for p in group["params"] if id(p) in chosen]
+                if not mine:
+                    continue
+                group["params"] = [p for p in group["params"] if id(p) not in chosen]
+                part.param_groups.append({**group, "params": mine})
+                peaks.append(peak * rate)
+
     def step(self) -> None:
         for part in self.parts:
             part.step()
@@ -55,24 +67,30 @@ class Optimizers:
         """state: from `state_dict`, on rank 0; what the others pass is not looked at. All ranks call it. Returns what
         did not fit as it was, one line, or None."""
         names = {id(p): name for name, p in model.named_parameters()}
-        muon = [p for part in self.parts if isinstance(part, Muon) for p in part.param_groups[0]["params"]]
-        state, moved = _experts_to_muon(state, [names[id(p)] for p in muon])
+        muon = [
+            group["params"] for part in self.parts if isinstance(part, Muon) for group in part.param_groups
+        ]
+        state, moved = _experts_to_muon(state, [[names[id(p)] for p in group] for group in muon])
         set_optimizer_state_dict(model, self.parts, state, options=from_rank_0())
         if not moved:
             return None
         return f"{len(moved)} stacks of experts were AdamW's and are Muon's now: their mean gradients become momentum"
 
 
-def _experts_to_muon(state: dict[str, Any], names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """A state of when AdamW updated the stacked experts, as Muon of `names` takes it, and what has moved. AdamW's first
-    moment is what Muon calls momentum."""
-    if not state or "momentum" not in state["param_groups"][-1]:
+def _experts_to_muon(
+    state: dict[str, Any], names: Sequence[Sequence[str]]
+) -> tuple[dict[str, Any], list[str]]:
+    """A state of when AdamW updated the stacked experts, as Muon, whose groups hold `names`, takes it; and what has
+    moved. AdamW's first moment is what Muon calls momentum."""
+    if not state:
         return state, []
-    moved = [name for name in names if "exp_avg" in state["state"].get(name, {})]
-    kept = {name: {"momentum_buffer": state["state"][name]["exp_avg"]} for name in moved}
-    groups = [{**g, "params": [n for n in g["params"] if n not in kept]} for g in state["param_groups"]]
-    groups[-1]["params"] += moved
-    return {"state": {**state["state"], **kept}, "param_groups": groups}, moved
+    held = state["state"]
+    moved = [name for group in names for name in group if "exp_avg" in held.get(name, {})]
+    groups = [{**g, "params": [n for n in g["params"] if n not in moved]} for g in state["param_groups"]]
+    for group, own in zip([g for g in groups if "momentum" in g], names, strict=True):
+        group["params"] += [name for name in own if name in moved]
+    kept = {name: {"momentum_buffer": held[name]["exp_avg"]} for name in moved}
+    return {"state": {**held, **kept}, "param_groups": groups}, moved
 
 
 def build_optimizers(
@@ -82,10 +100,8 @@ def build_optimizers(
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.95),
     momentum: float = 0.95,
-    multiples: Mapping[str, float] | None = None,
 ) -> Optimizers:
-    """The optimizer of a run. Matrices and embeddings decay, norm gains do not. betas are AdamW's, momentum is Muon's;
-    multiples: of `lr`, for parameters of AdamW's whose names end so.
+    """The optimizer of a run. Matrices and embeddings decay, norm gains do not. betas are AdamW's, momentum is Muon's.
 
     adamw: fused AdamW for everything (Loshchilov & Hutter 2019, arXiv 1711.05101).
     muon: momentum orthogonalised by Newton-Schulz for the matrices inside the blocks (Jordan et al. 2024), those of
@@ -102,13 +118,6 @@ def build_optimizers(
         {"params": [p for _, p in rest if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for _, p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    for end, multiple in (multiples or {}).items():
-        apart = {id(p) for n, p in rest if n.endswith(end)} if multiple != 1 else set()
-        for group in [group for group in groups if apart & {id(p) for p in group["params"]}]:
-            groups.append(
-                {**group, "params": [p for p in group["params"] if id(p) in apart], "lr": lr * multiple}
-            )
-            group["params"] = [p for p in group["params"] if id(p) not in apart]
     parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
     if muon:
         parts.append(Muon(muon, lr=lr, weight_decay=weight_decay, momentum=momentum, rows=packed_rows(model)))

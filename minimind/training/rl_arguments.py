@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import tyro
 
+from minimind.rewards import RewardScale
 from minimind.training.arguments import FromFlag, StageArgs
 from minimind.training.parallel import ParallelName, world_size
+
+NormName = Literal["none", "running"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,24 @@ class RolloutArgs(StageArgs):
     """Prompts to measure on, instead of --heldout."""
     reward: tuple[str, ...] = ()
     """Rewards to add up, each NAME[=ARGUMENT][:WEIGHT]: number exact json[=KEY,KEY] tools format[=think|answer]
-    length=LOW..HIGH overlong=LOW..HIGH repetition[=N] regex=PATTERN function=PACKAGE.MODULE:FUNCTION model=FOLDER (what
-    each is: docstring of minimind/rewards/__init__.py). None: number, whether the answer's last number is the
-    reference's."""
+    length=LOW..HIGH overlong=LOW..HIGH repetition[=N] regex=PATTERN function=PACKAGE.MODULE:FUNCTION model=FOLDER
+    answer_model=FOLDER (what each is: docstring of minimind/rewards/__init__.py). None: number, whether the answer's
+    last number is the reference's."""
     on_reward_error: str = "drop"
     """What becomes of an answer that a reward cannot score: drop leaves it out, stop ends the run, a number is taken
     for what that reward did not say."""
+    reward_clip: tuple[float, float] | None = None
+    """The lowest and the highest reward to learn from: what lies outside counts as the nearer end. None: no bounds."""
+    reward_norm: NormName = "none"
+    """running: learn from rewards less the mean of all so far, divided by their standard deviation; after the clip."""
+    truncation_penalty: float = 0.0
+    """Taken off the reward of an answer that was cut off at --max-new-tokens."""
+    mask_truncated: bool | None = None
+    """Leave answers that were cut off out of the loss; they still count where rewards are compared. None: as the
+    algorithm has it, which is no, but for train/grpo.py --loss dapo."""
+    thinking: float | None = None
+    """Share of the prompts that ask for reasoning, by a hash of the prompt; the others ask for none. None: none says,
+    and the model decides."""
     trust_remote_code: bool = False
     """Let a reward model's folder bring code of its own."""
     rollouts: int = 120
@@ -47,10 +63,13 @@ class RolloutArgs(StageArgs):
     """Tokens of the longest answer; what is longer is cut off. None: 8 for the built-in prompts, else 256."""
     temperature: float = 1.0
     """Of sampling, and of the distribution that is trained."""
-    minibatches: int = 1
-    """Optimizer steps on each rollout, each on a part of its answers."""
+    minibatches: int | None = None
+    """Optimizer steps on each pass over a rollout, each on a part of its answers. None: as the algorithm has it."""
     inner_epochs: int = 1
     """Passes over each rollout."""
+    target_kl: float | None = None
+    """Mean KL per token between what sampled a rollout and the policy, above which the rest of the rollout is left;
+    0.05 is much. None: learn from all of it."""
     micro_batches: int | None = None
     """Forward and backward passes that a step adds up. None: as few as keep the longest answers to the longest prompts
     within 4096 tokens of minimind2-small a pass, or 16384 on a GPU; other models by their size."""
@@ -83,10 +102,15 @@ class RolloutArgs(StageArgs):
     def check(self) -> None:
         super().check()
         for name in ("rollouts", "prompts", "samples", "max_prompt", "max_new_tokens", "temperature", "minibatches",
-                     "inner_epochs", "micro_batches", "eval_prompts"):  # fmt: skip
+                     "inner_epochs", "micro_batches", "eval_prompts", "target_kl"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        if not 0 <= self.truncation_penalty < math.inf:
+            raise ValueError(f"--truncation-penalty {self.truncation_penalty}: must be 0 or more")
+        if self.thinking is not None and not 0 <= self.thinking <= 1:
+            raise ValueError(f"--thinking {self.thinking:g}: must be a share from 0 to 1")
+        RewardScale(self.reward_clip)
         if self.parallel == "fsdp":
             raise ValueError("--parallel fsdp: answers are sampled from whole weights; take ddp")
         if self.prompts < world_size():

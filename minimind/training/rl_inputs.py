@@ -11,7 +11,8 @@ from rich.console import Console
 from minimind.data.builtin_arithmetic import NAME, arithmetic_prompts
 from minimind.data.progress import say
 from minimind.data.prompts import PromptSet, open_prompts
-from minimind.tokenization import ChatEncoder
+from minimind.tokenization import Tokenizer
+from minimind.tokenization.reasoning import ThinkingPrompts
 from minimind.training.parallel import world_size
 from minimind.training.rl_arguments import RolloutArgs
 from minimind.training.run_folder import newest_finished
@@ -21,9 +22,10 @@ WEAK = ("--data", NAME, "--epochs", "1", "--seq-len", "256", "--batch-tokens", "
 
 
 def open_data(
-    args: RolloutArgs, encoder: ChatEncoder, console: Console
+    args: RolloutArgs, tokenizer: Tokenizer, console: Console
 ) -> tuple[PromptSet, PromptSet | None]:
     """(training, held-out) prompts."""
+    encoder = ThinkingPrompts(tokenizer, args.thinking)
     data, heldout = list(args.data), list(args.heldout_data)
     if not data:
         builtin = arithmetic_prompts(args.cache_dir, console)

@@ -8,7 +8,7 @@ middle of one goes on with the same answers, on any number of processes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -79,7 +79,8 @@ class RolloutLoader:
 
     collect(rollout number, number of the next prompt, answers of the rollout before) -> Rollout, the same on all ranks,
     which call it together.
-    keeper: what else must be kept from rollout to rollout, with state_dict and load_state_dict, such as SPO's tracker.
+    keepers: what else must be kept from rollout to rollout, by name, with state_dict and load_state_dict, such as SPO's
+    tracker.
     """
 
     def __init__(
@@ -88,10 +89,10 @@ class RolloutLoader:
         shape: Shape,
         parallel: Parallel,
         device: torch.device,
-        keeper: Any = None,
+        keepers: Mapping[str, Any] | None = None,
     ) -> None:
         self.collect, self.shape, self.parallel, self.device = collect, shape, parallel, device
-        self.keeper = keeper
+        self.keepers = dict(keepers or {})
         self.rollout: Rollout | None = None
         self.host: list[Answer] | None = None
         self._number = self._next = self._taken = 0  # rollouts made, prompts drawn, micro-batches handed out
@@ -134,7 +135,7 @@ class RolloutLoader:
             "next": self._next,
             "taken": self._taken,
             "answers": [_saved(a) for a in self._answers],
-            "keeper": self.keeper.state_dict() if self.keeper is not None else {},
+            "keepers": {name: keeper.state_dict() for name, keeper in self.keepers.items()},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -143,8 +144,8 @@ class RolloutLoader:
         if self.rollout is not None and self._number == state["rollout"] + 1:
             self._taken = 0
             return
-        if self.keeper is not None:
-            self.keeper.load_state_dict(state["keeper"])
+        for name, keeper in self.keepers.items():
+            keeper.load_state_dict(state["keepers"][name])
         self._number, self._next, self._taken = state["rollout"], state["next"], state["taken"]
         self.rollout, self._parts = None, []
         if state["answers"]:
@@ -169,9 +170,10 @@ class RolloutLoader:
         self._number += 1
 
     def _cut(self, rollout: int) -> list[np.ndarray]:
-        assert self.rollout is not None
-        steps = self.shape.parts(len(self.rollout.answers), rollout)
-        return [part for step in steps for part in step]
+        """The numbers of the answers in each micro-batch; masked ones are in none."""
+        learnt = np.array([i for i, a in enumerate(self._answers) if not a.masked], np.int64)
+        steps = self.shape.parts(len(learnt), rollout)
+        return [learnt[part] for step in steps for part in step]
 
 
 def pack(
@@ -180,14 +182,12 @@ def pack(
     tokens: int,
     samples: int,
     shape: Shape,
-    whole: bool = False,
 ) -> PolicyBatch:
     """One row of documents, a prompt with an answer each, padded to a multiple of MULTIPLE.
 
-    tokens, samples: what all ranks together have in their part of the batch. whole: with the input position behind an
-    answer's last token, which has no target: what a critic thinks there.
+    tokens, samples: what all ranks together have in their part of the batch.
     """
-    lengths = np.array([len(a.prompt_ids) + len(a.ids) - (not whole) for a in answers], np.int64)
+    lengths = np.array([len(a.prompt_ids) + len(a.ids) - 1 for a in answers], np.int64)
     ends = lengths.cumsum()
     size = -(-max(1, int(lengths.sum())) // MULTIPLE) * MULTIPLE
     ids, targets = np.zeros(size, np.int64), np.full(size, -100, np.int64)
@@ -224,6 +224,7 @@ def pack(
         placed("reference"),
         placed("values"),
         placed("returns"),
+        placed("room"),
     )
 
 

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
+from minimind.config import ModelConfig
 from minimind.data.progress import say
 from minimind.data.prompts import PromptSet
 from minimind.inference.replica import Replica
 from minimind.inference.tracking import mix
 from minimind.modeling import Model
 from minimind.objectives.policy import Aggregation
-from minimind.rewards import Rewards, parse_rewards
-from minimind.tokenization import ChatEncoder
+from minimind.rewards import Rewards, RewardScale, parse_rewards
+from minimind.training.actor_critic import CRITIC
 from minimind.training.collector import Collector, Stream, score
 from minimind.training.job import Job, Objective, Plan
 from minimind.training.loop import News, StageLoss
 from minimind.training.rl_arguments import RolloutArgs
 from minimind.training.rl_inputs import find_origin, open_data
 from minimind.training.rl_loader import RolloutLoader, Shape, passes
+from minimind.training.rl_stop import DriftStop
 from minimind.training.rl_view import draw_curves, show_groups, transcript
 from minimind.training.rollouts import Answer, Drawn, PromptStream, Sampler, Sampling
 
@@ -44,6 +46,7 @@ class Rollouts:
     model: Model = field(init=False)
     trained: Model = field(init=False)
     collector: Collector = field(init=False)
+    stop: DriftStop | None = field(init=False, default=None)
     loader: RolloutLoader = field(init=False)
 
     @staticmethod
@@ -56,8 +59,7 @@ class Rollouts:
             seq_len=args.max_prompt + args.longest_answer,
         )
         job = Job.begin(stage, args, console)
-        encoder = ChatEncoder(job.tokenizer)
-        train, heldout = open_data(args, encoder, console)
+        train, heldout = open_data(args, job.tokenizer, console)
         if not args.reward and any(prompt.reference is None for prompt in train.prompts):
             raise ValueError(
                 "--reward: not all prompts of --data have a reference answer; name what to reward, such as model=FOLDER"
@@ -67,9 +69,10 @@ class Rollouts:
         )
         job.open_run()
         longest = max(len(prompt.ids) for prompt in train.prompts) + args.longest_answer
-        answers = -(-args.prompts * args.samples // args.minibatches)
+        minibatches = args.minibatches or 1
+        answers = -(-args.prompts * args.samples // minibatches)
         shape = Shape(
-            args.minibatches, args.inner_epochs, args.micro_batches or passes(answers, longest, job.config, job.device),
+            minibatches, args.inner_epochs, args.micro_batches or passes(answers, longest, job.config, job.device),
             aggregation, args.longest_answer, args.temperature, args.seed,
         )  # fmt: skip
         return Rollouts(job, args, train, heldout, rewards, shape)
@@ -80,17 +83,22 @@ class Rollouts:
         *,
         make: Callable[[Model], Model] | None = None,
         stream: Stream | None = None,
-        keeper: Any = None,
+        keepers: Mapping[str, Any] | None = None,
         with_reference: bool = False,
         annotate: Callable[[list[Answer]], None] | None = None,
         before: Callable[[list[Answer]], None] | None = None,
         refills: int = 0,
         rescore: bool = False,
+        mask: bool = False,
     ) -> None:
         """The model, the engine on its weights, and what makes batches of its answers. make: the model to train of the
-        one that the run begins with; the rest as of Collector and RolloutLoader."""
+        one that the run begins with; mask: whether the algorithm leaves out what was cut off, where --mask-truncated
+        does not say; the rest as of Collector and RolloutLoader."""
         job, args = self.job, self.args
         self.model, self.trained = job.build_model(make=make)
+        scale = RewardScale(args.reward_clip, args.reward_norm == "running")
+        policy = [p for n, p in self.model.named_parameters() if not n.startswith(CRITIC)]
+        self.stop = DriftStop(args.target_kl, policy, job.parallel) if args.target_kl else None
         longest = max(len(p.ids) for s in (self.train, self.heldout) if s for p in s.prompts)
         share = -(-args.prompts // job.parallel.world_size)
         batch = min(_TOGETHER, share * args.samples)
@@ -109,31 +117,41 @@ class Rollouts:
             reference=frozen(job) if with_reference else None,
             annotate=annotate,
             before=before,
+            scale=scale,
+            stop=self.stop,
+            penalty=args.truncation_penalty,
+            mask=mask if args.mask_truncated is None else args.mask_truncated,
             refills=refills,
             rescore=rescore,
             console=job.console,
         )
-        self.loader = RolloutLoader(self.collector, self.shape, job.parallel, job.device, keeper)
+        kept = {"scale": scale, **({"stop": self.stop} if self.stop else {}), **(keepers or {})}
+        self.loader = RolloutLoader(self.collector, self.shape, job.parallel, job.device, kept)
 
     def fit(
-        self, loss: Callable[[Any], StageLoss], peak_lr: float, lines: Sequence[str] = (), **more: Any
+        self, loss: Callable[[Any], StageLoss], nano_lr: float, lines: Sequence[str] = (), **more: Any
     ) -> bool:
-        """Train to the last step; False when it was interrupted. more: of Objective."""
+        """Train to the last step; False when it was interrupted. nano_lr: nano's peak rate; more: of Objective."""
         job = self.job
+        rate = peak_lr(nano_lr, job.config)
+        told = f"peak rate: {rate:g}, by the width from nano's {nano_lr:g}; --lr sets another"
+        if self.args.lr is not None:
+            told = f"peak rate: {self.args.lr:g}, as --lr says"
         plan = Plan(self.loader, self.args.rollouts * self.shape.steps, self.shape.micro_batches, 0)
         objective = Objective(
-            loss=loss,
+            loss=loss if self.stop is None else self._watched(loss, self.stop),
+            before_update=self.stop.before_update if self.stop else lambda: None,
             evaluate=self.evaluate,
             sample=self.sample,
             describe=lambda answers: [transcript(job.tokenizer, a) for a in answers],
             data_fingerprint=f"{self.train.identity:016x}",
-            peak_lr=peak_lr,
+            peak_lr=rate,
             loss_unit="per answer" if self.shape.aggregation == "sample" else "per token",
             news=self.news,
             **more,
         )
         try:
-            done = job.fit(plan, self.model, objective, [*self.describe(), *lines])
+            done = job.fit(plan, self.model, objective, [*self.describe(), *lines, told])
         finally:
             for name, count in self.collector.failed.items():
                 say(job.console, f"reward {name} failed on {count:,} answers in all")
@@ -141,15 +159,31 @@ class Rollouts:
                 draw_curves(job.run.metrics, job.run.path / "rewards.png", job.run.path.name)
         return done
 
+    @staticmethod
+    def _watched(loss: Callable[[Any], StageLoss], stop: DriftStop) -> Callable[[Any], StageLoss]:
+        def watched(batch: Any) -> StageLoss:
+            found = loss(batch)
+            assert len(found) == 3
+            stop.see(batch, found[2])
+            return found
+
+        return watched
+
     def describe(self) -> list[str]:
         """What is printed about the data and the sampling at start."""
         args, held = self.args, f"; held out {len(self.heldout)}" if self.heldout else ""
         return [
             f"data: {len(self.train):,} prompts{held}; reward: {self.rewards}",
             f"rollouts: {args.prompts} prompts x {args.samples} answers of at most {args.longest_answer} tokens; "
-            f"{self.shape.steps} steps on each",
+            f"{self.shape.steps} steps on each; {self._cut_off()}",
             self.collector.sampler.engine.describe(),
         ]
+
+    def _cut_off(self) -> str:
+        """What becomes of an answer at the limit."""
+        fate = "left out of the loss" if self.collector.mask else "learnt from as it stands"
+        penalty = self.args.truncation_penalty
+        return f"cut-off answers are {fate}" + (f", their reward less {penalty:g}" if penalty else "")
 
     def news(self) -> News | None:
         """The newest rollout's row; says when there was nothing to learn from it."""
@@ -202,8 +236,17 @@ class Rollouts:
         )
         self.model.eval()
         answers = self.collector.sampler.sample(source, [Drawn(i, i) for i in picked], how)
-        score(self.rewards, source, answers)
+        score(self.rewards, source, answers, self.args.truncation_penalty)
         return "\n".join(transcript(self.job.tokenizer, a) for a in answers)
+
+
+NANO_WIDTH = 192
+
+
+def peak_lr(nano: float, config: ModelConfig) -> float:
+    """The peak rate for a model where `nano` is the one tuned on nano: in inverse proportion to the width, as AdamW's
+    rate for hidden matrices transfers (Yang et al., 2203.03466)."""
+    return float(f"{nano * NANO_WIDTH / config.hidden_size:.2g}")
 
 
 def mean_reward(answers: Sequence[Answer]) -> float:

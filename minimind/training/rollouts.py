@@ -34,11 +34,11 @@ class Answer:
 
     prompt, number: as in Drawn; sample: which of the prompt's answers. prompt_ids, ids: int64, ids with the end token
     where the model `ended` by itself. log_probs: float32, of each of `ids` under the weights and the distribution that
-    it was sampled from. reward: what all rewards come to, NaN where one failed and the answer is to be left out.
+    it was sampled from. reward: what all rewards come to, NaN where one failed and the answer is to be left out; score:
+    what is learnt from in its place, clipped and normalised. masked: whether the loss leaves it out.
 
     Made later, float32, one for each of `ids`: advantages; reference, log-probabilities under the frozen model; values
-    of the states that the tokens were drawn from, of a critic, whose value of the state behind the last token is
-    `after`; returns.
+    of the states that the tokens were drawn from, of a critic; returns; room, how far a value may move from the old.
     """
 
     prompt: int
@@ -54,8 +54,10 @@ class Answer:
     advantages: np.ndarray | None = None
     reference: np.ndarray | None = None
     values: np.ndarray | None = None
-    after: float = 0.0
     returns: np.ndarray | None = None
+    room: np.ndarray | None = None
+    score: float = 0.0
+    masked: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ import pytest
 from minimind import load_tokenizer
 from minimind.data.builtin_arithmetic import SLIPS, arithmetic_prompts, problems, weak_arithmetic
 from minimind.data.prompts import open_prompts
-from minimind.tokenization import ChatEncoder
+from minimind.tokenization.reasoning import ThinkingPrompts
 
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
 EMPTY = {"role": "assistant", "content": ""}
 
 
 @pytest.fixture(scope="module")
-def encoder() -> ChatEncoder:
-    return ChatEncoder(load_tokenizer())
+def encoder() -> ThinkingPrompts:
+    return ThinkingPrompts(load_tokenizer(), None)
 
 
 def written(path: Path, *rows) -> Path:
@@ -41,7 +41,7 @@ def test_the_last_turn_is_the_one_to_write(encoder, tmp_path):
     assert [p.reference for p in found.prompts] == [None, None, "Hi.", "Hey.", None]
     assert found[3].metadata == {"level": 3} and found[0].messages == ASKED
     assert found[0].ids == found[1].ids == found[2].ids == encoder.prompt(ASKED)
-    text = encoder.tokenizer.decode(found[4].ids)
+    text = load_tokenizer().decode(found[4].ids)
     assert "Hi." in text and text.endswith("assistant\n")
     again = open_prompts([tmp_path / "p.jsonl.gz"], encoder, 100)
     assert again.identity == found.identity
@@ -50,6 +50,15 @@ def test_the_last_turn_is_the_one_to_write(encoder, tmp_path):
     train, heldout = found.split(0.4)
     assert (train.prompts, heldout.prompts) == (found.prompts[:3], found.prompts[3:])
     assert found.split(0.0) == (found, None)
+
+
+@pytest.mark.parametrize("said", [None, "", " \n", "None", "none", "null", "无", "空"])
+def test_a_turn_that_says_nothing_is_no_reference(said, encoder, tmp_path):
+    turn = {"role": "assistant", "content": said}
+    rows = [{"conversations": [*ASKED, turn]}, {"conversations": [*ASKED, turn], "reference": said}]
+    rows += [{"conversations": [*ASKED, {**turn, "content": "Hi."}], "reference": said}]
+    found = open_prompts([written(tmp_path / "p.jsonl", *rows)], encoder, 100)
+    assert [p.reference for p in found.prompts] == [None, None, "Hi."]
 
 
 @pytest.mark.parametrize(

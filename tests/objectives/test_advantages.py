@@ -13,6 +13,7 @@ from minimind.objectives.advantages import (
     group_advantages,
     leave_one_out,
     token_rewards,
+    value_shift,
     whiten,
 )
 
@@ -120,6 +121,29 @@ def test_gae_takes_float32_and_nothing():
     assert one.tolist() == [0.25]
     with pytest.raises(ValueError, match=r"gamma=1\.5, lam=0\.95: both must lie in \[0, 1\]"):
         gae(none, none, torch.empty(0, dtype=torch.int64), gamma=1.5)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_the_shift_is_what_the_first_states_miss(gamma):
+    """Answers of 3, 1 and 2 tokens; a critic that is right has none, whatever the other states' values."""
+    samples = torch.tensor([0, 0, 0, 1, 2, 2])
+    rewards, values = column([0.1, 0.2, 2.0, 1.0, -0.3, 5.0]), column([4.0, 7.0, 7.0, 1.0, -2.0, 9.0])
+    told = [0.1 + 0.2 * gamma + 2 * gamma**2, 1.0, -0.3 + 5 * gamma]
+    shift = value_shift(rewards, values, samples, gamma)
+    assert shift.item() == pytest.approx(sum(told) / 3 - (4.0 + 1.0 - 2.0) / 3, rel=1e-14)
+    assert value_shift(rewards, values + shift, samples, gamma).item() == pytest.approx(0, abs=1e-14)
+    assert value_shift(column([]), column([]), samples[:0], gamma) == 0
+
+
+def test_shifted_advantages_of_a_new_critic_are_of_quality_and_not_of_place():
+    """Values of 0: unshifted, an answer's last token is better than its first whatever it was worth."""
+    samples, scores = torch.tensor([0] * 40 + [1] * 40), column([1.4, 1.2])
+    rewards, values = token_rewards(scores, samples), column([0.0] * 80)
+    plain, _ = gae(rewards, values, samples)
+    assert (plain[[39, 79]] > 1).all() and (plain[[0, 40]] < 0.2).all()
+    shifted, returns = gae(rewards, values + value_shift(rewards, values, samples), samples)
+    assert (shifted[:40] > 0).all() and (shifted[40:] < 0).all()
+    assert returns.min() > 1.19 and returns.max() < 1.41  # and not near 0 at the beginning
 
 
 def test_rewards_of_tokens():

@@ -59,7 +59,7 @@ def train(objective: Objective, sign: float = 1.0, updates: int = 30) -> tuple[t
             log_probs = logits.log_softmax(-1)[cells, actions]
             given = PolicyTokens(at, log_probs, behaviour, sign * whiten(advantages))
             policy = objective(given).losses.mean()
-            critic = value_losses(values[cells], old, returns, 0.2)[0].mean()
+            critic = value_losses(values[cells], old, returns, torch.full_like(old, 0.2))[0].mean()
             optimizer.zero_grad()
             (policy + critic).backward()
             optimizer.step()

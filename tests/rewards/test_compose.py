@@ -76,6 +76,19 @@ def test_the_sum_is_weighted_and_keeps_its_parts():
     assert rewards([]).total.shape == (0,)
 
 
+@pytest.mark.parametrize(
+    ("words", "on_error", "bounds"),
+    [
+        (["number"], "drop", (0.0, 1.0)),
+        (["number:2", "overlong=1..3:4", "regex=a:-0.5"], "drop", (-4.5, 2.0)),
+        (["number:2"], "-1", (-2.0, 2.0)),
+        (["number", f"function={HERE}:boom"], "drop", None),
+    ],
+)
+def test_bounds_of_the_sum(words, on_error, bounds):
+    assert parse_rewards(words, on_error).bounds == bounds
+
+
 def test_a_function_from_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
         "def shouting(samples):\n    return [s.text.isupper() for s in samples]\n"

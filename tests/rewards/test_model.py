@@ -64,6 +64,25 @@ def test_scores_are_values_at_the_answers_last_token(folder, tmp_path):
     assert len(set(np.round(scores, 6))) == len(plain)
 
 
+def test_an_answer_model_sees_the_answer_alone(folder):
+    """However long and whatever the reasoning is; one that was cut off in it has said nothing."""
+    rewards = parse_rewards([f"answer_model={folder}", f"model={folder}:0.5"])
+    texts = ["<think>2 + 2</think>4", "<think>or 5?</think><answer>4</answer>", "4", "<think>2 +", ""]
+    samples = [sample(text, prompt=SAMPLES[0].prompt) for text in texts]
+    scores = rewards(samples)
+    answers, whole = scores.parts["answer_model"], scores.parts["model"]
+    assert answers[0] == pytest.approx(answers[2], rel=1e-2) and answers[1] == pytest.approx(
+        answers[2], rel=1e-2
+    )
+    assert answers[3] == pytest.approx(answers[4], rel=1e-2) and answers[2] != pytest.approx(
+        answers[4], rel=1e-2
+    )
+    assert len(set(np.round(whole, 6))) == len(texts) and scores.total == pytest.approx(answers + 0.5 * whole)
+    first, second = (part.reward for part in rewards.parts)
+    assert first.__closure__[0].cell_contents is second  # one model, loaded once
+    assert rewards.bounds is None
+
+
 def test_control_tokens_in_an_answer_are_text(folder):
     """An answer cannot end its own turn and write on as somebody else."""
     reward = model_reward(str(folder), CPU)

@@ -32,6 +32,14 @@ def test_format(kind, text, expected):
     assert score(f"format={kind}", sample(text)) == [expected]
 
 
+@pytest.mark.parametrize("kind", ["think", "answer"])
+def test_where_no_reasoning_was_asked_for_the_form_is_an_answer_alone(kind):
+    texts = {"yes": 1.0, "<think>so</think>yes": 0.0, "<answer>yes</answer>": 0.0, "": 0.0}
+    for text, expected in texts.items():
+        assert score(f"format={kind}", sample(text, thinking=False)) == [expected]
+    assert score("format", sample("<think>\nso</think>yes", thinking=True)) == [1.0]
+
+
 def test_format_is_think_by_default():
     assert score("format", sample("<think>so</think>yes")) == [1.0]
 

@@ -11,7 +11,14 @@ import pytest
 from minimind.data.builtin_reasoning import reasoning
 from minimind.tokenization import ChatEncoder, load_tokenizer
 from minimind.tokenization.conversation import MARKERS
-from minimind.tokenization.reasoning import ReasoningEncoder, parse_answer, parse_reply, prompt_endings
+from minimind.tokenization.reasoning import (
+    ReasoningEncoder,
+    ThinkingPrompts,
+    parse_answer,
+    parse_reply,
+    picks,
+    prompt_endings,
+)
 from minimind.tokenization.tokenizer import Tokenizer
 
 SHIPPED = load_tokenizer()
@@ -123,9 +130,8 @@ def test_share_without_reasoning_is_as_asked_and_not_in_one_place():
     """In data sorted by a hash too, as the built-in rows are; bounds of five standard deviations."""
     train, _ = reasoning()
     encoder = ReasoningEncoder(SHIPPED, 0.3)
-    picked = [encoder._picks(messages) for messages in train]
-    again = ReasoningEncoder(SHIPPED, 0.3)
-    assert picked[:200] == [again._picks(messages) for messages in train[:200]]
+    picked = [picks(messages, encoder.direct) for messages in train]
+    assert picked[:200] == [picks(messages, 0.3) for messages in train[:200]]
     for part in (picked, picked[:400], picked[-400:]):
         assert abs(np.mean(part) - 0.3) < 5 * (0.3 * 0.7 / len(part)) ** 0.5
 
@@ -166,7 +172,24 @@ def test_shares_and_templates_that_cannot_be():
     assert prompt_endings(simple) == {"auto": ""}
     with pytest.raises(ValueError, match=r"--direct 0.3: the chat template does not know enable_thinking"):
         ReasoningEncoder(simple, 0.3)
+    with pytest.raises(ValueError, match=r"--thinking 0.3: the chat template does not know enable_thinking"):
+        ThinkingPrompts(simple, 0.3)
     assert ReasoningEncoder(simple, 0).pieces(INSIDE)
+
+
+def test_a_share_of_the_prompts_asks_for_reasoning():
+    chats = [[{"role": "user", "content": f"{i} + 1?"}] for i in range(400)]
+    half, none = ThinkingPrompts(SHIPPED, 0.5), ThinkingPrompts(SHIPPED, None)
+    asked = [half.thinking(chat) for chat in chats]
+    assert 0.4 < np.mean(asked) < 0.6  # five deviations
+    endings = prompt_endings(SHIPPED)
+    for chat, on in zip(chats[:20], asked, strict=False):
+        plain = ChatEncoder(SHIPPED).prompt(chat)
+        assert none.prompt(chat) == plain and none.thinking(chat) is None and none.opening(chat) == ""
+        assert half.prompt(chat) == plain + SHIPPED.encode(endings["on" if on else "off"])
+        assert half.opening(chat) == (endings["on"] if on else "")
+    assert all(ThinkingPrompts(SHIPPED, 1.0).thinking(chat) for chat in chats)
+    assert none.fingerprint == ChatEncoder(SHIPPED).fingerprint != half.fingerprint
 
 
 def test_the_fingerprint_follows_the_share():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minimind import load_model
+from minimind import ModelConfig, load_model
+from minimind.training.rl_stage import peak_lr
 from minimind.weights import save_weights
 from tests.training.runs import (
     ONE_THREAD,
@@ -161,6 +163,34 @@ def attempt(origin: Path, prompts: Path, out: Path, **flags) -> None:
         "reward": (TOY + "vowels",), **flags,
     }  # fmt: skip
     call(GRPO, **settings)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected", "few"),
+    [("grpo", 4, 1), ("dapo", 8, 1), ("dr_grpo", 8, 1), ("gspo", 4, 1), ("cispo", 8, 1)],
+)
+def test_an_algorithm_takes_the_steps_that_make_it_one(loss, expected, few):
+    """64 x 4 answers, at least 32 in each step; where there are 40 answers, all in one. dapo and cispo take their
+    papers' 16 from 512 answers on."""
+    names = runpy.run_path(str(GRPO))
+    assert names["steps"](names["Args"](loss=loss)) == expected
+    assert names["steps"](names["Args"](loss=loss, prompts=10)) == few
+    assert names["steps"](names["Args"](loss=loss, prompts=256)) == {"grpo": 4, "gspo": 4, "dr_grpo": 8}.get(
+        loss, 16
+    )
+
+
+def test_the_rate_follows_the_width():
+    rates = [peak_lr(5e-5, ModelConfig.preset(name)) for name in ("nano", "minimind2-small", "minimind2")]
+    assert rates == [5e-5, 1.9e-5, 1.3e-5]  # 192, 512 and 768 wide
+
+
+def test_clips_act_with_the_defaults(origin, prompts, tmp_path):
+    """With one step on a rollout, as it was, no ratio leaves 1."""
+    settings = {"samples": 16, "rollouts": 2, "lr": 0.01, "warmup": 0.0, "loss": "gspo"}
+    attempt(origin, prompts, tmp_path / "out", **settings)
+    trained = rows_of(tmp_path / "out", "train")
+    assert len(trained) == 4 and trained[1]["clipped"] > 0.1 and trained[3]["ratio_drift"] > 1e-3
 
 
 def test_failing_rewards_are_counted_and_the_run_goes_on_or_stops(origin, prompts, tmp_path):

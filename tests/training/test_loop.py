@@ -12,7 +12,7 @@ from minimind import ModelConfig, load_model, load_tokenizer
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss
 from minimind.training.checkpoint import list_checkpoints, load_trainer_state
-from minimind.training.loop import Best, LoopOptions, Stage, StageLoss, Trainer
+from minimind.training.loop import Apart, Best, LoopOptions, Stage, StageLoss, Trainer
 from minimind.training.optim import build_optimizers
 from minimind.training.run_folder import RunFolder
 from minimind.training.tracking import NoTracker
@@ -187,3 +187,31 @@ def test_a_sample_that_fails_ends_no_run(tmp_path):
     trainer, _ = fit(tmp_path, LOSSES, None, sample=no_sample)
     assert trainer.run.finished
     assert "none (RuntimeError: out of memory)" in (tmp_path / "samples.txt").read_text()
+
+
+def test_what_learns_apart_is_clipped_apart():
+    """Gradients a thousand times as large in one part leave the other's as they are."""
+    torch.manual_seed(0)
+    model = Model(TINY)
+    mine = list(model.layers[0].parameters())
+    own = {id(p) for p in mine}
+    rest = [p for p in model.parameters() if id(p) not in own]
+    stage = Stage(
+        model=model, tokenizer=load_tokenizer(), optimizer=build_optimizers(model, "adamw", 1e-2, 0.1), loader=Same(),
+        loss=partial(next_token_loss, model), peak_lr=1e-2, lr_factor=lambda step: 1.0,
+        evaluate=lambda final: {}, sample=lambda: "", describe=lambda batch: [], title="", data_fingerprint="",
+        apart=[Apart("critic", mine)],
+    )  # fmt: skip
+    trainer = Trainer(
+        stage, LoopOptions(steps=1, grad_clip=2.0), RunFolder(Path(), None, None), NoTracker(), Console()
+    )
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 1e3 if id(p) in own else 1e-4)
+    norm, other = trainer._clip()
+    assert all((p.grad == 1e-4).all() for p in rest) and norm < 2
+    total = torch.nn.utils.get_total_norm([p.grad for p in mine])
+    torch.testing.assert_close(total, torch.tensor(2.0), rtol=1e-3, atol=0)
+    assert other > 1e3
+    trainer._train_step()
+    row = trainer.pending[0]
+    assert row.names[-1] == "critic_grad_norm" and len(row.figures) == 3 + len(row.names)

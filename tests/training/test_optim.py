@@ -34,24 +34,25 @@ def test_where_the_rate_begins_to_fall_and_ends():
 
 def test_rates_and_means_reach_their_parameters():
     model = Model(CONFIG)
-    optimizers = build_optimizers(
-        model, "muon", 1e-2, 0.1, (0.8, 0.9), 0.7, {"embed_tokens.weight": 3.0, "layernorm.weight": 0.0}
-    )
+    optimizers = build_optimizers(model, "muon", 1e-2, 0.1, (0.8, 0.9), momentum=0.7)
+    optimizers.set_rate([model.embed_tokens.weight], 3.0)
+    optimizers.set_rate([p for n, p in model.named_parameters() if n.endswith("layernorm.weight")], 0.0)
     adamw, muon = (part.param_groups for part in optimizers.parts)
     layer = model.layers[0]
-    apart = {group["lr"]: group for group in adamw[2:]}
-    assert apart[3e-2]["params"] == [model.embed_tokens.weight] and apart[3e-2]["weight_decay"] == 0.1
-    assert apart[0]["params"] == [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
-    assert apart[0]["weight_decay"] == 0 and {group["betas"] for group in adamw} == {(0.8, 0.9)}
+    embedding, norms = adamw[2:]
+    assert embedding["params"] == [model.embed_tokens.weight] and embedding["weight_decay"] == 0.1
+    assert norms["params"] == [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
+    assert norms["weight_decay"] == 0 and {group["betas"] for group in adamw} == {(0.8, 0.9)}
     assert muon[0]["momentum"] == 0.7
     optimizers.set_lr_factor(0.5)
-    assert apart[3e-2]["lr"] == pytest.approx(1.5e-2) and muon[0]["lr"] == pytest.approx(5e-3)
+    assert [group["lr"] for group in (embedding, norms, muon[0])] == pytest.approx([1.5e-2, 0, 5e-3])
 
 
 def test_every_parameter_is_in_exactly_one_group():
     for name in ("muon", "adamw"):
         model = Model(CONFIG)
-        optimizers = build_optimizers(model, name, 1e-3, 0.1, multiples={"embed_tokens.weight": 0.5})
+        optimizers = build_optimizers(model, name, 1e-3, 0.1)
+        optimizers.set_rate([model.embed_tokens.weight], 0.5)
         ids = [id(p) for part in optimizers.parts for g in part.param_groups for p in g["params"]]
         assert sorted(ids) == sorted(id(p) for p in model.parameters())
         assert len(optimizers.parts) == (2 if name == "muon" else 1)
@@ -78,6 +79,26 @@ def test_muon_takes_a_critics_matrices_as_it_takes_the_policys():
     taken = {names[id(p)] for group in optimizers.parts[1].param_groups for p in group["params"]}
     assert taken == {f"{side}{n}" for side in ("", "critic.") for n in taken if not n.startswith("critic.")}
     assert "critic.layers.0.self_attn.qkv_proj.weight" in taken
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_critic_has_a_rate_of_its_own(name):
+    model = ActorCritic.of(Model(CONFIG))
+    optimizers = build_optimizers(model, name, 1e-2, 0.1)
+    own = {id(p) for p in model.critic.parameters()}
+    optimizers.set_rate(model.critic.parameters(), 3.0)
+    optimizers.set_lr_factor(0.5)
+    groups = [group for part in optimizers.parts for group in part.param_groups]
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert rates == {id(p): pytest.approx(0.015 if id(p) in own else 0.005) for p in model.parameters()}
+    assert sum(len(group["params"]) for group in groups) == len(rates)
+    decays = {
+        n: g["weight_decay"]
+        for n, p in model.named_parameters()
+        for g in groups
+        if any(p is q for q in g["params"])
+    }
+    assert all((decays[n] > 0) == (p.ndim > 1) for n, p in model.named_parameters())
 
 
 def test_state_goes_on_exactly():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from minimind import load_model
+from minimind.rewards import parse_rewards
 from minimind.training.checkpoint import list_checkpoints, load_trainer_state
 from minimind.value_head import load_value_model
 from tests.training.runs import (
@@ -28,7 +30,8 @@ from tests.training.test_grpo import TOY, assert_same_rollouts
 FLAGS = ["--rollouts", "4", "--prompts", "12", "--evals", "2", "--eval-prompts", "12", "--save-every", "3",
          "--minibatches", "2", "--lr", "0.003", "--precision", "fp32", "--max-new-tokens", "6", "--grad-clip", "1000",
          "--reward", TOY + "vowels"]  # fmt: skip
-PPO = ["--inner-epochs", "1"]
+SCORED = ["--reward-norm", "running", "--truncation-penalty", "0.1"]
+PPO = ["--inner-epochs", "1", "--critic-lr", "0.006", *SCORED]
 STAGES = {
     "ppo": ("ppo", PPO),
     "ppo shared": ("ppo", [*PPO, "--critic", "shared", "--kl-in", "loss"]),
@@ -103,18 +106,79 @@ def test_the_critic_learns_and_lies_beside_the_policy(unbroken, origin):
 def test_the_tracker_takes_in_every_answer_and_is_kept(unbroken):
     run_folder = unbroken("spo")
     state = load_trainer_state(list_checkpoints(run_folder)[-1])["loader"]
-    kept = state["keeper"]
+    kept = state["keepers"]["tracker"]
     assert kept["drift"] > 0 and state["rollout"] == 4
     seen = kept["successes"].numpy() + kept["failures"].numpy()
     assert (seen != seen[np.argmin(kept["seen_at"].numpy())]).any() and len(seen) == 36
     assert len({answer["prompt"] for answer in state["answers"]}) == len(state["answers"]) == 12
 
 
+def test_rewards_outside_the_range_are_said_and_counted_and_the_run_goes_on(origin, prompts, tmp_path):
+    text = finish(command("spo", origin, prompts, tmp_path / "out", "--reward-range", "0", "0.0001"))
+    assert (
+        " ".join(text.split()).count("lie outside --reward-range 0 0.0001 and count as the nearer end") == 1
+    )
+    rollouts = rows_of(tmp_path / "out", "rollout")
+    assert len(rollouts) == 4 and any(row["reward_clamped"] > 0 for row in rollouts)
+
+
+@pytest.mark.parametrize(
+    ("reward", "flags", "expected"),
+    [
+        ("number:2", {}, ((0.0, 2.0), "none")),
+        ("number", {"truncation_penalty": 0.5}, ((-0.5, 1.0), "none")),
+        (TOY + "vowels", {}, ((-3.0, 3.0), "running")),
+        (TOY + "vowels", {"reward_clip": (-2.0, 5.0)}, ((-2.0, 5.0), "none")),
+        ("number", {"reward_norm": "running"}, ((-3.0, 3.0), "running")),
+        (TOY + "vowels", {"reward_range": (0.0, 4.0)}, ((0.0, 4.0), "none")),
+    ],
+)
+def test_the_range_of_success_is_that_of_the_rewards(reward, flags, expected):
+    names = runpy.run_path(str(SCRIPT.with_name("spo.py")))
+    found, norm, reason = names["range_of"](names["Args"](**flags), parse_rewards([reward]))
+    assert (found, norm) == expected and reason
+
+
+def test_a_reward_model_needs_no_range(origin, prompts, tmp_path):
+    """Rewards that may be anything: normalised, and success is three deviations wide."""
+    flags = ["--rollouts", "2", "--save-every", "9", "--thinking", "0.5", "--mask-truncated", "True"]
+    arguments = command("spo", origin, prompts, tmp_path / "out", *flags)
+    at = arguments.index("--reward-range")
+    text = finish([*arguments[:at], *arguments[at + 3 :]])
+    assert "success: rewards from -3 to 3, in standard deviations" in " ".join(text.split())
+    rollouts = rows_of(tmp_path / "out", "rollout")
+    assert all(row["reward_deviation"] > 0 for row in rollouts)
+    assert [row["masked"] for row in rollouts] == pytest.approx([1 - row["ended"] for row in rollouts])
+
+
+def test_a_stopped_rollout_leaves_the_policy_and_not_the_critic(origin, prompts, tmp_path):
+    """The first step on a rollout has a KL of rounding alone; behind it every step is above so low a target."""
+    flags = ["--target-kl", "1e-7", "--minibatches", "3", "--rollouts", "2", "--critic-lr", "0.01"]
+    flags += ["--reward-norm", "running", "--truncation-penalty", "0.5", "--save-every", "1"]
+    out = tmp_path / "out"
+    finish(command("ppo", origin, prompts, out, *flags, "--keep-checkpoints", "9"))
+    assert [row["policy_steps"] for row in rows_of(out, "rollout")] == [0, 1]
+    checkpoints = list_checkpoints(out)
+    policies, critics = (
+        [load_model(c) for c in checkpoints],
+        [load_value_model(c / "critic") for c in checkpoints],
+    )
+    moved = [not torch.equal(a.embed_tokens.weight, b.embed_tokens.weight) for a, b in pairwise(policies)]
+    assert moved == [False, False, True, False, False]  # between six steps: the first of each rollout alone
+    assert all(not torch.equal(a.value_head.weight, b.value_head.weight) for a, b in pairwise(critics))
+    assert {"critic_grad_norm", "grad_norm"} <= rows_of(out, "train")[0].keys()
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
         ("ppo", {"lam": 2.0}, r"lam=2.0: both must lie in \[0, 1\]"),
-        ("ppo", {"value_clip": 0.0}, "value clip 0.0: must be above 0"),
+        ("ppo", {"value_clip": 0.0}, "--value-clip 0.0: must be above 0"),
+        ("ppo", {"critic_lr": 0.0}, "--critic-lr 0.0: must be above 0"),
+        ("ppo", {"target_kl": -0.1}, "--target-kl -0.1: must be above 0"),
+        ("spo", {"truncation_penalty": -1.0}, "--truncation-penalty -1.0: must be 0 or more"),
+        ("spo", {"reward_clip": (1.0, 1.0)}, "--reward-clip 1 1: the first must be the lower one"),
+        ("spo", {"thinking": 1.5}, "--thinking 1.5: must be a share from 0 to 1"),
         ("ppo", {"beta": -1.0}, "--beta -1.0: must be 0 or more"),
         ("ppo", {"value_weight": 0.0}, "--value-weight 0.0: must be above 0"),
         ("ppo", {"temperature": float("nan")}, "--temperature nan: must be above 0"),
@@ -133,7 +197,6 @@ def test_numbers_without_meaning_are_refused_before_anything_is_made(script, fla
     ("name", "flags", "message"),
     [
         ("spo", ["--samples", "2"], "--samples 2: there is one answer to a prompt; set --prompts instead"),
-        ("spo", ["--reward-range", "0", "0.0001"], "lies outside 0..0.0001"),
         ("ppo", ["--clip-range", "1.5"], "low=1.5: the ratio's lower bound"),
     ],
 )

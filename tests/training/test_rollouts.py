@@ -13,11 +13,12 @@ from minimind.config import ModelConfig
 from minimind.data.prompts import Prompt, PromptSet
 from minimind.objectives.policy import policy_loss
 from minimind.objectives.surrogates import clip
-from minimind.rewards import Part, Rewards, parse_rewards
+from minimind.rewards import Part, Rewards, RewardScale, parse_rewards
 from minimind.training.actor_critic import ActorCritic, critic_of, load_both, save_both
 from minimind.training.collector import Collector, parts, per_answer, scored_again
 from minimind.training.parallel import Parallel
 from minimind.training.rl_loader import Rollout, RolloutLoader, Shape, pack, passes
+from minimind.training.rl_stop import DriftStop
 from minimind.training.rollouts import Answer, Drawn, PromptStream, Sampler, Sampling
 from minimind.value_head import ValueModel
 from tests.inference.small import random_prompts, small_model, small_tokenizer
@@ -98,28 +99,28 @@ def test_packed_numbers_stand_at_their_tokens():
     answers = sampled(small_model(), Sampling(2, 9))
     rng = np.random.default_rng(0)
     for a in answers:
-        for name in ("advantages", "reference", "values", "returns"):
+        for name in ("advantages", "reference", "values", "returns", "room"):
             setattr(a, name, rng.normal(size=len(a.ids)).astype(np.float32))
-    for whole in (False, True):
-        batch = pack(answers, torch.device("cpu"), 100, 24, SHAPE, whole)
-        bounds, row = batch.cu_seqlens.tolist(), batch.input_ids[0]
-        assert bounds[-1] == row.numel() and row.numel() % 128 == 0
-        for a, start, end in zip(answers, bounds, bounds[1:], strict=False):
-            both = np.concatenate((a.prompt_ids, a.ids))
-            assert row[start:end].tolist() == both[: len(both) - (not whole)].tolist()
-            at = slice(start + len(a.prompt_ids) - 1, start + len(both) - 1)
-            assert batch.targets[0, at].tolist() == a.ids.tolist()
-            for name, values in (
-                ("behaviour_log_probs", a.log_probs),
-                ("advantages", a.advantages),
-                ("reference_log_probs", a.reference),
-                ("old_values", a.values),
-                ("returns", a.returns),
-            ):
-                assert getattr(batch, name)[0, at].tolist() == values.tolist()
-        assert batch.num_targets == sum(len(a.ids) for a in answers) == int((batch.targets != -100).sum())
-        again = per_answer(batch.advantages, batch.targets, answers)
-        assert all((a.advantages == b).all() for a, b in zip(answers, again, strict=True))
+    batch = pack(answers, torch.device("cpu"), 100, 24, SHAPE)
+    bounds, row = batch.cu_seqlens.tolist(), batch.input_ids[0]
+    assert bounds[-1] == row.numel() and row.numel() % 128 == 0
+    for a, start, end in zip(answers, bounds, bounds[1:], strict=False):
+        both = np.concatenate((a.prompt_ids, a.ids))
+        assert row[start:end].tolist() == both[:-1].tolist()
+        at = slice(start + len(a.prompt_ids) - 1, start + len(both) - 1)
+        assert batch.targets[0, at].tolist() == a.ids.tolist()
+        for name, values in (
+            ("behaviour_log_probs", a.log_probs),
+            ("advantages", a.advantages),
+            ("reference_log_probs", a.reference),
+            ("old_values", a.values),
+            ("returns", a.returns),
+            ("value_room", a.room),
+        ):
+            assert getattr(batch, name)[0, at].tolist() == values.tolist()
+    assert batch.num_targets == sum(len(a.ids) for a in answers) == int((batch.targets != -100).sum())
+    again = per_answer(batch.advantages, batch.targets, answers)
+    assert all((a.advantages == b).all() for a, b in zip(answers, again, strict=True))
     assert [a for part in parts(answers) for a in part] == answers
 
 
@@ -253,6 +254,78 @@ def test_every_answer_is_in_each_pass_once_and_ranks_share_the_batches():
         assert {b.global_num_targets for b in own} == {batch.num_targets}
 
 
+def test_masked_answers_are_in_no_batch():
+    source = loader()
+    source.next_batch()
+    answers = source.rollout.answers
+    for a in answers[::2]:
+        a.masked = True
+    source._parts, source._taken = source._cut(0), 0
+    batches = [source.next_batch() for _ in range(8)]
+    learnt = sum(len(a.ids) for a in answers[1::2])
+    assert sum(b.num_targets for b in batches[:4]) == sum(b.num_targets for b in batches[4:]) == learnt
+    for a in answers:
+        a.masked = True
+    source._parts, source._taken = source._cut(0), 0
+    assert source.next_batch().num_targets == 0
+
+
+def cut_off(number: int) -> tuple[str, str]:
+    return "1", "x"
+
+
+def test_what_was_cut_off_is_penalised_and_left_out_where_asked():
+    """The second answer to each prompt was cut off: its reward is less by the penalty, and the mask leaves it out of
+    the loss, not out of what the others are compared with."""
+
+    class CutOff(Scripted):
+        def sample(self, prompts, drawn, how):
+            answers = super().sample(prompts, drawn, how)
+            for a in answers:
+                a.ended = a.sample == 0
+            return answers
+
+    plain = collector(cut_off)
+    plain.sampler = CutOff(cut_off)
+    assert [a.reward for a in plain(0, 0, []).answers[:2]] == [1.0, 0.0]
+    seen: list[list[float]] = []
+    made = collector(cut_off, penalty=0.5, mask=True)
+    made.sampler, made.advantages = (
+        CutOff(cut_off),
+        lambda answers: seen.append([a.score for a in answers]) or {},
+    )
+    rollout = made(0, 0, [])
+    assert [a.reward for a in rollout.answers[:2]] == [1.0, -0.5]
+    assert [a.masked for a in rollout.answers] == [False, True] * 4 and rollout.figures["masked"] == 0.5
+    assert seen == [[1.0, -0.5] * 4]
+
+
+def test_a_rollout_that_is_cut_off_whole_is_warned_of():
+    console = Console(record=True, width=200, quiet=False)
+    made = collector(cut_off, mask=True)
+    made.console = console
+
+    class CutOff(Scripted):
+        def sample(self, prompts, drawn, how):
+            answers = super().sample(prompts, drawn, how)
+            for a in answers:
+                a.ended = False
+            return answers
+
+    made.sampler = CutOff(cut_off)
+    with console.capture() as printed:
+        assert made(0, 0, []).figures["masked"] == 1
+    assert "all 8 answers of a rollout were cut off at --max-new-tokens 1" in " ".join(printed.get().split())
+
+
+def test_scores_are_clipped_and_normalised_and_rewards_are_told_as_they_are():
+    made = collector(lambda number: ("1", "2"), scale=RewardScale((0.0, 0.5), running=True))
+    rollout = made(0, 0, [])
+    assert [a.score for a in rollout.answers[:2]] == pytest.approx([1.0, -1.0], rel=1e-6)
+    assert rollout.figures["reward"] == 0.5 and rollout.figures["reward_clipped"] == 0.5
+    assert rollout.figures["reward_mean"] == 0.25 and rollout.figures["reward_deviation"] == 0.25
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_policy_and_critic_come_back_from_a_checkpoint(shared, tmp_path):
     def make(seed: int):
@@ -267,6 +340,28 @@ def test_policy_and_critic_come_back_from_a_checkpoint(shared, tmp_path):
     load_both(second, tmp_path, Parallel())
     assert torch.equal(first(ids, return_logits=True).logits, second(ids, return_logits=True).logits)
     assert torch.equal(critic_of(first)(ids).values, critic_of(second)(ids).values)
+
+
+def test_a_rollout_is_left_where_the_policy_has_left_it():
+    """Two micro-batches of 10 and 30 tokens: their mean KL, and not one of them, is held against the target."""
+    policy, critic = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+    stop = DriftStop(0.1, [policy], Parallel())
+    light, heavy = (replace(pack([], torch.device("cpu"), n, 1, SHAPE)) for n in (10, 30))
+
+    def update(first: float, second: float) -> bool:
+        policy.grad, critic.grad = torch.ones(2), torch.ones(2)
+        stop.see(light, {"behaviour_kl": torch.tensor(10 * first)})
+        stop.see(heavy, {"behaviour_kl": torch.tensor(30 * second)})
+        stop.before_update()
+        assert critic.grad is not None
+        return policy.grad is not None
+
+    assert update(0.3, 0.03)  # 0.0975
+    state = stop.state_dict()
+    assert not update(0.1, 0.11) and not update(0.0, 0.0)  # for the rest of the rollout
+    assert stop.begin() == {"policy_steps": 1} and update(0.0, 0.0)
+    stop.load_state_dict(state)
+    assert (stop.stopped, stop.taken) == (False, 1)
 
 
 def test_a_step_takes_as_many_passes_as_the_model_is_large():

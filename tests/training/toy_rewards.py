@@ -25,3 +25,13 @@ def always_raises(samples: Sequence[Sample]) -> list[float]:
 
 def all_equal(samples: Sequence[Sample]) -> list[float]:
     return [0.5] * len(samples)
+
+
+def one(samples: Sequence[Sample]) -> list[float]:
+    """Every answer is worth 1, however long: there is nothing to learn."""
+    return [1.0] * len(samples)
+
+
+def longer(samples: Sequence[Sample]) -> list[float]:
+    """1 and half of the share of 128 tokens that an answer has."""
+    return [1 + 0.5 * len(sample.token_ids) / 128 for sample in samples]
