@@ -16,9 +16,10 @@ const Library schema(nullptr, [](Library& m) {
       "Tensor(b!) value_cache, int heads, Tensor? q_weight, Tensor? k_weight, float eps, Tensor? k_scale, "
       "Tensor? v_scale) -> Tensor");
   // q [B, H, D] over the first lengths[b] cached tokens of each sequence, page by page of block_table int32 [B, max_pages].
+  // arrivals: int32, at least B H, zeros before and after; a CUDA kernel counts in it, and without it zeros are made first.
   m.def(
       "decode_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor lengths, float scale, "
-      "Tensor? k_scale, Tensor? v_scale) -> Tensor");
+      "Tensor? k_scale, Tensor? v_scale, Tensor(a!)? arrivals=None) -> Tensor");
   // logits float32 [B, V] -> tokens int64 [B], log_probs float32 [B].
   m.def(
       "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor repetition_penalty, "

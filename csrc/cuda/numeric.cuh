@@ -23,11 +23,25 @@ struct fp8 {  // e4m3fn: no infinity, largest number 448
 constexpr float kLargestFp8 = 448.0f;
 
 enum class Number : int { fp32, bf16, fp16, fp8 };  // of a type known only when it runs
+template <class T>
+constexpr Number kNumber = Number::fp32;
+template <>
+inline constexpr Number kNumber<bf16> = Number::bf16;
+template <>
+inline constexpr Number kNumber<fp16> = Number::fp16;
+template <>
+inline constexpr Number kNumber<fp8> = Number::fp8;
+
+constexpr int64_t bytes_of(Number dtype) { return dtype == Number::fp32 ? 4 : dtype == Number::fp8 ? 1 : 2; }
 
 // Two neighbours in memory, read or written at once.
 template <class T>
 struct alignas(2 * sizeof(T)) Pair {
   T first, second;
+};
+
+struct alignas(16) Words {  // 16 bytes
+  uint32_t x[4];
 };
 
 #ifdef MINIMIND_EMULATE
@@ -55,6 +69,20 @@ __device__ __forceinline__ fp16 from_float<fp16>(float x) { return {__half_as_us
 template <>
 __device__ __forceinline__ fp8 from_float<fp8>(float x) {
   return {__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3)};
+}
+
+__device__ __forceinline__ Pair<float> load_past_l1(const Pair<float>* from) {
+  const float2 pair = __ldcg(reinterpret_cast<const float2*>(from));
+  return {pair.x, pair.y};
+}
+
+// Read once and never written while a kernel runs: past L1.
+__device__ __forceinline__ Words load_words(const void* from) {
+  Words w;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.x[0]), "=r"(w.x[1]), "=r"(w.x[2]), "=r"(w.x[3])
+               : "l"(from));
+  return w;
 }
 
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t x, uint32_t y, uint32_t selector) {

@@ -110,6 +110,4 @@ inline bool aligned(const Tensor& tensor, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(tensor.data()) % bytes == 0;
 }
 
-inline int64_t bytes_of(Number dtype) { return dtype == Number::fp32 ? 4 : dtype == Number::fp8 ? 1 : 2; }
-
 }  // namespace minimind

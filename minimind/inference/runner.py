@@ -74,6 +74,8 @@ class Runner:
         asked = backend if backend != "auto" else decode_ops.get_backend()
         self._native, self._reason = asked != "reference" and missing is None, missing
         self._rope, self._attention, self._sample = _native_ops() if self._native else _REFERENCE
+        counters = torch.zeros(batch.max_batch * heads[0], dtype=torch.int32, device=self._device)
+        self._arrivals = (counters,) if self._native else ()  # of decode_attention, which leaves them at zero
         positions = torch.arange(max_context, device=self._device)
         self._cos, self._sin = rope_cos_sin(self._model.config, positions)  # [max_context, D / 2]
         self._weights: DecodeWeights | None = None
@@ -174,7 +176,9 @@ class Runner:
         positions = (self._cos, self._sin, b["position"], b["slot"])
         caches, scales = (cache.k, cache.v), (cache.k_scale, cache.v_scale)
         q = self._rope(attn.qkv_proj(x), *positions, *caches, attn.heads, *norms, attn.eps, *scales)
-        out = self._attention(q, *caches, b["table"], b["length"], q.shape[-1] ** -0.5, *scales)
+        out = self._attention(
+            q, *caches, b["table"], b["length"], q.shape[-1] ** -0.5, *scales, *self._arrivals
+        )
         return attn.o_proj(out.flatten(1))
 
     def _logits(self, x: Tensor, delta: Tensor) -> Tensor:

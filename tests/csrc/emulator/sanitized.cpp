@@ -23,11 +23,6 @@ std::vector<T> noises(size_t n) {
   return x;
 }
 
-template <class T>
-constexpr Number number = sizeof(T) == 4 ? Number::fp32 : sizeof(T) == 1 ? Number::fp8 : Number::bf16;
-template <>
-constexpr Number number<fp16> = Number::fp16;
-
 template <class T, class KV>
 void attend(int dim, int of_group, std::vector<int32_t> lengths, int pages_of_sequence = 20) {
   constexpr int kPage = 16, kGroups = 2, kPages = 20;
@@ -48,7 +43,7 @@ void attend(int dim, int of_group, std::vector<int32_t> lengths, int pages_of_se
   p.batch = batch, p.heads = heads, p.groups = kGroups, p.head_dim = dim;
   p.page_size = kPage, p.max_pages = pages_of_sequence;
   p.splits = attention::max_splits(int64_t{kPage} * pages_of_sequence);
-  p.dtype = number<T>, p.cache_dtype = number<KV>, p.scale = 0.1f;
+  p.dtype = kNumber<T>, p.cache_dtype = kNumber<KV>, p.scale = 0.1f;
   std::vector<float> partial(decode_attention_scratch(p));
   p.partial = partial.data();
   decode_attention(p, true, nullptr);
@@ -77,7 +72,7 @@ void append(int dim) {
   p.tokens = kTokens, p.qkv_stride = (kHeads + 2 * kGroups) * dim;
   p.page_stride = kPage * kGroups * dim, p.cache_rows = 3 * kPage;
   p.heads = kHeads, p.groups = kGroups, p.head_dim = dim, p.angles = 10, p.page_size = kPage;
-  p.dtype = number<T>, p.cache_dtype = number<KV>, p.eps = 1e-6f, p.pairs = dim % 4 == 0;
+  p.dtype = kNumber<T>, p.cache_dtype = kNumber<KV>, p.eps = 1e-6f, p.pairs = dim % 4 == 0;
   rope_append_kv(p, nullptr);
 }
 
