@@ -24,9 +24,9 @@ const Library schema(nullptr, [](Library& m) {
   m.def(
       "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor repetition_penalty, "
       "Tensor presence_penalty, Tensor history, Tensor seeds, Tensor offsets) -> (Tensor tokens, Tensor log_probs)");
-  // A whole step of the whole model, CPU only: tokens int64 [B] -> logits float32 [B, V]; caches [L, P, S, G, D].
-  // weights: embedding [V, C], final norm [C], head [V, C], then for each layer (matrices but the embedding packed, as
-  // minimind/inference/packing.py does it)
+  // A whole step of the whole model: tokens int64 [B] -> logits float32 [B, V]; caches [L, P, S, G, D]. CUDA: of a dense
+  // model, B up to 8. weights: embedding [V, C], final norm [C], head [V, C], then for each layer (on a CPU matrices but
+  // the embedding packed, as minimind/inference/packing.py does it)
   //   input norm [C], qkv [(H + 2 G) D, C], q norm [D], k norm [D] (with qk_norm), o [C, H D], post-attention norm [C],
   //   gate_up [2 I, C], down [C, I]                                                        (experts == 0)
   //   router [E, C], gate_up [E, 2 J, C], down [E, C, J], (gate_up, down) per shared expert  (experts > 0)

@@ -147,4 +147,7 @@ void launch_cuda_core(const DecodeAttention& p, void* stream) {
   launch(kernel, {blocks, kThreads, shared, stream, p.overlap}, p);
 }
 
+// Instantiated in decode_attention_fp32.cu.
+void cuda_core(const DecodeAttention& p, void* stream);
+
 }  // namespace minimind::attention

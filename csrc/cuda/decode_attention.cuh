@@ -32,13 +32,7 @@ inline void decode_attention(const DecodeAttention& p, bool aligned, void* strea
                     (p.dtype == Number::bf16   ? tensor_core_bf16(p, stream)
                      : p.dtype == Number::fp16 ? tensor_core_fp16(p, stream)
                                                : false);
-  if (done) return;
-  switch (p.cache_dtype) {
-    case Number::bf16: return launch_cuda_core<bf16>(p, stream);
-    case Number::fp16: return launch_cuda_core<fp16>(p, stream);
-    case Number::fp8: return launch_cuda_core<fp8>(p, stream);
-    case Number::fp32: return launch_cuda_core<float>(p, stream);
-  }
+  if (!done) cuda_core(p, stream);
 }
 
 }  // namespace minimind

@@ -40,8 +40,11 @@ struct alignas(2 * sizeof(T)) Pair {
   T first, second;
 };
 
-struct alignas(16) Words {  // 16 bytes
+struct alignas(16) Words {
   uint32_t x[4];
+};
+struct alignas(16) Four {
+  float x[4];
 };
 
 #ifdef MINIMIND_EMULATE
@@ -105,6 +108,21 @@ __device__ __forceinline__ uint32_t multiply_pairs<fp16>(uint32_t x, uint32_t y)
 }
 #endif
 
+__device__ __forceinline__ float load_number(const void* from, Number dtype, int64_t i) {
+  if (dtype == Number::bf16) return to_float(static_cast<const bf16*>(from)[i]);
+  if (dtype == Number::fp16) return to_float(static_cast<const fp16*>(from)[i]);
+  return static_cast<const float*>(from)[i];
+}
+
+template <class T>
+__device__ __forceinline__ Four load_four(const T* from) {
+  struct alignas(4 * sizeof(T)) Numbers {
+    T x[4];
+  };
+  const auto numbers = *reinterpret_cast<const Numbers*>(from);
+  return {{to_float(numbers.x[0]), to_float(numbers.x[1]), to_float(numbers.x[2]), to_float(numbers.x[3])}};
+}
+
 // Two 16-bit numbers in a register, the first in its low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float first, float second) {
@@ -114,6 +132,17 @@ __device__ __forceinline__ uint32_t pack(float first, float second) {
 template <class T>
 __device__ __forceinline__ float unpack(uint32_t pair, int half) {
   return to_float(T{static_cast<uint16_t>(pair >> (16 * half))});
+}
+
+// Four neighbours of 16 bytes of T: the first of them, or the `part`-th.
+template <class T>
+__device__ __forceinline__ Four unpack_four(const Words& words, int part) {
+  const uint32_t low = words.x[2 * part], high = words.x[2 * part + 1];
+  return {{unpack<T>(low, 0), unpack<T>(low, 1), unpack<T>(high, 0), unpack<T>(high, 1)}};
+}
+template <>
+__device__ __forceinline__ Four unpack_four<float>(const Words& words, int) {
+  return {{bits_to_float(words.x[0]), bits_to_float(words.x[1]), bits_to_float(words.x[2]), bits_to_float(words.x[3])}};
 }
 
 // Bytes i and j of four e4m3 numbers as a pair of T; exact. Exponent and mantissa are moved to their place in T, and a

@@ -33,12 +33,6 @@ constexpr int kMaxHeadDim = 256;
 template <int kVector>
 constexpr int kRuns = kMaxHeadDim / 2 / kWarp / kVector;  // of a lane
 
-__device__ __forceinline__ float load(const void* from, Number dtype, int64_t i) {
-  if (dtype == Number::bf16) return to_float(static_cast<const bf16*>(from)[i]);
-  if (dtype == Number::fp16) return to_float(static_cast<const fp16*>(from)[i]);
-  return static_cast<const float*>(from)[i];
-}
-
 template <class T, int kVector>
 __device__ __forceinline__ void load_run(float (&x)[kVector], const T* from) {
   if constexpr (kVector == 2) {
@@ -87,8 +81,8 @@ __device__ __forceinline__ void normalise(Head<kVector>& x, const void* weight, 
     for (int j = 0; j < kVector; ++j) {
       const int i = (run * kWarp + lane) * kVector + j;
       if (i >= half) continue;
-      x.first[run][j] *= scale * load(weight, p.weight_dtype, i);
-      x.second[run][j] *= scale * load(weight, p.weight_dtype, half + i);
+      x.first[run][j] *= scale * load_number(weight, p.weight_dtype, i);
+      x.second[run][j] *= scale * load_number(weight, p.weight_dtype, half + i);
     }
 }
 

@@ -1,9 +1,10 @@
 """Runs the model over the paged cache: chunks of prompts, and one token for every row of the decode batch.
 
     prompts   the model's own layers under PagedLayout (prefill.py)
-    decoding  native on a CPU: one call of the extension for the whole model
-              otherwise: the model's projections around rope_append_kv and decode_attention; native ones on a GPU
-              as CUDA graphs
+    decoding  native: one call of the extension for the whole model (decode_step.py), on a CPU always, on a GPU for as
+              many rows as it takes
+              otherwise: the model's projections around rope_append_kv and decode_attention
+              native on a GPU: CUDA graphs of either
 
 Operators are called without the argument checks of decode_ops: shapes and dtypes are the engine's own.
 """
@@ -80,6 +81,7 @@ class Runner:
         self._cos, self._sin = rope_cos_sin(self._model.config, positions)  # [max_context, D / 2]
         self._weights: DecodeWeights | None = None
         self._packed: list[Tensor] = []  # the weights as the operator decode_step takes them
+        self._step_rows = 0  # that decode_step takes at most
         self._graphs: DecodeGraphs | None = None
         self.weights_changed(moved=True)
 
@@ -90,7 +92,7 @@ class Runner:
 
     @property
     def packed_bytes(self) -> int:
-        """Of the weights' copy that decoding reads on a CPU."""
+        """Of the weights' copy that decoding reads on a CPU; 0 on a GPU."""
         own = self._replica.model.parameters()
         shared = {p.data_ptr() for p in own}
         return sum(t.nbytes for t in self._packed if t.data_ptr() not in shared)
@@ -99,9 +101,11 @@ class Runner:
         """After Replica.refresh, which returned `moved`. A float8 cache takes the new weights' scales, and with that
         loses what it holds."""
         self._cache.take_scales(self._model)
-        if self._native and self._device.type == "cpu":
+        if self._native:
             self._weights = DecodeWeights.of(self._model, self._dtype)
-            self._packed = self._weights.pack(self._packed)
+            on_cpu = self._device.type == "cpu"
+            self._packed = self._weights.pack(self._packed) if on_cpu else self._weights.given
+            self._step_rows = self._batch.max_batch if on_cpu else self._weights.cuda_rows
         if moved:
             self._graphs = None
 
@@ -122,13 +126,11 @@ class Runner:
     def decode(self) -> Tensor:
         """One token for every row of the batch; logits of the next, float32 [B, V], valid until the next call."""
         rows = len(self._batch)
-        if self._weights is not None:
-            return self._decode_whole(self._weights, rows)
-        if self._native:
-            if self._graphs is None:
-                self._graphs = DecodeGraphs(self._decode_layers, self._batch.max_batch)
-            return self._graphs(rows)
-        return self._decode_layers(rows)
+        if not self._native or self._device.type == "cpu":
+            return self._decode_rows(rows)
+        if self._graphs is None:
+            self._graphs = DecodeGraphs(self._decode_rows, self._batch.max_batch)
+        return self._graphs(rows)
 
     def sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """logits float32 [B, V] of the batch's rows -> their next tokens int64 [B], log-probabilities float32 [B]."""
@@ -145,12 +147,16 @@ class Runner:
         log_probs = (logits / temperature[:, None]).log_softmax(-1)
         return log_probs.topk(min(count, log_probs.shape[-1]), dim=-1)
 
+    def _decode_rows(self, rows: int) -> Tensor:
+        if self._weights is not None and rows <= self._step_rows:
+            return self._decode_whole(self._weights, rows)
+        return self._decode_layers(rows)
+
     def _decode_whole(self, w: DecodeWeights, rows: int) -> Tensor:
         b = self._batch.views(rows)
         return torch.ops.minimind.decode_step.default(
             b["token"], b["position"], b["slot"], b["table"], b["length"], self._cos, self._sin, self._packed,
-            self._cache.k, self._cache.v, w.heads, w.qk_norm, w.experts, w.experts_per_token, w.shared_experts,
-            w.normalize_gates, w.eps, self._cache.k_scale, self._cache.v_scale,
+            self._cache.k, self._cache.v, *w.shape, self._cache.k_scale, self._cache.v_scale,
         )  # fmt: skip
 
     def _decode_layers(self, rows: int) -> Tensor:
