@@ -56,6 +56,8 @@ class Args:
     """Sequences."""
     context: tuple[int, ...] = (512, 4096)
     """Tokens in the cache of each."""
+    max_context: int | None = None
+    """Tokens that our block table has room for, more than --context. They should cost nothing; rows name them."""
     repeat: int = 50
     """Timed runs of each contender."""
     device: str = "auto"
@@ -67,7 +69,7 @@ class Args:
 @dataclass(frozen=True)
 class Case:
     """q [B, H, D]; key, value [L, P, S, G, D], L layers' caches; table int32 [B, pages]; lengths int32 [B], all of them
-    `context`."""
+    `context`; room: the table with more columns; arrivals int32 [B H], zeros."""
 
     q: Tensor
     key: Tensor
@@ -75,6 +77,8 @@ class Case:
     table: Tensor
     lengths: Tensor
     context: int
+    room: Tensor
+    arrivals: Tensor
 
     @property
     def scale(self) -> float:
@@ -95,7 +99,12 @@ Contender = Callable[[Case, int], Tensor]  # case, layer -> [B, H, D]
 
 
 def make_case(
-    config: ModelConfig, batch: int, context: int, device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    batch: int,
+    context: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_context: int | None = None,
 ) -> Case:
     """Pages of a sequence lie scattered, as they do after requests have come and gone. Enough layers that together they
     are 64 MiB, at most 8."""
@@ -109,12 +118,16 @@ def make_case(
     q = torch.randn(batch, config.num_attention_heads, dim, generator=generator, device=device).to(dtype)
     table = torch.randperm(batch * pages, generator=generator, device=device).view(batch, pages).int()
     lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
-    return Case(q, key, value, table, lengths, context)
+    more = max(0, -(-(max_context or 0) // size) - pages)
+    room = F.pad(table, (0, more))
+    arrivals = torch.zeros(q.shape[:2].numel(), dtype=torch.int32, device=device)
+    return Case(q, key, value, table, lengths, context, room, arrivals)
 
 
 def ours(case: Case, layer: int) -> Tensor:
+    caches = (case.key[layer], case.value[layer])
     return decode_ops.decode_attention(
-        case.q, case.key[layer], case.value[layer], case.table, case.lengths, case.scale
+        case.q, *caches, case.room, case.lengths, case.scale, arrivals=case.arrivals
     )
 
 
@@ -231,6 +244,8 @@ def main(args: Args) -> dict[str, Any]:
     for name in args.preset:
         if name not in PRESETS:
             raise ValueError(f"--preset {name}: unknown; choose from {', '.join(PRESETS)}")
+    if args.max_context is not None and args.max_context < max(args.context):
+        raise ValueError(f"--max-context {args.max_context}: less than --context {max(args.context)}")
     device = choose_device(args.device)
     dtype = choose_precision(device).compute_dtype
     found = versions(describe_device(device))
@@ -248,11 +263,12 @@ def main(args: Args) -> dict[str, Any]:
         config = ModelConfig.preset(preset)
         for batch in args.batch:
             for context in args.context:
-                case = make_case(config, batch, context, device, dtype)
+                case = make_case(config, batch, context, device, dtype, args.max_context)
+                room = "" if args.max_context is None else f" room={args.max_context}"
                 blank = Row(
                     **stamp, liger=None, op="decode_attention", preset=preset, tokens=context,
                     shape=f"B={batch} H={config.num_attention_heads} G={config.num_key_value_heads} "
-                    f"D={config.head_dim}", dtype=str(dtype).removeprefix("torch."), phase="forward",
+                    f"D={config.head_dim}{room}", dtype=str(dtype).removeprefix("torch."), phase="forward",
                     contender="", status="ok",
                 )  # fmt: skip
                 new = run(case, args.repeat, blank, limit)

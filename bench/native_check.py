@@ -22,8 +22,12 @@ import torch
 import tyro
 from torch import Tensor
 
+from minimind.config import ModelConfig
 from minimind.device import choose_device
 from minimind.inference import decode_ops
+from minimind.inference.decode_step import DecodeWeights, decode_step
+from minimind.modeling import Model
+from minimind.rope import rope_cos_sin
 
 FP8 = torch.float8_e4m3fn
 PAGE = 16
@@ -35,6 +39,10 @@ ATTENTION = (
     (torch.float32, torch.float32, 64, LENGTHS), (torch.bfloat16, torch.bfloat16, 6, LENGTHS),
 )  # fmt: skip
 APPEND = ((torch.bfloat16, torch.bfloat16, 96), (torch.float32, FP8, 64), (torch.float16, FP8, 6))
+STEPS: tuple[tuple[torch.dtype, torch.dtype, int, bool, tuple[int, ...]], ...] = (  # the bool: QK norm
+    (torch.bfloat16, torch.bfloat16, 64, False, (200,)), (torch.bfloat16, torch.bfloat16, 96, True, LENGTHS),
+    (torch.float32, torch.bfloat16, 80, False, (1, 130)), (torch.bfloat16, torch.bfloat16, 20, False, (3,) * 8),
+)  # fmt: skip
 VOCABULARIES = (33, 6400, 30_000)  # the last does not fit the shared memory of a GPU
 
 
@@ -101,6 +109,33 @@ def append(dtype: torch.dtype, cache: torch.dtype, dim: int, device: torch.devic
     return (qkv, angles.cos(), angles.sin(), positions, slots, *caches, 8, *weights, 1e-6, *scales)
 
 
+def whole_step(
+    dtype: torch.dtype,
+    cache: torch.dtype,
+    dim: int,
+    qk_norm: bool,
+    lengths: tuple[int, ...],
+    device: torch.device,
+) -> Any:
+    """The cache's older tokens are noise. One layer: what a second makes of rounding is not what is asked here."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        hidden_size=72, num_hidden_layers=1, intermediate_size=264, vocab_size=45, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=dim, qk_norm=qk_norm,
+    )  # fmt: skip
+    model = Model(config).eval().to(device)
+    batch, pages = len(lengths), -(-max(lengths) // PAGE)
+    table = torch.arange(batch * pages, dtype=torch.int32).view(batch, pages)
+    size = torch.tensor(lengths, dtype=torch.int32)
+    last = (size - 1).clamp(min=0).long()
+    slots = torch.where(size > 0, table.gather(1, last[:, None] // PAGE)[:, 0] * PAGE + last % PAGE, -1)
+    shape = (1, batch * pages, PAGE, 2, dim)
+    caches = [rand(*shape, seed=i, device=device).to(cache) for i in (1, 2)]
+    angles = rope_cos_sin(config, torch.arange(max(lengths), device=device))
+    rows = [t.to(device) for t in (torch.arange(batch) + 3, last.int(), slots.long(), table, size)]
+    return (DecodeWeights.of(model, dtype), *rows, *angles, *caches)
+
+
 def choices(vocabulary: int, device: torch.device) -> Any:
     def column(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
@@ -114,7 +149,7 @@ def choices(vocabulary: int, device: torch.device) -> Any:
 
 
 def cases() -> Iterator[tuple[str, torch.dtype, Callable[..., Any], Callable[[torch.device], Any]]]:
-    """(name, dtype of the arithmetic, operator, what makes its arguments on a device)."""
+    """(name, dtype of the coarsest numbers, operator, what makes its arguments on a device)."""
     for dtype, cache, dim, lengths in ATTENTION:
         name = f"decode_attention, {dtype} over {cache}, heads of {dim}"
         make = functools.partial(attention, dtype, cache, dim, lengths)
@@ -122,6 +157,10 @@ def cases() -> Iterator[tuple[str, torch.dtype, Callable[..., Any], Callable[[to
     for dtype, cache, dim in APPEND:
         name = f"rope_append_kv, {dtype} to {cache}, heads of {dim}"
         yield name, dtype, decode_ops.rope_append_kv, functools.partial(append, dtype, cache, dim)
+    for weights, cache, dim, qk_norm, rows in STEPS:
+        name = f"decode_step, {weights} over {cache}, heads of {dim}, {len(rows)} rows"
+        make = functools.partial(whole_step, weights, cache, dim, qk_norm, rows)
+        yield name, torch.bfloat16, decode_step, make
     for vocabulary in VOCABULARIES:
         name = f"sample from {vocabulary} tokens"
         yield name, torch.float32, decode_ops.sample, functools.partial(choices, vocabulary)

@@ -18,10 +18,23 @@ from bench.occupancy import occupancy
 
 SOURCES = Path(__file__).parents[1] / "csrc/cuda"
 WARP, TILE_KEYS, STAGES, HEADS = 32, 16, 2, 8  # of csrc/cuda/attention_tensor_core.cuh
-ATTENTION_WARPS = 4
+ATTENTION_WARPS, MAX_SPLITS = 4, 128
+MATVEC_WARPS, MATVEC_SHARED, COLUMNS = (
+    4,
+    96 * 1024,
+    2432,
+)  # of csrc/cuda/matvec.cuh; the longest rows of the presets
+SAMPLE_WARPS, EXCHANGE, SAMPLE_SHARED = 16, 896, 96 * 1024  # of csrc/cuda/sample.cuh
 VOCABULARY = 6400
 BYTES = {"float": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 NAMES = {"float": "fp32"}
+VARIANTS = (  # every kernel, as the C++ names it, that asks for shared memory
+    *(("tensor_core_kernel", (query, cache, str(dim))) for query in ("bf16", "fp16") for cache in (query, "fp8")
+      for dim in (32, 64, 80, 96, 128)),
+    *(("cuda_core_kernel", (cache, chunks)) for cache in BYTES for chunks in "124"),
+    *(("matvec_kernel", (weight, rows)) for weight in ("float", "bf16", "fp16") for rows in "1248"),
+    ("sample_kernel", ()),
+)  # fmt: skip
 
 
 def why_not() -> str | None:
@@ -38,21 +51,32 @@ def measure(archs: Sequence[int], jobs: int) -> list[Resources]:
     return sorted(itertools.chain.from_iterable(found), key=lambda row: (row.arch, row.kernel, row.case))
 
 
-def launch_of(kernel: str, arguments: Sequence[str]) -> tuple[int, int]:
-    """(warps of a block, bytes of dynamic shared memory) as the C++ launches it; sampling for a vocabulary of 6400."""
+def launch_of(
+    kernel: str, arguments: Sequence[str], vocabulary: int = VOCABULARY, columns: int = COLUMNS
+) -> tuple[int, int]:
+    """(warps of a block, bytes of shared memory) as the C++ launches it: sampling for a vocabulary, a product for
+    so many columns."""
     if kernel == "tensor_core_kernel":
         cache, dim = BYTES[arguments[1]], int(arguments[2])
         ring = ATTENTION_WARPS * STAGES * 2 * TILE_KEYS * dim * cache
-        return ATTENTION_WARPS, max(ring, _warp_results(dim))
+        return ATTENTION_WARPS, _attention(ring, dim, BYTES[arguments[0]])
     if kernel == "cuda_core_kernel":
-        return ATTENTION_WARPS, _warp_results(64 * int(arguments[1]))
+        return ATTENTION_WARPS, _attention(0, 64 * int(arguments[1]), 4)
     if kernel == "sample_kernel":
-        return 16, 4 * (VOCABULARY + VOCABULARY // WARP)
-    return {"merge_splits_kernel": 8, "rope_append_kv_kernel": 4}[kernel], 0
+        row = 4 * (vocabulary + -(-vocabulary // WARP))
+        shared = EXCHANGE + row
+        return SAMPLE_WARPS, shared if shared <= SAMPLE_SHARED else EXCHANGE
+    if kernel == "matvec_kernel":
+        chunk, rows = WARP * 16 // BYTES[arguments[0]], int(arguments[1])
+        return MATVEC_WARPS, 4 * ((rows + 1) * -(-columns // chunk) * chunk + MATVEC_WARPS * rows)
+    return {"rope_append_kv_kernel": 4}[kernel], 0
 
 
-def _warp_results(dim: int) -> int:
-    return 4 * ATTENTION_WARPS * HEADS * (2 + dim + 4)
+def _attention(loop: int, dim: int, query_bytes: int) -> int:
+    """Of the loop over keys, or what is put together after it, and the queries."""
+    warps = 4 * ATTENTION_WARPS * HEADS * (2 + dim + 4)
+    splits = 4 * HEADS * (MAX_SPLITS + 1)
+    return max(loop, warps, splits) + HEADS * dim * query_bytes
 
 
 def _compile(file: Path, arch: int, folder: Path) -> tuple[str, str]:

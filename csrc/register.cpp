@@ -16,16 +16,17 @@ const Library schema(nullptr, [](Library& m) {
       "Tensor(b!) value_cache, int heads, Tensor? q_weight, Tensor? k_weight, float eps, Tensor? k_scale, "
       "Tensor? v_scale) -> Tensor");
   // q [B, H, D] over the first lengths[b] cached tokens of each sequence, page by page of block_table int32 [B, max_pages].
+  // arrivals: int32, at least B H, zeros before and after; a CUDA kernel counts in it, and without it zeros are made first.
   m.def(
       "decode_attention(Tensor q, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor lengths, float scale, "
-      "Tensor? k_scale, Tensor? v_scale) -> Tensor");
+      "Tensor? k_scale, Tensor? v_scale, Tensor(a!)? arrivals=None) -> Tensor");
   // logits float32 [B, V] -> tokens int64 [B], log_probs float32 [B].
   m.def(
       "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor repetition_penalty, "
       "Tensor presence_penalty, Tensor history, Tensor seeds, Tensor offsets) -> (Tensor tokens, Tensor log_probs)");
-  // A whole step of the whole model, CPU only: tokens int64 [B] -> logits float32 [B, V]; caches [L, P, S, G, D].
-  // weights: embedding [V, C], final norm [C], head [V, C], then for each layer (matrices but the embedding packed, as
-  // minimind/inference/packing.py does it)
+  // A whole step of the whole model: tokens int64 [B] -> logits float32 [B, V]; caches [L, P, S, G, D]. CUDA: of a dense
+  // model, B up to 8. weights: embedding [V, C], final norm [C], head [V, C], then for each layer (on a CPU matrices but
+  // the embedding packed, as minimind/inference/packing.py does it)
   //   input norm [C], qkv [(H + 2 G) D, C], q norm [D], k norm [D] (with qk_norm), o [C, H D], post-attention norm [C],
   //   gate_up [2 I, C], down [C, I]                                                        (experts == 0)
   //   router [E, C], gate_up [E, 2 J, C], down [E, C, J], (gate_up, down) per shared expert  (experts > 0)

@@ -228,7 +228,7 @@ MUTATIONS = (
     # csrc/cuda, under the emulator
     Mutation(
         "warps are put together as if all had the same maximum",
-        "csrc/cuda/attention_split.cuh",
+        "csrc/cuda/attention_merge.cuh",
         "const float weight = exp2f(r.maximum[row] - maximum);",
         "const float weight = maximum > r.maximum[row] + 99 ? 0.0f : 1.0f;",
         "tests/csrc/test_cuda_emulated.py::test_attention_of_every_preset",
@@ -249,7 +249,7 @@ MUTATIONS = (
     ),
     Mutation(
         "every head divides by the first one's float8 scale",
-        "csrc/cuda/rope_append_kv.cuh",
+        "csrc/cuda/rope.cuh",
         "if (scale != nullptr) divisor = scale[group];",
         "if (scale != nullptr) divisor = scale[0];",
         "tests/csrc/test_cuda_emulated.py::test_rope_append_kv",
@@ -260,6 +260,41 @@ MUTATIONS = (
         "AtLeastMass{top_p * bounds.at_low.mass}",
         "AtLeastMass{top_p * all.mass}",
         "tests/csrc/test_cuda_emulated.py::test_sample",
+    ),
+    Mutation(
+        "the first block to finish puts the splits together, not the last",
+        "csrc/cuda/attention_merge.cuh",
+        "last = atomicInc(arrivals, others) == others;",
+        "last = atomicInc(arrivals, others) == 0;",
+        "tests/csrc/test_cuda_emulated.py::test_attention_over_many_splits",
+    ),
+    Mutation(
+        "of the 33rd sequence on, splits are counted from the first",
+        "csrc/cuda/attention_split.cuh",
+        "first_ += kWarp, before_ = all;",
+        "first_ += kWarp;",
+        "tests/csrc/test_cuda_emulated.py::test_splits_are_put_together_in_one_order_whoever_comes_last",
+    ),
+    Mutation(
+        "the new token's key is fetched before it is written",
+        "csrc/cuda/attention_tensor_core.cuh",
+        "const int early = makes_last ? min(tiles - 1, kStages)",
+        "const int early = makes_last ? kStages",
+        "tests/csrc/test_decode_step_emulated.py::test_the_order_of_threads_and_blocks_does_not_matter",
+    ),
+    Mutation(
+        "weights beyond those under way at once are those just used",
+        "csrc/cuda/matvec.cuh",
+        "rows.load(slot, chunk + slot + kDepth<kRows>, lane, p.k);",
+        "rows.load(slot, chunk + slot, lane, p.k);",
+        "tests/csrc/test_decode_step_emulated.py::test_rows_longer_than_what_is_under_way_at_once",
+    ),
+    Mutation(
+        "the up projection goes through SiLU, not the gate",
+        "csrc/cuda/matvec.cuh",
+        "y = y / (1.0f + expf(-y)) * up;",
+        "y = up / (1.0f + expf(-up)) * y;",
+        "tests/csrc/test_decode_step_emulated.py::test_a_step_in_float32_is_the_models",
     ),
     # csrc/cpu
     Mutation(

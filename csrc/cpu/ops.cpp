@@ -169,7 +169,7 @@ Tensor rope_append_kv(const Tensor& qkv, const Tensor& cos, const Tensor& sin, c
 
 Tensor decode_attention(const Tensor& q, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
                         const Tensor& lengths, double scale, const OptionalTensor& k_scale,
-                        const OptionalTensor& v_scale) {
+                        const OptionalTensor& v_scale, const OptionalTensor&) {
   const Cache cache = cache_of(key_cache, value_cache, k_scale, v_scale);
   MINIMIND_CHECK(q.dim() == 3 && q.is_cpu() && is_float(q) && q.is_contiguous(1), "q: wrong shape or dtype");
   const int64_t batch = q.size(0), heads = q.size(1);

@@ -6,7 +6,7 @@
 // of an H100's 25 keys a microsecond and multiprocessor: 0.6 of its rate).
 #pragma once
 
-#include "attention_split.cuh"
+#include "attention_merge.cuh"
 
 namespace minimind::attention {
 
@@ -43,13 +43,14 @@ struct Rows {
 };
 
 template <class KV, int kChunks>
-__global__ void __launch_bounds__(kWarps* kWarp, kChunks == 4 ? 2 : 3) cuda_core_kernel(DecodeAttention p) {
-  const Work w = work_of(p);
-  if (w.begin >= w.end) {
-    if (w.length == 0 && w.split == 0) write_zeros(p, w);
-    return;
-  }
+__device__ __forceinline__ void attend_unit(const DecodeAttention& p, const Work& w) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  unsigned char* const shared = dynamic_shared();
+  auto* const made = reinterpret_cast<float*>(shared + work_bytes(0, p.head_dim));
+  if (p.q == nullptr) {
+    prepare(p, w, made);
+    __syncthreads();
+  }
   const float scale = p.scale * kLog2e * (p.k_scale == nullptr ? 1.0f : p.k_scale[w.group]);
   Pair<float> query[kHeads][kChunks], sums[kHeads][kChunks] = {};
   float maximum[kHeads], denominator[kHeads] = {};
@@ -60,8 +61,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, kChunks == 4 ? 2 : 3) cuda_core
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       const int d = 2 * (lane + kWarp * chunk);
-      const bool wanted = head < w.heads && d < p.head_dim;
-      query[head][chunk] = wanted ? load_pair(p.q, p.dtype, row * p.head_dim + d) : Pair<float>{0, 0};
+      query[head][chunk] = {0, 0};
+      if (head >= w.heads || d >= p.head_dim) continue;
+      query[head][chunk] = p.q == nullptr ? load_pair<float>(made, head * p.head_dim + d)
+                                          : load_pair(p.q, p.dtype, row * p.head_dim + d);
     }
   }
 
@@ -104,7 +107,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kChunks == 4 ? 2 : 3) cuda_core
     }
   }
 
-  const WarpResults results(dynamic_shared(), p.head_dim);
+  const WarpResults results(shared, p.head_dim);
 #pragma unroll
   for (int head = 0; head < kHeads; ++head) {
     const int row = warp * kHeads + head;
@@ -117,16 +120,34 @@ __global__ void __launch_bounds__(kWarps* kWarp, kChunks == 4 ? 2 : 3) cuda_core
       results.sums[row * results.stride + d + 1] = sums[head][chunk].second;
     }
   }
-  __syncthreads();
-  merge_warps(p, w, results);
+  finish(p, w, results, shared);
+}
+
+template <class KV, int kChunks>
+__global__ void __launch_bounds__(kWarps* kWarp, kChunks == 4 ? 2 : 3) cuda_core_kernel(DecodeAttention p) {
+  let_next_start();
+  Walk walk;
+  wait_for_previous();
+  for (Work w; walk.next(p, w);) {
+    if (w.begin < w.end)
+      attend_unit<KV, kChunks>(p, w);
+    else
+      write_zeros(p, w);
+  }
 }
 
 template <class KV>
-void launch_cuda_core(const DecodeAttention& p, dim3 grid, void* stream) {
+void launch_cuda_core(const DecodeAttention& p, void* stream) {
   const auto kernel = p.head_dim <= 64    ? cuda_core_kernel<KV, 1>
                       : p.head_dim <= 128 ? cuda_core_kernel<KV, 2>
                                           : cuda_core_kernel<KV, 4>;
-  launch(kernel, grid, kWarps * kWarp, WarpResults::bytes(p.head_dim), stream, p);
+  constexpr int kThreads = kWarps * kWarp;
+  const size_t shared = work_bytes(0, p.head_dim) + query_bytes(p.head_dim, sizeof(float));
+  const unsigned blocks = blocks_of(p, resident_blocks(kernel, kThreads, shared, kResident));
+  launch(kernel, {blocks, kThreads, shared, stream, p.overlap}, p);
 }
+
+// Instantiated in decode_attention_fp32.cu.
+void cuda_core(const DecodeAttention& p, void* stream);
 
 }  // namespace minimind::attention

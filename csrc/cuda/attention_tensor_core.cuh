@@ -24,7 +24,7 @@
 // that is 0.9 of its 7 instructions a nanosecond.
 #pragma once
 
-#include "attention_split.cuh"
+#include "attention_merge.cuh"
 
 namespace minimind::attention {
 
@@ -46,10 +46,7 @@ struct Tile {
 };
 
 template <class KV, int D>
-constexpr size_t shared_bytes() {
-  constexpr size_t ring = static_cast<size_t>(kWarps) * kStages * 2 * Tile<KV, D>::kBytes;
-  return ring > WarpResults::bytes(D) ? ring : WarpResults::bytes(D);
-}
+constexpr size_t kWorkBytes = work_bytes(static_cast<size_t>(kWarps) * kStages * 2 * Tile<KV, D>::kBytes, D);
 
 // Copies of one warp's tile of keys and values. offset: of lane r and r + 16, where row r of the tile begins in the
 // caches, or -1: zeros, and nothing is read.
@@ -110,18 +107,17 @@ __device__ __forceinline__ int dimension_of(int step, int g, int second) {
   return sizeof(KV) == 2 ? 16 * step + g + 8 * second : 16 * step + 2 * g + second;
 }
 
-// Q^T as fragments `b`: lane 4 g + t holds head g; zeros beyond the group's heads.
-template <class T, class KV, int D>
-__device__ __forceinline__ void load_query(uint32_t (&b)[D / 16][2], const DecodeAttention& p, const Work& w, int lane) {
+// Q^T as fragments `b`: lane 4 g + t holds head g; zeros beyond the unit's heads. queries: [heads, D].
+template <class KV, int D>
+__device__ __forceinline__ void load_query(uint32_t (&b)[D / 16][2], const void* queries, int heads, int lane) {
   const int g = lane / 4, t = lane % 4;
-  const int64_t row = static_cast<int64_t>(w.sequence) * p.heads + w.first_head + g;
-  const auto* pairs = static_cast<const uint32_t*>(p.q) + row * (D / 2);
+  const auto* pairs = static_cast<const uint32_t*>(queries) + g * (D / 2);
 #pragma unroll
   for (int step = 0; step < D / 16; ++step)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int pair = 8 * step + (sizeof(KV) == 2 ? t + 4 * half : 2 * t + half);
-      b[step][half] = g < w.heads ? pairs[pair] : 0;
+      b[step][half] = g < heads ? pairs[pair] : 0;
     }
 }
 
@@ -202,15 +198,11 @@ __device__ __forceinline__ void publish(const WarpResults& results, State<D>& st
 }
 
 template <class T, class KV, int D>
-__global__ void __launch_bounds__(kWarps* kWarp) tensor_core_kernel(DecodeAttention p) {
-  const Work w = work_of(p);
-  if (w.begin >= w.end) {
-    if (w.length == 0 && w.split == 0) write_zeros(p, w);
-    return;
-  }
+__device__ __forceinline__ void attend_unit(const DecodeAttention& p, const Work& w) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   constexpr int kStageBytes = 2 * Tile<KV, D>::kBytes;
-  unsigned char* ring = dynamic_shared() + warp * kStages * kStageBytes;
+  unsigned char* const shared = dynamic_shared();
+  unsigned char* const ring = shared + warp * kStages * kStageBytes;
 
   // This warp's tiles begin at `first`, first + kStride, ...; a lane looks up the row of one key, a tile ahead of its
   // copy, so that the copies do not wait for the block table.
@@ -222,15 +214,32 @@ __global__ void __launch_bounds__(kWarps* kWarp) tensor_core_kernel(DecodeAttent
   };
   const int tiles = first < w.end ? ceil_div(w.end - first, kStride) : 0;
   int64_t offset = offset_at(0);
+  const auto fill = [&](int from, int to) {
 #pragma unroll
-  for (int tile = 0; tile < kStages; ++tile) {
-    if (tile < tiles) load_tile<KV, D>(p, ring + tile * kStageBytes, offset, lane);
-    cp_async_commit();
-    offset = offset_at(tile + 1);
+    for (int tile = 0; tile < kStages; ++tile) {
+      if (tile < from || tile >= to) continue;
+      if (tile < tiles) load_tile<KV, D>(p, ring + tile * kStageBytes, offset, lane);
+      cp_async_commit();
+      offset = offset_at(tile + 1);
+    }
+  };
+
+  // Where the kernel makes the queries, all keys but the last token's are there before the kernels ahead are done.
+  const bool makes_last = p.q == nullptr && w.is_last() && (w.end - 1 - w.begin) / kTile % kWarps == warp;
+  const int early = makes_last ? min(tiles - 1, kStages) : p.q == nullptr ? kStages : 0;
+  fill(0, early);
+  wait_for_previous();
+  const void* queries = shared + kWorkBytes<KV, D>;
+  if (p.q == nullptr) {
+    prepare(p, w, reinterpret_cast<T*>(shared + kWorkBytes<KV, D>));
+    __syncthreads();
+  } else {
+    queries = static_cast<const T*>(p.q) + (static_cast<int64_t>(w.sequence) * p.heads + w.first_head) * D;
   }
+  fill(early, kStages);
 
   uint32_t query[D / 16][2];
-  load_query<T, KV, D>(query, p, w, lane);
+  load_query<KV, D>(query, queries, w.heads, lane);
   const float scale = p.scale * kLog2e * (p.k_scale == nullptr ? 1.0f : p.k_scale[w.group]);
   State<D> state;
   NanFinder nan;
@@ -247,32 +256,50 @@ __global__ void __launch_bounds__(kWarps* kWarp) tensor_core_kernel(DecodeAttent
 
   __syncthreads();  // the rings become room for the results
   const bool found_nan = __any_sync(kAll, nan.found());
-  const WarpResults results(dynamic_shared(), D);
+  const WarpResults results(shared, D);
   publish<KV, D>(results, state, found_nan, warp, lane);
-  __syncthreads();
-  merge_warps(p, w, results);
+  finish(p, w, results, shared);
+}
+
+template <class T, class KV, int D>  // with D = 32 ptxas spills rather than take 128 registers, unless it is told to
+__global__ void __launch_bounds__(kWarps* kWarp, D == 32 ? 4 : 1) tensor_core_kernel(DecodeAttention p) {
+  let_next_start();
+  Walk walk;
+  for (Work w; walk.next(p, w);) {
+    if (w.begin < w.end) {
+      attend_unit<T, KV, D>(p, w);
+    } else {
+      wait_for_previous();
+      write_zeros(p, w);
+    }
+  }
+  wait_for_previous();  // of blocks without work
 }
 
 template <class T, class KV, int D>
-void launch_tensor_core(const DecodeAttention& p, dim3 grid, void* stream) {
-  launch(tensor_core_kernel<T, KV, D>, grid, kWarps * kWarp, shared_bytes<KV, D>(), stream, p);
+void launch_tensor_core(const DecodeAttention& p, void* stream) {
+  const auto kernel = tensor_core_kernel<T, KV, D>;
+  constexpr int kThreads = kWarps * kWarp;
+  const size_t shared = kWorkBytes<KV, D> + query_bytes(D, sizeof(T));
+  const unsigned blocks = blocks_of(p, resident_blocks(kernel, kThreads, shared, kResident));
+  launch(kernel, {blocks, kThreads, shared, stream, p.overlap}, p);
 }
 
 // false: no kernel for this head dimension.
 template <class T, class KV>
-bool try_tensor_core(const DecodeAttention& p, dim3 grid, void* stream) {
+bool try_tensor_core(const DecodeAttention& p, void* stream) {
   switch (p.head_dim) {
-    case 32: return launch_tensor_core<T, KV, 32>(p, grid, stream), true;
-    case 64: return launch_tensor_core<T, KV, 64>(p, grid, stream), true;
-    case 80: return launch_tensor_core<T, KV, 80>(p, grid, stream), true;
-    case 96: return launch_tensor_core<T, KV, 96>(p, grid, stream), true;
-    case 128: return launch_tensor_core<T, KV, 128>(p, grid, stream), true;
+    case 32: return launch_tensor_core<T, KV, 32>(p, stream), true;
+    case 64: return launch_tensor_core<T, KV, 64>(p, stream), true;
+    case 80: return launch_tensor_core<T, KV, 80>(p, stream), true;
+    case 96: return launch_tensor_core<T, KV, 96>(p, stream), true;
+    case 128: return launch_tensor_core<T, KV, 128>(p, stream), true;
     default: return false;
   }
 }
 
 // Instantiated in decode_attention_bf16.cu and decode_attention_fp16.cu, so that they compile at the same time.
-bool tensor_core_bf16(const DecodeAttention& p, dim3 grid, void* stream);
-bool tensor_core_fp16(const DecodeAttention& p, dim3 grid, void* stream);
+bool tensor_core_bf16(const DecodeAttention& p, void* stream);
+bool tensor_core_fp16(const DecodeAttention& p, void* stream);
 
 }  // namespace minimind::attention

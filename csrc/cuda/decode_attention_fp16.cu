@@ -2,9 +2,9 @@
 
 namespace minimind::attention {
 
-bool tensor_core_fp16(const DecodeAttention& p, dim3 grid, void* stream) {
-  return p.cache_dtype == Number::fp8 ? try_tensor_core<fp16, fp8>(p, grid, stream)
-                                     : try_tensor_core<fp16, fp16>(p, grid, stream);
+bool tensor_core_fp16(const DecodeAttention& p, void* stream) {
+  return p.cache_dtype == Number::fp8 ? try_tensor_core<fp16, fp8>(p, stream)
+                                     : try_tensor_core<fp16, fp16>(p, stream);
 }
 
 }  // namespace minimind::attention

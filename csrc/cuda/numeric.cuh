@@ -23,11 +23,28 @@ struct fp8 {  // e4m3fn: no infinity, largest number 448
 constexpr float kLargestFp8 = 448.0f;
 
 enum class Number : int { fp32, bf16, fp16, fp8 };  // of a type known only when it runs
+template <class T>
+constexpr Number kNumber = Number::fp32;
+template <>
+inline constexpr Number kNumber<bf16> = Number::bf16;
+template <>
+inline constexpr Number kNumber<fp16> = Number::fp16;
+template <>
+inline constexpr Number kNumber<fp8> = Number::fp8;
+
+constexpr int64_t bytes_of(Number dtype) { return dtype == Number::fp32 ? 4 : dtype == Number::fp8 ? 1 : 2; }
 
 // Two neighbours in memory, read or written at once.
 template <class T>
 struct alignas(2 * sizeof(T)) Pair {
   T first, second;
+};
+
+struct alignas(16) Words {
+  uint32_t x[4];
+};
+struct alignas(16) Four {
+  float x[4];
 };
 
 #ifdef MINIMIND_EMULATE
@@ -57,6 +74,20 @@ __device__ __forceinline__ fp8 from_float<fp8>(float x) {
   return {__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3)};
 }
 
+__device__ __forceinline__ Pair<float> load_past_l1(const Pair<float>* from) {
+  const float2 pair = __ldcg(reinterpret_cast<const float2*>(from));
+  return {pair.x, pair.y};
+}
+
+// Read once and never written while a kernel runs: past L1.
+__device__ __forceinline__ Words load_words(const void* from) {
+  Words w;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.x[0]), "=r"(w.x[1]), "=r"(w.x[2]), "=r"(w.x[3])
+               : "l"(from));
+  return w;
+}
+
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t x, uint32_t y, uint32_t selector) {
   return __byte_perm(x, y, selector);
 }
@@ -77,6 +108,21 @@ __device__ __forceinline__ uint32_t multiply_pairs<fp16>(uint32_t x, uint32_t y)
 }
 #endif
 
+__device__ __forceinline__ float load_number(const void* from, Number dtype, int64_t i) {
+  if (dtype == Number::bf16) return to_float(static_cast<const bf16*>(from)[i]);
+  if (dtype == Number::fp16) return to_float(static_cast<const fp16*>(from)[i]);
+  return static_cast<const float*>(from)[i];
+}
+
+template <class T>
+__device__ __forceinline__ Four load_four(const T* from) {
+  struct alignas(4 * sizeof(T)) Numbers {
+    T x[4];
+  };
+  const auto numbers = *reinterpret_cast<const Numbers*>(from);
+  return {{to_float(numbers.x[0]), to_float(numbers.x[1]), to_float(numbers.x[2]), to_float(numbers.x[3])}};
+}
+
 // Two 16-bit numbers in a register, the first in its low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float first, float second) {
@@ -86,6 +132,17 @@ __device__ __forceinline__ uint32_t pack(float first, float second) {
 template <class T>
 __device__ __forceinline__ float unpack(uint32_t pair, int half) {
   return to_float(T{static_cast<uint16_t>(pair >> (16 * half))});
+}
+
+// Four neighbours of 16 bytes of T: the first of them, or the `part`-th.
+template <class T>
+__device__ __forceinline__ Four unpack_four(const Words& words, int part) {
+  const uint32_t low = words.x[2 * part], high = words.x[2 * part + 1];
+  return {{unpack<T>(low, 0), unpack<T>(low, 1), unpack<T>(high, 0), unpack<T>(high, 1)}};
+}
+template <>
+__device__ __forceinline__ Four unpack_four<float>(const Words& words, int) {
+  return {{bits_to_float(words.x[0]), bits_to_float(words.x[1]), bits_to_float(words.x[2]), bits_to_float(words.x[3])}};
 }
 
 // Bytes i and j of four e4m3 numbers as a pair of T; exact. Exponent and mantissa are moved to their place in T, and a

@@ -29,20 +29,22 @@ namespace sampling {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
-constexpr size_t kMaxShared = 96 * 1024;  // sm_86 and sm_89 give a block 99 KB
+constexpr size_t kMaxShared = 96 * 1024;  // sm_86, sm_89 and sm_120 give a block 99 KB
 
 // Weights of a row, and a number for every 32 of them.
 __host__ __device__ __forceinline__ int64_t row_numbers(int vocabulary) {
   return static_cast<int64_t>(vocabulary) + (vocabulary + kWarp - 1) / kWarp;
 }
-inline bool fits_shared(int vocabulary) { return row_numbers(vocabulary) * sizeof(float) <= kMaxShared; }
 
-// Results of the warps of a block; two sets in turn, so that one barrier a reduction is enough.
-struct Exchange {
+// Results of the warps of a block; two sets in turn, so that one barrier a reduction is enough. At the start of the
+// block's shared memory; a row that fits follows.
+struct alignas(16) Exchange {
   unsigned long long best[kWarps];
   float mass[2][3][kWarps];
   int count[2][3][kWarps];
 };
+inline size_t shared_with_row(int vocabulary) { return sizeof(Exchange) + row_numbers(vocabulary) * sizeof(float); }
+inline bool fits_shared(int vocabulary) { return shared_with_row(vocabulary) <= kMaxShared; }
 
 // The penalised logit of a token divided by the temperature; presence is subtracted after the repetition penalty.
 __device__ __forceinline__ float adjusted(const Sample& p, int row, int token, float temperature) {
@@ -226,10 +228,10 @@ __device__ __forceinline__ uint32_t truncate(const Sample& p, int index, const R
 }
 
 static __global__ void __launch_bounds__(kThreads, 1) sample_kernel(Sample p) {
-  __shared__ Exchange exchange;
+  Exchange& exchange = *reinterpret_cast<Exchange*>(dynamic_shared());
   const int index = blockIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   Row row;
-  row.weights = p.scratch == nullptr ? reinterpret_cast<float*>(dynamic_shared())
+  row.weights = p.scratch == nullptr ? reinterpret_cast<float*>(&exchange + 1)
                                      : p.scratch + index * row_numbers(p.vocabulary);
   row.groups = row.weights + p.vocabulary;
   row.vocabulary = p.vocabulary;
@@ -280,8 +282,8 @@ static __global__ void __launch_bounds__(kThreads, 1) sample_kernel(Sample p) {
 inline void sample(const Sample& p, void* stream) {
   using namespace sampling;
   if (p.batch == 0) return;
-  const size_t shared = p.scratch == nullptr ? row_numbers(p.vocabulary) * sizeof(float) : 0;
-  launch(sample_kernel, dim3(p.batch), kThreads, shared, stream, p);
+  const size_t shared = p.scratch == nullptr ? shared_with_row(p.vocabulary) : sizeof(Exchange);
+  launch(sample_kernel, {static_cast<unsigned>(p.batch), kThreads, shared, stream}, p);
 }
 
 }  // namespace minimind

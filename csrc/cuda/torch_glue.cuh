@@ -1,6 +1,9 @@
 // Between torch's tensors and the kernels' plain structures.
 #pragma once
 
+#include <cmath>
+#include <utility>
+
 #include "../ops.h"
 #include "numeric.cuh"
 
@@ -69,29 +72,35 @@ inline void check_tensor(const char* what, const Tensor& tensor, Dtype dtype, st
   MINIMIND_CHECK(tensor.is_contiguous(), what, ": not contiguous");
 }
 
-// A pair of caches [P, S, G, D] whose pages are contiguous, of one dtype and with the same strides.
+// A pair of caches [P, S, G, D], or of all layers [L, P, S, G, D], whose pages are contiguous, of one dtype and with the
+// same strides.
 struct Caches {
-  int64_t pages, page_stride;
+  int64_t pages, page_stride, layers = 1, layer_stride = 0;
   int page_size, groups, head_dim;
   Number dtype;
-  const float *k_scale = nullptr, *v_scale = nullptr;
+  const float *k_scale = nullptr, *v_scale = nullptr;  // [L, G]
 
   Caches(const Tensor& keys, const Tensor& values, const OptionalTensor& k_scale_tensor,
-         const OptionalTensor& v_scale_tensor, const Tensor& like) {
-    MINIMIND_CHECK(keys.dim() == 4 && values.dim() == 4, "key_cache, value_cache: ", keys.dim(), " and ", values.dim(),
-                   " dimensions; expected 4: [pages, page size, groups, head size]");
-    for (int64_t d = 0; d < 4; ++d)
+         const OptionalTensor& v_scale_tensor, const Tensor& like, bool whole = false) {
+    const int64_t pages_at = whole ? 1 : 0, dims = 4 + pages_at;
+    MINIMIND_CHECK(keys.dim() == dims && values.dim() == dims, "key_cache, value_cache: ", keys.dim(), " and ",
+                   values.dim(), " dimensions; expected ", dims, ": [", whole ? "layers, " : "",
+                   "pages, page size, groups, head size]");
+    for (int64_t d = 0; d < dims; ++d)
       MINIMIND_CHECK(keys.size(d) == values.size(d), "value_cache: another size than key_cache");
     MINIMIND_CHECK(keys.dtype() == values.dtype(), "value_cache: ", name(values.dtype()), ", key_cache: ",
                    name(keys.dtype()));
     MINIMIND_CHECK(keys.same_device(like) && values.same_device(like),
                    "key_cache, value_cache: on another device than the first argument");
-    MINIMIND_CHECK(keys.is_contiguous(1) && values.is_contiguous(1), "key_cache, value_cache: a page is not contiguous");
-    MINIMIND_CHECK(keys.size(0) <= 1 || keys.stride(0) == values.stride(0),
-                   "value_cache: another stride of pages than key_cache");
-    pages = keys.size(0), page_stride = keys.stride(0);
-    page_size = static_cast<int>(keys.size(1)), groups = static_cast<int>(keys.size(2));
-    head_dim = static_cast<int>(keys.size(3));
+    MINIMIND_CHECK(keys.is_contiguous(pages_at + 1) && values.is_contiguous(pages_at + 1),
+                   "key_cache, value_cache: a page is not contiguous");
+    for (int64_t d = 0; d <= pages_at; ++d)
+      MINIMIND_CHECK(keys.size(d) <= 1 || keys.stride(d) == values.stride(d),
+                     "value_cache: another stride of pages than key_cache");
+    if (whole) layers = keys.size(0), layer_stride = keys.stride(0);
+    pages = keys.size(pages_at), page_stride = keys.stride(pages_at);
+    page_size = static_cast<int>(keys.size(-3)), groups = static_cast<int>(keys.size(-2));
+    head_dim = static_cast<int>(keys.size(-1));
     MINIMIND_CHECK(page_size > 0 && groups > 0, "key_cache: pages of ", page_size, " tokens and ", groups, " groups");
     MINIMIND_CHECK(head_dim > 0 && head_dim <= 256 && head_dim % 2 == 0, "key_cache: head size ", head_dim,
                    "; expected an even number up to 256");
@@ -100,8 +109,12 @@ struct Caches {
     MINIMIND_CHECK(k_scale_tensor.has_value() == scaled && v_scale_tensor.has_value() == scaled,
                    "k_scale, v_scale: wanted for a cache of float8_e4m3fn, and only for one");
     if (!scaled) return;
-    check_tensor("k_scale", *k_scale_tensor, Dtype::float32, {groups}, like);
-    check_tensor("v_scale", *v_scale_tensor, Dtype::float32, {groups}, like);
+    for (const auto& [what, scale] : {std::pair("k_scale", &*k_scale_tensor), std::pair("v_scale", &*v_scale_tensor)}) {
+      if (whole)
+        check_tensor(what, *scale, Dtype::float32, {layers, groups}, like);
+      else
+        check_tensor(what, *scale, Dtype::float32, {groups}, like);
+    }
     k_scale = k_scale_tensor->data<float>(), v_scale = v_scale_tensor->data<float>();
   }
 };
@@ -109,7 +122,5 @@ struct Caches {
 inline bool aligned(const Tensor& tensor, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(tensor.data()) % bytes == 0;
 }
-
-inline int64_t bytes_of(Number dtype) { return dtype == Number::fp32 ? 4 : dtype == Number::fp8 ? 1 : 2; }
 
 }  // namespace minimind

@@ -101,6 +101,29 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
+// Of each of n numbers, a power of two up to 32; a lane receives the sum of x[lane * n / 32]. In 31 shuffles or fewer: lanes
+// that exchange keep half of the numbers each. The bits are those of warp_sum.
+template <int n>
+__device__ __forceinline__ float warp_sums(float (&x)[n], int lane) {
+  int kept = n;
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    const bool upper = (lane & distance) != 0;
+    if (kept == 1) {
+      x[0] += __shfl_xor_sync(kAll, x[0], distance);
+      continue;
+    }
+    kept /= 2;
+#pragma unroll
+    for (int i = 0; i < n / 2; ++i) {
+      if (i >= kept) break;
+      const float mine = upper ? x[i + kept] : x[i], theirs = upper ? x[i] : x[i + kept];
+      x[i] = mine + __shfl_xor_sync(kAll, theirs, distance);
+    }
+  }
+  return x[0];
+}
+
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(kAll, x, distance));

@@ -114,17 +114,20 @@ def decode_attention(
     scale: float,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q K^T) V of one query token of each sequence over its cached tokens.
 
     q [B, H, D]; block_table int32 [B, max_pages]; lengths int32 [B], tokens to attend to, the new one included; 0: an
-    empty slot, whose output is zeros. Table entries and cache rows beyond a length are never read. Returns [B, H, D] in
-    q's dtype. A sequence's result does not depend on the others in the batch.
+    empty slot, whose output is zeros. Table entries and cache rows beyond a length are never read. arrivals int32, at
+    least B * H, all zero before and after: a GPU counts there which splits are done; None: the operator makes it, in a
+    launch of its own. Two calls that may run at once must not share it. Returns [B, H, D] in q's dtype. A sequence's
+    result does not depend on the others in the batch.
     """
     args = (q, key_cache, value_cache, block_table, lengths, float(scale), k_scale, v_scale)
     check_attention(*args)
     if is_native(q.device):
-        return torch.ops.minimind.decode_attention(*args)
+        return torch.ops.minimind.decode_attention(*args, arrivals)
     return decode_attention_ref(*args)
 
 

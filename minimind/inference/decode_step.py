@@ -1,4 +1,8 @@
-"""A whole decoding step of the whole model: one call on a CPU, where every layer is too short for a call of its own."""
+"""A whole decoding step of the whole model: one call, because every layer is too short for calls of its own.
+
+CPU    one parallel region for any batch, dense models and mixtures of experts; matrices packed (packing.py)
+CUDA   five kernels a layer for up to `cuda_rows` sequences of a dense model; matrices as the model has them
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,7 @@ from minimind.inference.decode_reference import (
 from minimind.inference.packing import pack, packed_shape
 from minimind.modeling import MLP, Block, Model, MoE, RMSNorm
 
+CUDA_SHARED = 96 << 10  # bytes, of csrc/cuda/matvec.cuh
 Role = Literal[
     "embedding", "matrix", "gate_up", "small"
 ]  # small: norms and routers, which compute in float32
@@ -32,7 +37,8 @@ Role = Literal[
 class DecodeWeights:
     """A model's weights in the order of the operator `decode_step` (csrc/register.cpp).
 
-    tensors: matrices bfloat16 or float32, norms and routers float32; the model's own memory where it holds them so.
+    tensors: matrices bfloat16 or float32 and norms and routers float32 on a CPU; on a GPU matrices of any dtype that
+    computes, and norms as they are. The model's own memory where it holds them so.
     """
 
     tensors: tuple[Tensor, ...]
@@ -50,17 +56,20 @@ class DecodeWeights:
 
     @staticmethod
     def of(model: Model, dtype: torch.dtype | None = None) -> DecodeWeights:
-        """dtype: of the matrices, float32 or bfloat16; None: as the model holds them."""
-        cfg = model.config
+        """dtype: of the matrices, float32 or bfloat16, on a GPU float16 too; None: as the model holds them."""
+        cfg, on_cpu = model.config, model.head_weight.device.type == "cpu"
         dtype = dtype or model.head_weight.dtype
-        if dtype not in (torch.float32, torch.bfloat16):
+        if on_cpu and dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
                 f"decode_step takes float32 or bfloat16 weights, not {dtype}; pass dtype=torch.bfloat16"
             )
         roles, weights = zip(*_weights(model), strict=True)
-        dtypes = [torch.float32 if role == "small" else dtype for role in roles]
+        small = torch.float32 if on_cpu else None
+        dtypes = [small if role == "small" else dtype for role in roles]
         return DecodeWeights(
-            tuple(weight.detach().to(own) for weight, own in zip(weights, dtypes, strict=True)),
+            tuple(
+                weight.detach().to(own or weight.dtype) for weight, own in zip(weights, dtypes, strict=True)
+            ),
             roles,
             cfg.num_hidden_layers,
             cfg.num_attention_heads,
@@ -82,10 +91,36 @@ class DecodeWeights:
     def vocab_size(self) -> int:
         return self.tensors[2].shape[0]
 
+    @property
+    def cuda_rows(self) -> int:
+        """How many sequences a step on a GPU takes at most; 0: none of this model's. A mixture of experts has no such
+        step; rows of all matrices must begin at multiples of 16 bytes, and a batch's activations fit shared memory."""
+        matrices = [t for t, role in zip(self.tensors, self.roles, strict=True) if role != "small"]
+        columns = max(t.shape[-1] for t in matrices)
+        size, chunk = self.dtype.itemsize, 512 // self.dtype.itemsize
+        if self.experts or any(t.shape[-1] * size % 16 or t.data_ptr() % 16 for t in matrices):
+            return 0
+        padded = -(-columns // chunk) * chunk
+        fits = (n for n in (8, 4, 2, 1) if 4 * ((n + 1) * padded + 4 * n) <= CUDA_SHARED)
+        return next(fits, 0)
+
     @cached_property
     def packed(self) -> list[Tensor]:
-        """What the operator takes: `tensors`, matrices but the embedding packed, as they were at first use."""
+        """What the operator takes on a CPU: `tensors`, matrices but the embedding packed, as they were at first use."""
         return self.pack()
+
+    @property
+    def given(self) -> list[Tensor]:
+        """What the operator takes on the device of these weights."""
+        return self.packed if self.tensors[0].device.type == "cpu" else list(self.tensors)
+
+    @property
+    def shape(self) -> tuple[int, bool, int, int, int, bool, float]:
+        """The operator's arguments behind the caches."""
+        return (
+            self.heads, self.qk_norm, self.experts, self.experts_per_token, self.shared_experts,
+            self.normalize_gates, self.eps,
+        )  # fmt: skip
 
     def pack(self, into: Sequence[Tensor] = ()) -> list[Tensor]:
         """`packed` of this moment; into: an earlier result for this model, whose memory is used again."""
@@ -152,8 +187,13 @@ def decode_step(
 
     tokens int64 [B], from 0 to V - 1 in every slot; key_cache, value_cache [L, P, S, G, D]; k_scale, v_scale float32
     [L, G] for float8; the rest as in `decode_ops.rope_append_kv` and `decode_attention`. lengths[b] == 0: an empty
-    slot, whose logits are zeros. No two rows may belong to one sequence. bfloat16 weights: activations are rounded to
-    bfloat16 before each product; all else is float32. A row's logits are, to the last bit, the same in any batch.
+    slot, whose logits are zeros. No two rows may belong to one sequence; the new token is its last, and slots[b] the
+    cache row of that. A row's logits are, to the last bit, the same in any batch.
+
+    All is float32, but on a CPU with bfloat16 weights activations are rounded to bfloat16 before each product, and on a
+    GPU queries to the dtype of 16-bit weights before attention over a cache of that dtype or float8. On a GPU more rows
+    than `DecodeWeights.cuda_rows` are computed in plain PyTorch, or refused where native decoding is asked for: the
+    engine takes the model's layers then.
     """
     _check(
         weights,
@@ -171,11 +211,20 @@ def decode_step(
     )
     inputs = (tokens, positions, slots, block_table, lengths, cos, sin)
     caches = (key_cache, value_cache)
-    if not decode_ops.is_native(tokens.device) or tokens.device.type != "cpu":
+    if not _is_native(weights, tokens):
         return decode_step_ref(weights, *inputs, *caches, k_scale, v_scale)
-    w = weights
-    shape = (w.heads, w.qk_norm, w.experts, w.experts_per_token, w.shared_experts, w.normalize_gates, w.eps)
-    return torch.ops.minimind.decode_step(*inputs, w.packed, *caches, *shape, k_scale, v_scale)
+    return torch.ops.minimind.decode_step(*inputs, weights.given, *caches, *weights.shape, k_scale, v_scale)
+
+
+def _is_native(weights: DecodeWeights, tokens: Tensor) -> bool:
+    if not decode_ops.is_native(tokens.device):
+        return False
+    if tokens.device.type == "cpu" or len(tokens) <= weights.cuda_rows:
+        return True
+    if decode_ops.get_backend() == "native":
+        limit = f"up to {weights.cuda_rows} rows" if weights.cuda_rows else "no row"
+        raise ValueError(f"tokens: {len(tokens)} rows; a native step of this model on a GPU takes {limit}")
+    return False
 
 
 def decode_step_ref(

@@ -1,7 +1,8 @@
 """Runs the model over the paged cache: chunks of prompts, and one token for every row of the decode batch.
 
     prompts   the model's own layers under PagedLayout (prefill.py)
-    decoding  native on a CPU: one call of the extension for the whole model
+    decoding  native: one call of the extension for the whole model (decode_step.py), on a CPU always, on a GPU for as
+              many rows as it takes
               otherwise: the model's projections around rope_append_kv and decode_attention
     drawing   `sample`, and DecodeBatch.take, which makes the rows ready for the next step
 
@@ -83,10 +84,13 @@ class Runner:
         asked = backend if backend != "auto" else decode_ops.get_backend()
         self._native, self._reason = asked != "reference" and missing is None, missing
         self._rope, self._attention, self._sample = _native_ops() if self._native else _REFERENCE
+        counters = torch.zeros(batch.max_batch * heads[0], dtype=torch.int32, device=self._device)
+        self._arrivals = (counters,) if self._native else ()  # of decode_attention, which leaves them at zero
         positions = torch.arange(max_context, device=self._device)
         self._cos, self._sin = rope_cos_sin(self._model.config, positions)  # [max_context, D / 2]
         self._weights: DecodeWeights | None = None
         self._packed: list[Tensor] = []  # the weights as the operator decode_step takes them
+        self._step_rows = 0  # that decode_step takes at most
         self._graphed = late and (self._native or self._device.type == "cpu")
         self._graphs: dict[str, DecodeGraphs[Any]] = {}
         self.weights_changed(moved=True)
@@ -98,7 +102,7 @@ class Runner:
 
     @property
     def packed_bytes(self) -> int:
-        """Of the weights' copy that decoding reads on a CPU."""
+        """Of the weights' copy that decoding reads on a CPU; 0 on a GPU."""
         own = self._replica.model.parameters()
         shared = {p.data_ptr() for p in own}
         return sum(t.nbytes for t in self._packed if t.data_ptr() not in shared)
@@ -107,9 +111,11 @@ class Runner:
         """After Replica.refresh, which returned `moved`. A float8 cache takes the new weights' scales, and with that
         loses what it holds."""
         self._cache.take_scales(self._model)
-        if self._native and self._device.type == "cpu":
+        if self._native:
             self._weights = DecodeWeights.of(self._model, self._dtype)
-            self._packed = self._weights.pack(self._packed)
+            on_cpu = self._device.type == "cpu"
+            self._packed = self._weights.pack(self._packed) if on_cpu else self._weights.given
+            self._step_rows = self._batch.max_batch if on_cpu else self._weights.cuda_rows
         if moved:
             self._graphs.clear()
 
@@ -167,7 +173,7 @@ class Runner:
         self._batch.take(0, *self.sample(self._decode(rows)))
 
     def _decode(self, rows: int) -> Tensor:
-        if self._weights is not None:
+        if self._weights is not None and rows <= self._step_rows:
             return self._decode_whole(self._weights, rows)
         return self._decode_layers(rows)
 
@@ -175,8 +181,7 @@ class Runner:
         b = self._batch.views(rows)
         return torch.ops.minimind.decode_step.default(
             b["token"], b["position"], b["slot"], b["table"], b["length"], self._cos, self._sin, self._packed,
-            self._cache.k, self._cache.v, w.heads, w.qk_norm, w.experts, w.experts_per_token, w.shared_experts,
-            w.normalize_gates, w.eps, self._cache.k_scale, self._cache.v_scale,
+            self._cache.k, self._cache.v, *w.shape, self._cache.k_scale, self._cache.v_scale,
         )  # fmt: skip
 
     def _decode_layers(self, rows: int) -> Tensor:
@@ -202,7 +207,9 @@ class Runner:
         positions = (self._cos, self._sin, b["position"], b["slot"])
         caches, scales = (cache.k, cache.v), (cache.k_scale, cache.v_scale)
         q = self._rope(attn.qkv_proj(x), *positions, *caches, attn.heads, *norms, attn.eps, *scales)
-        out = self._attention(q, *caches, b["table"], b["length"], q.shape[-1] ** -0.5, *scales)
+        out = self._attention(
+            q, *caches, b["table"], b["length"], q.shape[-1] ** -0.5, *scales, *self._arrivals
+        )
         return attn.o_proj(out.flatten(1))
 
     def _logits(self, x: Tensor, delta: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def build_library(folder: Path, *flags: str) -> Path:
 def build_program(main: Path, folder: Path, *flags: str) -> Path:
     """A program without torch: `main`, the emulator and the kernels."""
     program = folder / main.stem
-    kernels = [ROOT / f"csrc/cuda/decode_attention_{name}.cu" for name in ("bf16", "fp16")]
+    kernels = [ROOT / f"csrc/cuda/decode_attention_{name}.cu" for name in ("bf16", "fp16", "fp32")]
     objects = compile_objects([main, EMULATOR / "cuda_emulator.cpp", *kernels], folder, *flags)
     _run(str(COMPILER), "-o", str(program), *objects, *flags)
     return program

@@ -6,18 +6,17 @@ the last bits of exp. What only a GPU can: that PTX does what the emulator's C++
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
 import subprocess
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from bench import native_resources
+from bench.occupancy import CARDS
 from minimind.inference.decode_reference import decode_attention_ref, rope_append_kv_ref
 from minimind.inference.sampling_reference import sample_ref, uniform
 from tests.csrc import emulated
@@ -27,22 +26,6 @@ PRESETS = [(4, 2, 64), (4, 2, 96), (4, 2, 80), (2, 4, 96)]  # query heads of a g
 LENGTHS = [1, 2, 63, 64, 65, 0, 129, 200]
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="g++ is not on PATH")
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory) -> ctypes.CDLL:
-    built = os.environ.get("MINIMIND_EMULATED_LIBRARY")
-    path = Path(built) if built else emulated.build_library(tmp_path_factory.mktemp("emulated"), "-O1")
-    torch.ops.load_library(str(path))
-    return ctypes.CDLL(str(path))
-
-
-@pytest.fixture
-def ops(library):
-    """The operators; ldmatrix must not have met a bank conflict by the end."""
-    before = library.emulator_bank_conflicts()
-    yield getattr(torch.ops, emulated.NAMESPACE)
-    assert library.emulator_bank_conflicts() == before
 
 
 def rand(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -70,10 +53,10 @@ class Decoding:
     k_scale: Tensor | None
     v_scale: Tensor | None
 
-    def run(self, op) -> Tensor:
+    def run(self, op, *more) -> Tensor:
         return op(
             self.q, self.key_cache, self.value_cache, self.block_table, self.lengths, self.scale,
-            self.k_scale, self.v_scale,
+            self.k_scale, self.v_scale, *more,
         )  # fmt: skip
 
     def wide(self) -> Decoding:
@@ -220,6 +203,52 @@ def test_a_sequence_does_not_see_the_batch(ops, dtype):
             None,
         )
         assert torch.equal(alone.run(ops.decode_attention)[0], together[b])
+
+
+def widened(case: Decoding, pages: int) -> Decoding:
+    """With room for longer sequences in its block table."""
+    more = torch.full((len(case.lengths), pages - case.block_table.shape[1]), 2**30, dtype=torch.int32)
+    return replace(case, block_table=torch.cat((case.block_table, more), dim=1))
+
+
+def test_cost_follows_the_lengths_and_not_the_longest_context(ops, library, monkeypatch):
+    """Of an H100, which holds 528 blocks at once: 64 sequences of 200 tokens in tables of 32,768 are 256 units of work.
+    One block for each split that could be was 16,384, and a second kernel."""
+    monkeypatch.setenv("EMULATOR_RESIDENT", "528")
+    case = widened(decoding([200] * 64, 4, 2, 64, page=64), 32_768 // 64)
+    arrivals, before = torch.zeros(64 * 8, dtype=torch.int32), library.emulator_launches()
+    out = case.run(ops.decode_attention, arrivals)
+    assert library.emulator_launches() == before + 1
+    assert library.emulator_last_blocks() == 528
+    assert (out == case.run(decode_attention_ref)).float().mean() > 0.98
+    widths = {length: 0 for length in (128, 256, 384, 512)}
+    for length in widths:  # and where no sequence can be longer, no more than they are
+        decoding([length] * 2, 4, 2, 64, page=64).run(ops.decode_attention)
+        widths[length] = library.emulator_last_blocks()
+    assert widths == {128: 4, 256: 8, 384: 12, 512: 16}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_splits_are_put_together_in_one_order_whoever_comes_last(ops, library, monkeypatch, dtype):
+    """Blocks in any order and number, one call after another over the same counters, which each leaves at zero."""
+    case = widened(decoding([300, 1, 0, *[2] * 30, 400, 129], 9, 1, 32, dtype=dtype), 99)
+    arrivals, results = torch.zeros(len(case.lengths) * 9, dtype=torch.int32), []
+    for resident, order in ((1, 0), (7, 3), (5, 1), (1000, 9)):
+        monkeypatch.setenv("EMULATOR_RESIDENT", str(resident))
+        monkeypatch.setenv("EMULATOR_ORDER", str(order))
+        results.append(case.run(ops.decode_attention, arrivals))
+        assert library.emulator_last_blocks() == min(resident, 35 * 2 * 13)
+        assert (arrivals == 0).all()
+    results.append(case.run(ops.decode_attention))  # counters of its own
+    assert all(torch.equal(result, results[0]) for result in results)
+    check_attention(ops, case)
+
+
+def test_bad_counters_of_attention(ops):
+    case = decoding([200, 3], 4, 2, 64)
+    for arrivals in (torch.zeros(3, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)):
+        with pytest.raises(RuntimeError, match="arrivals: not 4 int32 on the device of q"):
+            case.run(ops.decode_attention, arrivals)
 
 
 def test_rows_that_are_not_aligned_take_the_other_kernel(ops):
@@ -419,6 +448,35 @@ def test_launches_are_those_that_the_resources_are_reported_for(
         decoding([5], 1, 1, dim, dtype=dtype, cache_dtype=cache_dtype).run(ops.decode_attention)
     launched = library.emulator_last_threads() // 32, library.emulator_last_shared()
     assert launched == native_resources.launch_of(kernel, arguments)
+
+
+def test_shared_memory_is_what_a_launch_asks_for():
+    """A static part would come on top, unseen by what decides whether more than 48 KB have to be asked for."""
+    lines = [
+        f"{file.name}: {line.strip()}"
+        for file in sorted((emulated.ROOT / "csrc/cuda").iterdir())
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if "__shared__" in line
+    ]
+    assert lines == ["platform.cuh: extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];"]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 6400, 11_698, 11_699, 11_915, 11_916, 24_000])
+def test_sampling_asks_for_all_of_its_shared_memory(ops, library, vocabulary):
+    """From 11,699 tokens on a row and what warps exchange are more than the 48 KB that need no asking."""
+    ops.sample(*sampling(vocabulary, [(0.0, 0, 1.0, 0.0)], penalised=False).args())
+    _, shared = native_resources.launch_of("sample_kernel", (), vocabulary)
+    assert library.emulator_last_shared() == shared
+    assert (shared > 48 * 1024) == (11_699 <= vocabulary < 24_000)
+
+
+@pytest.mark.parametrize("arch", CARDS)
+def test_every_launch_fits_every_card(arch):
+    limit = CARDS[arch].shared_per_program
+    for kernel, arguments in native_resources.VARIANTS:
+        assert native_resources.launch_of(kernel, arguments)[1] <= limit, (kernel, arguments)
+    assert max(native_resources.launch_of("sample_kernel", (), v)[1] for v in range(1, 30_000)) <= limit
+    assert limit >= native_resources.MATVEC_SHARED
 
 
 @pytest.mark.parametrize("order, eager", [("1", False), ("7", True)])

@@ -1,4 +1,4 @@
-#include "cuda_emulator.h"
+#include "platform.cuh"
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -76,7 +76,7 @@ struct Fiber {
   std::unique_ptr<unsigned char[]> stack;
   void* tsan = nullptr;
   int index = 0;
-  bool done = false;
+  bool done = false, waited = false, vote = false;
   const long* waits_for = nullptr;  // runnable once *waits_for != seen
   long seen = 0;
   std::vector<Copy> open_group;
@@ -95,11 +95,12 @@ struct Block {
   void* scheduler_tsan = nullptr;
   char start, end;
   int finished = 0;
+  bool overlaps = false;  // the kernel before this one
 };
 
 Block block;
 Fiber* current = nullptr;
-long bank_conflicts = 0, last_threads = 0, last_shared = 0;
+long bank_conflicts = 0, last_threads = 0, last_shared = 0, last_blocks = 0, launches = 0;
 bool eager = false;  // EMULATOR_EAGER
 int order_kind = 0;  // EMULATOR_ORDER
 
@@ -129,6 +130,7 @@ HIDDEN void finish() {
 HIDDEN void start() {
   __tsan_acquire(&block.start);
   block.body(block.argument);
+  if (block.overlaps && !current->waited) fail("ended without having waited for the kernel before");
   finish_copies(0);
   __tsan_release(&block.end);
   finish();
@@ -156,8 +158,8 @@ HIDDEN long arrive(Barrier& barrier, const char* operation, bool orders_memory) 
 HIDDEN Warp& warp() { return block.warps[current->index / kLanes]; }
 
 void put_in_order(std::vector<int>& order, std::mt19937& random) {
-  const int threads = static_cast<int>(order.size());
-  for (int i = 0; i < threads; ++i) order[i] = order_kind == 1 ? threads - 1 - i : i;
+  const int n = static_cast<int>(order.size());
+  for (int i = 0; i < n; ++i) order[i] = order_kind == 1 ? n - 1 - i : i;
   if (order_kind > 1) std::shuffle(order.begin(), order.end(), random);
 }
 
@@ -185,7 +187,7 @@ HIDDEN void run_block(int threads, std::size_t shared_bytes, std::mt19937& rando
     Fiber& fiber = block.fibers[i];
     if (fiber.stack == nullptr) fiber.stack.reset(new unsigned char[kStack]);
     fiber.index = i;
-    fiber.done = false;
+    fiber.done = fiber.waited = false;
     fiber.waits_for = nullptr;
     fiber.tsan = __tsan_create_fiber(0);
     ucontext_t& context = fiber.context.whole;
@@ -236,6 +238,7 @@ uint32_t half_of(uint32_t pair, int half) { return pair >> (16 * half) & 0xffff;
 HIDDEN dim3 thread_index() { return dim3(current->index, 0, 0); }
 HIDDEN dim3 block_index() { return block.index; }
 HIDDEN dim3 block_size() { return block.size; }
+HIDDEN dim3 grid_size() { return dim3(last_blocks); }
 HIDDEN unsigned char* dynamic_shared() { return block.shared; }
 HIDDEN int lane() { return current->index % kLanes; }
 
@@ -245,24 +248,43 @@ void fail(const char* message) {
   std::abort();
 }
 
-void run(dim3 grid, int threads, std::size_t shared, void (*body)(void*), void* argument) {
-  if (threads % kLanes != 0 || threads > 1024) fail("a block must be whole warps, at most 1024 threads");
-  if (shared > kMaxShared) fail("more shared memory than every supported card gives a block");
-  last_threads = threads;
-  last_shared = static_cast<long>(shared);
+void run(const minimind::Launch& how, void (*body)(void*), void* argument) {
+  const int threads = how.threads;
+  if (threads % kLanes != 0 || threads < 1 || threads > 1024) fail("a block must be whole warps, at most 1024 threads");
+  if (how.shared > kMaxShared) fail("more shared memory than every supported card gives a block");
+  if (how.blocks == 0) fail("a launch of no block");
+  last_threads = threads, last_shared = static_cast<long>(how.shared), last_blocks = how.blocks;
+  ++launches;
   block.size = dim3(threads);
   block.body = body;
   block.argument = argument;
+  block.overlaps = how.overlap;
   const char* const order = std::getenv("EMULATOR_ORDER");
   order_kind = order == nullptr ? 0 : std::atoi(order);
   eager = std::getenv("EMULATOR_EAGER") != nullptr;
   std::mt19937 random(order_kind);
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        block.index = dim3(x, y, z);
-        run_block(threads, shared, random);
-      }
+  std::vector<int> blocks(how.blocks);
+  put_in_order(blocks, random);
+  for (const int i : blocks) {
+    block.index = dim3(i, 0, 0);
+    run_block(threads, how.shared, random);
+  }
+}
+
+unsigned resident_blocks() {
+  const char* const given = std::getenv("EMULATOR_RESIDENT");
+  return given == nullptr ? 7 : static_cast<unsigned>(std::atoi(given));
+}
+
+void wait_for_previous() { current->waited = true; }
+
+HIDDEN bool sync_block_or(bool mine) {
+  current->vote = mine;
+  sync_block();
+  bool any = false;
+  for (unsigned i = 0; i < block.size.x; ++i) any |= block.fibers[i].vote;
+  sync_block();  // nobody votes again before all have counted
+  return any;
 }
 
 void sync_block() { arrive(block.barrier, "__syncthreads", true); }
@@ -334,3 +356,5 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 long emulator_bank_conflicts() { return emulator::bank_conflicts; }
 long emulator_last_threads() { return emulator::last_threads; }
 long emulator_last_shared() { return emulator::last_shared; }
+long emulator_last_blocks() { return emulator::last_blocks; }
+long emulator_launches() { return emulator::launches; }

@@ -2,8 +2,10 @@
 // GPU is. A block's threads are fibers, switched only at barriers and warp-wide operations, in an order that
 // EMULATOR_ORDER chooses (0: ascending, 1: descending, otherwise the seed of a random one). Stricter than a GPU: a
 // barrier that not all threads of the block reach, lanes of a warp in different operations, copies of 16 bytes that are
-// not aligned, and more shared memory than every card gives are errors; shared memory starts as NaN; cp.async arrives
-// only when it is waited for, or at once with EMULATOR_EAGER=1. Under ThreadSanitizer each fiber is a thread, and only
+// not aligned, shared memory that a launch does not ask for, more of it than every card gives, and a kernel that may
+// overlap the one before it and ends without having waited for it are errors; shared memory starts as NaN; cp.async
+// arrives only when it is waited for, or at once with EMULATOR_EAGER=1. Blocks run one after another, in the same kind of
+// order as threads; EMULATOR_RESIDENT: as many as a kernel is told that the device holds. Under ThreadSanitizer each fiber is a thread, and only
 // __syncthreads and __syncwarp order memory, as in CUDA: shuffles, votes and tensor-core operations do not.
 #pragma once
 
@@ -11,16 +13,17 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #define __device__
 #define __host__
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // blocks run one after another
 #define threadIdx (emulator::thread_index())
 #define blockIdx (emulator::block_index())
 #define blockDim (emulator::block_size())
+#define gridDim (emulator::grid_size())
 
 struct dim3 {
   unsigned x, y, z;
@@ -34,14 +37,18 @@ constexpr int kLanes = 32;
 dim3 thread_index();
 dim3 block_index();
 dim3 block_size();
+dim3 grid_size();
 unsigned char* dynamic_shared();
 int lane();
 [[noreturn]] void fail(const char* message);
 
 // Runs body(argument) for every thread of every block.
-void run(dim3 grid, int block, std::size_t shared, void (*body)(void*), void* argument);
+void run(const minimind::Launch& how, void (*body)(void*), void* argument);
+unsigned resident_blocks();
+void wait_for_previous();
 
 void sync_block();
+bool sync_block_or(bool mine);
 void sync_warp();
 
 // What a lane shows the others in a warp-wide operation.
@@ -93,11 +100,22 @@ inline void full(unsigned mask) {
 extern "C" {
 long emulator_bank_conflicts();  // of all ldmatrix so far: rows that had to wait for another
 long emulator_last_threads();    // of a block of the last launch
-long emulator_last_shared();     // bytes of its dynamic shared memory
+long emulator_last_shared();     // bytes of its shared memory
+long emulator_last_blocks();     // of it
+long emulator_launches();        // so far
 }
 
 inline void __syncthreads() { emulator::sync_block(); }
+inline int __syncthreads_or(int mine) { return emulator::sync_block_or(mine != 0); }
 inline void __syncwarp() { emulator::sync_warp(); }
+inline void __threadfence() {}
+
+// The number before; it becomes one more, or 0 after `last`.
+inline unsigned atomicInc(unsigned* to, unsigned last) {
+  const unsigned before = __atomic_load_n(to, __ATOMIC_ACQUIRE);
+  __atomic_store_n(to, before >= last ? 0 : before + 1, __ATOMIC_RELEASE);
+  return before;
+}
 
 template <class T>
 T __shfl_sync(unsigned mask, T x, int source) {
@@ -141,10 +159,20 @@ using emulator::dynamic_shared;
 using std::max;
 using std::min;
 
+inline void wait_for_previous() { emulator::wait_for_previous(); }
+inline void let_next_start() {}
+
 template <class... Parameters>
-void launch(void (*kernel)(Parameters...), dim3 grid, int block, std::size_t shared, void*, Parameters... args) {
-  auto body = [&] { kernel(args...); };
-  emulator::run(grid, block, shared, [](void* call) { (*static_cast<decltype(body)*>(call))(); }, &body);
+unsigned resident_blocks(void (*)(Parameters...), int, std::size_t, int) {
+  return emulator::resident_blocks();
 }
+
+template <class... Parameters>
+void launch(void (*kernel)(Parameters...), const Launch& how, Parameters... args) {
+  auto body = [&] { kernel(args...); };
+  emulator::run(how, [](void* call) { (*static_cast<decltype(body)*>(call))(); }, &body);
+}
+
+inline void fill_with_zeros(void* memory, std::size_t bytes, void*) { std::memset(memory, 0, bytes); }
 
 }  // namespace minimind

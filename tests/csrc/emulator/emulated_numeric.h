@@ -53,6 +53,13 @@ inline fp8 from_float<fp8>(float x) {
   return {torch_types::Float8_e4m3fn(x).x};
 }
 
+inline Pair<float> load_past_l1(const Pair<float>* from) { return *from; }
+
+inline Words load_words(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulator::fail("16 bytes that are not aligned");
+  return *static_cast<const Words*>(from);
+}
+
 inline uint32_t permute_bytes(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
   uint32_t result = 0;

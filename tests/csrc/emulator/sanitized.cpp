@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "decode_attention.cuh"
+#include "decode_step.cuh"
 #include "rope_append_kv.cuh"
 #include "sample.cuh"
 
@@ -22,11 +22,6 @@ std::vector<T> noises(size_t n) {
   for (auto& each : x) each = from_float<T>(noise());
   return x;
 }
-
-template <class T>
-constexpr Number number = sizeof(T) == 4 ? Number::fp32 : sizeof(T) == 1 ? Number::fp8 : Number::bf16;
-template <>
-constexpr Number number<fp16> = Number::fp16;
 
 template <class T, class KV>
 void attend(int dim, int of_group, std::vector<int32_t> lengths, int pages_of_sequence = 20) {
@@ -48,9 +43,10 @@ void attend(int dim, int of_group, std::vector<int32_t> lengths, int pages_of_se
   p.batch = batch, p.heads = heads, p.groups = kGroups, p.head_dim = dim;
   p.page_size = kPage, p.max_pages = pages_of_sequence;
   p.splits = attention::max_splits(int64_t{kPage} * pages_of_sequence);
-  p.dtype = number<T>, p.cache_dtype = number<KV>, p.scale = 0.1f;
+  p.dtype = p.out_dtype = kNumber<T>, p.cache_dtype = kNumber<KV>, p.scale = 0.1f;
   std::vector<float> partial(decode_attention_scratch(p));
-  p.partial = partial.data();
+  std::vector<uint32_t> arrivals(decode_attention_arrivals(p));
+  p.partial = partial.data(), p.arrivals = arrivals.data();
   decode_attention(p, true, nullptr);
   for (const auto& x : out)
     if (!std::isfinite(to_float(x))) std::printf("not finite\n"), std::exit(1);
@@ -77,8 +73,61 @@ void append(int dim) {
   p.tokens = kTokens, p.qkv_stride = (kHeads + 2 * kGroups) * dim;
   p.page_stride = kPage * kGroups * dim, p.cache_rows = 3 * kPage;
   p.heads = kHeads, p.groups = kGroups, p.head_dim = dim, p.angles = 10, p.page_size = kPage;
-  p.dtype = number<T>, p.cache_dtype = number<KV>, p.eps = 1e-6f, p.pairs = dim % 4 == 0;
+  p.dtype = kNumber<T>, p.cache_dtype = kNumber<KV>, p.eps = 1e-6f, p.pairs = dim % 4 == 0;
   rope_append_kv(p, nullptr);
+}
+
+template <class T, class KV>
+void step(int dim, std::vector<int32_t> lengths) {
+  constexpr int kPage = 16, kGroups = 2, kHeads = 4, kWidth = 40, kInner = 72, kVocabulary = 19, kLayers = 2, kOwn = 9;
+  const int batch = static_cast<int>(lengths.size()), pages = batch * kOwn;
+  const int inside = kHeads * dim, projected = inside + 2 * kGroups * dim;
+  const auto weights = [](size_t n) { return noises<T>(n); };
+  const auto embedding = weights(kVocabulary * kWidth), qkv = weights(static_cast<size_t>(projected) * kWidth);
+  const auto o = weights(static_cast<size_t>(inside) * kWidth), gate_up = weights(2 * kInner * kWidth);
+  const auto down = weights(kInner * kWidth);
+  const auto norm = noises<float>(kWidth), head_norm = noises<float>(dim);
+  const auto cos = noises<float>(10 * dim / 2), sin = noises<float>(10 * dim / 2);
+  const std::vector<float> scales(kLayers * kGroups, 0.5f);
+  auto keys = noises<KV>(static_cast<size_t>(kLayers) * pages * kPage * kGroups * dim), values = keys;
+  std::vector<int32_t> table(pages), positions(batch, 3);
+  std::vector<int64_t> slots(batch, -1), tokens(batch, 7);
+  for (int i = 0; i < pages; ++i) table[i] = pages - 1 - i;
+  for (int b = 0; b < batch; ++b)
+    if (lengths[b] > 0)
+      slots[b] = table[b * kOwn + (lengths[b] - 1) / kPage] * kPage + (lengths[b] - 1) % kPage;
+  std::vector<float> x(batch * kWidth), projections(batch * projected), attended(batch * inside), hidden(batch * kInner);
+  std::vector<float> logits(batch * kVocabulary);
+  const StepLayer layer = {norm.data(), qkv.data(),  head_norm.data(), head_norm.data(),
+                           o.data(),    norm.data(), gate_up.data(),   down.data()};
+  const std::vector<StepLayer> layers(kLayers, layer);
+
+  DecodeStep s = {};
+  DecodeAttention& p = s.attention;
+  p.key_cache = keys.data(), p.value_cache = values.data(), p.block_table = table.data(), p.lengths = lengths.data();
+  if (sizeof(KV) == 1) p.k_scale = p.v_scale = scales.data();
+  p.out = attended.data(), p.page_stride = kPage * kGroups * dim;
+  p.batch = batch, p.heads = kHeads, p.groups = kGroups, p.head_dim = dim, p.page_size = kPage, p.max_pages = kOwn;
+  p.splits = attention::max_splits(kPage * kOwn);
+  p.dtype = kNumber<T>, p.cache_dtype = kNumber<KV>, p.out_dtype = Number::fp32, p.scale = 0.1f, p.overlap = true;
+  RopeAppend& fresh = p.fresh;
+  fresh.qkv = projections.data(), fresh.cos = cos.data(), fresh.sin = sin.data();
+  fresh.positions = positions.data(), fresh.slots = slots.data(), fresh.k_scale = p.k_scale, fresh.v_scale = p.v_scale;
+  fresh.key_cache = keys.data(), fresh.value_cache = values.data(), fresh.tokens = batch, fresh.qkv_stride = projected;
+  fresh.page_stride = p.page_stride, fresh.cache_rows = int64_t{pages} * kPage, fresh.heads = kHeads;
+  fresh.groups = kGroups, fresh.head_dim = dim, fresh.angles = 10, fresh.page_size = kPage, fresh.eps = 1e-6f;
+  fresh.dtype = fresh.weight_dtype = Number::fp32, fresh.cache_dtype = p.cache_dtype;
+  std::vector<float> partial(decode_attention_scratch(p));
+  std::vector<uint32_t> arrivals(decode_attention_arrivals(p), 77);
+  p.partial = partial.data(), p.arrivals = arrivals.data();
+  s.tokens = tokens.data(), s.layers = layers.data(), s.embedding = s.head = embedding.data();
+  s.final_norm = norm.data(), s.x = x.data(), s.qkv = projections.data(), s.attended = attended.data();
+  s.hidden = hidden.data(), s.logits = logits.data(), s.vocabulary = kVocabulary;
+  s.layer_stride = static_cast<int64_t>(pages) * kPage * kGroups * dim, s.num_layers = kLayers;
+  s.width = kWidth, s.inner = kInner, s.norm_dtype = Number::fp32, s.aligned = true;
+  decode_step(s, nullptr);
+  for (const float logit : logits)
+    if (!std::isfinite(logit)) std::printf("not finite\n"), std::exit(1);
 }
 
 void choose(int vocabulary) {
@@ -121,6 +170,10 @@ int main() {
   append<bf16, bf16>(96);
   append<float, fp8>(64);
   append<fp16, fp16>(6);
+  step<bf16, bf16>(64, {140});
+  step<bf16, fp8>(96, {1, 0, 129, 20});
+  step<fp16, fp16>(80, {3, 144, 1, 17, 0});
+  step<float, float>(64, {130, 2});
   choose(33);
   choose(1000);
   choose(25'000);
