@@ -63,6 +63,13 @@ inline int attribute_of_device(cudaDeviceAttr attribute) {
   return value;
 }
 
+// Whether Launch::overlap counts: captures into graphs know it from CUDA 12.3 on.
+inline bool can_overlap() {
+  int driver = 0;
+  check_cuda(cudaDriverGetVersion(&driver), "the driver's version");
+  return CUDART_VERSION >= 12030 && driver >= 12030 && attribute_of_device(cudaDevAttrComputeCapabilityMajor) >= 9;
+}
+
 template <class... Parameters>
 void ask_for_shared(void (*kernel)(Parameters...), size_t bytes) {
   if (bytes <= kSharedUnasked) return;
@@ -93,8 +100,7 @@ void launch(void (*kernel)(Parameters...), const Launch& how, Parameters... args
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
-  if (how.overlap && attribute_of_device(cudaDevAttrComputeCapabilityMajor) >= 9)
-    config.attrs = &overlap, config.numAttrs = 1;
+  if (how.overlap && can_overlap()) config.attrs = &overlap, config.numAttrs = 1;
   check_cuda(cudaLaunchKernelEx(&config, kernel, args...), "launch of a kernel");
 }
 
