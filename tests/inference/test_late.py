@@ -276,8 +276,31 @@ def test_a_sample_that_ends_by_its_length_runs_no_step_more():
     rows = []
     step = engine._runner.step
     engine._runner.step = lambda: (rows.append(len(engine._batch)), step())
-    engine.generate([Request([1, 2], SamplingParams(n, temperature=0)) for n in (1, 3, 4)])
+    prompts = [[1, 2], [7], [5, 9]]
+    params = [SamplingParams(n, temperature=0) for n in (1, 3, 4)]
+    outputs = engine.generate([Request(prompt, p) for prompt, p in zip(prompts, params, strict=True)])
     assert rows == [2, 2, 1]  # two and three tokens are decoded, the first ones come with the prompts
+    for prompt, output in zip(
+        prompts, outputs, strict=True
+    ):  # rows that moved up took their tokens with them
+        assert is_greedy(model(), prompt, output.token_ids)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_nobody_is_preempted_for_one_who_has_ended(late):
+    """Both need a third page for their sixth token, and none is left; but the first ended with its fifth."""
+    prompt = [1, 2, 3, 4]
+    for seed in range(20):
+        params = SamplingParams(6, temperature=1.5, seed=seed)
+        (ids,) = test_engine.new_ids(engine_with(False, model()).generate([Request(prompt, params)]))
+        if ids[4] not in ids[:4]:
+            break
+    engine = engine_with(late, model(), kv_tokens=16, page_size=4, prefix_cache=False)
+    stopping = SamplingParams(9, temperature=1.5, seed=seed, stop_token_ids=(ids[4],))
+    requests = [Request([4, 3, 2, 1], SamplingParams(7, temperature=0)), Request(prompt, stopping)]
+    other, ended = engine.generate(requests)
+    assert ended.token_ids == ids[:5] and is_greedy(model(), [4, 3, 2, 1], other.token_ids)
+    assert engine.stats().preemptions == 0
 
 
 def test_the_host_is_waited_for_where_it_has_a_say():
