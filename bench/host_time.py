@@ -159,8 +159,12 @@ def main(args: Args) -> list[Row]:
         for op in args.op:
             console.print(f"{op}: compiling, then timing", highlight=False)
             few, many = (measure(f"{op} {args.preset[0]} {calls}", args, forms) for calls in CALLS)
-            pairs = {form: [row_of(op, form, *taken[form], stamp) for taken in (few, many)] for form in forms}
-            rows += keep([one_more(*pair, f"{op}, one more call") for pair in pairs.values()])
+            rows += keep([
+                one_more(
+                    row_of(op, form, *few[form], stamp), row_of(op, form, *many[form], stamp), f"{op}, one more call"
+                )
+                for form in forms
+            ])  # fmt: skip
     show(rows, Console(width=None if sys.stdout.isatty() else 120))
     return rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ def compile_model(model: nn.Module, cuda_graph: bool = False, whole: bool = True
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_root() / "compiled"))
     given = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
     settings.cache_key_tag = f"{given}{kernels_fingerprint()}"
-    options = {"triton.cudagraphs": True, "triton.cudagraph_or_error": True} if cuda_graph else None
+    options: Any = {"triton.cudagraphs": True, "triton.cudagraph_or_error": True} if cuda_graph else None
     return cast(Model, torch.compile(model, fullgraph=whole, dynamic=False, options=options))
 
 
