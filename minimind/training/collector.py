@@ -76,6 +76,7 @@ class Collector:
     rescore: bool = False
     console: Console = field(default_factory=Console)
     watch: SignalWatch = field(default_factory=SignalWatch)
+    all_masked: bool = False  # whether the newest rollout was; said once for as long as that lasts
     failed: Counter[str] = field(
         default_factory=Counter
     )  # answers that each reward failed on, since the start
@@ -105,12 +106,13 @@ class Collector:
         if not self.mask:
             return figures
         masked = float(np.mean([a.masked for a in answers]))
-        if masked == 1:
+        if masked == 1 and not self.all_masked:
             say(
                 self.console,
                 f"warning: all {len(answers)} answers of a rollout were cut off at --max-new-tokens "
                 f"{self.how.max_new_tokens}, and --mask-truncated leaves them out: there is nothing to learn from",
             )
+        self.all_masked = masked == 1
         return figures | {"masked": masked}
 
     def _answers(self, first: int, seconds: dict[str, float]) -> tuple[list[Answer], list[Answer], int]:
