@@ -21,9 +21,9 @@ WEAK = ("--data", NAME, "--epochs", "1", "--seq-len", "256", "--batch-tokens", "
 
 
 def open_data(
-    args: RolloutArgs, encoder: ChatEncoder, console: Console
+    args: RolloutArgs, encoder: ChatEncoder, console: Console, by_tail: bool = False
 ) -> tuple[PromptSet, PromptSet | None]:
-    """(training, held-out) prompts."""
+    """(training, held-out) prompts; by_tail: as PromptSet.split has it."""
     data, heldout = list(args.data), list(args.heldout_data)
     if not data:
         builtin = arithmetic_prompts(args.cache_dir, console)
@@ -34,7 +34,7 @@ def open_data(
 
     if heldout:
         return read(data), read(heldout)
-    return read(data).split(args.heldout)
+    return read(data).split(args.heldout, by_tail=by_tail)
 
 
 def find_origin(args: RolloutArgs, console: Console) -> str:

@@ -57,7 +57,8 @@ class Rollouts:
         )
         job = Job.begin(stage, args, console)
         encoder = ChatEncoder(job.tokenizer)
-        train, heldout = open_data(args, encoder, console)
+        by_tail = job.settle("split", lambda: ("hash", "")) == "tail"
+        train, heldout = open_data(args, encoder, console, by_tail)
         if not args.reward and any(prompt.reference is None for prompt in train.prompts):
             raise ValueError(
                 "--reward: not all prompts of --data have a reference answer; name what to reward, such as model=FOLDER"
