@@ -8,18 +8,21 @@ is none (NO_REFERENCE). What else stands there is taken for a reference answer, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from rich.console import Console
 
 from minimind.data.conversations import messages_of
 from minimind.data.progress import say
 from minimind.data.reader import expand_paths, iter_rows, kind_of
 from minimind.data.records import START, BadRows, bad_row_error, reason_of, reporter
+from minimind.data.split import hash_texts
 
 NO_REFERENCE = (
     "",
@@ -68,14 +71,28 @@ class PromptSet:
     def __getitem__(self, index: int) -> Prompt:
         return self.prompts[index]
 
-    def split(self, share: float, most: int = 256) -> tuple[PromptSet, PromptSet | None]:
-        """(all but the last `share`, at most `most`; these, None where there are none)."""
+    def split(
+        self, share: float, most: int = 256, by_tail: bool = False
+    ) -> tuple[PromptSet, PromptSet | None]:
+        """(training, held-out) prompts, None for none: `share` is held out, at most `most`, but at least one text:
+        those with the lowest hashes, copies together. by_tail: the last ones instead, as earlier versions have it."""
         held = min(most, round(share * len(self)), len(self) - 1)
         if held < 1:
             return self, None
-        return PromptSet(self.prompts[:-held], self.identity, self.left_out), PromptSet(
-            self.prompts[-held:], self.identity
+        chosen = range(len(self) - held, len(self)) if by_tail else self._lowest(held)
+        kept = [prompt for i, prompt in enumerate(self.prompts) if i not in chosen]
+        if not kept:
+            return self, None
+        return PromptSet(kept, self.identity, self.left_out), PromptSet(
+            [self.prompts[i] for i in chosen], self.identity
         )
+
+    def _lowest(self, count: int) -> list[int]:
+        """The prompts with the lowest hashes, all of a text or none, `count` at most or those of one text."""
+        hashes = hash_texts([json.dumps(prompt.messages, sort_keys=True) for prompt in self.prompts])
+        _, group, sizes = np.unique(hashes, return_inverse=True, return_counts=True)
+        fitting = max(1, int(np.searchsorted(sizes.cumsum(), count, side="right")))
+        return np.flatnonzero(group < fitting).tolist()
 
 
 def open_prompts(

@@ -86,7 +86,7 @@ class RolloutArgs(StageArgs):
     weight_decay: float = 0.0
     """For matrices; norm gains never decay."""
     heldout: float = 0.1
-    """Share of the prompts, the last ones and at most 256, that is never trained on."""
+    """Share of the prompts, at most 256, that is never trained on; a hash of each decides."""
     parallel: ParallelName = "auto"
     """How the processes of torchrun share the work: ddp, a model each, or auto, which is ddp where there are several.
     fsdp is refused: answers are sampled from whole weights."""

@@ -22,9 +22,9 @@ WEAK = ("--data", NAME, "--epochs", "1", "--seq-len", "256", "--batch-tokens", "
 
 
 def open_data(
-    args: RolloutArgs, tokenizer: Tokenizer, console: Console
+    args: RolloutArgs, tokenizer: Tokenizer, console: Console, by_tail: bool = False
 ) -> tuple[PromptSet, PromptSet | None]:
-    """(training, held-out) prompts."""
+    """(training, held-out) prompts; by_tail: as PromptSet.split has it."""
     encoder = ThinkingPrompts(tokenizer, args.thinking)
     data, heldout = list(args.data), list(args.heldout_data)
     if not data:
@@ -36,7 +36,7 @@ def open_data(
 
     if heldout:
         return read(data), read(heldout)
-    return read(data).split(args.heldout)
+    return read(data).split(args.heldout, by_tail=by_tail)
 
 
 def find_origin(args: RolloutArgs, console: Console) -> str:

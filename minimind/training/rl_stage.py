@@ -59,7 +59,8 @@ class Rollouts:
             seq_len=args.max_prompt + args.longest_answer,
         )
         job = Job.begin(stage, args, console)
-        train, heldout = open_data(args, job.tokenizer, console)
+        by_tail = job.settle("split", lambda: ("hash", "")) == "tail"
+        train, heldout = open_data(args, job.tokenizer, console, by_tail)
         if not args.reward and any(prompt.reference is None for prompt in train.prompts):
             raise ValueError(
                 "--reward: not all prompts of --data have a reference answer; name what to reward, such as model=FOLDER"

@@ -47,7 +47,7 @@ def test_the_last_turn_is_the_one_to_write(encoder, tmp_path):
     assert again.identity == found.identity
     other = open_prompts([written(tmp_path / "q.jsonl", *rows[:4])], encoder, 100)
     assert other.identity != found.identity
-    train, heldout = found.split(0.4)
+    train, heldout = found.split(0.4, by_tail=True)
     assert (train.prompts, heldout.prompts) == (found.prompts[:3], found.prompts[3:])
     assert found.split(0.0) == (found, None)
 
@@ -59,6 +59,18 @@ def test_a_turn_that_says_nothing_is_no_reference(said, encoder, tmp_path):
     rows += [{"conversations": [*ASKED, {**turn, "content": "Hi."}], "reference": said}]
     found = open_prompts([written(tmp_path / "p.jsonl", *rows)], encoder, 100)
     assert [p.reference for p in found.prompts] == [None, None, "Hi."]
+
+
+def test_no_copy_of_a_training_prompt_is_held_out(tmp_path, encoder):
+    rows = [{"conversations": [{"role": "user", "content": f"{i % 40}?"}, EMPTY]} for i in range(60)]
+    found = open_prompts([written(tmp_path / "p.jsonl", *rows)], encoder, 100)
+    train, heldout = found.split(0.1)
+    kept, held = ([prompt.messages[0]["content"] for prompt in part.prompts] for part in (train, heldout))
+    assert not set(kept) & set(held) and len(kept) + len(held) == 60 and 3 <= len(held) <= 6
+    texts = [row["conversations"][0]["content"] for row in rows]
+    assert kept == [t for t in texts if t in kept] and held == [t for t in texts if t in held] != texts[-6:]
+    same = open_prompts([written(tmp_path / "s.jsonl", *rows[:1] * 5)], encoder, 100)
+    assert same.split(0.4) == (same, None)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,6 +132,32 @@ def test_errors_are_one_line(flags, message, origin, cache, tmp_path):
     with pytest.raises(ValueError, match=message) as problem:
         call(LORA, from_=str(origin), out=str(tmp_path / "no"), cache_dir=str(cache), seq_len=128, **flags)
     assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize(
+    ("usual", "ranks", "row", "tokens", "epochs", "expected"),
+    [
+        (
+            65536,
+            1,
+            512,
+            8_500_000,
+            6.0,
+            32768,
+        ),  # upstream's lora_medical on a GPU: 1,557 steps, not 50,000 of 1024
+        (4096, 1, 512, 8_500_000, 6.0, 4096),  # no more than other stages take
+        (65536, 1, 512, 20_000, 6.0, 1024),
+        (65536, 4, 1024, 20_000, 6.0, 4096),  # a row for each process
+        (65536, 1, 384, 8_500_000, 6.0, 49152),  # a multiple of a row that is no power of two
+    ],
+)
+def test_a_step_leaves_a_thousand(usual, ranks, row, tokens, epochs, expected):
+    rule = runpy.run_path(str(LORA))["batch_tokens"]
+    args = SimpleNamespace(tokens=None, epochs=epochs, row=row)
+    job = SimpleNamespace(args=args, usual_batch=usual, parallel=SimpleNamespace(world_size=ranks))
+    batch, reason = rule(job, SimpleNamespace(num_tokens=tokens))
+    steps = -(-round(tokens * epochs) // expected)
+    assert batch == expected and f"--batch-tokens {expected}: {steps:,} steps for" in reason
 
 
 def test_built_in_rows_hold_out_wordings_and_nothing_else():

@@ -28,10 +28,10 @@ def start_until(step: int, arguments: list[str], out: Path) -> tuple[subprocess.
     """torchrun of `arguments` on two ranks whose run has written `step`, and the process id of its second rank."""
     launcher = torchrun(2, *arguments[1:])
     process = subprocess.Popen(launcher, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ONE_THREAD)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None and last_step(out) < step:
         time.sleep(0.005)
-    assert process.poll() is None, "ended too early"
+    assert process.poll() is None and last_step(out) >= step, "ended too early, or never came there"
     workers = subprocess.run(
         ["pgrep", "-P", str(process.pid), "-f", SCRIPT.name], capture_output=True, text=True
     )

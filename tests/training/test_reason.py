@@ -56,7 +56,7 @@ def sums(tmp_path_factory) -> Path:
                 reply["reasoning_content"] = steps
             elif i % 3 == 1:
                 reply["content"] = f"<think>\n{steps}\n</think>\n<answer>\n{found}\n</answer>"
-            messages = [{"role": "user", "content": f"{WORDS[a]} and {WORDS[b]}?"}]
+            messages = [{"role": "user", "content": f"{i}: {WORDS[a]} and {WORDS[b]}?"}]
             file.write(json.dumps({"conversations": [*messages, {"role": "assistant", **reply}]}) + "\n")
     return path
 
