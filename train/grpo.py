@@ -29,7 +29,7 @@ is bounded: what is missing then is missing.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -117,7 +117,7 @@ def bundle(args: Args) -> tuple[Algorithm, float]:
     objective: Objective = partial(known.objective, **{k: v for k, v in bounds.items() if v is not None})
     beta = known.kl if args.beta is None else args.beta
     objective = with_terms(objective, beta, args.entropy)
-    return replace(
+    return dataclasses.replace(
         known, objective=objective, aggregation=args.aggregation or known.aggregation, kl=beta
     ), beta
 
@@ -139,10 +139,13 @@ def describe(args: Args, algorithm: Algorithm, beta: float) -> str:
         f"{args.loss}: advantages over {args.advantage or algorithm.std}, mean by {algorithm.aggregation}"
     ]
     parts.append(f"KL {beta:g}" if beta else "no reference model")
-    taken, paper = args.minibatches, ALGORITHMS[args.loss].minibatches
-    answers = args.prompts * args.samples // (taken or 1)
-    acts = "the clip does not act" if (taken, args.inner_epochs) == (1, 1) else "so that the clip acts"
-    parts.append(f"{taken} steps a pass of {answers} answers ({paper} in the paper's recipe), {acts}")
+    answers = args.prompts * args.samples // (args.minibatches or 1)
+    alone = args.minibatches == args.inner_epochs == 1
+    acts = "which the clip does not act on" if alone else "so that the clip acts"
+    parts.append(
+        f"{args.minibatches} steps on each pass, of {answers} answers each, {acts} "
+        f"(of itself at most {algorithm.minibatches} steps, and {SMALLEST} answers or more)"
+    )
     return ", ".join(parts)
 
 
