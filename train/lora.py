@@ -59,7 +59,8 @@ class Args(ChatArgs):
     None: the newest finished run of train/sft.py under runs/."""
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [{"role": ..., "content": ...},
-    ...]} rows. None: a few hundred short conversations; in some of them the assistant has another name."""
+    ...]} rows. None: a few hundred short conversations; in some of them the assistant has another name.
+    FILE:2 draws twice as many of its rows as FILE:1 (docs/data.md)."""
     kept_data: tuple[str, ...] = ()
     """Conversations not trained on whose answers should stay as they are: how many still do is measured. None: with
     the built-in --data, held-out ones of train/sft.py; else nothing."""

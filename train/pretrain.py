@@ -32,6 +32,8 @@ class Args(StageArgs):
     """Files, folders or globs of .jsonl ({"text": ...} rows) and .txt, plain, .gz or .zst. FILE:2 draws twice as many
     rows of it as of FILE:1, FILE:0..3 more and more of them (docs/data.md). None: the docstrings of the installed
     Python packages."""
+    seq_len: int = 512
+    """Tokens in a row; longer documents are cut into pieces, of which none is lost."""
     heldout_data: tuple[str, ...] = ()
     """Text to measure on, instead of --heldout; NAME=FILE is measured beside it, with figures of its own."""
 

@@ -48,7 +48,8 @@ class Args(ChatArgs):
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [{"role": ..., "content": ...},
     ...]} rows; the assistant's messages have "reasoning_content", or <think>...</think> in front of the answer, which
-    may stand in <answer>...</answer>. None: a few thousand short questions that come with the program."""
+    may stand in <answer>...</answer>. None: a few thousand short questions that come with the program.
+    FILE:2 draws twice as many of its rows as FILE:1 (docs/data.md)."""
     seq_len: int | None = None
     """Tokens in a row; conversations lose their last turns beyond it, and one whose first answer does not fit is left
     out: cut, it would teach to begin reasoning and not to end it. None: 512, or as many up to 4096 as leave at most one

@@ -45,7 +45,8 @@ class PairArgs(StageArgs):
 
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"chosen": [{"role": ..., "content": ...}, ...],
-    "rejected": [...]} rows. None: a thousand pairs about manners that come with the program."""
+    "rejected": [...]} rows. None: a thousand pairs about manners that come with the program.
+    FILE:2 draws twice as many of its rows as FILE:1 (docs/data.md)."""
     heldout_data: tuple[str, ...] = ()
     """Pairs to measure on, instead of --heldout; NAME=FILE is measured beside it, with figures of its own."""
     epochs: float = 6.0
