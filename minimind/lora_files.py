@@ -24,7 +24,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minimind.data.files import read_json, write_json
 from minimind.lora import (
     ROUTED,
     LoRAConfig,
@@ -169,20 +168,17 @@ def adapter_folder(path: Path) -> Path:
 
 def note_base(folder: Path, path: Path, relative: str, base_fingerprint: str | None) -> None:
     """Write into `folder`, an adapter's, where its base model is: its path, also relative to the folder."""
-    write_json(folder / BASE, {"path": str(path), "relative": relative, "fingerprint": base_fingerprint})
+    noted = {"path": str(path), "relative": relative, "fingerprint": base_fingerprint}
+    (folder / BASE).write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
 
 
 def base_of(folder: Path) -> Path:
     """The base model of the adapter in `folder`: the one it was trained on, wherever both lie now. ValueError, naming
     both, where it is not found or another model is in its place."""
-    noted, named = (
-        read_json(folder / BASE) or {},
-        (read_json(folder / CONFIG) or {}).get("base_model_name_or_path"),
-    )
+    noted, named = _noted(folder / BASE), _noted(folder / CONFIG).get("base_model_name_or_path")
     places = [noted.get("path"), noted.get("relative") and folder / noted["relative"], named]
-    if folder.parent.name == "checkpoints" and isinstance(
-        named, str
-    ):  # the path was relative to where it ran
+    if folder.parent.name == "checkpoints" and isinstance(named, str):
+        # in a run from before there was base_model.json the path is relative to where it ran
         places.append(folder.parents[2].parent / named)
     found = [path for path in map(Path, filter(None, places)) if path.exists()]
     way_out = f"give --model BASE --lora {folder}"
@@ -196,13 +192,22 @@ def base_of(folder: Path) -> Path:
 
 def another_base(folder: Path, path: Path) -> str | None:
     """None, or what tells the weights at `path` from those that the adapter in `folder` was trained on."""
-    known = (read_json(folder / BASE) or {}).get("fingerprint")
+    known = _noted(folder / BASE).get("fingerprint")
     if known is None and folder.parent.name == "checkpoints":  # of a run from before there was that file
-        known = (read_json(folder.parents[1] / "config.json") or {}).get("weights")
+        known = _noted(folder.parents[1] / "config.json").get("weights")
     if known is None:
         return None
     own = fingerprint(path)
     return None if known.split()[-1] == own.split()[-1] else f"trained on {known}, and {path} holds {own}"
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none or it is damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 @torch.no_grad()

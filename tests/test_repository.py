@@ -51,7 +51,7 @@ def test_arrows_point_one_way():
         "minimind/document_attention.py": {"native"},
         "minimind/native.py": {"native_build"},
         "minimind/lora.py": {"modeling"},
-        "minimind/lora_files.py": {"lora", "modeling"},
+        "minimind/lora_files.py": {"lora", "modeling", "weights"},
         "minimind/objectives": {"attention", "modeling", "objectives", "ops", "spans", "value_head"},
         "minimind/data": {"data"},
         "minimind/tokenization": {"tokenization"},
