@@ -32,7 +32,7 @@ test: venv
 	$(PYTEST) tests/
 
 test-heavy: venv
-	$(PYTEST) -m heavy tests/
+	$(PYTEST) -m 'heavy and not slow' tests/
 
 test-all: test test-heavy
 
