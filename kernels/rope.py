@@ -13,6 +13,7 @@ v is copied, because a view of qkv would make autograd fill and add two gradient
 the whole of it. The kernels are in rope_sections.py.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -146,7 +147,10 @@ def _rope_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dqkv, dq_weight, dk_weight); the last two are [0] without the norm."""
     shape, (heads, size), groups = dq.shape[:-2], dq.shape[-2:], dk.shape[-2]
-    tokens, device = shape.numel(), dq.device
+    tokens, device = (
+        math.prod(shape),
+        dq.device,
+    )  # Size.numel() would fix the number in what torch.compile traces
     dqkv = torch.empty(*shape, (heads + 2 * groups) * size, dtype=dq.dtype, device=device)
     ids, tile = _ids(position_ids, shape), _tile(size // 2, device)
     rows, partial, limit = None, None, None
