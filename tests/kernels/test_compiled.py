@@ -84,7 +84,7 @@ def test_no_number_of_rows_is_fixed(tmp_path):
     assert run(str(script)) == []
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 @pytest.mark.parametrize("shape, how, kernels", [("experts", "keep", 14), ("dense", "recompute", 6)])
 def test_what_generated_code_launches_is_right(shape, how, kernels):
     (launched,) = run("tests/kernels/compiled_launches.py", shape, how)
