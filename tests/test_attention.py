@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 
 from minimind import ModelConfig, native, ops, varlen
 from minimind import document_attention as operator
