@@ -86,6 +86,8 @@ def _experts_to_muon(
         return state, []
     held = state["state"]
     moved = [name for group in names for name in group if "exp_avg" in held.get(name, {})]
+    if not moved:
+        return state, []
     groups = [{**g, "params": [n for n in g["params"] if n not in moved]} for g in state["param_groups"]]
     for group, own in zip([g for g in groups if "momentum" in g], names, strict=True):
         group["params"] += [name for name in own if name in moved]

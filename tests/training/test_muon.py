@@ -132,7 +132,7 @@ def test_every_stored_matrix_is_orthogonalised_by_itself(config):
     model = Model(config)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    before = to_stock(model.state_dict(), config)
+    before = {name: weight.clone() for name, weight in to_stock(model.state_dict(), config).items()}
     grads = to_stock({name: p.grad for name, p in model.named_parameters()}, config)
     matrices = {n: nn.Parameter(w.clone()) for n, w in before.items() if "layers" in n and w.ndim == 2}
     routers = [matrices.pop(name) for name in list(matrices) if name.endswith("mlp.gate.weight")]
