@@ -36,6 +36,7 @@ from minimind.training.pairs import (
     describe_pairs,
     heldout_figures,
     open_pairs,
+    pair_loader,
     prompts,
     to_device,
 )
@@ -93,16 +94,7 @@ def main(args: Args, console: Console) -> bool:
     if not args.data:
         job.settle("batch_tokens", lambda: (job.args.row * world_size(), ""))
     args, train, heldout = cast(Args, job.args), parts.train, parts.heldout
-    plan = job.plan(
-        partial(
-            PairLoader,
-            train,
-            args.row,
-            seed=args.seed,
-            share=args.share_prompts,
-            mixture=parts.mixture,
-        )
-    )
+    plan = job.plan(pair_loader(parts, args))
     job.open_run()
     model, trained = job.build_model()
     reference = partial(find_reference, job, args, model, plan.loader.rows)

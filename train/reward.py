@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +26,7 @@ from minimind.training.arguments import FromFlag
 from minimind.training.figures import plot_figures
 from minimind.training.heldout import describe, rename
 from minimind.training.job import Job, Objective
-from minimind.training.pairs import PairArgs, describe_pairs, open_pairs
+from minimind.training.pairs import PairArgs, describe_pairs, open_pairs, pair_loader
 from minimind.training.parts import Parts
 from minimind.training.run_folder import newest_finished
 from minimind.training.scores import (
@@ -70,16 +69,7 @@ def main(args: Args, console: Console) -> bool:
     job.origin = ValueOrigin(**vars(job.origin))
     parts = open_pairs(job, args, ChatEncoder(job.tokenizer))
     args, train, heldout = cast(Args, job.args), parts.train, parts.heldout
-    plan = job.plan(
-        partial(
-            PairLoader,
-            train,
-            args.row,
-            seed=args.seed,
-            share=args.share_prompts,
-            mixture=parts.mixture,
-        )
-    )
+    plan = job.plan(pair_loader(parts, args))
     job.open_run()
     model, trained = job.build_model()
     objective = Objective(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -89,6 +90,13 @@ def open_pairs(job: Job, args: PairArgs, encoder: ChatEncoder) -> PairParts:
         return PairParts(**vars(open_parts(job, named, read)))
     parts = open_parts(job, named, partial(read, longest=row, share=share))
     return PairParts(**vars(parts), cut=int((_tokens_of_pairs(parts.whole, share) < lengths).sum()))
+
+
+def pair_loader(parts: PairParts, args: PairArgs) -> Callable[..., PairLoader]:
+    """What Job.plan takes: the loader of the training pairs, of as many rows as it asks for."""
+    return partial(
+        PairLoader, parts.train, args.row, seed=args.seed, share=args.share_prompts, mixture=parts.mixture
+    )
 
 
 def _tokens_of_pairs(view: Corpus, share: bool) -> np.ndarray:
