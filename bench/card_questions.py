@@ -130,12 +130,12 @@ def _decodes(s: Setting) -> list[Question]:
     large = "4" if s.rehearse else "64"
     long = "2048" if s.rehearse else "32768"
     asked = (
-        ("decode batch 1", 0.7, "1", ("ours", "naive"), ()),
-        ("decode batch 64", 0.7, large, ("ours", "naive"), ()),
-        ("decode, context 32768", 0.5, "1", ("ours",), ("--max-context", long)),
+        ("decode batch 1", 0.7, ("1",), ("ours", "naive"), ()),
+        ("decode batch 64", 0.7, (large,), ("ours", "naive"), ()),
+        ("decode, context 32768", 0.7, ("1", large), ("ours",), ("--max-context", long)),
     )
     return [
-        _bench(4, name, minutes, "decode", "--batch", batch, "--peer", *peers, *flags, *size, *s.rows)
+        _bench(4, name, minutes, "decode", "--batch", *batch, "--peer", *peers, *flags, *size, *s.rows)
         for name, minutes, batch, peers, flags in asked
     ]
 
