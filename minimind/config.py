@@ -35,6 +35,7 @@ _COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_v
 class ModelConfig:
     """Shape of a decoder-only transformer. `num_experts == 0` means a dense feed-forward.
 
+    vocab_size: rows of the embedding. tokenizer_size: ids that its tokenizer has, where they are fewer; None: as many.
     Raises ValueError on shapes that cannot work together.
     """
 
@@ -58,12 +59,17 @@ class ModelConfig:
     norm_topk_prob: bool = True
     router_aux_loss_coef: float = 0.0
     router_aux_loss_level: Literal["sequence", "batch"] = "sequence"
+    tokenizer_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number above 0")
+        if self.tokenizer_size is not None and not 1 <= self.tokenizer_size < self.vocab_size:
+            raise ValueError(
+                f"tokenizer_size={self.tokenizer_size} must be below vocab_size={self.vocab_size}, or be left out"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -85,6 +91,33 @@ class ModelConfig:
             return self.max_position_embeddings
         scaled = int(self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings)
         return max(self.max_position_embeddings, scaled)
+
+    @property
+    def num_tokens(self) -> int:
+        """The ids that the model's distribution is over: those of its tokenizer. Logits, losses and log-probabilities
+        leave out the rows beyond them, by which vocabularies are padded to a round size."""
+        return self.tokenizer_size or self.vocab_size
+
+    @property
+    def padding_note(self) -> str | None:
+        """One line for people, where there are such rows."""
+        if self.tokenizer_size is None:
+            return None
+        surplus = self.vocab_size - self.num_tokens
+        return (
+            f"padded vocabulary: {surplus:,} of the model's {self.vocab_size:,} rows are beyond the tokenizer's ids; "
+            "those are never drawn, scored or learnt"
+        )
+
+    def with_tokenizer(self, size: int, where: str) -> ModelConfig:
+        """This shape with a tokenizer of `size` ids: the model may have more rows, never fewer. ValueError, beginning
+        with `where`, if it has."""
+        if size > self.vocab_size:
+            raise ValueError(
+                f"{where}: the tokenizer has {size} ids, the model {self.vocab_size} rows for them; take the tokenizer "
+                "that it was trained with"
+            )
+        return dataclasses.replace(self, tokenizer_size=size if size < self.vocab_size else None)
 
     @staticmethod
     def preset(name: str, **overrides: Any) -> ModelConfig:
@@ -108,7 +141,10 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dict of this dataclass's own fields; `from_dict` inverts it."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        if self.tokenizer_size is None:  # as every file says it that has no padded vocabulary
+            del fields["tokenizer_size"]
+        return fields
 
 
 PRESETS: dict[str, ModelConfig] = {

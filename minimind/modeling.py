@@ -229,8 +229,19 @@ class Model(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output projection [V, C]: the embedding itself when tied."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """The output projection [V, C]: the embedding itself when tied. V counts the tokenizer's ids: rows by which the
+        vocabulary is padded are left out, here, for all that draw, score or learn."""
+        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return weight if self.config.tokenizer_size is None else weight[: self.config.num_tokens]
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding, as it is kept."""
+        return self.embed_tokens.weight.dtype
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -263,7 +274,7 @@ class Model(nn.Module):
         """
         batch, length = input_ids.shape
         device = input_ids.device
-        dtype = self.compute_dtype or self.head_weight.dtype
+        dtype = self.compute_dtype or self.dtype
         fused = ops.get_mode() != "reference"
         layout = make_layout(batch, length, device, dtype, cu_seqlens, attention_mask, fused, unfolding)
         if position_ids is None:

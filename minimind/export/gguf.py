@@ -54,14 +54,16 @@ def write_gguf(model: Model, tokenizer: Tokenizer, path: Path, dtype: GgufType, 
     """export_gguf without its care for what is there already or half-written."""
     if gguf is None:
         raise ValueError("GGUF files need the gguf package: pip install 'minimind[export]'")
-    config = model.config
+    config = model.config.with_tokenizer(tokenizer.vocab_size, "GGUF")
     architecture = architecture_of(config)
+    head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture])
     _add_shape(writer, config, name, dtype)
     add_vocabulary(writer, tokenizer, config.vocab_size)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     for stock, tensor in _tensors(model, permuted=architecture in _neighbours()):
         kind = _type_of(stock, tensor, dtype)
+        tensor = unlikely_beyond(tensor, config.num_tokens) if stock == head else tensor
         data = gguf.quants.quantize(tensor.float().numpy(), kind)
         writer.add_tensor(f"{names.get_name(stock)}.weight", data, raw_dtype=kind)
     try:
@@ -83,6 +85,15 @@ def architecture_of(config: ModelConfig) -> Any:
             "GGUF: llama.cpp normalises the gates of the chosen experts; norm_topk_prob is false here"
         )
     return gguf.MODEL_ARCH.QWEN3MOE if config.qk_norm else gguf.MODEL_ARCH.GRANITE_MOE
+
+
+def unlikely_beyond(rows: Tensor, tokens: int) -> Tensor:
+    """An output projection [V, C] that says little of ids from `tokens` on, which llama.cpp draws like any other: their
+    rows become the mean of the others. Their logit is then the mean logit, never the highest, and each has at most a
+    probability of 1 / tokens (Jensen: V e^mean <= sum of e^logit), in practice far less."""
+    if tokens == len(rows):
+        return rows
+    return torch.cat((rows[:tokens], rows[:tokens].mean(dim=0, keepdim=True).expand(len(rows) - tokens, -1)))
 
 
 def permute_pairs(weight: Tensor, heads: int) -> Tensor:

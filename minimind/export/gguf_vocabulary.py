@@ -20,14 +20,13 @@ except ImportError:  # export_gguf says so
 
 
 def add_vocabulary(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Tokens, their types, merges, special ids and the chat template. Ids of the model beyond the tokenizer's are named
-    as unused. Raises ValueError for a tokenizer that llama.cpp cannot follow."""
+    """Tokens, their types, merges, special ids and the chat template. vocab_size: rows of the model; ids beyond the
+    tokenizer's get names of padding, as llama.cpp's own conversion gives them. Raises ValueError for a tokenizer that
+    llama.cpp cannot follow."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         content = json.loads((Path(folder) / MODEL_FILE).read_text(encoding="utf-8"))
         config = json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"GGUF: the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}")
     if content["model"]["type"] != "BPE" or content.get("normalizer"):
         raise ValueError("GGUF: only byte-level BPE without a normalizer can be written")
     tokens, types = _tokens(content, vocab_size)
@@ -66,7 +65,7 @@ def pre_tokenizer_of(content: dict[str, Any]) -> str:
 
 def _tokens(content: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
     kinds = gguf.TokenType
-    tokens = [f"[UNUSED{i}]" for i in range(vocab_size)]
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [int(kinds.UNUSED)] * vocab_size
     for token, number in content["model"]["vocab"].items():
         tokens[number], types[number] = token, int(kinds.NORMAL)

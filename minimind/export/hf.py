@@ -35,6 +35,7 @@ def export_hf(
 ) -> None:
     """Write config.json, generation_config.json, model.safetensors (in `dtype`) and the tokenizer into `folder`.
 
+    Rows of the model beyond the tokenizer's ids stay; generation_config.json suppresses them.
     Raises ValueError where transformers has no architecture that computes what the model does.
     """
     config, folder = model.config, Path(folder)
@@ -44,7 +45,7 @@ def export_hf(
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     _write(folder / "config.json", description)
-    _write(folder / "generation_config.json", _generation(tokenizer))
+    _write(folder / "generation_config.json", _generation(config, tokenizer))
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copymode(
@@ -143,13 +144,15 @@ def _yarn(scaling: YarnScaling) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
+def _generation(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    surplus = list(range(tokenizer.vocab_size, config.vocab_size))
     return {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "do_sample": True,
         **SAMPLING,
+        **({"suppress_tokens": surplus} if surplus else {}),
     }
 
 

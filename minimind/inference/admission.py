@@ -19,23 +19,19 @@ def max_positions(config: ModelConfig, wanted: int | None) -> int:
 
 
 class Admission:
-    """The limits of an engine: vocab_size of its model, context in tokens, cache in pages."""
+    """The limits of an engine: vocabulary, the ids below which its model's tokens lie, context in tokens, cache in
+    pages."""
 
     def __init__(
         self,
-        vocab_size: int,
+        vocabulary: int,
         tokenizer: Tokenizer | None,
         context: int,
         pages: int,
         page_size: int,
         seed: int,
     ) -> None:
-        if tokenizer is not None and tokenizer.vocab_size != vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}: "
-                "load the tokenizer that the model was trained with"
-            )
-        self._vocab_size, self._tokenizer, self._context = vocab_size, tokenizer, context
+        self._vocabulary, self._tokenizer, self._context = vocabulary, tokenizer, context
         self._pages, self._page_size, self._seed = pages, page_size, seed
         self._token_bytes = None if tokenizer is None else tokenizer.token_bytes()
         self._requests = 0
@@ -67,10 +63,10 @@ class Admission:
             raise ValueError(
                 "the prompt is empty; give at least one token, such as the tokenizer's bos_token_id"
             )
-        wrong = next((i for i in ids if not 0 <= i < self._vocab_size), None)
+        wrong = next((i for i in ids if not 0 <= i < self._vocabulary), None)
         if wrong is not None:
             raise ValueError(
-                f"token id {wrong} of the prompt is outside the vocabulary of {self._vocab_size}"
+                f"token id {wrong} of the prompt is outside the vocabulary of {self._vocabulary}"
             )
         return ids
 

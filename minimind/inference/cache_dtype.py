@@ -108,7 +108,7 @@ class _RoundedLayout:
 def rounded_cache(model: Model, dtype: torch.dtype) -> Iterator[None]:
     """Within, whole forwards of `model` attend to keys and values as a cache of `dtype` gives them back: what an engine
     with that kv_dtype computes, without a cache."""
-    check_kv_dtype(dtype, model.head_weight.device)
+    check_kv_dtype(dtype, model.device)
     scales = (
         zip(*float8_scales(model), strict=True) if dtype == FLOAT8 else [(None, None)] * len(model.layers)
     )

@@ -57,8 +57,8 @@ class DecodeWeights:
     @staticmethod
     def of(model: Model, dtype: torch.dtype | None = None) -> DecodeWeights:
         """dtype: of the matrices, float32 or bfloat16, on a GPU float16 too; None: as the model holds them."""
-        cfg, on_cpu = model.config, model.head_weight.device.type == "cpu"
-        dtype = dtype or model.head_weight.dtype
+        cfg, on_cpu = model.config, model.device.type == "cpu"
+        dtype = dtype or model.dtype
         if on_cpu and dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(
                 f"decode_step takes float32 or bfloat16 weights, not {dtype}; pass dtype=torch.bfloat16"
@@ -143,7 +143,7 @@ class DecodeWeights:
 
 
 def _weights(model: Model) -> Iterator[tuple[Role, Tensor]]:
-    yield "embedding", model.embed_tokens.weight
+    yield "embedding", model.embed_tokens.weight[: model.config.num_tokens]  # no other id is fed
     yield "small", model.norm.weight
     yield "matrix", model.head_weight
     for layer in cast(Iterable[Block], model.layers):

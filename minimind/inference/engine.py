@@ -50,7 +50,8 @@ class Engine:
     model: its weights are shared where they have `dtype`; other matrices, and projections with active low-rank
         adapters, are copied, and native decoding on a CPU reads a packed copy of its own. `refresh_weights` takes up
         what has changed in the model since. Runs as in eval mode; the model itself is not touched.
-    tokenizer: None for requests by token ids only: no text, no stop strings, no end-of-sequence id.
+    tokenizer: None for requests by token ids only: no text, no stop strings, no end-of-sequence id. Ids of the model
+        beyond the tokenizer's have no probability.
     dtype: float32, bfloat16 or float16, of activations; None: what the model computes in.
     kv_dtype: of the cache: one of these or float8_e4m3fn, half of bfloat16's memory (docs/decoding.md); None: as dtype.
         Prompts, too, see keys and values as the cache gives them back.
@@ -66,8 +67,8 @@ class Engine:
     backend: of decoding: "native" is the C++ and CUDA extension, "reference" plain PyTorch, "auto" native where built.
     seed: of requests that bring none.
 
-    ValueError, one line, for what cannot work: a tokenizer of another vocabulary, a budget below one page, a backend
-    that is not there.
+    ValueError, one line, for what cannot work: a tokenizer of more ids than the model has, a budget below one page, a
+    backend that is not there.
     """
 
     def __init__(
@@ -87,7 +88,9 @@ class Engine:
         backend: Backend = "auto",
         seed: int = 0,
     ) -> None:
-        config, device = model.config, model.head_weight.device
+        config, device = model.config, model.device
+        if tokenizer is not None:
+            config = config.with_tokenizer(tokenizer.vocab_size, "Engine")
         if prefill_chunk is None:
             prefill_chunk = GPU_CHUNK if device.type == "cuda" else CPU_CHUNK
         for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
@@ -95,7 +98,7 @@ class Engine:
                 raise ValueError(f"{name}={value} must be at least 1")
         page_size = page_size or (64 if device.type == "cuda" else 16)
         max_context = max_positions(config, max_context)
-        dtype = dtype or model.compute_dtype or model.head_weight.dtype
+        dtype = dtype or model.compute_dtype or model.dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype={dtype} must be torch.float32, torch.bfloat16 or torch.float16")
         kv_dtype = kv_dtype or dtype
@@ -109,11 +112,11 @@ class Engine:
         self.dtype, self.kv_dtype, self.device, self.max_context = dtype, kv_dtype, device, max_context
         self._pool = PagePool(pages, prefix_cache)
         self._scheduler = Scheduler(self._pool, page_size, max_batch, prefill_chunk)
-        self._admission = Admission(config.vocab_size, tokenizer, max_context, pages, page_size, seed)
+        self._admission = Admission(config.num_tokens, tokenizer, max_context, pages, page_size, seed)
         self._cache = PagedCache.allocate(config, pages, page_size, kv_dtype, device)
-        self._replica = Replica(model, dtype)
+        self._replica = Replica(model, dtype, config)
         self._late = host_is_late(device)
-        self._batch = DecodeBatch(max_batch, table_pages, page_size, config.vocab_size, device, self._late)
+        self._batch = DecodeBatch(max_batch, table_pages, page_size, config.num_tokens, device, self._late)
         self._runner = Runner(self._replica, self._cache, self._batch, max_context, backend, self._late)
         self._unread: Drawn | None = None  # what the last step drew
         self._jobs: dict[str, Job] = {}

@@ -35,13 +35,11 @@ class _Need:
 
     @staticmethod
     def of(model: Model, prompts: list[list[int]], max_new_tokens: int) -> _Need:
-        weight = model.head_weight
         pages = sum(
             1 + -(-(len(prompt) + max_new_tokens) // _PAGE) for prompt in prompts
         )  # all admitted at once
-        return _Need(
-            _power(len(prompts)), _power(pages * _PAGE), weight.device, model.compute_dtype or weight.dtype
-        )
+        dtype = model.compute_dtype or model.dtype
+        return _Need(_power(len(prompts)), _power(pages * _PAGE), model.device, dtype)
 
     def is_met_by(self, other: _Need) -> bool:
         enough = other.max_batch >= self.max_batch and other.kv_tokens >= self.kv_tokens
@@ -97,7 +95,7 @@ def _engine(model: Model, need: _Need) -> tuple[_Need, Engine]:
 def _worth_keeping(model: Model, engine: Engine) -> bool:
     """Whether there are graphs to keep, and room beside the most that training takes: which is not known before the
     model was trained for a step since the first call."""
-    device = model.head_weight.device
+    device = model.device
     written = sum(parameter._version for parameter in model.parameters())
     if device.type != "cuda" or written == _first_seen.setdefault(model, written):
         return False

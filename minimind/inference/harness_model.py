@@ -140,7 +140,7 @@ class HarnessModel(TemplateLM):
         self, pack: Sequence[tuple[int, ...]], askers: dict[tuple[int, ...], list[tuple[int, list[int]]]]
     ) -> Iterable[Tensor]:
         """Of the positions that are asked for, at the end of each input: float32 [n, V]."""
-        device = self.model.head_weight.device
+        device = self.model.device
         lengths = torch.tensor([len(inputs) for inputs in pack])
         ends = lengths.cumsum(0)
         ids = torch.tensor([token for inputs in pack for token in inputs], device=device)

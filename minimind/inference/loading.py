@@ -90,14 +90,13 @@ def open_weights(
     notes = [] if args.model else [f"model: {given}"]
     path, lora = _base_and_adapter(given, args.lora)
     config = stretched(_config_of(path, args.preset), args)
-    model = load_model(path, config, device)
     beside_adapter = adapter_folder(given)
     own = beside_adapter if (beside_adapter / "tokenizer.json").is_file() else path
     tokenizer = _tokenizer_of(own, args.tokenizer, notes)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{path}: {config.vocab_size} tokens, its tokenizer has {tokenizer.vocab_size}; name another --tokenizer"
-        )
+    config = config.with_tokenizer(tokenizer.vocab_size, f"--model {path}")
+    if config.padding_note:
+        notes.append(config.padding_note)
+    model = load_model(path, config, device)
     if lora is not None:
         if other := another_base(adapter_folder(lora), _weights_of(path)):
             notes.append(f"{lora}: {other}; right if that is the same model in another form")

@@ -254,7 +254,7 @@ def measure(
 
 def _windows(model: Model, ids: Tensor, length: int) -> Iterator[tuple[Tensor, int]]:
     """(nats of the first and the second halves of the windows, float64 [2]; tokens) of a few windows at a time."""
-    device = model.head_weight.device
+    device = model.device
     inputs, targets = ids[:-1].view(-1, length), ids[1:].view(-1, length)
     rows = max(1, BATCH_TOKENS // length)
     for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):

@@ -13,18 +13,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from minimind.config import ModelConfig
 from minimind.lora import LoRALinear
 from minimind.modeling import Model
 
 
 class Replica:
-    """`model` is a Model of the same shape that follows `source` in `dtype`; copied_bytes: what is not shared."""
+    """`model` is a Model of the same shape that follows `source` in `dtype`; copied_bytes: what is not shared. config:
+    the source's, None, or one with another tokenizer."""
 
-    def __init__(self, source: Model, dtype: torch.dtype) -> None:
+    def __init__(self, source: Model, dtype: torch.dtype, config: ModelConfig | None = None) -> None:
         self.dtype = dtype
         self._get_source: Callable[[], Model | None] = lambda: source
         with torch.device("meta"), torch.random.fork_rng(devices=[]):  # initialisation draws, on meta too
-            self.model = Model(source.config)
+            self.model = Model(config or source.config)
         self.model.compute_dtype = dtype
         self.model.eval().requires_grad_(False)
         self._copies: dict[str, Tensor] = {}

@@ -68,7 +68,7 @@ class ValueReward:
             bounds = np.cumsum([0, *(len(rows[i]) for i in part)])
             ids, ends = np.concatenate([rows[i] for i in part]).astype(np.int64), bounds[1:] - 1
             input_ids, cu_seqlens, last = (
-                torch.from_numpy(array).to(self.model.head_weight.device)
+                torch.from_numpy(array).to(self.model.device)
                 for array in (ids[None], bounds.astype(np.int32), ends)
             )
             values = self.model(input_ids, cu_seqlens=cu_seqlens).values.flatten()

@@ -234,7 +234,7 @@ def scored_again(model: Model, answers: Sequence[Answer], shape: Shape) -> list[
     """Log-probabilities of the answers' tokens under `model`, float32, by full forwards."""
     found: list[np.ndarray] = []
     for part in parts(answers):
-        batch = pack(part, model.head_weight.device, 0, 0, shape)
+        batch = pack(part, model.device, 0, 0, shape)
         log_probs = token_log_probs(
             model, batch.input_ids, batch.targets, batch.cu_seqlens, batch.num_targets, shape.temperature
         )

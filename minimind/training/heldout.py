@@ -28,7 +28,7 @@ def heldout_loss(
     if max_tokens is not None:
         # whole documents: with a part of the packed rows instead, bytes and tokens would not belong together
         heldout = heldout.head(max_tokens)
-    device, ranks = model.head_weight.device, parallel.world_size
+    device, ranks = model.device, parallel.world_size
     rows = ranks * max(1, 4096 // seq_len)
     loader = PackedLoader(heldout, seq_len, rows, 0, False, parallel.rank, ranks)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, targets, bytes

@@ -194,7 +194,7 @@ class Trainer:
 
     @property
     def device(self) -> torch.device:
-        return self.stage.model.head_weight.device
+        return self.stage.model.device
 
     @property
     def tokens(self) -> int:

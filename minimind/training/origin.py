@@ -29,7 +29,10 @@ class Origin:
     def of(args: StageArgs, console: Console) -> Origin:
         """What --from, --preset and --tokenizer ask for. Raises ValueError, naming the flag."""
         if args.from_ is not None:
-            return _earlier(Path(args.from_).expanduser(), args)
+            earlier = _earlier(Path(args.from_).expanduser(), args)
+            if earlier.config.padding_note:
+                say(console, earlier.config.padding_note)
+            return earlier
         tokenizer = load_tokenizer(args.tokenizer)
         preset = args.preset or "nano"
         config = ModelConfig.preset(preset)
@@ -78,16 +81,13 @@ def _earlier(path: Path, args: StageArgs) -> Origin:
     if args.tokenizer is None and own_tokenizer is None:
         raise ValueError(f"--from {path}: there is no tokenizer with it; name its folder with --tokenizer")
     tokenizer = load_tokenizer(args.tokenizer or own_tokenizer)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"--tokenizer: it has {tokenizer.vocab_size} entries, but the model of --from {path} knows "
-            f"{config.vocab_size}; use the tokenizer it was trained with"
-        )
+    config = config.with_tokenizer(tokenizer.vocab_size, f"--from {path}")
     return Origin(tokenizer, config, args.preset or _preset_of(config), weights)
 
 
 def _preset_of(config: ModelConfig) -> str:
+    rows, ids = config.vocab_size, config.tokenizer_size
     for name, preset in PRESETS.items():
-        if dataclasses.replace(preset, vocab_size=config.vocab_size) == config:
+        if dataclasses.replace(preset, vocab_size=rows, tokenizer_size=ids) == config:
             return name
     return "custom"

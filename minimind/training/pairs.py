@@ -177,7 +177,7 @@ def heldout_figures(
     """heldout_loss, the objective's mean over the pairs of `loader`, and the means of FIGURES, as heldout_NAME; every
     rank takes its share of the rows and all return the same."""
     model.eval()
-    device = model.head_weight.device
+    device = model.device
     sums = torch.zeros(1 + len(FIGURES), dtype=torch.float64, device=device)
     for host in loader.epoch_batches():
         loss, _, figures = preference_loss(model, to_device(host, device, None, reference), objective)

@@ -125,7 +125,7 @@ class Parallel:
             if self.reduce_dtype == "bf16":
                 replica.register_comm_hook(None, _sum_in_bf16)
         else:
-            _shard(model, self._mesh(model.head_weight.device), _DTYPES[self.reduce_dtype])
+            _shard(model, self._mesh(model.device), _DTYPES[self.reduce_dtype])
         return self.wrapped
 
     def exchange(self, last: bool) -> AbstractContextManager[None]:
@@ -179,7 +179,7 @@ class Parallel:
             copy = Model(model.config)
         copy.load_state_dict(state, assign=True)
         copy.compute_dtype = model.compute_dtype
-        return copy.to(model.head_weight.device).train(model.training)
+        return copy.to(model.device).train(model.training)
 
     def _mesh(self, device: torch.device) -> DeviceMesh:
         if self.replicas == 1:

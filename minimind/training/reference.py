@@ -50,11 +50,11 @@ def reference_log_probs(
     folder = make_folder(cache_root(cache_dir) / "reference")
     path = folder / f"{_key(model, weights, view, seq_len, share)}.npy"
     shape = (view.num_documents, 2)
-    if not _everywhere(path, shape, parallel, model.head_weight.device):
+    if not _everywhere(path, shape, parallel, model.device):
         scores = _work_out(model, view, seq_len, rows, parallel, console, share)
         if _open(path, shape) is None:  # of several nodes each may have its own folder
             _write(path, scores)
-        parallel.sum(torch.zeros(1, device=model.head_weight.device))  # until all have written
+        parallel.sum(torch.zeros(1, device=model.device))  # until all have written
     found = _open(path, shape)
     if found is None:
         raise ValueError(f"{path}: what was written there cannot be read back; check the disk")
@@ -62,7 +62,7 @@ def reference_log_probs(
 
 
 def _key(model: Model, weights: str | None, view: Corpus, seq_len: int, share: bool) -> str:
-    precision = [str(model.compute_dtype), model.head_weight.device.type, ops.get_mode()]
+    precision = [str(model.compute_dtype), model.device.type, ops.get_mode()]
     parts = [FORMAT_VERSION, weights, model.config.to_dict(), view.identity, seq_len, share, *precision]
     return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -86,7 +86,7 @@ def _work_out(
     model: Model, view: Corpus, seq_len: int, rows: int, parallel: Parallel, console: Console, share: bool
 ) -> np.ndarray:
     model.eval()
-    device = model.head_weight.device
+    device = model.device
     loader = PairLoader(view, seq_len, rows, 0, False, parallel.rank, parallel.world_size, share)
     steps = -(-loader.tokens_per_epoch // (rows * seq_len))  # about: padding adds a few
     scores = np.zeros((view.num_documents, 2))

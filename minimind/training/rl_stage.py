@@ -263,5 +263,5 @@ def mean_reward(answers: Sequence[Answer]) -> float:
 def frozen(job: Job) -> Model:
     """The model that the run began with, once, in the dtype that it computes in."""
     origin = job.place(job.origin.model())
-    dtype = origin.compute_dtype or origin.head_weight.dtype
+    dtype = origin.compute_dtype or origin.dtype
     return Replica(origin, dtype).model

@@ -89,7 +89,7 @@ class Sampler:
         batch: int,
         samples: int = 1,
     ) -> None:
-        page = 64 if model.head_weight.device.type == "cuda" else 16
+        page = 64 if model.device.type == "cuda" else 16
         own = 1 + -(-max_new_tokens // page)  # the first page holds the end of the prompt as well
         pages = -(-batch // samples) * -(-longest // page) + batch * own
         self.engine = Engine(

@@ -63,7 +63,7 @@ def heldout_scores(
     """heldout_loss, the loss's mean over the pairs of `loader`, and the means of FIGURES, as heldout_NAME; every rank
     takes its share of the rows and all return the same."""
     model.eval()
-    device = model.head_weight.device
+    device = model.device
     sums = torch.zeros(1 + len(FIGURES), dtype=torch.float64, device=device)
     for host in loader.epoch_batches():
         loss, _, figures = reward_loss(model, to_device(host, device), centering)
@@ -97,5 +97,5 @@ def _scored(model: ValueModel, ids: np.ndarray, codes: np.ndarray) -> tuple[floa
     trained[0] = False  # the mark of the second side is no target
     end = int(np.flatnonzero(trained)[-1])
     start = int(np.flatnonzero(~trained[:end])[-1]) + 1
-    read = torch.from_numpy(ids[:end])[None].to(model.head_weight.device)
+    read = torch.from_numpy(ids[:end])[None].to(model.device)
     return model(read).values[0, -1].item(), ids[:start], ids[start:end]

@@ -14,6 +14,7 @@ from minimind.export.gguf_vocabulary import pre_tokenizer_of
 from minimind.tokenization.tokenizer import DEFAULT_FOLDER
 from minimind.weights import to_stock
 from tests.export.small import CONFIGS, EXPERTS, SMALL, model_of
+from tests.inference.padded import padded
 
 gguf = pytest.importorskip("gguf", reason="install minimind[export]: needs gguf")
 
@@ -138,7 +139,7 @@ def test_the_vocabulary(tmp_path):
     path = export_gguf(model_of(config), tokenizer, tmp_path / "m.gguf")
     fields = {k: v.contents() for k, v in gguf.GGUFReader(path).fields.items()}
     tokens = fields["tokenizer.ggml.tokens"]
-    assert len(tokens) == 6404 and tokens[6400:] == [f"[UNUSED{i}]" for i in range(6400, 6404)]
+    assert len(tokens) == 6404 and tokens[6400:] == [f"[PAD{i}]" for i in range(6400, 6404)]
     assert all(tokenizer.token_to_id(token) == i for i, token in enumerate(tokens[:6400]))
     kinds = fields["tokenizer.ggml.token_type"]
     control, mine, normal, unused = 3, 4, 1, 5  # gguf's TokenType
@@ -152,6 +153,21 @@ def test_the_vocabulary(tmp_path):
     assert ids == [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     assert fields["tokenizer.ggml.add_bos_token"] is False
     assert fields["tokenizer.chat_template"] == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama, untied"])
+def test_padding_is_written_so_that_nobody_draws_it(variant, tmp_path):
+    """llama.cpp draws from all rows. One of these models' surplus rows would nearly always win."""
+    model = model_of(CONFIGS[variant])
+    wide = padded(model, known=False)
+    path = export_gguf(wide, load_tokenizer(), tmp_path / "m.gguf", "f32")
+    tensors = {t.name: torch.from_numpy(t.data.copy()) for t in gguf.GGUFReader(path).tensors}
+    head = tensors["output.weight" if variant == "llama, untied" else "token_embd.weight"]
+    assert len(tensors["token_embd.weight"]) == len(head) == 6464 and torch.equal(
+        head[:6400], model.head_weight
+    )
+    logits = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 3 @ head.T
+    assert (logits.argmax(-1) < 6400).all() and (logits.softmax(-1)[:, 6400:] < 1 / 6400).all()
 
 
 def test_pre_tokenizers_that_llama_cpp_knows():
@@ -184,7 +200,7 @@ def test_refusals_leave_no_file(tmp_path):
     small = dataclasses.replace(CONFIGS["llama"], vocab_size=100)
     for config, message in (
         (narrow, "multiple of 32, .*down_proj has 100"),
-        (small, "6400 tokens, the model 100"),
+        (small, "GGUF: the tokenizer has 6400 ids, the model 100 rows"),
     ):
         with pytest.raises(ValueError, match=message):
             export_gguf(model_of(config), load_tokenizer(), tmp_path / "m.gguf", "q8_0")

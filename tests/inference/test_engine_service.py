@@ -185,7 +185,7 @@ def test_text_needs_a_tokenizer():
 def test_an_engine_that_cannot_work_says_so():
     model, tokenizer = small_model(), small_tokenizer()
     size = tokenizer.vocab_size
-    with pytest.raises(ValueError, match=f"the tokenizer has {size} tokens, the model 64"):
+    with pytest.raises(ValueError, match=f"the tokenizer has {size} ids, the model 64 rows"):
         Engine(small_model(vocab_size=64), tokenizer)
     for options, why in (
         ({"kv_tokens": 3}, "kv_tokens=3 is less than one page"),

@@ -152,7 +152,7 @@ def test_what_is_worth_keeping(monkeypatch):
     assert not module._worth_keeping(model, engine)
     generate(model, [[1, 2]], 5)
     assert model not in module._kept
-    monkeypatch.setattr(Model, "head_weight", CardWeight())
+    monkeypatch.setattr(Model, "device", torch.device("cuda"))
     for name, value in (("mem_get_info", (600, 9999)), ("memory_reserved", 400)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     monkeypatch.setattr(Engine, "held_bytes", 100)
@@ -164,7 +164,3 @@ def test_what_is_worth_keeping(monkeypatch):
     assert module._worth_keeping(model, engine)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 701)
     assert not module._worth_keeping(model, engine)
-
-
-class CardWeight:
-    device = torch.device("cuda")
