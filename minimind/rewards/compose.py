@@ -6,10 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from minimind.rewards.functions import function_reward
+from minimind.rewards.functions import function_reward, numbers_of
 from minimind.rewards.rules import (
     format_reward,
     length_reward,
@@ -44,7 +45,7 @@ NO_ARGUMENT = {"number", "exact", "tools"}
 
 
 class RewardError(ValueError):
-    """A reward failed, and the run was told to stop where one does."""
+    """A reward failed, and the run was told to stop where one does; or it returned what are no rewards."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,14 @@ class Spec:
 
 @dataclass(frozen=True)
 class Part:
-    """name: the reward's, numbered where there are several of it; bounds: between which it lies, None: unknown."""
+    """name: the reward's, numbered where there are several of it; bounds: between which it lies, None: unknown; word:
+    what it was asked for by, weight left out."""
 
     name: str
     weight: float
     reward: Reward
     bounds: tuple[float, float] | None = None
+    word: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,9 @@ class Scores:
 
 @dataclass
 class Rewards:
-    """Called with samples, it gives their Scores. A reward fails on a sample where it raises or returns no finite
-    number; one that raises for a batch is asked again for every sample alone.
+    """Called with samples, it gives their Scores. A reward fails on a sample where it raises or says NaN, an infinity
+    or None; one that raises for a batch is asked again for every sample alone. Anything but as many numbers as samples
+    is a RewardError: the function is wrong, not a sample.
 
     on_error: "stop" raises RewardError; "drop" leaves the sample out; a number is taken for what the reward did not
     say. failed: how often each reward has failed since the start.
@@ -139,7 +143,7 @@ class Rewards:
     def __call__(self, samples: Sequence[Sample]) -> Scores:
         total, parts, failures = np.zeros(len(samples)), {}, {}
         for part in self.parts:
-            values, reason = _judge(part.reward, samples)
+            values, reason = _judge(part, samples)
             missing = np.isnan(values)
             if missing.any():
                 failures[part.name] = self._failed(part.name, int(missing.sum()), reason)
@@ -184,21 +188,26 @@ def name_parts(made: Sequence[tuple[Spec, Reward]]) -> list[Part]:
         seen[spec.name] += 1
         number = seen[spec.name]
         name = spec.name if number == 1 else f"{spec.name}-{number}"
-        parts.append(Part(name, spec.weight, reward, BOUNDS.get(spec.name)))
+        word = spec.name if spec.argument is None else f"{spec.name}={spec.argument}"
+        parts.append(Part(name, spec.weight, reward, BOUNDS.get(spec.name), word))
     return parts
 
 
-def _judge(reward: Reward, samples: Sequence[Sample]) -> tuple[np.ndarray, str]:
+def _judge(part: Part, samples: Sequence[Sample]) -> tuple[np.ndarray, str]:
     """(float64 [n], NaN where the reward failed; why it first did)."""
     if not samples:
         return np.zeros(0), ""
     try:
-        values = _checked(reward(samples), len(samples))
+        said: Any = part.reward(samples)
     except Exception as error:  # a reward may be anybody's code
         if len(samples) == 1:
             return np.full(1, math.nan), _reason(error)
-        alone = [_judge(reward, [sample]) for sample in samples]
+        alone = [_judge(part, [sample]) for sample in samples]
         return np.concatenate([value for value, _ in alone]), next((why for _, why in alone if why), "")
+    try:
+        values = numbers_of(said, len(samples))
+    except ValueError as wrong:
+        raise RewardError(f"--reward {part.word or part.name} {wrong}") from None
     finite = np.isfinite(values)
     return np.where(finite, values, math.nan), "" if finite.all() else f"it gave {values[~finite][0]}"
 
@@ -207,13 +216,6 @@ def _reason(error: Exception) -> str:
     """One line; a ValueError of ours says enough without its name."""
     text = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
     return (text.splitlines() or [type(error).__name__])[0]
-
-
-def _checked(values: object, count: int) -> np.ndarray:
-    array = np.asarray(values, np.float64)
-    if array.shape != (count,):
-        raise ValueError(f"it gave an array of shape {list(array.shape)} for {count} samples")
-    return array
 
 
 def _number(text: str) -> float | None:

@@ -26,7 +26,7 @@ def unwell(samples: list[Sample]) -> list[float]:
 
 
 def short(samples: list[Sample]) -> list[float]:
-    """A reward that loses a sample."""
+    """A reward that loses a sample; tests put others in its place."""
     return [1.0] * (len(samples) - 1)
 
 

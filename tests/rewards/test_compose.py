@@ -3,12 +3,15 @@
 import math
 import sys
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 
 from minimind.rewards import RewardError, Scores, SignalWatch, degenerate, parse_rewards, summary
 from minimind.rewards.compose import Spec
+from tests.rewards import samples
 from tests.rewards.samples import sample
 
 HERE = "tests.rewards.samples"
@@ -131,10 +134,59 @@ def test_a_run_may_stop_instead():
     assert rewards(SAMPLES[:1]).total.tolist() == [3]
 
 
-def test_a_reward_that_loses_samples_has_failed():
-    scores = parse_rewards([f"function={HERE}:short"])(SAMPLES)
-    assert not scores.kept.any()
-    assert scores.failures["function"].first == "it gave an array of shape [0] for 1 samples"
+@pytest.mark.parametrize("on_error", ["drop", "stop", "-1"])
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ([1.0], "returned 1 value for 4 samples"),
+        ([], "returned 0 values"),
+        ((1.0,) * 5, "returned 5 values"),
+        (0.5, "returned float 0.5, no list,"),
+        (np.float32(0.5), r"returned float32 .*, no list,"),
+        (torch.tensor(0.5), r"returned Tensor tensor\(0.5000\), no list,"),
+        (None, "returned None, no list,"),
+        ("1234", "returned str '1234', no list,"),
+        ({0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}, "returned dict"),
+        ((x for x in (1.0, 2.0, 3.0, 4.0)), "returned generator"),
+        (["1", "2", "3", "4"], "returned str '1', no number,"),
+        (np.array(["1", "2", "3", "4"]), "returned str '1', no number,"),
+        ([1.0, 2.0, [3.0], 4.0], r"returned list \[3.0\], no number,"),
+        (np.ones((4, 1)), r"returned list \[1.0\], no number,"),
+        (torch.ones(4, 1), r"returned list \[1.0\], no number,"),
+        ([1.0, 2.0, 3.0, 1j], "returned complex 1j, no number,"),
+        ([10**400, 1, 1, 1], r"returned int 1000\S+\.\.\., no number,"),
+    ],
+)
+def test_what_are_no_rewards_is_refused_at_once(said, named, on_error, monkeypatch):
+    """Not asked again sample by sample: the function is wrong, whatever the samples are."""
+    asked = []
+    monkeypatch.setattr(samples, "short", lambda s: (asked.append(len(s)), said)[1])
+    message = rf"^--reward function={HERE}:short {named}.*: it must return a list of 4 numbers, one for each$"
+    with pytest.raises(RewardError, match=message) as caught:
+        parse_rewards(["regex=e", f"function={HERE}:short:2"], on_error)(SAMPLES)
+    assert asked == [4] and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        (1, 0, 1, True), [np.float16(1), np.int64(0), np.bool_(True), torch.tensor(1)], np.array([1, 0, 1, 1], bool),
+        torch.tensor([1.0, 0, 1, 1], dtype=torch.bfloat16, requires_grad=True), [1, None, 1, Fraction(1)],
+    ],
+)  # fmt: skip
+def test_numbers_of_any_kind_are_rewards(said, monkeypatch):
+    monkeypatch.setattr(samples, "short", lambda s: said)
+    scores = parse_rewards([f"function={HERE}:short"], "0")(SAMPLES)
+    assert scores.total.tolist() == [1, 0, 1, 1]
+    failed = {name: (f.count, f.first) for name, f in scores.failures.items()}
+    assert failed == ({"function": (1, "it gave nan")} if None in list(said) else {})
+
+
+def test_a_reward_that_raises_for_a_batch_and_then_gives_a_number_alone(monkeypatch):
+    monkeypatch.setattr(samples, "short", lambda s: 1.0 if len(s) == 1 else 1 / 0)
+    message = "returned float 1.0, no list, for 1 sample: it must return a list of one number"
+    with pytest.raises(RewardError, match=message):
+        parse_rewards([f"function={HERE}:short"])(SAMPLES)
 
 
 def scores_of(total: list[float]) -> Scores:

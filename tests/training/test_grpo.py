@@ -209,6 +209,11 @@ def test_failing_rewards_are_counted_and_the_run_goes_on_or_stops(origin, prompt
         ValueError, match="no held-out answer could be scored; mend the reward, or measure nothing"
     ):
         attempt(origin, prompts, tmp_path / "held", reward=broken)
+    message = (
+        rf"--reward {TOY}one_for_all returned 1 value for \d+ samples: it must return a list of \d+ numbers"
+    )
+    with pytest.raises(ValueError, match=message):
+        attempt(origin, prompts, tmp_path / "one", reward=(TOY + "one_for_all",))
 
 
 def test_equal_rewards_are_warned_of_and_change_nothing(origin, prompts, tmp_path):

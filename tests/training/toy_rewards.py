@@ -23,6 +23,10 @@ def always_raises(samples: Sequence[Sample]) -> list[float]:
     raise RuntimeError("out of order")
 
 
+def one_for_all(samples: Sequence[Sample]) -> list[float]:
+    return [1.0]
+
+
 def all_equal(samples: Sequence[Sample]) -> list[float]:
     return [0.5] * len(samples)
 
