@@ -28,7 +28,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
 import torch
-import tyro
 from rich.console import Console
 
 from bench.campaign_slices import LIMIT, Slice, slices
@@ -38,6 +37,7 @@ from bench.running import execute, last_line
 from minimind.data.files import write_atomically, write_json
 from minimind.device import choose_device, describe_device
 from minimind.display import duration
+from minimind.stdio import command_line
 from minimind.training.run_folder import versions
 
 ROOT = Path(__file__).parents[1]
@@ -183,7 +183,7 @@ def _visible(device: torch.device) -> dict[str, str]:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the slice that runs is ended, not left behind
     try:
-        status = main(tyro.cli(Args, description=__doc__))
+        status = main(command_line(Args, __doc__))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

@@ -26,7 +26,6 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
-import tyro
 from rich.console import Console
 
 from bench.card_questions import Question, Setting, questions, run_folder
@@ -35,6 +34,7 @@ from bench.kernel_report import slug
 from bench.running import execute
 from minimind.data.files import write_json
 from minimind.display import duration
+from minimind.stdio import command_line
 from minimind.training.run_folder import versions
 
 ROOT = Path(__file__).parents[1]
@@ -208,7 +208,7 @@ def wanted(every: Sequence[Question], args: Args) -> list[Question]:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is ended, and the archive written
     try:
-        status = main(tyro.cli(Args, description=__doc__))
+        status = main(command_line(Args, __doc__))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

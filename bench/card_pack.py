@@ -26,7 +26,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
-import tyro
 import zstandard
 from rich.console import Console
 
@@ -34,6 +33,7 @@ from bench.card_questions import OF_A_CARD
 from minimind.data import builtin_corpus, open_corpus
 from minimind.data.reader import read_documents
 from minimind.native_build import PARTS, REPORT, library_name, source_hash
+from minimind.stdio import command_line
 from minimind.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -218,7 +218,7 @@ def link_present(python: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        status = main(tyro.cli(Args, description=__doc__))
+        status = main(command_line(Args, __doc__))
     except (ValueError, OSError, subprocess.CalledProcessError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

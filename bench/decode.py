@@ -28,7 +28,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
 import torch
-import tyro
 from rich.console import Console
 from torch import Tensor
 
@@ -43,6 +42,7 @@ from minimind.device import choose_device, describe_device
 from minimind.display import duration
 from minimind.export.gguf import export_gguf
 from minimind.modeling import Model
+from minimind.stdio import command_line
 from minimind.tokenization import load_tokenizer
 from minimind.training.run_folder import versions
 from minimind.weights import load_model, save_weights
@@ -291,7 +291,7 @@ def _check(args: Args) -> torch.device:
 
 if __name__ == "__main__":
     try:
-        outcome = main(tyro.cli(Args, description=__doc__))
+        outcome = main(command_line(Args, __doc__))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

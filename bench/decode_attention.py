@@ -30,7 +30,6 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-import tyro
 from rich.console import Console
 from torch import Tensor
 
@@ -40,6 +39,7 @@ from minimind import native
 from minimind.config import PRESETS, ModelConfig
 from minimind.device import choose_device, choose_precision, describe_device
 from minimind.inference import decode_ops
+from minimind.stdio import command_line
 from minimind.training.run_folder import versions
 from minimind.varlen import PAGED, varlen_attn
 
@@ -280,7 +280,7 @@ def main(args: Args) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        outcome = main(tyro.cli(Args, description=__doc__))
+        outcome = main(command_line(Args, __doc__))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

@@ -24,11 +24,11 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
-import tyro
 
 from bench.kernel_report import append, check_columns, columns_of, slug
 from minimind.config import PRESETS
 from minimind.device import choose_device, describe_device
+from minimind.stdio import command_line
 from minimind.training.metrics import read_metrics
 from minimind.training.run_folder import versions
 
@@ -152,7 +152,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        result = main(tyro.cli(Args, description=__doc__))
+        result = main(command_line(Args, __doc__))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

@@ -32,7 +32,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +39,7 @@ from bench.host_worker import CALLS, OPS, Worker, workers
 from bench.kernel_report import append, check_columns, columns_of, slug
 from minimind.config import PRESETS
 from minimind.device import describe_device
+from minimind.stdio import command_line
 
 Seconds = list[tuple[float, float]]
 
@@ -167,7 +167,7 @@ def main(args: Args) -> list[Row]:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps([dataclasses.asdict(row) for row in main(tyro.cli(Args, description=__doc__))]))
+        print(json.dumps([dataclasses.asdict(row) for row in main(command_line(Args, __doc__))]))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

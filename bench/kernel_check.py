@@ -18,13 +18,13 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
 import torch
-import tyro
 
 from bench.kernel_cases import BUILDERS, Case, applies, build
 from bench.parity import ALLOWED, worst_ratio
 from minimind.config import PRESETS
 from minimind.device import choose_device, choose_precision
 from minimind.kernels.triton_support import why_no_triton
+from minimind.stdio import command_line
 
 TOKENS = 77  # no multiple of any tile
 
@@ -73,7 +73,7 @@ def main(args: Args) -> int:
 
 if __name__ == "__main__":
     try:
-        status = main(tyro.cli(Args, description=__doc__))
+        status = main(command_line(Args, __doc__))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

@@ -26,7 +26,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
 import torch
-import tyro
 from rich.console import Console
 
 from bench import tuning
@@ -37,6 +36,7 @@ from bench.timing import PASSES, Timing, first_line, limits, measure, step_of
 from minimind.config import PRESETS
 from minimind.device import choose_device, choose_precision, describe_device
 from minimind.kernels.triton_support import why_no_triton
+from minimind.stdio import command_line
 from minimind.training.run_folder import versions
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -233,7 +233,7 @@ def main(args: Args) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        outcome = main(tyro.cli(Args, description=__doc__))
+        outcome = main(command_line(Args, __doc__))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

@@ -25,7 +25,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +32,7 @@ from bench.kernel_report import append, check_columns, columns_of, plt, slug
 from bench.memory import Usage, measure
 from minimind.data import Corpus, PackedLoader, builtin_corpus, open_corpus
 from minimind.device import describe_device
+from minimind.stdio import command_line
 from minimind.tokenization import load_tokenizer
 from minimind.training.run_folder import versions
 
@@ -210,7 +210,7 @@ def plot_memory(usages: Sequence[Usage], path: Path, title: str) -> None:
 
 if __name__ == "__main__":
     try:
-        outcome = main(tyro.cli(Args, description=__doc__))
+        outcome = main(command_line(Args, __doc__))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

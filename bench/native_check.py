@@ -19,7 +19,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
 import torch
-import tyro
 from torch import Tensor
 
 from minimind.config import ModelConfig
@@ -28,6 +27,7 @@ from minimind.inference import decode_ops
 from minimind.inference.decode_step import DecodeWeights, decode_step
 from minimind.modeling import Model
 from minimind.rope import rope_cos_sin
+from minimind.stdio import command_line
 
 FP8 = torch.float8_e4m3fn
 PAGE = 16
@@ -179,7 +179,7 @@ def main(args: Args) -> int:
 
 if __name__ == "__main__":
     try:
-        status = main(tyro.cli(Args, description=__doc__))
+        status = main(command_line(Args, __doc__))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

@@ -27,7 +27,6 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +34,7 @@ from bench.kernel_report import append, check_columns, columns_of, slug
 from minimind.data.cache import open_corpus
 from minimind.data.corpus import builtin_corpus
 from minimind.device import choose_device, describe_device
+from minimind.stdio import command_line
 from minimind.tokenization import load_tokenizer
 from minimind.training.metrics import read_metrics
 from minimind.training.run_folder import versions
@@ -272,7 +272,7 @@ def main(args: Args) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        outcome = main(tyro.cli(Args, description=__doc__))
+        outcome = main(command_line(Args, __doc__))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

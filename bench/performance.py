@@ -19,7 +19,6 @@ from textwrap import fill
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
-import tyro
 
 from bench.campaign_slices import slices
 from bench.performance_projection import default_tiles, minimind_zero
@@ -27,6 +26,7 @@ from bench.performance_readme import blocks
 from bench.performance_rows import RESULTS, Device, devices
 from bench.performance_tables import sections
 from bench.performance_targets import CPU, GPU, NEEDS_CARD, UNEXPLAINED, judged, table
+from minimind.stdio import command_line
 
 ROOT = Path(__file__).parents[1]
 PAGE = "docs/PERFORMANCE.md"
@@ -203,7 +203,7 @@ def main(args: Args) -> int:
 
 if __name__ == "__main__":
     try:
-        status = main(tyro.cli(Args, description=__doc__))
+        status = main(command_line(Args, __doc__))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

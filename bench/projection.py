@@ -19,7 +19,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
 import torch
-import tyro
 from rich.console import Console
 
 from bench.kernel_report import append
@@ -29,6 +28,7 @@ from minimind.config import ModelConfig
 from minimind.data.store import Corpus
 from minimind.device import describe_device
 from minimind.modeling import Model
+from minimind.stdio import command_line
 from minimind.training.run_folder import versions
 
 COUNTS = Path(__file__).parent / "results" / "bytes-per-token.csv"
@@ -144,7 +144,7 @@ def headline(rows: Sequence[Row], corpus: Corpus, console: Console) -> dict[str,
 
 if __name__ == "__main__":
     try:
-        for count in main(tyro.cli(Args, description=__doc__)):
+        for count in main(command_line(Args, __doc__)):
             print(f"{count.data}: {count.bytes / count.tokens:.3f} bytes a token")
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None

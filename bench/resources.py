@@ -29,7 +29,6 @@ if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # compiled is what is asked for
 
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -39,6 +38,7 @@ from bench.capture import Compilation, capture
 from bench.capture_cases import cases
 from bench.compiling import Resources, compile_one
 from bench.occupancy import CARDS
+from minimind.stdio import command_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -200,7 +200,7 @@ def main(args: Args) -> int:
 
 if __name__ == "__main__":
     try:
-        status = main(tyro.cli(Args, description=__doc__))
+        status = main(command_line(Args, __doc__))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

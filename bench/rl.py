@@ -29,7 +29,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +39,7 @@ from bench.timing import first_line, peak_mib, start_deaf
 from minimind.config import PRESETS, ModelConfig
 from minimind.device import choose_device, choose_precision, describe_device
 from minimind.modeling import Model
+from minimind.stdio import command_line
 from minimind.training.run_folder import versions
 from minimind.weights import load_model, save_weights
 
@@ -282,7 +282,7 @@ def _check(args: Args) -> torch.device:
 
 if __name__ == "__main__":
     try:
-        outcome = main(tyro.cli(Args, description=__doc__))
+        outcome = main(command_line(Args, __doc__))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

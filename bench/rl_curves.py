@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import matplotlib
 import tyro
 
+from minimind.stdio import command_line
 from minimind.training.metrics import read_metrics, smooth
 
 matplotlib.use("Agg")
@@ -78,7 +79,7 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(command_line(Args, __doc__))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

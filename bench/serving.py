@@ -36,7 +36,6 @@ if __name__ == "__main__":
 import httpx
 import numpy as np
 import torch
-import tyro
 from rich.console import Console
 
 from bench.decode import random_model
@@ -47,6 +46,7 @@ from minimind.device import choose_device, describe_device
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams
 from minimind.modeling import Model
+from minimind.stdio import command_line
 from minimind.tokenization import load_tokenizer
 from minimind.training.run_folder import versions
 from minimind.weights import load_model, save_weights
@@ -289,7 +289,7 @@ def _check(args: Args) -> torch.device:
 
 if __name__ == "__main__":
     try:
-        outcome = main(tyro.cli(Args, description=__doc__))
+        outcome = main(command_line(Args, __doc__))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

@@ -31,7 +31,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
 import torch
-import tyro
 from rich.console import Console
 
 from bench import projection
@@ -46,6 +45,7 @@ from minimind.data.store import Corpus
 from minimind.device import choose_device, choose_precision, describe_device
 from minimind.display import duration
 from minimind.modeling import Model
+from minimind.stdio import command_line
 from minimind.training.optim import OptimizerName
 from minimind.training.run_folder import versions
 
@@ -284,7 +284,7 @@ def _apart(values: Sequence[str]) -> tuple[str, ...]:
 
 if __name__ == "__main__":
     try:
-        outcome = main(tyro.cli(Args, description=__doc__))
+        outcome = main(command_line(Args, __doc__))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

@@ -25,7 +25,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
 import torch
-import tyro
 from rich.console import Console
 
 from bench.decode import random_model
@@ -34,6 +33,7 @@ from minimind.config import PRESETS, ModelConfig
 from minimind.device import choose_device, choose_precision, describe_device
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams
+from minimind.stdio import command_line
 from minimind.training.profiling import PICTURE, StepProfiler, span
 from minimind.training.run_folder import versions
 
@@ -162,6 +162,6 @@ def spanned(function: Any, name: str) -> Any:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__))
+        main(command_line(Args, __doc__))
     except ValueError as problem:
         raise SystemExit(f"error: {problem}") from None

@@ -65,7 +65,11 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     prepare_output()
-    sys.exit(run(with_home(sys.argv[1:])))
+    try:
+        arguments = with_home(sys.argv[1:])
+    except ValueError as problem:
+        sys.exit(f"error: {problem}")
+    sys.exit(run(arguments))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ _PLAIN_SECONDS = 10.0
 # Fonts with Chinese characters, of Linux, macOS and Windows: runs are named after their data.
 _CHINESE = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "PingFang SC",
             "Microsoft YaHei", "SimHei")  # fmt: skip
+_IDEOGRAPH = re.compile(r"[\u2e80-\ud7ff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
+_WIDEST = 90  # characters of a title
 
 
 class Display:
@@ -90,14 +92,18 @@ def decoration(draw: Callable[P, None]) -> Callable[P, None]:
 
 
 def caption(text: str) -> str:
-    """`text` as matplotlib writes it: a $ begins no formula, bytes that are no UTF-8 become U+FFFD, and without a font
-    for Chinese a run of such characters becomes an ellipsis."""
-    from matplotlib.font_manager import get_font_names
+    """`text` as matplotlib writes it, in one line that fits: a $ begins no formula, bytes that are no UTF-8 become
+    U+FFFD, and a run of characters that no font here has becomes an ellipsis, as does the middle of what is long."""
+    from matplotlib.font_manager import findfont, get_font, get_font_names
 
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace("$", r"\$")
-    if not set(get_font_names()) & set(_CHINESE):
-        text = re.sub(r"[\u2e80-\ud7ff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]+", "…", text)
-    return text
+    known = set(get_font(findfont("DejaVu Sans")).get_charmap())
+    chinese = bool(set(get_font_names()) & set(_CHINESE))
+    text = re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
+    drawn = (c if ord(c) in known or (chinese and _IDEOGRAPH.fullmatch(c)) else "\0" for c in text)
+    text = re.sub("\0+", "…", "".join(drawn))
+    if len(text) > _WIDEST:
+        text = f"{text[: _WIDEST // 2]}…{text[-_WIDEST // 2 :]}"
+    return text.replace("$", r"\$")
 
 
 def duration(seconds: float) -> str:

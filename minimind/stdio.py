@@ -7,6 +7,11 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import TypeVar
+
+import tyro
+
+Flags = TypeVar("Flags")
 
 _TEXT = ("--prompt", "--system")  # flags that no path follows
 
@@ -20,13 +25,29 @@ def prepare_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def command_line(flags: type[Flags], description: str | None) -> Flags:
+    """The dataclass `flags` as the command line of a script fills it; every path of it may begin with ~."""
+    try:
+        arguments = with_home(sys.argv[1:])
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    return tyro.cli(flags, description=description, args=arguments)
+
+
 def with_home(arguments: Sequence[str]) -> list[str]:
     """The arguments with ~/ and ~user/ expanded where a path begins with it: a shell does so at the beginning of a word
-    alone, not in --out=~/run."""
+    alone, not in --out=~/run. ValueError for a user that is not there."""
     expanded: list[str] = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         flag, equals, path = argument.partition("=") if argument.startswith("--") else (before, "", argument)
-        if flag not in _TEXT and re.match(r"~[^/\s]*/", path):
-            argument = f"{flag}=" * bool(equals) + os.path.expanduser(path)
+        begins = re.match(r"~[^/\s]*(/|$)" if equals else r"~[^/\s]*/", path)
+        if flag not in _TEXT and begins:
+            found = os.path.expanduser(path)
+            if found == path and not os.path.exists(begins[0]):
+                raise ValueError(
+                    f"{flag} {path}: there is no such user; write ./~ for a name that begins so".lstrip()
+                )
+            argument = f"{flag}=" * bool(equals) + found
         expanded.append(argument)
     return expanded

@@ -7,24 +7,38 @@ import shlex
 import subprocess
 import sys
 import warnings
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from minimind.data.progress import say
 from minimind.display import caption
-from minimind.stdio import with_home
+from minimind.stdio import command_line, with_home
 from minimind.training.figures import plot_figures
 from minimind.training.metrics import plot_losses
 from minimind.training.rl_view import draw_curves
+
+ROOT_HOME = Path("~root").expanduser()
 
 
 def test_a_picture_of_anything_is_drawn_without_a_word(tmp_path, capsys):
     """Chinese, emoji, dollars and bytes that are no text in the title, and gradients that are all zero."""
     row = {"kind": "train", "tokens": 1, "loss": 2.0, "grad_norm": 0.0, "lr": 1e-3}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    for title in ("pretrain-nano-唐诗 🦜", "cost_$5_to_$9^", os.fsdecode(b"gbk_\xca\xfd")):
+    titles = [
+        "pretrain-nano-唐诗 🦜",
+        "cost_$5_to_$9^",
+        r"a\$b$^{_",
+        "x" * 250,
+        "लिपि ไทย\n\t",
+        "\ud800",
+        "",
+        "$",
+    ]
+    for title in (*titles, os.fsdecode(b"gbk_\xca\xfd")):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png", title)
@@ -36,9 +50,11 @@ def test_a_picture_of_anything_is_drawn_without_a_word(tmp_path, capsys):
 def test_a_title_is_what_matplotlib_can_write(monkeypatch):
     monkeypatch.setattr("matplotlib.font_manager.get_font_names", lambda: ["DejaVu Sans"])
     assert caption("cost_$5, 唐诗三百首 é") == r"cost_\$5, … é"
-    assert caption(os.fsdecode(b"gbk_\xca")) == "gbk_\N{REPLACEMENT CHARACTER}"
+    assert caption(os.fsdecode(b"gbk_\xca")) == caption("gbk_\ud800") == "gbk_\N{REPLACEMENT CHARACTER}"
+    assert caption("run 🦜🦜 of ไทย\nx") == "run … of …x"
+    assert caption("a" * 50 + "b" * 50) == "a" * 45 + "…" + "b" * 45
     monkeypatch.setattr("matplotlib.font_manager.get_font_names", lambda: ["Noto Sans CJK SC"])
-    assert caption("唐诗") == "唐诗"
+    assert caption("唐诗 🦜") == "唐诗 …"
 
 
 def test_a_picture_fails_no_run(tmp_path, capsys):
@@ -62,11 +78,46 @@ def test_a_picture_fails_no_run(tmp_path, capsys):
         (["--out", "~/x", "~/a b.jsonl", "a~/b"], ["--out", "/home/me/x", "/home/me/a b.jsonl", "a~/b"]),
         (["--prompt", "~/x", "--prompt=~/x", "--name", "~", "--reward=a=~/b"],
          ["--prompt", "~/x", "--prompt=~/x", "--name", "~", "--reward=a=~/b"]),
+        (["--out=~", "--data=~/x.jsonl:2.0", "--prompt=~", "--out=a~", "$HOME/x"],
+         ["--out=/home/me", "--data=/home/me/x.jsonl:2.0", "--prompt=~", "--out=a~", "$HOME/x"]),
+        (["--out=~root/x", "--out=~root"], [f"--out={ROOT_HOME}/x", f"--out={ROOT_HOME}"]),
     ],
 )  # fmt: skip
 def test_a_tilde_means_home(given, expected, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert with_home(given) == expected
+
+
+def test_a_home_that_is_not_there(tmp_path, monkeypatch):
+    """Rather than a folder of that name. What is there is meant."""
+    monkeypatch.chdir(tmp_path)
+    for given in (["--out=~nobody-at-all/x"], ["--out", "~nobody-at-all/x"], ["--out=~nobody-at-all"]):
+        with pytest.raises(
+            ValueError, match=r"~nobody-at-all\S*: there is no such user; write \./~ for a name"
+        ):
+            with_home(given)
+    (tmp_path / "~nobody-at-all").mkdir()
+    assert with_home(["--out=~nobody-at-all/x"]) == ["--out=~nobody-at-all/x"]
+
+
+@dataclass
+class Flags:
+    out: str = ""
+
+
+def test_every_script_reads_its_flags_in_one_place(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(sys, "argv", ["x", "--out=~/y"])
+    assert command_line(Flags, None).out == "/home/me/y"
+    monkeypatch.setattr(sys, "argv", ["x", "--out=~nobody-at-all/y"])
+    with pytest.raises(SystemExit) as stopped:
+        command_line(Flags, None)
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: --out ~nobody-at-all/y: ")
+    root = Path(__file__).parents[1]
+    for folder in ("train", "bench", "minimind"):
+        for path in (root / folder).rglob("*.py"):
+            if path.name not in ("stdio.py", "cli.py"):
+                assert "tyro.cli(" not in path.read_text(encoding="utf-8"), path
 
 
 def test_lines_are_shown_as_they_are(capsys):

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from minimind.data.reader import expand_paths, iter_texts
-from minimind.stdio import prepare_output
+from minimind.stdio import command_line, prepare_output
 from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.tokenization.training import train_bpe
 
@@ -150,7 +149,7 @@ def report(path: Path, tokenizer: Tokenizer, on_bad_row: str) -> None:
 if __name__ == "__main__":
     prepare_output()
     try:
-        main(tyro.cli(Config, description=__doc__))
+        main(command_line(Config, __doc__))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

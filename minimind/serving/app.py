@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,7 +20,8 @@ from minimind.serving.errors import ApiError, documented, install_handlers
 from minimind.serving.gate import Gate
 from minimind.serving.service import Service
 
-LOOPBACK = r"https?://(localhost|127(\.\d+){3}|\[::1\])(:\d+)?"  # origins of pages that this machine serves
+# Origins of what this machine serves: pages, and programs in a web view, whose scheme is their own (tauri://localhost).
+LOOPBACK = r"[a-z][a-z0-9+.-]*://(([a-z0-9-]+\.)*localhost|127(\.\d+){3}|0\.0\.0\.0|\[::1\])(:\d+)?"
 
 
 def create_app(service: Service) -> FastAPI:
@@ -38,10 +40,14 @@ def create_app(service: Service) -> FastAPI:
         app.include_router(router(service), dependencies=protected)
     app.include_router(state_router(service))
     app.add_middleware(Gate, api_key=service.api_key, max_body=service.max_body, metrics=service.metrics)
-    app.add_middleware(  # before the gate: a browser asks whether it may send the key before it sends it
-        CORSMiddleware, allow_origins=service.allow_origins, allow_origin_regex=LOOPBACK,
-        allow_methods=["GET", "POST"], allow_headers=["*"],
-    )  # fmt: skip
+    options: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
+    options |= {"allow_origins": service.allow_origins, "allow_origin_regex": LOOPBACK}
+    if "allow_private_network" in inspect.signature(CORSMiddleware).parameters:
+        options["allow_private_network"] = (
+            True  # a page of the internet that may call calls into this network
+        )
+    # before the gate: a browser asks whether it may send the key before it sends it
+    app.add_middleware(CORSMiddleware, **options)
     return app
 
 

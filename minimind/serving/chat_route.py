@@ -28,7 +28,9 @@ from minimind.serving.worker import Generation
 def chat_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", responses=documented_stream(400, 401, 404, 413, 422, 429, 500, 503))
+    @router.post(
+        "/v1/chat/completions", responses=documented_stream(400, 401, 404, 413, 415, 422, 429, 500, 503)
+    )
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         service.check_model(asked.model)
         answer = await ChatAnswer.begin(service, asked)
@@ -71,11 +73,12 @@ class ChatAnswer:
 
     @classmethod
     async def begin(cls, service: Service, asked: ChatRequest) -> ChatAnswer:
-        if asked.max_tokens is not None and asked.max_completion_tokens is not None:
+        limits = {asked.max_tokens, asked.max_completion_tokens} - {None}
+        if len(limits) > 1:
             raise ApiError(400, "max_tokens and max_completion_tokens are one limit: give one of them")
         if asked.top_logprobs and not asked.logprobs:
             raise ApiError(400, "top_logprobs: only with logprobs", param="top_logprobs")
-        limit = asked.max_tokens or asked.max_completion_tokens
+        limit = next(iter(limits), None)
         params = service.params(asked, limit, (asked.top_logprobs or 0) if asked.logprobs else None)
         if asked.parallel_tool_calls is False and asked.tools:
             params = replace(params, stop=(*params.stop, END_CALL))

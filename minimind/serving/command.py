@@ -152,9 +152,10 @@ def _is_loopback(host: str) -> bool:
 
 def _check(args: Args) -> None:
     for origin in args.allow_origin:
-        if origin != "*" and not re.fullmatch(r"https?://[^/?#\s]+", origin):
+        if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s*]+", origin):
             raise ValueError(
-                f"--allow-origin {origin}: scheme and host alone, such as https://chat.example.com, or '*'"
+                f"--allow-origin {origin}: scheme and host alone, such as https://chat.example.com, or '*', or null "
+                "for pages opened as files"
             )
     for flag, value, least in (
         ("max-queue", args.max_queue, 0), ("max-tokens", args.max_tokens, 1), ("drain-seconds", args.drain_seconds, 0),

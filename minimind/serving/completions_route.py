@@ -26,7 +26,7 @@ DEFAULT_TOKENS = 16  # as OpenAI's
 def completions_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/v1/completions", responses=documented_stream(400, 401, 404, 413, 422, 429, 500, 503))
+    @router.post("/v1/completions", responses=documented_stream(400, 401, 404, 413, 415, 422, 429, 500, 503))
     async def completions(asked: CompletionRequest, request: Request) -> Response:
         service.check_model(asked.model)
         answer = await Continuation.begin(service, asked)
@@ -48,8 +48,8 @@ class Continuation:
 
     @classmethod
     async def begin(cls, service: Service, asked: CompletionRequest) -> Continuation:
-        for name in ("echo", "suffix", "best_of"):
-            if getattr(asked, name):
+        for name, neutral in (("echo", False), ("suffix", ""), ("best_of", asked.n or 1)):
+            if getattr(asked, name) not in (None, neutral):
                 raise ApiError(400, f"{name}: not served", param=name)
         params = service.params(asked, asked.max_tokens or DEFAULT_TOKENS, asked.logprobs)
         prompts = [

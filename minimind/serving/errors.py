@@ -96,7 +96,9 @@ async def _http(request: Request, problem: Exception) -> JSONResponse:
     if isinstance(problem, ApiError):
         return problem.response()
     assert isinstance(problem, HTTPException)
-    message = f"{request.method} {request.url.path}: {problem.detail}"
+    path = request.url.path
+    hint = "" if path.startswith("/v1/") or problem.status_code != 404 else "; what there is lies below /v1"
+    message = f"{request.method} {path}: {problem.detail}{hint}"
     return JSONResponse(error_body(problem.status_code, message), problem.status_code, problem.headers)
 
 

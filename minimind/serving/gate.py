@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import re
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -10,14 +11,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from minimind.serving.errors import ApiError
 from minimind.serving.metrics import Metrics
 
-FORM = "application/x-www-form-urlencoded"
+JSON = re.compile(r"application/([\w.+-]+\+)?json\s*(;.*)?", re.IGNORECASE)
 
 
 class Gate:
     """Below /v1 it asks for the key, where there is one. Counts responses by route and status.
 
-    A body that is not said to be JSON is read as JSON all the same: curl -d calls it a form. Not one that a web page of
-    another origin sends: its browser asks before it sends JSON, and does not before it sends a form.
+    A body that is not said to be JSON is read as JSON all the same: curl -d calls it a form, fetch in Node plain text.
+    Not one that a web page sends: its browser asks before it sends JSON, and does not before it sends a form or text.
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None, max_body: int, metrics: Metrics) -> None:
@@ -40,7 +41,9 @@ class Gate:
             if self._key is not None and (scope["path"] + "/").startswith("/v1/"):
                 self._check_key(headers.get("authorization", ""), self._key)
             self._check_size(headers.get("content-length", "0"))
-            if headers.get("content-type", FORM).startswith(FORM) and "origin" not in headers:
+            if scope["method"] == "POST" and not JSON.fullmatch(headers.get("content-type", "").strip()):
+                if "origin" in headers:
+                    raise ApiError(415, "a web page says Content-Type: application/json with what it sends")
                 MutableHeaders(scope=scope)["content-type"] = "application/json"
         except ApiError as problem:
             await problem.response()(scope, receive, counted)

@@ -13,6 +13,7 @@ from minimind.serving.protocol import (
     Content,
     Message,
     NamedTool,
+    Said,
     TemplateOptions,
     Tool,
     ToolMessage,
@@ -107,9 +108,11 @@ def plain(message: Message) -> dict[str, Any]:
     return out
 
 
-def _arguments(text: str) -> Any:
+def _arguments(text: str | dict[str, Any]) -> Any:
     """As an object, which every template can write. What is none stays as the model wrote it: an answer that was cut
     within its arguments is part of a conversation that may go on."""
+    if isinstance(text, dict):
+        return text
     try:
         value = json.loads(text or "{}")
         return shallow(value) if isinstance(value, dict) else text
@@ -117,7 +120,7 @@ def _arguments(text: str) -> Any:
         return text
 
 
-def text(content: Content | None) -> str:
+def text(content: Content | Said | None) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(part.text for part in content)

@@ -18,6 +18,7 @@ from minimind.serving.worker import EngineWorker, Generation
 from minimind.tokenization import Tokenizer
 
 LEAST_TEMPERATURE = 1e-5  # above 0
+LEAST_TOP_P = 1e-6  # what 0 is taken for: the likeliest token alone
 
 
 @dataclass
@@ -76,16 +77,19 @@ class Service:
             raise ApiError(400, message, param="frequency_penalty")
         if asked.logit_bias:
             raise ApiError(400, "logit_bias: not served", param="logit_bias")
-        if asked.stream_options is not None and not asked.stream:
-            raise ApiError(400, "stream_options: only with stream", param="stream_options")
         given = asked.model_dump(
             include={"temperature", "top_p", "top_k", "min_p", "presence_penalty", "repetition_penalty", "n"},
             exclude_none=True,
         )
         if given.get("temperature", 1.0) < LEAST_TEMPERATURE:
             given["temperature"] = 0.0
+        if given.get("top_p") == 0:
+            given["top_p"] = LEAST_TOP_P
+        if given.get("top_k") == -1:
+            given["top_k"] = 0
         seed = None if asked.seed is None else asked.seed & MAX_SEED
-        stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
+        named = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+        stop = tuple(text for text in named if text)
         try:
             limit = self.context if max_tokens == -1 else max_tokens
             return SamplingParams(max_new_tokens=limit, seed=seed, stop=stop, logprobs=logprobs, **given)

@@ -95,13 +95,23 @@ class Turn:
 
 
 def connect(url: str, api_key: str | None) -> openai.OpenAI:
-    """A client of the server at `url`. A server on this machine is not asked for through the environment's proxy."""
+    """A client of the server at `url`. A server on this machine is not asked for through the environment's proxy.
+    ValueError, one line, for a proxy that cannot be used."""
     try:
-        local = ipaddress.ip_address(urlsplit(url).hostname or "").is_loopback
-    except ValueError:
-        local = urlsplit(url).hostname == "localhost"
-    http = openai.DefaultHttpxClient(trust_env=not local)
+        http = openai.DefaultHttpxClient(trust_env=not _is_local(urlsplit(url).hostname or ""))
+    except (ImportError, ValueError) as problem:  # SOCKS needs a package of its own
+        raise ValueError(
+            f"{url}: the environment's proxy: {problem}; name the server's host in NO_PROXY where it needs none"
+        ) from None
     return openai.OpenAI(base_url=url, api_key=api_key or "none", max_retries=0, http_client=http)
+
+
+def _is_local(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return f".{host.lower().rstrip('.')}".endswith(".localhost")
+    return address.is_loopback or address.is_unspecified  # 0.0.0.0, as servers say where they listen
 
 
 def parse_tools(text: str) -> list[dict[str, Any]]:

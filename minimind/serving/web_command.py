@@ -57,6 +57,9 @@ def main(args: Args) -> int:
             raise ValueError(f"{name} is missing: pip install 'minimind[web]'")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends what was started here, too
     if args.url is not None:
+        from minimind.serving.web_client import connect
+
+        connect(args.url, None)  # a proxy that cannot be used is said here, not in the page
         return _page(args, args.url, os.environ.copy())
     environment = {**os.environ, "MINIMIND_API_KEY": secrets.token_urlsafe(24)}  # the page alone knows it
     server = subprocess.Popen(server_command(args), stdout=subprocess.PIPE, text=True, env=environment)

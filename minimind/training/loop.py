@@ -450,8 +450,11 @@ class Trainer:
         except Exception as problem:  # a sample is decoration
             text = f"none ({type(problem).__name__}: {problem})"
         if self.parallel.main:
-            with self.run.samples.open("a", encoding="utf-8") as file:
-                file.write(f"=== step {self.step}\n{text}\n\n")
+            try:
+                with self.run.samples.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(f"=== step {self.step}\n{text}\n\n")
+            except OSError as problem:
+                self.display.say(f"{self.run.samples}: not written ({problem})")
         self.display.say(f"samples at step {self.step}\n{text}")
         self.clock = time.perf_counter()
 

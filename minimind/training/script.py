@@ -6,12 +6,11 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-import tyro
 from rich.console import Console
 
 from minimind.data.files import is_disk_full
 from minimind.data.progress import say
-from minimind.stdio import prepare_output, with_home
+from minimind.stdio import command_line, prepare_output
 from minimind.training.arguments import StageArgs
 from minimind.training.parallel import leave, rank
 
@@ -22,7 +21,7 @@ def run_script(main: Callable[[Args, Console], bool], args: type[Args], descript
     """Parse the flags of `args`, call main(flags, console) and exit: 0 when it is done, 130 when it was interrupted,
     2 after one line about bad input, which main raises as ValueError."""
     prepare_output()
-    parsed = tyro.cli(args, description=description, args=with_home(sys.argv[1:]))
+    parsed = command_line(args, description)
     console = Console(quiet=rank() > 0)
     try:
         done = main(parsed, console)

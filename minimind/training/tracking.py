@@ -1,9 +1,11 @@
 """Experiment trackers behind one small interface. The run id lives in the checkpoint, so a resumed run goes on
-drawing the same curve."""
+drawing the same curve. One that fails at the start is an error; one that fails later is left behind in a line."""
 
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -56,9 +58,12 @@ class HostedTracker:
         self.name = package
         module = _require(package, package)
         place = {"wandb": {"dir": str(folder)}, "swanlab": {"log_dir": str(folder / "swanlab")}}[package]
-        self.run = module.init(
-            project="minimind", name=folder.name, config=config, id=run_id, resume="allow", **place
-        )
+        try:
+            self.run = module.init(
+                project="minimind", name=folder.name, config=config, id=run_id, resume="allow", **place
+            )
+        except Exception as problem:
+            raise ValueError(f"--track {package}: {_line(problem)}; drop the flag, or mend that") from problem
         self.run_id: str | None = str(self.run.id)
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -68,6 +73,27 @@ class HostedTracker:
         self.run.finish()
 
 
+class GuardedTracker:
+    """A tracker is decoration: where it fails, the run goes on without it, and a line says so."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.name, self.run_id = tracker.name, tracker.run_id
+        self._tracker: Tracker = tracker
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._try(lambda: self._tracker.log(step, values))
+
+    def finish(self) -> None:
+        self._try(self._tracker.finish)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as problem:
+            self._tracker = NoTracker()
+            print(f"--track {self.name}: goes on without ({_line(problem)})", file=sys.stderr)
+
+
 def make_tracker(
     name: TrackerName, folder: Path, config: dict[str, Any], saved: dict[str, Any], start_step: int
 ) -> Tracker:
@@ -75,8 +101,13 @@ def make_tracker(
     if name == "none":
         return NoTracker()
     if name == "tensorboard":
-        return TensorBoardTracker(folder, start_step)
-    return HostedTracker(name, folder, config, saved["id"] if saved.get("name") == name else None)
+        return GuardedTracker(TensorBoardTracker(folder, start_step))
+    known = saved["id"] if saved.get("name") == name else None
+    return GuardedTracker(HostedTracker(name, folder, config, known))
+
+
+def _line(problem: Exception) -> str:
+    return str(problem).strip().partition("\n")[0] or type(problem).__name__
 
 
 def _require(module: str, package: str) -> Any:

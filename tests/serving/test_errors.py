@@ -1,15 +1,19 @@
 """Wrong requests: the status and shape that OpenAI's clients know, one line that says what to do, never a 500."""
 
+import inspect
 import json
 
 import pytest
 import torch
+from fastapi.middleware.cors import CORSMiddleware
 
 from minimind import load_tokenizer
-from minimind.inference.requests import MAX_SEED
+from minimind.inference.requests import MAX_SEED, Delta
+from minimind.serving.chat_route import Choice
 from minimind.serving.errors import error_body
 from minimind.serving.prompts import offered
-from minimind.serving.protocol import MAX_DEPTH, ChatRequest
+from minimind.serving.protocol import MAX_DEPTH, NEUTRAL, ChatRequest
+from minimind.serving.reply import ReplyParser
 from tests.inference.small import small_model
 from tests.serving.service import WEATHER, serving
 
@@ -35,7 +39,6 @@ def error_of(response, status):
     [
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty: not served"),
         ({"logit_bias": {"5": 1}}, 400, "logit_bias: not served"),
-        ({"stream_options": {"include_usage": True}}, 400, "only with stream"),
         ({"top_logprobs": 2}, 400, "only with logprobs"),
         ({"max_completion_tokens": 3}, 400, "one limit"),
         ({"n": 100}, 400, "at most 72 samples"),
@@ -50,9 +53,12 @@ def error_of(response, status):
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}}, 422, "schema: more than 64"),
         ({"temperature": 2.5}, 422, "less than or equal to 2"),
         ({"temperature": "hot"}, 422, "temperature"),
-        ({"top_p": 0}, 422, "top_p"),
+        ({"top_p": -0.1}, 422, "top_p"),
+        ({"top_k": -2}, 422, "top_k"),
         ({"seed": 2**63}, 422, "seed"),
-        ({"stop": [""]}, 422, "stop"),
+        ({"stop": ["x"] * 17}, 422, "stop"),
+        ({"ignore_eos": True}, 422, "ignore_eos: Extra inputs are not permitted"),
+        ({"best_of": 2}, 422, "best_of: Extra inputs are not permitted"),
         ({"messages": []}, 422, "messages"),
         ({"messages": [{"role": "poet", "content": "x"}]}, 422, "messages.0"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 422, "text"),
@@ -60,7 +66,7 @@ def error_of(response, status):
         ({"max_tokens": -2}, 422, "max_tokens"),
         ({"reasoning_effort": "high"}, 422, "reasoning_effort: Input should be 'medium'"),
         ({"functions": [{"name": "f"}]}, 422, "functions: List should have at most 0 items"),
-        ({"prediction": {"type": "content", "content": "x"}}, 422, "prediction: Extra inputs are not permitted"),
+        ({"web_search_options": {}}, 422, "web_search_options: Extra inputs are not permitted"),
         ({"modalities": ["text", "audio"]}, 422, "modalities: List should have at most 1 item"),
         ({"sampler": 1}, 422, "sampler: Extra inputs are not permitted"),
         ({"model": "gpt-5"}, 404, "this server has 'tiny'"),
@@ -139,6 +145,35 @@ def test_calls_that_were_cut_or_malformed_stay_part_of_the_conversation(server, 
     assert f'"arguments": {written}}}' in text
 
 
+WRITTEN = """<think>
+so
+</think>
+I ask.<tool_call>
+{"name": "weather", "arguments": {"city": "\\u00c5s \\"x\\"", "days": [1, {"a": null}]}}
+</tool_call>
+<tool_call>{"name": "clock", "arguments": "now"}</tool_call>"""
+
+
+def test_every_answer_that_max_tokens_may_cut_is_taken_back(server):
+    for end in range(len(WRITTEN) + 1):
+        choice = Choice(ReplyParser(tools=True))
+        choice.take(Delta("", 0, WRITTEN[:end], (), (), (), "length"))
+        message = {
+            "role": "assistant",
+            "content": choice.reply.content,
+            "reasoning_content": choice.reply.reasoning,
+        }
+        if choice.reply.calls:
+            message["tool_calls"] = [
+                {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}
+                for name, arguments in choice.reply.calls
+            ]
+        messages = [{"role": "user", "content": "hi"}, message, {"role": "user", "content": "go on"}]
+        ids, _ = server.service.prompts.prompt(ChatRequest(model="tiny", messages=messages))
+        text = server.service.tokenizer.decode(ids, skip_special_tokens=False)
+        assert all(name in text and arguments in text for name, arguments in choice.reply.calls[1:])
+
+
 ANSWERED = [
     {
         "role": "user",
@@ -164,11 +199,39 @@ ANSWERED = [
         {"logprobs": False, "top_logprobs": 0},
         {"response_format": {"type": "text", "json_schema": None}, "stream_options": None},
         {"tools": [{**WEATHER, "function": {**WEATHER["function"], "strict": None}, "extra": None}]},
+        {"tools": [{**WEATHER, "cache_control": {"type": "ephemeral"}}], "parallel_tool_calls": True},
+        {"tools": [{"function": {**WEATHER["function"], "returns": {"type": "string"}, "strict": True}}]},
+        {"metadata": {"chat": {"id": 1}}, "user": 7, "service_tier": "flex", "prompt_cache_retention": "24h"},
+        {"prediction": {"type": "content", "content": "hello"}, "store": True, "seed": -1, "logit_bias": {}},
+        {"max_completion_tokens": 2, "top_k": -1, "top_p": 0, "stop": ""},
+        {"stop": ["", "x"], "tools": [], "tool_choice": "auto", "frequency_penalty": 0, "n": 1},
+        {"stream_options": {"include_usage": True, "continuous_usage_stats": False}},
+        dict(NEUTRAL),
+        {"messages": [{"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, *ANSWERED]},
     ],
 )  # fmt: skip
 def test_what_changes_nothing_is_accepted(server, extra):
     response = server.http.post(CHAT, json={**HI, **extra})
     assert response.status_code == 200, response.text
+
+
+def test_values_of_the_edge_mean_what_they_say(server):
+    """A top_p of 0 is the likeliest token, a top_k of -1 all of them; an empty stop string stops nothing."""
+    likeliest = server.http.post(CHAT, json={**HI, "max_tokens": 8, "temperature": 0}).json()["choices"]
+    found = server.http.post(CHAT, json={**HI, "max_tokens": 8, "temperature": 1, "top_p": 0, "stop": [""]})
+    assert found.json()["choices"] == likeliest
+    drawn = [
+        server.http.post(CHAT, json={**HI, "max_tokens": 8, "seed": 3, "top_k": k}).json() for k in (-1, 0)
+    ]
+    assert drawn[0]["choices"] == drawn[1]["choices"]
+
+
+def test_arguments_as_an_object_are_those_of_their_json(server):
+    prompts = [
+        server.service.prompts.prompt(ChatRequest(model="tiny", messages=call_of(arguments)))
+        for arguments in ({"city": "Paris"}, '{"city": "Paris"}')
+    ]
+    assert prompts[0] == prompts[1]
 
 
 def test_null_in_a_schema_is_the_schemas_own():
@@ -193,25 +256,44 @@ def test_as_many_tokens_as_there_is_room_for(server):
     assert choice["finish_reason"] == "stop" or usage["total_tokens"] == server.service.context
 
 
-@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded"])
+@pytest.mark.parametrize(
+    "kind", [None, "", "application/x-www-form-urlencoded", "text/plain;charset=UTF-8", "text/json"]
+)
 def test_json_without_its_content_type_is_json(server, kind):
-    """curl -d says that it sends a form. A web page of another origin could, too, without asking."""
+    """curl -d says that it sends a form, fetch in Node that it is text. A web page could, too, without asking."""
     headers = {} if kind is None else {"Content-Type": kind}
     body = json.dumps(HI)
     assert server.http.post(CHAT, content=body, headers=headers).status_code == 200
-    error_of(
-        server.http.post(CHAT, content=body, headers={**headers, "Origin": "https://elsewhere.example"}), 422
-    )
+    for origin in ("https://elsewhere.example", "http://localhost:3000", "null"):
+        answer = server.http.post(CHAT, content=body, headers={**headers, "Origin": origin})
+        assert "Content-Type: application/json" in error_of(answer, 415)["message"]
 
 
-def preflight(running, origin):
-    asks = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+@pytest.mark.parametrize(
+    "kind", ["application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"]
+)
+def test_a_web_page_may_name_json_as_it_likes(server, kind):
+    headers = {"Content-Type": kind, "Origin": "http://localhost:3000"}
+    assert server.http.post(CHAT, content=json.dumps(HI), headers=headers).status_code == 200
+
+
+def test_a_path_without_v1_is_told_of_it(server):
+    assert "lies below /v1" in error_of(server.http.post("/chat/completions", json=HI), 404)["message"]
+    assert "below" not in error_of(server.http.get("/v1/poems"), 404)["message"]
+
+
+def preflight(running, origin, **more):
+    asks = {"Origin": origin, "Access-Control-Request-Method": "POST", **more}
     return running.http.options(
         CHAT, headers={**asks, "Access-Control-Request-Headers": "authorization,content-type"}
     )
 
 
-@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://127.0.0.1", "http://[::1]:8080"])
+@pytest.mark.parametrize(
+    "origin",
+    ["http://localhost:3000", "https://127.0.0.1", "http://[::1]:8080", "http://0.0.0.0:5173", "http://app.localhost",
+     "tauri://localhost", "capacitor://localhost"],
+)  # fmt: skip
 def test_pages_of_this_machine_may_call(server, origin):
     answer = preflight(server, origin)
     assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == origin
@@ -222,8 +304,10 @@ def test_pages_of_this_machine_may_call(server, origin):
 
 
 @pytest.mark.parametrize(
-    "origin", ["https://elsewhere.example", "http://localhost.elsewhere.example", "null"]
-)
+    "origin",
+    ["https://elsewhere.example", "http://localhost.elsewhere.example", "http://notlocalhost", "null", "app://obsidian.md",
+     "http://127.0.0.1.elsewhere.example", "chrome-extension://abcdef"],
+)  # fmt: skip
 def test_other_pages_may_not(server, origin):
     assert "access-control-allow-origin" not in preflight(server, origin).headers
     answer = server.http.post(CHAT, json=HI, headers={"Origin": origin})
@@ -238,6 +322,25 @@ def test_pages_that_were_named_may_call_and_need_no_key_to_ask():
         answer = running.http.post(CHAT, json=HI, headers={"Origin": "https://chat.example.com"})
         assert answer.status_code == 401
         assert answer.headers["access-control-allow-origin"] == "https://chat.example.com"
+
+
+def test_pages_of_files_and_of_programs_can_be_named():
+    with serving(allow_origins=("null", "app://obsidian.md")) as running:
+        for origin in ("null", "app://obsidian.md"):
+            assert preflight(running, origin).headers["access-control-allow-origin"] == origin
+        assert "access-control-allow-origin" not in preflight(running, "https://elsewhere.example").headers
+
+
+def test_what_a_browser_asks_before_it_leaves_the_internet(server):
+    asks = {"Access-Control-Request-Private-Network": "true"}
+    answer = preflight(server, "http://localhost:3000", **asks)
+    assert answer.status_code == 200
+    if "allow_private_network" in inspect.signature(CORSMiddleware).parameters:
+        assert answer.headers["access-control-allow-private-network"] == "true"
+    assert preflight(server, "https://elsewhere.example", **asks).status_code == 400
+    for method in ("PUT", "DELETE", "PATCH"):
+        answer = preflight(server, "http://localhost:3000", **{"Access-Control-Request-Method": method})
+        assert answer.status_code == 400 and "method" in answer.text
 
 
 def test_a_message_is_one_line_of_utf8():

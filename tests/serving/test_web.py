@@ -48,12 +48,31 @@ def ask(app, question):
     assert not app.exception
 
 
-@pytest.mark.parametrize("name", ["http_proxy", "ALL_PROXY"])
-def test_a_server_of_this_machine_is_not_sought_behind_a_proxy(server, name, monkeypatch):
-    monkeypatch.setenv(name, "socks5://127.0.0.1:9" if name == "ALL_PROXY" else "http://127.0.0.1:9")
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "https_proxy"])
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "http://127.0.0.1:9", "socks://127.0.0.1:9"])
+def test_a_server_of_this_machine_is_not_sought_behind_a_proxy(server, name, proxy, monkeypatch):
+    monkeypatch.setenv(name, proxy)
+    monkeypatch.setenv("NO_PROXY", "example.com")
     assert [model.id for model in connect(f"{server.root}/v1", None).models.list()] == ["tiny"]
     local = server.root.replace("127.0.0.1", "localhost")
     assert [model.id for model in connect(f"{local}/v1", None).models.list()] == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("127.8.9.1", True), ("[::1]", True), ("0.0.0.0", True), ("LOCALHOST", True),
+     ("app.localhost", True), ("localhost.", True), ("localhost.example", False), ("notlocalhost", False),
+     ("10.0.0.5", False), ("example.com", False)],
+)  # fmt: skip
+def test_which_hosts_are_this_machine(host, local, monkeypatch):
+    """Others are reached as the environment says, and a proxy that cannot be used is one line."""
+    monkeypatch.setenv("ALL_PROXY", "socks://proxy.example:1")
+    if local:
+        connect(f"http://{host}:8998/v1", None).close()
+    else:
+        with pytest.raises(ValueError, match=r"the environment's proxy: .*NO_PROXY") as caught:
+            connect(f"http://{host}:8998/v1", None)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_conversation(page):

@@ -168,6 +168,28 @@ def test_tracker_id_is_made_once_and_used_again(name, tmp_path, monkeypatch):
     assert service.calls[3]["id"] is None
 
 
+@pytest.mark.parametrize("name", ["wandb", "swanlab", "tensorboard"])
+def test_a_tracker_that_fails_is_left_behind(name, tmp_path, monkeypatch, capsys):
+    """Its network, its disk: the run goes on. What fails at its start is an error, before anything is computed."""
+    service = FakeService()
+    monkeypatch.setitem(sys.modules, name, service)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", service)
+    service.SummaryWriter = lambda *_, **__: service
+    tracker = tracking.make_tracker(name, tmp_path, {}, {}, 0)
+    service.log = service.add_scalar = service.finish = service.close = (
+        None  # as good as a network that is gone
+    )
+    for _ in range(3):
+        tracker.log(1, {"loss": 2.0})
+    tracker.finish()
+    said = capsys.readouterr().err
+    assert said.startswith(f"--track {name}: goes on without ('NoneType' object") and said.count("\n") == 1
+    if name != "tensorboard":
+        service.init = lambda **_: 1 / 0
+        with pytest.raises(ValueError, match=f"--track {name}: division by zero; drop the flag"):
+            tracking.make_tracker(name, tmp_path, {}, {}, 0)
+
+
 def test_missing_tracker_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"--track wandb: the package is not installed; run `pip install"):
