@@ -192,13 +192,26 @@ def base_of(folder: Path) -> Path:
 
 def another_base(folder: Path, path: Path) -> str | None:
     """None, or what tells the weights at `path` from those that the adapter in `folder` was trained on."""
-    known = _noted(folder / BASE).get("fingerprint")
-    if known is None and folder.parent.name == "checkpoints":  # of a run from before there was that file
-        known = _noted(folder.parents[1] / "config.json").get("weights")
+    known = _known_base(folder)
     if known is None:
         return None
     own = fingerprint(path)
     return None if known.split()[-1] == own.split()[-1] else f"trained on {known}, and {path} holds {own}"
+
+
+def named_alone(folder: Path) -> bool:
+    """Whether the adapter in `folder` only says a name of its base, as peft's do, which means another model in another
+    folder."""
+    named = _noted(folder / CONFIG).get("base_model_name_or_path")
+    return _known_base(folder) is None and isinstance(named, str) and not Path(named).is_absolute()
+
+
+def _known_base(folder: Path) -> str | None:
+    """The fingerprint of the weights that the adapter in `folder` was trained on, where it was noted."""
+    known = _noted(folder / BASE).get("fingerprint")
+    if known is None and folder.parent.name == "checkpoints":  # of a run from before there was that file
+        known = _noted(folder.parents[1] / "config.json").get("weights")
+    return known if isinstance(known, str) and known.strip() else None
 
 
 def _noted(path: Path) -> dict[str, Any]:

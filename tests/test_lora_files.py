@@ -14,6 +14,7 @@ from minimind.lora_files import (
     another_base,
     base_of,
     load_adapter,
+    named_alone,
     save_adapter,
 )
 from minimind.modeling import Model
@@ -206,3 +207,13 @@ def test_another_model_in_the_bases_place_is_refused(noted, project):
     with pytest.raises(ValueError, match=message):
         base_of(folder)
     assert "trained on" in another_base(folder, base)
+
+
+def test_a_base_that_is_only_named_is_told_of(project):
+    """As peft's adapters do: the name means another model here than where it was trained."""
+    _, base, folder = project
+    assert not named_alone(folder)
+    without_note(folder, base)
+    assert not named_alone(folder)
+    (folder.parents[1] / "config.json").unlink()
+    assert named_alone(folder)

@@ -15,7 +15,14 @@ from minimind.config import PRESETS, ModelConfig, YarnScaling
 from minimind.device import choose_device, choose_precision
 from minimind.inference.cache_dtype import FLOAT8, KVDTypeName
 from minimind.lora import merge_adapter, remove_adapters
-from minimind.lora_files import CONFIG, adapter_folder, another_base, base_of, load_adapter
+from minimind.lora_files import (
+    CONFIG,
+    adapter_folder,
+    another_base,
+    base_of,
+    load_adapter,
+    named_alone,
+)
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.weights import checkpoint_folder, load_model
@@ -98,6 +105,8 @@ def open_weights(
         notes.append(config.padding_note)
     model = load_model(path, config, device)
     if lora is not None:
+        if args.lora is None and named_alone(adapter_folder(lora)):
+            notes.append(f"{lora}: only says the name of its base model; {path.absolute()} is taken for it")
         if other := another_base(adapter_folder(lora), _weights_of(path)):
             notes.append(f"{lora}: {other}; right if that is the same model in another form")
         _adapt(model, lora, merge)

@@ -226,6 +226,23 @@ def test_an_adapter_of_grouped_attention_rides_on_granite(tmp_path, capsys):
     assert sum("lora_B" in name for name, _ in model.named_parameters()) == 4  # q and v of two layers
 
 
+def test_whom_a_name_is_taken_for_is_said(folder, tmp_path, capsys, monkeypatch):
+    """An adapter of peft's: nothing in it tells the base from another model of the same relative name."""
+    foreign = adapter(tmp_path / "adapter", CONFIGS["qwen3"], base=folder)
+    (foreign / "base_model.json").unlink(missing_ok=True)
+    settings = json.loads((foreign / "adapter_config.json").read_text())
+    (foreign / "adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": "my/base"})
+    )
+    shutil.copytree(folder, tmp_path / "my" / "base")
+    monkeypatch.chdir(tmp_path)
+    status, lines, _ = run(capsys, "--model", foreign, "--merge-lora", "--out", tmp_path / "m.pth")
+    base = tmp_path / "my" / "base"
+    assert (
+        status == 0 and lines[0] == f"{foreign}: only says the name of its base model; {base} is taken for it"
+    )
+
+
 def test_a_vocabulary_that_does_not_fit(tmp_path, capsys):
     small = saved(tmp_path / "small", ModelConfig(64, 2, 4, 2, 16, 96, 100))
     error = refused(capsys, tmp_path, "--model", small, "--to", "hf", "--out", tmp_path / "hf")
