@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -203,4 +204,6 @@ class StageArgs:
             Path(parse_part(self.data[0]).path).name.split(".")[0].strip("*").removeprefix("builtin:")
             or "data"
         )
+        if len(os.fsencode(name)) > 180:  # a folder's name ends at 255 bytes, and there is more in it
+            name = name[:40]
         return name + (f"+{len(self.data) - 1}" if len(self.data) > 1 else "")
