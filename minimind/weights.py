@@ -35,7 +35,7 @@ def load_model(
     Returns a Model: `model(input_ids).logits` is [B, T, V] in `dtype`. Raises ValueError, naming the file, when
     something is missing or does not fit.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         folder = checkpoint_folder(path)
         cfg = ModelConfig.from_json(folder / "config.json") if config is None else _as_config(config)

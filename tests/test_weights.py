@@ -149,3 +149,9 @@ def test_a_config_of_transformers_that_says_little_means_what_it_means_there(kin
     assert ours.tie_word_embeddings == bool(theirs.tie_word_embeddings)
     if not kind.startswith("Qwen"):
         assert ours.num_key_value_heads == 4
+
+
+def test_a_path_may_begin_with_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_weights(Model(CONFIGS["dense"]), tmp_path / "model")
+    assert load_model("~/model").config == CONFIGS["dense"]
