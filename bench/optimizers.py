@@ -34,6 +34,7 @@ from bench.kernel_report import append, check_columns, columns_of, slug
 from minimind.data.cache import open_corpus
 from minimind.data.corpus import builtin_corpus
 from minimind.device import choose_device, describe_device
+from minimind.display import caption
 from minimind.stdio import command_line
 from minimind.tokenization import load_tokenizer
 from minimind.training.metrics import read_metrics
@@ -233,7 +234,7 @@ def plot(runs: Sequence[Run], path: Path, title: str) -> None:
                 axis.plot([t / 1e6 for t, _ in run.curve], [x for _, x in run.curve], label=label, **style)
         axis.axhline(target, color="gray", linewidth=0.8, linestyle=":")
         axis.set_ylim(min(means.values()) - 0.1, target + 1.5)
-        axis.set_title(Path(file).name, fontsize=10)
+        axis.set_title(caption(Path(file).name), fontsize=10)
         axis.set_xlabel("tokens trained on, millions", fontsize=9)
         axis.legend(fontsize=8, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)

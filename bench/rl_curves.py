@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import matplotlib
 import tyro
 
+from minimind.display import caption
 from minimind.stdio import command_line
 from minimind.training.metrics import read_metrics, smooth
 
@@ -71,7 +72,7 @@ def main(args: Args) -> None:
         axes.grid(alpha=0.3)
     held.set_ylim(0, 1)
     held.legend()
-    figure.suptitle(f"train/{saved['stage']}.py, {saved['args']['data'] or 'the built-in sums'}")
+    figure.suptitle(caption(f"train/{saved['stage']}.py, {saved['args']['data'] or 'the built-in sums'}"))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)
     plt.close(figure)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from bench.kernel_report import columns_of
 from bench.stages import Padding
+from minimind.display import caption
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -142,7 +143,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         line[0].set_ylabel(f"{stage}\n{preset}", fontsize=9, fontweight="bold")
         line[0].invert_yaxis()
     first = rows[0]
-    data = ", ".join(dict.fromkeys(f"{row.stage} {row.rows} x {row.seq_len} of {row.data}" for row in rows))
+    data = ", ".join(
+        dict.fromkeys(f"{row.stage} {row.rows} x {row.seq_len} of {caption(row.data)}" for row in rows)
+    )
     figure.suptitle(f"{data}; {first.device}, {first.commit}", fontsize=9, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
