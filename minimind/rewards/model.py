@@ -55,9 +55,13 @@ class ValueReward:
 
     @staticmethod
     def open(folder: Path, device: torch.device) -> ValueReward:
+        tokenizer = load_tokenizer(folder)
         model = load_value_model(folder).to(device)
+        model.config.with_tokenizer(
+            tokenizer.vocab_size, f"model={folder}"
+        )  # not more ids than the model has
         model.compute_dtype = choose_precision(device, "auto").compute_dtype
-        return ValueReward(model, ChatEncoder(load_tokenizer(folder)))
+        return ValueReward(model, ChatEncoder(tokenizer))
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> np.ndarray:

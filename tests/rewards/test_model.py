@@ -1,6 +1,7 @@
 """Reward models as rewards: every conversation scored as if it were alone, whatever it is batched with."""
 
 import copy
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -208,3 +209,10 @@ def test_internlm2_rewards_kind_needs_leave_to_run_its_code(tmp_path, monkeypatc
         parse_rewards([f"model={path}"])
     scores = parse_rewards([f"model={path}"], trust_remote_code=True)(SAMPLES)
     assert scores.total.tolist() == [len(one.text) + len(one.prompt) + 1 for one in SAMPLES]
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_is_refused(tmp_path):
+    save_value_model(ValueModel(dataclasses.replace(TINY, vocab_size=6300)), tmp_path)
+    load_tokenizer().save(tmp_path)
+    with pytest.raises(ValueError, match=r"model=\S+: the tokenizer has 6400 ids, the model 6300 rows"):
+        model_reward(str(tmp_path), CPU)
