@@ -587,6 +587,27 @@ MUTATIONS = (
         "np.stack([middle, tail - 1], 1).ravel(),",
         "tests/data/test_preferences.py",
     ),
+    Mutation(
+        "a message of weight 0 is learnt",
+        "minimind/data/fields.py",
+        "        kept[LEARNT] = False",
+        "        kept[LEARNT] = True",
+        "tests/data/test_fields.py",
+    ),
+    Mutation(
+        "a field that is not known is dropped",
+        "minimind/data/fields.py",
+        "name not in used and name.lower() not in HARMLESS and not is_empty(value)",
+        "name not in used and name.lower() in ()",
+        "tests/data/test_fields.py",
+    ),
+    Mutation(
+        "what was tokenized in one form is taken for another",
+        "minimind/data/forms.py",
+        'return ["fields", VERSION, self.name, sorted(set(self.ignored))] if',
+        'return ["fields", VERSION] if',
+        "tests/data/test_fields.py",
+    ),
     # tokenization
     Mutation(
         "the token that ends a turn is not learnt",

@@ -11,8 +11,9 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,11 +21,15 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from minimind.data.forms import Form, FormatName
+from minimind.data.progress import say
 from minimind.data.reader import expand_paths, iter_texts
+from minimind.data.records import BadRows
 from minimind.stdio import prepare_output
 from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.tokenization.training import train_bpe
 
+Read = Callable[..., Iterator[str]]  # iter_texts, told how
 SAMPLE_BYTES = 2_000_000
 # --overwrite removes nothing else.
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"}
@@ -48,6 +53,10 @@ class Config:
     """Pairs seen less often are never merged."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row that cannot be read."""
+    format: FormatName = "auto"
+    """The form of the rows: auto, ours and upstream's; messages, OpenAI's and trl's; sharegpt; alpaca."""
+    ignore_fields: tuple[str, ...] = ()
+    """Fields of rows and messages that are left out: one that is not known is an error."""
     overwrite: bool = False
     """Replace an existing folder."""
 
@@ -56,11 +65,12 @@ def main(config: Config) -> None:
     """Train, save and measure. Raises ValueError for a setting or a file that cannot be used."""
     check_out(config)
     sources = weighted_sources(config)
-    held_out = {text for path in eval_paths(config) for text in iter_texts(path, config.on_bad_row)}
+    read = partial(iter_texts, on_bad_row=config.on_bad_row, form=Form(config.format, config.ignore_fields))
+    held_out = {text for path in eval_paths(config) for text in read(path)}
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        texts = stream(sources, config.on_bad_row, held_out, progress)
+        texts = stream(sources, read, held_out, progress)
         model = train_bpe(texts, config.vocab_size, min_frequency=config.min_frequency)
     save_atomically(load_tokenizer().with_model(model), config.out)
     tokenizer = load_tokenizer(config.out)
@@ -68,7 +78,7 @@ def main(config: Config) -> None:
     if tokenizer.vocab_size < config.vocab_size:
         print(f"fewer than --vocab-size {config.vocab_size}: the data has no more pairs to merge")
     for path in eval_paths(config) or [path for path, _ in sources]:
-        report(path, tokenizer, config.on_bad_row)
+        report(path, tokenizer, read)
 
 
 def check_out(config: Config) -> None:
@@ -99,13 +109,13 @@ def eval_paths(config: Config) -> list[Path]:
 
 
 def stream(
-    sources: list[tuple[Path, float]], on_bad_row: str, held_out: set[str], progress: Progress
+    sources: list[tuple[Path, float]], read: Read, held_out: set[str], progress: Progress
 ) -> Iterator[str]:
     """Texts of all sources, each repeated or thinned out evenly by its weight."""
     for number, (path, weight) in enumerate(sources, 1):
         task = progress.add_task(f"reading {number}/{len(sources)} {path.name}", total=path.stat().st_size)
-        owed = 0.0
-        for text in iter_texts(path, on_bad_row):
+        owed, bad = 0.0, BadRows()
+        for text in read(path, bad=bad):
             progress.advance(task, len(text.encode()))
             if text in held_out:
                 continue
@@ -114,6 +124,8 @@ def stream(
                 yield text
             owed -= int(owed)
         progress.update(task, completed=path.stat().st_size)
+        if bad.count:
+            say(progress.console, f"{path}: {bad}")
     progress.add_task("merging pairs", total=None)
 
 
@@ -134,10 +146,10 @@ def save_atomically(tokenizer: Tokenizer, out: Path) -> None:
             raise
 
 
-def report(path: Path, tokenizer: Tokenizer, on_bad_row: str) -> None:
+def report(path: Path, tokenizer: Tokenizer, read: Read) -> None:
     """Print how well the tokenizer packs the first megabytes of a file."""
     sample, size = [], 0
-    for text in iter_texts(path, on_bad_row):
+    for text in read(path):
         sample.append(text)
         size += len(text.encode())
         if size >= SAMPLE_BYTES:

@@ -11,8 +11,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from minimind.data.forms import AUTO, Form
 from minimind.data.pieces import text_pieces
-from minimind.data.records import BOM, START, BadRows, Document, Position, Report, reason_of, reporter
+from minimind.data.records import (
+    BOM,
+    START,
+    BadRows,
+    Document,
+    Position,
+    Report,
+    kind_of,
+    reason_of,
+    reporter,
+)
 from minimind.data.streams import StreamError, open_stream
 
 EXTENSIONS = tuple(kind + packing for kind in (".jsonl", ".txt") for packing in ("", ".gz", ".zst"))
@@ -39,7 +50,11 @@ def expand_paths(patterns: Sequence[str | Path]) -> list[Path]:
 
 
 def read_documents(
-    path: Path | str, on_bad_row: str = "error", start: Position = START, bad: BadRows | None = None
+    path: Path | str,
+    on_bad_row: str = "error",
+    start: Position = START,
+    bad: BadRows | None = None,
+    form: Form = AUTO,
 ) -> Iterator[Document]:
     """Documents of `path` from `start` on (an earlier document's `end`), one at a time.
 
@@ -54,7 +69,7 @@ def read_documents(
         return
     for line, end, row in iter_rows(Path(path), start, report):
         try:
-            text = _text_field(row)
+            text = form.text(row)
             num_bytes = len(text.encode())
         except ValueError as error:
             report(line, reason_of(error))
@@ -62,12 +77,14 @@ def read_documents(
         yield Document(text, num_bytes, line, end)
 
 
-def iter_texts(path: Path | str, on_bad_row: str = "error", bad: BadRows | None = None) -> Iterator[str]:
+def iter_texts(
+    path: Path | str, on_bad_row: str = "error", bad: BadRows | None = None, form: Form = AUTO
+) -> Iterator[str]:
     """Every non-empty text in a file of any training stage, to train a tokenizer on.
 
     Rows: `{"text"}`, `{"conversations": [message]}` or `{"chosen": [message], "rejected": [message]}`; a
-    message gives its content, reasoning_content, tools and tool_calls; a .txt file gives its pieces. Errors
-    as in `read_documents`.
+    message gives its content, reasoning_content, tools and tool_calls, a row its system and tools; a .txt file
+    gives its pieces. Errors as in `read_documents`.
     """
     report = reporter(path, on_bad_row, bad)
     if _is_text(path):
@@ -75,7 +92,10 @@ def iter_texts(path: Path | str, on_bad_row: str = "error", bad: BadRows | None 
         return
     for line, _, row in iter_rows(Path(path), START, report):
         try:
-            texts = _row_texts(row)
+            values = [
+                v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in form.texts(row) if v
+            ]
+            texts = [text for text in values if text.strip()]
             for text in texts:
                 text.encode()
         except ValueError as error:
@@ -153,43 +173,3 @@ def _parse(body: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f'the row is {kind_of(row)}, not an object such as {{"text": "..."}}')
     return row
-
-
-def kind_of(value: Any) -> str:
-    """What JSON calls `value`."""
-    names = {str: "a string", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _text_field(row: dict[str, Any]) -> str:
-    if "text" not in row:
-        raise ValueError(f'no field "text" (fields: {", ".join(list(row)[:4])[:80] or "none"})')
-    text = row["text"]
-    if not isinstance(text, str):
-        raise ValueError(f'field "text" is {kind_of(text)}, not a string')
-    if not text or text.isspace():
-        raise ValueError('field "text" is empty')
-    return text
-
-
-def _row_texts(row: dict[str, Any]) -> list[str]:
-    if "text" in row:
-        return [_text_field(row)]
-    fields = [name for name in ("conversations", "chosen", "rejected") if name in row]
-    if not fields:
-        raise ValueError('none of the fields "text", "conversations", "chosen" and "rejected"')
-    texts = []
-    for name in fields:
-        if not isinstance(row[name], list):
-            raise ValueError(f'field "{name}" is {kind_of(row[name])}, not a list of messages')
-        for message in row[name]:
-            if not isinstance(message, dict):
-                raise ValueError(f'field "{name}" holds {kind_of(message)}, not a message object')
-            texts += _message_texts(message)
-    return texts
-
-
-def _message_texts(message: dict[str, Any]) -> list[str]:
-    values = [message.get(name) for name in ("content", "reasoning_content", "tools", "tool_calls")]
-    texts = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values if v]
-    return [text for text in texts if text.strip()]

@@ -116,6 +116,8 @@ class StageArgs:
     """auto continues an unfinished run of this very configuration; never starts a new folder."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a malformed row: stop and name it, or count it and go on."""
+    ignore_fields: tuple[str, ...] = ()
+    """Fields of rows and messages that are left out: one that is not known is an error (docs/data.md)."""
     cache_dir: str | None = None
     """Where tokenized data is kept. None: $MINIMIND_CACHE or ~/.cache/minimind."""
     device: str = "auto"
@@ -181,7 +183,7 @@ class StageArgs:
     @property
     def legacy(self) -> dict[str, Any]:
         """What runs of earlier versions did where by now the data decides, for these to go on with."""
-        return {"split": "tail"}
+        return {"split": "tail", "fields": "dropped"}
 
     def saved(self) -> dict[str, Any]:
         """The flags that say what is computed, under their names on the command line (with _ for -)."""

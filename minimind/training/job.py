@@ -147,7 +147,8 @@ class Job:
             return getattr(self.given, name)
         if name in self.chosen:
             label = f"--{name.replace('_', '-')}" if is_flag else name.replace("_", " ")
-            self.remembered.append(f"{label} {self.chosen[name]}")
+            told = f"{label} {self.chosen[name]}"
+            self.remembered += [] if told in self.remembered else [told]
         else:
             self.chosen[name], reason = rule()
             if reason:
