@@ -608,6 +608,20 @@ MUTATIONS = (
         'return ["fields", VERSION] if',
         "tests/data/test_fields.py",
     ),
+    Mutation(
+        "links to folders are not followed",
+        "minimind/data/paths.py",
+        "        below = os.path.isdir(path)\n",
+        "        below = entry.is_dir(follow_symlinks=False)\n",
+        "tests/data/test_paths.py",
+    ),
+    Mutation(
+        "a file that has two names is read twice",
+        "minimind/data/paths.py",
+        "self.files.setdefault(path.resolve(), path)",
+        "self.files.setdefault(path.absolute(), path)",
+        "tests/data/test_paths.py",
+    ),
     # tokenization
     Mutation(
         "the token that ends a turn is not learnt",

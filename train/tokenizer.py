@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from minimind.data.forms import Form, FormatName
+from minimind.data.paths import expand_paths, find_files
 from minimind.data.progress import say
-from minimind.data.reader import expand_paths, iter_texts
+from minimind.data.reader import iter_texts
 from minimind.data.records import BadRows
 from minimind.stdio import prepare_output
 from minimind.tokenization import Tokenizer, load_tokenizer
@@ -68,6 +69,8 @@ def main(config: Config) -> None:
     read = partial(iter_texts, on_bad_row=config.on_bad_row, form=Form(config.format, config.ignore_fields))
     held_out = {text for path in eval_paths(config) for text in read(path)}
     console = Console(stderr=True)
+    for line in find_files(config.data).lines():
+        say(console, line)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         texts = stream(sources, read, held_out, progress)
@@ -99,8 +102,13 @@ def weighted_sources(config: Config) -> list[tuple[Path, float]]:
         raise ValueError(f"--weights has {len(weights)} numbers for {len(config.data)} entries of --data")
     if not all(0 <= weight < math.inf for weight in weights):
         raise ValueError(f"--weights {' '.join(f'{w:g}' for w in weights)}: numbers of 0 or more")
-    pairs = zip(config.data, weights, strict=True)
-    return [(path, weight) for entry, weight in pairs for path in expand_paths([entry])]
+    found: dict[Path, tuple[Path, float]] = {}
+    for entry, weight in zip(config.data, weights, strict=True):
+        for path in expand_paths([entry]):
+            if config.weights and path.resolve() in found:
+                raise ValueError(f"--data: {path} is in two entries; give it one weight")
+            found.setdefault(path.resolve(), (path, weight))
+    return list(found.values())
 
 
 def eval_paths(config: Config) -> list[Path]:

@@ -20,8 +20,8 @@ from minimind.data.files import (
     write_json,
 )
 from minimind.data.forms import AUTO, Form
+from minimind.data.paths import EXTENSIONS, expand_paths
 from minimind.data.progress import ByteProgress, say
-from minimind.data.reader import EXTENSIONS, expand_paths
 from minimind.data.recipes import Encoder, Recipe, Texts
 from minimind.data.records import START, BadRows, bad_row_error, reporter
 from minimind.data.split import hash_texts

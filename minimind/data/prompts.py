@@ -21,8 +21,9 @@ from rich.console import Console
 
 from minimind.data.fields import HARMLESS
 from minimind.data.forms import AUTO, Form
+from minimind.data.paths import expand_paths
 from minimind.data.progress import say
-from minimind.data.reader import expand_paths, iter_rows
+from minimind.data.reader import iter_rows
 from minimind.data.records import START, BadRows, bad_row_error, kind_of, reason_of, reporter
 from minimind.data.split import hash_texts
 
@@ -110,7 +111,7 @@ def open_prompts(
     found: list[Prompt] = []
     digest = blake2b(encoder.fingerprint.encode(), digest_size=8)
     long, given = 0, set[str]()
-    for path in expand_paths(paths):
+    for path in expand_paths(paths, console):
         if not path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
             raise ValueError(f"{path}: prompts come in .jsonl files")
         bad = BadRows()

@@ -5,9 +5,8 @@ Formats: `.jsonl` with one `{"text": str}` object per line (upstream MiniMind's 
 one 8 KiB piece (txt), whatever the file's size.
 """
 
-import glob
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +25,7 @@ from minimind.data.records import (
 )
 from minimind.data.streams import StreamError, open_stream
 
-EXTENSIONS = tuple(kind + packing for kind in (".jsonl", ".txt") for packing in ("", ".gz", ".zst"))
-_KNOWN = f"expected one of {' '.join(EXTENSIONS)}"
-
-__all__ = ["EXTENSIONS", "BadRows", "Document", "Position", "expand_paths", "iter_texts", "read_documents"]
-
-
-def expand_paths(patterns: Sequence[str | Path]) -> list[Path]:
-    """Files named by files, folders (searched recursively, hidden names left out) and glob patterns.
-
-    The order is that of `patterns`, sorted within each, every file once. Raises ValueError when a pattern
-    matches nothing, a folder holds no file of a known extension, or a named file has an unknown one.
-    """
-    if isinstance(patterns, (str, Path)):
-        patterns = [patterns]
-    if not patterns:
-        raise ValueError("no data given; name at least one file, folder or glob pattern")
-    found: dict[Path, Path] = {}
-    for pattern in patterns:
-        for path in _expand_one(str(pattern)):
-            found.setdefault(path.resolve(), path)
-    return list(found.values())
+__all__ = ["BadRows", "Document", "Position", "iter_texts", "read_documents"]
 
 
 def read_documents(
@@ -102,36 +81,6 @@ def iter_texts(
             report(line, reason_of(error))
             continue
         yield from texts
-
-
-def _expand_one(pattern: str) -> list[Path]:
-    if not pattern:  # Path("") is the current folder: all below it would be data
-        raise ValueError("an empty name among the data; give files, folders or glob patterns")
-    path = Path(pattern).expanduser()
-    if path.is_file():
-        if not path.name.endswith(EXTENSIONS):
-            raise ValueError(f"{pattern}: unknown kind of file; {_KNOWN}")
-        return [path]
-    if path.is_dir():
-        files = [file for file in _files_under(path) if file.name.endswith(EXTENSIONS)]
-        if not files:
-            raise ValueError(f"{pattern}: no data file in this folder; {_KNOWN}")
-        return files
-    matched = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-    if not matched:
-        raise ValueError(f"{pattern}: no such file, folder or match; check the path given")
-    files = []
-    for match in matched:
-        files += _files_under(match) if match.is_dir() else [match]
-    files = [file for file in files if file.is_file() and file.name.endswith(EXTENSIONS)]
-    if not files:
-        raise ValueError(f"{pattern}: matches no data file, only such as {matched[0]}; {_KNOWN}")
-    return files
-
-
-def _files_under(folder: Path) -> list[Path]:
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return sorted(f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts))
 
 
 def _is_text(path: Path | str) -> bool:

@@ -31,6 +31,7 @@ from minimind import ops
 from minimind.config import ModelConfig
 from minimind.data import expand_paths, read_documents
 from minimind.data.forms import Form
+from minimind.data.paths import find_files
 from minimind.data.progress import say
 from minimind.data.records import BadRows, Document
 from minimind.display import Display, caption, decoration, duration, pyplot
@@ -100,6 +101,8 @@ def main(args: Args) -> int:
         say(console, note)
     curves = curves_of(opened.model.config, args)
     opened.model.compute_dtype = opened.dtype
+    for line in find_files(args.ppl).lines():
+        say(console, line)
     bad = BadRows()
     read = partial(read_documents, on_bad_row=args.on_bad_row, bad=bad, form=Form(ignored=args.ignore_fields))
     ids = read_stream(args.ppl, opened.tokenizer, args.tokens // lengths[-1] * lengths[-1] + 1, read)

@@ -13,7 +13,7 @@ import numpy as np
 from minimind.data import Corpus, open_corpus
 from minimind.data.forms import Form, FormatName
 from minimind.data.mixture import Mixture, Part, Weight, describe_mixture, parse_part
-from minimind.data.reader import expand_paths
+from minimind.data.paths import expand_paths, find_files
 from minimind.data.split import MAX_TOKENS, repeats, shared, split, split_tail
 from minimind.modeling import Model
 from minimind.training.arguments import StageArgs
@@ -89,6 +89,8 @@ class Parts:
 def open_parts(job: Job, named: Named, read: Read) -> Parts:
     """Read and split what `named` names; says what copies there are. Raises ValueError as `read` and the split do."""
     args = job.args
+    for paths in (named.paths, named.heldout, *named.sets.values()):
+        job.notes += find_files(paths).lines() if paths else []
     whole = read(named.paths)
     heldout = read(named.heldout) if named.heldout else None
     sets = {name: read(paths) for name, paths in named.sets.items()}
