@@ -8,7 +8,7 @@ one 8 KiB piece (txt), whatever the file's size.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from minimind.data.forms import AUTO, Form
 from minimind.data.pieces import text_pieces
@@ -24,6 +24,9 @@ from minimind.data.records import (
     reporter,
 )
 from minimind.data.streams import StreamError, open_stream
+
+MOST_BYTES = 1 << 26  # of a row, which takes up to twenty times its size in memory until it is tokenized
+_SKIPPED = 1 << 20
 
 __all__ = ["BadRows", "Document", "Position", "iter_texts", "read_documents"]
 
@@ -93,13 +96,16 @@ def iter_rows(path: Path, start: Position, report: Report) -> Iterator[tuple[int
     with open_stream(path, offset) as stream:
         while True:
             try:
-                chunk = stream.readline()
+                chunk, size = _line(stream)
             except StreamError as error:
                 report(line + 1, str(error))
                 return
             if not chunk:
                 return
-            line, offset = line + 1, offset + len(chunk)
+            line, offset = line + 1, offset + size
+            if size > len(chunk):
+                report(line, f"the row has more than {MOST_BYTES >> 20} MiB; divide it into several rows")
+                continue
             body = chunk.removeprefix(BOM) if offset == len(chunk) else chunk
             if body.isspace() or not body:
                 continue
@@ -111,8 +117,18 @@ def iter_rows(path: Path, start: Position, report: Report) -> Iterator[tuple[int
             yield line, Position(offset, line), row
 
 
+def _line(stream: IO[bytes]) -> tuple[bytes, int]:
+    """(the next line, or its beginning where it is too long; its length in bytes)."""
+    line = stream.readline(MOST_BYTES)
+    size, part = len(line), line
+    while part and not part.endswith(b"\n"):
+        part = stream.readline(_SKIPPED)
+        size += len(part)
+    return line, size
+
+
 def _parse(body: bytes) -> dict[str, Any]:
-    text = body.decode().rstrip()
+    text = body.rstrip().decode()
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:

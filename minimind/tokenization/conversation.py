@@ -148,9 +148,7 @@ class ChatEncoder:
         found, place = [], 0
         for piece in pieces:
             mode: Any = True if piece.control else "markup"
-            found.append(
-                place + np.array(self.tokenizer.offsets(piece.text, allow_special=mode)).reshape(-1, 2)
-            )
+            found.append(place + self.tokenizer.offsets(piece.text, allow_special=mode))
             place += len(piece.text)
         offsets = np.concatenate(found)
         return kept(spans, offsets[:, 0], offsets[:, 1], excess)
@@ -170,7 +168,7 @@ class ChatEncoder:
     def _in_marker(self, piece: Piece) -> np.ndarray:
         """bool [tokens]: which overlap one of MARKERS; <answer> is several tokens, of which the outer may hold more."""
         mode: Any = True if piece.control else "markup"
-        offsets = np.array(self.tokenizer.offsets(piece.text, allow_special=mode))
+        offsets = self.tokenizer.offsets(piece.text, allow_special=mode)
         inside = np.zeros(len(offsets), bool)
         for found in _MARKER.finditer(piece.text):
             inside |= (offsets[:, 0] < found.end()) & (offsets[:, 1] > found.start())
