@@ -622,6 +622,20 @@ MUTATIONS = (
         "self.files.setdefault(path.absolute(), path)",
         "tests/data/test_paths.py",
     ),
+    Mutation(
+        "a text is cut wherever it may be",
+        "minimind/tokenization/long_texts.py",
+        "        if np.concatenate(sides).tolist() == ids:\n",
+        "        if sides:\n",
+        "tests/tokenization/test_long_texts.py",
+    ),
+    Mutation(
+        "a row of any size is read whole",
+        "minimind/data/reader.py",
+        "line = stream.readline(MOST_BYTES)",
+        "line = stream.readline()",
+        "tests/data/test_huge_rows.py",
+    ),
     # tokenization
     Mutation(
         "the token that ends a turn is not learnt",
@@ -812,6 +826,13 @@ MUTATIONS = (
         "first = start + len(a.prompt_ids) - 1",
         "first = start + len(a.prompt_ids) - 2",
         "tests/training/test_rollouts.py",
+    ),
+    Mutation(
+        "a step takes more than the data has",
+        "minimind/training/job.py",
+        'taken = step if kept == "usual" else kept // row',
+        "taken = step",
+        "tests/training/test_job.py",
     ),
     # objectives
     Mutation(

@@ -140,14 +140,16 @@ def test_a_run_of_an_earlier_version_keeps_its_split_and_its_rows(origin, tmp_pa
     data, cache, out = rows(tmp_path, "data", 60), tmp_path / "cache", tmp_path / "old"
     flags = {"from_": str(origin), "data": (str(data),), "cache_dir": str(cache), "tokens": 4096, "evals": 1}
     call(SFT, out=str(tmp_path / "new"), **flags)
+    assert len(rows_of(tmp_path / "new", "train")) == 3  # of what the data has, not of 4096 tokens
     config = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert config.pop("chosen") == {"split": "hash", "fields": "checked", "seq_len": 512}
+    assert config.pop("chosen") == {"split": "hash", "fields": "checked", "seq_len": 512, "step": 1536}
     assert config["args"]["seq_len"] is None
     del config["args"]["dedupe"]
     config["args"]["seq_len"] = 512
     out.mkdir()
     (out / "config.json").write_text(json.dumps(config))
     call(SFT, out=str(out), **flags)
+    assert len(rows_of(out, "train")) == 1
     corpus = open_conversations([data], ChatEncoder(load_tokenizer()), cache)
     for folder, how in ((out, split_tail(corpus, 0.05)), (tmp_path / "new", split(corpus, 0.05))):
         held = how[1]
