@@ -587,6 +587,55 @@ MUTATIONS = (
         "np.stack([middle, tail - 1], 1).ravel(),",
         "tests/data/test_preferences.py",
     ),
+    Mutation(
+        "a message of weight 0 is learnt",
+        "minimind/data/fields.py",
+        "        kept[LEARNT] = False",
+        "        kept[LEARNT] = True",
+        "tests/data/test_fields.py",
+    ),
+    Mutation(
+        "a field that is not known is dropped",
+        "minimind/data/fields.py",
+        "name not in used and name.lower() not in HARMLESS and not is_empty(value)",
+        "name not in used and name.lower() in ()",
+        "tests/data/test_fields.py",
+    ),
+    Mutation(
+        "what was tokenized in one form is taken for another",
+        "minimind/data/forms.py",
+        'return ["fields", VERSION, self.name, sorted(set(self.ignored))] if',
+        'return ["fields", VERSION] if',
+        "tests/data/test_fields.py",
+    ),
+    Mutation(
+        "links to folders are not followed",
+        "minimind/data/paths.py",
+        "        below = os.path.isdir(path)\n",
+        "        below = entry.is_dir(follow_symlinks=False)\n",
+        "tests/data/test_paths.py",
+    ),
+    Mutation(
+        "a file that has two names is read twice",
+        "minimind/data/paths.py",
+        "self.files.setdefault(path.resolve(), path)",
+        "self.files.setdefault(path.absolute(), path)",
+        "tests/data/test_paths.py",
+    ),
+    Mutation(
+        "a text is cut wherever it may be",
+        "minimind/tokenization/long_texts.py",
+        "        if np.concatenate(sides).tolist() == ids:\n",
+        "        if sides:\n",
+        "tests/tokenization/test_long_texts.py",
+    ),
+    Mutation(
+        "a row of any size is read whole",
+        "minimind/data/reader.py",
+        "line = stream.readline(MOST_BYTES)",
+        "line = stream.readline()",
+        "tests/data/test_huge_rows.py",
+    ),
     # tokenization
     Mutation(
         "the token that ends a turn is not learnt",
@@ -777,6 +826,13 @@ MUTATIONS = (
         "first = start + len(a.prompt_ids) - 1",
         "first = start + len(a.prompt_ids) - 2",
         "tests/training/test_rollouts.py",
+    ),
+    Mutation(
+        "a step takes more than the data has",
+        "minimind/training/job.py",
+        'taken = step if kept == "usual" else kept // row',
+        "taken = step",
+        "tests/training/test_job.py",
     ),
     # objectives
     Mutation(

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from minimind.data import Corpus, PackedLoader
 from minimind.data.builtin_identity import builtin_identity
+from minimind.data.paths import find_files
 from minimind.data.progress import say
 from minimind.lora import LoRAConfig, add_adapter, set_adapters
 from minimind.lora_files import adapter_config, load_adapter, reload_adapter, save_adapter
@@ -142,6 +143,7 @@ def open_data(job: Job, args: Args, encoder: ChatEncoder) -> tuple[Parts, Corpus
     """(training and held-out, kept) conversations."""
     train, heldout, kept = builtin_identity(args.cache_dir, job.console)
     kept_paths = list(args.kept_data) or ([] if args.data else [str(kept)])
+    job.notes += find_files(kept_paths).lines() if kept_paths else []
     return (
         open_chats(job, args.data, args.heldout_data, encoder, (train, heldout)),
         read_chats(job, encoder, kept_paths) if kept_paths else None,

@@ -11,19 +11,25 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from minimind.data.reader import expand_paths, iter_texts
+from minimind.data.forms import Form, FormatName
+from minimind.data.paths import expand_paths, find_files
+from minimind.data.progress import say
+from minimind.data.reader import iter_texts
+from minimind.data.records import BadRows
 from minimind.stdio import command_line, prepare_output
 from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.tokenization.training import train_bpe
 
+Read = Callable[..., Iterator[str]]  # iter_texts, told how
 SAMPLE_BYTES = 2_000_000
 # --overwrite removes nothing else.
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"}
@@ -47,6 +53,10 @@ class Config:
     """Pairs seen less often are never merged."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row that cannot be read."""
+    format: FormatName = "auto"
+    """The form of the rows: auto, ours and upstream's; messages, OpenAI's and trl's; sharegpt; alpaca."""
+    ignore_fields: tuple[str, ...] = ()
+    """Fields of rows and messages that are left out: one that is not known is an error."""
     overwrite: bool = False
     """Replace an existing folder."""
 
@@ -55,11 +65,14 @@ def main(config: Config) -> None:
     """Train, save and measure. Raises ValueError for a setting or a file that cannot be used."""
     check_out(config)
     sources = weighted_sources(config)
-    held_out = {text for path in eval_paths(config) for text in iter_texts(path, config.on_bad_row)}
+    read = partial(iter_texts, on_bad_row=config.on_bad_row, form=Form(config.format, config.ignore_fields))
+    held_out = {text for path in eval_paths(config) for text in read(path)}
     console = Console(stderr=True)
+    for line in find_files(config.data).lines():
+        say(console, line)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        texts = stream(sources, config.on_bad_row, held_out, progress)
+        texts = stream(sources, read, held_out, progress)
         model = train_bpe(texts, config.vocab_size, min_frequency=config.min_frequency)
     save_atomically(load_tokenizer().with_model(model), config.out)
     tokenizer = load_tokenizer(config.out)
@@ -67,7 +80,7 @@ def main(config: Config) -> None:
     if tokenizer.vocab_size < config.vocab_size:
         print(f"fewer than --vocab-size {config.vocab_size}: the data has no more pairs to merge")
     for path in eval_paths(config) or [path for path, _ in sources]:
-        report(path, tokenizer, config.on_bad_row)
+        report(path, tokenizer, read)
 
 
 def check_out(config: Config) -> None:
@@ -88,8 +101,13 @@ def weighted_sources(config: Config) -> list[tuple[Path, float]]:
         raise ValueError(f"--weights has {len(weights)} numbers for {len(config.data)} entries of --data")
     if not all(0 <= weight < math.inf for weight in weights):
         raise ValueError(f"--weights {' '.join(f'{w:g}' for w in weights)}: numbers of 0 or more")
-    pairs = zip(config.data, weights, strict=True)
-    return [(path, weight) for entry, weight in pairs for path in expand_paths([entry])]
+    found: dict[Path, tuple[Path, float]] = {}
+    for entry, weight in zip(config.data, weights, strict=True):
+        for path in expand_paths([entry]):
+            if config.weights and path.resolve() in found:
+                raise ValueError(f"--data: {path} is in two entries; give it one weight")
+            found.setdefault(path.resolve(), (path, weight))
+    return list(found.values())
 
 
 def eval_paths(config: Config) -> list[Path]:
@@ -98,13 +116,13 @@ def eval_paths(config: Config) -> list[Path]:
 
 
 def stream(
-    sources: list[tuple[Path, float]], on_bad_row: str, held_out: set[str], progress: Progress
+    sources: list[tuple[Path, float]], read: Read, held_out: set[str], progress: Progress
 ) -> Iterator[str]:
     """Texts of all sources, each repeated or thinned out evenly by its weight."""
     for number, (path, weight) in enumerate(sources, 1):
         task = progress.add_task(f"reading {number}/{len(sources)} {path.name}", total=path.stat().st_size)
-        owed = 0.0
-        for text in iter_texts(path, on_bad_row):
+        owed, bad = 0.0, BadRows()
+        for text in read(path, bad=bad):
             progress.advance(task, len(text.encode()))
             if text in held_out:
                 continue
@@ -113,6 +131,8 @@ def stream(
                 yield text
             owed -= int(owed)
         progress.update(task, completed=path.stat().st_size)
+        if bad.count:
+            say(progress.console, f"{path}: {bad}")
     progress.add_task("merging pairs", total=None)
 
 
@@ -133,10 +153,10 @@ def save_atomically(tokenizer: Tokenizer, out: Path) -> None:
             raise
 
 
-def report(path: Path, tokenizer: Tokenizer, on_bad_row: str) -> None:
+def report(path: Path, tokenizer: Tokenizer, read: Read) -> None:
     """Print how well the tokenizer packs the first megabytes of a file."""
     sample, size = [], 0
-    for text in iter_texts(path, on_bad_row):
+    for text in read(path):
         sample.append(text)
         size += len(text.encode())
         if size >= SAMPLE_BYTES:

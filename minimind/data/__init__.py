@@ -5,7 +5,8 @@ from minimind.data.cache import Corpus, open_corpus
 from minimind.data.conversations import open_conversations
 from minimind.data.corpus import builtin_corpus
 from minimind.data.loader import Batch, PackedLoader
-from minimind.data.reader import expand_paths, iter_texts, read_documents
+from minimind.data.paths import expand_paths
+from minimind.data.reader import iter_texts, read_documents
 
 __all__ = [
     "Batch",

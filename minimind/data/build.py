@@ -97,7 +97,7 @@ def build(
                 reading = recipe.read(path, on_bad_row, progress.position, progress.bad)
                 since = 0
                 for batch in _batches(reading, batch_bytes):
-                    files.append(batch, recipe.encode(batch))
+                    files.append(batch, _encoded(recipe, batch, path))
                     shown.update(progress.position.offset)
                     since += sum(document.size for document in batch)
                     if since >= part_bytes:
@@ -115,6 +115,14 @@ def build(
             raise disk_full(folder, _bytes_needed(progress, total or os.path.getsize(path))) from None
         raise
     (folder / PROGRESS).unlink(missing_ok=True)
+
+
+def _encoded(recipe: Recipe[Any], batch: list[Document], path: Path) -> Encoded:
+    try:
+        return recipe.encode(batch)
+    except ValueError as error:  # a text too long for this tokenizer
+        line = max(batch, key=lambda document: document.size).line
+        raise ValueError(f"{path}:{line}: {error}") from None
 
 
 def _all_bad(bad: BadRows) -> str:

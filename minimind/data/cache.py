@@ -19,8 +19,9 @@ from minimind.data.files import (
     read_json,
     write_json,
 )
+from minimind.data.forms import AUTO, Form
+from minimind.data.paths import EXTENSIONS, expand_paths
 from minimind.data.progress import ByteProgress, say
-from minimind.data.reader import EXTENSIONS, expand_paths
 from minimind.data.recipes import Encoder, Recipe, Texts
 from minimind.data.records import START, BadRows, bad_row_error, reporter
 from minimind.data.split import hash_texts
@@ -41,6 +42,7 @@ def open_corpus(
     on_bad_row: str = "error",
     console: Console | None = None,
     part_bytes: int = PART_BYTES,
+    form: Form = AUTO,
 ) -> Corpus:
     """The documents of `paths` (files, folders, globs) as tokens: bos, text, eos, in order.
 
@@ -52,7 +54,8 @@ def open_corpus(
     Raises ValueError, in one line, on a bad row (file:line, unless `on_bad_row` is "skip"), a file without
     documents, a vocabulary beyond 65536 and a folder that is full or cannot be written.
     """
-    return open_cached(paths, Texts(tokenizer), EXTENSIONS, cache_dir, on_bad_row, console, part_bytes)
+    recipe = Texts(tokenizer, form)
+    return open_cached(paths, recipe, EXTENSIONS, cache_dir, on_bad_row, console, part_bytes)
 
 
 def open_cached(

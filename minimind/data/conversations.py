@@ -2,7 +2,8 @@
 
 A row of a .jsonl file (plain, .gz or .zst) is {"conversations": [message, ...]}; a message has "role" (system, user,
 assistant or tool) and "content", a system message perhaps "tools", an assistant's perhaps "reasoning_content" and
-"tool_calls"; tools and tool calls are JSON or strings of JSON.
+"tool_calls"; tools and tool calls are JSON or strings of JSON. fields.py says what else a row may have, forms.py in
+which other forms it may come.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,12 +17,11 @@ from rich.console import Console
 from minimind.data import weights
 from minimind.data.build import PART_BYTES
 from minimind.data.cache import open_cached
-from minimind.data.reader import iter_rows, kind_of
+from minimind.data.forms import AUTO, Form
+from minimind.data.reader import iter_rows
 from minimind.data.recipes import Encoded, Vocabulary
 from minimind.data.records import BadRows, Document, Position, reason_of, reporter
 from minimind.data.store import Corpus
-
-ROLES = ("system", "user", "assistant", "tool")
 
 
 class ChatPiece(Protocol):
@@ -62,6 +62,7 @@ class Conversations:
     """The recipe of conversations: rendered by the chat template, targets in the assistant's turns alone."""
 
     encoder: ChatEncoder
+    form: Form = AUTO
     weighted = True
 
     @property
@@ -69,7 +70,7 @@ class Conversations:
         return self.encoder
 
     def key(self) -> list[Any]:
-        return ["conversations", 1, self.encoder.fingerprint]
+        return ["conversations", 1, self.encoder.fingerprint, *self.form.key()]
 
     def read(
         self, path: Path, on_bad_row: str, start: Position, bad: BadRows | None
@@ -77,7 +78,7 @@ class Conversations:
         report = reporter(path, on_bad_row, bad)
         for line, end, row in iter_rows(path, start, report):
             try:
-                pieces = self.encoder.pieces(messages_of(row, "conversations"))
+                pieces = self.encoder.pieces(self.form.conversation(row))
                 text = "".join(piece.text for piece in pieces)
                 text.encode()
                 learnt = sum(len(piece.text.encode()) for piece in pieces if piece.trained)
@@ -100,47 +101,12 @@ def open_conversations(
     on_bad_row: str = "error",
     console: Console | None = None,
     part_bytes: int = PART_BYTES,
+    form: Form = AUTO,
 ) -> Corpus:
     """The conversations of `paths` as tokens with loss weights; the cache is that of `open_corpus`, its errors too.
 
     A conversation ends with its last assistant turn. Raises ValueError, naming file:line, also on a conversation
-    without an assistant turn, an unknown role, an empty message, and tools that are not JSON.
+    without an assistant turn, an unknown role or field, an empty message, and tools that are not JSON.
     """
-    return open_cached(paths, Conversations(encoder), (".jsonl",), cache_dir, on_bad_row, console, part_bytes)
-
-
-def messages_of(row: dict[str, Any], field: str) -> list[dict[str, Any]]:
-    """The messages in a row's `field`; ValueError says which is malformed and how."""
-    if field not in row:
-        raise ValueError(f'no field "{field}" (fields: {", ".join(list(row)[:4])[:80] or "none"})')
-    messages = row[field]
-    if not isinstance(messages, list):
-        raise ValueError(f'field "{field}" is {kind_of(messages)}, not a list of messages')
-    if not messages:
-        raise ValueError(f'field "{field}" is empty')
-    for number, message in enumerate(messages):
-        _check_message(number, message)
-    return messages
-
-
-def _check_message(number: int, message: Any) -> None:
-    if not isinstance(message, dict):
-        raise ValueError(f"message {number} is {kind_of(message)}, not an object")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise ValueError(f"message {number} has the role {role!r}; use {', '.join(ROLES)}")
-    if content is not None and not isinstance(content, str):
-        raise ValueError(f'message {number}: "content" is {kind_of(content)}, not a string')
-    if (
-        isinstance(message.get("reasoning_content", ""), str) is False
-        and message["reasoning_content"] is not None
-    ):
-        kind = kind_of(message["reasoning_content"])
-        raise ValueError(f'message {number}: "reasoning_content" is {kind}, not a string')
-    said = (content, message.get("reasoning_content"), message.get("tool_calls"))
-    if role in ("user", "assistant") and not any(part and not _blank(part) for part in said):
-        raise ValueError(f"message {number}, of the {role}, is empty")
-
-
-def _blank(part: Any) -> bool:
-    return isinstance(part, str) and part.isspace()
+    recipe = Conversations(encoder, form)
+    return open_cached(paths, recipe, (".jsonl",), cache_dir, on_bad_row, console, part_bytes)

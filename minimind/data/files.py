@@ -86,8 +86,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` atomically."""
-    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False).encode(errors="replace"))
+    """Write `value` atomically. A name that is not UTF-8, as file names may be, reads back as it is."""
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False).encode(errors="backslashreplace"))
 
 
 @contextmanager

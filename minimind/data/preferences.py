@@ -1,9 +1,10 @@
 """Pairs of answers, one preferred to the other, in upstream MiniMind's format.
 
-A row of a .jsonl file (plain, .gz or .zst) is {"chosen": [message, ...], "rejected": [message, ...]}, the messages as
-in conversations.py. Both sides end with the assistant, and the first message in which they differ is the assistant's,
-so that they answer the same prompt. As upstream does, all turns of the assistant are targets, those that both sides
-share among them: in a difference of sums (dpo) these cancel, in averages over tokens (ipo, simpo, orpo) they count.
+A row of a .jsonl file (plain, .gz or .zst) is {"chosen": [message, ...], "rejected": [message, ...]}, the messages and
+what else it may have as in conversations.py. Both sides end with the assistant, and the first message in which they
+differ is the assistant's, so that they answer the same prompt. As upstream does, all turns of the assistant are
+targets, those that both sides share among them: in a difference of sums (dpo) these cancel, in averages over tokens
+(ipo, simpo, orpo) they count; "weight": 0 leaves one out.
 
 In the token cache a pair is one document, the tokens of the chosen conversation and then those of the rejected one, so
 that nothing can separate them; weights.SIDE marks where the second begins. Pairs longer than a row are cut before they
@@ -22,14 +23,15 @@ from rich.console import Console
 from minimind.data import weights
 from minimind.data.build import PART_BYTES
 from minimind.data.cache import open_cached
-from minimind.data.conversations import ChatEncoder, messages_of
+from minimind.data.conversations import ChatEncoder
+from minimind.data.fields import Messages
+from minimind.data.forms import AUTO, Form
 from minimind.data.reader import iter_rows
 from minimind.data.recipes import Encoded, Vocabulary
 from minimind.data.records import BadRows, Document, Position, reason_of, reporter
 from minimind.data.store import Corpus
 
 SIDES = ("chosen", "rejected")
-Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Preferences:
     encoder: ChatEncoder
     longest: int | None = None
     share: bool = True
+    form: Form = AUTO
     weighted = True
 
     @property
@@ -59,14 +62,14 @@ class Preferences:
         return self.encoder
 
     def key(self) -> list[Any]:
-        whole = ["preferences", 1, self.encoder.fingerprint]
+        whole = ["preferences", 1, self.encoder.fingerprint, *self.form.key()]
         return whole if self.longest is None else [*whole, "cut", 1, self.longest, self.share]
 
     def read(self, path: Path, on_bad_row: str, start: Position, bad: BadRows | None) -> Iterator[Pair]:
         report = reporter(path, on_bad_row, bad)
         for line, end, row in iter_rows(path, start, report):
             try:
-                chosen, rejected = (_side(row, name) for name in SIDES)
+                chosen, rejected = self.form.pair(row)
                 shared = _check_prompt(chosen, rejected)
                 sides = tuple(self._pieces(*side) for side in zip(SIDES, (chosen, rejected), strict=True))
                 texts = ["".join(piece.text for piece in pieces) for pieces in sides]
@@ -127,14 +130,15 @@ def open_preferences(
     part_bytes: int = PART_BYTES,
     longest: int | None = None,
     share: bool = True,
+    form: Form = AUTO,
 ) -> Corpus:
     """The pairs of `paths` as tokens with loss weights; the cache is that of `open_corpus`, its errors too. longest,
-    share: as of Preferences.
+    share, form: as of Preferences.
 
     Raises ValueError, naming file:line, also on a missing side, a malformed message, a side that does not end with the
     assistant, sides that answer different prompts, and sides that are the same.
     """
-    recipe = Preferences(encoder, longest, share)
+    recipe = Preferences(encoder, longest, share, form)
     return open_cached(paths, recipe, (".jsonl",), cache_dir, on_bad_row, console, part_bytes)
 
 
@@ -150,16 +154,6 @@ def common_tokens(a: np.ndarray, b: np.ndarray, of_a: np.ndarray, of_b: np.ndarr
 def row_tokens(chosen: Any, rejected: Any, shared: Any) -> Any:
     """Tokens that a pair takes of a row: the last one of a side predicts nothing."""
     return chosen + rejected - 2 - shared
-
-
-def _side(row: dict[str, Any], name: str) -> Messages:
-    try:
-        messages = messages_of(row, name)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}" if name in row else str(error)) from None
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{name}: the last message is of the {messages[-1]['role']}, not of the assistant")
-    return messages
 
 
 def _check_prompt(chosen: Messages, rejected: Messages) -> int:

@@ -3,7 +3,8 @@
 A row of a .jsonl file (plain, .gz or .zst) is {"conversations": [message, ...]}, the messages as in conversations.py.
 The last one is the assistant's turn that the model is to write: upstream leaves its content empty, or writes that there
 is none (NO_REFERENCE). What else stands there is taken for a reference answer, for rewards that compare with one;
-"reference" beside "conversations" goes before it. All other fields of the row go to the rewards as they are.
+"reference" beside "conversations" goes before it; "system" and "tools" are the system message's. All other fields of
+the row go to the rewards as they are, and it is said which. forms.py has the forms of other programs.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from typing import Any, Protocol
 import numpy as np
 from rich.console import Console
 
-from minimind.data.conversations import messages_of
+from minimind.data.fields import HARMLESS
+from minimind.data.forms import AUTO, Form
+from minimind.data.paths import expand_paths
 from minimind.data.progress import say
-from minimind.data.reader import expand_paths, iter_rows, kind_of
-from minimind.data.records import START, BadRows, bad_row_error, reason_of, reporter
+from minimind.data.reader import iter_rows
+from minimind.data.records import START, BadRows, bad_row_error, kind_of, reason_of, reporter
 from minimind.data.split import hash_texts
 
 NO_REFERENCE = (
@@ -101,20 +104,21 @@ def open_prompts(
     longest: int,
     on_bad_row: str = "error",
     console: Console | None = None,
+    form: Form = AUTO,
 ) -> PromptSet:
     """The prompts of `paths`. Raises ValueError, naming file:line, on a row that cannot be used, one whose prompt has
     more than `longest` tokens among them; with on_bad_row "skip" such rows are counted and left out."""
     found: list[Prompt] = []
     digest = blake2b(encoder.fingerprint.encode(), digest_size=8)
-    long = 0
-    for path in expand_paths(paths):
+    long, given = 0, set[str]()
+    for path in expand_paths(paths, console):
         if not path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
             raise ValueError(f"{path}: prompts come in .jsonl files")
         bad = BadRows()
         report = reporter(path, on_bad_row, bad)
         for line, _, row in iter_rows(path, START, report):
             try:
-                prompt = _prompt(row, encoder)
+                prompt = _prompt(row, encoder, form)
             except ValueError as error:
                 report(line, reason_of(error))
                 continue
@@ -125,31 +129,27 @@ def open_prompts(
                 long += 1
                 continue
             found.append(prompt)
+            given.update(name for name in prompt.metadata if name.lower() not in HARMLESS)
             digest.update(repr((prompt.ids, prompt.reference)).encode())
         if bad.count and console is not None:
-            line, reason = bad.first[0]
-            say(console, f"{path}: {bad.count:,} rows left out, the first in line {line}: {reason}")
+            say(console, f"{path}: {bad}")
     if not found:
         raise ValueError(f"--data {' '.join(map(str, paths))}: no prompt that could be answered")
+    if given and console is not None:
+        say(
+            console,
+            f"beside the prompts, for rewards of your own (Sample.metadata): {', '.join(sorted(given))}",
+        )
     if long and console is not None:
         say(console, f"{long:,} prompts of more than --max-prompt {longest} tokens left out")
     return PromptSet(found, int.from_bytes(digest.digest(), "little"), long)
 
 
-def _prompt(row: dict[str, Any], encoder: PromptEncoder) -> Prompt:
-    row = dict(row)
-    messages = row.pop("conversations", None)
-    said = None
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    if isinstance(last, dict) and last.get("role") == "assistant":
-        said, messages = last.get("content"), messages[:-1]
-        if not messages:
-            raise ValueError("nothing stands before the assistant's turn, so that it answers nothing")
-    checked = messages_of({} if messages is None else {"conversations": messages}, "conversations")
-    reference = _reference(row.pop("reference", None)) or _reference(said)
-    return Prompt(
-        checked, encoder.prompt(checked), reference, row, encoder.thinking(checked), encoder.opening(checked)
-    )
+def _prompt(row: dict[str, Any], encoder: PromptEncoder, form: Form) -> Prompt:
+    messages, said, more = form.prompt(row)
+    reference = _reference(more.pop("reference", None)) or _reference(said)
+    ids = encoder.prompt(messages)
+    return Prompt(messages, ids, reference, more, encoder.thinking(messages), encoder.opening(messages))
 
 
 def _reference(said: Any) -> str | None:

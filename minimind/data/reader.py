@@ -5,41 +5,38 @@ Formats: `.jsonl` with one `{"text": str}` object per line (upstream MiniMind's 
 one 8 KiB piece (txt), whatever the file's size.
 """
 
-import glob
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from minimind.data.forms import AUTO, Form
 from minimind.data.pieces import text_pieces
-from minimind.data.records import BOM, START, BadRows, Document, Position, Report, reason_of, reporter
+from minimind.data.records import (
+    BOM,
+    START,
+    BadRows,
+    Document,
+    Position,
+    Report,
+    kind_of,
+    reason_of,
+    reporter,
+)
 from minimind.data.streams import StreamError, open_stream
 
-EXTENSIONS = tuple(kind + packing for kind in (".jsonl", ".txt") for packing in ("", ".gz", ".zst"))
-_KNOWN = f"expected one of {' '.join(EXTENSIONS)}"
+MOST_BYTES = 1 << 26  # of a row, which takes up to twenty times its size in memory until it is tokenized
+_SKIPPED = 1 << 20
 
-__all__ = ["EXTENSIONS", "BadRows", "Document", "Position", "expand_paths", "iter_texts", "read_documents"]
-
-
-def expand_paths(patterns: Sequence[str | Path]) -> list[Path]:
-    """Files named by files, folders (searched recursively, hidden names left out) and glob patterns.
-
-    The order is that of `patterns`, sorted within each, every file once. Raises ValueError when a pattern
-    matches nothing, a folder holds no file of a known extension, or a named file has an unknown one.
-    """
-    if isinstance(patterns, (str, Path)):
-        patterns = [patterns]
-    if not patterns:
-        raise ValueError("no data given; name at least one file, folder or glob pattern")
-    found: dict[Path, Path] = {}
-    for pattern in patterns:
-        for path in _expand_one(str(pattern)):
-            found.setdefault(path.resolve(), path)
-    return list(found.values())
+__all__ = ["BadRows", "Document", "Position", "iter_texts", "read_documents"]
 
 
 def read_documents(
-    path: Path | str, on_bad_row: str = "error", start: Position = START, bad: BadRows | None = None
+    path: Path | str,
+    on_bad_row: str = "error",
+    start: Position = START,
+    bad: BadRows | None = None,
+    form: Form = AUTO,
 ) -> Iterator[Document]:
     """Documents of `path` from `start` on (an earlier document's `end`), one at a time.
 
@@ -54,7 +51,7 @@ def read_documents(
         return
     for line, end, row in iter_rows(Path(path), start, report):
         try:
-            text = _text_field(row)
+            text = form.text(row)
             num_bytes = len(text.encode())
         except ValueError as error:
             report(line, reason_of(error))
@@ -62,12 +59,14 @@ def read_documents(
         yield Document(text, num_bytes, line, end)
 
 
-def iter_texts(path: Path | str, on_bad_row: str = "error", bad: BadRows | None = None) -> Iterator[str]:
+def iter_texts(
+    path: Path | str, on_bad_row: str = "error", bad: BadRows | None = None, form: Form = AUTO
+) -> Iterator[str]:
     """Every non-empty text in a file of any training stage, to train a tokenizer on.
 
     Rows: `{"text"}`, `{"conversations": [message]}` or `{"chosen": [message], "rejected": [message]}`; a
-    message gives its content, reasoning_content, tools and tool_calls; a .txt file gives its pieces. Errors
-    as in `read_documents`.
+    message gives its content, reasoning_content, tools and tool_calls, a row its system and tools; a .txt file
+    gives its pieces. Errors as in `read_documents`.
     """
     report = reporter(path, on_bad_row, bad)
     if _is_text(path):
@@ -75,43 +74,16 @@ def iter_texts(path: Path | str, on_bad_row: str = "error", bad: BadRows | None 
         return
     for line, _, row in iter_rows(Path(path), START, report):
         try:
-            texts = _row_texts(row)
+            values = [
+                v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in form.texts(row) if v
+            ]
+            texts = [text for text in values if text.strip()]
             for text in texts:
                 text.encode()
         except ValueError as error:
             report(line, reason_of(error))
             continue
         yield from texts
-
-
-def _expand_one(pattern: str) -> list[Path]:
-    if not pattern:  # Path("") is the current folder: all below it would be data
-        raise ValueError("an empty name among the data; give files, folders or glob patterns")
-    path = Path(pattern).expanduser()
-    if path.is_file():
-        if not path.name.endswith(EXTENSIONS):
-            raise ValueError(f"{pattern}: unknown kind of file; {_KNOWN}")
-        return [path]
-    if path.is_dir():
-        files = [file for file in _files_under(path) if file.name.endswith(EXTENSIONS)]
-        if not files:
-            raise ValueError(f"{pattern}: no data file in this folder; {_KNOWN}")
-        return files
-    matched = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-    if not matched:
-        raise ValueError(f"{pattern}: no such file, folder or match; check the path given")
-    files = []
-    for match in matched:
-        files += _files_under(match) if match.is_dir() else [match]
-    files = [file for file in files if file.is_file() and file.name.endswith(EXTENSIONS)]
-    if not files:
-        raise ValueError(f"{pattern}: matches no data file, only such as {matched[0]}; {_KNOWN}")
-    return files
-
-
-def _files_under(folder: Path) -> list[Path]:
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return sorted(f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts))
 
 
 def _is_text(path: Path | str) -> bool:
@@ -124,13 +96,16 @@ def iter_rows(path: Path, start: Position, report: Report) -> Iterator[tuple[int
     with open_stream(path, offset) as stream:
         while True:
             try:
-                chunk = stream.readline()
+                chunk, size = _line(stream)
             except StreamError as error:
                 report(line + 1, str(error))
                 return
             if not chunk:
                 return
-            line, offset = line + 1, offset + len(chunk)
+            line, offset = line + 1, offset + size
+            if size > len(chunk):
+                report(line, f"the row has more than {MOST_BYTES >> 20} MiB; divide it into several rows")
+                continue
             body = chunk.removeprefix(BOM) if offset == len(chunk) else chunk
             if body.isspace() or not body:
                 continue
@@ -142,8 +117,18 @@ def iter_rows(path: Path, start: Position, report: Report) -> Iterator[tuple[int
             yield line, Position(offset, line), row
 
 
+def _line(stream: IO[bytes]) -> tuple[bytes, int]:
+    """(the next line, or its beginning where it is too long; its length in bytes)."""
+    line = stream.readline(MOST_BYTES)
+    size, part = len(line), line
+    while part and not part.endswith(b"\n"):
+        part = stream.readline(_SKIPPED)
+        size += len(part)
+    return line, size
+
+
 def _parse(body: bytes) -> dict[str, Any]:
-    text = body.decode().rstrip()
+    text = body.rstrip().decode()
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
@@ -153,43 +138,3 @@ def _parse(body: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f'the row is {kind_of(row)}, not an object such as {{"text": "..."}}')
     return row
-
-
-def kind_of(value: Any) -> str:
-    """What JSON calls `value`."""
-    names = {str: "a string", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _text_field(row: dict[str, Any]) -> str:
-    if "text" not in row:
-        raise ValueError(f'no field "text" (fields: {", ".join(list(row)[:4])[:80] or "none"})')
-    text = row["text"]
-    if not isinstance(text, str):
-        raise ValueError(f'field "text" is {kind_of(text)}, not a string')
-    if not text or text.isspace():
-        raise ValueError('field "text" is empty')
-    return text
-
-
-def _row_texts(row: dict[str, Any]) -> list[str]:
-    if "text" in row:
-        return [_text_field(row)]
-    fields = [name for name in ("conversations", "chosen", "rejected") if name in row]
-    if not fields:
-        raise ValueError('none of the fields "text", "conversations", "chosen" and "rejected"')
-    texts = []
-    for name in fields:
-        if not isinstance(row[name], list):
-            raise ValueError(f'field "{name}" is {kind_of(row[name])}, not a list of messages')
-        for message in row[name]:
-            if not isinstance(message, dict):
-                raise ValueError(f'field "{name}" holds {kind_of(message)}, not a message object')
-            texts += _message_texts(message)
-    return texts
-
-
-def _message_texts(message: dict[str, Any]) -> list[str]:
-    values = [message.get(name) for name in ("content", "reasoning_content", "tools", "tool_calls")]
-    texts = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values if v]
-    return [text for text in texts if text.strip()]

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from minimind.data.forms import AUTO, Form
 from minimind.data.reader import read_documents
 from minimind.data.records import BadRows, Document, Position
 
@@ -64,6 +65,7 @@ class Texts:
     """Documents of plain text: bos, text, eos. Special tokens written in the text are plain text."""
 
     tokenizer: Encoder
+    form: Form = AUTO
     weighted = False
 
     @property
@@ -71,10 +73,11 @@ class Texts:
         return self.tokenizer
 
     def key(self) -> list[Any]:
-        return [self.tokenizer.fingerprint, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
+        tokens = [self.tokenizer.fingerprint, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
+        return [*tokens, *self.form.key()]
 
     def read(self, path: Path, on_bad_row: str, start: Position, bad: BadRows | None) -> Iterator[Document]:
-        return read_documents(path, on_bad_row, start, bad)
+        return read_documents(path, on_bad_row, start, bad, self.form)
 
     def encode(self, documents: list[Document]) -> Encoded:
         ids = self.tokenizer.encode_batch([document.text for document in documents], allow_special=False)

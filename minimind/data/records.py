@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 BOM = b"\xef\xbb\xbf"
 _FIRST_BAD_ROWS = 5
@@ -49,6 +50,10 @@ class BadRows:
         if len(self.first) < _FIRST_BAD_ROWS:
             self.first.append((line, reason))
 
+    def __str__(self) -> str:
+        line, reason = self.first[0]
+        return f"{self.count:,} rows left out, the first in line {line}: {reason}"
+
 
 def bad_row_error(path: Path | str, line: int, reason: str) -> ValueError:
     """The error of a bad row, in one line and with the way out."""
@@ -77,3 +82,9 @@ def reason_of(error: ValueError) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"invalid UTF-8 (byte 0x{error.object[error.start]:02x})"
     return str(error)
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls `value`."""
+    names = {str: "a string", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
+    return names.get(type(value), "a number")

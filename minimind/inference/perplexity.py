@@ -16,9 +16,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -28,7 +30,10 @@ from torch import Tensor
 from minimind import ops
 from minimind.config import ModelConfig
 from minimind.data import expand_paths, read_documents
+from minimind.data.forms import Form
+from minimind.data.paths import find_files
 from minimind.data.progress import say
+from minimind.data.records import BadRows, Document
 from minimind.display import Display, caption, decoration, duration, pyplot
 from minimind.inference.cache_dtype import rounded_cache
 from minimind.inference.loading import ModelArgs, Opened, open_model, stretched
@@ -56,6 +61,10 @@ class Args(ModelArgs):
     """With --tasks: put the questions into the chat template."""
     ppl: tuple[str, ...] = ()
     """Files, folders or globs of .txt and .jsonl, plain, .gz or .zst; what was not trained on."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """With --ppl: what to do with a row that cannot be used."""
+    ignore_fields: tuple[str, ...] = ()
+    """With --ppl: fields of rows that are left out: one that is not known is an error."""
     context: tuple[str, ...] = ("512,1024,2048",)
     """Window lengths in tokens, with commas or spaces; "512,...,8192" doubles."""
     tokens: int = 65536
@@ -92,7 +101,13 @@ def main(args: Args) -> int:
         say(console, note)
     curves = curves_of(opened.model.config, args)
     opened.model.compute_dtype = opened.dtype
-    ids = read_stream(args.ppl, opened.tokenizer, args.tokens // lengths[-1] * lengths[-1] + 1)
+    for line in find_files(args.ppl).lines():
+        say(console, line)
+    bad = BadRows()
+    read = partial(read_documents, on_bad_row=args.on_bad_row, bad=bad, form=Form(ignored=args.ignore_fields))
+    ids = read_stream(args.ppl, opened.tokenizer, args.tokens // lengths[-1] * lengths[-1] + 1, read)
+    if bad.count:
+        say(console, f"--ppl: {bad}")
     scored = (len(ids) - 1) // lengths[-1] * lengths[-1]
     if scored == 0:
         raise ValueError(
@@ -186,21 +201,28 @@ def curves_of(config: ModelConfig, args: ModelArgs) -> dict[str, ModelConfig]:
     return curves
 
 
-def read_stream(paths: Sequence[str], tokenizer: Tokenizer, count: int) -> Tensor:
+def read_stream(
+    paths: Sequence[str],
+    tokenizer: Tokenizer,
+    count: int,
+    read: Callable[[Path], Iterator[Document]] = read_documents,
+) -> Tensor:
     """int64, the first `count` tokens of the text or all there are. Rows of a .jsonl are documents between bos and eos;
     a .txt file is one."""
     ids: list[int] = []
-    for part in _documents(paths, tokenizer):
+    for part in _documents(paths, tokenizer, read):
         ids += part
         if len(ids) >= count:
             break
     return torch.tensor(ids[:count])
 
 
-def _documents(paths: Sequence[str], tokenizer: Tokenizer) -> Iterator[list[int]]:
+def _documents(
+    paths: Sequence[str], tokenizer: Tokenizer, read: Callable[[Path], Iterator[Document]]
+) -> Iterator[list[int]]:
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     for path in expand_paths(list(paths)):
-        texts = (tokenizer.encode(d.text, allow_special=False) for d in read_documents(path))
+        texts = (tokenizer.encode(d.text, allow_special=False) for d in read(path))
         if ".jsonl" in path.name:
             yield from (bos + text + eos for text in texts)
         else:  # its pieces are no documents

@@ -75,18 +75,34 @@ class ChatEncoder:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:
-        """The rendered conversation up to the end of the last assistant turn: what follows teaches nothing.
+        """The rendered conversation up to the end of the last assistant turn that is learnt: what follows teaches
+        nothing.
 
-        Trained is each assistant turn from behind the header of the generation prompt through its end token. Raises
-        ValueError if the template fails, no assistant speaks, or its turns cannot be told from the rest.
+        Trained is each assistant turn from behind the header of the generation prompt through its end token, but for
+        messages with "train": False, which the template does not see. Raises ValueError if the template fails, no
+        assistant speaks or is learnt, or its turns cannot be told from the rest.
         """
         parsed = _with_text(messages)
         text, spans, guard = self._guarded(parsed, self._spans)
         if not spans:
             raise ValueError("no assistant turn, so nothing to learn")
+        learnt = [message.get("train", True) for message in messages if message["role"] == "assistant"]
+        if all(learnt):
+            learnt = [True] * len(spans)
+        elif len(learnt) != len(spans):
+            raise ValueError(
+                "chat template: {% generation %} does not mark each message of the assistant once, so that none can be "
+                "left out of what is learnt"
+            )
+        elif not any(learnt):
+            raise ValueError("every message of the assistant has weight 0, so nothing to learn")
         out, place = [], 0
-        for start, stop in spans:
-            out += self._split(text[place:start], False, guard) + self._split(text[start:stop], True, guard)
+        while not learnt[-1]:
+            learnt.pop()
+        for (start, stop), trained in zip(spans, learnt, strict=False):
+            out += self._split(text[place:start], False, guard) + self._split(
+                text[start:stop], trained, guard
+            )
             place = stop
         return out
 
@@ -132,9 +148,7 @@ class ChatEncoder:
         found, place = [], 0
         for piece in pieces:
             mode: Any = True if piece.control else "markup"
-            found.append(
-                place + np.array(self.tokenizer.offsets(piece.text, allow_special=mode)).reshape(-1, 2)
-            )
+            found.append(place + self.tokenizer.offsets(piece.text, allow_special=mode))
             place += len(piece.text)
         offsets = np.concatenate(found)
         return kept(spans, offsets[:, 0], offsets[:, 1], excess)
@@ -154,7 +168,7 @@ class ChatEncoder:
     def _in_marker(self, piece: Piece) -> np.ndarray:
         """bool [tokens]: which overlap one of MARKERS; <answer> is several tokens, of which the outer may hold more."""
         mode: Any = True if piece.control else "markup"
-        offsets = np.array(self.tokenizer.offsets(piece.text, allow_special=mode))
+        offsets = self.tokenizer.offsets(piece.text, allow_special=mode)
         inside = np.zeros(len(offsets), bool)
         for found in _MARKER.finditer(piece.text):
             inside |= (offsets[:, 0] < found.end()) & (offsets[:, 1] > found.start())
@@ -270,9 +284,10 @@ class ChatEncoder:
 
 
 def _with_text(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """parse_messages, and contents in parts as one string: parts could spell a control token together."""
+    """parse_messages without "train", and contents in parts as one string: parts could spell a control token."""
     parsed = parse_messages(messages)
     for message in parsed:
+        message.pop("train", None)
         content = message.get("content")
         if isinstance(content, Sequence) and not isinstance(content, str):
             parts = (part if isinstance(part, str) else (part.get("text") or "") for part in content)

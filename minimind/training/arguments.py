@@ -50,7 +50,7 @@ class StageArgs:
     """Tokens in a row; longer documents are cut."""
     batch_tokens: int | None = None
     """Tokens per optimizer step, padding included; a multiple of --seq-len. None: 65536 on a GPU for models larger
-    than nano, else 4096."""
+    than nano, else 4096; what the data has, where that is less."""
     micro_tokens: int | None = None
     """Tokens per forward and backward, of all processes together; a step accumulates batch_tokens / micro_tokens of
     them. None: all at once, but no more than 65536, nor more than fit on the GPU (docs/scaling.md)."""
@@ -117,6 +117,8 @@ class StageArgs:
     """auto continues an unfinished run of this very configuration; never starts a new folder."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a malformed row: stop and name it, or count it and go on."""
+    ignore_fields: tuple[str, ...] = ()
+    """Fields of rows and messages that are left out: one that is not known is an error (docs/data.md)."""
     cache_dir: str | None = None
     """Where tokenized data is kept. None: $MINIMIND_CACHE or ~/.cache/minimind."""
     device: str = "auto"
@@ -182,7 +184,7 @@ class StageArgs:
     @property
     def legacy(self) -> dict[str, Any]:
         """What runs of earlier versions did where by now the data decides, for these to go on with."""
-        return {"split": "tail"}
+        return {"split": "tail", "fields": "dropped", "step": "usual"}
 
     def saved(self) -> dict[str, Any]:
         """The flags that say what is computed, under their names on the command line (with _ for -)."""

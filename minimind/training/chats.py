@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from minimind.data import Corpus, open_conversations
+from minimind.data.forms import FormatName
 from minimind.data.row_length import row_rule
 from minimind.modeling import Model
 from minimind.tokenization import ChatEncoder
 from minimind.training.answers import exact_match, questions, show
 from minimind.training.arguments import StageArgs
 from minimind.training.job import Job, Plan
-from minimind.training.parts import Named, Parts, all_losses, open_parts
+from minimind.training.parts import Named, Parts, all_losses, form_of, open_parts
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class ChatArgs(StageArgs):
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [{"role": ..., "content": ...},
     ...]} rows."""
+    format: FormatName = "auto"
+    """The form of --data's rows: auto, ours and upstream's; messages, OpenAI's and trl's; sharegpt and alpaca, as
+    LLaMA-Factory has them (docs/data.md)."""
     heldout_data: tuple[str, ...] = ()
     """Conversations to measure on, instead of --heldout; NAME=FILE is measured beside it, with figures of its own."""
     seq_len: int | None = None
@@ -57,7 +61,8 @@ def open_chats(
 
 
 def read_chats(job: Job, encoder: ChatEncoder, paths: Sequence[str]) -> Corpus:
-    return open_conversations(paths, encoder, job.args.cache_dir, job.args.on_bad_row, job.console)
+    where = job.args.cache_dir, job.args.on_bad_row, job.console
+    return open_conversations(paths, encoder, *where, form=form_of(job))
 
 
 def describe_chats(parts: Parts, plan: Plan) -> list[str]:

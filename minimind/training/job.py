@@ -24,6 +24,7 @@ from rich.console import Console
 from minimind import ops, varlen
 from minimind.attention import attention_name
 from minimind.config import ModelConfig
+from minimind.data import Corpus
 from minimind.data.progress import say
 from minimind.device import Precision, choose_precision, describe_device, keep_sums_float32
 from minimind.modeling import Model
@@ -54,6 +55,10 @@ class EpochLoader(Protocol):
     @property
     def fill(self) -> float:
         """Share of the positions of a batch that hold tokens."""
+
+    @property
+    def view(self) -> Corpus:
+        """The documents."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,8 @@ class Job:
             return getattr(self.given, name)
         if name in self.chosen:
             label = f"--{name.replace('_', '-')}" if is_flag else name.replace("_", " ")
-            self.remembered.append(f"{label} {self.chosen[name]}")
+            told = f"{label} {self.chosen[name]}"
+            self.remembered += [] if told in self.remembered else [told]
         else:
             self.chosen[name], reason = rule()
             if reason:
@@ -169,6 +175,10 @@ class Job:
         args = self.args
         rows, micro_batches = self._batch_shape()
         loader = make_loader(rows=rows, rank=self.parallel.rank, world_size=self.parallel.world_size)
+        shape = self._fitted(loader, rows, micro_batches)
+        if shape != (rows, micro_batches):
+            rows, micro_batches = shape
+            loader = make_loader(rows=rows, rank=self.parallel.rank, world_size=self.parallel.world_size)
         step_tokens = rows * args.row * micro_batches
         budget = (
             args.tokens if args.tokens is not None else args.epochs * loader.tokens_per_epoch / loader.fill
@@ -336,10 +346,33 @@ class Job:
         identity = {"stage": self.stage, "args": self._saved(), "model": self.config.to_dict()}
         return identity if weights is None else identity | {"weights": weights}
 
-    def _batch_shape(self) -> tuple[int, int]:
+    def _fitted(self, loader: EpochLoader, rows: int, micro_batches: int) -> tuple[int, int]:
+        """_batch_shape of a step that a pass over the data has rows for, where --batch-tokens does not say; a run goes
+        on with what it began with. What data smaller than a step comes to is noted in one line."""
+        row, step, ranks = self.args.row, rows * micro_batches, self.parallel.world_size
+        there = max(1, round(loader.tokens_per_epoch / loader.fill / row))  # rows of a pass
+        if step <= there:
+            return rows, micro_batches
+        taken = step
+        if self.given.batch_tokens is None:
+            part = rows if self.args.micro_tokens or rows <= there else ranks  # the step is a multiple of it
+            fitting = max(part, there // part * part) * row
+            kept = self.settle("step", lambda: (fitting, ""))
+            taken = step if kept == "usual" else kept // row
+        said = "--batch-tokens sets another" if self.given.batch_tokens is None else "lower --batch-tokens"
+        size = (
+            f"{loader.view.num_documents:,} documents, {loader.tokens_per_epoch:,} tokens in {there:,} rows"
+        )
+        self.notes.append(
+            f"little data: {size} of {row}, less than a step of {step * row:,} tokens; a step takes {taken * row:,}, "
+            f"each row {taken / there:.1f} times; {said}"
+        )
+        return (rows, micro_batches) if taken == step else self._batch_shape(taken * row)
+
+    def _batch_shape(self, batch_tokens: int | None = None) -> tuple[int, int]:
         """(rows of a micro-batch, micro-batches of a step)."""
         args, ranks = self.args, self.parallel.world_size
-        batch_tokens = args.batch_tokens or self.usual_batch
+        batch_tokens = batch_tokens or args.batch_tokens or self.usual_batch
         micro_tokens = args.micro_tokens or self._micro_tokens(batch_tokens)
         if batch_tokens % micro_tokens or micro_tokens % args.row:
             raise ValueError(

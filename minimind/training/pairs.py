@@ -13,6 +13,7 @@ import torch
 from minimind.attention import Unfolding
 from minimind.data import Corpus
 from minimind.data.builtin_preferences import builtin_preferences
+from minimind.data.forms import FormatName
 from minimind.data.pair_loader import PairBatch, PairLoader, sides
 from minimind.data.preferences import open_preferences, row_tokens
 from minimind.data.row_length import row_length
@@ -25,7 +26,7 @@ from minimind.training.arguments import StageArgs
 from minimind.training.batches import move
 from minimind.training.job import Job, Plan
 from minimind.training.parallel import Parallel
-from minimind.training.parts import Named, Parts, open_parts
+from minimind.training.parts import Named, Parts, form_of, open_parts
 
 _UNREAD = 64  # tokens of a document that pads an unfolding: short, as attention costs their square
 # What preference_loss tells besides the loss, in the order of metrics.jsonl.
@@ -48,6 +49,9 @@ class PairArgs(StageArgs):
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"chosen": [{"role": ..., "content": ...}, ...],
     "rejected": [...]} rows. None: a thousand pairs about manners that come with the program.
     FILE:2 draws twice as many of its rows as FILE:1 (docs/data.md)."""
+    format: FormatName = "auto"
+    """The form of --data's rows: auto, ours and upstream's; messages, OpenAI's and trl's; sharegpt and alpaca, as
+    LLaMA-Factory has them (docs/data.md)."""
     heldout_data: tuple[str, ...] = ()
     """Pairs to measure on, instead of --heldout; NAME=FILE is measured beside it, with figures of its own."""
     epochs: float = 6.0
@@ -80,6 +84,7 @@ def open_pairs(job: Job, args: PairArgs, encoder: ChatEncoder) -> PairParts:
         cache_dir=args.cache_dir,
         on_bad_row=args.on_bad_row,
         console=job.console,
+        form=form_of(job),
     )
     share = job.settle("share_prompts", lambda: (True, ""))
     whole = read(named.paths)

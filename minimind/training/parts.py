@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minimind.data import Corpus, open_corpus
+from minimind.data.forms import Form, FormatName
 from minimind.data.mixture import Mixture, Part, Weight, describe_mixture, parse_part
-from minimind.data.reader import expand_paths
+from minimind.data.paths import expand_paths, find_files
 from minimind.data.split import MAX_TOKENS, repeats, shared, split, split_tail
 from minimind.modeling import Model
+from minimind.training.arguments import StageArgs
 from minimind.training.heldout import heldout_loss, named_losses
 from minimind.training.job import Job, Plan
 
@@ -87,6 +89,8 @@ class Parts:
 def open_parts(job: Job, named: Named, read: Read) -> Parts:
     """Read and split what `named` names; says what copies there are. Raises ValueError as `read` and the split do."""
     args = job.args
+    for paths in (named.paths, named.heldout, *named.sets.values()):
+        job.notes += find_files(paths).lines() if paths else []
     whole = read(named.paths)
     heldout = read(named.heldout) if named.heldout else None
     sets = {name: read(paths) for name, paths in named.sets.items()}
@@ -103,7 +107,29 @@ def open_parts(job: Job, named: Named, read: Read) -> Parts:
 
 def read_texts(job: Job, paths: Sequence[str]) -> Corpus:
     """Documents of plain text."""
-    return open_corpus(paths, job.tokenizer, job.args.cache_dir, job.args.on_bad_row, job.console)
+    form = form_of(job)
+    if form.name != "auto":
+        raise ValueError(
+            f"--format {form.name}: is about conversations, and this run reads text; drop the flag"
+        )
+    where = job.args.cache_dir, job.args.on_bad_row, job.console
+    return open_corpus(paths, job.tokenizer, *where, form=form)
+
+
+def form_of(job: Job) -> Form:
+    """How the rows of a run's files are read; settles whether fields that would be lost are errors."""
+    form = named_form(job.args)
+    return (
+        form if job.settle("fields", lambda: ("checked", "")) == "checked" else replace(form, checked=False)
+    )
+
+
+def named_form(args: StageArgs) -> Form:
+    """What --format and --ignore-fields say; ValueError where there is no --data that they could be about."""
+    name: FormatName = getattr(args, "format", "auto")
+    if name != "auto" and not args.data:
+        raise ValueError(f"--format {name}: says how the rows of --data are read; name the files")
+    return Form(name, args.ignore_fields)
 
 
 def all_losses(model: Model, parts: Parts, job: Job, final: bool) -> dict[str, Any]:

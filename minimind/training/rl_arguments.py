@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from minimind.data.forms import FormatName
 from minimind.rewards import RewardScale
 from minimind.training.arguments import FromFlag, StageArgs
 from minimind.training.parallel import ParallelName, world_size
@@ -27,6 +28,9 @@ class RolloutArgs(StageArgs):
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [..., {"role": "assistant",
     "content": ""}]} rows: the last turn is the one to write. What stands in it, or in "reference" beside it, is the
     answer that some rewards compare with. None: sums and differences that come with the program."""
+    format: FormatName = "auto"
+    """The form of --data's rows: auto, ours and upstream's; messages, OpenAI's and trl's; sharegpt and alpaca, as
+    LLaMA-Factory has them (docs/data.md)."""
     heldout_data: tuple[str, ...] = ()
     """Prompts to measure on, instead of --heldout."""
     reward: tuple[str, ...] = ()

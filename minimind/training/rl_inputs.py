@@ -14,6 +14,7 @@ from minimind.data.prompts import PromptSet, open_prompts
 from minimind.tokenization import Tokenizer
 from minimind.tokenization.reasoning import ThinkingPrompts
 from minimind.training.parallel import world_size
+from minimind.training.parts import named_form
 from minimind.training.rl_arguments import RolloutArgs
 from minimind.training.run_folder import newest_finished
 
@@ -27,12 +28,13 @@ def open_data(
     """(training, held-out) prompts; by_tail: as PromptSet.split has it."""
     encoder = ThinkingPrompts(tokenizer, args.thinking)
     data, heldout = list(args.data), list(args.heldout_data)
+    form = named_form(args)
     if not data:
         builtin = arithmetic_prompts(args.cache_dir, console)
         data, heldout = [str(builtin[0])], heldout or [str(builtin[1])]
 
     def read(paths: list[str]) -> PromptSet:
-        return open_prompts(paths, encoder, args.max_prompt, args.on_bad_row, console)
+        return open_prompts(paths, encoder, args.max_prompt, args.on_bad_row, console, form)
 
     if heldout:
         return read(data), read(heldout)

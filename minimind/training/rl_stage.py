@@ -61,6 +61,11 @@ class Rollouts:
         job = Job.begin(stage, args, console)
         by_tail = job.settle("split", lambda: ("hash", "")) == "tail"
         train, heldout = open_data(args, job.tokenizer, console, by_tail)
+        if len(train) < args.prompts:
+            job.notes.append(
+                f"little data: {len(train):,} prompts, fewer than --prompts {args.prompts} of a rollout, which asks "
+                f"each {args.prompts / len(train):.1f} times"
+            )
         if not args.reward and any(prompt.reference is None for prompt in train.prompts):
             raise ValueError(
                 "--reward: not all prompts of --data have a reference answer; name what to reward, such as model=FOLDER"

@@ -18,7 +18,8 @@ import pytest
 from minimind import cli
 from minimind.data import download
 from minimind.data.hubs import list_files
-from minimind.data.reader import expand_paths, iter_texts
+from minimind.data.paths import expand_paths
+from minimind.data.reader import iter_texts
 
 ROWS = b"".join(json.dumps({"text": f"row {i}, " + "x" * (i % 90)}).encode() + b"\n" for i in range(5000))
 FILES = {"pretrain_hq.jsonl": ROWS, "dpo.jsonl": ROWS[:1000], "README.md": b"# data\n"}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind.data.pieces import PIECE_BYTES
-from minimind.data.reader import BadRows, Document, expand_paths, iter_texts, read_documents
+from minimind.data.reader import BadRows, Document, iter_texts, read_documents
 
 GOOD = b'{"text": "one"}\n\n{"text": "two \xe5\xad\x97"}\r\n   \n{"text": "three"}'
 
@@ -163,43 +163,6 @@ def test_bad_lines_of_text(tmp_path):
     bad = BadRows()
     assert texts(path, on_bad_row="skip", bad=bad) == ["good\nmore\n"]
     assert bad.first == [(2, "invalid UTF-8 (byte 0xff)"), (4, "the file ends inside a UTF-8 character")]
-
-
-def test_paths_from_files_folders_and_globs(tmp_path):
-    for name in ["b.jsonl", "a.txt", "c.txt.gz", "sub/d.jsonl.zst", "sub/notes.md", ".hidden/e.txt"]:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-
-    def names(*patterns):
-        return [str(path.relative_to(tmp_path)) for path in expand_paths([tmp_path / p for p in patterns])]
-
-    assert names(".") == ["a.txt", "b.jsonl", "c.txt.gz", "sub/d.jsonl.zst"]
-    assert names("b.jsonl", ".", "*.txt") == ["b.jsonl", "a.txt", "c.txt.gz", "sub/d.jsonl.zst"]
-    assert names("*") == ["a.txt", "b.jsonl", "c.txt.gz", "sub/d.jsonl.zst"]
-    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
-    assert names("a.txt", "link.txt") == ["a.txt"]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("x.csv", "x.csv: unknown kind of file; expected one of .jsonl .jsonl.gz .jsonl.zst .txt"),
-        ("*.csv", "*.csv: matches no data file, only such as"),
-        ("none.txt", "none.txt: no such file, folder or match; check the path given"),
-        ("no*", "no*: no such file, folder or match"),
-        ("empty", "empty: no data file in this folder; expected one of"),
-    ],
-)
-def test_paths_that_give_nothing(tmp_path, pattern, message):
-    (tmp_path / "x.csv").write_text("x")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        expand_paths([tmp_path / pattern])
-    assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="no data given"):
-        expand_paths([])
-    with pytest.raises(ValueError, match="an empty name among the data"):
-        expand_paths([""])
 
 
 def test_texts_of_every_stage(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from rich.progress import Progress
 from tokenizers import pre_tokenizers
 
+from minimind.data.reader import iter_texts
 from minimind.tokenization import load_tokenizer
 from minimind.tokenization.training import MIN_VOCAB_SIZE, SPECIAL_TOKENS, train_bpe
 
@@ -155,7 +156,7 @@ def test_script_repeats_and_thins_out_by_weight(tmp_path: Path) -> None:
     file.write_text("".join(f'{{"text": "{i}"}}\n' for i in range(10)), encoding="utf-8")
 
     def texts(weight: float) -> list[str]:
-        return list(script.stream([(file, weight)], "error", {"3"}, Progress(disable=True)))
+        return list(script.stream([(file, weight)], iter_texts, {"3"}, Progress(disable=True)))
 
     assert texts(1) == list("012456789")
     assert texts(2.5) == list("0011122444556667788899")

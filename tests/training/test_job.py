@@ -94,3 +94,75 @@ def test_the_longest_row_fits_the_step_the_processes_and_the_card(
 def test_a_run_is_named_after_its_data_as_far_as_a_folder_can_be(data, name, tmp_path):
     assert StageArgs(data=data).data_name == name
     (tmp_path / f"pretrain-minimind2-small-{name}-12").mkdir()
+
+
+class Fitting(SimpleNamespace):
+    """What Job._fitted asks of a job; the step is 4096 tokens, 8 rows."""
+
+    usual_batch = 4096
+    _fitted = Job._fitted
+    _batch_shape = Job._batch_shape
+    _micro_tokens = Job._micro_tokens
+
+    def settle(self, name, rule):
+        return self.chosen.setdefault(name, rule()[0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "ranks", "flags", "chosen", "shape", "told"),
+    [
+        (8, 1, {}, {}, (8, 1), None),
+        (100, 1, {}, {}, (8, 1), None),
+        (5, 1, {}, {}, (5, 1), "a step takes 2,560, each row 1.0 times; --batch-tokens sets another"),
+        (1, 1, {}, {}, (1, 1), "a step takes 512, each row 1.0 times; --batch-tokens sets another"),
+        (7, 2, {}, {}, (6, 1), "a step takes 3,072, each row 0.9 times; --batch-tokens sets another"),
+        (1, 2, {}, {}, (2, 1), "a step takes 1,024, each row 2.0 times; --batch-tokens sets another"),
+        (
+            5,
+            1,
+            {"batch_tokens": 4096},
+            {},
+            (8, 1),
+            "a step takes 4,096, each row 1.6 times; lower --batch-tokens",
+        ),
+        (
+            5,
+            1,
+            {"micro_tokens": 1024},
+            {},
+            (2, 2),
+            "a step takes 2,048, each row 0.8 times; --batch-tokens sets",
+        ),
+        (
+            1,
+            1,
+            {"micro_tokens": 1024},
+            {},
+            (2, 1),
+            "a step takes 1,024, each row 2.0 times; --batch-tokens sets",
+        ),
+        (5, 1, {}, {"step": "usual"}, (8, 1), "a step takes 4,096, each row 1.6 times; --batch-tokens sets"),
+        (5, 1, {}, {"step": 3 * 512}, (3, 1), "a step takes 1,536, each row 0.6 times; --batch-tokens sets"),
+    ],
+)
+def test_a_step_takes_no_more_than_the_data_has(rows, ranks, flags, chosen, shape, told):
+    args = SimpleNamespace(
+        row=512, seq_len=512, recompute=False, **{"batch_tokens": None, "micro_tokens": None} | flags
+    )
+    job = Fitting(
+        args=args, given=args, parallel=SimpleNamespace(world_size=ranks), device=torch.device("cpu"),
+        config=ModelConfig.preset("nano"), notes=[], chosen=dict(chosen),
+    )  # fmt: skip
+    loader = SimpleNamespace(
+        tokens_per_epoch=rows * 460, fill=460 / 512, view=SimpleNamespace(num_documents=60)
+    )
+    assert job._fitted(loader, *job._batch_shape()) == shape
+    if told is None:
+        assert job.notes == [] and job.chosen == {}
+        return
+    (note,) = job.notes
+    size = f"60 documents, {rows * 460:,} tokens in {rows:,} rows of 512"
+    assert note.startswith(f"little data: {size}, less than a step of 4,096 tokens; {told}")
+    assert job.chosen.get("step") == (
+        None if "batch_tokens" in flags else chosen.get("step", shape[0] * shape[1] * 512)
+    )

@@ -17,7 +17,7 @@ from minimind import load_tokenizer
 from minimind.data import open_conversations
 from minimind.data.split import split, split_tail
 from minimind.tokenization import ChatEncoder
-from minimind.training.parts import Named, open_parts
+from minimind.training.parts import Named, form_of, open_parts, read_texts
 from tests.training.runs import (
     SCRIPT,
     TINY,
@@ -72,7 +72,9 @@ def test_a_mixture_with_named_sets_goes_on_to_the_bit(origin, tmp_path):
     assert last["heldout_first_loss"] != last["heldout_other_loss"] != last["heldout_loss"]
     assert last["heldout_all"] and "heldout_first_all" not in last
     arguments = command(origin, out, tmp_path, data, *sets)
-    assert "as this run began: split hash" in assert_continues_to_the_bit(arguments, out, whole, 2, 6)
+    assert "as this run began: fields checked, split hash" in assert_continues_to_the_bit(
+        arguments, out, whole, 2, 6
+    )
 
 
 def test_named_sets_alone_are_measured(origin, tmp_path):
@@ -138,19 +140,36 @@ def test_a_run_of_an_earlier_version_keeps_its_split_and_its_rows(origin, tmp_pa
     data, cache, out = rows(tmp_path, "data", 60), tmp_path / "cache", tmp_path / "old"
     flags = {"from_": str(origin), "data": (str(data),), "cache_dir": str(cache), "tokens": 4096, "evals": 1}
     call(SFT, out=str(tmp_path / "new"), **flags)
+    assert len(rows_of(tmp_path / "new", "train")) == 3  # of what the data has, not of 4096 tokens
     config = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert config.pop("chosen") == {"split": "hash", "seq_len": 512} and config["args"]["seq_len"] is None
+    assert config.pop("chosen") == {"split": "hash", "fields": "checked", "seq_len": 512, "step": 1536}
+    assert config["args"]["seq_len"] is None
     del config["args"]["dedupe"]
     config["args"]["seq_len"] = 512
     out.mkdir()
     (out / "config.json").write_text(json.dumps(config))
     call(SFT, out=str(out), **flags)
+    assert len(rows_of(out, "train")) == 1
     corpus = open_conversations([data], ChatEncoder(load_tokenizer()), cache)
     for folder, how in ((out, split_tail(corpus, 0.05)), (tmp_path / "new", split(corpus, 0.05))):
         held = how[1]
         targets = sum(int(np.count_nonzero(held.codes(i) & 3)) for i in range(held.num_documents))
         assert rows_of(folder, "eval")[-1]["heldout_tokens"] == targets
     assert reproducible(out)[0] != reproducible(tmp_path / "new")[0]
+
+
+def test_a_run_of_an_earlier_version_goes_on_without_the_fields_it_dropped(origin, tmp_path):
+    data, cache, out = rows(tmp_path, "data", 60), tmp_path / "cache", tmp_path / "old"
+    flags = {"from_": str(origin), "data": (str(data),), "cache_dir": str(cache), "tokens": 512, "evals": 1}
+    call(SFT, out=str(tmp_path / "new"), seq_len=128, batch_tokens=512, **flags)
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    del config["chosen"]["fields"], config["args"]["format"], config["args"]["ignore_fields"]
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(config))
+    data.write_text(data.read_text().replace('{"conv', '{"images": 1, "conv'))
+    with pytest.raises(ValueError, match=r'data\.jsonl:1: field "images" is not known'):
+        call(SFT, out=str(tmp_path / "newer"), seq_len=128, batch_tokens=512, **flags)
+    call(SFT, out=str(out), seq_len=128, batch_tokens=512, **flags)
 
 
 def test_what_the_data_decided_stays_when_the_data_would_decide_otherwise(origin, tmp_path):
@@ -174,3 +193,16 @@ def test_what_the_data_decided_stays_when_the_data_would_decide_otherwise(origin
     call(SFT, out=str(tmp_path / "again"), **flags)
     trainer = sorted((tmp_path / "again" / "checkpoints").iterdir())[-1] / "trainer.pt"
     assert torch.load(trainer, weights_only=True)["loader"]["seq_len"] == 256
+
+
+def test_a_form_is_about_conversations_of_ones_own(tmp_path):
+    for stage, flags, told in (
+        ("sft", {"from_": str(tmp_path)}, "--format alpaca: says how the rows of --data are read"),
+        ("distill", {"data": (str(rows(tmp_path, "data", 9)),)}, "--format alpaca: is about conversations"),
+    ):
+        args = SimpleNamespace(
+            **{"data": (), "ignore_fields": (), "cache_dir": None} | flags, format="alpaca"
+        )
+        job = SimpleNamespace(args=args, settle=lambda name, rule: rule()[0])
+        with pytest.raises(ValueError, match=told):
+            read_texts(job, list(args.data)) if stage == "distill" else form_of(job)
