@@ -561,7 +561,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a run of an earlier version goes on with today's split",
-        "minimind/training/run_folder.py",
+        "minimind/training/identity.py",
         "                chosen[name] = value\n            elif",
         "                chosen[name] = None\n            elif",
         "tests/training/test_run_folder.py",
@@ -636,6 +636,49 @@ MUTATIONS = (
         'token["special"] = token["content"] not in MARKUP_TOKENS',
         'token["special"] = True',
         "tests/tokenization/test_training.py::test_markup_stays_visible",
+    ),
+    # training: which run goes on
+    Mutation(
+        "other micro-batches are another run",
+        "minimind/training/identity.py",
+        '"fused", "micro_batches", "micro_tokens", "recompute")',
+        '"fused", "micro_batches", "recompute")',
+        "tests/training/test_pretrain.py::test_a_run_goes_on_in_other_micro_batches",
+    ),
+    Mutation(
+        "the place in the data is one of micro-batches of one size",
+        "minimind/data/loader.py",
+        '"seq_len": self.seq_len,\n            "shuffle"',
+        '"seq_len": self.seq_len,\n            "rows": self.rows,\n            "shuffle"',
+        "tests/data/test_loader.py::test_a_step_has_the_same_rows_in_other_micro_batches",
+    ),
+    Mutation(
+        "the place in a rollout is counted in micro-batches of another size",
+        "minimind/training/rl_loader.py",
+        "self._taken = done * self.shape.micro_batches",
+        'self._taken = state["taken"]',
+        "tests/training/test_grpo.py::test_a_run_goes_on_in_other_micro_batches",
+    ),
+    Mutation(
+        "the run that differs in most is called near",
+        "minimind/training/run_folder.py",
+        "path, found = min(reversed(told)",
+        "path, found = max(reversed(told)",
+        "tests/training/test_run_folder.py::test_a_new_run_tells_of_the_unfinished_one_that_is_near",
+    ),
+    Mutation(
+        "a lengthened run begins inside the cooldown",
+        "minimind/training/checkpoint.py",
+        "[:-keep] if step_of(folder) != branch)",
+        "[:-keep])",
+        "tests/training/test_lengthen.py",
+    ),
+    Mutation(
+        "the rate jumps to the longer run's curve",
+        "minimind/training/lengthen.py",
+        "share = min(1.0, (step - left + 1) / rise)",
+        "share = 1.0",
+        "tests/training/test_lengthen.py::test_a_fallen_rate_rises_to_the_longer_run_s_curve",
     ),
     # training
     Mutation(

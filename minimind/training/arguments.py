@@ -23,7 +23,7 @@ PresetName = Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "m
 FromFlag = Annotated[str | None, tyro.conf.arg(name="from")]  # `from` is a word of Python's
 
 # Flags that say nothing about the run itself.
-_NOT_SAVED = {"resume", "out", "track", "profile"}
+_NOT_SAVED = {"resume", "lengthen", "out", "track", "profile"}
 _POSITIVE = ("tokens", "epochs", "seq_len", "batch_tokens", "micro_tokens", "lr", "grad_clip", "eval_tokens",
              "evals", "save_every", "keep_checkpoints", "log_every", "patience")  # fmt: skip
 
@@ -113,7 +113,11 @@ class StageArgs:
     """Flash attention over documents on a GPU: torch, or a package that is installed: flash2, flash3, flash4 (see
     docs/kernels.md). auto: the fastest that works on this GPU."""
     resume: ResumeMode = "auto"
-    """auto continues an unfinished run of this very configuration; never starts a new folder."""
+    """auto continues an unfinished run of these flags, of which those that change no step but for rounding may differ
+    (docs/runs.md); never starts a new folder."""
+    lengthen: str | None = None
+    """Begin where this run, finished or not, has come to, with the same flags and a larger --tokens, --epochs or
+    --rollouts, in a folder of its own (docs/runs.md says how the rate goes on)."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a malformed row: stop and name it, or count it and go on."""
     cache_dir: str | None = None

@@ -33,13 +33,15 @@ from minimind.training.arguments import StageArgs
 from minimind.training.batches import DeviceBatches, to_device
 from minimind.training.checkpoint import load_weights_into, share_trainer_state
 from minimind.training.compiling import compile_model
+from minimind.training.identity import Defaults
+from minimind.training.lengthen import Curve, Legs, describe_rates, find_source, rate_factor
 from minimind.training.loop import Apart, Loader, LoopOptions, News, Stage, StageLoss, Trainer
 from minimind.training.memory import tokens_that_fit
-from minimind.training.optim import Optimizers, build_optimizers, lr_factor
+from minimind.training.optim import Optimizers, build_optimizers, cooldown_steps, lr_factor
 from minimind.training.origin import Origin
 from minimind.training.parallel import Parallel
 from minimind.training.profiling import StepProfiler, mark_blocks
-from minimind.training.run_folder import Defaults, RunFolder, find_run, open_run, record_versions
+from minimind.training.run_folder import RunFolder, find_run, open_run, record_versions
 from minimind.training.tracking import make_tracker
 from minimind.weights import save_weights
 
@@ -103,6 +105,7 @@ class Job:
     remembered: list[str] = field(default_factory=list)  # what an earlier start of this run decided
     run: RunFolder = field(init=False)
     state: dict[str, Any] = field(init=False)  # the trainer's, of the checkpoint
+    planned: Callable[[dict[str, Any]], int] = field(init=False)  # steps that flags of a run's length come to
 
     def __post_init__(self) -> None:
         self.given = self.args
@@ -134,9 +137,9 @@ class Job:
     @cached_property
     def chosen(self) -> dict[str, Any]:
         """What is not in the flags and decides what is computed: of an unfinished run that goes on, as it began."""
-        where = self.given.out, self._name
+        where, given = (self.given.out, self._name), self.given
         return self.parallel.share(
-            lambda: find_run(*where, self._identity(), self.given.resume, self._defaults)
+            lambda: find_run(*where, self._identity(), given.resume, self._defaults, lengthen=given.lengthen)
         )
 
     def settle(self, name: str, rule: Callable[[], tuple[Any, str]]) -> Any:
@@ -170,26 +173,37 @@ class Job:
         rows, micro_batches = self._batch_shape()
         loader = make_loader(rows=rows, rank=self.parallel.rank, world_size=self.parallel.world_size)
         step_tokens = rows * args.row * micro_batches
-        budget = (
-            args.tokens if args.tokens is not None else args.epochs * loader.tokens_per_epoch / loader.fill
-        )
-        steps = max(1, math.ceil(budget / step_tokens))
+
+        def planned(flags: dict[str, Any]) -> int:
+            tokens, epochs = flags["tokens"], flags["epochs"]
+            budget = tokens if tokens is not None else epochs * loader.tokens_per_epoch / loader.fill
+            return max(1, math.ceil(budget / step_tokens))
+
+        self.planned = planned
+        steps = planned(vars(args))
         if getattr(loader, "mixture", None):
             loader.horizon = steps * micro_batches * rows  # type: ignore[attr-defined]
         return Plan(loader, steps, micro_batches, step_tokens)
 
     def open_run(self) -> None:
         """Continue the unfinished run of these flags and weights, or make a new folder."""
-        config = self._identity() | {"chosen": self.chosen}
-        self.run = self.parallel.share(
-            lambda: open_run(self.given.out, self._name, config, self.given.resume, defaults=self._defaults)
-        )
+        self.run = self.parallel.share(self._open_run)
         if self.parallel.main:
             attention = attention_name(self.device, self.precision.compute_dtype, self.args.fused)
-            record_versions(self.run.path, f"{describe_device(self.device)}; {self.parallel}", attention)
+            record_versions(self.run, f"{describe_device(self.device)}; {self.parallel}", attention)
         self.state = {"step": 0, "tracker": {}}
         if self.run.checkpoint is not None:
             self.state = share_trainer_state(self.run.checkpoint, self.parallel)
+        if self.run.lengthens:  # a tracker's curve is that of one run
+            self.state["tracker"] = {}
+        self.notes += self.run.notes
+
+    def _open_run(self) -> RunFolder:
+        config, given = self._identity() | {"chosen": self.chosen}, self.given
+        source = None
+        if given.lengthen is not None:
+            source = find_source(given.lengthen, config, self._defaults, self.planned, self._flat_steps)
+        return open_run(given.out, self._name, config, given.resume, defaults=self._defaults, source=source)
 
     def build_model(
         self, prepare: Callable[[Model], None] | None = None, make: Callable[[Model], Model] | None = None
@@ -242,9 +256,9 @@ class Job:
     def _stage(self, plan: Plan, model: Model, objective: Objective) -> Stage:
         args = self.args
         peak = args.lr if args.lr is not None else objective.peak_lr
-        warmup = max(1, round(args.warmup * plan.steps))
-        final = 0.1 if args.final_lr is None else args.final_lr
-        cooldown = 0.2 if args.cooldown is None else args.cooldown
+        curve, legs, rise = self._curve(plan.steps)
+        if legs:
+            say(self.console, describe_rates(curve, plan.steps, legs, rise))
         return Stage(
             model=model,
             tokenizer=self.tokenizer,
@@ -252,7 +266,7 @@ class Job:
             loader=self._on_device(plan.loader, objective),
             loss=objective.loss,
             peak_lr=peak,
-            lr_factor=lambda step: lr_factor(args.schedule, step, plan.steps, warmup, final, cooldown),
+            lr_factor=lambda step: rate_factor(curve, step, plan.steps, legs, rise),
             evaluate=objective.evaluate,
             sample=objective.sample,
             describe=objective.describe,
@@ -265,6 +279,26 @@ class Job:
             apart=objective.apart,
             before_update=objective.before_update,
         )
+
+    def _curve(self, steps: int) -> tuple[Curve, Legs, int]:
+        """(the schedule, the lengths that the run had before this one, the steps of its warm-up)."""
+        args, legs = self.args, self.run.legs
+        warmup = max(1, round(args.warmup * (legs[0][0] if legs else steps)))
+        final = 0.1 if args.final_lr is None else args.final_lr
+
+        def curve(step: int, steps: int) -> float:
+            return lr_factor(args.schedule, step, steps, warmup, final, self._cooldown)
+
+        return curve, legs, warmup
+
+    @property
+    def _cooldown(self) -> float:
+        return 0.2 if self.args.cooldown is None else self.args.cooldown
+
+    def _flat_steps(self, steps: int) -> int:
+        """After how many of `steps` steps a longer run can go on at the rate there is: with --schedule wsd where the
+        cooldown begins, else after all that were done."""
+        return steps - cooldown_steps(steps, self._cooldown) if self.args.schedule == "wsd" else steps
 
     def _optimizers(self, model: Model, objective: Objective, peak: float) -> Optimizers:
         args = self.args
@@ -292,6 +326,7 @@ class Job:
             eval_every=math.ceil(plan.steps / max(1, args.evals)),
             save_every=args.save_every or max(1, plan.steps // 20),
             keep_checkpoints=args.keep_checkpoints,
+            branch=self._flat_steps(plan.steps),
             keep_best=args.keep_best or args.patience is not None,
             patience=args.patience,
             own_gradients=args.cuda_graph,
@@ -339,7 +374,7 @@ class Job:
     def _batch_shape(self) -> tuple[int, int]:
         """(rows of a micro-batch, micro-batches of a step)."""
         args, ranks = self.args, self.parallel.world_size
-        batch_tokens = args.batch_tokens or self.usual_batch
+        batch_tokens = self.settle("batch_tokens", lambda: (self.usual_batch, ""))
         micro_tokens = args.micro_tokens or self._micro_tokens(batch_tokens)
         if batch_tokens % micro_tokens or micro_tokens % args.row:
             raise ValueError(

@@ -68,9 +68,10 @@ class Rollouts:
         rewards = parse_rewards(
             args.reward or ("number",), args.on_reward_error, job.device, args.trust_remote_code
         )
+        minibatches = args.minibatches or 1
+        job.planned = lambda flags: flags["rollouts"] * minibatches * args.inner_epochs
         job.open_run()
         longest = max(len(prompt.ids) for prompt in train.prompts) + args.longest_answer
-        minibatches = args.minibatches or 1
         answers = -(-args.prompts * args.samples // minibatches)
         shape = Shape(
             minibatches, args.inner_epochs, args.micro_batches or passes(answers, longest, job.config, job.device),

@@ -20,6 +20,7 @@ from tests.training.runs import (
     ONE_THREAD,
     SCRIPT,
     TINY,
+    as_killed,
     assert_continues_to_the_bit,
     assert_same_curve,
     call,
@@ -116,8 +117,20 @@ PLAIN = ["--optimizer", "adamw", "--grad-clip", "1000"]
 @pytest.fixture(scope="module")
 def alone(origin, prompts, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "alone"
-    finish(command(origin, prompts, out, *PLAIN))
+    finish(command(origin, prompts, out, *PLAIN, "--keep-checkpoints", "9"))
     return out
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_run_goes_on_in_other_micro_batches(step, origin, prompts, alone, tmp_path):
+    """From inside a rollout, and from the end of one."""
+    out = as_killed(alone, step, tmp_path / "cut")
+    text = finish(command(origin, prompts, out, *PLAIN, "--micro-batches", "4", "--show", "1"))
+    assert (
+        "continues with other flags: keep_checkpoints 9 (now 2), micro_batches 2 (now 4), show 0 (now 1)"
+        in text
+    )
+    assert_same_rollouts(out, alone)
 
 
 def test_curve_of_two_processes_is_that_of_one(origin, prompts, alone, tmp_path):
