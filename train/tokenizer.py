@@ -7,6 +7,11 @@ The folder it writes loads with load_tokenizer(folder) and with transformers' Au
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from minimind.starting import leave_on_interrupt
+
+    leave_on_interrupt()  # during the imports below
+
 import math
 import os
 import sys
@@ -21,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from minimind.data.reader import expand_paths, iter_texts
+from minimind.starting import started
 from minimind.stdio import prepare_output
 from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.tokenization.training import train_bpe
@@ -149,8 +155,10 @@ def report(path: Path, tokenizer: Tokenizer, on_bad_row: str) -> None:
 
 if __name__ == "__main__":
     prepare_output()
+    config = tyro.cli(Config, description=__doc__)
+    started()
     try:
-        main(tyro.cli(Config, description=__doc__))
+        main(config)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

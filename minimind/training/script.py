@@ -11,6 +11,7 @@ from rich.console import Console
 
 from minimind.data.files import is_disk_full
 from minimind.data.progress import say
+from minimind.starting import started
 from minimind.stdio import prepare_output, with_home
 from minimind.training.arguments import StageArgs
 from minimind.training.parallel import leave, rank
@@ -24,6 +25,7 @@ def run_script(main: Callable[[Args, Console], bool], args: type[Args], descript
     prepare_output()
     parsed = tyro.cli(args, description=description, args=with_home(sys.argv[1:]))
     console = Console(quiet=rank() > 0)
+    started()
     try:
         done = main(parsed, console)
     except (ValueError, OSError) as problem:  # OSError: a full disk, a folder that is not ours
