@@ -23,7 +23,7 @@ PresetName = Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "m
 FromFlag = Annotated[str | None, tyro.conf.arg(name="from")]  # `from` is a word of Python's
 
 # Flags that say nothing about the run itself.
-_NOT_SAVED = {"resume", "lengthen", "out", "track", "profile"}
+_NOT_SAVED = {"resume", "lengthen", "new_tokenizer", "out", "track", "profile"}
 _POSITIVE = ("tokens", "epochs", "seq_len", "batch_tokens", "micro_tokens", "lr", "grad_clip", "eval_tokens",
              "evals", "save_every", "keep_checkpoints", "log_every", "patience")  # fmt: skip
 
@@ -41,6 +41,9 @@ class StageArgs:
     """Files, folders or globs."""
     tokenizer: str | None = None
     """Folder with tokenizer.json. None: that of --from, else the one shipped."""
+    new_tokenizer: bool = False
+    """Take --tokenizer though it is not the one that --from was trained with, so that the ids it knows mean other words
+    from now on."""
     tokens: int | None = None
     """How many tokens to train on, padding (about 1%) included; overrides --epochs."""
     epochs: float = 1.0
@@ -154,6 +157,8 @@ class StageArgs:
         self._check_optimizer()
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"--seed {self.seed}: from 0 to {(1 << 63) - 1}")
+        if self.new_tokenizer and self.tokenizer is None:
+            raise ValueError("--new-tokenizer: goes with --tokenizer, which names the new one")
         if self.cuda_graph and not self.compile:
             raise ValueError("--cuda-graph: goes with --compile")
 

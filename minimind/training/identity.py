@@ -51,7 +51,8 @@ class Defaults:
         # kept since runs move between devices, whose usual batches differ: an older run stayed where it was
         if said.get("batch_tokens") is None and "batch_tokens" in new.get("chosen", {}):
             chosen.setdefault("batch_tokens", new["chosen"]["batch_tokens"])
-        return {**old, "args": args, "chosen": chosen}
+        later = {name: new[name] for name in ("tokenizer", "references") if name in new}
+        return {**later, **old, "args": args, "chosen": chosen}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,10 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
-        return f"{self.key.removeprefix('args.')} {_shown(self.before)} (now {_shown(self.now)})"
+        before, now = _shown(self.before), _shown(self.now)
+        if self.key == "tokenizer":  # fingerprints: their beginnings tell them apart
+            before, now = before[:8], now[:8]
+        return f"{self.key.removeprefix('args.').replace('references.', 'weights of ')} {before} (now {now})"
 
     @property
     def name(self) -> str:

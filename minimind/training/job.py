@@ -43,7 +43,7 @@ from minimind.training.parallel import Parallel
 from minimind.training.profiling import StepProfiler, mark_blocks
 from minimind.training.run_folder import RunFolder, find_run, open_run, record_versions
 from minimind.training.tracking import make_tracker
-from minimind.weights import save_weights
+from minimind.weights import fingerprint, save_weights
 
 
 class EpochLoader(Protocol):
@@ -105,6 +105,7 @@ class Job:
     remembered: list[str] = field(default_factory=list)  # what an earlier start of this run decided
     run: RunFolder = field(init=False)
     state: dict[str, Any] = field(init=False)  # the trainer's, of the checkpoint
+    references: dict[str, str] = field(default_factory=dict)  # fingerprints of other models that it learns by
     planned: Callable[[dict[str, Any]], int] = field(init=False)  # steps that flags of a run's length come to
 
     def __post_init__(self) -> None:
@@ -133,6 +134,12 @@ class Job:
         attention = _choose_attention(args, device, precision, origin.config)
         parallel.join(device)
         return Job(stage, args, console, parallel, device, precision, origin, attention)
+
+    def refer(self, name: str, weights: Path) -> None:
+        """The run learns by the weights in this folder or file too, so that other ones make another run: a teacher, a
+        reward model, an adapter to go on with. Before the first `settle`."""
+        assert "chosen" not in vars(self)
+        self.references[name] = fingerprint(weights).split()[-1]
 
     @cached_property
     def chosen(self) -> dict[str, Any]:
@@ -267,7 +274,7 @@ class Job:
             loss=objective.loss,
             peak_lr=peak,
             lr_factor=lambda step: rate_factor(curve, step, plan.steps, legs, rise),
-            evaluate=objective.evaluate,
+            evaluate=self._against_chance(objective),
             sample=objective.sample,
             describe=objective.describe,
             title=f"{self.run.path.name}: {model.num_parameters() / 1e6:.1f}M parameters",
@@ -279,6 +286,27 @@ class Job:
             apart=objective.apart,
             before_update=objective.before_update,
         )
+
+    def _against_chance(self, objective: Objective) -> Callable[[bool], dict[str, Any]]:
+        """The stage's held-out figures. Says so where the weights that a run begins with predict worse than a guess: a
+        .pth brings no tokenizer, so that nothing else tells a wrong one."""
+        uniform = math.log(self.tokenizer.vocab_size)
+        first = self.state["step"] == 0 and self.origin.weights is not None
+        unsure = first and objective.loss_unit == "nats per token"
+
+        def evaluate(final: bool) -> dict[str, Any]:
+            nonlocal unsure
+            found = objective.evaluate(final)
+            if unsure and found.get("heldout_loss", 0.0) > uniform:
+                say(
+                    self.console,
+                    f"warning: {self.origin.weights} predicts held-out tokens at {found['heldout_loss']:.2f} nats, "
+                    f"worse than a guess ({uniform:.2f}): is this the tokenizer that it was trained with?",
+                )
+            unsure = False
+            return found
+
+        return evaluate
 
     def _curve(self, steps: int) -> tuple[Curve, Legs, int]:
         """(the schedule, the lengths that the run had before this one, the steps of its warm-up)."""
@@ -368,7 +396,13 @@ class Job:
     def _identity(self) -> dict[str, Any]:
         """What makes a run this run and no other."""
         weights = self.origin.fingerprint()
-        identity = {"stage": self.stage, "args": self._saved(), "model": self.config.to_dict()}
+        identity = {
+            "stage": self.stage,
+            "args": self._saved(),
+            "model": self.config.to_dict(),
+            "tokenizer": self.tokenizer.fingerprint,
+            "references": self.references,
+        }
         return identity if weights is None else identity | {"weights": weights}
 
     def _batch_shape(self) -> tuple[int, int]:
