@@ -10,6 +10,7 @@ A run goes on with other values of a flag that changes no step but for rounding.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +22,20 @@ _FREE = {
     *("eval_prompts", "eval_questions", "eval_tokens", "evals", "kept_data"),  # what is measured on the way
     *("keep_checkpoints", "log_every", "save_every", "show"),  # what is kept and shown
     *("on_bad_row", "trust_remote_code"),  # what is refused: data and models are known by their content
+    *("adapter", "from", "preset", "teacher", "tokenizer"),  # what they name counts, see _NAMES
 }  # fmt: skip
 _MEASURES_BEST = {"eval_prompts", "eval_tokens"}
 _LENGTH = {"tokens", "epochs", "rollouts"}
 _HISTORY = {"legs", "lengthens"}  # of config.json: how a run began, which no flag repeats
+# Flags whose contents count, and where these stand.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "args.from": ("weights", "model.", "tokenizer"),
+    "args.preset": ("model.",),
+    "args.tokenizer": ("tokenizer", "model.vocab_size"),
+    "args.teacher": ("references.teacher",),
+    "args.adapter": ("references.adapter",),
+}
+_PATHS = {"args.data", "args.heldout_data"}
 
 
 @dataclass(frozen=True)
@@ -48,10 +59,7 @@ class Defaults:
                 chosen[name] = value
             elif now[name] == self.flags.get(name) and said.get(name, value) == value:
                 args[name], chosen[name] = now[name], value
-        # kept since runs move between devices, whose usual batches differ: an older run stayed where it was
-        if said.get("batch_tokens") is None and "batch_tokens" in new.get("chosen", {}):
-            chosen.setdefault("batch_tokens", new["chosen"]["batch_tokens"])
-        later = {name: new[name] for name in ("tokenizer", "references") if name in new}
+        later: dict[str, Any] = {name: new[name] for name in ("tokenizer", "references") if name in new}
         return {**later, **old, "args": args, "chosen": chosen}
 
 
@@ -124,16 +132,49 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Difference:
     free = _FREE - _MEASURES_BEST if keeps_best else _FREE
     found = Difference()
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key) or key in _HISTORY:
-            continue
         change = Change(key, before.get(key), now.get(key))
+        if key in _HISTORY or _same(change) or _said_otherwise(change, before, now):
+            continue
         if key.startswith(("args.", "chosen.")) and change.name in _LENGTH:
             found.length.append(change)
         elif key.startswith("args.") and change.name in free:
             found.free.append(change)
         else:
             found.counts.append(change)
+    for flag, contents in _NAMES.items():
+        found = _named(found, flag, contents)
     return found
+
+
+def _named(found: Difference, flag: str, contents: tuple[str, ...]) -> Difference:
+    """`found` with the flag in place of what it names, where both differ."""
+    named = [change for change in found.free if change.key == flag]
+    rest = [change for change in found.counts if not change.key.startswith(contents)]
+    if not named or len(rest) == len(found.counts):
+        return found
+    return Difference([*rest, *named], found.length, [c for c in found.free if c not in named])
+
+
+def _same(change: Change) -> bool:
+    """Paths are the same from anywhere, and weights are whatever their folder is called."""
+    before, now = change.before, change.now
+    if change.key in _PATHS and before and now:
+        before, now = ([os.path.abspath(os.path.expanduser(path)) for path in side] for side in (before, now))
+    if change.key == "weights" and before and now:
+        before, now = (side.split()[-1] for side in (before, now))
+    return before == now
+
+
+def _said_otherwise(change: Change, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether one side says by a flag what the other left to the data, and both come to the same; or one of them has
+    nothing chosen, which the flag tells of, if it does."""
+    flag, chosen = f"args.{change.name}", f"chosen.{change.name}"
+    if change.key == chosen:
+        return flag in before.keys() | now.keys() and None in (change.before, change.now)
+    if change.key != flag:
+        return False
+    first, second = (side.get(chosen) if side.get(flag) is None else side.get(flag) for side in (before, now))
+    return first == second
 
 
 def listed(changes: list[Change]) -> str:

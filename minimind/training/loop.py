@@ -136,6 +136,12 @@ class Stage:
     before_update: Callable[[], None] = lambda: None
 
 
+def _contents(fingerprint: str) -> tuple[str, str]:
+    """Of the data and of a model beside them; not the name that `minimind.weights.fingerprint` puts between."""
+    words = fingerprint.split()
+    return words[0], words[-1]
+
+
 class NonFiniteLossError(ValueError):
     """The loss or a gradient became NaN or infinite. The newest checkpoint is from before that."""
 
@@ -205,7 +211,7 @@ class Trainer:
     def resume(self, state: dict[str, Any]) -> None:
         """Take everything back to where `state`, the trainer state of the run's checkpoint, was saved."""
         assert self.run.checkpoint is not None
-        if state["data"] != self.stage.data_fingerprint:
+        if _contents(state["data"]) != _contents(self.stage.data_fingerprint):
             raise ValueError(
                 f"{self.run.path}: the data or the tokenizer changed since this run began; "
                 "put them back or start anew with --resume never"

@@ -74,9 +74,13 @@ def find_run(
     that; empty where there is none. Makes and locks nothing."""
     for path in _runs(out, default_name, root) if resume == "auto" else ():
         found = defaults.complete(read_config(path), config)
-        chosen = found.pop("chosen")
-        if not (path / "finished").exists() and compare(found, config).same_run:
-            return chosen
+        left = {
+            k: v
+            for k, v in found["chosen"].items()
+            if config.get("args", {}).get(k) in (None, defaults.flags.get(k))
+        }
+        if not (path / "finished").exists() and compare(found, {**config, "chosen": left}).same_run:
+            return found["chosen"]
     if lengthen is not None:
         return defaults.complete(read_config(source_of(lengthen)), config)["chosen"]
     return {}

@@ -104,6 +104,20 @@ def test_a_new_run_tells_of_the_finished_one_that_could_be_lengthened(tmp_path):
         opened(str(first.path), "x", longer, "auto", tmp_path)
 
 
+def test_what_differs_is_told_by_the_flag_that_names_it(tmp_path):
+    def start(source: str, weights: str, hidden: int):
+        flags = {"from": source, "preset": None, "lr": 1}
+        return opened(
+            None, "x", {"args": flags, "weights": weights, "model": {"hidden": hidden}}, "auto", tmp_path
+        )
+
+    start("a", "step-1 abc", 64)
+    (note,) = start("a", "step-1 fed", 64).notes
+    assert "was started with weights step-1 abc (now step-1 fed); this run starts anew" in note
+    assert start("moved", "step-1 fed", 64).notes == ("continues with other flags: from a (now moved)",)
+    assert "started with from a (now b); --from a continues it;" in start("b", "step-1 def", 32).notes[0]
+
+
 LEGACY = Defaults({"seq_len": None, "dedupe": False}, {"seq_len": 512, "split": "tail"})
 
 
@@ -140,6 +154,23 @@ def test_what_the_data_decided_is_found_again(tmp_path):
     assert find_run(None, "x", now(seq_len=512), "auto", LEGACY, tmp_path) == {}
     with pytest.raises(ValueError, match=r"started with chosen\.seq_len 2048 \(now 512\)"):
         opened(str(second.path), "x", now() | {"chosen": chosen | {"seq_len": 512}}, "auto", tmp_path, LEGACY)
+
+
+def test_the_same_said_otherwise_is_the_same_run(tmp_path, monkeypatch):
+    """Flags that come to what the data decided, paths from elsewhere, a model that was moved."""
+    monkeypatch.chdir(tmp_path)
+    chosen = {"seq_len": 1024, "split": "hash", "batch_tokens": 4096}
+    known = {"weights": "step-00000100 abc"}
+    first = opened(None, "x", now(data=["a.jsonl"]) | {"chosen": chosen} | known, "auto", tmp_path, LEGACY)
+    said = now(data=[f"{tmp_path}/./a.jsonl"], seq_len=1024, preset="nano") | {"weights": "moved abc"}
+    assert find_run(None, "x", said, "auto", LEGACY, tmp_path) == chosen
+    left = {"chosen": {"split": "hash", "batch_tokens": 4096}}
+    assert opened(None, "x", said | left, "auto", tmp_path, LEGACY).path == first.path
+    for other in ({"seq_len": 512}, {"data": ["b.jsonl"]}):
+        config = said | {"args": said["args"] | other}
+        assert find_run(None, "x", config, "auto", LEGACY, tmp_path) == {}
+        assert opened(None, "x", config | left, "auto", tmp_path, LEGACY).path != first.path
+    assert find_run(None, "x", said | {"weights": "moved def"}, "auto", LEGACY, tmp_path) == {}
 
 
 def test_a_run_in_progress_is_left_alone(tmp_path):
