@@ -222,7 +222,8 @@ def _next_free(
         if _make(path):
             lock = _try_lock(path)
             if lock is not None:
-                return _create(path, config, lock, source, [] if source else near)
+                others = [(run, found) for run, found in near if found.same_run or source is None]
+                return _create(path, config, lock, source, others)
         if resume == "never" or not (path / "config.json").exists():
             continue
         found = compare(defaults.complete(read_config(path), config), config)

@@ -101,6 +101,16 @@ def test_killed_inside_a_rollout_and_started_again_the_run_is_the_same_to_the_bi
     assert_continues_to_the_bit(command(origin, prompts, out, "--show", "1"), out, unbroken, 4)
 
 
+def test_a_finished_run_is_lengthened_to_the_bit(unbroken, origin, prompts, tmp_path):
+    """Its rate is constant, so that it becomes the run that would have been planned for more rollouts."""
+    longer = "--rollouts", "6", "--show", "1"
+    finish(command(origin, prompts, tmp_path / "planned", *longer))
+    text = finish(command(origin, prompts, tmp_path / "out", *longer, "--lengthen", str(unbroken)))
+    assert "lengthened at step 8 from 8 steps to 12: the rate goes on at 1.00 of the peak" in text
+    for kind in ("train", "rollout"):
+        assert rows_of(tmp_path / "out", kind) == rows_of(tmp_path / "planned", kind)
+
+
 def assert_same_rollouts(out: Path, truth: Path) -> None:
     """The same curves, but for how far engine and trainer are apart: that is rounding."""
 
