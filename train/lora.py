@@ -174,7 +174,8 @@ def check_adapter(job: Job, adapter: str, new_tokenizer: bool) -> None:
     if own is not None:
         way_out = "take the tokenizer of the adapter with --tokenizer, or add --new-tokenizer to --tokenizer"
         require_same_ids(job.tokenizer, "the model", own, f"--adapter {adapter}", way_out, new_tokenizer)
-    job.refer("adapter", folder)
+    if folder.is_dir():  # else load_adapter says what is missing
+        job.refer("adapter", folder)
 
 
 def give_adapter(model: Model, args: Args, config: LoRAConfig) -> None:
