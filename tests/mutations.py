@@ -671,7 +671,7 @@ MUTATIONS = (
         "minimind/training/checkpoint.py",
         "[:-keep] if step_of(folder) != branch)",
         "[:-keep])",
-        "tests/training/test_lengthen.py",
+        "tests/training/test_lengthen.py::test_a_checkpoint_before_the_cooldown_is_kept",
     ),
     Mutation(
         "the rate jumps to the longer run's curve",
@@ -681,18 +681,32 @@ MUTATIONS = (
         "tests/training/test_lengthen.py::test_a_fallen_rate_rises_to_the_longer_run_s_curve",
     ),
     Mutation(
+        "a run whose model was moved is another one",
+        "minimind/training/identity.py",
+        "(side.split()[-1] for side in (before, now))",
+        "(side for side in (before, now))",
+        "tests/training/test_run_folder.py",
+    ),
+    Mutation(
+        "a flag that says what the data decided makes another run",
+        "minimind/training/identity.py",
+        "return first == second",
+        "return False",
+        "tests/training/test_run_folder.py",
+    ),
+    Mutation(
         "a tokenizer is another one by its size alone",
         "minimind/tokenization/tokenizer.py",
         "if not new and given.fingerprint != known.fingerprint:",
         "if not new and given.vocab_size != known.vocab_size:",
-        "tests/training/test_references.py",
+        "tests/training/test_references.py::test_every_stage_refuses_another_tokenizer_of_the_same_size",
     ),
     Mutation(
         "the tokenizer in the folder of a .pth is not asked",
         "minimind/tokenization/tokenizer.py",
         "folder = weights if weights.is_dir() else weights.parent\n    return load_tokenizer(folder) if",
         "folder = weights\n    return load_tokenizer(folder) if",
-        "tests/training/test_references.py",
+        "tests/training/test_references.py::test_every_stage_refuses_another_tokenizer_of_the_same_size",
     ),
     Mutation(
         "an adapter goes on a model of another tokenizer",
@@ -713,7 +727,7 @@ MUTATIONS = (
         "minimind/training/identity.py",
         "return {**later, **old,",
         "return {**old,",
-        "tests/training/test_references.py",
+        "tests/training/test_references.py::test_the_tokenizer_makes_a_run_but_not_one_from_before_it_was_noted",
     ),
     Mutation(
         "Ctrl-C while a script imports is an exception",
