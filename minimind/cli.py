@@ -10,8 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-import tyro
-
+from minimind.starting import leave_on_interrupt, started
 from minimind.stdio import prepare_output, with_home
 
 COMMANDS = {
@@ -50,8 +49,11 @@ def run(arguments: Sequence[str]) -> int:
         print(f"error: unknown command {name!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
+        import tyro
+
         module = importlib.import_module(COMMANDS[name][0])
         args = tyro.cli(module.Args, prog=f"minimind {name}", description=module.__doc__, args=rest)
+        started()
         return module.main(args)
     except BrokenPipeError:  # whoever read our output has enough: no error, and nothing left to write it to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,6 +66,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
+    leave_on_interrupt()
     prepare_output()
     try:
         arguments = with_home(sys.argv[1:])

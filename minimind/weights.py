@@ -81,7 +81,9 @@ def checkpoint_folder(path: Path) -> Path:
 
 def fingerprint(path: Path) -> str:
     """Which weights a folder or file holds: its name and a hash of its bytes."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
     digest = hashlib.blake2b(digest_size=8)
     for each in files:
         with each.open("rb") as file:

@@ -8,6 +8,11 @@ where the last checkpoint was. Every run leaves a folder under runs/ with its me
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from minimind.starting import leave_on_interrupt
+
+    leave_on_interrupt()  # during the imports below
+
 import dataclasses
 from dataclasses import dataclass
 from functools import cache, partial
@@ -72,6 +77,8 @@ def main(args: Args, console: Console) -> bool:
     if args.from_ is None and args.preset is None:
         job.origin = half(origin, job.tokenizer if args.tokenizer else origin.tokenizer)
     check_same_tokens(origin, job.origin)
+    assert origin.weights is not None
+    job.refer("teacher", origin.weights)
     lesson = (Texts if only_pretrained(origin) else Chats).open(args, job, console)
     args, parts = cast(Args, job.args), lesson.parts
     train, heldout = parts.train, parts.heldout
@@ -105,7 +112,7 @@ class Chats:
 
     @classmethod
     def open(cls, args: Args, job: Job, console: Console) -> Chats:
-        builtin = builtin_conversations(args.cache_dir, console)
+        builtin = () if args.data else builtin_conversations(args.cache_dir, console)
         encoder = ChatEncoder(job.tokenizer)
         return cls(open_chats(job, args.data, args.heldout_data, encoder, builtin))
 
@@ -169,7 +176,8 @@ def check_same_tokens(teacher: Origin, student: Origin) -> None:
     """ValueError unless both have one tokenizer: they are compared token by token."""
     if teacher.tokenizer.fingerprint != student.tokenizer.fingerprint:
         raise ValueError(
-            f"--teacher {teacher.weights}: its tokenizer is not the student's; take models of one tokenizer"
+            f"--teacher {teacher.weights}: its tokenizer ({teacher.tokenizer.fingerprint[:8]}) is not the student's "
+            f"({student.tokenizer.fingerprint[:8]}); take models of one tokenizer"
         )
 
 

@@ -8,6 +8,11 @@ folder under runs/ with its metrics, plots, answers and weights.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from minimind.starting import leave_on_interrupt
+
+    leave_on_interrupt()  # during the imports below
+
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -28,6 +28,11 @@ is bounded: what is missing then is missing.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from minimind.starting import leave_on_interrupt
+
+    leave_on_interrupt()  # during the imports below
+
 import dataclasses
 from dataclasses import dataclass
 from functools import partial

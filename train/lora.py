@@ -8,6 +8,11 @@ its metrics, plots, answers and the adapter, in peft's form.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from minimind.starting import leave_on_interrupt
+
+    leave_on_interrupt()  # during the imports below
+
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -22,10 +27,10 @@ from minimind.data.builtin_identity import builtin_identity
 from minimind.data.paths import find_files
 from minimind.data.progress import say
 from minimind.lora import LoRAConfig, add_adapter, set_adapters
-from minimind.lora_files import adapter_config, load_adapter, reload_adapter, save_adapter
+from minimind.lora_files import adapter_config, adapter_folder, load_adapter, reload_adapter, save_adapter
 from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
-from minimind.tokenization import ChatEncoder
+from minimind.tokenization import ChatEncoder, require_same_ids, tokenizer_beside
 from minimind.training.arguments import FromFlag
 from minimind.training.chats import (
     ChatArgs,
@@ -112,6 +117,8 @@ def main(args: Args, console: Console) -> bool:
     args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
     config = LoRAConfig(args.rank, args.alpha, args.dropout, args.targets or None, args.rslora, args.dora)
     job = Job.begin("lora", args, console)
+    if args.adapter is not None:
+        check_adapter(job, args.adapter, args.new_tokenizer)
     parts, kept = open_data(job, args, ChatEncoder(job.tokenizer))
     job.settle("batch_tokens", lambda: batch_tokens(job, parts.train))
     args, train, heldout = cast(Args, job.args), parts.train, parts.heldout
@@ -141,11 +148,11 @@ def main(args: Args, console: Console) -> bool:
 
 def open_data(job: Job, args: Args, encoder: ChatEncoder) -> tuple[Parts, Corpus | None]:
     """(training and held-out, kept) conversations."""
-    train, heldout, kept = builtin_identity(args.cache_dir, job.console)
-    kept_paths = list(args.kept_data) or ([] if args.data else [str(kept)])
+    builtin = () if args.data else builtin_identity(args.cache_dir, job.console)
+    kept_paths = list(args.kept_data) or [str(path) for path in builtin[2:]]
     job.notes += find_files(kept_paths).lines() if kept_paths else []
     return (
-        open_chats(job, args.data, args.heldout_data, encoder, (train, heldout)),
+        open_chats(job, args.data, args.heldout_data, encoder, builtin[:2]),
         read_chats(job, encoder, kept_paths) if kept_paths else None,
     )
 
@@ -160,6 +167,17 @@ def batch_tokens(job: Job, train: Corpus) -> tuple[int, str]:
         batch *= 2
     reason = f"--batch-tokens {batch}: {-(-total // batch):,} steps for {total:,} tokens"
     return batch, f"{reason}; as many as leave {STEPS:,} steps, from {LEAST_BATCH} to {most}"
+
+
+def check_adapter(job: Job, adapter: str, new_tokenizer: bool) -> None:
+    """Its weights are part of what makes the run; ValueError where it was trained with another tokenizer."""
+    folder = adapter_folder(Path(adapter))
+    own = tokenizer_beside(folder)
+    if own is not None:
+        way_out = "take the tokenizer of the adapter with --tokenizer, or add --new-tokenizer to --tokenizer"
+        require_same_ids(job.tokenizer, "the model", own, f"--adapter {adapter}", way_out, new_tokenizer)
+    if folder.is_dir():  # else load_adapter says what is missing
+        job.refer("adapter", folder)
 
 
 def give_adapter(model: Model, args: Args, config: LoRAConfig) -> None:

@@ -25,6 +25,11 @@ stands, and then to those alone who can check a sum (estimated from 64 answers t
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from minimind.starting import leave_on_interrupt
+
+    leave_on_interrupt()  # during the imports below
+
 import math
 from dataclasses import dataclass
 from functools import partial

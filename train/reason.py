@@ -9,6 +9,11 @@ plots, answers and weights.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from minimind.starting import leave_on_interrupt
+
+    leave_on_interrupt()  # during the imports below
+
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -82,7 +87,7 @@ def main(args: Args, console: Console) -> bool:
     args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
     job = Job.begin("reason", args, console)
     encoder = ReasoningEncoder(job.tokenizer, args.direct)
-    builtin = builtin_reasoning(args.cache_dir, console)
+    builtin = () if args.data else builtin_reasoning(args.cache_dir, console)
     parts = open_chats(job, args.data, args.heldout_data, encoder, builtin)
     args, train, heldout = cast(Args, job.args), parts.train, parts.heldout
     if not has_reasoning(train):

@@ -9,6 +9,11 @@ checkpoint was. Every run leaves a folder under runs/ with its metrics, plots, s
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from minimind.starting import leave_on_interrupt
+
+    leave_on_interrupt()  # during the imports below
+
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

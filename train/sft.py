@@ -7,6 +7,11 @@ leaves a folder under runs/ with its metrics, plot, answers and weights.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from minimind.starting import leave_on_interrupt
+
+    leave_on_interrupt()  # during the imports below
+
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
@@ -53,8 +58,9 @@ def main(args: Args, console: Console) -> bool:
     if args.from_ is None and not weak:
         args = dataclasses.replace(args, from_=newest_finished("pretrain"))
     job = Job.begin("sft", args, console)
-    builtin = (weak_arithmetic if weak else builtin_conversations)(args.cache_dir, console)
+    make = weak_arithmetic if weak else builtin_conversations
     data = () if weak else args.data
+    builtin = () if data else make(args.cache_dir, console)
     parts = open_chats(job, data, args.heldout_data, ChatEncoder(job.tokenizer), builtin)
     args, train, heldout = cast(Args, job.args), parts.train, parts.heldout
     plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=parts.mixture))

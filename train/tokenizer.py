@@ -7,6 +7,11 @@ The folder it writes loads with load_tokenizer(folder) and with transformers' Au
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from minimind.starting import leave_on_interrupt
+
+    leave_on_interrupt()  # during the imports below
+
 import math
 import os
 import sys
@@ -25,6 +30,7 @@ from minimind.data.paths import expand_paths, find_files
 from minimind.data.progress import say
 from minimind.data.reader import iter_texts
 from minimind.data.records import BadRows
+from minimind.starting import started
 from minimind.stdio import command_line, prepare_output
 from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.tokenization.training import train_bpe
@@ -168,8 +174,10 @@ def report(path: Path, tokenizer: Tokenizer, read: Read) -> None:
 
 if __name__ == "__main__":
     prepare_output()
+    config = command_line(Config, __doc__)
+    started()
     try:
-        main(command_line(Config, __doc__))
+        main(config)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -171,7 +171,7 @@ class PackedLoader:
         return drawn | {"places": [stream.place() for stream in self.streams]} | self._identity()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go to the place that `state()` gave, also on another rank or number of ranks.
+        """Go to the place that `state()` gave, also on another rank, number of ranks or number of rows.
 
         Raises ValueError when it is a place in other data, or in the same data packed differently.
         """
@@ -198,7 +198,6 @@ class PackedLoader:
             "tokens": view.num_tokens,
             "seed": self.seed,
             "seq_len": self.seq_len,
-            "rows": self.rows,
             "shuffle": int(self.shuffle),
             "window_documents": self.streams[0].window_documents,
             **mixed,

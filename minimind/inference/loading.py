@@ -24,7 +24,7 @@ from minimind.lora_files import (
     named_alone,
 )
 from minimind.modeling import Model
-from minimind.tokenization import Tokenizer, load_tokenizer
+from minimind.tokenization import Tokenizer, load_tokenizer, require_same_ids, tokenizer_beside
 from minimind.weights import checkpoint_folder, load_model
 
 MAX_YARN = 1024  # the tables of cosines grow with it: two million positions of 2,048
@@ -45,6 +45,8 @@ class WeightArgs:
     tokenizer: str | None = None
     """Folder with tokenizer.json. None takes the model's own; a .pth has none, and gets that of its folder or, failing
     that, the one shipped."""
+    new_tokenizer: bool = False
+    """Take --tokenizer, or the --lora of another one, though it is not that which the model was trained with."""
     lora: str | None = None
     """Folder of a LoRA adapter, this project's or peft's, to merge into the weights."""
     yarn: float | None = None
@@ -97,9 +99,7 @@ def open_weights(
     notes = [] if args.model else [f"model: {given}"]
     path, lora = _base_and_adapter(given, args.lora)
     config = stretched(_config_of(path, args.preset), args)
-    beside_adapter = adapter_folder(given)
-    own = beside_adapter if (beside_adapter / "tokenizer.json").is_file() else path
-    tokenizer = _tokenizer_of(own, args.tokenizer, notes)
+    tokenizer = _tokenizer_of(path, lora, args, notes)
     config = config.with_tokenizer(tokenizer.vocab_size, f"--model {path}")
     if config.padding_note:
         notes.append(config.padding_note)
@@ -143,16 +143,30 @@ def _config_of(path: Path, preset: str | None) -> ModelConfig:
     return ModelConfig.preset(preset)
 
 
-def _tokenizer_of(path: Path, named: str | None, notes: list[str]) -> Tokenizer:
-    if named is not None:
-        return load_tokenizer(named)
-    has_its_own = (path / "tokenizer.json").is_file() or not path.is_dir()
-    folder = path if has_its_own else checkpoint_folder(path)
-    folder = folder if folder.is_dir() else folder.parent
-    if (folder / "tokenizer.json").is_file():
-        return load_tokenizer(folder)
-    notes.append(f"{path} brings no tokenizer: the shipped one is used; a model of another needs --tokenizer")
-    return load_tokenizer()
+def _tokenizer_of(path: Path, lora: Path | None, args: WeightArgs, notes: list[str]) -> Tokenizer:
+    """That of the adapter, else of the weights, else the one shipped; --tokenizer must give the same ids."""
+    if args.new_tokenizer and args.tokenizer is None and args.lora is None:
+        raise ValueError("--new-tokenizer: goes with --tokenizer, which names the new one, or with --lora")
+    model, meant = f"--model {path}", args.new_tokenizer
+    own = tokenizer_beside(path) or tokenizer_beside(_weights_of(path))
+    if lora is not None and (adapted := tokenizer_beside(adapter_folder(lora))) is not None:
+        if own is not None and args.lora is not None:  # else base_of has compared the weights
+            way_out = (
+                "name the model that the adapter was trained on, or add --new-tokenizer if that is meant"
+            )
+            require_same_ids(adapted, f"--lora {lora}", own, model, way_out, meant)
+        own = adapted
+    if args.tokenizer is not None:
+        given = load_tokenizer(args.tokenizer)
+        if own is not None:
+            way_out = "drop --tokenizer, or add --new-tokenizer if that is meant"
+            require_same_ids(given, f"--tokenizer {args.tokenizer}", own, model, way_out, meant)
+        return given
+    if own is None:
+        notes.append(
+            f"{path} brings no tokenizer: the shipped one is used; a model of another needs --tokenizer"
+        )
+    return own or load_tokenizer()
 
 
 def _stage_of(path: Path) -> str | None:

@@ -23,6 +23,7 @@ last colon stands the weight if it is a number: write it out where an argument e
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -42,6 +43,7 @@ __all__ = [
     "Scores",
     "SignalWatch",
     "degenerate",
+    "model_weights",
     "parse_rewards",
     "summary",
 ]
@@ -59,8 +61,8 @@ def parse_rewards(
     left out), or a number to take instead. device: where reward models run.
     """
     specs = [Spec.parse(word) for word in words]
-    folders = {spec.argument or "" for spec in specs if spec.name in MODELS}
-    models = {folder: _open(folder, device or torch.device("cpu"), trust_remote_code) for folder in folders}
+    where = device or torch.device("cpu")
+    models = {folder: _open(folder, where, trust_remote_code) for folder in model_weights(words)}
     made = []
     for spec in specs:
         if spec.name not in MODELS:
@@ -69,6 +71,18 @@ def parse_rewards(
         reward = models[spec.argument or ""]
         made.append((spec, answer_only(reward) if spec.name == "answer_model" else reward))
     return Rewards(name_parts(made), on_error)
+
+
+def model_weights(words: Sequence[str]) -> dict[str, Path]:
+    """Where the weights of the reward models are that the words of --reward name, by what they call each. Raises
+    ValueError, naming the word."""
+    from minimind.rewards.model import reward_weights
+
+    folders = {spec.argument or "" for spec in map(Spec.parse, words) if spec.name in MODELS}
+    try:
+        return {folder: reward_weights(folder) for folder in sorted(folders)}
+    except ValueError as error:
+        raise ValueError(f"--reward {error}") from None
 
 
 def _open(folder: str, device: torch.device, trust_remote_code: bool) -> Reward:

@@ -28,13 +28,7 @@ BATCH_TOKENS = 16384  # of a forward, padding included; one longer conversation 
 def model_reward(folder: str, device: torch.device, trust_remote_code: bool = False) -> Reward:
     """The reward model in `folder`, on `device`, in bfloat16 where that is the faster there. Raises ValueError, with
     the way out, where there is none or it brings its own code, which runs with trust_remote_code alone."""
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise ValueError(
-            f"model={folder}: no such folder; name a run of train/reward.py or a Hugging Face folder"
-        )
-    if any(path.glob("checkpoints/step-*")):
-        path = checkpoint_folder(path)
+    path = reward_weights(folder)
     config = read_json(path / "config.json")
     if config is None:
         raise ValueError(
@@ -43,6 +37,16 @@ def model_reward(folder: str, device: torch.device, trust_remote_code: bool = Fa
     if "router_aux_loss_level" in config:  # a key of ours alone, which stands beside those of transformers
         return ValueReward.open(path, device)
     return _transformers_reward(path, config, device, trust_remote_code)
+
+
+def reward_weights(folder: str) -> Path:
+    """The folder with the weights of the reward model in `folder`. ValueError where there is no such folder."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ValueError(
+            f"model={folder}: no such folder; name a run of train/reward.py or a Hugging Face folder"
+        )
+    return checkpoint_folder(path) if any(path.glob("checkpoints/step-*")) else path
 
 
 @dataclass

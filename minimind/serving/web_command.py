@@ -79,8 +79,11 @@ def server_command(args: Args) -> list[str]:
     command = [sys.executable, "-m", "minimind.cli", "serve", "--port", "0"]
     for field in dataclasses.fields(ModelArgs):
         value = getattr(args, field.name)
-        if value is not None:
-            command += [f"--{field.name.replace('_', '-')}", str(value)]
+        flag = f"--{field.name.replace('_', '-')}"
+        if value is True:
+            command.append(flag)
+        elif value not in (None, False):
+            command += [flag, str(value)]
     return command
 
 

@@ -48,6 +48,27 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     return Tokenizer(model, config, template, source=str(model_file))
 
 
+def tokenizer_beside(weights: Path) -> Tokenizer | None:
+    """The tokenizer in a folder with weights, or in that of a weight file: the one that they were trained with. None
+    where there is none."""
+    folder = weights if weights.is_dir() else weights.parent
+    return load_tokenizer(folder) if (folder / MODEL_FILE).is_file() else None
+
+
+def require_same_ids(
+    given: Tokenizer, flag: str, known: Tokenizer, place: str | Path, way_out: str, new: bool = False
+) -> None:
+    """ValueError, one line, unless both tokenizers give every text the same ids, or `new`: the change is meant.
+
+    flag: what names `given`, such as "--tokenizer my/folder"; place: what `known` belongs to; way_out: what to do.
+    """
+    if not new and given.fingerprint != known.fingerprint:
+        raise ValueError(
+            f"{flag}: a tokenizer of {given.described}, and that of {place} is one of {known.described}: the same ids "
+            f"mean other words; {way_out}"
+        )
+
+
 class Tokenizer:
     """Text to token ids and back, and conversations to text.
 
@@ -91,6 +112,11 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"Tokenizer({self._source!r}, vocab_size={self.vocab_size})"
+
+    @property
+    def described(self) -> str:
+        """Its size and the beginning of its fingerprint, for errors."""
+        return f"{self.vocab_size} entries ({self.fingerprint[:8]})"
 
     @property
     def chat_template(self) -> str | None:

@@ -24,7 +24,7 @@ PresetName = Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "m
 FromFlag = Annotated[str | None, tyro.conf.arg(name="from")]  # `from` is a word of Python's
 
 # Flags that say nothing about the run itself.
-_NOT_SAVED = {"resume", "out", "track", "profile"}
+_NOT_SAVED = {"resume", "lengthen", "new_tokenizer", "out", "track", "profile"}
 _POSITIVE = ("tokens", "epochs", "seq_len", "batch_tokens", "micro_tokens", "lr", "grad_clip", "eval_tokens",
              "evals", "save_every", "keep_checkpoints", "log_every", "patience")  # fmt: skip
 
@@ -42,6 +42,9 @@ class StageArgs:
     """Files, folders or globs."""
     tokenizer: str | None = None
     """Folder with tokenizer.json. None: that of --from, else the one shipped."""
+    new_tokenizer: bool = False
+    """Take --tokenizer though it is not the one that --from was trained with, so that the ids it knows mean other words
+    from now on."""
     tokens: int | None = None
     """How many tokens to train on, padding (about 1%) included; overrides --epochs."""
     epochs: float = 1.0
@@ -114,7 +117,11 @@ class StageArgs:
     """Flash attention over documents on a GPU: torch, or a package that is installed: flash2, flash3, flash4 (see
     docs/kernels.md). auto: the fastest that works on this GPU."""
     resume: ResumeMode = "auto"
-    """auto continues an unfinished run of this very configuration; never starts a new folder."""
+    """auto continues an unfinished run of these flags, of which those that change no step but for rounding may differ
+    (docs/runs.md); never starts a new folder."""
+    lengthen: str | None = None
+    """Begin where this run, finished or not, has come to, with the same flags and a larger --tokens, --epochs or
+    --rollouts, in a folder of its own (docs/runs.md says how the rate goes on)."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a malformed row: stop and name it, or count it and go on."""
     ignore_fields: tuple[str, ...] = ()
@@ -153,6 +160,8 @@ class StageArgs:
         self._check_optimizer()
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"--seed {self.seed}: from 0 to {(1 << 63) - 1}")
+        if self.new_tokenizer and self.tokenizer is None:
+            raise ValueError("--new-tokenizer: goes with --tokenizer, which names the new one")
         if self.cuda_graph and not self.compile:
             raise ValueError("--cuda-graph: goes with --compile")
 

@@ -52,9 +52,10 @@ def open_chats(
     data: Sequence[str],
     heldout_data: Sequence[str],
     encoder: ChatEncoder,
-    builtin: tuple[Path, Path],
+    builtin: tuple[Path, ...],
 ) -> Parts:
-    """The conversations of --data, else the `builtin` files; settles --seq-len by them."""
+    """The conversations of --data, else the `builtin` files, which are not asked for beside it; settles --seq-len by
+    them."""
     parts = open_parts(job, Named.of(data, heldout_data, builtin), partial(read_chats, job, encoder))
     job.settle("seq_len", row_rule(parts.train, 512, job.longest_row(), "conversations"))
     return parts

@@ -38,8 +38,9 @@ def save_checkpoint(
     trainer: dict[str, Any],
     keep: int,
     save_model: Callable[[Model, Path], None] = save_weights,
+    branch: int = 0,
 ) -> Path:
-    """Write step `step` under run/checkpoints, then drop all but the newest `keep`.
+    """Write step `step` under run/checkpoints, then drop all but the newest `keep` and that of step `branch`.
 
     trainer: plain Python values and tensors; save_model(model, folder) makes the folder. Raises ValueError when the
     disk is full; what was there stays.
@@ -51,7 +52,7 @@ def save_checkpoint(
         torch.save(trainer, folder / "trainer.pt")
 
     final = _write(run, f"{_PREFIX}{step:08d}", fill)
-    _drop(list_checkpoints(run)[:-keep])
+    _drop(folder for folder in list_checkpoints(run)[:-keep] if step_of(folder) != branch)
     return final
 
 
@@ -68,7 +69,7 @@ def save_best(
         save_model(model, folder)
         tokenizer.save(folder)
 
-    final = _write(run, f"{_BEST}{step:08d}", fill)
+    final = _write(run, best_folder(run, step).name, fill)
     _drop([folder for folder in run.glob(f"checkpoints/{_BEST}*") if folder != final])
     return final
 
@@ -104,6 +105,16 @@ def _drop(folders: Iterable[Path]) -> None:
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(run.glob(f"checkpoints/{_PREFIX}*"))
+
+
+def best_folder(run: Path, step: int) -> Path:
+    """Where `save_best` keeps the weights of that step."""
+    return run / "checkpoints" / f"{_BEST}{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """After which step it was written."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def remove_partial(run: Path) -> None:

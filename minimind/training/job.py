@@ -34,15 +34,17 @@ from minimind.training.arguments import StageArgs
 from minimind.training.batches import DeviceBatches, to_device
 from minimind.training.checkpoint import load_weights_into, share_trainer_state
 from minimind.training.compiling import compile_model
+from minimind.training.identity import Defaults
+from minimind.training.lengthen import Curve, Legs, describe_rates, find_source, rate_factor
 from minimind.training.loop import Apart, Loader, LoopOptions, News, Stage, StageLoss, Trainer
 from minimind.training.memory import tokens_that_fit
-from minimind.training.optim import Optimizers, build_optimizers, lr_factor
+from minimind.training.optim import Optimizers, build_optimizers, cooldown_steps, lr_factor
 from minimind.training.origin import Origin
 from minimind.training.parallel import Parallel
 from minimind.training.profiling import StepProfiler, mark_blocks
-from minimind.training.run_folder import Defaults, RunFolder, find_run, open_run, record_versions
+from minimind.training.run_folder import RunFolder, find_run, open_run, record_versions
 from minimind.training.tracking import make_tracker
-from minimind.weights import save_weights
+from minimind.weights import fingerprint, save_weights
 
 
 class EpochLoader(Protocol):
@@ -108,6 +110,8 @@ class Job:
     remembered: list[str] = field(default_factory=list)  # what an earlier start of this run decided
     run: RunFolder = field(init=False)
     state: dict[str, Any] = field(init=False)  # the trainer's, of the checkpoint
+    references: dict[str, str] = field(default_factory=dict)  # fingerprints of other models that it learns by
+    planned: Callable[[dict[str, Any]], int] = field(init=False)  # steps that flags of a run's length come to
 
     def __post_init__(self) -> None:
         self.given = self.args
@@ -136,12 +140,18 @@ class Job:
         parallel.join(device)
         return Job(stage, args, console, parallel, device, precision, origin, attention)
 
+    def refer(self, name: str, weights: Path) -> None:
+        """The run learns by the weights in this folder or file too, so that other ones make another run: a teacher, a
+        reward model, an adapter to go on with. Before the first `settle`."""
+        assert "chosen" not in vars(self)
+        self.references[name] = fingerprint(weights).split()[-1]
+
     @cached_property
     def chosen(self) -> dict[str, Any]:
         """What is not in the flags and decides what is computed: of an unfinished run that goes on, as it began."""
-        where = self.given.out, self._name
+        where, given = (self.given.out, self._name), self.given
         return self.parallel.share(
-            lambda: find_run(*where, self._identity(), self.given.resume, self._defaults)
+            lambda: find_run(*where, self._identity(), given.resume, self._defaults, lengthen=given.lengthen)
         )
 
     def settle(self, name: str, rule: Callable[[], tuple[Any, str]]) -> Any:
@@ -180,26 +190,37 @@ class Job:
             rows, micro_batches = shape
             loader = make_loader(rows=rows, rank=self.parallel.rank, world_size=self.parallel.world_size)
         step_tokens = rows * args.row * micro_batches
-        budget = (
-            args.tokens if args.tokens is not None else args.epochs * loader.tokens_per_epoch / loader.fill
-        )
-        steps = max(1, math.ceil(budget / step_tokens))
+
+        def planned(flags: dict[str, Any]) -> int:
+            tokens, epochs = flags["tokens"], flags["epochs"]
+            budget = tokens if tokens is not None else epochs * loader.tokens_per_epoch / loader.fill
+            return max(1, math.ceil(budget / step_tokens))
+
+        self.planned = planned
+        steps = planned(vars(args))
         if getattr(loader, "mixture", None):
             loader.horizon = steps * micro_batches * rows  # type: ignore[attr-defined]
         return Plan(loader, steps, micro_batches, step_tokens)
 
     def open_run(self) -> None:
         """Continue the unfinished run of these flags and weights, or make a new folder."""
-        config = self._identity() | {"chosen": self.chosen}
-        self.run = self.parallel.share(
-            lambda: open_run(self.given.out, self._name, config, self.given.resume, defaults=self._defaults)
-        )
+        self.run = self.parallel.share(self._open_run)
         if self.parallel.main:
             attention = attention_name(self.device, self.precision.compute_dtype, self.args.fused)
-            record_versions(self.run.path, f"{describe_device(self.device)}; {self.parallel}", attention)
+            record_versions(self.run, f"{describe_device(self.device)}; {self.parallel}", attention)
         self.state = {"step": 0, "tracker": {}}
         if self.run.checkpoint is not None:
             self.state = share_trainer_state(self.run.checkpoint, self.parallel)
+        if self.run.lengthens:  # a tracker's curve is that of one run
+            self.state["tracker"] = {}
+        self.notes += self.run.notes
+
+    def _open_run(self) -> RunFolder:
+        config, given = self._identity() | {"chosen": self.chosen}, self.given
+        source = None
+        if given.lengthen is not None:
+            source = find_source(given.lengthen, config, self._defaults, self.planned, self._flat_steps)
+        return open_run(given.out, self._name, config, given.resume, defaults=self._defaults, source=source)
 
     def build_model(
         self, prepare: Callable[[Model], None] | None = None, make: Callable[[Model], Model] | None = None
@@ -252,9 +273,9 @@ class Job:
     def _stage(self, plan: Plan, model: Model, objective: Objective) -> Stage:
         args = self.args
         peak = args.lr if args.lr is not None else objective.peak_lr
-        warmup = max(1, round(args.warmup * plan.steps))
-        final = 0.1 if args.final_lr is None else args.final_lr
-        cooldown = 0.2 if args.cooldown is None else args.cooldown
+        curve, legs, rise = self._curve(plan.steps)
+        if legs:
+            say(self.console, describe_rates(curve, plan.steps, legs, rise))
         return Stage(
             model=model,
             tokenizer=self.tokenizer,
@@ -262,8 +283,8 @@ class Job:
             loader=self._on_device(plan.loader, objective),
             loss=objective.loss,
             peak_lr=peak,
-            lr_factor=lambda step: lr_factor(args.schedule, step, plan.steps, warmup, final, cooldown),
-            evaluate=objective.evaluate,
+            lr_factor=lambda step: rate_factor(curve, step, plan.steps, legs, rise),
+            evaluate=self._against_chance(objective),
             sample=objective.sample,
             describe=objective.describe,
             title=f"{self.run.path.name}: {model.num_parameters() / 1e6:.1f}M parameters",
@@ -275,6 +296,47 @@ class Job:
             apart=objective.apart,
             before_update=objective.before_update,
         )
+
+    def _against_chance(self, objective: Objective) -> Callable[[bool], dict[str, Any]]:
+        """The stage's held-out figures. Says so where the weights that a run begins with predict worse than a guess: a
+        .pth brings no tokenizer, so that nothing else tells a wrong one."""
+        uniform = math.log(self.tokenizer.vocab_size)
+        first = self.state["step"] == 0 and self.origin.weights is not None
+        unsure = first and objective.loss_unit == "nats per token"
+
+        def evaluate(final: bool) -> dict[str, Any]:
+            nonlocal unsure
+            found = objective.evaluate(final)
+            if unsure and found.get("heldout_loss", 0.0) > uniform:
+                say(
+                    self.console,
+                    f"warning: {self.origin.weights} predicts held-out tokens at {found['heldout_loss']:.2f} nats, "
+                    f"worse than a guess ({uniform:.2f}): is this the tokenizer that it was trained with?",
+                )
+            unsure = False
+            return found
+
+        return evaluate
+
+    def _curve(self, steps: int) -> tuple[Curve, Legs, int]:
+        """(the schedule, the lengths that the run had before this one, the steps of its warm-up)."""
+        args, legs = self.args, self.run.legs
+        warmup = max(1, round(args.warmup * (legs[0][0] if legs else steps)))
+        final = 0.1 if args.final_lr is None else args.final_lr
+
+        def curve(step: int, steps: int) -> float:
+            return lr_factor(args.schedule, step, steps, warmup, final, self._cooldown)
+
+        return curve, legs, warmup
+
+    @property
+    def _cooldown(self) -> float:
+        return 0.2 if self.args.cooldown is None else self.args.cooldown
+
+    def _flat_steps(self, steps: int) -> int:
+        """After how many of `steps` steps a longer run can go on at the rate there is: with --schedule wsd where the
+        cooldown begins, else after all that were done."""
+        return steps - cooldown_steps(steps, self._cooldown) if self.args.schedule == "wsd" else steps
 
     def _optimizers(self, model: Model, objective: Objective, peak: float) -> Optimizers:
         args = self.args
@@ -302,6 +364,7 @@ class Job:
             eval_every=math.ceil(plan.steps / max(1, args.evals)),
             save_every=args.save_every or max(1, plan.steps // 20),
             keep_checkpoints=args.keep_checkpoints,
+            branch=self._flat_steps(plan.steps),
             keep_best=args.keep_best or args.patience is not None,
             patience=args.patience,
             own_gradients=args.cuda_graph,
@@ -343,7 +406,13 @@ class Job:
     def _identity(self) -> dict[str, Any]:
         """What makes a run this run and no other."""
         weights = self.origin.fingerprint()
-        identity = {"stage": self.stage, "args": self._saved(), "model": self.config.to_dict()}
+        identity = {
+            "stage": self.stage,
+            "args": self._saved(),
+            "model": self.config.to_dict(),
+            "tokenizer": self.tokenizer.fingerprint,
+            "references": self.references,
+        }
         return identity if weights is None else identity | {"weights": weights}
 
     def _fitted(self, loader: EpochLoader, rows: int, micro_batches: int) -> tuple[int, int]:
@@ -372,7 +441,7 @@ class Job:
     def _batch_shape(self, batch_tokens: int | None = None) -> tuple[int, int]:
         """(rows of a micro-batch, micro-batches of a step)."""
         args, ranks = self.args, self.parallel.world_size
-        batch_tokens = batch_tokens or args.batch_tokens or self.usual_batch
+        batch_tokens = batch_tokens or self.settle("batch_tokens", lambda: (self.usual_batch, ""))
         micro_tokens = args.micro_tokens or self._micro_tokens(batch_tokens)
         if batch_tokens % micro_tokens or micro_tokens % args.row:
             raise ValueError(

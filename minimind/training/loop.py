@@ -30,7 +30,7 @@ from minimind.display import Display, duration
 from minimind.modeling import Model
 from minimind.spans import span
 from minimind.tokenization import Tokenizer
-from minimind.training.checkpoint import load_weights_into, save_best, save_checkpoint
+from minimind.training.checkpoint import best_folder, load_weights_into, save_best, save_checkpoint
 from minimind.training.heldout import loss_lines
 from minimind.training.metrics import MetricsLog, plot_losses
 from minimind.training.optim import Optimizers
@@ -86,6 +86,7 @@ class LoopOptions:
     eval_every: int = 100
     save_every: int = 100
     keep_checkpoints: int = 2
+    branch: int = 0  # a step whose checkpoint is kept for good, for longer runs to begin with
     keep_best: bool = False
     patience: int | None = None  # evaluations without a better held-out figure after which training ends
     own_gradients: bool = False  # those of a CUDA graph's backward lie in its memory, which it fills anew
@@ -133,6 +134,12 @@ class Stage:
     news: Callable[[], News | None] = lambda: None
     apart: Sequence[Apart] = ()
     before_update: Callable[[], None] = lambda: None
+
+
+def _contents(fingerprint: str) -> tuple[str, str]:
+    """Of the data and of a model beside them; not the name that `minimind.weights.fingerprint` puts between."""
+    words = fingerprint.split()
+    return words[0], words[-1]
 
 
 class NonFiniteLossError(ValueError):
@@ -204,7 +211,7 @@ class Trainer:
     def resume(self, state: dict[str, Any]) -> None:
         """Take everything back to where `state`, the trainer state of the run's checkpoint, was saved."""
         assert self.run.checkpoint is not None
-        if state["data"] != self.stage.data_fingerprint:
+        if _contents(state["data"]) != _contents(self.stage.data_fingerprint):
             raise ValueError(
                 f"{self.run.path}: the data or the tokenizer changed since this run began; "
                 "put them back or start anew with --resume never"
@@ -212,13 +219,15 @@ class Trainer:
         if note := self.stage.optimizer.load_state_dict(self.stage.model, state["optimizer"]):
             say(self.console, note)
         self.stage.load_model(self.stage.model, self.run.checkpoint, self.parallel)
-        self.stage.loader.load_state(state["loader"])
+        self.stage.loader.load_state({**state["loader"], "step": state["step"]})
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step, self.targets_seen = state["step"], state["targets_seen"]
         self.seconds = state["seconds"]
-        self.best = Best(**state.get("best", {}))
+        best = Best(**state.get("best", {}))
+        if best_folder(self.run.path, best.step).is_dir():  # a lengthened run's may have been replaced since
+            self.best = best
         self._cut_logs(state["metrics_bytes"], state["samples_bytes"])
 
     def fit(self) -> bool:
@@ -336,7 +345,7 @@ class Trainer:
         options = self.options
         last = self.step == options.steps
         evaluate = self.step % options.eval_every == 0 and not last
-        save = self.step % options.save_every == 0 and not last
+        save = (self.step % options.save_every == 0 or self.step == options.branch) and not last
         # several ranks learn of an interrupt where they log: looking every step would make every step wait
         stop = self.interrupted is not None and self.parallel.world_size == 1
         if last or stop or evaluate or save or self.step % options.log_every == 0:
@@ -497,6 +506,7 @@ class Trainer:
             state,
             self.options.keep_checkpoints,
             stage.save_model,
+            self.options.branch,
         )
 
     def _non_finite(self, row: _Row, loss: float, norm: float) -> None:

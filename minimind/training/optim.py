@@ -145,6 +145,11 @@ def packed_rows(model: Model) -> dict[nn.Parameter, tuple[int, ...]]:
     return rows
 
 
+def cooldown_steps(steps: int, cooldown: float) -> int:
+    """Of `steps`, those over which the rate of schedule wsd falls."""
+    return max(1, int(steps * cooldown))
+
+
 def lr_factor(
     schedule: ScheduleName, step: int, steps: int, warmup: int, final: float = 0.1, cooldown: float = 0.2
 ) -> float:
@@ -158,7 +163,7 @@ def lr_factor(
     if schedule == "constant":
         return 1.0
     if schedule == "wsd":
-        decay = max(1, int(steps * cooldown))
+        decay = cooldown_steps(steps, cooldown)
         return 1.0 - (1.0 - final) * max(0, step - (steps - decay) + 1) / decay
     if schedule == "cosine":
         progress = (step - warmup + 1) / max(1, steps - warmup)

@@ -11,7 +11,7 @@ from rich.console import Console
 from minimind.config import PRESETS, ModelConfig
 from minimind.data.progress import say
 from minimind.modeling import Model
-from minimind.tokenization import Tokenizer, load_tokenizer
+from minimind.tokenization import Tokenizer, load_tokenizer, require_same_ids, tokenizer_beside
 from minimind.training.arguments import StageArgs
 from minimind.weights import checkpoint_folder, fingerprint, load_model
 
@@ -69,20 +69,35 @@ def _earlier(path: Path, args: StageArgs) -> Origin:
             raise ValueError(
                 f"--preset {args.preset}: {weights} is a {_preset_of(config)} model; drop --preset"
             )
-        own_tokenizer = weights if (weights / "tokenizer.json").is_file() else None
     elif path.is_file():
         if args.preset is None:
             raise ValueError(
                 f"--from {path}: a bare weight file does not tell its shape; name it with --preset"
             )
-        weights, config, own_tokenizer = path, ModelConfig.preset(args.preset), None
+        weights, config = path, ModelConfig.preset(args.preset)
     else:
         raise ValueError(f"--from {path}: no such file or folder; check the path given")
-    if args.tokenizer is None and own_tokenizer is None:
-        raise ValueError(f"--from {path}: there is no tokenizer with it; name its folder with --tokenizer")
-    tokenizer = load_tokenizer(args.tokenizer or own_tokenizer)
+    tokenizer = _tokenizer_of(weights, path, args)
     config = config.with_tokenizer(tokenizer.vocab_size, f"--from {path}")
     return Origin(tokenizer, config, args.preset or _preset_of(config), weights)
+
+
+def _tokenizer_of(weights: Path, path: Path, args: StageArgs) -> Tokenizer:
+    """That beside the weights, which --tokenizer may name too; another one with --new-tokenizer alone."""
+    own = tokenizer_beside(weights)
+    if args.tokenizer is None:
+        if own is None:
+            raise ValueError(
+                f"--from {path}: there is no tokenizer with it; name its folder with --tokenizer"
+            )
+        return own
+    given = load_tokenizer(args.tokenizer)
+    if own is not None:
+        way_out = "drop --tokenizer, or add --new-tokenizer to teach the model another one"
+        require_same_ids(
+            given, f"--tokenizer {args.tokenizer}", own, f"--from {path}", way_out, args.new_tokenizer
+        )
+    return given
 
 
 def _preset_of(config: ModelConfig) -> str:

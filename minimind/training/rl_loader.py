@@ -139,8 +139,8 @@ class RolloutLoader:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go to where `state` was. What lies behind it is sampled anew, unless it is the rollout at hand: for a
-        post-mortem the weights may be past answering."""
+        """Go to where `state` was; step: how many optimizer steps were done there, from a checkpoint. What lies behind
+        it is sampled anew, unless it is the rollout at hand: for a post-mortem the weights may be past answering."""
         if self.rollout is not None and self._number == state["rollout"] + 1:
             self._taken = 0
             return
@@ -151,6 +151,9 @@ class RolloutLoader:
         if state["answers"]:
             self.rollout = Rollout([_restored(saved) for saved in state["answers"]], self._next)
             self._parts = self._cut(self._number - 1)
+        if self._number and "step" in state:  # it may have been cut into other micro-batches then
+            done = state["step"] - (self._number - 1) * self.shape.steps
+            self._taken = done * self.shape.micro_batches
 
     @property
     def _answers(self) -> list[Answer]:

@@ -17,7 +17,7 @@ from minimind.inference.replica import Replica
 from minimind.inference.tracking import mix
 from minimind.modeling import Model
 from minimind.objectives.policy import Aggregation
-from minimind.rewards import Rewards, RewardScale, parse_rewards
+from minimind.rewards import Rewards, RewardScale, model_weights, parse_rewards
 from minimind.training.actor_critic import CRITIC
 from minimind.training.collector import Collector, Stream, score
 from minimind.training.job import Job, Objective, Plan
@@ -59,6 +59,8 @@ class Rollouts:
             seq_len=args.max_prompt + args.longest_answer,
         )
         job = Job.begin(stage, args, console)
+        for folder, weights in model_weights(args.reward).items():
+            job.refer(f"reward {folder}", weights)
         by_tail = job.settle("split", lambda: ("hash", "")) == "tail"
         train, heldout = open_data(args, job.tokenizer, console, by_tail)
         if len(train) < args.prompts:
@@ -73,9 +75,10 @@ class Rollouts:
         rewards = parse_rewards(
             args.reward or ("number",), args.on_reward_error, job.device, args.trust_remote_code
         )
+        minibatches = args.minibatches or 1
+        job.planned = lambda flags: flags["rollouts"] * minibatches * args.inner_epochs
         job.open_run()
         longest = max(len(prompt.ids) for prompt in train.prompts) + args.longest_answer
-        minibatches = args.minibatches or 1
         answers = -(-args.prompts * args.samples // minibatches)
         shape = Shape(
             minibatches, args.inner_epochs, args.micro_batches or passes(answers, longest, job.config, job.device),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from itertools import count
@@ -17,26 +16,34 @@ import torch
 from filelock import FileLock, Timeout
 
 from minimind.data.files import read_json, write_json
-from minimind.training.checkpoint import list_checkpoints, remove_partial
+from minimind.training.checkpoint import list_checkpoints, remove_partial, step_of
+from minimind.training.identity import Defaults, Difference, compare
+from minimind.training.lengthen import Legs, Source, legs_of, read_config, source_of
 
 ResumeMode = Literal["auto", "never"]
-
-
-# Settings that change where things lie, how they are sent and by whose kernels, not what is computed, rounding aside.
-_NOT_IDENTITY = {"args.attention", "args.cache_dir", "args.parallel", "args.reduce_dtype", "args.replicas"}
+_NO_DEFAULTS = Defaults()
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """path: the folder; checkpoint: where to continue from, None at a fresh start. Locked for this process: the
-    lock goes with the object, or with the process however it ends. A copy in another process has None."""
+    lock goes with the object, or with the process however it ends. A copy in another process has None.
+
+    notes: lines about how it was found; changed: flags that this start gives another value than the first one did, by
+    name. legs: of a lengthened run, see lengthen.py; lengthens: the run that it was made of just now.
+    """
 
     path: Path
     checkpoint: Path | None
     lock: FileLock | None
+    notes: tuple[str, ...] = ()
+    changed: Mapping[str, Any] = field(default_factory=dict)
+    legs: Legs = ()
+    lengthens: Path | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RunFolder, (self.path, self.checkpoint, None)
+        return RunFolder, (*(getattr(self, name) for name in ("path", "checkpoint")), None, self.notes, self.changed,
+                           self.legs, self.lengthens)  # fmt: skip
 
     @property
     def metrics(self) -> Path:
@@ -54,30 +61,6 @@ class RunFolder:
         (self.path / "finished").touch()
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What a configuration of an earlier version does not say. flags: the default of each, which holds where a flag is
-    newer than the run. legacy: what then stood for what is chosen from the data by now: flags that are left to the
-    data, and other choices."""
-
-    flags: Mapping[str, Any] = field(default_factory=dict)
-    legacy: Mapping[str, Any] = field(default_factory=dict)
-
-    def complete(self, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-        """`old` as this version would have written it, had it been started as `new` is."""
-        said, now = old.get("args", {}), new.get("args", {})
-        args = {**{k: v for k, v in self.flags.items() if k in now}, **said}
-        chosen = dict(old.get("chosen", {}))
-        for name, value in self.legacy.items():
-            if name in chosen or ("chosen" in old and name in said):
-                continue
-            if name not in now:
-                chosen[name] = value
-            elif now[name] == self.flags.get(name) and said.get(name, value) == value:
-                args[name], chosen[name] = now[name], value
-        return {**old, "args": args, "chosen": chosen}
-
-
 def find_run(
     out: str | None,
     default_name: str,
@@ -85,25 +68,21 @@ def find_run(
     resume: ResumeMode,
     defaults: Defaults,
     root: Path = Path("runs"),
+    lengthen: str | None = None,
 ) -> dict[str, Any]:
-    """What the run that `open_run` would continue chose from its data when it began, `config` being without that; empty
-    where there is none. Makes and locks nothing."""
-    if resume == "never":
-        return {}
-    if out is not None:
-        paths = iter([Path(out)])
-    else:
-        base = root / default_name
-        paths = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in count(1))
-    for path in paths:
-        if not (path / "config.json").exists():
-            if out is None and path.is_dir():
-                continue
-            return {}
-        found = defaults.complete(_read_config(path), config)
-        chosen = found.pop("chosen")
-        if not (path / "finished").exists() and not _difference(found, config):
-            return chosen
+    """What the run that `open_run` would continue or lengthen chose from its data when it began, `config` being without
+    that; empty where there is none. Makes and locks nothing."""
+    for path in _runs(out, default_name, root) if resume == "auto" else ():
+        found = defaults.complete(read_config(path), config)
+        left = {
+            k: v
+            for k, v in found["chosen"].items()
+            if config.get("args", {}).get(k) in (None, defaults.flags.get(k))
+        }
+        if not (path / "finished").exists() and compare(found, {**config, "chosen": left}).same_run:
+            return found["chosen"]
+    if lengthen is not None:
+        return defaults.complete(read_config(source_of(lengthen)), config)["chosen"]
     return {}
 
 
@@ -113,15 +92,17 @@ def open_run(
     config: dict[str, Any],
     resume: ResumeMode,
     root: Path = Path("runs"),
-    defaults: Defaults = Defaults(),
+    defaults: Defaults = _NO_DEFAULTS,
+    source: Source | None = None,
 ) -> RunFolder:
-    """Continue the unfinished run with this very configuration, or make a new folder. Nothing is overwritten.
+    """Continue the unfinished run with this configuration, or make a new folder. Nothing is overwritten.
 
-    out: the folder to use; None takes runs/<default_name>, numbered when that is taken by another run.
-    Raises ValueError when `out` holds a finished run, one with another configuration, or one that is running.
+    out: the folder to use; None takes runs/<default_name>, numbered when that is taken by another run. source: what a
+    new folder begins with. Raises ValueError when `out` holds a finished run, one with another configuration, or one
+    that is running.
     """
     if out is None:
-        return _next_free(root / default_name, config, resume, defaults)
+        return _next_free(root, default_name, config, resume, defaults, source)
     path = Path(out)
     if path.exists() and not path.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder")
@@ -136,17 +117,23 @@ def open_run(
     if lock is None:
         raise ValueError(f"--out {out}: another process is training in it; wait, or name another folder")
     if not (path / "config.json").exists():
-        return _create(path, config, lock)
+        return _create(path, config, lock, source)
     if resume == "never":
         raise ValueError(f"--out {out}: holds a run already; name another folder or drop --resume never")
+    found = compare(defaults.complete(read_config(path), config), config)
+    if found.only_length:
+        raise ValueError(
+            f"--out {out}: started with {found}; to lengthen it give --lengthen {out} and another --out, or none: "
+            "it stays as it is"
+        )
     if (path / "finished").exists():
         raise ValueError(f"--out {out}: this run is finished; name another folder to train anew")
-    difference = _difference(defaults.complete(_read_config(path), config), config)
-    if difference:
+    if not found.same_run:
+        back = f" ({found.way_back})" if found.way_back else ""
         raise ValueError(
-            f"--out {out}: started with {difference}; repeat that command or name another folder"
+            f"--out {out}: started with {found}; repeat that command{back} or name another folder"
         )
-    return _continue(path, lock)
+    return _continue(path, lock, found)
 
 
 def newest_finished(stage: str, root: Path = Path("runs"), data: Sequence[str] | None = None) -> str:
@@ -159,7 +146,7 @@ def newest_finished(stage: str, root: Path = Path("runs"), data: Sequence[str] |
         return config.get("stage") == stage and (not of_a_task if data is None else trained_on == list(data))
 
     ended = [(flag.stat().st_mtime_ns, flag.parent) for flag in root.glob("*/finished")]
-    runs = [path for _, path in sorted(ended) if fits(_read_config(path))]
+    runs = [path for _, path in sorted(ended) if fits(read_config(path))]
     if not runs:
         raise ValueError(
             f"--from: there is no finished run of train/{stage}.py under {root}/; run it first, or name weights"
@@ -197,33 +184,79 @@ def versions(device: str) -> dict[str, Any]:
     }
 
 
-def record_versions(run: Path, device: str, attention: str) -> None:
-    """Add this start to versions.json: a resumed run may have continued on other software. attention: as
-    `attention_name` says."""
-    path = run / "versions.json"
+def record_versions(run: RunFolder, device: str, attention: str) -> None:
+    """Add this start to versions.json: a resumed run may have continued on other software, and with other values of
+    flags that change no step. attention: as `attention_name` says."""
+    path = run.path / "versions.json"
     known = read_json(path) if path.exists() else {"starts": []}
     starts = (known or {}).get("starts")
     if not isinstance(starts, list):
         raise ValueError(f"{path}: damaged; remove it, a new one is begun")
-    write_json(path, {"starts": [*starts, versions(device) | {"attention": attention}]})
+    changed = {"changed": dict(run.changed)} if run.changed else {}
+    write_json(path, {"starts": [*starts, versions(device) | {"attention": attention} | changed]})
 
 
-def _next_free(base: Path, config: dict[str, Any], resume: ResumeMode, defaults: Defaults) -> RunFolder:
-    number = 1
-    while True:
-        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
-        number += 1
-        fresh = _make(path)
-        if not fresh and (
-            resume == "never"
-            or (path / "finished").exists()
-            or not (path / "config.json").exists()
-            or _difference(defaults.complete(_read_config(path), config), config)
-        ):
+def _runs(out: str | None, default_name: str, root: Path) -> Iterator[Path]:
+    """Those that a new start may continue, in order."""
+    for path in _numbered(root / default_name) if out is None else [Path(out)]:
+        if (path / "config.json").exists():
+            yield path
+        elif out is not None or not path.is_dir():
+            return
+
+
+def _numbered(base: Path) -> Iterator[Path]:
+    return (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in count(1))
+
+
+def _next_free(
+    root: Path,
+    name: str,
+    config: dict[str, Any],
+    resume: ResumeMode,
+    defaults: Defaults,
+    source: Source | None,
+) -> RunFolder:
+    near: list[tuple[Path, Difference]] = []
+    for path in _numbered(root / name):
+        if _make(path):
+            lock = _try_lock(path)
+            if lock is not None:
+                others = [(run, found) for run, found in near if found.same_run or source is None]
+                return _create(path, config, lock, source, others)
+        if resume == "never" or not (path / "config.json").exists():
+            continue
+        found = compare(defaults.complete(read_config(path), config), config)
+        near.append((path, found))
+        if not found.same_run or (path / "finished").exists():
             continue
         lock = _try_lock(path)
         if lock is not None:
-            return _create(path, config, lock) if fresh else _continue(path, lock)
+            return _continue(path, lock, found)
+    raise AssertionError("there is always a next number")
+
+
+def _nearest(others: Sequence[tuple[Path, Difference]]) -> tuple[str, ...]:
+    """A line about the run that is most like the one that begins: how the two differ, and how to go on with it. Nothing
+    where all are finished and others."""
+    told = [(path, found) for path, found in others if not found.counts or not (path / "finished").exists()]
+    if not told:
+        return ()
+    path, found = min(reversed(told), key=lambda other: len(other[1].counts) + len(other[1].length))
+    finished = (path / "finished").exists()
+    if found.same_run:
+        state = (
+            "finished: it is trained anew"
+            if finished
+            else "which another process trains: this is a second one"
+        )
+        return (f"{path} is this very run, {state}",)
+    steps = [step_of(checkpoint) for checkpoint in list_checkpoints(path)]
+    where = "finished" if finished else " after step ".join(["unfinished", *map(str, steps[-1:])])
+    ways = [f"{found.way_back} continues it"] if found.way_back and not finished else []
+    ways += [f"--lengthen {path} goes on with it to a greater length"] if found.only_length else []
+    way = f"; {', '.join(ways)}" if ways else ""
+    return (f"near: {path}, {where}, was started with {found}{way}; this run starts anew",)
 
 
 def _make(path: Path) -> bool:
@@ -252,41 +285,29 @@ def _try_lock(path: Path) -> FileLock | None:
     return lock
 
 
-def _create(path: Path, config: dict[str, Any], lock: FileLock) -> RunFolder:
-    write_json(path / "config.json", config)
-    return RunFolder(path, None, lock)
+def _create(
+    path: Path,
+    config: dict[str, Any],
+    lock: FileLock,
+    source: Source | None = None,
+    others: Sequence[tuple[Path, Difference]] = (),
+) -> RunFolder:
+    notes = _nearest(others)
+    if source is None:
+        write_json(path / "config.json", config)
+        return RunFolder(path, None, lock, notes)
+    source.copy_into(path)
+    write_json(path / "config.json", config | source.history)
+    return RunFolder(path, list_checkpoints(path)[-1], lock, notes, {}, source.legs, source.run)
 
 
-def _continue(path: Path, lock: FileLock) -> RunFolder:
+def _continue(path: Path, lock: FileLock, found: Difference) -> RunFolder:
     remove_partial(path)
     checkpoints = list_checkpoints(path)
-    return RunFolder(path, checkpoints[-1] if checkpoints else None, lock)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path / 'config.json'}: not valid JSON ({error}); name another --out") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path / 'config.json'}: not a run's configuration; name another --out")
-    return config
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    before, now = (_leaves(json.loads(json.dumps(config))) for config in (old, new))
-    return ", ".join(
-        f"{key.removeprefix('args.')} {before.get(key)} (now {now.get(key)})"
-        for key in sorted((before.keys() | now.keys()) - _NOT_IDENTITY)
-        if before.get(key) != now.get(key)
-    )
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        out |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
+    notes = (f"continues with other flags: {found.free_text}",) if found.free else ()
+    changed = {change.name: change.now for change in found.free}
+    checkpoint = checkpoints[-1] if checkpoints else None
+    return RunFolder(path, checkpoint, lock, notes, changed, legs_of(read_config(path)))
 
 
 def _git_commit() -> str | None:

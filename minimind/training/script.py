@@ -10,6 +10,7 @@ from rich.console import Console
 
 from minimind.data.files import is_disk_full
 from minimind.data.progress import say
+from minimind.starting import started
 from minimind.stdio import command_line, prepare_output
 from minimind.training.arguments import StageArgs
 from minimind.training.parallel import leave, rank
@@ -23,6 +24,7 @@ def run_script(main: Callable[[Args, Console], bool], args: type[Args], descript
     prepare_output()
     parsed = command_line(args, description)
     console = Console(quiet=rank() > 0)
+    started()
     try:
         done = main(parsed, console)
     except (ValueError, OSError) as problem:  # OSError: a full disk, a folder that is not ours

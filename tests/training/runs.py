@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from rich.console import Console
 from minimind import ModelConfig, load_tokenizer
 from minimind.data import Corpus
 from minimind.modeling import Model
-from minimind.training.checkpoint import list_checkpoints
+from minimind.training.checkpoint import list_checkpoints, step_of
 from minimind.weights import save_weights
 from tests import warm
 
@@ -117,6 +118,17 @@ def reproducible(folder: Path) -> list[dict]:
 
 def rows_of(folder: Path, kind: str) -> list[dict]:
     return [row for row in reproducible(folder) if row["kind"] == kind]
+
+
+def as_killed(run: Path, step: int, out: Path) -> Path:
+    """A copy of a finished run as it would be, had it been killed behind its checkpoint of `step`."""
+    shutil.copytree(run, out)
+    (out / "finished").unlink()
+    for checkpoint in list_checkpoints(out):
+        if step_of(checkpoint) > step:
+            shutil.rmtree(checkpoint)
+    assert step_of(list_checkpoints(out)[-1]) == step
+    return out
 
 
 def last_step(out: Path) -> int:

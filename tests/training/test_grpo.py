@@ -20,6 +20,7 @@ from tests.training.runs import (
     ONE_THREAD,
     SCRIPT,
     TINY,
+    as_killed,
     assert_continues_to_the_bit,
     assert_same_curve,
     call,
@@ -100,6 +101,16 @@ def test_killed_inside_a_rollout_and_started_again_the_run_is_the_same_to_the_bi
     assert_continues_to_the_bit(command(origin, prompts, out, "--show", "1"), out, unbroken, 4)
 
 
+def test_a_finished_run_is_lengthened_to_the_bit(unbroken, origin, prompts, tmp_path):
+    """Its rate is constant, so that it becomes the run that would have been planned for more rollouts."""
+    longer = "--rollouts", "6", "--show", "1"
+    finish(command(origin, prompts, tmp_path / "planned", *longer))
+    text = finish(command(origin, prompts, tmp_path / "out", *longer, "--lengthen", str(unbroken)))
+    assert "lengthened at step 8 from 8 steps to 12: the rate goes on at 1.00 of the peak" in text
+    for kind in ("train", "rollout"):
+        assert rows_of(tmp_path / "out", kind) == rows_of(tmp_path / "planned", kind)
+
+
 def assert_same_rollouts(out: Path, truth: Path) -> None:
     """The same curves, but for how far engine and trainer are apart: that is rounding."""
 
@@ -116,8 +127,20 @@ PLAIN = ["--optimizer", "adamw", "--grad-clip", "1000"]
 @pytest.fixture(scope="module")
 def alone(origin, prompts, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "alone"
-    finish(command(origin, prompts, out, *PLAIN))
+    finish(command(origin, prompts, out, *PLAIN, "--keep-checkpoints", "9"))
     return out
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_run_goes_on_in_other_micro_batches(step, origin, prompts, alone, tmp_path):
+    """From inside a rollout, and from the end of one."""
+    out = as_killed(alone, step, tmp_path / "cut")
+    text = finish(command(origin, prompts, out, *PLAIN, "--micro-batches", "4", "--show", "1"))
+    assert (
+        "continues with other flags: keep_checkpoints 9 (now 2), micro_batches 2 (now 4), show 0 (now 1)"
+        in text
+    )
+    assert_same_rollouts(out, alone)
 
 
 def test_curve_of_two_processes_is_that_of_one(origin, prompts, alone, tmp_path):

@@ -20,6 +20,7 @@ from minimind.training.checkpoint import list_checkpoints
 from tests.training.runs import (
     SCRIPT,
     TINY,
+    as_killed,
     assert_continues_to_the_bit,
     assert_same_curve,
     call,
@@ -80,6 +81,12 @@ def test_run_leaves_an_adapter_and_figures_of_what_is_kept(unbroken, origin):
 def test_killed_and_started_again_the_curve_is_the_same_to_the_bit(unbroken, origin, cache, tmp_path):
     out = tmp_path / "killed"
     assert_continues_to_the_bit(command(origin, out, cache), out, unbroken, 4)
+
+
+def test_dropout_is_drawn_alike_however_often_the_run_is_looked_at(unbroken, origin, cache, tmp_path):
+    out = as_killed(unbroken, 6, tmp_path / "cut")
+    finish(command(origin, out, cache, "--log-every", "1", "--evals", "8", "--eval-questions", "2"))
+    assert rows_of(out, "train") == rows_of(unbroken, "train")
 
 
 @pytest.mark.slow

@@ -15,8 +15,20 @@ from minimind import load_model, load_tokenizer
 from minimind.data import open_corpus
 from minimind.data.split import split
 from minimind.training.arguments import StageArgs
+from minimind.training.checkpoint import list_checkpoints
 from tests import warm
-from tests.training.runs import ONE_THREAD, SCRIPT, call, command, last_step, lines_of, reproducible, run
+from tests.training.runs import (
+    ONE_THREAD,
+    SCRIPT,
+    as_killed,
+    call,
+    command,
+    last_step,
+    lines_of,
+    reproducible,
+    rows_of,
+    run,
+)
 
 STEPS = 24
 LENGTH = ["--tokens", str(512 * STEPS), "--save-every", "7"]
@@ -154,7 +166,7 @@ def test_other_settings_do_not_continue_a_run(unbroken, data):
     answer = run(command(data, unbroken, *LENGTH, "--lr", "0.5"))
     (unbroken / "finished").touch()
     assert answer.returncode == 2
-    assert "started with lr None (now 0.5); repeat that command or name another folder" in answer.stdout
+    assert "started with lr None (now 0.5); repeat that command (no --lr) or name another folder" in answer.stdout
 
 
 def test_non_finite_loss_stops_with_its_batch_on_record(data, tmp_path):
@@ -171,21 +183,56 @@ def test_non_finite_loss_stops_with_its_batch_on_record(data, tmp_path):
         assert all(p.isfinite().all() for p in load_model(checkpoint).parameters())
 
 
-def test_accumulated_micro_batches_give_the_same_figures(data, tmp_path):
-    """Loss and gradient norm of every step. The rate is so low that rounding does not grow from step to step: AdamW's
-    first steps follow the signs of gradients, and rounding decides the signs of the smallest. What is left is that of
-    sums over 512 targets and over 2.8M squares, added up in another order."""
-    curves = []
-    for name, micro in (("whole", 512), ("parts", 128)):
-        call(SCRIPT, data=(str(data),), out=str(tmp_path / name), cache_dir=str(data.parent / "cache"), seq_len=64,
-             batch_tokens=512, micro_tokens=micro, tokens=4096, precision="fp32", optimizer="adamw", lr=1e-7,
-             log_every=1, evals=1)  # fmt: skip
-        curves.append([row for row in reproducible(tmp_path / name) if row["kind"] == "train"])
-    assert len(curves[0]) == 8
+def accumulated(data: Path, out: Path, micro: int, **flags) -> Path:
+    """A run at a rate so low that rounding does not grow from step to step: AdamW's first steps follow the signs of
+    gradients, and rounding decides the signs of the smallest."""
+    call(SCRIPT, data=(str(data),), out=str(out), cache_dir=str(data.parent / "cache"), seq_len=64, batch_tokens=512,
+         tokens=4096, precision="fp32", optimizer="adamw", lr=1e-7,
+         **{"micro_tokens": micro, "log_every": 1, "evals": 1, "save_every": 4, **flags})  # fmt: skip
+    return out
+
+
+def assert_same_but_for_rounding(out: Path, truth: Path) -> None:
+    """Loss and gradient norm of every step. What is left is the rounding of sums over 512 targets and over 2.8M
+    squares, added up in another order."""
     eps = torch.finfo(torch.float32).eps
-    for whole, parts in zip(*curves, strict=True):
+    assert [row["step"] for row in rows_of(out, "train")] == list(range(1, 9))
+    for whole, parts in zip(rows_of(truth, "train"), rows_of(out, "train"), strict=True):
         assert parts["loss"] == pytest.approx(whole["loss"], rel=512**0.5 * eps)
         assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=2.8e6**0.5 * eps)
+        assert [parts[name] for name in ("lr", "tokens", "targets")] == [
+            whole[name] for name in ("lr", "tokens", "targets")
+        ]
+
+
+@pytest.fixture(scope="module")
+def accumulated_whole(data, tmp_path_factory) -> Path:
+    return accumulated(data, tmp_path_factory.mktemp("runs") / "whole", 512)
+
+
+def test_accumulated_micro_batches_give_the_same_figures(data, accumulated_whole, tmp_path):
+    assert_same_but_for_rounding(accumulated(data, tmp_path / "parts", 128), accumulated_whole)
+
+
+def test_a_run_goes_on_in_other_micro_batches(data, accumulated_whole, tmp_path):
+    """As after running out of memory. What it was told of is on record."""
+    out = accumulated(data, as_killed(accumulated_whole, 4, tmp_path / "cut"), 128, recompute=True)
+    assert_same_but_for_rounding(out, accumulated_whole)
+    assert rows_of(out, "train")[:4] == rows_of(accumulated_whole, "train")[:4]
+    assert rows_of(out, "train")[4:] != rows_of(accumulated_whole, "train")[4:]  # in other parts indeed
+    starts = json.loads((out / "versions.json").read_text())["starts"]
+    assert starts[-1]["changed"] == {"micro_tokens": 128, "recompute": True} and "changed" not in starts[0]
+
+
+def test_how_often_a_run_is_looked_at_changes_no_bit(data, accumulated_whole, tmp_path):
+    out = as_killed(accumulated_whole, 4, tmp_path / "cut")
+    accumulated(
+        data, out, 512, log_every=3, evals=8, save_every=1, keep_checkpoints=1, eval_tokens=4096, device="cpu"
+    )
+    assert rows_of(out, "train") == rows_of(accumulated_whole, "train")
+    assert len(rows_of(out, "eval")) == 1 + 4 and len(list_checkpoints(out)) == 1
+    ours, theirs = list_checkpoints(out)[-1], list_checkpoints(accumulated_whole)[-1]
+    assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
 
 
 BAD = {

@@ -47,6 +47,77 @@ def test_auto_continues_the_unfinished_run_only(tmp_path):
     assert opened(None, "x", elsewhere, "auto", tmp_path).path.name == "x-2"
 
 
+FREE = {"log_every": 1, "save_every": 7, "keep_checkpoints": 9, "evals": 3, "eval_questions": 8, "device": "cpu",
+        "micro_tokens": 512, "micro_batches": 2, "compile": True, "recompute": True, "fused": False, "show": 4,
+        "eval_tokens": 99}  # fmt: skip
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_flags_that_change_no_step_continue_a_run_and_are_told(tmp_path, out):
+    place = (str(tmp_path / "x") if out else None, "x")
+    first = opened(*place, {"args": {"lr": 0.1, **dict.fromkeys(FREE)}}, "auto", tmp_path)
+    again = opened(*place, {"args": {"lr": 0.1, **FREE}}, "auto", tmp_path)
+    assert again.path == first.path and again.changed == FREE
+    (note,) = again.notes
+    assert note.startswith("continues with other flags: compile None (now True), device None (now cpu), ")
+    assert find_run(*place, {"args": {"lr": 0.1, **FREE}}, "auto", Defaults({}, {"seq_len": 4}), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["keep_best", "patience"])
+def test_what_the_best_figure_is_measured_on_counts_with_it(tmp_path, name):
+    opened(None, "x", {"args": {name: 1, "eval_tokens": 5, "evals": 2}}, "auto", tmp_path)
+    for flags, number in (({"eval_tokens": 6, "evals": 2}, "x-2"), ({"eval_tokens": 5, "evals": 3}, "x")):
+        assert opened(None, "x", {"args": {name: 1, **flags}}, "auto", tmp_path).path.name == number
+
+
+def test_a_new_run_tells_of_the_unfinished_one_that_is_near(tmp_path):
+    def start(**flags):
+        before = {"lr": 0.1, "dora": False, "data": ["a", "b"], "tokens": None}
+        return opened(None, "x", {"args": {**before, **flags}}, "auto", tmp_path)
+
+    first = start()
+    (first.path / "checkpoints" / "step-00000020").mkdir(parents=True)
+    assert first.notes == ()
+    assert start(lr=None, dora=True, data=["a"]).notes == (
+        f"near: {first.path}, unfinished after step 20, was started with data a b (now a), dora False (now True), "
+        "lr 0.1 (now None); --data a b --no-dora --lr 0.1 continues it; this run starts anew",
+    )
+    longer = (
+        f"; no --tokens continues it, --lengthen {first.path} goes on with it to a greater length; this run"
+    )
+    assert longer in start(tokens=99).notes[0]
+
+
+def test_a_new_run_tells_of_the_finished_one_that_could_be_lengthened(tmp_path):
+    first = opened(None, "x", CONFIG, "auto", tmp_path)
+    first.mark_finished()
+    longer = {**CONFIG, "args": {**CONFIG["args"], "epochs": 2}}
+    (note,) = opened(None, "x", longer, "auto", tmp_path).notes
+    assert note.startswith(
+        f"near: {first.path}, finished, was started with epochs None (now 2); --lengthen {first.path}"
+    )
+    (note,) = opened(None, "x", CONFIG, "auto", tmp_path).notes
+    assert note == f"{first.path} is this very run, finished: it is trained anew"
+    with pytest.raises(
+        ValueError, match=r"x: started with epochs None \(now 2\); to lengthen it give --lengthen .*x and"
+    ):
+        opened(str(first.path), "x", longer, "auto", tmp_path)
+
+
+def test_what_differs_is_told_by_the_flag_that_names_it(tmp_path):
+    def start(source: str, weights: str, hidden: int):
+        flags = {"from": source, "preset": None, "lr": 1}
+        return opened(
+            None, "x", {"args": flags, "weights": weights, "model": {"hidden": hidden}}, "auto", tmp_path
+        )
+
+    start("a", "step-1 abc", 64)
+    (note,) = start("a", "step-1 fed", 64).notes
+    assert "was started with weights step-1 abc (now step-1 fed); this run starts anew" in note
+    assert start("moved", "step-1 fed", 64).notes == ("continues with other flags: from a (now moved)",)
+    assert "started with from a (now b); --from a continues it;" in start("b", "step-1 def", 32).notes[0]
+
+
 LEGACY = Defaults({"seq_len": None, "dedupe": False}, {"seq_len": 512, "split": "tail"})
 
 
@@ -83,6 +154,23 @@ def test_what_the_data_decided_is_found_again(tmp_path):
     assert find_run(None, "x", now(seq_len=512), "auto", LEGACY, tmp_path) == {}
     with pytest.raises(ValueError, match=r"started with chosen\.seq_len 2048 \(now 512\)"):
         opened(str(second.path), "x", now() | {"chosen": chosen | {"seq_len": 512}}, "auto", tmp_path, LEGACY)
+
+
+def test_the_same_said_otherwise_is_the_same_run(tmp_path, monkeypatch):
+    """Flags that come to what the data decided, paths from elsewhere, a model that was moved."""
+    monkeypatch.chdir(tmp_path)
+    chosen = {"seq_len": 1024, "split": "hash", "batch_tokens": 4096}
+    known = {"weights": "step-00000100 abc"}
+    first = opened(None, "x", now(data=["a.jsonl"]) | {"chosen": chosen} | known, "auto", tmp_path, LEGACY)
+    said = now(data=[f"{tmp_path}/./a.jsonl"], seq_len=1024, preset="nano") | {"weights": "moved abc"}
+    assert find_run(None, "x", said, "auto", LEGACY, tmp_path) == chosen
+    left = {"chosen": {"split": "hash", "batch_tokens": 4096}}
+    assert opened(None, "x", said | left, "auto", tmp_path, LEGACY).path == first.path
+    for other in ({"seq_len": 512}, {"data": ["b.jsonl"]}):
+        config = said | {"args": said["args"] | other}
+        assert find_run(None, "x", config, "auto", LEGACY, tmp_path) == {}
+        assert opened(None, "x", config | left, "auto", tmp_path, LEGACY).path != first.path
+    assert find_run(None, "x", said | {"weights": "moved def"}, "auto", LEGACY, tmp_path) == {}
 
 
 def test_a_run_in_progress_is_left_alone(tmp_path):
@@ -226,11 +314,10 @@ def test_a_folder_that_cannot_be_locked_is_named(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "[]"])
 def test_damaged_files_of_a_run_are_named(tmp_path, content):
     run = opened(str(tmp_path / "mine"), "x", CONFIG, "auto")
-    record_versions(run.path, "a device", "documents")
-    del run
+    record_versions(run, "a device", "documents")
     (tmp_path / "mine" / "versions.json").write_text(content)
     with pytest.raises(ValueError, match=r"versions\.json: damaged; remove it"):
-        record_versions(tmp_path / "mine", "a device", "documents")
+        record_versions(run, "a device", "documents")
     (tmp_path / "mine" / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json: not .*; name another --out"):
         opened(str(tmp_path / "mine"), "x", CONFIG, "auto")

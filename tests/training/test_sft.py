@@ -293,7 +293,8 @@ def test_other_weights_do_not_continue_a_run(unbroken, origin, chats, tmp_path):
     torch.manual_seed(1)
     save_weights(Model(TINY), other)
     answer = run(command(other, chats, out, *LENGTH, "--eval-questions", "8"))
-    assert answer.returncode == 2 and "started with from " in answer.stdout and "weights " in answer.stdout
+    assert answer.returncode == 2
+    assert f"started with from {origin} (now {other}); repeat that command (--from {origin})" in answer.stdout
 
 
 @pytest.mark.slow
