@@ -138,7 +138,7 @@ class Stage:
 
 def _contents(fingerprint: str) -> tuple[str, str]:
     """Of the data and of a model beside them; not the name that `minimind.weights.fingerprint` puts between."""
-    words = fingerprint.split()
+    words = fingerprint.split() or [""]
     return words[0], words[-1]
 
 

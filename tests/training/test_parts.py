@@ -142,7 +142,13 @@ def test_a_run_of_an_earlier_version_keeps_its_split_and_its_rows(origin, tmp_pa
     call(SFT, out=str(tmp_path / "new"), **flags)
     assert len(rows_of(tmp_path / "new", "train")) == 3  # of what the data has, not of 4096 tokens
     config = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert config.pop("chosen") == {"split": "hash", "fields": "checked", "seq_len": 512, "step": 1536}
+    assert config.pop("chosen") == {
+        "split": "hash",
+        "fields": "checked",
+        "seq_len": 512,
+        "batch_tokens": 4096,
+        "step": 1536,
+    }
     assert config["args"]["seq_len"] is None
     del config["args"]["dedupe"]
     config["args"]["seq_len"] = 512
