@@ -817,7 +817,7 @@ MUTATIONS = (
     Mutation(
         "a resumed run begins its data anew",
         "minimind/training/loop.py",
-        'self.stage.loader.load_state(state["loader"])',
+        'self.stage.loader.load_state({**state["loader"], "step": state["step"]})',
         "self.stage.loader.state()",
         "tests/training/test_lora.py::test_killed_and_started_again_the_curve_is_the_same_to_the_bit",
     ),

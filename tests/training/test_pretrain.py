@@ -166,7 +166,10 @@ def test_other_settings_do_not_continue_a_run(unbroken, data):
     answer = run(command(data, unbroken, *LENGTH, "--lr", "0.5"))
     (unbroken / "finished").touch()
     assert answer.returncode == 2
-    assert "started with lr None (now 0.5); repeat that command (no --lr) or name another folder" in answer.stdout
+    assert (
+        "started with lr None (now 0.5); repeat that command (no --lr) or name another folder"
+        in answer.stdout
+    )
 
 
 def test_non_finite_loss_stops_with_its_batch_on_record(data, tmp_path):
