@@ -71,7 +71,8 @@ def main() -> None:
     try:
         arguments = with_home(sys.argv[1:])
     except ValueError as problem:
-        sys.exit(f"error: {problem}")
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(run(arguments))
 
 

@@ -9,8 +9,6 @@ import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
-import tyro
-
 Flags = TypeVar("Flags")
 
 _TEXT = ("--prompt", "--system")  # flags that no path follows
@@ -32,6 +30,8 @@ def command_line(flags: type[Flags], description: str | None) -> Flags:
     except ValueError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    import tyro  # not by `minimind` alone, which answers at once
+
     return tyro.cli(flags, description=description, args=arguments)
 
 

@@ -407,8 +407,8 @@ MUTATIONS = (
     Mutation(
         "merging forgets alpha / rank",
         "minimind/lora.py",
-        "a.to(total.dtype), alpha=adapter.config.scale)",
-        "a.to(total.dtype))",
+        "a.to(total.dtype) * adapter.config.scale",
+        "a.to(total.dtype)",
         "tests/test_lora.py::test_merged_weights_compute_the_same_and_the_frozen_ones_come_back",
     ),
     Mutation(
@@ -817,7 +817,7 @@ MUTATIONS = (
     Mutation(
         "a resumed run begins its data anew",
         "minimind/training/loop.py",
-        'self.stage.loader.load_state(state["loader"])',
+        'self.stage.loader.load_state({**state["loader"], "step": state["step"]})',
         "self.stage.loader.state()",
         "tests/training/test_lora.py::test_killed_and_started_again_the_curve_is_the_same_to_the_bit",
     ),
@@ -887,8 +887,8 @@ MUTATIONS = (
     Mutation(
         "Muon's matrices do not decay",
         "minimind/training/optim.py",
-        "Muon(muon, lr=lr, weight_decay=weight_decay)",
-        "Muon(muon, lr=lr, weight_decay=0.0)",
+        "Muon(muon, lr=lr, weight_decay=weight_decay,",
+        "Muon(muon, lr=lr, weight_decay=0.0,",
         "tests/training/test_optim.py",
     ),
     Mutation(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from minimind import cli
 from minimind.data.progress import say
 from minimind.display import caption
 from minimind.stdio import command_line, with_home
@@ -113,6 +114,10 @@ def test_every_script_reads_its_flags_in_one_place(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         command_line(Flags, None)
     assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: --out ~nobody-at-all/y: ")
+    monkeypatch.setattr(sys, "argv", ["minimind", "chat", "--model=~nobody-at-all/y"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: --model ~nobody-at-all/y: ")
     root = Path(__file__).parents[1]
     for folder in ("train", "bench", "minimind"):
         for path in (root / folder).rglob("*.py"):

@@ -27,7 +27,14 @@ from minimind.data.builtin_identity import builtin_identity
 from minimind.data.paths import find_files
 from minimind.data.progress import say
 from minimind.lora import LoRAConfig, add_adapter, set_adapters
-from minimind.lora_files import adapter_config, adapter_folder, load_adapter, reload_adapter, save_adapter
+from minimind.lora_files import (
+    adapter_config,
+    adapter_folder,
+    another_base,
+    load_adapter,
+    reload_adapter,
+    save_adapter,
+)
 from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder, require_same_ids, tokenizer_beside
@@ -178,6 +185,9 @@ def check_adapter(job: Job, adapter: str, new_tokenizer: bool) -> None:
         require_same_ids(job.tokenizer, "the model", own, f"--adapter {adapter}", way_out, new_tokenizer)
     if folder.is_dir():  # else load_adapter says what is missing
         job.refer("adapter", folder)
+        assert job.origin.weights is not None
+        if other := another_base(folder, job.origin.weights):
+            job.notes.append(f"--adapter {adapter}: {other}; right if that is the same model in another form")
 
 
 def give_adapter(model: Model, args: Args, config: LoRAConfig) -> None:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minimind import load_model
+from minimind import load_model, load_tokenizer
 from minimind.data.builtin_identity import identity
 from minimind.lora import LoRAConfig, add_adapter, lora_linears
 from minimind.lora_files import adapter_folder, load_adapter
 from minimind.training.checkpoint import list_checkpoints
+from minimind.weights import save_weights
 from tests.training.runs import (
     SCRIPT,
     TINY,
@@ -109,6 +110,20 @@ def test_an_adapter_can_be_trained_further(unbroken, origin, cache, tmp_path):
     call(LORA, from_=str(origin), out=str(out), cache_dir=str(cache), adapter=str(unbroken), tokens=512, seq_len=128,
          batch_tokens=512, eval_questions=2, precision="fp32")  # fmt: skip
     assert rows_of(out, "train")[0]["loss"] < rows_of(unbroken, "train")[0]["loss"]
+
+
+def test_an_adapter_of_another_base_is_told_of(unbroken, origin, cache, tmp_path):
+    """It may be the same model in another form, so that it is no error."""
+    model = load_model(origin)
+    with torch.no_grad():
+        model.norm.weight.mul_(1.01)
+    save_weights(model, tmp_path / "other")
+    load_tokenizer().save(tmp_path / "other")
+    for base, told in ((origin, False), (tmp_path / "other", True)):
+        flags = ["--adapter", str(unbroken), "--tokens", "512", "--eval-questions", "2", "--evals", "1"]
+        text = finish(command(base, tmp_path / f"run-{told}", cache, *flags))
+        assert ("right if that is the same model in another form" in text) == told, text
+        assert not told or f"--adapter {unbroken}: trained on" in text.replace("\n", " ")
 
 
 def test_dora_trains_lengths_and_the_best_adapter_is_what_opens(origin, cache, tmp_path):
