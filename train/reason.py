@@ -63,8 +63,9 @@ class Args(ChatArgs):
     eval_questions: int | None = None
     """Held-out questions of each kind, with reasoning and without, that are answered on the way; at the end all are.
     None: 64."""
-    epochs: float = 4.0
-    """Passes over the training part of the data."""
+    epochs: float | None = None
+    """Passes over the training part of the data. None: 4 over the built-in questions, 1 over others, more where they
+    are few (docs/training.md)."""
 
     @property
     def questions(self) -> int:
@@ -72,7 +73,7 @@ class Args(ChatArgs):
 
     @property
     def legacy(self) -> dict[str, Any]:
-        return super().legacy | {"whole_answers": False}
+        return super().legacy | {"epochs": 4.0, "whole_answers": False}
 
 
 def main(args: Args, console: Console) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -43,8 +43,13 @@ class Args(ChatArgs):
     ...]} rows. None: a few thousand short conversations that come with the program. builtin:arithmetic: sums whose
     answers are mostly wrong, for train/grpo.py, ppo.py and spo.py to go on from.
     FILE:2 draws twice as many of its rows as FILE:1 (docs/data.md)."""
-    epochs: float = 3.0
-    """Passes over the training part of the data."""
+    epochs: float | None = None
+    """Passes over the training part of the data. None: 3 over the built-in conversations, 2 over others, more where
+    they are few (docs/training.md)."""
+
+    @property
+    def legacy(self) -> dict[str, Any]:
+        return super().legacy | {"epochs": 3.0}
 
 
 def main(args: Args, console: Console) -> bool:

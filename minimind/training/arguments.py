@@ -43,8 +43,8 @@ class StageArgs:
     """Folder with tokenizer.json. None: that of --from, else the one shipped."""
     tokens: int | None = None
     """How many tokens to train on, padding (about 1%) included; overrides --epochs."""
-    epochs: float = 1.0
-    """Passes over the training part of the data."""
+    epochs: float | None = None
+    """Passes over the training part of the data. None: one of text; of other data docs/training.md says how many."""
     seq_len: int | None = 512
     """Tokens in a row; longer documents are cut."""
     batch_tokens: int | None = None
@@ -53,9 +53,10 @@ class StageArgs:
     micro_tokens: int | None = None
     """Tokens per forward and backward, of all processes together; a step accumulates batch_tokens / micro_tokens of
     them. None: all at once, but no more than 65536, nor more than fit on the GPU (docs/scaling.md)."""
-    optimizer: OptimizerName = "muon"
+    optimizer: OptimizerName | None = None
     """muon: Muon for the matrices and AdamW for the rest, which came to AdamW's loss in a sixth to a quarter of the
-    tokens (docs/LOG.md) for a quarter more time a step; adamw: AdamW for all."""
+    tokens (docs/LOG.md) for a quarter more time a step; adamw: AdamW for all. None: muon for random weights, what the
+    run of --from had for its weights, adamw for others."""
     lr: float | None = None
     """Peak learning rate. None takes the preset's."""
     schedule: ScheduleName = "cosine"
@@ -158,7 +159,7 @@ class StageArgs:
             raise ValueError(f"--cooldown {self.cooldown}: goes with --schedule wsd, not {self.schedule}")
         if self.final_lr is not None and self.schedule == "constant":
             raise ValueError(f"--final-lr {self.final_lr}: the rate of --schedule constant does not fall")
-        if self.muon_momentum is not None and self.optimizer != "muon":
+        if self.muon_momentum is not None and self.optimizer not in ("muon", None):
             raise ValueError(
                 f"--muon-momentum {self.muon_momentum}: goes with --optimizer muon, not {self.optimizer}"
             )
@@ -181,7 +182,7 @@ class StageArgs:
     @property
     def legacy(self) -> dict[str, Any]:
         """What runs of earlier versions did where by now the data decides, for these to go on with."""
-        return {"split": "tail"}
+        return {"split": "tail", "epochs": 1.0, "optimizer": "muon"}
 
     def saved(self) -> dict[str, Any]:
         """The flags that say what is computed, under their names on the command line (with _ for -)."""
@@ -193,6 +194,12 @@ class StageArgs:
         """--seq-len, once it is chosen."""
         assert self.seq_len is not None
         return self.seq_len
+
+    @property
+    def passes(self) -> float:
+        """--epochs, once they are chosen."""
+        assert self.epochs is not None
+        return self.epochs
 
     @property
     def data_name(self) -> str:

@@ -171,7 +171,7 @@ class Job:
         loader = make_loader(rows=rows, rank=self.parallel.rank, world_size=self.parallel.world_size)
         step_tokens = rows * args.row * micro_batches
         budget = (
-            args.tokens if args.tokens is not None else args.epochs * loader.tokens_per_epoch / loader.fill
+            args.tokens if args.tokens is not None else args.passes * loader.tokens_per_epoch / loader.fill
         )
         steps = max(1, math.ceil(budget / step_tokens))
         if getattr(loader, "mixture", None):
@@ -268,6 +268,7 @@ class Job:
 
     def _optimizers(self, model: Model, objective: Objective, peak: float) -> Optimizers:
         args = self.args
+        assert args.optimizer is not None
         momentum = 0.95 if args.muon_momentum is None else args.muon_momentum
         optimizer = build_optimizers(model, args.optimizer, peak, args.weight_decay, args.betas, momentum)
         for end, rate in args.lr_multiples().items():

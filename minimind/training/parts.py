@@ -15,6 +15,7 @@ from minimind.data.mixture import Mixture, Part, Weight, describe_mixture, parse
 from minimind.data.reader import expand_paths
 from minimind.data.split import MAX_TOKENS, repeats, shared, split, split_tail
 from minimind.modeling import Model
+from minimind.training.defaults import optimizer, passes
 from minimind.training.heldout import heldout_loss, named_losses
 from minimind.training.job import Job, Plan
 
@@ -85,7 +86,8 @@ class Parts:
 
 
 def open_parts(job: Job, named: Named, read: Read) -> Parts:
-    """Read and split what `named` names; says what copies there are. Raises ValueError as `read` and the split do."""
+    """Read and split what `named` names, and settle the flags that depend on it; says what copies there are. Raises
+    ValueError as `read` and the split do."""
     args = job.args
     whole = read(named.paths)
     heldout = read(named.heldout) if named.heldout else None
@@ -98,6 +100,7 @@ def open_parts(job: Job, named: Named, read: Read) -> Parts:
     else:
         train, tail = _split(job, whole, heldout is None, others)
     heldout = heldout or (tail if tail.num_documents else None)
+    _settle(job, train)
     return Parts(whole, train, heldout, sets, _mixture(named.data, train))
 
 
@@ -110,6 +113,15 @@ def all_losses(model: Model, parts: Parts, job: Job, final: bool) -> dict[str, A
     """heldout_loss of the held-out data and of every named set; at the end of all of it."""
     measured = job.args.row, None if final else job.args.eval_tokens, job.parallel
     return heldout_loss(model, parts.heldout, *measured) | named_losses(model, parts.sets, *measured)
+
+
+def _settle(job: Job, train: Corpus) -> None:
+    """What the size of the training data and the weights decide, where no flag says."""
+    builtin = all(name.startswith("builtin:") for name in job.given.data)
+    if job.args.tokens is None:
+        job.settle("epochs", lambda: passes(job.stage, builtin, train.num_tokens))
+    job.settle("optimizer", lambda: optimizer(job.origin.weights))
+    job.args.check()  # flags that go with one optimizer
 
 
 def _split(job: Job, whole: Corpus, measured: bool, others: Sequence[Corpus]) -> tuple[Corpus, Corpus]:

@@ -25,6 +25,9 @@ ResumeMode = Literal["auto", "never"]
 # Settings that change where things lie, how they are sent and by whose kernels, not what is computed, rounding aside.
 _NOT_IDENTITY = {"args.attention", "args.cache_dir", "args.parallel", "args.reduce_dtype", "args.replicas"}
 
+# Flags that were left to the data and the weights after others were: runs that had chosen these still say a value.
+_LATER = {"epochs", "optimizer"}
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -69,7 +72,7 @@ class Defaults:
         args = {**{k: v for k, v in self.flags.items() if k in now}, **said}
         chosen = dict(old.get("chosen", {}))
         for name, value in self.legacy.items():
-            if name in chosen or ("chosen" in old and name in said):
+            if name in chosen or ("chosen" in old and name in said and name not in _LATER):
                 continue
             if name not in now:
                 chosen[name] = value
