@@ -39,8 +39,8 @@ from minimind.training.figures import plot_figures
 from minimind.training.heldout import describe
 from minimind.training.job import Job, Objective
 from minimind.training.optim import OptimizerName
+from minimind.training.origin import begin_from
 from minimind.training.parts import Parts
-from minimind.training.run_folder import newest_finished
 from minimind.training.script import run_script
 
 # Peak rate whatever the preset: an adapter starts at zero, and its size does not follow the model's. On nano 1e-3
@@ -109,7 +109,7 @@ def main(args: Args, console: Console) -> bool:
         raise ValueError(f"--embedding-lr {args.embedding_lr}: the embedding is frozen; drop the flag")
     if args.parallel == "fsdp":
         raise ValueError("--parallel fsdp: the frozen model is not sharded; take ddp")
-    args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
+    args = dataclasses.replace(args, from_=begin_from(args, "sft"))
     config = LoRAConfig(args.rank, args.alpha, args.dropout, args.targets or None, args.rslora, args.dora)
     job = Job.begin("lora", args, console)
     parts, kept = open_data(job, args, ChatEncoder(job.tokenizer))
@@ -153,7 +153,7 @@ def batch_tokens(job: Job, train: Corpus) -> tuple[int, str]:
     """A row for each process, doubled to LEAST_BATCH and on while that leaves a run STEPS steps, up to what other
     stages take; and why, in one line."""
     args = job.args
-    total = args.tokens if args.tokens is not None else round(args.passes * train.num_tokens)
+    total = args.tokens if args.tokens is not None else round(args.passes * args.scaled(train.num_tokens))
     most, batch = job.usual_batch, args.row * job.parallel.world_size
     while batch < LEAST_BATCH or (2 * batch <= most and total >= 2 * batch * STEPS):
         batch *= 2

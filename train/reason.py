@@ -29,9 +29,9 @@ from minimind.training.chats import ChatArgs, chat_sample, describe_chats, open_
 from minimind.training.figures import plot_figures
 from minimind.training.heldout import describe
 from minimind.training.job import Job, Objective
+from minimind.training.origin import begin_from
 from minimind.training.parts import Parts, all_losses
 from minimind.training.reasoning import MODES, Asked, has_reasoning, reasoning_figures
-from minimind.training.run_folder import newest_finished
 from minimind.training.script import run_script
 
 # Peak rates by preset; not tuned yet.
@@ -80,7 +80,7 @@ def main(args: Args, console: Console) -> bool:
     """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
     if not 0 < args.marker_weight < math.inf:
         raise ValueError(f"--marker-weight {args.marker_weight:g}: must be above 0")
-    args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
+    args = dataclasses.replace(args, from_=begin_from(args, "sft"))
     job = Job.begin("reason", args, console)
     encoder = ReasoningEncoder(job.tokenizer, args.direct)
     builtin = builtin_reasoning(args.cache_dir, console)

@@ -23,7 +23,7 @@ from minimind.training.arguments import FromFlag
 from minimind.training.chats import ChatArgs, chat_figures, chat_sample, describe_chats, open_chats
 from minimind.training.heldout import describe
 from minimind.training.job import Job, Objective
-from minimind.training.run_folder import newest_finished
+from minimind.training.origin import begin_from
 from minimind.training.script import run_script
 
 # Peak rates by preset; not tuned yet.
@@ -56,7 +56,7 @@ def main(args: Args, console: Console) -> bool:
     """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
     weak = args.data == (WEAK,)
     if args.from_ is None and not weak:
-        args = dataclasses.replace(args, from_=newest_finished("pretrain"))
+        args = dataclasses.replace(args, from_=begin_from(args, "pretrain"))
     job = Job.begin("sft", args, console)
     builtin = (weak_arithmetic if weak else builtin_conversations)(args.cache_dir, console)
     data = () if weak else args.data

@@ -23,9 +23,10 @@ PresetName = Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "m
 FromFlag = Annotated[str | None, tyro.conf.arg(name="from")]  # `from` is a word of Python's
 
 # Flags that say nothing about the run itself.
-_NOT_SAVED = {"resume", "out", "track", "profile"}
+_PLAN = {"plan": False, "plan_gb": None, "plan_gpu": False, "plan_measure": True, "plan_json": None}
+_NOT_SAVED = {*_PLAN, "resume", "out", "track", "profile", "scale"}
 _POSITIVE = ("tokens", "epochs", "seq_len", "batch_tokens", "micro_tokens", "lr", "grad_clip", "eval_tokens",
-             "evals", "save_every", "keep_checkpoints", "log_every", "patience")  # fmt: skip
+             "evals", "save_every", "keep_checkpoints", "log_every", "patience", "plan_gb")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,18 @@ class StageArgs:
     says what it costs."""
     seed: int = 42
     """Decides initial weights and data order."""
+    plan: bool = False
+    """Say what the run would be, without training and without a run folder: documents, tokens, rows, steps, memory and
+    hours, from some megabytes of the data (docs/training.md)."""
+    plan_gb: float | None = None
+    """With --plan: as if --data had so many gigabytes of rows like theirs."""
+    plan_gpu: bool = False
+    """With --plan, on a machine without a GPU: take the defaults that a GPU would have."""
+    plan_measure: bool = True
+    """With --plan: run a short step here, for the hours of this machine."""
+    plan_json: str | None = None
+    """With --plan: also write its figures into this file."""
+    scale: tyro.conf.Suppress[float] = 1.0
     track: TrackerName = "none"
     """Also send the metrics to an experiment tracker."""
     out: str | None = None
@@ -151,6 +164,9 @@ class StageArgs:
         self._check_optimizer()
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"--seed {self.seed}: from 0 to {(1 << 63) - 1}")
+        alone = [name for name, usual in _PLAN.items() if getattr(self, name) != usual]
+        if alone and not self.plan:
+            raise ValueError(f"--{alone[0].replace('_', '-')}: goes with --plan")
         if self.cuda_graph and not self.compile:
             raise ValueError("--cuda-graph: goes with --compile")
 
@@ -194,6 +210,10 @@ class StageArgs:
         """--seq-len, once it is chosen."""
         assert self.seq_len is not None
         return self.seq_len
+
+    def scaled(self, count: int) -> int:
+        """What `count` in the data that is read comes to in all of it: in a plan some of the rows are read."""
+        return round(count * self.scale)
 
     @property
     def passes(self) -> float:

@@ -19,11 +19,12 @@ MOST = 5
 
 @dataclass(frozen=True)
 class Passes:
-    """builtin: over the data that come with the program; files: over the user's; least: tokens of a run below which
-    there are more, up to MOST times `files`."""
+    """builtin: over the data that come with the program; files: over the user's, and why; least: tokens of a run below
+    which there are more, up to MOST times `files`."""
 
     builtin: float
     files: float
+    why: str = ""
     least: int = 0
 
 
@@ -31,11 +32,12 @@ _STEPS = 100  # of 4096 tokens, or of an adapter 1024: the smallest that the sta
 PASSES = {
     "pretrain": Passes(1, 1),
     "distill": Passes(1, 1),
-    "sft": Passes(3, 2, _STEPS * 4096),
-    "reason": Passes(4, 1, _STEPS * 4096),
-    "lora": Passes(6, 10, _STEPS * 1024),
-    "dpo": Passes(6, 1, _STEPS * 4096),
-    "reward": Passes(6, 1, _STEPS * 4096),
+    "sft": Passes(3, 2, "as upstream", _STEPS * 4096),
+    "reason": Passes(4, 1, "as upstream", _STEPS * 4096),
+    "lora": Passes(6, 10, "as upstream", _STEPS * 1024),
+    "dpo": Passes(6, 1, "as upstream", _STEPS * 4096),
+    # Ouyang et al. 2022 (arXiv 2203.02155, C.2)
+    "reward": Passes(6, 1, "more of them overfit a reward model", _STEPS * 4096),
 }
 
 
@@ -43,11 +45,11 @@ def passes(stage: str, builtin: bool, tokens: int) -> tuple[float, str]:
     """(passes over training data of `tokens`, why in one line: empty where it is as ever)."""
     known = PASSES[stage]
     if builtin or not known.least:
-        return (known.builtin if builtin else known.files), ""
+        return float(known.builtin if builtin else known.files), ""
     needed = math.ceil(known.least / max(1, tokens))
     if needed <= known.files:
-        return known.files, f"--epochs {known.files:g}: what upstream takes of data of this kind"
-    found = min(float(needed), MOST * known.files)
+        return float(known.files), f"--epochs {known.files:g}: {known.why}, of data of this size"
+    found = float(min(needed, MOST * known.files))
     return found, (
         f"--epochs {found:g}: a pass has {tokens:,} tokens only; {known.least:,} are the least that a run should see, "
         f"in at most {MOST * known.files:g} passes"
@@ -57,7 +59,7 @@ def passes(stage: str, builtin: bool, tokens: int) -> tuple[float, str]:
 def optimizer(weights: Path | None) -> tuple[OptimizerName, str]:
     """(what a run that begins with `weights`, None for random ones, is trained with; why in one line)."""
     if weights is None:
-        return "muon", "--optimizer muon: the weights are random"
+        return "muon", "--optimizer muon: no weights from elsewhere are named"
     earlier = trained_with(weights)
     if earlier is not None:
         return earlier, f"--optimizer {earlier}: as the run that the weights are of"

@@ -33,8 +33,9 @@ from minimind.training.arguments import StageArgs
 from minimind.training.batches import DeviceBatches, to_device
 from minimind.training.checkpoint import load_weights_into, share_trainer_state
 from minimind.training.compiling import compile_model
+from minimind.training.estimate import Planned, estimate
 from minimind.training.loop import Apart, Loader, LoopOptions, News, Stage, StageLoss, Trainer
-from minimind.training.memory import tokens_that_fit
+from minimind.training.memory import GPU_BATCH, MOST_TOKENS, halved, tokens_that_fit
 from minimind.training.optim import Optimizers, build_optimizers, lr_factor
 from minimind.training.origin import Origin
 from minimind.training.parallel import Parallel
@@ -84,6 +85,8 @@ class Objective:
     news: Callable[[], News | None] = lambda: None
     apart: Sequence[Apart] = ()
     before_update: Callable[[], None] = lambda: None
+    others: Sequence[Model] = ()  # frozen models that a step goes through as well
+    first_passes: float = 0.0  # forwards over the training data before the first step
 
 
 @dataclass
@@ -101,6 +104,8 @@ class Job:
     given: StageArgs = field(init=False)  # the flags as they were given; args: with what the data decided
     notes: list[str] = field(default_factory=list)  # lines about what was decided
     remembered: list[str] = field(default_factory=list)  # what an earlier start of this run decided
+    shortened: float = 0.0  # share of the documents that were cut before they came to the loader
+    make_loader: Callable[..., EpochLoader] = field(init=False)
     run: RunFolder = field(init=False)
     state: dict[str, Any] = field(init=False)  # the trainer's, of the checkpoint
 
@@ -134,6 +139,8 @@ class Job:
     @cached_property
     def chosen(self) -> dict[str, Any]:
         """What is not in the flags and decides what is computed: of an unfinished run that goes on, as it began."""
+        if self.given.plan:
+            return {}
         where = self.given.out, self._name
         return self.parallel.share(
             lambda: find_run(*where, self._identity(), self.given.resume, self._defaults)
@@ -169,9 +176,12 @@ class Job:
         args = self.args
         rows, micro_batches = self._batch_shape()
         loader = make_loader(rows=rows, rank=self.parallel.rank, world_size=self.parallel.world_size)
+        self.make_loader = make_loader
         step_tokens = rows * args.row * micro_batches
         budget = (
-            args.tokens if args.tokens is not None else args.passes * loader.tokens_per_epoch / loader.fill
+            args.tokens
+            if args.tokens is not None
+            else args.passes * args.scale * loader.tokens_per_epoch / loader.fill
         )
         steps = max(1, math.ceil(budget / step_tokens))
         if getattr(loader, "mixture", None):
@@ -180,6 +190,9 @@ class Job:
 
     def open_run(self) -> None:
         """Continue the unfinished run of these flags and weights, or make a new folder."""
+        if self.given.plan:
+            self.run, self.state = RunFolder(Path("runs") / self._name, None, None), {"step": 0}
+            return
         config = self._identity() | {"chosen": self.chosen}
         self.run = self.parallel.share(
             lambda: open_run(self.given.out, self._name, config, self.given.resume, defaults=self._defaults)
@@ -221,6 +234,8 @@ class Job:
 
     def fit(self, plan: Plan, model: Model, objective: Objective, lines: Sequence[str] = ()) -> bool:
         """Train to the last step; False when it was interrupted. lines: what is printed about the data at start."""
+        if self.given.plan:
+            raise Planned(estimate(self, plan, model, objective, lines))
         args, parallel, start = self.args, self.parallel, self.state["step"]
         self._say_what_runs(plan, model, lines)
         stage = self._stage(plan, model, objective)
@@ -248,7 +263,7 @@ class Job:
         return Stage(
             model=model,
             tokenizer=self.tokenizer,
-            optimizer=self._optimizers(model, objective, peak),
+            optimizer=self.optimizers(model, objective, peak),
             loader=self._on_device(plan.loader, objective),
             loss=objective.loss,
             peak_lr=peak,
@@ -266,7 +281,8 @@ class Job:
             before_update=objective.before_update,
         )
 
-    def _optimizers(self, model: Model, objective: Objective, peak: float) -> Optimizers:
+    def optimizers(self, model: Model, objective: Objective, peak: float) -> Optimizers:
+        """As the flags say, with the parts' own multiples of `peak`."""
         args = self.args
         assert args.optimizer is not None
         momentum = 0.95 if args.muon_momentum is None else args.muon_momentum
@@ -357,7 +373,12 @@ class Job:
     @property
     def usual_batch(self) -> int:
         """Tokens of an optimizer step where neither flag nor data say."""
-        return 65536 if self.device.type == "cuda" and self.origin.preset != "nano" else 4096
+        return GPU_BATCH if self.rules == "cuda" and self.origin.preset != "nano" else 4096
+
+    @property
+    def rules(self) -> str:
+        """The type of device whose defaults are taken."""
+        return "cuda" if self.args.plan_gpu else self.device.type
 
     def longest_row(self, most: int = 4096) -> int:
         """The longest row, a power of two up to `most`, that divides the tokens of a step and of a micro-batch, leaves
@@ -373,11 +394,8 @@ class Job:
     def _micro_tokens(self, batch_tokens: int) -> int:
         """All of the step's tokens, halved until a part is small enough for a GPU's memory."""
         ranks = self.parallel.world_size
-        limit = min(65536, ranks * _fitting(self.config, self.device, self.args.recompute))
-        row = self.args.row
-        while batch_tokens > limit and batch_tokens % (2 * row) == 0 and batch_tokens // 2 >= ranks * row:
-            batch_tokens //= 2
-        return batch_tokens
+        limit = min(MOST_TOKENS, ranks * _fitting(self.config, self.device, self.args.recompute))
+        return halved(batch_tokens, limit, self.args.row, ranks)
 
 
 def _fitting(config: ModelConfig, device: torch.device, recompute: bool) -> int:

@@ -90,7 +90,9 @@ def open_pairs(job: Job, args: PairArgs, encoder: ChatEncoder) -> PairParts:
     if not job.settle("cut_prompts", lambda: (True, "")):
         return PairParts(**vars(open_parts(job, named, read)))
     parts = open_parts(job, named, partial(read, longest=row, share=share))
-    return PairParts(**vars(parts), cut=int((_tokens_of_pairs(parts.whole, share) < lengths).sum()))
+    cut = int((_tokens_of_pairs(parts.whole, share) < lengths).sum())
+    job.shortened = cut / len(lengths)
+    return PairParts(**vars(parts), cut=cut)
 
 
 def pair_loader(parts: PairParts, args: PairArgs) -> Callable[..., PairLoader]:

@@ -118,9 +118,10 @@ def all_losses(model: Model, parts: Parts, job: Job, final: bool) -> dict[str, A
 def _settle(job: Job, train: Corpus) -> None:
     """What the size of the training data and the weights decide, where no flag says."""
     builtin = all(name.startswith("builtin:") for name in job.given.data)
-    if job.args.tokens is None:
-        job.settle("epochs", lambda: passes(job.stage, builtin, train.num_tokens))
-    job.settle("optimizer", lambda: optimizer(job.origin.weights))
+    if job.given.epochs is None and job.given.tokens is None:
+        job.settle("epochs", lambda: passes(job.stage, builtin, job.args.scaled(train.num_tokens)))
+    if job.given.optimizer is None:
+        job.settle("optimizer", lambda: optimizer(job.origin.weights))
     job.args.check()  # flags that go with one optimizer
 
 
@@ -130,14 +131,16 @@ def _split(job: Job, whole: Corpus, measured: bool, others: Sequence[Corpus]) ->
     again = repeats(whole)
     known = shared(whole, *others) if others else np.empty(0, np.int64)
     what = "left out" if args.dedupe else "--dedupe leaves them out"
-    if len(again):
+    if len(again) and args.scale == 1:
         side = "on one side of the split with it" if measured and args.heldout else "kept"
         text = f"{len(again):,} of {whole.num_documents:,} documents repeat an earlier one"
         job.notes.append(f"copies: {text}, {what if args.dedupe else f'{side}; {what}'}")
     if len(known):
         job.notes.append(f"copies: {len(known):,} documents of --data are also in --heldout-data; {what}")
     fraction = args.heldout if measured else 0.0
-    return split(whole, fraction, MAX_TOKENS, args.dedupe, known if args.dedupe else None)
+    return split(
+        whole, fraction, max(1, int(MAX_TOKENS / args.scale)), args.dedupe, known if args.dedupe else None
+    )
 
 
 def _mixture(parts: Sequence[Part], train: Corpus) -> Mixture | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -14,6 +16,7 @@ from minimind.data.progress import say
 from minimind.stdio import prepare_output, with_home
 from minimind.training.arguments import StageArgs
 from minimind.training.parallel import leave, rank
+from minimind.training.survey import survey
 
 Args = TypeVar("Args", bound=StageArgs)
 
@@ -25,6 +28,13 @@ def run_script(main: Callable[[Args, Console], bool], args: type[Args], descript
     parsed = tyro.cli(args, description=description, args=with_home(sys.argv[1:]))
     console = Console(quiet=rank() > 0)
     try:
+        if parsed.plan:
+            told = survey(main, parsed)
+            for line in told.lines():
+                say(console, line)
+            if parsed.plan_json is not None:
+                Path(parsed.plan_json).expanduser().write_text(json.dumps(told.figures(), indent=1) + "\n")
+            sys.exit(0)
         done = main(parsed, console)
     except (ValueError, OSError) as problem:  # OSError: a full disk, a folder that is not ours
         full = isinstance(problem, OSError) and is_disk_full(problem)
