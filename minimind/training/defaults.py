@@ -32,12 +32,12 @@ _STEPS = 100  # of 4096 tokens, or of an adapter 1024: the smallest that the sta
 PASSES = {
     "pretrain": Passes(1, 1),
     "distill": Passes(1, 1),
-    "sft": Passes(3, 2, "as upstream", _STEPS * 4096),
-    "reason": Passes(4, 1, "as upstream", _STEPS * 4096),
-    "lora": Passes(6, 10, "as upstream", _STEPS * 1024),
-    "dpo": Passes(6, 1, "as upstream", _STEPS * 4096),
+    "sft": Passes(3, 2, "upstream's, of data of this size", _STEPS * 4096),
+    "reason": Passes(4, 1, "upstream's, of data of this size", _STEPS * 4096),
+    "lora": Passes(6, 10, "upstream's, of data of this size", _STEPS * 1024),
+    "dpo": Passes(6, 1, "upstream's, of data of this size", _STEPS * 4096),
     # Ouyang et al. 2022 (arXiv 2203.02155, C.2)
-    "reward": Passes(6, 1, "more of them overfit a reward model", _STEPS * 4096),
+    "reward": Passes(6, 1, "more overfit a reward model", _STEPS * 4096),
 }
 
 
@@ -48,7 +48,7 @@ def passes(stage: str, builtin: bool, tokens: int) -> tuple[float, str]:
         return float(known.builtin if builtin else known.files), ""
     needed = math.ceil(known.least / max(1, tokens))
     if needed <= known.files:
-        return float(known.files), f"--epochs {known.files:g}: {known.why}, of data of this size"
+        return float(known.files), f"--epochs {known.files:g}: {known.why}"
     found = float(min(needed, MOST * known.files))
     return found, (
         f"--epochs {found:g}: a pass has {tokens:,} tokens only; {known.least:,} are the least that a run should see, "
