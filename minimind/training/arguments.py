@@ -216,6 +216,11 @@ class StageArgs:
         return round(count * self.scale)
 
     @property
+    def row_flags(self) -> str:
+        """The flags that say how many tokens attention sees at most."""
+        return "--seq-len"
+
+    @property
     def passes(self) -> float:
         """--epochs, once they are chosen."""
         assert self.epochs is not None

@@ -130,7 +130,8 @@ class Job:
         origin = Origin.of(args, console)
         if args.seq_len is not None and args.seq_len > origin.config.positions:
             raise ValueError(
-                f"--seq-len {args.seq_len}: the model knows {origin.config.positions} positions; take no more tokens"
+                f"{args.row_flags} {args.seq_len}: the model knows {origin.config.positions} positions; take no more "
+                "tokens"
             )
         attention = _choose_attention(args, device, precision, origin.config)
         parallel.join(device)

@@ -62,6 +62,7 @@ class Sample:
         parts = [parse_part(entry) for entry in args.data]
         groups = [expand_paths([part.path]) for part in parts]
         size = sum(path.stat().st_size for group in groups for path in group)
+        least = min(_LEAST_BYTES, SAMPLE_BYTES // max(1, sum(map(len, groups))))
         entries, files, taken = [], [], list[Sampled]()
         for number, (entry, part, group) in enumerate(zip(args.data, parts, groups, strict=True)):
             place = folder / str(number) / Path(part.path).name
@@ -69,7 +70,7 @@ class Sample:
                 name = path.name.removesuffix(".gz").removesuffix(".zst")
                 copy = place / f"{i:04}" / name if len(group) > 1 else place.parent / name
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                limit = max(_LEAST_BYTES, SAMPLE_BYTES * path.stat().st_size // max(1, size))
+                limit = max(least, SAMPLE_BYTES * path.stat().st_size // max(1, size))
                 try:
                     taken.append(sample_rows(path, copy, limit))
                 except OSError as error:
