@@ -7,7 +7,7 @@ point where it would train; so that what it would choose is what the plan says. 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -102,10 +102,8 @@ def _source(taken: Sequence[Sampled], plan_gb: float | None) -> Source:
 
 
 def _renamed(text: str, sample: Sample | None) -> str:
-    for copy, path in _longest_first(sample):
+    """With the user's files in place of their samples; the longest name first, as one may begin another."""
+    files = sample.files if sample else ()
+    for copy, path in sorted(files, key=lambda pair: -len(str(pair[0]))):
         text = text.replace(str(copy), str(path))
     return text
-
-
-def _longest_first(sample: Sample | None) -> Iterator[tuple[Path, Path]]:
-    yield from sorted(sample.files if sample else (), key=lambda pair: -len(str(pair[0])))
