@@ -105,7 +105,7 @@ class Job:
     notes: list[str] = field(default_factory=list)  # lines about what was decided
     remembered: list[str] = field(default_factory=list)  # what an earlier start of this run decided
     shortened: float = 0.0  # share of the documents that were cut before they came to the loader
-    make_loader: Callable[..., EpochLoader] = field(init=False)
+    make_loader: Callable[..., EpochLoader] = field(init=False, repr=False)
     run: RunFolder = field(init=False)
     state: dict[str, Any] = field(init=False)  # the trainer's, of the checkpoint
 

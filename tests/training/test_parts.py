@@ -17,6 +17,7 @@ from minimind import load_tokenizer
 from minimind.data import open_conversations
 from minimind.data.split import split, split_tail
 from minimind.tokenization import ChatEncoder
+from minimind.training.arguments import StageArgs
 from minimind.training.parts import Named, open_parts
 from tests.training.runs import (
     SCRIPT,
@@ -98,8 +99,11 @@ def test_entries_with_names_and_without(tmp_path, monkeypatch):
 
 def opened(folder: Path, data: list[Path], heldout: list[Path], **flags):
     """(parts, notes) as a fresh run has them."""
-    args = SimpleNamespace(**{"heldout": 0.2, "dedupe": False} | flags)
-    job = SimpleNamespace(args=args, notes=[], settle=lambda name, rule: rule()[0])
+    args = StageArgs(**{"heldout": 0.2, "dedupe": False} | flags)
+    job = SimpleNamespace(
+        args=args, given=args, stage="sft", origin=SimpleNamespace(weights=None), notes=[],
+        settle=lambda name, rule: rule()[0],
+    )  # fmt: skip
     encoder = ChatEncoder(load_tokenizer())
 
     def read(paths):
@@ -139,9 +143,10 @@ def test_a_run_of_an_earlier_version_keeps_its_split_and_its_rows(origin, tmp_pa
     flags = {"from_": str(origin), "data": (str(data),), "cache_dir": str(cache), "tokens": 4096, "evals": 1}
     call(SFT, out=str(tmp_path / "new"), **flags)
     config = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert config.pop("chosen") == {"split": "hash", "seq_len": 512} and config["args"]["seq_len"] is None
+    chosen = {"split": "hash", "optimizer": "adamw", "seq_len": 512}
+    assert config.pop("chosen") == chosen and config["args"]["seq_len"] is None
     del config["args"]["dedupe"]
-    config["args"]["seq_len"] = 512
+    config["args"] |= {"seq_len": 512, "epochs": 3.0, "optimizer": "muon"}
     out.mkdir()
     (out / "config.json").write_text(json.dumps(config))
     call(SFT, out=str(out), **flags)
