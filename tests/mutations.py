@@ -585,14 +585,14 @@ MUTATIONS = (
         "minimind/training/job.py",
         "args.passes * args.scale * loader",
         "args.passes * loader",
-        "tests/training/test_plan.py",
+        "tests/training/test_plan.py::test_a_declared_size_stretches_the_rows_at_hand",
     ),
     Mutation(
         "an adapter is trained with what its model was",
         "minimind/training/parts.py",
         "    if job.given.optimizer is None:\n        job.settle",
         "    if True:\n        job.settle",
-        "tests/training/test_plan.py",
+        "tests/training/test_plan.py::test_a_shape_without_weights_and_files_of_every_kind",
     ),
     Mutation(
         "an error names the line after the bad row",
