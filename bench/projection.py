@@ -29,11 +29,12 @@ from minimind.data.store import Corpus
 from minimind.device import describe_device
 from minimind.modeling import Model
 from minimind.stdio import command_line
+from minimind.training.cards import CARDS
 from minimind.training.run_folder import versions
 
 COUNTS = Path(__file__).parent / "results" / "bytes-per-token.csv"
-# Dense bf16 TFLOP/s with float32 accumulation, from NVIDIA's GA102 and AD102 architecture whitepapers.
-PUBLISHED = {"RTX 3090": 71.0, "RTX 4090": 165.2}
+# Dense bf16 TFLOP/s with float32 accumulation.
+PUBLISHED = {card.name: card.tflops for card in CARDS if card.name.startswith("RTX")}
 # Upstream's MiniMind-Zero as its README has it: one pass over pretrain_hq.jsonl and sft_mini_512.jsonl, of these bytes,
 # in 2.1 hours on one RTX 3090 at 1.3 yuan an hour.
 ZERO_MODEL = "minimind2-small"

@@ -94,6 +94,7 @@ def main(args: Args, console: Console) -> bool:
         sample=lambda: lesson.sample(job.parallel.whole(model), job, args),
         describe=lambda batch: describe(batch, train, job.tokenizer),
         data_fingerprint=f"{parts.fingerprint} {origin.fingerprint()}",
+        others=(teacher,),
         peak_lr=PEAK_LR.get(job.origin.preset, 5e-4),
     )
     size = f"teacher: {origin.preset}, {teacher.num_parameters() / 1e6:.1f}M parameters, {origin.weights}"

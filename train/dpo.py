@@ -36,6 +36,7 @@ from minimind.training.arguments import FromFlag
 from minimind.training.figures import plot_figures
 from minimind.training.heldout import describe, rename
 from minimind.training.job import Job, Objective
+from minimind.training.origin import begin_from
 from minimind.training.pairs import (
     PairArgs,
     describe_pairs,
@@ -47,7 +48,6 @@ from minimind.training.pairs import (
 )
 from minimind.training.parallel import world_size
 from minimind.training.reference import reference_log_probs
-from minimind.training.run_folder import newest_finished
 from minimind.training.script import run_script
 
 # Peak rate, and that of nano on the built-in pairs, whose answers have new words. Of 600 real pairs a nano learnt the
@@ -93,7 +93,7 @@ class Args(PairArgs):
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
     loss = pair_objective(args)
-    args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
+    args = dataclasses.replace(args, from_=begin_from(args, "sft"))
     job = Job.begin("dpo", args, console)
     parts = open_pairs(job, args, ChatEncoder(job.tokenizer))
     if not args.data:
@@ -114,6 +114,7 @@ def main(args: Args, console: Console) -> bool:
         peak_lr=PEAK_LR if args.data else BUILTIN_PEAK_LR.get(job.origin.preset, PEAK_LR),
         place=partial(to_device, reference=reference(train)),
         loss_unit="per pair",
+        first_passes=float(args.loss in NEED_REFERENCE),
     )
     if not job.fit(plan, model, objective, describe_pairs(parts, plan)):
         return False
@@ -151,6 +152,8 @@ def find_reference(job: Job, args: Args, model: Model, rows: int, view: Corpus) 
     """float64 [pairs, 2] of `view`, where the loss needs it. `model` must be as the run began: before Job.fit."""
     if args.loss not in NEED_REFERENCE:
         return None
+    if args.plan:
+        return np.zeros((view.num_documents, 2))
     weights = job.origin.fingerprint()
     where = job.parallel, job.console, args.cache_dir
     return reference_log_probs(model, weights, view, args.row, rows, *where, args.share_prompts)

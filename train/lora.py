@@ -52,8 +52,8 @@ from minimind.training.figures import plot_figures
 from minimind.training.heldout import describe
 from minimind.training.job import Job, Objective
 from minimind.training.optim import OptimizerName
+from minimind.training.origin import begin_from
 from minimind.training.parts import Parts
-from minimind.training.run_folder import newest_finished
 from minimind.training.script import run_script
 
 # Peak rate whatever the preset: an adapter starts at zero, and its size does not follow the model's. On nano 1e-3
@@ -93,8 +93,9 @@ class Args(ChatArgs):
     """Ends of module names, such as q_proj v_proj. None: all projections but routed experts."""
     adapter: str | None = None
     """Go on training this adapter, ours or peft's, with its rank, alpha, dropout, targets, rslora and dora."""
-    epochs: float = 6.0
-    """Passes over the training part of the data."""
+    epochs: float | None = None
+    """Passes over the training part of the data. None: 6 over the built-in conversations, 10 over others, more where
+    they are few (docs/training.md)."""
     batch_tokens: int | None = None
     """Tokens per optimizer step, padding included; a multiple of --seq-len. None: as many as leave a thousand steps,
     but at least 1024, and at most 65536 on a GPU for models larger than nano, else 4096."""
@@ -108,7 +109,7 @@ class Args(ChatArgs):
 
     @property
     def legacy(self) -> dict[str, Any]:
-        return super().legacy | {"batch_tokens": 1024}
+        return super().legacy | {"epochs": 6.0, "batch_tokens": 1024}
 
 
 def main(args: Args, console: Console) -> bool:
@@ -121,7 +122,7 @@ def main(args: Args, console: Console) -> bool:
         raise ValueError(f"--embedding-lr {args.embedding_lr}: the embedding is frozen; drop the flag")
     if args.parallel == "fsdp":
         raise ValueError("--parallel fsdp: the frozen model is not sharded; take ddp")
-    args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
+    args = dataclasses.replace(args, from_=begin_from(args, "sft"))
     config = LoRAConfig(args.rank, args.alpha, args.dropout, args.targets or None, args.rslora, args.dora)
     job = Job.begin("lora", args, console)
     if args.adapter is not None:
@@ -168,7 +169,7 @@ def batch_tokens(job: Job, train: Corpus) -> tuple[int, str]:
     """A row for each process, doubled to LEAST_BATCH and on while that leaves a run STEPS steps, up to what other
     stages take; and why, in one line."""
     args = job.args
-    total = args.tokens if args.tokens is not None else round(args.epochs * train.num_tokens)
+    total = args.tokens if args.tokens is not None else round(args.passes * args.scaled(train.num_tokens))
     most, batch = job.usual_batch, args.row * job.parallel.world_size
     while batch < LEAST_BATCH or (2 * batch <= most and total >= 2 * batch * STEPS):
         batch *= 2

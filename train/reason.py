@@ -34,9 +34,9 @@ from minimind.training.chats import ChatArgs, chat_sample, describe_chats, open_
 from minimind.training.figures import plot_figures
 from minimind.training.heldout import describe
 from minimind.training.job import Job, Objective
+from minimind.training.origin import begin_from
 from minimind.training.parts import Parts, all_losses
 from minimind.training.reasoning import MODES, Asked, has_reasoning, reasoning_figures
-from minimind.training.run_folder import newest_finished
 from minimind.training.script import run_script
 
 # Peak rates by preset; not tuned yet.
@@ -68,8 +68,9 @@ class Args(ChatArgs):
     eval_questions: int | None = None
     """Held-out questions of each kind, with reasoning and without, that are answered on the way; at the end all are.
     None: 64."""
-    epochs: float = 4.0
-    """Passes over the training part of the data."""
+    epochs: float | None = None
+    """Passes over the training part of the data. None: 4 over the built-in questions, 1 over others, more where they
+    are few (docs/training.md)."""
 
     @property
     def questions(self) -> int:
@@ -77,14 +78,14 @@ class Args(ChatArgs):
 
     @property
     def legacy(self) -> dict[str, Any]:
-        return super().legacy | {"whole_answers": False}
+        return super().legacy | {"epochs": 4.0, "whole_answers": False}
 
 
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
     if not 0 < args.marker_weight < math.inf:
         raise ValueError(f"--marker-weight {args.marker_weight:g}: must be above 0")
-    args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
+    args = dataclasses.replace(args, from_=begin_from(args, "sft"))
     job = Job.begin("reason", args, console)
     encoder = ReasoningEncoder(job.tokenizer, args.direct)
     builtin = () if args.data else builtin_reasoning(args.cache_dir, console)

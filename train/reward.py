@@ -31,9 +31,9 @@ from minimind.training.arguments import FromFlag
 from minimind.training.figures import plot_figures
 from minimind.training.heldout import describe, rename
 from minimind.training.job import Job, Objective
+from minimind.training.origin import begin_from
 from minimind.training.pairs import PairArgs, describe_pairs, open_pairs, pair_loader
 from minimind.training.parts import Parts
-from minimind.training.run_folder import newest_finished
 from minimind.training.scores import (
     ValueOrigin,
     heldout_scores,
@@ -69,7 +69,7 @@ def main(args: Args, console: Console) -> bool:
         raise ValueError("--parallel fsdp: a reward model is trained with ddp")
     none = torch.empty(0, dtype=torch.float64)
     bradley_terry(none, none, args.centering)  # refuses what no pair could be trained with
-    args = dataclasses.replace(args, from_=args.from_ or newest_finished("sft"))
+    args = dataclasses.replace(args, from_=begin_from(args, "sft"))
     job = Job.begin("reward", args, console)
     job.origin = ValueOrigin(**vars(job.origin))
     parts = open_pairs(job, args, ChatEncoder(job.tokenizer))

@@ -15,7 +15,7 @@ if __name__ == "__main__":
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -28,7 +28,7 @@ from minimind.training.arguments import FromFlag
 from minimind.training.chats import ChatArgs, chat_figures, chat_sample, describe_chats, open_chats
 from minimind.training.heldout import describe
 from minimind.training.job import Job, Objective
-from minimind.training.run_folder import newest_finished
+from minimind.training.origin import begin_from
 from minimind.training.script import run_script
 
 # Peak rates by preset; not tuned yet.
@@ -48,15 +48,20 @@ class Args(ChatArgs):
     ...]} rows. None: a few thousand short conversations that come with the program. builtin:arithmetic: sums whose
     answers are mostly wrong, for train/grpo.py, ppo.py and spo.py to go on from.
     FILE:2 draws twice as many of its rows as FILE:1 (docs/data.md)."""
-    epochs: float = 3.0
-    """Passes over the training part of the data."""
+    epochs: float | None = None
+    """Passes over the training part of the data. None: 3 over the built-in conversations, 2 over others, more where
+    they are few (docs/training.md)."""
+
+    @property
+    def legacy(self) -> dict[str, Any]:
+        return super().legacy | {"epochs": 3.0}
 
 
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
     weak = args.data == (WEAK,)
     if args.from_ is None and not weak:
-        args = dataclasses.replace(args, from_=newest_finished("pretrain"))
+        args = dataclasses.replace(args, from_=begin_from(args, "pretrain"))
     job = Job.begin("sft", args, console)
     make = weak_arithmetic if weak else builtin_conversations
     data = () if weak else args.data

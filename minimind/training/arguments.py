@@ -24,9 +24,10 @@ PresetName = Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "m
 FromFlag = Annotated[str | None, tyro.conf.arg(name="from")]  # `from` is a word of Python's
 
 # Flags that say nothing about the run itself.
-_NOT_SAVED = {"resume", "lengthen", "new_tokenizer", "out", "track", "profile"}
+_PLAN = {"plan": False, "plan_gb": None, "plan_gpu": False, "plan_measure": True, "plan_json": None}
+_NOT_SAVED = {*_PLAN, "resume", "lengthen", "new_tokenizer", "out", "track", "profile", "scale"}
 _POSITIVE = ("tokens", "epochs", "seq_len", "batch_tokens", "micro_tokens", "lr", "grad_clip", "eval_tokens",
-             "evals", "save_every", "keep_checkpoints", "log_every", "patience")  # fmt: skip
+             "evals", "save_every", "keep_checkpoints", "log_every", "patience", "plan_gb")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class StageArgs:
     from now on."""
     tokens: int | None = None
     """How many tokens to train on, padding (about 1%) included; overrides --epochs."""
-    epochs: float = 1.0
-    """Passes over the training part of the data."""
+    epochs: float | None = None
+    """Passes over the training part of the data. None: one of text; of other data docs/training.md says how many."""
     seq_len: int | None = 512
     """Tokens in a row; longer documents are cut."""
     batch_tokens: int | None = None
@@ -57,9 +58,10 @@ class StageArgs:
     micro_tokens: int | None = None
     """Tokens per forward and backward, of all processes together; a step accumulates batch_tokens / micro_tokens of
     them. None: all at once, but no more than 65536, nor more than fit on the GPU (docs/scaling.md)."""
-    optimizer: OptimizerName = "muon"
+    optimizer: OptimizerName | None = None
     """muon: Muon for the matrices and AdamW for the rest, which came to AdamW's loss in a sixth to a quarter of the
-    tokens (docs/LOG.md) for a quarter more time a step; adamw: AdamW for all."""
+    tokens (docs/LOG.md) for a quarter more time a step; adamw: AdamW for all. None: muon for random weights, what the
+    run of --from had for its weights, adamw for others."""
     lr: float | None = None
     """Peak learning rate. None takes the preset's."""
     schedule: ScheduleName = "cosine"
@@ -140,6 +142,18 @@ class StageArgs:
     says what it costs."""
     seed: int = 42
     """Decides initial weights and data order."""
+    plan: bool = False
+    """Say what the run would be, without training and without a run folder: documents, tokens, rows, steps, memory and
+    hours, from some megabytes of the data (docs/training.md)."""
+    plan_gb: float | None = None
+    """With --plan: as if --data had so many gigabytes of rows like theirs."""
+    plan_gpu: bool = False
+    """With --plan, on a machine without a GPU: take the defaults that a GPU would have."""
+    plan_measure: bool = True
+    """With --plan: run a short step here, for the hours of this machine."""
+    plan_json: str | None = None
+    """With --plan: also write its figures into this file."""
+    scale: tyro.conf.Suppress[float] = 1.0
     track: TrackerName = "none"
     """Also send the metrics to an experiment tracker."""
     out: str | None = None
@@ -162,6 +176,9 @@ class StageArgs:
             raise ValueError(f"--seed {self.seed}: from 0 to {(1 << 63) - 1}")
         if self.new_tokenizer and self.tokenizer is None:
             raise ValueError("--new-tokenizer: goes with --tokenizer, which names the new one")
+        alone = [name for name, usual in _PLAN.items() if getattr(self, name) != usual]
+        if alone and not self.plan:
+            raise ValueError(f"--{alone[0].replace('_', '-')}: goes with --plan")
         if self.cuda_graph and not self.compile:
             raise ValueError("--cuda-graph: goes with --compile")
 
@@ -170,7 +187,7 @@ class StageArgs:
             raise ValueError(f"--cooldown {self.cooldown}: goes with --schedule wsd, not {self.schedule}")
         if self.final_lr is not None and self.schedule == "constant":
             raise ValueError(f"--final-lr {self.final_lr}: the rate of --schedule constant does not fall")
-        if self.muon_momentum is not None and self.optimizer != "muon":
+        if self.muon_momentum is not None and self.optimizer not in ("muon", None):
             raise ValueError(
                 f"--muon-momentum {self.muon_momentum}: goes with --optimizer muon, not {self.optimizer}"
             )
@@ -193,7 +210,7 @@ class StageArgs:
     @property
     def legacy(self) -> dict[str, Any]:
         """What runs of earlier versions did where by now the data decides, for these to go on with."""
-        return {"split": "tail", "fields": "dropped", "step": "usual"}
+        return {"split": "tail", "fields": "dropped", "step": "usual", "epochs": 1.0, "optimizer": "muon"}
 
     def saved(self) -> dict[str, Any]:
         """The flags that say what is computed, under their names on the command line (with _ for -)."""
@@ -205,6 +222,21 @@ class StageArgs:
         """--seq-len, once it is chosen."""
         assert self.seq_len is not None
         return self.seq_len
+
+    def scaled(self, count: int) -> int:
+        """What `count` in the data that is read comes to in all of it: in a plan some of the rows are read."""
+        return round(count * self.scale)
+
+    @property
+    def row_flags(self) -> str:
+        """The flags that say how many tokens attention sees at most."""
+        return "--seq-len"
+
+    @property
+    def passes(self) -> float:
+        """--epochs, once they are chosen."""
+        assert self.epochs is not None
+        return self.epochs
 
     @property
     def data_name(self) -> str:

@@ -26,6 +26,8 @@ _FREE = {
 }  # fmt: skip
 _MEASURES_BEST = {"eval_prompts", "eval_tokens"}
 _LENGTH = {"tokens", "epochs", "rollouts"}
+# Flags that were left to the data and the weights after others were: runs that had chosen these still say a value.
+_LATER = {"epochs", "optimizer"}
 _HISTORY = {"legs", "lengthens"}  # of config.json: how a run began, which no flag repeats
 # Flags whose contents count, and where these stand.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -53,7 +55,7 @@ class Defaults:
         args = {**{k: v for k, v in self.flags.items() if k in now}, **said}
         chosen = dict(old.get("chosen", {}))
         for name, value in self.legacy.items():
-            if name in chosen or ("chosen" in old and name in said):
+            if name in chosen or ("chosen" in old and name in said and name not in _LATER):
                 continue
             if name not in now:
                 chosen[name] = value

@@ -34,10 +34,11 @@ from minimind.training.arguments import StageArgs
 from minimind.training.batches import DeviceBatches, to_device
 from minimind.training.checkpoint import load_weights_into, share_trainer_state
 from minimind.training.compiling import compile_model
+from minimind.training.estimate import Planned, estimate
 from minimind.training.identity import Defaults
 from minimind.training.lengthen import Curve, Legs, describe_rates, find_source, rate_factor
 from minimind.training.loop import Apart, Loader, LoopOptions, News, Stage, StageLoss, Trainer
-from minimind.training.memory import tokens_that_fit
+from minimind.training.memory import GPU_BATCH, MOST_TOKENS, halved, tokens_that_fit
 from minimind.training.optim import Optimizers, build_optimizers, cooldown_steps, lr_factor
 from minimind.training.origin import Origin
 from minimind.training.parallel import Parallel
@@ -91,6 +92,8 @@ class Objective:
     news: Callable[[], News | None] = lambda: None
     apart: Sequence[Apart] = ()
     before_update: Callable[[], None] = lambda: None
+    others: Sequence[Model] = ()  # frozen models that a step goes through as well
+    first_passes: float = 0.0  # forwards over the training data before the first step
 
 
 @dataclass
@@ -108,10 +111,14 @@ class Job:
     given: StageArgs = field(init=False)  # the flags as they were given; args: with what the data decided
     notes: list[str] = field(default_factory=list)  # lines about what was decided
     remembered: list[str] = field(default_factory=list)  # what an earlier start of this run decided
+    shortened: float = 0.0  # share of the documents that were cut before they came to the loader
+    make_loader: Callable[..., EpochLoader] = field(init=False, repr=False)
     run: RunFolder = field(init=False)
     state: dict[str, Any] = field(init=False)  # the trainer's, of the checkpoint
     references: dict[str, str] = field(default_factory=dict)  # fingerprints of other models that it learns by
-    planned: Callable[[dict[str, Any]], int] = field(init=False)  # steps that flags of a run's length come to
+    planned: Callable[[dict[str, Any]], int] = field(
+        init=False, repr=False
+    )  # steps that flags of a run's length come to
 
     def __post_init__(self) -> None:
         self.given = self.args
@@ -134,7 +141,8 @@ class Job:
         origin = Origin.of(args, console)
         if args.seq_len is not None and args.seq_len > origin.config.positions:
             raise ValueError(
-                f"--seq-len {args.seq_len}: the model knows {origin.config.positions} positions; take no more tokens"
+                f"{args.row_flags} {args.seq_len}: the model knows {origin.config.positions} positions; take no more "
+                "tokens"
             )
         attention = _choose_attention(args, device, precision, origin.config)
         parallel.join(device)
@@ -149,6 +157,8 @@ class Job:
     @cached_property
     def chosen(self) -> dict[str, Any]:
         """What is not in the flags and decides what is computed: of an unfinished run that goes on, as it began."""
+        if self.given.plan:
+            return {}
         where, given = (self.given.out, self._name), self.given
         return self.parallel.share(
             lambda: find_run(*where, self._identity(), given.resume, self._defaults, lengthen=given.lengthen)
@@ -184,6 +194,7 @@ class Job:
         """make_loader(rows=, rank=, world_size=) -> the loader of this rank; rows are those of all ranks together."""
         args = self.args
         rows, micro_batches = self._batch_shape()
+        self.make_loader = make_loader
         loader = make_loader(rows=rows, rank=self.parallel.rank, world_size=self.parallel.world_size)
         shape = self._fitted(loader, rows, micro_batches)
         if shape != (rows, micro_batches):
@@ -193,7 +204,9 @@ class Job:
 
         def planned(flags: dict[str, Any]) -> int:
             tokens, epochs = flags["tokens"], flags["epochs"]
-            budget = tokens if tokens is not None else epochs * loader.tokens_per_epoch / loader.fill
+            budget = (
+                tokens if tokens is not None else epochs * args.scale * loader.tokens_per_epoch / loader.fill
+            )
             return max(1, math.ceil(budget / step_tokens))
 
         self.planned = planned
@@ -204,6 +217,9 @@ class Job:
 
     def open_run(self) -> None:
         """Continue the unfinished run of these flags and weights, or make a new folder."""
+        if self.given.plan:
+            self.run, self.state = RunFolder(Path("runs") / self._name, None, None), {"step": 0}
+            return
         self.run = self.parallel.share(self._open_run)
         if self.parallel.main:
             attention = attention_name(self.device, self.precision.compute_dtype, self.args.fused)
@@ -252,6 +268,8 @@ class Job:
 
     def fit(self, plan: Plan, model: Model, objective: Objective, lines: Sequence[str] = ()) -> bool:
         """Train to the last step; False when it was interrupted. lines: what is printed about the data at start."""
+        if self.given.plan:
+            raise Planned(estimate(self, plan, model, objective, lines))
         args, parallel, start = self.args, self.parallel, self.state["step"]
         self._say_what_runs(plan, model, lines)
         stage = self._stage(plan, model, objective)
@@ -279,7 +297,7 @@ class Job:
         return Stage(
             model=model,
             tokenizer=self.tokenizer,
-            optimizer=self._optimizers(model, objective, peak),
+            optimizer=self.optimizers(model, objective, peak),
             loader=self._on_device(plan.loader, objective),
             loss=objective.loss,
             peak_lr=peak,
@@ -338,8 +356,10 @@ class Job:
         cooldown begins, else after all that were done."""
         return steps - cooldown_steps(steps, self._cooldown) if self.args.schedule == "wsd" else steps
 
-    def _optimizers(self, model: Model, objective: Objective, peak: float) -> Optimizers:
+    def optimizers(self, model: Model, objective: Objective, peak: float) -> Optimizers:
+        """As the flags say, with the parts' own multiples of `peak`."""
         args = self.args
+        assert args.optimizer is not None
         momentum = 0.95 if args.muon_momentum is None else args.muon_momentum
         optimizer = build_optimizers(model, args.optimizer, peak, args.weight_decay, args.betas, momentum)
         for end, rate in args.lr_multiples().items():
@@ -419,7 +439,7 @@ class Job:
         """_batch_shape of a step that a pass over the data has rows for, where --batch-tokens does not say; a run goes
         on with what it began with. What data smaller than a step comes to is noted in one line."""
         row, step, ranks = self.args.row, rows * micro_batches, self.parallel.world_size
-        there = max(1, round(loader.tokens_per_epoch / loader.fill / row))  # rows of a pass
+        there = max(1, round(loader.tokens_per_epoch * self.args.scale / loader.fill / row))  # rows of a pass
         if step <= there:
             return rows, micro_batches
         taken = step
@@ -458,7 +478,12 @@ class Job:
     @property
     def usual_batch(self) -> int:
         """Tokens of an optimizer step where neither flag nor data say."""
-        return 65536 if self.device.type == "cuda" and self.origin.preset != "nano" else 4096
+        return GPU_BATCH if self.rules == "cuda" and self.origin.preset != "nano" else 4096
+
+    @property
+    def rules(self) -> str:
+        """The type of device whose defaults are taken."""
+        return "cuda" if self.args.plan_gpu else self.device.type
 
     def longest_row(self, most: int = 4096) -> int:
         """The longest row, a power of two up to `most`, that divides the tokens of a step and of a micro-batch, leaves
@@ -474,11 +499,8 @@ class Job:
     def _micro_tokens(self, batch_tokens: int) -> int:
         """All of the step's tokens, halved until a part is small enough for a GPU's memory."""
         ranks = self.parallel.world_size
-        limit = min(65536, ranks * _fitting(self.config, self.device, self.args.recompute))
-        row = self.args.row
-        while batch_tokens > limit and batch_tokens % (2 * row) == 0 and batch_tokens // 2 >= ranks * row:
-            batch_tokens //= 2
-        return batch_tokens
+        limit = min(MOST_TOKENS, ranks * _fitting(self.config, self.device, self.args.recompute))
+        return halved(batch_tokens, limit, self.args.row, ranks)
 
 
 def _fitting(config: ModelConfig, device: torch.device, recompute: bool) -> int:

@@ -12,6 +12,8 @@ from __future__ import annotations
 from minimind.config import ModelConfig
 
 CONTEXT_BYTES = 1 << 29  # CUDA's context and libraries, about
+MOST_TOKENS = 1 << 16  # of a forward and backward, whatever fits
+GPU_BATCH = 1 << 16  # of a step there, where nobody says
 _POSITION = 12  # of a token: its row of the rotation's table
 _HEAD_CHUNK = 2048  # tokens whose logits exist at once
 _PER_BOUNDARY = 64  # tokens; the built-in corpus has 93, with the quarter that a loader adds
@@ -59,6 +61,18 @@ def state_bytes(config: ModelConfig, parameters: int) -> int:
     return 18 * parameters + head
 
 
+def step_bytes(
+    config: ModelConfig, parameters: int, trained: int, tokens: int, recompute: bool = False, trunks: int = 1
+) -> int:
+    """Bytes of a forward and backward of `tokens` on one card: what `tokens_that_fit` counts, and CUDA's own. trained:
+    how many of the `parameters` are; a frozen one has neither gradient nor moments. trunks: models of this shape that
+    such a step goes through."""
+    frozen = parameters - trained
+    activations = tokens * (activation_bytes(config, recompute) + 4 * config.hidden_size)
+    scratch = attention_scratch_bytes(config, tokens, -(-tokens // _PER_BOUNDARY))
+    return CONTEXT_BYTES + state_bytes(config, parameters) - 12 * frozen + trunks * activations + scratch
+
+
 def tokens_that_fit(
     config: ModelConfig, parameters: int, memory: int, recompute: bool = False, share: float = 0.9
 ) -> int:
@@ -68,3 +82,10 @@ def tokens_that_fit(
     left = share * (memory - CONTEXT_BYTES) - state_bytes(config, parameters)
     scratch = attention_scratch_bytes(config, _PER_BOUNDARY, 1) / _PER_BOUNDARY
     return max(0, int(left / (activation_bytes(config, recompute) + 4 * config.hidden_size + scratch)))
+
+
+def halved(batch_tokens: int, limit: int, row: int, ranks: int) -> int:
+    """Tokens of a micro-batch: of a step, halved down to `limit` while every rank has a row and rows stay whole."""
+    while batch_tokens > limit and batch_tokens % (2 * row) == 0 and batch_tokens // 2 >= ranks * row:
+        batch_tokens //= 2
+    return batch_tokens

@@ -13,6 +13,7 @@ from minimind.data.progress import say
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer, load_tokenizer, require_same_ids, tokenizer_beside
 from minimind.training.arguments import StageArgs
+from minimind.training.run_folder import newest_finished
 from minimind.weights import checkpoint_folder, fingerprint, load_model
 
 
@@ -51,6 +52,18 @@ class Origin:
     def fingerprint(self) -> str | None:
         """Of the weights; None for random ones."""
         return None if self.weights is None else fingerprint(self.weights)
+
+
+def begin_from(args: StageArgs, stage: str) -> str | None:
+    """--from, or the newest finished run of `stage`: in a plan None where there is none, or --preset says the shape."""
+    if args.from_ is not None or (args.plan and args.preset is not None):
+        return args.from_
+    try:
+        return newest_finished(stage)
+    except ValueError:
+        if args.plan:
+            return None
+        raise
 
 
 def _earlier(path: Path, args: StageArgs) -> Origin:

@@ -54,8 +54,9 @@ class PairArgs(StageArgs):
     LLaMA-Factory has them (docs/data.md)."""
     heldout_data: tuple[str, ...] = ()
     """Pairs to measure on, instead of --heldout; NAME=FILE is measured beside it, with figures of its own."""
-    epochs: float = 6.0
-    """Passes over the training part of the data."""
+    epochs: float | None = None
+    """Passes over the training part of the data. None: 6 over the built-in pairs, 1 over others, more where they are
+    few (docs/training.md)."""
     seq_len: int | None = None
     """Tokens in a row, which holds both answers of a pair; longer pairs are cut at the beginning of their prompt. None:
     2048, or 4096 where more than one pair in a hundred is longer and the tokens of a step and a GPU's memory allow."""
@@ -64,7 +65,7 @@ class PairArgs(StageArgs):
 
     @property
     def legacy(self) -> dict[str, Any]:
-        return super().legacy | {"seq_len": 2048, "cut_prompts": False}
+        return super().legacy | {"epochs": 6.0, "seq_len": 2048, "cut_prompts": False}
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def open_pairs(job: Job, args: PairArgs, encoder: ChatEncoder) -> PairParts:
     if not job.settle("cut_prompts", lambda: (True, "")):
         return PairParts(**vars(open_parts(job, named, read)))
     parts = open_parts(job, named, partial(read, longest=row, share=share))
-    return PairParts(**vars(parts), cut=int((_tokens_of_pairs(parts.whole, share) < lengths).sum()))
+    cut = int((_tokens_of_pairs(parts.whole, share) < lengths).sum())
+    job.shortened = cut / len(lengths)
+    return PairParts(**vars(parts), cut=cut)
 
 
 def pair_loader(parts: PairParts, args: PairArgs) -> Callable[..., PairLoader]:

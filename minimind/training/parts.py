@@ -17,6 +17,7 @@ from minimind.data.paths import expand_paths, find_files
 from minimind.data.split import MAX_TOKENS, repeats, shared, split, split_tail
 from minimind.modeling import Model
 from minimind.training.arguments import StageArgs
+from minimind.training.defaults import optimizer, passes
 from minimind.training.heldout import heldout_loss, named_losses
 from minimind.training.job import Job, Plan
 
@@ -87,7 +88,8 @@ class Parts:
 
 
 def open_parts(job: Job, named: Named, read: Read) -> Parts:
-    """Read and split what `named` names; says what copies there are. Raises ValueError as `read` and the split do."""
+    """Read and split what `named` names, and settle the flags that depend on it; says what copies there are. Raises
+    ValueError as `read` and the split do."""
     args = job.args
     for paths in (named.paths, named.heldout, *named.sets.values()):
         job.notes += find_files(paths).lines() if paths else []
@@ -102,6 +104,7 @@ def open_parts(job: Job, named: Named, read: Read) -> Parts:
     else:
         train, tail = _split(job, whole, heldout is None, others)
     heldout = heldout or (tail if tail.num_documents else None)
+    _settle(job, train)
     return Parts(whole, train, heldout, sets, _mixture(named.data, train))
 
 
@@ -138,20 +141,32 @@ def all_losses(model: Model, parts: Parts, job: Job, final: bool) -> dict[str, A
     return heldout_loss(model, parts.heldout, *measured) | named_losses(model, parts.sets, *measured)
 
 
+def _settle(job: Job, train: Corpus) -> None:
+    """What the size of the training data and the weights decide, where no flag says."""
+    builtin = all(name.startswith("builtin:") for name in job.given.data)
+    if job.given.epochs is None and job.given.tokens is None:
+        job.settle("epochs", lambda: passes(job.stage, builtin, job.args.scaled(train.num_tokens)))
+    if job.given.optimizer is None:
+        job.settle("optimizer", lambda: optimizer(job.origin.weights))
+    job.args.check()  # flags that go with one optimizer
+
+
 def _split(job: Job, whole: Corpus, measured: bool, others: Sequence[Corpus]) -> tuple[Corpus, Corpus]:
     """(training, held-out) documents; what copies there are goes to the job's notes."""
     args = job.args
     again = repeats(whole)
     known = shared(whole, *others) if others else np.empty(0, np.int64)
     what = "left out" if args.dedupe else "--dedupe leaves them out"
-    if len(again):
+    if len(again) and args.scale == 1:
         side = "on one side of the split with it" if measured and args.heldout else "kept"
         text = f"{len(again):,} of {whole.num_documents:,} documents repeat an earlier one"
         job.notes.append(f"copies: {text}, {what if args.dedupe else f'{side}; {what}'}")
     if len(known):
         job.notes.append(f"copies: {len(known):,} documents of --data are also in --heldout-data; {what}")
     fraction = args.heldout if measured else 0.0
-    return split(whole, fraction, MAX_TOKENS, args.dedupe, known if args.dedupe else None)
+    return split(
+        whole, fraction, max(1, int(MAX_TOKENS / args.scale)), args.dedupe, known if args.dedupe else None
+    )
 
 
 def _mixture(parts: Sequence[Part], train: Corpus) -> Mixture | None:

@@ -123,5 +123,9 @@ class RolloutArgs(StageArgs):
             )
 
     @property
+    def row_flags(self) -> str:
+        return "--max-prompt and --max-new-tokens, together"
+
+    @property
     def longest_answer(self) -> int:
         return self.max_new_tokens or (256 if self.data else 8)

@@ -13,6 +13,7 @@ from minimind.data.progress import say
 from minimind.data.prompts import PromptSet, open_prompts
 from minimind.tokenization import Tokenizer
 from minimind.tokenization.reasoning import ThinkingPrompts
+from minimind.training.origin import begin_from
 from minimind.training.parallel import world_size
 from minimind.training.parts import named_form
 from minimind.training.rl_arguments import RolloutArgs
@@ -41,10 +42,11 @@ def open_data(
     return read(data).split(args.heldout, by_tail=by_tail)
 
 
-def find_origin(args: RolloutArgs, console: Console) -> str:
-    """The newest finished SFT run; for the built-in task one on its weak version, made here where there is none."""
-    if args.data:
-        return newest_finished("sft")
+def find_origin(args: RolloutArgs, console: Console) -> str | None:
+    """The newest finished SFT run; for the built-in task one on its weak version, made here where there is none. In a
+    plan None where there is none."""
+    if args.data or args.plan:
+        return begin_from(args, "sft")
     try:
         return newest_finished("sft", data=(NAME,))
     except ValueError:

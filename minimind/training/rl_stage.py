@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from minimind.config import ModelConfig
@@ -80,9 +81,10 @@ class Rollouts:
         job.open_run()
         longest = max(len(prompt.ids) for prompt in train.prompts) + args.longest_answer
         answers = -(-args.prompts * args.samples // minibatches)
+        fitting = passes(answers, longest, job.config, torch.device(job.rules))
         shape = Shape(
-            minibatches, args.inner_epochs, args.micro_batches or passes(answers, longest, job.config, job.device),
-            aggregation, args.longest_answer, args.temperature, args.seed,
+            minibatches, args.inner_epochs, args.micro_batches or fitting, aggregation, args.longest_answer,
+            args.temperature, args.seed,
         )  # fmt: skip
         return Rollouts(job, args, train, heldout, rewards, shape)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from rich.console import Console
@@ -14,6 +16,7 @@ from minimind.starting import started
 from minimind.stdio import command_line, prepare_output
 from minimind.training.arguments import StageArgs
 from minimind.training.parallel import leave, rank
+from minimind.training.survey import survey
 
 Args = TypeVar("Args", bound=StageArgs)
 
@@ -26,6 +29,13 @@ def run_script(main: Callable[[Args, Console], bool], args: type[Args], descript
     console = Console(quiet=rank() > 0)
     started()
     try:
+        if parsed.plan:
+            told = survey(main, parsed)
+            for line in told.lines():
+                say(console, line)
+            if parsed.plan_json is not None:
+                Path(parsed.plan_json).expanduser().write_text(json.dumps(told.figures(), indent=1) + "\n")
+            sys.exit(0)
         done = main(parsed, console)
     except (ValueError, OSError) as problem:  # OSError: a full disk, a folder that is not ours
         full = isinstance(problem, OSError) and is_disk_full(problem)

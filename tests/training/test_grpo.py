@@ -260,6 +260,10 @@ def test_equal_rewards_are_warned_of_and_change_nothing(origin, prompts, tmp_pat
         ({"clip_low": 2.0}, "low=2.0: the ratio's lower bound is 1 - low"),
         ({"parallel": "fsdp"}, "--parallel fsdp: answers are sampled from whole weights; take ddp"),
         ({"minibatches": 0}, "--minibatches 0: must be above 0"),
+        (
+            {"max_prompt": 32768},
+            r"--max-prompt and --max-new-tokens, together 32774: the model knows 32768 positions; take no more",
+        ),
     ],
 )
 def test_errors_are_one_line(flags, message, origin, prompts, tmp_path):

@@ -53,6 +53,7 @@ class Machine(SimpleNamespace):
     """What Job.longest_row asks of a job."""
 
     usual_batch = Job.usual_batch
+    rules = Job.rules
     longest_row = Job.longest_row
 
 
@@ -64,6 +65,7 @@ class Machine(SimpleNamespace):
         ("cpu", 0, 1, {"batch_tokens": 1024}, 1024),
         ("cpu", 0, 1, {"batch_tokens": 1500}, 512),  # the error about --batch-tokens follows
         ("cpu", 0, 1, {"micro_tokens": 2048}, 2048),
+        ("cpu", 0, 32, {"plan_gpu": True}, 2048),  # of 65,536
         ("cuda", 24, 8, {}, 4096),
         ("cuda", 2, 1, {}, 512),  # a card that is too small for the model: it will say so
     ],
@@ -74,7 +76,7 @@ def test_the_longest_row_fits_the_step_the_processes_and_the_card(
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib << 30)
     )
-    given = {"batch_tokens": None, "micro_tokens": None, "recompute": False} | flags
+    given = {"batch_tokens": None, "micro_tokens": None, "recompute": False, "plan_gpu": False} | flags
     job = Machine(
         parallel=SimpleNamespace(world_size=ranks), device=torch.device(device), args=SimpleNamespace(**given),
         config=ModelConfig.preset("minimind2"), origin=SimpleNamespace(preset="minimind2"),

@@ -175,7 +175,7 @@ def test_errors_are_one_line(flags, message, origin, cache, tmp_path):
 )
 def test_a_step_leaves_a_thousand(usual, ranks, row, tokens, epochs, expected):
     rule = runpy.run_path(str(LORA))["batch_tokens"]
-    args = SimpleNamespace(tokens=None, epochs=epochs, row=row)
+    args = SimpleNamespace(tokens=None, passes=epochs, row=row, scaled=round)
     job = SimpleNamespace(args=args, usual_batch=usual, parallel=SimpleNamespace(world_size=ranks))
     batch, reason = rule(job, SimpleNamespace(num_tokens=tokens))
     steps = -(-round(tokens * epochs) // expected)

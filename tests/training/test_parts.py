@@ -17,6 +17,7 @@ from minimind import load_tokenizer
 from minimind.data import open_conversations
 from minimind.data.split import split, split_tail
 from minimind.tokenization import ChatEncoder
+from minimind.training.arguments import StageArgs
 from minimind.training.parts import Named, form_of, open_parts, read_texts
 from tests.training.runs import (
     SCRIPT,
@@ -100,8 +101,11 @@ def test_entries_with_names_and_without(tmp_path, monkeypatch):
 
 def opened(folder: Path, data: list[Path], heldout: list[Path], **flags):
     """(parts, notes) as a fresh run has them."""
-    args = SimpleNamespace(**{"heldout": 0.2, "dedupe": False} | flags)
-    job = SimpleNamespace(args=args, notes=[], settle=lambda name, rule: rule()[0])
+    args = StageArgs(**{"heldout": 0.2, "dedupe": False} | flags)
+    job = SimpleNamespace(
+        args=args, given=args, stage="sft", origin=SimpleNamespace(weights=None), notes=[],
+        settle=lambda name, rule: rule()[0],
+    )  # fmt: skip
     encoder = ChatEncoder(load_tokenizer())
 
     def read(paths):
@@ -145,13 +149,14 @@ def test_a_run_of_an_earlier_version_keeps_its_split_and_its_rows(origin, tmp_pa
     assert config.pop("chosen") == {
         "split": "hash",
         "fields": "checked",
+        "optimizer": "adamw",
         "seq_len": 512,
         "batch_tokens": 4096,
         "step": 1536,
     }
     assert config["args"]["seq_len"] is None
     del config["args"]["dedupe"]
-    config["args"]["seq_len"] = 512
+    config["args"] |= {"seq_len": 512, "epochs": 3.0, "optimizer": "muon"}
     out.mkdir()
     (out / "config.json").write_text(json.dumps(config))
     call(SFT, out=str(out), **flags)

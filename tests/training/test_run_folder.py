@@ -144,6 +144,26 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_was(tmp_path, out):
     assert find_run(*place, now(), "auto", LEGACY, tmp_path) == {}
 
 
+def test_a_run_of_when_passes_and_optimizer_were_flags_alone_goes_on(tmp_path):
+    """It has chosen other things already, and says what these two were then."""
+    defaults = Defaults(
+        {"epochs": None, "optimizer": None, "seq_len": None},
+        {"epochs": 3.0, "optimizer": "muon", "seq_len": 512},
+    )
+    args = {"epochs": 3.0, "optimizer": "muon", "seq_len": None}
+    old = {"stage": "sft", "args": args, "chosen": {"seq_len": 1024}}
+    first = opened(None, "x", old, "auto", tmp_path)
+    new = {"stage": "sft", "args": dict.fromkeys(args)}
+    found = find_run(None, "x", new, "auto", defaults, tmp_path)
+    assert found == {"seq_len": 1024, "epochs": 3.0, "optimizer": "muon"}
+    assert opened(None, "x", new | {"chosen": found}, "auto", tmp_path, defaults).path == first.path
+    for name, value in (("epochs", 2.0), ("optimizer", "adamw"), ("seq_len", 1024)):
+        other = {"stage": "sft", "args": {**new["args"], name: value}}
+        assert find_run(None, "x", other, "auto", defaults, tmp_path) == {}
+    same = {"stage": "sft", "args": {**new["args"], "epochs": 3.0}}
+    assert find_run(None, "x", same, "auto", defaults, tmp_path) == {"seq_len": 1024, "optimizer": "muon"}
+
+
 def test_what_the_data_decided_is_found_again(tmp_path):
     chosen = {"seq_len": 2048, "split": "hash"}
     opened(None, "x", now(lr=0.5) | {"chosen": {"seq_len": 1024, "split": "hash"}}, "auto", tmp_path)

@@ -268,6 +268,7 @@ def test_upstreams_weights_and_a_hugging_face_folder_begin_a_run_alike(chats, tm
         ({"seq_len": 4, "batch_tokens": 32}, "--seq-len 4: every first question is longer"),
         ({"data": ("absent.jsonl",)}, "absent.jsonl: no such file"),
         ({"tokens": 0}, "--tokens 0: must be above 0"),
+        ({"seq_len": 1 << 20}, "--seq-len 1048576: the model knows 32768 positions; take no more tokens"),
     ],
 )
 def test_bad_flags_are_one_clear_line(changed, message, origin, chats, tmp_path):

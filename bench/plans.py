@@ -1,0 +1,241 @@
+"""What upstream's files would take: the plan of each stage, of rows like theirs stretched to their sizes.
+
+    python bench/plans.py --samples FOLDER
+
+FOLDER holds some rows of upstream's formats: sft.jsonl, dpo.jsonl and rlaif.jsonl. Rows of the other files are made of
+these by what upstream's README says of them (`MADE`). Nothing is trained, and no time is measured. The plans go to
+bench/results/plans.json, their tables to docs/plans.md.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from textwrap import fill
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
+
+import tyro
+from rich.console import Console
+
+from bench.performance_rows import markdown
+from minimind.data.progress import say
+from minimind.training.estimate import spell_count, spell_hours
+from minimind.training.survey import survey
+
+ROOT = Path(__file__).parents[1]
+PRESETS = ("minimind2-small", "minimind2")
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class File:
+    """One of upstream's: its stage here, its size, what its rows are made of and by, further flags."""
+
+    name: str
+    stage: str
+    gigabytes: float
+    source: str
+    made: str = "as they are"
+    flags: dict[str, Any] = field(default_factory=dict)
+
+
+# Sizes as upstream's README had them when these files were current (2025); dpo.jsonl came in two.
+FILES = (
+    File("pretrain_hq.jsonl", "pretrain", 1.6, "sft.jsonl", "texts of up to 512 characters"),
+    File("sft_mini_512.jsonl", "sft", 1.2, "sft.jsonl"),
+    File("sft_2048.jsonl", "sft", 9.0, "sft.jsonl", "conversations of up to 2048 characters"),
+    File("r1_mix_1024.jsonl", "reason", 0.34, "sft.jsonl", "answers as thoughts of others"),
+    File("dpo.jsonl", "dpo", 0.9, "dpo.jsonl"),
+    File("dpo.jsonl, the later one", "dpo", 0.055, "dpo.jsonl"),
+    File("dpo.jsonl", "reward", 0.9, "dpo.jsonl"),
+    File("lora_medical.jsonl", "lora", 0.034, "sft.jsonl"),
+    File("rlaif-mini.jsonl", "grpo", 0.001, "rlaif.jsonl", flags={"reward": ("repetition",)}),
+    File("rlaif-mini.jsonl", "ppo", 0.001, "rlaif.jsonl", flags={"reward": ("repetition",)}),
+    File("rlaif-mini.jsonl", "spo", 0.001, "rlaif.jsonl", flags={"reward": ("repetition",)}),
+)
+
+
+@dataclass(frozen=True)
+class Args:
+    """Plan what upstream's files would take."""
+
+    samples: str
+    """A folder with sft.jsonl, dpo.jsonl and rlaif.jsonl."""
+    preset: tuple[str, ...] = PRESETS
+    """Model shapes."""
+    cache_dir: str | None = None
+    """Where tokenized data is kept. None: $MINIMIND_CACHE or ~/.cache/minimind."""
+    results: str = str(Path(__file__).parent / "results" / "plans.json")
+    """Where the figures go."""
+    page: str = str(ROOT / "docs" / "plans.md")
+    """Where the tables go."""
+
+
+def main(args: Args, console: Console) -> list[dict[str, Any]]:
+    found = []
+    with TemporaryDirectory(prefix="minimind-plans-") as folder:
+        for file in FILES:
+            data = make(file, Path(args.samples), Path(folder))
+            for preset in args.preset:
+                say(console, f"planning {file.stage} of {file.name}, {preset}")
+                found.append(
+                    {"file": file.name, "made": file.made} | plan(file, data, preset, args.cache_dir)
+                )
+    Path(args.results).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    Path(args.page).write_text(page(found), encoding="utf-8")
+    return found
+
+
+def plan(file: File, data: Path, preset: str, cache_dir: str | None) -> dict[str, Any]:
+    """Its figures, with a GPU's defaults."""
+    names = runpy.run_path(str(ROOT / "train" / f"{file.stage}.py"))
+    flags = {"plan": True, "plan_gb": file.gigabytes, "plan_gpu": True, "plan_measure": False}
+    told = {"data": (str(data),), "preset": preset, "cache_dir": cache_dir, "device": "cpu", **file.flags}
+    return survey(names["main"], names["Args"](**flags, **told)).figures()
+
+
+def make(file: File, samples: Path, folder: Path) -> Path:
+    """A file of rows such as `file` has."""
+    source = samples / file.source
+    if file.made not in MADE:
+        return source
+    lines = source.read_text(encoding="utf-8").splitlines()
+    conversations = [json.loads(line)["conversations"] for line in lines]
+    out = folder / file.name
+    with out.open("w", encoding="utf-8") as target:
+        for row in MADE[file.made](conversations):
+            target.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return out
+
+
+def texts(conversations: list[list[Message]]) -> Iterator[dict[str, Any]]:
+    """What is said in conversations one after the other, joined while it has at most 512 characters."""
+    for messages in joined(conversations, 512):
+        yield {"text": "\n".join(m["content"] for m in messages)}
+
+
+def longer(conversations: list[list[Message]]) -> Iterator[dict[str, Any]]:
+    """Conversations one after the other, joined while they have at most 2,048 characters."""
+    for messages in joined(conversations, 2048):
+        yield {"conversations": messages}
+
+
+def joined(conversations: list[list[Message]], most: int) -> Iterator[list[Message]]:
+    held: list[Message] = []
+    for messages in conversations:
+        if held and size_of(held) + size_of(messages) > most:
+            yield held
+            held = []
+        held = held + messages
+    yield held
+
+
+def thoughts(conversations: list[list[Message]]) -> Iterator[dict[str, Any]]:
+    """A first exchange with the next conversation's first answer as its reasoning, of up to 1,024 characters in all."""
+    for messages, others in pairwise(conversations):
+        question, answer, thought = messages[0], messages[1], others[1]
+        if size_of([question, answer, thought]) <= 1024:
+            said = f"<think>\n{thought['content']}\n</think>\n<answer>\n{answer['content']}\n</answer>"
+            yield {"conversations": [question, {"role": "assistant", "content": said}]}
+
+
+MADE: dict[str, Callable[[list[list[Message]]], Iterator[dict[str, Any]]]] = {
+    "texts of up to 512 characters": texts,
+    "conversations of up to 2048 characters": longer,
+    "answers as thoughts of others": thoughts,
+}
+
+
+def size_of(messages: list[Message]) -> int:
+    """Characters."""
+    return sum(len(m["content"]) for m in messages)
+
+
+def page(plans: list[dict[str, Any]]) -> str:
+    """docs/plans.md."""
+    cards = ", ".join(f"{card['name']} {card['utilisation']:.0%}" for card in plans[0]["cards"])
+    parts = (
+        "# What upstream's files would take",
+        fill(
+            "Made by `python bench/plans.py --samples FOLDER`, which asks every stage for its `--plan` "
+            "([docs/training.md](training.md)) with the defaults that it would have on a GPU. Nothing here was trained "
+            "or timed. The files are not here: rows of the same formats, and of the lengths that upstream tells, were "
+            "stretched to the files' sizes, so that tokens are right as far as those rows are like the files'; ± is "
+            "two standard errors of the rows at hand alone.",
+            120,
+        ),
+        "## The data",
+        markdown(
+            (
+                "file", "size", "rows read", "stage", "documents", "tokens a pass", "of one: p50 / p95 / p99 / longest",
+                "--seq-len", "cut", "left out",
+            ),
+            [data_row(p) for p in plans if p["preset"] == plans[0]["preset"]],
+        ),
+        "## The runs",
+        fill(
+            "Times are projected from the model's operations at an assumed share of each card's bf16 rate: "
+            f"{cards}. Memory is that of a 24 GB card, with as many tokens at once as fit there. Of reinforcement "
+            "learning all are bounds: every answer as long as the limit allows, decoding at 60% of the card's memory "
+            "bandwidth; the reward model's time is not counted.",
+            120,
+        ),
+        markdown(
+            (
+                "file", "stage", "preset", "passes", "steps", "tokens a step", "optimizer, peak rate", "memory",
+                *(card["name"] for card in plans[0]["cards"]),
+            ),
+            [run_row(p) for p in plans],
+        ),
+        "## What was chosen, and why",
+        "\n".join(f"- {p['file']}, {p['stage']}: {'; '.join(chosen(p))}" for p in plans if chosen(p)),
+    )  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def data_row(p: dict[str, Any]) -> tuple[str, ...]:
+    data = p["data"]
+    spread = " / ".join(f"{data[name]:,}" for name in ("p50", "p95", "p99", "longest"))
+    fates = (str(p["row"]), f"{data['cut']:.1%}", f"{data['dropped']:.1%}") if p["rows"] else ("", "", "")
+    return (
+        f"{p['file']}", f"{data['bytes'] / 1e9:g} GB", p["made"], p["stage"],
+        f"{spell_count(data['documents'])} ±{data['documents_error']:.0%}",
+        f"{spell_count(data['tokens'])} ±{data['error']:.0%}", spread, *fates,
+    )  # fmt: skip
+
+
+def run_row(p: dict[str, Any]) -> tuple[str, ...]:
+    first = p["cards"][0]
+    step = f"{p['step_tokens']:,}" if p["step_tokens"] else "varies"
+    room = "" if first["fits"] else ", too much"
+    return (
+        p["file"], p["stage"], p["preset"], f"{p['epochs']:.2g}", f"{p['steps']:,}", step,
+        f"{p['optimizer']}, {p['peak_lr']:g}",
+        f"{first['bytes'] / 2**30:.1f} GiB ({first['micro_tokens']:,} tokens){room}",
+        *(spell_hours(card["hours"]) for card in p["cards"]),
+    )  # fmt: skip
+
+
+def chosen(p: dict[str, Any]) -> list[str]:
+    """What the data decided, of the first preset alone: it is the same for the others."""
+    if p["preset"] != PRESETS[0]:
+        return []
+    return [note for note in p["notes"] if note.startswith("--")]
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__), Console(stderr=True))
+    except (ValueError, OSError) as problem:
+        raise SystemExit(f"error: {problem}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,0 +1,65 @@
+"""How often a stage passes over its data, and with what optimizer, where no flag says."""
+
+import json
+import runpy
+
+import pytest
+
+from minimind.training.defaults import MOST, PASSES, optimizer, passes
+from tests.training.runs import SCRIPT
+
+# What the flags' defaults were before the data decided: unfinished runs go on with them.
+BEFORE = {"pretrain": 1.0, "distill": 1.0, "sft": 3.0, "reason": 4.0, "lora": 6.0, "dpo": 6.0, "reward": 6.0}
+
+
+@pytest.mark.parametrize("stage", PASSES)
+def test_builtin_data_and_unfinished_runs_stay_as_they_were(stage):
+    args = runpy.run_path(str(SCRIPT.with_name(f"{stage}.py")))["Args"]()
+    assert args.epochs is None and args.legacy["epochs"] == BEFORE[stage]
+    assert args.legacy["optimizer"] == "muon"
+    for tokens in (100, 10**9):
+        assert passes(stage, True, tokens) == (BEFORE[stage], "")
+
+
+@pytest.mark.parametrize(
+    ("stage", "tokens", "expected"),
+    [
+        ("pretrain", 100, 1),
+        ("sft", 500_000_000, 2),  # upstream's sft_mini_512
+        ("sft", 336_000, 2),
+        ("sft", 100_000, 5),  # 409,600 tokens are the least
+        ("sft", 1000, 10),
+        ("reason", 100_000_000, 1),
+        ("dpo", 830_000, 1),
+        ("reward", 200_000, 3),
+        ("lora", 8_500_000, 10),  # upstream's lora_medical
+        ("lora", 5_500, 19),  # its lora_identity, 91 rows
+        ("lora", 0, 50),
+    ],
+)
+def test_files_get_upstreams_passes_and_small_ones_more(stage, tokens, expected):
+    found, reason = passes(stage, False, tokens)
+    assert found == expected and found <= MOST * PASSES[stage].files
+    assert stage == "pretrain" or f"--epochs {expected}: " in reason
+
+
+def test_the_optimizer_follows_the_weights(tmp_path):
+    assert optimizer(None)[0] == "muon"
+    weights = tmp_path / "run" / "checkpoints" / "step-00000010"
+    weights.mkdir(parents=True)
+    assert optimizer(weights) == (
+        "adamw",
+        "--optimizer adamw: the weights are of no run of ours, and released models are AdamW's, which Muon does not "
+        "improve on (docs/training.md)",
+    )
+    for config, expected in (
+        ({"args": {"optimizer": "muon"}}, "muon"),
+        ({"args": {"optimizer": None}, "chosen": {"optimizer": "muon"}}, "muon"),
+        ({"args": {"optimizer": "adamw"}, "chosen": {}}, "adamw"),
+        ({"args": ["a", "list"], "chosen": None}, "adamw"),  # not ours
+    ):
+        (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+        (weights / "config.json").write_text(json.dumps({"hidden_size": 64}))
+        assert optimizer(weights)[0] == expected
+    bare = tmp_path / "run" / "model.pth"
+    assert optimizer(bare)[0] == "adamw"
