@@ -167,10 +167,10 @@ def _same(change: Change) -> bool:
 
 def _said_otherwise(change: Change, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether one side says by a flag what the other left to the data, and both come to the same; or one of them has
-    nothing chosen, which the flag tells of, if it does."""
+    nothing chosen: a flag tells of it, or the stage makes no such choice."""
     flag, chosen = f"args.{change.name}", f"chosen.{change.name}"
     if change.key == chosen:
-        return flag in before.keys() | now.keys() and None in (change.before, change.now)
+        return None in (change.before, change.now)
     if change.key != flag:
         return False
     first, second = (side.get(chosen) if side.get(flag) is None else side.get(flag) for side in (before, now))
