@@ -125,6 +125,13 @@ def now(**args) -> dict:
     return {"stage": "sft", "args": {"lr": None, "seq_len": None, "dedupe": False, **args}, "model": {}}
 
 
+def test_what_a_stage_does_not_choose_is_no_difference(tmp_path):
+    """Of a run that chose nothing earlier versions are thought to have: the newer start's choices decide."""
+    opened(None, "x", now() | {"chosen": {"seq_len": 8}}, "auto", tmp_path)
+    (note,) = opened(None, "x", now(lr=0.5) | {"chosen": {"seq_len": 8}}, "auto", tmp_path, LEGACY).notes
+    assert "was started with lr None (now 0.5); no --lr continues it" in note
+
+
 @pytest.mark.parametrize("out", [True, False])
 def test_a_run_of_an_earlier_version_goes_on_as_it_was(tmp_path, out):
     """Without flags that came later, and with what stood where the data decides by now."""
