@@ -82,7 +82,7 @@ def _write(run: Path, name: str, fill: Callable[[Path], None]) -> Path:
     partial = root / f".partial-{name}-{os.getpid()}"
     try:
         fill(partial)
-        for file in [*partial.iterdir(), partial]:
+        for file in [*partial.rglob("*"), partial]:
             sync(file)
         os.replace(partial, final)
         sync(root)
