@@ -30,8 +30,9 @@ from minimind.modeling import Model
 from minimind.spans import nvtx_mode
 from minimind.tokenization import Tokenizer
 from minimind.training.arguments import StageArgs
+from minimind.training.averaging import FOLDER as AVERAGE
 from minimind.training.batches import DeviceBatches, to_device
-from minimind.training.checkpoint import load_weights_into, share_trainer_state
+from minimind.training.checkpoint import list_checkpoints, load_weights_into, share_trainer_state
 from minimind.training.compiling import compile_model
 from minimind.training.loop import Apart, Loader, LoopOptions, News, Stage, StageLoss, Trainer
 from minimind.training.memory import tokens_that_fit
@@ -236,6 +237,9 @@ class Job:
         self.state = {}  # a copy of the optimizer's
         if not trainer.fit():
             return False
+        if args.ema is not None:
+            newest = list_checkpoints(self.run.path)[-1] if parallel.main else self.run.path
+            say(self.console, f"the averaged weights: --model or --from {newest / AVERAGE}")
         say(self.console, f"finished in {self.run.path}: see loss.png and samples.txt")
         return True
 
@@ -295,6 +299,7 @@ class Job:
             keep_best=args.keep_best or args.patience is not None,
             patience=args.patience,
             own_gradients=args.cuda_graph,
+            ema=args.ema,
         )
 
     def _say_what_runs(self, plan: Plan, model: Model, lines: Sequence[str]) -> None:
@@ -364,29 +369,29 @@ class Job:
         args, ranks = self.args, self.parallel.world_size
         batch = args.batch_tokens or self.usual_batch
         parts = [batch, args.micro_tokens or batch]
-        fits, row = min(_fitting(self.config, self.device, args.recompute), self.config.positions), most
+        fits, row = min(self._fitting(), self.config.positions), most
         while row > 512 and (any(part % row or part < ranks * row for part in parts) or row > fits):
             row //= 2
         return row
 
+    def _fitting(self) -> int:
+        """Tokens of a forward and backward that fit into the memory of one GPU; elsewhere there is no limit."""
+        if self.device.type != "cuda":
+            return 1 << 62
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        with torch.device("meta"):
+            parameters = Model(self.config).num_parameters()
+        average = 4 * parameters if self.args.ema is not None else 0
+        return tokens_that_fit(self.config, parameters, memory - average, self.args.recompute)
+
     def _micro_tokens(self, batch_tokens: int) -> int:
         """All of the step's tokens, halved until a part is small enough for a GPU's memory."""
         ranks = self.parallel.world_size
-        limit = min(65536, ranks * _fitting(self.config, self.device, self.args.recompute))
+        limit = min(65536, ranks * self._fitting())
         row = self.args.row
         while batch_tokens > limit and batch_tokens % (2 * row) == 0 and batch_tokens // 2 >= ranks * row:
             batch_tokens //= 2
         return batch_tokens
-
-
-def _fitting(config: ModelConfig, device: torch.device, recompute: bool) -> int:
-    """Tokens of a forward and backward that fit into the memory of one GPU; elsewhere there is no limit."""
-    if device.type != "cuda":
-        return 1 << 62
-    memory = torch.cuda.get_device_properties(device).total_memory
-    with torch.device("meta"):
-        parameters = Model(config).num_parameters()
-    return tokens_that_fit(config, parameters, memory, recompute)
 
 
 def _choose_attention(

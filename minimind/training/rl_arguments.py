@@ -99,6 +99,7 @@ class RolloutArgs(AdapterArgs):
     batch_tokens: tyro.conf.Suppress[int | None] = None
     micro_tokens: tyro.conf.Suppress[int | None] = None
     eval_tokens: tyro.conf.Suppress[int] = 65536
+    ema: tyro.conf.Suppress[float | None] = None
 
     def check(self) -> None:
         super().check()
