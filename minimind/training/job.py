@@ -369,29 +369,29 @@ class Job:
         args, ranks = self.args, self.parallel.world_size
         batch = args.batch_tokens or self.usual_batch
         parts = [batch, args.micro_tokens or batch]
-        fits, row = min(self._fitting(), self.config.positions), most
+        fits, row = min(_fitting(self.config, self.device, args.recompute), self.config.positions), most
         while row > 512 and (any(part % row or part < ranks * row for part in parts) or row > fits):
             row //= 2
         return row
 
-    def _fitting(self) -> int:
-        """Tokens of a forward and backward that fit into the memory of one GPU; elsewhere there is no limit."""
-        if self.device.type != "cuda":
-            return 1 << 62
-        memory = torch.cuda.get_device_properties(self.device).total_memory
-        with torch.device("meta"):
-            parameters = Model(self.config).num_parameters()
-        average = 4 * parameters if self.args.ema is not None else 0
-        return tokens_that_fit(self.config, parameters, memory - average, self.args.recompute)
-
     def _micro_tokens(self, batch_tokens: int) -> int:
         """All of the step's tokens, halved until a part is small enough for a GPU's memory."""
         ranks = self.parallel.world_size
-        limit = min(65536, ranks * self._fitting())
+        limit = min(65536, ranks * _fitting(self.config, self.device, self.args.recompute))
         row = self.args.row
         while batch_tokens > limit and batch_tokens % (2 * row) == 0 and batch_tokens // 2 >= ranks * row:
             batch_tokens //= 2
         return batch_tokens
+
+
+def _fitting(config: ModelConfig, device: torch.device, recompute: bool) -> int:
+    """Tokens of a forward and backward that fit into the memory of one GPU; elsewhere there is no limit."""
+    if device.type != "cuda":
+        return 1 << 62
+    memory = torch.cuda.get_device_properties(device).total_memory
+    with torch.device("meta"):
+        parameters = Model(config).num_parameters()
+    return tokens_that_fit(config, parameters, memory, recompute)
 
 
 def _choose_attention(

@@ -87,6 +87,8 @@ def test_recorded_figures_are_those_of_the_saved_average(unbroken, data):
     assert_recorded_figures_are_of_what_was_saved(unbroken, data)
     opened = open_weights(WeightArgs(str(list_checkpoints(unbroken)[-1] / FOLDER)), torch.device("cpu"))
     assert opened.stage == "pretrain" and not opened.notes
+    first, *_, last = rows_of(unbroken, "eval")
+    assert first["heldout_ema_loss"] == first["heldout_loss"] > last["heldout_ema_loss"] + 0.5
 
 
 def test_killed_and_started_again_the_average_is_the_same_to_the_bit(unbroken, data, tmp_path):
