@@ -22,6 +22,7 @@ from minimind.modeling import Model
 from minimind.training.arguments import StageArgs
 from minimind.training.job import Job
 from minimind.training.parallel import Parallel, from_rank_0
+from minimind.value_head import ValueModel
 
 # Peak rate whatever the preset: an adapter starts at zero, and its size does not follow the model's. On nano 1e-3
 # taught as many answers and kept as many others, at twice the held-out loss.
@@ -101,6 +102,8 @@ class Adapting:
         """As Job.build_model takes it."""
         if self.config is not None:
             add_adapter(model, self.config)
+            if isinstance(model, ValueModel):
+                model.value_head.requires_grad_(True)
 
     def rate(self, whole: float) -> float:
         """The peak rate, where `whole` is that of the whole model."""

@@ -12,15 +12,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minimind import load_model
+from minimind import load_model, load_tokenizer
+from minimind.data.preferences import open_preferences
+from minimind.data.split import split
 from minimind.inference.loading import WeightArgs, open_weights
 from minimind.lora import LoRAConfig, adapters_off, lora_linears
+from minimind.rewards.model import model_reward
+from minimind.rewards.sample import Sample
+from minimind.tokenization import ChatEncoder
 from minimind.training import rl_stage
 from minimind.training.actor_critic import ActorCritic, critic_of, critic_parameters, with_value_head
 from minimind.training.adapters import PEAK_LR, AdapterArgs, Adapting
 from minimind.training.checkpoint import list_checkpoints, load_trainer_state
 from minimind.training.collector import scored_again
 from minimind.training.rl_loader import Shape, _restored
+from minimind.value_head import HEAD
 from tests.adapted import SHAPES, make, with_adapter
 from tests.training.runs import (
     SCRIPT,
@@ -29,6 +35,7 @@ from tests.training.runs import (
     assert_same_curve,
     call,
     finish,
+    lines_of,
     reproducible,
     rows_of,
     save_origin,
@@ -226,6 +233,14 @@ def dpo(origin: Path, pairs: Path, out: Path, *extra: str) -> list[str]:
             str(out), "--cache-dir", str(pairs.parent / "cache"), *PAIRS, *extra]  # fmt: skip
 
 
+SIDES = ("chosen", "rejected")
+
+
+def held_out(pairs: Path) -> list[dict]:
+    encoder = ChatEncoder(load_tokenizer())
+    return lines_of(split(open_preferences([pairs], encoder, pairs.parent / "cache", longest=128))[1], pairs)
+
+
 @pytest.fixture(scope="module")
 def preferred(origin, pairs, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "dpo"
@@ -290,6 +305,35 @@ def test_reasoning_and_distillation_take_an_adapter_too(origin, chats, tmp_path)
     for name in ("reason", "distill"):
         assert list((tmp_path / name).rglob("adapter_model.safetensors"))
         assert not list((tmp_path / name).rglob("model.safetensors"))
+
+
+def test_a_reward_model_is_an_adapter_with_a_head(origin, pairs, tmp_path):
+    """What --reward model= opens scores as the run's last figures say; resumed, the run is the same to the bit."""
+    flags = ["--from", str(origin), "--data", str(pairs), "--cache-dir", str(pairs.parent / "cache")]
+    arguments = [
+        sys.executable,
+        str(SCRIPT.with_name("reward.py")),
+        *flags,
+        *PAIRS,
+        "--lora-targets",
+        "q_proj",
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish([*arguments, "--out", str(whole)])
+    newest = list_checkpoints(whole)[-1]
+    assert not (newest / "model.safetensors").exists() and (newest / HEAD).is_file()
+    assert_continues_to_the_bit([*arguments, "--out", str(killed)], killed, whole, 3)
+    assert (newest / HEAD).read_bytes() == (list_checkpoints(killed)[-1] / HEAD).read_bytes()
+    reward, last = model_reward(str(whole), torch.device("cpu")), rows_of(whole, "eval")[-1]
+    reward.model.compute_dtype = None
+    held = held_out(pairs)
+    scores = reward(
+        [Sample(row[side][:1], row[side][1]["content"], [], "stop") for row in held for side in SIDES]
+    )
+    chosen, rejected = scores.reshape(-1, 2).T
+    assert last["heldout_chosen_score"] == pytest.approx(chosen.mean(), abs=1e-4)
+    assert last["heldout_margin"] == pytest.approx((chosen - rejected).mean(), abs=1e-4)
+    assert abs(last["heldout_margin"]) > 1e-2
 
 
 @pytest.mark.parametrize(
