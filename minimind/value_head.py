@@ -105,8 +105,8 @@ def save_value_model(model: Model, folder: Path) -> None:
 
 def load_value_model(path: str | Path, config: ModelConfig | None = None) -> ValueModel:
     """What save_value_model wrote, or the newest checkpoint of a run of train/reward.py, an adapter merged into its
-    base: float32, on the CPU, in eval mode. Raises ValueError, naming the folder, where there is no value head or a tensor
-    does not fit."""
+    base: float32, on the CPU, in eval mode. Raises ValueError, naming the folder, where there is no value head or a
+    tensor does not fit."""
     folder = Path(path)
     if not (folder / CONFIG).is_file():
         folder = checkpoint_folder(folder)
