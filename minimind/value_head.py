@@ -3,7 +3,7 @@
 Reward models score an answer at its last token, critics (PPO) the state at every token, either on a trunk of their own
 or, as a ValueModel is a Model, on the policy's. On disk it is what transformers calls a sequence classifier with one
 label: `score.weight` beside the decoder's own tensors, under the names of HF Llama and Qwen3. One that is an adapter
-on a frozen model lies in an adapter's folder, with the head beside it in value_head.pt.
+on a frozen model lies in an adapter's folder, with the head beside it in value_head.safetensors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from minimind.lora_files import CONFIG, base_of, load_adapter
 from minimind.modeling import Linear, Model, ModelOutput
 from minimind.weights import checkpoint_folder, from_stock, load_model, to_stock
 
-SCORE, HEAD = "score.weight", "value_head.pt"
+SCORE, HEAD = "score.weight", "value_head.safetensors"
 
 
 @dataclass
@@ -137,8 +137,20 @@ def _merged(folder: Path) -> ValueModel:
     remove_adapters(model)
     value_model = ValueModel.of(model)
     with torch.no_grad():
-        value_model.value_head.weight.copy_(torch.load(folder / HEAD, weights_only=True))
+        value_model.value_head.weight.copy_(read_head(folder))
     return value_model.eval()
+
+
+def save_head(model: Model, folder: Path) -> None:
+    """The head alone, beside an adapter."""
+    assert isinstance(model, ValueModel)
+    save_file({SCORE: model.value_head.weight.detach().cpu()}, folder / HEAD, metadata={"format": "pt"})
+    shutil.copymode(folder / CONFIG, folder / HEAD)
+
+
+def read_head(folder: Path) -> Tensor:
+    """What save_head wrote: [1, C]."""
+    return load_file(folder / HEAD)[SCORE]
 
 
 def has_value_head(folder: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,13 @@ from minimind.training.batches import move
 from minimind.training.origin import Origin
 from minimind.training.pairs import unfold
 from minimind.training.parallel import Parallel, from_rank_0
-from minimind.value_head import HEAD, ValueModel, load_value_model, save_value_model
+from minimind.value_head import (
+    ValueModel,
+    load_value_model,
+    read_head,
+    save_head,
+    save_value_model,
+)
 
 # What reward_loss tells besides the loss.
 FIGURES = ("accuracy", "margin", "chosen_score", "rejected_score")
@@ -45,12 +51,12 @@ def files(adapting: Adapting) -> dict[str, Any]:
 
     def save(model: Model, folder: Path) -> None:
         save_adapter(model, folder)
-        torch.save(cast(ValueModel, model).value_head.weight.detach(), folder / HEAD)
+        save_head(model, folder)
 
     def load(model: Model, checkpoint: Path, parallel: Parallel) -> None:
         state = read_adapter(model, checkpoint) if parallel.main else {}
         if parallel.main:
-            state["value_head.weight"] = torch.load(checkpoint / HEAD, weights_only=True)
+            state["value_head.weight"] = read_head(checkpoint)
         put(model, state)
 
     return {"save_model": save, "load_model": load}
