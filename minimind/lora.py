@@ -6,6 +6,7 @@ is kept: the gradient of x needs only W, and W gets none.
 
     add_adapter(model, LoRAConfig(rank=8))      then train: the adapter alone has requires_grad
     set_adapters(model, ["a", "b"])             their sum; [] is the base model
+    with adapters_off(model):                   the base model meanwhile
     merge_adapter(model)                        W + scale * B A, no cost at inference; unmerge_adapter puts W back
 
 With DoRA (Liu et al. 2024, arXiv 2402.09353) each row of W + scale * B A is given a trained length, at first that of W:
@@ -18,6 +19,7 @@ dtype of x. The optimizer must be element-wise (AdamW): Muon would orthogonalise
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -241,6 +243,36 @@ def set_adapters(model: Model, names: Sequence[str]) -> None:
         check_name(model, name)
     for _, linear in lora_linears(model):
         linear.active = tuple(name for name in names if name in linear.adapters)
+
+
+@contextmanager
+def adapters_off(model: Model) -> Iterator[None]:
+    """`model` is its base meanwhile: the frozen weights alone, of which no other copy is made."""
+    linears = [linear for _, linear in lora_linears(model)]
+    before = [linear.active for linear in linears]
+    set_adapters(model, [])
+    try:
+        yield
+    finally:
+        for linear, active in zip(linears, before, strict=True):
+            linear.active = active
+
+
+def empty_copy(model: Model) -> Model:
+    """A model of the shape of `model` and with its adapters, on the meta device: for load_state_dict(assign=True)."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):  # initialisation draws, on meta too
+        copy = Model(model.config)
+        for path, linear in lora_linears(model):
+            other = _as_lora(copy, path, linear.parts)
+            weights = other.by_part(other.weight)
+            for name in linear.adapters:
+                adapter = linear.adapter(name)
+                other.adapters[name] = Adapter(
+                    {part: weights[part] for part in adapter.parts}, adapter.config
+                )
+            other.active = linear.active
+    copy.compute_dtype, copy.recompute, copy.dropout = model.compute_dtype, model.recompute, model.dropout
+    return copy.train(model.training)
 
 
 def merge_adapter(model: Model) -> None:

@@ -61,26 +61,19 @@ _READ = {
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
-def adapter_state(
-    model: Model, name: str = "default", state: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The adapter's tensors under peft's names.
-
-    state: whole tensors by parameter name, where the model itself holds shards (FSDP); None: the model's own.
-    """
+def adapter_state(model: Model, name: str = "default") -> dict[str, Tensor]:
+    """The adapter's tensors under peft's names."""
     check_name(model, name)
     out: dict[str, Tensor] = {}
     for path, linear in lora_linears(model):
         if name not in linear.adapters:
             continue
-        adapter, prefix = linear.adapter(name), f"{path}.adapters.{name}"
-        a, b = (adapter.A, adapter.B) if state is None else (state[f"{prefix}.A"], state[f"{prefix}.B"])
-        for part, (low, high) in adapter.split(a.detach(), b.detach()).items():
+        adapter = linear.adapter(name)
+        for part, (low, high) in adapter.split(adapter.A.detach(), adapter.B.detach()).items():
             key = f"base_model.model.model.{path.rpartition('.')[0]}.{part}"
             out[f"{key}.lora_A.weight"], out[f"{key}.lora_B.weight"] = low, high
         if adapter.M is not None:
-            lengths = (adapter.M if state is None else state[f"{prefix}.M"]).detach()
-            for part, length in adapter.by_part(lengths).items():
+            for part, length in adapter.by_part(adapter.M.detach()).items():
                 out[f"base_model.model.model.{path.rpartition('.')[0]}.{part}.lora_magnitude_vector"] = length
     return out
 
@@ -106,16 +99,15 @@ def save_adapter(
     name: str = "default",
     base_model: str | Path | None = None,
     base_fingerprint: str | None = None,
-    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter into `folder`. base_model: where its base model is, a folder, a file or a hub's name;
-    base_fingerprint: that of its weights, by which `base_of` knows it again. state: as in `adapter_state`."""
+    base_fingerprint: that of its weights, by which `base_of` knows it again."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if base_model is not None and Path(base_model).exists():
         base_model = Path(base_model).resolve()
         note_base(folder, base_model, os.path.relpath(base_model, folder.resolve()), base_fingerprint)
-    tensors = {key: t.contiguous().cpu() for key, t in adapter_state(model, name, state).items()}
+    tensors = {key: t.contiguous().cpu() for key, t in adapter_state(model, name).items()}
     config = adapter_config(model, name)
     raw = {
         "peft_type": "LORA",
@@ -148,14 +140,16 @@ def load_adapter(
     config = _read_config(folder / CONFIG)
     tensors = _read_tensors(folder / WEIGHTS, model, config)
     attach(model, config, list(tensors), name, trainable)
-    _fill(model, name, tensors)
+    with torch.no_grad():
+        for key, tensor in _stacked(model, name, tensors).items():
+            model.get_parameter(key).copy_(tensor)
     return config
 
 
-def reload_adapter(model: Model, folder: Path, name: str = "default") -> None:
-    """Put the numbers of `folder` into the adapter that `model` has already: a run that is resumed."""
+def read_adapter(model: Model, folder: Path, name: str = "default") -> dict[str, Tensor]:
+    """The numbers of `folder` for the adapter that `model` has already, by parameter name: a run that is resumed."""
     check_name(model, name)
-    _fill(model, name, _read_tensors(folder / WEIGHTS, model, adapter_config(model, name)))
+    return _stacked(model, name, _read_tensors(folder / WEIGHTS, model, adapter_config(model, name)))
 
 
 def adapter_folder(path: Path) -> Path:
@@ -223,18 +217,16 @@ def _noted(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-@torch.no_grad()
-def _fill(model: Model, name: str, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _stacked(model: Model, name: str, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The adapter's parameters by name, made of those of each projection."""
+    found: dict[str, Tensor] = {}
     for path, linear in lora_linears(model):
         if name in linear.adapters:
-            adapter, prefix = linear.adapter(name), path.rpartition(".")[0]
-            for part, (low, high) in adapter.split(adapter.A, adapter.B).items():
-                sides = tensors[f"model.{prefix}.{part}"]
-                low.copy_(sides["A"])
-                high.copy_(sides["B"])
-            if adapter.M is not None:
-                for part, length in adapter.by_part(adapter.M).items():
-                    length.copy_(tensors[f"model.{prefix}.{part}"]["M"])
+            prefix = path.rpartition(".")[0]
+            parts = [tensors[f"model.{prefix}.{part}"] for part in linear.adapter(name).parts]
+            for side in parts[0]:
+                found[f"{path}.adapters.{name}.{side}"] = torch.cat([sides[side] for sides in parts])
+    return found
 
 
 def _read_config(path: Path) -> LoRAConfig:

@@ -2,7 +2,8 @@
 
 Reward models score an answer at its last token, critics (PPO) the state at every token, either on a trunk of their own
 or, as a ValueModel is a Model, on the policy's. On disk it is what transformers calls a sequence classifier with one
-label: `score.weight` beside the decoder's own tensors, under the names of HF Llama and Qwen3.
+label: `score.weight` beside the decoder's own tensors, under the names of HF Llama and Qwen3. One that is an adapter
+on a frozen model lies in an adapter's folder, with the head beside it in value_head.safetensors.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 
 from minimind.attention import Unfolding
 from minimind.config import ModelConfig
+from minimind.lora import merge_adapter, remove_adapters
+from minimind.lora_files import CONFIG, base_of, load_adapter
 from minimind.modeling import Linear, Model, ModelOutput
-from minimind.weights import checkpoint_folder, from_stock, to_stock
+from minimind.weights import checkpoint_folder, from_stock, load_model, to_stock
 
-SCORE = "score.weight"
+SCORE, HEAD = "score.weight", "value_head.safetensors"
 
 
 @dataclass
@@ -101,9 +104,14 @@ def save_value_model(model: Model, folder: Path) -> None:
 
 
 def load_value_model(path: str | Path, config: ModelConfig | None = None) -> ValueModel:
-    """What save_value_model wrote, or the newest checkpoint of a run of train/reward.py: float32, on the CPU, in eval
-    mode. Raises ValueError, naming the folder, where there is no value head or a tensor does not fit."""
-    folder = checkpoint_folder(Path(path))
+    """What save_value_model wrote, or the newest checkpoint of a run of train/reward.py, an adapter merged into its
+    base: float32, on the CPU, in eval mode. Raises ValueError, naming the folder, where there is no value head or a
+    tensor does not fit."""
+    folder = Path(path)
+    if not (folder / CONFIG).is_file():
+        folder = checkpoint_folder(folder)
+    if (folder / CONFIG).is_file():
+        return _merged(folder)
     if not has_value_head(folder):
         raise ValueError(f"{folder}: no value head ({SCORE}) in it; name a run of train/reward.py")
     config = config or _read_config(folder / "config.json")
@@ -120,8 +128,36 @@ def load_value_model(path: str | Path, config: ModelConfig | None = None) -> Val
     return model.eval()
 
 
+def _merged(folder: Path) -> ValueModel:
+    if not has_value_head(folder):
+        raise ValueError(f"{folder}: no value head ({HEAD}) in it; name a run of train/reward.py")
+    model = load_model(base_of(folder))
+    load_adapter(model, folder)
+    merge_adapter(model)
+    remove_adapters(model)
+    value_model = ValueModel.of(model)
+    with torch.no_grad():
+        value_model.value_head.weight.copy_(read_head(folder))
+    return value_model.eval()
+
+
+def save_head(model: Model, folder: Path) -> None:
+    """The head alone, beside an adapter."""
+    assert isinstance(model, ValueModel)
+    save_file({SCORE: model.value_head.weight.detach().cpu()}, folder / HEAD, metadata={"format": "pt"})
+    shutil.copymode(folder / CONFIG, folder / HEAD)
+
+
+def read_head(folder: Path) -> Tensor:
+    """What save_head wrote: [1, C]."""
+    return load_file(folder / HEAD)[SCORE]
+
+
 def has_value_head(folder: Path) -> bool:
-    """Whether `folder` holds weights of ours with a value head: one file, as save_value_model writes."""
+    """Whether `folder` holds weights of ours with a value head: in one file, as save_value_model writes, or beside an
+    adapter."""
+    if (folder / HEAD).is_file():
+        return True
     path = folder / "model.safetensors"
     if not path.is_file():
         return False

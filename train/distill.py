@@ -28,6 +28,7 @@ from minimind.data.progress import say
 from minimind.modeling import Model
 from minimind.objectives.distillation import Distillation, DivergenceName, distillation_loss
 from minimind.tokenization import ChatEncoder, Tokenizer
+from minimind.training.adapters import AdapterArgs, Adapting
 from minimind.training.answers import continue_texts
 from minimind.training.arguments import FromFlag
 from minimind.training.batches import to_device
@@ -47,7 +48,7 @@ PEAK_LR = {"half-nano": 4e-3, "nano": 2e-3, "minimind2-small": 5e-4}
 
 
 @dataclass(frozen=True)
-class Args(ChatArgs):
+class Args(ChatArgs, AdapterArgs):
     """Distil a teacher into a student. Every default works after train/pretrain.py."""
 
     from_: FromFlag = None
@@ -83,8 +84,9 @@ def main(args: Args, console: Console) -> bool:
     args, parts = cast(Args, job.args), lesson.parts
     train, heldout = parts.train, parts.heldout
     plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=parts.mixture))
+    adapting = Adapting.of(job, args)
     job.open_run()
-    model, trained = job.build_model()
+    model, trained = job.build_model(adapting.prepare)
     teacher = job.place(origin.model()).requires_grad_(False).eval()
     taught = compile_model(teacher) if args.compile else teacher
     gap = Gap(teacher, heldout, args, job.parallel)
@@ -95,10 +97,11 @@ def main(args: Args, console: Console) -> bool:
         describe=lambda batch: describe(batch, train, job.tokenizer),
         data_fingerprint=f"{parts.fingerprint} {origin.fingerprint()}",
         others=(teacher,),
-        peak_lr=PEAK_LR.get(job.origin.preset, 5e-4),
+        peak_lr=adapting.rate(PEAK_LR.get(job.origin.preset, 5e-4)),
+        **adapting.files(),
     )
     size = f"teacher: {origin.preset}, {teacher.num_parameters() / 1e6:.1f}M parameters, {origin.weights}"
-    if not job.fit(plan, model, objective, [*lesson.lines(plan), size]):
+    if not job.fit(plan, model, objective, [*lesson.lines(plan), size, *adapting.lines(model)]):
         return False
     if job.parallel.main and heldout is not None:
         draw(job.run.path)

@@ -2,6 +2,7 @@
 
 Direct preference optimisation and its relatives (docstring of minimind/objectives/preference.py) over packed pairs of
 answers. What the model thought of each answer before is worked out once and kept, so that a step needs no second model.
+--lora-rank 16 trains an adapter on the frozen model instead.
 Run the same command again after any interruption and it continues where the last checkpoint was. Every run leaves a
 folder under runs/ with its metrics, plots, answers and weights.
 """
@@ -27,10 +28,12 @@ from rich.console import Console
 from minimind.data import Corpus
 from minimind.data.pair_loader import PairLoader
 from minimind.data.progress import say
+from minimind.lora import adapters_off
 from minimind.modeling import Model
 from minimind.objectives.preference import NEED_REFERENCE, OBJECTIVES, Pairs, preference_loss, with_sft
 from minimind.objectives.preference import Objective as PairObjective
 from minimind.tokenization import ChatEncoder
+from minimind.training.adapters import AdapterArgs, Adapting
 from minimind.training.answers import Question, exact_match, show
 from minimind.training.arguments import FromFlag
 from minimind.training.figures import plot_figures
@@ -56,7 +59,7 @@ PEAK_LR, BUILTIN_PEAK_LR = 1e-5, {"nano": 1e-3}
 
 
 @dataclass(frozen=True)
-class Args(PairArgs):
+class Args(PairArgs, AdapterArgs):
     """Train on preferences. Every default works after train/sft.py."""
 
     from_: FromFlag = None
@@ -100,8 +103,9 @@ def main(args: Args, console: Console) -> bool:
         job.settle("batch_tokens", lambda: (job.args.row * world_size(), ""))
     args, train, heldout = cast(Args, job.args), parts.train, parts.heldout
     plan = job.plan(pair_loader(parts, args))
+    adapting = Adapting.of(job, args)
     job.open_run()
-    model, trained = job.build_model()
+    model, trained = job.build_model(adapting.prepare)
     reference = partial(find_reference, job, args, model, plan.loader.rows)
     of = partial(Measured.of, job=job, args=args, rows=plan.loader.rows, reference=reference)
     measured = {name: (of(view.head(args.eval_tokens)), of(view)) for name, view in parts.measured.items()}
@@ -111,12 +115,13 @@ def main(args: Args, console: Console) -> bool:
         sample=lambda: sample(job.parallel.whole(model), heldout or train, job),
         describe=lambda batch: describe(batch, train, job.tokenizer),
         data_fingerprint=parts.fingerprint,
-        peak_lr=PEAK_LR if args.data else BUILTIN_PEAK_LR.get(job.origin.preset, PEAK_LR),
+        peak_lr=adapting.rate(PEAK_LR if args.data else BUILTIN_PEAK_LR.get(job.origin.preset, PEAK_LR)),
         place=partial(to_device, reference=reference(train)),
         loss_unit="per pair",
         first_passes=float(args.loss in NEED_REFERENCE),
+        **adapting.files(),
     )
-    if not job.fit(plan, model, objective, describe_pairs(parts, plan)):
+    if not job.fit(plan, model, objective, [*describe_pairs(parts, plan), *adapting.lines(model)]):
         return False
     if job.parallel.main and heldout is not None:
         draw(job.run.path)
@@ -149,14 +154,16 @@ def pair_objective(args: Args) -> PairObjective:
 
 
 def find_reference(job: Job, args: Args, model: Model, rows: int, view: Corpus) -> np.ndarray | None:
-    """float64 [pairs, 2] of `view`, where the loss needs it. `model` must be as the run began: before Job.fit."""
+    """float64 [pairs, 2] of `view`, where the loss needs it. `model` must be as the run began: before Job.fit; of one
+    with an adapter it is the base that counts."""
     if args.loss not in NEED_REFERENCE:
         return None
     if args.plan:
         return np.zeros((view.num_documents, 2))
     weights = job.origin.fingerprint()
     where = job.parallel, job.console, args.cache_dir
-    return reference_log_probs(model, weights, view, args.row, rows, *where, args.share_prompts)
+    with adapters_off(model):
+        return reference_log_probs(model, weights, view, args.row, rows, *where, args.share_prompts)
 
 
 @dataclass(frozen=True)

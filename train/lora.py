@@ -26,18 +26,12 @@ from minimind.data import Corpus, PackedLoader
 from minimind.data.builtin_identity import builtin_identity
 from minimind.data.paths import find_files
 from minimind.data.progress import say
-from minimind.lora import LoRAConfig, add_adapter, set_adapters
-from minimind.lora_files import (
-    adapter_config,
-    adapter_folder,
-    another_base,
-    load_adapter,
-    reload_adapter,
-    save_adapter,
-)
+from minimind.lora import LoRAConfig, adapters_off, add_adapter
+from minimind.lora_files import adapter_config, adapter_folder, another_base, load_adapter
 from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder, require_same_ids, tokenizer_beside
+from minimind.training.adapters import PEAK_LR, describe_adapter, reload, saver
 from minimind.training.arguments import FromFlag
 from minimind.training.chats import (
     ChatArgs,
@@ -56,9 +50,6 @@ from minimind.training.origin import begin_from
 from minimind.training.parts import Parts
 from minimind.training.script import run_script
 
-# Peak rate whatever the preset: an adapter starts at zero, and its size does not follow the model's. On nano 1e-3
-# taught as many answers and kept as many others, at twice the held-out loss.
-PEAK_LR = 2e-3
 # An adapter begins at zero and learns little from a few large steps; few rows a step leave a GPU idle.
 STEPS, LEAST_BATCH = 1000, 1024
 
@@ -120,8 +111,6 @@ def main(args: Args, console: Console) -> bool:
         raise ValueError(f"--lora-plus {args.lora_plus}: must be above 0")
     if args.embedding_lr != 1:
         raise ValueError(f"--embedding-lr {args.embedding_lr}: the embedding is frozen; drop the flag")
-    if args.parallel == "fsdp":
-        raise ValueError("--parallel fsdp: the frozen model is not sharded; take ddp")
     args = dataclasses.replace(args, from_=begin_from(args, "sft"))
     config = LoRAConfig(args.rank, args.alpha, args.dropout, args.targets or None, args.rslora, args.dora)
     job = Job.begin("lora", args, console)
@@ -133,7 +122,6 @@ def main(args: Args, console: Console) -> bool:
     plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=parts.mixture))
     job.open_run()
     model, trained = job.build_model(lambda model: give_adapter(model, args, config))
-    base = job.origin.fingerprint()
     objective = Objective(
         loss=lambda batch: next_token_loss(trained, batch),
         evaluate=lambda final: evaluate(model, parts, kept, job, args, final),
@@ -141,12 +129,10 @@ def main(args: Args, console: Console) -> bool:
         describe=lambda batch: describe(batch, train, job.tokenizer),
         data_fingerprint=parts.fingerprint,
         peak_lr=PEAK_LR,
-        save_model=lambda model, folder: save_adapter(
-            model, folder, base_model=job.origin.weights, base_fingerprint=base
-        ),
-        load_model=lambda model, checkpoint, parallel: reload_adapter(model, checkpoint),
+        save_model=saver(job),
+        load_model=reload,
     )
-    lines = [*describe_chats(parts, plan), describe_adapter(model)]
+    lines = [*describe_chats(parts, plan), describe_adapter(model, adapter_config(model))]
     if not job.fit(plan, model, objective, lines):
         return False
     if job.parallel.main:
@@ -198,15 +184,6 @@ def give_adapter(model: Model, args: Args, config: LoRAConfig) -> None:
         load_adapter(model, args.adapter, trainable=True)
 
 
-def describe_adapter(model: Model) -> str:
-    config = adapter_config(model)
-    own = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return (
-        f"adapter: {own / 1e6:.3f}M parameters are trained, {own / (model.num_parameters() - own):.1%} of the model's; "
-        f"rank {config.rank}, scale {config.scale:g}, {' '.join(config.targets or ())}"
-    )
-
-
 def evaluate(
     model: Model, parts: Parts, kept: Corpus | None, job: Job, args: Args, final: bool
 ) -> dict[str, Any]:
@@ -217,11 +194,8 @@ def evaluate(
     figures |= answered(model, kept, job, args, final, "kept")
     said = f"{figures['kept_exact']:.1%} of {figures['kept_questions']} other answers to the letter"
     if final:
-        set_adapters(model, [])
-        try:
+        with adapters_off(model):
             figures["base_exact"] = answered(model, kept, job, args, final, "kept")["kept_exact"]
-        finally:
-            set_adapters(model, ["default"])
         said += f", {figures['base_exact']:.1%} without the adapter"
     say(job.console, said)
     return figures

@@ -44,12 +44,20 @@ from minimind.objectives.advantages import gae, token_rewards, value_shift, whit
 from minimind.objectives.policy import PolicyBatch, policy_loss
 from minimind.objectives.surrogates import Objective, clip, with_terms
 from minimind.objectives.values import actor_critic_loss, explained_variance, value_loss, value_room
-from minimind.training.actor_critic import ActorCritic, critic_of, critic_parameters, load_both, save_both
+from minimind.training.actor_critic import (
+    ActorCritic,
+    critic_of,
+    critic_parameters,
+    load_both,
+    save_both,
+    with_value_head,
+)
+from minimind.training.adapters import saver
 from minimind.training.collector import parts, per_answer
 from minimind.training.loop import Apart, StageLoss
 from minimind.training.rl_arguments import RolloutArgs
 from minimind.training.rl_loader import pack
-from minimind.training.rl_stage import Rollouts, peak_lr
+from minimind.training.rl_stage import Rollouts
 from minimind.training.rollouts import Answer
 from minimind.training.script import run_script
 from minimind.value_head import ValueModel, ValueOutput
@@ -72,7 +80,8 @@ class Args(RolloutArgs):
     inner_epochs: int = 2
     """Passes over each rollout."""
     critic: Literal["own", "shared"] = "own"
-    """own: a second model that begins with the policy's weights; shared: a head on the policy."""
+    """own: a second model that begins with the policy's weights, with --lora-rank a second adapter on them; shared: a
+    head on the policy."""
     clip_range: float = 0.2
     """The ratio has no gradient outside 1 +- clip_range where it would go on."""
     critic_lr: float | None = None
@@ -112,7 +121,7 @@ def main(args: Args, console: Console) -> bool:
     kl = args.beta if args.kl_in == "loss" else 0.0
     objective = with_terms(partial(clip, low=args.clip_range), kl, args.entropy)
     run = Rollouts.begin("ppo", args, "token", console)
-    make = ActorCritic.of if args.critic == "own" else partial(ValueModel.of, keep_head=True)
+    make = ActorCritic.of if args.critic == "own" else with_value_head
     run.build(
         partial(advantages, args),
         make=make,
@@ -120,13 +129,13 @@ def main(args: Args, console: Console) -> bool:
         annotate=lambda answers: estimate(critic_of(run.model), answers, run),
     )
     loss = partial(both_losses, args, objective, run)
-    lr = args.lr or peak_lr(NANO_LR, run.job.config)
+    lr = args.lr or run.rate(NANO_LR)
     apart = Apart("critic", critic_parameters(run.model), (args.critic_lr or lr) / lr)
     return run.fit(
         loss,
         NANO_LR,
         [describe(args, apart.rate * lr)],
-        save_model=save_both,
+        save_model=partial(save_both, save=saver(run.job)) if args.lora_rank else save_both,
         load_model=load_both,
         apart=[apart],
     )

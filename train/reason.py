@@ -29,6 +29,7 @@ from minimind.data.progress import say
 from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization.reasoning import ReasoningEncoder
+from minimind.training.adapters import AdapterArgs, Adapting
 from minimind.training.arguments import FromFlag
 from minimind.training.chats import ChatArgs, chat_sample, describe_chats, open_chats
 from minimind.training.figures import plot_figures
@@ -44,7 +45,7 @@ PEAK_LR = {"nano": 2e-3, "minimind2-small": 5e-4}
 
 
 @dataclass(frozen=True)
-class Args(ChatArgs):
+class Args(ChatArgs, AdapterArgs):
     """Fine-tune a chat model on conversations with reasoning. Every default works after train/sft.py."""
 
     from_: FromFlag = None
@@ -108,17 +109,19 @@ def main(args: Args, console: Console) -> bool:
         mixture=parts.mixture,
     )
     plan = job.plan(loader)
+    adapting = Adapting.of(job, args)
     job.open_run()
-    model, trained = job.build_model()
+    model, trained = job.build_model(adapting.prepare)
     objective = Objective(
         loss=lambda batch: next_token_loss(trained, batch),
         evaluate=lambda final: evaluate(model, parts, asked, job, args, final),
         sample=lambda: chat_sample(job.parallel.whole(model), heldout or train, job, args),
         describe=lambda batch: describe(batch, train, job.tokenizer),
         data_fingerprint=parts.fingerprint,
-        peak_lr=PEAK_LR.get(job.origin.preset, 5e-4),
+        peak_lr=adapting.rate(PEAK_LR.get(job.origin.preset, 5e-4)),
+        **adapting.files(),
     )
-    lines = [*describe_chats(parts, plan), describe_questions(asked)]
+    lines = [*describe_chats(parts, plan), describe_questions(asked), *adapting.lines(model)]
     if not job.fit(plan, model, objective, lines):
         return False
     if job.parallel.main and asked.reasoned:

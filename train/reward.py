@@ -27,6 +27,7 @@ from minimind.data.pair_loader import PairLoader
 from minimind.data.progress import say
 from minimind.objectives.reward_model import bradley_terry, reward_loss
 from minimind.tokenization import ChatEncoder
+from minimind.training.adapters import AdapterArgs, Adapting
 from minimind.training.arguments import FromFlag
 from minimind.training.figures import plot_figures
 from minimind.training.heldout import describe, rename
@@ -36,20 +37,20 @@ from minimind.training.pairs import PairArgs, describe_pairs, open_pairs, pair_l
 from minimind.training.parts import Parts
 from minimind.training.scores import (
     ValueOrigin,
+    files,
     heldout_scores,
-    load_value_weights_into,
     show_scores,
     to_device,
 )
 from minimind.training.script import run_script
-from minimind.value_head import ValueModel, save_value_model
+from minimind.value_head import ValueModel
 
 # Peak rates by preset. With nano's all built-in held-out pairs are told apart; the others are not tuned yet.
 PEAK_LR = {"nano": 1e-3}
 
 
 @dataclass(frozen=True)
-class Args(PairArgs):
+class Args(PairArgs, AdapterArgs):
     """Train a reward model. Every default works after train/sft.py."""
 
     from_: FromFlag = None
@@ -75,21 +76,21 @@ def main(args: Args, console: Console) -> bool:
     parts = open_pairs(job, args, ChatEncoder(job.tokenizer))
     args, train, heldout = cast(Args, job.args), parts.train, parts.heldout
     plan = job.plan(pair_loader(parts, args))
+    adapting = Adapting.of(job, args)
     job.open_run()
-    model, trained = job.build_model()
+    model, trained = job.build_model(adapting.prepare)
     objective = Objective(
         loss=lambda batch: reward_loss(cast(ValueModel, trained), batch, args.centering),
         evaluate=lambda final: evaluate(cast(ValueModel, model), parts, job, args, plan.loader.rows, final),
         sample=lambda: sample(cast(ValueModel, model), heldout or train, job),
         describe=lambda batch: describe(batch, train, job.tokenizer),
         data_fingerprint=parts.fingerprint,
-        peak_lr=PEAK_LR.get(job.origin.preset, 1e-5),
-        save_model=save_value_model,
-        load_model=load_value_weights_into,
+        peak_lr=adapting.rate(PEAK_LR.get(job.origin.preset, 1e-5)),
         place=to_device,
         loss_unit="per pair",
+        **files(adapting),
     )
-    if not job.fit(plan, model, objective, describe_pairs(parts, plan)):
+    if not job.fit(plan, model, objective, [*describe_pairs(parts, plan), *adapting.lines(model)]):
         return False
     if job.parallel.main and heldout is not None:
         draw(job.run.path)

@@ -170,8 +170,8 @@ def _tokenizer_of(path: Path, lora: Path | None, args: WeightArgs, notes: list[s
 
 
 def _stage_of(path: Path) -> str | None:
-    """What a run folder's config.json says of the stage; a checkpoint inside one belongs to it."""
-    for folder in (path, *path.parents[:2]):
+    """What a run folder's config.json says of the stage; a checkpoint inside one belongs to it, and its average."""
+    for folder in (path, *path.parents[:3]):
         try:
             stage = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("stage")
         except (OSError, ValueError, AttributeError):

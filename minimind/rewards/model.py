@@ -19,7 +19,7 @@ from minimind.data.files import read_json
 from minimind.device import choose_precision
 from minimind.rewards.sample import Reward, Sample
 from minimind.tokenization import ChatEncoder, load_tokenizer
-from minimind.value_head import ValueModel, load_value_model
+from minimind.value_head import HEAD, ValueModel, load_value_model
 from minimind.weights import checkpoint_folder
 
 BATCH_TOKENS = 16384  # of a forward, padding included; one longer conversation goes alone
@@ -29,6 +29,8 @@ def model_reward(folder: str, device: torch.device, trust_remote_code: bool = Fa
     """The reward model in `folder`, on `device`, in bfloat16 where that is the faster there. Raises ValueError, with
     the way out, where there is none or it brings its own code, which runs with trust_remote_code alone."""
     path = reward_weights(folder)
+    if (path / HEAD).is_file():  # an adapter: the config is its base's
+        return ValueReward.open(path, device)
     config = read_json(path / "config.json")
     if config is None:
         raise ValueError(

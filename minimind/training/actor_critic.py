@@ -1,23 +1,28 @@
 """A policy with its critic as one module to train: the critic on a trunk of its own, or a head on the policy's.
 
-A checkpoint of it is one of the policy, with the critic beside it: critic/, or critic_head.pt where it is a head.
+A checkpoint of it is one of the policy, with the critic beside it: critic/, or critic_head.pt where it is a head. Where
+adapters are trained, policy and critic are two adapters on one frozen base, and critic_head.pt is there in either case.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
-from minimind.data.files import sync
+from minimind.lora import add_adapter, lora_linears
+from minimind.lora_files import adapter_config, read_adapter
 from minimind.modeling import Model
 from minimind.training.parallel import Parallel, from_rank_0
 from minimind.value_head import ValueModel, load_value_model, save_value_model
 from minimind.weights import load_model, save_weights
 
+M = TypeVar("M", bound=Model)
 _HEAD, _CRITIC = "value_head.weight", "critic"
 CRITIC = "critic."  # how the names of its parameters begin in an ActorCritic
 
@@ -29,13 +34,48 @@ class ActorCritic(Model):
 
     @staticmethod
     def of(model: Model) -> ActorCritic:
-        """`model` itself, its parameters shared, with a critic copied from it."""
-        with torch.device("meta"):
-            both = ActorCritic(model.config)
-        both.load_state_dict(model.state_dict(keep_vars=True), assign=True)
-        both.compute_dtype, both.recompute = model.compute_dtype, model.recompute
-        both.critic = ValueModel.of(model)
-        return both.train(model.training)
+        """`model` itself, its modules shared, with a critic copied from it; where an adapter is trained, with another
+        adapter on the same frozen weights."""
+        both = _around(model, ActorCritic)
+        both.critic = _adapted_critic(model) if lora_linears(model) else ValueModel.of(model)
+        return both
+
+
+def with_value_head(model: Model) -> ValueModel:
+    """A policy that shares its trunk with its critic: a copy of `model`, or where an adapter is trained `model`
+    itself."""
+    if not lora_linears(model):
+        return ValueModel.of(model, keep_head=True)
+    both, weight = _around(model, ValueModel), model.embed_tokens.weight
+    both.value_head.weight = nn.Parameter(weight.new_zeros(1, model.config.hidden_size))
+    return both
+
+
+def _adapted_critic(model: Model) -> ValueModel:
+    """A critic with an adapter like that of `model`, on its frozen weights: none is copied."""
+    with torch.device("meta"):
+        critic = ValueModel(replace(model.config, tie_word_embeddings=True))
+    critic.requires_grad_(False)  # the weights become what those that they replace were
+    names = critic.state_dict().keys()
+    frozen: dict[str, Any] = {name: p for name, p in model.named_parameters() if name in names}
+    head = model.embed_tokens.weight.new_zeros(1, model.config.hidden_size)
+    critic.load_state_dict(frozen | {_HEAD: head}, assign=True)
+    critic.compute_dtype, critic.recompute = model.compute_dtype, model.recompute
+    add_adapter(critic, adapter_config(model))
+    critic.value_head.requires_grad_(True)
+    return critic.train(model.training)
+
+
+def _around(model: Model, kind: type[M]) -> M:
+    """A `kind` whose decoder is the very modules of `model`."""
+    with torch.device("meta"):
+        made = kind(model.config)
+    own = dict(made.named_children())
+    for name, module in model.named_children():
+        if name in own:
+            setattr(made, name, module)
+    made.compute_dtype, made.recompute, made.dropout = model.compute_dtype, model.recompute, model.dropout
+    return made.train(model.training)
 
 
 def critic_of(model: Model) -> ValueModel:
@@ -44,40 +84,40 @@ def critic_of(model: Model) -> ValueModel:
 
 
 def critic_parameters(model: Model) -> list[nn.Parameter]:
-    """What learns with the critic alone: all of its own trunk, or the head on the policy's."""
-    if isinstance(model, ActorCritic):
-        return list(model.critic.parameters())
-    return list(cast(ValueModel, model).value_head.parameters())
+    """What learns with the critic alone: all that is trained of its own trunk, or the head on the policy's."""
+    alone = model.critic if isinstance(model, ActorCritic) else cast(ValueModel, model).value_head
+    return [parameter for parameter in alone.parameters() if parameter.requires_grad]
 
 
-def save_both(model: Model, folder: Path) -> None:
-    """The policy as a model to chat with, and the critic; see the module's docstring."""
-    save_weights(_policy(model), folder)
+def save_both(model: Model, folder: Path, save: Callable[[Model, Path], None] = save_weights) -> None:
+    """The policy as a model to chat with, and the critic; see the module's docstring. save: how what is trained of a
+    model is written, the whole or an adapter."""
+    policy = _around(model, Model)
+    adapted = bool(lora_linears(policy))
+    save(policy, folder)
     if isinstance(model, ActorCritic):
-        save_value_model(model.critic, folder / _CRITIC)
-        for path in (folder / _CRITIC).iterdir():
-            sync(path)
-    else:
-        torch.save(model.state_dict()[_HEAD], folder / f"{_CRITIC}_head.pt")
+        (save if adapted else save_value_model)(model.critic, folder / _CRITIC)
+    if adapted or not isinstance(model, ActorCritic):
+        torch.save(critic_of(model).value_head.weight.detach(), folder / f"{_CRITIC}_head.pt")
 
 
 def load_both(model: Model, checkpoint: Path, parallel: Parallel) -> None:
     """Take policy and critic back to what save_both wrote, in place; all ranks call it, rank 0 reads."""
+    adapted = bool(lora_linears(model))
+    state = _read_both(model, checkpoint, adapted) if parallel.main else {}
+    set_model_state_dict(model, state, options=from_rank_0(strict=not adapted))
+
+
+def _read_both(model: Model, checkpoint: Path, adapted: bool) -> dict[str, Any]:
+    own = isinstance(model, ActorCritic)
+    critic, folder = critic_of(model), checkpoint / _CRITIC
     state: dict[str, Any] = {}
-    if parallel.main:
+    if adapted:
+        state |= read_adapter(_around(model, Model), checkpoint)
+        found = read_adapter(critic, folder) if own else {}
+    else:
         state |= load_model(checkpoint, config=model.config).state_dict()
-        if isinstance(model, ActorCritic):
-            critic = load_value_model(checkpoint / _CRITIC, config=model.critic.config).state_dict()
-            state |= {CRITIC + name: value for name, value in critic.items()}
-        else:
-            state[_HEAD] = torch.load(checkpoint / f"{_CRITIC}_head.pt", weights_only=True)
-    set_model_state_dict(model, state, options=from_rank_0())
-
-
-def _policy(model: Model) -> Model:
-    """A plain Model on the same parameters."""
-    with torch.device("meta"):
-        policy = Model(model.config)
-    own = policy.state_dict().keys()
-    policy.load_state_dict({k: v for k, v in model.state_dict().items() if k in own}, assign=True)
-    return policy
+        found = load_value_model(folder, config=critic.config).state_dict() if own else {}
+    if adapted or not own:
+        found[_HEAD] = torch.load(checkpoint / f"{_CRITIC}_head.pt", weights_only=True)
+    return state | {(CRITIC if own else "") + name: value for name, value in found.items()}

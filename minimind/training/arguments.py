@@ -100,6 +100,10 @@ class StageArgs:
     measured on the same part, --evals times in a run."""
     patience: int | None = None
     """End after so many evaluations without a better held-out figure, and keep the best weights. None: go on."""
+    ema: float | None = None
+    """Also keep a running average of the weights, of which this share stays at every step, so that it is over about the
+    last 1 / (1 - share) steps. It is measured beside them (heldout_ema_...), and lies in average/ in every checkpoint,
+    to be opened as a model. None: none (docs/training.md says when it helps)."""
     log_every: int = 10
     """Steps between reads of the loss from the device."""
     compile: bool = False
@@ -172,6 +176,8 @@ class StageArgs:
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"--warmup {self.warmup}: a share of the steps, from 0 to 1")
         self._check_optimizer()
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"--ema {self.ema}: a share of the average that stays, above 0 and below 1")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"--seed {self.seed}: from 0 to {(1 << 63) - 1}")
         if self.new_tokenizer and self.tokenizer is None:

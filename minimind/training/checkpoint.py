@@ -4,6 +4,7 @@ checkpoints/step-00000250/
     config.json  model.safetensors    what load_model opens: float32, upstream's names
     tokenizer.json ...                the tokenizer it was trained with
     trainer.pt                        optimizer, RNG, data position; loads with weights_only=True
+    average/                          with --ema: the averaged weights and the tokenizer, another model to open
 checkpoints/best-00000200/            with --keep-best: the same without trainer.pt; opening the run takes it
 """
 
@@ -83,7 +84,7 @@ def _write(run: Path, name: str, fill: Callable[[Path], None]) -> Path:
     partial = root / f".partial-{name}-{os.getpid()}"
     try:
         fill(partial)
-        for file in [*partial.iterdir(), partial]:
+        for file in [*partial.rglob("*"), partial]:
             sync(file)
         os.replace(partial, final)
         sync(root)

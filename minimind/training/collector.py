@@ -45,7 +45,8 @@ class Collector:
     """model: the policy, in training; sampler: samples from it. prompts: their number in a rollout, `how.samples`
     answers each.
 
-    reference: a frozen model to score answers with, where the algorithm wants it. annotate(answers): what else is
+    reference(answers): their log-probabilities under the model that the run began with, as scored_again gives them,
+    where the algorithm wants them. annotate(answers): what else is
     worked out for a rank's share of them, such as a critic's values. advantages(answers): fills them in by the scores,
     given all, and returns figures to log. before(answers of the rollout before): called first, with the weights trained
     on them. scale: makes scores of the rewards. stop: told of every new rollout. penalty: taken off the reward of an
@@ -65,7 +66,7 @@ class Collector:
     shape: Shape
     parallel: Parallel
     advantages: Callable[[list[Answer]], dict[str, float]]
-    reference: Model | None = None
+    reference: Callable[[Sequence[Answer]], list[np.ndarray]] | None = None
     annotate: Callable[[list[Answer]], None] | None = None
     before: Callable[[list[Answer]], None] | None = None
     scale: RewardScale = field(default_factory=RewardScale)
@@ -155,7 +156,7 @@ class Collector:
             return
         mine = answers[self.parallel.rank :: self.parallel.world_size]
         if self.reference is not None:
-            for a, log_probs in zip(mine, scored_again(self.reference, mine, self.shape), strict=True):
+            for a, log_probs in zip(mine, self.reference(mine), strict=True):
                 a.reference = log_probs
         if self.annotate is not None:
             self.annotate(mine)

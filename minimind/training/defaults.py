@@ -56,8 +56,11 @@ def passes(stage: str, builtin: bool, tokens: int) -> tuple[float, str]:
     )
 
 
-def optimizer(weights: Path | None) -> tuple[OptimizerName, str]:
-    """(what a run that begins with `weights`, None for random ones, is trained with; why in one line)."""
+def optimizer(weights: Path | None, adapter: bool = False) -> tuple[OptimizerName, str]:
+    """(what a run that begins with `weights`, None for random ones, is trained with; why in one line). adapter: it
+    trains a low-rank adapter on them."""
+    if adapter:
+        return "adamw", "--optimizer adamw: it is what adapters are trained with"
     if weights is None:
         return "muon", "--optimizer muon: no weights from elsewhere are named"
     earlier = trained_with(weights)

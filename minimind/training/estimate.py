@@ -301,6 +301,7 @@ def _on_card(card: Card, job: Job, plan: Plan, model: Model, others: Sequence[Mo
     parameters = model.num_parameters()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     beside = sum(6 * other.num_parameters() for other in others)
+    beside += 0 if args.ema is None else 4 * trained  # the average, in float32
     room = min(MOST_TOKENS, tokens_that_fit(job.config, parameters, memory - beside, args.recompute))
     micro = args.micro_tokens or halved(plan.step_tokens, room, args.row, 1)
     size = step_bytes(job.config, parameters, trained, micro, args.recompute) + beside

@@ -31,8 +31,9 @@ from minimind.modeling import Model
 from minimind.spans import nvtx_mode
 from minimind.tokenization import Tokenizer
 from minimind.training.arguments import StageArgs
+from minimind.training.averaging import FOLDER as AVERAGE
 from minimind.training.batches import DeviceBatches, to_device
-from minimind.training.checkpoint import load_weights_into, share_trainer_state
+from minimind.training.checkpoint import list_checkpoints, load_weights_into, share_trainer_state
 from minimind.training.compiling import compile_model
 from minimind.training.estimate import Planned, estimate
 from minimind.training.identity import Defaults
@@ -285,6 +286,9 @@ class Job:
         self.state = {}  # a copy of the optimizer's
         if not trainer.fit():
             return False
+        if args.ema is not None:
+            newest = list_checkpoints(self.run.path)[-1] if parallel.main else self.run.path
+            say(self.console, f"the averaged weights: --model or --from {newest / AVERAGE}")
         say(self.console, f"finished in {self.run.path}: see loss.png and samples.txt")
         return True
 
@@ -388,6 +392,7 @@ class Job:
             keep_best=args.keep_best or args.patience is not None,
             patience=args.patience,
             own_gradients=args.cuda_graph,
+            ema=args.ema,
         )
 
     def _say_what_runs(self, plan: Plan, model: Model, lines: Sequence[str]) -> None:

@@ -13,8 +13,9 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,8 +31,10 @@ from minimind.display import Display, duration
 from minimind.modeling import Model
 from minimind.spans import span
 from minimind.tokenization import Tokenizer
+from minimind.training.averaging import FOLDER as AVERAGE
+from minimind.training.averaging import WeightAverage
 from minimind.training.checkpoint import best_folder, load_weights_into, save_best, save_checkpoint
-from minimind.training.heldout import loss_lines
+from minimind.training.heldout import loss_lines, rename
 from minimind.training.metrics import MetricsLog, plot_losses
 from minimind.training.optim import Optimizers
 from minimind.training.parallel import Parallel
@@ -89,6 +92,7 @@ class LoopOptions:
     branch: int = 0  # a step whose checkpoint is kept for good, for longer runs to begin with
     keep_best: bool = False
     patience: int | None = None  # evaluations without a better held-out figure after which training ends
+    ema: float | None = None  # decay of an average of the weights
     own_gradients: bool = False  # those of a CUDA graph's backward lie in its memory, which it fills anew
 
 
@@ -198,6 +202,11 @@ class Trainer:
     heldout: str = ""  # the newest held-out figure, for the progress line
     newest: str = ""  # the newest of the stage's news, for the same
     pending: list[_Row] = field(default_factory=list)
+    average: WeightAverage | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.options.ema is not None:
+            self.average = WeightAverage(self.stage.model, self.options.ema)
 
     @property
     def device(self) -> torch.device:
@@ -219,6 +228,10 @@ class Trainer:
         if note := self.stage.optimizer.load_state_dict(self.stage.model, state["optimizer"]):
             say(self.console, note)
         self.stage.load_model(self.stage.model, self.run.checkpoint, self.parallel)
+        if self.average is not None:
+            self.average.updates = state["averaged"]
+            with self.average.in_place():
+                self.stage.load_model(self.stage.model, self.run.checkpoint / AVERAGE, self.parallel)
         self.stage.loader.load_state({**state["loader"], "step": state["step"]})
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
@@ -327,6 +340,8 @@ class Trainer:
             stage.before_update()
             stage.optimizer.step()
             stage.optimizer.zero_grad()
+            if self.average is not None:
+                self.average.update()
         lr = stage.peak_lr * factor
         self.step += 1
         self.targets_seen += total
@@ -416,6 +431,8 @@ class Trainer:
     def _evaluate(self, final: bool = False) -> None:
         started = time.perf_counter()
         values = self.stage.evaluate(final)
+        if values and self.average is not None:
+            values |= self._of_the_average(self.average, final)
         if values:
             seconds = {"seconds": round(time.perf_counter() - started, 3)}
             self.metrics.write("eval", self.step, {"tokens": self.tokens, **values}, seconds)
@@ -425,6 +442,14 @@ class Trainer:
         if self.options.keep_best and not final:
             self._keep_best(values)
         self.clock = time.perf_counter()
+
+    def _of_the_average(self, average: WeightAverage, final: bool) -> dict[str, Any]:
+        """The held-out figures of the averaged weights, as those of a set named ema."""
+        self.display.say(f"step {self.step}: of the averaged weights:")
+        with average.in_place():
+            values = self.stage.evaluate(final)
+        held = {name: value for name, value in values.items() if name.startswith("heldout_")}
+        return {name: value for name, value in rename("ema", held).items() if name != "heldout_all"}
 
     def _say_figures(self, values: dict[str, Any], scope: str) -> None:
         exact = ""
@@ -470,11 +495,15 @@ class Trainer:
     def _save(self) -> None:
         whole = self.parallel.whole(self.stage.model)
         optimizer = self.stage.optimizer.state_dict(self.stage.model)
-        self.parallel.share(lambda: self._write(whole, optimizer))
+        copy = None
+        if self.average is not None and self.parallel.strategy == "fsdp":
+            with self.average.in_place():
+                copy = self.parallel.whole(self.stage.model)
+        self.parallel.share(lambda: self._write(whole, optimizer, copy))
         self.clock = time.perf_counter()
 
-    def _write(self, model: Model | None, optimizer: dict[str, Any]) -> None:
-        """The checkpoint, on rank 0."""
+    def _write(self, model: Model | None, optimizer: dict[str, Any], copy: Model | None) -> None:
+        """The checkpoint, on rank 0. copy: a model with the averaged weights, where `model` cannot take them."""
         assert model is not None
         stage = self.stage
         if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
@@ -492,6 +521,7 @@ class Trainer:
             "loader": stage.loader.state(),
             "data": stage.data_fingerprint,
             "best": asdict(self.best),
+            "averaged": self.average.updates if self.average is not None else 0,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "tracker": {"name": self.tracker.name, "id": self.tracker.run_id},
@@ -505,9 +535,16 @@ class Trainer:
             stage.tokenizer,
             state,
             self.options.keep_checkpoints,
-            stage.save_model,
+            partial(self._save_model, copy),
             self.options.branch,
         )
+
+    def _save_model(self, copy: Model | None, model: Model, folder: Path) -> None:
+        self.stage.save_model(model, folder)
+        if self.average is not None:
+            with self.average.in_place() if copy is None else nullcontext():
+                self.stage.save_model(copy or model, folder / AVERAGE)
+            self.stage.tokenizer.save(folder / AVERAGE)
 
     def _non_finite(self, row: _Row, loss: float, norm: float) -> None:
         """Keep what is needed to look at the batch, of all ranks, then stop."""

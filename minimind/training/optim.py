@@ -108,7 +108,7 @@ def build_optimizers(
     adamw: fused AdamW for everything (Loshchilov & Hutter 2019, arXiv 1711.05101).
     muon: momentum orthogonalised by Newton-Schulz for the matrices inside the blocks (Jordan et al. 2024), those of
       each expert and packed q, k, v, gate and up apart, its update scaled to the size of AdamW's so that one `lr`
-      serves both (Moonlight, arXiv 2502.16982); AdamW for the embedding, the head, the router and the gains.
+      serves both (Moonlight, arXiv 2502.16982); AdamW for the embedding, the head, the router, the gains and adapters.
     """
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward without a backward leaves whole parameters in place of the shards
@@ -127,7 +127,8 @@ def build_optimizers(
 
 
 def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim in (2, 3) and ".layers." in f".{name}" and "router" not in name
+    inside = ".layers." in f".{name}" and "router" not in name
+    return parameter.ndim in (2, 3) and inside and ".adapters." not in name  # those of q, k and v are stacked
 
 
 def packed_rows(model: Model) -> dict[nn.Parameter, tuple[int, ...]]:

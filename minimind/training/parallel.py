@@ -26,6 +26,7 @@ from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from minimind.device import choose_device
+from minimind.lora import empty_copy
 from minimind.modeling import Block, Model, MoE
 from minimind.spans import span
 
@@ -175,8 +176,7 @@ class Parallel:
         state = get_model_state_dict(model, options=to_rank_0())
         if not self.main:
             return None
-        with torch.device("meta"):
-            copy = Model(model.config)
+        copy = empty_copy(model)
         copy.load_state_dict(state, assign=True)
         copy.compute_dtype = model.compute_dtype
         return copy.to(model.device).train(model.training)
@@ -228,20 +228,25 @@ def to_rank_0() -> StateDictOptions:
     return StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def from_rank_0() -> StateDictOptions:
-    """Rank 0 hands out whole tensors; each takes the part that it keeps."""
-    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+def from_rank_0(strict: bool = True) -> StateDictOptions:
+    """Rank 0 hands out whole tensors; each takes the part that it keeps. Not strict: some may be missing."""
+    together = dist.is_initialized()
+    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=together, strict=strict)
 
 
 def _shard(model: Model, mesh: DeviceMesh, reduce_dtype: torch.dtype) -> None:
     """FSDP2: masters stay float32, gradients are summed in `reduce_dtype`. The matrices of a block, which are rounded
     before every product anyway, travel as they compute; what is not, norm gains, routers, embedding and head, travels
     in float32, so that every rank computes what one process would. All gains come with the embedding, once a step.
+    With DoRA the blocks' matrices travel in float32 too: the lengths of rows are taken of what is not rounded. Frozen
+    weights are sharded like the others; no gradient of them is sent.
     """
     dtype = model.compute_dtype if model.compute_dtype == torch.bfloat16 else None
     # the model itself says what runs in which precision: inputs are not cast
     exact = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     rounded = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
+    if any(part.endswith(".M") for part, _ in model.named_parameters()):
+        rounded = exact
     placement = partial(_placement, shards=mesh.size(mesh.ndim - 1))
     for block in cast(Iterable[Block], model.layers):
         if isinstance(block.mlp, MoE):

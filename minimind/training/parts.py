@@ -147,7 +147,9 @@ def _settle(job: Job, train: Corpus) -> None:
     if job.given.epochs is None and job.given.tokens is None:
         job.settle("epochs", lambda: passes(job.stage, builtin, job.args.scaled(train.num_tokens)))
     if job.given.optimizer is None:
-        job.settle("optimizer", lambda: optimizer(job.origin.weights))
+        job.settle(
+            "optimizer", lambda: optimizer(job.origin.weights, bool(getattr(job.args, "lora_rank", None)))
+        )
     job.args.check()  # flags that go with one optimizer
 
 

@@ -10,14 +10,15 @@ import tyro
 
 from minimind.data.forms import FormatName
 from minimind.rewards import RewardScale
-from minimind.training.arguments import FromFlag, StageArgs
+from minimind.training.adapters import AdapterArgs
+from minimind.training.arguments import FromFlag
 from minimind.training.parallel import ParallelName, world_size
 
 NormName = Literal["none", "running"]
 
 
 @dataclass(frozen=True)
-class RolloutArgs(StageArgs):
+class RolloutArgs(AdapterArgs):
     """Flags of a stage that learns from its own answers."""
 
     from_: FromFlag = None
@@ -102,6 +103,7 @@ class RolloutArgs(StageArgs):
     batch_tokens: tyro.conf.Suppress[int | None] = None
     micro_tokens: tyro.conf.Suppress[int | None] = None
     eval_tokens: tyro.conf.Suppress[int] = 65536
+    ema: tyro.conf.Suppress[float | None] = None
 
     def check(self) -> None:
         super().check()
@@ -115,6 +117,11 @@ class RolloutArgs(StageArgs):
         if self.thinking is not None and not 0 <= self.thinking <= 1:
             raise ValueError(f"--thinking {self.thinking:g}: must be a share from 0 to 1")
         RewardScale(self.reward_clip)
+        if self.lora_dropout:
+            raise ValueError(
+                f"--lora-dropout {self.lora_dropout:g}: answers are sampled without, and what is learnt would be "
+                "another policy; drop the flag"
+            )
         if self.parallel == "fsdp":
             raise ValueError("--parallel fsdp: answers are sampled from whole weights; take ddp")
         if self.prompts < world_size():

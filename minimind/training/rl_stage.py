@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,13 @@ from minimind.data.progress import say
 from minimind.data.prompts import PromptSet
 from minimind.inference.replica import Replica
 from minimind.inference.tracking import mix
+from minimind.lora import adapters_off
 from minimind.modeling import Model
 from minimind.objectives.policy import Aggregation
 from minimind.rewards import Rewards, RewardScale, model_weights, parse_rewards
 from minimind.training.actor_critic import CRITIC
-from minimind.training.collector import Collector, Stream, score
+from minimind.training.adapters import Adapting
+from minimind.training.collector import Collector, Stream, score, scored_again
 from minimind.training.job import Job, Objective, Plan
 from minimind.training.loop import News, StageLoss
 from minimind.training.rl_arguments import RolloutArgs
@@ -44,6 +47,7 @@ class Rollouts:
     heldout: PromptSet | None
     rewards: Rewards
     shape: Shape
+    adapting: Adapting
     model: Model = field(init=False)
     trained: Model = field(init=False)
     collector: Collector = field(init=False)
@@ -76,6 +80,7 @@ class Rollouts:
         rewards = parse_rewards(
             args.reward or ("number",), args.on_reward_error, job.device, args.trust_remote_code
         )
+        adapting = Adapting.of(job, args)
         minibatches = args.minibatches or 1
         job.planned = lambda flags: flags["rollouts"] * minibatches * args.inner_epochs
         job.open_run()
@@ -86,7 +91,7 @@ class Rollouts:
             minibatches, args.inner_epochs, args.micro_batches or fitting, aggregation, args.longest_answer,
             args.temperature, args.seed,
         )  # fmt: skip
-        return Rollouts(job, args, train, heldout, rewards, shape)
+        return Rollouts(job, args, train, heldout, rewards, shape, adapting)
 
     def build(
         self,
@@ -106,7 +111,7 @@ class Rollouts:
         one that the run begins with; mask: whether the algorithm leaves out what was cut off, where --mask-truncated
         does not say; the rest as of Collector and RolloutLoader."""
         job, args = self.job, self.args
-        self.model, self.trained = job.build_model(make=make)
+        self.model, self.trained = job.build_model(self.adapting.prepare, make)
         scale = RewardScale(args.reward_clip, args.reward_norm == "running")
         policy = [p for n, p in self.model.named_parameters() if not n.startswith(CRITIC)]
         self.stop = DriftStop(args.target_kl, policy, job.parallel) if args.target_kl else None
@@ -125,7 +130,7 @@ class Rollouts:
             shape=self.shape,
             parallel=job.parallel,
             advantages=advantages,
-            reference=frozen(job) if with_reference else None,
+            reference=self._reference() if with_reference else None,
             annotate=annotate,
             before=before,
             scale=scale,
@@ -139,12 +144,23 @@ class Rollouts:
         kept = {"scale": scale, **({"stop": self.stop} if self.stop else {}), **(keepers or {})}
         self.loader = RolloutLoader(self.collector, self.shape, job.parallel, job.device, kept)
 
+    def _reference(self) -> Callable[[Sequence[Answer]], list[np.ndarray]]:
+        """Scores answers under the model that the run began with: a frozen one, or the base without the adapter."""
+        if self.adapting.config is None:
+            return partial(scored_again, frozen(self.job), shape=self.shape)
+
+        def under_the_base(answers: Sequence[Answer]) -> list[np.ndarray]:
+            with adapters_off(self.model):
+                return scored_again(self.model, answers, self.shape)
+
+        return under_the_base
+
     def fit(
         self, loss: Callable[[Any], StageLoss], nano_lr: float, lines: Sequence[str] = (), **more: Any
     ) -> bool:
         """Train to the last step; False when it was interrupted. nano_lr: nano's peak rate; more: of Objective."""
-        job = self.job
-        rate = peak_lr(nano_lr, job.config)
+        job, adapting = self.job, self.adapting
+        rate = self.rate(nano_lr)
         told = f"peak rate: {rate:g}, by the width from nano's {nano_lr:g}; --lr sets another"
         if self.args.lr is not None:
             told = f"peak rate: {self.args.lr:g}, as --lr says"
@@ -159,16 +175,21 @@ class Rollouts:
             peak_lr=rate,
             loss_unit="per answer" if self.shape.aggregation == "sample" else "per token",
             news=self.news,
-            **more,
+            **(adapting.files() | more),
         )
         try:
-            done = job.fit(plan, self.model, objective, [*self.describe(), *lines, told])
+            lines = [*self.describe(), *lines, *adapting.lines(self.model), told]
+            done = job.fit(plan, self.model, objective, lines)
         finally:
             for name, count in self.collector.failed.items():
                 say(job.console, f"reward {name} failed on {count:,} answers in all")
             if job.parallel.main and job.run.metrics.exists():
                 draw_curves(job.run.metrics, job.run.path / "rewards.png", job.run.path.name)
         return done
+
+    def rate(self, nano_lr: float) -> float:
+        """The peak rate where --lr does not say."""
+        return self.adapting.rate(peak_lr(nano_lr, self.job.config))
 
     @staticmethod
     def _watched(loss: Callable[[Any], StageLoss], stop: DriftStop) -> Callable[[Any], StageLoss]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,23 @@ from minimind.attention import Unfolding
 from minimind.data import Corpus
 from minimind.data.pair_loader import PairBatch, PairLoader
 from minimind.data.weights import NONE, SIDE, class_of
+from minimind.lora_files import read_adapter
 from minimind.modeling import Model
 from minimind.objectives.reward_model import RewardBatch, reward_loss
 from minimind.tokenization import Tokenizer
+from minimind.training.adapters import Adapting, put, saver
 from minimind.training.answers import turns
 from minimind.training.batches import move
 from minimind.training.origin import Origin
 from minimind.training.pairs import unfold
 from minimind.training.parallel import Parallel, from_rank_0
-from minimind.value_head import ValueModel, load_value_model
+from minimind.value_head import (
+    ValueModel,
+    load_value_model,
+    read_head,
+    save_head,
+    save_value_model,
+)
 
 # What reward_loss tells besides the loss.
 FIGURES = ("accuracy", "margin", "chosen_score", "rejected_score")
@@ -32,6 +41,25 @@ class ValueOrigin(Origin):
 
     def model(self) -> ValueModel:
         return ValueModel.of(super().model())
+
+
+def files(adapting: Adapting) -> dict[str, Any]:
+    """Of Objective: how checkpoints of a reward model are written and read, whole or an adapter with the head."""
+    if adapting.config is None:
+        return {"save_model": save_value_model, "load_model": load_value_weights_into}
+    save_adapter = saver(adapting.job)
+
+    def save(model: Model, folder: Path) -> None:
+        save_adapter(model, folder)
+        save_head(model, folder)
+
+    def load(model: Model, checkpoint: Path, parallel: Parallel) -> None:
+        state = read_adapter(model, checkpoint) if parallel.main else {}
+        if parallel.main:
+            state["value_head.weight"] = read_head(checkpoint)
+        put(model, state)
+
+    return {"save_model": save, "load_model": load}
 
 
 def load_value_weights_into(model: Model, checkpoint: Any, parallel: Parallel) -> None:

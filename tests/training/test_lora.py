@@ -90,10 +90,14 @@ def test_dropout_is_drawn_alike_however_often_the_run_is_looked_at(unbroken, ori
     assert rows_of(out, "train") == rows_of(unbroken, "train")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "flags"),
-    [(2, ("--parallel", "ddp")), (1, ("--micro-tokens", "128")), (1, ("--compile",))],
+    [
+        (2, ("--parallel", "fsdp")),
+        pytest.param(2, ("--parallel", "ddp"), marks=pytest.mark.slow),
+        pytest.param(1, ("--micro-tokens", "128"), marks=pytest.mark.slow),
+        pytest.param(1, ("--compile",), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_curve_is_that_of_one_process(processes, flags, origin, cache, tmp_path):
@@ -144,7 +148,6 @@ def test_dora_trains_lengths_and_the_best_adapter_is_what_opens(origin, cache, t
         (dict(lora_plus=0.0), "--lora-plus 0.0: must be above 0"),
         (dict(embedding_lr=2.0), "--embedding-lr 2.0: the embedding is frozen"),
         (dict(optimizer="muon"), "--optimizer muon: adapters are trained with adamw"),
-        (dict(parallel="fsdp"), "--parallel fsdp: the frozen model is not sharded"),
         (dict(rank=0), "LoRA rank=0: must be at least 1"),
         (dict(targets=("w1",)), "LoRA target 'w1': this model has no such projection"),
         (dict(adapter="absent"), r"absent/adapter_config.json: no such file"),
