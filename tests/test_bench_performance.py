@@ -164,8 +164,8 @@ def test_the_summary_of_a_campaign(card):
 
 def test_missing_rows_are_named(tmp_path):
     shutil.copytree(RESULTS / SHOWN, tmp_path / SHOWN)
-    rows = [row for row in device_of(tmp_path / SHOWN).tables["rl"] if row["model"] != "nano"]
+    rows = [row for row in device_of(tmp_path / SHOWN).tables["rl"] if row["model"] != "minimind2-small"]
     write(tmp_path / SHOWN, "rl", rows)
-    with pytest.raises(ValueError, match=r"rl\.csv: no row with nano, which the README shows"):
+    with pytest.raises(ValueError, match=r"rl\.csv: no row with minimind2-small, which the README shows"):
         blocks(devices(tmp_path))
-    assert find(rows, model="nano") is None
+    assert find(rows, model="minimind2-small") is None

@@ -86,7 +86,7 @@ def test_arrows_point_one_way():
 
 
 def test_readme_names_commands_that_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert not re.search(r"@[A-Z]+@", text), "a placeholder was left in the README"
     for target in ("demo", "test", "lint", "venv"):
