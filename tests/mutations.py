@@ -583,8 +583,8 @@ MUTATIONS = (
     Mutation(
         "a plan counts the tokens it has read for all there are",
         "minimind/training/job.py",
-        "args.passes * args.scale * loader",
-        "args.passes * loader",
+        "epochs * args.scale * loader",
+        "epochs * loader",
         "tests/training/test_plan.py::test_a_declared_size_stretches_the_rows_at_hand",
     ),
     Mutation(
