@@ -1,0 +1,138 @@
+"""The picture of docs/training.md: held-out loss over the rate, and the best rates with the rule through them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.transfer_fit import REFERENCE, Optimum, Rule, by_point, fit, noise_of, optima_of
+from bench.transfer_runs import Point, Row
+from minimind.display import pyplot
+
+LABELS = {
+    "width": "width",
+    "depth": "layers",
+    "tokens": "tokens of the run",
+    "batch_tokens": "tokens of a step",
+}
+OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """A row of panels for each optimizer: the losses of the scan over widths, and the best rates by each size. Raises
+    ValueError where there is no scan yet."""
+    plt = pyplot()
+    usual = [r for r in rows if (r.point.stage, r.point.preset, r.point.embedding, r.point.warmup)
+             == ("pretrain", "", 1.0, 0.02)]  # fmt: skip
+    optima = optima_of(usual)
+    shown = [name for name in OPTIMIZERS if any(o.point.optimizer == name for o in optima)]
+    if not shown:
+        raise ValueError("there are no scans with a best rate yet; run bench/transfer.py first")
+    columns = 1 + len(LABELS)
+    figure, axes = plt.subplots(
+        len(shown), columns, figsize=(3.1 * columns, 3.1 * len(shown)), squeeze=False, layout="constrained"
+    )
+    for line, name in zip(axes, shown, strict=True):
+        mine = [o for o in optima if o.point.optimizer == name]
+        first = mine[0].point.corpus
+        _losses(
+            line[0],
+            [r for r in usual if r.point.optimizer == name and _of_widths(r.point, first)],
+            noise_of(usual),
+        )
+        line[0].set_title(f"{OPTIMIZERS[name]}: held-out loss over the peak rate", fontsize=9)
+        try:
+            rule = fit(mine)
+        except ValueError:
+            rule = None
+        for axis, (size, label) in zip(line[1:], LABELS.items(), strict=True):
+            _best(axis, mine, size, rule)
+            axis.set_xlabel(label, fontsize=8)
+        line[1].set_ylabel("best peak rate", fontsize=8)
+        low = min(o.log_rate - o.error for o in mine) - 0.3
+        high = max(o.log_rate + o.error for o in mine) + 0.3
+        for axis in line[1:]:
+            axis.set_ylim(2**low, 2**high)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=7, which="both")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _of_widths(point: Point, corpus: str) -> bool:
+    sizes = {name: getattr(point, name) for name in REFERENCE if name != "width"}
+    return sizes == {k: v for k, v in REFERENCE.items() if k != "width"} and (point.corpus, point.seed) == (
+        corpus,
+        1,
+    )
+
+
+def _losses(axis: Any, rows: Sequence[Row], noise: float | None) -> None:
+    """A line a width, with its parabola and the best rate."""
+    best = {o.point: o for o in optima_of(rows)}
+    for number, (point, losses) in enumerate(sorted(by_point(rows).items(), key=lambda item: item[0].width)):
+        known = {rate: loss for rate, loss in sorted(losses.items()) if math.isfinite(loss)}
+        axis.plot(
+            list(known),
+            list(known.values()),
+            "o",
+            color=f"C{number}",
+            markersize=4,
+            label=f"width {point.width}",
+        )
+        if (one := best.get(point)) is not None:
+            x = np.linspace(one.log_rate - 1.5, one.log_rate + 1.5, 50)
+            y = one.loss + one.curvature * (x - one.log_rate) ** 2
+            axis.plot(2**x, y, color=f"C{number}", linewidth=1)
+            axis.plot(one.rate, one.loss, "|", color=f"C{number}", markersize=14)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(_plain)
+    axis.set_xlabel("peak rate", fontsize=8)
+    axis.set_ylabel("nats per token", fontsize=8)
+    axis.legend(fontsize=7, frameon=False)
+
+
+def _best(axis: Any, optima: Sequence[Optimum], size: str, rule: Rule | None) -> None:
+    """The scans that differ from the usual in `size` alone, and the rule along it."""
+    others = [name for name in REFERENCE if name != size]
+    shown = _lines(optima, others, size)
+    for number, ((corpus, fixed), mine) in enumerate(shown.items()):
+        at = dict(zip(others, fixed, strict=True))
+        x = [getattr(o.point, size) for o in mine]
+        y = [o.rate for o in mine]
+        error = [[o.rate * (1 - 2**-o.error) for o in mine], [o.rate * (2**o.error - 1) for o in mine]]
+        label = f"{corpus}, " + ", ".join(f"{v:,}" for n, v in at.items() if v != REFERENCE[n]).join(("", ""))
+        axis.errorbar(
+            x, y, error, fmt="o", color=f"C{number}", markersize=4, linewidth=1, label=label.strip(", ")
+        )
+        if rule is not None:
+            curve = [2.0**v for v in np.linspace(math.log2(min(x)), math.log2(max(x)), 20)]
+            rates = [rule(replace(mine[0].point, **{size: v})) for v in curve]  # type: ignore[arg-type]
+            axis.plot(curve, rates, color=f"C{number}", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    axis.xaxis.set_major_formatter(_plain)
+    axis.yaxis.set_major_formatter(_plain)
+    if shown:
+        axis.legend(fontsize=6, frameon=False)
+
+
+def _lines(
+    optima: Sequence[Optimum], others: Sequence[str], size: str
+) -> dict[tuple[str, tuple[int, ...]], list[Optimum]]:
+    """Scans by corpus and their other sizes, where `size` takes two values or more."""
+    groups: dict[tuple[str, tuple[int, ...]], list[Optimum]] = {}
+    for one in optima:
+        key = one.point.corpus, tuple(getattr(one.point, name) for name in others)
+        groups.setdefault(key, []).append(one)
+    return {k: v for k, v in groups.items() if len({getattr(o.point, size) for o in v}) > 1}
+
+
+_plain: Callable[[float, Any], str] = lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:.1e}"  # noqa: E731
