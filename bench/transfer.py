@@ -91,7 +91,8 @@ def _is_usual(point: Point) -> bool:
     return (point.preset, point.embedding, point.warmup) == ("", 1.0, 0.02)
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
+def show(rows: Sequence[Row], console: Console) -> dict[str, Rule]:
+    """The scans and the rules, which are returned."""
     optima = optima_of(rows)
     noise = noise_of(rows)
     said = "assumed" if noise is None else "by seeds"
@@ -102,8 +103,10 @@ def show(rows: Sequence[Row], console: Console) -> None:
         figures = f"{o.rate:.2e}", f"{2**o.error:.2f}", f"{o.loss:.3f}", f"{o.curvature:.3f}", str(o.rates)
         table.add_row(str(o.point), *figures)
     console.print(table)
-    for name, rule in rules_of(optima).items():
+    rules = rules_of(optima)
+    for name, rule in rules.items():
         console.print(describe(name, rule), highlight=False, soft_wrap=True)
+    return rules
 
 
 def describe(name: str, rule: Rule) -> str:
@@ -170,9 +173,9 @@ def main(args: Args) -> dict[str, Any]:
     rows = read(table)
     if args.plot:
         plot(rows, PICTURE)
-    show(rows, Console(width=None if sys.stdout.isatty() else 140))
-    rules = {name: dataclasses.asdict(rule) for name, rule in rules_of(optima_of(rows)).items()}
-    return {"jsonl": str(table), "runs": len(rows), "rules": rules}
+    rules = show(rows, Console(width=None if sys.stdout.isatty() else 140))
+    found = {name: dataclasses.asdict(rule) for name, rule in rules.items()}
+    return {"jsonl": str(table), "runs": len(rows), "rules": found}
 
 
 if __name__ == "__main__":
