@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.transfer_fit import REFERENCE, Optimum, Rule, by_point, fit, noise_of, optima_of
+from bench.transfer_fit import REFERENCE, Optimum, Rule, by_point, fit, optima_of
 from bench.transfer_runs import Point, Row
 from minimind.display import pyplot
 
-LABELS = {
-    "width": "width",
-    "depth": "layers",
-    "tokens": "tokens of the run",
-    "batch_tokens": "tokens of a step",
-}
+RATES = [1e-3 * 2**k for k in range(-6, 9)]  # of the grid, where the axes have their ticks
+LABELS = {"width": "width", "depth": "layers", "tokens": "tokens", "batch_tokens": "tokens a step"}
 OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}
 
 
@@ -40,11 +36,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     for line, name in zip(axes, shown, strict=True):
         mine = [o for o in optima if o.point.optimizer == name]
         first = mine[0].point.corpus
-        _losses(
-            line[0],
-            [r for r in usual if r.point.optimizer == name and _of_widths(r.point, first)],
-            noise_of(usual),
-        )
+        _losses(line[0], [r for r in usual if r.point.optimizer == name and _of_widths(r.point, first)])
         line[0].set_title(f"{OPTIMIZERS[name]}: held-out loss over the peak rate", fontsize=9)
         try:
             rule = fit(mine)
@@ -58,6 +50,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         high = max(o.log_rate + o.error for o in mine) + 0.3
         for axis in line[1:]:
             axis.set_ylim(2**low, 2**high)
+            _rate_axis(axis, "y")
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=7, which="both")
@@ -74,29 +67,32 @@ def _of_widths(point: Point, corpus: str) -> bool:
     )
 
 
-def _losses(axis: Any, rows: Sequence[Row], noise: float | None) -> None:
+def _losses(axis: Any, rows: Sequence[Row]) -> None:
     """A line a width, with its parabola and the best rate."""
     best = {o.point: o for o in optima_of(rows)}
     for number, (point, losses) in enumerate(sorted(by_point(rows).items(), key=lambda item: item[0].width)):
         known = {rate: loss for rate, loss in sorted(losses.items()) if math.isfinite(loss)}
-        axis.plot(
-            list(known),
-            list(known.values()),
-            "o",
-            color=f"C{number}",
-            markersize=4,
-            label=f"width {point.width}",
-        )
+        axis.plot(list(known), list(known.values()), "o", color=f"C{number}", markersize=4)
         if (one := best.get(point)) is not None:
             x = np.linspace(one.log_rate - 1.5, one.log_rate + 1.5, 50)
             y = one.loss + one.curvature * (x - one.log_rate) ** 2
             axis.plot(2**x, y, color=f"C{number}", linewidth=1)
             axis.plot(one.rate, one.loss, "|", color=f"C{number}", markersize=14)
-    axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_formatter(_plain)
+            axis.annotate(f" {point.width}", (2 ** x[-1], y[-1]), color=f"C{number}", fontsize=7)
+    _rate_axis(axis, "x")
     axis.set_xlabel("peak rate", fontsize=8)
-    axis.set_ylabel("nats per token", fontsize=8)
-    axis.legend(fontsize=7, frameon=False)
+    axis.set_ylabel("nats per token, by width", fontsize=8)
+
+
+def _rate_axis(axis: Any, which: str) -> None:
+    """Logarithmic, with ticks at the grid's rates."""
+    axis.set(**{f"{which}scale": "log"})
+    low, high = axis.get_xlim() if which == "x" else axis.get_ylim()
+    shown = [rate for rate in RATES if low <= rate <= high]
+    axis.set(**{f"{which}ticks": shown, f"{which}ticklabels": [f"{rate:.3g}" for rate in shown]})
+    axis.tick_params(
+        axis=which, which="minor", bottom=which != "x", left=which != "y", labelbottom=False, labelleft=False
+    )
 
 
 def _best(axis: Any, optima: Sequence[Optimum], size: str, rule: Rule | None) -> None:
@@ -108,18 +104,15 @@ def _best(axis: Any, optima: Sequence[Optimum], size: str, rule: Rule | None) ->
         x = [getattr(o.point, size) for o in mine]
         y = [o.rate for o in mine]
         error = [[o.rate * (1 - 2**-o.error) for o in mine], [o.rate * (2**o.error - 1) for o in mine]]
-        label = f"{corpus}, " + ", ".join(f"{v:,}" for n, v in at.items() if v != REFERENCE[n]).join(("", ""))
-        axis.errorbar(
-            x, y, error, fmt="o", color=f"C{number}", markersize=4, linewidth=1, label=label.strip(", ")
-        )
+        label = ", ".join([corpus, *(f"{LABELS[n]} {v:,}" for n, v in at.items() if v != REFERENCE[n])])
+        axis.errorbar(x, y, error, fmt="o", color=f"C{number}", markersize=4, linewidth=1, label=label)
         if rule is not None:
             curve = [2.0**v for v in np.linspace(math.log2(min(x)), math.log2(max(x)), 20)]
             rates = [rule(replace(mine[0].point, **{size: v})) for v in curve]  # type: ignore[arg-type]
             axis.plot(curve, rates, color=f"C{number}", linewidth=1)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2)
-    axis.xaxis.set_major_formatter(_plain)
-    axis.yaxis.set_major_formatter(_plain)
+    sizes = sorted({getattr(o.point, size) for mine in shown.values() for o in mine})
+    axis.set(xscale="log", xticks=sizes, xticklabels=[f"{value:,}" for value in sizes])
+    axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     if shown:
         axis.legend(fontsize=6, frameon=False)
 
@@ -133,6 +126,3 @@ def _lines(
         key = one.point.corpus, tuple(getattr(one.point, name) for name in others)
         groups.setdefault(key, []).append(one)
     return {k: v for k, v in groups.items() if len({getattr(o.point, size) for o in v}) > 1}
-
-
-_plain: Callable[[float, Any], str] = lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:.1e}"  # noqa: E731
