@@ -108,10 +108,11 @@ def _best(axis: Any, optima: Sequence[Optimum], size: str, rule: Rule | None) ->
         axis.errorbar(x, y, error, fmt="o", color=f"C{number}", markersize=4, linewidth=1, label=label)
         if rule is not None:
             curve = [2.0**v for v in np.linspace(math.log2(min(x)), math.log2(max(x)), 20)]
-            rates = [rule(replace(mine[0].point, **{size: v})) for v in curve]  # type: ignore[arg-type]
+            sizes: list[dict[str, Any]] = [{size: value} for value in curve]
+            rates = [rule(replace(mine[0].point, **changed)) for changed in sizes]
             axis.plot(curve, rates, color=f"C{number}", linewidth=1)
-    sizes = sorted({getattr(o.point, size) for mine in shown.values() for o in mine})
-    axis.set(xscale="log", xticks=sizes, xticklabels=[f"{value:,}" for value in sizes])
+    ticks = sorted({getattr(o.point, size) for mine in shown.values() for o in mine})
+    axis.set(xscale="log", xticks=ticks, xticklabels=[f"{value:,}" for value in ticks])
     axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     if shown:
         axis.legend(fontsize=6, frameon=False)

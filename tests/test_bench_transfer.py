@@ -279,6 +279,21 @@ def test_a_run_is_that_of_the_script(tmp_path, monkeypatch):
     assert (row.heldout_loss, row.heldout_tokens) == (last["heldout_loss"], last["heldout_tokens"])
 
 
+def test_sft_begins_with_a_model_that_is_pretrained_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "text.jsonl"
+    data.write_text("".join(json.dumps({"text": f"Some text, number {i}. " * 9}) + "\n" for i in range(60)))
+    point = Point("conversations", 64, 1, 512, 512, stage="sft")
+    work = tmp_path / "work"
+    first = train(point, 1e-3, str(data), work)
+    (base,) = work.iterdir()
+    made = (base / "finished").stat().st_mtime_ns
+    again, other = train(point, 1e-3, str(data), work), train(point, 2e-3, str(data), work)
+    assert (base / "finished").stat().st_mtime_ns == made and list(work.iterdir()) == [base]
+    assert math.isfinite(first.loss) and first.heldout_tokens > 1000
+    assert again.loss == first.loss != other.loss
+
+
 def test_noise_is_assumed_where_no_two_seeds_tell():
     assert (
         optimum(POINT, losses(4e-3, (2e-3, 4e-3, 8e-3))).error
