@@ -1414,6 +1414,14 @@ MUTATIONS = (
         "out[base] = tensor",
         "tests/test_weights.py",
     ),
+    # bench
+    Mutation(
+        "a scan of rates ends without a higher loss below its lowest",
+        "bench/transfer_fit.py",
+        "for rate in (best * 2, best / 2) if",
+        "for rate in (best * 2,) if",
+        "tests/test_bench_transfer.py::test_scan_ends_with_the_lowest_between_two",
+    ),
     # what users reported
     Mutation(
         "an adapter takes whatever lies under its base's name",

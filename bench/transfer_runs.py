@@ -1,0 +1,234 @@
+"""One training run of bench/transfer.py: what it is, how it is done, and the row it leaves in transfer.jsonl."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from minimind.config import ModelConfig
+from minimind.data import PackedLoader, builtin_conversations
+from minimind.device import choose_device, choose_precision
+from minimind.modeling import Model
+from minimind.objectives.next_token import next_token_loss
+from minimind.tokenization import ChatEncoder
+from minimind.training.arguments import StageArgs
+from minimind.training.chats import ChatArgs, open_chats
+from minimind.training.heldout import describe, heldout_loss
+from minimind.training.job import Job, Objective
+from minimind.training.loop import NonFiniteLossError
+from minimind.training.optim import OptimizerName
+from minimind.training.origin import Origin
+from minimind.training.parts import Named, Parts, open_parts, read_texts
+
+StageName = Literal["pretrain", "sft"]
+HELDOUT = 32_768  # tokens that a run is measured on, the same for all of a corpus
+BASE_RATE = 4e-3  # at which the models are pretrained that SFT begins with
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run but for its peak rate. tokens: trained on; batch_tokens: of a step; embedding: its rate as a multiple;
+    warmup: share of the steps; preset: a shape that is not of the family, "" for one that is."""
+
+    corpus: str
+    width: int
+    depth: int
+    tokens: int
+    batch_tokens: int = 4096
+    optimizer: OptimizerName = "muon"
+    stage: StageName = "pretrain"
+    seed: int = 1
+    embedding: float = 1.0
+    warmup: float = 0.02
+    preset: str = ""
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig.preset(self.preset) if self.preset else family(self.width, self.depth)
+
+    @property
+    def name(self) -> str:
+        """Of a folder."""
+        return "-".join(str(value) for value in dataclasses.astuple(self) if value != "")
+
+    def __str__(self) -> str:
+        shape = self.preset or f"width {self.width} depth {self.depth}"
+        usual = {"seed": 1, "embedding": 1.0, "warmup": 0.02}
+        more = [
+            f"{key} {getattr(self, key):g}" for key, value in usual.items() if getattr(self, key) != value
+        ]
+        return ", ".join(
+            [f"{self.stage} {self.optimizer}", self.corpus, shape, f"{self.tokens:,} tokens",
+             f"{self.batch_tokens:,} a step", *more]
+        )  # fmt: skip
+
+    @property
+    def flops(self) -> float:
+        """Of a run."""
+        return _flops_per_token(self.config) * self.tokens
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finished run; heldout_loss in nats per token, None where the loss became infinite. seconds: since its last
+    start, on a machine that may have been busy with other things as well."""
+
+    point: Point
+    rate: float
+    heldout_loss: float | None
+    heldout_bpb: float | None
+    heldout_tokens: int
+    steps: int
+    seconds: float
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)  # date, commit, device, torch, precision
+
+    @property
+    def loss(self) -> float:
+        return math.inf if self.heldout_loss is None else self.heldout_loss
+
+
+def family(width: int, depth: int) -> ModelConfig:
+    """The shapes that nano belongs to: heads of 32, two for keys and values, queries and keys normalised."""
+    if width % 64:
+        raise ValueError(f"--widths {width}: must be a multiple of 64, two heads of 32")
+    return ModelConfig(
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=width // 32,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=64 * math.ceil(width * 8 / 3 / 64),
+        qk_norm=True,
+        max_position_embeddings=4096,
+    )
+
+
+@cache
+def _flops_per_token(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return Model(config).flops_per_token(512)
+
+
+def train(point: Point, rate: float, data: str, work: Path) -> Row:
+    """The run to its end; one that was cut off goes on from its last checkpoint under `work`. Raises KeyboardInterrupt
+    where it was told to stop."""
+    folder = work / f"{point.name}-{rate:g}"
+    base = _base(point, data, work) if point.stage == "sft" else None
+    started = time.perf_counter()
+    try:
+        figures = _fit(point, rate, data, folder, base)
+    except NonFiniteLossError:
+        figures = {"heldout_loss": None, "heldout_bpb": None, "heldout_tokens": 0}
+    seconds = round(time.perf_counter() - started, 1)
+    start = json.loads((folder / "versions.json").read_text(encoding="utf-8"))["starts"][-1]
+    shutil.rmtree(folder)
+    about = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": start["commit"], "device": start["device"].partition(";")[0], "torch": start["torch"],
+        "precision": "bf16" if choose_precision(choose_device("auto")).compute_dtype == torch.bfloat16 else "fp32",
+    }  # fmt: skip
+    steps = math.ceil(point.tokens / point.batch_tokens)
+    named = {key: figures[key] for key in ("heldout_loss", "heldout_bpb", "heldout_tokens")}
+    return Row(point, rate, **named, steps=steps, seconds=seconds, about=about)
+
+
+def _base(point: Point, data: str, work: Path) -> Path:
+    """The pretrained model that SFT of `point` begins with."""
+    base = Point("builtin", point.width, point.depth, point.tokens)
+    folder = work / f"base-{base.name}"
+    if not (folder / "finished").exists():
+        _fit(base, BASE_RATE, data, folder, None)
+    return folder
+
+
+def _fit(point: Point, rate: float, data: str, folder: Path, base: Path | None) -> dict[str, Any]:
+    """The held-out figures at the end of a run in `folder`."""
+    job = Job.begin(point.stage, _args(point, rate, data, folder, base), Console(quiet=True))
+    if base is None:
+        config = dataclasses.replace(point.config, vocab_size=job.tokenizer.vocab_size)
+        job.origin = Origin(job.tokenizer, config, point.preset or "family")
+    parts = _open(job, point)
+    plan = job.plan(partial(PackedLoader, parts.train, job.args.row, seed=point.seed))
+    job.open_run()
+    model, trained = job.build_model()
+    figures: dict[str, Any] = {}
+
+    def evaluate(final: bool) -> dict[str, Any]:
+        if final:
+            figures.update(heldout_loss(model, parts.heldout, job.args.row, HELDOUT, job.parallel))
+        return figures
+
+    objective = Objective(
+        loss=lambda batch: next_token_loss(trained, batch),
+        evaluate=evaluate,
+        sample=lambda: "",
+        describe=lambda batch: describe(batch, parts.train, job.tokenizer),
+        data_fingerprint=parts.fingerprint,
+        peak_lr=rate,
+    )
+    if not job.fit(plan, model, objective):
+        raise KeyboardInterrupt
+    return figures
+
+
+def _args(point: Point, rate: float, data: str, folder: Path, base: Path | None) -> StageArgs:
+    steps = math.ceil(point.tokens / point.batch_tokens)
+    kind = StageArgs if base is None else ChatArgs
+    return kind(
+        from_=None if base is None else str(base), data=(data,) if base is None else (), tokens=point.tokens,
+        batch_tokens=point.batch_tokens, micro_tokens=min(4096, point.batch_tokens), optimizer=point.optimizer,
+        lr=rate, warmup=point.warmup, embedding_lr=point.embedding, seed=point.seed, seq_len=512, evals=1,
+        save_every=math.ceil(steps / 2), keep_checkpoints=1, out=str(folder),
+    )  # fmt: skip
+
+
+def _open(job: Job, point: Point) -> Parts:
+    if point.stage == "sft":
+        return open_chats(job, (), (), ChatEncoder(job.tokenizer), builtin_conversations())
+    return open_parts(job, Named.of(job.args.data, ()), partial(read_texts, job))
+
+
+def write(path: Path, row: Row) -> None:
+    """Add it at the end."""
+    found = dataclasses.asdict(row)
+    line = {**found.pop("about"), **found.pop("point"), **found}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read(path: Path) -> list[Row]:
+    """Of a file that `write` has made, or that is not there. Raises ValueError on another's."""
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(_row(json.loads(line)))
+        except (ValueError, TypeError) as problem:
+            raise ValueError(
+                f"{path}:{number}: not a run of this version ({problem}); name another folder with --out"
+            ) from None
+    return rows
+
+
+def _row(values: dict[str, Any]) -> Row:
+    point = Point(**{key: values.pop(key) for key in _names(Point) if key in values})
+    mine = {key: values.pop(key) for key in _names(Row) if key in values}
+    return Row(point=point, about=values, **mine)
+
+
+def _names(kind: Any) -> Iterable[str]:
+    return [f.name for f in dataclasses.fields(kind)]
