@@ -351,14 +351,13 @@ class Job:
         on with what it began with. What data smaller than a step comes to is noted in one line."""
         row, step, ranks = self.args.row, rows * micro_batches, self.parallel.world_size
         there = max(1, round(loader.tokens_per_epoch / loader.fill / row))  # rows of a pass
+        part = rows if self.args.micro_tokens or rows <= there else ranks  # the step is a multiple of it
+        fitting = max(part, there // part * part) * row
+        small = step > there and self.given.batch_tokens is None
+        kept = self.settle("step", lambda: (fitting if small else "usual", ""))
+        taken = step if kept == "usual" else kept // row
         if step <= there:
             return rows, micro_batches
-        taken = step
-        if self.given.batch_tokens is None:
-            part = rows if self.args.micro_tokens or rows <= there else ranks  # the step is a multiple of it
-            fitting = max(part, there // part * part) * row
-            kept = self.settle("step", lambda: (fitting, ""))
-            taken = step if kept == "usual" else kept // row
         said = "--batch-tokens sets another" if self.given.batch_tokens is None else "lower --batch-tokens"
         size = (
             f"{loader.view.num_documents:,} documents, {loader.tokens_per_epoch:,} tokens in {there:,} rows"

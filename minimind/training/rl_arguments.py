@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -121,6 +121,10 @@ class RolloutArgs(StageArgs):
             raise ValueError(
                 f"--prompts {self.prompts}: fewer than the {world_size()} processes that share them"
             )
+
+    @property
+    def legacy(self) -> dict[str, Any]:
+        return {"split": "tail"}
 
     @property
     def longest_answer(self) -> int:
