@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +30,9 @@ def impatient(tmp_path) -> dict[str, str]:
 )
 def test_an_interrupt_during_imports_prints_no_traceback(words, impatient):
     answer = subprocess.run(
-        [sys.executable, *words, "--help"], env=impatient, capture_output=True, text=True, timeout=60
-    )
+        [sys.executable, *words, "--help"], env=impatient, capture_output=True, text=True, timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )  # fmt: skip
     assert (answer.returncode, answer.stderr) == (130, "")
 
 
