@@ -103,7 +103,7 @@ class StageArgs:
     ema: float | None = None
     """Also keep a running average of the weights, of which this share stays at every step, so that it is over about the
     last 1 / (1 - share) steps. It is measured beside them (heldout_ema_...), and lies in average/ in every checkpoint,
-    to be opened as a model. None: none (docs/training.md says when it helps)."""
+    to be opened as a model. None: none (docs/averaging.md says when it helps)."""
     log_every: int = 10
     """Steps between reads of the loss from the device."""
     compile: bool = False
