@@ -20,7 +20,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
 
 import torch
-import tyro
 from rich.console import Console
 
 from bench.kernel_report import append, check_columns, columns_of, slug
@@ -31,6 +30,7 @@ from minimind.data.split import split
 from minimind.device import choose_device, choose_precision, describe_device
 from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
+from minimind.stdio import command_line
 from minimind.training.averaging import WeightAverage
 from minimind.training.batches import to_device
 from minimind.training.heldout import heldout_loss
@@ -179,7 +179,7 @@ def main(args: Args) -> Path:
 
 if __name__ == "__main__":
     try:
-        print(main(tyro.cli(Args, description=__doc__)))
+        print(main(command_line(Args, __doc__)))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

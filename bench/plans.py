@@ -23,11 +23,11 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
-import tyro
 from rich.console import Console
 
 from bench.performance_rows import markdown
 from minimind.data.progress import say
+from minimind.stdio import command_line
 from minimind.training.estimate import spell_count, spell_hours
 from minimind.training.survey import survey
 
@@ -234,7 +234,7 @@ def chosen(p: dict[str, Any]) -> list[str]:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Args, description=__doc__), Console(stderr=True))
+        main(command_line(Args, __doc__), Console(stderr=True))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

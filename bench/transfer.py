@@ -26,7 +26,6 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -39,6 +38,7 @@ from minimind.config import PRESETS
 from minimind.data.corpus import builtin_corpus
 from minimind.data.files import cache_root, make_folder
 from minimind.device import choose_device, describe_device
+from minimind.stdio import command_line
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "transfer.png"
 
@@ -180,7 +180,7 @@ def main(args: Args) -> dict[str, Any]:
 
 if __name__ == "__main__":
     try:
-        outcome = main(tyro.cli(Args, description=__doc__))
+        outcome = main(command_line(Args, __doc__))
     except (ValueError, OSError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

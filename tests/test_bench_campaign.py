@@ -71,7 +71,7 @@ def test_nothing_is_begun_that_the_time_does_not_hold(here):
     assert list(here.state) == ["short one"] and here.done("short one")
 
 
-@pytest.mark.parametrize("by", ["limit", "deadline"])
+@pytest.mark.parametrize("by", [pytest.param("limit", marks=pytest.mark.heavy), "deadline"])
 def test_a_slice_that_takes_too_long_is_cut_off_with_all_that_it_started(here, tmp_path, monkeypatch, by):
     if by == "limit":
         monkeypatch.setattr(campaign, "LIMIT", 2.0)

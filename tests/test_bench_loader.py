@@ -60,6 +60,7 @@ def test_speed(data, tmp_path, monkeypatch, capsys):
     assert len(rows_of(outcome["csv"])) == 2 * len(rows)
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_grow_by_a_few_megabytes(data, tmp_path):
     """As a user runs it: a subprocess, whose temporary folder is empty afterwards."""

@@ -279,6 +279,7 @@ def test_a_run_is_that_of_the_script(tmp_path, monkeypatch):
     assert (row.heldout_loss, row.heldout_tokens) == (last["heldout_loss"], last["heldout_tokens"])
 
 
+@pytest.mark.heavy
 def test_sft_begins_with_a_model_that_is_pretrained_once(tmp_path, monkeypatch):
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "text.jsonl"

@@ -245,7 +245,10 @@ def held_out(pairs: Path) -> list[dict]:
 def preferred(origin, pairs, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "dpo"
     text = finish(dpo(origin, pairs, out))
-    assert "Muon takes none that are stacked" in text and "DoRA, all projections but routed experts" in text
+    assert (
+        "--optimizer adamw: it is what adapters are trained with" in text
+        and "DoRA, all projections but routed experts" in text
+    )
     return out
 
 

@@ -98,6 +98,7 @@ def test_killed_and_started_again_the_average_is_the_same_to_the_bit(unbroken, d
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_on_two_processes_it_is_that_of_one(strategy, unbroken, data, tmp_path):
     """And a run on shards goes on with one process."""

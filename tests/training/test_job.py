@@ -149,7 +149,11 @@ class Fitting(SimpleNamespace):
 )
 def test_a_step_takes_no_more_than_the_data_has(rows, ranks, flags, chosen, shape, told):
     args = SimpleNamespace(
-        row=512, seq_len=512, recompute=False, **{"batch_tokens": None, "micro_tokens": None} | flags
+        row=512,
+        seq_len=512,
+        recompute=False,
+        scale=1.0,
+        **{"batch_tokens": None, "micro_tokens": None} | flags,
     )
     job = Fitting(
         args=args, given=args, parallel=SimpleNamespace(world_size=ranks), device=torch.device("cpu"),

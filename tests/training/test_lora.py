@@ -93,7 +93,7 @@ def test_dropout_is_drawn_alike_however_often_the_run_is_looked_at(unbroken, ori
 @pytest.mark.parametrize(
     ("processes", "flags"),
     [
-        (2, ("--parallel", "fsdp")),
+        pytest.param(2, ("--parallel", "fsdp"), marks=pytest.mark.heavy),
         pytest.param(2, ("--parallel", "ddp"), marks=pytest.mark.slow),
         pytest.param(1, ("--micro-tokens", "128"), marks=pytest.mark.slow),
         pytest.param(1, ("--compile",), marks=pytest.mark.slow),

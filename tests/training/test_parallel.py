@@ -84,6 +84,7 @@ def test_curve_is_that_of_one_process(processes, flags, data, alone, tmp_path):
     assert_same(tmp_path / "out", alone)
 
 
+@pytest.mark.heavy
 def test_one_killed_rank_then_another_count_and_strategy(data, alone, tmp_path):
     """kill -9 of one rank ends the run; the checkpoint goes on elsewhere, no line is written twice."""
     out = tmp_path / "out"

@@ -130,6 +130,7 @@ def test_every_stage_plans_and_leaves_nothing(stage, origin, tmp_path):
         assert found.epochs == pytest.approx(3 * 8 / found.data.documents)
 
 
+@pytest.mark.heavy
 def test_the_run_is_as_planned(origin, tmp_path):
     """Rows that leave much open: passes, length of a row, optimizer."""
     data = rows("chats", tmp_path / "mine.jsonl", 150, 300)

@@ -317,6 +317,7 @@ def test_malformed_row_names_file_and_line(data, tmp_path):
     assert "1 bad row" in answer.stdout + answer.stderr
 
 
+@pytest.mark.heavy
 def test_profile_and_recomputation_change_nothing(unbroken, data, tmp_path):
     out = tmp_path / "profiled"
     answer = run(command(data, out, *LENGTH, "--profile", "--recompute"))

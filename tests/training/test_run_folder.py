@@ -164,7 +164,7 @@ def test_a_run_of_when_passes_and_optimizer_were_flags_alone_goes_on(tmp_path):
     found = find_run(None, "x", new, "auto", defaults, tmp_path)
     assert found == {"seq_len": 1024, "epochs": 3.0, "optimizer": "muon"}
     assert opened(None, "x", new | {"chosen": found}, "auto", tmp_path, defaults).path == first.path
-    for name, value in (("epochs", 2.0), ("optimizer", "adamw"), ("seq_len", 1024)):
+    for name, value in (("epochs", 2.0), ("optimizer", "adamw"), ("seq_len", 512)):
         other = {"stage": "sft", "args": {**new["args"], name: value}}
         assert find_run(None, "x", other, "auto", defaults, tmp_path) == {}
     same = {"stage": "sft", "args": {**new["args"], "epochs": 3.0}}
