@@ -243,6 +243,7 @@ def test_a_run_of_the_script(tmp_path):
     assert Path(result["png"]).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.heavy
 def test_a_decoder_that_writes_nonsense_is_refused(tmp_path, monkeypatch):
     """In this process, with workers replaced: only what passes the gate is timed."""
     from bench import decode

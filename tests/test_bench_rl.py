@@ -116,6 +116,7 @@ def test_errors(flags, message):
         main(Args(**flags))
 
 
+@pytest.mark.heavy
 def test_ctrl_c_is_no_traceback(tmp_path):
     """A terminal sends it to the workers too."""
     command = [sys.executable, rl.__file__, "--preset", "nano", "--peer", "ours", "--out", str(tmp_path)]

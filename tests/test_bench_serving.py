@@ -56,6 +56,7 @@ def test_a_load_that_brought_nothing_is_no_result():
         serving.summary(serving.Log())
 
 
+@pytest.mark.heavy
 def test_a_short_run(tmp_path):
     pytest.importorskip("fastapi", reason="pip install 'minimind[serve]'")
     tokenizer = load_tokenizer()

@@ -201,6 +201,7 @@ def test_every_case_on_every_card(arch, dtype, tmp_path):
     check_rows(compile_kernels(tmp_path, "--arch", str(arch), "--dtype", dtype, "--native", "none"))
 
 
+@pytest.mark.heavy
 def test_the_number_of_tokens_compiles_nothing_anew(tmp_path):
     script = tmp_path / "sizes.py"
     script.write_text(FOR_MANY_SIZES, encoding="utf-8")

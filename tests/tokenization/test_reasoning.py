@@ -177,6 +177,7 @@ def test_shares_and_templates_that_cannot_be():
     assert ReasoningEncoder(simple, 0).pieces(INSIDE)
 
 
+@pytest.mark.heavy
 def test_a_share_of_the_prompts_asks_for_reasoning():
     chats = [[{"role": "user", "content": f"{i} + 1?"}] for i in range(400)]
     half, none = ThinkingPrompts(SHIPPED, 0.5), ThinkingPrompts(SHIPPED, None)

@@ -310,6 +310,7 @@ def test_reasoning_and_distillation_take_an_adapter_too(origin, chats, tmp_path)
         assert not list((tmp_path / name).rglob("model.safetensors"))
 
 
+@pytest.mark.heavy
 def test_a_reward_model_is_an_adapter_with_a_head(origin, pairs, tmp_path):
     """What --reward model= opens scores as the run's last figures say; resumed, the run is the same to the bit."""
     flags = ["--from", str(origin), "--data", str(pairs), "--cache-dir", str(pairs.parent / "cache")]

@@ -189,6 +189,7 @@ def test_a_gpu_for_each_process(monkeypatch):
         Parallel("ddp", 0, 0, 2).choose_device("cuda:1")
 
 
+@pytest.mark.heavy
 def test_too_few_rows_for_the_processes(data, tmp_path):
     answer = run(torchrun(2, *command(data, tmp_path / "out", "--batch-tokens", "64")[1:]))
     assert answer.returncode != 0

@@ -154,7 +154,10 @@ def test_the_run_is_as_planned(origin, tmp_path):
         assert note in text or note.startswith("on a GPU")
 
 
-@pytest.mark.parametrize(("stage", "kind"), [("pretrain", "text"), ("sft", "chats"), ("dpo", "pairs")])
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [("pretrain", "text"), ("sft", "chats"), pytest.param("dpo", "pairs", marks=pytest.mark.heavy)],
+)
 def test_a_part_of_the_data_says_what_all_of_it_would(stage, kind, origin, tmp_path, monkeypatch):
     """Four standard errors: once in 16,000."""
     data = rows(kind, tmp_path / "mine.jsonl", 6000)
