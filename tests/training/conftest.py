@@ -21,6 +21,15 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def prompts(tmp_path_factory) -> Path:
+    """Questions for the reinforcement learners."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [{"conversations": [{"role": "user", "content": f"Say {i}."}]} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
 def taught(tmp_path_factory) -> Path:
     """A folder in which a nano was pretrained and taught to answer, as `make demo` does, with less text; what the slow
     tests of the later stages go on from."""

@@ -65,14 +65,6 @@ def origin(tmp_path_factory) -> Path:
     return save_origin(TINY, tmp_path_factory.mktemp("origin"))
 
 
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    rows = [{"conversations": [{"role": "user", "content": f"Say {i}."}]} for i in range(40)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def command(name: str, origin: Path, prompts: Path, out: Path, *extra: str) -> list[str]:
     script, flags = STAGES[name]
     return [sys.executable, str(SCRIPT.with_name(f"{script}.py")), "--from", str(origin), "--data", str(prompts),
