@@ -4,12 +4,12 @@ kernels/ has no __init__.py on purpose: with one, `import kernels` would work fr
 transformers' probe for its optional package of that name would find ours.
 
 csrc/, the native operators, are built by CMake into the package where a C++ compiler is found, with CUDA where nvcc is;
-minimind/native_build.py has the details. Not having them never fails an installation: decoding then runs in
+minimind/ops/native_build.py has the details. Not having them never fails an installation: decoding then runs in
 plain PyTorch, and says why.
 """
 
+import importlib.util
 import shutil
-import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,8 +18,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT))
-from minimind import native_build  # noqa: E402
+PLAN = importlib.util.spec_from_file_location("native_build", ROOT / "minimind" / "ops" / "native_build.py")
+native_build = importlib.util.module_from_spec(PLAN)  # alone: the package needs torch, which is not there yet
+PLAN.loader.exec_module(native_build)
 
 
 class NativeBuild(build_ext):
@@ -63,15 +64,24 @@ setup(
     python_requires=">=3.10",
     packages=[
         "minimind",
+        "minimind.apps",
         "minimind.data",
+        "minimind.data.builtin",
+        "minimind.evaluation",
         "minimind.export",
         "minimind.inference",
+        "minimind.inference.decode",
         "minimind.kernels",
         "minimind.objectives",
+        "minimind.ops",
         "minimind.rewards",
         "minimind.serving",
         "minimind.tokenization",
         "minimind.training",
+        "minimind.training.profiling",
+        "minimind.training.rl",
+        "minimind.training.stages",
+        "minimind.utils",
     ],
     package_dir={"minimind": "minimind", "minimind.kernels": "kernels"},
     ext_modules=[Extension("minimind._native", sources=[])],

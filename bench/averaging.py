@@ -25,18 +25,18 @@ from rich.console import Console
 from bench.kernel_report import append, check_columns, columns_of, slug
 from minimind import ModelConfig, load_tokenizer
 from minimind.data import Corpus, PackedLoader, open_corpus
-from minimind.data.corpus import builtin_corpus
+from minimind.data.builtin.docstrings import builtin_corpus
 from minimind.data.split import split
-from minimind.device import choose_device, choose_precision, describe_device
 from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
-from minimind.stdio import command_line
 from minimind.training.averaging import WeightAverage
 from minimind.training.batches import to_device
 from minimind.training.heldout import heldout_loss
 from minimind.training.optim import ScheduleName, build_optimizers, lr_factor
 from minimind.training.parallel import Parallel
 from minimind.training.run_folder import versions
+from minimind.utils.device import choose_device, choose_precision, describe_device
+from minimind.utils.stdio import command_line
 
 ROW, BATCH, HELD_OUT = 512, 4096, 32_768  # tokens
 

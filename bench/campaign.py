@@ -34,11 +34,11 @@ from bench.campaign_slices import LIMIT, Slice, slices
 from bench.kernel_report import slug
 from bench.performance_tables import device_report
 from bench.running import execute, last_line
-from minimind.data.files import write_atomically, write_json
-from minimind.device import choose_device, describe_device
-from minimind.display import duration
-from minimind.stdio import command_line
 from minimind.training.run_folder import versions
+from minimind.utils.device import choose_device, describe_device
+from minimind.utils.display import duration
+from minimind.utils.files import write_atomically, write_json
+from minimind.utils.stdio import command_line
 
 ROOT = Path(__file__).parents[1]
 PASSED = "passed"

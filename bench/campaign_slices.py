@@ -21,8 +21,8 @@ PARITY = {  # slice -> files of tests/kernels; "model" takes the others, but for
     "losses": ("linear_cross_entropy", "linear_log_probs", "linear_distillation"),
 }
 NOT_OF_A_CARD = ("bench_kernels", "interpreter", "large_offsets", "resources")
-DECODE_TESTS = ("inference/test_decode_ops", "inference/test_sampling_ops", "inference/test_prefill",
-                "inference/test_engine", "test_attention")  # fmt: skip
+DECODE_TESTS = ("inference/decode/test_ops", "inference/decode/test_sampling", "inference/test_prefill",
+                "inference/test_engine", "ops/test_attention")  # fmt: skip
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")  # of compute-sanitizer
 # One cudaMalloc a tensor: within PyTorch's own pool a kernel may leave its tensor unseen.
 UNPOOLED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -32,10 +32,10 @@ from bench.card_questions import Question, Setting, questions, run_folder
 from bench.card_report import LARGEST, TABLE, lines_of, pack, said, show, unpack, write_table
 from bench.kernel_report import slug
 from bench.running import execute
-from minimind.data.files import write_json
-from minimind.display import duration
-from minimind.stdio import command_line
 from minimind.training.run_folder import versions
+from minimind.utils.display import duration
+from minimind.utils.files import write_json
+from minimind.utils.stdio import command_line
 
 ROOT = Path(__file__).parents[1]
 DONE, CUT, NOT_REACHED, NEEDS_CARD = "done", "cut", "not reached", "needs a GPU"

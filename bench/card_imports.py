@@ -15,9 +15,9 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
 from bench.timing import first_line
-from minimind import native
-from minimind.device import choose_device, describe_device
+from minimind.ops import native
 from minimind.training.run_folder import versions
+from minimind.utils.device import choose_device, describe_device
 
 
 def missing(names: list[str]) -> list[str]:

@@ -32,9 +32,9 @@ from rich.console import Console
 from bench.card_questions import OF_A_CARD
 from minimind.data import builtin_corpus, open_corpus
 from minimind.data.reader import read_documents
-from minimind.native_build import PARTS, REPORT, library_name, source_hash
-from minimind.stdio import command_line
+from minimind.ops.native_build import PARTS, REPORT, library_name, source_hash
 from minimind.tokenization import load_tokenizer
+from minimind.utils.stdio import command_line
 
 ROOT = Path(__file__).parents[1]
 LARGEST = 60  # MB
@@ -137,7 +137,7 @@ def built_libraries(package: Path = ROOT / "minimind") -> list[Path]:
         there = (package / library_name(part)).exists()
         if not there or report.get(part, {}).get("sources") != source_hash(ROOT, part):
             raise ValueError(
-                f"{library_name(part)} is not built from this source: python -m minimind.native_build"
+                f"{library_name(part)} is not built from this source: python minimind/ops/native_build.py"
             )
     return [record, *(package / library_name(part) for part in PARTS)]
 

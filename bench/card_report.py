@@ -16,7 +16,7 @@ from rich.table import Table
 
 from bench.performance_rows import markdown
 from bench.running import last_line
-from minimind.data.files import write_atomically
+from minimind.utils.files import write_atomically
 
 LARGEST = 6 << 20  # bytes of a file: weights stay behind, logs, rows and traces do not
 TABLE = "card.md"

@@ -33,20 +33,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.stages import ALPHA, BETA, STAGES, Stage, frozen_model, padded_batches, upstream_loss
-from minimind import ops, varlen
-from minimind.attention import attention_name
+from minimind import ops
 from minimind.config import ModelConfig
+from minimind.data.corpus import Corpus
 from minimind.data.pair_loader import PairBatch
-from minimind.data.store import Corpus
-from minimind.device import choose_precision
 from minimind.modeling import Model
 from minimind.objectives.distillation import Distillation, distillation_loss
 from minimind.objectives.next_token import next_token_loss
 from minimind.objectives.preference import dpo, pair_log_probs, preference_loss
+from minimind.ops import varlen
+from minimind.ops.attention import attention_name
 from minimind.training.batches import DeviceBatches
 from minimind.training.compiling import compile_model
 from minimind.training.optim import OptimizerName, build_optimizers
-from minimind.training.pairs import to_device as pairs_to_device
+from minimind.training.stages.pairs import to_device as pairs_to_device
+from minimind.utils.device import choose_precision
 
 ONE_SEQUENCE_A_ROW = ("pretrain", "sft", "reason")  # what a stock causal model can be driven through
 NO_REFERENCE = ("pretrain", "sft", "reason", "lora")

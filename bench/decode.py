@@ -38,13 +38,13 @@ from bench.decode_report import COLUMNS, Row, plot, show
 from bench.decode_worker import DecoderError, Worker
 from bench.kernel_report import append, check_columns, slug
 from minimind.config import PRESETS, ModelConfig
-from minimind.device import choose_device, describe_device
-from minimind.display import duration
 from minimind.export.gguf import export_gguf
 from minimind.modeling import Model
-from minimind.stdio import command_line
 from minimind.tokenization import load_tokenizer
 from minimind.training.run_folder import versions
+from minimind.utils.device import choose_device, describe_device
+from minimind.utils.display import duration
+from minimind.utils.stdio import command_line
 from minimind.weights import load_model, save_weights
 
 BYTES: dict[str, float] = {"fp32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}

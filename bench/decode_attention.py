@@ -2,7 +2,7 @@
 
     python bench/decode_attention.py [--preset minimind2-small] [--batch 1 16 64] [--context 512 4096]
 
-minimind    minimind.inference.decode_ops.decode_attention, native
+minimind    minimind.inference.decode.ops.decode_attention, native
 eager       plain PyTorch: pages gathered, then scaled_dot_product_attention
 dense       scaled_dot_product_attention on a cache that needs no gathering: not the same task, the best PyTorch has
 varlen      PyTorch's varlen_attn with a block table (a GPU, torch >= 2.12)
@@ -35,13 +35,13 @@ from torch import Tensor
 
 from bench.kernel_report import Row, append, check_columns, show, slug
 from bench.timing import Step, Timing, first_line, limits, measure
-from minimind import native
 from minimind.config import PRESETS, ModelConfig
-from minimind.device import choose_device, choose_precision, describe_device
-from minimind.inference import decode_ops
-from minimind.stdio import command_line
+from minimind.inference.decode import ops as decode_ops
+from minimind.ops import native
+from minimind.ops.varlen import PAGED, varlen_attn
 from minimind.training.run_folder import versions
-from minimind.varlen import PAGED, varlen_attn
+from minimind.utils.device import choose_device, choose_precision, describe_device
+from minimind.utils.stdio import command_line
 
 PAGE = {"cpu": 16, "cuda": 256}  # tokens; flash-attn's paged form takes multiples of 256 only
 

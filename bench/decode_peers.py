@@ -30,13 +30,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimind import native, ops
+from minimind import ops
 from minimind.config import ModelConfig
-from minimind.inference.cache_dtype import FLOAT8
-from minimind.inference.decode_ops import Backend
+from minimind.inference.decode.cache_dtype import FLOAT8
+from minimind.inference.decode.ops import Backend
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams
 from minimind.modeling import Model, MoE
+from minimind.ops import native
 from minimind.rope import rope_cos_sin
 from minimind.weights import load_model
 

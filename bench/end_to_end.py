@@ -27,10 +27,10 @@ if __name__ == "__main__":
 
 from bench.kernel_report import append, check_columns, columns_of, slug
 from minimind.config import PRESETS
-from minimind.device import choose_device, describe_device
-from minimind.stdio import command_line
 from minimind.training.metrics import read_metrics
 from minimind.training.run_folder import versions
+from minimind.utils.device import choose_device, describe_device
+from minimind.utils.stdio import command_line
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,7 +62,7 @@ class Row:
     """One stage. tokens: positions trained on, padding (about 1%) included; seconds: of its training steps alone;
     wall_seconds: of the whole command, tokenizing, compiling, evaluating and saving included. Losses: held out, nats
     per token and at the end bits per byte. correct: share of held-out questions answered to the letter, after SFT.
-    attention: whose it trained with, as minimind.attention.attention_name says."""
+    attention: whose it trained with, as minimind.ops.attention.attention_name says."""
 
     date: str
     commit: str | None

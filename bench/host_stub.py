@@ -50,7 +50,7 @@ def stubbed(arch: int) -> Iterator[Found]:
     from torch.nn.attention.varlen import varlen_attn
     from triton.runtime.jit import JITFunction
 
-    from minimind import attention, varlen
+    from minimind.ops import attention, varlen
 
     found = Found()
 

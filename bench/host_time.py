@@ -38,8 +38,8 @@ from rich.table import Table
 from bench.host_worker import CALLS, OPS, Worker, workers
 from bench.kernel_report import append, check_columns, columns_of, slug
 from minimind.config import PRESETS
-from minimind.device import describe_device
-from minimind.stdio import command_line
+from minimind.utils.device import describe_device
+from minimind.utils.stdio import command_line
 
 Seconds = list[tuple[float, float]]
 

@@ -22,9 +22,9 @@ import torch
 from bench.kernel_cases import BUILDERS, Case, applies, build
 from bench.parity import ALLOWED, worst_ratio
 from minimind.config import PRESETS
-from minimind.device import choose_device, choose_precision
 from minimind.kernels.triton_support import why_no_triton
-from minimind.stdio import command_line
+from minimind.utils.device import choose_device, choose_precision
+from minimind.utils.stdio import command_line
 
 TOKENS = 77  # no multiple of any tile
 

@@ -34,10 +34,10 @@ from bench.kernel_report import Row, append, check_columns, plot, show, slug
 from bench.parity import ALLOWED, PARITY_TOKENS, worst_ratio
 from bench.timing import PASSES, Timing, first_line, limits, measure, step_of
 from minimind.config import PRESETS
-from minimind.device import choose_device, choose_precision, describe_device
 from minimind.kernels.triton_support import why_no_triton
-from minimind.stdio import command_line
 from minimind.training.run_folder import versions
+from minimind.utils.device import choose_device, choose_precision, describe_device
+from minimind.utils.stdio import command_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -31,10 +31,10 @@ from rich.table import Table
 from bench.kernel_report import append, check_columns, columns_of, plt, slug
 from bench.memory import Usage, measure
 from minimind.data import Corpus, PackedLoader, builtin_corpus, open_corpus
-from minimind.device import describe_device
-from minimind.stdio import command_line
 from minimind.tokenization import load_tokenizer
 from minimind.training.run_folder import versions
+from minimind.utils.device import describe_device
+from minimind.utils.stdio import command_line
 
 SHAPES = ((1, 512), (8, 512), (128, 512), (32, 2048), (8, 8192))  # rows, tokens in a row
 SMALLER = 8  # --grow compares a corpus with one this many times smaller

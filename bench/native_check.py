@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from minimind.config import ModelConfig
-from minimind.device import choose_device
-from minimind.inference import decode_ops
-from minimind.inference.decode_step import DecodeWeights, decode_step
+from minimind.inference.decode import ops as decode_ops
+from minimind.inference.decode.step import DecodeWeights, decode_step
 from minimind.modeling import Model
 from minimind.rope import rope_cos_sin
-from minimind.stdio import command_line
+from minimind.utils.device import choose_device
+from minimind.utils.stdio import command_line
 
 FP8 = torch.float8_e4m3fn
 PAGE = 16

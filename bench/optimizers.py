@@ -31,14 +31,14 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.kernel_report import append, check_columns, columns_of, slug
+from minimind.data.builtin.docstrings import builtin_corpus
 from minimind.data.cache import open_corpus
-from minimind.data.corpus import builtin_corpus
-from minimind.device import choose_device, describe_device
-from minimind.display import caption
-from minimind.stdio import command_line
 from minimind.tokenization import load_tokenizer
 from minimind.training.metrics import read_metrics
 from minimind.training.run_folder import versions
+from minimind.utils.device import choose_device, describe_device
+from minimind.utils.display import caption
+from minimind.utils.stdio import command_line
 
 ROOT = Path(__file__).parents[1]
 EVERYTHING = 1 << 40  # tokens: every evaluation takes all that is held out

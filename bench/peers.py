@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.attention import permute_rows
 from minimind.kernels.rope import rope_ref
 from minimind.kernels.swiglu import swiglu_ref
+from minimind.ops.attention import permute_rows
 
 
 def native_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

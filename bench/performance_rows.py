@@ -40,7 +40,7 @@ class Device:
 
     @property
     def is_cpu(self) -> bool:
-        """By its name, which of a CPU counts the threads (minimind/device.py)."""
+        """By its name, which of a CPU counts the threads (minimind/utils/device.py)."""
         return re.search(r", \d+ threads", self.name) is not None
 
     def runs(self, table: str) -> list[list[Row]]:

@@ -25,12 +25,12 @@ from bench.kernel_report import append
 from bench.stages import STAGES
 from bench.throughput_report import Row
 from minimind.config import ModelConfig
-from minimind.data.store import Corpus
-from minimind.device import describe_device
+from minimind.data.corpus import Corpus
 from minimind.modeling import Model
-from minimind.stdio import command_line
 from minimind.training.cards import CARDS
 from minimind.training.run_folder import versions
+from minimind.utils.device import describe_device
+from minimind.utils.stdio import command_line
 
 COUNTS = Path(__file__).parent / "results" / "bytes-per-token.csv"
 # Dense bf16 TFLOP/s with float32 accumulation.

@@ -37,10 +37,10 @@ from bench.kernel_report import append, check_columns, columns_of, slug
 from bench.rl_peers import PEERS, Setting, Turn
 from bench.timing import first_line, peak_mib, start_deaf
 from minimind.config import PRESETS, ModelConfig
-from minimind.device import choose_device, choose_precision, describe_device
 from minimind.modeling import Model
-from minimind.stdio import command_line
 from minimind.training.run_folder import versions
+from minimind.utils.device import choose_device, choose_precision, describe_device
+from minimind.utils.stdio import command_line
 from minimind.weights import load_model, save_weights
 
 PARTS = ("rollout", "reward", "train")

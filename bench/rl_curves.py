@@ -17,9 +17,9 @@ if __name__ == "__main__":
 import matplotlib
 import tyro
 
-from minimind.display import caption
-from minimind.stdio import command_line
 from minimind.training.metrics import read_metrics, smooth
+from minimind.utils.display import caption
+from minimind.utils.stdio import command_line
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -28,7 +28,6 @@ from torch import Tensor
 from minimind import ops
 from minimind.config import ModelConfig
 from minimind.data.prompts import Prompt, PromptSet
-from minimind.device import choose_precision
 from minimind.inference.replica import Replica
 from minimind.modeling import Model
 from minimind.objectives.advantages import group_advantages
@@ -37,10 +36,11 @@ from minimind.objectives.surrogates import clip, with_kl
 from minimind.rewards import Rewards, Sample, parse_rewards
 from minimind.rope import rope_cos_sin
 from minimind.tokenization import load_tokenizer
-from minimind.training.collector import score, scored_again
 from minimind.training.optim import build_optimizers
-from minimind.training.rl_loader import Shape, pack, passes
-from minimind.training.rollouts import Answer, Drawn, Sampler, Sampling
+from minimind.training.rl.collector import score, scored_again
+from minimind.training.rl.loader import Shape, pack, passes
+from minimind.training.rl.rollouts import Answer, Drawn, Sampler, Sampling
+from minimind.utils.device import choose_precision
 from minimind.weights import load_model
 
 BETA, RATE = 0.04, 1e-6

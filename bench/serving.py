@@ -42,13 +42,13 @@ from bench.decode import random_model
 from bench.kernel_report import append, check_columns, slug
 from bench.serving_report import COLUMNS, Row, plot
 from minimind.config import PRESETS, ModelConfig
-from minimind.device import choose_device, describe_device
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams
 from minimind.modeling import Model
-from minimind.stdio import command_line
 from minimind.tokenization import load_tokenizer
 from minimind.training.run_folder import versions
+from minimind.utils.device import choose_device, describe_device
+from minimind.utils.stdio import command_line
 from minimind.weights import load_model, save_weights
 
 ROOT = Path(__file__).parents[1]

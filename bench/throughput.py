@@ -41,13 +41,13 @@ from bench.throughput_report import COLUMNS, Row, plot, show
 from bench.throughput_worker import Step, Worker
 from bench.timing import limits
 from minimind.config import PRESETS, ModelConfig
-from minimind.data.store import Corpus
-from minimind.device import choose_device, choose_precision, describe_device
-from minimind.display import duration
+from minimind.data.corpus import Corpus
 from minimind.modeling import Model
-from minimind.stdio import command_line
 from minimind.training.optim import OptimizerName
 from minimind.training.run_folder import versions
+from minimind.utils.device import choose_device, choose_precision, describe_device
+from minimind.utils.display import duration
+from minimind.utils.stdio import command_line
 
 WHOLE_MODEL = ("pretrain", "sft", "reason")  # the model's own operations are all that a step computes
 

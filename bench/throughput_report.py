@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bench.kernel_report import columns_of
 from bench.stages import Padding
-from minimind.display import caption
+from minimind.utils.display import caption
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -26,8 +26,8 @@ class Row:
     allocated, or resident on a CPU, compilation included (bench/timing.py). utilisation: the model's operations over
     what one large product of this device reaches. loader_share: of the time, spent waiting for data. once_seconds: for
     the batch of a step, what is done once for the data before the first step, and is not in the step's time.
-    attention: whose, as minimind.attention.attention_name says; sdpa: PyTorch's on rows of one sequence, the kernels
-    that it chose itself. Empty in rows from before it was noted."""
+    attention: whose, as minimind.ops.attention.attention_name says; sdpa: PyTorch's on rows of one sequence, the
+    kernels that it chose itself. Empty in rows from before it was noted."""
 
     date: str
     commit: str | None

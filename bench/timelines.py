@@ -30,12 +30,12 @@ from rich.console import Console
 from bench.decode import random_model
 from bench.kernel_report import slug
 from minimind.config import PRESETS, ModelConfig
-from minimind.device import choose_device, choose_precision, describe_device
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams
-from minimind.stdio import command_line
-from minimind.training.profiling import PICTURE, StepProfiler, span
+from minimind.training.profiling.profiler import PICTURE, StepProfiler, span
 from minimind.training.run_folder import versions
+from minimind.utils.device import choose_device, choose_precision, describe_device
+from minimind.utils.stdio import command_line
 
 ROOT = Path(__file__).parents[1]
 WHAT = ("train", "decode")

@@ -35,10 +35,10 @@ from bench.transfer_plan import FIRST, Campaign, OutOfTimeError, planned
 from bench.transfer_plot import plot
 from bench.transfer_runs import Point, Row, read
 from minimind.config import PRESETS
-from minimind.data.corpus import builtin_corpus
-from minimind.data.files import cache_root, make_folder
-from minimind.device import choose_device, describe_device
-from minimind.stdio import command_line
+from minimind.data.builtin.docstrings import builtin_corpus
+from minimind.utils.device import choose_device, describe_device
+from minimind.utils.files import cache_root, make_folder
+from minimind.utils.stdio import command_line
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "transfer.png"
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bench.transfer_fit import Optimum, by_point, next_rate, optima_of
 from bench.transfer_runs import Point, read, train, write
-from minimind.display import duration
+from minimind.utils.display import duration
 
 # Where nothing is known yet: what the scripts took for nano before there was a rule, AdamW's from bench/optimizers.py.
 FIRST = {

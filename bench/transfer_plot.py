@@ -12,7 +12,7 @@ import numpy as np
 
 from bench.transfer_fit import REFERENCE, Optimum, Rule, by_point, fit, optima_of
 from bench.transfer_runs import Point, Row
-from minimind.display import pyplot
+from minimind.utils.display import pyplot
 
 RATES = [1e-3 * 2**k for k in range(-6, 9)]  # of the grid, where the axes have their ticks
 LABELS = {"width": "width", "depth": "layers", "tokens": "tokens", "batch_tokens": "tokens a step"}

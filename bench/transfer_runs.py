@@ -19,18 +19,18 @@ from rich.console import Console
 
 from minimind.config import ModelConfig
 from minimind.data import PackedLoader, builtin_conversations
-from minimind.device import choose_device, choose_precision
 from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import StageArgs
-from minimind.training.chats import ChatArgs, open_chats
 from minimind.training.heldout import describe, heldout_loss
 from minimind.training.job import Job, Objective
-from minimind.training.loop import NonFiniteLossError
 from minimind.training.optim import OptimizerName
 from minimind.training.origin import Origin
 from minimind.training.parts import Named, Parts, open_parts, read_texts
+from minimind.training.stages.chats import ChatArgs, open_chats
+from minimind.training.trainer import NonFiniteLossError
+from minimind.utils.device import choose_device, choose_precision
 
 StageName = Literal["pretrain", "sft"]
 HELDOUT = 32_768  # tokens that a run is measured on, the same for all of a corpus

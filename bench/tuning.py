@@ -21,9 +21,9 @@ from bench.kernel_report import append, check_columns, columns_of
 from bench.parity import ALLOWED, PARITY_TOKENS, worst_ratio
 from bench.timing import first_line, measure, step_of
 from minimind.config import PRESETS
-from minimind.device import describe_device
 from minimind.kernels.triton_support import architecture
 from minimind.training.run_folder import versions
+from minimind.utils.device import describe_device
 
 TABLES = {  # op -> the tables its kernels read, as (module of minimind.kernels, name)
     "rms_norm": [("rms_norm", "CONFIGS")],

@@ -1,5 +1,5 @@
 // The operators of the torch library `minimind`: their schema, once for every device. csrc/cpu and csrc/cuda implement
-// them; minimind/inference/decode_ops.py holds the plain-PyTorch reference, the shapes for tracing, and the public
+// them; minimind/inference/decode/ops.py holds the plain-PyTorch reference, the shapes for tracing, and the public
 // functions, whose docstrings are the full documentation.
 //
 // B sequences, N tokens, H query heads, G key/value heads, D head size, P pages of S tokens, L layers, V vocabulary.
@@ -26,7 +26,7 @@ const Library schema(nullptr, [](Library& m) {
       "Tensor presence_penalty, Tensor history, Tensor seeds, Tensor offsets) -> (Tensor tokens, Tensor log_probs)");
   // A whole step of the whole model: tokens int64 [B] -> logits float32 [B, V]; caches [L, P, S, G, D]. CUDA: of a dense
   // model, B up to 8. weights: embedding [V, C], final norm [C], head [V, C], then for each layer (on a CPU matrices but
-  // the embedding packed, as minimind/inference/packing.py does it)
+  // the embedding packed, as minimind/inference/decode/packed_weights.py does it)
   //   input norm [C], qkv [(H + 2 G) D, C], q norm [D], k norm [D] (with qk_norm), o [C, H D], post-attention norm [C],
   //   gate_up [2 I, C], down [C, I]                                                        (experts == 0)
   //   router [E, C], gate_up [E, 2 J, C], down [E, C, J], (gate_up, down) per shared expert  (experts > 0)
@@ -35,7 +35,7 @@ const Library schema(nullptr, [](Library& m) {
       "Tensor sin, Tensor[] weights, Tensor(a!) key_cache, Tensor(b!) value_cache, int heads, bool qk_norm, int experts, "
       "int experts_per_token, int shared_experts, bool normalize_gates, float eps, Tensor? k_scale, Tensor? v_scale) "
       "-> Tensor");
-  // Training on a CPU, what minimind/document_attention.py runs: q [N, H, D], k, v [N, G, D], cu_seqlens int32 [n + 1].
+  // Training on a CPU, what minimind/ops/document_attention.py runs: q [N, H, D], k, v [N, G, D], cu_seqlens int32 [n + 1].
   m.def("native_document_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens) -> Tensor");
   m.def(
       "native_document_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens) -> "

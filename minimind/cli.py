@@ -10,14 +10,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from minimind.starting import leave_on_interrupt, started
-from minimind.stdio import prepare_output, with_home
+from minimind.utils.starting import leave_on_interrupt, started
+from minimind.utils.stdio import prepare_output, with_home
 
 COMMANDS = {
-    "chat": ("minimind.inference.chat", "talk to a model in the terminal"),
+    "chat": ("minimind.apps.chat", "talk to a model in the terminal"),
     "serve": ("minimind.serving.command", "serve a model over HTTP as OpenAI's API does"),
     "web": ("minimind.serving.web_command", "talk to a model in the browser"),
-    "evaluate": ("minimind.inference.perplexity", "perplexity of a model by context length, or benchmarks"),
+    "evaluate": ("minimind.evaluation.perplexity", "perplexity of a model by context length, or benchmarks"),
     "export": (
         "minimind.export.command",
         "write a model for transformers, vLLM, llama.cpp, ollama or upstream",

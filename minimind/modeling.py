@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minimind import ops
-from minimind.attention import Layout, Unfolding, document_ids, make_layout
 from minimind.config import ModelConfig
+from minimind.ops.attention import Layout, Unfolding, document_ids, make_layout
 from minimind.rope import rope_cos_sin
 
 

@@ -19,11 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minimind.attention import Unfolding
 from minimind.config import ModelConfig
 from minimind.lora import merge_adapter, remove_adapters
 from minimind.lora_files import CONFIG, base_of, load_adapter
 from minimind.modeling import Linear, Model, ModelOutput
+from minimind.ops.attention import Unfolding
 from minimind.weights import checkpoint_folder, from_stock, load_model, to_stock
 
 SCORE, HEAD = "score.weight", "value_head.safetensors"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minimind.config import ModelConfig
-from minimind.granite import from_granite, is_granite
+from minimind.granite_weights import from_granite, is_granite
 from minimind.lora import merged_state
 from minimind.modeling import Model
 

@@ -302,78 +302,78 @@ MUTATIONS = (
         "csrc/cpu/sample.cpp",
         "least = order[static_cast<size_t>(row.top_k) - 1];",
         "least = *std::max_element(order.begin() + row.top_k, order.end());",
-        "tests/inference/test_sampling_ops.py",
+        "tests/inference/decode/test_sampling.py",
     ),
     Mutation(
         "a query sees the key behind its own",
         "csrc/cpu/document_attention.h",
         "inverse[i] = 1.0f / exponentials_of(b.scores + i * keys, start + i + 1, keys, scale);",
         "inverse[i] = 1.0f / exponentials_of(b.scores + i * keys, start + i + 2, keys, scale);",
-        "tests/test_attention.py::test_documents",
+        "tests/ops/test_attention.py::test_documents",
     ),
     Mutation(
         "the scores' gradient lacks the scale",
         "csrc/cpu/document_attention.h",
         "(load(dp + j) - mean) * scale * load(p + j)",
         "(load(dp + j) - mean) * load(p + j)",
-        "tests/test_attention.py::test_documents",
+        "tests/ops/test_attention.py::test_documents",
     ),
     Mutation(
         "chunks of a long sequence are put together as if all had the same maximum",
         "csrc/cpu/attention.h",
         "const float factor = exponential(broadcast(part[0] - maximum))[0];",
         "const float factor = part[0] > maximum ? 0.0f : 1.0f;",
-        "tests/inference/test_decode_ops.py::test_long_sequences",
+        "tests/inference/decode/test_ops.py::test_long_sequences",
     ),
     Mutation(
         "gates that should sum to 1 do not",
         "csrc/cpu/feed_forward.h",
         "gates[k] /= sum_chosen + 1e-20f;",
         "gates[k] /= total;",
-        "tests/inference/test_decode_step.py::test_step_by_step_it_is_the_models_forward",
+        "tests/inference/decode/test_step.py::test_step_by_step_it_is_the_models_forward",
     ),
     # the model
     Mutation(
         "the reference mask lets documents see those before them in the row",
-        "minimind/attention.py",
+        "minimind/ops/attention.py",
         "((document[:, :, None] == document[:, None, :]) & causal)",
         "((document[:, :, None] >= document[:, None, :]) & causal)",
         "tests/test_modeling.py::test_packed_padded_and_single_documents_agree",
     ),
     Mutation(
         "a document's first token belongs to the one before",
-        "minimind/attention.py",
+        "minimind/ops/attention.py",
         "position, right=True)",
         "position, right=False)",
         "tests/objectives/test_preference.py",
     ),
     Mutation(
         "padding can be seen",
-        "minimind/attention.py",
+        "minimind/ops/attention.py",
         "visible = causal & attention_mask.bool()[:, None, :]",
         "visible = causal.expand(batch, length, length)",
         "tests/test_modeling.py::test_packed_padded_and_single_documents_agree",
     ),
     Mutation(
         "a query sees the key behind its own",
-        "minimind/document_attention.py",
+        "minimind/ops/document_attention.py",
         "dtype=dtype).triu_(1)",
         "dtype=dtype).triu_(2)",
-        "tests/test_attention.py::test_documents",
+        "tests/ops/test_attention.py::test_documents",
     ),
     Mutation(
         "the keys' gradient lacks the scale",
-        "minimind/document_attention.py",
+        "minimind/ops/document_attention.py",
         "_flat(q[part], rows), alpha=scale)",
         "_flat(q[part], rows))",
-        "tests/test_attention.py::test_documents",
+        "tests/ops/test_attention.py::test_documents",
     ),
     Mutation(
         "an expert's gradient counts the rows of those beside it",
-        "minimind/expert_linear.py",
+        "minimind/ops/expert_linear.py",
         "if part.window != part.rows:",
         "if part.window.start != part.rows.start:",
-        "tests/test_ops.py::test_expert_linear",
+        "tests/ops/test_ops.py::test_expert_linear",
     ),
     Mutation(
         "the balance of the experts is not divided by the choices of a token",
@@ -470,7 +470,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a conversation is cut before the token that ends its turn",
-        "minimind/data/weights.py",
+        "minimind/data/loss_mask.py",
         "kept = int(turns[-1]) + 1 if len(turns) else seq_len",
         "kept = int(turns[-1]) if len(turns) else seq_len",
         "tests/data/test_conversations.py",
@@ -498,10 +498,10 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens of a part of a file are read from its beginning",
-        "minimind/data/store.py",
+        "minimind/data/corpus.py",
         "first = starts + piece.source.index[piece.first, 0]",
         "first = starts",
-        "tests/data/test_store.py",
+        "tests/data/test_corpus.py",
     ),
     Mutation(
         "a copy of a training document is held out",
@@ -554,7 +554,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an answer that was cut is learnt without its end",
-        "minimind/data/weights.py",
+        "minimind/data/loss_mask.py",
         "if len(turns) or not whole_answers else 0",
         "if len(turns) or whole_answers else 0",
         "tests/data/test_conversations.py",
@@ -731,7 +731,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the place in a rollout is counted in micro-batches of another size",
-        "minimind/training/rl_loader.py",
+        "minimind/training/rl/loader.py",
         "self._taken = done * self.shape.micro_batches",
         'self._taken = state["taken"]',
         "tests/training/test_grpo.py::test_a_run_goes_on_in_other_micro_batches",
@@ -808,7 +808,7 @@ MUTATIONS = (
     ),
     Mutation(
         "Ctrl-C while a script imports is an exception",
-        "minimind/starting.py",
+        "minimind/utils/starting.py",
         "signal.signal(signal.SIGINT, _leave)",
         "signal.signal(signal.SIGINT, signal.default_int_handler)",
         "tests/test_starting.py",
@@ -823,28 +823,28 @@ MUTATIONS = (
     # training
     Mutation(
         "micro-batches are averaged, not summed over the step's targets",
-        "minimind/training/loop.py",
+        "minimind/training/trainer.py",
         "loss, aux = loss / weight,",
         "loss, aux = loss / (batch.global_weight * len(batches)),",
         "tests/training/test_reason.py::test_loss_is_divided_by_the_weighted_sum_however_it_is_accumulated",
     ),
     Mutation(
         "gradients of ranks are averaged, though each is a part of the sum",
-        "minimind/training/loop.py",
+        "minimind/training/trainer.py",
         "((loss + aux) * ranks).backward()",
         "(loss + aux).backward()",
         "tests/training/test_grpo.py::test_curve_of_two_processes_is_that_of_one",
     ),
     Mutation(
         "the average of the weights is not kept up",
-        "minimind/training/loop.py",
+        "minimind/training/trainer.py",
         "                self.average.update()",
         "                pass",
         "tests/training/test_averaging.py::test_recorded_figures_are_those_of_the_saved_average",
     ),
     Mutation(
         "a resumed run's average forgets how many steps are in it",
-        "minimind/training/loop.py",
+        "minimind/training/trainer.py",
         'self.average.updates = state["averaged"]',
         "self.average.updates = 0",
         "tests/training/test_averaging.py::test_killed_and_started_again_the_average_is_the_same_to_the_bit",
@@ -858,7 +858,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the reference of a run that trains an adapter has the adapter",
-        "minimind/training/rl_stage.py",
+        "minimind/training/rl/stage.py",
         "            with adapters_off(self.model):",
         "            if adapters_off(self.model):",
         "tests/training/test_adapters.py::test_answers_were_compared_with_the_base",
@@ -879,14 +879,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a resumed run draws other random numbers",
-        "minimind/training/loop.py",
+        "minimind/training/trainer.py",
         'torch.set_rng_state(state["rng"])',
         'torch.manual_seed(state["step"])',
         "tests/training/test_lora.py::test_killed_and_started_again_the_curve_is_the_same_to_the_bit",
     ),
     Mutation(
         "a resumed run begins its data anew",
-        "minimind/training/loop.py",
+        "minimind/training/trainer.py",
         'self.stage.loader.load_state({**state["loader"], "step": state["step"]})',
         "self.stage.loader.state()",
         "tests/training/test_lora.py::test_killed_and_started_again_the_curve_is_the_same_to_the_bit",
@@ -907,10 +907,10 @@ MUTATIONS = (
     ),
     Mutation(
         "gradients are not clipped",
-        "minimind/training/loop.py",
+        "minimind/training/trainer.py",
         "clip_grad_norm_(part, self.options.grad_clip)",
         "clip_grad_norm_(part, float('inf'))",
-        "tests/training/test_loop.py",
+        "tests/training/test_trainer.py",
     ),
     Mutation(
         "an update of Muon is as large as its shorter side asks",
@@ -998,10 +998,10 @@ MUTATIONS = (
     ),
     Mutation(
         "an answer's targets stand one token late",
-        "minimind/training/rl_loader.py",
+        "minimind/training/rl/loader.py",
         "first = start + len(a.prompt_ids) - 1",
         "first = start + len(a.prompt_ids) - 2",
-        "tests/training/test_rollouts.py",
+        "tests/training/rl/test_rollouts.py",
     ),
     Mutation(
         "a step takes more than the data has",
@@ -1097,10 +1097,10 @@ MUTATIONS = (
     ),
     Mutation(
         "masked answers are learnt from",
-        "minimind/training/rl_loader.py",
+        "minimind/training/rl/loader.py",
         "if not a.masked]",
         "if not a.masked or a.ids.size]",
-        "tests/training/test_rollouts.py",
+        "tests/training/rl/test_rollouts.py",
     ),
     Mutation(
         "a critic's rate is forgotten",
@@ -1204,10 +1204,10 @@ MUTATIONS = (
     ),
     Mutation(
         "the bound of normed keys forgets how long a head is",
-        "minimind/inference/cache_dtype.py",
+        "minimind/inference/decode/cache_dtype.py",
         "weight.float().abs().amax() * dim**0.5)",
         "weight.float().abs().amax())",
-        "tests/inference/test_cache_dtype.py",
+        "tests/inference/decode/test_cache_dtype.py",
     ),
     Mutation(
         "new weights read the old ones' keys",
@@ -1295,17 +1295,17 @@ MUTATIONS = (
     ),
     Mutation(
         "a penalty makes unlikely tokens likelier",
-        "minimind/inference/sampling_reference.py",
+        "minimind/inference/decode/sampling_reference.py",
         "torch.where(logits > 0, logits / factor, logits * factor)",
         "logits / factor",
-        "tests/inference/test_sampling_ops.py",
+        "tests/inference/decode/test_sampling.py",
     ),
     Mutation(
         "top-p is a share of all tokens, not of those that top-k left",
-        "minimind/inference/sampling_reference.py",
+        "minimind/inference/decode/sampling_reference.py",
         "mass = torch.where(ordered >= ordered.gather(-1, k[:, None] - 1), mass, 0.0)",
         "mass = mass.clone()",
-        "tests/inference/test_sampling_ops.py",
+        "tests/inference/decode/test_sampling.py",
     ),
     Mutation(
         "a stop string is found within a token alone",
@@ -1316,10 +1316,10 @@ MUTATIONS = (
     ),
     Mutation(
         "packed weights have up before gate",
-        "minimind/inference/packing.py",
+        "minimind/inference/decode/packed_weights.py",
         "weight = weight.unflatten(-2, (2, -1))",
         "weight = weight.unflatten(-2, (2, -1)).flip(-3)",
-        "tests/inference/test_packing.py",
+        "tests/inference/decode/test_packed_weights.py",
     ),
     Mutation(
         "the stop token is part of the answer",
@@ -1330,7 +1330,7 @@ MUTATIONS = (
     ),
     Mutation(
         "bits per byte are nats per byte",
-        "minimind/inference/perplexity.py",
+        "minimind/evaluation/perplexity.py",
         "nats / math.log(2) / num_bytes",
         "nats / num_bytes",
         "tests/inference/test_perplexity.py",
@@ -1496,17 +1496,17 @@ MUTATIONS = (
     ),
     Mutation(
         "a title is read as a formula",
-        "minimind/display.py",
+        "minimind/utils/display.py",
         'return text.replace("$", r"\$")',
         "return text",
-        "tests/test_display.py",
+        "tests/utils/test_display.py",
     ),
     Mutation(
         "a picture may fail a run",
-        "minimind/display.py",
+        "minimind/utils/display.py",
         "        except Exception as problem:\n            pictures",
         "        except MemoryError as problem:\n            pictures",
-        "tests/test_display.py",
+        "tests/utils/test_display.py",
     ),
     Mutation(
         "a tracker may fail a run",
@@ -1538,17 +1538,17 @@ MUTATIONS = (
     ),
     Mutation(
         "--out=~/x is a folder called ~",
-        "minimind/stdio.py",
+        "minimind/utils/stdio.py",
         'argument = f"{flag}=" * bool(equals) + found',
         "argument = argument",
-        "tests/test_display.py",
+        "tests/utils/test_display.py",
     ),
     Mutation(
         "a home that is not there becomes a folder",
-        "minimind/stdio.py",
+        "minimind/utils/stdio.py",
         "if found == path and not os.path.exists(begins[0]):",
         "if False:",
-        "tests/test_display.py",
+        "tests/utils/test_display.py",
     ),
     Mutation(
         "a reward that returns too few numbers is asked again",
@@ -1718,7 +1718,7 @@ def mutated(copy: Path, mutation: Mutation) -> Iterator[str | None]:
 def build_cpu(copy: Path) -> str | None:
     """The C++ operators of the copy; only what changed is compiled again. csrc/cuda is built by its tests."""
     without_cuda = {**environment(copy), "MINIMIND_CUDA": "0"}
-    build = [sys.executable, "-m", "minimind.native_build"]
+    build = [sys.executable, "minimind/ops/native_build.py"]
     subprocess.run(build, cwd=copy, env=without_cuda, capture_output=True, check=True)
     report = json.loads((copy / "minimind/_native_build.json").read_text(encoding="utf-8"))
     return report["cpu"]["missing"]

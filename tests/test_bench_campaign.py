@@ -20,7 +20,7 @@ from bench import campaign, end_to_end, kernel_check, native_check, throughput, 
 from bench.campaign import Campaign
 from bench.campaign_slices import FIRST, LIMIT, NOT_OF_A_CARD, Sizes, Slice, sizes_of, slices
 from bench.throughput_worker import Step
-from minimind import native
+from minimind.ops import native
 
 ROOT = Path(__file__).parents[1]
 CARD = dict(cuda=True, memory=80 * 2**30)

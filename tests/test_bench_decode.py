@@ -20,9 +20,10 @@ from bench.decode import Args, main, random_model, step_bytes, summary
 from bench.decode_check import Judge, round_q8, rounded_logits
 from bench.decode_peers import PEERS, Generation, Setting, naive, naive_forward, why_not
 from bench.decode_report import COLUMNS, Row, plot, show
-from minimind import ModelConfig, native, ops
-from minimind.inference.cache_dtype import FLOAT8
+from minimind import ModelConfig, ops
+from minimind.inference.decode.cache_dtype import FLOAT8
 from minimind.modeling import Model
+from minimind.ops import native
 from minimind.rope import rope_cos_sin
 from minimind.weights import save_weights
 from tests.inference.small import VARIANTS

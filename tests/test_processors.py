@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minimind import native
+from minimind.ops import native
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = [path for path in os.environ.get("MINIMIND_TEST_PYTHONS", "").split(os.pathsep) if path]

@@ -39,7 +39,7 @@ def test_an_interrupt_during_imports_prints_no_traceback(words, impatient):
 def test_the_interrupt_of_one_who_ignores_it_stays_ignored():
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        "from minimind.starting import leave_on_interrupt, started\n"
+        "from minimind.utils.starting import leave_on_interrupt, started\n"
         "leave_on_interrupt(); started()\n"
         "assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler); leave_on_interrupt(); started()\n"

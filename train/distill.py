@@ -9,7 +9,7 @@ where the last checkpoint was. Every run leaves a folder under runs/ with its me
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.starting import leave_on_interrupt
+    from minimind.utils.starting import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -23,18 +23,13 @@ import torch
 from rich.console import Console
 
 from minimind.data import Corpus, PackedLoader, builtin_conversations, builtin_corpus
-from minimind.data.files import read_json
-from minimind.data.progress import say
 from minimind.modeling import Model
 from minimind.objectives.distillation import Distillation, DivergenceName, distillation_loss
 from minimind.tokenization import ChatEncoder, Tokenizer
 from minimind.training.adapters import AdapterArgs, Adapting
-from minimind.training.answers import continue_texts
 from minimind.training.arguments import FromFlag
 from minimind.training.batches import to_device
-from minimind.training.chats import ChatArgs, chat_figures, chat_sample, describe_chats, open_chats
 from minimind.training.compiling import compile_model
-from minimind.training.figures import plot_figures
 from minimind.training.heldout import describe, heldout_loss
 from minimind.training.job import Job, Objective, Plan
 from minimind.training.origin import Origin
@@ -42,6 +37,11 @@ from minimind.training.parallel import Parallel
 from minimind.training.parts import Named, Parts, all_losses, open_parts, read_texts
 from minimind.training.run_folder import newest_finished
 from minimind.training.script import run_script
+from minimind.training.stages.answers import continue_texts
+from minimind.training.stages.chats import ChatArgs, chat_figures, chat_sample, describe_chats, open_chats
+from minimind.training.stages.figures import plot_figures
+from minimind.utils.files import read_json
+from minimind.utils.progress import say
 
 # Peak rates of the student by preset; half of nano takes that of nano's pretraining, the others are not tuned yet.
 PEAK_LR = {"half-nano": 4e-3, "nano": 2e-3, "minimind2-small": 5e-4}

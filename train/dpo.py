@@ -10,7 +10,7 @@ folder under runs/ with its metrics, plots, answers and weights.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.starting import leave_on_interrupt
+    from minimind.utils.starting import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -27,20 +27,21 @@ from rich.console import Console
 
 from minimind.data import Corpus
 from minimind.data.pair_loader import PairLoader
-from minimind.data.progress import say
 from minimind.lora import adapters_off
 from minimind.modeling import Model
 from minimind.objectives.preference import NEED_REFERENCE, OBJECTIVES, Pairs, preference_loss, with_sft
 from minimind.objectives.preference import Objective as PairObjective
 from minimind.tokenization import ChatEncoder
 from minimind.training.adapters import AdapterArgs, Adapting
-from minimind.training.answers import Question, exact_match, show
 from minimind.training.arguments import FromFlag
-from minimind.training.figures import plot_figures
 from minimind.training.heldout import describe, rename
 from minimind.training.job import Job, Objective
 from minimind.training.origin import begin_from
-from minimind.training.pairs import (
+from minimind.training.parallel import world_size
+from minimind.training.script import run_script
+from minimind.training.stages.answers import Question, exact_match, show
+from minimind.training.stages.figures import plot_figures
+from minimind.training.stages.pairs import (
     PairArgs,
     describe_pairs,
     heldout_figures,
@@ -49,9 +50,8 @@ from minimind.training.pairs import (
     prompts,
     to_device,
 )
-from minimind.training.parallel import world_size
-from minimind.training.reference import reference_log_probs
-from minimind.training.script import run_script
+from minimind.training.stages.reference import reference_log_probs
+from minimind.utils.progress import say
 
 # Peak rate, and that of nano on the built-in pairs, whose answers have new words. Of 600 real pairs a nano learnt the
 # training part by heart at 1e-4, while held-out loss rose.

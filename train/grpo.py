@@ -29,7 +29,7 @@ is bounded: what is missing then is missing.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.starting import leave_on_interrupt
+    from minimind.utils.starting import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -42,16 +42,16 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from minimind.data.progress import say
 from minimind.objectives.advantages import group_advantages, leave_one_out
 from minimind.objectives.policy import policy_loss
 from minimind.objectives.surrogates import ALGORITHMS, Algorithm, Objective, with_terms
-from minimind.training.rl_arguments import RolloutArgs
-from minimind.training.rl_stage import Rollouts
-from minimind.training.rollouts import Answer
+from minimind.training.rl.arguments import RolloutArgs
+from minimind.training.rl.rollouts import Answer
+from minimind.training.rl.stage import Rollouts
 from minimind.training.script import run_script
+from minimind.utils.progress import say
 
-NANO_LR = 5e-5  # peak rate of nano, of a few that were tried; others' by rl_stage.peak_lr
+NANO_LR = 5e-5  # peak rate of nano, of a few that were tried; others' by rl.stage.peak_lr
 SMALLEST = 32  # answers of a step, where --minibatches does not say
 
 

@@ -9,7 +9,7 @@ its metrics, plots, answers and the adapter, in peft's form.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.starting import leave_on_interrupt
+    from minimind.utils.starting import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -23,9 +23,8 @@ from typing import Any, cast
 from rich.console import Console
 
 from minimind.data import Corpus, PackedLoader
-from minimind.data.builtin_identity import builtin_identity
+from minimind.data.builtin.identity import builtin_identity
 from minimind.data.paths import find_files
-from minimind.data.progress import say
 from minimind.lora import LoRAConfig, adapters_off, add_adapter
 from minimind.lora_files import adapter_config, adapter_folder, another_base, load_adapter
 from minimind.modeling import Model
@@ -33,7 +32,13 @@ from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder, require_same_ids, tokenizer_beside
 from minimind.training.adapters import PEAK_LR, describe_adapter, reload, saver
 from minimind.training.arguments import FromFlag
-from minimind.training.chats import (
+from minimind.training.heldout import describe
+from minimind.training.job import Job, Objective
+from minimind.training.optim import OptimizerName
+from minimind.training.origin import begin_from
+from minimind.training.parts import Parts
+from minimind.training.script import run_script
+from minimind.training.stages.chats import (
     ChatArgs,
     answered,
     chat_figures,
@@ -42,13 +47,8 @@ from minimind.training.chats import (
     open_chats,
     read_chats,
 )
-from minimind.training.figures import plot_figures
-from minimind.training.heldout import describe
-from minimind.training.job import Job, Objective
-from minimind.training.optim import OptimizerName
-from minimind.training.origin import begin_from
-from minimind.training.parts import Parts
-from minimind.training.script import run_script
+from minimind.training.stages.figures import plot_figures
+from minimind.utils.progress import say
 
 # An adapter begins at zero and learns little from a few large steps; few rows a step leave a GPU idle.
 STEPS, LEAST_BATCH = 1000, 1024

@@ -26,7 +26,7 @@ stands, and then to those alone who can check a sum (estimated from 64 answers t
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.starting import leave_on_interrupt
+    from minimind.utils.starting import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -44,7 +44,8 @@ from minimind.objectives.advantages import gae, token_rewards, value_shift, whit
 from minimind.objectives.policy import PolicyBatch, policy_loss
 from minimind.objectives.surrogates import Objective, clip, with_terms
 from minimind.objectives.values import actor_critic_loss, explained_variance, value_loss, value_room
-from minimind.training.actor_critic import (
+from minimind.training.adapters import saver
+from minimind.training.rl.actor_critic import (
     ActorCritic,
     critic_of,
     critic_parameters,
@@ -52,17 +53,16 @@ from minimind.training.actor_critic import (
     save_both,
     with_value_head,
 )
-from minimind.training.adapters import saver
-from minimind.training.collector import parts, per_answer
-from minimind.training.loop import Apart, StageLoss
-from minimind.training.rl_arguments import RolloutArgs
-from minimind.training.rl_loader import pack
-from minimind.training.rl_stage import Rollouts
-from minimind.training.rollouts import Answer
+from minimind.training.rl.arguments import RolloutArgs
+from minimind.training.rl.collector import parts, per_answer
+from minimind.training.rl.loader import pack
+from minimind.training.rl.rollouts import Answer
+from minimind.training.rl.stage import Rollouts
 from minimind.training.script import run_script
+from minimind.training.trainer import Apart, StageLoss
 from minimind.value_head import ValueModel, ValueOutput
 
-NANO_LR = 2e-4  # peak rate of nano, of a few that were tried; others' by rl_stage.peak_lr
+NANO_LR = 2e-4  # peak rate of nano, of a few that were tried; others' by rl.stage.peak_lr
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ where the last checkpoint was. Every run leaves a folder under runs/ with its me
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.starting import leave_on_interrupt
+    from minimind.utils.starting import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -18,12 +18,12 @@ from rich.console import Console
 
 from minimind.data import PackedLoader, builtin_corpus
 from minimind.objectives.next_token import next_token_loss
-from minimind.training.answers import continue_texts
 from minimind.training.arguments import StageArgs
 from minimind.training.heldout import describe
 from minimind.training.job import Job, Objective
 from minimind.training.parts import Named, all_losses, open_parts, read_texts
 from minimind.training.script import run_script
+from minimind.training.stages.answers import continue_texts
 
 # Peak rates by preset; nano was tuned (docs/LOG.md), the others are not yet.
 PEAK_LR = {"nano": 4e-3, "minimind2-small": 2e-3}

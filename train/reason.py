@@ -10,7 +10,7 @@ plots, answers and weights.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.starting import leave_on_interrupt
+    from minimind.utils.starting import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -24,21 +24,21 @@ from typing import Any, cast
 from rich.console import Console
 
 from minimind.data import PackedLoader
-from minimind.data.builtin_reasoning import builtin_reasoning
-from minimind.data.progress import say
+from minimind.data.builtin.reasoning import builtin_reasoning
 from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization.reasoning import ReasoningEncoder
 from minimind.training.adapters import AdapterArgs, Adapting
 from minimind.training.arguments import FromFlag
-from minimind.training.chats import ChatArgs, chat_sample, describe_chats, open_chats
-from minimind.training.figures import plot_figures
 from minimind.training.heldout import describe
 from minimind.training.job import Job, Objective
 from minimind.training.origin import begin_from
 from minimind.training.parts import Parts, all_losses
-from minimind.training.reasoning import MODES, Asked, has_reasoning, reasoning_figures
 from minimind.training.script import run_script
+from minimind.training.stages.chats import ChatArgs, chat_sample, describe_chats, open_chats
+from minimind.training.stages.figures import plot_figures
+from minimind.training.stages.reasoning import MODES, Asked, has_reasoning, reasoning_figures
+from minimind.utils.progress import say
 
 # Peak rates by preset; not tuned yet.
 PEAK_LR = {"nano": 2e-3, "minimind2-small": 5e-4}

@@ -10,7 +10,7 @@ checkpoint was. Every run leaves a folder under runs/ with its metrics, plots, s
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.starting import leave_on_interrupt
+    from minimind.utils.starting import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -24,25 +24,25 @@ from rich.console import Console
 
 from minimind.data import Corpus
 from minimind.data.pair_loader import PairLoader
-from minimind.data.progress import say
 from minimind.objectives.reward_model import bradley_terry, reward_loss
 from minimind.tokenization import ChatEncoder
 from minimind.training.adapters import AdapterArgs, Adapting
 from minimind.training.arguments import FromFlag
-from minimind.training.figures import plot_figures
 from minimind.training.heldout import describe, rename
 from minimind.training.job import Job, Objective
 from minimind.training.origin import begin_from
-from minimind.training.pairs import PairArgs, describe_pairs, open_pairs, pair_loader
 from minimind.training.parts import Parts
-from minimind.training.scores import (
+from minimind.training.script import run_script
+from minimind.training.stages.figures import plot_figures
+from minimind.training.stages.pairs import PairArgs, describe_pairs, open_pairs, pair_loader
+from minimind.training.stages.scores import (
     ValueOrigin,
     files,
     heldout_scores,
     show_scores,
     to_device,
 )
-from minimind.training.script import run_script
+from minimind.utils.progress import say
 from minimind.value_head import ValueModel
 
 # Peak rates by preset. With nano's all built-in held-out pairs are told apart; the others are not tuned yet.

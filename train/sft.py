@@ -8,7 +8,7 @@ leaves a folder under runs/ with its metrics, plot, answers and weights.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.starting import leave_on_interrupt
+    from minimind.utils.starting import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -20,16 +20,16 @@ from typing import Any, cast
 from rich.console import Console
 
 from minimind.data import PackedLoader, builtin_conversations
-from minimind.data.builtin_arithmetic import NAME as WEAK
-from minimind.data.builtin_arithmetic import weak_arithmetic
+from minimind.data.builtin.arithmetic import NAME as WEAK
+from minimind.data.builtin.arithmetic import weak_arithmetic
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import FromFlag
-from minimind.training.chats import ChatArgs, chat_figures, chat_sample, describe_chats, open_chats
 from minimind.training.heldout import describe
 from minimind.training.job import Job, Objective
 from minimind.training.origin import begin_from
 from minimind.training.script import run_script
+from minimind.training.stages.chats import ChatArgs, chat_figures, chat_sample, describe_chats, open_chats
 
 # Peak rates by preset; not tuned yet.
 PEAK_LR = {"nano": 2e-3, "minimind2-small": 5e-4}

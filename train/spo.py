@@ -20,7 +20,7 @@ outside counts as the nearer end.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.starting import leave_on_interrupt
+    from minimind.utils.starting import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -33,18 +33,18 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from minimind.data.progress import say
 from minimind.objectives.advantages import whiten
 from minimind.objectives.policy import policy_loss
 from minimind.objectives.surrogates import clip, with_terms
 from minimind.objectives.value_tracker import ValueTracker
 from minimind.rewards import Rewards
-from minimind.training.rl_arguments import NormName, RolloutArgs
-from minimind.training.rl_stage import Rollouts
-from minimind.training.rollouts import Answer, Drawn
+from minimind.training.rl.arguments import NormName, RolloutArgs
+from minimind.training.rl.rollouts import Answer, Drawn
+from minimind.training.rl.stage import Rollouts
 from minimind.training.script import run_script
+from minimind.utils.progress import say
 
-NANO_LR = 5e-5  # peak rate of nano, of a few that were tried; others' by rl_stage.peak_lr
+NANO_LR = 5e-5  # peak rate of nano, of a few that were tried; others' by rl.stage.peak_lr
 DEVIATIONS = 3.0  # to either side of the mean: the range of rewards without bounds
 _MEASURED = 64  # answers by which the drift is measured
 

@@ -8,7 +8,7 @@ The folder it writes loads with load_tokenizer(folder) and with transformers' Au
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.starting import leave_on_interrupt
+    from minimind.utils.starting import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -27,13 +27,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from minimind.data.forms import Form, FormatName
 from minimind.data.paths import expand_paths, find_files
-from minimind.data.progress import say
 from minimind.data.reader import iter_texts
 from minimind.data.records import BadRows
-from minimind.starting import started
-from minimind.stdio import command_line, prepare_output
 from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.tokenization.training import train_bpe
+from minimind.utils.progress import say
+from minimind.utils.starting import started
+from minimind.utils.stdio import command_line, prepare_output
 
 Read = Callable[..., Iterator[str]]  # iter_texts, told how
 SAMPLE_BYTES = 2_000_000

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from bench.regression import ratios
-from minimind.device import describe_device
+from minimind.utils.device import describe_device
 
 # CPU time: that other processes take turns on the same cores does not count.
 CLOCK = time.process_time

@@ -11,8 +11,8 @@ import tokenizers
 from bench.regression.ratios import Against, times
 from minimind import load_tokenizer
 from minimind.data import Corpus, PackedLoader
+from minimind.data.corpus import Source
 from minimind.data.packing import assign_rows
-from minimind.data.store import Source
 from minimind.tokenization.tokenizer import DEFAULT_FOLDER, MODEL_FILE
 
 SEQ_LEN, ROWS, BATCHES = 512, 32, 12

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.regression.ratios import Against, times
-from minimind import ModelConfig, native
-from minimind.document_attention import document_attention
-from minimind.inference import decode_ops
-from minimind.inference.decode_step import DecodeWeights, decode_step
+from minimind import ModelConfig
+from minimind.inference.decode import ops as decode_ops
+from minimind.inference.decode.step import DecodeWeights, decode_step
 from minimind.modeling import Model
+from minimind.ops import native
+from minimind.ops.document_attention import document_attention
 from minimind.rope import rope_cos_sin
 
 MISSING = native.why_not(torch.device("cpu"))

@@ -1,4 +1,4 @@
-// Products of packed weights [N, K] with a few activation rows [B, K] (minimind/inference/packing.py packs). Sixteen weight
+// Products of packed weights [N, K] with a few activation rows [B, K] (minimind/inference/decode/packed_weights.py packs). Sixteen weight
 // rows are a block; in it, what one instruction takes of them lies side by side, so the lanes of a register are outputs:
 // no sums across lanes, and a thread's share of the weights is one stretch of memory, read once, in order.
 //

@@ -350,7 +350,7 @@ const Library cpu("CPU", [](Library& m) {
 
 }  // namespace
 
-// What was built, for minimind/native.py: "compiler|kernels this processor runs, best first|the one in use|threads".
+// What was built, for minimind/ops/native.py: "compiler|kernels this processor runs, best first|the one in use|threads".
 extern "C" __attribute__((visibility("default"))) const char* minimind_build_info() {
   thread_local std::string info;
   info = [] {

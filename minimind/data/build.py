@@ -13,12 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from rich.console import Console
 
-from minimind.data.files import disk_full, is_disk_full, read_json, write_json
-from minimind.data.progress import ByteProgress
-from minimind.data.recipes import Encoded, Recipe
-from minimind.data.records import BadRows, Document, Position, bad_row_error
-from minimind.data.split import hash_texts
-from minimind.data.store import (
+from minimind.data.corpus import (
     CODES,
     DOCUMENTS,
     ENTRY_BYTES,
@@ -28,7 +23,12 @@ from minimind.data.store import (
     TOKEN_BYTES,
     TOKENS,
 )
+from minimind.data.recipes import Encoded, Recipe
+from minimind.data.records import BadRows, Document, Position, bad_row_error
+from minimind.data.split import hash_texts
 from minimind.data.streams import decompressed_size
+from minimind.utils.files import disk_full, is_disk_full, read_json, write_json
+from minimind.utils.progress import ByteProgress
 
 PROGRESS = "progress.json"
 PART_BYTES = 32 << 20

@@ -12,21 +12,21 @@ from typing import Any
 from rich.console import Console
 
 from minimind.data.build import PART_BYTES, PROGRESS, build, load_bad_rows
-from minimind.data.files import (
+from minimind.data.corpus import CODES, DOCUMENTS, HASHES, META, TOKENS, Corpus, Source
+from minimind.data.forms import AUTO, Form
+from minimind.data.paths import EXTENSIONS, expand_paths
+from minimind.data.recipes import Encoder, Recipe, Texts
+from minimind.data.records import START, BadRows, bad_row_error, reporter
+from minimind.data.split import hash_texts
+from minimind.data.streams import decompressed_size
+from minimind.utils.files import (
     cache_root,
     locked,
     make_folder,
     read_json,
     write_json,
 )
-from minimind.data.forms import AUTO, Form
-from minimind.data.paths import EXTENSIONS, expand_paths
-from minimind.data.progress import ByteProgress, say
-from minimind.data.recipes import Encoder, Recipe, Texts
-from minimind.data.records import START, BadRows, bad_row_error, reporter
-from minimind.data.split import hash_texts
-from minimind.data.store import CODES, DOCUMENTS, HASHES, META, TOKENS, Corpus, Source
-from minimind.data.streams import decompressed_size
+from minimind.utils.progress import ByteProgress, say
 
 FORMAT_VERSION = 2
 _HASH_CHUNK = 1 << 20

@@ -1,140 +1,343 @@
-"""A training corpus without a download: the docstrings of the standard library, PyTorch and NumPy.
+"""Tokenized sources in memory-mapped files, and a corpus over them.
 
-About 8 MB of technical English that is on every machine able to train. The files are parsed, never imported.
+A source's folder holds `tokens.bin`, its documents one after the other as uint16, and `documents.bin`, int64
+[num_documents + 1, 2]: token and UTF-8 byte offset of each document, and the two totals. `hashes.bin`, uint64
+[num_documents], has a hash of each document's text, which tells copies (split.py). Conversations also have `codes.bin`,
+a byte for each token that says what it is to the loss (weights.py). `meta.json`, written last, marks it complete.
 """
 
-import ast
-import importlib.metadata
-import importlib.util
-import json
-import platform
-import sysconfig
-import warnings
-from collections.abc import Iterator, Sequence
+import os
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+import numpy as np
 
-from minimind.data.files import cache_root, disk_full, is_disk_full, locked, make_folder, write_atomically
-from minimind.data.progress import ByteProgress, say
-
-FORMAT_VERSION = 1
-PACKAGES = ("numpy", "torch")
-MIN_CHARACTERS = 80
-# Tests have few docstrings, vendored packages are copies, site-packages may lie in the library's folder.
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "_vendor"}
-_NAMES = "docstrings of the standard library, PyTorch and NumPy"
+TOKENS, DOCUMENTS, CODES, META = "tokens.bin", "documents.bin", "codes.bin", "meta.json"
+HASHES = "hashes.bin"
+TOKEN_BYTES, ENTRY_BYTES, HASH_BYTES = 2, 16, 8
 
 
-def builtin_corpus(cache_dir: str | Path | None = None, console: Console | None = None) -> Path:
-    """Path of a `{"text": ...}` jsonl file, built at the first call (some 10 s) under `cache_dir`.
+@dataclass(frozen=True, eq=False)
+class Source:
+    """One tokenized file: `tokens` uint16 [num_tokens], `index` int64 [num_documents + 1, 2], of conversations also
+    `codes` uint8 [num_tokens]; `hashes` uint64 [num_documents], None in a cache of an earlier version that could not be
+    written to."""
 
-    It depends on nothing but the installed files, so that it is the same in every run. `cache_dir` defaults
-    to $MINIMIND_CACHE, else ~/.cache/minimind. Raises ValueError when the folder cannot be written or is
-    full, or when the installation has no sources.
+    path: Path
+    key: str
+    tokens: np.ndarray
+    index: np.ndarray
+    meta: dict[str, Any]
+    codes: np.ndarray | None = None
+    hashes: np.ndarray | None = None
+
+    @classmethod
+    def open(cls, folder: Path, path: Path, meta: dict[str, Any]) -> "Source":
+        """Map the files of `folder`, which `meta` describes and whose sizes have been checked."""
+        tokens = np.memmap(folder / TOKENS, dtype="<u2", mode="r")
+        index = np.memmap(folder / DOCUMENTS, dtype="<i8", mode="r").reshape(-1, 2)
+        codes = hashes = None
+        if meta.get("weighted"):
+            codes = np.memmap(folder / CODES, dtype=np.uint8, mode="r").view(np.ndarray)
+        path_of_hashes = folder / HASHES
+        if path_of_hashes.exists() and os.path.getsize(path_of_hashes) == HASH_BYTES * (len(index) - 1):
+            hashes = np.memmap(path_of_hashes, dtype="<u8", mode="r").view(np.ndarray)
+        return cls(path, folder.name, tokens.view(np.ndarray), index.view(np.ndarray), meta, codes, hashes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Slice:
+    """Documents first..stop of a source, of these only the `picked` ones or all but the `left_out` ones: int64 numbers
+    in the source, ascending. rule: what decided on them."""
+
+    source: Source
+    first: int
+    stop: int
+    picked: np.ndarray | None = None
+    left_out: np.ndarray | None = None
+    rule: str = ""
+
+    @property
+    def count(self) -> int:
+        if self.picked is not None:
+            return len(self.picked)
+        return self.stop - self.first - (0 if self.left_out is None else len(self.left_out))
+
+    def span(self, column: int) -> int:
+        """Tokens (column 0) or bytes (1) from the first document to the last, whether they are in the slice or not."""
+        return int(self.source.index[self.stop, column] - self.source.index[self.first, column])
+
+    def total(self, column: int) -> int:
+        """Tokens or bytes of the slice's documents."""
+        return int(self._totals[column])
+
+    @cached_property
+    def _totals(self) -> np.ndarray:
+        if self.picked is not None:
+            return self._sizes(self.picked).sum(0)
+        spans = np.array([self.span(0), self.span(1)])
+        return spans if self.left_out is None else spans - self._sizes(self.left_out).sum(0)
+
+    def _sizes(self, numbers: np.ndarray) -> np.ndarray:
+        """int64 [n, 2]: tokens and bytes of documents of the source."""
+        index = self.source.index
+        return index[numbers + 1] - index[numbers]
+
+    def numbers(self, values: np.ndarray) -> np.ndarray:
+        """int64: which documents of the source the slice's documents `values`, from 0, are."""
+        if self.picked is not None:
+            return self.picked[values]
+        if self.left_out is None:
+            return values + self.first
+        return values + self.first + np.searchsorted(self._before, values, side="right")
+
+    @cached_property
+    def _before(self) -> np.ndarray:
+        """How many documents of the slice come before each that is left out."""
+        assert self.left_out is not None
+        return self.left_out - self.first - np.arange(len(self.left_out))
+
+    def head(self, tokens: float) -> "_Slice":
+        """The first documents that have at most `tokens` tokens in all."""
+        index = self.source.index
+        if self.picked is not None:
+            count = int(np.searchsorted(self._sizes(self.picked)[:, 0].cumsum(), int(tokens), side="right"))
+            return replace(self, picked=self.picked[:count])
+        begin = int(index[self.first, 0])
+        if self.left_out is None:
+            stop = bisect_left(index[:, 0], begin + int(tokens) + 1, self.first, self.stop + 1) - 1
+            return replace(self, stop=stop)
+        left_out = self.left_out
+        gone = np.concatenate([[0], self._sizes(left_out)[:, 0].cumsum()])
+
+        def until(stop: int) -> int:
+            return int(index[stop, 0]) - begin - int(gone[np.searchsorted(left_out, stop)])
+
+        stops = range(self.first, self.stop + 1)
+        stop = stops[bisect_left(stops, int(tokens) + 1, key=until) - 1]
+        return replace(self, stop=stop, left_out=left_out[left_out < stop])
+
+    def name(self) -> tuple[Any, ...]:
+        plain = (self.source.key, self.first, self.stop)
+        if self.picked is None and self.left_out is None:
+            return plain
+        return *plain, "only" if self.picked is not None else "without", self.count, self.rule
+
+
+class Corpus:
+    """Documents of several sources in order, numbered from 0. Holds no token in memory.
+
+    A document's address is the place of its first token in the concatenation of the sources' tokens, of documents that
+    are not in the corpus too.
     """
-    console = console or Console(stderr=True)
-    folder = cache_root(cache_dir) / "corpus"
-    path = folder / f"docstrings-{_key()}.jsonl"
-    if path.exists():
-        return path
-    make_folder(folder)
-    with locked(path.with_suffix(".lock"), "that is building the built-in corpus", console):
-        if not path.exists():
-            _write(path, collect(_roots(), console), console)
-    return path
+
+    def __init__(self, slices: Sequence[_Slice]) -> None:
+        self._slices = [piece for piece in slices if piece.count]
+        self._first_document = np.cumsum([0] + [s.count for s in self._slices])
+        self._first_token = np.cumsum([0] + [s.span(0) for s in self._slices])
+        self.num_documents = int(self._first_document[-1])
+        self.num_tokens = sum(s.total(0) for s in self._slices)
+        self.num_bytes = sum(s.total(1) for s in self._slices)
+
+    @classmethod
+    def of(cls, sources: Sequence[Source]) -> "Corpus":
+        """All documents of `sources`."""
+        return cls([_Slice(source, 0, len(source.index) - 1) for source in sources])
+
+    @property
+    def sources(self) -> list[Source]:
+        """The sources that have documents here."""
+        return [piece.source for piece in self._slices]
+
+    @property
+    def weighted(self) -> bool:
+        """Whether each token has a code that says what it is to the loss."""
+        return any(piece.source.codes is not None for piece in self._slices)
+
+    @property
+    def identity(self) -> int:
+        """63 bits that change with the texts, their order and their tokenization."""
+        text = repr([piece.name() for piece in self._slices])
+        return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+    def document(self, i: int) -> np.ndarray:
+        """uint16 [tokens]: document `i`, from its bos to its eos token, without a copy."""
+        piece, number = self._locate(i)
+        index = piece.source.index
+        return piece.source.tokens[index[number, 0] : index[number + 1, 0]]
+
+    def locate(self, i: int) -> tuple[Path, int]:
+        """File of document `i`, and the document's number in it, from 0."""
+        piece, number = self._locate(i)
+        return piece.source.path, number
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """int64 [n]: tokens of each document, bos and eos included."""
+        return self._differences(indices, 0)
+
+    def bytes_of(self, indices: np.ndarray) -> np.ndarray:
+        """int64 [n]: UTF-8 bytes of each document's text."""
+        return self._differences(indices, 1)
+
+    def addresses(self, indices: np.ndarray) -> np.ndarray:
+        """int64 [n]: address of each document's first token."""
+        out = np.empty(len(indices), np.int64)
+        for s, where, numbers in self._by_slice(indices, self._first_document):
+            piece = self._slices[s]
+            base = self._first_token[s] - piece.source.index[piece.first, 0]
+            out[where] = piece.source.index[piece.numbers(numbers), 0] + base
+        return out
+
+    def hashes(self, first: int, stop: int) -> np.ndarray:
+        """uint64 [stop - first]: hashes of the texts of documents first..stop. Raises ValueError where a token cache of
+        an earlier version has none and cannot be written to."""
+        out = np.empty(stop - first, np.uint64)
+        for s, where, numbers in self._by_slice(np.arange(first, stop), self._first_document):
+            source = self._slices[s].source
+            if source.hashes is None:
+                raise ValueError(
+                    f"{source.path}: its token cache is of an earlier version and cannot be written to, so that copies "
+                    "of a text cannot be told; choose another folder with --cache-dir"
+                )
+            out[where] = source.hashes[self._slices[s].numbers(numbers)]
+        return out
+
+    def only(self, numbers: np.ndarray, rule: str) -> "Corpus":
+        """The documents `numbers`, int64, ascending; rule: what decided on them, for `identity`. Of a whole corpus."""
+        return Corpus([replace(s, picked=mine, rule=rule) for s, mine in self._shares(numbers)])
+
+    def without(self, numbers: np.ndarray, rule: str) -> "Corpus":
+        """All but the documents `numbers`; otherwise as `only`."""
+        return Corpus([replace(s, left_out=mine, rule=rule) for s, mine in self._shares(numbers)])
+
+    def _shares(self, numbers: np.ndarray) -> Iterator[tuple[_Slice, np.ndarray]]:
+        """Each slice with those of `numbers` that lie in it, as numbers in its source."""
+        assert all(s.picked is None and s.left_out is None for s in self._slices)
+        parts = np.split(np.asarray(numbers, np.int64), np.searchsorted(numbers, self._first_document[1:-1]))
+        for piece, first, mine in zip(self._slices, self._first_document, parts, strict=False):
+            yield piece, mine - first + piece.first
+
+    def range_of(self, paths: Collection[Path]) -> tuple[int, int]:
+        """First and stop of the documents of files that were opened one after the other."""
+        mine = [i for i, piece in enumerate(self._slices) if piece.source.path in paths]
+        if not mine:
+            return 0, 0
+        return int(self._first_document[mine[0]]), int(self._first_document[mine[-1] + 1])
+
+    def gather(self, addresses: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """uint16 [sum(lengths)]: the runs of tokens at `addresses`, one after the other.
+
+        A run lies within one document.
+        """
+        return self._gather(addresses, lengths, lambda source: source.tokens, np.uint16)
+
+    def gather_codes(self, addresses: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """uint8 [sum(lengths)]: the codes of `gather`'s tokens. Of a weighted corpus alone."""
+        return self._gather(addresses, lengths, _codes_of, np.uint8)
+
+    def codes(self, i: int) -> np.ndarray:
+        """uint8 [tokens]: the codes of document `i`."""
+        piece, number = self._locate(i)
+        index = piece.source.index
+        return _codes_of(piece.source)[index[number, 0] : index[number + 1, 0]]
+
+    def _gather(
+        self, addresses: np.ndarray, lengths: np.ndarray, array_of: Callable[[Source], np.ndarray], dtype: Any
+    ) -> np.ndarray:
+        ends = np.cumsum(lengths)
+        out = np.empty(int(ends[-1]) if len(ends) else 0, dtype)
+        for s, where, starts in self._by_slice(addresses, self._first_token):
+            piece = self._slices[s]
+            counts = lengths[where]
+            run = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+            first = starts + piece.source.index[piece.first, 0]
+            values = array_of(piece.source)[run + np.repeat(first, counts)]
+            if len(counts) == len(lengths):
+                return values
+            out[run + np.repeat((ends - lengths)[where], counts)] = values
+        return out
+
+    def split_tail(self, fraction: float, max_tokens: int) -> "tuple[Corpus, Corpus]":
+        """(train, held-out) as runs of earlier versions have them, which go on with them: held-out is the last
+        `fraction` of each source's tokens, in whole documents, copies of training documents among them.
+
+        A source of two or more documents keeps at least one and gives at least one, until `max_tokens` are
+        held out; when every source is a single document, the last one is held out. Of two or more documents.
+        """
+        share = min(fraction, max_tokens / self.num_tokens)
+        held: list[_Slice] = []
+        left = max_tokens
+        for piece in self._slices:
+            first = _cut(piece, share * piece.total(0))
+            tail = _Slice(piece.source, first, piece.stop)
+            if first < piece.stop and held and tail.total(0) > left:
+                tail = _Slice(piece.source, piece.stop, piece.stop)
+            left -= tail.total(0)
+            held.append(tail)
+        if all(tail.first == tail.stop for tail in held):
+            last = self._slices[-1]
+            held[-1] = _Slice(last.source, last.stop - 1, last.stop)
+        train = [_Slice(p.source, p.first, tail.first) for p, tail in zip(self._slices, held, strict=True)]
+        return Corpus(train), Corpus(held)
+
+    def head(self, max_tokens: int) -> "Corpus":
+        """The first documents of each source, about `max_tokens` in all; at least one document."""
+        if self.num_tokens <= max_tokens:
+            return self
+        share = max_tokens / self.num_tokens
+        heads = [s.head(share * s.total(0)) for s in self._slices]
+        if not any(piece.count for piece in heads):
+            first = self._slices[0]
+            number = int(first.numbers(np.zeros(1, np.int64))[0])
+            heads[0] = _Slice(first.source, number, number + 1)
+        return Corpus(heads)
+
+    def _locate(self, i: int) -> tuple[_Slice, int]:
+        if not 0 <= i < self.num_documents:
+            raise IndexError(f"document {i} of {self.num_documents}")
+        s = int(np.searchsorted(self._first_document, i, side="right")) - 1
+        piece = self._slices[s]
+        return piece, int(piece.numbers(np.array([i - int(self._first_document[s])]))[0])
+
+    def _differences(self, indices: np.ndarray, column: int) -> np.ndarray:
+        out = np.empty(len(indices), np.int64)
+        for s, where, numbers in self._by_slice(indices, self._first_document):
+            piece = self._slices[s]
+            at = piece.numbers(numbers)
+            out[where] = piece.source.index[at + 1, column] - piece.source.index[at, column]
+        return out
+
+    def _by_slice(
+        self, values: np.ndarray, firsts: np.ndarray
+    ) -> Iterator[tuple[int, slice | np.ndarray, np.ndarray]]:
+        """(slice number, places in `values`, values counted from the slice's first) of each slice hit."""
+        values = np.asarray(values, np.int64)
+        if len(self._slices) == 1:
+            yield 0, slice(None), values
+            return
+        numbers = np.searchsorted(firsts, values, side="right") - 1
+        order = np.argsort(numbers, kind="stable")
+        for where in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+            if len(where):
+                s = int(numbers[where[0]])
+                yield s, where, values[where] - firsts[s]
 
 
-def collect(roots: Sequence[Path], console: Console) -> list[str]:
-    """Distinct docstrings of at least 80 characters under `roots`, ordered by a hash of their text.
-
-    Files that cannot be read or parsed are left out.
-    """
-    files = [file for root in roots for file in _python_files(root)]
-    texts: set[str] = set()
-    done = 0
-    total = sum(size for _, size in files)
-    with ByteProgress(console, "collecting English text from docstrings", total) as shown:
-        for file, size in files:
-            texts.update(text for text in _docstrings(file) if len(text) >= MIN_CHARACTERS)
-            done += size
-            shown.update(done)
-    encoded = sorted((blake2b(data).digest(), data) for data in map(_encode, texts) if data)
-    return [data.decode() for _, data in encoded]
+def _codes_of(source: Source) -> np.ndarray:
+    assert source.codes is not None, f"{source.path}: has no loss weights"
+    return source.codes
 
 
-def _key() -> str:
-    versions = [platform.python_version()]
-    for package in PACKAGES:
-        try:
-            versions.append(importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            versions.append("none")
-    digest = blake2b(json.dumps([FORMAT_VERSION, *versions]).encode(), digest_size=8).hexdigest()
-    return f"python{versions[0]}-{digest}"
-
-
-def _roots() -> list[Path]:
-    """The folders of the standard library and of the packages, which are found but not imported."""
-    roots = [Path(sysconfig.get_paths()["stdlib"])]
-    for package in PACKAGES:
-        spec = importlib.util.find_spec(package)
-        roots += [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-    return roots
-
-
-def _python_files(root: Path) -> list[tuple[Path, int]]:
-    """(file, bytes) of the sources under `root`, sorted."""
-    files = []
-    for file in sorted(root.rglob("*.py")):
-        if not _LEFT_OUT.intersection(file.relative_to(root).parts[:-1]):
-            try:
-                files.append((file, file.stat().st_size))
-            except OSError:
-                continue
-    return files
-
-
-def _docstrings(file: Path) -> Iterator[str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in string literals
-            tree = ast.parse(file.read_bytes())
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
-        return
-    nodes: list[ast.AST] = [tree]
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            text = ast.get_docstring(node)
-            if text:
-                yield text.strip()
-        nodes += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
-
-
-def _encode(text: str) -> bytes:
-    """UTF-8; empty for text with lone surrogates, which has none."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return b""
-
-
-def _write(path: Path, texts: list[str], console: Console) -> None:
-    if not texts:
-        raise ValueError(
-            "this Python installation has no library sources to take text from; name a file or folder of "
-            "your own text as the training data instead"
-        )
-    data = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        if is_disk_full(error):
-            raise disk_full(path.parent, len(data)) from None
-        raise
-    megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    say(
-        console, f"built-in corpus: {len(texts):,} documents, {megabytes:.1f} MB of text ({_NAMES}) in {path}"
-    )
+def _cut(piece: _Slice, tokens: float) -> int:
+    """First document of the longest tail of `piece` within `tokens`; a document at least on each side."""
+    if piece.stop - piece.first < 2:
+        return piece.stop
+    index = piece.source.index
+    target = int(index[piece.stop, 0]) - int(tokens)
+    first = bisect_left(index[:, 0], target, piece.first, piece.stop)
+    return min(first, piece.stop - 1)

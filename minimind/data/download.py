@@ -27,9 +27,9 @@ from urllib.parse import urlsplit
 import tyro
 from rich.console import Console
 
-from minimind.data.files import is_disk_full, locked, sync
 from minimind.data.hubs import HubName, RemoteFile, list_files, open_url
-from minimind.data.progress import ByteProgress, say
+from minimind.utils.files import is_disk_full, locked, sync
+from minimind.utils.progress import ByteProgress, say
 
 CHUNK = 1 << 20
 ATTEMPTS = 5  # in a row that bring not one byte

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
+from minimind.data.corpus import Corpus
+from minimind.data.loss_mask import MARKER, NONE, Cuts, class_of, fit
 from minimind.data.mixture import Draw, Mixture
 from minimind.data.packing import cut_documents
 from minimind.data.row_stream import RowStream
 from minimind.data.rows import Pieces, join, segments
-from minimind.data.store import Corpus
-from minimind.data.weights import MARKER, NONE, Cuts, class_of, fit
 
 IGNORE_INDEX = -100
 

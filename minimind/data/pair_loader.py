@@ -16,12 +16,12 @@ from typing import Any, cast
 
 import numpy as np
 
+from minimind.data.corpus import Corpus
 from minimind.data.loader import Batch, PackedLoader
+from minimind.data.loss_mask import SIDE, Cuts, class_of
 from minimind.data.mixture import Mixture
 from minimind.data.preferences import common_tokens, row_tokens
 from minimind.data.rows import Pieces, segments
-from minimind.data.store import Corpus
-from minimind.data.weights import SIDE, Cuts, class_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from minimind.data.progress import say
+from minimind.utils.progress import say
 
 EXTENSIONS = tuple(kind + packing for kind in (".jsonl", ".txt") for packing in ("", ".gz", ".zst"))
 _KNOWN = f"expected one of {' '.join(EXTENSIONS)}"

@@ -20,16 +20,16 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from minimind.data import weights
+from minimind.data import loss_mask as weights
 from minimind.data.build import PART_BYTES
 from minimind.data.cache import open_cached
 from minimind.data.conversations import ChatEncoder
+from minimind.data.corpus import Corpus
 from minimind.data.fields import Messages
 from minimind.data.forms import AUTO, Form
 from minimind.data.reader import iter_rows
 from minimind.data.recipes import Encoded, Vocabulary
 from minimind.data.records import BadRows, Document, Position, reason_of, reporter
-from minimind.data.store import Corpus
 
 SIDES = ("chosen", "rejected")
 

@@ -22,10 +22,10 @@ from rich.console import Console
 from minimind.data.fields import HARMLESS
 from minimind.data.forms import AUTO, Form
 from minimind.data.paths import expand_paths
-from minimind.data.progress import say
 from minimind.data.reader import iter_rows
 from minimind.data.records import START, BadRows, bad_row_error, kind_of, reason_of, reporter
 from minimind.data.split import hash_texts
+from minimind.utils.progress import say
 
 NO_REFERENCE = (
     "",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from minimind.data.store import Corpus
+from minimind.data.corpus import Corpus
 
 CUT = 0.01  # share of documents that may be longer than a row
 _CHUNK = 1 << 18

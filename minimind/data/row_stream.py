@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from minimind.data.corpus import Corpus
 from minimind.data.packing import assign_rows
 from minimind.data.permutation import Permutation
 from minimind.data.rows import Pieces
-from minimind.data.store import Corpus
 
 WINDOW_DOCUMENTS = 1 << 14
 WINDOW_TOKENS = 1 << 22

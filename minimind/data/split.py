@@ -11,7 +11,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from minimind.data.store import Corpus
+from minimind.data.corpus import Corpus
 
 MAX_TOKENS = 1_000_000  # held out at most: a loss over more is not surer in any digit that is printed
 _BINS = 1 << 16  # by the upper bits of a hash

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from minimind.config import ModelConfig, YarnScaling
-from minimind.granite import to_granite
+from minimind.granite_weights import to_granite
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.weights import to_stock

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minimind.config import ModelConfig
-from minimind.inference.cache_dtype import FLOAT8, as_bytes, float8_scales, restored, stored
+from minimind.inference.decode.cache_dtype import FLOAT8, as_bytes, float8_scales, restored, stored
 from minimind.inference.transfer import on_device
 from minimind.modeling import Model
 
@@ -169,7 +169,7 @@ class LayerCache:
 @dataclass(frozen=True)
 class PagedCache:
     """k, v: [layers, pages, page_size, key/value heads, head_dim], one tensor each for the whole model; k_scale and
-    v_scale, float32 [layers, key/value heads], of a float8 cache (cache_dtype.py), else None."""
+    v_scale, float32 [layers, key/value heads], of a float8 cache (decode/cache_dtype.py), else None."""
 
     k: Tensor
     v: Tensor

@@ -25,8 +25,8 @@ from torch import Tensor
 from minimind.inference.admission import Admission, max_positions
 from minimind.inference.batch import DecodeBatch
 from minimind.inference.cache import PagedCache, PagePool, cache_pages
-from minimind.inference.cache_dtype import check_kv_dtype
-from minimind.inference.decode_ops import Backend
+from minimind.inference.decode.cache_dtype import check_kv_dtype
+from minimind.inference.decode.ops import Backend
 from minimind.inference.drawn import Drawn, host_is_late
 from minimind.inference.replica import Replica
 from minimind.inference.requests import Delta, Request, RequestOutput, TopLogProbs

@@ -12,8 +12,7 @@ import torch
 import tyro
 
 from minimind.config import PRESETS, ModelConfig, YarnScaling
-from minimind.device import choose_device, choose_precision
-from minimind.inference.cache_dtype import FLOAT8, KVDTypeName
+from minimind.inference.decode.cache_dtype import FLOAT8, KVDTypeName
 from minimind.lora import merge_adapter, remove_adapters
 from minimind.lora_files import (
     CONFIG,
@@ -25,6 +24,7 @@ from minimind.lora_files import (
 )
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer, load_tokenizer, require_same_ids, tokenizer_beside
+from minimind.utils.device import choose_device, choose_precision
 from minimind.weights import checkpoint_folder, load_model
 
 MAX_YARN = 1024  # the tables of cosines grow with it: two million positions of 2,048

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind import varlen
 from minimind.inference.cache import LayerCache
 from minimind.inference.scheduler import Chunk
 from minimind.inference.transfer import on_device
+from minimind.ops import varlen
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Runs the model over the paged cache: chunks of prompts, and one token for every row of the decode batch.
 
     prompts   the model's own layers under PagedLayout (prefill.py)
-    decoding  native: one call of the extension for the whole model (decode_step.py), on a CPU always, on a GPU for as
+    decoding  native: one call of the extension for the whole model (decode/step.py), on a CPU always, on a GPU for as
               many rows as it takes
               otherwise: the model's projections around rope_append_kv and decode_attention
     drawing   `sample`, and DecodeBatch.take, which makes the rows ready for the next step
@@ -20,19 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind import native, varlen
-from minimind.inference import decode_ops
 from minimind.inference.batch import DecodeBatch
 from minimind.inference.cache import LayerCache, PagedCache
-from minimind.inference.decode_ops import BACKENDS, Backend
-from minimind.inference.decode_reference import decode_attention_ref, rope_append_kv_ref
-from minimind.inference.decode_step import DecodeWeights
-from minimind.inference.graphs import DecodeGraphs
+from minimind.inference.decode import ops as decode_ops
+from minimind.inference.decode.graphs import DecodeGraphs
+from minimind.inference.decode.ops import BACKENDS, Backend
+from minimind.inference.decode.reference import decode_attention_ref, rope_append_kv_ref
+from minimind.inference.decode.sampling_reference import penalised, sample_ref
+from minimind.inference.decode.step import DecodeWeights
 from minimind.inference.prefill import ChunkAttention, PagedLayout, pack
 from minimind.inference.replica import Replica
-from minimind.inference.sampling_reference import penalised, sample_ref
 from minimind.inference.scheduler import Chunk
 from minimind.modeling import Attention, Block, Rotation
+from minimind.ops import native, varlen
 from minimind.rope import rope_cos_sin
 
 T = TypeVar("T")

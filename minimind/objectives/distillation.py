@@ -21,7 +21,7 @@ from torch import Tensor
 from minimind import ops
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch
-from minimind.spans import span
+from minimind.utils.spans import span
 
 DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
 

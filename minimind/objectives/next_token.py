@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minimind import ops
 from minimind.modeling import Model, ModelOutput
-from minimind.spans import span
+from minimind.utils.spans import span
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from minimind import ops
-from minimind.attention import document_ids
 from minimind.modeling import Model, ModelOutput
 from minimind.objectives.surrogates import (
     Aggregation,
@@ -23,7 +22,8 @@ from minimind.objectives.surrogates import (
     Sampled,
     kl_estimates,
 )
-from minimind.spans import span
+from minimind.ops.attention import document_ids
+from minimind.utils.spans import span
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind import ops
-from minimind.attention import Unfolding, document_ids
 from minimind.modeling import Model
-from minimind.spans import span
+from minimind.ops.attention import Unfolding, document_ids
+from minimind.utils.spans import span
 
 
 @dataclass(frozen=True)

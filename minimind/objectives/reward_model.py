@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.attention import Unfolding
+from minimind.ops.attention import Unfolding
 from minimind.value_head import ValueModel
 
 

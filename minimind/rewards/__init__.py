@@ -27,8 +27,8 @@ from pathlib import Path
 
 import torch
 
+from minimind.rewards.base import Reward, Sample
 from minimind.rewards.compose import MODELS, Part, RewardError, Rewards, Scores, Spec, name_parts
-from minimind.rewards.sample import Reward, Sample
 from minimind.rewards.scale import RewardScale
 from minimind.rewards.verifiers import answer_only
 from minimind.rewards.watch import SignalWatch, degenerate, summary

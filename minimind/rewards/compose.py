@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from minimind.rewards.base import Reward, Sample
 from minimind.rewards.functions import function_reward, numbers_of
 from minimind.rewards.rules import (
     format_reward,
@@ -18,7 +19,6 @@ from minimind.rewards.rules import (
     regex_reward,
     repetition_reward,
 )
-from minimind.rewards.sample import Reward, Sample
 from minimind.rewards.verifiers import exact_reward, json_reward, number_reward, tools_reward
 
 # Rewards that need no model, and what stands behind "=": how each is made.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from minimind.rewards.sample import Reward
+from minimind.rewards.base import Reward
 
 
 def function_reward(path: str) -> Reward:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from minimind.data.files import read_json
-from minimind.device import choose_precision
-from minimind.rewards.sample import Reward, Sample
+from minimind.rewards.base import Reward, Sample
 from minimind.tokenization import ChatEncoder, load_tokenizer
+from minimind.utils.device import choose_precision
+from minimind.utils.files import read_json
 from minimind.value_head import HEAD, ValueModel, load_value_model
 from minimind.weights import checkpoint_folder
 

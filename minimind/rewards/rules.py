@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minimind.rewards.sample import Reward, Sample
+from minimind.rewards.base import Reward, Sample
 from minimind.tokenization.reasoning import parse_answer, parse_reply
 
 _MARKERS = {"think": ("<think>", "</think>"), "answer": ("<think>", "</think>", "<answer>", "</answer>")}

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from minimind.rewards.base import Reward, Sample
 from minimind.rewards.rules import each
-from minimind.rewards.sample import Reward, Sample
 from minimind.tokenization.chat_template import parse_messages
 
 # A sign is one only where no digit or letter stands before it: "7-3" ends in 3. Commas are of thousands: "1,234.5".

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minimind.inference.decode_ops import Backend
+from minimind.inference.decode.ops import Backend
 from minimind.inference.engine import Engine
 from minimind.inference.loading import ModelArgs, Opened, open_model
 

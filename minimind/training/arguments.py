@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from minimind.data.mixture import parse_part
-from minimind.device import PrecisionName
+from minimind.ops.varlen import AttentionName
 from minimind.training.optim import OptimizerName, ScheduleName
 from minimind.training.parallel import ParallelName, ReduceDtypeName
 from minimind.training.run_folder import ResumeMode
 from minimind.training.tracking import TrackerName
-from minimind.varlen import AttentionName
+from minimind.utils.device import PrecisionName
 
 PresetName = Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "minimind3", "minimind3-moe"]
 

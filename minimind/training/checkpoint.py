@@ -21,10 +21,10 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
-from minimind.data.files import sync
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.training.parallel import Parallel, from_rank_0
+from minimind.utils.files import sync
 from minimind.weights import load_model, save_weights
 
 _PREFIX, _BEST = "step-", "best-"

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from minimind.data.files import cache_root
 from minimind.kernels import triton_support
 from minimind.modeling import Model
+from minimind.utils.files import cache_root
 
 
 def compile_model(model: nn.Module, cuda_graph: bool = False, whole: bool = True) -> Model:

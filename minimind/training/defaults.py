@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from minimind.data.files import read_json
 from minimind.training.optim import OptimizerName
+from minimind.utils.files import read_json
 
 # Upstream takes 10 passes over its 34 MB of lora_medical and took 50 over the 91 rows of lora_identity.
 MOST = 5

@@ -20,11 +20,10 @@ import torch
 from minimind.data import PackedLoader
 from minimind.data.pair_loader import PairLoader
 from minimind.data.row_length import tokens_in_rows
-from minimind.device import describe_device
 from minimind.modeling import Model
 from minimind.training.cards import CARDS, Card
 from minimind.training.memory import GPU_BATCH, MOST_TOKENS, halved, step_bytes, tokens_that_fit
-from minimind.training.rl_loader import RolloutLoader
+from minimind.utils.device import describe_device
 
 if TYPE_CHECKING:
     from minimind.training.job import Job, Objective, Plan
@@ -178,15 +177,6 @@ class Planned(Exception):  # noqa: N818 - no error
         self.estimate = estimate
 
 
-def estimate(job: Job, plan: Plan, model: Model, objective: Objective, lines: Sequence[str]) -> Estimate:
-    """Of a run that is about to train. lines: what it would say about its data."""
-    if isinstance(plan.loader, RolloutLoader):
-        from minimind.training.rl_estimate import of_rollouts
-
-        return of_rollouts(job, plan, model, objective, lines)
-    return _of_rows(job, plan, model, objective, lines)
-
-
 def base(job: Job, model: Model, objective: Objective, notes: Sequence[str]) -> dict[str, Any]:
     """What plans of all stages have: the fields of Estimate about the model and its optimizer."""
     args = job.args
@@ -223,7 +213,7 @@ def relative_error(lengths: np.ndarray, sizes: np.ndarray) -> float:
     return float(2 * math.sqrt(groups) * rest.std(ddof=1) / tokens.sum())
 
 
-def _of_rows(job: Job, plan: Plan, model: Model, objective: Objective, lines: Sequence[str]) -> Estimate:
+def estimate(job: Job, plan: Plan, model: Model, objective: Objective, lines: Sequence[str]) -> Estimate:
     args, loader = job.args, plan.loader
     data, context = _packed_data(job, loader)
     training = cost(model, context, args.recompute, objective.others)

@@ -21,31 +21,32 @@ from typing import Any, Protocol, cast
 import torch
 from rich.console import Console
 
-from minimind import ops, varlen
-from minimind.attention import attention_name
+from minimind import ops
 from minimind.config import ModelConfig
 from minimind.data import Corpus
-from minimind.data.progress import say
-from minimind.device import Precision, choose_precision, describe_device, keep_sums_float32
 from minimind.modeling import Model
-from minimind.spans import nvtx_mode
+from minimind.ops import varlen
+from minimind.ops.attention import attention_name
 from minimind.tokenization import Tokenizer
 from minimind.training.arguments import StageArgs
 from minimind.training.averaging import FOLDER as AVERAGE
 from minimind.training.batches import DeviceBatches, to_device
 from minimind.training.checkpoint import list_checkpoints, load_weights_into, share_trainer_state
 from minimind.training.compiling import compile_model
-from minimind.training.estimate import Planned, estimate
+from minimind.training.estimate import Estimate, Planned, estimate
 from minimind.training.identity import Defaults
 from minimind.training.lengthen import Curve, Legs, describe_rates, find_source, rate_factor
-from minimind.training.loop import Apart, Loader, LoopOptions, News, Stage, StageLoss, Trainer
 from minimind.training.memory import GPU_BATCH, MOST_TOKENS, halved, tokens_that_fit
 from minimind.training.optim import Optimizers, build_optimizers, cooldown_steps, lr_factor
 from minimind.training.origin import Origin
 from minimind.training.parallel import Parallel
-from minimind.training.profiling import StepProfiler, mark_blocks
+from minimind.training.profiling.profiler import StepProfiler, mark_blocks
 from minimind.training.run_folder import RunFolder, find_run, open_run, record_versions
 from minimind.training.tracking import make_tracker
+from minimind.training.trainer import Apart, Loader, LoopOptions, News, Stage, StageLoss, Trainer
+from minimind.utils.device import Precision, choose_precision, describe_device, keep_sums_float32
+from minimind.utils.progress import say
+from minimind.utils.spans import nvtx_mode
 from minimind.weights import fingerprint, save_weights
 
 
@@ -95,6 +96,7 @@ class Objective:
     before_update: Callable[[], None] = lambda: None
     others: Sequence[Model] = ()  # frozen models that a step goes through as well
     first_passes: float = 0.0  # forwards over the training data before the first step
+    estimate: Callable[..., Estimate] = estimate  # of a run, for --plan
 
 
 @dataclass
@@ -270,7 +272,7 @@ class Job:
     def fit(self, plan: Plan, model: Model, objective: Objective, lines: Sequence[str] = ()) -> bool:
         """Train to the last step; False when it was interrupted. lines: what is printed about the data at start."""
         if self.given.plan:
-            raise Planned(estimate(self, plan, model, objective, lines))
+            raise Planned(objective.estimate(self, plan, model, objective, lines))
         args, parallel, start = self.args, self.parallel, self.state["step"]
         self._say_what_runs(plan, model, lines)
         stage = self._stage(plan, model, objective)

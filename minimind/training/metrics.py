@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from minimind.display import caption, decoration, pyplot
+from minimind.utils.display import caption, decoration, pyplot
 
 
 class MetricsLog:

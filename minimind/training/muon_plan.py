@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from minimind.spans import span
+from minimind.utils.spans import span
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from minimind.device import choose_device
 from minimind.lora import empty_copy
 from minimind.modeling import Block, Model, MoE
-from minimind.spans import span
+from minimind.utils.device import choose_device
+from minimind.utils.spans import span
 
 ParallelName = Literal["auto", "none", "ddp", "fsdp"]
 ReduceDtypeName = Literal["fp32", "bf16"]

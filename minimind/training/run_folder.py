@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock, Timeout
 
-from minimind.data.files import read_json, write_json
 from minimind.training.checkpoint import list_checkpoints, remove_partial, step_of
 from minimind.training.identity import Defaults, Difference, compare
 from minimind.training.lengthen import Legs, Source, legs_of, read_config, source_of
+from minimind.utils.files import read_json, write_json
 
 ResumeMode = Literal["auto", "never"]
 _NO_DEFAULTS = Defaults()

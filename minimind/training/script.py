@@ -10,13 +10,13 @@ from typing import NoReturn, TypeVar
 
 from rich.console import Console
 
-from minimind.data.files import is_disk_full
-from minimind.data.progress import say
-from minimind.starting import started
-from minimind.stdio import command_line, prepare_output
 from minimind.training.arguments import StageArgs
 from minimind.training.parallel import leave, rank
 from minimind.training.survey import survey
+from minimind.utils.files import is_disk_full
+from minimind.utils.progress import say
+from minimind.utils.starting import started
+from minimind.utils.stdio import command_line, prepare_output
 
 Args = TypeVar("Args", bound=StageArgs)
 

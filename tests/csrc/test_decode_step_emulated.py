@@ -10,12 +10,12 @@ from torch import Tensor
 
 from bench import native_resources
 from minimind.config import ModelConfig
-from minimind.inference.decode_step import DecodeWeights, decode_step_ref
+from minimind.inference.decode.step import DecodeWeights, decode_step_ref
 from minimind.modeling import Model
 from minimind.rope import rope_cos_sin
 from tests.csrc import emulated
 from tests.csrc.test_cuda_emulated import rand
-from tests.inference.test_decode_step import make_model
+from tests.inference.decode.test_step import make_model
 from tests.kernels.contract import assert_within, move_by_rounding
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="g++ is not on PATH")

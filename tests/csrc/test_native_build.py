@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minimind import native, native_build
-from tests.inference.decode_cases import needs_native
+from minimind.ops import native, native_build
+from tests.inference.decode.cases import needs_native
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def test_our_declarations_of_torchs_abi_are_torchs_own(tmp_path):
 @needs_native
 def test_there_is_one_openmp_runtime_and_it_is_torchs():
     code = (
-        "import torch; from minimind import native; native.load(); torch.set_num_threads(3);"
+        "import torch; from minimind.ops import native; native.load(); torch.set_num_threads(3);"
         "import re; print(native.build_info().threads, len(set(re.findall(r'/\\S*(?:libgomp|libomp|libiomp)\\S*',"
         " open('/proc/self/maps').read()))))"
     )
@@ -60,7 +60,7 @@ def test_there_is_one_openmp_runtime_and_it_is_torchs():
 
 def test_the_report_says_what_was_built_and_what_is_missing(tmp_path, monkeypatch):
     answer = subprocess.run(
-        [sys.executable, "-m", "minimind.native"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "minimind.ops.native"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     cpp, cuda = answer.stdout.splitlines()
     info = native.build_info()
@@ -82,7 +82,7 @@ def test_the_report_says_what_was_built_and_what_is_missing(tmp_path, monkeypatc
 
 @needs_native
 def test_kernels_that_do_not_exist_are_an_error():
-    code = "from minimind import native; native.build_info()"
+    code = "from minimind.ops import native; native.build_info()"
     environment = {**os.environ, "MINIMIND_CPU_KERNELS": "avx1024"}
     answer = subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
@@ -197,7 +197,7 @@ def test_one_wheel_for_every_python_runs_away_from_the_checkout(tmp_path):
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
     site = tmp_path / "site"
     run(*pip, "install", "--no-deps", "--target", str(site), str(wheel))
-    code = "import minimind.kernels.rope; from minimind import native; print(native.__file__); print(native.report())"
+    code = "import minimind.kernels.rope; from minimind.ops import native; print(native.__file__); print(native.report())"
     place, cpp, cuda = run(sys.executable, "-c", code, PYTHONPATH=str(site)).splitlines()
     assert place.startswith(str(site))
     assert cpp.startswith("C++: ") and "not used" not in cpp and "not built" not in cpp

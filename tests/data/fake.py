@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from minimind.data.cache import open_corpus
-from minimind.data.store import Corpus
+from minimind.data.corpus import Corpus
 
 QUIET = Console(quiet=True)
 

@@ -294,7 +294,7 @@ def test_a_folder_that_cannot_be_written(path, tmp_path):
 
 def test_a_finished_cache_needs_no_writing(path, tmp_path, monkeypatch):
     open_corpus([path], ByteTokenizer(), tmp_path / "cache", console=QUIET)
-    monkeypatch.setattr("minimind.data.files.os.access", lambda *_: False)
+    monkeypatch.setattr("minimind.utils.files.os.access", lambda *_: False)
     monkeypatch.setattr("minimind.data.cache._SETTLED_NS", -1)
     assert open_corpus([path], ByteTokenizer(), tmp_path / "cache", console=QUIET).num_documents == 300
     write_jsonl(path, TEXTS[:5])
@@ -331,7 +331,7 @@ def test_no_home_is_said(path, monkeypatch):
 
 
 def test_progress_where_there_is_no_terminal(path, tmp_path, monkeypatch):
-    monkeypatch.setattr("minimind.data.progress._LINE_SECONDS", 0.0)
+    monkeypatch.setattr("minimind.utils.progress._LINE_SECONDS", 0.0)
     console = listening()
     open_corpus([path], ByteTokenizer(), tmp_path / "cache", console=console)
     lines = console.export_text().splitlines()

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minimind.data import Corpus, PackedLoader, open_conversations, weights
+from minimind.data import Corpus, PackedLoader, open_conversations
 from minimind.data import build as build_module
-from minimind.data.builtin_chat import builtin_conversations, conversations
+from minimind.data import loss_mask as weights
+from minimind.data.builtin.chat import builtin_conversations, conversations
 from minimind.tokenization import ChatEncoder, load_tokenizer
 from tests.data.fake import QUIET
 from tests.data.test_cache import contents, listening

@@ -1,85 +1,120 @@
-import json
-import subprocess
-import sys
-from hashlib import blake2b
-from pathlib import Path
+from itertools import pairwise
 
+import numpy as np
 import pytest
 
-from minimind.data import corpus as corpus_module
-from minimind.data.corpus import builtin_corpus, collect
-from minimind.data.reader import read_documents
-from tests.data.fake import QUIET
+from minimind.data.cache import open_corpus
+from minimind.data.corpus import Corpus
+from minimind.data.split import split_tail
+from tests.data.fake import ByteTokenizer, corpus_of, ids_of, some_texts, text_of
 
-LONG = "A sentence that is long enough to be kept, because it has more than eighty characters in it, number "
-
-
-@pytest.fixture
-def library(tmp_path):
-    root = tmp_path / "library"
-    (root / "tests").mkdir(parents=True)
-    body = f'    """{LONG}2.\n\n        indented\n    last\n    """\n'
-    (root / "a.py").write_text(f'"""{LONG}1."""\nclass A:\n{body}    def f(self):\n        "short"\n')
-    (root / "b.py").write_text(
-        f'def f():\n    """{LONG}1."""\n    async def g():\n        """{LONG}3. 字"""\n'
-    )
-    (root / "c.py").write_text(f'if True:\n    def f():\n        """{LONG}4: \\d"""\n')
-    (root / "broken.py").write_text(f'"""{LONG}5."""\ndef (:\n')
-    (root / "latin.py").write_bytes(b'"""\xff\xfe"""')
-    (root / "nul.py").write_bytes(b"\0")
-    (root / "surrogate.py").write_text(f'"""{LONG}\\ud800"""')
-    (root / "gone.py").symlink_to(root / "nowhere")
-    (root / "folder.py").mkdir()
-    (root / "tests" / "t.py").write_text(f'"""{LONG}6."""')
-    return root
+TEXTS = some_texts(300)
 
 
-def test_distinct_long_docstrings_of_files_that_parse(library):
-    texts = collect([library], QUIET)
-    expected = [LONG + "1.", LONG + "2.\n\n    indented\nlast", LONG + "3. 字", LONG + "4: \\d"]
-    assert texts == sorted(expected, key=lambda text: blake2b(text.encode()).digest())
+def test_documents_tokens_and_bytes(tmp_path):
+    corpus = corpus_of(tmp_path, TEXTS[:100], TEXTS[100:101], TEXTS[101:])
+    assert corpus.num_documents == 300 and corpus.num_bytes == len("".join(TEXTS).encode())
+    assert corpus.num_tokens == corpus.num_bytes + 600
+    for i, text in enumerate(TEXTS):
+        assert corpus.document(i).tolist() == ids_of(text)
+    assert corpus.document(5).dtype == np.uint16 and corpus.document(5).base is not None
+    some = np.array([299, 0, 100, 101, 99, 100])
+    assert corpus.lengths(some).tolist() == [len(ids_of(TEXTS[i])) for i in some]
+    assert corpus.bytes_of(some).tolist() == [len(TEXTS[i].encode()) for i in some]
+    starts, lengths = corpus.addresses(some), corpus.lengths(some)
+    assert corpus.gather(starts + 1, lengths - 1).tolist() == [t for i in some for t in ids_of(TEXTS[i])[1:]]
+    assert corpus.locate(100) == (tmp_path / "1.jsonl", 0) and corpus.locate(299)[1] == 198
+    for i in (-1, 300):
+        with pytest.raises(IndexError):
+            corpus.document(i)
+    empty = np.array([], np.int64)
+    assert len(corpus.lengths(empty)) == len(corpus.gather(empty, empty)) == 0
 
 
-def test_where_the_files_lie_does_not_matter(library, tmp_path):
-    texts = collect([library], QUIET)
-    (library / "a.py").rename(library / "z.py")
-    library.rename(tmp_path / "other")
-    assert collect([tmp_path / "nothing", tmp_path / "other"], QUIET) == texts
+def tail(corpus: Corpus) -> list[str]:
+    numbers = np.arange(corpus.num_documents)
+    lengths = corpus.lengths(numbers)
+    ids = np.split(corpus.gather(corpus.addresses(numbers), lengths), lengths.cumsum()[:-1])
+    assert all((row == corpus.document(i)).all() for i, row in enumerate(ids))
+    return [text_of(row) for row in ids]
 
 
-def test_the_file_is_built_once(library, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "_roots", lambda: [library])
-    path = builtin_corpus(tmp_path / "cache", QUIET)
-    data = path.read_bytes()
-    assert {"text": LONG + "3. 字"} in [json.loads(line) for line in data.splitlines()]
-    assert len(list(read_documents(path))) == 4
-    stamp = path.stat().st_mtime_ns
-    assert builtin_corpus(tmp_path / "cache", QUIET) == path and path.stat().st_mtime_ns == stamp
-    path.unlink()
-    assert builtin_corpus(tmp_path / "cache", QUIET).read_bytes() == data
-    assert [p.suffix for p in sorted(path.parent.iterdir())] in ([".jsonl"], [".jsonl", ".lock"])
-    monkeypatch.setattr(corpus_module, "PACKAGES", ("numpy",))
-    assert builtin_corpus(tmp_path / "cache", QUIET) != path
+def test_the_split_of_earlier_versions_holds_out_the_last_documents_of_every_source(tmp_path):
+    files = TEXTS[:150], TEXTS[150:152], TEXTS[152:153], TEXTS[153:]
+    corpus = corpus_of(tmp_path, *files)
+    train, held = split_tail(corpus, 0.1)
+    assert train.num_documents + held.num_documents == 300
+    assert train.num_tokens + held.num_tokens == corpus.num_tokens
+    assert train.num_bytes + held.num_bytes == corpus.num_bytes
+    kept, out = tail(train), tail(held)
+    for texts in files:
+        n = sum(text in out for text in texts)
+        assert texts == [t for t in kept if t in texts] + [t for t in out if t in texts]
+        assert [t for t in out if t in texts] == texts[len(texts) - n :]
+        total, part = sum(len(ids_of(t)) for t in texts), sum(len(ids_of(t)) for t in texts[len(texts) - n :])
+        if len(texts) > 2:
+            assert 0.09 * total < part <= 0.1 * total
+        else:
+            assert n == len(texts) - 1
+    assert train.identity != held.identity != corpus.identity
+    whole, none = split_tail(corpus, 0)
+    assert whole is corpus and none.num_documents == none.num_tokens == none.num_bytes == 0
 
 
-def test_an_installation_without_sources(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_module, "_roots", lambda: [tmp_path / "none"])
-    with pytest.raises(ValueError, match="no library sources to take text from; name a file"):
-        builtin_corpus(tmp_path / "cache", QUIET)
+def test_the_split_of_earlier_versions_is_capped(tmp_path):
+    corpus = corpus_of(tmp_path, TEXTS[:100], TEXTS[100:])
+    _, held = split_tail(corpus, 0.5, 700)
+    assert 500 < held.num_tokens <= 700 and len(held.sources) == 2
+    assert split_tail(corpus, 0.5, 1)[1].num_documents == 1
+    train, held = split_tail(corpus_of(tmp_path / "two", TEXTS[:1], TEXTS[1:2]), 0.05)
+    assert (tail(train), tail(held)) == (TEXTS[:1], TEXTS[1:2])
 
 
-def test_two_processes_at_once_build_one_real_corpus(tmp_path):
-    code = (
-        "import sys; from minimind.data import corpus; corpus.PACKAGES = ('numpy',); "
-        "print(corpus.builtin_corpus(sys.argv[1])); assert 'torch' not in sys.modules"
-    )
-    started = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=-1, stderr=-1, text=True)
-        for _ in range(2)
-    ]
-    (path, said), (other, waited) = [process.communicate(timeout=60) for process in started]
-    assert path == other and [process.returncode for process in started] == [0, 0]
-    assert sum("built-in corpus: " in text for text in (said, waited)) == 1
-    documents = list(read_documents(Path(path.strip())))
-    assert len(documents) > 1000 and min(len(d.text) for d in documents) >= 80
-    assert len({d.text for d in documents}) == len(documents)
+@pytest.mark.parametrize("files", [(300,), (100, 101, 299)])
+def test_a_part_of_a_corpus_is_a_corpus(tmp_path, files):
+    """Picked or left out, one document or most of them: every function says what a corpus of those texts would."""
+    bounds = [0, *files] if files[-1] == 300 else [0, *files, 300]
+    corpus = corpus_of(tmp_path, *(TEXTS[a:b] for a, b in pairwise(bounds)))
+    rng = np.random.default_rng(0)
+    for count in (1, 7, 150, 299):
+        numbers = np.sort(rng.choice(300, count, replace=False))
+        rest = np.setdiff1d(np.arange(300), numbers)
+        for view, mine in ((corpus.only(numbers, "a"), numbers), (corpus.without(numbers, "a"), rest)):
+            texts = [TEXTS[i] for i in mine]
+            assert tail(view) == texts and view.num_documents == len(texts)
+            assert view.num_bytes == len("".join(texts).encode())
+            assert view.num_tokens == view.num_bytes + 2 * len(texts)
+            some = rng.permutation(len(texts))
+            lengths = view.lengths(some)
+            assert lengths.tolist() == [len(ids_of(texts[i])) for i in some]
+            ids = [token for i in some for token in ids_of(texts[i])]
+            assert view.gather(view.addresses(some), lengths).tolist() == ids
+            assert [view.locate(i) for i in range(len(texts))] == [corpus.locate(int(i)) for i in mine]
+            assert (view.hashes(0, len(texts)) == corpus.hashes(0, 300)[mine]).all()
+            head = view.head(max(1, view.num_tokens // 3))
+            assert set(tail(head)) <= set(texts) and (
+                len(texts) < 50 or 0.8 < 3 * head.num_tokens / view.num_tokens <= 1
+            )
+            assert len({view.identity, corpus.identity, corpus.only(numbers, "b").identity}) == 3
+            assert head.identity != view.identity or len(texts) == 1
+
+
+def test_head_is_the_first_documents_of_every_source(tmp_path):
+    texts = some_texts(400)
+    corpus = corpus_of(tmp_path, texts[:300], texts[300:])
+    head = corpus.head(corpus.num_tokens // 4)
+    taken = [text_of(head.document(i)) for i in range(head.num_documents)]
+    second = taken.index(texts[300])
+    assert taken == texts[:second] + texts[300 : 300 + len(taken) - second]
+    assert 0.9 < head.num_tokens / (corpus.num_tokens // 4) <= 1
+    assert corpus.head(corpus.num_tokens) is corpus
+    assert corpus.head(1).num_documents == 1
+
+
+def test_a_book_in_one_txt_file_is_held_out_in_the_right_proportion(tmp_path):
+    lines = "".join(f"{text}\n" for text in some_texts(20_000))
+    (tmp_path / "book.txt").write_text(lines, encoding="utf-8")
+    corpus = open_corpus([tmp_path / "book.txt"], ByteTokenizer(), tmp_path / "cache")
+    train, held_out = split_tail(corpus, 0.05)
+    assert 0.025 < held_out.num_tokens / corpus.num_tokens <= 0.05
+    assert train.num_tokens + held_out.num_tokens == corpus.num_tokens

@@ -12,10 +12,10 @@ from minimind import load_tokenizer
 from minimind.data import Corpus, open_conversations, open_corpus
 from minimind.data.fields import FLAGS, HARMLESS
 from minimind.data.forms import AUTO, Form
+from minimind.data.loss_mask import NONE, class_of
 from minimind.data.preferences import open_preferences
 from minimind.data.prompts import open_prompts
 from minimind.data.reader import iter_texts
-from minimind.data.weights import NONE, class_of
 from minimind.tokenization import ChatEncoder
 from minimind.tokenization.reasoning import ReasoningEncoder, ThinkingPrompts
 from minimind.tokenization.tokenizer import Tokenizer

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from minimind.data import open_corpus
-from minimind.data.files import read_json, write_json
 from minimind.data.paths import expand_paths, find_files
+from minimind.utils.files import read_json, write_json
 from tests.data.fake import QUIET, ByteTokenizer, text_of, write_jsonl
 from tests.data.test_cache import listening
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minimind.data import Corpus, weights
-from minimind.data.builtin_preferences import MANNERS, MANNERS_ZH, builtin_preferences, preferences
+from minimind.data import Corpus
+from minimind.data import loss_mask as weights
+from minimind.data.builtin.preferences import MANNERS, MANNERS_ZH, builtin_preferences, preferences
 from minimind.data.pair_loader import PairBatch, PairLoader
 from minimind.data.preferences import open_preferences
 from tests.data.fake import QUIET

@@ -8,8 +8,8 @@ import pytest
 from minimind.data import cache
 from minimind.data import split as split_module
 from minimind.data.cache import open_corpus
+from minimind.data.corpus import HASHES, Corpus
 from minimind.data.split import repeats, shared, split
-from minimind.data.store import HASHES, Corpus
 from tests.data.fake import QUIET, ByteTokenizer, corpus_of, some_texts, text_of
 
 TEXTS = some_texts(400)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from minimind import ModelConfig, cli
-from minimind.inference.chat import Args, Terminal, _one_shot, main, open_conversation, printable
+from minimind.apps.chat import Args, Terminal, _one_shot, main, open_conversation, printable
 from minimind.inference.conversation import Conversation
 from minimind.inference.engine import Engine
 from minimind.inference.loading import ModelArgs, open_model, stretched

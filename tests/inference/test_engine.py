@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from minimind import native
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams
 from minimind.inference.tracking import mix
 from minimind.lora import LoRAConfig, add_adapter
+from minimind.ops import native
 from tests.inference.small import (
     VARIANTS,
     greedy,

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from minimind import cli
+from minimind.evaluation import harness
 from minimind.export.hf import export_hf
-from minimind.inference import harness
 from minimind.inference.engine import Engine
 from minimind.inference.generate import generate
 from minimind.weights import save_weights
@@ -133,7 +133,7 @@ def test_log_likelihoods_are_those_of_the_harness_own_adapter(variant, tmp_path)
     pytest.importorskip("transformers", reason="install minimind[export]")
     from lm_eval.models.huggingface import HFLM
 
-    from minimind.inference.harness_model import HarnessModel
+    from minimind.evaluation.harness_model import HarnessModel
 
     model, tokenizer = small_model(variant, max_position_embeddings=64), small_tokenizer()
     export_hf(model, tokenizer, tmp_path)
@@ -156,7 +156,7 @@ def test_log_likelihoods_are_those_of_the_harness_own_adapter(variant, tmp_path)
 
 
 def test_generation(folder):
-    from minimind.inference.harness_model import HarnessModel
+    from minimind.evaluation.harness_model import HarnessModel
 
     model, tokenizer = small_model(), small_tokenizer()
     lm = HarnessModel(model, tokenizer, Engine(model, tokenizer))
@@ -174,7 +174,7 @@ def test_generation(folder):
 
 
 def test_equal_inputs_are_computed_once(monkeypatch):
-    from minimind.inference.harness_model import HarnessModel
+    from minimind.evaluation.harness_model import HarnessModel
 
     model, tokenizer = small_model(), small_tokenizer()
     lm = HarnessModel(model, tokenizer, Engine(model, tokenizer))

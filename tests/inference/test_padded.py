@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from minimind import ModelConfig, native
+from minimind import ModelConfig
 from minimind.inference.engine import Engine
 from minimind.inference.generate import generate
 from minimind.inference.requests import Request, SamplingParams
 from minimind.objectives.next_token import TokenBatch, next_token_loss
 from minimind.objectives.policy import token_log_probs
+from minimind.ops import native
 from tests.inference.padded import padded
 from tests.inference.small import VARIANTS, random_prompts, small_model, small_tokenizer
 

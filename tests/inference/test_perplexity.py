@@ -11,8 +11,7 @@ from rich.console import Console
 
 from minimind import ModelConfig, cli, ops
 from minimind.config import YarnScaling
-from minimind.inference.loading import ModelArgs, Opened
-from minimind.inference.perplexity import (
+from minimind.evaluation.perplexity import (
     BATCH_TOKENS,
     Args,
     _folder,
@@ -21,6 +20,7 @@ from minimind.inference.perplexity import (
     parse_contexts,
     read_stream,
 )
+from minimind.inference.loading import ModelArgs, Opened
 from minimind.weights import save_weights
 from tests.inference.small import TEXT, small_model, small_tokenizer
 

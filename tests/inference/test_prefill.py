@@ -3,15 +3,16 @@ import dataclasses
 import pytest
 import torch
 
-from minimind import modeling, varlen
+from minimind import modeling
 from minimind.inference.batch import DecodeBatch
 from minimind.inference.cache import PagedCache
-from minimind.inference.graphs import graph_sizes
+from minimind.inference.decode.graphs import graph_sizes
 from minimind.inference.prefill import ChunkAttention, pack
 from minimind.inference.replica import Replica
 from minimind.inference.requests import SamplingParams
 from minimind.inference.runner import Runner
 from minimind.inference.scheduler import Chunk, Sample
+from minimind.ops import varlen
 from tests.inference.small import small_model
 
 CPU = torch.device("cpu")

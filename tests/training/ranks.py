@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor
 from minimind import ModelConfig, load_tokenizer
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss
-from minimind.training.loop import LoopOptions, Stage, Trainer
 from minimind.training.optim import Optimizers
 from minimind.training.parallel import Parallel, leave
 from minimind.training.run_folder import RunFolder
 from minimind.training.tracking import NoTracker
+from minimind.training.trainer import LoopOptions, Stage, Trainer
 
 ROWS, LENGTH, VOCAB = 4, 16, 50
 

@@ -17,15 +17,15 @@ from minimind.data.preferences import open_preferences
 from minimind.data.split import split
 from minimind.inference.loading import WeightArgs, open_weights
 from minimind.lora import LoRAConfig, adapters_off, lora_linears
+from minimind.rewards.base import Sample
 from minimind.rewards.model import model_reward
-from minimind.rewards.sample import Sample
 from minimind.tokenization import ChatEncoder
-from minimind.training import rl_stage
-from minimind.training.actor_critic import ActorCritic, critic_of, critic_parameters, with_value_head
 from minimind.training.adapters import PEAK_LR, AdapterArgs, Adapting
 from minimind.training.checkpoint import list_checkpoints, load_trainer_state
-from minimind.training.collector import scored_again
-from minimind.training.rl_loader import Shape, _restored
+from minimind.training.rl import stage as rl_stage
+from minimind.training.rl.actor_critic import ActorCritic, critic_of, critic_parameters, with_value_head
+from minimind.training.rl.collector import scored_again
+from minimind.training.rl.loader import Shape, _restored
 from minimind.value_head import HEAD
 from tests.adapted import SHAPES, make, with_adapter
 from tests.training.runs import (

@@ -16,7 +16,7 @@ from rich.console import Console
 from minimind import ModelConfig, load_tokenizer, ops
 from minimind.modeling import Model
 from minimind.training.job import Job
-from minimind.training.loop import Trainer
+from minimind.training.trainer import Trainer
 from minimind.weights import save_weights
 from tests.kernels.contract import EPS, move_by_rounding
 from tests.training.runs import SCRIPT, reproducible

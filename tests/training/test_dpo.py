@@ -19,10 +19,10 @@ from minimind.data.preferences import open_preferences
 from minimind.data.split import split
 from minimind.modeling import Model
 from minimind.tokenization import ChatEncoder
-from minimind.training import reference
-from minimind.training.pairs import prompts
 from minimind.training.parallel import Parallel
-from minimind.training.reference import reference_log_probs
+from minimind.training.stages import reference
+from minimind.training.stages.pairs import prompts
+from minimind.training.stages.reference import reference_log_probs
 from tests.training.runs import (
     SCRIPT,
     TINY,

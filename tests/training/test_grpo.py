@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from minimind import ModelConfig, load_model
-from minimind.training.rl_stage import peak_lr
+from minimind.training.rl.stage import peak_lr
 from minimind.weights import save_weights
 from tests.training.runs import (
     ONE_THREAD,

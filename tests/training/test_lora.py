@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from minimind import load_model, load_tokenizer
-from minimind.data.builtin_identity import identity
+from minimind.data.builtin.identity import identity
 from minimind.lora import LoRAConfig, add_adapter, lora_linears
 from minimind.lora_files import adapter_folder, load_adapter
 from minimind.training.checkpoint import list_checkpoints

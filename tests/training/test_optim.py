@@ -3,8 +3,8 @@ import torch
 
 from minimind import ModelConfig
 from minimind.modeling import Model
-from minimind.training.actor_critic import ActorCritic
 from minimind.training.optim import build_optimizers, lr_factor
+from minimind.training.rl.actor_critic import ActorCritic
 
 CONFIG = ModelConfig(32, 1, 2, 1, 16, 48, 50, num_experts=2, num_experts_per_tok=1, num_shared_experts=1,
                      moe_intermediate_size=24)  # fmt: skip

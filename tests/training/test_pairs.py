@@ -14,8 +14,8 @@ from minimind.modeling import Model
 from minimind.objectives.preference import pair_log_probs
 from minimind.objectives.reward_model import RewardBatch, bradley_terry, reward_loss
 from minimind.tokenization import ChatEncoder
-from minimind.training import scores
-from minimind.training.pairs import to_device
+from minimind.training.stages import scores
+from minimind.training.stages.pairs import to_device
 from minimind.value_head import ValueModel
 from tests.data.test_preferences import ROWS
 from tests.kernels.contract import assert_within, versions

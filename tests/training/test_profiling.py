@@ -12,10 +12,10 @@ from rich.console import Console
 from minimind.config import ModelConfig
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss
-from minimind.spans import _OFF, _state, record, span
-from minimind.training.profiling import StepProfiler, mark_blocks
-from minimind.training.timeline import draw
-from minimind.training.trace import busy_ms, ranked, read_trace, show
+from minimind.training.profiling.profiler import StepProfiler, mark_blocks
+from minimind.training.profiling.timeline import draw
+from minimind.training.profiling.trace import busy_ms, ranked, read_trace, show
+from minimind.utils.spans import _OFF, _state, record, span
 
 TINY = ModelConfig(
     vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,

@@ -18,8 +18,8 @@ from minimind import load_model, load_tokenizer
 from minimind.data import PackedLoader, open_conversations
 from minimind.modeling import Model
 from minimind.tokenization.reasoning import ReasoningEncoder, prompt_endings
-from minimind.training.answers import Question
-from minimind.training.reasoning import Asked, reasoning_figures, reply_of
+from minimind.training.stages.answers import Question
+from minimind.training.stages.reasoning import Asked, reasoning_figures, reply_of
 from tests.training.runs import (
     SCRIPT,
     TINY,
@@ -213,7 +213,7 @@ def test_figures_are_those_of_what_was_written(monkeypatch):
         replies[0] += tokenizer.encode("!") * (longest - len(replies[0])) if mode == "on" else []
         return replies
 
-    monkeypatch.setattr("minimind.training.reasoning.answer", answer)
+    monkeypatch.setattr("minimind.training.stages.reasoning.answer", answer)
     figures = reasoning_figures(Model(TINY), tokenizer, Asked(asked, []))
     assert figures == {
         "auto_format": 0.75, "auto_exact": 0.5,

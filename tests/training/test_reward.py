@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from minimind import ModelConfig, load_tokenizer
-from minimind.data.builtin_preferences import preferences
+from minimind.data.builtin.preferences import preferences
 from minimind.data.pair_loader import PairLoader
 from minimind.data.preferences import open_preferences
 from minimind.data.split import split
 from minimind.rewards import Sample, parse_rewards
 from minimind.tokenization import ChatEncoder
-from minimind.training.scores import to_device
+from minimind.training.stages.scores import to_device
 from minimind.value_head import load_value_model
 from tests.training.runs import (
     SCRIPT,

@@ -23,8 +23,8 @@ from minimind.export.pth import export_pth
 from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder
-from minimind.training.answers import questions
 from minimind.training.batches import to_device
+from minimind.training.stages.answers import questions
 from minimind.weights import save_weights
 from tests import warm
 from tests.training.runs import (

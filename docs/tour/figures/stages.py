@@ -6,7 +6,7 @@ import torch
 from figures.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, box, panels, plain
 from matplotlib.figure import Figure
 
-from minimind.data.builtin_chat import conversations
+from minimind.data.builtin.chat import conversations
 from minimind.objectives import surrogates
 from minimind.objectives.preference import Pairs, dpo
 from minimind.tokenization import ChatEncoder, load_tokenizer

@@ -1,0 +1,140 @@
+"""Questions that a few written steps make easier, in English and Chinese: sums, comparisons, counting and units.
+
+Made for train/reason.py. A held-out question asks for numbers, words or units that no training question of its kind and
+language has together. Among the training rows are some that a model was taught before and answers without reasoning.
+The same rows on every machine; nothing here is random.
+"""
+
+import json
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from minimind.data.builtin.chat import Conversation, conversations
+from minimind.utils.files import cache_root, make_folder, write_atomically
+from minimind.utils.progress import say
+
+
+class Worked(NamedTuple):
+    question: str
+    reasoning: str
+    answer: str
+
+
+_HELD_OUT = 24  # of each kind and language
+_TRAINED = 400  # of each kind and language, at most
+_REPLAYED, _KEPT = 1000, 64  # rows taught before: to train on, and held out
+_SUMS = ("What is {} + {}?", "Add {} and {}.", "How much is {} plus {}?")
+_SUMS_ZH = ("{}加{}等于多少？", "计算{}+{}。", "{}与{}的和是多少？")
+_WORDS = ["cat", "dog", "sun", "map", "pen", "cup", "box", "hat", "car", "key", "bed", "egg"]
+_WORDS_ZH = "猫狗鸟鱼山水火木花草星月"
+_UNITS = (("hours", "hour", "minutes", 60), ("days", "day", "hours", 24), ("weeks", "week", "days", 7),
+          ("meters", "meter", "centimeters", 100), ("kilograms", "kilogram", "grams", 1000),
+          ("minutes", "minute", "seconds", 60))  # fmt: skip
+_UNITS_ZH = (("小时", "分钟", 60), ("天", "小时", 24), ("周", "天", 7), ("米", "厘米", 100), ("千克", "克", 1000),
+             ("分钟", "秒", 60))  # fmt: skip
+_MOST = 40  # of a unit
+
+
+def builtin_reasoning(
+    cache_dir: str | Path | None = None, console: Console | None = None
+) -> tuple[Path, Path]:
+    """(training, held-out): paths of .jsonl files, written at the first call under `cache_dir`. Raises ValueError as
+    builtin_conversations does."""
+    console = console or Console(stderr=True)
+    folder = make_folder(cache_root(cache_dir) / "corpus")
+    paths = []
+    for part, rows in zip(("train", "heldout"), reasoning(), strict=True):
+        data = "".join(json.dumps({"conversations": c}, ensure_ascii=False) + "\n" for c in rows).encode()
+        path = folder / f"reasoning-{blake2b(data, digest_size=8).hexdigest()}-{part}.jsonl"
+        if not path.exists():
+            write_atomically(path, data)
+            say(console, f"built-in reasoning: {len(rows):,} rows in {path}")
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+def reasoning() -> tuple[list[Conversation], list[Conversation]]:
+    """(training, held-out), each in an order that a hash of their text decides."""
+    before, kept = conversations()
+    train, heldout = before[:_REPLAYED], kept[:_KEPT]
+    for chinese in (False, True):
+        for kind in (_sums, _comparisons, _counts, _conversions):
+            once = {worked.question: worked for worked in kind(chinese)}
+            rows = [_conversation(worked) for worked in _shuffled(list(once.values()))]
+            heldout, train = heldout + rows[:_HELD_OUT], train + rows[_HELD_OUT : _HELD_OUT + _TRAINED]
+    return _shuffled(train), _shuffled(heldout)
+
+
+def _sums(chinese: bool) -> Iterator[Worked]:
+    """Tens and ones apart. Each pair is asked for in one wording."""
+    for a in range(11, 60):
+        for b in range(11, 60):
+            wording = (_SUMS_ZH if chinese else _SUMS)[_number(a, b) % 3]
+            tens, ones = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10
+            steps = f"{a // 10 * 10}+{b // 10 * 10}={tens}; {a % 10}+{b % 10}={ones}; {tens}+{ones}={a + b}"
+            yield Worked(wording.format(a, b), steps, str(a + b))
+
+
+def _comparisons(chinese: bool) -> Iterator[Worked]:
+    """By the tens, or the ones where these are alike."""
+    for a in range(11, 100):
+        for b in range(11, 100):
+            if a == b:
+                continue
+            larger = _number(a, b) % 2 == 0
+            place, x, y = ("tens", a // 10, b // 10) if a // 10 != b // 10 else ("ones", a % 10, b % 10)
+            found = max(a, b) if larger else min(a, b)
+            if chinese:
+                word, place = "大" if larger else "小", "十位" if place == "tens" else "个位"
+                yield Worked(f"{a}和{b}哪个更{word}？", f"看{place}：{x}和{y}，{found}更{word}。", f"{found}")
+            else:
+                word = "larger" if larger else "smaller"
+                steps = f"Look at the {place}: {x} and {y}, so {found} is {word}."
+                yield Worked(f"Which is {word}, {a} or {b}?", steps, f"{found}")
+
+
+def _counts(chinese: bool) -> Iterator[Worked]:
+    """Lists of 2 to 9 words, numbered one by one."""
+    words = _WORDS_ZH if chinese else _WORDS
+    for i in range(2 * _TRAINED):
+        picked = [words[_number(i, j) % len(words)] for j in range(2 + _number(i) % 8)]
+        numbered = [f"{word} {n}" for n, word in enumerate(picked, 1)]
+        if chinese:
+            yield Worked(f"数一数：{'、'.join(picked)}。一共几个？", "，".join(numbered), f"{len(picked)}个")
+        else:
+            yield Worked(
+                f"How many words are here: {' '.join(picked)}?", ", ".join(numbered), f"{len(picked)}"
+            )
+
+
+def _conversions(chinese: bool) -> Iterator[Worked]:
+    """Into the smaller unit."""
+    for n in range(2, _MOST + 1):
+        if chinese:
+            for unit, part, size in _UNITS_ZH:
+                steps = f"1{unit}是{size}{part}，{n}*{size}={n * size}。"
+                yield Worked(f"{n}{unit}是多少{part}？", steps, f"{n * size}{part}")
+        else:
+            for plural, unit, part, size in _UNITS:
+                steps = f"1 {unit} is {size} {part}; {n}*{size}={n * size}"
+                yield Worked(f"How many {part} are {n} {plural}?", steps, f"{n * size} {part}")
+
+
+def _conversation(worked: Worked) -> Conversation:
+    return [
+        {"role": "user", "content": worked.question},
+        {"role": "assistant", "reasoning_content": worked.reasoning, "content": worked.answer},
+    ]
+
+
+def _number(*of: int) -> int:
+    """0 to 255, evenly spread."""
+    return blake2b(repr(of).encode(), digest_size=1).digest()[0]
+
+
+def _shuffled(rows: list) -> list:
+    return sorted(rows, key=lambda row: blake2b(json.dumps(row).encode(), digest_size=8).digest())

@@ -1,0 +1,321 @@
+"""Perplexity by context length: `minimind evaluate --ppl book.txt --context 512,...,8192 --yarn 16`.
+
+The text is one stream of tokens, cut into windows of each length: every length scores the very same tokens, each once,
+with what stands before it in its window. Perplexity is exp of the mean of -log p; bits per byte do not depend on the
+tokenizer. The second half of every window is also shown alone: there a length's context is really used. With
+--kv-dtype fp8 every curve is measured once more with keys and values rounded as such a cache rounds them.
+
+No logits are held: memory grows with the longest window, not with the text. A table is printed; perplexity.json and
+perplexity.png go to the run folder or --out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from minimind import ops
+from minimind.config import ModelConfig
+from minimind.data import expand_paths, read_documents
+from minimind.data.forms import Form
+from minimind.data.paths import find_files
+from minimind.data.records import BadRows, Document
+from minimind.inference.decode.cache_dtype import rounded_cache
+from minimind.inference.loading import ModelArgs, Opened, open_model, stretched
+from minimind.modeling import Model
+from minimind.tokenization import Tokenizer
+from minimind.utils.display import Display, caption, decoration, duration, pyplot
+from minimind.utils.progress import say
+
+_COLOURS = ("#1b6ca8", "#d98324", "#5a9e6f", "#9467bd")
+_MOST_NATS = 700.0  # exp of more is beyond float64
+BATCH_TOKENS = 8192  # of windows scored together, or one longer window
+
+
+@dataclass(frozen=True)
+class Args(ModelArgs):
+    """Perplexity of a model by context length, or its benchmarks."""
+
+    tasks: tuple[str, ...] = ()
+    """Benchmarks of lm-evaluation-harness instead, with commas or spaces: ceval,cmmlu,mmlu, ..."""
+    few_shot: int | None = None
+    """With --tasks: examples before each question; None: as many as the task says."""
+    limit: int | None = None
+    """With --tasks: at most so many questions of each."""
+    include: str | None = None
+    """With --tasks: a folder with tasks of your own, .yaml and data."""
+    chat: bool = False
+    """With --tasks: put the questions into the chat template."""
+    ppl: tuple[str, ...] = ()
+    """Files, folders or globs of .txt and .jsonl, plain, .gz or .zst; what was not trained on."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """With --ppl: what to do with a row that cannot be used."""
+    ignore_fields: tuple[str, ...] = ()
+    """With --ppl: fields of rows that are left out: one that is not known is an error."""
+    context: tuple[str, ...] = ("512,1024,2048",)
+    """Window lengths in tokens, with commas or spaces; "512,...,8192" doubles."""
+    tokens: int = 65536
+    """At most so many tokens are scored, from the beginning of the text."""
+    out: str | None = None
+    """Folder for perplexity.json and perplexity.png, or tasks.json; None: the run folder, or this one."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One curve's point. perplexity and bits_per_byte of all tokens; second_half: perplexity of those in the second
+    half of their window; seconds it took."""
+
+    curve: str
+    context: int
+    tokens: int
+    perplexity: float
+    bits_per_byte: float
+    second_half: float
+    seconds: float
+
+
+def main(args: Args) -> int:
+    console = Console()
+    if args.tasks:
+        return _tasks(args, console)
+    lengths = parse_contexts(args.context)
+    if not args.ppl:
+        raise ValueError("--ppl: name the text to measure on, or benchmarks with --tasks")
+    if args.tokens < lengths[-1]:
+        raise ValueError(f"--tokens {args.tokens}: the longest context alone is {lengths[-1]}")
+    opened = open_model(dataclasses.replace(args, yarn=None, yarn_original=None))
+    for note in opened.notes:
+        say(console, note)
+    curves = curves_of(opened.model.config, args)
+    opened.model.compute_dtype = opened.dtype
+    for line in find_files(args.ppl).lines():
+        say(console, line)
+    bad = BadRows()
+    read = partial(read_documents, on_bad_row=args.on_bad_row, bad=bad, form=Form(ignored=args.ignore_fields))
+    ids = read_stream(args.ppl, opened.tokenizer, args.tokens // lengths[-1] * lengths[-1] + 1, read)
+    if bad.count:
+        say(console, f"--ppl: {bad}")
+    scored = (len(ids) - 1) // lengths[-1] * lengths[-1]
+    if scored == 0:
+        raise ValueError(
+            f"--ppl: {len(ids):,} tokens, the longest --context wants {lengths[-1] + 1:,}; give more text, or a "
+            "shorter --context"
+        )
+    folder = _folder(args, opened)
+    scores = measure(opened.model, opened.tokenizer, ids[: scored + 1], lengths, curves, console)
+    if opened.kv_dtype not in (None, opened.dtype):
+        with rounded_cache(opened.model, opened.kv_dtype):
+            rounded = {f"{name}, cache in {args.kv_dtype}": config for name, config in curves.items()}
+            scores += measure(opened.model, opened.tokenizer, ids[: scored + 1], lengths, rounded, console)
+    show(scores, console)
+    found = {"text": list(args.ppl), "scores": [dataclasses.asdict(score) for score in scores]}
+    (folder / "perplexity.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    plot(scores, folder / "perplexity.png", ", ".join(Path(p).name for p in args.ppl))
+    say(console, f"{folder / 'perplexity.png'}, {folder / 'perplexity.json'}")
+    return 0
+
+
+def _tasks(args: Args, console: Console) -> int:
+    from minimind.evaluation.harness import evaluate_tasks, report
+
+    if args.ppl:
+        raise ValueError("--ppl and --tasks: give one of them")
+    if args.kv_dtype != "auto":
+        raise ValueError(
+            f"--kv-dtype {args.kv_dtype}: --tasks scores without a cache; --ppl shows what it costs"
+        )
+    for name, value, least in (("few-shot", args.few_shot, 0), ("limit", args.limit, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"--{name} {value}: at least {least}")
+    opened = open_model(args)
+    folder = _folder(args, opened)
+    for note in opened.notes:
+        say(console, note)
+    found = evaluate_tasks(
+        opened, args.tasks, few_shot=args.few_shot, limit=args.limit, include=args.include, chat=args.chat
+    )
+    report(found, folder, console)
+    return 0
+
+
+def _folder(args: Args, opened: Opened) -> Path:
+    """Where the results go: made before anything is measured for it."""
+    in_run = opened.folder if opened.stage is not None else None
+    folder = Path(args.out) if args.out else in_run or Path()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder}: cannot be made ({error.strerror}); name another folder") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder.resolve()}: the results cannot be written there; name a folder with --out")
+    return folder
+
+
+def parse_contexts(given: Sequence[str]) -> list[int]:
+    """Ascending lengths of "512,1024" or "512,...,4096" (doubling). ValueError for anything else."""
+    parts = [part for text in given for part in text.replace(",", " ").split()]
+    lengths: list[int] = []
+    doubling = False
+    for part in parts:
+        if part in ("...", "…"):
+            doubling = bool(lengths)
+            if not doubling:
+                raise ValueError("--context: '...' doubles what stands before it; begin with a length")
+            continue
+        if not part.isascii() or not part.isdigit() or int(part) < 2:
+            raise ValueError(f"--context {part}: a length is a whole number of at least 2")
+        while doubling and 2 * lengths[-1] < int(part):
+            lengths.append(2 * lengths[-1])
+        lengths, doubling = [*lengths, int(part)], False
+    if not lengths or doubling:
+        raise ValueError("--context: give lengths such as 512,1024 or 512,...,8192")
+    lengths = sorted(set(lengths))
+    wrong = next((n for n in lengths if lengths[-1] % n), None)
+    if wrong is not None:
+        raise ValueError(
+            f"--context {wrong}: every length must divide the longest, so that all score the same tokens"
+        )
+    return lengths
+
+
+def curves_of(config: ModelConfig, args: ModelArgs) -> dict[str, ModelConfig]:
+    """What is compared: the model as it is and, with --yarn, stretched."""
+    own = config.rope_scaling
+    curves = {"as it is" if own is None else f"its own YaRN, factor {own.factor:g}": config}
+    if args.yarn is not None or args.yarn_original is not None:
+        changed = stretched(config, args)
+        curves[f"YaRN, factor {args.yarn:g}"] = changed
+    return curves
+
+
+def read_stream(
+    paths: Sequence[str],
+    tokenizer: Tokenizer,
+    count: int,
+    read: Callable[[Path], Iterator[Document]] = read_documents,
+) -> Tensor:
+    """int64, the first `count` tokens of the text or all there are. Rows of a .jsonl are documents between bos and eos;
+    a .txt file is one."""
+    ids: list[int] = []
+    for part in _documents(paths, tokenizer, read):
+        ids += part
+        if len(ids) >= count:
+            break
+    return torch.tensor(ids[:count])
+
+
+def _documents(
+    paths: Sequence[str], tokenizer: Tokenizer, read: Callable[[Path], Iterator[Document]]
+) -> Iterator[list[int]]:
+    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    for path in expand_paths(list(paths)):
+        texts = (tokenizer.encode(d.text, allow_special=False) for d in read(path))
+        if ".jsonl" in path.name:
+            yield from (bos + text + eos for text in texts)
+        else:  # its pieces are no documents
+            yield bos
+            yield from texts
+            yield eos
+
+
+@torch.no_grad()
+def measure(
+    model: Model, tokenizer: Tokenizer, ids: Tensor, lengths: Sequence[int], curves: dict[str, ModelConfig],
+    console: Console,
+) -> list[Score]:  # fmt: skip
+    """ids int64 [N + 1], N a multiple of the longest length; `curves` are configs of the model's own shape."""
+    total = len(ids) - 1
+    sizes = tokenizer.token_bytes()
+    num_bytes = sum(len(sizes[i]) for i in ids[1:].tolist())
+    cost = {length: model.flops_per_token(length, training=False) for length in lengths}
+    whole, done = len(curves) * total * sum(cost.values()), 0.0
+    display = Display(console, len(curves) * len(lengths) * total, 0)
+    own, began, step = model.config, time.monotonic(), 0
+    scores = []
+    try:
+        for name, config in curves.items():
+            model.config = config
+            for length in lengths:
+                start, sums = time.monotonic(), torch.zeros(2, dtype=torch.float64)
+                for part, tokens in _windows(model, ids, length):
+                    sums += part
+                    step += tokens
+                    done += tokens * cost[length]
+                    left = duration((time.monotonic() - began) / done * (whole - done))
+                    display.update(step, f"{name}, {length} tokens, ETA {left}")
+                nats = float(sums.sum())
+                if not nats / total < _MOST_NATS:
+                    raise ValueError(
+                        f"{nats / total:g} nats a token have no perplexity; do the model's weights hold NaN?"
+                    )
+                half = total // length * (length - length // 2)
+                scores.append(
+                    Score(
+                        name, length, total, math.exp(nats / total), nats / math.log(2) / num_bytes,
+                        math.exp(float(sums[1]) / half), time.monotonic() - start,
+                    )
+                )  # fmt: skip
+    finally:
+        model.config = own
+        display.close()
+    return scores
+
+
+def _windows(model: Model, ids: Tensor, length: int) -> Iterator[tuple[Tensor, int]]:
+    """(nats of the first and the second halves of the windows, float64 [2]; tokens) of a few windows at a time."""
+    device = model.device
+    inputs, targets = ids[:-1].view(-1, length), ids[1:].view(-1, length)
+    rows = max(1, BATCH_TOKENS // length)
+    for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
+        hidden = model(x.to(device), return_logits=False).hidden_states.flatten(0, 1)
+        found, _ = ops.linear_log_probs(hidden, model.head_weight, y.to(device).flatten())
+        nats = -found.double().view(-1, length).sum(dim=0).cpu()
+        yield torch.stack((nats[: length // 2].sum(), nats[length // 2 :].sum())), x.numel()
+
+
+def show(scores: Sequence[Score], console: Console) -> None:
+    table = Table(title=f"perplexity of the same {scores[0].tokens:,} tokens")
+    for column in ("", "context", "perplexity", "bits/byte", "2nd half of window", "tokens/s"):
+        table.add_column(column, justify="right" if column else "left")
+    for score in scores:
+        table.add_row(
+            score.curve, f"{score.context:,}", f"{score.perplexity:.5g}", f"{score.bits_per_byte:.4f}",
+            f"{score.second_half:.5g}", f"{score.tokens / score.seconds:,.0f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+@decoration
+def plot(scores: Sequence[Score], path: Path, title: str) -> None:
+    """Perplexity over context length, a line a curve; dashed: the second halves of the windows."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for colour, name in zip(_COLOURS, dict.fromkeys(s.curve for s in scores), strict=False):
+        here = [score for score in scores if score.curve == name]
+        lengths = [score.context for score in here]
+        axis.plot(lengths, [s.perplexity for s in here], "o-", color=colour, label=caption(name))
+        axis.plot(lengths, [s.second_half for s in here], "o--", color=colour, alpha=0.5, markersize=3)
+    ticks = sorted({score.context for score in scores})
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    axis.set_xlabel("context, tokens; dashed: second half of each window alone")
+    axis.set_ylabel("perplexity")
+    axis.set_title(f"{caption(title)}, {scores[0].tokens:,} tokens", fontsize=10, loc="left")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,1 @@
+"""One decode step: operators, their reference, packed weights, CUDA graphs."""

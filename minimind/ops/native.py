@@ -1,0 +1,173 @@
+"""The native operators (csrc/), loaded at first use. `python -m minimind.ops` prints which were built.
+
+native_build.py puts _native_cpu.so, _native_cuda.so and _native_build.json, which says why one of them is not there,
+into the package. Loading them registers the operators of torch.ops.minimind.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minimind.ops import native_build
+from minimind.ops.native_build import REPORT, ROOT, library_name, source_hash
+
+PACKAGE = Path(__file__).parents[1]
+_COST = "decoding runs in plain PyTorch, several times slower"
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """What the libraries at hand were built for. missing: why a part ("cpu", "cuda") cannot be used."""
+
+    compiler: str
+    cpu_kernels: tuple[str, ...]  # that this processor runs, the best first
+    cpu_kernels_in_use: str
+    threads: int
+    cuda_version: str
+    cuda_architectures: tuple[int, ...]
+    missing: dict[str, str]
+
+    def summary(self, device: torch.device) -> str:
+        if device.type == "cuda":
+            return f"CUDA {self.cuda_version}, {_names(self.cuda_architectures)}"
+        return f"{self.cpu_kernels_in_use} on {self.threads} threads, {self.compiler}"
+
+
+@functools.cache
+def why_not(device: torch.device) -> str | None:
+    """None where operators on `device` run natively; else one line: what is missing, what it costs, what to do."""
+    if device.type not in ("cpu", "cuda"):
+        return f"there are no native operators for {device.type}; {_COST}"
+    reason = load().missing.get("cpu") or (load().missing.get("cuda") if device.type == "cuda" else None)
+    if reason is None and device.type == "cuda":
+        reason = _why_no_kernel(torch.cuda.get_device_capability(device))
+    return None if reason is None else f"{reason}; {_COST}"
+
+
+def report() -> str:
+    """What was built, with what and for what, and why a part is not used: a line for C++, one for CUDA."""
+    info, cpu, cuda = build_info(), None, None
+    if info.compiler:
+        kernels = ", ".join(info.cpu_kernels)
+        cpu = f"{info.compiler}; {info.cpu_kernels_in_use} of {kernels}; {info.threads} threads"
+    if _library("cuda").exists():
+        version, architectures = _cuda_info()
+        cuda = f"CUDA {version}; {_names(architectures)}"
+    lines = []
+    for name, part, built in (("C++", "cpu", cpu), ("CUDA", "cuda", cuda)):
+        missing = info.missing.get(part)
+        lines.append(f"{name}: " + "; not used: ".join(filter(None, (built, missing))))
+    return "\n".join(lines)
+
+
+def build_info() -> BuildInfo:
+    """Of this moment: the number of threads is torch's own."""
+    info = load()
+    if "cpu" in info.missing:
+        return info
+    return _read_info(info.cuda_version, info.cuda_architectures, info.missing)
+
+
+@functools.cache
+def load() -> BuildInfo:
+    """Load what can be loaded, once."""
+    missing = {part: reason for part in ("cpu", "cuda") if (reason := _why_not_loadable(part)) is not None}
+    if "cpu" in missing:
+        return BuildInfo("", (), "", 0, "", (), missing)
+    torch.ops.load_library(str(_library("cpu")))
+    _register_fakes()
+    if "cuda" in missing:
+        return _read_info("", (), missing)
+    torch.ops.load_library(str(_library("cuda")))
+    return _read_info(*_cuda_info(), missing)
+
+
+def _library(part: str) -> Path:
+    return PACKAGE / library_name(part)
+
+
+def _why_not_loadable(part: str) -> str | None:
+    if part == "cuda" and not torch.cuda.is_available():
+        return "this PyTorch sees no CUDA GPU"
+    name = "the C++" if part == "cpu" else "the CUDA"
+    if not (PACKAGE / REPORT).exists():
+        return f"{name} operators are not built: `pip install -e .` in the repository does it"
+    entry = _report(part)
+    if entry["missing"] is not None or not _library(part).exists():
+        return f"{name} operators are not built: {entry['missing'] or 'the file is gone'}"
+    if (ROOT / "csrc").is_dir() and entry["sources"] != source_hash(ROOT, part):
+        return f"{name} operators are not of what csrc/ now holds; `python -m {native_build.__name__}` builds them"
+    return _why_no_driver(entry["version"] or "0") if part == "cuda" else None
+
+
+def _report(part: str) -> dict[str, str | None]:
+    return json.loads((PACKAGE / REPORT).read_text(encoding="utf-8"))[part]
+
+
+def _read_info(version: str, architectures: tuple[int, ...], missing: dict[str, str]) -> BuildInfo:
+    function = ctypes.CDLL(str(_library("cpu"))).minimind_build_info
+    function.restype = ctypes.c_char_p
+    compiler, kernels, in_use, threads = function().decode().split("|")
+    return BuildInfo(compiler, tuple(kernels.split()), in_use, int(threads), version, architectures, missing)
+
+
+def _cuda_info() -> tuple[str, tuple[int, ...]]:
+    """CUDA's version and the architectures, read from the file: without a GPU it cannot be loaded. The string is that
+    of csrc/cuda/build_info.cpp."""
+    found = re.search(rb"\0(\d[\d.]*)\|(\d+(?: \d+)*)\0", _library("cuda").read_bytes())
+    assert found is not None
+    return found[1].decode(), tuple(map(int, found[2].split()))
+
+
+def _names(architectures: tuple[int, ...]) -> str:
+    return ", ".join(f"sm_{architecture}" for architecture in architectures)
+
+
+def _why_no_driver(built_with: str) -> str | None:
+    """The library brings its own CUDA runtime, which a driver of an older major version does not run."""
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))  # 1000 major + 10 minor
+    if version.value // 1000 >= int(built_with.split(".")[0]):
+        return None
+    return (
+        f"the CUDA operators were built with CUDA {built_with}, the driver is of CUDA {version.value // 1000}"
+    )
+
+
+def _why_no_kernel(capability: tuple[int, int]) -> str | None:
+    """Machine code runs on later minor versions of its architecture; the newest is there as PTX too."""
+    built = load().cuda_architectures
+    major, minor = capability
+    if any(major == a // 10 and minor >= a % 10 for a in built) or 10 * major + minor >= max(built):
+        return None
+    return f"the CUDA operators were built for {_names(built)}, this GPU is sm_{major}{minor}"
+
+
+def _register_fakes() -> None:
+    """Shapes and dtypes of the results, for torch.compile and meta tensors."""
+
+    @torch.library.register_fake("minimind::rope_append_kv")
+    def _(qkv: Tensor, cos, sin, positions, slots, key_cache: Tensor, value_cache, heads: int, *_) -> Tensor:
+        return qkv.new_empty(qkv.shape[0], heads, key_cache.shape[3])
+
+    @torch.library.register_fake("minimind::decode_attention")
+    def _(q: Tensor, *_) -> Tensor:
+        return q.new_empty(q.shape)
+
+    @torch.library.register_fake("minimind::sample")
+    def _(logits: Tensor, *_) -> tuple[Tensor, Tensor]:
+        return logits.new_empty(logits.shape[0], dtype=torch.int64), logits.new_empty(logits.shape[0])
+
+    @torch.library.register_fake("minimind::decode_step")
+    def _(
+        tokens: Tensor, positions, slots, block_table, lengths, cos, sin, weights: list[Tensor], *_
+    ) -> Tensor:
+        return tokens.new_empty(tokens.shape[0], weights[0].shape[0], dtype=torch.float32)

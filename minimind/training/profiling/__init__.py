@@ -1,0 +1,1 @@
+"""Profiles of training steps: recording, reading and drawing them."""

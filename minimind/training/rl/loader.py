@@ -1,0 +1,246 @@
+"""Minibatches of sampled answers: made when the ones before are used up, from the weights as they then are.
+
+A rollout's answers are known to all ranks, so that all agree on groups, advantages and minibatches; each trains on its
+share of every minibatch. What is left of a rollout is part of the loader's state: a run that was interrupted in the
+middle of one goes on with the same answers, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minimind.config import ModelConfig
+from minimind.objectives.policy import Aggregation, PolicyBatch
+from minimind.training.parallel import Parallel
+from minimind.training.rl.rollouts import Answer
+
+MULTIPLE = 128  # of the length of a packed row: every new length costs oneDNN some machine code
+
+
+def passes(answers: int, longest: int, model: ModelConfig, device: torch.device) -> int:
+    """Forward and backward passes of a step on `answers` of at most `longest` tokens, prompts included: a pass holds
+    what its backward needs, about 0.3 MiB a token of minimind2-small on a CPU, of which 4,096 are taken, or 16,384 on
+    a GPU; of other models as many as their width and depth allow."""
+    small = 512 * 8
+    tokens = (
+        (16384 if device.type == "cuda" else 4096) * small // (model.hidden_size * model.num_hidden_layers)
+    )
+    return -(-answers * longest // max(1, tokens))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a rollout becomes batches: `epochs` passes over its answers, each in another order and cut into `minibatches`
+    steps of `micro_batches` parts. The rest is what PolicyBatch says."""
+
+    minibatches: int = 1
+    epochs: int = 1
+    micro_batches: int = 1
+    aggregation: Aggregation = "token"
+    max_new_tokens: int = 0
+    temperature: float = 1.0
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps on one rollout."""
+        return self.epochs * self.minibatches
+
+    def parts(self, answers: int, rollout: int) -> list[list[np.ndarray]]:
+        """For each step, for each of its micro-batches, the numbers of its answers."""
+        found = []
+        for epoch in range(self.epochs):
+            generator = np.random.default_rng([self.seed & (1 << 64) - 1, rollout, epoch])
+            for step in np.array_split(generator.permutation(answers), self.minibatches):
+                found.append(np.array_split(step, self.micro_batches))
+        return found
+
+
+@dataclass
+class Rollout:
+    """answers of all ranks; next: the number in the stream of the prompt behind them; figures and seconds: what is told
+    about them."""
+
+    answers: list[Answer]
+    next: int
+    figures: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class RolloutLoader:
+    """The loop's Loader over rollouts.
+
+    collect(rollout number, number of the next prompt, answers of the rollout before) -> Rollout, the same on all ranks,
+    which call it together.
+    keepers: what else must be kept from rollout to rollout, by name, with state_dict and load_state_dict, such as SPO's
+    tracker.
+    """
+
+    def __init__(
+        self,
+        collect: Callable[[int, int, list[Answer]], Rollout],
+        shape: Shape,
+        parallel: Parallel,
+        device: torch.device,
+        keepers: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.collect, self.shape, self.parallel, self.device = collect, shape, parallel, device
+        self.keepers = dict(keepers or {})
+        self.rollout: Rollout | None = None
+        self.host: list[Answer] | None = None
+        self._number = self._next = self._taken = 0  # rollouts made, prompts drawn, micro-batches handed out
+        self._parts: list[np.ndarray] = []
+        self._news: Rollout | None = None
+        self._training = 0.0
+        self._clock: float | None = None
+
+    def next_batch(self) -> PolicyBatch:
+        self.pause()
+        if self.rollout is None or self._taken == len(self._parts):
+            self._make()
+        assert self.rollout is not None
+        picked = self._parts[self._taken]
+        self._taken += 1
+        self.host = [self.rollout.answers[i] for i in picked[self.parallel.rank :: self.parallel.world_size]]
+        whole = [self.rollout.answers[i] for i in picked]
+        batch = pack(self.host, self.device, sum(len(a.ids) for a in whole), len(whole), self.shape)
+        self._clock = time.perf_counter()
+        return batch
+
+    def fetch(self) -> None:
+        """Nothing can be made ahead: the weights are about to change."""
+
+    def pause(self) -> None:
+        """What follows is not training: it does not count as its time."""
+        if self._clock is not None:
+            self._training += time.perf_counter() - self._clock
+            self._clock = None
+
+    def news(self) -> Rollout | None:
+        """The rollout that was made since the last call."""
+        news, self._news = self._news, None
+        return news
+
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors, the answers of the current rollout among them."""
+        return {
+            "rollout": self._number,
+            "next": self._next,
+            "taken": self._taken,
+            "answers": [_saved(a) for a in self._answers],
+            "keepers": {name: keeper.state_dict() for name, keeper in self.keepers.items()},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go to where `state` was; step: how many optimizer steps were done there, from a checkpoint. What lies behind
+        it is sampled anew, unless it is the rollout at hand: for a post-mortem the weights may be past answering."""
+        if self.rollout is not None and self._number == state["rollout"] + 1:
+            self._taken = 0
+            return
+        for name, keeper in self.keepers.items():
+            keeper.load_state_dict(state["keepers"][name])
+        self._number, self._next, self._taken = state["rollout"], state["next"], state["taken"]
+        self.rollout, self._parts = None, []
+        if state["answers"]:
+            self.rollout = Rollout([_restored(saved) for saved in state["answers"]], self._next)
+            self._parts = self._cut(self._number - 1)
+        if self._number and "step" in state:  # it may have been cut into other micro-batches then
+            done = state["step"] - (self._number - 1) * self.shape.steps
+            self._taken = done * self.shape.micro_batches
+
+    @property
+    def _answers(self) -> list[Answer]:
+        return [] if self.rollout is None else self.rollout.answers
+
+    def _make(self) -> None:
+        trained, self._training = self._training, 0.0
+        self.rollout = self.collect(self._number, self._next, self._answers)
+        if not self.rollout.answers:
+            raise ValueError(
+                f"rollout {self._number + 1}: no answer is left to learn from, as none could be scored"
+            )
+        if self._number:
+            self.rollout.seconds["train"] = trained
+        self._next, self._taken, self._news = self.rollout.next, 0, self.rollout
+        self._parts = self._cut(self._number)
+        self._number += 1
+
+    def _cut(self, rollout: int) -> list[np.ndarray]:
+        """The numbers of the answers in each micro-batch; masked ones are in none."""
+        learnt = np.array([i for i, a in enumerate(self._answers) if not a.masked], np.int64)
+        steps = self.shape.parts(len(learnt), rollout)
+        return [learnt[part] for step in steps for part in step]
+
+
+def pack(
+    answers: Sequence[Answer],
+    device: torch.device,
+    tokens: int,
+    samples: int,
+    shape: Shape,
+) -> PolicyBatch:
+    """One row of documents, a prompt with an answer each, padded to a multiple of MULTIPLE.
+
+    tokens, samples: what all ranks together have in their part of the batch.
+    """
+    lengths = np.array([len(a.prompt_ids) + len(a.ids) - 1 for a in answers], np.int64)
+    ends = lengths.cumsum()
+    size = -(-max(1, int(lengths.sum())) // MULTIPLE) * MULTIPLE
+    ids, targets = np.zeros(size, np.int64), np.full(size, -100, np.int64)
+    for a, start, end in zip(answers, ends - lengths, ends, strict=True):
+        ids[start:end] = np.concatenate((a.prompt_ids, a.ids))[: end - start]
+        first = start + len(a.prompt_ids) - 1
+        targets[first : first + len(a.ids)] = a.ids
+    at = np.flatnonzero(targets != -100)
+
+    def placed(name: str) -> Tensor | None:
+        """What every answer has under `name`, at its targets."""
+        parts = [getattr(a, name) for a in answers]
+        if any(part is None for part in parts):
+            return None
+        row = np.zeros(size, np.float32)
+        row[at] = np.concatenate([np.zeros(0, np.float32), *parts])
+        return _there(row, device)
+
+    bounds = np.concatenate(([0], ends, [size] if size > lengths.sum() else [])).astype(np.int32)
+    behaviour, advantages = placed("log_probs"), placed("advantages")
+    zeros = torch.zeros(1, size, device=device)
+    return PolicyBatch(
+        _there(ids, device),
+        _there(targets, device),
+        _there(bounds, device)[0],
+        zeros if behaviour is None else behaviour,
+        zeros if advantages is None else advantages,
+        len(at),
+        max(1, tokens),
+        max(1, samples),
+        shape.aggregation,
+        shape.max_new_tokens,
+        shape.temperature,
+        placed("reference"),
+        placed("values"),
+        placed("returns"),
+        placed("room"),
+    )
+
+
+def _there(row: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(row).unsqueeze(0)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _saved(answer: Answer) -> dict[str, Any]:
+    values = {f.name: getattr(answer, f.name) for f in fields(Answer)}
+    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in values.items()}
+
+
+def _restored(saved: dict[str, Any]) -> Answer:
+    values: dict[str, Any] = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in saved.items()}
+    return Answer(**values)

@@ -1,0 +1,1 @@
+"""What the supervised stages and DPO need beside the trainer."""

@@ -1,0 +1,80 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from minimind.training.arguments import StageArgs
+from minimind.training.job import Job
+from minimind.utils import device
+from minimind.utils.device import choose_device, choose_precision
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_precision_says_why(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(device, "_onednn_takes_bf16", lambda: True)
+    native = choose_precision(cpu)
+    assert native.compute_dtype == torch.bfloat16 and "AVX512-BF16" in str(native)
+    monkeypatch.setattr(device, "_onednn_takes_bf16", lambda: False)
+    limited = choose_precision(cpu)
+    assert limited.compute_dtype == torch.float32 and "ONEDNN_MAX_CPU_ISA keeps oneDNN" in str(limited)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    plain = choose_precision(cpu)
+    assert plain.compute_dtype == torch.float32
+    assert (
+        str(plain) == "fp32 master weights, fp32 compute (PyTorch reports no bf16 instructions on this CPU)"
+    )
+    assert "slow" in str(choose_precision(cpu, "bf16"))
+    assert choose_precision(cpu, "fp32").compute_dtype == torch.float32
+
+
+def test_onednn_says_when_it_may_not_use_bf16():
+    code = "from minimind.utils import device; print(device._onednn_takes_bf16())"
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert answer.stdout == "False\n", answer.stderr
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 6), torch.bfloat16)])
+def test_precision_of_a_gpu(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_precision(torch.device("cuda")).compute_dtype == dtype
+
+
+def test_auto_takes_a_gpu_when_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto").type == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match="use --device cpu"):
+        choose_device("cuda")
+
+
+def test_a_run_keeps_long_sums_in_float32():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = True
+    try:
+        Job.begin("pretrain", StageArgs(device="cpu"), Console(quiet=True))
+        assert not matmul.allow_bf16_reduced_precision_reduction
+        assert not matmul.allow_fp16_reduced_precision_reduction
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the compiler is needed")
+def test_a_start_without_a_gpu_does_not_import_the_compiler():
+    """It would take 1.5 s of every start, of `minimind chat` and of --help as well."""
+    code = (
+        "import sys, minimind.modeling, minimind.inference.engine, minimind.training.job\n"
+        "print([m for m in ('torch._dynamo', 'torch.nn.attention.varlen') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
