@@ -134,12 +134,6 @@ setup(
             "uvicorn>=0.32",
         ],
         # what some slow tests need beside dev: other programs that take our models, and a browser's driver
-        "interop": [
-            "llama-cpp-python>=0.3",
-            "lm-eval>=0.4.9",
-            "selenium>=4.25",
-            "streamlit>=1.40",
-            "trl>=0.24",
-        ],
+        "interop": ["llama-cpp-python>=0.3", "lm-eval>=0.4.9", "selenium>=4.25", "streamlit>=1.40", "trl>=0.24"],
     },
 )

@@ -66,7 +66,7 @@ class Args:
 
 
 @dataclass(frozen=True)
-class Row:
+class AveragingRow:
     """One measurement. span: of the average, 0 for the weights themselves; losses in nats per token."""
 
     date: str
@@ -85,9 +85,7 @@ class Row:
     heldout_loss: float
 
 
-def train(
-    args: Args, schedule: ScheduleName, seed: int, corpus: Corpus
-) -> Iterator[tuple[int, float, int, float]]:
+def train(args: Args, schedule: ScheduleName, seed: int, corpus: Corpus) -> Iterator[tuple[int, float, int, float]]:
     """(step, span, held-out tokens, held-out loss) of the weights and of every average."""
     torch.manual_seed(seed)
     device = choose_device("auto")
@@ -119,19 +117,19 @@ def train(
                 yield step + 1, span, found["heldout_tokens"], found["heldout_loss"]
 
 
-def measured(args: Args, table: Path, console: Console) -> list[Row]:
+def measured(args: Args, table: Path, console: Console) -> list[AveragingRow]:
     """Every run, seed by seed, so that a campaign that is cut off has compared something; each measurement is shown,
     and the rows of a run are added to `table` at its end."""
     stamp = versions(describe_device(choose_device("auto")))
     paths = list(args.data) or [str(builtin_corpus(console=console))]
     corpus = open_corpus(paths, load_tokenizer())
-    rows: list[Row] = []
+    rows: list[AveragingRow] = []
     for seed in args.seeds:
         for schedule in args.schedules:
             first = len(rows)
             for step, span, tokens, loss in train(args, schedule, seed, corpus):
                 rows.append(
-                    Row(
+                    AveragingRow(
                         datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), stamp["commit"],
                         stamp["device"], stamp["torch"], Path(paths[0]).name, args.preset, schedule, args.lr, seed,
                         args.tokens // BATCH, step, span, tokens, loss,
@@ -143,7 +141,7 @@ def measured(args: Args, table: Path, console: Console) -> list[Row]:
     return rows
 
 
-def gains(rows: Sequence[Row]) -> dict[tuple[str, float], list[float]]:
+def gains(rows: Sequence[AveragingRow]) -> dict[tuple[str, float], list[float]]:
     """What each average's loss at the end is below that of the weights, a number for each seed."""
     ends = [row for row in rows if row.step == row.steps]
     weights = {(row.schedule, row.seed): row.heldout_loss for row in ends if not row.span}
@@ -158,19 +156,15 @@ def gains(rows: Sequence[Row]) -> dict[tuple[str, float], list[float]]:
 def main(args: Args) -> Path:
     """The table that the rows were added to. ValueError names what no run can use."""
     if not args.seeds or not args.schedules or not all(0 < span <= 1 for span in args.spans):
-        raise ValueError(
-            "--seeds and --schedules: name some; --spans: shares of the steps, above 0 and up to 1"
-        )
+        raise ValueError("--seeds and --schedules: name some; --spans: shares of the steps, above 0 and up to 1")
     if args.tokens < BATCH * max(1, args.evals):
-        raise ValueError(
-            f"--tokens {args.tokens}: {BATCH} a step; take as many steps as --evals {args.evals}"
-        )
+        raise ValueError(f"--tokens {args.tokens}: {BATCH} a step; take as many steps as --evals {args.evals}")
     console = Console(stderr=True)
     folder = Path(args.out) if args.out else Path(__file__).parent / "results"
     if not args.out:
         folder /= slug(describe_device(choose_device("auto")))
     table = folder / "averaging.csv"
-    check_columns(table, columns_of(Row))
+    check_columns(table, columns_of(AveragingRow))
     rows = measured(args, table, console)
     for (schedule, span), mine in gains(rows).items():
         console.print(f"{schedule}: average over {span:.0%} better by {', '.join(f'{g:+.4f}' for g in mine)}")

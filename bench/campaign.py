@@ -94,9 +94,12 @@ class Campaign:
             log_name = str(log.relative_to(self.folder))
         seconds = round(time.time() - start, 1)
         self.state[piece.name] = {
-            "status": status, "seconds": seconds, "commit": self.commit, "log": log_name,
+            "status": status,
+            "seconds": seconds,
+            "commit": self.commit,
+            "log": log_name,
             "command": " ".join(["python" if part == sys.executable else part for part in piece.command]),
-        }  # fmt: skip
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "campaign.json", self.state)
         self.say(f"{piece.name}: {status}, {duration(seconds)}")
@@ -157,9 +160,7 @@ def _run(args: Args, device: torch.device, stamp: dict[str, Any], folder: Path) 
         raise ValueError(f"--only {' '.join(args.only)}: no slice has this in its name; --list shows them")
     left = [s for s in wanted if args.again or not campaign.done(s.name)]
     minutes = sum(s.minutes for s in left)
-    campaign.say(
-        f"{stamp['device']}: {len(left)} of {len(wanted)} slices to run, about {minutes:g} minutes on an H100"
-    )
+    campaign.say(f"{stamp['device']}: {len(left)} of {len(wanted)} slices to run, about {minutes:g} minutes on an H100")
     if args.list:
         for piece in wanted:
             status = PASSED if piece not in left else state.get(piece.name, {}).get("status", "to be run")

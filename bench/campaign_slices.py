@@ -27,8 +27,9 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")  # of compute-s
 # One cudaMalloc a tensor: within PyTorch's own pool a kernel may leave its tensor unseen.
 UNPOOLED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 ATTENTION = {  # slice -> batches, contexts; the float64 truth of the longest takes 13 GB
-    "attention": (("1", "16", "64"), ("512", "4096")), "attention long": (("1", "16"), ("32768",)),
-}  # fmt: skip
+    "attention": (("1", "16", "64"), ("512", "4096")),
+    "attention long": (("1", "16"), ("32768",)),
+}
 PRESETS = ("minimind2-small", "minimind2", "minimind2-moe", "minimind3")
 STAGES = ("sft", "dpo", "lora", "distill", "reason")
 FIRST = (  # what half an hour of a card goes to, where that is all there is
@@ -80,9 +81,13 @@ def sizes_of(cuda: bool, memory: float, smoke: bool) -> Sizes:
 
 
 def slices(
-    cuda: bool, memory: float = 80 * 2**30, data: Sequence[str] = (), chats: Sequence[str] = (),
-    smoke: bool = False, out: Sequence[str] = (),
-) -> list[Slice]:  # fmt: skip
+    cuda: bool,
+    memory: float = 80 * 2**30,
+    data: Sequence[str] = (),
+    chats: Sequence[str] = (),
+    smoke: bool = False,
+    out: Sequence[str] = (),
+) -> list[Slice]:
     """In the order in which they are worth a card's time. data, chats: of pretraining and SFT, the built-in ones where
     there are none; smoke: the same commands as small as they go; out: flags that say where rows go."""
     sizes = sizes_of(cuda, memory, smoke)
@@ -99,8 +104,7 @@ def slices(
     ]
     turns = ("--turns", str(sizes.decode_turns), *(("--preset", preset, "--new", "4") if smoke else ()))
     found += [
-        _bench(f"decode batch {batch}", 3.5, "decode", "--batch", str(batch), *turns, *out)
-        for batch in sizes.batches
+        _bench(f"decode batch {batch}", 3.5, "decode", "--batch", str(batch), *turns, *out) for batch in sizes.batches
     ]
     found += [_bench(f"kernels {op}", 2.5, "kernels", "--ops", op, *sizes.flags, *out) for op in BUILDERS]
     found += _whole_runs(sizes, preset, data, chats, smoke, out)
@@ -132,11 +136,13 @@ def _sanitized() -> list[Slice]:
         Slice(
             f"sanitizer {what} {tool}",
             ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, f"bench/{script}.py"),
-            minutes, "compute-sanitizer", UNPOOLED,
+            minutes,
+            "compute-sanitizer",
+            UNPOOLED,
         )
         for what, script, minutes in (("native", "native_check", 1.0), ("kernels", "kernel_check", 4.0))
         for tool in SANITIZERS
-    ]  # fmt: skip
+    ]
 
 
 def _training(
@@ -147,9 +153,7 @@ def _training(
     found = []
     for name in (preset,) if smoke else PRESETS:
         flags = ("--preset", name, "--peer", *PEERS, "--rows", str(sizes.rows), *steps, *short, *out)
-        found.append(
-            _bench(f"throughput {name}", 4, "throughput", *flags, *(("--data", *data) if data else ()))
-        )
+        found.append(_bench(f"throughput {name}", 4, "throughput", *flags, *(("--data", *data) if data else ())))
     for stage in STAGES:
         peers = ("ours", "hf", "liger", "upstream-style") if stage == "sft" else ("ours", "upstream-style")
         files = ("--data", *chats) if chats and stage in ("sft", "distill") else ()

@@ -58,9 +58,7 @@ def _dense(name: str, config: ModelConfig, dtype: torch.dtype) -> Cases:
         f"rms_norm, {name}": lambda: _both_ways(rms_norm(_leaf(TOKENS, size, dtype=dtype), _leaf(size), eps)),
         f"rms_norm of heads, {name}": head_norm,
         f"add_rms_norm, {name}": add_norm,
-        f"swiglu, {name}": lambda: _both_ways(
-            swiglu(_leaf(TOKENS, 2 * config.intermediate_size, dtype=dtype))
-        ),
+        f"swiglu, {name}": lambda: _both_ways(swiglu(_leaf(TOKENS, 2 * config.intermediate_size, dtype=dtype))),
     }
 
 
@@ -90,9 +88,7 @@ def _heads(vocabulary: int, dtype: torch.dtype) -> Cases:
         for enabled in (True, False):
             with torch.set_grad_enabled(enabled):
                 _both_ways(
-                    linear_cross_entropy(
-                        x, weight, targets, weights, z_loss=z_loss, softcap=softcap, kernels=True
-                    )
+                    linear_cross_entropy(x, weight, targets, weights, z_loss=z_loss, softcap=softcap, kernels=True)
                 )
 
     def log_probs(entropy: bool) -> None:

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 from rich.console import Console
 
-from bench.card_questions import Question, Setting, questions, run_folder
+from bench.card_questions import CardQuestion, CardSetting, questions, run_folder
 from bench.card_report import LARGEST, TABLE, lines_of, pack, said, show, unpack, write_table
 from bench.kernel_report import slug
 from bench.running import execute
@@ -69,7 +69,7 @@ class Args:
 
 
 @dataclass
-class Card:
+class CardRun:
     """state: what became of each question, by name; deadline: of time.monotonic(); every: seconds between archives."""
 
     work: Path
@@ -82,7 +82,7 @@ class Card:
     every: float = EVERY
     rehearse: bool = False
 
-    def begin(self, asked: Sequence[Question]) -> None:
+    def begin(self, asked: Sequence[CardQuestion]) -> None:
         """A state for every question, so that the first archive has them all."""
         for question in asked:
             entry = self.state.setdefault(question.name, {"state": NOT_REACHED})
@@ -90,20 +90,20 @@ class Card:
                 entry |= {"state": NEEDS_CARD, "rehearsed": True}
         self.keep()
 
-    def order(self, asked: Sequence[Question], again: bool) -> list[Question]:
+    def order(self, asked: Sequence[CardQuestion], again: bool) -> list[CardQuestion]:
         """What is left to ask: first what was not tried at this commit."""
         states = {q.name: self.state[q.name] for q in asked}
         left = [q for q in asked if states[q.name]["state"] != NEEDS_CARD]
         left = [q for q in left if again or states[q.name]["state"] != DONE]
         return sorted(left, key=lambda q: states[q.name].get("commit") == self.commit)
 
-    def go_on(self, left: Sequence[Question]) -> None:
+    def go_on(self, left: Sequence[CardQuestion]) -> None:
         """Leaving out those whose estimate does not fit."""
         for question in left:
             if 60 * question.minutes <= self.seconds_left():
                 self.ask(question)
 
-    def ask(self, question: Question) -> None:
+    def ask(self, question: CardQuestion) -> None:
         log = self.log_of(question)
         log.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)
@@ -120,17 +120,20 @@ class Card:
         entry = self.note(question, state, start)
         self.say(f"{question.name}: {state}, {duration(entry['seconds'])}: {entry['said']}")
 
-    def note(self, question: Question, state: str, start: float) -> dict[str, Any]:
+    def note(self, question: CardQuestion, state: str, start: float) -> dict[str, Any]:
         """Keep what is known of it now."""
         entry = self.state[question.name] = {
-            "state": state, "seconds": round(time.monotonic() - start, 1), "commit": self.commit,
-            "rehearsed": self.rehearse, "said": said(self.log_of(question), question.telling),
+            "state": state,
+            "seconds": round(time.monotonic() - start, 1),
+            "commit": self.commit,
+            "rehearsed": self.rehearse,
+            "said": said(self.log_of(question), question.telling),
             "command": " ".join("python" if part == sys.executable else part for part in question.command),
-        }  # fmt: skip
+        }
         self.keep()
         return entry
 
-    def log_of(self, question: Question) -> Path:
+    def log_of(self, question: CardQuestion) -> Path:
         return self.work / "logs" / f"{slug(question.name)}.log"
 
     def keep(self) -> list[str]:
@@ -156,18 +159,18 @@ def main(args: Args) -> int:
     if args.before is not None and not (work / STATE).exists():
         unpack(Path(args.before), work)
     data = tuple(str(Path(path).resolve()) for path in args.data)
-    asked = wanted(questions(Setting(args.rehearse, work, data)), args)
+    asked = wanted(questions(CardSetting(args.rehearse, work, data)), args)
     state = earlier(work / STATE, args.rehearse)
     commit = versions("")["commit"] or "unknown"
     deadline = start + 60 * args.minutes
     environment = {"PYTHONUNBUFFERED": "1", "COLUMNS": "150"}  # all output before a cut, tables whole
     if args.rehearse:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    card = Card(work, out / ARCHIVE, commit, Console(), state, environment, deadline, rehearse=args.rehearse)
+    card = CardRun(work, out / ARCHIVE, commit, Console(), state, environment, deadline, rehearse=args.rehearse)
     return put(card, asked, args)
 
 
-def put(card: Card, asked: Sequence[Question], args: Args) -> int:
+def put(card: CardRun, asked: Sequence[CardQuestion], args: Args) -> int:
     """Ask, and whatever happens show the table and leave the archive."""
     card.begin(asked)
     left = card.order(asked, args.again)
@@ -192,7 +195,7 @@ def earlier(path: Path, rehearse: bool) -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in state.items() if entry.get("rehearsed", False) == rehearse}
 
 
-def wanted(every: Sequence[Question], args: Args) -> list[Question]:
+def wanted(every: Sequence[CardQuestion], args: Args) -> list[CardQuestion]:
     """ValueError where nothing is."""
     parts = sorted({question.part for question in every})
     for part in args.part:

@@ -47,12 +47,7 @@ PRESENT = (
     "torch", "triton", "transformers", "numpy", "filelock", "hypothesis", "jinja2", "matplotlib", "psutil", "pytest",
     "pytest-xdist", "rich", "safetensors", "tokenizers", "httpx", "anyio", "click", "h11", "setuptools",
 )  # fmt: skip
-PLATFORMS = (
-    "manylinux_2_31_x86_64",
-    "manylinux_2_28_x86_64",
-    "manylinux_2_17_x86_64",
-    "manylinux2014_x86_64",
-)
+PLATFORMS = ("manylinux_2_31_x86_64", "manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 LEFT_OUT = ("docs", "bench/results")  # of the source: nothing there runs
 # Run by the interpreter of --check: what PRESENT and its needs consist of, as top-level paths.
 CLOSURE = """
@@ -116,9 +111,7 @@ def main(args: Args) -> int:
 def clean_commit() -> str:
     """ValueError where the working tree is not what the commit says."""
     if git("status", "--porcelain", "--untracked-files=no"):
-        raise ValueError(
-            "there are changes that are not committed, and the commit is what travels; commit them"
-        )
+        raise ValueError("there are changes that are not committed, and the commit is what travels; commit them")
     return git("describe", "--always", "--abbrev=12").decode().strip()
 
 
@@ -136,9 +129,7 @@ def built_libraries(package: Path = ROOT / "minimind") -> list[Path]:
     for part in PARTS:
         there = (package / library_name(part)).exists()
         if not there or report.get(part, {}).get("sources") != source_hash(ROOT, part):
-            raise ValueError(
-                f"{library_name(part)} is not built from this source: python minimind/ops/native_build.py"
-            )
+            raise ValueError(f"{library_name(part)} is not built from this source: python minimind/ops/native_build.py")
     return [record, *(package / library_name(part) for part in PARTS)]
 
 
@@ -195,9 +186,7 @@ def check(pack: Path, python: str) -> int:
         there = place / "env" / "bin" / "python"
         link_present(python, place / "present")
         ask = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
-        site = Path(
-            subprocess.run([there, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
-        )
+        site = Path(subprocess.run([there, "-c", ask], capture_output=True, text=True, check=True).stdout.strip())
         (site / "present.pth").write_text(f"{place / 'present'}\n", encoding="utf-8")
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         environment |= {"PYTHON": str(there), "CARD_PLACE": str(place / "card"), "PIP_NO_INDEX": "1"}

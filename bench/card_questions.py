@@ -26,7 +26,7 @@ OF_A_CARD = ("liger_kernel",)
 
 
 @dataclass(frozen=True)
-class Question(Slice):
+class CardQuestion(Slice):
     """part: the group that it belongs to, counted from 1; card: whether it needs one; telling: the last lines with
     these words say what came out, instead of the last of all."""
 
@@ -36,7 +36,7 @@ class Question(Slice):
 
 
 @dataclass(frozen=True)
-class Setting:
+class CardSetting:
     """work: the folder of all that questions leave; data: text to train on, the built-in corpus where there is none."""
 
     rehearse: bool
@@ -57,7 +57,7 @@ class Setting:
         return ("--data", *self.data) if self.data else ()
 
 
-def questions(setting: Setting) -> list[Question]:
+def questions(setting: CardSetting) -> list[CardQuestion]:
     asked = [
         *_works(setting), *_trains(setting), *_decodes(setting), *_larger(setting), *_timelines(setting),
         _check(setting, 7, "kernels, the rest", OTHER_OPS, 1.0), *_peers(setting), _decode_tests(setting),
@@ -66,7 +66,7 @@ def questions(setting: Setting) -> list[Question]:
     ours = sorted({name for question in asked for name in _modules(question.command)})
     theirs = MODULES if setting.rehearse else MODULES + OF_A_CARD
     command = (sys.executable, "bench/card_imports.py", *ours, *theirs)
-    return [Question("imports", command, 0.7, part=1), *asked]
+    return [CardQuestion("imports", command, 0.7, part=1), *asked]
 
 
 def run_folder(work: Path, name: str) -> Path:
@@ -79,24 +79,24 @@ def _modules(command: Sequence[str]) -> list[str]:
     return [part.removesuffix(".py").replace("/", ".") for part in command if part.endswith(".py")]
 
 
-def _bench(part: int, name: str, minutes: float, script: str, *flags: str) -> Question:
-    return Question(name, (sys.executable, f"bench/{script}.py", *flags), minutes, part=part)
+def _bench(part: int, name: str, minutes: float, script: str, *flags: str) -> CardQuestion:
+    return CardQuestion(name, (sys.executable, f"bench/{script}.py", *flags), minutes, part=part)
 
 
-def _check(s: Setting, part: int, name: str, ops: Sequence[str], minutes: float) -> Question:
+def _check(s: CardSetting, part: int, name: str, ops: Sequence[str], minutes: float) -> CardQuestion:
     """On a CPU one op alone, in Triton's interpreter."""
     flags = ("--ops", ops[0], "--device", "cpu") if s.rehearse else ("--ops", *ops)
     command = (sys.executable, "bench/kernel_check.py", *flags)
     environment = {"TRITON_INTERPRET": "1"} if s.rehearse else {}
-    return Question(f"parity of {name}", command, minutes, environment=environment, part=part)
+    return CardQuestion(f"parity of {name}", command, minutes, environment=environment, part=part)
 
 
-def _works(s: Setting) -> list[Question]:
+def _works(s: CardSetting) -> list[CardQuestion]:
     native = _bench(1, "parity of native operators", 0.5, "native_check")
     return [native, _check(s, 1, "kernels", FIRST_OPS, 1.0)]
 
 
-def _pretrain(s: Setting, part: int, name: str, minutes: float, tokens: int, *flags: str) -> Question:
+def _pretrain(s: CardSetting, part: int, name: str, minutes: float, tokens: int, *flags: str) -> CardQuestion:
     """No checkpoint but the last: writing them is not asked about. A rehearsal trains as few steps as are profiled."""
     size = ("--seq-len", "64", "--batch-tokens", "256") if s.rehearse else ()
     tokens = 256 * 6 if s.rehearse else tokens
@@ -105,10 +105,10 @@ def _pretrain(s: Setting, part: int, name: str, minutes: float, tokens: int, *fl
         "--evals", "2", "--eval-tokens", "16384", "--save-every", "100000", *s.text,
         "--out", str(run_folder(s.work, name)),
     )  # fmt: skip
-    return Question(name, command, minutes, part=part, telling=("tokens/s", "held-out loss"))
+    return CardQuestion(name, command, minutes, part=part, telling=("tokens/s", "held-out loss"))
 
 
-def _trains(s: Setting) -> list[Question]:
+def _trains(s: CardSetting) -> list[CardQuestion]:
     return [
         _pretrain(s, 2, "pretrain", 1.5, 4_000_000, "--profile"),
         _throughput(s, 3, "throughput small", 1.2, s.preset, ("ours", "upstream-style")),
@@ -116,15 +116,15 @@ def _trains(s: Setting) -> list[Question]:
 
 
 def _throughput(
-    s: Setting, part: int, name: str, minutes: float, preset: str, peers: Sequence[str], *flags: str
-) -> Question:
+    s: CardSetting, part: int, name: str, minutes: float, preset: str, peers: Sequence[str], *flags: str
+) -> CardQuestion:
     small = ("--rows", "2", "--seq-len", "64", "--steps", "1", "--warmup", "1")
     size = small if s.rehearse else ("--rows", "64", "--steps", "20", "--warmup", "5")
     given = ("--preset", preset, "--peer", *peers, *size, *flags, *s.text, *s.rows)
     return _bench(part, name, minutes, "throughput", *given)
 
 
-def _decodes(s: Setting) -> list[Question]:
+def _decodes(s: CardSetting) -> list[CardQuestion]:
     """The last shows what it costs to be ready for a long context."""
     size = ("--preset", s.preset, *(("--turns", "1", "--prompt", "8", "--new", "4") if s.rehearse else ()))
     large = "4" if s.rehearse else "64"
@@ -140,7 +140,7 @@ def _decodes(s: Setting) -> list[Question]:
     ]
 
 
-def _larger(s: Setting) -> list[Question]:
+def _larger(s: CardSetting) -> list[CardQuestion]:
     preset = "nano" if s.rehearse else "minimind2"
     return [
         _throughput(s, 5, "throughput minimind2", 1.2, preset, ("ours", "upstream-style")),
@@ -148,17 +148,15 @@ def _larger(s: Setting) -> list[Question]:
     ]
 
 
-def _timelines(s: Setting) -> list[Question]:
+def _timelines(s: CardSetting) -> list[CardQuestion]:
     graph = _pretrain(s, 6, "pretrain, CUDA graph", 1.0, 2_000_000, "--cuda-graph")
     return [
-        _bench(
-            6, "timeline of decoding", 0.5, "timelines", "--what", "decode", "--preset", s.preset, *s.rows
-        ),
+        _bench(6, "timeline of decoding", 0.5, "timelines", "--what", "decode", "--preset", s.preset, *s.rows),
         replace(graph, card=True),
     ]
 
 
-def _peers(s: Setting) -> list[Question]:
+def _peers(s: CardSetting) -> list[CardQuestion]:
     tokens, repeat = ("64", "1") if s.rehearse else ("16384", "30")
     found = [
         _bench(8, f"peers of kernels, {what}", 1.0, "kernels", "--ops", *ops, "--presets", preset,
@@ -166,36 +164,35 @@ def _peers(s: Setting) -> list[Question]:
         for what, (ops, preset) in PEERS.items()
     ]  # fmt: skip
     others = ("ours-eager", "hf") if s.rehearse else ("ours", "compile", "hf", "liger")
-    training = _throughput(
-        s, 8, "peers of training", 2.0, "minimind2-small", others
-    )  # nano's shape is no Llama's
+    training = _throughput(s, 8, "peers of training", 2.0, "minimind2-small", others)  # nano's shape is no Llama's
     return [*found, training]
 
 
-def _decode_tests(s: Setting) -> Question:
+def _decode_tests(s: CardSetting) -> CardQuestion:
     """The engine and its operators against the model; on a CPU the tests are only found."""
     how = ("--collect-only",) if s.rehearse else ("-n", "8", "-p", "no:benchmark")
     files = [f"tests/{name}.py" for name in DECODE_TESTS]
-    return Question("parity of decoding", (sys.executable, "-m", "pytest", "-q", *how, *files), 1.0, part=9)
+    return CardQuestion("parity of decoding", (sys.executable, "-m", "pytest", "-q", *how, *files), 1.0, part=9)
 
 
-def _sanitized() -> list[Question]:
-    native, kernels = (
-        ("bench/native_check.py",),
-        ("bench/kernel_check.py", "--ops", "rms_norm", "swiglu", "moe"),
-    )
+def _sanitized() -> list[CardQuestion]:
+    native, kernels = (("bench/native_check.py",), ("bench/kernel_check.py", "--ops", "rms_norm", "swiglu", "moe"))
     return [
-        Question(
+        CardQuestion(
             f"{tool} of {what}",
             ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, *script),
-            minutes, "compute-sanitizer", UNPOOLED, part=10, card=True,
+            minutes,
+            "compute-sanitizer",
+            UNPOOLED,
+            part=10,
+            card=True,
         )
         for what, script, minutes in (("native operators", native, 0.7), ("kernels", kernels, 1.5))
         for tool in ("memcheck", "racecheck")
-    ]  # fmt: skip
+    ]
 
 
-def _grpo(s: Setting) -> Question:
+def _grpo(s: CardSetting) -> CardQuestion:
     sizes = ("2", "2", "8", "16") if s.rehearse else ("16", "16", "256", "128")
     names = ("--prompts", "--samples", "--new", "--prompt")
     answers = [word for pair in zip(names, sizes, strict=True) for word in pair]

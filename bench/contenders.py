@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.stages import ALPHA, BETA, STAGES, Stage, frozen_model, padded_batches, upstream_loss
+from bench.stages import ALPHA, BETA, STAGES, StageBenchmark, frozen_model, padded_batches, upstream_loss
 from minimind import ops
 from minimind.config import ModelConfig
 from minimind.data.corpus import Corpus
@@ -54,7 +54,7 @@ NO_REFERENCE = ("pretrain", "sft", "reason", "lora")
 
 
 @dataclass(frozen=True)
-class Setting:
+class ThroughputSetting:
     """rows x seq_len: of upstream's batch; ours has as many positions. steps: how many will be asked for in all."""
 
     stage: str
@@ -71,7 +71,7 @@ class Setting:
         return self.rows * self.seq_len
 
     @property
-    def kind(self) -> Stage:
+    def kind(self) -> StageBenchmark:
         return STAGES[self.stage]
 
 
@@ -97,7 +97,7 @@ class Contender:
 StepLoss = Callable[[Model, Any], Any]  # (loss, auxiliary loss, ...)
 
 
-def ours(s: Setting, compiled: bool) -> Contender:
+def ours(s: ThroughputSetting, compiled: bool) -> Contender:
     ops.set_mode("fused")
     model, kind = s.kind.prepare(_model(s)), s.kind
     attention = _attention(s, model)
@@ -127,16 +127,14 @@ def ours(s: Setting, compiled: bool) -> Contender:
     return me
 
 
-def _attention(s: Setting, model: Model) -> str:
+def _attention(s: ThroughputSetting, model: Model) -> str:
     """Taken as a run takes it."""
     c, dtype = model.config, choose_precision(s.device).compute_dtype
-    varlen.choose(
-        "auto", s.device, varlen.Heads(c.num_attention_heads, c.num_key_value_heads, c.head_dim, dtype)
-    )
+    varlen.choose("auto", s.device, varlen.Heads(c.num_attention_heads, c.num_key_value_heads, c.head_dim, dtype))
     return attention_name(s.device, dtype, fused=True)
 
 
-def _distillation(s: Setting, compiled: bool) -> StepLoss:
+def _distillation(s: ThroughputSetting, compiled: bool) -> StepLoss:
     teacher = frozen_model(s.kind, s.preset, s.device, choose_precision(s.device).compute_dtype)
     assert teacher is not None
     taught = compile_model(teacher) if compiled else teacher
@@ -144,7 +142,7 @@ def _distillation(s: Setting, compiled: bool) -> StepLoss:
 
 
 @torch.no_grad()
-def _preferences(s: Setting, model: Model) -> tuple[StepLoss, Any, float]:
+def _preferences(s: ThroughputSetting, model: Model) -> tuple[StepLoss, Any, float]:
     """(loss, the batches' place on the device, seconds a step of the reference), which is `model` as it is now."""
     loader = s.kind.loader(s.corpus, s.rows, s.seq_len)
     scores = np.zeros((s.corpus.num_documents, 2))
@@ -165,7 +163,7 @@ def _preferences(s: Setting, model: Model) -> tuple[StepLoss, Any, float]:
     )
 
 
-def plain(s: Setting, compiled: bool) -> Contender:
+def plain(s: ThroughputSetting, compiled: bool) -> Contender:
     ops.set_mode("reference")
     model = s.kind.prepare(_model(s))
     trained = compile_model(model) if compiled else model
@@ -191,7 +189,7 @@ def plain(s: Setting, compiled: bool) -> Contender:
     return me
 
 
-def upstream_style(s: Setting, autocast: bool) -> Contender:
+def upstream_style(s: ThroughputSetting, autocast: bool) -> Contender:
     ops.set_mode("reference")
     torch.manual_seed(0)
     model = s.kind.prepare(Model(ModelConfig.preset(s.preset)).to(s.device))
@@ -214,7 +212,7 @@ def upstream_style(s: Setting, autocast: bool) -> Contender:
     return me
 
 
-def hf(s: Setting, pure: bool = False, liger: bool = False) -> Contender:
+def hf(s: ThroughputSetting, pure: bool = False, liger: bool = False) -> Contender:
     model = _llama(s, liger).to(s.device, torch.bfloat16 if pure else torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batches = padded_batches(s.kind, s.corpus, s.rows, s.seq_len, s.device)
@@ -242,7 +240,7 @@ def hf(s: Setting, pure: bool = False, liger: bool = False) -> Contender:
     return me
 
 
-MAKERS: dict[str, Callable[[Setting], Contender]] = {
+MAKERS: dict[str, Callable[[ThroughputSetting], Contender]] = {
     "ours": lambda s: ours(s, True),
     "ours-muon": lambda s: ours(dataclasses.replace(s, optimizer="muon"), True),
     "ours-eager": lambda s: ours(s, False),
@@ -256,7 +254,7 @@ MAKERS: dict[str, Callable[[Setting], Contender]] = {
 }
 
 
-def optimizer_of(name: str, s: Setting) -> OptimizerName:
+def optimizer_of(name: str, s: ThroughputSetting) -> OptimizerName:
     """Which one this contender has."""
     if name == "ours-muon":
         return "muon"
@@ -285,7 +283,7 @@ def why_not(name: str, stage: str, preset: str, device: torch.device) -> str | N
     return None
 
 
-def _model(s: Setting) -> Model:
+def _model(s: ThroughputSetting) -> Model:
     torch.manual_seed(0)
     model = Model(ModelConfig.preset(s.preset)).to(s.device)
     model.compute_dtype = choose_precision(s.device).compute_dtype
@@ -305,7 +303,7 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _llama(s: Setting, liger: bool) -> Any:
+def _llama(s: ThroughputSetting, liger: bool) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if liger:

@@ -33,9 +33,9 @@ from torch import Tensor
 
 from bench.bandwidth import read_bandwidth
 from bench.decode_check import Judge, Verdict
-from bench.decode_peers import PEERS, Generation, Setting, why_not
-from bench.decode_report import COLUMNS, Row, plot, show
-from bench.decode_worker import DecoderError, Worker
+from bench.decode_peers import PEERS, DecodeSetting, Generation, why_not
+from bench.decode_report import COLUMNS, DecodeRow, plot, show
+from bench.decode_worker import DecoderError, DecodeWorker
 from bench.kernel_report import append, check_columns, slug
 from minimind.config import PRESETS, ModelConfig
 from minimind.export.gguf import export_gguf
@@ -105,7 +105,7 @@ def main(args: Args) -> dict[str, Any]:
             console.print(f"without {name}: {reason}", highlight=False)
     if not names:
         raise ValueError("--peer: none of them can run here")
-    rows: list[Row] = []
+    rows: list[DecodeRow] = []
     with tempfile.TemporaryDirectory(prefix="minimind-decode-") as place:
         _prepare(model, Path(place), names)
         judge = Judge(model.float())
@@ -114,7 +114,7 @@ def main(args: Args) -> dict[str, Any]:
             for width in dict.fromkeys(PEERS[name].width for name in names)
         }
         for batch in args.batch:
-            setting = Setting(Path(place), batch, args.prompt, args.new, threads, device, args.max_context)
+            setting = DecodeSetting(Path(place), batch, args.prompt, args.new, threads, device, args.max_context)
             new = measure(args, setting, names, judge, bandwidths, stamp, console)
             append(table, new)
             show(new, Console(width=None if sys.stdout.isatty() else 150))
@@ -127,13 +127,13 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def measure(
-    args: Args, setting: Setting, names: list[str], judge: Judge, bandwidths: dict[str, float],
+    args: Args, setting: DecodeSetting, names: list[str], judge: Judge, bandwidths: dict[str, float],
     stamp: dict[str, Any], console: Console,
-) -> list[Row]:  # fmt: skip
+) -> list[DecodeRow]:  # fmt: skip
     """One batch size: every decoder started, warmed up and judged, then timed in turns, then ended."""
     results: dict[str, dict[str, Any]] = {name: {"status": "ok"} for name in names}
     verdicts: dict[str, Verdict] = {}
-    workers: dict[str, Worker] = {}
+    workers: dict[str, DecodeWorker] = {}
 
     def say(text: str) -> None:
         console.print(f"batch {setting.batch}: {text}", highlight=False)
@@ -145,16 +145,14 @@ def measure(
 
     vocab = judge.model.config.vocab_size
     for name in names:
-        worker = workers[name] = Worker(name, setting)
+        worker = workers[name] = DecodeWorker(name, setting)
         try:
             worker.ready()
             start = time.perf_counter()
             prompts = _prompts(setting, vocab, seed=0)
             peer = PEERS[name]
             tokens = worker.run(prompts).tokens
-            verdict = verdicts[name] = judge.judge(
-                prompts, tokens, peer.width, float8_cache=peer.kv_bytes == 1
-            )
+            verdict = verdicts[name] = judge.judge(prompts, tokens, peer.width, float8_cache=peer.kv_bytes == 1)
         except (DecoderError, ValueError) as problem:
             drop(name, "failed", str(problem))
             continue
@@ -189,11 +187,11 @@ def measure(
         fields |= {"step_bytes": read, "kv_bytes_per_token": kv, "bandwidth": bandwidths[peer.width]}
         if fields.get("tpot"):
             fields["share"] = read / bandwidths[peer.width] / fields["tpot"]
-        rows.append(Row(**stamp, peer=name, width=peer.width, batch=setting.batch, **fields))
+        rows.append(DecodeRow(**stamp, peer=name, width=peer.width, batch=setting.batch, **fields))
     return rows
 
 
-def summary(turns: list[Generation], setting: Setting) -> dict[str, Any]:
+def summary(turns: list[Generation], setting: DecodeSetting) -> dict[str, Any]:
     """What the turns of one decoder come to. Only steps that gave every row a token count as steps: a continuous batch
     has some before and after in which rows begin and end. ValueError where there is none."""
     steps: list[float] = []
@@ -208,13 +206,17 @@ def summary(turns: list[Generation], setting: Setting) -> dict[str, Any]:
     tpot = statistics.median(steps)
     seconds = sum(turn.stamps[-1][0] for turn in turns)
     return {
-        "turns": len(turns), "ttft": statistics.median(statistics.mean(turn.first) for turn in turns),
-        "tpot": tpot, "p20": quintiles[0], "p80": quintiles[-1], "tokens_per_second": setting.batch / tpot,
+        "turns": len(turns),
+        "ttft": statistics.median(statistics.mean(turn.first) for turn in turns),
+        "tpot": tpot,
+        "p20": quintiles[0],
+        "p80": quintiles[-1],
+        "tokens_per_second": setting.batch / tpot,
         "overall_per_second": len(turns) * setting.batch * setting.new / seconds,
-    }  # fmt: skip
+    }
 
 
-def step_bytes(model: Model, setting: Setting, per_weight: float, kv_bytes_per_token: int) -> int:
+def step_bytes(model: Model, setting: DecodeSetting, per_weight: float, kv_bytes_per_token: int) -> int:
     """Bytes that one step reads: every matrix once, of the experts as many as the batch may choose, and the keys and
     values of every row at half of the continuation."""
     c = model.config
@@ -246,7 +248,7 @@ def _prepare(model: Model, folder: Path, names: list[str]) -> None:
             export_gguf(model, tokenizer, folder / f"model-{kind}.gguf", kind)
 
 
-def _prompts(setting: Setting, vocab: int, seed: int) -> Tensor:
+def _prompts(setting: DecodeSetting, vocab: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(16, vocab, (setting.batch, setting.prompt), generator=generator)
 
@@ -275,17 +277,19 @@ def _check(args: Args) -> torch.device:
     for name in args.peer:
         if name not in PEERS:
             raise ValueError(f"--peer {name}: unknown; choose from {', '.join(PEERS)}")
-    for flag, values in (("batch", args.batch), ("prompt", (args.prompt,)), ("turns", (args.turns,)),
-                         ("threads", (args.threads or 1,))):  # fmt: skip
+    for flag, values in (
+        ("batch", args.batch),
+        ("prompt", (args.prompt,)),
+        ("turns", (args.turns,)),
+        ("threads", (args.threads or 1,)),
+    ):
         for value in values or (0,):
             if value < 1:
                 raise ValueError(f"--{flag} {value}: counts from 1")
     if args.new < 2:
         raise ValueError(f"--new {args.new}: at least 2, since time between tokens is measured")
     if args.max_context is not None and args.max_context < args.prompt + args.new:
-        raise ValueError(
-            f"--max-context {args.max_context}: --prompt and --new need {args.prompt + args.new}"
-        )
+        raise ValueError(f"--max-context {args.max_context}: --prompt and --new need {args.prompt + args.new}")
     return choose_device(args.device)
 
 

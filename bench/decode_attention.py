@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from bench.kernel_report import Row, append, check_columns, show, slug
+from bench.kernel_report import KernelRow, append, check_columns, show, slug
 from bench.timing import Step, Timing, first_line, limits, measure
 from minimind.config import PRESETS, ModelConfig
 from minimind.inference.decode import ops as decode_ops
@@ -67,7 +67,7 @@ class Args:
 
 
 @dataclass(frozen=True)
-class Case:
+class AttentionCase:
     """q [B, H, D]; key, value [L, P, S, G, D], L layers' caches; table int32 [B, pages]; lengths int32 [B], all of them
     `context`; room: the table with more columns; arrivals int32 [B H], zeros."""
 
@@ -86,16 +86,14 @@ class Case:
 
     @property
     def bytes_read(self) -> int:
-        return (
-            2 * self.context * len(self.q) * self.key.shape[3] * self.key.shape[4] * self.key.element_size()
-        )
+        return 2 * self.context * len(self.q) * self.key.shape[3] * self.key.shape[4] * self.key.element_size()
 
-    def to(self, dtype: torch.dtype) -> Case:
+    def to(self, dtype: torch.dtype) -> AttentionCase:
         moved = {name: getattr(self, name).to(dtype) for name in ("q", "key", "value")}
         return dataclasses.replace(self, **moved)
 
 
-Contender = Callable[[Case, int], Tensor]  # case, layer -> [B, H, D]
+Contender = Callable[[AttentionCase, int], Tensor]  # case, layer -> [B, H, D]
 
 
 def make_case(
@@ -105,7 +103,7 @@ def make_case(
     device: torch.device,
     dtype: torch.dtype,
     max_context: int | None = None,
-) -> Case:
+) -> AttentionCase:
     """Pages of a sequence lie scattered, as they do after requests have come and gone. Enough layers that together they
     are 64 MiB, at most 8."""
     size, heads, dim = PAGE[device.type], config.num_key_value_heads, config.head_dim
@@ -121,56 +119,60 @@ def make_case(
     more = max(0, -(-(max_context or 0) // size) - pages)
     room = F.pad(table, (0, more))
     arrivals = torch.zeros(q.shape[:2].numel(), dtype=torch.int32, device=device)
-    return Case(q, key, value, table, lengths, context, room, arrivals)
+    return AttentionCase(q, key, value, table, lengths, context, room, arrivals)
 
 
-def ours(case: Case, layer: int) -> Tensor:
+def ours(case: AttentionCase, layer: int) -> Tensor:
     caches = (case.key[layer], case.value[layer])
-    return decode_ops.decode_attention(
-        case.q, *caches, case.room, case.lengths, case.scale, arrivals=case.arrivals
-    )
+    return decode_ops.decode_attention(case.q, *caches, case.room, case.lengths, case.scale, arrivals=case.arrivals)
 
 
-def eager(case: Case, layer: int) -> Tensor:
+def eager(case: AttentionCase, layer: int) -> Tensor:
     k, v = (t[layer][case.table.long()].flatten(1, 2) for t in (case.key, case.value))
     return _sdpa(case, k, v)
 
 
-def dense(case: Case, layer: int) -> Tensor:
+def dense(case: AttentionCase, layer: int) -> Tensor:
     """The cache read in the order in which it lies: other numbers, the same work."""
     batch = case.q.shape[0]
     return _sdpa(case, *(t[layer].view(batch, -1, *t.shape[3:]) for t in (case.key, case.value)))
 
 
-def _sdpa(case: Case, k: Tensor, v: Tensor) -> Tensor:
+def _sdpa(case: AttentionCase, k: Tensor, v: Tensor) -> Tensor:
     """All lengths are equal here, which spares it a mask."""
     k, v = (t[:, : case.context].transpose(1, 2) for t in (k, v))
     return F.scaled_dot_product_attention(case.q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
 
 
-def varlen(case: Case, layer: int) -> Tensor:
+def varlen(case: AttentionCase, layer: int) -> Tensor:
     batch = case.q.shape[0]
     bounds = torch.arange(batch + 1, dtype=torch.int32, device=case.q.device)
     longest = case.table.shape[1] * case.key.shape[2]
     options: dict[str, Any] = {"enable_gqa": True, "seqused_k": case.lengths, "block_table": case.table}
-    found = varlen_attn(
-        case.q, case.key[layer], case.value[layer], bounds, cast(Tensor, None), 1, longest, **options
-    )
+    found = varlen_attn(case.q, case.key[layer], case.value[layer], bounds, cast(Tensor, None), 1, longest, **options)
     return cast(Tensor, found)
 
 
-def flash(case: Case, layer: int) -> Tensor:
+def flash(case: AttentionCase, layer: int) -> Tensor:
     from flash_attn import flash_attn_with_kvcache
 
     return flash_attn_with_kvcache(
-        case.q[:, None], case.key[layer], case.value[layer], cache_seqlens=case.lengths, block_table=case.table,
+        case.q[:, None],
+        case.key[layer],
+        case.value[layer],
+        cache_seqlens=case.lengths,
+        block_table=case.table,
         causal=True,
-    )[:, 0]  # fmt: skip
+    )[:, 0]
 
 
 CONTENDERS: dict[str, Contender] = {
-    "minimind": ours, "eager": eager, "dense": dense, "varlen": varlen, "flash-attn": flash,
-}  # fmt: skip
+    "minimind": ours,
+    "eager": eager,
+    "dense": dense,
+    "varlen": varlen,
+    "flash-attn": flash,
+}
 
 
 def why_not(name: str, device: torch.device) -> str | None:
@@ -186,7 +188,7 @@ def why_not(name: str, device: torch.device) -> str | None:
     return None
 
 
-def error_ratio(name: str, case: Case) -> float:
+def error_ratio(name: str, case: AttentionCase) -> float:
     """Largest error against float64, over eager's in the same dtype plus rounding."""
     truth = eager(case.to(torch.float64), 0)
     plain = (eager(case, 0).double() - truth).abs().max()
@@ -197,7 +199,7 @@ def error_ratio(name: str, case: Case) -> float:
     return float(error / (plain + 2 * torch.finfo(torch.float32).eps * (1 + truth.abs().max())))
 
 
-def run(case: Case, repeat: int, blank: Row, limit: float | None) -> list[Row]:
+def run(case: AttentionCase, repeat: int, blank: KernelRow, limit: float | None) -> list[KernelRow]:
     """A row for every contender that can run here; `blank` has what they share. limit: GB/s that this device copies."""
     rows, steps = {}, {}
     layers = case.key.shape[0]
@@ -232,7 +234,7 @@ def run(case: Case, repeat: int, blank: Row, limit: float | None) -> list[Row]:
     return list(rows.values())
 
 
-def _all_layers(contender: Contender, case: Case, layers: int) -> Step:
+def _all_layers(contender: Contender, case: AttentionCase, layers: int) -> Step:
     return Step(lambda: None, lambda _: [contender(case, layer) for layer in range(layers)])
 
 
@@ -258,14 +260,14 @@ def main(args: Args) -> dict[str, Any]:
     for name in CONTENDERS:
         if (reason := why_not(name, device)) is not None:
             print(f"without {name}: {reason}", file=sys.stderr)
-    rows: list[Row] = []
+    rows: list[KernelRow] = []
     for preset in args.preset:
         config = ModelConfig.preset(preset)
         for batch in args.batch:
             for context in args.context:
                 case = make_case(config, batch, context, device, dtype, args.max_context)
                 room = "" if args.max_context is None else f" room={args.max_context}"
-                blank = Row(
+                blank = KernelRow(
                     **stamp, liger=None, op="decode_attention", preset=preset, tokens=context,
                     shape=f"B={batch} H={config.num_attention_heads} G={config.num_key_value_heads} "
                     f"D={config.head_dim}{room}", dtype=str(dtype).removeprefix("torch."), phase="forward",

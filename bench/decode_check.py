@@ -51,9 +51,7 @@ class Judge:
     seen: dict[tuple, Verdict] = field(default_factory=dict)
     truth_model: Model | None = None
 
-    def judge(
-        self, prompts: Tensor, tokens: list[list[int]], width: Width, float8_cache: bool = False
-    ) -> Verdict:
+    def judge(self, prompts: Tensor, tokens: list[list[int]], width: Width, float8_cache: bool = False) -> Verdict:
         """prompts int64 [B, P], tokens [B][N]. ValueError when a row or a token is missing."""
         if len(tokens) != len(prompts) or len({len(row) for row in tokens}) != 1:
             lengths = sorted({len(row) for row in tokens})

@@ -45,7 +45,7 @@ Width = Literal["fp32", "bf16", "f16", "q8_0"]
 
 
 @dataclass(frozen=True)
-class Setting:
+class DecodeSetting:
     """folder: config.json, model.safetensors and model-TYPE.gguf; batch rows of `prompt` tokens, `new` to follow.
     max_context: that the engine is ready for; None for just these tokens."""
 
@@ -94,7 +94,7 @@ class Stopwatch:
 
 
 def ours(
-    s: Setting, dtype: torch.dtype, backend: Backend = "native", kv_dtype: torch.dtype | None = None
+    s: DecodeSetting, dtype: torch.dtype, backend: Backend = "native", kv_dtype: torch.dtype | None = None
 ) -> Decoder:
     room = s.batch * 256 * -(-(s.prompt + s.new) // 256)  # whole pages for every row, whatever their size
     engine = Engine(
@@ -121,7 +121,7 @@ def ours(
     return run
 
 
-def naive(s: Setting) -> Decoder:
+def naive(s: DecodeSetting) -> Decoder:
     ops.set_mode("reference")
     model = load_model(s.folder, device=s.device)
     table = rope_cos_sin(model.config, torch.arange(s.prompt + s.new, device=s.device))
@@ -156,14 +156,10 @@ def naive_forward(
     return model.norm(x, delta)[0] @ model.head_weight.t()
 
 
-def _naive_attention(
-    attention: Any, x: Tensor, positions: Tensor, table: Any, past: list, index: int
-) -> Tensor:
+def _naive_attention(attention: Any, x: Tensor, positions: Tensor, table: Any, past: list, index: int) -> Tensor:
     weights = (None, None) if attention.q_norm is None else (attention.q_norm.weight, attention.k_norm.weight)
     qkv, heads, groups = attention.qkv_proj(x), attention.heads, attention.groups
-    q, k, v = ops.rope(
-        qkv, table[0], table[1], positions, heads, groups, weights[0], weights[1], attention.eps
-    )
+    q, k, v = ops.rope(qkv, table[0], table[1], positions, heads, groups, weights[0], weights[1], attention.eps)
     if past[index] is not None:
         k, v = torch.cat((past[index][0], k), dim=1), torch.cat((past[index][1], v), dim=1)
     past[index] = k, v
@@ -177,7 +173,7 @@ def _naive_attention(
     return attention.o_proj(out.transpose(1, 2).flatten(2))
 
 
-def hf(s: Setting, dtype: torch.dtype, static: bool) -> Decoder:
+def hf(s: DecodeSetting, dtype: torch.dtype, static: bool) -> Decoder:
     from transformers import CompileConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
     model = hf_model(s.folder, dtype).to(s.device)
@@ -185,16 +181,9 @@ def hf(s: Setting, dtype: torch.dtype, static: bool) -> Decoder:
     if static and s.device.type == "cpu":  # where transformers does not compile by itself
         compiling = CompileConfig(mode="default")
         setattr(compiling, "_compile_all_devices", True)  # noqa: B010
-    options: dict[str, Any] = (
-        {"cache_implementation": "static", "compile_config": compiling} if static else {}
-    )
+    options: dict[str, Any] = {"cache_implementation": "static", "compile_config": compiling} if static else {}
     config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=s.new,
-        min_new_tokens=s.new,
-        eos_token_id=None,
-        pad_token_id=0,
-        **options,
+        do_sample=False, max_new_tokens=s.new, min_new_tokens=s.new, eos_token_id=None, pad_token_id=0, **options
     )
     watch = Stopwatch(s.device)
 
@@ -207,9 +196,11 @@ def hf(s: Setting, dtype: torch.dtype, static: bool) -> Decoder:
         nonlocal watch
         watch = Stopwatch(s.device)
         out = model.generate(
-            prompts.to(s.device), attention_mask=torch.ones_like(prompts, device=s.device), generation_config=config,
+            prompts.to(s.device),
+            attention_mask=torch.ones_like(prompts, device=s.device),
+            generation_config=config,
             stopping_criteria=StoppingCriteriaList([Clock()]),
-        )  # fmt: skip
+        )
         return watch.in_step(out[:, s.prompt :].tolist())
 
     return run
@@ -227,9 +218,7 @@ def hf_model(folder: Path, dtype: torch.dtype) -> Any:
     )  # fmt: skip
     shape: dict[str, Any] = {name: getattr(c, name) for name in names}
     shape["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta}
-    model: Any = (
-        Qwen3ForCausalLM(Qwen3Config(**shape)) if c.qk_norm else LlamaForCausalLM(LlamaConfig(**shape))
-    )
+    model: Any = Qwen3ForCausalLM(Qwen3Config(**shape)) if c.qk_norm else LlamaForCausalLM(LlamaConfig(**shape))
     found = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     left = set(found.missing_keys) - {"lm_head.weight"} | set(found.unexpected_keys)
     if left:
@@ -238,7 +227,7 @@ def hf_model(folder: Path, dtype: torch.dtype) -> Any:
     return model.to(dtype).eval()
 
 
-def llama_cpp(s: Setting, width: str) -> Decoder:
+def llama_cpp(s: DecodeSetting, width: str) -> Decoder:
     from bench.llama_cpp_decoder import LlamaCpp
 
     decoder = LlamaCpp(s.folder / f"model-{width}.gguf", s.batch, s.prompt + s.new, s.threads, width == "f32")
@@ -260,7 +249,7 @@ class Peer:
     """make: called once in the peer's own process. width: of the matrices; kv_bytes: of an element of the cache, 1 for
     float8."""
 
-    make: Callable[[Setting], Decoder]
+    make: Callable[[DecodeSetting], Decoder]
     width: Width
     kv_bytes: int
 

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 
 
 @dataclass(frozen=True)
-class Row:
+class DecodeRow:
     """One decoder at one batch size. status: ok; refused, what it wrote is not the greedy continuation; failed, and
     `reason`. ttft: seconds to the first token, mean over rows, median over turns. tpot: seconds between tokens of a
     row, the median step, and what 20 and 80 of a hundred steps stay below. tokens_per_second: batch / tpot.
@@ -58,10 +58,10 @@ class Row:
     equal: float | None = None
 
 
-COLUMNS = columns_of(Row)
+COLUMNS = columns_of(DecodeRow)
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
+def show(rows: Sequence[DecodeRow], console: Console) -> None:
     """One batch size; ratios against the last row that was timed."""
     first = rows[0]
     base = next((row for row in reversed(rows) if row.tokens_per_second), None)
@@ -81,7 +81,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
             console.print(f"{row.peer} {row.status}: {row.reason}", style="red", highlight=False)
 
 
-def _cells(row: Row, base: Row | None) -> list[str]:
+def _cells(row: DecodeRow, base: DecodeRow | None) -> list[str]:
     checked = [
         "" if row.error_ratio is None else f"{row.error_ratio:.2g}",
         "" if row.equal is None else f"{row.equal:.1%}",
@@ -102,7 +102,7 @@ def _cells(row: Row, base: Row | None) -> list[str]:
     ]
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
+def plot(rows: Sequence[DecodeRow], path: Path) -> None:
     """Tokens/s of every decoder that was timed, a panel a batch size, and their time to the first token."""
     timed = [row for row in rows if row.tokens_per_second is not None]
     batches = list(dict.fromkeys(row.batch for row in timed))
@@ -136,8 +136,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     first = timed[0]
     figure.suptitle(
         f"{first.model}, {first.prompt} + {first.new} tokens, {first.weights}; {first.device}, {first.commit}",
-        fontsize=9, x=0.01, ha="left",
-    )  # fmt: skip
+        fontsize=9,
+        x=0.01,
+        ha="left",
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

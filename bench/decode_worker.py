@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.decode_peers import PEERS, Generation, Setting
+from bench.decode_peers import PEERS, DecodeSetting, Generation
 from bench.timing import first_line, peak_mib, start_deaf
 
 
@@ -18,7 +18,7 @@ class DecoderError(Exception):
     """A decoder died; the message is the first line of what it said."""
 
 
-def work(name: str, setting: Setting, pipe: Connection) -> None:
+def work(name: str, setting: DecodeSetting, pipe: Connection) -> None:
     """Given prompts, answers with a Generation; given None, with its peak memory in MiB."""
     torch.set_num_threads(setting.threads)
     try:
@@ -34,10 +34,10 @@ def work(name: str, setting: Setting, pipe: Connection) -> None:
         pipe.send(DecoderError(first_line(problem)))
 
 
-class Worker:
+class DecodeWorker:
     """That process, as this one sees it. Every method raises DecoderError where the decoder died."""
 
-    def __init__(self, name: str, setting: Setting) -> None:
+    def __init__(self, name: str, setting: DecodeSetting) -> None:
         context = multiprocessing.get_context("spawn")
         self.name, self.turns = name, list[Generation]()
         self.pipe, theirs = context.Pipe()

@@ -58,7 +58,7 @@ class Args:
 
 
 @dataclass(frozen=True)
-class Row:
+class StageRow:
     """One stage. tokens: positions trained on, padding (about 1%) included; seconds: of its training steps alone;
     wall_seconds: of the whole command, tokenizing, compiling, evaluating and saving included. Losses: held out, nats
     per token and at the end bits per byte. correct: share of held-out questions answered to the letter, after SFT.
@@ -83,7 +83,7 @@ class Row:
     correct: float | None
 
 
-COLUMNS = columns_of(Row)
+COLUMNS = columns_of(StageRow)
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def main(args: Args) -> dict[str, Any]:
             given += [] if tokens is None else ["--tokens", str(tokens)]
             wall = train(args, stage, out, given)
             name = "+".join(Path(path).name for path in data) or "built-in"
-            row = Row(**stamp, stage=stage, preset=args.preset, data=name, wall_seconds=wall, **outcome(out))
+            row = StageRow(**stamp, stage=stage, preset=args.preset, data=name, wall_seconds=wall, **outcome(out))
             append(folder / "end_to_end.csv", [row])
             shutil.copy(out / "loss.png", folder / f"end-to-end-{stage}-{stamp['commit'] or 'unknown'}.png")
             rows.append(dataclasses.asdict(row))
@@ -117,15 +117,7 @@ def main(args: Args) -> dict[str, Any]:
 
 def train(args: Args, stage: str, out: Path, flags: Sequence[str]) -> float:
     """Seconds of the whole command. ValueError, after its own words, where it failed."""
-    command = [
-        sys.executable,
-        str(ROOT / "train" / f"{stage}.py"),
-        "--out",
-        str(out),
-        "--device",
-        args.device,
-        *flags,
-    ]
+    command = [sys.executable, str(ROOT / "train" / f"{stage}.py"), "--out", str(out), "--device", args.device, *flags]
     command += ["--compile"] if args.compile else []
     start = time.perf_counter()
     status = subprocess.run(command, stdout=sys.stderr).returncode

@@ -31,7 +31,7 @@ def import_ops(visible: bool) -> None:
 
 
 @dataclass
-class Found:
+class LaunchCounts:
     """launches: of our kernels since it was set to 0, by whatever way; by_operators: those of them that an operator
     made, not generated code. sources: name and source of every kernel that Inductor gave to Triton."""
 
@@ -41,7 +41,7 @@ class Found:
 
 
 @contextlib.contextmanager
-def stubbed(arch: int) -> Iterator[Found]:
+def stubbed(arch: int) -> Iterator[LaunchCounts]:
     """Inside, torch.compile and our operators work as on an `arch` card, of which there is none."""
     import torch._inductor.config as settings
     from torch._dynamo.device_interface import CpuInterface
@@ -52,7 +52,7 @@ def stubbed(arch: int) -> Iterator[Found]:
 
     from minimind.ops import attention, varlen
 
-    found = Found()
+    found = LaunchCounts()
 
     def make_kernel(jit: Any, key: Any, signature: Any, device: int, *_: Any) -> _Kernel:
         kernel = jit.device_caches[device][0][key] = _Kernel(found)
@@ -75,7 +75,7 @@ def stubbed(arch: int) -> Iterator[Found]:
             attention, "_document_layout", lambda device, dtype, cu, longest, fused: attention.VarlenLayout(cu, longest)
         ),
         pretending(arch, triton_support._launch),
-    ]  # fmt: skip
+    ]
     library = torch.library.Library("aten", "IMPL")
     library.impl("_flash_attention_forward", _attention, "CPU")
     library.impl("_flash_attention_backward", _attention_backward, "CPU")
@@ -90,7 +90,7 @@ class _Kernel:
 
     function = packed_metadata = None
 
-    def __init__(self, found: Found) -> None:
+    def __init__(self, found: LaunchCounts) -> None:
         self.found = found
 
     def launch_metadata(self, *_: Any) -> None: ...
@@ -103,7 +103,7 @@ class _Kernel:
 class _Launcher:
     """What Inductor launches. As on a card there is a function behind the method."""
 
-    def __init__(self, found: Found, ours: bool) -> None:
+    def __init__(self, found: LaunchCounts, ours: bool) -> None:
         self.found, self.ours = found, ours
 
     def run(self, *arguments: Any, stream: int) -> None:
@@ -119,13 +119,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Ten
     return torch.empty_like(q), sums, nothing, nothing, nothing
 
 
-def _attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
-) -> tuple[Tensor, ...]:
+def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def compilations(found: Found, arch: int, dtype: str) -> list[Compilation]:
+def compilations(found: LaunchCounts, arch: int, dtype: str) -> list[Compilation]:
     """What Triton is asked to compile of our kernels by the generated code."""
     from torch._inductor.codecache import PyCodeCache
 
@@ -147,7 +145,5 @@ def compilations(found: Found, arch: int, dtype: str) -> list[Compilation]:
 
 def _home(kernel: str) -> str:
     """The module that defines it."""
-    modules = [
-        m for name, m in sys.modules.items() if name.startswith("minimind.kernels.") and hasattr(m, kernel)
-    ]
+    modules = [m for name, m in sys.modules.items() if name.startswith("minimind.kernels.") and hasattr(m, kernel)]
     return str(getattr(modules[0], kernel).module)

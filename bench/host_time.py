@@ -35,7 +35,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.host_worker import CALLS, OPS, Worker, workers
+from bench.host_worker import CALLS, OPS, HostWorker, workers
 from bench.kernel_report import append, check_columns, columns_of, slug
 from minimind.config import PRESETS
 from minimind.utils.device import describe_device
@@ -63,7 +63,7 @@ class Args:
 
 
 @dataclass(frozen=True)
-class Row:
+class HostTimeRow:
     """what: a preset, or an op of the first. Microseconds of the host, the least of all runs and the median; launches
     of our kernels in forward and backward together."""
 
@@ -87,7 +87,7 @@ class Row:
         return self.forward_us + self.backward_us
 
 
-def measure(name: str, args: Args, forms: dict[str, Worker]) -> dict[str, tuple[int, Seconds]]:
+def measure(name: str, args: Args, forms: dict[str, HostWorker]) -> dict[str, tuple[int, Seconds]]:
     """Form -> (launches, seconds), the forms taking turns."""
     launches = {form: worker.ask(name, 0) for form, worker in forms.items()}
     seconds: dict[str, Seconds] = {form: [] for form in forms}
@@ -97,15 +97,15 @@ def measure(name: str, args: Args, forms: dict[str, Worker]) -> dict[str, tuple[
     return {form: (launches[form], seconds[form]) for form in forms}
 
 
-def row_of(what: str, form: str, launches: int, seconds: Seconds, stamp: dict[str, Any]) -> Row:
+def row_of(what: str, form: str, launches: int, seconds: Seconds, stamp: dict[str, Any]) -> HostTimeRow:
     passes = list(zip(*seconds, strict=True))
     least = [min(times) * 1e6 for times in passes]
     medians = [statistics.median(times) * 1e6 for times in passes]
-    return Row(**stamp, what=what, form=form, launches=launches, forward_us=least[0], backward_us=least[1],
+    return HostTimeRow(**stamp, what=what, form=form, launches=launches, forward_us=least[0], backward_us=least[1],
                forward_median_us=medians[0], backward_median_us=medians[1], runs=len(seconds))  # fmt: skip
 
 
-def one_more(few: Row, many: Row, what: str) -> Row:
+def one_more(few: HostTimeRow, many: HostTimeRow, what: str) -> HostTimeRow:
     """What one more call of an op takes, of rows with CALLS of them."""
     more = CALLS[1] - CALLS[0]
     columns = ("forward_us", "backward_us", "forward_median_us", "backward_median_us")
@@ -113,7 +113,7 @@ def one_more(few: Row, many: Row, what: str) -> Row:
     return dataclasses.replace(many, what=what, launches=(many.launches - few.launches) // more, **each)
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
+def show(rows: Sequence[HostTimeRow], console: Console) -> None:
     table = Table(title="host time of compiled code, microseconds, kernels that do nothing")
     for column in ("what", "form", "launches", "forward", "backward", "both", "operator / launch"):
         table.add_column(column, justify="left" if column in ("what", "form") else "right")
@@ -125,7 +125,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
     console.print(table)
 
 
-def main(args: Args) -> list[Row]:
+def main(args: Args) -> list[HostTimeRow]:
     for name, given, known in (("preset", args.preset, tuple(PRESETS)), ("op", args.op, OPS)):
         for value in given:
             if value not in known:
@@ -139,15 +139,12 @@ def main(args: Args) -> list[Row]:
     console = Console(stderr=True)
     found = versions(describe_device(torch.device("cpu")))
     stamp: dict[str, Any] = {name: found[name] for name in ("device", "commit", "torch", "triton")}
-    stamp |= {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "arch": args.arch,
-    }
+    stamp |= {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "arch": args.arch}
     folder = Path(args.out) if args.out else Path(__file__).parent / "results" / slug(stamp["device"])
-    check_columns(folder / "host_time.csv", columns_of(Row))
-    rows: list[Row] = []
+    check_columns(folder / "host_time.csv", columns_of(HostTimeRow))
+    rows: list[HostTimeRow] = []
 
-    def keep(new: list[Row]) -> list[Row]:
+    def keep(new: list[HostTimeRow]) -> list[HostTimeRow]:
         append(folder / "host_time.csv", new)
         return new
 

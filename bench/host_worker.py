@@ -161,16 +161,19 @@ def _ops(config: Any) -> dict[str, tuple[Callable[..., tuple[Tensor, ...]], Call
         "moe_experts": (
             mixed,
             lambda: [
-                leaf(TOKENS, size), leaf(experts, 2 * inter, size), leaf(experts, size, inter), leaf(TOKENS, top_k)
+                leaf(TOKENS, size),
+                leaf(experts, 2 * inter, size),
+                leaf(experts, size, inter),
+                leaf(TOKENS, top_k),
             ],
         ),
-    }  # fmt: skip
+    }
 
 
 OPS = ("rms_norm", "add_rms_norm", "rope", "swiglu", "moe_route", "moe_experts")
 
 
-class Worker:
+class HostWorker:
     """That process, as this one sees it."""
 
     def __init__(self, visible: bool, arch: int) -> None:
@@ -197,9 +200,9 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(arch: int) -> Iterator[dict[str, Worker]]:
+def workers(arch: int) -> Iterator[dict[str, HostWorker]]:
     """operator: torch.compile calls our operators; launch: it looks into them."""
-    found = {"operator": Worker(False, arch), "launch": Worker(True, arch)}
+    found = {"operator": HostWorker(False, arch), "launch": HostWorker(True, arch)}
     try:
         yield found
     finally:

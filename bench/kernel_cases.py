@@ -38,7 +38,7 @@ TEMPERATURE = 1.5  # of distillation
 
 
 @dataclass(frozen=True)
-class Work:
+class KernelWork:
     """What a pass must at least move or multiply: bytes if `unit` is GB/s, floating-point operations if TFLOP/s. Of
     losses that make their gradient in the forward the parts mean nothing apart: `split` is False."""
 
@@ -63,11 +63,11 @@ class Case:
     leaves: Sequence[Tensor]
     reference: Function
     contenders: dict[str, Function]
-    work: Work
+    work: KernelWork
 
 
 @dataclass(frozen=True)
-class Setting:
+class KernelSetting:
     """Where and how large: what every builder below is given."""
 
     config: ModelConfig
@@ -89,45 +89,45 @@ class Setting:
         return (mean + 0.02 * torch.randn(shape, generator=self.generator)).to(self.device)
 
 
-Parts = tuple[str, Sequence[Tensor], Function, dict[str, Function], Work]
+Parts = tuple[str, Sequence[Tensor], Function, dict[str, Function], KernelWork]
 
 
-def norm_work(s: Setting, addends: int) -> Work:
+def norm_work(s: KernelSetting, addends: int) -> KernelWork:
     """Bytes of one RMSNorm of N rows of C. Forward: each addend and y, and the sum where there are two. Backward: x or
     the sum, dy, the sum's gradient where there is one, and dx, which both addends share."""
     row = s.tokens * s.config.hidden_size * s.bytes
-    return Work("GB/s", 2 * addends * row, (2 + addends) * row)
+    return KernelWork("GB/s", 2 * addends * row, (2 + addends) * row)
 
 
-def rope_work(s: Setting, normed: bool) -> Work:
+def rope_work(s: KernelSetting, normed: bool) -> KernelWork:
     """Bytes of N tokens of (H + 2 G) heads of D: read and written once; the norm's backward reads q and k once more."""
     heads, groups = s.config.num_attention_heads, s.config.num_key_value_heads
     head = s.tokens * s.config.head_dim * s.bytes
     packed = (heads + 2 * groups) * head
-    return Work("GB/s", 2 * packed, 2 * packed + (heads + groups) * head * normed)
+    return KernelWork("GB/s", 2 * packed, 2 * packed + (heads + groups) * head * normed)
 
 
-def swiglu_work(s: Setting) -> Work:
+def swiglu_work(s: KernelSetting) -> KernelWork:
     """Bytes: gate, up and y forward; those three, dgate and dup backward."""
     half = s.tokens * s.config.intermediate_size * s.bytes
-    return Work("GB/s", 3 * half, 5 * half)
+    return KernelWork("GB/s", 3 * half, 5 * half)
 
 
-def head_work(s: Setting, teacher: bool = False, split: bool = False) -> Work:
+def head_work(s: KernelSetting, teacher: bool = False, split: bool = False) -> KernelWork:
     """Operations of [N, C] x [C, V]: one product forward (two with a teacher), two backward. Recomputation earns
     nothing."""
     product = 2 * s.tokens * s.config.hidden_size * s.config.vocab_size
-    return Work("TFLOP/s", product * (1 + teacher), 2 * product, split)
+    return KernelWork("TFLOP/s", product * (1 + teacher), 2 * product, split)
 
 
-def moe_work(s: Setting) -> Work:
+def moe_work(s: KernelSetting) -> KernelWork:
     """Operations of K experts of three C x I matrices for each token; twice that backward."""
     c = s.config
     forward = 6 * s.tokens * c.num_experts_per_tok * c.hidden_size * c.moe_intermediate_size
-    return Work("TFLOP/s", forward, 2 * forward)
+    return KernelWork("TFLOP/s", forward, 2 * forward)
 
 
-def _rms_norm(s: Setting) -> Parts:
+def _rms_norm(s: KernelSetting) -> Parts:
     size, eps = s.config.hidden_size, s.config.rms_norm_eps
     leaves = s.activation(s.tokens, size), s.parameter(size, mean=1.0)
     native = partial(peers.native_rms_norm, eps=eps)
@@ -139,7 +139,7 @@ def _rms_norm(s: Setting) -> Parts:
     return f"C {size}", leaves, partial(rms_norm_ref, eps=eps), contenders, norm_work(s, 1)
 
 
-def _add_rms_norm(s: Setting) -> Parts:
+def _add_rms_norm(s: KernelSetting) -> Parts:
     size, eps = s.config.hidden_size, s.config.rms_norm_eps
     leaves = s.activation(s.tokens, size), s.activation(s.tokens, size), s.parameter(size, mean=1.0)
     native = partial(peers.native_add_rms_norm, eps=eps)
@@ -151,7 +151,7 @@ def _add_rms_norm(s: Setting) -> Parts:
     return f"C {size}", leaves, partial(add_rms_norm_ref, eps=eps), contenders, norm_work(s, 2)
 
 
-def _rope(s: Setting, normed: bool) -> Parts:
+def _rope(s: KernelSetting, normed: bool) -> Parts:
     c = s.config
     heads, groups, size = c.num_attention_heads, c.num_key_value_heads, c.head_dim
     leaves = [s.activation(1, s.tokens, (heads + 2 * groups) * size)]
@@ -174,32 +174,26 @@ def _rope(s: Setting, normed: bool) -> Parts:
     def liger(qkv: Tensor, q: Tensor | None = None, k: Tensor | None = None) -> tuple[Tensor, ...]:
         return peers.liger_rope(qkv, wide_cos, wide_sin, heads, groups, q, k, eps)
 
-    contenders: dict[str, Function] = {
-        "minimind": ours if s.kernels else reference,
-        "liger": liger,
-    }
+    contenders: dict[str, Function] = {"minimind": ours if s.kernels else reference, "liger": liger}
     if normed:
         contenders["native"] = native
     return f"D {size}, {heads}/{groups} heads", leaves, reference, contenders, rope_work(s, normed)
 
 
-def _swiglu(s: Setting) -> Parts:
+def _swiglu(s: KernelSetting) -> Parts:
     size = s.config.intermediate_size
-    contenders: dict[str, Function] = {
-        "minimind": swiglu if s.kernels else swiglu_ref,
-        "liger": peers.liger_swiglu,
-    }
+    contenders: dict[str, Function] = {"minimind": swiglu if s.kernels else swiglu_ref, "liger": peers.liger_swiglu}
     return f"I {size}", [s.activation(s.tokens, 2 * size)], swiglu_ref, contenders, swiglu_work(s)
 
 
-def _head(s: Setting) -> tuple[str, list[Tensor], Tensor]:
+def _head(s: KernelSetting) -> tuple[str, list[Tensor], Tensor]:
     """(shape, x and the weight, targets)"""
     size, vocabulary = s.config.hidden_size, s.config.vocab_size
     targets = torch.randint(0, vocabulary, (s.tokens,), generator=s.generator).to(s.device)
     return f"C {size}, V {vocabulary}", [s.activation(s.tokens, size), s.parameter(vocabulary, size)], targets
 
 
-def _linear_cross_entropy(s: Setting) -> Parts:
+def _linear_cross_entropy(s: KernelSetting) -> Parts:
     shape, leaves, targets = _head(s)
     contenders: dict[str, Function] = {
         "minimind": partial(linear_cross_entropy, targets=targets, kernels=s.kernels),
@@ -210,7 +204,7 @@ def _linear_cross_entropy(s: Setting) -> Parts:
     return shape, leaves, reference, contenders, head_work(s)
 
 
-def _linear_log_probs(s: Setting) -> Parts:
+def _linear_log_probs(s: KernelSetting) -> Parts:
     shape, leaves, targets = _head(s)
     contenders: dict[str, Function] = {
         "minimind": lambda x, weight: linear_log_probs(x, weight, targets, kernels=s.kernels)[0],
@@ -224,7 +218,7 @@ def _linear_log_probs(s: Setting) -> Parts:
     return shape, leaves, reference, contenders, head_work(s, split=True)
 
 
-def _linear_distillation(s: Setting) -> Parts:
+def _linear_distillation(s: KernelSetting) -> Parts:
     """From a teacher of the same size, forward KL."""
     (shape, leaves, _), (_, (teacher_x, teacher_weight), _) = _head(s), _head(s)
 
@@ -243,7 +237,7 @@ def _linear_distillation(s: Setting) -> Parts:
     return shape, leaves, reference, contenders, head_work(s, teacher=True)
 
 
-def _moe(s: Setting) -> Parts:
+def _moe(s: KernelSetting) -> Parts:
     """From the router's logits to the layer's output, sorting included. The eager form is upstream's loop."""
     c = s.config
     experts, top_k, inter = c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size
@@ -272,7 +266,7 @@ def _moe(s: Setting) -> Parts:
     return shape, leaves, reference, contenders, moe_work(s)
 
 
-BUILDERS: dict[str, Callable[[Setting], Parts]] = {
+BUILDERS: dict[str, Callable[[KernelSetting], Parts]] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
     "rope": partial(_rope, normed=False),
@@ -303,7 +297,7 @@ def build(
 ) -> Case:
     """The case on `device`, with every contender that this machine has. kernels: None for Triton on a GPU alone."""
     cuda = device.type == "cuda"
-    setting = Setting(ModelConfig.preset(preset), tokens, dtype, device, cuda if kernels is None else kernels)
+    setting = KernelSetting(ModelConfig.preset(preset), tokens, dtype, device, cuda if kernels is None else kernels)
     shape, leaves, reference, contenders, work = BUILDERS[op](setting)
     if not cuda:  # the fused forms are PyTorch's own there, and Liger has none
         contenders = {"minimind": contenders["minimind"]}

@@ -18,14 +18,12 @@ from rich.table import Table
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = {
-    "minimind": "#1b6ca8", "eager": "#8c8c8c", "compiled": "#d98324", "native": "#5aa469", "liger": "#a05195",
-}  # fmt: skip
+COLOURS = {"minimind": "#1b6ca8", "eager": "#8c8c8c", "compiled": "#d98324", "native": "#5aa469", "liger": "#a05195"}
 LONGEST = 6.0  # times ours: longer bars are cut there, their figure stands beside them
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelRow:
     """One contender in one pass of one case. status: ok; refused, its numbers broke the contract; failed, and `reason`.
     milliseconds: the median, and what 20 and 80 of a hundred runs stay below. rate in `unit`, share of the measured
     limit of this device, ratio of its time to ours; error_ratio 2 or less keeps the contract."""
@@ -62,7 +60,7 @@ def columns_of(kind: Any) -> list[str]:
     return [f.name for f in dataclasses.fields(kind)]
 
 
-COLUMNS = columns_of(Row)
+COLUMNS = columns_of(KernelRow)
 
 
 def slug(device: str) -> str:
@@ -105,7 +103,7 @@ def _rounded(value: object) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
+def show(rows: Sequence[KernelRow], console: Console) -> None:
     """One case."""
     first = rows[0]
     table = Table(title=f"{first.op}, {first.shape} ({first.preset}), {first.tokens:,} tokens, {first.dtype}")
@@ -124,7 +122,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
             console.print(f"{row.contender} {row.status}: {row.reason}", style="red", highlight=False)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: KernelRow) -> list[str]:
     error = "" if row.error_ratio is None else f"{row.error_ratio:.2g}"
     if row.milliseconds is None:
         return [f"[red]{row.status}", "", "", "", "", "", error]
@@ -139,7 +137,7 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
+def plot(rows: Sequence[KernelRow], path: Path) -> None:
     """Time relative to ours, forward and backward together: one panel an op, one group of bars a case."""
     rows = [row for row in rows if row.phase == "both"]
     ops = list(dict.fromkeys(row.op for row in rows))
@@ -147,9 +145,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     groups = {op: list(dict.fromkeys((row.shape, row.tokens) for row in rows if row.op == op)) for op in ops}
     heights = [len(names) * len(groups[op]) for op in ops]
     figure, axes = plt.subplots(
-        len(ops), 1, figsize=(9, 1.2 + 0.19 * sum(heights) + 0.75 * len(ops)), squeeze=False,
-        gridspec_kw={"height_ratios": heights}, layout="constrained",
-    )  # fmt: skip
+        len(ops),
+        1,
+        figsize=(9, 1.2 + 0.19 * sum(heights) + 0.75 * len(ops)),
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights},
+        layout="constrained",
+    )
     for axis, op in zip(axes[:, 0], ops, strict=True):
         _panel(axis, [row for row in rows if row.op == op], groups[op], names)
         axis.set_title(op, loc="left", fontsize=10, fontweight="bold")
@@ -163,7 +165,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def _panel(axis, rows: Sequence[Row], groups: Sequence[tuple[str, int]], names: Sequence[str]) -> None:
+def _panel(axis, rows: Sequence[KernelRow], groups: Sequence[tuple[str, int]], names: Sequence[str]) -> None:
     thickness = 0.8 / len(names)
     edge = min(LONGEST, max([1.0, *(row.ratio for row in rows if row.ratio is not None)]))
     for g, group in enumerate(groups):
@@ -178,12 +180,14 @@ def _panel(axis, rows: Sequence[Row], groups: Sequence[tuple[str, int]], names: 
                 axis.barh(y, length, thickness * 0.9, color=COLOURS[name])
                 text = f"{row.ratio:.2f}x, {text}"
             axis.text(
-                length + 0.01 * edge, y, text, va="center", fontsize=7,
+                length + 0.01 * edge,
+                y,
+                text,
+                va="center",
+                fontsize=7,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-            )  # fmt: skip
-    axis.set_yticks(
-        range(len(groups)), [f"{shape}\n{tokens:,} tokens" for shape, tokens in groups], fontsize=8
-    )
+            )
+    axis.set_yticks(range(len(groups)), [f"{shape}\n{tokens:,} tokens" for shape, tokens in groups], fontsize=8)
     axis.set_ylim(len(groups) - 0.5, -0.5)
     axis.set_xlim(0, 1.18 * edge)
     axis.axvline(1.0, color="black", linewidth=0.8, zorder=1.5)

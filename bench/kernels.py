@@ -30,7 +30,7 @@ from rich.console import Console
 
 from bench import tuning
 from bench.kernel_cases import BUILDERS, Case, applies, build
-from bench.kernel_report import Row, append, check_columns, plot, show, slug
+from bench.kernel_report import KernelRow, append, check_columns, plot, show, slug
 from bench.parity import ALLOWED, PARITY_TOKENS, worst_ratio
 from bench.timing import PASSES, Timing, first_line, limits, measure, step_of
 from minimind.config import PRESETS
@@ -80,7 +80,7 @@ class Bench:
             return self.repeat or 100
         return 3 if case.work.unit == "TFLOP/s" else 15
 
-    def rows(self, case: Case, small: Case) -> list[Row]:
+    def rows(self, case: Case, small: Case) -> list[KernelRow]:
         """Every contender in every pass. small: the same case with few tokens, where the contract is checked."""
         checked = {name: _parity(small, name) for name in case.contenders}
         rows = []
@@ -97,21 +97,21 @@ class Bench:
                 rows.append(self._timed(blank, case, timed[name], ours) if name in timed else blank)
         return rows
 
-    def _row(self, case: Case, which: str, name: str, error: float | str) -> Row:
+    def _row(self, case: Case, which: str, name: str, error: float | str) -> KernelRow:
         if isinstance(error, str):
             status, reason = "failed", error
         elif math.isinf(error):
             status, reason = "refused", "numbers that are not finite, or another shape than plain PyTorch's"
         else:
             status, reason = "refused", f"error {error:.3g} times plain PyTorch's; {ALLOWED:g} is allowed"
-        return Row(
+        return KernelRow(
             **self.stamp,
             op=case.op, preset=case.preset, shape=case.shape, tokens=case.tokens,
             dtype=str(case.dtype).removeprefix("torch."), phase=which, contender=name, status=status, reason=reason,
             error_ratio=error if isinstance(error, float) and math.isfinite(error) else None,
         )  # fmt: skip
 
-    def _timed(self, row: Row, case: Case, timing: Timing | str, ours: Timing | str | None) -> Row:
+    def _timed(self, row: KernelRow, case: Case, timing: Timing | str, ours: Timing | str | None) -> KernelRow:
         if isinstance(timing, str):
             return dataclasses.replace(row, status="failed", reason=timing)
         work = case.work.of(row.phase)  # type: ignore[arg-type]
@@ -206,17 +206,14 @@ def main(args: Args) -> dict[str, Any]:
     bench = open_bench(args)
     folder = folder_of(args, bench.stamp["device"])
     what = f"-{args.ops[0]}" if len(args.ops) == 1 else ""
-    table, picture = (
-        folder / "kernels.csv",
-        folder / f"kernels{what}-{bench.stamp['commit'] or 'unknown'}.png",
-    )
+    table, picture = (folder / "kernels.csv", folder / f"kernels{what}-{bench.stamp['commit'] or 'unknown'}.png")
     check_columns(table)
     if bench.device.type == "cpu":
         console.print("no GPU: timing the PyTorch forms that ops takes on a CPU, not the Triton kernels")
     else:
         reached = ", ".join(f"{value:,.4g} {unit}" for unit, value in bench.limits.items())
         console.print(f"{bench.stamp['device']}: one large copy and one large product reach {reached}")
-    rows: list[Row] = []
+    rows: list[KernelRow] = []
     for case, small in cases(args, bench):
         found = bench.rows(case, small)
         append(table, found)
@@ -226,9 +223,11 @@ def main(args: Args) -> dict[str, Any]:
         raise ValueError(f"--ops {' '.join(args.ops)}: no model among --presets calls them")
     plot(rows, picture)
     return {
-        "csv": str(table), "png": str(picture), "limits": bench.limits,
+        "csv": str(table),
+        "png": str(picture),
+        "limits": bench.limits,
         "rows": [dataclasses.asdict(row) for row in rows],
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

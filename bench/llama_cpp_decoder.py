@@ -28,9 +28,7 @@ class LlamaCpp:
             _quiet.append(llama_cpp.llama_log_callback(lambda level, text, data: None))
         llama_cpp.llama_log_set(_quiet[0], ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(
-            str(path).encode(), llama_cpp.llama_model_default_params()
-        )
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if self.model is None:
             raise ValueError(f"{path}: llama.cpp cannot load it")
         params = llama_cpp.llama_context_default_params()

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.kernel_report import append, check_columns, columns_of, plt, slug
-from bench.memory import Usage, measure
+from bench.memory import MemoryUse, measure
 from minimind.data import Corpus, PackedLoader, builtin_corpus, open_corpus
 from minimind.tokenization import load_tokenizer
 from minimind.training.run_folder import versions
@@ -56,7 +56,7 @@ class Args:
 
 
 @dataclass(frozen=True)
-class Row:
+class LoaderRow:
     """One batch shape. tokens_per_second: (input, target) pairs; padding counts for nothing. fill: the share of
     positions that hold tokens. A batch of `slowest_ms` is one that packs the next window of documents."""
 
@@ -121,7 +121,7 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def _speed(path: Path, stamp: dict[str, Any], corpus: Corpus, seconds: float) -> dict[str, Any]:
-    check_columns(path, columns_of(Row))
+    check_columns(path, columns_of(LoaderRow))
     table = Table(title=f"{corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens")
     for column in ("batch", "tokens/s", "median ms", "slowest ms", "filled"):
         table.add_column(column, justify="right")
@@ -136,7 +136,7 @@ def _speed(path: Path, stamp: dict[str, Any], corpus: Corpus, seconds: float) ->
     return {"csv": str(path), "rows": [dataclasses.asdict(row) for row in rows]}
 
 
-def time_loader(stamp: dict[str, Any], corpus: Corpus, rows: int, seq_len: int, seconds: float) -> Row:
+def time_loader(stamp: dict[str, Any], corpus: Corpus, rows: int, seq_len: int, seconds: float) -> LoaderRow:
     """Batches of rows x seq_len for `seconds`, the packing of windows included."""
     loader = PackedLoader(corpus, seq_len, rows)
     taken: list[float] = []
@@ -145,7 +145,7 @@ def time_loader(stamp: dict[str, Any], corpus: Corpus, rows: int, seq_len: int, 
         began = time.perf_counter()
         tokens += loader.next_batch().num_targets
         taken.append(time.perf_counter() - began)
-    return Row(
+    return LoaderRow(
         **stamp,
         documents=corpus.num_documents, tokens=corpus.num_tokens, rows=rows, seq_len=seq_len, batches=len(taken),
         tokens_per_second=tokens / sum(taken), median_ms=statistics.median(taken) * 1e3, slowest_ms=max(taken) * 1e3,
@@ -153,7 +153,7 @@ def time_loader(stamp: dict[str, Any], corpus: Corpus, rows: int, seq_len: int, 
     )  # fmt: skip
 
 
-def _memory_row(stamp: dict[str, Any], usage: Usage) -> MemoryRow:
+def _memory_row(stamp: dict[str, Any], usage: MemoryUse) -> MemoryRow:
     return MemoryRow(
         **stamp,
         text_mib=usage.text_bytes / 2**20, documents=usage.found["documents"], tokens=usage.found["tokens"],
@@ -165,26 +165,16 @@ def _memory_row(stamp: dict[str, Any], usage: Usage) -> MemoryRow:
 
 def show_memory(rows: Sequence[MemoryRow]) -> None:
     table = Table(title=f"memory against the size of the corpus, {rows[0].device}")
-    for column in (
-        "text MiB",
-        "tokens",
-        "tokenizing MB/s",
-        "peak MiB",
-        "loading tokens/s",
-        "peak MiB",
-        "RSS MiB",
-    ):
+    for column in ("text MiB", "tokens", "tokenizing MB/s", "peak MiB", "loading tokens/s", "peak MiB", "RSS MiB"):
         table.add_column(column, justify="right")
     for row in rows:
         speeds = f"{row.tokenize_mb_per_second:.2f}", f"{row.load_tokens_per_second:,.0f}"
         peaks = f"{row.tokenize_peak_mib:,.0f}", f"{row.load_peak_mib:,.0f}", f"{row.rss_peak_mib:,.0f}"
-        table.add_row(
-            f"{row.text_mib:,.0f}", f"{row.tokens:,}", speeds[0], peaks[0], speeds[1], peaks[1], peaks[2]
-        )
+        table.add_row(f"{row.text_mib:,.0f}", f"{row.tokens:,}", speeds[0], peaks[0], speeds[1], peaks[1], peaks[2])
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def plot_memory(usages: Sequence[Usage], path: Path, title: str) -> None:
+def plot_memory(usages: Sequence[MemoryUse], path: Path, title: str) -> None:
     """Memory while tokenizing, over the share of its time, and while loading; one colour a size."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for usage, colour in zip(usages, ("#d98324", "#1b6ca8"), strict=True):

@@ -39,7 +39,7 @@ _DOCUMENTS = 20_000  # written at a time
 
 
 @dataclass
-class Usage:
+class MemoryUse:
     """Memory over time, MiB: anonymous pages, which are the process' own, and mapped ones of files, which the system
     may take back at any time. Seconds from the start; loading_from: where tokenizing ended."""
 
@@ -94,9 +94,7 @@ def _lines(rng: np.random.Generator, sentences: Sequence[str]) -> Iterator[str]:
         place += count
 
 
-def measure(
-    sizes: Sequence[int], sources: Sequence[str | Path], seconds: float, console: Console
-) -> list[Usage]:
+def measure(sizes: Sequence[int], sources: Sequence[str | Path], seconds: float, console: Console) -> list[MemoryUse]:
     """Make a corpus of each of `sizes` bytes, tokenize it, load batches for `seconds`, remove it.
 
     Raises ValueError without /proc, without room for the largest, and when the process dies.
@@ -118,11 +116,11 @@ def measure(
         return usages
 
 
-def _measure(folder: Path, size: int, sentences: Sequence[str], seconds: float, console: Console) -> Usage:
+def _measure(folder: Path, size: int, sentences: Sequence[str], seconds: float, console: Console) -> MemoryUse:
     folder.mkdir()
     text = folder / f"grown-{size >> 20}-MiB.jsonl"
     write_text(text, size, sentences, console)
-    usage = Usage(text.stat().st_size)
+    usage = MemoryUse(text.stat().st_size)
     command = [sys.executable, __file__, str(text), str(folder / "cache"), str(seconds)]
     # a session of its own: what it starts is counted with it, and ends with it
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as child:
@@ -143,7 +141,7 @@ def _measure(folder: Path, size: int, sentences: Sequence[str], seconds: float, 
     return usage
 
 
-def _listen(child: subprocess.Popen[str], usage: Usage, start: float) -> None:
+def _listen(child: subprocess.Popen[str], usage: MemoryUse, start: float) -> None:
     assert child.stdout is not None
     for line in child.stdout:
         said = json.loads(line)
@@ -152,7 +150,7 @@ def _listen(child: subprocess.Popen[str], usage: Usage, start: float) -> None:
         usage.found |= said
 
 
-def _sample(session: int, usage: Usage, at: float) -> None:
+def _sample(session: int, usage: MemoryUse, at: float) -> None:
     pages = {"RssAnon": 0.0, "RssFile": 0.0, "RssShmem": 0.0}
     for folder in Path("/proc").glob("[0-9]*"):
         try:

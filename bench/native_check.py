@@ -34,15 +34,21 @@ PAGE = 16
 LENGTHS = (1, 0, 65, 300)  # the last has three splits on a GPU
 LONG = (24_600,)  # and with this one a warp fills its buffers again
 ATTENTION = (
-    (torch.bfloat16, torch.bfloat16, 64, LENGTHS), (torch.bfloat16, torch.bfloat16, 96, LENGTHS),
-    (torch.float16, FP8, 80, LENGTHS), (torch.bfloat16, FP8, 128, LENGTHS), (torch.bfloat16, torch.bfloat16, 32, LONG),
-    (torch.float32, torch.float32, 64, LENGTHS), (torch.bfloat16, torch.bfloat16, 6, LENGTHS),
-)  # fmt: skip
+    (torch.bfloat16, torch.bfloat16, 64, LENGTHS),
+    (torch.bfloat16, torch.bfloat16, 96, LENGTHS),
+    (torch.float16, FP8, 80, LENGTHS),
+    (torch.bfloat16, FP8, 128, LENGTHS),
+    (torch.bfloat16, torch.bfloat16, 32, LONG),
+    (torch.float32, torch.float32, 64, LENGTHS),
+    (torch.bfloat16, torch.bfloat16, 6, LENGTHS),
+)
 APPEND = ((torch.bfloat16, torch.bfloat16, 96), (torch.float32, FP8, 64), (torch.float16, FP8, 6))
 STEPS: tuple[tuple[torch.dtype, torch.dtype, int, bool, tuple[int, ...]], ...] = (  # the bool: QK norm
-    (torch.bfloat16, torch.bfloat16, 64, False, (200,)), (torch.bfloat16, torch.bfloat16, 96, True, LENGTHS),
-    (torch.float32, torch.bfloat16, 80, False, (1, 130)), (torch.bfloat16, torch.bfloat16, 20, False, (3,) * 8),
-)  # fmt: skip
+    (torch.bfloat16, torch.bfloat16, 64, False, (200,)),
+    (torch.bfloat16, torch.bfloat16, 96, True, LENGTHS),
+    (torch.float32, torch.bfloat16, 80, False, (1, 130)),
+    (torch.bfloat16, torch.bfloat16, 20, False, (3,) * 8),
+)
 VOCABULARIES = (33, 6400, 30_000)  # the last does not fit the shared memory of a GPU
 
 
@@ -86,9 +92,7 @@ def rand(*shape: int, seed: int, device: torch.device) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def attention(
-    dtype: torch.dtype, cache: torch.dtype, dim: int, lengths: tuple[int, ...], device: torch.device
-) -> Any:
+def attention(dtype: torch.dtype, cache: torch.dtype, dim: int, lengths: tuple[int, ...], device: torch.device) -> Any:
     batch, pages = len(lengths), -(-max(lengths) // PAGE)
     table = torch.randperm(batch * pages, generator=torch.Generator().manual_seed(3)).int().view(batch, pages)
     caches = [rand(batch * pages, PAGE, 2, dim, seed=i, device=device).to(cache) for i in (1, 2)]
@@ -110,12 +114,7 @@ def append(dtype: torch.dtype, cache: torch.dtype, dim: int, device: torch.devic
 
 
 def whole_step(
-    dtype: torch.dtype,
-    cache: torch.dtype,
-    dim: int,
-    qk_norm: bool,
-    lengths: tuple[int, ...],
-    device: torch.device,
+    dtype: torch.dtype, cache: torch.dtype, dim: int, qk_norm: bool, lengths: tuple[int, ...], device: torch.device
 ) -> Any:
     """The cache's older tokens are noise. One layer: what a second makes of rounding is not what is asked here."""
     torch.manual_seed(0)

@@ -19,22 +19,22 @@ from bench.occupancy import occupancy
 SOURCES = Path(__file__).parents[1] / "csrc/cuda"
 WARP, TILE_KEYS, STAGES, HEADS = 32, 16, 2, 8  # of csrc/cuda/attention_tensor_core.cuh
 ATTENTION_WARPS, MAX_SPLITS = 4, 128
-MATVEC_WARPS, MATVEC_SHARED, COLUMNS = (
-    4,
-    96 * 1024,
-    2432,
-)  # of csrc/cuda/matvec.cuh; the longest rows of the presets
+MATVEC_WARPS, MATVEC_SHARED, COLUMNS = (4, 96 * 1024, 2432)  # of csrc/cuda/matvec.cuh; the longest rows of the presets
 SAMPLE_WARPS, EXCHANGE, SAMPLE_SHARED = 16, 896, 96 * 1024  # of csrc/cuda/sample.cuh
 VOCABULARY = 6400
 BYTES = {"float": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 NAMES = {"float": "fp32"}
 VARIANTS = (  # every kernel, as the C++ names it, that asks for shared memory
-    *(("tensor_core_kernel", (query, cache, str(dim))) for query in ("bf16", "fp16") for cache in (query, "fp8")
-      for dim in (32, 64, 80, 96, 128)),
+    *(
+        ("tensor_core_kernel", (query, cache, str(dim)))
+        for query in ("bf16", "fp16")
+        for cache in (query, "fp8")
+        for dim in (32, 64, 80, 96, 128)
+    ),
     *(("cuda_core_kernel", (cache, chunks)) for cache in BYTES for chunks in "124"),
     *(("matvec_kernel", (weight, rows)) for weight in ("float", "bf16", "fp16") for rows in "1248"),
     ("sample_kernel", ()),
-)  # fmt: skip
+)
 
 
 def why_not() -> str | None:

@@ -14,7 +14,7 @@ RESERVED = 1 * KIB  # of shared memory, for each program
 
 
 @dataclass(frozen=True)
-class Card:
+class SMLimits:
     warps: int  # of a multiprocessor
     programs: int
     shared: int  # bytes of a multiprocessor
@@ -22,11 +22,11 @@ class Card:
 
 
 CARDS = {
-    80: Card(warps=64, programs=32, shared=164 * KIB, shared_per_program=163 * KIB),
-    86: Card(warps=48, programs=16, shared=100 * KIB, shared_per_program=99 * KIB),
-    89: Card(warps=48, programs=24, shared=100 * KIB, shared_per_program=99 * KIB),
-    90: Card(warps=64, programs=32, shared=228 * KIB, shared_per_program=227 * KIB),
-    120: Card(warps=48, programs=24, shared=100 * KIB, shared_per_program=99 * KIB),
+    80: SMLimits(warps=64, programs=32, shared=164 * KIB, shared_per_program=163 * KIB),
+    86: SMLimits(warps=48, programs=16, shared=100 * KIB, shared_per_program=99 * KIB),
+    89: SMLimits(warps=48, programs=24, shared=100 * KIB, shared_per_program=99 * KIB),
+    90: SMLimits(warps=64, programs=32, shared=228 * KIB, shared_per_program=227 * KIB),
+    120: SMLimits(warps=48, programs=24, shared=100 * KIB, shared_per_program=99 * KIB),
 }
 
 

@@ -87,7 +87,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Row:
+class OptimizerRow:
     """One run: its held-out loss at the end in nats per token, over heldout_tokens, and the tokens after which it was
     at target_loss, None where it never was."""
 
@@ -175,7 +175,7 @@ def tokens_to(curve: Sequence[tuple[int, float]], target: float) -> float | None
     return None
 
 
-def rows_of(runs: Sequence[Run], args: Args) -> list[Row]:
+def rows_of(runs: Sequence[Run], args: Args) -> list[OptimizerRow]:
     """Runs of one file."""
     target, date = target_of(runs), datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     rows = []
@@ -183,7 +183,7 @@ def rows_of(runs: Sequence[Run], args: Args) -> list[Row]:
         last = [r for r in read_metrics(run.folder / "metrics.jsonl") if r["kind"] == "eval"][-1]
         start = json.loads((run.folder / "versions.json").read_text(encoding="utf-8"))["starts"][-1]
         rows.append(
-            Row(
+            OptimizerRow(
                 date=date, commit=start["commit"], device=start["device"].partition(";")[0], torch=start["torch"],
                 data=Path(run.data).name, preset=args.preset, optimizer=run.optimizer, lr=run.lr, seed=run.seed,
                 tokens=last["tokens"], heldout_tokens=last["heldout_tokens"], heldout_loss=last["heldout_loss"],
@@ -193,7 +193,7 @@ def rows_of(runs: Sequence[Run], args: Args) -> list[Row]:
     return rows
 
 
-def show(rows: Sequence[Row], console: Console) -> None:
+def show(rows: Sequence[OptimizerRow], console: Console) -> None:
     """Rows of one file."""
     first = rows[0]
     table = Table(
@@ -206,10 +206,14 @@ def show(rows: Sequence[Row], console: Console) -> None:
         mine = [row for row in rows if (row.optimizer, row.lr) == (optimizer, lr)]
         losses, needed = [row.heldout_loss for row in mine], [row.tokens_to_target for row in mine]
         table.add_row(
-            optimizer, f"{lr:g}", str(len(mine)), f"{statistics.fmean(losses):.3f}",
-            f"{min(losses):.3f}-{max(losses):.3f}", f"{statistics.fmean(row.heldout_bpb for row in mine):.3f}",
+            optimizer,
+            f"{lr:g}",
+            str(len(mine)),
+            f"{statistics.fmean(losses):.3f}",
+            f"{min(losses):.3f}-{max(losses):.3f}",
+            f"{statistics.fmean(row.heldout_bpb for row in mine):.3f}",
             ", ".join("not reached" if n is None else f"{n:,.0f}" for n in needed),
-        )  # fmt: skip
+        )
     console.print(table)
 
 
@@ -221,9 +225,7 @@ def plot(runs: Sequence[Run], path: Path, title: str) -> None:
     import matplotlib.pyplot as plt
 
     files = list(dict.fromkeys(run.data for run in runs))
-    figure, axes = plt.subplots(
-        1, len(files), figsize=(5.2 * len(files), 4), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, len(files), figsize=(5.2 * len(files), 4), squeeze=False, layout="constrained")
     for axis, file in zip(axes[0], files, strict=True):
         mine = [run for run in runs if run.data == file]
         best, means, target = best_settings(mine), mean_losses(mine), target_of(mine)
@@ -252,7 +254,7 @@ def main(args: Args) -> dict[str, Any]:
     stamp = versions(describe_device(choose_device("auto")))
     folder = Path(args.out) if args.out else Path(__file__).parent / "results" / slug(stamp["device"])
     table = folder / "optimizers.csv"
-    check_columns(table, columns_of(Row))
+    check_columns(table, columns_of(OptimizerRow))
     paths = [str(Path(path).resolve()) for path in args.data] or [str(builtin_corpus(console=console))]
     shares = {path: args.heldout_tokens / open_corpus([path], load_tokenizer()).num_tokens for path in paths}
     runs = planned(args, paths)
@@ -260,7 +262,7 @@ def main(args: Args) -> dict[str, Any]:
         console.print(f"run {number} of {len(runs)}: {run.folder.name}", highlight=False, soft_wrap=True)
         train(run, args, shares[run.data])
     runs = [with_curve(run) for run in runs]
-    rows: list[Row] = []
+    rows: list[OptimizerRow] = []
     for path in paths:
         new = rows_of([run for run in runs if run.data == path], args)
         show(new, Console(width=None if sys.stdout.isatty() else 120))

@@ -56,9 +56,7 @@ def choose(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]
     return gates / (gates.sum(dim=-1, keepdim=True) + 1e-20) if normalize else gates, ids
 
 
-def native_moe(
-    x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int, normalize: bool
-) -> Tensor:
+def native_moe(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int, normalize: bool) -> Tensor:
     """Copies sorted by expert, each projection one F.grouped_mm: no loop over experts."""
     gates, expert_ids = choose(logits, top_k, normalize)
     flat = expert_ids.flatten()
@@ -120,9 +118,7 @@ def liger_swiglu(gate_up: Tensor) -> Tensor:
     return _liger("LigerSiLUMulFunction", *gate_up.chunk(2, dim=-1))
 
 
-def liger_moe(
-    x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int, normalize: bool
-) -> Tensor:
+def liger_moe(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int, normalize: bool) -> Tensor:
     gates, ids = choose(logits, top_k, normalize)
     weights = gate_up.to(x.dtype), down.to(x.dtype)
     return _liger("LigerFusedMoEFunction", x, *weights, ids.int(), gates)
@@ -130,9 +126,13 @@ def liger_moe(
 
 def liger_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "sum") -> Tensor:
     result = _liger(
-        "LigerFusedLinearCrossEntropyFunction", x, weight.to(x.dtype), targets,
-        reduction=reduction, accum_dtype=torch.float32,
-    )  # fmt: skip
+        "LigerFusedLinearCrossEntropyFunction",
+        x,
+        weight.to(x.dtype),
+        targets,
+        reduction=reduction,
+        accum_dtype=torch.float32,
+    )
     return result[0] if isinstance(result, tuple) else result
 
 

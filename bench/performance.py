@@ -101,16 +101,8 @@ def page(found: Sequence[Device]) -> str:
         "the number of timed runs, p20 and p80 what 20 and 80 of a hundred of them stay below. **Projected** ones are "
         "in a section of their own.",
         "## Targets",
-        *(
-            part
-            for device in cpus
-            for part in (f"On {device.name}:", table(judged(CPU, device), "not measured here"))
-        ),
-        *(
-            part
-            for device in gpus
-            for part in (f"On {device.name}:", table(judged(GPU, device), "not measured here"))
-        ),
+        *(part for device in cpus for part in (f"On {device.name}:", table(judged(CPU, device), "not measured here"))),
+        *(part for device in gpus for part in (f"On {device.name}:", table(judged(GPU, device), "not measured here"))),
     ]
     if not gpus:
         parts += ["On a GPU:", table(judged(GPU, None), NEEDS_CARD)]
@@ -129,9 +121,7 @@ def _wrapped(part: str) -> str:
     for i in range(0, len(fenced), 2):
         paragraphs = fenced[i].split("\n\n")
         fenced[i] = "\n\n".join(
-            p
-            if p.startswith(("|", "#", "\n"))
-            else fill(p, 120, break_on_hyphens=False, break_long_words=False)
+            p if p.startswith(("|", "#", "\n")) else fill(p, 120, break_on_hyphens=False, break_long_words=False)
             for p in paragraphs
         )
     return "```".join(fenced)
@@ -187,9 +177,7 @@ def main(args: Args) -> int:
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
         if args.check:
-            wrong.append(
-                f"{path.relative_to(ROOT)}: not what bench/results says; run python bench/performance.py"
-            )
+            wrong.append(f"{path.relative_to(ROOT)}: not what bench/results says; run python bench/performance.py")
         else:
             path.write_text(text, encoding="utf-8")
             print(f"wrote {path.relative_to(ROOT)}")

@@ -77,12 +77,8 @@ def _measured(devices: Sequence[Device], tokens: dict[str, float]) -> list[str]:
         rates = {stage: number(row, "tokens_per_second") for stage, row in rows.items()}
         hours = {stage: tokens[stage] / rate / 3600 for stage, rate in rates.items() if rate}
         if len(hours) == len(tokens):
-            parts = ", ".join(
-                f"{stage} {hours[stage]:.2f} h at {rates[stage]:,.0f} tokens/s" for stage in tokens
-            )
-            lines.append(
-                f"At the rates measured on {device.name}: {parts}; {sum(hours.values()):.2f} h in all."
-            )
+            parts = ", ".join(f"{stage} {hours[stage]:.2f} h at {rates[stage]:,.0f} tokens/s" for stage in tokens)
+            lines.append(f"At the rates measured on {device.name}: {parts}; {sum(hours.values()):.2f} h in all.")
     return lines or ["At measured rates of a card: not measured, needs a card (`python bench/campaign.py`)."]
 
 
@@ -150,17 +146,7 @@ def _needs(resources: Path) -> str:
         cells = (*(_range(here, column) for column in columns), ", ".join(bounds))
         groups.setdefault((f"`{kernel}`", *cells), []).append(arch)
     body = [(name, ", ".join(f"sm_{a}" for a in archs), *cells) for (name, *cells), archs in groups.items()]
-    head = (
-        "kernel",
-        "card",
-        "warps",
-        "stages",
-        "registers",
-        "spilled",
-        "shared bytes",
-        "programs",
-        "bound by",
-    )
+    head = ("kernel", "card", "warps", "stages", "registers", "spilled", "shared bytes", "programs", "bound by")
     return markdown(head, body)
 
 

@@ -122,7 +122,5 @@ def _run(device: Device, result: Result) -> list[Row]:
 def _one(run: Sequence[Row], peer: str) -> Row:
     row = find(run, peer=peer)
     if row is None:
-        raise ValueError(
-            f"the run of {run[0]['date']} has no {peer}, which the README shows; measure it with --peer"
-        )
+        raise ValueError(f"the run of {run[0]['date']} has no {peer}, which the README shows; measure it with --peer")
     return row

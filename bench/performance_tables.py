@@ -170,13 +170,7 @@ def data(device: Device) -> str:
          text(number(r, "tokenize_peak_mib")), text(number(r, "load_peak_mib")), r["commit"])
         for r in device.tables["memory"]
     ]  # fmt: skip
-    head = (
-        "text, MiB",
-        "tokenized, MB/s",
-        "own memory while tokenizing, MiB",
-        "while loading, MiB",
-        "commit",
-    )
+    head = ("text, MiB", "tokenized, MB/s", "own memory while tokenizing, MiB", "while loading, MiB", "commit")
     return "\n\n".join(part for part in (loading, _noted(head, grown, "")) if part)
 
 

@@ -36,9 +36,7 @@ class Target:
         return f"{value:{self.form}}{self.unit}"
 
 
-def step(
-    column: str, ours: str, theirs: str, preset: str = "minimind2-small", stage: str = "pretrain"
-) -> Measure:
+def step(column: str, ours: str, theirs: str, preset: str = "minimind2-small", stage: str = "pretrain") -> Measure:
     """`column` of one contender over another's in the newest run in which both took part."""
 
     def measure(device: Device) -> float | None:
@@ -61,9 +59,7 @@ def decoding(ours: str, theirs: str, batch: int) -> Measure:
     """Tokens/s at one batch size; theirs may end in *: the fastest of those."""
 
     def measure(device: Device) -> float | None:
-        rows = [
-            r for r in device.tables["decode"] if r["batch"] == str(batch) and r["model"] == "minimind2-small"
-        ]
+        rows = [r for r in device.tables["decode"] if r["batch"] == str(batch) and r["model"] == "minimind2-small"]
         mine = find(rows, peer=ours)
         if mine is None:
             return None
@@ -86,15 +82,11 @@ def batched(peer: str, batch: int) -> Measure:
 
 
 def decode_rate(device: Device) -> float | None:
-    return number(
-        find(device.tables["decode"], peer="ours", batch="1", model="minimind2-small"), "tokens_per_second"
-    )
+    return number(find(device.tables["decode"], peer="ours", batch="1", model="minimind2-small"), "tokens_per_second")
 
 
 def grpo(column: str, model: str) -> Measure:
-    return lambda device: _in_one_run(
-        [r for r in device.tables["rl"] if r["model"] == model], column, "ours", "naive"
-    )
+    return lambda device: _in_one_run([r for r in device.tables["rl"] if r["model"] == model], column, "ours", "naive")
 
 
 def cell(table: str, column: str, over: str | None = None) -> Measure:
@@ -113,17 +105,11 @@ def op_ratio(ops: Iterable[str], others: Iterable[str]) -> Measure:
 
 
 def op_share(device: Device) -> float | None:
-    return _least(
-        device, ("rms_norm", "add_rms_norm", "rope", "rope_qk_norm", "swiglu"), ("minimind",), "share"
-    )
+    return _least(device, ("rms_norm", "add_rms_norm", "rope", "rope_qk_norm", "swiglu"), ("minimind",), "share")
 
 
 def attention_share(device: Device) -> float | None:
-    rows = [
-        r
-        for r in device.tables["decode_attention"]
-        if r["contender"] == "minimind" and r["tokens"] == "32768"
-    ]
+    rows = [r for r in device.tables["decode_attention"] if r["contender"] == "minimind" and r["tokens"] == "32768"]
     newest = [r for r in rows if r["date"] == rows[-1]["date"]]
     return max((share for r in newest if (share := number(r, "share")) is not None), default=None)
 
@@ -137,9 +123,7 @@ def utilisation(preset: str) -> Measure:
 def loader_lead(device: Device) -> float | None:
     """The loader's rate over what the fastest training step takes."""
     loaded = [number(r, "tokens_per_second") or 0.0 for r in device.tables["loader"]]
-    taken = [
-        number(r, "tokens_per_second") or 0.0 for r in device.tables["throughput"] if r["peer"] == "ours"
-    ]
+    taken = [number(r, "tokens_per_second") or 0.0 for r in device.tables["throughput"] if r["peer"] == "ours"]
     return ratio(max(loaded, default=None), max(taken, default=None))
 
 
@@ -154,9 +138,7 @@ def failed(*kinds: str) -> Measure:
 
 
 def _named(peer: str, wanted: str) -> bool:
-    return (
-        peer.startswith(wanted[:-1]) and not peer.endswith("fp32") if wanted.endswith("*") else peer == wanted
-    )
+    return peer.startswith(wanted[:-1]) and not peer.endswith("fp32") if wanted.endswith("*") else peer == wanted
 
 
 def _in_one_run(rows: list[Row], column: str, ours: str, theirs: str) -> float | None:
@@ -170,9 +152,7 @@ def _in_one_run(rows: list[Row], column: str, ours: str, theirs: str) -> float |
 def _least(device: Device, ops: Iterable[str], contenders: Iterable[str], column: str) -> float | None:
     ops, contenders = tuple(ops), tuple(contenders)
     groups = device.runs("kernels")
-    rows = [
-        r for g in groups for r in g if r["phase"] == "both" and r["tokens"] == "65536" and r["op"] in ops
-    ]
+    rows = [r for g in groups for r in g if r["phase"] == "both" and r["tokens"] == "65536" and r["op"] in ops]
     values = [number(r, column) for r in rows if r["contender"] in contenders]
     return min((value for value in values if value is not None), default=None)
 

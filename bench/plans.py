@@ -87,9 +87,7 @@ def main(args: Args, console: Console) -> list[dict[str, Any]]:
             data = make(file, Path(args.samples), Path(folder))
             for preset in args.preset:
                 say(console, f"planning {file.stage} of {file.name}, {preset}")
-                found.append(
-                    {"file": file.name, "made": file.made} | plan(file, data, preset, args.cache_dir)
-                )
+                found.append({"file": file.name, "made": file.made} | plan(file, data, preset, args.cache_dir))
     Path(args.results).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     Path(args.page).write_text(page(found), encoding="utf-8")
     return found

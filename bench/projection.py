@@ -23,7 +23,7 @@ from rich.console import Console
 
 from bench.kernel_report import append
 from bench.stages import STAGES
-from bench.throughput_report import Row
+from bench.throughput_report import ThroughputRow
 from minimind.config import ModelConfig
 from minimind.data.corpus import Corpus
 from minimind.modeling import Model
@@ -77,9 +77,7 @@ def main(args: Args) -> list[Count]:
         for file in files:
             corpus = STAGES[stage].open([file], Console(stderr=True))
             size = Path(file).stat().st_size
-            counts.append(
-                Count(date, commit, stage, Path(file).name, size, corpus.num_documents, corpus.num_tokens)
-            )
+            counts.append(Count(date, commit, stage, Path(file).name, size, corpus.num_documents, corpus.num_tokens))
     append(COUNTS, counts)
     return counts
 
@@ -100,7 +98,7 @@ def hours(tokens: float, flops_per_token: float, tflops: float, utilisation: flo
     return tokens * flops_per_token / (utilisation * tflops * 1e12) / 3600
 
 
-def cards(rows: Sequence[Row], console: Console) -> list[dict[str, Any]]:
+def cards(rows: Sequence[ThroughputRow], console: Console) -> list[dict[str, Any]]:
     """Positions/s on other cards, if they reached that share of their published limit that this one did of its own."""
     found = []
     console.print("projected, not measured: the utilisation of this run times each card's published limit")
@@ -116,11 +114,11 @@ def cards(rows: Sequence[Row], console: Console) -> list[dict[str, Any]]:
             console.print(
                 f"  {card}: {row.preset}, {row.peer}, attention as here ({row.attention}): {rate:,.0f} positions/s",
                 highlight=False,
-            )  # fmt: skip
+            )
     return found
 
 
-def headline(rows: Sequence[Row], corpus: Corpus, console: Console) -> dict[str, Any]:
+def headline(rows: Sequence[ThroughputRow], corpus: Corpus, console: Console) -> dict[str, Any]:
     """Hours for upstream's MiniMind-Zero at the measured rates. Its tokens are estimated from its files' sizes and the
     bytes per token of this pretraining data; SFT that was not measured is taken to run at the pretraining rate."""
     found = {r.stage: r for r in rows if r.peer == "ours" and r.preset == ZERO_MODEL}
@@ -138,8 +136,9 @@ def headline(rows: Sequence[Row], corpus: Corpus, console: Console) -> dict[str,
         f"and {per_token:.2f} bytes per token: pretraining {taken['pretrain']:.2f} h, SFT {taken['sft']:.2f} h "
         f"({how}), {total:.2f} h in all, {total * YUAN_PER_HOUR:.2f} yuan at {YUAN_PER_HOUR} an hour; upstream reports "
         f"{ZERO_HOURS} h on one RTX 3090",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        soft_wrap=True,
+    )
     return {"tokens": tokens, "hours": taken, "total_hours": total, "bytes_per_token": per_token}
 
 

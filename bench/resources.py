@@ -115,10 +115,7 @@ def problems(compilations: Sequence[Compilation], results: Sequence[Resources | 
 def show(results: Sequence[Resources | str], console: Console) -> None:
     rows = [r for r in results if isinstance(r, Resources)]
     for arch in sorted({r.arch for r in rows}):
-        table = Table(
-            title=f"sm_{arch}",
-            caption="HMMA, HGMMA: tensor-core instructions; FFMA: float32 multiply-adds",
-        )
+        table = Table(title=f"sm_{arch}", caption="HMMA, HGMMA: tensor-core instructions; FFMA: float32 multiply-adds")
         for column in ("kernel", "case", "dtype"):
             table.add_column(column, overflow="fold")
         for column in (
@@ -134,15 +131,7 @@ def show(results: Sequence[Resources | str], console: Console) -> None:
 def _cells(row: Resources) -> list[str]:
     counts = (row.hmma, row.hgmma, row.ffma) if row.multiplies_matrices else ("", "", "")
     numbers = (row.num_warps, row.num_stages, row.registers, row.spilled, row.stack, row.shared, row.programs)
-    cells = [
-        row.kernel.lstrip("_"),
-        row.case,
-        row.dtype,
-        *numbers,
-        f"{row.occupancy:.0%}",
-        row.bound,
-        *counts,
-    ]
+    cells = [row.kernel.lstrip("_"), row.case, row.dtype, *numbers, f"{row.occupancy:.0%}", row.bound, *counts]
     style = "[red]" if row.problems else ""
     return [f"{style}{cell}" for cell in cells]
 
@@ -173,9 +162,7 @@ def measure_native(args: Args, console: Console) -> list[Resources]:
 
 
 def native_problems(rows: Sequence[Resources]) -> list[str]:
-    return [
-        f"{row.kernel} ({row.case}) on sm_{row.arch}: {problem}" for row in rows for problem in row.problems
-    ]
+    return [f"{row.kernel} ({row.case}) on sm_{row.arch}: {problem}" for row in rows for problem in row.problems]
 
 
 def main(args: Args) -> int:

@@ -34,7 +34,7 @@ from rich.table import Table
 
 from bench.decode import random_model
 from bench.kernel_report import append, check_columns, columns_of, slug
-from bench.rl_peers import PEERS, Setting, Turn
+from bench.rl_peers import PEERS, RolloutSetting, RolloutStep
 from bench.timing import first_line, peak_mib, start_deaf
 from minimind.config import PRESETS, ModelConfig
 from minimind.modeling import Model
@@ -73,7 +73,7 @@ class Args:
 
 
 @dataclass(frozen=True)
-class Row:
+class RolloutRow:
     """One contender. status: ok; refused, its log-probabilities are not the model's; failed, and `reason`. Seconds of a
     step and of its parts: medians over turns; p20, p80: what 20 and 80 of a hundred steps stay below.
     tokens_per_second: of answers, over the whole step. error_ratio: 2 or less passes."""
@@ -103,7 +103,7 @@ class Row:
     error_ratio: float | None = None
 
 
-COLUMNS = columns_of(Row)
+COLUMNS = columns_of(RolloutRow)
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -123,18 +123,18 @@ def main(args: Args) -> dict[str, Any]:
         model = random_model(ModelConfig.preset(args.preset))
         save_weights(model, Path(place))
         prompts = _prompts(args, model.config.vocab_size)
-        setting = Setting(Path(place), prompts, args.samples, args.new, threads, device)
-        rows = [Row(**stamp, peer=name, **fields) for name, fields in measure(args, setting).items()]
+        setting = RolloutSetting(Path(place), prompts, args.samples, args.new, threads, device)
+        rows = [RolloutRow(**stamp, peer=name, **fields) for name, fields in measure(args, setting).items()]
     append(table, rows)
     show(rows, Console(width=None if sys.stdout.isatty() else 120))
     return {"csv": str(table), "rows": [dataclasses.asdict(row) for row in rows]}
 
 
-def measure(args: Args, setting: Setting) -> dict[str, dict[str, Any]]:
+def measure(args: Args, setting: RolloutSetting) -> dict[str, dict[str, Any]]:
     """What Row holds of every contender."""
     results: dict[str, dict[str, Any]] = {name: {} for name in args.peer}
-    workers = {name: Worker(name, setting) for name in args.peer}
-    turns: dict[str, list[Turn]] = {name: [] for name in args.peer}
+    workers = {name: RolloutWorker(name, setting) for name in args.peer}
+    turns: dict[str, list[RolloutStep]] = {name: [] for name in args.peer}
     for turn in range(args.turns + 1):
         names = list(workers)
         for name in names[turn % max(1, len(names)) :] + names[: turn % max(1, len(names))]:
@@ -157,19 +157,22 @@ def measure(args: Args, setting: Setting) -> dict[str, dict[str, Any]]:
     return results
 
 
-def summary(turns: list[Turn], setting: Setting) -> dict[str, Any]:
+def summary(turns: list[RolloutStep], setting: RolloutSetting) -> dict[str, Any]:
     seconds = [sum(turn.seconds.values()) for turn in turns]
     quintiles = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else seconds * 4
     median = statistics.median(seconds)
     answers = len(setting.prompts) * setting.samples
     return {
-        "turns": len(turns), "seconds": median, "p20": quintiles[0], "p80": quintiles[-1],
+        "turns": len(turns),
+        "seconds": median,
+        "p20": quintiles[0],
+        "p80": quintiles[-1],
         **{name: statistics.median(turn.seconds[name] for turn in turns) for name in PARTS},
         "tokens_per_second": answers * setting.new / median,
-    }  # fmt: skip
+    }
 
 
-def error_ratio(setting: Setting, turn: Turn, name: str) -> float:
+def error_ratio(setting: RolloutSetting, turn: RolloutStep, name: str) -> float:
     """The largest error of the contender's log-probabilities over that of plain PyTorch in its precision."""
     dtype = torch.float32 if name != "ours" else choose_precision(setting.device).compute_dtype
     model = load_model(setting.folder)
@@ -196,17 +199,17 @@ class ContenderError(Exception):
     """A contender died; the message is the first line of what it said."""
 
 
-class Worker:
+class RolloutWorker:
     """A contender's process."""
 
-    def __init__(self, name: str, setting: Setting) -> None:
+    def __init__(self, name: str, setting: RolloutSetting) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(name, setting, theirs), daemon=True)
         start_deaf(self.process)
         theirs.close()  # so that a dead worker is an end of file here
 
-    def step(self, seed: int) -> Turn:
+    def step(self, seed: int) -> RolloutStep:
         return self._ask(seed)
 
     def finish(self) -> float | None:
@@ -224,7 +227,7 @@ class Worker:
         return answer
 
 
-def work(name: str, setting: Setting, pipe: Connection) -> None:
+def work(name: str, setting: RolloutSetting, pipe: Connection) -> None:
     """Given a seed, answers with a Turn; given None, with its peak memory in MiB."""
     torch.set_num_threads(setting.threads)
     try:
@@ -238,7 +241,7 @@ def work(name: str, setting: Setting, pipe: Connection) -> None:
         pipe.send(ContenderError(first_line(problem)))
 
 
-def show(rows: list[Row], console: Console) -> None:
+def show(rows: list[RolloutRow], console: Console) -> None:
     """Ratios against the last row that was timed."""
     first, base = rows[0], next((row for row in reversed(rows) if row.seconds), None)
     table = Table(

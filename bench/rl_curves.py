@@ -49,14 +49,10 @@ def main(args: Args) -> None:
         evals = [row for row in rows if row["kind"] == "eval"]
         rollouts = [row for row in rows if row["kind"] == "rollout"]
         if not rollouts or not all("heldout_reward" in row for row in evals[-1:]):
-            raise ValueError(
-                f"{run}: no rewards in its metrics.jsonl; is it a run of train/grpo.py, ppo.py or spo.py?"
-            )
+            raise ValueError(f"{run}: no rewards in its metrics.jsonl; is it a run of train/grpo.py, ppo.py or spo.py?")
         colour, label = f"C{number}", f"seed {saved['args']['seed']}: {evals[-1]['heldout_reward']:.3f}"
         steps = [row["step"] for row in evals]
-        held.plot(
-            steps, [row["heldout_reward"] for row in evals], "o-", color=colour, markersize=4, label=label
-        )
+        held.plot(steps, [row["heldout_reward"] for row in evals], "o-", color=colour, markersize=4, label=label)
         held.plot(steps, [row["heldout_greedy_reward"] for row in evals], ":", color=colour)
         steps, rewards = [row["step"] for row in rollouts], [row["reward"] for row in rollouts]
         rolled.plot(steps, rewards, color=colour, alpha=0.3, linewidth=0.8)

@@ -39,7 +39,7 @@ from minimind.tokenization import load_tokenizer
 from minimind.training.optim import build_optimizers
 from minimind.training.rl.collector import score, scored_again
 from minimind.training.rl.loader import Shape, pack, passes
-from minimind.training.rl.rollouts import Answer, Drawn, Sampler, Sampling
+from minimind.training.rl.rollouts import Answer, DrawnPrompt, RolloutOptions, Sampler
 from minimind.utils.device import choose_precision
 from minimind.weights import load_model
 
@@ -47,7 +47,7 @@ BETA, RATE = 0.04, 1e-6
 
 
 @dataclass(frozen=True)
-class Setting:
+class RolloutSetting:
     """folder: the model; prompts: token ids of each; samples of each, of exactly `new` tokens."""
 
     folder: Path
@@ -63,7 +63,7 @@ class Setting:
 
 
 @dataclass
-class Turn:
+class RolloutStep:
     """Seconds of the parts of a step; answers, each its prompt's ids and its own, and what the contender takes for the
     log-probabilities of its tokens, of a few."""
 
@@ -79,10 +79,10 @@ class Turn:
         self.seconds[name] += time.perf_counter() - began
 
 
-Contender = Callable[[int], Turn]
+Contender = Callable[[int], RolloutStep]
 
 
-def ours(s: Setting, dtype: torch.dtype | None) -> Contender:
+def ours(s: RolloutSetting, dtype: torch.dtype | None) -> Contender:
     tokenizer, model = load_tokenizer(), load_model(s.folder, device=s.device)
     model.compute_dtype = dtype or choose_precision(s.device).compute_dtype
     frozen = Replica(load_model(s.folder, device=s.device), model.compute_dtype).model
@@ -95,12 +95,12 @@ def ours(s: Setting, dtype: torch.dtype | None) -> Contender:
     sampler = Sampler(model, tokenizer, max(map(len, s.prompts)), s.new, batch, s.samples)
     rewards, objective = reward(), with_kl(clip, BETA)
 
-    def step(seed: int) -> Turn:
-        turn = Turn()
+    def step(seed: int) -> RolloutStep:
+        turn = RolloutStep()
         model.eval()
         with turn.part("rollout", s.device):
-            drawn = [Drawn(i, i) for i in range(len(s.prompts))]
-            answers = sampler.sample(data, drawn, Sampling(s.samples, s.new, seed=seed, ignore_eos=True))
+            drawn = [DrawnPrompt(i, i) for i in range(len(s.prompts))]
+            answers = sampler.sample(data, drawn, RolloutOptions(s.samples, s.new, seed=seed, ignore_eos=True))
         with turn.part("reward", s.device):
             score(rewards, data, answers)
         with turn.part("train", s.device):
@@ -135,7 +135,7 @@ def reward() -> Rewards:
     return parse_rewards(["repetition"])
 
 
-def naive(s: Setting) -> Contender:
+def naive(s: RolloutSetting) -> Contender:
     ops.set_mode("reference")
     tokenizer, model = load_tokenizer(), load_model(s.folder, device=s.device)
     frozen = load_model(s.folder, device=s.device).requires_grad_(False)
@@ -143,8 +143,8 @@ def naive(s: Setting) -> Contender:
     rewards = reward()
     groups = torch.arange(len(s.prompts)).repeat_interleave(s.samples)
 
-    def step(seed: int) -> Turn:
-        turn = Turn()
+    def step(seed: int) -> RolloutStep:
+        turn = RolloutStep()
         ids, mask = left_padded(s)
         with turn.part("rollout", s.device):
             torch.manual_seed(seed)
@@ -173,7 +173,7 @@ def naive(s: Setting) -> Contender:
     return step
 
 
-def left_padded(s: Setting) -> tuple[Tensor, Tensor]:
+def left_padded(s: RolloutSetting) -> tuple[Tensor, Tensor]:
     """(ids, mask) int64 [prompts x samples, longest prompt], every prompt as often as it has answers."""
     longest = max(map(len, s.prompts))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in s.prompts], device=s.device)
@@ -220,27 +220,13 @@ def _forward(model: Model, ids: Tensor, mask: Tensor, past: list, table: tuple[T
 
 
 def _attention(
-    layer: Any,
-    x: Tensor,
-    positions: Tensor,
-    bias: Tensor,
-    table: tuple[Tensor, Tensor],
-    past: list,
-    index: int,
+    layer: Any, x: Tensor, positions: Tensor, bias: Tensor, table: tuple[Tensor, Tensor], past: list, index: int
 ) -> Tensor:
     norms: tuple[Any, Any] = (None, None)
     if layer.q_norm is not None:
         norms = layer.q_norm.weight, layer.k_norm.weight
     q, k, v = ops.rope(
-        layer.qkv_proj(x),
-        table[0],
-        table[1],
-        positions,
-        layer.heads,
-        layer.groups,
-        norms[0],
-        norms[1],
-        layer.eps,
+        layer.qkv_proj(x), table[0], table[1], positions, layer.heads, layer.groups, norms[0], norms[1], layer.eps
     )
     if past[index] is not None:
         k, v = torch.cat((past[index][0], k), dim=1), torch.cat((past[index][1], v), dim=1)
@@ -251,7 +237,7 @@ def _attention(
     return layer.o_proj((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
 
 
-PEERS: dict[str, Callable[[Setting], Contender]] = {
+PEERS: dict[str, Callable[[RolloutSetting], Contender]] = {
     "ours": partial(ours, dtype=None),
     "ours-fp32": partial(ours, dtype=torch.float32),
     "naive": naive,

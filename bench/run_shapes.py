@@ -21,7 +21,7 @@ from minimind.inference.cache import PagedCache
 from minimind.inference.replica import Replica
 from minimind.inference.requests import SamplingParams
 from minimind.inference.runner import Runner
-from minimind.inference.scheduler import Chunk, Sample
+from minimind.inference.scheduler import Chunk, SequenceState
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss
 
@@ -29,9 +29,13 @@ CPU = torch.device("cpu")
 PAGE = 16
 DENSE = replace(PRESETS["nano"], num_hidden_layers=2)
 MIXTURE = replace(
-    DENSE, num_experts=4, num_experts_per_tok=2, num_shared_experts=1, moe_intermediate_size=512,
+    DENSE,
+    num_experts=4,
+    num_experts_per_tok=2,
+    num_shared_experts=1,
+    moe_intermediate_size=512,
     router_aux_loss_coef=0.1,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,7 @@ def cases(dtype: torch.dtype, lengths: Lengths = FEW) -> dict[str, Callable[[], 
     return found
 
 
-def _cases_of(
-    name: str, config: ModelConfig, dtype: torch.dtype, lengths: Lengths
-) -> dict[str, Callable[[], None]]:
+def _cases_of(name: str, config: ModelConfig, dtype: torch.dtype, lengths: Lengths) -> dict[str, Callable[[], None]]:
     def prefill() -> None:
         runner = _runner(config, dtype, max(lengths.prompts), 1)
         for length in lengths.prompts:
@@ -125,8 +127,8 @@ def _runner(config: ModelConfig, dtype: torch.dtype, context: int, rows: int) ->
     return Runner(Replica(_model(config, dtype), dtype), cache, batch, context + 1, "reference")
 
 
-def _sample(length: int) -> Sample:
-    sample = Sample(0, 0, 1, list(range(length)))
+def _sample(length: int) -> SequenceState:
+    sample = SequenceState(0, 0, 1, list(range(length)))
     sample.pages = list(range(-(-length // PAGE)))
     sample.computed = length - 1
     return sample
@@ -142,19 +144,13 @@ def _policy_step(model: Model, rows: int, length: int) -> None:
         out = model(ids, cu_seqlens=bounds, attention_mask=torch.ones_like(ids), return_logits=False)
         hidden = out.hidden_states.flatten(0, 1)
         found = ops.linear_log_probs(
-            hidden,
-            model.head_weight,
-            targets.flatten(),
-            entropy=entropy,
-            num_targets=rows * (length - length // 2),
+            hidden, model.head_weight, targets.flatten(), entropy=entropy, num_targets=rows * (length - length // 2)
         )
         (sum(part.sum() for part in found if part is not None) + out.aux_loss).backward()
 
 
 def _teacher_step(model: Model, rows: int, length: int) -> None:
-    hidden = torch.zeros(
-        rows * length, model.config.hidden_size, dtype=model.compute_dtype, requires_grad=True
-    )
+    hidden = torch.zeros(rows * length, model.config.hidden_size, dtype=model.compute_dtype, requires_grad=True)
     ops.linear_distillation(hidden, model.head_weight, hidden.detach(), model.head_weight.detach()).backward()
 
 

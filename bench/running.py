@@ -21,7 +21,7 @@ def execute(
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )  # fmt: skip
+        )
         try:
             while (left := end_by - time.monotonic()) > 0:
                 with contextlib.suppress(subprocess.TimeoutExpired):

@@ -40,7 +40,7 @@ from rich.console import Console
 
 from bench.decode import random_model
 from bench.kernel_report import append, check_columns, slug
-from bench.serving_report import COLUMNS, Row, plot
+from bench.serving_report import COLUMNS, ServingRow, plot
 from minimind.config import PRESETS, ModelConfig
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams
@@ -130,7 +130,7 @@ def main(args: Args) -> dict[str, Any]:
             left = _left(url)
     if left:
         raise RuntimeError(f"{left:g} samples are still in the server, and nobody waits for them")
-    row = Row(
+    row = ServingRow(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         commit=found["commit"], device=found["device"], threads=threads, torch=found["torch"],
         model=Path(args.model).name if args.model else args.preset,
@@ -148,9 +148,7 @@ def make_tasks(model: Model, args: Args) -> list[Task]:
     not that many to give."""
     rng = np.random.default_rng(0)
     wanted, vocab = args.clients * args.prompts, model.config.vocab_size
-    engine = Engine(
-        model, load_tokenizer(), dtype=torch.float32, max_batch=1, prefix_cache=False, kv_tokens=4096
-    )
+    engine = Engine(model, load_tokenizer(), dtype=torch.float32, max_batch=1, prefix_cache=False, kv_tokens=4096)
     requests = [
         Request(
             rng.integers(16, vocab, int(rng.integers(8, args.prompt + 1))).tolist(),
@@ -164,9 +162,7 @@ def make_tasks(model: Model, args: Args) -> list[Task]:
         if output.text and new:
             tasks[output.text] = Task(list(request.prompt), new, output.text)  # type: ignore[arg-type]
     if len(tasks) < wanted:
-        raise ValueError(
-            f"the model gives {len(tasks)} different answers, {wanted} are needed; use fewer --clients"
-        )
+        raise ValueError(f"the model gives {len(tasks)} different answers, {wanted} are needed; use fewer --clients")
     return list(tasks.values())[:wanted]
 
 
@@ -268,9 +264,7 @@ async def _watch(pid: int, log: Log) -> None:
 def _left(url: str) -> float:
     """Samples in the queue and in the batch."""
     found = re.findall(
-        r"^minimind_requests_(?:waiting|running) (\S+)",
-        httpx.get(f"{url}/metrics", trust_env=False).text,
-        re.MULTILINE,
+        r"^minimind_requests_(?:waiting|running) (\S+)", httpx.get(f"{url}/metrics", trust_env=False).text, re.MULTILINE
     )
     return sum(map(float, found))
 

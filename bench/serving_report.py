@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 
 @dataclass(frozen=True)
-class Row:
+class ServingRow:
     """One run. Seconds: of the load, then of a request to its first text (ttft) and between its pieces of text (tpot).
     requests: finished in that time or begun in it; lost: of them, those that broke off or failed; mixed: those whose
     answer is not the one that their prompt gets alone. rss: of the server, MiB, after a quarter of the time and at the
@@ -49,15 +49,11 @@ class Row:
     client_cpu: float
 
 
-COLUMNS = columns_of(Row)
+COLUMNS = columns_of(ServingRow)
 
 
 def plot(
-    row: Row,
-    ttft: Sequence[float],
-    tokens_at: Sequence[float],
-    rss: Sequence[tuple[float, float]],
-    path: Path,
+    row: ServingRow, ttft: Sequence[float], tokens_at: Sequence[float], rss: Sequence[tuple[float, float]], path: Path
 ) -> None:
     """ttft in seconds; tokens_at: when each piece of text came, rss: (when, MiB), in seconds since the start."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
@@ -80,8 +76,10 @@ def plot(
         f"{row.clients} streaming clients for {row.seconds:.0f} s: {row.requests:,} answers, {row.lost} lost, "
         f"{row.mixed} mixed, {row.tokens_per_second:,.0f} tokens/s; {row.model} ({row.weights}), {row.dtype}, "
         f"{row.device}, {row.commit}",
-        fontsize=9, x=0.01, ha="left",
-    )  # fmt: skip
+        fontsize=9,
+        x=0.01,
+        ha="left",
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -49,7 +49,7 @@ BETA, ALPHA = 0.1, 0.5  # of dpo; the data's share in distill
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageBenchmark:
     """seq_len: of upstream's rows. open(paths, console) -> the corpus, of the built-in data where there are no paths.
     marker_weight: of reasoning markers in the loss; adapter: what is trained, where that is not the whole model."""
 
@@ -91,13 +91,13 @@ def _preferences(paths: Sequence[str], console: Console) -> Corpus:
     return open_preferences(data, ChatEncoder(load_tokenizer()), console=console)
 
 
-STAGES: dict[str, Stage] = {
-    "pretrain": Stage(512, _texts),
-    "sft": Stage(340, partial(_chats, builtin_conversations)),
-    "lora": Stage(340, partial(_chats, builtin_identity), adapter=LORA),
-    "distill": Stage(340, partial(_chats, builtin_conversations), teacher=TEACHER),
-    "reason": Stage(720, _reasoning, marker_weight=MARKER_WEIGHT),
-    "dpo": Stage(1024, _preferences, pairs=True),
+STAGES: dict[str, StageBenchmark] = {
+    "pretrain": StageBenchmark(512, _texts),
+    "sft": StageBenchmark(340, partial(_chats, builtin_conversations)),
+    "lora": StageBenchmark(340, partial(_chats, builtin_identity), adapter=LORA),
+    "distill": StageBenchmark(340, partial(_chats, builtin_conversations), teacher=TEACHER),
+    "reason": StageBenchmark(720, _reasoning, marker_weight=MARKER_WEIGHT),
+    "dpo": StageBenchmark(1024, _preferences, pairs=True),
 }
 
 
@@ -113,7 +113,7 @@ class PaddedBatch:
 
 
 def padded_batches(
-    stage: Stage, corpus: Corpus, rows: int, seq_len: int, device: torch.device
+    stage: StageBenchmark, corpus: Corpus, rows: int, seq_len: int, device: torch.device
 ) -> Iterator[PaddedBatch]:
     """Upstream's batches, without end."""
     source = _sequences(stage, corpus)
@@ -132,7 +132,7 @@ def padded_batches(
         yield PaddedBatch(inputs, targets, kept, real)
 
 
-def _sequences(stage: Stage, corpus: Corpus) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _sequences(stage: StageBenchmark, corpus: Corpus) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(tokens, weight in the loss of each) of the documents, or of both sides of the pairs, in a random order."""
     order = np.random.default_rng(0).permutation(corpus.num_documents)
     while True:
@@ -157,7 +157,7 @@ class Padding:
     packed: float
 
 
-def padding_of(stage: Stage, corpus: Corpus, rows: int, seq_len: int) -> Padding:
+def padding_of(stage: StageBenchmark, corpus: Corpus, rows: int, seq_len: int) -> Padding:
     """Counted, not estimated, but for the packed share, which is that of the loader's first window."""
     lengths = corpus.lengths(np.arange(corpus.num_documents))
     if stage.pairs:
@@ -170,7 +170,7 @@ def padding_of(stage: Stage, corpus: Corpus, rows: int, seq_len: int) -> Padding
 Logits = Callable[[Tensor], Any]  # input ids -> what has logits [B, T, V] and aux_loss
 
 
-def upstream_loss(stage: Stage, model: Logits, frozen: Logits | None, batch: PaddedBatch) -> Tensor:
+def upstream_loss(stage: StageBenchmark, model: Logits, frozen: Logits | None, batch: PaddedBatch) -> Tensor:
     """What upstream's script of this stage minimises; frozen: the teacher or the reference model."""
     if stage.pairs:
         return _dpo(model, frozen, batch)
@@ -202,7 +202,7 @@ def _dpo(model: Logits, frozen: Logits | None, batch: PaddedBatch) -> Tensor:
     return -F.logsigmoid(BETA * margin).mean() + out.aux_loss
 
 
-def frozen_model(stage: Stage, preset: str, device: torch.device, dtype: torch.dtype | None) -> Model | None:
+def frozen_model(stage: StageBenchmark, preset: str, device: torch.device, dtype: torch.dtype | None) -> Model | None:
     """The teacher, or the reference, which is the model as it begins; computing in `dtype`, that of its weights if
     None."""
     if not stage.pairs and stage.teacher is None:

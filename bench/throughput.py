@@ -34,11 +34,11 @@ import torch
 from rich.console import Console
 
 from bench import projection
-from bench.contenders import MAKERS, Setting, optimizer_of, why_not
+from bench.contenders import MAKERS, ThroughputSetting, optimizer_of, why_not
 from bench.kernel_report import append, check_columns, slug
 from bench.stages import STAGES, Padding, padding_of
-from bench.throughput_report import COLUMNS, Row, plot, show
-from bench.throughput_worker import Step, Worker
+from bench.throughput_report import COLUMNS, ThroughputRow, plot, show
+from bench.throughput_worker import ThroughputWorker, WorkerStep
 from bench.timing import limits
 from minimind.config import PRESETS, ModelConfig
 from minimind.data.corpus import Corpus
@@ -89,16 +89,16 @@ class Args:
 
 
 def measure(
-    args: Args, setting: Setting, names: list[str], console: Console
-) -> tuple[dict[str, Worker], list[str]]:
+    args: Args, setting: ThroughputSetting, names: list[str], console: Console
+) -> tuple[dict[str, ThroughputWorker], list[str]]:
     """(those that ran to their end, one line for each that did not)."""
     title = f"{setting.stage}, {setting.preset}"
-    workers: dict[str, Worker] = {}
+    workers: dict[str, ThroughputWorker] = {}
     died = []
     for name in names:
         console.print(f"{title}: warming up {name}", highlight=False)
         try:
-            workers[name] = Worker(name, setting)
+            workers[name] = ThroughputWorker(name, setting)
             workers[name].run(args.warmup, counts=False)
         except ValueError as problem:  # the others go on
             workers.pop(name, None)
@@ -123,7 +123,7 @@ def measure(
     return workers, died
 
 
-def slow_step(steps: Sequence[Step]) -> str | None:
+def slow_step(steps: Sequence[WorkerStep]) -> str | None:
     """One line on the slowest step, where it took half as long again as the median or longer."""
     median, slowest = statistics.median(s.seconds for s in steps), max(steps, key=lambda s: s.seconds)
     if slowest.seconds < 1.5 * median:
@@ -137,9 +137,13 @@ def slow_step(steps: Sequence[Step]) -> str | None:
 
 
 def rows_of(
-    args: Args, setting: Setting, workers: dict[str, Worker], limit: float | None, stamp: dict[str, Any],
+    args: Args,
+    setting: ThroughputSetting,
+    workers: dict[str, ThroughputWorker],
+    limit: float | None,
+    stamp: dict[str, Any],
     died: list[str],
-) -> list[Row]:  # fmt: skip
+) -> list[ThroughputRow]:
     """limit: TFLOP/s that this device reaches in one large product, for the utilisation; died: gets a line for each
     that dies while it is asked for the rest."""
     with torch.device("meta"):
@@ -160,7 +164,7 @@ def rows_of(
         computed = setting.positions * len(seconds) / total
         whole = limit is not None and setting.stage in WHOLE_MODEL
         rows.append(
-            Row(
+            ThroughputRow(
                 **stamp,
                 stage=setting.stage, preset=setting.preset, rows=setting.rows, seq_len=setting.seq_len,
                 data="+".join(Path(path).name for path in paths) or "built-in", peer=name, steps=len(seconds),
@@ -192,7 +196,7 @@ def main(args: Args) -> dict[str, Any]:
     if device.type == "cuda":
         limit = limits(device, choose_precision(device).compute_dtype)["TFLOP/s"]
         torch.cuda.empty_cache()  # the contenders are other processes
-    rows: list[Row] = []
+    rows: list[ThroughputRow] = []
     shares: dict[str, Padding] = {}
     died: list[str] = []
     for stage, preset in itertools.product(args.stage, args.preset):
@@ -227,14 +231,14 @@ def main(args: Args) -> dict[str, Any]:
     return result | {"rows": [dataclasses.asdict(row) for row in rows]}
 
 
-def _setting(args: Args, stage: str, preset: str, corpus: Corpus, device: torch.device) -> Setting:
+def _setting(args: Args, stage: str, preset: str, corpus: Corpus, device: torch.device) -> ThroughputSetting:
     seq_len = args.seq_len or STAGES[stage].seq_len
     tokens = 16384 if device.type == "cuda" else 4096
     rows = args.rows or 2 * max(1, round(tokens / seq_len / 2))
     if STAGES[stage].pairs and rows % 2:
         raise ValueError(f"--rows {rows}: {stage} takes two a pair; give an even number")
     steps = args.warmup + args.steps
-    return Setting(stage, preset, corpus, rows, seq_len, args.optimizer, device, steps)
+    return ThroughputSetting(stage, preset, corpus, rows, seq_len, args.optimizer, device, steps)
 
 
 def data_of(args: Args, stage: str) -> list[str]:
@@ -253,9 +257,7 @@ def data_of(args: Args, stage: str) -> list[str]:
 
 def _check(args: Args) -> tuple[Args, torch.device]:
     """The flags with their lists taken apart, and the device."""
-    args = dataclasses.replace(
-        args, stage=_apart(args.stage), preset=_apart(args.preset), peer=_apart(args.peer)
-    )
+    args = dataclasses.replace(args, stage=_apart(args.stage), preset=_apart(args.preset), peer=_apart(args.peer))
     for flag, known in (("stage", STAGES), ("preset", PRESETS), ("peer", MAKERS)):
         for value in getattr(args, flag):
             if value not in known:

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 
 
 @dataclass(frozen=True)
-class Row:
+class ThroughputRow:
     """One contender. tokens_per_second counts real tokens, positions_per_second padding too, whose share is `padding`;
     p20 and p80 are what 20 and 80 of a hundred steps stay below. rows, seq_len: of upstream's batch. peak_mib:
     allocated, or resident on a CPU, compilation included (bench/timing.py). utilisation: the model's operations over
@@ -59,7 +59,7 @@ class Row:
     once_seconds: float | None
 
 
-COLUMNS = columns_of(Row)
+COLUMNS = columns_of(ThroughputRow)
 
 
 def _ratio(value: float | None, base: float | None) -> str:
@@ -71,7 +71,7 @@ def _text(value: float | None, form: str) -> str:
 
 
 # Columns of the table: heading, and the cell of a row beside the one that ratios are against.
-_CELLS: tuple[tuple[str, Callable[[Row, Row], str]], ...] = (
+_CELLS: tuple[tuple[str, Callable[[ThroughputRow, ThroughputRow], str]], ...] = (
     ("", lambda row, base: row.peer),
     ("attention", lambda row, base: row.attention),
     ("real tokens/s", lambda row, base: f"{row.tokens_per_second:,.0f}"),
@@ -91,7 +91,7 @@ _CELLS: tuple[tuple[str, Callable[[Row, Row], str]], ...] = (
 )
 
 
-def show(rows: Sequence[Row], padding: Padding, console: Console) -> None:
+def show(rows: Sequence[ThroughputRow], padding: Padding, console: Console) -> None:
     """One stage and preset; ratios against the last row. padding: of all its data."""
     first, base = rows[0], rows[-1]
     table = Table(
@@ -117,19 +117,24 @@ def show(rows: Sequence[Row], padding: Padding, console: Console) -> None:
             console.print(
                 f"{row.peer}: the reference is worked out once for the data, {share:.0%} of a step for each batch; "
                 f"with it, a single pass has {rate:,.0f} real tokens/s, {ratio:.2f} of {base.peer}",
-                highlight=False, soft_wrap=True,
-            )  # fmt: skip
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
+def plot(rows: Sequence[ThroughputRow], path: Path) -> None:
     """Real tokens/s, positions/s and peak memory of every contender, a row of panels for each stage and preset."""
     groups = list(dict.fromkeys((row.stage, row.preset) for row in rows))
     found = {group: [row for row in rows if (row.stage, row.preset) == group] for group in groups}
     figure, axes = plt.subplots(
-        len(groups), 3, figsize=(11, 1.3 + 0.34 * len(rows) + 0.6 * len(groups)), squeeze=False,
-        layout="constrained", sharey="row",
+        len(groups),
+        3,
+        figsize=(11, 1.3 + 0.34 * len(rows) + 0.6 * len(groups)),
+        squeeze=False,
+        layout="constrained",
+        sharey="row",
         gridspec_kw={"height_ratios": [len(found[group]) for group in groups]},
-    )  # fmt: skip
+    )
     panels = (
         ("real tokens/s", lambda r: r.tokens_per_second, "#1b6ca8"),
         ("positions/s, padding counted", lambda r: r.positions_per_second, "#5aa469"),
@@ -143,9 +148,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         line[0].set_ylabel(f"{stage}\n{preset}", fontsize=9, fontweight="bold")
         line[0].invert_yaxis()
     first = rows[0]
-    data = ", ".join(
-        dict.fromkeys(f"{row.stage} {row.rows} x {row.seq_len} of {caption(row.data)}" for row in rows)
-    )
+    data = ", ".join(dict.fromkeys(f"{row.stage} {row.rows} x {row.seq_len} of {caption(row.data)}" for row in rows))
     figure.suptitle(f"{data}; {first.device}, {first.commit}", fontsize=9, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from bench.contenders import MAKERS, Setting
+from bench.contenders import MAKERS, ThroughputSetting
 from bench.timing import peak_mib, start_deaf
 
 
 @dataclass(frozen=True)
-class Step:
+class WorkerStep:
     """seconds of the wall clock; busy and kernel: processor seconds of all threads, and those of them in the kernel;
     faults: pages that the kernel had to give; real: positions that were no padding."""
 
@@ -29,7 +29,7 @@ class Step:
     real: int
 
 
-def work(name: str, setting: Setting, pipe: Connection) -> None:
+def work(name: str, setting: ThroughputSetting, pipe: Connection) -> None:
     """Told a number of steps and whether they count, answers with the Steps; told None, with what else it knows."""
     contender = MAKERS[name](setting)
     pipe.send("ready")
@@ -57,7 +57,7 @@ def _turn(contender: Any, device: torch.device) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def _timed(step: Any, device: torch.device) -> Step:
+def _timed(step: Any, device: torch.device) -> WorkerStep:
     _wait(device)
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     real = step()
@@ -65,7 +65,7 @@ def _timed(step: Any, device: torch.device) -> Step:
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
     kernel = after.ru_stime - before.ru_stime
     busy = after.ru_utime - before.ru_utime + kernel
-    return Step(seconds, busy, kernel, after.ru_minflt - before.ru_minflt, real)
+    return WorkerStep(seconds, busy, kernel, after.ru_minflt - before.ru_minflt, real)
 
 
 def _wait(device: torch.device) -> None:
@@ -75,9 +75,11 @@ def _wait(device: torch.device) -> None:
 
 def _rest(contender: Any, device: torch.device) -> dict[str, Any]:
     rest = {
-        "loading": contender.loading, "once": contender.once, "peak_mib": peak_mib(device),
+        "loading": contender.loading,
+        "once": contender.once,
+        "peak_mib": peak_mib(device),
         "attention": contender.attention,
-    }  # fmt: skip
+    }
     if device.type == "cuda":
         rest["reserved_mib"] = torch.cuda.max_memory_reserved(device) / 2**20
         rest["host_syncs"] = _count_syncs(contender.step)
@@ -102,17 +104,17 @@ def _count_syncs(step: Any) -> int:
     return sum("synchronizing" in str(w.message) for w in caught)
 
 
-class Worker:
+class ThroughputWorker:
     """That process, as this one sees it. Raises ValueError where it died."""
 
-    def __init__(self, name: str, setting: Setting) -> None:
+    def __init__(self, name: str, setting: ThroughputSetting) -> None:
         context = multiprocessing.get_context("spawn")
         self.name = name
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(name, setting, theirs), daemon=True)
         start_deaf(self.process)
         theirs.close()  # so that a dead worker is an end of file here
-        self.steps: list[Step] = []
+        self.steps: list[WorkerStep] = []
         self._recv()
 
     def run(self, steps: int, counts: bool) -> None:

@@ -41,11 +41,7 @@ ROOT = Path(__file__).parents[1]
 WHAT = ("train", "decode")
 # Parts of Engine's step: (object, method, name of the span). What is outside them is the engine's own bookkeeping.
 PARTS = {
-    "cpu": (
-        ("_scheduler", "plan", "plan"),
-        ("_runner", "_decode", "decode"),
-        ("_runner", "sample", "sample"),
-    ),
+    "cpu": (("_scheduler", "plan", "plan"), ("_runner", "_decode", "decode"), ("_runner", "sample", "sample")),
     "cuda": (("_scheduler", "plan", "plan"), ("_runner", "step", "decode and sample")),  # one graph
 }
 TRAINED = 5  # steps; the third to the last are recorded

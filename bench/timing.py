@@ -88,9 +88,7 @@ def measure(steps: dict[str, Step], device: torch.device, runs: int) -> dict[str
         try:
             taken = {name: finish() for name, finish in pending.items()}
         except RuntimeError as problem:
-            raise RuntimeError(
-                f"the device failed in a round of {', '.join(pending)}: {problem}"
-            ) from problem
+            raise RuntimeError(f"the device failed in a round of {', '.join(pending)}: {problem}") from problem
         if turn >= warmup:
             for name, value in taken.items():
                 seconds[name].append(value)

@@ -31,9 +31,9 @@ from rich.table import Table
 
 from bench.kernel_report import slug
 from bench.transfer_fit import NOISE, Optimum, Rule, fit, noise_of, optima_of
-from bench.transfer_plan import FIRST, Campaign, OutOfTimeError, planned
+from bench.transfer_plan import FIRST, OutOfTimeError, Sweep, planned
 from bench.transfer_plot import plot
-from bench.transfer_runs import Point, Row, read
+from bench.transfer_runs import Point, TransferRow, read
 from minimind.config import PRESETS
 from minimind.data.builtin.docstrings import builtin_corpus
 from minimind.utils.device import choose_device, describe_device
@@ -91,7 +91,7 @@ def _is_usual(point: Point) -> bool:
     return (point.preset, point.embedding, point.warmup) == ("", 1.0, 0.02)
 
 
-def show(rows: Sequence[Row], console: Console) -> dict[str, Rule]:
+def show(rows: Sequence[TransferRow], console: Console) -> dict[str, Rule]:
     """The scans and the rules, which are returned."""
     optima = optima_of(rows)
     noise = noise_of(rows)
@@ -149,7 +149,7 @@ def run(args: Args, table: Path, console: Console) -> None:
     files = Files(args.data, console)
     corpora = list(files.paths)
     work = make_folder(Path(args.work) if args.work else cache_root(None) / "transfer")
-    campaign = Campaign(table, work, files.find, console, args.minutes)
+    campaign = Sweep(table, work, files.find, console, args.minutes)
     try:
         if args.check:
             point = check_point(args, corpora[0])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bench.transfer_runs import Point, Row
+from bench.transfer_runs import Point, TransferRow
 
 Losses = Mapping[float, float]  # held-out loss, infinite where a run diverged, by rate
 MOST = 9  # rates of a scan: a loss without a minimum within 2^8 has none
@@ -63,7 +63,7 @@ class Rule:
         return self.rate * 2 ** sum(e * _size(point, name) for name, e in exponents.items())
 
 
-def by_point(rows: Sequence[Row]) -> dict[Point, dict[float, float]]:
+def by_point(rows: Sequence[TransferRow]) -> dict[Point, dict[float, float]]:
     found: dict[Point, dict[float, float]] = {}
     for row in rows:
         found.setdefault(row.point, {})[row.rate] = row.loss
@@ -126,7 +126,7 @@ def _parabolas(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
     return a, vertex + middle, c + b * vertex + a * vertex**2
 
 
-def noise_of(rows: Sequence[Row]) -> float | None:
+def noise_of(rows: Sequence[TransferRow]) -> float | None:
     """Standard deviation of a loss between runs of two seeds, what all rates of a seed share left out; None where no
     two seeds have three rates in common. Only rates within a factor of two of the best."""
     scans = by_point(rows)
@@ -141,7 +141,7 @@ def noise_of(rows: Sequence[Row]) -> float | None:
     return math.sqrt(squares / degrees) if degrees else None
 
 
-def optima_of(rows: Sequence[Row]) -> list[Optimum]:
+def optima_of(rows: Sequence[TransferRow]) -> list[Optimum]:
     """Of every scan that has one."""
     noise = noise_of(rows) or NOISE
     found = (optimum(point, losses, noise) for point, losses in by_point(rows).items())
@@ -156,9 +156,7 @@ def fit(optima: Sequence[Optimum], seed: int = 0) -> Rule:
     dropped: list[Term] = []
     while True:
         if len(optima) < len(names) + 2:
-            raise ValueError(
-                f"{len(optima)} optima are too few for a rule of {', '.join(names) or 'a constant'}"
-            )
+            raise ValueError(f"{len(optima)} optima are too few for a rule of {', '.join(names) or 'a constant'}")
         values = _solve(optima, [o.log_rate for o in optima], names)
         errors = _errors(optima, names, np.random.default_rng(seed))
         terms = [Term(n, float(values[i + 1]), float(errors[i + 1])) for i, n in enumerate(names)]

@@ -16,12 +16,7 @@ from bench.transfer_runs import Point, read, train, write
 from minimind.utils.display import duration
 
 # Where nothing is known yet: what the scripts took for nano before there was a rule, AdamW's from bench/optimizers.py.
-FIRST = {
-    ("pretrain", "muon"): 4e-3,
-    ("pretrain", "adamw"): 8e-3,
-    ("sft", "muon"): 2e-3,
-    ("sft", "adamw"): 1e-3,
-}
+FIRST = {("pretrain", "muon"): 4e-3, ("pretrain", "adamw"): 8e-3, ("sft", "muon"): 2e-3, ("sft", "adamw"): 1e-3}
 CHATS = "conversations"  # the built-in ones, for SFT
 
 
@@ -56,8 +51,7 @@ def planned(
             *[replace(adamw, width=wide, depth=d) for d in (2, 8)],
         ],
         "embedding": [replace(base, width=w, embedding=e) for w in (narrow, widest) for e in (2.0, 4.0, 0.5)],
-        "tokens-wide": [replace(base, width=wide, tokens=t) for t in (2 * n, 4 * n)]
-        + [replace(base, tokens=8 * n)],
+        "tokens-wide": [replace(base, width=wide, tokens=t) for t in (2 * n, 4 * n)] + [replace(base, tokens=8 * n)],
         "warmup": [replace(base, warmup=w) for w in (0.0, 0.1)],
         "seed-more": [
             replace(base, width=widest, seed=2),
@@ -87,16 +81,11 @@ def _distance(a: Point, b: Point) -> float:
     return sum(abs(math.log2(getattr(a, s) / getattr(b, s))) for s in sizes) + (a.corpus != b.corpus)
 
 
-class Campaign:
+class Sweep:
     """The scans of one process; several share `table` and `work`."""
 
     def __init__(
-        self,
-        table: Path,
-        work: Path,
-        find: Callable[[str], str],
-        console: Console,
-        minutes: float | None = None,
+        self, table: Path, work: Path, find: Callable[[str], str], console: Console, minutes: float | None = None
     ) -> None:
         """find: the path of a corpus."""
         self.table, self.work, self.find, self.console = table, work, find, console
@@ -137,11 +126,7 @@ class Campaign:
         row = train(point, rate, self.find(point.corpus), self.work)
         write(self.table, row)
         self.done += point.flops
-        loss = (
-            "the loss became infinite"
-            if row.heldout_loss is None
-            else f"{row.heldout_loss:.4f} nats per token"
-        )
+        loss = "the loss became infinite" if row.heldout_loss is None else f"{row.heldout_loss:.4f} nats per token"
         self.say(f"  {loss} in {duration(row.seconds)}")
 
     def _eta(self, left: Sequence[Point]) -> str:

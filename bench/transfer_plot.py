@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bench.transfer_fit import REFERENCE, Optimum, Rule, by_point, fit, optima_of
-from bench.transfer_runs import Point, Row
+from bench.transfer_runs import Point, TransferRow
 from minimind.utils.display import pyplot
 
 RATES = [1e-3 * 2**k for k in range(-6, 9)]  # of the grid, where the axes have their ticks
@@ -19,12 +19,15 @@ LABELS = {"width": "width", "depth": "layers", "tokens": "tokens", "batch_tokens
 OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
+def plot(rows: Sequence[TransferRow], path: Path) -> None:
     """A row of panels for each optimizer: the losses of the scan over widths, and the best rates by each size. Raises
     ValueError where there is no scan yet."""
     plt = pyplot()
-    usual = [r for r in rows if (r.point.stage, r.point.preset, r.point.embedding, r.point.warmup)
-             == ("pretrain", "", 1.0, 0.02)]  # fmt: skip
+    usual = [
+        r
+        for r in rows
+        if (r.point.stage, r.point.preset, r.point.embedding, r.point.warmup) == ("pretrain", "", 1.0, 0.02)
+    ]
     optima = optima_of(usual)
     shown = [name for name in OPTIMIZERS if any(o.point.optimizer == name for o in optima)]
     if not shown:
@@ -61,13 +64,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def _of_widths(point: Point, corpus: str) -> bool:
     sizes = {name: getattr(point, name) for name in REFERENCE if name != "width"}
-    return sizes == {k: v for k, v in REFERENCE.items() if k != "width"} and (point.corpus, point.seed) == (
-        corpus,
-        1,
-    )
+    return sizes == {k: v for k, v in REFERENCE.items() if k != "width"} and (point.corpus, point.seed) == (corpus, 1)
 
 
-def _losses(axis: Any, rows: Sequence[Row]) -> None:
+def _losses(axis: Any, rows: Sequence[TransferRow]) -> None:
     """A line a width, with its parabola and the best rate."""
     best = {o.point: o for o in optima_of(rows)}
     for number, (point, losses) in enumerate(sorted(by_point(rows).items(), key=lambda item: item[0].width)):

@@ -26,8 +26,8 @@ from minimind.training.arguments import StageArgs
 from minimind.training.heldout import describe, heldout_loss
 from minimind.training.job import Job, Objective
 from minimind.training.optim import OptimizerName
-from minimind.training.origin import Origin
-from minimind.training.parts import Named, Parts, open_parts, read_texts
+from minimind.training.origin import InitialModel
+from minimind.training.parts import DataSplit, NamedFiles, open_parts, read_texts
 from minimind.training.stages.chats import ChatArgs, open_chats
 from minimind.training.trainer import NonFiniteLossError
 from minimind.utils.device import choose_device, choose_precision
@@ -66,9 +66,7 @@ class Point:
     def __str__(self) -> str:
         shape = self.preset or f"width {self.width} depth {self.depth}"
         usual = {"seed": 1, "embedding": 1.0, "warmup": 0.02}
-        more = [
-            f"{key} {getattr(self, key):g}" for key, value in usual.items() if getattr(self, key) != value
-        ]
+        more = [f"{key} {getattr(self, key):g}" for key, value in usual.items() if getattr(self, key) != value]
         return ", ".join(
             [f"{self.stage} {self.optimizer}", self.corpus, shape, f"{self.tokens:,} tokens",
              f"{self.batch_tokens:,} a step", *more]
@@ -81,7 +79,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Row:
+class TransferRow:
     """A finished run; heldout_loss in nats per token, None where the loss became infinite. seconds: since its last
     start, on a machine that may have been busy with other things as well."""
 
@@ -121,7 +119,7 @@ def _flops_per_token(config: ModelConfig) -> int:
         return Model(config).flops_per_token(512)
 
 
-def train(point: Point, rate: float, data: str, work: Path) -> Row:
+def train(point: Point, rate: float, data: str, work: Path) -> TransferRow:
     """The run to its end; one that was cut off goes on from its last checkpoint under `work`. Raises KeyboardInterrupt
     where it was told to stop."""
     folder = work / f"{point.name}-{rate:g}"
@@ -136,12 +134,14 @@ def train(point: Point, rate: float, data: str, work: Path) -> Row:
     shutil.rmtree(folder)
     about = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": start["commit"], "device": start["device"].partition(";")[0], "torch": start["torch"],
+        "commit": start["commit"],
+        "device": start["device"].partition(";")[0],
+        "torch": start["torch"],
         "precision": "bf16" if choose_precision(choose_device("auto")).compute_dtype == torch.bfloat16 else "fp32",
-    }  # fmt: skip
+    }
     steps = math.ceil(point.tokens / point.batch_tokens)
     named = {key: figures[key] for key in ("heldout_loss", "heldout_bpb", "heldout_tokens")}
-    return Row(point, rate, **named, steps=steps, seconds=seconds, about=about)
+    return TransferRow(point, rate, **named, steps=steps, seconds=seconds, about=about)
 
 
 def _base(point: Point, data: str, work: Path) -> Path:
@@ -158,7 +158,7 @@ def _fit(point: Point, rate: float, data: str, folder: Path, base: Path | None) 
     job = Job.begin(point.stage, _args(point, rate, data, folder, base), Console(quiet=True))
     if base is None:
         config = dataclasses.replace(point.config, vocab_size=job.tokenizer.vocab_size)
-        job.origin = Origin(job.tokenizer, config, point.preset or "family")
+        job.origin = InitialModel(job.tokenizer, config, point.preset or "family")
     parts = _open(job, point)
     plan = job.plan(partial(PackedLoader, parts.train, job.args.row, seed=point.seed))
     job.open_run()
@@ -194,13 +194,13 @@ def _args(point: Point, rate: float, data: str, folder: Path, base: Path | None)
     )  # fmt: skip
 
 
-def _open(job: Job, point: Point) -> Parts:
+def _open(job: Job, point: Point) -> DataSplit:
     if point.stage == "sft":
         return open_chats(job, (), (), ChatEncoder(job.tokenizer), builtin_conversations())
-    return open_parts(job, Named.of(job.args.data, ()), partial(read_texts, job))
+    return open_parts(job, NamedFiles.of(job.args.data, ()), partial(read_texts, job))
 
 
-def write(path: Path, row: Row) -> None:
+def write(path: Path, row: TransferRow) -> None:
     """Add it at the end."""
     found = dataclasses.asdict(row)
     line = {**found.pop("about"), **found.pop("point"), **found}
@@ -209,7 +209,7 @@ def write(path: Path, row: Row) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[TransferRow]:
     """Of a file that `write` has made, or that is not there. Raises ValueError on another's."""
     if not path.exists():
         return []
@@ -224,10 +224,10 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def _row(values: dict[str, Any]) -> Row:
+def _row(values: dict[str, Any]) -> TransferRow:
     point = Point(**{key: values.pop(key) for key in _names(Point) if key in values})
-    mine = {key: values.pop(key) for key in _names(Row) if key in values}
-    return Row(point=point, about=values, **mine)
+    mine = {key: values.pop(key) for key in _names(TransferRow) if key in values}
+    return TransferRow(point=point, about=values, **mine)
 
 
 def _names(kind: Any) -> Iterable[str]:

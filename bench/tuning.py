@@ -31,9 +31,9 @@ TABLES = {  # op -> the tables its kernels read, as (module of minimind.kernels,
     "rope": [("rope", "CONFIGS")],
     "rope_qk_norm": [("rope", "CONFIGS")],
     "swiglu": [("swiglu", "CONFIGS")],
-    "linear_cross_entropy": [("linear_chunks", "CONFIGS")],
-    "linear_log_probs": [("linear_chunks", "CONFIGS")],
-    "linear_distillation": [("linear_chunks", "CONFIGS")],
+    "linear_cross_entropy": [("chunked_linear", "CONFIGS")],
+    "linear_log_probs": [("chunked_linear", "CONFIGS")],
+    "linear_distillation": [("chunked_linear", "CONFIGS")],
     "moe": [("grouped_gemm", "HALF_CONFIGS"), ("moe_routing", "CONFIGS")],
 }
 FLOAT_TABLES = TABLES | {"moe": [("grouped_gemm", "FLOAT_CONFIGS"), ("moe_routing", "CONFIGS")]}
@@ -43,7 +43,7 @@ LONGEST = 180.0  # seconds of one table's search; each candidate is compiled ane
 
 
 @dataclass(frozen=True)
-class Row:
+class TuningRow:
     """The best entry found for one table. ratio: of its time to the present entry's."""
 
     date: str
@@ -58,7 +58,7 @@ class Row:
     ratio: float
 
 
-COLUMNS = columns_of(Row)
+COLUMNS = columns_of(TuningRow)
 
 
 def places(config: Any) -> list[tuple[str, ...]]:
@@ -103,8 +103,10 @@ def main(
     search = _Search(
         [build(op, p, n, dtype, device, compiled=False) for p in wanted for n in tokens or (16384,)],
         [build(op, p, PARITY_TOKENS, dtype, device, compiled=False) for p in wanted],
-        arch, device, console,
-    )  # fmt: skip
+        arch,
+        device,
+        console,
+    )
     found = versions(describe_device(device))
     stamp = {name: found[name] for name in ("device", "commit", "torch", "triton")}
     stamp["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
@@ -115,7 +117,7 @@ def main(
         best, ratio = search.run(table)
         name, entry = f"kernels/{module}.py {attribute}", f"{arch}: {best},"
         rows.append(
-            Row(**stamp, op=op, dtype=str(dtype).removeprefix("torch."), table=name, entry=entry, ratio=ratio)
+            TuningRow(**stamp, op=op, dtype=str(dtype).removeprefix("torch."), table=name, entry=entry, ratio=ratio)
         )
         append(folder / "tuning.csv", rows[-1:])
         console.print(f"{name}, {ratio:.3f} of the time before:", highlight=False)
@@ -147,9 +149,7 @@ class _Search:
                 if candidate == best:
                     continue
                 if time.monotonic() > end:
-                    self.console.print(
-                        f"stopped after {LONGEST:g} s, before {'.'.join(place)}", highlight=False
-                    )
+                    self.console.print(f"stopped after {LONGEST:g} s, before {'.'.join(place)}", highlight=False)
                     return best, taken / first
                 seconds = self.seconds(table, candidate)
                 if isinstance(seconds, str):
@@ -158,9 +158,7 @@ class _Search:
                     answer = f"{seconds / first:.3f} of the time before"
                     if seconds < GAIN * taken:
                         best, taken = candidate, seconds
-                self.console.print(
-                    f"{'.'.join(place)} {candidate}: {answer}", highlight=False, soft_wrap=True
-                )
+                self.console.print(f"{'.'.join(place)} {candidate}: {answer}", highlight=False, soft_wrap=True)
         return best, taken / first
 
     def seconds(self, table: dict[int, Any], config: Any) -> float | str:

@@ -273,9 +273,8 @@ def _moe_weight_grad_kernel(
 
 @jit(do_not_specialize=["n_tokens"])
 def _moe_sum_kernel(
-    p_copies, p_out, n_tokens,
-    TOP_K: tl.constexpr, C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    p_copies, p_out, n_tokens, TOP_K: tl.constexpr, C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr
+):
     o_token = (tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
     o_c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
     mask = (o_token < n_tokens) & (o_c < C)
@@ -322,7 +321,7 @@ def hidden(
 
 def scatter(
     a: Tensor, weight: Tensor, order: Tensor, offsets: Tensor, top_k: int, gates: Tensor | None, transposed: bool
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Each token's sum over its copies of a W, times the copy's gate [N, K] if given, [N, C] in a.dtype: a [R, K]
     sorted; weight [E, K, C], or transposed [E, C, K]."""
     columns = weight.shape[1 if transposed else 2]

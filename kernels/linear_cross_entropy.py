@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.kernels.linear_chunks import (
+from minimind.kernels.chunked_linear import (
     cap_slope,
     capped,
     check_head,
@@ -97,13 +97,7 @@ def _cross_entropy_kernel(
 
 
 def _rows_torch(
-    logits: Tensor,
-    targets: Tensor,
-    scale: Tensor,
-    losses: Tensor,
-    z_loss: float,
-    softcap: float,
-    gradient: bool,
+    logits: Tensor, targets: Tensor, scale: Tensor, losses: Tensor, z_loss: float, softcap: float, gradient: bool
 ) -> Tensor:
     index, scale = targets.unsqueeze(1), scale.unsqueeze(1)
     z = capped(logits, softcap)
@@ -165,7 +159,7 @@ def _linear_cross_entropy(
     vocab = weight.shape[0]
     targets, scale = target_rows(targets, loss_weights, ignore_index, vocab)
     rows = select_rows(scale != 0, num_targets)
-    targets, scale = rows.take(targets), rows.poisoned(rows.take(scale))
+    targets, scale = rows.take(targets), rows.guarded(rows.take(scale))
     if divisor is not None:
         scale = scale / divisor
     losses = torch.empty(rows.count, dtype=torch.float32, device=x.device)
@@ -176,7 +170,7 @@ def _linear_cross_entropy(
 
     chunk = chunk_rows(x.device, vocab * logit_bytes(x, kernels))
     dx, dw = run_chunks(x, weight, rows, chunk, row_function, need_dx, need_dw)
-    return rows.poisoned(losses.sum()), dx, dw
+    return rows.guarded(losses.sum()), dx, dw
 
 
 register_made_gradient(_linear_cross_entropy, arguments=12)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.kernels.linear_chunks import (
+from minimind.kernels.chunked_linear import (
     check_head,
     check_per_row,
     check_weight_sum,
@@ -230,11 +230,9 @@ def _linear_distillation(
     need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     vocab = weight.shape[0]
-    scale = (
-        torch.ones(x.shape[0], dtype=torch.float32, device=x.device) if loss_weights is None else loss_weights
-    )
+    scale = torch.ones(x.shape[0], dtype=torch.float32, device=x.device) if loss_weights is None else loss_weights
     rows = select_rows(scale != 0, num_targets)
-    scale = rows.poisoned(rows.take(scale))
+    scale = rows.guarded(rows.take(scale))
     if divisor is not None:
         scale = scale / divisor
     losses = torch.empty(rows.count, dtype=torch.float32, device=x.device)
@@ -249,7 +247,7 @@ def _linear_distillation(
         return _rows(logits, teacher_logits, scale[part], losses[part], temperature, beta, gradient, kernels)
 
     dx, dw = run_chunks(x, weight, rows, chunk, row_function, need_dx, need_dw)
-    return rows.poisoned(losses.sum()), dx, dw
+    return rows.guarded(losses.sum()), dx, dw
 
 
 register_made_gradient(_linear_distillation, arguments=12)
@@ -289,8 +287,12 @@ def linear_distillation(
     check(words[0] == words[1], message, *words)
     check(
         (teacher_x.shape[0], teacher_x.device) == (x.shape[0], x.device),
-        "teacher_x has {} rows on {}, and x {} on {}", teacher_x.shape[0], teacher_x.device, x.shape[0], x.device,
-    )  # fmt: skip
+        "teacher_x has {} rows on {}, and x {} on {}",
+        teacher_x.shape[0],
+        teacher_x.device,
+        x.shape[0],
+        x.device,
+    )
     check_per_row(x, torch.float32, loss_weights=loss_weights)
     check_weight_sum(x, weight_sum)
     check(temperature > 0, "temperature is {}; give a positive number", temperature)

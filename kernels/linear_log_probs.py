@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.kernels.linear_chunks import (
+from minimind.kernels.chunked_linear import (
     cap_slope,
     capped,
     check_head,
@@ -123,13 +123,7 @@ def _linear_log_probs_backward_kernel(
 
 
 def _forward_torch(
-    logits: Tensor,
-    targets: Tensor,
-    scale: Tensor,
-    log_probs: Tensor,
-    stats: Tensor,
-    temperature: float,
-    softcap: float,
+    logits: Tensor, targets: Tensor, scale: Tensor, log_probs: Tensor, stats: Tensor, temperature: float, softcap: float
 ) -> None:
     z = capped(logits, softcap)
     torch.amax(z, dim=1, out=stats[0])
@@ -242,12 +236,8 @@ def _linear_log_probs(
         )
 
     run_chunks(x, weight, rows, chunk_rows(x.device, vocab * logit_bytes(x, kernels)), row_function)
-    log_probs, stats = rows.poisoned(rows.put(log_probs)), rows.poisoned(rows.put(stats))
-    return (
-        log_probs,
-        stats[2].clone() if entropy else torch.empty(0, dtype=torch.float32, device=x.device),
-        stats,
-    )
+    log_probs, stats = rows.guarded(rows.put(log_probs)), rows.guarded(rows.put(stats))
+    return (log_probs, stats[2].clone() if entropy else torch.empty(0, dtype=torch.float32, device=x.device), stats)
 
 
 @torch.library.custom_op("minimind::linear_log_probs_backward", mutates_args=())
@@ -269,7 +259,7 @@ def _linear_log_probs_backward(
     vocab = weight.shape[0]
     targets, scale = target_rows(targets, None, ignore_index, vocab)
     rows = select_rows(scale != 0, num_targets)
-    targets, scale, stats = rows.take(targets), rows.poisoned(rows.take(scale)), rows.take(stats)
+    targets, scale, stats = rows.take(targets), rows.guarded(rows.take(scale)), rows.take(stats)
 
     def weighed(gradient: Tensor) -> Tensor:  # nothing of an ignored row, whatever was done with its 0
         return (rows.take(gradient) * scale).masked_fill_(scale == 0, 0)
@@ -313,9 +303,7 @@ def _backward(ctx, dlog_probs, dentropy, _dstats):
     need_dx, need_dw = ctx.needs_input_grad[:2]
     if dlog_probs is None and dentropy is None:
         return (None,) * 9
-    dx, dw = _linear_log_probs_backward(
-        dlog_probs, dentropy, *ctx.saved_tensors, *ctx.options, need_dx, need_dw
-    )
+    dx, dw = _linear_log_probs_backward(dlog_probs, dentropy, *ctx.saved_tensors, *ctx.options, need_dx, need_dw)
     return dx if need_dx else None, dw if need_dw else None, *(None,) * 7
 
 

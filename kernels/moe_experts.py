@@ -124,8 +124,10 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tenso
         check(weight.dtype in (x.dtype, torch.float32), message, name, weight.dtype, x.dtype)
     check(
         gates.ndim == 2 and gates.shape[0] == tokens and gates.shape[1] > 0,
-        "gates is {}, and x needs [{}, choices]", list(gates.shape), tokens,
-    )  # fmt: skip
+        "gates is {}, and x needs [{}, choices]",
+        list(gates.shape),
+        tokens,
+    )
     for name, tensor, length in (("order", order, gates.numel()), ("offsets", offsets, experts + 1)):
         check(
             tensor.shape == (length,) and tensor.dtype == torch.int32 and tensor.device == x.device,
@@ -141,17 +143,17 @@ def _check_sort(order: Tensor, offsets: Tensor) -> None:
     copies = order.numel()
     check(
         bool((order.sort().values == torch.arange(copies, device=order.device)).all()),
-        "order is not a permutation of the copies 0..{}; give what moe_routing.route made", copies - 1,
-    )  # fmt: skip
+        "order is not a permutation of the copies 0..{}; give what moe_routing.route made",
+        copies - 1,
+    )
     check(
         int(offsets[0]) == 0 and int(offsets[-1]) == copies and bool((offsets.diff() >= 0).all()),
-        "offsets do not rise from 0 to the {} copies; give what moe_routing.route made", copies,
-    )  # fmt: skip
+        "offsets do not rise from 0 to the {} copies; give what moe_routing.route made",
+        copies,
+    )
 
 
-def moe_experts(
-    x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tensor, offsets: Tensor
-) -> Tensor:
+def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     """Every token through the experts it chose: sum over k of gates[t, k] * down_e(silu(gate_e x_t) * up_e x_t).
 
     x [N, C], float32, bfloat16 or float16; gate_up [E, 2 I, C] and down [E, C, I] in x.dtype, or float32, which is

@@ -194,7 +194,7 @@ def _tile(experts: int, device: torch.device) -> tuple[int, int, int]:
 @kernel_op("moe_route")
 def _route(
     logits: Tensor, top_k: int, normalize: bool, sequence_ids: Tensor | None, sequences: int, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, experts = logits.shape
     logits = rows_of(logits)
     block_t, block_e, warps = _tile(experts, logits.device)
@@ -229,9 +229,13 @@ def _route(
 
 @kernel_op("moe_route_backward")
 def _route_backward(
-    dgates: Tensor | None, dscores: Tensor | None, scores: Tensor, expert_ids: Tensor, normalize: bool,
+    dgates: Tensor | None,
+    dscores: Tensor | None,
+    scores: Tensor,
+    expert_ids: Tensor,
+    normalize: bool,
     dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     tokens, experts = scores.shape
     dlogits = torch.empty(scores.shape, dtype=dtype, device=scores.device)
     block_t, block_e, warps = _tile(experts, scores.device)
@@ -252,10 +256,14 @@ def _(logits, top_k, normalize, sequence_ids, sequences, mask):
         return logits.new_empty(shape, dtype=dtype)
 
     return (
-        empty(tokens, top_k, dtype=torch.float32), empty(tokens, top_k),
-        empty(tokens, experts, dtype=torch.float32), empty(tokens * top_k), empty(tokens * top_k),
-        empty(experts + 1), empty(sequences, experts),
-    )  # fmt: skip
+        empty(tokens, top_k, dtype=torch.float32),
+        empty(tokens, top_k),
+        empty(tokens, experts, dtype=torch.float32),
+        empty(tokens * top_k),
+        empty(tokens * top_k),
+        empty(experts + 1),
+        empty(sequences, experts),
+    )
 
 
 @_route_backward.register_fake
@@ -280,9 +288,7 @@ def _backward(ctx, dgates, _dexpert_ids, dscores, *_):
 _route.register_autograd(_backward, setup_context=_save)
 
 
-def _check(
-    logits: Tensor, top_k: int, sequence_ids: Tensor | None, sequences: int, mask: Tensor | None
-) -> None:
+def _check(logits: Tensor, top_k: int, sequence_ids: Tensor | None, sequences: int, mask: Tensor | None) -> None:
     check_tensors(logits=logits)
     check(logits.ndim == 2, "logits has {} dimensions, and must be [tokens, experts]", logits.ndim)
     tokens, experts = logits.shape

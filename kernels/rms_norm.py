@@ -70,15 +70,11 @@ def _rms_norm_forward_kernel(
     m_row = o_row < n_rows
     mask = m_row[:, None] & (o_d < D)[None, :]
     o_x = _row_offsets(o_row, heads, x_stride, x_stride_head, SPLIT)
-    b_x = tl.load(p_x + o_x[:, None] + o_d[None, :], mask=mask, other=0.0).to(
-        tl.float32
-    )  # [BLOCK_R, BLOCK_D]
+    b_x = tl.load(p_x + o_x[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_D]
     o_out = o_row[:, None] * D + o_d[None, :]
     if p_residual is not None:
         o_res = _row_offsets(o_row, heads, residual_stride, residual_stride_head, SPLIT)
-        b_res = tl.load(
-            p_residual + o_res[:, None] + o_d[None, :], mask=mask, other=0.0
-        )  # [BLOCK_R, BLOCK_D]
+        b_res = tl.load(p_residual + o_res[:, None] + o_d[None, :], mask=mask, other=0.0)  # [BLOCK_R, BLOCK_D]
         # the norm sees the sum as it is stored, rounded, as it does in PyTorch
         b_total = (b_x + b_res.to(tl.float32)).to(p_total.dtype.element_ty)
         tl.store(p_total + o_out, b_total, mask=mask)
@@ -255,8 +251,12 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
     if residual is not None:
         check(
             residual.shape == x.shape and residual.dtype == x.dtype,
-            "residual is {} {}, and x {} {}", residual.dtype, list(residual.shape), x.dtype, list(x.shape),
-        )  # fmt: skip
+            "residual is {} {}, and x {} {}",
+            residual.dtype,
+            list(residual.shape),
+            x.dtype,
+            list(x.shape),
+        )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -116,8 +116,7 @@ def _rope(
     """(q, k, v, rstd [..., H + G]); rstd is [0] without the norm."""
     shape, half = qkv.shape[:-1], cos.shape[1]
     q, k, v = (
-        torch.empty(*shape, count, 2 * half, dtype=qkv.dtype, device=qkv.device)
-        for count in (heads, groups, groups)
+        torch.empty(*shape, count, 2 * half, dtype=qkv.dtype, device=qkv.device) for count in (heads, groups, groups)
     )
     rstd_shape = (0,) if q_weight is None else (*shape, heads + groups)
     rstd = torch.empty(rstd_shape, dtype=torch.float32, device=qkv.device)
@@ -147,10 +146,7 @@ def _rope_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dqkv, dq_weight, dk_weight); the last two are [0] without the norm."""
     shape, (heads, size), groups = dq.shape[:-2], dq.shape[-2:], dk.shape[-2]
-    tokens, device = (
-        math.prod(shape),
-        dq.device,
-    )  # Size.numel() would fix the number in what torch.compile traces
+    tokens, device = (math.prod(shape), dq.device)  # Size.numel() would fix the number in what torch.compile traces
     dqkv = torch.empty(*shape, (heads + 2 * groups) * size, dtype=dq.dtype, device=device)
     ids, tile = _ids(position_ids, shape), _tile(size // 2, device)
     rows, partial, limit = None, None, None
@@ -227,8 +223,11 @@ def _check(
     check(
         cos.dtype == sin.dtype == torch.float32 and cos.ndim == 2 and cos.shape == sin.shape and len(cos) > 0,
         "cos is {} {} and sin {} {}; both must be float32 [P, D / 2]",
-        cos.dtype, list(cos.shape), sin.dtype, list(sin.shape),
-    )  # fmt: skip
+        cos.dtype,
+        list(cos.shape),
+        sin.dtype,
+        list(sin.shape),
+    )
     size = 2 * cos.shape[1]
     check(2 <= size <= MAX_D, "cos is for heads of {}; this kernel takes 2 to {}", size, MAX_D)
     width = (heads + 2 * groups) * size

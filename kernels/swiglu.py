@@ -63,9 +63,8 @@ def _tile_offsets(n_rows, SIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl
 
 @jit(do_not_specialize=["n_rows"])
 def _swiglu_forward_kernel(
-    p_gate_up, p_y, n_rows, gate_up_stride,
-    SIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr,
-):  # fmt: skip
+    p_gate_up, p_y, n_rows, gate_up_stride, SIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr
+):
     o_row, o_col, mask = _tile_offsets(n_rows, SIZE, BLOCK_R, BLOCK_I)
     p_gate = p_gate_up + o_row * gate_up_stride + o_col
     b_gate = tl.load(p_gate, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_R, BLOCK_I]
@@ -113,9 +112,7 @@ def _swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     dgate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     rows = rows_of(gate_up)
     grid, tile = _tiles(rows.shape[0], dy.shape[-1], rows.device)
-    launch(
-        _swiglu_backward_kernel, grid, dy.contiguous(), rows, dgate_up, rows.shape[0], rows.stride(0), **tile
-    )
+    launch(_swiglu_backward_kernel, grid, dy.contiguous(), rows, dgate_up, rows.shape[0], rows.stride(0), **tile)
     return dgate_up
 
 
@@ -151,6 +148,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     check_tensors(gate_up=gate_up)
     check(
         gate_up.ndim >= 1 and gate_up.shape[-1] >= 2 and gate_up.shape[-1] % 2 == 0,
-        "gate_up is {}; its last dimension must hold gate and up, of one size each", list(gate_up.shape),
-    )  # fmt: skip
+        "gate_up is {}; its last dimension must hold gate and up, of one size each",
+        list(gate_up.shape),
+    )
     return _swiglu(gate_up)

@@ -102,9 +102,7 @@ def launch(
         _run(kernel, grid, args, constants, num_warps, num_stages)
 
 
-def _launch(
-    kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict, num_warps: int, num_stages: int
-) -> None:
+def _launch(kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict, num_warps: int, num_stages: int) -> None:
     first = next(a for a in args if isinstance(a, Tensor))
     device = first.device
     if type(first) not in (Tensor, torch.nn.Parameter):  # torch.compile traces: note the launch

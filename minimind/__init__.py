@@ -15,11 +15,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_LAZY = {
-    "ModelConfig": "minimind.config",
-    "load_model": "minimind.weights",
-    "load_tokenizer": "minimind.tokenization",
-}
+_LAZY = {"ModelConfig": "minimind.config", "load_model": "minimind.weights", "load_tokenizer": "minimind.tokenization"}
 __all__ = ["ModelConfig", "__version__", "load_model", "load_tokenizer"]
 
 

@@ -18,10 +18,7 @@ COMMANDS = {
     "serve": ("minimind.serving.command", "serve a model over HTTP as OpenAI's API does"),
     "web": ("minimind.serving.web_command", "talk to a model in the browser"),
     "evaluate": ("minimind.evaluation.perplexity", "perplexity of a model by context length, or benchmarks"),
-    "export": (
-        "minimind.export.command",
-        "write a model for transformers, vLLM, llama.cpp, ollama or upstream",
-    ),
+    "export": ("minimind.export.command", "write a model for transformers, vLLM, llama.cpp, ollama or upstream"),
     "data": ("minimind.data.download", "fetch upstream's data sets"),
 }
 
@@ -29,9 +26,7 @@ COMMANDS = {
 def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
-    return "\n".join(
-        ["usage: minimind COMMAND [flags]", "", *lines, "", "minimind COMMAND --help lists its flags"]
-    )
+    return "\n".join(["usage: minimind COMMAND [flags]", "", *lines, "", "minimind COMMAND --help lists its flags"])
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -172,12 +172,7 @@ PRESETS: dict[str, ModelConfig] = {
         router_aux_loss_coef=0.01,  # 0.1, as upstream had it at first, costs 0.05 nats (docs/LOG.md)
     ),
     "minimind3": ModelConfig(
-        hidden_size=768,
-        num_key_value_heads=4,
-        head_dim=96,
-        intermediate_size=2432,
-        rms_norm_eps=1e-6,
-        qk_norm=True,
+        hidden_size=768, num_key_value_heads=4, head_dim=96, intermediate_size=2432, rms_norm_eps=1e-6, qk_norm=True
     ),
     "minimind3-moe": ModelConfig(
         hidden_size=768,
@@ -251,9 +246,11 @@ def _from_dict(raw: dict[str, Any]) -> ModelConfig:
 def _granite_experts(raw: dict[str, Any], head_dim: int) -> dict[str, Any]:
     """Granite's MoE is MiniMind2's where its multipliers do nothing. Several shared experts lie side by side in one."""
     wanted = {
-        "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
         "attention_multiplier": head_dim**-0.5,
-    }  # fmt: skip
+    }
     for key, value in wanted.items():
         found = raw.get(key, 1.0)
         if abs(found - value) > 1e-6 * value:

@@ -34,9 +34,7 @@ def to_granite(stock: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
             return [stock[f"{mlp}.{group}.{e}.{kind}_proj.weight"] for e in range(count)]
 
         out[f"{moe}.router.layer.weight"] = stock[f"{mlp}.gate.weight"]
-        gate, up, down = (
-            torch.stack(expert(k, "experts", config.num_experts)) for k in ("gate", "up", "down")
-        )
+        gate, up, down = (torch.stack(expert(k, "experts", config.num_experts)) for k in ("gate", "up", "down"))
         out[f"{moe}.input_linear.weight"] = torch.cat((gate, up), dim=1)
         out[f"{moe}.output_linear.weight"] = down
         if config.num_shared_experts:
@@ -80,7 +78,5 @@ def _shared(prefix: str, leaf: str, tensor: Tensor, count: int) -> dict[str, Ten
         return {name(s, "down"): part for s, part in enumerate(tensor.chunk(count, dim=1))}
     gate, up = tensor.chunk(2)
     return {
-        name(s, kind): part
-        for kind, half in (("gate", gate), ("up", up))
-        for s, part in enumerate(half.chunk(count))
+        name(s, kind): part for kind, half in (("gate", gate), ("up", up)) for s, part in enumerate(half.chunk(count))
     }

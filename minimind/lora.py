@@ -90,9 +90,7 @@ class Adapter(nn.Module):
         """x [..., in] -> the term of each part, [..., rows]."""
         x = F.dropout(x, self.config.dropout, self.training)
         low = F.linear(x, self.A.to(x.dtype)) * self.config.scale  # [..., n r]
-        pieces = zip(
-            low.split(self.config.rank, dim=-1), self.by_part(self.B.to(x.dtype)).items(), strict=True
-        )
+        pieces = zip(low.split(self.config.rank, dim=-1), self.by_part(self.B.to(x.dtype)).items(), strict=True)
         return {part: F.linear(z, b) for z, (part, b) in pieces}
 
     def gains(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -267,9 +265,7 @@ def empty_copy(model: Model) -> Model:
             weights = other.by_part(other.weight)
             for name in linear.adapters:
                 adapter = linear.adapter(name)
-                other.adapters[name] = Adapter(
-                    {part: weights[part] for part in adapter.parts}, adapter.config
-                )
+                other.adapters[name] = Adapter({part: weights[part] for part in adapter.parts}, adapter.config)
             other.active = linear.active
     copy.compute_dtype, copy.recompute, copy.dropout = model.compute_dtype, model.recompute, model.dropout
     return copy.train(model.training)

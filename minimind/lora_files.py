@@ -24,16 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minimind.lora import (
-    ROUTED,
-    LoRAConfig,
-    attach,
-    check_name,
-    leaf,
-    lora_linears,
-    matches,
-    projections,
-)
+from minimind.lora import ROUTED, LoRAConfig, attach, check_name, leaf, lora_linears, matches, projections
 from minimind.modeling import Model
 from minimind.weights import fingerprint
 
@@ -47,16 +38,7 @@ _OF_NO_EFFECT = {
     "layers_pattern", "layers_to_transform", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
-_READ = {
-    "bias",
-    "init_lora_weights",
-    "lora_alpha",
-    "lora_dropout",
-    "peft_type",
-    "r",
-    "use_dora",
-    "use_rslora",
-}
+_READ = {"bias", "init_lora_weights", "lora_alpha", "lora_dropout", "peft_type", "r", "use_dora", "use_rslora"}
 # Starting points that leave the base's weights as they are; the others (pissa, olora, corda, ...) change them.
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -127,9 +109,7 @@ def save_adapter(
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets its owner alone read it
 
 
-def load_adapter(
-    model: Model, folder: str | Path, name: str = "default", *, trainable: bool = False
-) -> LoRAConfig:
+def load_adapter(model: Model, folder: str | Path, name: str = "default", *, trainable: bool = False) -> LoRAConfig:
     """Give `model` the adapter in `folder`, ours or peft's, the only one active; its settings are returned.
 
     folder: with the two files, or a run folder of train/lora.py, whose newest checkpoint is meant. trainable: to go on
@@ -154,9 +134,7 @@ def read_adapter(model: Model, folder: Path, name: str = "default") -> dict[str,
 
 def adapter_folder(path: Path) -> Path:
     """The folder with the adapter: `path` itself, or of a run folder the checkpoint kept as best, else the newest."""
-    steps = [
-        file for kind in ("step", "best") for file in sorted(path.glob(f"checkpoints/{kind}-*/{CONFIG}"))
-    ]
+    steps = [file for kind in ("step", "best") for file in sorted(path.glob(f"checkpoints/{kind}-*/{CONFIG}"))]
     return steps[-1].parent if steps and not (path / CONFIG).is_file() else path
 
 
@@ -277,9 +255,7 @@ def _read_tensors(path: Path, model: Model, config: LoRAConfig) -> dict[str, dic
     for key, tensor in state.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise ValueError(
-                f"{path}: tensor {key!r} is no LoRA matrix of a projection; it has no place here"
-            )
+            raise ValueError(f"{path}: tensor {key!r} is no LoRA matrix of a projection; it has no place here")
         sides.setdefault(match["module"], {})[match["side"] or "M"] = tensor
     if not sides:
         raise ValueError(f"{path}: holds no tensor")

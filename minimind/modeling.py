@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minimind import ops
 from minimind.config import ModelConfig
-from minimind.ops.attention import Layout, Unfolding, document_ids, make_layout
+from minimind.ops.attention import Layout, SharedPrefix, document_ids, make_layout
 from minimind.rope import rope_cos_sin
 
 
@@ -261,7 +261,7 @@ class Model(nn.Module):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        unfolding: Unfolding | None = None,
+        unfolding: SharedPrefix | None = None,
         return_logits: bool = True,
     ) -> ModelOutput:
         """input_ids int64 [B, T]. Two kinds of batches, equal in their losses:
@@ -294,9 +294,7 @@ class Model(nn.Module):
         for layer in self.layers:
             inputs = (x, delta, rotation, layout, sequences)
             if self.recompute and self.training:
-                x, delta, report = checkpoint(
-                    layer, *inputs, use_reentrant=False, preserve_rng_state=self.dropout
-                )
+                x, delta, report = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=self.dropout)
             else:
                 x, delta, report = layer(*inputs)
             if report is not None:

@@ -45,9 +45,7 @@ def _yarn(freqs: Tensor, config: ModelConfig, scaling: YarnScaling) -> Tensor:
     """f'(i) = f(i) * ((1 - r(i)) + r(i) / factor), r a linear ramp between the two rotation counts beta."""
     dim = config.head_dim
 
-    def dim_of(
-        rotations: float,
-    ) -> float:  # the dimension that turns `rotations` times in the original context
+    def dim_of(rotations: float) -> float:  # the dimension that turns `rotations` times in the original context
         ratio = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
         return dim * math.log(ratio) / (2 * math.log(config.rope_theta))
 

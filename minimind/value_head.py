@@ -23,7 +23,7 @@ from minimind.config import ModelConfig
 from minimind.lora import merge_adapter, remove_adapters
 from minimind.lora_files import CONFIG, base_of, load_adapter
 from minimind.modeling import Linear, Model, ModelOutput
-from minimind.ops.attention import Unfolding
+from minimind.ops.attention import SharedPrefix
 from minimind.weights import checkpoint_folder, from_stock, load_model, to_stock
 
 SCORE, HEAD = "score.weight", "value_head.safetensors"
@@ -69,7 +69,7 @@ class ValueModel(Model):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        unfolding: Unfolding | None = None,
+        unfolding: SharedPrefix | None = None,
         return_logits: bool = False,
     ) -> ValueOutput:
         """As of Model, with the values; logits only on request."""
@@ -82,9 +82,7 @@ class ValueModel(Model):
             return_logits=return_logits,
         )
         hidden = out.hidden_states
-        wide = hidden.to(
-            torch.promote_types(hidden.dtype, torch.float32)
-        )  # bfloat16 has steps of 1 / 128 near 1
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # bfloat16 has steps of 1 / 128 near 1
         values = F.linear(wide, self.value_head.weight.to(wide.dtype)).squeeze(-1)
         return ValueOutput(**vars(out), values=values)
 
@@ -118,9 +116,7 @@ def load_value_model(path: str | Path, config: ModelConfig | None = None) -> Val
     state = load_file(folder / "model.safetensors")
     head = state.pop(SCORE)
     if head.shape != (1, config.hidden_size):
-        raise ValueError(
-            f"{folder}: {SCORE} is {list(head.shape)}, the config wants [1, {config.hidden_size}]"
-        )
+        raise ValueError(f"{folder}: {SCORE} is {list(head.shape)}, the config wants [1, {config.hidden_size}]")
     with torch.device("meta"):
         model = ValueModel(config)
     packed = from_stock(state, config, source=str(folder)) | {"value_head.weight": head}

@@ -129,9 +129,7 @@ def from_stock(state: Mapping[str, Tensor], config: ModelConfig, source: str = "
     state = _plain_names(state)
     if is_granite(state):
         state = from_granite(state, config)
-    left = {
-        k: v for k, v in state.items() if not k.endswith(("freqs_cos", "freqs_sin", "rotary_emb.inv_freq"))
-    }
+    left = {k: v for k, v in state.items() if not k.endswith(("freqs_cos", "freqs_sin", "rotary_emb.inv_freq"))}
 
     def take(name: str) -> Tensor:
         if name not in left:
@@ -153,9 +151,7 @@ def from_stock(state: Mapping[str, Tensor], config: ModelConfig, source: str = "
     for i in range(config.num_hidden_layers):
         layer, stock = f"layers.{i}", f"model.layers.{i}"
         attn = f"{stock}.self_attn"
-        out[f"{layer}.self_attn.qkv_proj.weight"] = torch.cat(
-            [take(f"{attn}.{x}_proj.weight") for x in "qkv"]
-        )
+        out[f"{layer}.self_attn.qkv_proj.weight"] = torch.cat([take(f"{attn}.{x}_proj.weight") for x in "qkv"])
         plain = ["input_layernorm", "post_attention_layernorm", "self_attn.o_proj"]
         plain += ["self_attn.q_norm", "self_attn.k_norm"] if config.qk_norm else []
         for name in plain:
@@ -173,9 +169,7 @@ def from_stock(state: Mapping[str, Tensor], config: ModelConfig, source: str = "
             out[f"{layer}.{mlp}.down_proj.weight"] = take(f"{stock}.{mlp}.down_proj.weight")
     out["norm.weight"] = take("model.norm.weight")
     if left:
-        raise ValueError(
-            f"{source}: tensor {next(iter(left))!r} has no place in this config ({len(left)} such)"
-        )
+        raise ValueError(f"{source}: tensor {next(iter(left))!r} has no place in this config ({len(left)} such)")
     _check_shapes(out, config, source)
     return out
 
@@ -196,9 +190,7 @@ def _check_shapes(packed: StateDict, config: ModelConfig, source: str) -> None:
         expected = Model(config).state_dict()
     for name, tensor in packed.items():
         if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{source}: {name} is {list(tensor.shape)}, the config wants {list(expected[name].shape)}"
-            )
+            raise ValueError(f"{source}: {name} is {list(tensor.shape)}, the config wants {list(expected[name].shape)}")
 
 
 def _as_config(config: ModelConfig | Mapping[str, Any] | str) -> ModelConfig:

@@ -12,11 +12,7 @@ from tests.conftest import documents_batch
 TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
             intermediate_size=96, vocab_size=97)  # fmt: skip
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48)
-SHAPES = {
-    "dense": TINY,
-    "qk_norm": {**TINY, "qk_norm": True},
-    "moe": {**TINY, **MOE, "num_shared_experts": 2},
-}
+SHAPES = {"dense": TINY, "qk_norm": {**TINY, "qk_norm": True}, "moe": {**TINY, **MOE, "num_shared_experts": 2}}
 DOCUMENTS = [[1, 99, 28], [63, 65]]
 
 
@@ -57,8 +53,7 @@ def matrices(model: Model, name: str = "default") -> dict[str, tuple[torch.Tenso
     state = adapter_state(model, name)
     modules = [k.removesuffix(".lora_A.weight") for k in state if k.endswith(".lora_A.weight")]
     return {
-        m.removeprefix("base_model.model."): (state[f"{m}.lora_A.weight"], state[f"{m}.lora_B.weight"])
-        for m in modules
+        m.removeprefix("base_model.model."): (state[f"{m}.lora_A.weight"], state[f"{m}.lora_B.weight"]) for m in modules
     }
 
 

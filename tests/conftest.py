@@ -45,11 +45,7 @@ def _poisoned(original):
         if torch.compiler.is_compiling():
             return tensor
         ours = "minimind" in sys._getframe(1).f_globals.get("__name__", "")
-        return (
-            tensor.fill_(float("nan"))
-            if ours and tensor.is_floating_point() and not tensor.is_meta
-            else tensor
-        )
+        return tensor.fill_(float("nan")) if ours and tensor.is_floating_point() and not tensor.is_meta else tensor
 
     return wrapper
 

@@ -29,14 +29,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARIES = ("minimind/_native_cpu.so", "minimind/_native_cuda.so", "minimind/_native_build.json")
 # An edit that makes Python stumble over itself proves nothing about the tests.
-STUMBLES = (
-    "NameError",
-    "UnboundLocalError",
-    "SyntaxError",
-    "IndentationError",
-    "ImportError",
-    "ModuleNotFoundError",
-)
+STUMBLES = ("NameError", "UnboundLocalError", "SyntaxError", "IndentationError", "ImportError", "ModuleNotFoundError")
 LIMIT = 900.0  # seconds for the named tests, far above what any takes: a mutation may never end
 
 
@@ -129,28 +122,28 @@ MUTATIONS = (
     ),
     Mutation(
         "a row of several tiles does not rescale the sum of the tiles before",
-        "kernels/linear_chunks.py",
+        "kernels/chunked_linear.py",
         "b_sum = tl.exp(b_shift) * b_sum + tl.sum(b_e, axis=0)",
         "b_sum = b_sum + tl.sum(b_e, axis=0)",
         "tests/kernels/test_linear_cross_entropy.py::test_rows_longer_than_a_tile",
     ),
     Mutation(
         "the head's gradient is added up over chunks in the dtype of x",
-        "kernels/linear_chunks.py",
+        "kernels/chunked_linear.py",
         "dw = torch.zeros(w.shape if need_dw else (0,), dtype=torch.float32, device=x.device)",
         "dw = torch.zeros(w.shape if need_dw else (0,), dtype=x.dtype, device=x.device)",
         "tests/kernels/test_linear_cross_entropy.py::test_float16_where_the_sum_over_chunks_leaves_its_range",
     ),
     Mutation(
         "the loss's gradient is rounded to bfloat16 before it scales",
-        "kernels/linear_chunks.py",
+        "kernels/chunked_linear.py",
         "torch.mul(gradient, scale.reshape(1), out=out)",
         "torch.mul(gradient, scale.to(gradient.dtype).reshape(1), out=out)",
         "tests/kernels/test_linear_cross_entropy.py::test_factors_on_a_bfloat16_gradient",
     ),
     Mutation(
         "the soft cap's slope is that of its root",
-        "kernels/linear_chunks.py",
+        "kernels/chunked_linear.py",
         "return 1.0 - b_tanh * b_tanh",
         "return 1.0 - b_tanh",
         "tests/kernels/test_linear_cross_entropy.py::test_linear_cross_entropy",
@@ -1603,14 +1596,10 @@ def main() -> int:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", metavar="PATTERN", default="", help="a part of a file, defect or test")
     parser.add_argument("--list", action="store_true", help="print the mutations and run nothing")
-    parser.add_argument(
-        "--check-clean", action="store_true", help="first see the named tests pass, unmutated"
-    )
+    parser.add_argument("--check-clean", action="store_true", help="first see the named tests pass, unmutated")
     parser.add_argument("--tests-all", action="store_true", help="the whole suite each time: hours")
     return parser.parse_args()
 
@@ -1636,12 +1625,7 @@ def environment(copy: Path) -> dict[str, str]:
     """PYTHONPATH goes before an editable installation of ROOT. No bytecode: an edit of the same size within a second
     would not be seen. A token cache of its own: what a mutation writes there must not outlive it."""
     cache = str(copy.parent / "cache")
-    return {
-        **os.environ,
-        "PYTHONPATH": str(copy),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "MINIMIND_CACHE": cache,
-    }
+    return {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "MINIMIND_CACHE": cache}
 
 
 def check_imports(copy: Path) -> None:
@@ -1662,9 +1646,7 @@ def is_clean(copy: Path, mutations: Sequence[Mutation]) -> bool:
     once = [name for name in names if "::" not in name or name.split("::")[0] not in names]
     start = time.monotonic()
     code, failed = run_tests(copy, once, len(mutations) * LIMIT, "--maxfail=20")
-    print(
-        f"unmutated: {'passed' if code == 0 else 'FAILED'} in {clock(time.monotonic() - start)}", flush=True
-    )
+    print(f"unmutated: {'passed' if code == 0 else 'FAILED'} in {clock(time.monotonic() - start)}", flush=True)
     for kind, test, reason in failed:
         print(f"    {kind} {test}: {reason}")
     return code == 0
@@ -1730,17 +1712,7 @@ def run_tests(
     """(pytest's exit status, None where the time was up; "failure" or "error", test and first line of each)."""
     report = copy.parent / "report.xml"
     report.unlink(missing_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={report}",
-        *flags,
-        *tests,
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *flags, *tests]
     process = subprocess.Popen(
         command,
         cwd=copy,

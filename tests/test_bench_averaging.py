@@ -6,12 +6,12 @@ import json
 import pytest
 
 from bench import averaging
-from bench.averaging import Args, Row, gains, main
+from bench.averaging import Args, AveragingRow, gains, main
 from minimind import ModelConfig
 
 
-def row(schedule: str, seed: int, step: int, span: float, loss: float) -> Row:
-    return Row("", None, "", "", "poems", "nano", schedule, 4e-3, seed, 10, step, span, 100, loss)
+def row(schedule: str, seed: int, step: int, span: float, loss: float) -> AveragingRow:
+    return AveragingRow("", None, "", "", "poems", "nano", schedule, 4e-3, seed, 10, step, span, 100, loss)
 
 
 def test_gains_are_of_the_end_of_a_run_of_one_seed_and_schedule():

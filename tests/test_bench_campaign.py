@@ -19,7 +19,7 @@ from rich.console import Console
 from bench import campaign, end_to_end, kernel_check, native_check, throughput, timelines
 from bench.campaign import Campaign
 from bench.campaign_slices import FIRST, LIMIT, NOT_OF_A_CARD, Sizes, Slice, sizes_of, slices
-from bench.throughput_worker import Step
+from bench.throughput_worker import WorkerStep
 from minimind.ops import native
 
 ROOT = Path(__file__).parents[1]
@@ -36,12 +36,14 @@ def python(name: str, code: str, **fields) -> Slice:
 
 
 def test_slices_are_run_once_and_their_failures_again(here, tmp_path):
-    here.go_on([
-        python("good one", "import os; print(os.environ['COLOUR'], os.environ['SIZE'])", environment={"SIZE": "4"}),
-        python("bad one", "print('what went wrong'); raise SystemExit(3)"),
-        Slice("other", ("x",), needs="no-such-program"),
-        python("after them", ""),
-    ])  # fmt: skip
+    here.go_on(
+        [
+            python("good one", "import os; print(os.environ['COLOUR'], os.environ['SIZE'])", environment={"SIZE": "4"}),
+            python("bad one", "print('what went wrong'); raise SystemExit(3)"),
+            Slice("other", ("x",), needs="no-such-program"),
+            python("after them", ""),
+        ]
+    )
     names = "good one", "bad one", "other", "after them"
     assert [here.done(name) for name in names] == [True, False, False, True]
     state = json.loads((tmp_path / "campaign.json").read_text())
@@ -54,11 +56,7 @@ def test_slices_are_run_once_and_their_failures_again(here, tmp_path):
 
 def test_failures_are_named_at_the_end(here, capsys):
     here.console = Console()
-    pieces = [
-        python("good one", ""),
-        python("bad one", "raise SystemExit('out of [memory]')"),
-        python("new", ""),
-    ]
+    pieces = [python("good one", ""), python("bad one", "raise SystemExit('out of [memory]')"), python("new", "")]
     here.go_on(pieces[:2])
     capsys.readouterr()
     here.report(pieces)
@@ -78,11 +76,7 @@ def test_a_slice_that_takes_too_long_is_cut_off_with_all_that_it_started(here, t
     else:
         here.deadline = time.monotonic() + 2.0
     child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    here.run(
-        python(
-            "slow", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])", minutes=0.0
-        )
-    )
+    here.run(python("slow", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])", minutes=0.0))
     assert here.state["slow"]["status"].startswith("failed: cut off after")
     with pytest.raises(ProcessLookupError):
         pid = int((tmp_path / "pid").read_text())
@@ -151,7 +145,7 @@ def test_a_peer_that_dies_takes_no_other_along(monkeypatch):
                 raise ValueError("--peer at once: its process died")
 
         def run(self, count, counts):
-            self.steps += [Step(1.0, 1.0, 0.0, 0, 8)] * (count if counts else 0)
+            self.steps += [WorkerStep(1.0, 1.0, 0.0, 0, 8)] * (count if counts else 0)
             if self.name == "later" and len(self.steps) > 2:
                 raise ValueError("--peer later: its process died")
 
@@ -173,15 +167,11 @@ def test_what_the_sanitizers_watch_is_checked_too(monkeypatch, capsys):
         kernel_check.main(kernel_check.Args(ops=("rop",), device="cpu"))
 
 
-@pytest.mark.skipif(
-    native.why_not(torch.device("cpu")) is not None, reason="the native operators are not built"
-)
+@pytest.mark.skipif(native.why_not(torch.device("cpu")) is not None, reason="the native operators are not built")
 def test_the_native_operators_are_compared_with_the_reference(monkeypatch):
     monkeypatch.setattr(native_check, "ATTENTION", native_check.ATTENTION[:1])
     assert native_check.main(native_check.Args("cpu")) == 0
-    monkeypatch.setattr(
-        native_check, "append", lambda dtype, cache, dim, device, seen=[]: _other(dtype, dim, seen)
-    )
+    monkeypatch.setattr(native_check, "append", lambda dtype, cache, dim, device, seen=[]: _other(dtype, dim, seen))
     assert native_check.main(native_check.Args("cpu")) == 1
 
 
@@ -210,13 +200,7 @@ def test_what_a_run_came_to(tmp_path):
         {"kind": "eval", "heldout_loss": 9.0, "heldout_bpb": 4.0, "time": {"seconds": 9.0}},
         {"kind": "train", "tokens": 100, "time": {"seconds": 1.0}},
         {"kind": "train", "tokens": 200, "time": {"seconds": 4.0}},
-        {
-            "kind": "eval",
-            "heldout_loss": 3.0,
-            "heldout_bpb": 1.5,
-            "heldout_exact": 0.25,
-            "time": {"seconds": 9.0},
-        },
+        {"kind": "eval", "heldout_loss": 3.0, "heldout_bpb": 1.5, "heldout_exact": 0.25, "time": {"seconds": 9.0}},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     starts = [{"attention": "torch"}, {"attention": "flash3"}]

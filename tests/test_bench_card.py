@@ -18,19 +18,19 @@ import tyro
 from rich.console import Console
 
 from bench import card, card_imports, card_pack, card_report
-from bench.card import Args, Card
-from bench.card_questions import OF_A_CARD, Question, Setting, questions
+from bench.card import Args, CardRun
+from bench.card_questions import OF_A_CARD, CardQuestion, CardSetting, questions
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def here(tmp_path) -> Card:
-    return Card(tmp_path / "work", tmp_path / "card.tar.gz", "abc", Console(quiet=True), {}, dict(os.environ))
+def here(tmp_path) -> CardRun:
+    return CardRun(tmp_path / "work", tmp_path / "card.tar.gz", "abc", Console(quiet=True), {}, dict(os.environ))
 
 
-def python(name: str, code: str, **fields) -> Question:
-    return Question(name, (sys.executable, "-S", "-c", code), **{"part": 1, **fields})
+def python(name: str, code: str, **fields) -> CardQuestion:
+    return CardQuestion(name, (sys.executable, "-S", "-c", code), **{"part": 1, **fields})
 
 
 def archived(path: Path) -> dict[str, str]:
@@ -45,7 +45,7 @@ def states(state: dict) -> dict[str, str]:
 FOUR = (
     python("good one", "print('all is [well]')"),
     python("bad one", "print('what went wrong'); raise SystemExit(3)"),
-    Question("other", ("x",), needs="no-such-program", part=2),
+    CardQuestion("other", ("x",), needs="no-such-program", part=2),
     python("with a card", "raise SystemExit(1)", card=True, part=2),
 )
 
@@ -55,8 +55,11 @@ def test_each_question_has_a_state_and_a_line(here, capsys):
     assert card.put(here, FOUR, Args()) == 1
     files = archived(here.archive)
     assert states(json.loads(files["card.json"])) == {
-        "good one": "done", "bad one": "failed 3", "other": "no no-such-program", "with a card": "needs a GPU",
-    }  # fmt: skip
+        "good one": "done",
+        "bad one": "failed 3",
+        "other": "no no-such-program",
+        "with a card": "needs a GPU",
+    }
     assert files["logs/bad-one.log"] == "what went wrong\n"
     assert not card.earlier(here.work / "card.json", rehearse=False), "a rehearsal is no answer of a card"
     table = files["card.md"].splitlines()
@@ -153,7 +156,7 @@ def test_what_a_question_said(tmp_path):
 @pytest.mark.parametrize("rehearse", [False, True])
 def test_every_command_parses(rehearse, tmp_path):
     """With the dataclass of its own script, so that a flag that was renamed does not fail on a borrowed card."""
-    asked = questions(Setting(rehearse, tmp_path, ("a.jsonl",)))
+    asked = questions(CardSetting(rehearse, tmp_path, ("a.jsonl",)))
     assert [q.part for q in asked] == sorted(q.part for q in asked) and asked[0].name == "imports"
     assert {q.part for q in asked} == set(range(1, 12)) and len({q.name for q in asked}) == len(asked)
     assert set(OF_A_CARD).isdisjoint(asked[0].command) == rehearse
@@ -168,7 +171,7 @@ def test_every_command_parses(rehearse, tmp_path):
 
 
 def test_parts_and_names_choose(tmp_path):
-    asked = questions(Setting(True, tmp_path))
+    asked = questions(CardSetting(True, tmp_path))
     assert {q.part for q in card.wanted(asked, Args(part=(3, 4)))} == {3, 4}
     assert [q.name for q in card.wanted(asked, Args(only=("grpo",)))] == ["grpo"]
     with pytest.raises(ValueError, match="--part 12: choose from 1 to 11"):

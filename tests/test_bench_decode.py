@@ -18,8 +18,8 @@ from bench import decode_attention, decode_peers
 from bench.bandwidth import read_bandwidth
 from bench.decode import Args, main, random_model, step_bytes, summary
 from bench.decode_check import Judge, round_q8, rounded_logits
-from bench.decode_peers import PEERS, Generation, Setting, naive, naive_forward, why_not
-from bench.decode_report import COLUMNS, Row, plot, show
+from bench.decode_peers import PEERS, DecodeSetting, Generation, naive, naive_forward, why_not
+from bench.decode_report import COLUMNS, DecodeRow, plot, show
 from minimind import ModelConfig, ops
 from minimind.inference.decode.cache_dtype import FLOAT8
 from minimind.modeling import Model
@@ -77,7 +77,7 @@ def test_rounding_explains_narrow_decoders_but_no_more(width, dtype):
 def test_a_float8_cache_is_judged_by_a_float8_caches_rounding(tmp_path):
     model, prompts = random_model(SMALL), prompts_of(4, 9)
     save_weights(model, tmp_path)
-    decode = decode_peers.ours(Setting(tmp_path, 4, 9, 40, 1, CPU), torch.float32, "reference", FLOAT8)
+    decode = decode_peers.ours(DecodeSetting(tmp_path, 4, 9, 40, 1, CPU), torch.float32, "reference", FLOAT8)
     judge, tokens = Judge(model), decode(prompts).tokens
     verdict = judge.judge(prompts, tokens, "fp32", float8_cache=True)
     assert verdict.passed and verdict.error > 1e-3
@@ -120,7 +120,7 @@ def test_the_naive_decoder_is_greedy(tmp_path):
     model, prompts = random_model(SMALL), prompts_of(3, 9)
     save_weights(model, tmp_path)
     with torch.inference_mode():
-        generation = naive(Setting(tmp_path, 3, 9, 15, 1, CPU))(prompts)
+        generation = naive(DecodeSetting(tmp_path, 3, 9, 15, 1, CPU))(prompts)
     assert generation.tokens == greedy(model, prompts, 15)
     assert [count for _, count in generation.stamps] == [3] * 15
     assert generation.first == [generation.stamps[0][0]] * 3
@@ -130,7 +130,7 @@ def test_the_naive_decoder_is_greedy(tmp_path):
 def test_the_engine_is_driven_to_the_end_of_every_row(tmp_path, max_context):
     model, prompts = random_model(SMALL), prompts_of(5, 9)
     save_weights(model, tmp_path)
-    decode = decode_peers.ours(Setting(tmp_path, 5, 9, 15, 1, CPU, max_context), torch.float32, "reference")
+    decode = decode_peers.ours(DecodeSetting(tmp_path, 5, 9, 15, 1, CPU, max_context), torch.float32, "reference")
     for _ in range(2):
         generation = decode(prompts)
         assert generation.tokens == greedy(model, prompts, 15)
@@ -138,7 +138,7 @@ def test_the_engine_is_driven_to_the_end_of_every_row(tmp_path, max_context):
 
 
 def test_what_the_steps_come_to():
-    setting = Setting(Path(), 2, 8, 4, 1, CPU)
+    setting = DecodeSetting(Path(), 2, 8, 4, 1, CPU)
     # the second row joins at 3 s; the first ends a step before it: two whole steps, of 1 and 3 s
     turn = Generation([[1] * 4, [1] * 4], [(1.0, 1), (3.0, 2), (4.0, 2), (7.0, 2), (8.0, 1)], [1.0, 3.0])
     found = summary([turn, turn], setting)
@@ -153,7 +153,7 @@ def test_bytes_of_a_step():
     config = ModelConfig.preset("minimind2-moe")
     with torch.device("meta"):
         model, dense = Model(config), Model(ModelConfig.preset("minimind2-small"))
-    one, four = (Setting(Path(), batch, 100, 56, 1, CPU) for batch in (1, 4))
+    one, four = (DecodeSetting(Path(), batch, 100, 56, 1, CPU) for batch in (1, 4))
     assert step_bytes(model, one, 2.0, 0) == 2 * model.num_parameters(active=True)
     assert step_bytes(model, four, 2.0, 0) == 2 * model.num_parameters()
     kv = dense.kv_bytes_per_token(torch.bfloat16)
@@ -165,13 +165,13 @@ def test_bandwidth_is_positive_and_finite():
     assert 1e7 < read_bandwidth(1 << 20, CPU, 0.05) < 1e13
 
 
-def row(**changes) -> Row:
+def row(**changes) -> DecodeRow:
     values = dict.fromkeys(COLUMNS) | {
         "device": "card", "threads": 2, "model": "m", "weights": "random weights", "peer": "ours", "width": "bf16",
         "batch": 1, "prompt": 8, "new": 8, "status": "ok", "reason": "", "ttft": 0.01, "tpot": 0.001, "p20": 0.0009,
         "p80": 0.0012, "tokens_per_second": 1000.0, "share": 0.5, "kv_bytes_per_token": 4096, "error_ratio": 0.5,
     }  # fmt: skip
-    return Row(**(values | changes))
+    return DecodeRow(**(values | changes))
 
 
 def test_table_and_picture(tmp_path):
@@ -211,8 +211,9 @@ def test_who_cannot_run_says_why():
     assert why_not("naive", moe, CPU) is None and why_not("ours-reference", moe, CPU) is None
     assert why_not("ours", moe, CPU) == why_not("ours-fp8", moe, CPU) == native.why_not(CPU)
     assert why_not("llama.cpp-f16", moe, torch.device("cuda")) in (
-        "built for the CPU only", "llama-cpp-python is not installed",
-    )  # fmt: skip
+        "built for the CPU only",
+        "llama-cpp-python is not installed",
+    )
 
 
 def test_every_peer_is_described():
@@ -251,7 +252,7 @@ def test_a_decoder_that_writes_nonsense_is_refused(tmp_path, monkeypatch):
     from bench.decode_worker import DecoderError
 
     class Fake:
-        def __init__(self, name: str, setting: Setting) -> None:
+        def __init__(self, name: str, setting: DecodeSetting) -> None:
             self.name, self.setting, self.turns, self.peak_mib = name, setting, [], 1.0
             self.process = type("P", (), {"terminate": staticmethod(lambda: None)})()
 
@@ -288,9 +289,7 @@ def test_attention_contenders_agree(tmp_path):
     assert decode_attention.error_ratio("eager", case) <= 1
     assert case.bytes_read == 2 * 3 * 37 * 2 * 64 * 4
     result = decode_attention.main(
-        decode_attention.Args(
-            preset=("nano",), batch=(2,), context=(20,), repeat=2, device="cpu", out=str(tmp_path)
-        )
+        decode_attention.Args(preset=("nano",), batch=(2,), context=(20,), repeat=2, device="cpu", out=str(tmp_path))
     )
     rows = {r["contender"]: r for r in result["rows"]}
     assert rows["eager"]["status"] == rows["dense"]["status"] == "ok" and rows["eager"]["rate"] > 0

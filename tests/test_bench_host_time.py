@@ -21,8 +21,10 @@ def test_one_more_call_is_the_difference_of_two_graphs():
 
 
 def test_both_forms_are_shown_beside_each_other(capsys):
-    rows = [row_of("nano", form, 34, [(a, b)], STAMP) for form, a, b in
-            (("operator", 1.5e-3, 1.5e-3), ("launch", 0.4e-3, 0.6e-3))]  # fmt: skip
+    rows = [
+        row_of("nano", form, 34, [(a, b)], STAMP)
+        for form, a, b in (("operator", 1.5e-3, 1.5e-3), ("launch", 0.4e-3, 0.6e-3))
+    ]
     show(rows, Console(width=120))
     said = capsys.readouterr().out
     assert "1,500.0" in said and "3.00" in said and said.count("34") == 2

@@ -17,9 +17,7 @@ from minimind.data import read_documents
 from tests.data.fake import QUIET, write_jsonl
 
 ROOT = Path(__file__).parents[1]
-TEXTS = [
-    f'Return the "sum" of {i} and {i + 1}.\nRaises an error when {i} is 名. It is\tnot.' for i in range(300)
-]
+TEXTS = [f'Return the "sum" of {i} and {i + 1}.\nRaises an error when {i} is 名. It is\tnot.' for i in range(300)]
 
 
 @pytest.fixture
@@ -89,9 +87,7 @@ def test_grow_by_a_few_megabytes(data, tmp_path):
 def test_no_room(data, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: usage._replace(free=5_000_000))
-    with pytest.raises(
-        ValueError, match=r"--grow: 0\.0 GB must be free in .* are; give a smaller size"
-    ) as caught:
+    with pytest.raises(ValueError, match=r"--grow: 0\.0 GB must be free in .* are; give a smaller size") as caught:
         memory.measure((1 << 20, 1 << 21), [data], 1.0, QUIET)
     assert "\n" not in str(caught.value)
 
@@ -109,5 +105,5 @@ def test_bad_arguments(given):
 
 
 def test_peaks():
-    usage = memory.Usage(1, [0.0, 1.0, 2.0, 3.0], [10, 50, 40, 30], [1, 1, 30, 5], loading_from=2.0)
+    usage = memory.MemoryUse(1, [0.0, 1.0, 2.0, 3.0], [10, 50, 40, 30], [1, 1, 30, 5], loading_from=2.0)
     assert usage.peak(loading=False) == 50 and usage.peak(loading=True) == 40 and usage.peak_rss == 70

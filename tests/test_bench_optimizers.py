@@ -40,8 +40,10 @@ def write(run: Run, losses: dict[int, float]) -> None:
     """A finished run's folder as far as it is read."""
     run.folder.mkdir(parents=True)
     rows = [{"kind": "train", "step": 1, "loss": 1.0}]
-    rows += [{"kind": "eval", "tokens": t, "heldout_loss": x, "heldout_bpb": x / 2, "heldout_tokens": 77}
-             for t, x in losses.items()]  # fmt: skip
+    rows += [
+        {"kind": "eval", "tokens": t, "heldout_loss": x, "heldout_bpb": x / 2, "heldout_tokens": 77}
+        for t, x in losses.items()
+    ]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     start = {"commit": "abc", "device": "CPU; one process", "torch": "2"}
     (run.folder / "versions.json").write_text(json.dumps({"starts": [start]}))
@@ -50,21 +52,20 @@ def write(run: Run, losses: dict[int, float]) -> None:
 
 def test_finished_runs_are_compared_and_not_repeated(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(
-        optimizers.subprocess, "run", lambda *_, **__: pytest.fail("a finished run was started")
-    )
+    monkeypatch.setattr(optimizers.subprocess, "run", lambda *_, **__: pytest.fail("a finished run was started"))
     monkeypatch.setattr(optimizers, "versions", lambda device: {"device": device})
     data = tmp_path / "poems.jsonl"
     data.write_text("".join(json.dumps({"text": "a line " * (i + 3)}) + "\n" for i in range(30)))
-    args = Args(
-        data=(str(data),), seeds=(1, 2), adamw_lr=(8e-3,), runs=str(tmp_path / "runs"), out=str(tmp_path)
-    )
+    args = Args(data=(str(data),), seeds=(1, 2), adamw_lr=(8e-3,), runs=str(tmp_path / "runs"), out=str(tmp_path))
     for i, r in enumerate(planned(args, [str(data)])):
         write(r, {0: 9.0, 300: 6.0 - (r.optimizer == "muon"), 600: 4.0 + 0.1 * i})
     rows = main(args)["rows"]
     assert [(r["optimizer"], r["seed"], r["heldout_loss"]) for r in rows] == [
-        ("muon", 1, 4.0), ("adamw", 1, 4.1), ("muon", 2, 4.2), ("adamw", 2, 4.3),
-    ]  # fmt: skip
+        ("muon", 1, 4.0),
+        ("adamw", 1, 4.1),
+        ("muon", 2, 4.2),
+        ("adamw", 2, 4.3),
+    ]
     assert {r["target_loss"] for r in rows} == {4.3} and rows[3]["tokens_to_target"] == 600
     assert rows[0]["tokens_to_target"] == pytest.approx(300 + 300 * 0.7) and rows[0]["commit"] == "abc"
     with (tmp_path / "optimizers.csv").open(encoding="utf-8", newline="") as file:
@@ -88,9 +89,7 @@ def test_flags_of_a_run(tmp_path, monkeypatch):
     given = dict(zip(told[2::2], told[3::2], strict=True))
     assert given["--optimizer"] == "muon" and given["--lr"] == "0.004" and given["--seed"] == "7"
     assert given["--heldout"] == "0.25" and int(given["--eval-tokens"]) > 1e9 and given["--tokens"] == "5000"
-    with pytest.raises(
-        ValueError, match=r"ended with status 2; see the end of .*poems-nano-5000-muon-0.004-seed1.log"
-    ):
+    with pytest.raises(ValueError, match=r"ended with status 2; see the end of .*poems-nano-5000-muon-0.004-seed1.log"):
         train(planned(args, ["/data/poems.jsonl"])[0], args, 0.25)
 
 

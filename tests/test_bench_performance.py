@@ -72,21 +72,7 @@ def test_a_table_by_hand(card):
     assert "## Training steps" in text and "## Decoding" not in text
     line = next(line for line in text.splitlines() if "| ours |" in line)
     cells = [cell.strip() for cell in line.split("|")[5:]]
-    assert cells == [
-        "torch",
-        "300",
-        "5.00",
-        "320",
-        "3.20",
-        "0.5 (0.4-0.6)",
-        "100",
-        "0.50",
-        "41%",
-        "0",
-        "30",
-        "abc",
-        "",
-    ]
+    assert cells == ["torch", "300", "5.00", "320", "3.20", "0.5 (0.4-0.6)", "100", "0.50", "41%", "0", "30", "abc", ""]
 
 
 def test_met_missed_and_not_measured(card):
@@ -94,9 +80,11 @@ def test_met_missed_and_not_measured(card):
         return lambda device: value
 
     targets = [
-        Target("speed", 3.0, always(3.2)), Target("memory", 0.5, always(0.6), at_most=True, reason="It leaks."),
-        Target("worse", 3.0, always(2.999)), Target("unknown", 1.0, always(None)),
-    ]  # fmt: skip
+        Target("speed", 3.0, always(3.2)),
+        Target("memory", 0.5, always(0.6), at_most=True, reason="It leaks."),
+        Target("worse", 3.0, always(2.999)),
+        Target("unknown", 1.0, always(None)),
+    ]
     lines = table(judged(targets, card), NEEDS_CARD).splitlines()[2:]
     assert lines[0].endswith("| 3.20x | met |")
     assert lines[1].endswith("at most 0.50x | 0.60x | **missed**: It leaks. |")
@@ -131,8 +119,10 @@ def test_markers(tmp_path):
 def test_hours_by_hand(card, tmp_path):
     assert projection.hours(71e12 * 0.5 * 3600 / 1e6, 1_000_000, 71.0, 0.5) == pytest.approx(1.0)
     counts = tmp_path / "counts.csv"
-    rows = [{"stage": "pretrain", "data": "a", "bytes": "200", "tokens": "100"},
-            {"stage": "sft", "data": "b", "bytes": "400", "tokens": "100"}]  # fmt: skip
+    rows = [
+        {"stage": "pretrain", "data": "a", "bytes": "200", "tokens": "100"},
+        {"stage": "sft", "data": "b", "bytes": "400", "tokens": "100"},
+    ]
     write(tmp_path, "counts", rows)
     text = minimind_zero([], counts)
     assert "= 700M tokens" in text and "needs a card" in text

@@ -26,9 +26,7 @@ def samples(tmp_path_factory) -> Path:
         "rlaif": [{"conversations": [a[0], {"role": "assistant", "content": "无"}]} for a in exchange],
     }
     for name, rows in made.items():
-        (folder / f"{name}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-        )
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 
 

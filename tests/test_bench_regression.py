@@ -49,21 +49,9 @@ def test_the_ratio_is_that_of_rounds_side_by_side():
 
 
 def test_the_table_says_it_all():
-    rows = ratios.compare(
-        {"slow": measured(3.0), "new": measured(1.0)}, {"slow": entry(1.0), "gone": entry(2.0)}
-    )
+    rows = ratios.compare({"slow": measured(3.0), "new": measured(1.0)}, {"slow": entry(1.0), "gone": entry(2.0)})
     head, *lines, last = ratios.table(rows)
-    assert head.split() == [
-        "benchmark",
-        "ms",
-        "reference",
-        "ms",
-        "ratio",
-        "baseline",
-        "change",
-        "allowed",
-        "verdict",
-    ]
+    assert head.split() == ["benchmark", "ms", "reference", "ms", "ratio", "baseline", "change", "allowed", "verdict"]
     assert [line.split() for line in lines] == [
         ["new", "1000.00", "1000.00", "1", "NOT", "IN", "THE", "BASELINE"],
         ["slow", "3000.00", "1000.00", "3", "1", "3.00x", "1.5x", "WORSE"],
@@ -77,10 +65,7 @@ def test_rewriting_keeps_what_was_not_measured_and_what_is_allowed(tmp_path):
     text = path.read_text().replace('"allowed": 1.5', '"allowed": 2.0', 1)
     path.write_text(text)
     ratios.rewrite(path, {"a": measured(3.0)}, "two")
-    assert ratios.read(path) == {
-        "a": Entry(3.0, 2.0, "beside", "two"),
-        "b": Entry(2.0, 1.5, "beside", "one"),
-    }
+    assert ratios.read(path) == {"a": Entry(3.0, 2.0, "beside", "two"), "b": Entry(2.0, 1.5, "beside", "one")}
 
 
 def test_a_broken_baseline_says_what_to_do(tmp_path):

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from bench import rl
 from bench.decode import random_model
-from bench.rl import COLUMNS, PARTS, Args, Row, error_ratio, main, show, summary
-from bench.rl_peers import PEERS, Setting, Turn, left_padded, naive_generate, naive_log_probs
+from bench.rl import COLUMNS, PARTS, Args, RolloutRow, error_ratio, main, show, summary
+from bench.rl_peers import PEERS, RolloutSetting, RolloutStep, left_padded, naive_generate, naive_log_probs
 from minimind import ModelConfig, ops
 from minimind.config import PRESETS
 from minimind.weights import save_weights
@@ -28,10 +28,10 @@ SMALL = ModelConfig(32, 2, 4, 2, 16, 64, qk_norm=True)
 
 
 @pytest.fixture
-def setting(tmp_path) -> Setting:
+def setting(tmp_path) -> RolloutSetting:
     save_weights(random_model(SMALL), tmp_path / "model")
     prompts = [list(range(20, 20 + length)) for length in (3, 9, 6)]
-    return Setting(tmp_path / "model", prompts, 2, 5, 1, torch.device("cpu"))
+    return RolloutSetting(tmp_path / "model", prompts, 2, 5, 1, torch.device("cpu"))
 
 
 def test_naive_sampling_behind_padding_is_the_models(setting):
@@ -68,17 +68,17 @@ def test_contenders_score_their_answers_as_the_model_does(name, setting):
         assert prompt in setting.prompts and len(ids) == len(log_probs) == 5
     assert error_ratio(setting, turn, name) <= 2
     prompt, ids, log_probs = turn.answers[0]
-    wrong = Turn(answers=[(prompt, ids, [log_probs[1], log_probs[0], *log_probs[2:]])])
+    wrong = RolloutStep(answers=[(prompt, ids, [log_probs[1], log_probs[0], *log_probs[2:]])])
     assert error_ratio(setting, wrong, name) > 2
 
 
 def test_rows_table_and_last_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(PRESETS, "nano", SMALL)
     monkeypatch.setattr(
-        rl.Worker, "__init__", lambda self, name, setting: setattr(self, "run", PEERS[name](setting))
+        rl.RolloutWorker, "__init__", lambda self, name, setting: setattr(self, "run", PEERS[name](setting))
     )
-    monkeypatch.setattr(rl.Worker, "step", lambda self, seed: self.run(seed))
-    monkeypatch.setattr(rl.Worker, "finish", lambda self: 100.0)
+    monkeypatch.setattr(rl.RolloutWorker, "step", lambda self, seed: self.run(seed))
+    monkeypatch.setattr(rl.RolloutWorker, "finish", lambda self: 100.0)
     args = Args(prompts=2, samples=2, prompt=6, new=4, turns=2, threads=1, device="cpu", out=str(tmp_path))
     found = main(args)
     json.dumps(found)
@@ -91,12 +91,12 @@ def test_rows_table_and_last_line(monkeypatch, tmp_path, capsys):
 
 
 def test_a_turns_time_is_that_of_its_parts(setting):
-    turns = [Turn({"rollout": 1.0 * i, "reward": 0.0, "train": 2.0}) for i in (1, 2, 9)]
+    turns = [RolloutStep({"rollout": 1.0 * i, "reward": 0.0, "train": 2.0}) for i in (1, 2, 9)]
     found = summary(turns, setting)
     assert (found["seconds"], found["rollout"], found["train"]) == (4, 2, 2)
     assert found["tokens_per_second"] == 6 * 5 / 4
-    row = Row("", None, "", 1, None, "nano", "ours", 1, 1, 1, 1, seconds=1.0, p20=1, p80=1, rollout=0.5, reward=0.1,
-              train=0.4, tokens_per_second=1, error_ratio=1)  # fmt: skip
+    row = RolloutRow("", None, "", 1, None, "nano", "ours", 1, 1, 1, 1, seconds=1.0, p20=1, p80=1, rollout=0.5,
+                     reward=0.1, train=0.4, tokens_per_second=1, error_ratio=1)  # fmt: skip
     console = Console(record=True, width=120)
     show([row, replace(row, peer="naive", seconds=4.0)], console)
     assert "4.00x" in console.export_text()

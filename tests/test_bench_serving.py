@@ -38,9 +38,7 @@ USAGE = json.dumps({"choices": [], "usage": {"completion_tokens": 7}})
 def test_what_is_lost_and_mixed_is_counted(content, status, lost, mixed):
     async def run() -> serving.Log:
         log = serving.Log()
-        transport = serving.httpx.MockTransport(
-            lambda request: serving.httpx.Response(status, content=content)
-        )
+        transport = serving.httpx.MockTransport(lambda request: serving.httpx.Response(status, content=content))
         async with serving.httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             await serving.ask(client, "x", serving.Task([1], 7, "ab"), log)
         return log
@@ -60,9 +58,7 @@ def test_a_load_that_brought_nothing_is_no_result():
 def test_a_short_run(tmp_path):
     pytest.importorskip("fastapi", reason="pip install 'minimind[serve]'")
     tokenizer = load_tokenizer()
-    model = serving.random_model(
-        ModelConfig(32, 2, 4, 2, 16, 48, tokenizer.vocab_size, max_position_embeddings=256)
-    )
+    model = serving.random_model(ModelConfig(32, 2, 4, 2, 16, 48, tokenizer.vocab_size, max_position_embeddings=256))
     save_weights(model, tmp_path / "model")
     tokenizer.save(tmp_path / "model")
     args = serving.Args(

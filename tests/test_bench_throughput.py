@@ -19,8 +19,8 @@ from bench import contenders, projection
 from bench.contenders import MAKERS, why_not
 from bench.stages import ALPHA, BETA, STAGES, Padding, padded_batches, padding_of, upstream_loss
 from bench.throughput import Args, data_of, main, slow_step
-from bench.throughput_report import COLUMNS, Row, plot, show
-from bench.throughput_worker import Step
+from bench.throughput_report import COLUMNS, ThroughputRow, plot, show
+from bench.throughput_worker import WorkerStep
 from minimind import ModelConfig, ops
 from minimind.modeling import Model
 from minimind.objectives.distillation import Distillation, distillation_loss
@@ -35,9 +35,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "words.jsonl"
-    path.write_text(
-        "".join(json.dumps({"text": "one two three four " * (i % 9 + 1)}) + "\n" for i in range(300))
-    )
+    path.write_text("".join(json.dumps({"text": "one two three four " * (i % 9 + 1)}) + "\n" for i in range(300)))
     return path
 
 
@@ -46,9 +44,7 @@ def chats(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "chats.jsonl"
     asked = [{"role": "user", "content": f"How many is {i}?"} for i in range(12)]
     said = [{"role": "assistant", "content": f"<think>Count to {i}.</think>It is {i}."} for i in range(12)]
-    path.write_text(
-        "".join(json.dumps({"conversations": pair}) + "\n" for pair in zip(asked, said, strict=True))
-    )
+    path.write_text("".join(json.dumps({"conversations": pair}) + "\n" for pair in zip(asked, said, strict=True)))
     return path
 
 
@@ -64,29 +60,21 @@ def pairs(tmp_path_factory) -> Path:
     return path
 
 
-def row(**changes) -> Row:
+def row(**changes) -> ThroughputRow:
     values = dict.fromkeys(COLUMNS) | {
         "device": "card", "stage": "pretrain", "preset": "minimind2-small", "data": "d", "rows": 8, "seq_len": 512,
         "peer": "ours", "steps": 3, "tokens_per_second": 1000.0, "positions_per_second": 2000.0, "step_seconds": 1.0,
         "p20": 0.9, "p80": 1.1, "peak_mib": 100.0, "loader_share": 0.01, "optimizer": "adamw", "date": "today",
         "padding": 0.5, "attention": "flash3",
     }  # fmt: skip
-    return Row(**(values | changes))
+    return ThroughputRow(**(values | changes))
 
 
 def run(tmp_path, *flags: str) -> list[dict]:
     """Rows of bench/throughput.py with nano on one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINIMIND_CACHE": str(tmp_path / "cache")}
     environment.pop("TRITON_INTERPRET", None)
-    command = [
-        sys.executable,
-        "bench/throughput.py",
-        "--preset",
-        "nano",
-        "--out",
-        str(tmp_path / "out"),
-        *flags,
-    ]
+    command = [sys.executable, "bench/throughput.py", "--preset", "nano", "--out", str(tmp_path / "out"), *flags]
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert answer.returncode == 0, answer.stderr[-3000:]
     return json.loads(answer.stdout.splitlines()[-1])["rows"]
@@ -184,16 +172,14 @@ child = "import torch; from bench.timing import peak_mib; print(peak_mib(torch.d
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, flush=True)
 subprocess.run([sys.executable, "-c", child], check=True)
 """
-    answer = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert answer.returncode == 0, answer.stderr
     parent, child = map(float, answer.stdout.split())
     assert parent > 600 and 100 < child < 550
 
 
 def test_a_slow_step_is_told():
-    steps = [Step(1.0, 2.0, 0.1, 10, 5)] * 4 + [Step(3.0, 2.5, 0.6, 1000, 5)]
+    steps = [WorkerStep(1.0, 2.0, 0.1, 10, 5)] * 4 + [WorkerStep(3.0, 2.5, 0.6, 1000, 5)]
     assert slow_step(steps[:4]) is None
     line = slow_step(steps) or ""
     assert "step 5 took 3 s instead of 1" in line and "0.6 of them in the kernel, 1,000 page faults" in line
@@ -252,9 +238,7 @@ def test_every_contender_is_described():
 
 def test_projections_by_hand(capsys):
     (first, second) = projection.cards([row(utilisation=0.5), row(utilisation=None)], Console())
-    flops = (
-        154.9e6 + 8 * 8 * 64 * 2 * 512 * 3
-    )  # 6 for each weight of a matrix, and half of the scores' square
+    flops = 154.9e6 + 8 * 8 * 64 * 2 * 512 * 3  # 6 for each weight of a matrix, and half of the scores' square
     assert first["positions_per_second"] == pytest.approx(0.5 * 71e12 / flops, rel=0.01)
     assert second["card"] == "RTX 4090" and second["attention"] == "flash3"
     said = capsys.readouterr().out

@@ -12,9 +12,9 @@ from rich.console import Console
 from bench import transfer, transfer_plan
 from bench.transfer import Args
 from bench.transfer_fit import NOISE, Optimum, fit, next_rate, noise_of, optimum
-from bench.transfer_plan import Campaign, OutOfTimeError, planned, start_of
+from bench.transfer_plan import OutOfTimeError, Sweep, planned, start_of
 from bench.transfer_plot import plot
-from bench.transfer_runs import Point, Row, family, read, train, write
+from bench.transfer_runs import Point, TransferRow, family, read, train, write
 from minimind.config import PRESETS
 from minimind.training.metrics import read_metrics
 from train import pretrain
@@ -89,8 +89,11 @@ def known_rule(point: Point) -> float:
     )
 
 
-POINTS = [p for _, p in planned(("poems", "prose"), (128, 192, 256, 384, 512), 204_800)
-          if (p.optimizer, p.stage, p.embedding, p.warmup) == ("muon", "pretrain", 1.0, 0.02)]  # fmt: skip
+POINTS = [
+    p
+    for _, p in planned(("poems", "prose"), (128, 192, 256, 384, 512), 204_800)
+    if (p.optimizer, p.stage, p.embedding, p.warmup) == ("muon", "pretrain", 1.0, 0.02)
+]
 
 
 def test_rule_is_found_again():
@@ -120,10 +123,10 @@ def test_too_few_scans_make_no_rule():
         fit([made(POINT, -8.0), made(replace(POINT, width=256), -8.5)])
 
 
-def rows(point: Point, best: float, shift=(0.0, 0.0, 0.0)) -> list[Row]:
+def rows(point: Point, best: float, shift=(0.0, 0.0, 0.0)) -> list[TransferRow]:
     rates = (2e-3, 4e-3, 8e-3)
     found = losses(best, rates)
-    return [Row(point, r, found[r] + s, 1.0, 1000, 50, 1.0) for r, s in zip(rates, shift, strict=True)]
+    return [TransferRow(point, r, found[r] + s, 1.0, 1000, 50, 1.0) for r, s in zip(rates, shift, strict=True)]
 
 
 def test_noise_is_what_two_seeds_do_not_share():
@@ -143,7 +146,7 @@ def test_family_holds_nano():
 def test_rows_are_read_as_they_were_written(tmp_path):
     path = tmp_path / "rows" / "transfer.jsonl"
     assert read(path) == []
-    kept = [*rows(POINT, 4e-3), Row(replace(POINT, seed=3), 1.0, None, None, 0, 50, 1.0, {"device": "CPU"})]
+    kept = [*rows(POINT, 4e-3), TransferRow(replace(POINT, seed=3), 1.0, None, None, 0, 50, 1.0, {"device": "CPU"})]
     for row in kept:
         write(path, row)
     assert read(path) == kept and kept[-1].loss == math.inf
@@ -162,14 +165,14 @@ def campaign(tmp_path, monkeypatch):
         if len(state["runs"]) >= state["limit"]:
             raise KeyboardInterrupt
         best = 4e-3 * (point.width / 128) ** -0.5
-        return Row(point, rate, losses(best, (rate,))[rate], 1.0, 1000, 50, 1.0)
+        return TransferRow(point, rate, losses(best, (rate,))[rate], 1.0, 1000, 50, 1.0)
 
     monkeypatch.setattr(transfer_plan, "train", fake)
 
     def make(minutes=None):
         work = tmp_path / "work"
         work.mkdir(exist_ok=True)
-        return Campaign(tmp_path / "transfer.jsonl", work, str, Console(quiet=True), minutes)
+        return Sweep(tmp_path / "transfer.jsonl", work, str, Console(quiet=True), minutes)
 
     return make, state
 
@@ -249,9 +252,7 @@ def test_check_takes_the_rule_and_its_neighbours(campaign, tmp_path):
     make().scans(planned(("poems",), (128, 256, 512), 204_800, ("tokens", "width", "seed")))
     state["runs"].clear()
     transfer.main(args)
-    assert [(p.preset, p.width, p.tokens) for p, _ in state["runs"]] == [
-        ("minimind2-small", 512, 1_000_000)
-    ] * 3
+    assert [(p.preset, p.width, p.tokens) for p, _ in state["runs"]] == [("minimind2-small", 512, 1_000_000)] * 3
     assert [r for _, r in state["runs"]] == [0.002, 0.004, 0.001]
     transfer.main(args)
     assert len(state["runs"]) == 3
@@ -265,11 +266,7 @@ def test_a_run_is_that_of_the_script(tmp_path, monkeypatch):
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     point = Point("poems", 192, 4, 2048, 1024, seed=5)
     row = train(point, 3e-3, str(data), tmp_path / "work")
-    assert (
-        list((tmp_path / "work").iterdir()) == []
-        and row.steps == 2
-        and row.about["precision"] in ("bf16", "fp32")
-    )
+    assert list((tmp_path / "work").iterdir()) == [] and row.steps == 2 and row.about["precision"] in ("bf16", "fp32")
     flags = pretrain.Args(
         data=(str(data),), tokens=2048, batch_tokens=1024, lr=3e-3, seed=5, evals=1, out=str(tmp_path / "run")
     )

@@ -11,7 +11,7 @@ import pytest
 
 from bench import decode
 from bench.decode import Args
-from bench.decode_worker import DecoderError, Worker
+from bench.decode_worker import DecoderError, DecodeWorker
 from minimind.export import quantize
 from tests import foreign
 
@@ -48,16 +48,16 @@ def test_a_crashing_quantizer_is_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.heavy
 def test_a_crashing_decoder_is_a_row_and_the_others_go_on(tmp_path, monkeypatch, capfd):
-    crashed: list[Worker] = []
+    crashed: list[DecodeWorker] = []
 
-    class Crashing(Worker):
+    class Crashing(DecodeWorker):
         def run(self, prompts):
             if self.name == "naive":
                 crashed.append(self)
                 os.kill(self.process.pid or 0, signal.SIGSEGV)
             return super().run(prompts)
 
-    monkeypatch.setattr(decode, "Worker", Crashing)
+    monkeypatch.setattr(decode, "DecodeWorker", Crashing)
     arguments = Args(
         preset="nano", peer=("naive", "ours-reference"), batch=(1,), prompt=4, new=3, turns=1, threads=1,
         device="cpu", out=str(tmp_path),

@@ -82,11 +82,7 @@ def test_parameter_counts():
         with torch.device("meta"):
             counts[preset] = Model(ModelConfig.preset(preset))
     millions = {name: model.num_parameters() / 1e6 for name, model in counts.items()}
-    assert [round(millions[n], 1) for n in ("minimind2-small", "minimind2", "minimind2-moe")] == [
-        25.8,
-        104.0,
-        145.0,
-    ]
+    assert [round(millions[n], 1) for n in ("minimind2-small", "minimind2", "minimind2-moe")] == [25.8, 104.0, 145.0]
     assert 63 < millions["minimind3"] < 65
     assert 197 < millions["minimind3-moe"] < 200
     assert 63 < counts["minimind3-moe"].num_parameters(active=True) / 1e6 < 65

@@ -39,9 +39,7 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_trains(shape):
     for _, linear in lora_linears(model):
         adapter = linear.adapter("default")
         width = adapter.A.shape[1]
-        assert (
-            not adapter.B.any() and adapter.A.abs().max() <= width**-0.5
-        )  # peft: Kaiming uniform, a = sqrt 5
+        assert not adapter.B.any() and adapter.A.abs().max() <= width**-0.5  # peft: Kaiming uniform, a = sqrt 5
         assert adapter.A.std().item() == pytest.approx((3 * width) ** -0.5, rel=0.15)
 
 
@@ -104,11 +102,7 @@ def test_dora_gives_the_rows_their_lengths():
         if part in adapter.parts:
             a, b = adapter.split(adapter.A, adapter.B)[part]
             changed = frozen + 1.5 * b @ a
-            frozen = (
-                adapter.by_part(adapter.M)[part][:, None]
-                * changed
-                / changed.detach().norm(dim=1, keepdim=True)
-            )
+            frozen = adapter.by_part(adapter.M)[part][:, None] * changed / changed.detach().norm(dim=1, keepdim=True)
         rows.append(frozen)
     dense = torch.cat(rows)
     leaves = [x, adapter.A, adapter.B, adapter.M]
@@ -144,10 +138,7 @@ def test_a_packed_projection_keeps_its_input_once_and_nothing_for_frozen_weights
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         y = linear(x)
-    low, inputs = (
-        3 * 50 * 3 * 4,
-        x.numel() * (2 if dropout else 1),
-    )  # A x; x, or what is left of it and the draw
+    low, inputs = (3 * 50 * 3 * 4, x.numel() * (2 if dropout else 1))  # A x; x, or what is left of it and the draw
     assert sum(kept.values()) == low + inputs
     assert (x.untyped_storage().data_ptr() in kept) == (dropout == 0)  # with dropout only what is left of it
     y.sum().backward()
@@ -313,9 +304,7 @@ def test_settings_without_meaning_are_refused(settings, message):
 
 def test_targets_and_names_that_do_not_exist_are_refused():
     model = make()
-    with pytest.raises(
-        ValueError, match=r"target 'w1': this model has no such projection; choose from q_proj"
-    ):
+    with pytest.raises(ValueError, match=r"target 'w1': this model has no such projection; choose from q_proj"):
         add_adapter(model, LoRAConfig(targets=("q_proj", "w1")))
     with pytest.raises(ValueError, match="'lm_head'"):
         add_adapter(model, LoRAConfig(targets=("lm_head",)))

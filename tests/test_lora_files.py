@@ -61,9 +61,12 @@ def llama_of(model: Model):
     transformers = pytest.importorskip("transformers", reason="install minimind[export]: compares with peft")
     cfg = model.config
     config = transformers.LlamaConfig(
-        **{**TINY, "max_position_embeddings": 512}, rms_norm_eps=cfg.rms_norm_eps, tie_word_embeddings=True,
-        attn_implementation="eager", rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-    )  # fmt: skip
+        **{**TINY, "max_position_embeddings": 512},
+        rms_norm_eps=cfg.rms_norm_eps,
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
+    )
     llama = transformers.LlamaForCausalLM(config).eval()
     stock = to_stock(model.state_dict(), cfg)
     llama.load_state_dict({**stock, "lm_head.weight": stock["model.embed_tokens.weight"]})
@@ -162,9 +165,7 @@ def project(tmp_path, monkeypatch):
     save_weights(make(), base)
     monkeypatch.chdir(place)
     relative = base.relative_to(place)
-    save_adapter(
-        with_adapter(make(), LoRAConfig()), folder, base_model=relative, base_fingerprint=fingerprint(base)
-    )
+    save_adapter(with_adapter(make(), LoRAConfig()), folder, base_model=relative, base_fingerprint=fingerprint(base))
     other = tmp_path / "elsewhere"
     save_weights(make("qk_norm"), other / relative)
     monkeypatch.chdir(other)
@@ -177,9 +178,7 @@ def without_note(folder, base):
     config = folder / "adapter_config.json"
     raw = json.loads(config.read_text()) | {"base_model_name_or_path": "runs/sft/checkpoints/step-00000002"}
     config.write_text(json.dumps(raw))
-    (folder.parents[1] / "config.json").write_text(
-        json.dumps({"stage": "lora", "weights": fingerprint(base)})
-    )
+    (folder.parents[1] / "config.json").write_text(json.dumps({"stage": "lora", "weights": fingerprint(base)}))
 
 
 @pytest.mark.parametrize("noted", [True, False])
@@ -201,9 +200,7 @@ def test_another_model_in_the_bases_place_is_refused(noted, project):
         without_note(folder, base)
     known = fingerprint(base)
     save_weights(make("qk_norm"), base)
-    message = (
-        rf"step-00000001: trained on {known}, and .*step-00000002 holds step-00000002 \w+; give --model BASE"
-    )
+    message = rf"step-00000001: trained on {known}, and .*step-00000002 holds step-00000002 \w+; give --model BASE"
     with pytest.raises(ValueError, match=message):
         base_of(folder)
     assert "trained on" in another_base(folder, base)

@@ -15,8 +15,9 @@ ROUNDING = 1e-5
 
 TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
             intermediate_size=96, vocab_size=97)  # fmt: skip
-MOE = dict(num_experts=4, num_experts_per_tok=2, num_shared_experts=1, moe_intermediate_size=48,
-           router_aux_loss_coef=0.1)  # fmt: skip
+MOE = dict(
+    num_experts=4, num_experts_per_tok=2, num_shared_experts=1, moe_intermediate_size=48, router_aux_loss_coef=0.1
+)
 SHAPES = {
     "dense": TINY,
     "qk_norm": {**TINY, "qk_norm": True},
@@ -188,9 +189,7 @@ def test_bf16_compute_keeps_fp32_masters():
     out = model(ids, cu_seqlens=cu, return_logits=False)
     assert out.hidden_states.dtype == torch.bfloat16
     ops.linear_cross_entropy(out.hidden_states.flatten(0, 1), model.head_weight, ids.flatten()).backward()
-    assert (
-        {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
-    )
+    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_costs_the_model_reports():
@@ -206,9 +205,7 @@ def test_costs_the_model_reports():
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3_yarn", "qwen3_moe"])
 def test_equal_to_transformers(kind):
-    transformers = pytest.importorskip(
-        "transformers", reason="install minimind[export] to compare with transformers"
-    )
+    transformers = pytest.importorskip("transformers", reason="install minimind[export] to compare with transformers")
     shape = dict(TINY, max_position_embeddings=512, rms_norm_eps=1e-6)
     theirs = {**shape, "tie_word_embeddings": True, "attention_bias": False}
     rope: dict = {"rope_type": "default", "rope_theta": 1e6}

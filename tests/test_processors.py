@@ -78,10 +78,13 @@ def assert_green(root: Path, environment: dict[str, str], python: str = sys.exec
     """The numeric tests in `root`; their output is shown as it comes, since they take minutes."""
     command = [python, "-m", "pytest", "-p", "no:cacheprovider", *workers(python), *NUMERIC]
     process = subprocess.Popen(
-        command, cwd=root,
+        command,
+        cwd=root,
         env={**os.environ, "PYTHONPATH": str(root), "PYTEST_ADDOPTS": "", **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
@@ -110,9 +113,7 @@ def test_numbers_of_another_processor(name):
 def test_without_a_compiler(tmp_path):
     """A copy of the tree in which nothing was built, and no compiler on the PATH."""
     root, tools = tmp_path / "tree", tmp_path / "bin"
-    files = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, files.split("\0")):
         if (ROOT / name).is_file():
             (root / name).parent.mkdir(parents=True, exist_ok=True)

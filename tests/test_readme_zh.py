@@ -16,9 +16,7 @@ LINK = re.compile(r"(!?)\[[^\[\]]*\]\(([^()\s]+)\)")
 CODE = re.compile(r"`([^`]+)`")
 COMMENT = re.compile(r"(^|\s+)#(\s.*)?$")
 # A number, its sign, all that is written on to it (12.5x, 99.1%, bf16, 95d32b8007a5, 1e-4) and its unit of memory.
-NUMBER = re.compile(
-    r"(?:(?<![\w.-])-)?[\w.,%]*[0-9][\w.,%]*(?:(?<=[0-9][eE])[-+][0-9]+)?(?: [KMGT]i?B\b)?", re.ASCII
-)
+NUMBER = re.compile(r"(?:(?<![\w.-])-)?[\w.,%]*[0-9][\w.,%]*(?:(?<=[0-9][eE])[-+][0-9]+)?(?: [KMGT]i?B\b)?", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,7 @@ SCRIPTS = [*sorted(f"train/{path.name}" for path in (ROOT / "train").glob("*.py"
 
 
 def python(code: str, cwd: Path = ROOT) -> str:
-    answer = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120
-    )
+    answer = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120)
     assert answer.returncode == 0, answer.stderr
     return answer.stdout.strip()
 
@@ -39,9 +37,7 @@ def test_kernels_import_as_part_of_minimind(cwd):
 
 
 def test_data_workers_need_no_torch():
-    code = (
-        "import sys, minimind.data, minimind.data.cache, minimind.tokenization; print('torch' in sys.modules)"
-    )
+    code = "import sys, minimind.data, minimind.data.cache, minimind.tokenization; print('torch' in sys.modules)"
     assert python(code) == "False"
 
 

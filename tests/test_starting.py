@@ -30,9 +30,13 @@ def impatient(tmp_path) -> dict[str, str]:
 )
 def test_an_interrupt_during_imports_prints_no_traceback(words, impatient):
     answer = subprocess.run(
-        [sys.executable, *words, "--help"], env=impatient, capture_output=True, text=True, timeout=60,
+        [sys.executable, *words, "--help"],
+        env=impatient,
+        capture_output=True,
+        text=True,
+        timeout=60,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-    )  # fmt: skip
+    )
     assert (answer.returncode, answer.stderr) == (130, "")
 
 
@@ -45,6 +49,4 @@ def test_the_interrupt_of_one_who_ignores_it_stays_ignored():
         "signal.signal(signal.SIGINT, signal.default_int_handler); leave_on_interrupt(); started()\n"
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60
-    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)

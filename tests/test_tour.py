@@ -30,9 +30,7 @@ def at_root(monkeypatch, tmp_path):
 def test_there_are_pages_and_the_index_names_them_all():
     chapters = [page.name for page in PAGES if page.name != "README.md"]
     index = (TOUR / "README.md").read_text(encoding="utf-8")
-    assert (
-        chapters and [name for name in LINK.findall(index) if re.fullmatch(r"\d\d-\w+\.md", name)] == chapters
-    )
+    assert chapters and [name for name in LINK.findall(index) if re.fullmatch(r"\d\d-\w+\.md", name)] == chapters
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -32,8 +32,9 @@ def test_values_of_packed_documents_are_those_of_each_alone(ops_mode):
     values = model(ids, cu_seqlens=cu).values
     assert values.shape == (2, 63) and values.dtype == torch.float32
     with ops.using("reference"):
-        exact, plain = (torch.cat([m(d[None]).values[0] for d in ids.flatten().split([1, 40, 22, 63])])
-                        for m in (truth, model))  # fmt: skip
+        exact, plain = (
+            torch.cat([m(d[None]).values[0] for d in ids.flatten().split([1, 40, 22, 63])]) for m in (truth, model)
+        )
     assert exact.dtype == torch.float64
     assert_within(values.flatten(), plain, exact)
 
@@ -101,9 +102,7 @@ def test_transformers_reads_it_as_a_classifier(qk_norm, tmp_path):
 
 def test_what_is_no_value_model_is_refused(tmp_path):
     save_weights(Model(ModelConfig(**SMALL)), tmp_path / "plain")
-    with pytest.raises(
-        ValueError, match=r"plain: no value head \(score.weight\) in it; name a run of train/reward.py"
-    ):
+    with pytest.raises(ValueError, match=r"plain: no value head \(score.weight\) in it; name a run of train/reward.py"):
         load_value_model(tmp_path / "plain")
     with pytest.raises(ValueError, match="empty: neither a checkpoint"):
         load_value_model(tmp_path / "empty")

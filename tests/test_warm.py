@@ -67,9 +67,7 @@ except KeyboardInterrupt:
     print("interrupted")
 """
     marker = tmp_path / "up"
-    process = warm.popen(
-        script(tmp_path, f"open({str(marker)!r}, 'w')\n{code}"), ENVIRONMENT, stdout=warm.PIPE
-    )
+    process = warm.popen(script(tmp_path, f"open({str(marker)!r}, 'w')\n{code}"), ENVIRONMENT, stdout=warm.PIPE)
     while not marker.exists():
         time.sleep(0.001)
     time.sleep(0.05)
@@ -78,8 +76,6 @@ except KeyboardInterrupt:
 
 
 def test_two_at_once_and_modules(tmp_path):
-    first = warm.popen(
-        script(tmp_path, "import time; time.sleep(0.2); print(1)"), ENVIRONMENT, stdout=warm.PIPE
-    )
+    first = warm.popen(script(tmp_path, "import time; time.sleep(0.2); print(1)"), ENVIRONMENT, stdout=warm.PIPE)
     second = warm.run([sys.executable, "-m", "minimind", "--version"], ENVIRONMENT)
     assert second.stdout.strip().count(".") == 2 and first.communicate()[0] == "1\n"

@@ -12,9 +12,7 @@ from minimind.weights import from_stock, save_weights, to_stock
 CONFIGS = {
     "dense": ModelConfig(64, 2, 4, 2, 16, 96, 97),
     "qk_norm_untied": ModelConfig(64, 2, 4, 2, 16, 96, 97, qk_norm=True, tie_word_embeddings=False),
-    "moe": ModelConfig(
-        64, 2, 4, 2, 16, 96, 97, num_experts=3, num_shared_experts=2, moe_intermediate_size=48
-    ),
+    "moe": ModelConfig(64, 2, 4, 2, 16, 96, 97, num_experts=3, num_shared_experts=2, moe_intermediate_size=48),
 }
 
 
@@ -68,9 +66,7 @@ def test_wrong_weights_are_named(tmp_path):
         from_stock({**stock, "stranger": torch.zeros(1)}, config)
     tied = {**stock, "lm_head.weight": stock["model.embed_tokens.weight"]}  # as upstream saves it
     assert "lm_head.weight" not in from_stock(tied, config)
-    with pytest.raises(
-        ValueError, match=r"lm_head\.weight' is not the embedding, and the config ties the two"
-    ):
+    with pytest.raises(ValueError, match=r"lm_head\.weight' is not the embedding, and the config ties the two"):
         from_stock({**tied, "lm_head.weight": tied["lm_head.weight"] + 1}, config)
     with pytest.raises(ValueError, match=r"embed_tokens\.weight is \[96, 64\]"):
         from_stock({**stock, "model.embed_tokens.weight": torch.zeros(96, 64)}, config)
@@ -132,16 +128,9 @@ def test_config_json_round_trips_and_reads_other_dialects():
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Qwen3Moe", "GraniteMoe"])
 def test_a_config_of_transformers_that_says_little_means_what_it_means_there(kind):
     """Files older than a key, or written by hand: the base of the rotation would be wrong without a word."""
-    transformers = pytest.importorskip(
-        "transformers", reason="install minimind[export] to compare with transformers"
-    )
+    transformers = pytest.importorskip("transformers", reason="install minimind[export] to compare with transformers")
     theirs = getattr(transformers, f"{kind}Config")(hidden_size=64, num_attention_heads=4)
-    raw = {
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "model_type": theirs.model_type,
-        "moe_intermediate_size": 48,
-    }
+    raw = {"hidden_size": 64, "num_attention_heads": 4, "model_type": theirs.model_type, "moe_intermediate_size": 48}
     granite = {"attention_multiplier": 0.25, "intermediate_size": 96} if kind == "GraniteMoe" else {}
     ours = ModelConfig.from_dict({**raw, **granite})
     theta = getattr(theirs, "rope_theta", None) or theirs.rope_parameters["rope_theta"]

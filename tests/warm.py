@@ -33,12 +33,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PIPE = subprocess.PIPE
 COLD = not hasattr(os, "fork") or os.environ.get("MINIMIND_TEST_COLD") == "1"
-AT_START = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "PYTHONHASHSEED",
-    "LD_PRELOAD",
-)  # read before a fork could set them
+AT_START = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONHASHSEED", "LD_PRELOAD")  # read before a fork could set them
 
 
 class Process:
@@ -152,8 +147,11 @@ def _server(at_start: tuple[str | None, ...]) -> str:
     listener.listen(16)
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.warm", str(listener.fileno())],
-        cwd=ROOT, env=environment, pass_fds=[listener.fileno()], stdin=subprocess.PIPE,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        pass_fds=[listener.fileno()],
+        stdin=subprocess.PIPE,
+    )
     listener.close()
 
     def end() -> None:

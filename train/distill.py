@@ -31,10 +31,10 @@ from minimind.training.arguments import FromFlag
 from minimind.training.batches import to_device
 from minimind.training.compiling import compile_model
 from minimind.training.heldout import describe, heldout_loss
-from minimind.training.job import Job, Objective, Plan
-from minimind.training.origin import Origin
+from minimind.training.job import Job, Objective, TrainingPlan
+from minimind.training.origin import InitialModel
 from minimind.training.parallel import Parallel
-from minimind.training.parts import Named, Parts, all_losses, open_parts, read_texts
+from minimind.training.parts import DataSplit, NamedFiles, all_losses, open_parts, read_texts
 from minimind.training.run_folder import newest_finished
 from minimind.training.script import run_script
 from minimind.training.stages.answers import continue_texts
@@ -80,7 +80,7 @@ def main(args: Args, console: Console) -> bool:
     check_same_tokens(origin, job.origin)
     assert origin.weights is not None
     job.refer("teacher", origin.weights)
-    lesson = (Texts if only_pretrained(origin) else Chats).open(args, job, console)
+    lesson = (TextData if only_pretrained(origin) else ChatData).open(args, job, console)
     args, parts = cast(Args, job.args), lesson.parts
     train, heldout = parts.train, parts.heldout
     plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=parts.mixture))
@@ -89,7 +89,7 @@ def main(args: Args, console: Console) -> bool:
     model, trained = job.build_model(adapting.prepare)
     teacher = job.place(origin.model()).requires_grad_(False).eval()
     taught = compile_model(teacher) if args.compile else teacher
-    gap = Gap(teacher, heldout, args, job.parallel)
+    gap = TeacherGap(teacher, heldout, args, job.parallel)
     objective = Objective(
         loss=lambda batch: distillation_loss(trained, taught, batch, options),
         evaluate=lambda final: evaluate(model, gap, lesson, job, args, final),
@@ -109,18 +109,18 @@ def main(args: Args, console: Console) -> bool:
 
 
 @dataclass(frozen=True)
-class Chats:
+class ChatData:
     """Conversations to learn from, and what is measured and shown of them."""
 
-    parts: Parts
+    parts: DataSplit
 
     @classmethod
-    def open(cls, args: Args, job: Job, console: Console) -> Chats:
+    def open(cls, args: Args, job: Job, console: Console) -> ChatData:
         builtin = () if args.data else builtin_conversations(args.cache_dir, console)
         encoder = ChatEncoder(job.tokenizer)
         return cls(open_chats(job, args.data, args.heldout_data, encoder, builtin))
 
-    def lines(self, plan: Plan) -> list[str]:
+    def lines(self, plan: TrainingPlan) -> list[str]:
         return describe_chats(self.parts, plan)
 
     def figures(self, model: Model, job: Job, args: Args, final: bool) -> dict[str, Any]:
@@ -130,17 +130,17 @@ class Chats:
         return chat_sample(model, self.parts.heldout or self.parts.train, job, args)
 
 
-class Texts(Chats):
+class TextData(ChatData):
     """The same of text."""
 
     @classmethod
-    def open(cls, args: Args, job: Job, console: Console) -> Chats:
+    def open(cls, args: Args, job: Job, console: Console) -> ChatData:
         job.settle("seq_len", lambda: (512, ""))
         builtin = () if args.data else (builtin_corpus(args.cache_dir, console),)
-        named = Named.of(args.data, args.heldout_data, builtin)
+        named = NamedFiles.of(args.data, args.heldout_data, builtin)
         return cls(open_parts(job, named, partial(read_texts, job)))
 
-    def lines(self, plan: Plan) -> list[str]:
+    def lines(self, plan: TrainingPlan) -> list[str]:
         parts = self.parts
         held = f"; held out {parts.heldout.num_documents:,} documents" if parts.heldout else ""
         size = f"{parts.train.num_documents:,} documents, {plan.loader.tokens_per_epoch:,} tokens to train on"
@@ -153,19 +153,19 @@ class Texts(Chats):
         return continue_texts(model, job.tokenizer, self.parts.heldout or self.parts.train)
 
 
-def only_pretrained(teacher: Origin) -> bool:
+def only_pretrained(teacher: InitialModel) -> bool:
     """Whether the run folder around the weights says so."""
     assert teacher.weights is not None
     configs = (read_json(folder / "config.json") for folder in teacher.weights.parents[:2])
     return any(config.get("stage") == "pretrain" for config in configs if config)
 
 
-def find_teacher(args: Args, console: Console) -> Origin:
+def find_teacher(args: Args, console: Console) -> InitialModel:
     """Its weights; ValueError where there are none."""
     try:
         place = args.teacher or newest_finished("pretrain")
         if Path(place).expanduser().is_dir():
-            return Origin.of(dataclasses.replace(args, from_=place, preset=None, tokenizer=None), console)
+            return InitialModel.of(dataclasses.replace(args, from_=place, preset=None, tokenizer=None), console)
     except ValueError as error:
         raise ValueError(str(error).replace("--from", "--teacher", 1)) from error
     if Path(place).expanduser().is_file():
@@ -176,7 +176,7 @@ def find_teacher(args: Args, console: Console) -> Origin:
     raise ValueError(f"--teacher {place}: no such folder; name a run folder or a Hugging Face folder")
 
 
-def check_same_tokens(teacher: Origin, student: Origin) -> None:
+def check_same_tokens(teacher: InitialModel, student: InitialModel) -> None:
     """ValueError unless both have one tokenizer: they are compared token by token."""
     if teacher.tokenizer.fingerprint != student.tokenizer.fingerprint:
         raise ValueError(
@@ -185,28 +185,20 @@ def check_same_tokens(teacher: Origin, student: Origin) -> None:
         )
 
 
-def half(teacher: Origin, tokenizer: Tokenizer) -> Origin:
+def half(teacher: InitialModel, tokenizer: Tokenizer) -> InitialModel:
     """A student of half the teacher's width and depth, with random weights; ValueError where that is no shape."""
     whole = teacher.config
-    sizes = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "intermediate_size",
-    )
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     shape = {name: getattr(whole, name) // 2 for name in sizes}
     if whole.num_experts:
         shape["moe_intermediate_size"] = whole.moe_intermediate_size // 2
     if any(2 * size != getattr(whole, name) for name, size in shape.items()):
-        raise ValueError(
-            f"--teacher {teacher.weights}: its shape cannot be halved; name the student's with --preset"
-        )
+        raise ValueError(f"--teacher {teacher.weights}: its shape cannot be halved; name the student's with --preset")
     config = dataclasses.replace(whole, **shape)
-    return Origin(tokenizer, config, f"half-{teacher.preset}")
+    return InitialModel(tokenizer, config, f"half-{teacher.preset}")
 
 
-class Gap:
+class TeacherGap:
     """How far a student is from the teacher on held-out data; the teacher's own part is worked out once."""
 
     def __init__(self, teacher: Model, heldout: Corpus | None, args: Args, parallel: Parallel) -> None:
@@ -239,7 +231,7 @@ class Gap:
         return total / targets
 
 
-def evaluate(model: Model, gap: Gap, lesson: Chats, job: Job, args: Args, final: bool) -> dict[str, Any]:
+def evaluate(model: Model, gap: TeacherGap, lesson: ChatData, job: Job, args: Args, final: bool) -> dict[str, Any]:
     figures = lesson.figures(model, job, args, final)
     if lesson.parts.heldout is None:
         return figures

@@ -39,7 +39,7 @@ from minimind.training.job import Job, Objective
 from minimind.training.origin import begin_from
 from minimind.training.parallel import world_size
 from minimind.training.script import run_script
-from minimind.training.stages.answers import Question, exact_match, show
+from minimind.training.stages.answers import HeldOutQuestion, exact_match, show
 from minimind.training.stages.figures import plot_figures
 from minimind.training.stages.pairs import (
     PairArgs,
@@ -107,7 +107,7 @@ def main(args: Args, console: Console) -> bool:
     job.open_run()
     model, trained = job.build_model(adapting.prepare)
     reference = partial(find_reference, job, args, model, plan.loader.rows)
-    of = partial(Measured.of, job=job, args=args, rows=plan.loader.rows, reference=reference)
+    of = partial(HeldOutPairs.of, job=job, args=args, rows=plan.loader.rows, reference=reference)
     measured = {name: (of(view.head(args.eval_tokens)), of(view)) for name, view in parts.measured.items()}
     objective = Objective(
         loss=lambda batch: preference_loss(trained, batch, loss),
@@ -143,9 +143,7 @@ def pair_objective(args: Args) -> PairObjective:
     sft_weight = 0.0 if args.data or args.loss == "orpo" else 1.0
     if args.sft_weight is not None:
         if args.loss == "orpo":
-            raise ValueError(
-                "--sft-weight: --loss orpo has the chosen answer's own loss; set --beta beside it"
-            )
+            raise ValueError("--sft-weight: --loss orpo has the chosen answer's own loss; set --beta beside it")
         sft_weight = args.sft_weight
     if sft_weight:
         objective = with_sft(objective, sft_weight)
@@ -167,7 +165,7 @@ def find_reference(job: Job, args: Args, model: Model, rows: int, view: Corpus) 
 
 
 @dataclass(frozen=True)
-class Measured:
+class HeldOutPairs:
     """Held-out pairs and their log-probabilities under the reference."""
 
     loader: PairLoader
@@ -176,16 +174,16 @@ class Measured:
     @staticmethod
     def of(
         view: Corpus, job: Job, args: Args, rows: int, reference: Callable[[Corpus], np.ndarray | None]
-    ) -> Measured:
+    ) -> HeldOutPairs:
         parallel = job.parallel
         ranks = parallel.rank, parallel.world_size
         loader = PairLoader(view, args.row, rows, 0, False, *ranks, share=args.share_prompts)
-        return Measured(loader, reference(view))
+        return HeldOutPairs(loader, reference(view))
 
 
 def evaluate(
     model: Model,
-    measured: dict[str, tuple[Measured, Measured]],
+    measured: dict[str, tuple[HeldOutPairs, HeldOutPairs]],
     loss: PairObjective,
     job: Job,
     args: Args,
@@ -210,7 +208,7 @@ def evaluate(
     return found
 
 
-def answered(model: Model, asked: list[Question], job: Job) -> dict[str, Any]:
+def answered(model: Model, asked: list[HeldOutQuestion], job: Job) -> dict[str, Any]:
     """The share of prompts answered as chosen, to the letter."""
     whole = job.parallel.whole(model)
     share = job.parallel.share(lambda: exact_match(cast(Model, whole), job.tokenizer, asked))
@@ -229,11 +227,7 @@ def draw(run: Path) -> None:
         "heldout_accuracy": "chosen answer's reward higher",
         "heldout_exact": "chosen answer given, to the letter",
     }
-    rewards = {
-        "heldout_chosen_reward": "chosen",
-        "heldout_rejected_reward": "rejected",
-        "heldout_margin": "margin",
-    }
+    rewards = {"heldout_chosen_reward": "chosen", "heldout_rejected_reward": "rejected", "heldout_margin": "margin"}
     plot_figures(run / "metrics.jsonl", run / "accuracy.png", run.name, "share of held-out pairs", shares)
     plot_figures(run / "metrics.jsonl", run / "rewards.png", run.name, "reward, held-out pairs", rewards)
 

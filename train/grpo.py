@@ -86,19 +86,14 @@ class Args(RolloutArgs):
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
     if args.samples < 2:
-        raise ValueError(
-            f"--samples {args.samples}: an answer is compared with others to its prompt; take 2 or more"
-        )
+        raise ValueError(f"--samples {args.samples}: an answer is compared with others to its prompt; take 2 or more")
     if args.minibatches is None:
         args = dataclasses.replace(args, minibatches=steps(args))
     algorithm, beta = bundle(args)
     refills = args.refills if args.refills is not None else 3 if args.loss == "dapo" else 0
     run = Rollouts.begin("grpo", args, algorithm.aggregation, console)
     if args.reward_norm == "running" and (args.advantage or algorithm.std) in ("group", "batch"):
-        say(
-            console,
-            "--reward-norm running: changes nothing, as advantages are divided by a deviation of their own",
-        )
+        say(console, "--reward-norm running: changes nothing, as advantages are divided by a deviation of their own")
     run.build(
         partial(advantages, how=args.advantage or algorithm.std),
         with_reference=beta > 0,
@@ -140,9 +135,7 @@ def advantages(answers: list[Answer], how: Any) -> dict[str, float]:
 
 
 def describe(args: Args, algorithm: Algorithm, beta: float) -> str:
-    parts = [
-        f"{args.loss}: advantages over {args.advantage or algorithm.std}, mean by {algorithm.aggregation}"
-    ]
+    parts = [f"{args.loss}: advantages over {args.advantage or algorithm.std}, mean by {algorithm.aggregation}"]
     parts.append(f"KL {beta:g}" if beta else "no reference model")
     answers = args.prompts * args.samples // (args.minibatches or 1)
     alone = args.minibatches == args.inner_epochs == 1

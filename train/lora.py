@@ -36,7 +36,7 @@ from minimind.training.heldout import describe
 from minimind.training.job import Job, Objective
 from minimind.training.optim import OptimizerName
 from minimind.training.origin import begin_from
-from minimind.training.parts import Parts
+from minimind.training.parts import DataSplit
 from minimind.training.script import run_script
 from minimind.training.stages.chats import (
     ChatArgs,
@@ -140,7 +140,7 @@ def main(args: Args, console: Console) -> bool:
     return True
 
 
-def open_data(job: Job, args: Args, encoder: ChatEncoder) -> tuple[Parts, Corpus | None]:
+def open_data(job: Job, args: Args, encoder: ChatEncoder) -> tuple[DataSplit, Corpus | None]:
     """(training and held-out, kept) conversations."""
     builtin = () if args.data else builtin_identity(args.cache_dir, job.console)
     kept_paths = list(args.kept_data) or [str(path) for path in builtin[2:]]
@@ -184,9 +184,7 @@ def give_adapter(model: Model, args: Args, config: LoRAConfig) -> None:
         load_adapter(model, args.adapter, trainable=True)
 
 
-def evaluate(
-    model: Model, parts: Parts, kept: Corpus | None, job: Job, args: Args, final: bool
-) -> dict[str, Any]:
+def evaluate(model: Model, parts: DataSplit, kept: Corpus | None, job: Job, args: Args, final: bool) -> dict[str, Any]:
     """What is learnt, and what is kept: at the end also what there was to keep."""
     figures = chat_figures(model, parts, job, args, final)
     if kept is None or parts.heldout is None or not args.questions:

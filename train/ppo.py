@@ -59,7 +59,7 @@ from minimind.training.rl.loader import pack
 from minimind.training.rl.rollouts import Answer
 from minimind.training.rl.stage import Rollouts
 from minimind.training.script import run_script
-from minimind.training.trainer import Apart, StageLoss
+from minimind.training.trainer import ClipGroup, StageLoss
 from minimind.value_head import ValueModel, ValueOutput
 
 NANO_LR = 2e-4  # peak rate of nano, of a few that were tried; others' by rl.stage.peak_lr
@@ -130,7 +130,7 @@ def main(args: Args, console: Console) -> bool:
     )
     loss = partial(both_losses, args, objective, run)
     lr = args.lr or run.rate(NANO_LR)
-    apart = Apart("critic", critic_parameters(run.model), (args.critic_lr or lr) / lr)
+    apart = ClipGroup("critic", critic_parameters(run.model), (args.critic_lr or lr) / lr)
     return run.fit(
         loss,
         NANO_LR,
@@ -142,11 +142,7 @@ def main(args: Args, console: Console) -> bool:
 
 
 def describe(args: Args, critic_lr: float) -> str:
-    held = (
-        "not clipped"
-        if args.value_clip is None
-        else f"clipped at {args.value_clip:g} of what they are off by"
-    )
+    held = "not clipped" if args.value_clip is None else f"clipped at {args.value_clip:g} of what they are off by"
     return (
         f"critic: {args.critic}, peak rate {critic_lr:.2g}; values shifted to the rewards' level, {held}; "
         "its gradients are clipped apart from the policy's"
@@ -186,11 +182,7 @@ def advantages(args: Args, answers: list[Answer]) -> dict[str, float]:
         a.advantages, a.returns = own.float().numpy(), goal.float().numpy()
         a.room = None if room is None else np.full(len(a.ids), float(room), np.float32)
     explained = explained_variance(values, returns)
-    return {
-        "value": float(values.mean()),
-        "value_shift": float(shift),
-        "explained_variance": float(explained),
-    }
+    return {"value": float(values.mean()), "value_shift": float(shift), "explained_variance": float(explained)}
 
 
 def both_losses(args: Args, objective: Objective, run: Rollouts, batch: PolicyBatch) -> StageLoss:

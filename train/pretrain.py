@@ -21,7 +21,7 @@ from minimind.objectives.next_token import next_token_loss
 from minimind.training.arguments import StageArgs
 from minimind.training.heldout import describe
 from minimind.training.job import Job, Objective
-from minimind.training.parts import Named, all_losses, open_parts, read_texts
+from minimind.training.parts import NamedFiles, all_losses, open_parts, read_texts
 from minimind.training.script import run_script
 from minimind.training.stages.answers import continue_texts
 
@@ -47,7 +47,7 @@ def main(args: Args, console: Console) -> bool:
     """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
     job = Job.begin("pretrain", args, console)
     builtin = () if args.data else (builtin_corpus(args.cache_dir, console),)
-    named = Named.of(args.data, args.heldout_data, builtin)
+    named = NamedFiles.of(args.data, args.heldout_data, builtin)
     parts = open_parts(job, named, partial(read_texts, job))
     train, heldout = parts.train, parts.heldout
     plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=parts.mixture))

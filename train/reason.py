@@ -33,11 +33,11 @@ from minimind.training.arguments import FromFlag
 from minimind.training.heldout import describe
 from minimind.training.job import Job, Objective
 from minimind.training.origin import begin_from
-from minimind.training.parts import Parts, all_losses
+from minimind.training.parts import DataSplit, all_losses
 from minimind.training.script import run_script
 from minimind.training.stages.chats import ChatArgs, chat_sample, describe_chats, open_chats
 from minimind.training.stages.figures import plot_figures
-from minimind.training.stages.reasoning import MODES, Asked, has_reasoning, reasoning_figures
+from minimind.training.stages.reasoning import MODES, ReasoningQuestions, has_reasoning, reasoning_figures
 from minimind.utils.progress import say
 
 # Peak rates by preset; not tuned yet.
@@ -96,9 +96,9 @@ def main(args: Args, console: Console) -> bool:
         raise ValueError(
             "--data: no conversation has reasoning; give reasoning_content or <think>...</think>, or use train/sft.py"
         )
-    asked = Asked([], [])
+    asked = ReasoningQuestions([], [])
     if heldout is not None and args.questions:
-        asked = Asked.of(heldout, job.tokenizer, args.row)
+        asked = ReasoningQuestions.of(heldout, job.tokenizer, args.row)
     loader = partial(
         PackedLoader,
         train,
@@ -129,11 +129,13 @@ def main(args: Args, console: Console) -> bool:
     return True
 
 
-def describe_questions(asked: Asked) -> str:
+def describe_questions(asked: ReasoningQuestions) -> str:
     return f"asked on held-out data: {len(asked.reasoned):,} questions with reasoning, {len(asked.plain):,} without"
 
 
-def evaluate(model: Model, parts: Parts, asked: Asked, job: Job, args: Args, final: bool) -> dict[str, Any]:
+def evaluate(
+    model: Model, parts: DataSplit, asked: ReasoningQuestions, job: Job, args: Args, final: bool
+) -> dict[str, Any]:
     """Loss over the assistant's held-out tokens, each with weight 1; the replies' format and answers."""
     figures = all_losses(model, parts, job, final)
     mine = asked.first(None if final else args.questions)

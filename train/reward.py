@@ -31,17 +31,11 @@ from minimind.training.arguments import FromFlag
 from minimind.training.heldout import describe, rename
 from minimind.training.job import Job, Objective
 from minimind.training.origin import begin_from
-from minimind.training.parts import Parts
+from minimind.training.parts import DataSplit
 from minimind.training.script import run_script
 from minimind.training.stages.figures import plot_figures
 from minimind.training.stages.pairs import PairArgs, describe_pairs, open_pairs, pair_loader
-from minimind.training.stages.scores import (
-    ValueOrigin,
-    files,
-    heldout_scores,
-    show_scores,
-    to_device,
-)
+from minimind.training.stages.scores import InitialValueModel, files, heldout_scores, show_scores, to_device
 from minimind.utils.progress import say
 from minimind.value_head import ValueModel
 
@@ -72,7 +66,7 @@ def main(args: Args, console: Console) -> bool:
     bradley_terry(none, none, args.centering)  # refuses what no pair could be trained with
     args = dataclasses.replace(args, from_=begin_from(args, "sft"))
     job = Job.begin("reward", args, console)
-    job.origin = ValueOrigin(**vars(job.origin))
+    job.origin = InitialValueModel(**vars(job.origin))
     parts = open_pairs(job, args, ChatEncoder(job.tokenizer))
     args, train, heldout = cast(Args, job.args), parts.train, parts.heldout
     plan = job.plan(pair_loader(parts, args))
@@ -98,7 +92,7 @@ def main(args: Args, console: Console) -> bool:
     return True
 
 
-def evaluate(model: ValueModel, parts: Parts, job: Job, args: Args, rows: int, final: bool) -> dict[str, Any]:
+def evaluate(model: ValueModel, parts: DataSplit, job: Job, args: Args, rows: int, final: bool) -> dict[str, Any]:
     """How well held-out pairs are told apart, of every named set too; at the end all of them."""
     found: dict[str, Any] = {}
     ranks = job.parallel.rank, job.parallel.world_size
@@ -124,11 +118,7 @@ def sample(model: ValueModel, source: Corpus, job: Job) -> str:
 def draw(run: Path) -> None:
     """What became of the held-out pairs."""
     accuracy = {"heldout_accuracy": "chosen answer scores higher"}
-    scores = {
-        "heldout_chosen_score": "chosen",
-        "heldout_rejected_score": "rejected",
-        "heldout_margin": "margin",
-    }
+    scores = {"heldout_chosen_score": "chosen", "heldout_rejected_score": "rejected", "heldout_margin": "margin"}
     plot_figures(run / "metrics.jsonl", run / "accuracy.png", run.name, "share of held-out pairs", accuracy)
     plot_figures(run / "metrics.jsonl", run / "scores.png", run.name, "score, held-out pairs", scores)
 

@@ -39,7 +39,7 @@ from minimind.objectives.surrogates import clip, with_terms
 from minimind.objectives.value_tracker import ValueTracker
 from minimind.rewards import Rewards
 from minimind.training.rl.arguments import NormName, RolloutArgs
-from minimind.training.rl.rollouts import Answer, Drawn
+from minimind.training.rl.rollouts import Answer, DrawnPrompt
 from minimind.training.rl.stage import Rollouts
 from minimind.training.script import run_script
 from minimind.utils.progress import say
@@ -96,8 +96,8 @@ def main(args: Args, console: Console) -> bool:
     tracker = ValueTracker(len(run.train), low, high, half=args.half)
     run.build(
         partial(advantages, tracker, console),
-        stream=Uncertain(tracker, args.seed),
-        keepers={"tracker": Kept(tracker)},
+        stream=UncertainPrompts(tracker, args.seed),
+        keepers={"tracker": TrackerState(tracker)},
         with_reference=args.beta > 0,
         before=lambda answers: tracker.advance(float(run.collector.moved(answers, _MEASURED).mean())),
     )
@@ -144,19 +144,19 @@ def advantages(tracker: ValueTracker, console: Console, answers: list[Answer]) -
 
 
 @dataclass(frozen=True)
-class Uncertain:
+class UncertainPrompts:
     """Prompts drawn by the tracker's weights."""
 
     tracker: ValueTracker
     seed: int
 
-    def draw(self, first: int, count: int) -> list[Drawn]:
+    def draw(self, first: int, count: int) -> list[DrawnPrompt]:
         generator = np.random.default_rng([self.seed & (1 << 64) - 1, first])
-        return [Drawn(first + i, int(p)) for i, p in enumerate(self.tracker.draw(count, generator))]
+        return [DrawnPrompt(first + i, int(p)) for i, p in enumerate(self.tracker.draw(count, generator))]
 
 
 @dataclass(frozen=True)
-class Kept:
+class TrackerState:
     """The tracker as a checkpoint keeps it: plain values and tensors."""
 
     tracker: ValueTracker

@@ -121,9 +121,7 @@ def eval_paths(config: Config) -> list[Path]:
     return expand_paths(config.eval_data) if config.eval_data else []
 
 
-def stream(
-    sources: list[tuple[Path, float]], read: Read, held_out: set[str], progress: Progress
-) -> Iterator[str]:
+def stream(sources: list[tuple[Path, float]], read: Read, held_out: set[str], progress: Progress) -> Iterator[str]:
     """Texts of all sources, each repeated or thinned out evenly by its weight."""
     for number, (path, weight) in enumerate(sources, 1):
         task = progress.add_task(f"reading {number}/{len(sources)} {path.name}", total=path.stat().st_size)

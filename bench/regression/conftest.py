@@ -57,7 +57,7 @@ class Report:
     def __init__(self, held: bool, rewrite: bool) -> None:
         self.held, self.rewrite = held, rewrite
         self.measured: dict[str, ratios.Measurement] = {}
-        self.rows: list[ratios.Row] = []
+        self.rows: list[ratios.RatioRow] = []
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if not self.measured:

@@ -45,7 +45,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Row:
+class RatioRow:
     """What was measured, what is committed, and what follows. change: the new ratio over the committed one."""
 
     name: str
@@ -87,13 +87,13 @@ def measurement(reference: str, subject: Sequence[float], beside: Sequence[float
     return Measurement(reference, *times, statistics.median(rounds))
 
 
-def compare(measured: Mapping[str, Measurement], baseline: Mapping[str, Entry]) -> list[Row]:
+def compare(measured: Mapping[str, Measurement], baseline: Mapping[str, Entry]) -> list[RatioRow]:
     """A row for every name of either, sorted."""
     names = sorted({*measured, *baseline})
-    return [Row(name, measured.get(name), baseline.get(name)) for name in names]
+    return [RatioRow(name, measured.get(name), baseline.get(name)) for name in names]
 
 
-def failures(rows: Sequence[Row]) -> list[Row]:
+def failures(rows: Sequence[RatioRow]) -> list[RatioRow]:
     return [row for row in rows if row.verdict in FAILURES]
 
 
@@ -102,9 +102,7 @@ def read(path: Path = BASELINE) -> dict[str, Entry]:
     if not path.exists():
         return {}
     try:
-        return {
-            name: Entry(**fields) for name, fields in json.loads(path.read_text(encoding="utf-8")).items()
-        }
+        return {name: Entry(**fields) for name, fields in json.loads(path.read_text(encoding="utf-8")).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a baseline ({error}); --rewrite-baseline writes a new one") from None
 
@@ -119,7 +117,7 @@ def rewrite(path: Path, measured: Mapping[str, Measurement], processor: str) -> 
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def table(rows: Sequence[RatioRow]) -> list[str]:
     """Lines of text: a head, a line for each measured row, and the names of the others."""
     head = ("benchmark", "ms", "reference ms", "ratio", "baseline", "change", "allowed", "verdict")
     cells = [head, *(_cells(row, found) for row in rows if (found := row.measured))]
@@ -134,7 +132,7 @@ def _benchmark(name: str) -> str:
     return name.partition(" ")[0]
 
 
-def _cells(row: Row, found: Measurement) -> tuple[str, ...]:
+def _cells(row: RatioRow, found: Measurement) -> tuple[str, ...]:
     entry, change = row.entry, row.change
     times = [f"{seconds * 1e3:.2f}" for seconds in (found.subject_seconds, found.reference_seconds)]
     committed = ["", "", ""]

@@ -35,9 +35,7 @@ def test_engine_bookkeeping(against: Against, tokenizer: Tokenizer) -> None:
     requests = [Request([*shared, *range(200, 201 + i)], params) for i in range(2 * BATCH)]
     tokens = len(requests) * NEW_TOKENS
     assert sum(len(output.completions[0].token_ids) for output in engine.generate(requests)) == tokens
-    against(
-        "updates of a dict and a list", lambda: engine.generate(requests), lambda: plain_python(100 * tokens)
-    )
+    against("updates of a dict and a list", lambda: engine.generate(requests), lambda: plain_python(100 * tokens))
 
 
 def engine_without_compute(tokenizer: Tokenizer) -> Engine:

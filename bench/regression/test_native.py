@@ -49,9 +49,7 @@ def test_decode_step(against: Against) -> None:
     tokens = torch.arange(BATCH) + 100
     rotation = rope_cos_sin(config, torch.arange(CONTEXT))
     inputs = (tokens, lengths - 1, slots, table, lengths, *rotation, *caches)
-    matrices = [
-        t for t, role in zip(weights.tensors, weights.roles, strict=True) if role in ("matrix", "gate_up")
-    ]
+    matrices = [t for t, role in zip(weights.tensors, weights.roles, strict=True) if role in ("matrix", "gate_up")]
     rows = {width: torch.randn(BATCH, width) for width in {m.shape[1] for m in matrices}}
     against(
         "F.linear with every matrix of the model, no more",
@@ -66,15 +64,11 @@ def test_decode_attention(against: Against) -> None:
     table, lengths = pages()
     key, value = torch.randn(2, table.numel(), PAGE, GROUPS, HEAD_DIM)
     q, scale = torch.randn(BATCH, HEADS, HEAD_DIM), HEAD_DIM**-0.5
-    dense_key, dense_value = (
-        cache.view(BATCH, CONTEXT, GROUPS, HEAD_DIM).transpose(1, 2) for cache in (key, value)
-    )
+    dense_key, dense_value = (cache.view(BATCH, CONTEXT, GROUPS, HEAD_DIM).transpose(1, 2) for cache in (key, value))
     against(
         "scaled_dot_product_attention on a dense cache",
         times(50, lambda: decode_ops.decode_attention(q, key, value, table, lengths, scale)),
-        times(
-            50, lambda: F.scaled_dot_product_attention(q[:, :, None], dense_key, dense_value, enable_gqa=True)
-        ),
+        times(50, lambda: F.scaled_dot_product_attention(q[:, :, None], dense_key, dense_value, enable_gqa=True)),
         KERNELS,
     )
 
@@ -91,8 +85,10 @@ def test_rope_append_kv(against: Against) -> None:
     def plain() -> Tensor:
         q, k, v = qkv.view(tokens, -1, HEAD_DIM).split((HEADS, GROUPS, GROUPS), dim=1)
         c, s = cos[positions.long()][:, None], sin[positions.long()][:, None]
-        q, k = (torch.cat((x[..., :half] * c - x[..., half:] * s, x[..., half:] * c + x[..., :half] * s), -1)
-                for x in (q, k))  # fmt: skip
+        q, k = (
+            torch.cat((x[..., :half] * c - x[..., half:] * s, x[..., half:] * c + x[..., :half] * s), -1)
+            for x in (q, k)
+        )
         key.view(-1, GROUPS, HEAD_DIM)[slots] = k
         value.view(-1, GROUPS, HEAD_DIM)[slots] = v
         return q
@@ -119,12 +115,7 @@ def test_sample(against: Against) -> None:
         p = p.masked_fill(p.cumsum(-1) - p >= 0.9, 0)
         return ids.gather(1, torch.multinomial(p, 1))
 
-    against(
-        "log_softmax, topk, multinomial",
-        times(20, lambda: decode_ops.sample(*inputs)),
-        times(20, plain),
-        KERNELS,
-    )
+    against("log_softmax, topk, multinomial", times(20, lambda: decode_ops.sample(*inputs)), times(20, plain), KERNELS)
 
 
 def test_document_attention(against: Against) -> None:
@@ -138,8 +129,7 @@ def test_document_attention(against: Against) -> None:
     def plain() -> Tensor:
         parts = zip(*(t.transpose(0, 1).split(lengths, dim=1) for t in (q, k, v)), strict=True)
         return torch.cat(
-            [F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True) for a, b, c in parts],
-            dim=1,
+            [F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True) for a, b, c in parts], dim=1
         ).transpose(0, 1)
 
     def ours() -> Tensor:

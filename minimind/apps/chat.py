@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, TextIO, cast
 
-from minimind.inference.conversation import Conversation
+from minimind.inference.conversation import ChatSession
 from minimind.inference.decode.ops import Backend
 from minimind.inference.engine import Engine
 from minimind.inference.loading import ModelArgs, open_model
@@ -83,7 +83,7 @@ def main(args: Args) -> int:
     return Terminal(conversation, sys.stdout, sys.stdout).loop()
 
 
-def open_conversation(args: Args) -> tuple[Conversation, list[str]]:
+def open_conversation(args: Args) -> tuple[ChatSession, list[str]]:
     """The conversation, and what a user should know before it begins."""
     params = SamplingParams(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
@@ -105,7 +105,7 @@ def open_conversation(args: Args) -> tuple[Conversation, list[str]]:
         max_batch=1, seed=time.time_ns() % 2**31,
     )  # fmt: skip
     notes.append(engine.describe())
-    conversation = Conversation(
+    conversation = ChatSession(
         engine, opened.tokenizer, params, engine.max_context, args.system, THINKING[args.think], args.history,
         args.raw or bool(reason),
     )  # fmt: skip
@@ -128,7 +128,7 @@ def _one_shot(args: Args) -> str | None:
 class Terminal:
     """out: where answers go; notices: where everything else does."""
 
-    conversation: Conversation
+    conversation: ChatSession
     out: TextIO
     notices: TextIO
 

@@ -13,16 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from rich.console import Console
 
-from minimind.data.corpus import (
-    CODES,
-    DOCUMENTS,
-    ENTRY_BYTES,
-    HASH_BYTES,
-    HASHES,
-    META,
-    TOKEN_BYTES,
-    TOKENS,
-)
+from minimind.data.corpus import CODES, DOCUMENTS, ENTRY_BYTES, HASH_BYTES, HASHES, META, TOKEN_BYTES, TOKENS
 from minimind.data.recipes import Encoded, Recipe
 from minimind.data.records import BadRows, Document, Position, bad_row_error
 from minimind.data.split import hash_texts

@@ -12,27 +12,21 @@ from typing import Any
 from rich.console import Console
 
 from minimind.data.build import PART_BYTES, PROGRESS, build, load_bad_rows
-from minimind.data.corpus import CODES, DOCUMENTS, HASHES, META, TOKENS, Corpus, Source
+from minimind.data.corpus import CODES, DOCUMENTS, HASHES, META, TOKENS, Corpus, TokenizedFile
 from minimind.data.forms import AUTO, Form
 from minimind.data.paths import EXTENSIONS, expand_paths
 from minimind.data.recipes import Encoder, Recipe, Texts
 from minimind.data.records import START, BadRows, bad_row_error, reporter
 from minimind.data.split import hash_texts
 from minimind.data.streams import decompressed_size
-from minimind.utils.files import (
-    cache_root,
-    locked,
-    make_folder,
-    read_json,
-    write_json,
-)
+from minimind.utils.files import cache_root, locked, make_folder, read_json, write_json
 from minimind.utils.progress import ByteProgress, say
 
 FORMAT_VERSION = 2
 _HASH_CHUNK = 1 << 20
 _SETTLED_NS = 2_000_000_000  # a file changed less than 2 s ago may change again within one clock tick
 
-__all__ = ["Corpus", "Source", "open_corpus"]
+__all__ = ["Corpus", "TokenizedFile", "open_corpus"]
 
 
 def open_corpus(
@@ -86,22 +80,18 @@ def open_cached(
 
 def _open_source(
     path: Path, recipe: Recipe[Any], root: Path, on_bad_row: str, console: Console, part_bytes: int
-) -> Source:
+) -> TokenizedFile:
     try:
         stamp = _stamp(path)
         key = _key(path, _content_hash(path, stamp, root, console), recipe)
     except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
-        ) from None
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
     folder = root / "tokens" / key
     source = _complete(folder, path)
     if source is None:
         make_folder(folder)
         with locked(folder.parent / f"{key}.lock", f"that is tokenizing {path.name}", console):
-            source = _complete(folder, path) or _built(
-                folder, path, recipe, on_bad_row, console, part_bytes, stamp
-            )
+            source = _complete(folder, path) or _built(folder, path, recipe, on_bad_row, console, part_bytes, stamp)
     if source.hashes is None:
         with suppress(OSError, ValueError):  # a cache that cannot be written to still has the tokens
             make_folder(folder)
@@ -121,14 +111,8 @@ def _open_source(
 
 
 def _built(
-    folder: Path,
-    path: Path,
-    recipe: Recipe[Any],
-    on_bad_row: str,
-    console: Console,
-    part_bytes: int,
-    stamp: list[int],
-) -> Source:
+    folder: Path, path: Path, recipe: Recipe[Any], on_bad_row: str, console: Console, part_bytes: int, stamp: list[int]
+) -> TokenizedFile:
     if (folder / META).exists():
         say(console, f"{folder}: damaged, so built anew")
         for name in (META, PROGRESS, TOKENS, DOCUMENTS, CODES, HASHES):
@@ -160,14 +144,14 @@ def _add_hashes(folder: Path, path: Path, recipe: Recipe[Any], console: Console)
         temporary.unlink(missing_ok=True)
 
 
-def _complete(folder: Path, path: Path) -> Source | None:
+def _complete(folder: Path, path: Path) -> TokenizedFile | None:
     """The source in `folder`; None unless it is complete and its files are as long as they should be."""
     meta = read_json(folder / META)
     try:
         if meta is None or any(os.path.getsize(folder / n) != size for n, size in meta["sizes"].items()):
             return None
         load_bad_rows(meta["bad"])
-        return Source.open(folder, path, meta)
+        return TokenizedFile.open(folder, path, meta)
     except (OSError, KeyError, TypeError, ValueError, AttributeError):
         return None
 

@@ -72,9 +72,7 @@ class Conversations:
     def key(self) -> list[Any]:
         return ["conversations", 1, self.encoder.fingerprint, *self.form.key()]
 
-    def read(
-        self, path: Path, on_bad_row: str, start: Position, bad: BadRows | None
-    ) -> Iterator[Conversation]:
+    def read(self, path: Path, on_bad_row: str, start: Position, bad: BadRows | None) -> Iterator[Conversation]:
         report = reporter(path, on_bad_row, bad)
         for line, end, row in iter_rows(path, start, report):
             try:

@@ -23,7 +23,7 @@ TOKEN_BYTES, ENTRY_BYTES, HASH_BYTES = 2, 16, 8
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class TokenizedFile:
     """One tokenized file: `tokens` uint16 [num_tokens], `index` int64 [num_documents + 1, 2], of conversations also
     `codes` uint8 [num_tokens]; `hashes` uint64 [num_documents], None in a cache of an earlier version that could not be
     written to."""
@@ -37,7 +37,7 @@ class Source:
     hashes: np.ndarray | None = None
 
     @classmethod
-    def open(cls, folder: Path, path: Path, meta: dict[str, Any]) -> "Source":
+    def open(cls, folder: Path, path: Path, meta: dict[str, Any]) -> "TokenizedFile":
         """Map the files of `folder`, which `meta` describes and whose sizes have been checked."""
         tokens = np.memmap(folder / TOKENS, dtype="<u2", mode="r")
         index = np.memmap(folder / DOCUMENTS, dtype="<i8", mode="r").reshape(-1, 2)
@@ -55,7 +55,7 @@ class _Slice:
     """Documents first..stop of a source, of these only the `picked` ones or all but the `left_out` ones: int64 numbers
     in the source, ascending. rule: what decided on them."""
 
-    source: Source
+    source: TokenizedFile
     first: int
     stop: int
     picked: np.ndarray | None = None
@@ -145,12 +145,12 @@ class Corpus:
         self.num_bytes = sum(s.total(1) for s in self._slices)
 
     @classmethod
-    def of(cls, sources: Sequence[Source]) -> "Corpus":
+    def of(cls, sources: Sequence[TokenizedFile]) -> "Corpus":
         """All documents of `sources`."""
         return cls([_Slice(source, 0, len(source.index) - 1) for source in sources])
 
     @property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[TokenizedFile]:
         """The sources that have documents here."""
         return [piece.source for piece in self._slices]
 
@@ -247,7 +247,7 @@ class Corpus:
         return _codes_of(piece.source)[index[number, 0] : index[number + 1, 0]]
 
     def _gather(
-        self, addresses: np.ndarray, lengths: np.ndarray, array_of: Callable[[Source], np.ndarray], dtype: Any
+        self, addresses: np.ndarray, lengths: np.ndarray, array_of: Callable[[TokenizedFile], np.ndarray], dtype: Any
     ) -> np.ndarray:
         ends = np.cumsum(lengths)
         out = np.empty(int(ends[-1]) if len(ends) else 0, dtype)
@@ -312,9 +312,7 @@ class Corpus:
             out[where] = piece.source.index[at + 1, column] - piece.source.index[at, column]
         return out
 
-    def _by_slice(
-        self, values: np.ndarray, firsts: np.ndarray
-    ) -> Iterator[tuple[int, slice | np.ndarray, np.ndarray]]:
+    def _by_slice(self, values: np.ndarray, firsts: np.ndarray) -> Iterator[tuple[int, slice | np.ndarray, np.ndarray]]:
         """(slice number, places in `values`, values counted from the slice's first) of each slice hit."""
         values = np.asarray(values, np.int64)
         if len(self._slices) == 1:
@@ -328,7 +326,7 @@ class Corpus:
                 yield s, where, values[where] - firsts[s]
 
 
-def _codes_of(source: Source) -> np.ndarray:
+def _codes_of(source: TokenizedFile) -> np.ndarray:
     assert source.codes is not None, f"{source.path}: has no loss weights"
     return source.codes
 

@@ -35,9 +35,7 @@ CHUNK = 1 << 20
 ATTEMPTS = 5  # in a row that bring not one byte
 PAUSE = 1.0  # seconds after the first such attempt, twice as long after the second, and on
 BROKEN = (HTTPException, ConnectionError, TimeoutError, ssl.SSLError, urllib.error.URLError)
-_STAGES = {
-    "pretrain": "pretrain", "sft": "sft", "dpo": "dpo", "r1_": "reason", "lora": "lora", "rlaif": "grpo",
-}  # fmt: skip
+_STAGES = {"pretrain": "pretrain", "sft": "sft", "dpo": "dpo", "r1_": "reason", "lora": "lora", "rlaif": "grpo"}
 
 
 @dataclass(frozen=True)
@@ -140,9 +138,7 @@ def _fetch(file: RemoteFile, partial: Path, console: Console) -> None:
 def _receive(file: RemoteFile, partial: Path, done: int, progress: ByteProgress) -> bool:
     """Append what the server sends after the first `done` bytes; whether the answer came to its end."""
     with open_url(file.url, {"Range": f"bytes={done}-"} if done else None) as response:
-        from_there = response.status == 206 and response.headers.get("Content-Range", "").startswith(
-            f"bytes {done}-"
-        )
+        from_there = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {done}-")
         if response.status == 206 and not from_there:
             raise HTTPException("it sends another part than the one asked for")
         done = done if from_there else 0  # it begins at the beginning
@@ -162,9 +158,7 @@ def _check(path: Path, file: RemoteFile, otherwise: str) -> None:
     if file.sha256 is not None:
         found = _sha256(path)
         if found != file.sha256.lower():
-            raise ValueError(
-                f"{path}: SHA-256 {found[:12]}..., the hub says {file.sha256[:12]}...; {otherwise}"
-            )
+            raise ValueError(f"{path}: SHA-256 {found[:12]}..., the hub says {file.sha256[:12]}...; {otherwise}")
 
 
 def _choose(name: str, files: dict[str, RemoteFile], args: Args) -> RemoteFile:
@@ -181,12 +175,8 @@ def _plain_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if is_disk_full(error):
-            raise ValueError(
-                f"{folder}: the disk or quota is full; free some space, or name another --out"
-            ) from None
-        raise ValueError(
-            f"{error.filename or folder}: cannot be written ({error.strerror or error})"
-        ) from None
+            raise ValueError(f"{folder}: the disk or quota is full; free some space, or name another --out") from None
+        raise ValueError(f"{error.filename or folder}: cannot be written ({error.strerror or error})") from None
 
 
 def _sha256(path: Path) -> str:

@@ -143,9 +143,7 @@ def _learnt(number: int, message: dict[str, Any]) -> bool:
         if is_empty(value):
             continue
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise ValueError(
-                f'message {number}: "{name}" is {json.dumps(value)[:20]}, not 0, 1, false or true'
-            )
+            raise ValueError(f'message {number}: "{name}" is {json.dumps(value)[:20]}, not 0, 1, false or true')
         said[name] = bool(value) is meaning
     if len(set(said.values())) > 1:
         raise ValueError(f"message {number}: {' and '.join(said)} contradict each other")

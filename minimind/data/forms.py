@@ -138,9 +138,7 @@ class Form:
         except ValueError as error:
             raise ValueError(f"{name}: {error}" if name in row else str(error)) from None
         if messages[-1]["role"] != "assistant":
-            raise ValueError(
-                f"{name}: the last message is of the {messages[-1]['role']}, not of the assistant"
-            )
+            raise ValueError(f"{name}: the last message is of the {messages[-1]['role']}, not of the assistant")
         if LEARNT in messages[-1]:
             raise ValueError(f"{name}: its answer is said not to be learnt, so that nothing can be preferred")
         return messages
@@ -253,9 +251,7 @@ def _openai_message(number: int, message: Any) -> Any:
         for part in content:
             if not isinstance(part, dict) or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, dict) else kind_of(part)
-                raise ValueError(
-                    f"message {number}: a part of its content is {kind}; only text can be learnt"
-                )
+                raise ValueError(f"message {number}: a part of its content is {kind}; only text can be learnt")
         content = "".join(part["text"] for part in content)
     role = "system" if message.get("role") == "developer" else message.get("role")
     return {**message, "role": role, "content": content}

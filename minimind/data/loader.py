@@ -14,8 +14,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from minimind.data.corpus import Corpus
-from minimind.data.loss_mask import MARKER, NONE, Cuts, class_of, fit
-from minimind.data.mixture import Draw, Mixture
+from minimind.data.loss_mask import MARKER, NONE, CutCounts, class_of, fit
+from minimind.data.mixture import Mixture, PartSampler
 from minimind.data.packing import cut_documents
 from minimind.data.row_stream import RowStream
 from minimind.data.rows import Pieces, join, segments
@@ -83,15 +83,13 @@ class PackedLoader:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} must be from 0 to below world_size={world_size}")
         if rows < world_size:
-            raise ValueError(
-                f"a batch of {rows} rows cannot be shared by {world_size} ranks; use larger batches"
-            )
+            raise ValueError(f"a batch of {rows} rows cannot be shared by {world_size} ranks; use larger batches")
         if view.num_tokens <= view.num_documents:
             raise ValueError("the data has nothing to predict: no document is longer than one token")
         self.view, self.seq_len, self.rows, self.seed, self.shuffle = view, seq_len, rows, seed, shuffle
         self.marker_weight, self.whole_answers = marker_weight, whole_answers
         self.rank, self.world_size = rank, world_size
-        self.mixture, self._draw = mixture, Draw(mixture) if mixture else None
+        self.mixture, self._draw = mixture, PartSampler(mixture) if mixture else None
         ranges = mixture.ranges if mixture else ((0, view.num_documents),)
         self.streams = [RowStream(view, a, b, seq_len, seed, shuffle, self._cut) for a, b in ranges]
         if view.weighted and not self.cuts.pairs:
@@ -120,9 +118,9 @@ class PackedLoader:
         return self.view.num_tokens - self.view.num_documents
 
     @cached_property
-    def cuts(self) -> Cuts:
+    def cuts(self) -> CutCounts:
         """What of the conversations does not fit into a row."""
-        return Cuts.of(self.view, self.seq_len, self.whole_answers)
+        return CutCounts.of(self.view, self.seq_len, self.whole_answers)
 
     @property
     def fill(self) -> float:
@@ -145,9 +143,7 @@ class PackedLoader:
     def next_batch(self) -> Batch:
         """The next batch; after an epoch's last row come the first of the next epoch."""
         counts = self._draw.rows(self.rows) if self._draw else [self.rows]
-        taken = [
-            part for stream, count in zip(self.streams, counts, strict=True) for part in stream.take(count)
-        ]
+        taken = [part for stream, count in zip(self.streams, counts, strict=True) for part in stream.take(count)]
         return self._assemble(join(taken))
 
     def epoch_batches(self) -> Iterator[Batch]:
@@ -232,7 +228,7 @@ class PackedLoader:
         targets = np.full(rows * self.seq_len, IGNORE_INDEX, np.int64)
         input_ids[filled] = self.view.gather(mine.address, mine.length)
         targets[filled] = self.view.gather(mine.address + 1, mine.length)
-        counted = _Counted(int(mine.length.sum()), int(batch.length.sum()), float(batch.length.sum()))
+        counted = _TargetCounts(int(mine.length.sum()), int(batch.length.sum()), float(batch.length.sum()))
         if self.view.weighted:
             counted = self._weigh(mine, batch, targets, filled)
         shape = (rows, self.seq_len)
@@ -250,7 +246,7 @@ class PackedLoader:
             counted.global_weight,
         )
 
-    def _weigh(self, mine: Pieces, batch: Pieces, targets: np.ndarray, filled: np.ndarray) -> "_Counted":
+    def _weigh(self, mine: Pieces, batch: Pieces, targets: np.ndarray, filled: np.ndarray) -> "_TargetCounts":
         """Take what is not the assistant's out of `targets`; count and weigh the rest, of all ranks too."""
         classes = class_of(self.view.gather_codes(mine.address + 1, mine.length))
         whole = class_of(self.view.gather_codes(batch.address + 1, batch.length))
@@ -261,11 +257,11 @@ class PackedLoader:
             weights = np.zeros(len(targets), np.float32)
             weights[filled] = np.array([0, 1, self.marker_weight], np.float32)[classes]
         weight = number + markers * (self.marker_weight - 1)
-        return _Counted(int(np.count_nonzero(classes)), number, weight, weights)
+        return _TargetCounts(int(np.count_nonzero(classes)), number, weight, weights)
 
 
 @dataclass(frozen=True, eq=False)
-class _Counted:
+class _TargetCounts:
     """Targets of this rank and of all, the weight of all, and the weights where they differ."""
 
     num_targets: int

@@ -27,7 +27,7 @@ def class_of(code: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class KeptPairs:
     """What of each conversation fits into a row: pairs int64 [n], (input, target) pairs from its beginning; num_bytes
     int64 [n]; at_turn, inside bool [n]: cut behind a turn, or within the first answer. pairs 0: there is nothing to
     learn, as its first question alone, or with whole_answers its first answer, does not fit."""
@@ -38,7 +38,7 @@ class Kept:
     inside: np.ndarray
 
 
-def fit(view: Corpus, documents: np.ndarray, seq_len: int, whole_answers: bool = False) -> Kept:
+def fit(view: Corpus, documents: np.ndarray, seq_len: int, whole_answers: bool = False) -> KeptPairs:
     """Cut each of `documents` to whole turns within seq_len pairs, or, if not one fits, within its first answer.
 
     A conversation cut short counts the bytes of its share of targets. whole_answers: one of which not one turn fits has
@@ -56,11 +56,11 @@ def fit(view: Corpus, documents: np.ndarray, seq_len: int, whole_answers: bool =
         learnt = int(targets[:kept].sum()) if len(turns) or not whole_answers else 0
         pairs[i] = kept if learnt else 0
         num_bytes[i] = num_bytes[i] * learnt // int(targets.sum())
-    return Kept(pairs, num_bytes, at_turn, inside & (pairs > 0))
+    return KeptPairs(pairs, num_bytes, at_turn, inside & (pairs > 0))
 
 
 @dataclass(frozen=True)
-class Cuts:
+class CutCounts:
     """Of a whole corpus: pairs kept; conversations cut behind a turn, within an answer, and left out. whole_answers: as
     `fit` has it."""
 
@@ -71,14 +71,14 @@ class Cuts:
     whole_answers: bool = False
 
     @staticmethod
-    def of(view: Corpus, seq_len: int, whole_answers: bool = False) -> "Cuts":
+    def of(view: Corpus, seq_len: int, whole_answers: bool = False) -> "CutCounts":
         """One pass over the index, and over the codes of conversations longer than a row."""
-        total = Cuts(whole_answers=whole_answers)
+        total = CutCounts(whole_answers=whole_answers)
         step = max(1, _CHUNK_TOKENS * view.num_documents // max(1, view.num_tokens))
         for first in range(0, view.num_documents, step):
             documents = np.arange(first, min(first + step, view.num_documents))
             kept = fit(view, documents, seq_len, whole_answers)
-            total = Cuts(
+            total = CutCounts(
                 total.pairs + int(kept.pairs.sum()),
                 total.at_turn + int(kept.at_turn.sum()),
                 total.inside + int(kept.inside.sum()),

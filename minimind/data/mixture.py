@@ -33,28 +33,30 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Part:
+class MixtureEntry:
     """What an entry of --data names, with its weight; None where it says none."""
 
     path: str
     weight: Weight | None = None
 
 
-def parse_part(entry: str) -> Part:
+def parse_part(entry: str) -> MixtureEntry:
     """Raises ValueError, naming the flag, on shares of the run that do not ascend from 0 to 1."""
     found = _WEIGHTED.fullmatch(entry)
     if found is None or Path(entry).expanduser().exists():
-        return Part(entry)
+        return MixtureEntry(entry)
     points = [point.partition("@") for point in found[2].split("..")]
-    shares = [float(at) if at else 0.0 if i == 0 else 1.0 if i == len(points) - 1 else math.nan
-              for i, (_, _, at) in enumerate(points)]  # fmt: skip
+    shares = [
+        float(at) if at else 0.0 if i == 0 else 1.0 if i == len(points) - 1 else math.nan
+        for i, (_, _, at) in enumerate(points)
+    ]
     if any(math.isnan(share) for share in shares):
         raise ValueError(
             f"--data {entry}: a weight between the first and the last needs its share of the run, as 1@0.5"
         )
     if shares != sorted(set(shares)) or shares[-1] > 1:
         raise ValueError(f"--data {entry}: shares of the run must ascend from 0 to 1")
-    return Part(found[1], Weight(tuple(shares), tuple(float(value) for value, _, _ in points)))
+    return MixtureEntry(found[1], Weight(tuple(shares), tuple(float(value) for value, _, _ in points)))
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,11 @@ class Mixture:
 
     def key(self) -> list[object]:
         """What decides the order of rows, as plain values."""
-        return [
-            [list(part) for part in self.ranges],
-            [[list(w.shares), list(w.values)] for w in self.weights],
-        ]
+        return [[list(part) for part in self.ranges], [[list(w.shares), list(w.values)] for w in self.weights]]
 
 
 @dataclass
-class Draw:
+class PartSampler:
     """Which part each next row is of: the one that is owed most. horizon: rows of the whole run."""
 
     mixture: Mixture

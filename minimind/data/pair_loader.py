@@ -18,7 +18,7 @@ import numpy as np
 
 from minimind.data.corpus import Corpus
 from minimind.data.loader import Batch, PackedLoader
-from minimind.data.loss_mask import SIDE, Cuts, class_of
+from minimind.data.loss_mask import SIDE, CutCounts, class_of
 from minimind.data.mixture import Mixture
 from minimind.data.preferences import common_tokens, row_tokens
 from minimind.data.rows import Pieces, segments
@@ -77,9 +77,9 @@ class PairLoader(PackedLoader):
         super().__init__(view, seq_len, rows, seed, shuffle, rank, world_size, mixture=mixture)
 
     @cached_property
-    def cuts(self) -> Cuts:
+    def cuts(self) -> CutCounts:
         fits = self.tokens <= self.seq_len
-        return Cuts(pairs=int(self.tokens[fits].sum()), left_out=int((~fits).sum()))
+        return CutCounts(pairs=int(self.tokens[fits].sum()), left_out=int((~fits).sum()))
 
     @property
     def left_out(self) -> int:
@@ -123,11 +123,7 @@ class PairLoader(PackedLoader):
         number = len(batch.document)
         return PairBatch(
             **vars(whole)
-            | {
-                "cu_seqlens": bounds.astype(np.int32),
-                "position_ids": places,
-                "global_weight": float(number),
-            },
+            | {"cu_seqlens": bounds.astype(np.int32), "position_ids": places, "global_weight": float(number)},
             prompt=prompt,
             chosen=prompt + 1,
             rejected=prompt + 2,

@@ -23,7 +23,7 @@ HIDDEN, OTHER, LOOP, UNREADABLE = "hidden", "of another kind", "leading back to 
 
 
 @dataclass
-class Found:
+class DataFiles:
     """files: by what they really are, under the first name of each; twice: (a further name, the first one); left_out:
     entries by the reason."""
 
@@ -65,20 +65,20 @@ def expand_paths(patterns: Sequence[str | Path], console: Console | None = None)
     return list(found.files.values())
 
 
-def find_files(patterns: Sequence[str | Path]) -> Found:
+def find_files(patterns: Sequence[str | Path]) -> DataFiles:
     """`expand_paths`, with what is to be said."""
     if isinstance(patterns, (str, Path)):
         patterns = [patterns]
     if not patterns:
         raise ValueError("no data given; name at least one file, folder or glob pattern")
-    found = Found()
+    found = DataFiles()
     for pattern in patterns:
         for path in _expand_one(str(pattern), found):
             found.add(path)
     return found
 
 
-def _expand_one(pattern: str, found: Found) -> list[Path]:
+def _expand_one(pattern: str, found: DataFiles) -> list[Path]:
     if not pattern:  # Path("") is the current folder: all below it would be data
         raise ValueError("an empty name among the data; give files, folders or glob patterns")
     path = Path(pattern).expanduser()
@@ -111,7 +111,7 @@ def _expand_one(pattern: str, found: Found) -> list[Path]:
     return files
 
 
-def _of_known_kind(entries: Sequence[Path], found: Found) -> list[Path]:
+def _of_known_kind(entries: Sequence[Path], found: DataFiles) -> list[Path]:
     files = []
     for entry in entries:
         if not os.path.isfile(entry):  # a link to nothing, a socket
@@ -123,14 +123,12 @@ def _of_known_kind(entries: Sequence[Path], found: Found) -> list[Path]:
     return files
 
 
-def _below(folder: Path, found: Found) -> list[Path]:
+def _below(folder: Path, found: DataFiles) -> list[Path]:
     """All that is no folder below `folder`, sorted."""
     return sorted(entry for entry in _walk(folder, found) if not os.path.isdir(entry))
 
 
-def _walk(
-    folder: Path, found: Found, hidden: bool = False, above: frozenset[Path] = frozenset()
-) -> Iterator[Path]:
+def _walk(folder: Path, found: DataFiles, hidden: bool = False, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
     """Every entry below `folder`, folders before what is in them. above: the folders that it was reached through."""
     here = folder.resolve()
     above = above | {here, *here.parents}
@@ -153,7 +151,7 @@ def _walk(
                 yield from _walk(path, found, hidden, above)
 
 
-def _matches(pattern: Path, found: Found) -> list[Path]:
+def _matches(pattern: Path, found: DataFiles) -> list[Path]:
     """What a glob pattern matches. "**" is any number of folders, none of them hidden."""
     parts = pattern.parts
     if "**" not in parts:

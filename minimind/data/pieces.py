@@ -7,9 +7,7 @@ from typing import IO
 from minimind.data.records import BOM, Document, Position, Report, reason_of
 from minimind.data.streams import StreamError, open_stream
 
-PIECE_BYTES = (
-    1 << 13
-)  # several training contexts; a 1 MB book is 130 pieces, so that 5% of it can be held out
+PIECE_BYTES = 1 << 13  # several training contexts; a 1 MB book is 130 pieces, so that 5% of it can be held out
 
 
 def text_pieces(path: Path, start: Position, report: Report) -> Iterator[Document]:

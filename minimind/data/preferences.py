@@ -100,9 +100,7 @@ class Preferences:
         """Both sides, cut to `longest` where they are longer and can be."""
         sides = chosen, rejected
         alike = common_tokens(chosen.ids, rejected.ids, chosen.trained, rejected.trained)
-        excess = row_tokens(len(chosen.ids), len(rejected.ids), alike if self.share else 0) - (
-            self.longest or 0
-        )
+        excess = row_tokens(len(chosen.ids), len(rejected.ids), alike if self.share else 0) - (self.longest or 0)
         if excess <= 0:
             return sides
         keep = self.encoder.shorten(pair.prompt, pair.sides[0], excess if self.share else -(-excess // 2))
@@ -111,8 +109,9 @@ class Preferences:
         gone = np.flatnonzero(~keep)
         if gone[-1] >= alike:  # a template that renders one prompt in two ways
             return sides
-        return tuple(replace(side, **{name: np.delete(array, gone) for name, array in vars(side).items()})
-                     for side in sides)  # fmt: skip
+        return tuple(
+            replace(side, **{name: np.delete(array, gone) for name, array in vars(side).items()}) for side in sides
+        )
 
     def _pieces(self, name: str, messages: Messages) -> Sequence[Any]:
         try:

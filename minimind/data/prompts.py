@@ -74,9 +74,7 @@ class PromptSet:
     def __getitem__(self, index: int) -> Prompt:
         return self.prompts[index]
 
-    def split(
-        self, share: float, most: int = 256, by_tail: bool = False
-    ) -> tuple[PromptSet, PromptSet | None]:
+    def split(self, share: float, most: int = 256, by_tail: bool = False) -> tuple[PromptSet, PromptSet | None]:
         """(training, held-out) prompts, None for none: `share` is held out, at most `most`, but at least one text:
         those with the lowest hashes, copies together. by_tail: the last ones instead, as earlier versions have it."""
         held = min(most, round(share * len(self)), len(self) - 1)
@@ -136,10 +134,7 @@ def open_prompts(
     if not found:
         raise ValueError(f"--data {' '.join(map(str, paths))}: no prompt that could be answered")
     if given and console is not None:
-        say(
-            console,
-            f"beside the prompts, for rewards of your own (Sample.metadata): {', '.join(sorted(given))}",
-        )
+        say(console, f"beside the prompts, for rewards of your own (Sample.metadata): {', '.join(sorted(given))}")
     if long and console is not None:
         say(console, f"{long:,} prompts of more than --max-prompt {longest} tokens left out")
     return PromptSet(found, int.from_bytes(digest.digest(), "little"), long)

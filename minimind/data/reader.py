@@ -12,17 +12,7 @@ from typing import IO, Any
 
 from minimind.data.forms import AUTO, Form
 from minimind.data.pieces import text_pieces
-from minimind.data.records import (
-    BOM,
-    START,
-    BadRows,
-    Document,
-    Position,
-    Report,
-    kind_of,
-    reason_of,
-    reporter,
-)
+from minimind.data.records import BOM, START, BadRows, Document, Position, Report, kind_of, reason_of, reporter
 from minimind.data.streams import StreamError, open_stream
 
 MOST_BYTES = 1 << 26  # of a row, which takes up to twenty times its size in memory until it is tokenized
@@ -32,11 +22,7 @@ __all__ = ["BadRows", "Document", "Position", "iter_texts", "read_documents"]
 
 
 def read_documents(
-    path: Path | str,
-    on_bad_row: str = "error",
-    start: Position = START,
-    bad: BadRows | None = None,
-    form: Form = AUTO,
+    path: Path | str, on_bad_row: str = "error", start: Position = START, bad: BadRows | None = None, form: Form = AUTO
 ) -> Iterator[Document]:
     """Documents of `path` from `start` on (an earlier document's `end`), one at a time.
 
@@ -74,9 +60,7 @@ def iter_texts(
         return
     for line, _, row in iter_rows(Path(path), START, report):
         try:
-            values = [
-                v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in form.texts(row) if v
-            ]
+            values = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in form.texts(row) if v]
             texts = [text for text in values if text.strip()]
             for text in texts:
                 text.encode()

@@ -54,9 +54,7 @@ class Recipe(Protocol[DocumentT]):
     def key(self) -> list[Any]:
         """What the tokens depend on besides the file."""
 
-    def read(
-        self, path: Path, on_bad_row: str, start: Position, bad: BadRows | None
-    ) -> Iterator[DocumentT]: ...
+    def read(self, path: Path, on_bad_row: str, start: Position, bad: BadRows | None) -> Iterator[DocumentT]: ...
     def encode(self, documents: list[DocumentT]) -> Encoded: ...
 
 

@@ -24,9 +24,7 @@ Cut = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarra
 class RowStream:
     """The rows of documents first..stop of `view`, pass after pass, and a place among them: epoch, window, row."""
 
-    def __init__(
-        self, view: Corpus, first: int, stop: int, seq_len: int, seed: int, shuffle: bool, cut: Cut
-    ) -> None:
+    def __init__(self, view: Corpus, first: int, stop: int, seq_len: int, seed: int, shuffle: bool, cut: Cut) -> None:
         self.view, self.first, self.stop = view, first, stop
         self.seq_len, self.seed, self.shuffle, self.cut = seq_len, seed, shuffle, cut
         mean = -(-self._tokens() // (stop - first))

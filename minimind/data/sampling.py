@@ -23,7 +23,7 @@ _AHEAD = 1 << 14  # compressed bytes read at once: more would count as used
 
 
 @dataclass(frozen=True)
-class Sampled:
+class FileSample:
     """total: bytes of the whole text, of a compressed file an estimate; sizes: int64 [rows], bytes of each row taken,
     in their order; whole: whether these are all rows."""
 
@@ -32,7 +32,7 @@ class Sampled:
     whole: bool
 
 
-def sample_rows(path: Path, out: Path, limit: int, seed: int = 0) -> Sampled:
+def sample_rows(path: Path, out: Path, limit: int, seed: int = 0) -> FileSample:
     """Write about `limit` bytes of the rows of `path` into `out`, uncompressed; all of them where there are no more."""
     packed = path.name.endswith((".gz", ".zst"))
     with open(path, "rb") as file, open(out, "wb") as target:
@@ -44,10 +44,10 @@ def sample_rows(path: Path, out: Path, limit: int, seed: int = 0) -> Sampled:
             sizes.append(len(row))
         taken = sum(sizes)
         if not packed:
-            return Sampled(size, np.array(sizes, np.int64), taken >= size)
+            return FileSample(size, np.array(sizes, np.int64), taken >= size)
         whole = taken < limit
         total = taken if whole else taken * size / max(1, file.tell())
-        return Sampled(total, np.array(sizes, np.int64), whole)
+        return FileSample(total, np.array(sizes, np.int64), whole)
 
 
 def _first(file: IO[bytes], path: Path, limit: int) -> Iterator[bytes]:

@@ -43,9 +43,7 @@ def split(
     told = blake2b(again.tobytes(), digest_size=8).hexdigest() if len(again) else ""
     rule = f"hash {corpus.identity:x} {fraction} {max_tokens} {told}"
     if corpus.num_documents and len(again) == corpus.num_documents:
-        raise ValueError(
-            "--dedupe: every document of --data is also in --heldout-data, so nothing is left to train on"
-        )
+        raise ValueError("--dedupe: every document of --data is also in --heldout-data, so nothing is left to train on")
     if fraction == 0:
         return corpus.without(again, rule) if len(again) else corpus, Corpus([])
     share = min(fraction, max_tokens / max(1, corpus.num_tokens))

@@ -16,14 +16,14 @@ from typing import Any
 from rich.console import Console
 
 from minimind.inference.engine import Engine
-from minimind.inference.loading import Opened
+from minimind.inference.loading import LoadedModel
 from minimind.utils.progress import say
 
 _NAMES = {"ceval": "ceval-valid"}  # its test split has no answers
 
 
 def evaluate_tasks(
-    opened: Opened,
+    opened: LoadedModel,
     tasks: Sequence[str],
     *,
     few_shot: int | None = None,
@@ -60,9 +60,7 @@ def evaluate_tasks(
     except OSError as error:  # no network, no such data set
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"--tasks {','.join(names)}: the data cannot be read ({reason[0]})") from None
-    return {
-        key: found[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in found
-    }
+    return {key: found[key] for key in ("results", "groups", "versions", "n-shot", "n-samples") if key in found}
 
 
 def report(found: dict[str, Any], folder: Path, console: Console) -> None:
@@ -91,6 +89,4 @@ def _matching(tasks: Sequence[str], include: str | None) -> tuple[list[str], Any
         if all(found.values()):
             return list(dict.fromkeys(task for names in found.values() for task in names)), manager
     unknown = next(name for name, names in found.items() if not names)
-    raise ValueError(
-        f"--tasks {unknown}: lm-evaluation-harness knows no such task; --include FOLDER adds some"
-    )
+    raise ValueError(f"--tasks {unknown}: lm-evaluation-harness knows no such task; --include FOLDER adds some")

@@ -34,7 +34,7 @@ from minimind.data.forms import Form
 from minimind.data.paths import find_files
 from minimind.data.records import BadRows, Document
 from minimind.inference.decode.cache_dtype import rounded_cache
-from minimind.inference.loading import ModelArgs, Opened, open_model, stretched
+from minimind.inference.loading import LoadedModel, ModelArgs, open_model, stretched
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.utils.display import Display, caption, decoration, duration, pyplot
@@ -134,9 +134,7 @@ def _tasks(args: Args, console: Console) -> int:
     if args.ppl:
         raise ValueError("--ppl and --tasks: give one of them")
     if args.kv_dtype != "auto":
-        raise ValueError(
-            f"--kv-dtype {args.kv_dtype}: --tasks scores without a cache; --ppl shows what it costs"
-        )
+        raise ValueError(f"--kv-dtype {args.kv_dtype}: --tasks scores without a cache; --ppl shows what it costs")
     for name, value, least in (("few-shot", args.few_shot, 0), ("limit", args.limit, 1)):
         if value is not None and value < least:
             raise ValueError(f"--{name} {value}: at least {least}")
@@ -151,7 +149,7 @@ def _tasks(args: Args, console: Console) -> int:
     return 0
 
 
-def _folder(args: Args, opened: Opened) -> Path:
+def _folder(args: Args, opened: LoadedModel) -> Path:
     """Where the results go: made before anything is measured for it."""
     in_run = opened.folder if opened.stage is not None else None
     folder = Path(args.out) if args.out else in_run or Path()
@@ -185,9 +183,7 @@ def parse_contexts(given: Sequence[str]) -> list[int]:
     lengths = sorted(set(lengths))
     wrong = next((n for n in lengths if lengths[-1] % n), None)
     if wrong is not None:
-        raise ValueError(
-            f"--context {wrong}: every length must divide the longest, so that all score the same tokens"
-        )
+        raise ValueError(f"--context {wrong}: every length must divide the longest, so that all score the same tokens")
     return lengths
 
 
@@ -202,10 +198,7 @@ def curves_of(config: ModelConfig, args: ModelArgs) -> dict[str, ModelConfig]:
 
 
 def read_stream(
-    paths: Sequence[str],
-    tokenizer: Tokenizer,
-    count: int,
-    read: Callable[[Path], Iterator[Document]] = read_documents,
+    paths: Sequence[str], tokenizer: Tokenizer, count: int, read: Callable[[Path], Iterator[Document]] = read_documents
 ) -> Tensor:
     """int64, the first `count` tokens of the text or all there are. Rows of a .jsonl are documents between bos and eos;
     a .txt file is one."""
@@ -233,9 +226,13 @@ def _documents(
 
 @torch.no_grad()
 def measure(
-    model: Model, tokenizer: Tokenizer, ids: Tensor, lengths: Sequence[int], curves: dict[str, ModelConfig],
+    model: Model,
+    tokenizer: Tokenizer,
+    ids: Tensor,
+    lengths: Sequence[int],
+    curves: dict[str, ModelConfig],
     console: Console,
-) -> list[Score]:  # fmt: skip
+) -> list[Score]:
     """ids int64 [N + 1], N a multiple of the longest length; `curves` are configs of the model's own shape."""
     total = len(ids) - 1
     sizes = tokenizer.token_bytes()
@@ -292,9 +289,13 @@ def show(scores: Sequence[Score], console: Console) -> None:
         table.add_column(column, justify="right" if column else "left")
     for score in scores:
         table.add_row(
-            score.curve, f"{score.context:,}", f"{score.perplexity:.5g}", f"{score.bits_per_byte:.4f}",
-            f"{score.second_half:.5g}", f"{score.tokens / score.seconds:,.0f}",
-        )  # fmt: skip
+            score.curve,
+            f"{score.context:,}",
+            f"{score.perplexity:.5g}",
+            f"{score.bits_per_byte:.4f}",
+            f"{score.second_half:.5g}",
+            f"{score.tokens / score.seconds:,.0f}",
+        )
     console.print(table)
 
 

@@ -23,7 +23,7 @@ from minimind.export.ollama import modelfile
 from minimind.export.output import check_free, replacing
 from minimind.export.pth import export_pth
 from minimind.export.quantize import quantize, quantizer
-from minimind.inference.loading import Opened, WeightArgs, open_weights
+from minimind.inference.loading import LoadedModel, WeightArgs, open_weights
 from minimind.lora import adapter_names, remove_adapters
 from minimind.lora_files import adapter_config, note_base, save_adapter
 from minimind.weights import fingerprint
@@ -88,11 +88,9 @@ def dtype_of(dtype: DType, target: str) -> str:
     return dtype
 
 
-def check_adapter(opened: Opened, target: str, merge: bool) -> None:
+def check_adapter(opened: LoadedModel, target: str, merge: bool) -> None:
     if merge and opened.lora is None:
-        raise ValueError(
-            "--merge-lora: there is no adapter; name one with --lora, or a LoRA run with --model"
-        )
+        raise ValueError("--merge-lora: there is no adapter; name one with --lora, or a LoRA run with --model")
     if opened.lora is None or merge:
         return
     if target != "hf":
@@ -103,7 +101,7 @@ def check_adapter(opened: Opened, target: str, merge: bool) -> None:
         )
 
 
-def write_hf(opened: Opened, out: Path, dtype: str) -> list[str]:
+def write_hf(opened: LoadedModel, out: Path, dtype: str) -> list[str]:
     adapted = bool(adapter_names(opened.model))
     with replacing(out) as folder:
         if adapted:
@@ -123,16 +121,13 @@ def write_hf(opened: Opened, out: Path, dtype: str) -> list[str]:
     ]
 
 
-def write_one_gguf(opened: Opened, out: Path, dtype: str) -> list[str]:
+def write_one_gguf(opened: LoadedModel, out: Path, dtype: str) -> list[str]:
     with replacing(out) as file:
         _gguf(opened, file, dtype)
-    return [
-        f"{out}: {_size(out)}, {dtype}, for llama.cpp and LM Studio",
-        f"next: llama-cli -m {_quoted(out)}",
-    ]
+    return [f"{out}: {_size(out)}, {dtype}, for llama.cpp and LM Studio", f"next: llama-cli -m {_quoted(out)}"]
 
 
-def write_ollama(opened: Opened, out: Path, dtype: str) -> list[str]:
+def write_ollama(opened: LoadedModel, out: Path, dtype: str) -> list[str]:
     text = modelfile(opened.model.config, opened.tokenizer)
     with replacing(out) as folder:
         folder.mkdir()
@@ -145,7 +140,7 @@ def write_ollama(opened: Opened, out: Path, dtype: str) -> list[str]:
     ]
 
 
-def write_pth(opened: Opened, out: Path, dtype: str) -> list[str]:
+def write_pth(opened: LoadedModel, out: Path, dtype: str) -> list[str]:
     with replacing(out) as file:
         export_pth(opened.model, file, _TORCH[dtype])
     config = opened.model.config
@@ -156,7 +151,7 @@ def write_pth(opened: Opened, out: Path, dtype: str) -> list[str]:
     return [f"{out}: {_size(out)}, {dtype}, upstream's names", f"next: {reading}"]
 
 
-WRITERS: dict[str, Callable[[Opened, Path, str], list[str]]] = {
+WRITERS: dict[str, Callable[[LoadedModel, Path, str], list[str]]] = {
     "hf": write_hf,
     "gguf": write_one_gguf,
     "ollama": write_ollama,
@@ -164,7 +159,7 @@ WRITERS: dict[str, Callable[[Opened, Path, str], list[str]]] = {
 }
 
 
-def _gguf(opened: Opened, path: Path, dtype: str) -> None:
+def _gguf(opened: LoadedModel, path: Path, dtype: str) -> None:
     name = opened.folder.resolve().name if opened.folder is not None else "MiniMind"
     if dtype != "q4_k_m":
         write_gguf(opened.model, opened.tokenizer, path, _GGUF[dtype], name)

@@ -81,9 +81,7 @@ def architecture_of(config: ModelConfig) -> Any:
     if config.qk_norm and config.num_shared_experts:
         raise ValueError("GGUF: llama.cpp has no architecture with both QK-norm and shared experts")
     if not config.norm_topk_prob:
-        raise ValueError(
-            "GGUF: llama.cpp normalises the gates of the chosen experts; norm_topk_prob is false here"
-        )
+        raise ValueError("GGUF: llama.cpp normalises the gates of the chosen experts; norm_topk_prob is false here")
     return gguf.MODEL_ARCH.QWEN3MOE if config.qk_norm else gguf.MODEL_ARCH.GRANITE_MOE
 
 
@@ -155,9 +153,7 @@ def _add_yarn(writer: Any, scaling: YarnScaling) -> None:
 def _tensors(model: Model, permuted: bool) -> Iterator[tuple[str, Tensor]]:
     """Upstream's names without '.weight', experts stacked, shared experts side by side: tensors on the CPU."""
     config = model.config
-    state = {
-        k.removesuffix(".weight"): v.detach().cpu() for k, v in to_stock(model.state_dict(), config).items()
-    }
+    state = {k.removesuffix(".weight"): v.detach().cpu() for k, v in to_stock(model.state_dict(), config).items()}
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for layer in range(config.num_hidden_layers):
         mlp = f"model.layers.{layer}.mlp"
@@ -178,9 +174,7 @@ def _type_of(name: str, tensor: Tensor, dtype: GgufType) -> Any:
     if tensor.ndim == 1 or name.endswith(".mlp.gate"):
         return types.F32
     if dtype == "q8_0" and tensor.shape[-1] % Q8_BLOCK:
-        raise ValueError(
-            f"GGUF: q8_0 needs rows of a multiple of {Q8_BLOCK}, {name} has {tensor.shape[-1]}; take f16"
-        )
+        raise ValueError(f"GGUF: q8_0 needs rows of a multiple of {Q8_BLOCK}, {name} has {tensor.shape[-1]}; take f16")
     return types[dtype.upper()]
 
 

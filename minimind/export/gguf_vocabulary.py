@@ -58,9 +58,7 @@ def pre_tokenizer_of(content: dict[str, Any]) -> str:
         if splits == [("Split", {"Regex": SPLIT_PATTERN}, "Isolated", False)] and not last.get("use_regex"):
             return GGUF_PRE_TOKENIZER
     kinds = ", ".join(str(step.get("type")) for step in steps)
-    raise ValueError(
-        f"GGUF: llama.cpp's split for this pre-tokenizer ({kinds}) is not known; GPT-2's and Qwen2's are"
-    )
+    raise ValueError(f"GGUF: llama.cpp's split for this pre-tokenizer ({kinds}) is not known; GPT-2's and Qwen2's are")
 
 
 def _tokens(content: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:

@@ -30,9 +30,7 @@ from minimind.weights import to_stock
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 
 
-def export_hf(
-    model: Model, tokenizer: Tokenizer, folder: str | Path, dtype: torch.dtype = torch.float32
-) -> None:
+def export_hf(model: Model, tokenizer: Tokenizer, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write config.json, generation_config.json, model.safetensors (in `dtype`) and the tokenizer into `folder`.
 
     Rows of the model beyond the tokenizer's ids stay; generation_config.json suppresses them.
@@ -48,9 +46,7 @@ def export_hf(
     _write(folder / "generation_config.json", _generation(config, tokenizer))
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copymode(
-        folder / "config.json", folder / "model.safetensors"
-    )  # safetensors lets its owner alone read it
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets its owner alone read it
 
 
 def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
@@ -98,9 +94,7 @@ def _architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     }
     if config.qk_norm:
         if config.num_shared_experts:
-            raise ValueError(
-                "--to hf: transformers has no architecture with QK-norm and plain shared experts"
-            )
+            raise ValueError("--to hf: transformers has no architecture with QK-norm and plain shared experts")
         return "Qwen3MoeForCausalLM", {
             "model_type": "qwen3_moe",
             **experts,

@@ -28,9 +28,12 @@ _CALL: dict[str, Any] = {"function": {"name": "%CAL%", "arguments": {"%KEY%": 1}
 _CALLED = {"role": "assistant", "content": "%SAY%", "tool_calls": [_CALL, _CALL]}
 _JSON = [json.dumps(x) for x in (*_TOOLS, _CALL["function"]["arguments"])]
 _MARKED: tuple[list[dict[str, Any]], ...] = (
-    [_USER], [_SYSTEM, _USER], [_USER, _REPLY, _AGAIN], [_SYSTEM, _USER, _REPLY, _AGAIN],
+    [_USER],
+    [_SYSTEM, _USER],
+    [_USER, _REPLY, _AGAIN],
+    [_SYSTEM, _USER, _REPLY, _AGAIN],
     [_USER, _CALLED, _RESULT, _REPLY, _AGAIN],
-)  # fmt: skip
+)
 
 # Without tools, the lines that begin with a hash are left out.
 _GO_TEMPLATE = """\
@@ -135,9 +138,7 @@ def read_turns(tokenizer: Tokenizer) -> Turns:
         ) from None
     known = _MARKED if turns.tools is not None else _MARKED[:-1]  # the last one has calls
     for messages, tools in itertools.product(known, _NONE_OR_SOME):
-        if turns.render(messages, tools) != render(
-            *messages, tools=tools or None, add_generation_prompt=True
-        ):
+        if turns.render(messages, tools) != render(*messages, tools=tools or None, add_generation_prompt=True):
             raise ValueError(f"--to ollama: this chat template is more than turn after turn; {_OTHERWISE}")
     return turns
 

@@ -33,9 +33,7 @@ def quantize(source: Path, path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode != 0:
         said = (done.stderr + done.stdout).strip().splitlines() or ["no message"]
-        raise ValueError(
-            f"--dtype q4_k_m: llama.cpp's quantizer failed{_death(done.returncode)} ({said[-1]})"
-        )
+        raise ValueError(f"--dtype q4_k_m: llama.cpp's quantizer failed{_death(done.returncode)} ({said[-1]})")
 
 
 def _death(status: int) -> str:

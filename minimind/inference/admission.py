@@ -6,7 +6,7 @@ from collections.abc import Container, Sequence
 
 from minimind.config import ModelConfig
 from minimind.inference.requests import Request
-from minimind.inference.tracking import Job, mix
+from minimind.inference.tracking import RequestState, mix
 from minimind.tokenization import Tokenizer
 
 
@@ -23,20 +23,14 @@ class Admission:
     pages."""
 
     def __init__(
-        self,
-        vocabulary: int,
-        tokenizer: Tokenizer | None,
-        context: int,
-        pages: int,
-        page_size: int,
-        seed: int,
+        self, vocabulary: int, tokenizer: Tokenizer | None, context: int, pages: int, page_size: int, seed: int
     ) -> None:
         self._vocabulary, self._tokenizer, self._context = vocabulary, tokenizer, context
         self._pages, self._page_size, self._seed = pages, page_size, seed
         self._token_bytes = None if tokenizer is None else tokenizer.token_bytes()
         self._requests = 0
 
-    def job(self, request: Request, taken: Container[str]) -> Job:
+    def job(self, request: Request, taken: Container[str]) -> RequestState:
         """taken: ids of unfinished requests. Raises ValueError, one line."""
         number = self._requests
         self._requests += 1
@@ -47,7 +41,7 @@ class Admission:
         limit = self._limit(len(prompt), params.max_new_tokens)
         seed = mix(self._seed, number) if params.seed is None else params.seed
         stop_ids = self._stop_ids(request)
-        return Job(name, prompt, params, seed, limit, stop_ids, self._token_bytes, request.constraint)
+        return RequestState(name, prompt, params, seed, limit, stop_ids, self._token_bytes, request.constraint)
 
     def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -60,14 +54,10 @@ class Admission:
             except (TypeError, ValueError):
                 raise ValueError("the prompt is neither a str nor a sequence of token ids") from None
         if not ids:
-            raise ValueError(
-                "the prompt is empty; give at least one token, such as the tokenizer's bos_token_id"
-            )
+            raise ValueError("the prompt is empty; give at least one token, such as the tokenizer's bos_token_id")
         wrong = next((i for i in ids if not 0 <= i < self._vocabulary), None)
         if wrong is not None:
-            raise ValueError(
-                f"token id {wrong} of the prompt is outside the vocabulary of {self._vocabulary}"
-            )
+            raise ValueError(f"token id {wrong} of the prompt is outside the vocabulary of {self._vocabulary}")
         return ids
 
     def _limit(self, prompt: int, new_tokens: int | None) -> int:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimind.inference.drawn import Drawn, Landing
+from minimind.inference.drawn import SampleBuffer, SampledStep
 from minimind.inference.requests import SamplingParams
-from minimind.inference.scheduler import Sample
+from minimind.inference.scheduler import SequenceState
 from minimind.inference.transfer import copy_over
 
 _DTYPES: dict[str, type[np.generic]] = {
@@ -47,15 +47,9 @@ class DecodeBatch:
     """
 
     def __init__(
-        self,
-        max_batch: int,
-        max_pages: int,
-        page_size: int,
-        vocab_size: int,
-        device: torch.device,
-        late: bool = False,
+        self, max_batch: int, max_pages: int, page_size: int, vocab_size: int, device: torch.device, late: bool = False
     ) -> None:
-        self.samples: list[Sample] = []
+        self.samples: list[SequenceState] = []
         self.max_batch = max_batch
         self._page_size, self._rows = page_size, np.arange(max_batch)
         shapes = {name: (max_batch, max_pages) if name == "table" else (max_batch,) for name in _DTYPES}
@@ -72,7 +66,7 @@ class DecodeBatch:
         self._counters = [self.tensor[name].as_strided((2, max_batch), (max_batch, 1)) for name in _COUNTERS]
         self._array["slot"].fill(-1)
         self._changed = True  # the arrays hold what the twin does not
-        self._landing = Landing(max_batch, device, late)
+        self._landing = SampleBuffer(max_batch, device, late)
         self.tensor |= {"token": self._landing.token, "log_prob": self._landing.log_prob}
         self.tensor["history"] = torch.zeros(max_batch, vocab_size, dtype=torch.int32, device=device)
         if self._twin is None:
@@ -87,12 +81,7 @@ class DecodeBatch:
         return len(self.samples)
 
     def join(
-        self,
-        sample: Sample,
-        params: SamplingParams,
-        seed: int,
-        limit: int = 2**31 - 1,
-        needs_host: bool = False,
+        self, sample: SequenceState, params: SamplingParams, seed: int, limit: int = 2**31 - 1, needs_host: bool = False
     ) -> None:
         """A sample whose tokens are all computed; its next token is about to be drawn.
 
@@ -118,7 +107,7 @@ class DecodeBatch:
             copy_over(torch.from_numpy(counts), history[row])
         self._order, self._changed = None, True
 
-    def leave(self, sample: Sample) -> None:
+    def leave(self, sample: SequenceState) -> None:
         """Take a sample out."""
         row, last = sample.row, len(self.samples) - 1
         if row != last:
@@ -144,7 +133,7 @@ class DecodeBatch:
         self._array["active"].fill(0)
         self._order, self._changed = None, True
 
-    def set_last_page(self, sample: Sample) -> None:
+    def set_last_page(self, sample: SequenceState) -> None:
         """The sample's last page is new, and its next token goes there."""
         row, page, place = sample.row, sample.pages[-1], sample.computed % self._page_size
         self._array["table"][row, len(sample.pages) - 1] = page
@@ -155,7 +144,7 @@ class DecodeBatch:
         """Whether the host has a say in the next token of one of the rows from `first` on."""
         return bool(self._needs_host[first : len(self.samples)].any())
 
-    def at_limit(self) -> list[Sample]:
+    def at_limit(self) -> list[SequenceState]:
         """The samples that end with their last draw, whatever it was."""
         rows = len(self.samples)
         full = np.flatnonzero(self._array["length"][:rows] >= self._limit[:rows])
@@ -196,14 +185,12 @@ class DecodeBatch:
         for name in ("slot", "offset", "position", "length"):
             self._array[name][first:rows] += 1
 
-    def drawn(self, decoded: int, in_step: bool) -> Drawn:
+    def drawn(self, decoded: int, in_step: bool) -> SampledStep:
         """The tokens of all rows on their way to the host; those of the first `decoded` rows came from decoding."""
         if self._order is None:
             samples = self.samples
-            self._order = sorted(
-                range(len(samples)), key=lambda row: (samples[row].arrival, samples[row].index)
-            )
-        return Drawn(self.samples.copy(), self._order, decoded, in_step, *self._landing.fetch())
+            self._order = sorted(range(len(samples)), key=lambda row: (samples[row].arrival, samples[row].index))
+        return SampledStep(self.samples.copy(), self._order, decoded, in_step, *self._landing.fetch())
 
     @contextlib.contextmanager
     def blank(self) -> Iterator[None]:

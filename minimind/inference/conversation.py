@@ -15,7 +15,7 @@ THINK, END_THINK = "<think>", "</think>"
 
 
 @dataclass
-class Conversation:
+class ChatSession:
     """engine and tokenizer of one model; context: positions for prompt and answer together.
 
     system: None for no system message. thinking: the template's enable_thinking; None leaves it out. rounds: of
@@ -74,19 +74,13 @@ class Conversation:
         reply: dict[str, Any] = {"role": "assistant", "content": answer}
         if answer.startswith(THINK):
             reasoning, _, content = answer.removeprefix(THINK).partition(END_THINK)
-            reply = {
-                "role": "assistant",
-                "content": content.lstrip("\n"),
-                "reasoning_content": reasoning.strip("\n"),
-            }
+            reply = {"role": "assistant", "content": content.lstrip("\n"), "reasoning_content": reasoning.strip("\n")}
         self.messages += [{"role": "user", "content": question}, reply]
 
     def _prompt(self, text: str) -> list[int]:
         """Token ids; the oldest rounds are left out where the context has no room for them and an answer."""
         if self.raw:
-            return self._fitting(
-                [self.tokenizer.bos_token_id, *self.tokenizer.encode(text, allow_special=False)]
-            )
+            return self._fitting([self.tokenizer.bos_token_id, *self.tokenizer.encode(text, allow_special=False)])
         if self.rounds is not None:
             del self.messages[: max(0, len(self.messages) - 2 * self.rounds)]
         wanted = self.context - (self.params.max_new_tokens or 1)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minimind.inference.requests import TopLogProbs
-from minimind.inference.scheduler import Sample
+from minimind.inference.scheduler import SequenceState
 
 _BYTES = 8 + 4  # of a row: its token and its log-probability
 
@@ -28,14 +28,14 @@ def host_is_late(device: torch.device) -> bool:
 
 
 @dataclass
-class Drawn:
+class SampledStep:
     """What a step drew for each row of the batch as it was.
 
     order: rows by the arrival of their samples. decoded: so many first rows were decoded, the others are new.
     in_step: the next step cannot begin without the host. top: by row, the likeliest tokens where they were asked for.
     """
 
-    samples: list[Sample]
+    samples: list[SequenceState]
     order: Sequence[int]
     decoded: int
     in_step: bool
@@ -52,7 +52,7 @@ class Drawn:
         return self._token[:rows].tolist(), self._log_prob[:rows].tolist()
 
 
-class Landing:
+class SampleBuffer:
     """token int64, log_prob float32 [rows]: of the last draws, side by side in `device`, uint8.
 
     late: the host reads copies, two in turn, since one is still to be read when the next is made; else the tensors

@@ -27,13 +27,13 @@ from minimind.inference.batch import DecodeBatch
 from minimind.inference.cache import PagedCache, PagePool, cache_pages
 from minimind.inference.decode.cache_dtype import check_kv_dtype
 from minimind.inference.decode.ops import Backend
-from minimind.inference.drawn import Drawn, host_is_late
+from minimind.inference.drawn import SampledStep, host_is_late
 from minimind.inference.replica import Replica
 from minimind.inference.requests import Delta, Request, RequestOutput, TopLogProbs
 from minimind.inference.runner import Runner
-from minimind.inference.scheduler import Plan, Sample, Scheduler
+from minimind.inference.scheduler import Scheduler, SequenceState, StepPlan
 from minimind.inference.stats import Counters, EngineStats
-from minimind.inference.tracking import Job, Track, refused
+from minimind.inference.tracking import RequestState, SequenceOutput, refused
 from minimind.inference.transfer import on_device
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
@@ -118,8 +118,8 @@ class Engine:
         self._late = host_is_late(device)
         self._batch = DecodeBatch(max_batch, table_pages, page_size, config.num_tokens, device, self._late)
         self._runner = Runner(self._replica, self._cache, self._batch, max_context, backend, self._late)
-        self._unread: Drawn | None = None  # what the last step drew
-        self._jobs: dict[str, Job] = {}
+        self._unread: SampledStep | None = None  # what the last step drew
+        self._jobs: dict[str, RequestState] = {}
         self._arrivals = 0
         self._undelivered: list[Delta] = []
         self._counters = Counters()
@@ -150,7 +150,7 @@ class Engine:
         self._jobs[job.id] = job
         for first in range(0, job.params.n, self._scheduler.max_batch):
             count = min(job.params.n - first, self._scheduler.max_batch)
-            sample = Sample(self._arrivals, first, count, job.prompt.copy(), Track(job, first))
+            sample = SequenceState(self._arrivals, first, count, job.prompt.copy(), SequenceOutput(job, first))
             job.samples.append(sample)
             self._scheduler.add(sample)
         self._arrivals += 1
@@ -165,7 +165,7 @@ class Engine:
         if job is None:
             return False
         for sample in job.samples.copy():
-            tracks = [sample.track, *(Track(job, sample.index + i) for i in range(1, sample.count))]
+            tracks = [sample.track, *(SequenceOutput(job, sample.index + i) for i in range(1, sample.count))]
             self._undelivered += [track.finish(sample, "cancelled") for track in tracks]
             self._remove(sample, "cancelled", len(tracks))
         return True
@@ -241,9 +241,7 @@ class Engine:
             f"batch up to {scheduler.max_batch}, context {self.max_context}"
         )
 
-    def _run(
-        self, requests: Iterable[Request], names: list[str | RequestOutput]
-    ) -> Generator[Delta, None, None]:
+    def _run(self, requests: Iterable[Request], names: list[str | RequestOutput]) -> Generator[Delta, None, None]:
         """Deltas of the requests. `names` gets for each of them, in order, its id or the output of its refusal."""
         own: set[str] = set()
         try:
@@ -261,9 +259,7 @@ class Engine:
                 self._undelivered += [delta for delta in deltas if delta.id not in own]
                 mine = [delta for delta in deltas if delta.id in own]
                 if not mine and not own & self._jobs.keys():
-                    raise RuntimeError(
-                        f"someone else's Engine.step took the deltas of {', '.join(sorted(own))}"
-                    )
+                    raise RuntimeError(f"someone else's Engine.step took the deltas of {', '.join(sorted(own))}")
                 for delta in mine:
                     if delta.output is not None:
                         own.discard(delta.id)
@@ -289,7 +285,7 @@ class Engine:
             self._read(deltas)
         self._counters.step(start, time.perf_counter())
 
-    def _launch(self, plan: Plan, now: float) -> Drawn | None:
+    def _launch(self, plan: StepPlan, now: float) -> SampledStep | None:
         """Begin a step; what it draws, None if that is nothing."""
         self._carry_out(plan, now)
         batch, runner = self._batch, self._runner
@@ -315,7 +311,7 @@ class Engine:
         drawn.top = top
         return drawn
 
-    def _carry_out(self, plan: Plan, now: float) -> None:
+    def _carry_out(self, plan: StepPlan, now: float) -> None:
         for sample in plan.preempted:
             self._leave(sample)
         if plan.copies:
@@ -329,17 +325,17 @@ class Engine:
                 self._counters.prompt_tokens += len(job.prompt)
                 self._counters.cached_tokens += job.cached
 
-    def _join(self, plan: Plan, logits: Tensor) -> Tensor:
+    def _join(self, plan: StepPlan, logits: Tensor) -> Tensor:
         """Let the samples whose prompts are computed into the batch. logits [finished prompts, V] -> [joined, V]."""
         copies: list[int] = []
         for chunk in plan.chunks:
             if chunk.last:
-                leader: Track = chunk.sample.track
+                leader: SequenceOutput = chunk.sample.track
                 job, samples = leader.job, self._scheduler.fork(chunk.sample)
                 copies.append(len(samples))
                 for sample in samples:
                     if sample.track is None:
-                        sample.track = Track(job, sample.index)
+                        sample.track = SequenceOutput(job, sample.index)
                         job.samples.append(sample)
                     seed = job.sample_seed(sample.index)
                     self._batch.join(sample, job.params, seed, job.limit, sample.track.needs_host)
@@ -369,11 +365,9 @@ class Engine:
                 continue
             if row < drawn.decoded:
                 self._scheduler.decoded(sample)
-            track: Track = sample.track
+            track: SequenceOutput = sample.track
             if log_prob != log_prob:
-                track.job.error = (
-                    track.job.error or "the model's logits are not finite; do its weights hold NaN?"
-                )
+                track.job.error = track.job.error or "the model's logits are not finite; do its weights hold NaN?"
                 delta = track.finish(sample, "error")
             else:
                 sample.tokens.append(token)
@@ -430,17 +424,17 @@ class Engine:
             self._scheduler.preempt(sample)
         self._pool.forget()
 
-    def _leave(self, sample: Sample) -> None:
+    def _leave(self, sample: SequenceState) -> None:
         if sample.row >= 0:
             self._batch.leave(sample)
 
-    def _remove(self, sample: Sample, reason: str, count: int = 1) -> None:
+    def _remove(self, sample: SequenceState, reason: str, count: int = 1) -> None:
         """Forget a finished sample, or one that stands for `count` that are cancelled."""
         sample.ended = True
         self._leave(sample)
         self._scheduler.remove(sample)
         self._counters.finished[reason] += count
-        job: Job = sample.track.job
+        job: RequestState = sample.track.job
         job.samples.remove(sample)
         if not job.samples:
             del self._jobs[job.id]

@@ -35,9 +35,7 @@ class _Need:
 
     @staticmethod
     def of(model: Model, prompts: list[list[int]], max_new_tokens: int) -> _Need:
-        pages = sum(
-            1 + -(-(len(prompt) + max_new_tokens) // _PAGE) for prompt in prompts
-        )  # all admitted at once
+        pages = sum(1 + -(-(len(prompt) + max_new_tokens) // _PAGE) for prompt in prompts)  # all admitted at once
         dtype = model.compute_dtype or model.dtype
         return _Need(_power(len(prompts)), _power(pages * _PAGE), model.device, dtype)
 

@@ -14,14 +14,7 @@ import tyro
 from minimind.config import PRESETS, ModelConfig, YarnScaling
 from minimind.inference.decode.cache_dtype import FLOAT8, KVDTypeName
 from minimind.lora import merge_adapter, remove_adapters
-from minimind.lora_files import (
-    CONFIG,
-    adapter_folder,
-    another_base,
-    base_of,
-    load_adapter,
-    named_alone,
-)
+from minimind.lora_files import CONFIG, adapter_folder, another_base, base_of, load_adapter, named_alone
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer, load_tokenizer, require_same_ids, tokenizer_beside
 from minimind.utils.device import choose_device, choose_precision
@@ -68,7 +61,7 @@ class ModelArgs(WeightArgs):
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedModel:
     """model: float32, on its device; dtype: what to compute in, kv_dtype: to keep keys and values in. stage: how it was
     trained, None where its folder does not say. folder: to put results in, None for a single file. notes: lines a user
     should see. lora: where its adapter is, None without one."""
@@ -83,7 +76,7 @@ class Opened:
     kv_dtype: torch.dtype | None = None
 
 
-def open_model(args: ModelArgs) -> Opened:
+def open_model(args: ModelArgs) -> LoadedModel:
     """ValueError, one line, naming the file or the flag."""
     device = choose_device(args.device)
     dtype = choose_precision(device).compute_dtype if args.dtype == "auto" else _DTYPES[args.dtype]
@@ -93,7 +86,7 @@ def open_model(args: ModelArgs) -> Opened:
 
 def open_weights(
     args: WeightArgs, device: torch.device, dtype: torch.dtype = torch.float32, merge: bool = True
-) -> Opened:
+) -> LoadedModel:
     """open_model without its choices. merge: put an adapter into the weights; else it stays attached."""
     given = _newest_run() if args.model is None else Path(args.model).expanduser()
     notes = [] if args.model else [f"model: {given}"]
@@ -110,7 +103,7 @@ def open_weights(
         if other := another_base(adapter_folder(lora), _weights_of(path)):
             notes.append(f"{lora}: {other}; right if that is the same model in another form")
         _adapt(model, lora, merge)
-    return Opened(model, tokenizer, dtype, _stage_of(given), given if given.is_dir() else None, notes, lora)
+    return LoadedModel(model, tokenizer, dtype, _stage_of(given), given if given.is_dir() else None, notes, lora)
 
 
 def stretched(config: ModelConfig, args: WeightArgs) -> ModelConfig:
@@ -151,9 +144,7 @@ def _tokenizer_of(path: Path, lora: Path | None, args: WeightArgs, notes: list[s
     own = tokenizer_beside(path) or tokenizer_beside(_weights_of(path))
     if lora is not None and (adapted := tokenizer_beside(adapter_folder(lora))) is not None:
         if own is not None and args.lora is not None:  # else base_of has compared the weights
-            way_out = (
-                "name the model that the adapter was trained on, or add --new-tokenizer if that is meant"
-            )
+            way_out = "name the model that the adapter was trained on, or add --new-tokenizer if that is meant"
             require_same_ids(adapted, f"--lora {lora}", own, model, way_out, meant)
         own = adapted
     if args.tokenizer is not None:
@@ -163,9 +154,7 @@ def _tokenizer_of(path: Path, lora: Path | None, args: WeightArgs, notes: list[s
             require_same_ids(given, f"--tokenizer {args.tokenizer}", own, model, way_out, meant)
         return given
     if own is None:
-        notes.append(
-            f"{path} brings no tokenizer: the shipped one is used; a model of another needs --tokenizer"
-        )
+        notes.append(f"{path} brings no tokenizer: the shipped one is used; a model of another needs --tokenizer")
     return own or load_tokenizer()
 
 

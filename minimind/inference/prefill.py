@@ -113,12 +113,7 @@ class ChunkAttention:
                 x.transpose(0, 1).unsqueeze(0) for x in (q[start:end], k[first:last], v[first:last])
             )
             part = F.scaled_dot_product_attention(
-                rows_q,
-                rows_k,
-                rows_v,
-                attn_mask=mask,
-                is_causal=mask is None,
-                enable_gqa=q.shape[1] != k.shape[1],
+                rows_q, rows_k, rows_v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
             )
             out[start:end] = part[0].transpose(0, 1)
         return out

@@ -141,7 +141,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Timing:
+class RequestTiming:
     """Seconds since submission: until the first computation, the first token, the end. All 0 where it did not come."""
 
     queued: float = 0.0
@@ -163,7 +163,7 @@ class RequestOutput:
     completions: list[Completion]
     error: str | None = None
     cached_tokens: int = 0
-    timing: Timing = field(default_factory=Timing)
+    timing: RequestTiming = field(default_factory=RequestTiming)
 
     @property
     def text(self) -> str:

@@ -207,9 +207,7 @@ class Runner:
         positions = (self._cos, self._sin, b["position"], b["slot"])
         caches, scales = (cache.k, cache.v), (cache.k_scale, cache.v_scale)
         q = self._rope(attn.qkv_proj(x), *positions, *caches, attn.heads, *norms, attn.eps, *scales)
-        out = self._attention(
-            q, *caches, b["table"], b["length"], q.shape[-1] ** -0.5, *scales, *self._arrivals
-        )
+        out = self._attention(q, *caches, b["table"], b["length"], q.shape[-1] ** -0.5, *scales, *self._arrivals)
         return attn.o_proj(out.flatten(1))
 
     def _logits(self, x: Tensor, delta: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 from minimind.inference.cache import PagePool, page_key
 
 
-class Sample:
+class SequenceState:
     """One sample of a request: its tokens, and the pages that hold the keys and values of the first `computed`.
 
     Until its prompt is computed it stands for `count` samples of the request, `index` being the first.
@@ -41,7 +41,7 @@ class Sample:
         self.ending = False  # its last token is drawn, but the host has not read it yet
         self.ended = False
 
-    def __lt__(self, other: Sample) -> bool:
+    def __lt__(self, other: SequenceState) -> bool:
         return (self.arrival, self.index) < (other.arrival, other.index)
 
 
@@ -49,21 +49,21 @@ class Sample:
 class Chunk:
     """Tokens start..end of a sample to compute in this step. last: then its next token can be drawn."""
 
-    sample: Sample
+    sample: SequenceState
     start: int
     end: int
     last: bool
 
 
 @dataclass
-class Plan:
+class StepPlan:
     """chunks: of prompts. copies: pages (from, to) to copy before anything is written. grown: decoding samples whose
     last page is new. preempted: to be taken out of the decode batch."""
 
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
-    grown: list[Sample] = field(default_factory=list)
-    preempted: list[Sample] = field(default_factory=list)
+    grown: list[SequenceState] = field(default_factory=list)
+    preempted: list[SequenceState] = field(default_factory=list)
 
 
 class Scheduler:
@@ -72,19 +72,19 @@ class Scheduler:
     def __init__(self, pool: PagePool, page_size: int, max_batch: int, chunk_tokens: int) -> None:
         self.pool, self.page_size = pool, page_size
         self.max_batch, self.chunk_tokens = max_batch, chunk_tokens
-        self.waiting: list[Sample] = []
-        self.running: list[Sample] = []  # both in the order of arrival
+        self.waiting: list[SequenceState] = []
+        self.running: list[SequenceState] = []  # both in the order of arrival
         self.preemptions = 0
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: SequenceState) -> None:
         insort(self.waiting, sample)
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepPlan:
         """Give every decoding sample its page for one more token, then prompts as far as the budget goes."""
-        plan = Plan()
+        plan = StepPlan()
         for sample in self.running[:]:
             if sample.row >= 0 and sample.pages:  # pages: not preempted a moment ago
                 self._grow(sample, plan)
@@ -107,18 +107,18 @@ class Scheduler:
         )
         return self.pool.available < wanted
 
-    def decoded(self, sample: Sample) -> None:
+    def decoded(self, sample: SequenceState) -> None:
         """The keys and values of all `tokens` of a decoding sample are in the cache. `computed`, of which `plan` goes
         out, counts the last one since its step was launched, and may be further."""
         filled = len(sample.tokens)
         if filled % self.page_size == 0:
             self._publish(sample, filled - 1, filled)
 
-    def fork(self, sample: Sample) -> list[Sample]:
+    def fork(self, sample: SequenceState) -> list[SequenceState]:
         """The `count` samples of a prompt that is computed: the first one and copies that share its pages."""
         copies = []
         for i in range(1, sample.count):
-            copy = Sample(sample.arrival, sample.index + i, 1, sample.tokens.copy())
+            copy = SequenceState(sample.arrival, sample.index + i, 1, sample.tokens.copy())
             copy.prompt_length, copy.computed = sample.prompt_length, sample.computed
             copy.pages, copy.keys = sample.pages.copy(), sample.keys.copy()
             self.pool.share(copy.pages)
@@ -127,23 +127,23 @@ class Scheduler:
         sample.count = 1
         return [sample, *copies]
 
-    def remove(self, sample: Sample) -> None:
+    def remove(self, sample: SequenceState) -> None:
         """Forget a finished or cancelled sample."""
         (self.running if sample.pages else self.waiting).remove(sample)
         self._give_back(sample)
 
-    def preempt(self, sample: Sample) -> None:
+    def preempt(self, sample: SequenceState) -> None:
         """Back to the queue, without pages."""
         self.running.remove(sample)
         self._give_back(sample)
         sample.ending = False
         insort(self.waiting, sample)
 
-    def _give_back(self, sample: Sample) -> None:
+    def _give_back(self, sample: SequenceState) -> None:
         self.pool.release(sample.pages)
         sample.pages, sample.computed = [], 0
 
-    def _grow(self, sample: Sample, plan: Plan) -> None:
+    def _grow(self, sample: SequenceState, plan: StepPlan) -> None:
         """A page of its own for the token at `computed`: a new one, or a copy of one that it shares."""
         fresh = sample.computed % self.page_size == 0
         if not fresh and self.pool.references(sample.pages[-1]) == 1:
@@ -159,7 +159,7 @@ class Scheduler:
             plan.copies.append((shared, page))
         plan.grown.append(sample)
 
-    def _take(self, sample: Sample, plan: Plan) -> int | None:
+    def _take(self, sample: SequenceState, plan: StepPlan) -> int | None:
         """A page, at the cost of the youngest; None if that is the sample itself."""
         while (page := self.pool.take()) is None:
             youngest = self.running[-1]
@@ -170,7 +170,7 @@ class Scheduler:
                 return None
         return page
 
-    def _admit(self, sample: Sample) -> bool:
+    def _admit(self, sample: SequenceState) -> bool:
         """Pages for all of a waiting sample's tokens, those of a known beginning shared."""
         going_on = [s for s in self.running if not s.ending]
         if sum(s.count for s in going_on) + sample.count > self.max_batch:
@@ -193,7 +193,7 @@ class Scheduler:
         insort(self.running, sample)
         return True
 
-    def _find(self, sample: Sample) -> list[int]:
+    def _find(self, sample: SequenceState) -> list[int]:
         """Held pages with the sample's first tokens; its last token is never among them, it must be computed."""
         if not self.pool.reuse:
             return []
@@ -201,7 +201,7 @@ class Scheduler:
         self._name_pages(sample, full)
         return self.pool.find(sample.keys[:full])
 
-    def _chunk(self, sample: Sample, budget: int, plan: Plan) -> int:
+    def _chunk(self, sample: SequenceState, budget: int, plan: StepPlan) -> int:
         """Plan the sample's next tokens and return their number. The pages they fill can be found from now on:
         a step writes the keys and values of all its chunks before any of them is read."""
         end = min(len(sample.tokens), sample.computed + budget)
@@ -211,7 +211,7 @@ class Scheduler:
         self._publish(sample, chunk.start, chunk.end)
         return chunk.end - chunk.start
 
-    def _publish(self, sample: Sample, start: int, end: int) -> None:
+    def _publish(self, sample: SequenceState, start: int, end: int) -> None:
         """Publish the pages that tokens start..end filled."""
         if self.pool.reuse:
             full = end // self.page_size
@@ -219,7 +219,7 @@ class Scheduler:
             for i in range(start // self.page_size, full):
                 self.pool.publish(sample.pages[i], sample.keys[i])
 
-    def _name_pages(self, sample: Sample, full: int) -> None:
+    def _name_pages(self, sample: SequenceState, full: int) -> None:
         keys, size = sample.keys, self.page_size
         for i in range(len(keys), full):
             keys.append(page_key(keys[-1] if keys else b"", sample.tokens[i * size : (i + 1) * size]))

@@ -17,15 +17,15 @@ from minimind.inference.requests import (
     FinishReason,
     Request,
     RequestOutput,
+    RequestTiming,
     SamplingParams,
-    Timing,
     TopLogProbs,
 )
-from minimind.inference.scheduler import Sample
+from minimind.inference.scheduler import SequenceState
 
 
 @dataclass
-class Job:
+class RequestState:
     """An unfinished request.
 
     limit: tokens of prompt and output together. stop_ids: all that end a sample. token_bytes: None without a tokenizer.
@@ -44,7 +44,7 @@ class Job:
     started: float | None = None
     first_token: float | None = None
     cached: int = 0
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[SequenceState] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
     error: str | None = None
 
@@ -52,7 +52,7 @@ class Job:
         now = time.perf_counter()
         queued, ttft = (0.0 if t is None else t - self.submitted for t in (self.started, self.first_token))
         completions = sorted(self.completions, key=lambda completion: completion.index)
-        timing = Timing(queued, ttft, now - self.submitted)
+        timing = RequestTiming(queued, ttft, now - self.submitted)
         return RequestOutput(self.id, self.prompt, completions, self.error, self.cached, timing)
 
     def sample_seed(self, index: int) -> int:
@@ -60,12 +60,12 @@ class Job:
         return self.seed if index == 0 else mix(self.seed, index)
 
 
-class Track:
+class SequenceOutput:
     """The output of one sample so far."""
 
     __slots__ = ("constraint", "detokenizer", "index", "job", "log_probs", "top_log_probs")
 
-    def __init__(self, job: Job, index: int) -> None:
+    def __init__(self, job: RequestState, index: int) -> None:
         self.job, self.index = job, index
         self.constraint = None if job.constraint is None else job.constraint()
         self.log_probs: list[float] = []
@@ -78,7 +78,7 @@ class Track:
         """Whether a draw waits for the host: to say what may come, or to be told what else was likely."""
         return self.constraint is not None or bool(self.job.params.logprobs)
 
-    def take(self, sample: Sample, log_prob: float, top: tuple[TopLogProbs, ...] = ()) -> Delta:
+    def take(self, sample: SequenceState, log_prob: float, top: tuple[TopLogProbs, ...] = ()) -> Delta:
         """The delta of the token that `sample.tokens` now ends with; its finish_reason says whether it was the last."""
         token, detokenizer = sample.tokens[-1], self.detokenizer
         if self.job.first_token is None:
@@ -103,7 +103,7 @@ class Track:
         return delta if reason is None else self.finish(sample, reason, stop, delta)
 
     def finish(
-        self, sample: Sample, reason: FinishReason, stop: str | int | None = None, delta: Delta | None = None
+        self, sample: SequenceState, reason: FinishReason, stop: str | int | None = None, delta: Delta | None = None
     ) -> Delta:
         """The sample's last delta: `delta`, or one without a token, with the text that was held back. With the last
         sample's, the output of the request."""
@@ -112,9 +112,7 @@ class Track:
             rest = self.detokenizer.flush()
             text = self.detokenizer.text
         tokens = sample.tokens[sample.prompt_length :]
-        job.completions.append(
-            Completion(self.index, text, tokens, self.log_probs, self.top_log_probs, reason, stop)
-        )
+        job.completions.append(Completion(self.index, text, tokens, self.log_probs, self.top_log_probs, reason, stop))
         output = job.output() if len(job.completions) == job.params.n else None
         if delta is None:
             delta = Delta(job.id, self.index, "", (), (), ())

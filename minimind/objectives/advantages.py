@@ -18,9 +18,7 @@ from minimind.objectives.surrogates import Estimator, kl_estimates
 Std = Literal["group", "batch", "none"]
 
 
-def group_advantages(
-    rewards: Tensor, groups: Tensor, num_groups: int, std: Std = "group", eps: float = 1e-4
-) -> Tensor:
+def group_advantages(rewards: Tensor, groups: Tensor, num_groups: int, std: Std = "group", eps: float = 1e-4) -> Tensor:
     """GRPO's advantages: (r - mean of its group) / (standard deviation + eps): float64 [n].
 
     std: "group", the group's own (Shao et al., 2402.03300); "batch", that of all centred rewards, so that a group in
@@ -126,9 +124,7 @@ def token_rewards(
     if not kl_coef:
         return rewards
     if log_probs is None or reference is None:
-        raise ValueError(
-            f"kl_coef={kl_coef} needs the log-probabilities of sampler and reference; or set it to 0"
-        )
+        raise ValueError(f"kl_coef={kl_coef} needs the log-probabilities of sampler and reference; or set it to 0")
     return rewards - kl_coef * kl_estimates(log_probs.double(), reference.double(), estimator)
 
 

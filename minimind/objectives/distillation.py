@@ -44,9 +44,7 @@ class Distillation:
         if self.divergence not in ("forward_kl", "reverse_kl", "jsd"):
             raise ValueError(f"divergence={self.divergence!r}: choose forward_kl, reverse_kl or jsd")
         if not 0 < self.beta < 1:
-            raise ValueError(
-                f"beta={self.beta}: must lie between 0 and 1; for the ends take forward_kl or reverse_kl"
-            )
+            raise ValueError(f"beta={self.beta}: must lie between 0 and 1; for the ends take forward_kl or reverse_kl")
 
     @property
     def mixture(self) -> float:
@@ -90,10 +88,7 @@ def distillation_loss(
 def teacher_head(teacher: Model, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """(hidden states [B * T, D_t], output projection [V, D_t]), from which the teacher's logits follow."""
     out = teacher(
-        batch.input_ids,
-        cu_seqlens=batch.cu_seqlens,
-        attention_mask=batch.targets.ne(-100),
-        return_logits=False,
+        batch.input_ids, cu_seqlens=batch.cu_seqlens, attention_mask=batch.targets.ne(-100), return_logits=False
     )
     return out.hidden_states.flatten(0, 1), teacher.head_weight.detach()
 

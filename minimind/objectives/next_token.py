@@ -49,10 +49,7 @@ def next_token_loss(
     size change nothing. The router is balanced over the tokens that are targets.
     """
     out = model(
-        batch.input_ids,
-        cu_seqlens=batch.cu_seqlens,
-        attention_mask=batch.targets.ne(-100),
-        return_logits=False,
+        batch.input_ids, cu_seqlens=batch.cu_seqlens, attention_mask=batch.targets.ne(-100), return_logits=False
     )
     hidden = out.hidden_states.flatten(0, 1)
     weights = None if batch.loss_weights is None else batch.loss_weights.flatten()

@@ -19,7 +19,7 @@ from minimind.objectives.surrogates import (
     Objective,
     PolicyLosses,
     PolicyTokens,
-    Sampled,
+    SampledTokens,
     kl_estimates,
 )
 from minimind.ops.attention import document_ids
@@ -31,7 +31,7 @@ class PolicyBatch:
     """Packed rows of prompts with sampled answers, on the model's device; a document is one sample.
 
     input_ids, targets int64 [B, T], targets -100 outside the sampled tokens; cu_seqlens int32 [n + 1], the documents'
-    boundaries in the flattened batch, empty ones at the end allowed. behaviour_log_probs: of each target, as it was
+    boundaries in the flattened batch, empty ones at the end allowed. old_log_probs: of each target, as it was
     sampled; advantages; reference_log_probs; old_values and returns of PPO's critic, and value_room, how far its values
     may move from the old ones: float32 [B, T], aligned with targets and read there alone. num_targets is exact and this
     rank's; global_num_targets and global_num_samples are of all ranks and above 0; max_new_tokens is what "constant"
@@ -41,7 +41,7 @@ class PolicyBatch:
     input_ids: Tensor
     targets: Tensor
     cu_seqlens: Tensor
-    behaviour_log_probs: Tensor
+    old_log_probs: Tensor
     advantages: Tensor
     num_targets: int
     global_num_targets: int
@@ -56,9 +56,7 @@ class PolicyBatch:
 
     def __post_init__(self) -> None:
         if self.aggregation not in get_args(Aggregation):
-            raise ValueError(
-                f"aggregation={self.aggregation!r}: choose one of {', '.join(get_args(Aggregation))}"
-            )
+            raise ValueError(f"aggregation={self.aggregation!r}: choose one of {', '.join(get_args(Aggregation))}")
         if self.aggregation == "constant" and self.max_new_tokens < 1:
             raise ValueError(
                 f"max_new_tokens={self.max_new_tokens}: aggregation 'constant' divides by it; give the longest "
@@ -74,11 +72,11 @@ class PolicyBatch:
             return self.global_num_samples
         return self.global_num_samples * self.max_new_tokens
 
-    def sampled(self) -> Sampled:
+    def sampled(self) -> SampledTokens:
         """Where the sampled tokens are. No host sync: num_targets says how many."""
         places = self.targets.flatten().ne(-100).nonzero_static(size=self.num_targets).squeeze(1)
         samples = document_ids(self.cu_seqlens.to(places.device), self.targets.numel())[places]
-        return Sampled(places, samples, self.cu_seqlens.shape[0] - 1)
+        return SampledTokens(places, samples, self.cu_seqlens.shape[0] - 1)
 
 
 def policy_loss(
@@ -116,7 +114,7 @@ def score(model: Model, batch: PolicyBatch, entropy: bool = False) -> tuple[Mode
     return out, PolicyTokens(
         at,
         at.take(log_probs),
-        at.take(batch.behaviour_log_probs),
+        at.take(batch.old_log_probs),
         at.take(batch.advantages),
         reference,
         None if entropies is None else at.take(entropies),
@@ -153,7 +151,7 @@ def token_log_probs(
     return log_probs.view_as(targets)
 
 
-def aggregate(losses: Tensor, at: Sampled, aggregation: Aggregation) -> Tensor:
+def aggregate(losses: Tensor, at: SampledTokens, aggregation: Aggregation) -> Tensor:
     """The sum that, divided by the batch's global weight, is the aggregated loss. losses float64 [M] -> a scalar."""
     if aggregation == "sample":
         losses = losses / at.spread(at.lengths())
@@ -170,12 +168,12 @@ def mean_sums(figures: dict[str, Tensor], batch: PolicyBatch) -> dict[str, Tenso
 def policy_figures(tokens: PolicyTokens, result: PolicyLosses) -> dict[str, Tensor]:
     """What policy_loss tells of every token, detached: float64 [M] each."""
     log_probs = tokens.log_probs.detach()
-    log_ratio = log_probs - tokens.behaviour
+    log_ratio = log_probs - tokens.old_log_probs
     figures = {
         "ratio": log_ratio.clamp(max=20).exp(),
         "ratio_drift": log_ratio.abs(),
         "clipped": result.clipped.double(),
-        "behaviour_kl": kl_estimates(tokens.behaviour, log_probs.clamp(max=tokens.behaviour + 20), "k3"),
+        "behaviour_kl": kl_estimates(tokens.old_log_probs, log_probs.clamp(max=tokens.old_log_probs + 20), "k3"),
         "advantage": tokens.advantages,
     }
     if tokens.reference is not None:

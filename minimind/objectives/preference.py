@@ -29,7 +29,7 @@ from torch import Tensor
 
 from minimind import ops
 from minimind.modeling import Model
-from minimind.ops.attention import Unfolding, document_ids
+from minimind.ops.attention import SharedPrefix, document_ids
 from minimind.utils.spans import span
 
 
@@ -57,7 +57,7 @@ class PreferenceBatch:
     reference_rejected: Tensor | None = None
     prompt: Tensor | None = None
     position_ids: Tensor | None = None
-    unfolding: Unfolding | None = None
+    unfolding: SharedPrefix | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -200,11 +200,7 @@ def pair_log_probs(model: Model, batch: PreferenceBatch) -> tuple[Pairs, Tensor]
 
     def side(values: Tensor, answer: Tensor) -> Tensor:
         values_of_answer = values.index_select(0, answer)
-        return (
-            values_of_answer
-            if batch.prompt is None
-            else values_of_answer + values.index_select(0, batch.prompt)
-        )
+        return values_of_answer if batch.prompt is None else values_of_answer + values.index_select(0, batch.prompt)
 
     pairs = Pairs(
         side(log_probs, batch.chosen),
@@ -225,7 +221,7 @@ def sequence_log_probs(
     num_targets: int | None = None,
     *,
     position_ids: Tensor | None = None,
-    unfolding: Unfolding | None = None,
+    unfolding: SharedPrefix | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probability of each document's targets, their number, mean auxiliary loss): float64 [n], [n], a scalar.
 

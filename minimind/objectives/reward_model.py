@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.ops.attention import Unfolding
+from minimind.ops.attention import SharedPrefix
 from minimind.value_head import ValueModel
 
 
@@ -41,7 +41,7 @@ class RewardBatch:
     global_num_targets: int
     global_num_pairs: int
     position_ids: Tensor | None = None
-    unfolding: Unfolding | None = None
+    unfolding: SharedPrefix | None = None
 
     @property
     def global_weight(self) -> float:

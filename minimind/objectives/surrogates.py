@@ -45,7 +45,7 @@ Estimator = Literal["k1", "k2", "k3"]
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledTokens:
     """places int64 [M]: of the sampled tokens in the flattened batch, ascending; samples int64 [M]: the document that
     each belongs to, of num_samples."""
 
@@ -75,9 +75,9 @@ class PolicyTokens:
     """The sampled tokens of a batch, one number each: float64 [M]. log_probs is differentiable, and entropy, the exact
     one of the distribution that each token was drawn from, where it was asked for."""
 
-    at: Sampled
+    at: SampledTokens
     log_probs: Tensor
-    behaviour: Tensor
+    old_log_probs: Tensor
     advantages: Tensor
     reference: Tensor | None = None
     entropy: Tensor | None = None
@@ -85,13 +85,13 @@ class PolicyTokens:
     @property
     def log_ratio(self) -> Tensor:
         """log p / mu"""
-        return self.log_probs - self.behaviour
+        return self.log_probs - self.old_log_probs
 
     @staticmethod
     def none() -> PolicyTokens:
         """Those of an empty batch."""
         numbers, places = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
-        return PolicyTokens(Sampled(places, places, 0), numbers, numbers, numbers, numbers, numbers)
+        return PolicyTokens(SampledTokens(places, places, 0), numbers, numbers, numbers, numbers, numbers)
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,7 @@ class PolicyLosses:
 Objective = Callable[[PolicyTokens], PolicyLosses]
 
 
-def clip(
-    tokens: PolicyTokens, low: float = 0.2, high: float | None = None, dual: float | None = None
-) -> PolicyLosses:
+def clip(tokens: PolicyTokens, low: float = 0.2, high: float | None = None, dual: float | None = None) -> PolicyLosses:
     """PPO's objective, which GRPO, DAPO and Dr. GRPO share. The ratio is bounded by 1 - low where A < 0 and by 1 + high
     where A > 0; high None: as low. dual > 1: where A < 0 a ratio above it has no gradient either (Ye et al.,
     1912.09729, take 3), which keeps tokens that the policy has come to find far likelier from ruling the step."""
@@ -234,17 +232,13 @@ ALGORITHMS: dict[str, Algorithm] = {
 def _bounds(low: float, high: float) -> tuple[float, float]:
     """(log(1 - low), log(1 + high))"""
     if not 0 < low < 1:
-        raise ValueError(
-            f"low={low}: the ratio's lower bound is 1 - low, so that low must lie between 0 and 1"
-        )
+        raise ValueError(f"low={low}: the ratio's lower bound is 1 - low, so that low must lie between 0 and 1")
     if not 0 < high < math.inf:
         raise ValueError(f"high={high}: the ratio's upper bound is 1 + high, so that high must be above 0")
     return math.log1p(-low), math.log1p(high)
 
 
-def _clipped(
-    tokens: PolicyTokens, log_ratio: Tensor, low: float, high: float, dual: float | None
-) -> PolicyLosses:
+def _clipped(tokens: PolicyTokens, log_ratio: Tensor, low: float, high: float, dual: float | None) -> PolicyLosses:
     """-min(r A, clip(r) A), low and high being bounds of log r."""
     gains = tokens.advantages >= 0
     bounded = torch.where(gains, log_ratio.clamp(max=high), log_ratio.clamp(min=low, max=dual))

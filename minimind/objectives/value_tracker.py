@@ -94,9 +94,7 @@ class ValueTracker:
     def advance(self, drift: float) -> None:
         """Tell that the policy moved: mean |log p_new - log p_old| per token over an update."""
         if not 0 <= drift < math.inf:
-            raise ValueError(
-                f"drift {drift}: the policy's log-probabilities moved by no finite number; lower --lr"
-            )
+            raise ValueError(f"drift {drift}: the policy's log-probabilities moved by no finite number; lower --lr")
         self.drift += drift
 
     def weights(self) -> np.ndarray:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minimind.objectives.policy import PolicyBatch, aggregate, forward, mean_sums, policy_figures, score
-from minimind.objectives.surrogates import Objective, Sampled
+from minimind.objectives.surrogates import Objective, SampledTokens
 from minimind.value_head import ValueModel, ValueOutput
 
 
@@ -40,9 +40,7 @@ def value_losses(
     if room is None:
         return plain, torch.zeros_like(plain, dtype=torch.bool)
     if old_values is None:
-        raise ValueError(
-            "the batch has no old_values, from which the value clip measures; give them or set no clip"
-        )
+        raise ValueError("the batch has no old_values, from which the value clip measures; give them or set no clip")
     held = old_values + (values - old_values).clamp(-room, room)
     bound = (held - returns).square() / 2
     return torch.maximum(plain, bound), (bound > plain).detach()
@@ -59,12 +57,7 @@ def value_loss(critic: ValueModel, batch: PolicyBatch) -> tuple[Tensor, Tensor, 
 
 
 def actor_critic_loss(
-    model: ValueModel,
-    batch: PolicyBatch,
-    objective: Objective,
-    *,
-    value_weight: float = 0.5,
-    entropy: bool = False,
+    model: ValueModel, batch: PolicyBatch, objective: Objective, *, value_weight: float = 0.5, entropy: bool = False
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """For a policy that shares its trunk with its critic: policy_loss + value_weight * value_loss in one forward, and
     the figures of both. value_weight 0.5 is PPO's usual; gradients of both reach the trunk."""
@@ -85,7 +78,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     return torch.where(spread > 0, 1 - left / spread.masked_fill(spread == 0, 1), 0.0)
 
 
-def _critic(values: Tensor, at: Sampled, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+def _critic(values: Tensor, at: SampledTokens, batch: PolicyBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """(losses [M], figures) of values [B, T]."""
     if batch.returns is None:
         raise ValueError("the batch has no returns, which the critic learns from; see advantages.gae")

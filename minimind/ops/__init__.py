@@ -87,9 +87,7 @@ def _cuda_kernels() -> bool:
     return why_no_triton(torch.device("cuda", torch.cuda.current_device())) is None
 
 
-if (
-    torch.cuda.is_available()
-):  # elsewhere it is never asked, and the decorator would import torch._dynamo: 1.5 s
+if torch.cuda.is_available():  # elsewhere it is never asked, and the decorator would import torch._dynamo: 1.5 s
     _cuda_kernels = torch.compiler.assume_constant_result(_cuda_kernels)
 
 
@@ -237,12 +235,7 @@ def route(
 
 
 def _route_by_sorting(
-    logits: Tensor,
-    top_k: int,
-    normalize: bool,
-    sequence_ids: Tensor | None,
-    sequences: int,
-    mask: Tensor | None,
+    logits: Tensor, top_k: int, normalize: bool, sequence_ids: Tensor | None, sequences: int, mask: Tensor | None
 ) -> Routing:
     gates, expert_ids, scores = _routing.route_ref(logits, top_k, normalize)
     experts = logits.shape[1]

@@ -84,12 +84,10 @@ class VarlenLayout:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         bounds = varlen.Bounds(self.cu_seqlens, self.cu_seqlens, self.max_length, self.max_length)
-        return varlen.causal_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds).view(
-            q.shape
-        )
+        return varlen.causal_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds).view(q.shape)
 
 
-class Unfolding(NamedTuple):
+class SharedPrefix(NamedTuple):
     """How documents that share their beginning, which the batch of N tokens holds once, are read one by one.
 
     rows: int64 [M], the tokens of every document, one document after the other; cu_seqlens: int [n + 1], where each
@@ -103,7 +101,7 @@ class Unfolding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class UnfoldedLayout:
+class SharedPrefixLayout:
     """Queries, keys and values of a shared beginning are computed once and repeated for each document, where it is
     cheap: all but attention itself is done once for it. `documents` is the layout of `rows`."""
 
@@ -160,7 +158,7 @@ def _beside(mask: Tensor, rows: Tensor) -> Tensor:
     return mask.view(-1, *[1] * (rows.ndim - 1))
 
 
-Layout = CausalLayout | MaskLayout | DocumentLayout | VarlenLayout | UnfoldedLayout
+Layout = CausalLayout | MaskLayout | DocumentLayout | VarlenLayout | SharedPrefixLayout
 
 
 def make_layout(
@@ -171,7 +169,7 @@ def make_layout(
     cu_seqlens: Tensor | None = None,
     attention_mask: Tensor | None = None,
     fused: bool = True,
-    unfolding: Unfolding | None = None,
+    unfolding: SharedPrefix | None = None,
 ) -> Layout:
     """The attention layout of a [batch, length] step in `dtype`.
 
@@ -180,12 +178,10 @@ def make_layout(
     attention_mask: bool or int [batch, length], 0 at padding; used when there are no cu_seqlens.
     fused: compute no score between documents, where this device and dtype have a form for that.
     """
-    parts = _document_layout(
-        device, dtype, cu_seqlens if unfolding is None else unfolding.cu_seqlens, length, fused
-    )
+    parts = _document_layout(device, dtype, cu_seqlens if unfolding is None else unfolding.cu_seqlens, length, fused)
     if unfolding is not None:
         if parts is not None:
-            return UnfoldedLayout(unfolding.rows, unfolding.places, parts)
+            return SharedPrefixLayout(unfolding.rows, unfolding.places, parts)
         return MaskLayout(_visible(unfolding, batch, length)[:, None])
     if cu_seqlens is not None:
         if parts is not None:
@@ -224,7 +220,7 @@ def attention_name(device: torch.device, dtype: torch.dtype | None, fused: bool)
     return varlen.taken() if dtype in (torch.bfloat16, torch.float16) else "masked"
 
 
-def _visible(unfolding: Unfolding, batch: int, length: int) -> Tensor:
+def _visible(unfolding: SharedPrefix, batch: int, length: int) -> Tensor:
     """bool [B, T, T]: a token sees what its document has up to it; documents lie within a row."""
     rows, back = unfolding.rows, unfolding.places[:, 0]
     bounds = unfolding.cu_seqlens.to(rows.device)

@@ -137,9 +137,7 @@ def _why_no_driver(built_with: str) -> str | None:
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))  # 1000 major + 10 minor
     if version.value // 1000 >= int(built_with.split(".")[0]):
         return None
-    return (
-        f"the CUDA operators were built with CUDA {built_with}, the driver is of CUDA {version.value // 1000}"
-    )
+    return f"the CUDA operators were built with CUDA {built_with}, the driver is of CUDA {version.value // 1000}"
 
 
 def _why_no_kernel(capability: tuple[int, int]) -> str | None:
@@ -167,7 +165,5 @@ def _register_fakes() -> None:
         return logits.new_empty(logits.shape[0], dtype=torch.int64), logits.new_empty(logits.shape[0])
 
     @torch.library.register_fake("minimind::decode_step")
-    def _(
-        tokens: Tensor, positions, slots, block_table, lengths, cos, sin, weights: list[Tensor], *_
-    ) -> Tensor:
+    def _(tokens: Tensor, positions, slots, block_table, lengths, cos, sin, weights: list[Tensor], *_) -> Tensor:
         return tokens.new_empty(tokens.shape[0], weights[0].shape[0], dtype=torch.float32)

@@ -138,9 +138,7 @@ def _compile(part: str, target: Path) -> str | None:
 
 
 def _run(command: list[str]) -> str | None:
-    answer = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    answer = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if answer.returncode == 0:
         return None
     print(answer.stdout, file=sys.stderr)

@@ -38,9 +38,7 @@ if torch.cuda.is_available():
 
 PAGED = _HAS_PAGES
 PAGE_MULTIPLE = 256  # flash attention takes pages of multiples of this
-EXPAND = (
-    True  # keys and values for every query head, where PyTorch's operator does not say that it takes fewer
-)
+EXPAND = True  # keys and values for every query head, where PyTorch's operator does not say that it takes fewer
 _flash2: Any = None  # flash-attn's function, where that was chosen
 _taken: AttentionName = "torch"
 
@@ -58,15 +56,11 @@ class Package:
 
 
 PACKAGES = {
-    "flash2": Package(
-        "FlashAttention 2 of flash-attn", "flash_attn", "pip install flash-attn", (8, 9, 10, 12)
-    ),
+    "flash2": Package("FlashAttention 2 of flash-attn", "flash_attn", "pip install flash-attn", (8, 9, 10, 12)),
     "flash3": Package(
         "FlashAttention 3", "flash_attn_interface", "build hopper/ of Dao-AILab/flash-attention", (9,), "FA3"
     ),
-    "flash4": Package(
-        "FlashAttention 4", "flash_attn.cute.interface", "pip install flash-attn-4", (9, 10), "FA4"
-    ),
+    "flash4": Package("FlashAttention 4", "flash_attn.cute.interface", "pip install flash-attn-4", (9, 10), "FA4"),
 }
 FASTER: dict[int, tuple[AttentionName, ...]] = {
     9: ("flash3", "flash4"),
@@ -106,15 +100,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
     return varlen_attn(q, k, v, *bounds, window_size=(-1, 0), **options)
 
 
-def paged_attention(
-    q: Tensor, keys: Tensor, values: Tensor, bounds: Bounds, used: Tensor, table: Tensor
-) -> Tensor:
+def paged_attention(q: Tensor, keys: Tensor, values: Tensor, bounds: Bounds, used: Tensor, table: Tensor) -> Tensor:
     """The same over a cache's pages [P, S, H_kv, D], read where they lie; used: int32 [n], keys of each document;
     table: int32 [n, pages]. PyTorch's operator; only where PAGED."""
     return varlen_attn(
-        q, keys, values, *bounds, window_size=(-1, 0),
-        enable_gqa=True, seqused_k=used, block_table=table, num_splits=1,
-    )  # fmt: skip
+        q, keys, values, *bounds, window_size=(-1, 0), enable_gqa=True, seqused_k=used, block_table=table, num_splits=1
+    )
 
 
 def choose(name: AttentionName, device: torch.device, heads: Heads) -> str:
@@ -178,9 +169,7 @@ def learn_heads(device: torch.device, heads: Heads) -> None:
 
 def problem(device: torch.device, heads: Heads) -> str | None:
     """What is wrong with `causal_attention` forward and backward on two short documents, in one line, or None."""
-    with (
-        torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    ):  # of torchrun, not yet the current one
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # of torchrun, not yet the current one
         return _problem(device, heads)
 
 

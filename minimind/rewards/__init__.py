@@ -28,16 +28,16 @@ from pathlib import Path
 import torch
 
 from minimind.rewards.base import Reward, Sample
-from minimind.rewards.compose import MODELS, Part, RewardError, Rewards, Scores, Spec, name_parts
+from minimind.rewards.compose import MODELS, RewardError, Rewards, RewardTerm, Scores, Spec, name_parts
 from minimind.rewards.scale import RewardScale
 from minimind.rewards.verifiers import answer_only
 from minimind.rewards.watch import SignalWatch, degenerate, summary
 
 __all__ = [
-    "Part",
     "Reward",
     "RewardError",
     "RewardScale",
+    "RewardTerm",
     "Rewards",
     "Sample",
     "Scores",
@@ -50,10 +50,7 @@ __all__ = [
 
 
 def parse_rewards(
-    words: Sequence[str],
-    on_error: str = "drop",
-    device: torch.device | None = None,
-    trust_remote_code: bool = False,
+    words: Sequence[str], on_error: str = "drop", device: torch.device | None = None, trust_remote_code: bool = False
 ) -> Rewards:
     """The reward that the words of --reward describe (above). Raises ValueError, naming the word.
 

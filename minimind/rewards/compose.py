@@ -12,13 +12,7 @@ import numpy as np
 
 from minimind.rewards.base import Reward, Sample
 from minimind.rewards.functions import function_reward, numbers_of
-from minimind.rewards.rules import (
-    format_reward,
-    length_reward,
-    overlong_penalty,
-    regex_reward,
-    repetition_reward,
-)
+from minimind.rewards.rules import format_reward, length_reward, overlong_penalty, regex_reward, repetition_reward
 from minimind.rewards.verifiers import exact_reward, json_reward, number_reward, tools_reward
 
 # Rewards that need no model, and what stands behind "=": how each is made.
@@ -84,7 +78,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Part:
+class RewardTerm:
     """name: the reward's, numbered where there are several of it; bounds: between which it lies, None: unknown; word:
     what it was asked for by, weight left out."""
 
@@ -128,7 +122,7 @@ class Rewards:
     say. failed: how often each reward has failed since the start.
     """
 
-    parts: Sequence[Part]
+    parts: Sequence[RewardTerm]
     on_error: str = "drop"
     failed: Counter[str] = field(default_factory=Counter)
 
@@ -180,7 +174,7 @@ class Rewards:
         return Failures(count, reason)
 
 
-def name_parts(made: Sequence[tuple[Spec, Reward]]) -> list[Part]:
+def name_parts(made: Sequence[tuple[Spec, Reward]]) -> list[RewardTerm]:
     """Parts with different names: the second `regex` is regex-2."""
     seen: Counter[str] = Counter()
     parts = []
@@ -189,11 +183,11 @@ def name_parts(made: Sequence[tuple[Spec, Reward]]) -> list[Part]:
         number = seen[spec.name]
         name = spec.name if number == 1 else f"{spec.name}-{number}"
         word = spec.name if spec.argument is None else f"{spec.name}={spec.argument}"
-        parts.append(Part(name, spec.weight, reward, BOUNDS.get(spec.name), word))
+        parts.append(RewardTerm(name, spec.weight, reward, BOUNDS.get(spec.name), word))
     return parts
 
 
-def _judge(part: Part, samples: Sequence[Sample]) -> tuple[np.ndarray, str]:
+def _judge(part: RewardTerm, samples: Sequence[Sample]) -> tuple[np.ndarray, str]:
     """(float64 [n], NaN where the reward failed; why it first did)."""
     if not samples:
         return np.zeros(0), ""

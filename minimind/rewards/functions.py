@@ -24,9 +24,7 @@ def function_reward(path: str) -> Reward:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the module is the user's: it may fail in any way
-        raise ValueError(
-            f"function={path}: cannot import {module_name} ({type(error).__name__}: {error})"
-        ) from error
+        raise ValueError(f"function={path}: cannot import {module_name} ({type(error).__name__}: {error})") from error
     found = getattr(module, name, None)
     if not callable(found):
         raise ValueError(f"function={path}: {module_name} has no function {name!r}")

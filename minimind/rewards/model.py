@@ -45,9 +45,7 @@ def reward_weights(folder: str) -> Path:
     """The folder with the weights of the reward model in `folder`. ValueError where there is no such folder."""
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise ValueError(
-            f"model={folder}: no such folder; name a run of train/reward.py or a Hugging Face folder"
-        )
+        raise ValueError(f"model={folder}: no such folder; name a run of train/reward.py or a Hugging Face folder")
     return checkpoint_folder(path) if any(path.glob("checkpoints/step-*")) else path
 
 
@@ -63,9 +61,7 @@ class ValueReward:
     def open(folder: Path, device: torch.device) -> ValueReward:
         tokenizer = load_tokenizer(folder)
         model = load_value_model(folder).to(device)
-        model.config.with_tokenizer(
-            tokenizer.vocab_size, f"model={folder}"
-        )  # not more ids than the model has
+        model.config.with_tokenizer(tokenizer.vocab_size, f"model={folder}")  # not more ids than the model has
         model.compute_dtype = choose_precision(device, "auto").compute_dtype
         return ValueReward(model, ChatEncoder(tokenizer))
 
@@ -78,8 +74,7 @@ class ValueReward:
             bounds = np.cumsum([0, *(len(rows[i]) for i in part)])
             ids, ends = np.concatenate([rows[i] for i in part]).astype(np.int64), bounds[1:] - 1
             input_ids, cu_seqlens, last = (
-                torch.from_numpy(array).to(self.model.device)
-                for array in (ids[None], bounds.astype(np.int32), ends)
+                torch.from_numpy(array).to(self.model.device) for array in (ids[None], bounds.astype(np.int32), ends)
             )
             values = self.model(input_ids, cu_seqlens=cu_seqlens).values.flatten()
             scores[part] = values[last].double().cpu().numpy()
@@ -131,9 +126,7 @@ class ScoresReward:
     def __call__(self, samples: Sequence[Sample]) -> np.ndarray:
         chats = [conversation(sample) for sample in samples]
         parts = [chats[i : i + self.batch_size] for i in range(0, len(chats), self.batch_size)]
-        return np.array(
-            [score for part in parts for score in self.model.get_scores(self.tokenizer, part)], float
-        )
+        return np.array([score for part in parts for score in self.model.get_scores(self.tokenizer, part)], float)
 
 
 def conversation(sample: Sample) -> list[dict[str, Any]]:
@@ -180,21 +173,13 @@ def _transformers_reward(
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model = kind.from_pretrained(path, dtype=dtype, **options).to(device).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(
-            f"model={path}: transformers cannot open it ({str(error).splitlines()[0]})"
-        ) from error
+        raise ValueError(f"model={path}: transformers cannot open it ({str(error).splitlines()[0]})") from error
     if scores_itself:
         if not hasattr(model, "get_scores"):
-            raise ValueError(
-                f"model={path}: {type(model).__name__} has no get_scores(tokenizer, conversations)"
-            )
+            raise ValueError(f"model={path}: {type(model).__name__} has no get_scores(tokenizer, conversations)")
         return ScoresReward(model, tokenizer)
     if model.config.num_labels != 1:
-        raise ValueError(
-            f"model={path}: a classifier of {model.config.num_labels} labels; a reward model has one"
-        )
+        raise ValueError(f"model={path}: a classifier of {model.config.num_labels} labels; a reward model has one")
     if not tokenizer.chat_template:
-        raise ValueError(
-            f"model={path}: its tokenizer has no chat template, so that it cannot be shown conversations"
-        )
+        raise ValueError(f"model={path}: its tokenizer has no chat template, so that it cannot be shown conversations")
     return ClassifierReward(model, tokenizer)

@@ -28,9 +28,7 @@ class RewardScale:
 
     def __post_init__(self) -> None:
         if self.clip is not None and not self.clip[0] < self.clip[1]:
-            raise ValueError(
-                f"--reward-clip {self.clip[0]:g} {self.clip[1]:g}: the first must be the lower one"
-            )
+            raise ValueError(f"--reward-clip {self.clip[0]:g} {self.clip[1]:g}: the first must be the lower one")
 
     @property
     def deviation(self) -> float:

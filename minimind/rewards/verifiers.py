@@ -20,9 +20,7 @@ from minimind.rewards.rules import each
 from minimind.tokenization.chat_template import parse_messages
 
 # A sign is one only where no digit or letter stands before it: "7-3" ends in 3. Commas are of thousands: "1,234.5".
-_NUMBER = re.compile(
-    r"(?<![\d.])(?:(?<!\w)[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?%?"
-)
+_NUMBER = re.compile(r"(?<![\d.])(?:(?<!\w)[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?%?")
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _TYPES: dict[str, Any] = {
     "string": str,

@@ -33,9 +33,7 @@ def create_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="MiniMind", version=__version__, lifespan=lifespan)
     install_handlers(app)
-    protected = (
-        [] if service.api_key is None else [Security(HTTPBearer(auto_error=False))]
-    )  # for the API's page
+    protected = [] if service.api_key is None else [Security(HTTPBearer(auto_error=False))]  # for the API's page
     for router in (chat_router, completions_router, models_router):
         app.include_router(router(service), dependencies=protected)
     app.include_router(state_router(service))
@@ -43,9 +41,7 @@ def create_app(service: Service) -> FastAPI:
     options: dict[str, Any] = {"allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
     options |= {"allow_origins": service.allow_origins, "allow_origin_regex": LOOPBACK}
     if "allow_private_network" in inspect.signature(CORSMiddleware).parameters:
-        options["allow_private_network"] = (
-            True  # a page of the internet that may call calls into this network
-        )
+        options["allow_private_network"] = True  # a page of the internet that may call calls into this network
     # before the gate: a browser asks whether it may send the key before it sends it
     app.add_middleware(CORSMiddleware, **options)
     return app

@@ -18,19 +18,17 @@ from minimind.serving.errors import ApiError, documented_stream
 from minimind.serving.logprobs import chat_logprobs
 from minimind.serving.prompts import offered
 from minimind.serving.protocol import ChatRequest, JsonFormat, JsonSchemaFormat, NamedTool
-from minimind.serving.reply import END_CALL, Part, Reply, ReplyParser
+from minimind.serving.reply import END_CALL, Reply, ReplyParser, ReplyPart
 from minimind.serving.service import Service
 from minimind.serving.streaming import EventStream, unless_disconnected
 from minimind.serving.usage import Usage
-from minimind.serving.worker import Generation
+from minimind.serving.worker import DeltaStream
 
 
 def chat_router(service: Service) -> APIRouter:
     router = APIRouter()
 
-    @router.post(
-        "/v1/chat/completions", responses=documented_stream(400, 401, 404, 413, 415, 422, 429, 500, 503)
-    )
+    @router.post("/v1/chat/completions", responses=documented_stream(400, 401, 404, 413, 415, 422, 429, 500, 503))
     async def chat_completions(asked: ChatRequest, request: Request) -> Response:
         service.check_model(asked.model)
         answer = await ChatAnswer.begin(service, asked)
@@ -49,7 +47,7 @@ class Choice:
     reply: Reply = field(default_factory=Reply)
     deltas: list[Delta] = field(default_factory=list)
 
-    def take(self, delta: Delta) -> list[Part]:
+    def take(self, delta: Delta) -> list[ReplyPart]:
         parts = self.parser.push(delta.text)
         if delta.finish_reason is not None:
             parts += self.parser.finish()
@@ -63,7 +61,7 @@ class Choice:
 
 
 class ChatAnswer:
-    def __init__(self, service: Service, asked: ChatRequest, generation: Generation, reasoning: bool) -> None:
+    def __init__(self, service: Service, asked: ChatRequest, generation: DeltaStream, reasoning: bool) -> None:
         self.generation = generation
         self._service, self._asked = service, asked
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -98,11 +96,13 @@ class ChatAnswer:
             reasons[delta.index] = choice.finish_reason(delta)
         choices = [
             {
-                "index": index, "message": self._message(choice), "finish_reason": reasons[index],
+                "index": index,
+                "message": self._message(choice),
+                "finish_reason": reasons[index],
                 "logprobs": self._logprobs(choice.deltas),
             }
             for index, choice in enumerate(self._choices)
-        ]  # fmt: skip
+        ]
         return {**self._head("chat.completion"), "choices": choices, "usage": self._usage.body()}
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
@@ -111,9 +111,7 @@ class ChatAnswer:
         with_usage = options is not None and options.include_usage
         head = {**self._head("chat.completion.chunk"), **({"usage": None} if with_usage else {})}
 
-        def chunk(
-            index: int, delta: dict[str, Any], reason: str | None = None, log: Any = None
-        ) -> dict[str, Any]:
+        def chunk(index: int, delta: dict[str, Any], reason: str | None = None, log: Any = None) -> dict[str, Any]:
             choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": log}
             return {**head, "choices": [choice]}
 
@@ -157,9 +155,7 @@ def constraint_of(service: Service, asked: ChatRequest, reasoning: bool) -> Call
     form, choice = asked.response_format, asked.tool_choice
     if isinstance(form, JsonFormat | JsonSchemaFormat):
         if asked.tools and choice != "none":
-            raise ApiError(
-                400, f"response_format {form.type} and tools: give one of them, or tool_choice none"
-            )
+            raise ApiError(400, f"response_format {form.type} and tools: give one of them, or tool_choice none")
         if isinstance(form, JsonFormat):
             return service.grammars.json_object(reasoning)
         return service.grammars.json_schema(form.json_schema.schema_, reasoning)
@@ -174,7 +170,7 @@ def _call_id() -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
-def _delta(part: Part) -> dict[str, Any]:
+def _delta(part: ReplyPart) -> dict[str, Any]:
     """The part as a chunk of a stream says it."""
     if part.kind == "content":
         return {"content": part.text}

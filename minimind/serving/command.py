@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from minimind.inference.decode.ops import Backend
 from minimind.inference.engine import Engine
-from minimind.inference.loading import ModelArgs, Opened, open_model
+from minimind.inference.loading import LoadedModel, ModelArgs, open_model
 
 if TYPE_CHECKING:
     from minimind.serving.service import Service
@@ -101,16 +101,12 @@ def open_service(args: Args) -> tuple[Service, list[str]]:
     )  # fmt: skip
     notes.append(engine.describe())
     if opened.tokenizer.chat_template is None:
-        notes.append(
-            "its tokenizer has no chat template: /v1/completions works, /v1/chat/completions does not"
-        )
+        notes.append("its tokenizer has no chat template: /v1/completions works, /v1/chat/completions does not")
     elif opened.stage == "pretrain":
         notes.append("it was only pretrained: it continues text (/v1/completions), it does not answer")
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
     if key is None and not _is_loopback(args.host):
-        notes.append(
-            f"anyone who reaches {args.host} can use this model: --api-key or {KEY_VARIABLE} asks for a key"
-        )
+        notes.append(f"anyone who reaches {args.host} can use this model: --api-key or {KEY_VARIABLE} asks for a key")
     metrics = Metrics()
     worker = EngineWorker(engine, args.max_queue, metrics.first_token.observe)
     service = Service(
@@ -136,7 +132,7 @@ def greeting(service: Service, host: str, port: int) -> str:
     )
 
 
-def _name_of(args: Args, opened: Opened) -> str:
+def _name_of(args: Args, opened: LoadedModel) -> str:
     if opened.folder is not None:
         folder = opened.folder.resolve()
         return folder.parents[1].name if folder.parent.name == "checkpoints" else folder.name
@@ -158,8 +154,10 @@ def _check(args: Args) -> None:
                 "for pages opened as files"
             )
     for flag, value, least in (
-        ("max-queue", args.max_queue, 0), ("max-tokens", args.max_tokens, 1), ("drain-seconds", args.drain_seconds, 0),
+        ("max-queue", args.max_queue, 0),
+        ("max-tokens", args.max_tokens, 1),
+        ("drain-seconds", args.drain_seconds, 0),
         ("max-body-mib", args.max_body_mib, 2**-10),
-    ):  # fmt: skip
+    ):
         if not least <= value < math.inf:
             raise ValueError(f"--{flag} {value:g}: a number of at least {least:g}")

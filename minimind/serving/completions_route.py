@@ -18,7 +18,7 @@ from minimind.serving.protocol import CompletionRequest
 from minimind.serving.service import Service
 from minimind.serving.streaming import EventStream, merged, unless_disconnected
 from minimind.serving.usage import Usage
-from minimind.serving.worker import Generation
+from minimind.serving.worker import DeltaStream
 
 DEFAULT_TOKENS = 16  # as OpenAI's
 
@@ -40,7 +40,7 @@ def completions_router(service: Service) -> APIRouter:
 class Continuation:
     """n choices for each prompt, numbered through."""
 
-    def __init__(self, service: Service, asked: CompletionRequest, generations: list[Generation]) -> None:
+    def __init__(self, service: Service, asked: CompletionRequest, generations: list[DeltaStream]) -> None:
         self.generations = generations
         self._service, self._asked, self._n = service, asked, asked.n or 1
         self._id = f"cmpl-{uuid.uuid4().hex}"
@@ -53,10 +53,9 @@ class Continuation:
                 raise ApiError(400, f"{name}: not served", param=name)
         params = service.params(asked, asked.max_tokens or DEFAULT_TOKENS, asked.logprobs)
         prompts = [
-            await service.encode(prompt) if isinstance(prompt, str) else prompt
-            for prompt in several(asked.prompt)
+            await service.encode(prompt) if isinstance(prompt, str) else prompt for prompt in several(asked.prompt)
         ]
-        generations: list[Generation] = []
+        generations: list[DeltaStream] = []
         try:
             for prompt in prompts:
                 generations.append(await service.submit("completion", prompt, params))
@@ -92,12 +91,7 @@ class Continuation:
             index = self._n * number + delta.index
             log, offsets[index] = self._logprobs([delta], offsets.get(index, 0))
             if delta.text or delta.finish_reason is not None or log is not None:
-                choice = {
-                    "index": index,
-                    "text": delta.text,
-                    "finish_reason": delta.finish_reason,
-                    "logprobs": log,
-                }
+                choice = {"index": index, "text": delta.text, "finish_reason": delta.finish_reason, "logprobs": log}
                 yield {**head, "choices": [choice]}
         if with_usage:
             yield {**head, "choices": [], "usage": self._usage.body()}

@@ -35,9 +35,7 @@ class Grammars:
         """reasoning: the answer begins behind </think>. ApiError 400 for a schema that cannot be met or enforced."""
         return self._constraint(_lark("start: json", json=schema), "response_format", reasoning)
 
-    def tool_calls(
-        self, tools: Sequence[dict[str, Any]], several: bool, reasoning: bool
-    ) -> Callable[[], Constraint]:
+    def tool_calls(self, tools: Sequence[dict[str, Any]], several: bool, reasoning: bool) -> Callable[[], Constraint]:
         """At least one call of one of these functions ({"name", "parameters"}), with arguments of its schema."""
         calls = [
             {
@@ -65,9 +63,7 @@ class Grammars:
             raise ApiError(400, message, param=param)
         after = self._tokenizer.special_tokens.get(END_THINK) if reasoning else None
         if reasoning and after is None:
-            raise ApiError(
-                400, f"{param}: this tokenizer has no token {END_THINK}; switch thinking off", param=param
-            )
+            raise ApiError(400, f"{param}: this tokenizer has no token {END_THINK}; switch thinking off", param=param)
         return lambda: GrammarConstraint(matcher.deep_copy(), self._tokenizer.vocab_size, after)
 
 
@@ -118,7 +114,5 @@ def _reason(problem: str) -> str:
 
 
 def _lark(rules: str, **schemas: dict[str, Any]) -> str:
-    lines = [
-        f"{name}: %json {json.dumps({**schema, 'x-guidance': _LAYOUT})}" for name, schema in schemas.items()
-    ]
+    lines = [f"{name}: %json {json.dumps({**schema, 'x-guidance': _LAYOUT})}" for name, schema in schemas.items()]
     return "\n".join([rules, *lines])

@@ -35,12 +35,7 @@ def completion_logprobs(service: Service, deltas: Sequence[Delta], offset: int) 
         tops.append({service.token_text(other): value for other, value in top})
         offsets.append(offset)
         offset += len(tokens[-1])
-    return {
-        "tokens": tokens,
-        "token_logprobs": log_probs,
-        "top_logprobs": tops,
-        "text_offset": offsets,
-    }, offset
+    return {"tokens": tokens, "token_logprobs": log_probs, "top_logprobs": tops, "text_offset": offsets}, offset
 
 
 def _tokens(deltas: Iterable[Delta]) -> Iterator[tuple[int, float, TopLogProbs]]:

@@ -25,10 +25,7 @@ class Metrics:
             registry=self._registry,
         )
         self.responses = Counter(
-            "minimind_http_responses",
-            "Responses by route and status",
-            ("route", "status"),
-            registry=self._registry,
+            "minimind_http_responses", "Responses by route and status", ("route", "status"), registry=self._registry
         )
         self._registry.register(self)
 
@@ -44,17 +41,9 @@ class Metrics:
             return
         for name, text, value in (
             ("requests_waiting", "Samples in the queue", s.waiting),
-            (
-                "requests_running",
-                "Samples in the batch, those whose prompt is being computed included",
-                s.running,
-            ),
+            ("requests_running", "Samples in the batch, those whose prompt is being computed included", s.running),
             ("batch_limit", "Samples that can be in the batch", s.max_batch),
-            (
-                "tokens_per_second",
-                "Generated in the last ten seconds in which the engine worked",
-                s.tokens_per_second,
-            ),
+            ("tokens_per_second", "Generated in the last ten seconds in which the engine worked", s.tokens_per_second),
             ("kv_cache_bytes", "Size of the cache of keys and values", s.kv_bytes),
             ("kv_cache_usage_ratio", "Share of its pages that requests hold", s.pages_used / s.pages_total),
         ):
@@ -72,9 +61,7 @@ class Metrics:
             ("engine_steps", "Steps of the engine", s.steps),
         ):
             yield CounterMetricFamily(f"minimind_{name}", text, value)
-        finished = CounterMetricFamily(
-            "minimind_samples_finished", "Samples by how they ended", labels=["reason"]
-        )
+        finished = CounterMetricFamily("minimind_samples_finished", "Samples by how they ended", labels=["reason"])
         for reason, count in sorted(s.finished.items()):
             finished.add_metric([reason], count)
         yield finished

@@ -30,9 +30,7 @@ class ChatPrompts:
     check_length: called with the characters of a text before it is encoded; raises where they are too many.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, check_length: Callable[[int], None] = lambda characters: None
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, check_length: Callable[[int], None] = lambda characters: None) -> None:
         self._tokenizer, self._check_length = tokenizer, check_length
         self._encoders: dict[bool | None, ChatEncoder] = {}
 

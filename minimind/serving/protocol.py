@@ -28,9 +28,7 @@ def shallow(value: dict[str, Any]) -> dict[str, Any]:
 
 
 JsonObject = Annotated[dict[str, Any], AfterValidator(shallow)]
-Int64 = Annotated[
-    int, Field(ge=-(2**63), lt=2**63)
-]  # the API's description holds bounds as floats: 2^63 - 1 is none
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # the API's description holds bounds as floats: 2^63 - 1 is none
 Limit = Annotated[int, Field(ge=1, lt=2**31)] | Literal[-1]  # -1: as many as there is room for
 Stops = Annotated[list[str], Field(max_length=MAX_STOPS)]  # an empty one stops nothing
 # Parameters of vLLM, llama.cpp and others, which their clients send with the value that changes nothing.
@@ -173,7 +171,7 @@ class TemplateOptions(Strict):
     open_thinking: bool | None = None
 
 
-class Sampling(Strict):
+class SamplingFields(Strict):
     """top_k (0 or -1: all), min_p and repetition_penalty are additions. presence_penalty and repetition_penalty count
     tokens of the prompt too. A temperature below 1e-5 is taken as 0: dividing by it would leave the numbers' range.
     user, metadata, store, service_tier, safety_identifier, prompt_cache_key and prompt_cache_retention change nothing
@@ -210,7 +208,7 @@ class Sampling(Strict):
     prompt_cache_retention: Any = None
 
 
-class ChatRequest(Sampling):
+class ChatRequest(SamplingFields):
     """prediction: what the answer may look like, by which other servers write it faster."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -235,7 +233,7 @@ class ChatRequest(Sampling):
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(SamplingFields):
     """prompt: text, in which the names of special tokens are read as those tokens and which begins with the tokenizer's
     bos token, whether it is written there or not; or token ids, as they are; or a list of either."""
 

@@ -23,7 +23,7 @@ _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\
 Kind = Literal["reasoning", "content", "call", "arguments"]
 
 
-class Part(NamedTuple):
+class ReplyPart(NamedTuple):
     """text: more reasoning or content; the name of the function that is called; more of its arguments, JSON text.
     call: number of the call, for the last two."""
 
@@ -40,7 +40,7 @@ class Reply:
     content: str | None = None
     calls: list[list[str]] = field(default_factory=list)
 
-    def add(self, part: Part) -> None:
+    def add(self, part: ReplyPart) -> None:
         if part.kind == "reasoning":
             self.reasoning += part.text
         elif part.kind == "content":
@@ -65,16 +65,16 @@ class ReplyParser:
         self._fresh = True  # nothing of the present section came yet: newlines there are the marker's
         self._calls = 0
         self._scan = _JsonScan()
-        self._parts: list[Part] = []
+        self._parts: list[ReplyPart] = []
 
-    def push(self, text: str) -> list[Part]:
+    def push(self, text: str) -> list[ReplyPart]:
         return self._run(text, last=False)
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[ReplyPart]:
         """What was held back, at the end of the text."""
         return self._run("", last=True)
 
-    def _run(self, text: str, last: bool) -> list[Part]:
+    def _run(self, text: str, last: bool) -> list[ReplyPart]:
         self._held += text
         self._parts = []
         while self._state(last):
@@ -134,7 +134,7 @@ class ReplyParser:
     def _arguments(self, last: bool) -> bool:
         before, tag, after = self._until((END_CALL,), last)
         if text := self._scan.take(before):
-            self._parts.append(Part("arguments", text, self._calls - 1))
+            self._parts.append(ReplyPart("arguments", text, self._calls - 1))
         if tag:
             self._held = after
             return self._enter(self._content)
@@ -146,12 +146,12 @@ class ReplyParser:
             arguments = call.get("arguments", {})
             self._begin_call(call["name"])
             text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-            self._parts.append(Part("arguments", text, self._calls - 1))
+            self._parts.append(ReplyPart("arguments", text, self._calls - 1))
         else:
-            self._parts.append(Part("content", CALL + body + END_CALL * closed))
+            self._parts.append(ReplyPart("content", CALL + body + END_CALL * closed))
 
     def _begin_call(self, name: str) -> None:
-        self._parts.append(Part("call", name, self._calls))
+        self._parts.append(ReplyPart("call", name, self._calls))
         self._calls += 1
 
     def _enter(self, state: object) -> bool:
@@ -177,7 +177,7 @@ class ReplyParser:
         if hold:
             self._held = text[len(kept) :] + self._held
         if kept:
-            self._parts.append(Part(kind, kept))
+            self._parts.append(ReplyPart(kind, kept))
             self._fresh = False
 
 

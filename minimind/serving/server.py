@@ -47,8 +47,6 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as problem:
         reason = problem.strerror or problem
-        raise ValueError(
-            f"--host {host} --port {port}: {reason}; choose another (--port 0 finds one)"
-        ) from None
+        raise ValueError(f"--host {host} --port {port}: {reason}; choose another (--port 0 finds one)") from None
     except OverflowError:
         raise ValueError(f"--port {port}: from 0 to 65535") from None

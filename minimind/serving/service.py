@@ -13,8 +13,8 @@ from minimind.serving.errors import ApiError
 from minimind.serving.grammar import Grammars
 from minimind.serving.metrics import Metrics
 from minimind.serving.prompts import ChatPrompts
-from minimind.serving.protocol import Sampling
-from minimind.serving.worker import EngineWorker, Generation
+from minimind.serving.protocol import SamplingFields
+from minimind.serving.worker import DeltaStream, EngineWorker
 from minimind.tokenization import Tokenizer
 
 LEAST_TEMPERATURE = 1e-5  # above 0
@@ -70,7 +70,7 @@ class Service:
             message = f"there is no model {name[:100]!r} here; this server has {self.model!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def params(self, asked: Sampling, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def params(self, asked: SamplingFields, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """max_tokens: -1 for as many as there is room for. ApiError 400 for what the engine does not do."""
         if asked.frequency_penalty:
             message = "frequency_penalty: not served; presence_penalty and repetition_penalty are"
@@ -97,20 +97,14 @@ class Service:
             raise ApiError(400, str(problem)) from None
 
     async def submit(
-        self,
-        name: str,
-        prompt: list[int],
-        params: SamplingParams,
-        constraint: Callable[[], Constraint] | None = None,
-    ) -> Generation:
+        self, name: str, prompt: list[int], params: SamplingParams, constraint: Callable[[], Constraint] | None = None
+    ) -> DeltaStream:
         if len(prompt) >= self.context:
             message = f"the prompt has {len(prompt):,} tokens, the context {self.context:,}, one of them for an answer"
             raise ApiError(400, message, code="context_length_exceeded")
         if params.max_new_tokens is None or params.max_new_tokens >= self.context:
             room = max(1, min(self.context, self._cache_tokens + 1) - len(prompt))
-            params = replace(
-                params, max_new_tokens=min(params.max_new_tokens or self.default_max_tokens, room)
-            )
+            params = replace(params, max_new_tokens=min(params.max_new_tokens or self.default_max_tokens, room))
         return await self.worker.submit(Request(prompt, params, name, constraint))
 
     async def encode(self, text: str) -> list[int]:

@@ -12,7 +12,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from minimind.serving.errors import ApiError
-from minimind.serving.worker import Generation
+from minimind.serving.worker import DeltaStream
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ class EventStream(StreamingResponse):
     An ApiError on the way becomes an event of its own, as OpenAI's clients expect; "data: [DONE]" ends the stream.
     """
 
-    def __init__(self, events: AsyncIterator[Any], generations: Sequence[Generation]) -> None:
+    def __init__(self, events: AsyncIterator[Any], generations: Sequence[DeltaStream]) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(_framed(events), media_type="text/event-stream", headers=headers)
         self._generations = generations
@@ -51,9 +51,7 @@ async def _framed(events: AsyncIterator[Any]) -> AsyncIterator[bytes]:
     yield b"data: [DONE]\n\n"
 
 
-async def unless_disconnected(
-    request: Request, work: Coroutine[Any, Any, T], generations: Sequence[Generation]
-) -> T:
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T], generations: Sequence[DeltaStream]) -> T:
     """The result of `work`; the generations are cancelled when the client goes before it is there."""
     watcher = asyncio.create_task(_on_disconnect(request.receive, lambda: _cancel(generations)))
     try:
@@ -69,12 +67,12 @@ async def _on_disconnect(receive: Receive, action: Callable[[], None]) -> None:
     action()
 
 
-def _cancel(generations: Sequence[Generation]) -> None:
+def _cancel(generations: Sequence[DeltaStream]) -> None:
     for generation in generations:
         generation.cancel()
 
 
-async def merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, Any]]:
+async def merged(generations: Sequence[DeltaStream]) -> AsyncIterator[tuple[int, Any]]:
     """(number of the generation, delta) as they come."""
     if len(generations) == 1:
         async for delta in generations[0]:

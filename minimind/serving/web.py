@@ -14,7 +14,7 @@ from typing import Any
 import openai
 import streamlit as st
 
-from minimind.serving.web_client import SAMPLE_TOOLS, Call, Settings, Turn, connect, fill, parse_tools
+from minimind.serving.web_client import SAMPLE_TOOLS, Call, ChatTurn, Settings, connect, fill, parse_tools
 from minimind.serving.web_text import LANGUAGES, SUGGESTIONS, text
 
 URL = os.environ.get("MINIMIND_URL", "http://127.0.0.1:8998/v1")
@@ -41,9 +41,7 @@ def t(name: str, *values: object) -> str:
 
 
 def main() -> None:
-    st.set_page_config(
-        page_title="MiniMind", page_icon=":material/neurology:", initial_sidebar_state="expanded"
-    )
+    st.set_page_config(page_title="MiniMind", page_icon=":material/neurology:", initial_sidebar_state="expanded")
     st.html(STYLE)
     state = st.session_state
     if "turns" not in state:
@@ -61,7 +59,7 @@ def main() -> None:
         if turn.calls and number == len(state.turns) - 1 and not asked:
             ask_for_results(turn)
     if asked:
-        state.turns.append(Turn("user", asked))
+        state.turns.append(ChatTurn("user", asked))
         show(state.turns[-1])
     if state.turns and state.turns[-1].role != "assistant":
         answer(client, settings)
@@ -72,9 +70,13 @@ def sidebar(client: openai.OpenAI) -> Settings | None:
     with st.sidebar:
         st.html(f'<div class="minimind">{LOGO}</div>')
         st.segmented_control(
-            t("language"), list(LANGUAGES), format_func=LANGUAGES.__getitem__, key="language", required=True,
+            t("language"),
+            list(LANGUAGES),
+            format_func=LANGUAGES.__getitem__,
+            key="language",
+            required=True,
             label_visibility="collapsed",
-        )  # fmt: skip
+        )
         if st.button(t("new"), icon=":material/add_comment:", width="stretch"):
             st.session_state.turns = []
         models = available(client)
@@ -87,13 +89,9 @@ def sidebar(client: openai.OpenAI) -> Settings | None:
         )  # fmt: skip
         settings = Settings(model, thinking={"on": True, "off": False}.get(thinking))
         with st.expander(t("sampling"), icon=":material/tune:", expanded=True):
-            settings.temperature = st.slider(
-                t("temperature"), 0.0, 2.0, 0.7, 0.05, help=t("temperature_help")
-            )
+            settings.temperature = st.slider(t("temperature"), 0.0, 2.0, 0.7, 0.05, help=t("temperature_help"))
             settings.top_p = st.slider(t("top_p"), 0.05, 1.0, 0.9, 0.05, help=t("top_p_help"))
-            settings.repetition_penalty = st.slider(
-                t("repetition"), 1.0, 2.0, 1.0, 0.05, help=t("repetition_help")
-            )
+            settings.repetition_penalty = st.slider(t("repetition"), 1.0, 2.0, 1.0, 0.05, help=t("repetition_help"))
             settings.max_tokens = st.slider(t("max_tokens"), 16, 2048, 512, 16)
             settings.seed = st.number_input(t("seed"), 0, 2**31, None, help=t("seed_help"))
         with st.expander(t("system"), icon=":material/assignment:"):
@@ -116,10 +114,7 @@ def available(client: openai.OpenAI) -> list[str]:
 def chosen_tools() -> list[dict[str, Any]]:
     offered = st.toggle(t("tools_on"), key="tools_on")
     written = st.text_area(
-        t("tools_json"),
-        json.dumps(SAMPLE_TOOLS, indent=1, ensure_ascii=False),
-        height=220,
-        disabled=not offered,
+        t("tools_json"), json.dumps(SAMPLE_TOOLS, indent=1, ensure_ascii=False), height=220, disabled=not offered
     )
     if not offered:
         return []
@@ -144,7 +139,7 @@ def welcome() -> str | None:
     return None
 
 
-def show(turn: Turn) -> None:
+def show(turn: ChatTurn) -> None:
     with st.chat_message(turn.role, avatar=AVATARS[turn.role]):
         View().draw(turn)
 
@@ -155,7 +150,7 @@ class View:
     def __init__(self) -> None:
         self._thought, self._content, self._calls, self._below = (st.empty() for _ in range(4))
 
-    def draw(self, turn: Turn, running: bool = False) -> None:
+    def draw(self, turn: ChatTurn, running: bool = False) -> None:
         if turn.reasoning:
             self._draw_thought(turn, running and not turn.content and not turn.calls)
         if turn.role == "tool":
@@ -173,7 +168,7 @@ class View:
         elif not running and (notes := figures(turn)):
             self._below.caption(notes)
 
-    def _draw_thought(self, turn: Turn, running: bool) -> None:
+    def _draw_thought(self, turn: ChatTurn, running: bool) -> None:
         label = t("thinking_now") if running else t("thought", turn.thought_for)
         with self._thought.container(), st.status(label, state="running" if running else "complete"):
             st.markdown(turn.reasoning)
@@ -185,7 +180,7 @@ def draw_call(call: Call) -> None:
         st.code(call.arguments, language="json", wrap_lines=True)
 
 
-def figures(turn: Turn) -> str:
+def figures(turn: ChatTurn) -> str:
     if turn.role != "assistant":
         return ""
     notes = [t("figures", turn.tokens, 1e3 * turn.first_after)] if turn.tokens else []
@@ -196,13 +191,13 @@ def figures(turn: Turn) -> str:
     return " · ".join(notes)
 
 
-def ask_for_results(turn: Turn) -> None:
+def ask_for_results(turn: ChatTurn) -> None:
     """What the tools say is for the user to fill in: this page runs no code of a model's choosing."""
     with st.form("results", border=False):
         results = [st.text_input(t("result_of", call.name), key=f"result-{call.id}") for call in turn.calls]
         if st.form_submit_button(t("send_result"), icon=":material/send:"):
             for call, result in zip(turn.calls, results, strict=True):
-                st.session_state.turns.append(Turn("tool", result, call_id=call.id))
+                st.session_state.turns.append(ChatTurn("tool", result, call_id=call.id))
             st.rerun()
 
 
@@ -210,7 +205,7 @@ def answer(client: openai.OpenAI, settings: Settings) -> None:
     """Stream the next answer. The stop button, as any other click, ends this run of the script in the middle: what came
     is in the turn by then, and closing the stream tells the server."""
     turns = st.session_state.turns
-    turn = Turn("assistant")
+    turn = ChatTurn("assistant")
     turns.append(turn)
     with st.chat_message("assistant", avatar=AVATARS["assistant"]):
         view = View()

@@ -18,11 +18,7 @@ SAMPLE_TOOLS = [
         "function": {
             "name": name,
             "description": description,
-            "parameters": {
-                "type": "object",
-                "properties": {"city": {"type": "string"}},
-                "required": ["city"],
-            },
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
         },
     }
     for name, description in (("weather", "Weather in a city"), ("clock", "Time in a city"))
@@ -52,7 +48,7 @@ class Call:
 
 
 @dataclass
-class Turn:
+class ChatTurn:
     """What one side said. call_id: of a tool's result. stopped: before its end. dropped: how many of the oldest rounds
     the context had no room for. Seconds since the question: to the first token, of thinking, of all."""
 
@@ -126,7 +122,7 @@ def parse_tools(text: str) -> list[dict[str, Any]]:
 
 
 def fill(
-    client: openai.OpenAI, settings: Settings, turns: Sequence[Turn], turn: Turn
+    client: openai.OpenAI, settings: Settings, turns: Sequence[ChatTurn], turn: ChatTurn
 ) -> Generator[None, None, None]:
     """Ask for the answer to `turns` and write it into `turn`, yielding whenever there is more of it. Closed early, it
     closes the connection, and the server stops. A failure becomes the turn's error; a conversation that the context
@@ -150,7 +146,7 @@ def fill(
         return
 
 
-def _request(settings: Settings, turns: Sequence[Turn]) -> dict[str, Any]:
+def _request(settings: Settings, turns: Sequence[ChatTurn]) -> dict[str, Any]:
     extra: dict[str, Any] = {"repetition_penalty": settings.repetition_penalty}
     if settings.thinking is not None:
         extra["chat_template_kwargs"] = {"enable_thinking": settings.thinking}
@@ -172,7 +168,7 @@ def _request(settings: Settings, turns: Sequence[Turn]) -> dict[str, Any]:
     return request
 
 
-def _stream(client: openai.OpenAI, request: dict[str, Any], turn: Turn, start: float) -> Iterator[None]:
+def _stream(client: openai.OpenAI, request: dict[str, Any], turn: ChatTurn, start: float) -> Iterator[None]:
     with client.chat.completions.create(**request) as stream:
         for chunk in stream:
             now = time.perf_counter() - start
@@ -187,7 +183,7 @@ def _stream(client: openai.OpenAI, request: dict[str, Any], turn: Turn, start: f
             yield
 
 
-def _take(turn: Turn, delta: Any) -> bool:
+def _take(turn: ChatTurn, delta: Any) -> bool:
     """Add a delta to the turn; whether it held anything."""
     reasoning = getattr(delta, "reasoning_content", None) or ""
     turn.reasoning += reasoning
@@ -199,7 +195,7 @@ def _take(turn: Turn, delta: Any) -> bool:
     return bool(reasoning or delta.content or delta.tool_calls)
 
 
-def _without_oldest(turns: list[Turn]) -> list[Turn]:
+def _without_oldest(turns: list[ChatTurn]) -> list[ChatTurn]:
     """Without the first question and all that belongs to it; [] if it is the only one."""
     later = [i for i, turn in enumerate(turns) if turn.role == "user" and i > 0]
     return turns[later[0] :] if later else []

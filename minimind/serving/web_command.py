@@ -24,10 +24,14 @@ PAGE = Path(__file__).with_name("web.py")
 # What streamlit is told: no reports to its makers, no question for an address at its first start, no button to publish
 # the page, colours.
 _OPTIONS = {
-    "browser.gatherUsageStats": "false", "server.showEmailPrompt": "false", "client.toolbarMode": "minimal",
+    "browser.gatherUsageStats": "false",
+    "server.showEmailPrompt": "false",
+    "client.toolbarMode": "minimal",
     "server.fileWatcherType": "none",
-    "theme.primaryColor": "#5b6ee1", "theme.baseRadius": "large", "theme.showWidgetBorder": "false",
-}  # fmt: skip
+    "theme.primaryColor": "#5b6ee1",
+    "theme.baseRadius": "large",
+    "theme.showWidgetBorder": "false",
+}
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,11 @@ def server_command(args: Args) -> list[str]:
 
 def _page(args: Args, url: str, environment: dict[str, str]) -> int:
     options = {
-        **_OPTIONS, "server.address": args.host, "server.port": str(args.port),
+        **_OPTIONS,
+        "server.address": args.host,
+        "server.port": str(args.port),
         "server.headless": str(not args.browser).lower(),
-    }  # fmt: skip
+    }
     command = [sys.executable, "-m", "streamlit", "run", str(PAGE)]
     command += [f"--{name}={value}" for name, value in options.items()]
     page = subprocess.Popen(command, env={**environment, "MINIMIND_URL": url})

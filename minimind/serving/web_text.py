@@ -43,7 +43,7 @@ TEXT: dict[str, tuple[str, str]] = {
     "rate": ("{:.0f} tokens/s", "{:.0f} 词元/秒"),
     "unreachable": ("No server answers at {}. Start one: minimind serve", "{} 没有服务响应。请启动：minimind serve"),
     "refused": ("The server at {} refuses: {}", "{} 的服务拒绝了请求：{}"),
-}  # fmt: skip
+}
 
 SUGGESTIONS = {
     "en": ("Who are you?", "What is the capital of France?", "What is 8 + 6?", "What is horse in Chinese?"),

@@ -26,7 +26,7 @@ log = logging.getLogger("minimind.serving")
 T = TypeVar("T")
 
 
-class Generation:
+class DeltaStream:
     """The deltas of one request, as an asynchronous iterator that ends with its last one.
 
     ApiError 500 if the engine failed, 503 if the request was ended from here: by `cancel`, or a shutdown.
@@ -52,7 +52,7 @@ class Generation:
         self._items.put_nowait(item)
         return ended
 
-    def __aiter__(self) -> Generation:
+    def __aiter__(self) -> DeltaStream:
         return self
 
     async def __anext__(self) -> Delta:
@@ -84,7 +84,7 @@ class EngineWorker:
         self.in_flight = 0
         self.draining = False
         self._on_first_token = on_first_token
-        self._generations: dict[str, Generation] = {}
+        self._generations: dict[str, DeltaStream] = {}
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._numbers = itertools.count()
@@ -109,7 +109,7 @@ class EngineWorker:
         self.draining = True
         self._loop.call_later(seconds, self.cancel_all)
 
-    async def submit(self, request: Request) -> Generation:
+    async def submit(self, request: Request) -> DeltaStream:
         """Queue a request. ApiError 400 if it cannot be served, 429 if the queue is full, 503 in a shutdown."""
         samples = request.params.n
         if self.draining or not self.alive:
@@ -120,7 +120,7 @@ class EngineWorker:
             message = f"{self.in_flight} samples run or wait, of at most {self.capacity}; try again later"
             raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
         request = replace(request, id=f"{request.id or 'request'}-{next(self._numbers)}")
-        generation = Generation(self, request)
+        generation = DeltaStream(self, request)
         self._generations[generation.id] = generation
         self.in_flight += samples
         try:
@@ -166,9 +166,7 @@ class EngineWorker:
         while self._take_commands():
             try:
                 deltas = self.engine.step()
-            except (
-                Exception
-            ) as problem:  # out of memory, for example: nothing that was running can be trusted
+            except Exception as problem:  # out of memory, for example: nothing that was running can be trusted
                 log.exception("the engine failed; its requests are given up")
                 self._give_up(problem)
             else:
@@ -217,7 +215,7 @@ class EngineWorker:
             if name in self._generations:
                 self._put(self._generations[name], ApiError(500, reason))
 
-    def _put(self, generation: Generation, item: Delta | ApiError) -> None:
+    def _put(self, generation: DeltaStream, item: Delta | ApiError) -> None:
         self.in_flight -= generation.put(item)
         if isinstance(item, ApiError) or item.output is not None:
             del self._generations[generation.id]

@@ -117,9 +117,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Jinja2's own filter escapes HTML and sorts keys; chat models see plain JSON."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

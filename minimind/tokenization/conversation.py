@@ -29,7 +29,7 @@ _GUARDS = [chr(code) for code in range(0xFDD0, 0xFDEE)]  # noncharacters: no tex
 
 
 @dataclass(frozen=True)
-class Piece:
+class TemplatePiece:
     """A part of a rendered conversation. trained: whether the assistant is to learn to write it; control: whether the
     names of control tokens in it are these tokens, or else plain text."""
 
@@ -74,7 +74,7 @@ class ChatEncoder:
         parts += [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
+    def pieces(self, messages: Sequence[Message]) -> list[TemplatePiece]:
         """The rendered conversation up to the end of the last assistant turn that is learnt: what follows teaches
         nothing.
 
@@ -100,9 +100,7 @@ class ChatEncoder:
         while not learnt[-1]:
             learnt.pop()
         for (start, stop), trained in zip(spans, learnt, strict=False):
-            out += self._split(text[place:start], False, guard) + self._split(
-                text[start:stop], trained, guard
-            )
+            out += self._split(text[place:start], False, guard) + self._split(text[start:stop], trained, guard)
             place = stop
         return out
 
@@ -112,7 +110,7 @@ class ChatEncoder:
 
     def prompt_pieces(
         self, messages: Sequence[Message], tools: Sequence[Any] | str | None = None
-    ) -> list[Piece]:
+    ) -> list[TemplatePiece]:
         """The text of `prompt`, not encoded yet."""
 
         def render(guarded: list[Any]) -> tuple[str, list[tuple[int, int]]]:
@@ -122,7 +120,7 @@ class ChatEncoder:
         text, _, guard = self._guarded([_with_text(messages), parse_list(tools, "tools")], render)
         return self._split(text, False, guard)
 
-    def encode(self, conversations: Sequence[Sequence[Piece]]) -> list[EncodedChat]:
+    def encode(self, conversations: Sequence[Sequence[TemplatePiece]]) -> list[EncodedChat]:
         """What `pieces` gave, as tokens; all conversations at once, on all cores."""
         flat = [piece for pieces in conversations for piece in pieces]
         ids: list[np.ndarray] = [np.empty(0)] * len(flat)
@@ -138,7 +136,7 @@ class ChatEncoder:
             place += len(pieces)
         return rows
 
-    def shorten(self, prompt: Sequence[Message], pieces: Sequence[Piece], excess: int) -> np.ndarray | None:
+    def shorten(self, prompt: Sequence[Message], pieces: Sequence[TemplatePiece], excess: int) -> np.ndarray | None:
         """bool [tokens of `pieces`]: which to keep so that at least `excess` tokens go from the beginning of `prompt`,
         the messages that `pieces` begins with (shortening.py says which). None where not so many can go, or where the
         template does not render the prompt message by message."""
@@ -153,7 +151,7 @@ class ChatEncoder:
         offsets = np.concatenate(found)
         return kept(spans, offsets[:, 0], offsets[:, 1], excess)
 
-    def _joined(self, pieces: Sequence[Piece], ids: Sequence[np.ndarray]) -> EncodedChat:
+    def _joined(self, pieces: Sequence[TemplatePiece], ids: Sequence[np.ndarray]) -> EncodedChat:
         lengths = [len(row) for row in ids]
         trained = np.repeat([piece.trained for piece in pieces], lengths)
         markers, ends = np.zeros(len(trained), bool), trained.copy()
@@ -165,7 +163,7 @@ class ChatEncoder:
             place += len(row)
         return EncodedChat(np.concatenate(ids), trained, markers, ends)
 
-    def _in_marker(self, piece: Piece) -> np.ndarray:
+    def _in_marker(self, piece: TemplatePiece) -> np.ndarray:
         """bool [tokens]: which overlap one of MARKERS; <answer> is several tokens, of which the outer may hold more."""
         mode: Any = True if piece.control else "markup"
         offsets = self.tokenizer.offsets(piece.text, allow_special=mode)
@@ -174,24 +172,22 @@ class ChatEncoder:
             inside |= (offsets[:, 0] < found.end()) & (offsets[:, 1] > found.start())
         return inside
 
-    def _split(self, text: str, trained: bool, guard: str) -> list[Piece]:
+    def _split(self, text: str, trained: bool, guard: str) -> list[TemplatePiece]:
         """Pieces of a rendered text; one where nothing in the contents looks like a control token."""
         if not text:
             return []
         if guard not in text or not guard:
-            return [Piece(text, trained)]
+            return [TemplatePiece(text, trained)]
         pieces, place = [], 0
         for found in self._control.finditer(text):
-            pieces += [Piece(text[place : found.start()].replace(guard, ""), trained, control=False)]
-            pieces += [Piece(found.group(), trained)]
+            pieces += [TemplatePiece(text[place : found.start()].replace(guard, ""), trained, control=False)]
+            pieces += [TemplatePiece(found.group(), trained)]
             place = found.end()
-        pieces.append(Piece(text[place:].replace(guard, ""), trained, control=False))
+        pieces.append(TemplatePiece(text[place:].replace(guard, ""), trained, control=False))
         return [piece for piece in pieces if piece.text]
 
     def _guarded(
-        self,
-        contents: list[Any],
-        render: Callable[[list[Any]], tuple[str, list[tuple[int, int]]]],
+        self, contents: list[Any], render: Callable[[list[Any]], tuple[str, list[tuple[int, int]]]]
     ) -> tuple[str, list[tuple[int, int]], str]:
         """(text, spans, guard) of `render`. Where a content holds the name of a control token, a noncharacter breaks
         that name, so that what is left of them is the template's; without the guard the text is the plain one."""
@@ -200,12 +196,8 @@ class ChatEncoder:
         everything = "".join(_strings(contents))
         guard = next((g for g in _GUARDS if g not in everything), None)
         if guard is None:
-            raise ValueError(
-                "a content holds the name of a control token and every noncharacter U+FDD0 to U+FDED"
-            )
-        text, spans = render(
-            _map_strings(contents, lambda s: self._control.sub(lambda m: _broken(m[0], guard), s))
-        )
+            raise ValueError("a content holds the name of a control token and every noncharacter U+FDD0 to U+FDED")
+        text, spans = render(_map_strings(contents, lambda s: self._control.sub(lambda m: _broken(m[0], guard), s)))
         plain, _ = render(contents)
         if text.replace(guard, "") != plain:
             raise ValueError(

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from minimind.tokenization.chat_template import Message
-from minimind.tokenization.conversation import MARKERS, ChatEncoder, Piece
+from minimind.tokenization.conversation import MARKERS, ChatEncoder, TemplatePiece
 from minimind.tokenization.tokenizer import Tokenizer
 
 _FORMAT_VERSION = 1
@@ -24,14 +24,14 @@ _REASONED = re.compile(r"<think>(.*?)</think>\s*(?:<answer>(.*?)</answer>|(.*))"
 
 
 @dataclass(frozen=True)
-class Reply:
+class SplitReply:
     """The reasoning and the answer of a reply, without markers and the space around them; reasoning "": none."""
 
     reasoning: str
     answer: str
 
 
-def parse_reply(text: str) -> Reply | None:
+def parse_reply(text: str) -> SplitReply | None:
     """The parts of a reply with reasoning, <think> being its very beginning; None where a marker is missing, out of
     place or there twice. Either part may be empty."""
     found = _REASONED.fullmatch(text.rstrip())
@@ -41,12 +41,12 @@ def parse_reply(text: str) -> Reply | None:
     answer = plain if wrapped is None else wrapped
     if _has_marker(reasoning) or _has_marker(answer):
         return None
-    return Reply(reasoning.strip(), answer.strip())
+    return SplitReply(reasoning.strip(), answer.strip())
 
 
-def parse_answer(text: str) -> Reply | None:
+def parse_answer(text: str) -> SplitReply | None:
     """A reply without reasoning; None where it holds a marker."""
-    return None if _has_marker(text) else Reply("", text.strip())
+    return None if _has_marker(text) else SplitReply("", text.strip())
 
 
 def prompt_endings(tokenizer: Tokenizer) -> dict[str, str]:
@@ -81,20 +81,18 @@ class ReasoningEncoder(ChatEncoder):
         self._without = ChatEncoder(tokenizer, enable_thinking=False)
         self._block = prompt_endings(tokenizer).get("off", "")
         if direct and not self._block:
-            raise ValueError(
-                f"--direct {direct:g}: the chat template does not know enable_thinking; use --direct 0"
-            )
+            raise ValueError(f"--direct {direct:g}: the chat template does not know enable_thinking; use --direct 0")
 
     @cached_property
     def fingerprint(self) -> str:
         parts = ["reasoning", _FORMAT_VERSION, super().fingerprint, self._without.fingerprint, self.direct]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def pieces(self, messages: Sequence[Message]) -> list[Piece]:
+    def pieces(self, messages: Sequence[Message]) -> list[TemplatePiece]:
         bare = [_without_reasoning(number, message) for number, message in enumerate(messages)]
         if not picks(messages, self.direct):
             return super().pieces(messages)
-        out: list[Piece] = []
+        out: list[TemplatePiece] = []
         for piece in self._without.pieces(bare):
             begins = piece.trained and not (out and out[-1].trained)
             if begins and piece.text.startswith(self._block):

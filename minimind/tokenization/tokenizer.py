@@ -15,13 +15,7 @@ import numpy as np
 import tokenizers
 
 from minimind.tokenization.chat_template import Message, render_chat
-from minimind.tokenization.long_texts import (
-    encode_long,
-    encode_many,
-    is_long,
-    offsets_of,
-    without_surrogates,
-)
+from minimind.tokenization.long_texts import encode_long, encode_many, is_long, offsets_of, without_surrogates
 from minimind.tokenization.training import BOS, EOS, PAD
 
 DEFAULT_FOLDER = Path(__file__).parent / "default"
@@ -80,9 +74,7 @@ class Tokenizer:
     dtype: np.uint16 where all ids fit, else np.uint32.
     """
 
-    def __init__(
-        self, model: tokenizers.Tokenizer, config: dict[str, Any], template: str | None, source: str
-    ) -> None:
+    def __init__(self, model: tokenizers.Tokenizer, config: dict[str, Any], template: str | None, source: str) -> None:
         model.no_truncation()
         model.no_padding()
         self._model, self._config, self._template, self._source = model, config, template, source
@@ -90,9 +82,7 @@ class Tokenizer:
         added = content["added_tokens"]
         markup = [token for token in added if not token["special"]]
         self._by_special: dict[AllowSpecial, tokenizers.Tokenizer] = {True: model}
-        self._by_special["markup"] = tokenizers.Tokenizer.from_str(
-            json.dumps({**content, "added_tokens": markup})
-        )
+        self._by_special["markup"] = tokenizers.Tokenizer.from_str(json.dumps({**content, "added_tokens": markup}))
         self._by_special[False] = tokenizers.Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
         self.control_tokens = {token["content"]: int(token["id"]) for token in added if token["special"]}
         self.fingerprint = _fingerprint(content)
@@ -179,9 +169,7 @@ class Tokenizer:
         """
         decoder = type(self._model.decoder).__name__
         if decoder != "ByteLevel":
-            raise ValueError(
-                f"{self._source}: its decoder is {decoder}; text streams from byte-level BPE only"
-            )
+            raise ValueError(f"{self._source}: its decoder is {decoder}; text streams from byte-level BPE only")
         byte_of = {character: value for value, character in enumerate(byte_characters())}
         control = {i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
         out = [b""] * self.vocab_size

@@ -38,12 +38,7 @@ GGUF_PRE_TOKENIZER = "qwen2"
 MAX_CHARS = 1 << 20
 
 
-def train_bpe(
-    texts: Iterable[str],
-    vocab_size: int = 6400,
-    *,
-    min_frequency: int = 2,
-) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int = 6400, *, min_frequency: int = 2) -> Tokenizer:
     """Learn merges from `texts` and return a ready `tokenizers.Tokenizer`.
 
     texts: read once, in order; memory grows with the number of distinct words, not with the corpus.
@@ -72,7 +67,7 @@ def train_bpe(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    pieces = _Counted(_pieces(texts))
+    pieces = _CountingIterator(_pieces(texts))
     tokenizer.train_from_iterator(pieces, trainer)
     if not pieces.count:
         raise ValueError("no text to train on: the data is empty")
@@ -93,7 +88,7 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
             yield text[start : start + MAX_CHARS]
 
 
-class _Counted:
+class _CountingIterator:
     """Counts what passes through, to tell an empty stream from a short one."""
 
     def __init__(self, items: Iterator[str]) -> None:

@@ -57,9 +57,7 @@ class AdapterArgs(StageArgs):
         for name in ("alpha", "rslora", "dora", "plus", "dropout", "targets"):
             value = getattr(self, f"lora_{name}")
             if self.lora_rank is None and value != getattr(plain, f"lora_{name}"):
-                raise ValueError(
-                    f"--lora-{name}: goes with --lora-rank, which is how an adapter is asked for"
-                )
+                raise ValueError(f"--lora-{name}: goes with --lora-rank, which is how an adapter is asked for")
         if self.lora_rank is None:
             return
         if not 0 < self.lora_plus < math.inf:

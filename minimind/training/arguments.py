@@ -194,9 +194,7 @@ class StageArgs:
         if self.final_lr is not None and self.schedule == "constant":
             raise ValueError(f"--final-lr {self.final_lr}: the rate of --schedule constant does not fall")
         if self.muon_momentum is not None and self.optimizer not in ("muon", None):
-            raise ValueError(
-                f"--muon-momentum {self.muon_momentum}: goes with --optimizer muon, not {self.optimizer}"
-            )
+            raise ValueError(f"--muon-momentum {self.muon_momentum}: goes with --optimizer muon, not {self.optimizer}")
         for name in ("cooldown", "final_lr"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -249,10 +247,7 @@ class StageArgs:
         """Of the run folder: the first file's, and how many more there are."""
         if not self.data:
             return "builtin"
-        name = (
-            Path(parse_part(self.data[0]).path).name.split(".")[0].strip("*").removeprefix("builtin:")
-            or "data"
-        )
+        name = Path(parse_part(self.data[0]).path).name.split(".")[0].strip("*").removeprefix("builtin:") or "data"
         if len(os.fsencode(name)) > 180:  # a folder's name ends at 255 bytes, and there is more in it
             name = name[:40]
         return name + (f"+{len(self.data) - 1}" if len(self.data) > 1 else "")

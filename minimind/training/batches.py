@@ -35,9 +35,7 @@ class DeviceBatches:
     place(batch, device, boundaries) -> what the loss takes, for batches that `to_device` does not know.
     """
 
-    def __init__(
-        self, loader: PackedLoader, device: torch.device, place: Callable[..., Any] | None = None
-    ) -> None:
+    def __init__(self, loader: PackedLoader, device: torch.device, place: Callable[..., Any] | None = None) -> None:
         self.loader, self.device, self.place = loader, device, place or to_device
         self.boundaries = _round_up(loader.max_segments + 1)
         self._ahead: _Ahead | None = None

@@ -58,11 +58,7 @@ def save_checkpoint(
 
 
 def save_best(
-    run: Path,
-    step: int,
-    model: Model,
-    tokenizer: Tokenizer,
-    save_model: Callable[[Model, Path], None] = save_weights,
+    run: Path, step: int, model: Model, tokenizer: Tokenizer, save_model: Callable[[Model, Path], None] = save_weights
 ) -> Path:
     """Write the weights of step `step` as the run's best, in place of those before. Raises as save_checkpoint does."""
 

@@ -26,7 +26,7 @@ from minimind.training.memory import GPU_BATCH, MOST_TOKENS, halved, step_bytes,
 from minimind.utils.device import describe_device
 
 if TYPE_CHECKING:
-    from minimind.training.job import Job, Objective, Plan
+    from minimind.training.job import Job, Objective, TrainingPlan
 
 _GROUPS = 32  # of consecutive documents, whose differences say how sure a sample's figures are
 _MEASURED_TOKENS = 1024  # of a forward and backward on a CPU
@@ -34,7 +34,7 @@ _MEASURED_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSize:
     """bytes: of the text of --data; sizes: int64, bytes of each row that was read; scale: how many times as much there
     is; whole: whether all was read; declared: whether --plan-gb says the bytes."""
 
@@ -112,7 +112,7 @@ class Estimate:
     cards: tuple[OnCard, ...]
     notes: tuple[str, ...] = ()
 
-    def about(self, source: Source) -> Estimate:
+    def about(self, source: DataSize) -> Estimate:
         """The same, its data being of these bytes."""
         known: dict[str, Any] = {"bytes": source.bytes, "read_bytes": int(source.sizes.sum())}
         if not source.whole:
@@ -169,7 +169,7 @@ class Estimate:
         )
 
 
-class Planned(Exception):  # noqa: N818 - no error
+class PlanOnly(Exception):  # noqa: N818 - no error
     """What a stage under --plan ends with, in place of training."""
 
     def __init__(self, estimate: Estimate) -> None:
@@ -213,7 +213,7 @@ def relative_error(lengths: np.ndarray, sizes: np.ndarray) -> float:
     return float(2 * math.sqrt(groups) * rest.std(ddof=1) / tokens.sum())
 
 
-def estimate(job: Job, plan: Plan, model: Model, objective: Objective, lines: Sequence[str]) -> Estimate:
+def estimate(job: Job, plan: TrainingPlan, model: Model, objective: Objective, lines: Sequence[str]) -> Estimate:
     args, loader = job.args, plan.loader
     data, context = _packed_data(job, loader)
     training = cost(model, context, args.recompute, objective.others)
@@ -248,9 +248,7 @@ def _of_a_gpu(job: Job) -> list[str]:
     """What else a step would be there."""
     if job.rules == "cuda" or job.origin.preset == "nano" or job.given.batch_tokens is not None:
         return []
-    return [
-        f"a GPU's steps have up to {GPU_BATCH:,} tokens unless told otherwise: --plan-gpu plans with these"
-    ]
+    return [f"a GPU's steps have up to {GPU_BATCH:,} tokens unless told otherwise: --plan-gpu plans with these"]
 
 
 def cost(model: Model, context: int, recompute: bool, others: Sequence[Model]) -> float:
@@ -276,16 +274,19 @@ def _packed_data(job: Job, loader: PackedLoader) -> tuple[Data, int]:
     data = Data(
         documents=job.args.scaled(count),
         tokens=job.args.scaled(loader.tokens_per_epoch),
-        p50=p50, p95=p95, p99=p99, longest=int(lengths.max()),
+        p50=p50,
+        p95=p95,
+        p99=p99,
+        longest=int(lengths.max()),
         cut=job.shortened + max(0.0, longer - dropped),
         dropped=dropped,
         in_pieces=not view.weighted,
         lengths=lengths,
-    )  # fmt: skip
+    )
     return data, round(float((held**2).sum() / max(1.0, held.sum())))
 
 
-def _on_card(card: Card, job: Job, plan: Plan, model: Model, others: Sequence[Model], flops: float) -> OnCard:
+def _on_card(card: Card, job: Job, plan: TrainingPlan, model: Model, others: Sequence[Model], flops: float) -> OnCard:
     """With as many tokens at once as the card has memory for."""
     args, memory = job.args, card.memory << 30
     parameters = model.num_parameters()
@@ -295,12 +296,10 @@ def _on_card(card: Card, job: Job, plan: Plan, model: Model, others: Sequence[Mo
     room = min(MOST_TOKENS, tokens_that_fit(job.config, parameters, memory - beside, args.recompute))
     micro = args.micro_tokens or halved(plan.step_tokens, room, args.row, 1)
     size = step_bytes(job.config, parameters, trained, micro, args.recompute) + beside
-    return OnCard(
-        card.name, card.utilisation, micro, size, size <= memory, card.training_seconds(flops) / 3600
-    )
+    return OnCard(card.name, card.utilisation, micro, size, size <= memory, card.training_seconds(flops) / 3600)
 
 
-def _measure(job: Job, plan: Plan, model: Model, objective: Objective) -> tuple[float, float, str]:
+def _measure(job: Job, plan: TrainingPlan, model: Model, objective: Objective) -> tuple[float, float, str]:
     """(seconds of a token's forward and backward, of an update; how they were measured) on this machine. The weights
     are not kept."""
     if not job.args.plan_measure:

@@ -23,7 +23,7 @@ _FREE = {
     *("keep_checkpoints", "log_every", "save_every", "show"),  # what is kept and shown
     *("on_bad_row", "trust_remote_code"),  # what is refused: data and models are known by their content
     *("adapter", "from", "preset", "teacher", "tokenizer"),  # what they name counts, see _NAMES
-}  # fmt: skip
+}
 _MEASURES_BEST = {"eval_prompts", "eval_tokens"}
 _LENGTH = {"tokens", "epochs", "rollouts"}
 # Flags that were left to the data and the weights after others were: runs that had chosen these still say a value.

@@ -33,17 +33,17 @@ from minimind.training.averaging import FOLDER as AVERAGE
 from minimind.training.batches import DeviceBatches, to_device
 from minimind.training.checkpoint import list_checkpoints, load_weights_into, share_trainer_state
 from minimind.training.compiling import compile_model
-from minimind.training.estimate import Estimate, Planned, estimate
+from minimind.training.estimate import Estimate, PlanOnly, estimate
 from minimind.training.identity import Defaults
 from minimind.training.lengthen import Curve, Legs, describe_rates, find_source, rate_factor
 from minimind.training.memory import GPU_BATCH, MOST_TOKENS, halved, tokens_that_fit
 from minimind.training.optim import Optimizers, build_optimizers, cooldown_steps, lr_factor
-from minimind.training.origin import Origin
+from minimind.training.origin import InitialModel
 from minimind.training.parallel import Parallel
 from minimind.training.profiling.profiler import StepProfiler, mark_blocks
 from minimind.training.run_folder import RunFolder, find_run, open_run, record_versions
 from minimind.training.tracking import make_tracker
-from minimind.training.trainer import Apart, Loader, LoopOptions, News, Stage, StageLoss, Trainer
+from minimind.training.trainer import ClipGroup, Event, Loader, LoopOptions, Stage, StageLoss, Trainer
 from minimind.utils.device import Precision, choose_precision, describe_device, keep_sums_float32
 from minimind.utils.progress import say
 from minimind.utils.spans import nvtx_mode
@@ -67,7 +67,7 @@ class EpochLoader(Protocol):
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What is trained on: the host's loader, or one whose batches are on the device; the steps, and the tokens of one,
     0 where they vary."""
 
@@ -91,8 +91,8 @@ class Objective:
     load_model: Callable[[Model, Path, Parallel], None] = load_weights_into
     place: Callable[..., Any] = to_device  # the loader's batches on the device, as DeviceBatches says
     loss_unit: str = "nats per token"
-    news: Callable[[], News | None] = lambda: None
-    apart: Sequence[Apart] = ()
+    news: Callable[[], Event | None] = lambda: None
+    apart: Sequence[ClipGroup] = ()
     before_update: Callable[[], None] = lambda: None
     others: Sequence[Model] = ()  # frozen models that a step goes through as well
     first_passes: float = 0.0  # forwards over the training data before the first step
@@ -109,7 +109,7 @@ class Job:
     parallel: Parallel
     device: torch.device
     precision: Precision
-    origin: Origin
+    origin: InitialModel
     attention: str  # which form of it runs, in one line
     given: StageArgs = field(init=False)  # the flags as they were given; args: with what the data decided
     notes: list[str] = field(default_factory=list)  # lines about what was decided
@@ -135,13 +135,11 @@ class Job:
         if args.cuda_graph and device.type != "cuda":
             raise ValueError(f"--cuda-graph: there is none on {device}; drop the flag")
         if args.cuda_graph and parallel.strategy == "fsdp":
-            raise ValueError(
-                "--cuda-graph: FSDP's weights are in another place each time; take --parallel ddp"
-            )
+            raise ValueError("--cuda-graph: FSDP's weights are in another place each time; take --parallel ddp")
         precision = choose_precision(device, args.precision)
         keep_sums_float32()
         ops.set_mode("fused" if args.fused else "reference")
-        origin = Origin.of(args, console)
+        origin = InitialModel.of(args, console)
         if args.seq_len is not None and args.seq_len > origin.config.positions:
             raise ValueError(
                 f"{args.row_flags} {args.seq_len}: the model knows {origin.config.positions} positions; take no more "
@@ -193,7 +191,7 @@ class Job:
     def config(self) -> ModelConfig:
         return self.origin.config
 
-    def plan(self, make_loader: Callable[..., EpochLoader]) -> Plan:
+    def plan(self, make_loader: Callable[..., EpochLoader]) -> TrainingPlan:
         """make_loader(rows=, rank=, world_size=) -> the loader of this rank; rows are those of all ranks together."""
         args = self.args
         rows, micro_batches = self._batch_shape()
@@ -207,16 +205,14 @@ class Job:
 
         def planned(flags: dict[str, Any]) -> int:
             tokens, epochs = flags["tokens"], flags["epochs"]
-            budget = (
-                tokens if tokens is not None else epochs * args.scale * loader.tokens_per_epoch / loader.fill
-            )
+            budget = tokens if tokens is not None else epochs * args.scale * loader.tokens_per_epoch / loader.fill
             return max(1, math.ceil(budget / step_tokens))
 
         self.planned = planned
         steps = planned(vars(args))
         if getattr(loader, "mixture", None):
             loader.horizon = steps * micro_batches * rows  # type: ignore[attr-defined]
-        return Plan(loader, steps, micro_batches, step_tokens)
+        return TrainingPlan(loader, steps, micro_batches, step_tokens)
 
     def open_run(self) -> None:
         """Continue the unfinished run of these flags and weights, or make a new folder."""
@@ -269,10 +265,10 @@ class Job:
         model.compute_dtype = self.precision.compute_dtype
         return model
 
-    def fit(self, plan: Plan, model: Model, objective: Objective, lines: Sequence[str] = ()) -> bool:
+    def fit(self, plan: TrainingPlan, model: Model, objective: Objective, lines: Sequence[str] = ()) -> bool:
         """Train to the last step; False when it was interrupted. lines: what is printed about the data at start."""
         if self.given.plan:
-            raise Planned(objective.estimate(self, plan, model, objective, lines))
+            raise PlanOnly(objective.estimate(self, plan, model, objective, lines))
         args, parallel, start = self.args, self.parallel, self.state["step"]
         self._say_what_runs(plan, model, lines)
         stage = self._stage(plan, model, objective)
@@ -294,7 +290,7 @@ class Job:
         say(self.console, f"finished in {self.run.path}: see loss.png and samples.txt")
         return True
 
-    def _stage(self, plan: Plan, model: Model, objective: Objective) -> Stage:
+    def _stage(self, plan: TrainingPlan, model: Model, objective: Objective) -> Stage:
         args = self.args
         peak = args.lr if args.lr is not None else objective.peak_lr
         curve, legs, rise = self._curve(plan.steps)
@@ -379,7 +375,7 @@ class Job:
         placed = hasattr(loader, "fetch")
         return loader if placed else DeviceBatches(loader, self.device, objective.place)
 
-    def _options(self, plan: Plan) -> LoopOptions:
+    def _options(self, plan: TrainingPlan) -> LoopOptions:
         args = self.args
         return LoopOptions(
             steps=plan.steps,
@@ -397,7 +393,7 @@ class Job:
             ema=args.ema,
         )
 
-    def _say_what_runs(self, plan: Plan, model: Model, lines: Sequence[str]) -> None:
+    def _say_what_runs(self, plan: TrainingPlan, model: Model, lines: Sequence[str]) -> None:
         size = f" of {plan.step_tokens:,} tokens" if plan.step_tokens else ""
         resumed = f", continuing after step {self.state['step']}" if self.run.checkpoint else ""
         for line in (
@@ -456,9 +452,7 @@ class Job:
             kept = self.settle("step", lambda: (fitting, ""))
             taken = step if kept == "usual" else kept // row
         said = "--batch-tokens sets another" if self.given.batch_tokens is None else "lower --batch-tokens"
-        size = (
-            f"{loader.view.num_documents:,} documents, {loader.tokens_per_epoch:,} tokens in {there:,} rows"
-        )
+        size = f"{loader.view.num_documents:,} documents, {loader.tokens_per_epoch:,} tokens in {there:,} rows"
         self.notes.append(
             f"little data: {size} of {row}, less than a step of {step * row:,} tokens; a step takes {taken * row:,}, "
             f"each row {taken / there:.1f} times; {said}"
@@ -520,15 +514,11 @@ def _fitting(config: ModelConfig, device: torch.device, recompute: bool) -> int:
     return tokens_that_fit(config, parameters, memory, recompute)
 
 
-def _choose_attention(
-    args: StageArgs, device: torch.device, precision: Precision, config: ModelConfig
-) -> str:
+def _choose_attention(args: StageArgs, device: torch.device, precision: Precision, config: ModelConfig) -> str:
     """What --attention comes to, in one line, empty where there is no choice. Raises ValueError."""
     if not args.fused:
         if args.attention != "auto":
-            raise ValueError(
-                f"--attention {args.attention}: not with --no-fused, which takes plain attention"
-            )
+            raise ValueError(f"--attention {args.attention}: not with --no-fused, which takes plain attention")
         return ""
     heads = varlen.Heads(
         config.num_attention_heads, config.num_key_value_heads, config.head_dim, precision.compute_dtype

@@ -34,7 +34,7 @@ Curve = Callable[[int, int], float]
 
 
 @dataclass(frozen=True)
-class Source:
+class EarlierRun:
     """run: the earlier run's folder; checkpoint: of it, where the longer one begins; legs: the longer run's."""
 
     run: Path
@@ -63,9 +63,7 @@ class Source:
                 if (self.run / name).exists():
                     shutil.copyfile(self.run / name, folder / name)
         except OSError as error:
-            raise ValueError(
-                f"{folder}: cannot be written ({error}); name another folder with --out"
-            ) from error
+            raise ValueError(f"{folder}: cannot be written ({error}); name another folder with --out") from error
         finally:
             lock.release()
 
@@ -76,7 +74,7 @@ def find_source(
     defaults: Defaults,
     planned: Callable[[dict[str, Any]], int],
     flat: Callable[[int], int],
-) -> Source:
+) -> EarlierRun:
     """What a run of `config` that lengthens `run` begins with. Raises ValueError, naming the flag, where it is not the
     same run but for a greater length.
 
@@ -101,7 +99,7 @@ def find_source(
     if not checkpoints:
         raise ValueError(f"--lengthen {run}: has no checkpoint yet; start anew without --lengthen")
     usable = [path for path in checkpoints if step_of(path) <= flat(before)] or checkpoints
-    return Source(folder, usable[-1], (*legs_of(raw), (before, step_of(usable[-1]))))
+    return EarlierRun(folder, usable[-1], (*legs_of(raw), (before, step_of(usable[-1]))))
 
 
 def source_of(run: str) -> Path:

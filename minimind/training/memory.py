@@ -23,9 +23,7 @@ def activation_bytes(config: ModelConfig, recompute: bool = False) -> int:
     """Bytes that one token keeps from the forward to the backward, the loss left out."""
     if recompute:  # the blocks' inputs, and one block at a time that is run again
         return config.num_hidden_layers * 4 * config.hidden_size + _layer_bytes(config)
-    return (
-        config.num_hidden_layers * _layer_bytes(config) + 4 * config.hidden_size
-    )  # the first input, the last sum
+    return config.num_hidden_layers * _layer_bytes(config) + 4 * config.hidden_size  # the first input, the last sum
 
 
 def _layer_bytes(config: ModelConfig) -> int:
@@ -40,9 +38,7 @@ def _layer_bytes(config: ModelConfig) -> int:
         return 2 * (halves + 3 * config.intermediate_size) + 4 * floats
     halves += config.num_shared_experts * 3 * config.intermediate_size
     halves += config.num_experts_per_tok * 2 * config.moe_intermediate_size
-    floats += (
-        hidden + 3 * config.num_experts + 4 * config.num_experts_per_tok + 1
-    )  # the router's input and its scores
+    floats += hidden + 3 * config.num_experts + 4 * config.num_experts_per_tok + 1  # the router's input and its scores
     return 2 * halves + 4 * floats
 
 

@@ -41,7 +41,7 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowRange:
     """Rows start..stop of number `tensor` in a list of [rows, columns]."""
 
     tensor: int
@@ -61,18 +61,16 @@ class MuonPlan:
     arrivals: the rows of those that the ranks hold, rank by rank. batches: how `owned` is stacked, (K, m, n) each."""
 
     group: dist.ProcessGroup | None
-    mine: list[Piece]
-    by_scale: dict[float, list[Piece]]
+    mine: list[RowRange]
+    by_scale: dict[float, list[RowRange]]
     sent: list[int]
     received: list[int]
-    owned: list[Piece]
-    arrivals: list[Piece]
+    owned: list[RowRange]
+    arrivals: list[RowRange]
     batches: list[tuple[int, int, int]]
 
     @staticmethod
-    def of(
-        parameters: Sequence[Tensor], rows: Sequence[Sequence[int] | None], batch_elements: int
-    ) -> MuonPlan:
+    def of(parameters: Sequence[Tensor], rows: Sequence[Sequence[int] | None], batch_elements: int) -> MuonPlan:
         """rows: of the matrices in each parameter, or in each expert of a stack; None: it is one. Raises ValueError."""
         group, rank, world = _processes(parameters[0])
         matrices = [m for i, p in enumerate(parameters) for m in matrices_of(i, p.shape, rows[i])]
@@ -81,7 +79,7 @@ class MuonPlan:
         mine = [[cuts[m.parameter].held(m, rank) for m in share] for share in shares]
         owned = shares[rank]
         arrivals = [[cuts[m.parameter].place(i, m, r) for i, m in enumerate(owned)] for r in range(world)]
-        by_scale: dict[float, list[Piece]] = {}
+        by_scale: dict[float, list[RowRange]] = {}
         for matrix, piece in zip(chain(*shares), chain(*mine), strict=True):
             by_scale.setdefault(matrix.scale, []).append(piece)
         return MuonPlan(
@@ -90,7 +88,7 @@ class MuonPlan:
             by_scale=by_scale,
             sent=[sum(p.elements for p in pieces) for pieces in mine],
             received=[sum(p.elements for p in pieces) for pieces in arrivals],
-            owned=[Piece(i, 0, m.rows, m.columns) for i, m in enumerate(owned)],
+            owned=[RowRange(i, 0, m.rows, m.columns) for i, m in enumerate(owned)],
             arrivals=list(chain(*arrivals)),
             batches=batches_of(owned, batch_elements),
         )
@@ -120,13 +118,13 @@ def exchange(mine: Tensor, plan: MuonPlan) -> Iterator[list[Tensor]]:
         dist.all_to_all_single(mine, received, plan.sent, plan.received, group=plan.group)
 
 
-def cut(flat: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
+def cut(flat: Tensor, pieces: Sequence[RowRange]) -> list[Tensor]:
     """[rows, columns] of each piece, one behind the other in `flat`; views."""
     parts = flat.split([piece.elements for piece in pieces])
     return [part.view(-1, piece.columns) for part, piece in zip(parts, pieces, strict=True)]
 
 
-def take(tensors: Sequence[Tensor], pieces: Sequence[Piece]) -> list[Tensor]:
+def take(tensors: Sequence[Tensor], pieces: Sequence[RowRange]) -> list[Tensor]:
     """Those rows of `tensors`; views."""
     return [tensors[piece.tensor][piece.start : piece.stop] for piece in pieces]
 
@@ -187,22 +185,20 @@ class _Cut:
         placement = parameter.placements[-1] if isinstance(parameter, DTensor) else Shard(0)
         dim = placement.dim if isinstance(placement, Shard) else -1
         if not 0 <= dim < parameter.ndim - 1:
-            raise ValueError(
-                f"Muon needs whole rows: a tensor of {tuple(parameter.shape)} is cut by {placement}"
-            )
+            raise ValueError(f"Muon needs whole rows: a tensor of {tuple(parameter.shape)} is cut by {placement}")
         self.blocks, self.size = math.prod(parameter.shape[:dim]), parameter.shape[dim]
         self.rows = math.prod(parameter.shape[dim + 1 : -1])  # in one step of the dimension
         self.chunk = -(-self.size // world)
 
-    def held(self, matrix: Matrix, rank: int) -> Piece:
+    def held(self, matrix: Matrix, rank: int) -> RowRange:
         """Which rows of the rank's shard belong to the matrix."""
         start, stop, row = self._overlap(matrix, rank)
-        return Piece(matrix.parameter, row, row + stop - start, matrix.columns)
+        return RowRange(matrix.parameter, row, row + stop - start, matrix.columns)
 
-    def place(self, number: int, matrix: Matrix, rank: int) -> Piece:
+    def place(self, number: int, matrix: Matrix, rank: int) -> RowRange:
         """Which rows of the matrix, number `number` in a list, the rank holds."""
         start, stop, _ = self._overlap(matrix, rank)
-        return Piece(number, start, stop, matrix.columns)
+        return RowRange(number, start, stop, matrix.columns)
 
     def _overlap(self, matrix: Matrix, rank: int) -> tuple[int, int, int]:
         """(first row, row behind the last) in the matrix, and the first one's row in the rank's shard."""

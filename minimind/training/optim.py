@@ -67,9 +67,7 @@ class Optimizers:
         """state: from `state_dict`, on rank 0; what the others pass is not looked at. All ranks call it. Returns what
         did not fit as it was, one line, or None."""
         names = {id(p): name for name, p in model.named_parameters()}
-        muon = [
-            group["params"] for part in self.parts if isinstance(part, Muon) for group in part.param_groups
-        ]
+        muon = [group["params"] for part in self.parts if isinstance(part, Muon) for group in part.param_groups]
         state, moved = _experts_to_muon(state, [[names[id(p)] for p in group] for group in muon])
         set_optimizer_state_dict(model, self.parts, state, options=from_rank_0())
         if not moved:
@@ -77,9 +75,7 @@ class Optimizers:
         return f"{len(moved)} stacks of experts were AdamW's and are Muon's now: their mean gradients become momentum"
 
 
-def _experts_to_muon(
-    state: dict[str, Any], names: Sequence[Sequence[str]]
-) -> tuple[dict[str, Any], list[str]]:
+def _experts_to_muon(state: dict[str, Any], names: Sequence[Sequence[str]]) -> tuple[dict[str, Any], list[str]]:
     """A state of when AdamW updated the stacked experts, as Muon, whose groups hold `names`, takes it; and what has
     moved. AdamW's first moment is what Muon calls momentum."""
     if not state:

@@ -18,7 +18,7 @@ from minimind.weights import checkpoint_folder, fingerprint, load_model
 
 
 @dataclass(frozen=True)
-class Origin:
+class InitialModel:
     """tokenizer, config; preset: the shape's name, for people; weights: a folder or a .pth, None for random ones."""
 
     tokenizer: Tokenizer
@@ -27,7 +27,7 @@ class Origin:
     weights: Path | None = None
 
     @staticmethod
-    def of(args: StageArgs, console: Console) -> Origin:
+    def of(args: StageArgs, console: Console) -> InitialModel:
         """What --from, --preset and --tokenizer ask for. Raises ValueError, naming the flag."""
         if args.from_ is not None:
             earlier = _earlier(Path(args.from_).expanduser(), args)
@@ -43,7 +43,7 @@ class Origin:
                 f"the tokenizer has {tokenizer.vocab_size} entries: so does the model, instead of {config.vocab_size}",
             )
             config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-        return Origin(tokenizer, config, preset)
+        return InitialModel(tokenizer, config, preset)
 
     def model(self) -> Model:
         """On the CPU, float32; random weights are drawn from the global generator."""
@@ -66,7 +66,7 @@ def begin_from(args: StageArgs, stage: str) -> str | None:
         raise
 
 
-def _earlier(path: Path, args: StageArgs) -> Origin:
+def _earlier(path: Path, args: StageArgs) -> InitialModel:
     if path.is_dir():
         try:
             weights = checkpoint_folder(path)
@@ -79,20 +79,16 @@ def _earlier(path: Path, args: StageArgs) -> Origin:
             )
         config = ModelConfig.from_json(weights / "config.json")
         if args.preset is not None and _preset_of(config) != args.preset:
-            raise ValueError(
-                f"--preset {args.preset}: {weights} is a {_preset_of(config)} model; drop --preset"
-            )
+            raise ValueError(f"--preset {args.preset}: {weights} is a {_preset_of(config)} model; drop --preset")
     elif path.is_file():
         if args.preset is None:
-            raise ValueError(
-                f"--from {path}: a bare weight file does not tell its shape; name it with --preset"
-            )
+            raise ValueError(f"--from {path}: a bare weight file does not tell its shape; name it with --preset")
         weights, config = path, ModelConfig.preset(args.preset)
     else:
         raise ValueError(f"--from {path}: no such file or folder; check the path given")
     tokenizer = _tokenizer_of(weights, path, args)
     config = config.with_tokenizer(tokenizer.vocab_size, f"--from {path}")
-    return Origin(tokenizer, config, args.preset or _preset_of(config), weights)
+    return InitialModel(tokenizer, config, args.preset or _preset_of(config), weights)
 
 
 def _tokenizer_of(weights: Path, path: Path, args: StageArgs) -> Tokenizer:
@@ -100,16 +96,12 @@ def _tokenizer_of(weights: Path, path: Path, args: StageArgs) -> Tokenizer:
     own = tokenizer_beside(weights)
     if args.tokenizer is None:
         if own is None:
-            raise ValueError(
-                f"--from {path}: there is no tokenizer with it; name its folder with --tokenizer"
-            )
+            raise ValueError(f"--from {path}: there is no tokenizer with it; name its folder with --tokenizer")
         return own
     given = load_tokenizer(args.tokenizer)
     if own is not None:
         way_out = "drop --tokenizer, or add --new-tokenizer to teach the model another one"
-        require_same_ids(
-            given, f"--tokenizer {args.tokenizer}", own, f"--from {path}", way_out, args.new_tokenizer
-        )
+        require_same_ids(given, f"--tokenizer {args.tokenizer}", own, f"--from {path}", way_out, args.new_tokenizer)
     return given
 
 

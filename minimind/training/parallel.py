@@ -64,13 +64,9 @@ class Parallel:
                 f"--parallel {name}: start it with `torchrun --standalone --nproc-per-node GPUS {sys.argv[0]} ...`"
             )
         if replicas != 1 and name != "fsdp":
-            raise ValueError(
-                f"--replicas {replicas}: needs --parallel fsdp; every process of ddp is a replica"
-            )
+            raise ValueError(f"--replicas {replicas}: needs --parallel fsdp; every process of ddp is a replica")
         if replicas < 1 or world % replicas:
-            raise ValueError(
-                f"--replicas {replicas}: must divide the {world} processes that torchrun started"
-            )
+            raise ValueError(f"--replicas {replicas}: must divide the {world} processes that torchrun started")
         if reduce_dtype != "fp32" and name == "none":
             raise ValueError(f"--reduce-dtype {reduce_dtype}: one process sends no gradients; drop the flag")
         return Parallel(name, rank(), int(os.environ.get("LOCAL_RANK", 0)), world, replicas, reduce_dtype)
@@ -93,9 +89,7 @@ class Parallel:
         if self.strategy == "none" or device.type == "cpu":
             return device
         if device.index is not None:
-            raise ValueError(
-                f"--device {requested}: torchrun gives each process its own GPU; use --device cuda"
-            )
+            raise ValueError(f"--device {requested}: torchrun gives each process its own GPU; use --device cuda")
         if self.local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"--nproc-per-node: process {self.local_rank + 1} of this node finds {torch.cuda.device_count()} "

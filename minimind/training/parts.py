@@ -12,29 +12,29 @@ import numpy as np
 
 from minimind.data import Corpus, open_corpus
 from minimind.data.forms import Form, FormatName
-from minimind.data.mixture import Mixture, Part, Weight, describe_mixture, parse_part
+from minimind.data.mixture import Mixture, MixtureEntry, Weight, describe_mixture, parse_part
 from minimind.data.paths import expand_paths, find_files
 from minimind.data.split import MAX_TOKENS, repeats, shared, split, split_tail
 from minimind.modeling import Model
 from minimind.training.arguments import StageArgs
 from minimind.training.defaults import optimizer, passes
 from minimind.training.heldout import heldout_loss, named_losses
-from minimind.training.job import Job, Plan
+from minimind.training.job import Job, TrainingPlan
 
 Read = Callable[[Sequence[str]], Corpus]
 _NAMED = re.compile(r"([A-Za-z]\w*)=(.+)")
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedFiles:
     """The entries of --data, and of --heldout-data those without a name and those of each name."""
 
-    data: list[Part]
+    data: list[MixtureEntry]
     heldout: list[str]
     sets: dict[str, list[str]]
 
     @staticmethod
-    def of(data: Sequence[str], heldout_data: Sequence[str], builtin: tuple[Path | str, ...] = ()) -> Named:
+    def of(data: Sequence[str], heldout_data: Sequence[str], builtin: tuple[Path | str, ...] = ()) -> NamedFiles:
         """builtin: what stands for an empty --data, and for --heldout-data beside it. ValueError names the flag."""
         heldout, sets = [], dict[str, list[str]]()
         for entry in heldout_data:
@@ -45,8 +45,8 @@ class Named:
                 sets.setdefault(found[1], []).append(found[2])
         if not data:
             first, *second = (str(path) for path in builtin)
-            return Named([Part(first)], heldout or second, sets)
-        return Named([parse_part(entry) for entry in data], heldout, sets)
+            return NamedFiles([MixtureEntry(first)], heldout or second, sets)
+        return NamedFiles([parse_part(entry) for entry in data], heldout, sets)
 
     @property
     def paths(self) -> list[str]:
@@ -55,7 +55,7 @@ class Named:
 
 
 @dataclass(frozen=True)
-class Parts:
+class DataSplit:
     """whole: --data; train: what of it is trained on; heldout: what of it never is, or --heldout-data, None without;
     sets: further held-out data by name; mixture: how rows are drawn where --data has weights."""
 
@@ -74,7 +74,7 @@ class Parts:
         """All held-out data by name, "" for the main one."""
         return ({} if self.heldout is None else {"": self.heldout}) | self.sets
 
-    def lines(self, plan: Plan) -> list[str]:
+    def lines(self, plan: TrainingPlan) -> list[str]:
         """About the named sets and the mixture, for the start of a run."""
         found = [
             f"held-out set {name}: {view.num_documents:,} documents, {view.num_tokens:,} tokens"
@@ -87,7 +87,7 @@ class Parts:
         return found
 
 
-def open_parts(job: Job, named: Named, read: Read) -> Parts:
+def open_parts(job: Job, named: NamedFiles, read: Read) -> DataSplit:
     """Read and split what `named` names, and settle the flags that depend on it; says what copies there are. Raises
     ValueError as `read` and the split do."""
     args = job.args
@@ -105,16 +105,14 @@ def open_parts(job: Job, named: Named, read: Read) -> Parts:
         train, tail = _split(job, whole, heldout is None, others)
     heldout = heldout or (tail if tail.num_documents else None)
     _settle(job, train)
-    return Parts(whole, train, heldout, sets, _mixture(named.data, train))
+    return DataSplit(whole, train, heldout, sets, _mixture(named.data, train))
 
 
 def read_texts(job: Job, paths: Sequence[str]) -> Corpus:
     """Documents of plain text."""
     form = form_of(job)
     if form.name != "auto":
-        raise ValueError(
-            f"--format {form.name}: is about conversations, and this run reads text; drop the flag"
-        )
+        raise ValueError(f"--format {form.name}: is about conversations, and this run reads text; drop the flag")
     where = job.args.cache_dir, job.args.on_bad_row, job.console
     return open_corpus(paths, job.tokenizer, *where, form=form)
 
@@ -122,9 +120,7 @@ def read_texts(job: Job, paths: Sequence[str]) -> Corpus:
 def form_of(job: Job) -> Form:
     """How the rows of a run's files are read; settles whether fields that would be lost are errors."""
     form = named_form(job.args)
-    return (
-        form if job.settle("fields", lambda: ("checked", "")) == "checked" else replace(form, checked=False)
-    )
+    return form if job.settle("fields", lambda: ("checked", "")) == "checked" else replace(form, checked=False)
 
 
 def named_form(args: StageArgs) -> Form:
@@ -135,7 +131,7 @@ def named_form(args: StageArgs) -> Form:
     return Form(name, args.ignore_fields)
 
 
-def all_losses(model: Model, parts: Parts, job: Job, final: bool) -> dict[str, Any]:
+def all_losses(model: Model, parts: DataSplit, job: Job, final: bool) -> dict[str, Any]:
     """heldout_loss of the held-out data and of every named set; at the end of all of it."""
     measured = job.args.row, None if final else job.args.eval_tokens, job.parallel
     return heldout_loss(model, parts.heldout, *measured) | named_losses(model, parts.sets, *measured)
@@ -147,9 +143,7 @@ def _settle(job: Job, train: Corpus) -> None:
     if job.given.epochs is None and job.given.tokens is None:
         job.settle("epochs", lambda: passes(job.stage, builtin, job.args.scaled(train.num_tokens)))
     if job.given.optimizer is None:
-        job.settle(
-            "optimizer", lambda: optimizer(job.origin.weights, bool(getattr(job.args, "lora_rank", None)))
-        )
+        job.settle("optimizer", lambda: optimizer(job.origin.weights, bool(getattr(job.args, "lora_rank", None))))
     job.args.check()  # flags that go with one optimizer
 
 
@@ -166,12 +160,10 @@ def _split(job: Job, whole: Corpus, measured: bool, others: Sequence[Corpus]) ->
     if len(known):
         job.notes.append(f"copies: {len(known):,} documents of --data are also in --heldout-data; {what}")
     fraction = args.heldout if measured else 0.0
-    return split(
-        whole, fraction, max(1, int(MAX_TOKENS / args.scale)), args.dedupe, known if args.dedupe else None
-    )
+    return split(whole, fraction, max(1, int(MAX_TOKENS / args.scale)), args.dedupe, known if args.dedupe else None)
 
 
-def _mixture(parts: Sequence[Part], train: Corpus) -> Mixture | None:
+def _mixture(parts: Sequence[MixtureEntry], train: Corpus) -> Mixture | None:
     """None where no entry of --data has a weight; else entries without one weigh 1."""
     if not any(part.weight for part in parts):
         return None

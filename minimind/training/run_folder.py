@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from minimind.training.checkpoint import list_checkpoints, remove_partial, step_of
 from minimind.training.identity import Defaults, Difference, compare
-from minimind.training.lengthen import Legs, Source, legs_of, read_config, source_of
+from minimind.training.lengthen import EarlierRun, Legs, legs_of, read_config, source_of
 from minimind.utils.files import read_json, write_json
 
 ResumeMode = Literal["auto", "never"]
@@ -75,9 +75,7 @@ def find_run(
     for path in _runs(out, default_name, root) if resume == "auto" else ():
         found = defaults.complete(read_config(path), config)
         left = {
-            k: v
-            for k, v in found["chosen"].items()
-            if config.get("args", {}).get(k) in (None, defaults.flags.get(k))
+            k: v for k, v in found["chosen"].items() if config.get("args", {}).get(k) in (None, defaults.flags.get(k))
         }
         if not (path / "finished").exists() and compare(found, {**config, "chosen": left}).same_run:
             return found["chosen"]
@@ -93,7 +91,7 @@ def open_run(
     resume: ResumeMode,
     root: Path = Path("runs"),
     defaults: Defaults = _NO_DEFAULTS,
-    source: Source | None = None,
+    source: EarlierRun | None = None,
 ) -> RunFolder:
     """Continue the unfinished run with this configuration, or make a new folder. Nothing is overwritten.
 
@@ -106,11 +104,7 @@ def open_run(
     path = Path(out)
     if path.exists() and not path.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder")
-    if (
-        path.exists()
-        and not (path / "config.json").exists()
-        and any(f.name != ".lock" for f in path.iterdir())
-    ):
+    if path.exists() and not (path / "config.json").exists() and any(f.name != ".lock" for f in path.iterdir()):
         raise ValueError(f"--out {out}: not empty and not a run folder; name another folder")
     _make(path)
     lock = _try_lock(path)
@@ -130,9 +124,7 @@ def open_run(
         raise ValueError(f"--out {out}: this run is finished; name another folder to train anew")
     if not found.same_run:
         back = f" ({found.way_back})" if found.way_back else ""
-        raise ValueError(
-            f"--out {out}: started with {found}; repeat that command{back} or name another folder"
-        )
+        raise ValueError(f"--out {out}: started with {found}; repeat that command{back} or name another folder")
     return _continue(path, lock, found)
 
 
@@ -210,12 +202,7 @@ def _numbered(base: Path) -> Iterator[Path]:
 
 
 def _next_free(
-    root: Path,
-    name: str,
-    config: dict[str, Any],
-    resume: ResumeMode,
-    defaults: Defaults,
-    source: Source | None,
+    root: Path, name: str, config: dict[str, Any], resume: ResumeMode, defaults: Defaults, source: EarlierRun | None
 ) -> RunFolder:
     near: list[tuple[Path, Difference]] = []
     for path in _numbered(root / name):
@@ -245,11 +232,7 @@ def _nearest(others: Sequence[tuple[Path, Difference]]) -> tuple[str, ...]:
     path, found = min(reversed(told), key=lambda other: len(other[1].counts) + len(other[1].length))
     finished = (path / "finished").exists()
     if found.same_run:
-        state = (
-            "finished: it is trained anew"
-            if finished
-            else "which another process trains: this is a second one"
-        )
+        state = "finished: it is trained anew" if finished else "which another process trains: this is a second one"
         return (f"{path} is this very run, {state}",)
     steps = [step_of(checkpoint) for checkpoint in list_checkpoints(path)]
     where = "finished" if finished else " after step ".join(["unfinished", *map(str, steps[-1:])])
@@ -266,9 +249,7 @@ def _make(path: Path) -> bool:
     except OSError as error:
         if path.is_dir():
             return False
-        raise ValueError(
-            f"{path}: cannot be made ({error.strerror}); name another folder with --out"
-        ) from None
+        raise ValueError(f"{path}: cannot be made ({error.strerror}); name another folder with --out") from None
     return True
 
 
@@ -279,9 +260,7 @@ def _try_lock(path: Path) -> FileLock | None:
     except Timeout:
         return None
     except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be written ({error.strerror}); name another folder with --out"
-        ) from None
+        raise ValueError(f"{path}: cannot be written ({error.strerror}); name another folder with --out") from None
     return lock
 
 
@@ -289,7 +268,7 @@ def _create(
     path: Path,
     config: dict[str, Any],
     lock: FileLock,
-    source: Source | None = None,
+    source: EarlierRun | None = None,
     others: Sequence[tuple[Path, Difference]] = (),
 ) -> RunFolder:
     notes = _nearest(others)

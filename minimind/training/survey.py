@@ -18,11 +18,11 @@ from rich.console import Console
 
 from minimind.data.mixture import parse_part
 from minimind.data.paths import expand_paths
-from minimind.data.sampling import Sampled, sample_rows
+from minimind.data.sampling import FileSample, sample_rows
 from minimind.training.arguments import StageArgs
-from minimind.training.estimate import Estimate, Planned, Source
+from minimind.training.estimate import DataSize, Estimate, PlanOnly
 from minimind.training.parallel import world_size
-from minimind.training.parts import Named
+from minimind.training.parts import NamedFiles
 
 SAMPLE_BYTES = 16 << 20
 _LEAST_BYTES = 1 << 16  # of a file, whatever its share
@@ -37,12 +37,12 @@ def survey(main: Callable[[Args, Console], bool], args: Args) -> Estimate:
     if args.plan_gb is not None and builtin:
         raise ValueError("--plan-gb: goes with files of --data, whose rows it takes as an example")
     with TemporaryDirectory(prefix="minimind-plan-") as folder:
-        sample = None if builtin else Sample.of(args, Path(folder))
+        sample = None if builtin else DataSurvey.of(args, Path(folder))
         read = sample is not None and not sample.source.whole
         taken = dataclasses.replace(args, **sample.flags(args, Path(folder))) if sample and read else args
         try:
             main(taken, Console(quiet=True))
-        except Planned as planned:
+        except PlanOnly as planned:
             return planned.estimate if sample is None else planned.estimate.about(sample.source)
         except ValueError as problem:
             raise ValueError(_renamed(str(problem), sample)) from None
@@ -50,20 +50,20 @@ def survey(main: Callable[[Args, Console], bool], args: Args) -> Estimate:
 
 
 @dataclass(frozen=True)
-class Sample:
+class DataSurvey:
     """entries: --data with the files' samples in place of the files; files: where each lies, and which it is of."""
 
     entries: tuple[str, ...]
     files: tuple[tuple[Path, Path], ...]
-    source: Source
+    source: DataSize
 
     @classmethod
-    def of(cls, args: StageArgs, folder: Path) -> Sample:
+    def of(cls, args: StageArgs, folder: Path) -> DataSurvey:
         parts = [parse_part(entry) for entry in args.data]
         groups = [expand_paths([part.path]) for part in parts]
         size = sum(path.stat().st_size for group in groups for path in group)
         least = min(_LEAST_BYTES, SAMPLE_BYTES // max(1, sum(map(len, groups))))
-        entries, files, taken = [], [], list[Sampled]()
+        entries, files, taken = [], [], list[FileSample]()
         for number, (entry, part, group) in enumerate(zip(args.data, parts, groups, strict=True)):
             place = folder / str(number) / Path(part.path).name
             for i, path in enumerate(group):
@@ -86,22 +86,20 @@ class Sample:
         changed |= {"on_bad_row": "skip", "cache_dir": str(folder / "cache")}
         heldout = getattr(args, "heldout_data", ())
         if heldout:
-            changed |= {"heldout_data": ()} | (
-                {"heldout": 0.0} if Named.of(args.data, heldout).heldout else {}
-            )
+            changed |= {"heldout_data": ()} | ({"heldout": 0.0} if NamedFiles.of(args.data, heldout).heldout else {})
         return changed
 
 
-def _source(taken: Sequence[Sampled], plan_gb: float | None) -> Source:
+def _source(taken: Sequence[FileSample], plan_gb: float | None) -> DataSize:
     total, sizes = sum(part.total for part in taken), np.concatenate([part.sizes for part in taken])
     if not sizes.sum():
         raise ValueError("--data: no rows in these files")
     size = total if plan_gb is None else plan_gb * 1e9
     whole = all(part.whole for part in taken) and plan_gb is None
-    return Source(round(size), sizes, 1.0 if whole else size / float(sizes.sum()), whole, plan_gb is not None)
+    return DataSize(round(size), sizes, 1.0 if whole else size / float(sizes.sum()), whole, plan_gb is not None)
 
 
-def _renamed(text: str, sample: Sample | None) -> str:
+def _renamed(text: str, sample: DataSurvey | None) -> str:
     """With the user's files in place of their samples; the longest name first, as one may begin another."""
     files = sample.files if sample else ()
     for copy, path in sorted(files, key=lambda pair: -len(str(pair[0]))):

@@ -52,9 +52,7 @@ class TensorBoardTracker:
 class HostedTracker:
     """wandb and swanlab, whose init and log agree."""
 
-    def __init__(
-        self, package: TrackerName, folder: Path, config: dict[str, Any], run_id: str | None
-    ) -> None:
+    def __init__(self, package: TrackerName, folder: Path, config: dict[str, Any], run_id: str | None) -> None:
         self.name = package
         module = _require(package, package)
         place = {"wandb": {"dir": str(folder)}, "swanlab": {"log_dir": str(folder / "swanlab")}}[package]

@@ -67,7 +67,7 @@ StageLoss = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class News:
+class Event:
     """A row of metrics.jsonl of its own `kind`, of all ranks together, before that of the step it comes with. seconds:
     what was measured by the clock; line: for the progress line."""
 
@@ -81,9 +81,7 @@ class News:
 class LoopOptions:
     steps: int
     micro_batches: int = 1  # per step
-    tokens_per_step: int = (
-        0  # tokens of a step, padding included: the x axis; 0: where it varies, targets instead
-    )
+    tokens_per_step: int = 0  # tokens of a step, padding included: the x axis; 0: where it varies, targets instead
     grad_clip: float = 1.0
     log_every: int = 10
     eval_every: int = 100
@@ -97,7 +95,7 @@ class LoopOptions:
 
 
 @dataclass(frozen=True)
-class Apart:
+class ClipGroup:
     """Parameters that learn beside the rest of a model, such as a critic's: their gradients are clipped by a norm of
     their own, logged as NAME_grad_norm, and their rate is `rate` times the others'."""
 
@@ -135,8 +133,8 @@ class Stage:
     save_model: Callable[[Model, Path], None] = save_weights
     load_model: Callable[[Model, Path, Parallel], None] = load_weights_into
     loss_unit: str = "nats per token"
-    news: Callable[[], News | None] = lambda: None
-    apart: Sequence[Apart] = ()
+    news: Callable[[], Event | None] = lambda: None
+    apart: Sequence[ClipGroup] = ()
     before_update: Callable[[], None] = lambda: None
 
 
@@ -161,11 +159,11 @@ class _Row:
     tokens: int  # until here
     position: dict[str, Any]
     names: tuple[str, ...] = ()
-    news: News | None = None
+    news: Event | None = None
 
 
 @dataclass
-class Best:
+class BestLoss:
     """The best held-out figure of those that are measured on one and the same part; since: evaluations after it."""
 
     step: int = 0
@@ -198,7 +196,7 @@ class Trainer:
     seconds: float = 0.0
     interrupted: str | None = None  # the signal's name
     stopping: bool = False  # all ranks know that one was interrupted
-    best: Best = field(default_factory=Best)
+    best: BestLoss = field(default_factory=BestLoss)
     heldout: str = ""  # the newest held-out figure, for the progress line
     newest: str = ""  # the newest of the stage's news, for the same
     pending: list[_Row] = field(default_factory=list)
@@ -238,7 +236,7 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step, self.targets_seen = state["step"], state["targets_seen"]
         self.seconds = state["seconds"]
-        best = Best(**state.get("best", {}))
+        best = BestLoss(**state.get("best", {}))
         if best_folder(self.run.path, best.step).is_dir():  # a lengthened run's may have been replaced since
             self.best = best
         self._cut_logs(state["metrics_bytes"], state["samples_bytes"])
@@ -407,14 +405,7 @@ class Trainer:
         self.pending = []
         self.tracker.log(
             row.step,
-            {
-                "loss": loss,
-                "aux_loss": aux,
-                "grad_norm": norm,
-                "lr": row.lr,
-                "tokens_per_second": rate,
-                **told,
-            },
+            {"loss": loss, "aux_loss": aux, "grad_norm": norm, "lr": row.lr, "tokens_per_second": rate, **told},
         )
         left = duration(per_step * (self.options.steps - self.step))
         self.display.update(
@@ -423,7 +414,7 @@ class Trainer:
             f"{rate:,.0f} tokens/s  ETA {left}",
         )
 
-    def _tell(self, news: News, step: int) -> None:
+    def _tell(self, news: Event, step: int) -> None:
         self.metrics.write(news.kind, step, news.values, {k: round(v, 3) for k, v in news.seconds.items()})
         self.tracker.log(step, {k: float(v) for k, v in news.values.items()})
         self.newest = news.line

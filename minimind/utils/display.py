@@ -68,9 +68,7 @@ def pyplot() -> Any:
 
     known = set(get_font_names())
     plt.rcParams["font.family"] = ["DejaVu Sans", *(name for name in _CHINESE if name in known)]
-    warnings.filterwarnings(
-        "ignore", r"Glyph \d+ .*missing from", UserWarning
-    )  # boxes then, and no pages of lines
+    warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from", UserWarning)  # boxes then, and no pages of lines
     return plt
 
 
@@ -82,9 +80,7 @@ def decoration(draw: Callable[P, None]) -> Callable[P, None]:
         try:
             draw(*args, **kwargs)
         except Exception as problem:
-            pictures = [
-                str(a) for a in (*args, *kwargs.values()) if isinstance(a, Path) and a.suffix == ".png"
-            ]
+            pictures = [str(a) for a in (*args, *kwargs.values()) if isinstance(a, Path) and a.suffix == ".png"]
             reason = str(problem).partition("\n")[0] or type(problem).__name__
             print(f"{pictures[-1] if pictures else draw.__name__}: not drawn ({reason})", file=sys.stderr)
 

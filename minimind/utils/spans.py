@@ -18,12 +18,7 @@ import torch
 from torch.profiler import record_function
 
 DOMAIN = "minimind"
-_PHASE = {
-    "block": "forward",
-    "loss": "forward",
-    "plan": "decode",
-    "sample": "decode",
-}  # by a name's first word
+_PHASE = {"block": "forward", "loss": "forward", "plan": "decode", "sample": "decode"}  # by a name's first word
 
 
 @dataclass

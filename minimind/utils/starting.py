@@ -12,9 +12,7 @@ import types
 
 def leave_on_interrupt() -> None:
     """First in a script: until `started` Ctrl-C ends the process at once."""
-    if (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):  # not where it is ignored, as under nohup
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as under nohup
         signal.signal(signal.SIGINT, _leave)
 
 

@@ -45,9 +45,7 @@ def with_home(arguments: Sequence[str]) -> list[str]:
         if flag not in _TEXT and begins:
             found = os.path.expanduser(path)
             if found == path and not os.path.exists(begins[0]):
-                raise ValueError(
-                    f"{flag} {path}: there is no such user; write ./~ for a name that begins so".lstrip()
-                )
+                raise ValueError(f"{flag} {path}: there is no such user; write ./~ for a name that begins so".lstrip())
             argument = f"{flag}=" * bool(equals) + found
         expanded.append(argument)
     return expanded

@@ -18,11 +18,7 @@ COMPILER = shutil.which("g++")
 
 
 def sources() -> list[Path]:
-    return [
-        ROOT / "csrc/register.cpp",
-        EMULATOR / "cuda_emulator.cpp",
-        *sorted((ROOT / "csrc/cuda").glob("*.cu")),
-    ]
+    return [ROOT / "csrc/register.cpp", EMULATOR / "cuda_emulator.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
 
 
 def compile_objects(files: Sequence[Path], folder: Path, *flags: str) -> list[str]:

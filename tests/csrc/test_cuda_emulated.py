@@ -89,9 +89,7 @@ def decoding(
     for i in range(2):
         # the layer in the middle of a whole model's cache: pages of a layer are far apart
         whole = torch.full((num_pages, 3, page, groups, dim), float("nan"))
-        whole[:, 1] = torch.where(
-            rows[..., None, None], rand(num_pages, page, groups, dim, seed=seed + i), torch.nan
-        )
+        whole[:, 1] = torch.where(rows[..., None, None], rand(num_pages, page, groups, dim, seed=seed + i), torch.nan)
         caches.append(whole.to(cache_dtype)[:, 1])
     q = rand(batch, of_group * groups, dim, seed=seed + 9, scale=scale).to(dtype)
     scaled = scales if cache_dtype == FP8 else (None, None)
@@ -137,9 +135,7 @@ def test_attention_of_every_group_size(ops, of_group, dtype):
     check_attention(ops, decoding([70, 3], of_group, 1, 32, dtype=dtype))
 
 
-@pytest.mark.parametrize(
-    "dtype, cache_dtype", [(torch.bfloat16, None), (torch.bfloat16, FP8), (torch.float32, None)]
-)
+@pytest.mark.parametrize("dtype, cache_dtype", [(torch.bfloat16, None), (torch.bfloat16, FP8), (torch.float32, None)])
 def test_attention_over_many_splits(ops, dtype, cache_dtype):
     check_attention(ops, decoding([1000, 1], 2, 1, 64, page=64, dtype=dtype, cache_dtype=cache_dtype))
 
@@ -151,9 +147,7 @@ def test_attention_over_long_splits(ops, cache_dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "dtype, cache_dtype", [(torch.bfloat16, None), (torch.float16, FP8), (torch.float32, None)]
-)
+@pytest.mark.parametrize("dtype, cache_dtype", [(torch.bfloat16, None), (torch.float16, FP8), (torch.float32, None)])
 def test_attention_over_the_longest_context(ops, dtype, cache_dtype):
     check_attention(ops, decoding([32_768, 40_001], 4, 2, 96, page=64, dtype=dtype, cache_dtype=cache_dtype))
 
@@ -189,18 +183,9 @@ def test_a_sequence_does_not_see_the_batch(ops, dtype):
     case = decoding([130, 300, 0, 5], 4, 2, 64, dtype=dtype)
     together = case.run(ops.decode_attention)
     for b in range(4):
-        table = torch.cat(
-            (case.block_table[b : b + 1], torch.full((1, 900), 2**30, dtype=torch.int32)), dim=1
-        )
+        table = torch.cat((case.block_table[b : b + 1], torch.full((1, 900), 2**30, dtype=torch.int32)), dim=1)
         alone = Decoding(
-            case.q[b : b + 1],
-            case.key_cache,
-            case.value_cache,
-            table,
-            case.lengths[b : b + 1],
-            case.scale,
-            None,
-            None,
+            case.q[b : b + 1], case.key_cache, case.value_cache, table, case.lengths[b : b + 1], case.scale, None, None
         )
         assert torch.equal(alone.run(ops.decode_attention)[0], together[b])
 
@@ -271,13 +256,16 @@ def test_a_nan_in_a_sequence_is_not_hidden(ops, where, cache_dtype):
     assert out[0, 4:].isnan().any() and out[0, :4].isfinite().all() and out[1].isfinite().all()
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"lengths": torch.zeros(2, dtype=torch.int64)}, "lengths: int64; expected int32"),
-    ({"block_table": torch.zeros(3, 2, dtype=torch.int32)}, r"block_table: not of size \[2, 2\]"),
-    ({"q": torch.zeros(2, 7, 64, dtype=torch.bfloat16)}, r"q: not of size \[B, a multiple of 2, 64\]"),
-    ({"value_cache": torch.zeros(3, 16, 2, 64)}, "value_cache: another size than key_cache"),
-    ({"k_scale": torch.ones(2)}, "k_scale, v_scale: wanted for a cache of float8_e4m3fn, and only for one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lengths": torch.zeros(2, dtype=torch.int64)}, "lengths: int64; expected int32"),
+        ({"block_table": torch.zeros(3, 2, dtype=torch.int32)}, r"block_table: not of size \[2, 2\]"),
+        ({"q": torch.zeros(2, 7, 64, dtype=torch.bfloat16)}, r"q: not of size \[B, a multiple of 2, 64\]"),
+        ({"value_cache": torch.zeros(3, 16, 2, 64)}, "value_cache: another size than key_cache"),
+        ({"k_scale": torch.ones(2)}, "k_scale, v_scale: wanted for a cache of float8_e4m3fn, and only for one"),
+    ],
+)
 def test_bad_arguments_of_attention(ops, change, message):
     case = decoding([20, 20], 4, 2, 64)
     for name, value in change.items():
@@ -313,9 +301,7 @@ def test_rope_append_kv(ops, dim, dtype, cache_dtype, norm):
 
     mine, plain = run(ops.rope_append_kv, dtype, cache_dtype), run(rope_append_kv_ref, dtype, cache_dtype)
     truth = run(rope_append_kv_ref, torch.float64, torch.float64)
-    for name, value, expected, exact in zip(
-        ("q", "key_cache", "value_cache"), mine, plain, truth, strict=True
-    ):
+    for name, value, expected, exact in zip(("q", "key_cache", "value_cache"), mine, plain, truth, strict=True):
         if cache_dtype == FP8 and name != "q":
             exact = exact.clamp(-448, 448)
         assert_contract(value, expected, exact, name)
@@ -371,9 +357,7 @@ def test_sample(ops, vocabulary, step):
 
 def test_truncation_to_the_token(ops):
     """Logits descend and the random numbers are next to 1: what is drawn is the last token that is kept."""
-    options = [
-        (1.0, k, p, m) for k in (0, 3, 17, 90) for p in (1.0, 0.95, 0.6, 0.2) for m in (0.0, 0.02, 0.3)
-    ]
+    options = [(1.0, k, p, m) for k in (0, 3, 17, 90) for p in (1.0, 0.95, 0.6, 0.2) for m in (0.0, 0.02, 0.3)]
     case = sampling(200, options, penalised=False)
     case.logits = case.logits.sort(dim=-1, descending=True).values
     seeds, zeros = torch.arange(2**17), torch.zeros(2**17, dtype=torch.int64)
@@ -412,9 +396,7 @@ def test_a_bad_row_says_so_and_spoils_no_other(ops, bad):
     case.logits[1, 42] = bad
     tokens, log_probs = ops.sample(*case.args())
     assert tokens[1] == 42 and log_probs[1].isnan()
-    assert torch.equal(tokens[[0, 2]], expected[0][[0, 2]]) and torch.equal(
-        log_probs[[0, 2]], expected[1][[0, 2]]
-    )
+    assert torch.equal(tokens[[0, 2]], expected[0][[0, 2]]) and torch.equal(log_probs[[0, 2]], expected[1][[0, 2]])
 
 
 def test_draws_follow_the_distribution(ops):
@@ -431,16 +413,17 @@ def test_draws_follow_the_distribution(ops):
     assert torch.allclose(log_probs, logits.log_softmax(0)[tokens])
 
 
-@pytest.mark.parametrize("kernel, arguments, dtype, cache_dtype", [
-    ("tensor_core_kernel", ("bf16", "bf16", "96"), torch.bfloat16, torch.bfloat16),
-    ("tensor_core_kernel", ("fp16", "fp8", "128"), torch.float16, FP8),
-    ("cuda_core_kernel", ("float", "1"), torch.float32, torch.float32),
-    ("cuda_core_kernel", ("bf16", "4"), torch.float32, torch.bfloat16),
-    ("sample_kernel", (), None, None),
-])  # fmt: skip
-def test_launches_are_those_that_the_resources_are_reported_for(
-    ops, library, kernel, arguments, dtype, cache_dtype
-):
+@pytest.mark.parametrize(
+    "kernel, arguments, dtype, cache_dtype",
+    [
+        ("tensor_core_kernel", ("bf16", "bf16", "96"), torch.bfloat16, torch.bfloat16),
+        ("tensor_core_kernel", ("fp16", "fp8", "128"), torch.float16, FP8),
+        ("cuda_core_kernel", ("float", "1"), torch.float32, torch.float32),
+        ("cuda_core_kernel", ("bf16", "4"), torch.float32, torch.bfloat16),
+        ("sample_kernel", (), None, None),
+    ],
+)
+def test_launches_are_those_that_the_resources_are_reported_for(ops, library, kernel, arguments, dtype, cache_dtype):
     if dtype is None:
         ops.sample(*sampling(native_resources.VOCABULARY, [(0.0, 0, 1.0, 0.0)]).args())
     else:
@@ -507,9 +490,7 @@ SANITIZERS = {
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_sanitizers_find_nothing(sanitizer, eager, tmp_path):
-    program = emulated.build_program(
-        emulated.EMULATOR / "sanitized.cpp", tmp_path, "-O1", "-g", *SANITIZERS[sanitizer]
-    )
+    program = emulated.build_program(emulated.EMULATOR / "sanitized.cpp", tmp_path, "-O1", "-g", *SANITIZERS[sanitizer])
     environment = os.environ | ({"EMULATOR_EAGER": "1"} if eager else {})
     result = subprocess.run([str(program)], capture_output=True, text=True, env=environment)
     assert result.returncode == 0 and result.stdout == "done\n", result.stderr[-4000:]

@@ -22,13 +22,7 @@ pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="g++ is not on
 
 BF16, FP16, FP32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 PAGE = 16
-LENGTHS = [
-    140,
-    1,
-    0,
-    129,
-    17,
-]  # the fourth has its new token alone in a split of its own; the third is an empty slot
+LENGTHS = [140, 1, 0, 129, 17]  # the fourth has its new token alone in a split of its own; the third is an empty slot
 
 
 def config(heads: int, groups: int, dim: int, **more) -> ModelConfig:
@@ -175,9 +169,9 @@ def test_sixteen_bit_weights_lose_nothing_more(ops, dtype):
     check(ops, case, replace(case, weights=wide))
 
 
-@pytest.mark.parametrize("dtype, cache_dtype", [
-    (BF16, BF16), (FP16, FP16), (BF16, FP8), (FP16, FP8), (FP32, FP8), (FP32, BF16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, cache_dtype", [(BF16, BF16), (FP16, FP16), (BF16, FP8), (FP16, FP8), (FP32, FP8), (FP32, BF16)]
+)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_over_every_cache(ops, name, dtype, cache_dtype):
     check(ops, make_case(make_model(CONFIGS[name]), dtype, cache_dtype, LENGTHS[1:]))
@@ -244,15 +238,18 @@ def test_five_launches_a_layer_and_one_for_the_logits(ops, library, layers, batc
     assert library.emulator_launches() - before == 5 * layers + 1
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"lengths": torch.ones(9, dtype=torch.int32)}, "tokens: 9 of them; at most 8 on a GPU"),
-    ({"weights": {"experts": 4}}, "experts: 4; on a GPU this step is for dense models only"),
-    ({"weights": {"heads": 3}}, "heads: 3; expected a multiple of 2"),
-    ({"weights": {"layers": 1}}, "key_cache, value_cache: 4 and 4 dimensions; expected 5"),
-    ({"drop": -1}, "weights: 14 tensors, but down is still to come"),
-    ({"drop": 3}, "input norm: bfloat16; expected float32"),
-    ({"config": {"intermediate_size": 268}}, r"weights: rows of 268 \(inner width\) do not begin at mult"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"lengths": torch.ones(9, dtype=torch.int32)}, "tokens: 9 of them; at most 8 on a GPU"),
+        ({"weights": {"experts": 4}}, "experts: 4; on a GPU this step is for dense models only"),
+        ({"weights": {"heads": 3}}, "heads: 3; expected a multiple of 2"),
+        ({"weights": {"layers": 1}}, "key_cache, value_cache: 4 and 4 dimensions; expected 5"),
+        ({"drop": -1}, "weights: 14 tensors, but down is still to come"),
+        ({"drop": 3}, "input norm: bfloat16; expected float32"),
+        ({"config": {"intermediate_size": 268}}, r"weights: rows of 268 \(inner width\) do not begin at mult"),
+    ],
+)
 def test_bad_arguments_of_a_step(ops, change, message):
     model = make_model(config(4, 2, 64, **change.get("config", {})))
     case = make_case(model, BF16, BF16, [1] * len(change.get("lengths", [0])))
@@ -268,25 +265,20 @@ def test_bad_arguments_of_a_step(ops, change, message):
         case.run(native(ops))
 
 
-@pytest.mark.parametrize("width, inner, dtype, expected", [
-    (72, 264, BF16, 8), (72, 2600, BF16, 4), (72, 2600, FP32, 8), (68, 264, BF16, 0), (68, 264, FP32, 8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "width, inner, dtype, expected",
+    [(72, 264, BF16, 8), (72, 2600, BF16, 4), (72, 2600, FP32, 8), (68, 264, BF16, 0), (68, 264, FP32, 8)],
+)
 def test_python_knows_how_many_rows_a_step_takes(ops, library, width, inner, dtype, expected):
     sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": 1}
     model = make_model(config(1, 1, 64, **sizes))
     assert make_case(model, dtype, dtype, [1]).weights.cuda_rows == expected
     if expected:
         make_case(model, dtype, dtype, [1] * expected).run(native(ops))
-        kind = (
-            "float" if dtype == FP32 else "bf16",
-            str(expected),
-        )  # the head is the last launch, of `width` columns
+        kind = ("float" if dtype == FP32 else "bf16", str(expected))  # the head is the last launch, of `width` columns
         launched = library.emulator_last_threads() // 32, library.emulator_last_shared()
         assert launched == native_resources.launch_of("matvec_kernel", kind, columns=width)
-        assert (
-            native_resources.launch_of("matvec_kernel", kind, columns=inner)[1]
-            <= native_resources.MATVEC_SHARED
-        )
+        assert native_resources.launch_of("matvec_kernel", kind, columns=inner)[1] <= native_resources.MATVEC_SHARED
     with pytest.raises(RuntimeError, match=r"do not fit|do not begin|at most 8"):
         make_case(model, dtype, dtype, [1] * (expected + 1)).run(native(ops))
 

@@ -52,9 +52,7 @@ def test_there_is_one_openmp_runtime_and_it_is_torchs():
     )
     if sys.platform != "linux":
         pytest.skip("reads /proc")
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert answer.stdout.split() == ["3", "1"]
 
 
@@ -84,9 +82,7 @@ def test_the_report_says_what_was_built_and_what_is_missing(tmp_path, monkeypatc
 def test_kernels_that_do_not_exist_are_an_error():
     code = "from minimind.ops import native; native.build_info()"
     environment = {**os.environ, "MINIMIND_CPU_KERNELS": "avx1024"}
-    answer = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert answer.returncode != 0 and "MINIMIND_CPU_KERNELS=avx1024" in answer.stderr
 
 
@@ -112,9 +108,7 @@ def build_here(tmp_path: Path, monkeypatch, *tools: str, source: str | None = No
 
 def test_without_a_compiler_it_installs_and_says_so(tmp_path, monkeypatch):
     report = build_here(tmp_path, monkeypatch)
-    assert (
-        "no C++ compiler; install g++" in report["cpu"]["missing"] and "no nvcc" in report["cuda"]["missing"]
-    )
+    assert "no C++ compiler; install g++" in report["cpu"]["missing"] and "no nvcc" in report["cuda"]["missing"]
     package = tmp_path / "root" / "minimind"
     assert not (package / native_build.library_name("cpu")).exists()  # what is there no longer counts
     monkeypatch.setattr(native, "PACKAGE", package)
@@ -144,10 +138,7 @@ a.cpp:9:1: error: another
 ninja: build stopped: subcommand failed."""
     assert native_build.first_error(output) == "a.cpp:7:1: error: 'x' was not declared"
     linking = "/usr/bin/ld: a.o: multiple definition of `f'; b.o: first defined here\ncollect2: error: ld returned 1"
-    assert (
-        native_build.first_error(linking)
-        == "/usr/bin/ld: a.o: multiple definition of `f'; b.o: first defined here"
-    )
+    assert native_build.first_error(linking) == "/usr/bin/ld: a.o: multiple definition of `f'; b.o: first defined here"
     cmake = "CMake Error at CMakeLists.txt:3 (project):\n  No CMAKE_CXX_COMPILER could be found."
     assert native_build.first_error(cmake).endswith("No CMAKE_CXX_COMPILER could be found.")
     assert native_build.first_error("all is well") is None
@@ -157,11 +148,7 @@ ninja: build stopped: subcommand failed."""
 def test_a_compilers_error_reaches_the_user_and_nothing_old_stays(tmp_path, monkeypatch, capsys):
     if shutil.which("cmake") is None:
         pytest.skip("needs cmake")
-    tools = [
-        t
-        for t in ("cmake", "ninja", "make", "g++", "c++", "as", "ld", "sh", "ar", "ranlib")
-        if shutil.which(t)
-    ]
+    tools = [t for t in ("cmake", "ninja", "make", "g++", "c++", "as", "ld", "sh", "ar", "ranlib") if shutil.which(t)]
     report = build_here(tmp_path, monkeypatch, *tools, source="int main( {}\n")
     assert "register.cpp:1" in report["cpu"]["missing"] and "error" in report["cpu"]["missing"]
     assert not (tmp_path / "root" / "minimind" / native_build.library_name("cpu")).exists()
@@ -175,14 +162,7 @@ def test_one_wheel_for_every_python_runs_away_from_the_checkout(tmp_path):
     for folder in ("csrc", "kernels", "minimind"):
         unwanted = shutil.ignore_patterns("_native_*.so", native_build.REPORT, "__pycache__")
         shutil.copytree(ROOT / folder, source / folder, ignore=unwanted)
-    for file in (
-        "setup.py",
-        "pyproject.toml",
-        "MANIFEST.in",
-        "CMakeLists.txt",
-        "constraints.txt",
-        "README.md",
-    ):
+    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "CMakeLists.txt", "constraints.txt", "README.md"):
         shutil.copy(ROOT / file, source)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
@@ -197,7 +177,7 @@ def test_one_wheel_for_every_python_runs_away_from_the_checkout(tmp_path):
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
     site = tmp_path / "site"
     run(*pip, "install", "--no-deps", "--target", str(site), str(wheel))
-    code = "import minimind.kernels.rope; from minimind.ops import native; print(native.__file__); print(native.report())"
+    code = "import minimind.kernels.rope; from minimind.ops import native as n; print(n.__file__); print(n.report())"
     place, cpp, cuda = run(sys.executable, "-c", code, PYTHONPATH=str(site)).splitlines()
     assert place.startswith(str(site))
     assert cpp.startswith("C++: ") and "not used" not in cpp and "not built" not in cpp

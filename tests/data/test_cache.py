@@ -117,9 +117,7 @@ def test_compressed_files_equal_plain_ones(tmp_path, kind):
     gz.write_bytes(gzip.compress(data))
     zst.write_bytes(zstandard.ZstdCompressor().compress(data))
     cache = tmp_path / "cache"
-    corpora = [
-        open_corpus([p], ByteTokenizer(), cache, part_bytes=9000, console=QUIET) for p in (plain, gz, zst)
-    ]
+    corpora = [open_corpus([p], ByteTokenizer(), cache, part_bytes=9000, console=QUIET) for p in (plain, gz, zst)]
     for other in corpora[1:]:
         assert (other.sources[0].tokens == corpora[0].sources[0].tokens).all()
         assert (other.sources[0].index == corpora[0].sources[0].index).all()
@@ -267,12 +265,8 @@ def test_a_full_disk(path, tmp_path, monkeypatch, code, call):
         patched.setattr(owner, name, full)
         with pytest.raises(ValueError) as caught:
             open_corpus([path], ByteTokenizer(), tmp_path / "cache", part_bytes=1000, console=QUIET)
-    message = (
-        rf"{folder}/\w+: the disk or quota is full, about [\d.]+ MB more are needed; free some space or "
-    )
-    assert re.fullmatch(
-        message + r"choose another folder with --cache-dir or \$MINIMIND_CACHE", str(caught.value)
-    )
+    message = rf"{folder}/\w+: the disk or quota is full, about [\d.]+ MB more are needed; free some space or "
+    assert re.fullmatch(message + r"choose another folder with --cache-dir or \$MINIMIND_CACHE", str(caught.value))
     assert not list((tmp_path / "cache").glob("tokens/*/meta.json"))
     assert not list((tmp_path / "cache").glob("tokens/*/.*"))
     progress = json.loads(next((tmp_path / "cache").glob("tokens/*/progress.json")).read_text())
@@ -286,9 +280,7 @@ def test_a_full_disk(path, tmp_path, monkeypatch, code, call):
 
 def test_a_folder_that_cannot_be_written(path, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(
-        ValueError, match=r"cannot write here \(Not a directory\); choose another folder with --cache"
-    ):
+    with pytest.raises(ValueError, match=r"cannot write here \(Not a directory\); choose another folder with --cache"):
         open_corpus([path], ByteTokenizer(), tmp_path / "file", console=QUIET)
 
 
@@ -324,9 +316,7 @@ def test_no_home_is_said(path, monkeypatch):
     """As in a container whose user the system does not know."""
     monkeypatch.delenv("MINIMIND_CACHE", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    with pytest.raises(
-        ValueError, match=r"~/\.cache/minimind: there is no such home folder; choose .*--cache-dir"
-    ):
+    with pytest.raises(ValueError, match=r"~/\.cache/minimind: there is no such home folder; choose .*--cache-dir"):
         open_corpus([path], ByteTokenizer(), console=QUIET)
 
 
@@ -335,9 +325,7 @@ def test_progress_where_there_is_no_terminal(path, tmp_path, monkeypatch):
     console = listening()
     open_corpus([path], ByteTokenizer(), tmp_path / "cache", console=console)
     lines = console.export_text().splitlines()
-    assert (
-        sum(bool(re.fullmatch(r"tokenizing a.jsonl: .* of .* MB, .* MB/s, \d+ s left", s)) for s in lines) > 5
-    )
+    assert sum(bool(re.fullmatch(r"tokenizing a.jsonl: .* of .* MB, .* MB/s, \d+ s left", s)) for s in lines) > 5
     terminal = Console(file=io.StringIO(), force_terminal=True)
     open_corpus([path], ByteTokenizer(), tmp_path / "other", console=terminal)
 

@@ -35,9 +35,7 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 def opened(folder: Path, rows: list[Any], *options: Any) -> Corpus:
     folder.mkdir(exist_ok=True)
-    return open_conversations(
-        [write(folder / "a.jsonl", rows)], ENCODER, folder / "cache", *options, console=QUIET
-    )
+    return open_conversations([write(folder / "a.jsonl", rows)], ENCODER, folder / "cache", *options, console=QUIET)
 
 
 ROWS = [chat(*(f"{i} {'word ' * (i * k % 11)}." for k in range(2 * (1 + i % 3)))) for i in range(60)]
@@ -125,9 +123,11 @@ BAD = {
         [*chat("hi"), {"role": "assistant", "content": "", "tool_calls": "{oops"}],
         "message 1: tool_calls is a string but not JSON",
     ),
-    "surrogate": ('{"conversations": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}',
-                  "a lone surrogate"),
-}  # fmt: skip
+    "surrogate": (
+        '{"conversations": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}',
+        "a lone surrogate",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -185,16 +185,12 @@ def test_weights_and_their_sum_over_ranks(tmp_path, world_size):
     answers = ["plain", "<think>\nwhy\n</think>\n\n<answer>so</answer>", "<think>\n</think>\n\nno"]
     corpus = opened(tmp_path, [chat(f"{i}?", answers[i % 3]) for i in range(30)])
     ranks = [
-        PackedLoader(corpus, 48, 6, 5, rank=r, world_size=world_size, marker_weight=10.0)
-        for r in range(world_size)
+        PackedLoader(corpus, 48, 6, 5, rank=r, world_size=world_size, marker_weight=10.0) for r in range(world_size)
     ]
     plain = PackedLoader(corpus, 48, 6, 5)
     for _ in range(4):
         parts, whole = [rank.next_batch() for rank in ranks], plain.next_batch()
-        assert (
-            whole.loss_weights is None
-            and whole.global_weight == whole.global_num_targets == whole.num_targets
-        )
+        assert whole.loss_weights is None and whole.global_weight == whole.global_num_targets == whole.num_targets
         assert sum(part.num_targets for part in parts) == whole.num_targets
         for part in parts:
             assert part.loss_weights is not None and part.loss_weights.dtype == np.float32

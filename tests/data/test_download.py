@@ -68,9 +68,7 @@ class Hub:
             entries: list[dict[str, Any]] = [{"type": "directory", "path": "images"}]
             for name, body in FILES.items():
                 large = {"oid": self.sum(name), "size": len(body)} if name.endswith("l") else None
-                entries.append(
-                    {"type": "file", "path": name, "size": 130, **({"lfs": large} if large else {})}
-                )
+                entries.append({"type": "file", "path": name, "size": 130, **({"lfs": large} if large else {})})
             return self.send_json(http, entries)
         found = query.get("FilePath") or re.findall(r"/resolve/main/(.+)", url.path)
         if not found or found[0] not in FILES:
@@ -229,9 +227,8 @@ def test_other_content_is_not_overwritten(hub, tmp_path, capsys):
 
 def test_unknown_names(hub, tmp_path, capsys, monkeypatch):
     assert fetch(hub, tmp_path / "x", "sft_9") == 2
-    assert (
-        "sft_9: gongjy/minimind_dataset on modelscope has no such file; it has README.md, dpo.jsonl"
-        in error_of(capsys)
+    assert "sft_9: gongjy/minimind_dataset on modelscope has no such file; it has README.md, dpo.jsonl" in error_of(
+        capsys
     )
     monkeypatch.setattr(hub, "status", [404])
     assert fetch(hub, tmp_path, "dpo") == 2
@@ -242,9 +239,7 @@ def test_unknown_names(hub, tmp_path, capsys, monkeypatch):
 
 
 def test_no_network_is_one_line(tmp_path, capsys):
-    assert (
-        cli.run(["data", "download", "dpo", "--endpoint", "http://127.0.0.1:9", "--out", str(tmp_path)]) == 2
-    )
+    assert cli.run(["data", "download", "dpo", "--endpoint", "http://127.0.0.1:9", "--out", str(tmp_path)]) == 2
     assert "modelscope does not answer" in error_of(capsys)
 
 

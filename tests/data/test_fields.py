@@ -46,9 +46,7 @@ def conversations(folder: Path, *rows: Any, form: Form = AUTO, encoder: Any = EN
 
 def pairs(folder: Path, *rows: Any, form: Form = AUTO) -> Corpus:
     folder.mkdir(exist_ok=True)
-    return open_preferences(
-        [written(folder / "a.jsonl", *rows)], ENCODER, folder / "cache", console=QUIET, form=form
-    )
+    return open_preferences([written(folder / "a.jsonl", *rows)], ENCODER, folder / "cache", console=QUIET, form=form)
 
 
 def same(ours: Corpus, theirs: Corpus) -> bool:
@@ -122,10 +120,7 @@ def test_a_rows_tools_and_system_are_the_system_messages(tmp_path, tools):
 )
 def test_a_row_that_contradicts_its_system_message(tmp_path, beside, reason):
     for kind in ("conversation", "pair", "prompt"):
-        row = {
-            name: [SYSTEM, *value] if isinstance(value, list) else value
-            for name, value in KINDS[kind].items()
-        }
+        row = {name: [SYSTEM, *value] if isinstance(value, list) else value for name, value in KINDS[kind].items()}
         path = written(tmp_path / f"{kind}.jsonl", KINDS[kind], {**row, **beside})
         with pytest.raises(ValueError, match=re.escape(f"{path}:2: ") + ".*" + re.escape(reason)):
             open_kind(kind, path)
@@ -239,9 +234,7 @@ def test_a_field_of_a_message_that_would_be_lost(tmp_path, kind):
     lost = {"image": "cat.png"}
     row = {name: [{**ASKED[0], **lost}, *side[1:]] for name, side in KINDS[kind].items()}
     path = written(tmp_path / "a.jsonl", row)
-    with pytest.raises(
-        ValueError, match=r'a.jsonl:1: .*message 0: field "image" is not known and would be lost'
-    ):
+    with pytest.raises(ValueError, match=r'a.jsonl:1: .*message 0: field "image" is not known and would be lost'):
         open_kind(kind, path)
     assert open_kind(kind, path, form=Form(ignored=("image",))) == 1
     for name, owner in (("tools", "system"), ("reasoning_content", "assistant"), ("tool_calls", "assistant")):
@@ -274,12 +267,7 @@ def test_what_goes_to_the_rewards_is_said(tmp_path):
 
 PARTS = [{"type": "text", "text": "ah"}, {"type": "text", "text": "oy"}]
 CALL = {"name": "f", "arguments": {"a": 1}}
-CALLED = [
-    *ASKED,
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
-    {"role": "tool", "content": "3"},
-    SAID,
-]
+CALLED = [*ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "3"}, SAID]
 TURNS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ahoy"}]
 FORMS: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
     ("messages", {"messages": CHAT}, {"conversations": CHAT}),
@@ -323,14 +311,8 @@ PREFERENCES: list[tuple[Any, dict[str, Any]]] = [
     ("auto", {"chosen": CHAT, "rejected": OTHER, "prompt": "hi", "messages": CHAT, "score_chosen": 5}),
     ("messages", {"prompt": ASKED, "chosen": [SAID], "rejected": OTHER[1:]}),
     ("messages", {"prompt": "hi", "chosen": CHAT, "rejected": OTHER}),
-    (
-        "messages",
-        {"input": {"messages": ASKED}, "preferred_output": [SAID], "non_preferred_output": OTHER[1:]},
-    ),
-    (
-        "sharegpt",
-        {"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": {"from": "gpt", "value": "no"}},
-    ),
+    ("messages", {"input": {"messages": ASKED}, "preferred_output": [SAID], "non_preferred_output": OTHER[1:]}),
+    ("sharegpt", {"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": {"from": "gpt", "value": "no"}}),
     ("sharegpt", {"chosen": TURNS, "rejected": [TURNS[0], {"from": "gpt", "value": "no"}]}),
     ("alpaca", {"instruction": "hi", "input": "", "chosen": "ahoy", "rejected": "no"}),
 ]
@@ -345,8 +327,7 @@ def test_conversations_of_other_programs(tmp_path, name, theirs, ours):
     if "tools" in theirs:  # a call may be JSON in a string
         return
     texts = [
-        list(iter_texts(written(tmp_path / "t.jsonl", row), form=f))
-        for row, f in ((ours, Form()), (theirs, form))
+        list(iter_texts(written(tmp_path / "t.jsonl", row), form=f)) for row, f in ((ours, Form()), (theirs, form))
     ]
     assert sorted(texts[0]) == sorted(texts[1])
 

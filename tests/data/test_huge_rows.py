@@ -35,15 +35,12 @@ TEXTS = {"English": WORDS, "Chinese": "天地玄黃，宇宙洪荒。日月盈�
 
 def row(kind: str, text: str) -> str:
     said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}]
-    return (
-        json.dumps({"text": text} if kind == "text" else {"conversations": said}, ensure_ascii=False) + "\n"
-    )
+    return json.dumps({"text": text} if kind == "text" else {"conversations": said}, ensure_ascii=False) + "\n"
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    ("kind", "name"),
-    [("text", "English"), ("text", "Chinese"), ("chat", "Chinese"), ("chat", "an emoji among")],
+    ("kind", "name"), [("text", "English"), ("text", "Chinese"), ("chat", "Chinese"), ("chat", "an emoji among")]
 )
 def test_twenty_bytes_of_memory_for_a_byte_of_a_row(tmp_path, kind, name):
     """Of 32 MB, from the file to the token cache, beside what a row of a few words takes."""
@@ -54,8 +51,11 @@ def test_twenty_bytes_of_memory_for_a_byte_of_a_row(tmp_path, kind, name):
     places = [str(part) for path in paths for part in (path, tmp_path / path.stem)]
     answer = subprocess.run(
         [sys.executable, "-c", MEASURE, *places],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert answer.returncode == 0, answer.stderr
     (few, before), (tokens, peak) = (map(int, line.split()) for line in answer.stdout.splitlines())
     assert tokens > 1_000_000 > few
@@ -69,9 +69,7 @@ def test_a_row_that_is_too_large_is_named_or_skipped(tmp_path, monkeypatch, end)
     path = tmp_path / "a.jsonl"
     path.write_text(row("text", "good") + row("text", "a" * (1 << 20)) + row("text", "more").rstrip() + end)
     reason = "the row has more than 1 MiB; divide it into several rows"
-    with pytest.raises(
-        ValueError, match=re.escape(f"{path}:2: {reason}; fix the row or pass --on-bad-row skip")
-    ):
+    with pytest.raises(ValueError, match=re.escape(f"{path}:2: {reason}; fix the row or pass --on-bad-row skip")):
         list(read_documents(path))
     bad = BadRows()
     found = list(read_documents(path, "skip", bad=bad))

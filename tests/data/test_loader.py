@@ -194,9 +194,7 @@ def test_a_place_in_other_data_is_refused(corpus):
         PackedLoader(corpus, SEQ_LEN, rows=4, seed=5, shuffle=False),
         PackedLoader(split(corpus, 0.2)[0], SEQ_LEN, rows=4, seed=5),
     ]:
-        with pytest.raises(
-            ValueError, match=r"the checkpoint does not fit this data: .* was .* and is .* now"
-        ):
+        with pytest.raises(ValueError, match=r"the checkpoint does not fit this data: .* was .* and is .* now"):
             other.load_state(state)
     for change in [{"row": 10_000}, {"window": 99}, {"epoch": -1}]:
         with pytest.raises(ValueError, match="is damaged"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from minimind.data.loader import PackedLoader
-from minimind.data.mixture import Draw, Mixture, Part, Weight, describe_mixture, parse_part
+from minimind.data.mixture import Mixture, MixtureEntry, PartSampler, Weight, describe_mixture, parse_part
 from tests.data.fake import corpus_of, some_texts
 from tests.data.test_loader import same
 
@@ -18,14 +18,14 @@ def test_entries_of_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd:2").write_text("a file of that name")
     for entry, part in {
-        "a.jsonl": Part("a.jsonl"),
-        "builtin:arithmetic": Part("builtin:arithmetic"),
-        "odd:2": Part("odd:2"),
-        "a.jsonl:2": Part("a.jsonl", Weight((0.0,), (2.0,))),
-        "x/*.jsonl:0.5": Part("x/*.jsonl", Weight((0.0,), (0.5,))),
-        "a:0..3": Part("a", Weight((0.0, 1.0), (0.0, 3.0))),
-        "a:0@0.8..2": Part("a", Weight((0.8, 1.0), (0.0, 2.0))),
-        "a:1..4@0.25..1@0.5": Part("a", Weight((0.0, 0.25, 0.5), (1.0, 4.0, 1.0))),
+        "a.jsonl": MixtureEntry("a.jsonl"),
+        "builtin:arithmetic": MixtureEntry("builtin:arithmetic"),
+        "odd:2": MixtureEntry("odd:2"),
+        "a.jsonl:2": MixtureEntry("a.jsonl", Weight((0.0,), (2.0,))),
+        "x/*.jsonl:0.5": MixtureEntry("x/*.jsonl", Weight((0.0,), (0.5,))),
+        "a:0..3": MixtureEntry("a", Weight((0.0, 1.0), (0.0, 3.0))),
+        "a:0@0.8..2": MixtureEntry("a", Weight((0.8, 1.0), (0.0, 2.0))),
+        "a:1..4@0.25..1@0.5": MixtureEntry("a", Weight((0.0, 0.25, 0.5), (1.0, 4.0, 1.0))),
     }.items():
         assert parse_part(entry) == part
     assert parse_part("a:0@0.8..2").weight.at(0.9) == pytest.approx(1.0)
@@ -87,10 +87,7 @@ def test_a_resumed_mixture_goes_on_to_the_bit(corpus, world_size):
     schedule = mixture(corpus, Weight((0.0, 1.0), (3.0, 0.0)), Weight((0.0, 1.0), (0.1, 0.7)))
     one = PackedLoader(corpus, 48, 6, seed=5, mixture=schedule)
     one.horizon = 6 * 40
-    ranks = [
-        PackedLoader(corpus, 48, 6, 5, rank=r, world_size=world_size, mixture=schedule)
-        for r in range(world_size)
-    ]
+    ranks = [PackedLoader(corpus, 48, 6, 5, rank=r, world_size=world_size, mixture=schedule) for r in range(world_size)]
     for rank in ranks:
         rank.horizon = one.horizon
     for step in range(40):
@@ -117,5 +114,5 @@ def test_what_no_run_could_draw_from(corpus):
         mixture(corpus, Weight(), Weight(), seam=400)
     with pytest.raises(ValueError, match=r"at 0\.5 of the run every weight is 0"):
         mixture(corpus, Weight((0.0, 0.5), (1.0, 0.0)), Weight((0.5, 1.0), (0.0, 1.0)))
-    drawn = Draw(mixture(corpus, Weight((0.0,), (0.0,)), Weight())).rows(7)
+    drawn = PartSampler(mixture(corpus, Weight((0.0,), (0.0,)), Weight())).rows(7)
     assert drawn == [0, 7]

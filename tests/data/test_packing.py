@@ -30,16 +30,12 @@ def test_every_piece_is_in_one_row_within_capacity(case):
 
 def test_a_piece_goes_where_least_room_is_left():
     assert [row.tolist() for row in best_fit(np.array([6, 7, 3, 4, 10]), 10)] == [[4], [1, 2], [0, 3]]
-    assert [row.tolist() for row in best_fit(np.array([8, 6, 2]), 10)] == [[0, 2], [1]], (
-        "both have room for the last"
-    )
+    assert [row.tolist() for row in best_fit(np.array([8, 6, 2]), 10)] == [[0, 2], [1]], "both have room for the last"
 
 
 @pytest.mark.parametrize("lengths", [[3, 11], [0, 3], [-1]])
 def test_pieces_that_fit_no_row(lengths):
-    with pytest.raises(
-        ValueError, match=r"lengths from -?\d+ to \d+ cannot be packed into 10|lengths from -1"
-    ):
+    with pytest.raises(ValueError, match=r"lengths from -?\d+ to \d+ cannot be packed into 10|lengths from -1"):
         best_fit(np.array(lengths), 10)
 
 

@@ -69,25 +69,18 @@ def tree(tmp_path, monkeypatch) -> Path:
 EVERY = ["data/a.jsonl", "data/linked/b.jsonl", "data/linked/deep/c.txt"]
 
 
-@pytest.mark.parametrize(
-    "pattern", ["data", "data/", "./data", "data/**", "data/*", "data/../data/**", "dat?/**/*"]
-)
+@pytest.mark.parametrize("pattern", ["data", "data/", "./data", "data/**", "data/*", "data/../data/**", "dat?/**/*"])
 def test_a_folder_and_a_glob_agree_and_follow_links(tree, pattern):
     found = find_files([pattern])
     assert [os.path.normpath(path) for path in found.files.values()] == EVERY
     left_out = {kind: list(map(os.path.normpath, paths)) for kind, paths in found.left_out.items()}
     assert left_out.pop("hidden", None) == (["data/.git"] if pattern != "data/*" else None)
-    assert (
-        left_out == {"of another kind": ["data/notes.md"], "unreadable": ["data/gone.txt"]}
-        and not found.twice
-    )
+    assert left_out == {"of another kind": ["data/notes.md"], "unreadable": ["data/gone.txt"]} and not found.twice
 
 
 def test_a_link_to_the_folder_itself(tree):
     (tree / "other").symlink_to("data")
-    assert [str(path) for path in expand_paths(["other"])] == [
-        name.replace("data", "other", 1) for name in EVERY
-    ]
+    assert [str(path) for path in expand_paths(["other"])] == [name.replace("data", "other", 1) for name in EVERY]
 
 
 @pytest.mark.parametrize("pattern", ["data", "data/**", "data/**/*.txt"])
@@ -122,9 +115,7 @@ def test_loops_end(tree, pattern):
     assert names == {"a.jsonl", "p.txt", "q.txt"} - ({"a.jsonl"} if ".txt" in pattern else set())
     assert len(found.left_out["leading back to its own folder"]) == 4
     assert "4 leading back to its own folder (data/p/to_q/to_p)" in found.lines()[0]
-    assert len(found.twice) == 2 and found.lines()[1].startswith(
-        "named more than once and read once: 2 files"
-    )
+    assert len(found.twice) == 2 and found.lines()[1].startswith("named more than once and read once: 2 files")
 
 
 def test_hidden_names_that_a_pattern_spells(tree):
@@ -172,9 +163,7 @@ def test_names_in_any_bytes(tmp_path):
     for number, name in enumerate(names):
         write_jsonl(tmp_path / name, [f"text {number}"])
     console = listening()
-    corpus = open_corpus(
-        [tmp_path, tmp_path / names[1]], ByteTokenizer(), tmp_path / "cache", console=console
-    )
+    corpus = open_corpus([tmp_path, tmp_path / names[1]], ByteTokenizer(), tmp_path / "cache", console=console)
     assert sorted(text_of(corpus.document(i)) for i in range(2)) == ["text 0", "text 1"]
     open_corpus([tmp_path / "*.jsonl"], ByteTokenizer(), tmp_path / "cache", console=QUIET)
     write_json(tmp_path / "config.json", {"data": names})
@@ -185,9 +174,7 @@ def test_names_in_any_bytes(tmp_path):
 def test_the_tokenizer_reads_a_file_once_or_asks_for_one_weight(tree):
     script = runpy.run_path(str(ROOT / "train" / "tokenizer.py"))
     config = script["Config"](data=("data/a.jsonl", "data"), out=tree / "out")
-    assert [(str(path), weight) for path, weight in script["weighted_sources"](config)] == [
-        (n, 1.0) for n in EVERY
-    ]
+    assert [(str(path), weight) for path, weight in script["weighted_sources"](config)] == [(n, 1.0) for n in EVERY]
     config = script["Config"](data=("data/a.jsonl", "data"), weights=(1.0, 2.0), out=tree / "out")
     with pytest.raises(ValueError, match=r"--data: data/a.jsonl is in two entries; give it one weight"):
         script["weighted_sources"](config)

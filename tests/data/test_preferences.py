@@ -76,9 +76,7 @@ def test_every_pair_is_once_in_a_pass_and_whole(tmp_path, world_size, share):
         for r in range(world_size)
     ]
     for parts in zip(*ranks, strict=True):
-        counts = {
-            (b.global_num_pairs, b.global_weight, b.global_num_targets, b.input_ids.shape) for b in parts
-        }
+        counts = {(b.global_num_pairs, b.global_weight, b.global_num_targets, b.input_ids.shape) for b in parts}
         pairs = sum(len(b.pairs) for b in parts)
         targets = sum(b.num_targets for b in parts)
         assert counts == {(pairs, pairs, targets, (-(-5 // world_size), 192))}
@@ -135,9 +133,7 @@ def test_a_pair_longer_than_a_row_is_left_out_whole_and_counted(tmp_path):
     seq_len = sorted(lengths)[len(ROWS) // 2]
     loader = PairLoader(opened(tmp_path, ROWS), seq_len, 4)
     fit = [i for i, n in enumerate(lengths) if n <= seq_len]
-    assert (
-        0 < len(fit) < len(ROWS) and loader.left_out == len(ROWS) - len(fit) and loader.num_pairs == len(fit)
-    )
+    assert 0 < len(fit) < len(ROWS) and loader.left_out == len(ROWS) - len(fit) and loader.num_pairs == len(fit)
     assert loader.tokens_per_epoch == sum(lengths[i] for i in fit)
     assert sorted(i for batch in loader.epoch_batches() for i in batch.pairs) == fit
     with pytest.raises(ValueError, match=rf"--seq-len 9: .* the shortest pair has {min(lengths)} tokens"):
@@ -154,7 +150,7 @@ LONG = [
         ["千里之行，始于足下。" * 30 + "🙂" * 20],
         ["一 " * 40, "二", "🙂" * 60, "四", "why?"],
     )
-]  # fmt: skip
+]
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n?", re.DOTALL)
 
 
@@ -199,10 +195,7 @@ def test_a_long_prompt_loses_its_beginning_and_stays_a_conversation(tmp_path, lo
 
 
 def test_a_pair_of_long_answers_is_not_cut(tmp_path):
-    rows = [
-        pair(chat("why?", "because " * 90), chat("why?", "no " * 90)),
-        pair(chat("hi", "a"), chat("hi", "b")),
-    ]
+    rows = [pair(chat("why?", "because " * 90), chat("why?", "no " * 90)), pair(chat("hi", "a"), chat("hi", "b"))]
     path = write(tmp_path / "pairs.jsonl", rows)
     cut = open_preferences([path], ENCODER, tmp_path / "cache", console=QUIET, longest=64)
     assert cut.document(0).tolist() == [t for side in encoded(rows[0]) for t in side.ids]
@@ -211,8 +204,10 @@ def test_a_pair_of_long_answers_is_not_cut(tmp_path):
 
 GOOD, WORSE = chat("hi", "hello"), chat("hi", "go away")
 BAD = {
-    "missing": ('{"chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]}',
-                'no field "rejected" (fields: chosen)'),
+    "missing": (
+        '{"chosen": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}]}',
+        'no field "rejected" (fields: chosen)',
+    ),
     "other format": ('{"conversations": []}', 'no field "chosen" (fields: conversations)'),
     "same": (pair(GOOD, GOOD), "chosen and rejected are the same"),
     "looks the same": (pair(GOOD, [GOOD[0], {**GOOD[1], "note": 1}]), "chosen and rejected are the same"),
@@ -222,7 +217,7 @@ BAD = {
     "role": (pair([{"role": "narrator", "content": "once"}], GOOD), "chosen: message 0 has the role 'narrator'"),
     "silent": (pair(GOOD, chat("hi", " ")), "rejected: message 1, of the assistant, is empty"),
     "no list": (pair("hi", GOOD), 'chosen: field "chosen" is a string, not a list of messages'),  # type: ignore[arg-type]
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -79,10 +79,7 @@ def test_no_copy_of_a_training_prompt_is_held_out(tmp_path, encoder):
         ({"conversations": [EMPTY]}, "nothing stands before the assistant's turn"),
         ({"text": "a"}, 'no field "conversations"'),
         ({"conversations": [*ASKED, EMPTY], "reference": 4}, "the reference is a number, not a string"),
-        (
-            {"conversations": [{"role": "user", "content": "word " * 200}, EMPTY]},
-            "more than --max-prompt 100",
-        ),
+        ({"conversations": [{"role": "user", "content": "word " * 200}, EMPTY]}, "more than --max-prompt 100"),
         ({"conversations": [{"role": "person", "content": "a"}, EMPTY]}, "has the role 'person'"),
         ("{not json\n", "malformed JSON"),
     ],

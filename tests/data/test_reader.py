@@ -38,11 +38,7 @@ def error_of(path: Path) -> str:
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst"])
 def test_rows_lines_and_places(tmp_path, ending):
     found = list(read_documents(put(tmp_path / f"a.{ending}", GOOD)))
-    assert [(d.text, d.num_bytes, d.line) for d in found] == [
-        ("one", 3, 1),
-        ("two 字", 7, 3),
-        ("three", 5, 5),
-    ]
+    assert [(d.text, d.num_bytes, d.line) for d in found] == [("one", 3, 1), ("two 字", 7, 3), ("three", 5, 5)]
     assert (found[-1].end.offset, found[-1].end.line) == (len(GOOD), 5)
 
 
@@ -184,10 +180,7 @@ def test_texts_of_every_stage(tmp_path):
         ('{"prompt": "a"}', 'none of the fields "text", "conversations", "chosen" and "rejected"'),
         ('{"conversations": "a"}', 'field "conversations" is a string, not a list of messages'),
         ('{"chosen": ["a"], "rejected": []}', 'field "chosen" holds a string, not a message object'),
-        (
-            '{"conversations": [{"content": "\\udc00"}]}',
-            "the text holds a lone surrogate (\\udc00), which is not",
-        ),
+        ('{"conversations": [{"content": "\\udc00"}]}', "the text holds a lone surrogate (\\udc00), which is not"),
     ],
 )
 def test_bad_rows_of_every_stage(tmp_path, row, reason):

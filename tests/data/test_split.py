@@ -13,12 +13,7 @@ from minimind.data.split import repeats, shared, split
 from tests.data.fake import QUIET, ByteTokenizer, corpus_of, some_texts, text_of
 
 TEXTS = some_texts(400)
-COPIES = [
-    *TEXTS[:300],
-    *TEXTS[:100:2],
-    *TEXTS[300:],
-    *TEXTS[1:100:2],
-]  # every text below 100 twice, far apart
+COPIES = [*TEXTS[:300], *TEXTS[:100:2], *TEXTS[300:], *TEXTS[1:100:2]]  # every text below 100 twice, far apart
 
 
 class WideTokenizer(ByteTokenizer):

@@ -14,7 +14,7 @@ from minimind.lora import LoRAConfig, add_adapter, lora_linears
 from minimind.lora_files import save_adapter
 from minimind.modeling import Model
 from minimind.training.arguments import StageArgs
-from minimind.training.origin import Origin
+from minimind.training.origin import InitialModel
 from minimind.weights import save_weights
 from tests.export.small import CONFIGS, model_of
 
@@ -65,14 +65,16 @@ def test_hf(folder, tmp_path, capsys):
     out = tmp_path / "my model"
     status, lines, _ = run(capsys, "--model", folder, "--to", "hf", "--out", out)
     assert (
-        status == 0
-        and lines[0].startswith(f"{out}: ")
-        and lines[0].endswith(", fp32, for transformers, vLLM and trl")
+        status == 0 and lines[0].startswith(f"{out}: ") and lines[0].endswith(", fp32, for transformers, vLLM and trl")
     )
     assert lines[1] == f"next: minimind chat --model '{out}'; vllm serve '{out}'"
     assert {file.name for file in out.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert len({file.stat().st_mode for file in out.iterdir()}) == 1, "who may read one may read all"
     assert same(model_of(CONFIGS["qwen3"]), load_model(out))
 
@@ -122,9 +124,7 @@ def test_an_adapter_is_merged_for_every_target(folder, tmp_path, capsys):
     merge_adapter(wanted)
     remove_adapters(wanted)
     for target, out in (("hf", tmp_path / "hf"), ("pth", tmp_path / "m.pth")):
-        status, _, _ = run(
-            capsys, "--model", folder, "--lora", lora, "--merge-lora", "--to", target, "--out", out
-        )
+        status, _, _ = run(capsys, "--model", folder, "--lora", lora, "--merge-lora", "--to", target, "--out", out)
         found = load_model(out, None if target == "hf" else wanted.config)
         assert status == 0 and same(wanted, found) and not same(base, found)
     assert not (tmp_path / "hf" / "adapter").exists()
@@ -141,13 +141,11 @@ def test_a_lora_run_is_its_base_with_the_adapter_beside(folder, tmp_path, capsys
     assert same(model_of(CONFIGS["qwen3"]), load_model(out)), "the base itself"
 
     with pytest.raises(ValueError, match="an adapter without its model; minimind export"):
-        Origin.of(StageArgs(from_=str(run_folder)), None)  # type: ignore[arg-type]
+        InitialModel.of(StageArgs(from_=str(run_folder)), None)  # type: ignore[arg-type]
 
     peft = pytest.importorskip("peft", reason="install minimind[dev]: reads the adapter")
     transformers = pytest.importorskip("transformers", reason="install minimind[export]")
-    theirs = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(out), out / "adapter"
-    )
+    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(out), out / "adapter")
     merged = tmp_path / "merged"
     assert run(capsys, "--model", run_folder, "--merge-lora", "--to", "hf", "--out", merged)[0] == 0
     again = tmp_path / "again"  # the adapter's own folder says where its base is
@@ -184,9 +182,7 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys):
     (tmp_path / "full" / "mine.txt").write_text("mine")
     (tmp_path / "m.pth").write_text("mine")
     base = ("--model", folder)
-    assert "exists and is not empty" in refused(
-        capsys, tmp_path, *base, "--to", "hf", "--out", tmp_path / "full"
-    )
+    assert "exists and is not empty" in refused(capsys, tmp_path, *base, "--to", "hf", "--out", tmp_path / "full")
     assert "m.pth: exists;" in refused(capsys, tmp_path, *base, "--out", tmp_path / "m.pth")
     below = tmp_path / "m.pth" / "m.gguf"
     assert f"--out {below}: cannot be written" in refused(capsys, tmp_path, *base, "--out", below)
@@ -220,9 +216,7 @@ def test_an_adapter_of_grouped_attention_rides_on_granite(tmp_path, capsys):
     assert run(capsys, "--model", shared, "--lora", lora, "--to", "hf", "--out", out)[0] == 0
     peft = pytest.importorskip("peft", reason="install minimind[dev]: reads the adapter")
     transformers = pytest.importorskip("transformers", reason="install minimind[export]")
-    model = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(out), out / "adapter"
-    )
+    model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(out), out / "adapter")
     assert sum("lora_B" in name for name, _ in model.named_parameters()) == 4  # q and v of two layers
 
 
@@ -231,16 +225,12 @@ def test_whom_a_name_is_taken_for_is_said(folder, tmp_path, capsys, monkeypatch)
     foreign = adapter(tmp_path / "adapter", CONFIGS["qwen3"], base=folder)
     (foreign / "base_model.json").unlink(missing_ok=True)
     settings = json.loads((foreign / "adapter_config.json").read_text())
-    (foreign / "adapter_config.json").write_text(
-        json.dumps(settings | {"base_model_name_or_path": "my/base"})
-    )
+    (foreign / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "my/base"}))
     shutil.copytree(folder, tmp_path / "my" / "base")
     monkeypatch.chdir(tmp_path)
     status, lines, _ = run(capsys, "--model", foreign, "--merge-lora", "--out", tmp_path / "m.pth")
     base = tmp_path / "my" / "base"
-    assert (
-        status == 0 and lines[0] == f"{foreign}: only says the name of its base model; {base} is taken for it"
-    )
+    assert status == 0 and lines[0] == f"{foreign}: only says the name of its base model; {base} is taken for it"
 
 
 def test_a_vocabulary_that_does_not_fit(tmp_path, capsys):

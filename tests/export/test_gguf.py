@@ -94,12 +94,19 @@ def test_the_shape_is_written_under_the_keys_of_each_architecture(tmp_path):
             "feed_forward_length": 64 if config.num_experts else 96,
         }  # fmt: skip
         if config.num_experts:
-            wanted |= {"expert_count": 4, "expert_used_count": config.num_experts_per_tok,
-                       "expert_feed_forward_length": 64}  # fmt: skip
+            wanted |= {
+                "expert_count": 4,
+                "expert_used_count": config.num_experts_per_tok,
+                "expert_feed_forward_length": 64,
+            }
         if kind == "granitemoe":
-            wanted |= {"logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0,
-                       "attention.scale": pytest.approx(32**-0.5),
-                       "expert_shared_feed_forward_length": 96 * config.num_shared_experts}  # fmt: skip
+            wanted |= {
+                "logit_scale": 1.0,
+                "residual_scale": 1.0,
+                "embedding_scale": 1.0,
+                "attention.scale": pytest.approx(32**-0.5),
+                "expert_shared_feed_forward_length": 96 * config.num_shared_experts,
+            }
         if config.rope_scaling is not None:
             # llama.cpp multiplies cos and sin by 0.1 ln(factor) + 1 by itself
             undo = 1.0 if "paper" in name else 1 / (0.1 * math.log(4.0) + 1)
@@ -163,9 +170,7 @@ def test_padding_is_written_so_that_nobody_draws_it(variant, tmp_path):
     path = export_gguf(wide, load_tokenizer(), tmp_path / "m.gguf", "f32")
     tensors = {t.name: torch.from_numpy(t.data.copy()) for t in gguf.GGUFReader(path).tensors}
     head = tensors["output.weight" if variant == "llama, untied" else "token_embd.weight"]
-    assert len(tensors["token_embd.weight"]) == len(head) == 6464 and torch.equal(
-        head[:6400], model.head_weight
-    )
+    assert len(tensors["token_embd.weight"]) == len(head) == 6464 and torch.equal(head[:6400], model.head_weight)
     logits = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 3 @ head.T
     assert (logits.argmax(-1) < 6400).all() and (logits.softmax(-1)[:, 6400:] < 1 / 6400).all()
 

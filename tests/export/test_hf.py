@@ -18,7 +18,7 @@ from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.tokenization.tokenizer import CONFIG_FILE
 from minimind.training.arguments import StageArgs
-from minimind.training.origin import Origin
+from minimind.training.origin import InitialModel
 from tests.export.small import CONFIGS, EXPERTS, model_of
 from tests.test_golden import CASES, load_case
 
@@ -66,9 +66,7 @@ def test_the_same_logits_and_greedy_tokens(name, tmp_path, monkeypatch):
     model = model_of(CONFIGS[name])
     export_hf(model, load_tokenizer(), tmp_path)
     theirs = opened(tmp_path)
-    assert (
-        type(theirs).__name__ == f"{CLASSES[name.split(',')[0]]}ForCausalLM" and theirs.dtype == torch.float32
-    )
+    assert type(theirs).__name__ == f"{CLASSES[name.split(',')[0]]}ForCausalLM" and theirs.dtype == torch.float32
     ids = torch.randint(16, 6400, (2, 200), generator=torch.Generator().manual_seed(1))
     check_logits(model, theirs, ids, monkeypatch)
 
@@ -102,7 +100,7 @@ def test_it_opens_here_again(name, tmp_path):
         assert back.config == stretched
         state = back.state_dict()
         assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-        origin = Origin.of(StageArgs(from_=str(folder)), None)  # type: ignore[arg-type]
+        origin = InitialModel.of(StageArgs(from_=str(folder)), None)  # type: ignore[arg-type]
         assert origin.config == stretched and origin.tokenizer.fingerprint == load_tokenizer().fingerprint
 
 
@@ -217,9 +215,7 @@ def test_other_peoples_files():
     assert ModelConfig.from_dict({**raw, "shared_intermediate_size": 0}).num_shared_experts == 0
     raw = hf_config(CONFIGS["qwen3moe"], load_tokenizer(), torch.float32)
     del raw["norm_topk_prob"], raw["num_experts"]
-    config = ModelConfig.from_dict(
-        {**raw, "num_local_experts": 4}
-    )  # the name transformers 5 has for it inside
+    config = ModelConfig.from_dict({**raw, "num_local_experts": 4})  # the name transformers 5 has for it inside
     assert config.num_experts == 4 and not config.norm_topk_prob
     with pytest.raises(ValueError, match="use_sliding_window"):
         ModelConfig.from_dict(

@@ -44,9 +44,7 @@ def test_turns_are_the_templates(name, tmp_path):
     words = turns.go_template()
     assert turns.opening in json.loads(words[words.rindex('"<|im_start|>') : words.rindex('"') + 1])
     if name == "minimind2":
-        assert "You are a helpful assistant" in words and turns.default_system.startswith(
-            "<|im_start|>system"
-        )
+        assert "You are a helpful assistant" in words and turns.default_system.startswith("<|im_start|>system")
 
 
 CHATML = (

@@ -30,9 +30,7 @@ def test_the_file_is_upstreams(name, tmp_path):
     assert {key: list(tensor.shape) for key, tensor in state.items()} == UPSTREAM[name]
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     for key in UPSTREAM[name]:
-        assert torch.equal(state[key], tensors[f"weights/{key.replace('lm_head', 'model.embed_tokens')}"]), (
-            key
-        )
+        assert torch.equal(state[key], tensors[f"weights/{key.replace('lm_head', 'model.embed_tokens')}"]), key
     assert equal(load_model(tmp_path / "ours.pth", case["config"]), model)
 
 

@@ -66,9 +66,7 @@ def test_dpo_step(folder, tmp_path):
 def test_peft_lora_step(folder, tmp_path):
     rows = datasets.Dataset.from_list([{"messages": QUESTION + ANSWER}] * 2)
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    trainer = trl.SFTTrainer(
-        str(folder), settings(trl.SFTConfig, tmp_path), train_dataset=rows, peft_config=lora
-    )
+    trainer = trl.SFTTrainer(str(folder), settings(trl.SFTConfig, tmp_path), train_dataset=rows, peft_config=lora)
     before = parameters(trainer)
     assert before and all("lora_" in name for name in before)
     check_trained(trainer, before)

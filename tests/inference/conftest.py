@@ -8,8 +8,7 @@ from minimind.inference.engine import Engine
 
 def pytest_generate_tests(metafunc):
     if any(
-        value is Engine or getattr(value, "__name__", "") == "engine_of"
-        for value in vars(metafunc.module).values()
+        value is Engine or getattr(value, "__name__", "") == "engine_of" for value in vars(metafunc.module).values()
     ):
         metafunc.fixturenames.append("host")
         metafunc.parametrize("host", ["in step", "late"], indirect=True)

@@ -17,14 +17,12 @@ VARIANTS = {
     "dense": {},
     "qk_norm, untied": {"qk_norm": True, "tie_word_embeddings": False},
     "moe": {"num_experts": 4, "moe_intermediate_size": 32, "num_shared_experts": 1},
-    "moe top-1, qk_norm": {
-        "num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "qk_norm": True,
-    },
+    "moe top-1, qk_norm": {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "qk_norm": True},
     "yarn": {
         "max_position_embeddings": 64,
         "rope_scaling": YarnScaling(factor=4.0, original_max_position_embeddings=64),
     },
-}  # fmt: skip
+}
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch
 
 from minimind import ModelConfig, cli
 from minimind.apps.chat import Args, Terminal, _one_shot, main, open_conversation, printable
-from minimind.inference.conversation import Conversation
+from minimind.inference.conversation import ChatSession
 from minimind.inference.engine import Engine
 from minimind.inference.loading import ModelArgs, open_model, stretched
 from minimind.inference.requests import Request, SamplingParams
@@ -29,11 +29,11 @@ from tests.inference.small import small_model, small_tokenizer
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0, ignore_eos=True)
 
 
-def conversation(**options) -> Conversation:
+def conversation(**options) -> ChatSession:
     model = small_model(max_position_embeddings=options.pop("positions", 512))
     engine = Engine(model, small_tokenizer(), max_batch=1, backend="reference")
     options = {"params": GREEDY, "context": engine.max_context, **options}
-    return Conversation(engine, small_tokenizer(), **options)
+    return ChatSession(engine, small_tokenizer(), **options)
 
 
 def expected_answer(messages: list[dict], **variables) -> str:
@@ -143,11 +143,7 @@ def test_commands(capsys):
     talk = terminal.conversation
     assert (talk.system, talk.thinking, talk.messages) == ("Be brief.", True, [])
     text = out.getvalue()
-    assert (
-        "/reset" in text
-        and "unknown command '/nonsense'" in text
-        and "unknown command '/think maybe'" in text
-    )
+    assert "/reset" in text and "unknown command '/nonsense'" in text and "unknown command '/think maybe'" in text
     terminal.say("Hello")
     for line in ("/think", "/system", "/reset"):
         terminal.command(line)
@@ -169,17 +165,7 @@ def test_one_shot_writes_the_answer_alone_to_stdout(folder, capsys, monkeypatch)
 
 
 def test_the_same_seed_says_the_same(folder, capsys):
-    flags = [
-        "chat",
-        "--model",
-        str(folder),
-        "--prompt",
-        "Hello",
-        "--max-new-tokens",
-        "20",
-        "--temperature",
-        "2",
-    ]
+    flags = ["chat", "--model", str(folder), "--prompt", "Hello", "--max-new-tokens", "20", "--temperature", "2"]
     texts = []
     for seed in ("1", "1", "2"):
         assert cli.run([*flags, "--seed", seed]) == 0
@@ -297,9 +283,7 @@ def test_the_command_lists_what_there_is(capsys):
     out = capsys.readouterr().out
     assert all(f"  {name} " in out for name in cli.COMMANDS) and out.splitlines()[-1] == "0.1.0"
     assert cli.run(["dance"]) == 2
-    assert capsys.readouterr().err == (
-        f"error: unknown command 'dance'; choose from {', '.join(cli.COMMANDS)}\n"
-    )
+    assert capsys.readouterr().err == (f"error: unknown command 'dance'; choose from {', '.join(cli.COMMANDS)}\n")
 
 
 @pytest.fixture(scope="module")
@@ -325,9 +309,7 @@ def test_a_session_in_a_terminal(talkative):
         os.environ |= {"OMP_NUM_THREADS": "1", "TERM": "xterm"}
         flags = ["--model", str(talkative), "--temperature", "0", "--max-new-tokens", "1500"]
         os.chdir(Path(__file__).parents[2])
-        os.execv(
-            sys.executable, [sys.executable, "-m", "minimind.cli", "chat", *flags, "--backend", "reference"]
-        )
+        os.execv(sys.executable, [sys.executable, "-m", "minimind.cli", "chat", *flags, "--backend", "reference"])
     try:
         _until(fd, "> ")
         os.write(fd, b"/help\n")

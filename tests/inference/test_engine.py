@@ -8,20 +8,10 @@ from minimind.inference.requests import Request, SamplingParams
 from minimind.inference.tracking import mix
 from minimind.lora import LoRAConfig, add_adapter
 from minimind.ops import native
-from tests.inference.small import (
-    VARIANTS,
-    greedy,
-    is_greedy,
-    random_prompts,
-    small_model,
-    small_tokenizer,
-)
+from tests.inference.small import VARIANTS, greedy, is_greedy, random_prompts, small_model, small_tokenizer
 
 MISSING = native.why_not(torch.device("cpu"))
-BACKENDS = [
-    "reference",
-    pytest.param("native", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING))),
-]
+BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING)))]
 
 
 def engine_of(model, tokenizer=None, **options):

@@ -161,9 +161,7 @@ def test_generation(folder):
     model, tokenizer = small_model(), small_tokenizer()
     lm = HarnessModel(model, tokenizer, Engine(model, tokenizer))
     settings = {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": True, "temperature": 0.7}
-    texts = lm.generate_until(
-        instances(("Hello", settings), ("Hello", settings), ("x" * 3000, {"max_gen_toks": 8}))
-    )
+    texts = lm.generate_until(instances(("Hello", settings), ("Hello", settings), ("x" * 3000, {"max_gen_toks": 8})))
     assert texts[0] == texts[1] and len(texts) == 3, "seeded"
     assert lm.generate_until(instances(("", {"max_gen_toks": 4, "until": "zzz"})))[0] is not None
     with pytest.raises(ValueError, match="generation setting 'num_beams' is not supported"):

@@ -13,7 +13,7 @@ from minimind.inference import batch, transfer
 from minimind.inference import engine as engine_module
 from minimind.inference.batch import DecodeBatch
 from minimind.inference.requests import Request, SamplingParams
-from minimind.inference.scheduler import Sample
+from minimind.inference.scheduler import SequenceState
 from tests.inference import test_engine
 from tests.inference.small import is_greedy, small_model, small_tokenizer
 
@@ -90,10 +90,7 @@ def check_twin(engine):
     names = ("slot", "offset", "position", "length", "active")
     for name in names if not batch._changed else ():
         assert batch.tensor[name][:rows].tolist() == batch._array[name][:rows].tolist(), name
-        assert (batch._array[name][rows:] == (-1 if name == "slot" else 0)).all() or name in (
-            "offset",
-            "position",
-        )
+        assert (batch._array[name][rows:] == (-1 if name == "slot" else 0)).all() or name in ("offset", "position")
 
 
 def play(engine, actions):
@@ -280,9 +277,7 @@ def test_a_sample_that_ends_by_its_length_runs_no_step_more():
     params = [SamplingParams(n, temperature=0) for n in (1, 3, 4)]
     outputs = engine.generate([Request(prompt, p) for prompt, p in zip(prompts, params, strict=True)])
     assert rows == [2, 2, 1]  # two and three tokens are decoded, the first ones come with the prompts
-    for prompt, output in zip(
-        prompts, outputs, strict=True
-    ):  # rows that moved up took their tokens with them
+    for prompt, output in zip(prompts, outputs, strict=True):  # rows that moved up took their tokens with them
         assert is_greedy(model(), prompt, output.token_ids)
 
 
@@ -308,9 +303,7 @@ def test_the_host_is_waited_for_where_it_has_a_say():
     plain = engine.submit(Request([1, 2], SamplingParams(20, temperature=0)))
     assert engine.step() == []
     assert len(engine.step()) == 1
-    bound = engine.submit(
-        Request([3], SamplingParams(4, temperature=0), constraint=functools.partial(Few, 9))
-    )
+    bound = engine.submit(Request([3], SamplingParams(4, temperature=0), constraint=functools.partial(Few, 9)))
     assert [delta.id for delta in engine.step()] == [plain, plain, bound]
     for _ in range(2):
         assert [delta.id for delta in engine.step()] == [plain, bound]
@@ -344,7 +337,7 @@ def test_cancelling_what_has_ended_unread_is_too_late():
 def test_practice_steps_leave_the_rows_as_they_are():
     """Before a graph is captured its step runs once, on a twin without rows."""
     late = DecodeBatch(4, 3, 4, 50, torch.device("cpu"), late=True)
-    sample = Sample(0, 0, 1, [1, 2, 3])
+    sample = SequenceState(0, 0, 1, [1, 2, 3])
     sample.pages, sample.computed = [2], 3
     late.join(sample, SamplingParams(repetition_penalty=1.5), seed=5)
     late.upload()

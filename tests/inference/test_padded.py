@@ -15,10 +15,7 @@ from tests.inference.padded import padded
 from tests.inference.small import VARIANTS, random_prompts, small_model, small_tokenizer
 
 MISSING = native.why_not(torch.device("cpu"))
-BACKENDS = [
-    "reference",
-    pytest.param("native", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING))),
-]
+BACKENDS = ["reference", pytest.param("native", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING)))]
 TOKENIZER = small_tokenizer()
 WAYS = [
     {"temperature": 0},
@@ -77,9 +74,7 @@ def test_a_prompt_of_surplus_ids_is_refused():
     size = TOKENIZER.vocab_size
     for tokenizer in (TOKENIZER, None):
         engine = Engine(padded(small_model()), tokenizer, kv_tokens=64, max_batch=1, backend="reference")
-        with pytest.raises(
-            ValueError, match=f"token id {size} of the prompt is outside the vocabulary of {size}"
-        ):
+        with pytest.raises(ValueError, match=f"token id {size} of the prompt is outside the vocabulary of {size}"):
             engine.submit(Request([5, size]))
 
 
@@ -111,9 +106,7 @@ def test_a_config_says_which_ids_the_tokenizer_has():
     assert ModelConfig.from_dict(narrow.to_dict()) == narrow
     assert narrow.with_tokenizer(6464, "x") == config
     assert "64 of the model's 6,464 rows" in (narrow.padding_note or "") and config.padding_note is None
-    with pytest.raises(
-        ValueError, match="--from X: the tokenizer has 6465 ids, the model 6464 rows for them"
-    ):
+    with pytest.raises(ValueError, match="--from X: the tokenizer has 6465 ids, the model 6464 rows for them"):
         config.with_tokenizer(6465, "--from X")
     for wrong in (0, 6464, 7000):
         with pytest.raises(ValueError, match="tokenizer_size"):

@@ -11,16 +11,8 @@ from rich.console import Console
 
 from minimind import ModelConfig, cli, ops
 from minimind.config import YarnScaling
-from minimind.evaluation.perplexity import (
-    BATCH_TOKENS,
-    Args,
-    _folder,
-    curves_of,
-    measure,
-    parse_contexts,
-    read_stream,
-)
-from minimind.inference.loading import ModelArgs, Opened
+from minimind.evaluation.perplexity import BATCH_TOKENS, Args, _folder, curves_of, measure, parse_contexts, read_stream
+from minimind.inference.loading import LoadedModel, ModelArgs
 from minimind.weights import save_weights
 from tests.inference.small import TEXT, small_model, small_tokenizer
 
@@ -163,10 +155,7 @@ def test_the_command(folder, capsys):
         (["--ppl", "BOOK", "--context", "65536"], "the longest --context wants 65,537"),
         (["--ppl", "BOOK", "--tokens", "100"], "--tokens 100: the longest context alone is 2048"),
         (["--ppl", "nowhere.txt"], "nowhere.txt"),
-        (
-            ["--ppl", "BOOK", "--context", "64", "--out", "BOOK"],
-            "book.txt: cannot be made (File exists); name another",
-        ),
+        (["--ppl", "BOOK", "--context", "64", "--out", "BOOK"], "book.txt: cannot be made (File exists); name another"),
         (["--tasks", "arc_easy", "--limit", "-1"], "--limit -1: at least 1"),
         (["--tasks", "arc_easy", "--few-shot", "-1"], "--few-shot -1: at least 0"),
     ],
@@ -180,10 +169,8 @@ def test_bad_input(flags, message, folder, capsys):
 
 def test_a_folder_that_takes_no_results_is_said_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(
-        ValueError, match=rf"{tmp_path}: the results cannot be written there; name a folder with --out"
-    ):
-        _folder(Args(out=str(tmp_path)), Opened(None, None, torch.float32, None, None, []))
+    with pytest.raises(ValueError, match=rf"{tmp_path}: the results cannot be written there; name a folder with --out"):
+        _folder(Args(out=str(tmp_path)), LoadedModel(None, None, torch.float32, None, None, []))
 
 
 @pytest.mark.parametrize("factor", [float("nan"), 1e6])
@@ -193,16 +180,7 @@ def test_weights_that_have_no_perplexity(factor, folder, capsys):
         model.norm.weight *= factor
     save_weights(model, folder / "broken")
     small_tokenizer().save(folder / "broken")
-    flags = [
-        "--ppl",
-        str(folder / "book.txt"),
-        "--context",
-        "64",
-        "--tokens",
-        "64",
-        "--out",
-        str(folder / "out"),
-    ]
+    flags = ["--ppl", str(folder / "book.txt"), "--context", "64", "--tokens", "64", "--out", str(folder / "out")]
     assert cli.run(["evaluate", "--model", str(folder / "broken"), *flags]) == 2
     assert "nats a token have no perplexity" in capsys.readouterr().err
     assert not any((folder / "out").iterdir())

@@ -11,7 +11,7 @@ from minimind.inference.prefill import ChunkAttention, pack
 from minimind.inference.replica import Replica
 from minimind.inference.requests import SamplingParams
 from minimind.inference.runner import Runner
-from minimind.inference.scheduler import Chunk, Sample
+from minimind.inference.scheduler import Chunk, SequenceState
 from minimind.ops import varlen
 from tests.inference.small import small_model
 
@@ -20,7 +20,7 @@ TOKENS = torch.randint(0, 50, (3, 40), generator=torch.Generator().manual_seed(0
 
 
 def sample(tokens, pages):
-    out = Sample(0, 0, 1, tokens)
+    out = SequenceState(0, 0, 1, tokens)
     out.pages = pages
     return out
 
@@ -146,9 +146,7 @@ def test_rows_beyond_the_batch_change_nothing():
     runner._batch.advance()
     before = cache.k.clone()
     exact, padded = runner._decode_layers(2), runner._decode_layers(4)
-    assert torch.allclose(
-        padded[:2], exact, rtol=0, atol=64 * torch.finfo(torch.float32).eps * exact.abs().max()
-    )
+    assert torch.allclose(padded[:2], exact, rtol=0, atol=64 * torch.finfo(torch.float32).eps * exact.abs().max())
     changed = (cache.k != before) & ~(cache.k.isnan() & before.isnan())
     assert changed.flatten(2).any(-1).any(0).nonzero().flatten().tolist() == [0, 5]
 

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from minimind.inference.requests import Completion, Request, RequestOutput, SamplingParams, Timing
+from minimind.inference.requests import Completion, Request, RequestOutput, RequestTiming, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_frozen():
 
 def test_an_output_speaks_for_its_first_sample():
     completions = [Completion(i, f"text {i}", [i, 7, 8], [-1.0, -2.0, -3.0], [], "length") for i in range(2)]
-    output = RequestOutput("a", [1, 2], completions, timing=Timing(0.5, 1.0, 3.0))
+    output = RequestOutput("a", [1, 2], completions, timing=RequestTiming(0.5, 1.0, 3.0))
     assert (output.text, output.token_ids, output.finish_reason) == ("text 0", [0, 7, 8], "length")
     assert output.completion_tokens == 6
     assert output.tokens_per_second == 2.0  # four tokens after the first ones, in two seconds

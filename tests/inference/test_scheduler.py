@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind.inference.cache import PagePool
-from minimind.inference.scheduler import Sample, Scheduler
+from minimind.inference.scheduler import Scheduler, SequenceState
 
 SIZE = 4
 
@@ -21,7 +21,7 @@ class Run:
         self.written: dict[int, list[tuple[int, ...]]] = {}  # page -> what its slots hold, as token prefixes
 
     def add(self, arrival, tokens, wanted, count=1):
-        self.scheduler.add(Sample(arrival, 0, count, list(tokens)))
+        self.scheduler.add(SequenceState(arrival, 0, count, list(tokens)))
         for index in range(count):
             self.wanted[arrival, index] = wanted
 

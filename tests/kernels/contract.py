@@ -35,9 +35,7 @@ def run(function: Function, inputs: Sequence[Tensor], dtype: torch.dtype | None,
         return outputs
     seeds = [rand(*out.shape, seed=99 + i).to(out.dtype) for i, out in enumerate(outputs)]
     if dtype == torch.float64:  # the truth is told the same rounded gradients as the rest
-        seeds = [
-            rand(*out.shape, seed=99 + i).to(inputs[0].dtype).to(out.dtype) for i, out in enumerate(outputs)
-        ]
+        seeds = [rand(*out.shape, seed=99 + i).to(inputs[0].dtype).to(out.dtype) for i, out in enumerate(outputs)]
     gradients = torch.autograd.grad(outputs, leaves, seeds, allow_unused=True)
     return [out.detach() for out in outputs] + [
         torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, gradients, strict=True)
@@ -46,9 +44,7 @@ def run(function: Function, inputs: Sequence[Tensor], dtype: torch.dtype | None,
 
 def _cast_like(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """`tensor` in `dtype`, detached, with the strides it has."""
-    strided = torch.empty_strided(
-        tensor.size(), tensor.stride(), dtype=dtype or tensor.dtype, device=tensor.device
-    )
+    strided = torch.empty_strided(tensor.size(), tensor.stride(), dtype=dtype or tensor.dtype, device=tensor.device)
     return strided.copy_(tensor.detach())
 
 
@@ -57,9 +53,7 @@ def error(value: Tensor, truth: Tensor) -> float:
     return (value.double() - truth).abs().max().item() if truth.numel() else 0.0
 
 
-def assert_within(
-    value: Tensor, plain: Tensor, truth: Tensor, name: str = "", moved: Tensor | None = None
-) -> None:
+def assert_within(value: Tensor, plain: Tensor, truth: Tensor, name: str = "", moved: Tensor | None = None) -> None:
     """The contract for one tensor: `plain` is what PyTorch makes of the same inputs in the same dtype. Where `value` is
     added up along another way than `plain` is, `moved` is the truth of the model `moved` by rounding."""
     assert value.shape == plain.shape and value.dtype == plain.dtype, name

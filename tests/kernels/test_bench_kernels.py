@@ -14,7 +14,7 @@ import torch
 from bench import kernels, peers, tuning
 from bench.kernel_cases import (
     BUILDERS,
-    Setting,
+    KernelSetting,
     applies,
     build,
     head_work,
@@ -23,7 +23,7 @@ from bench.kernel_cases import (
     rope_work,
     swiglu_work,
 )
-from bench.kernel_report import COLUMNS, Row, append, plot, slug
+from bench.kernel_report import COLUMNS, KernelRow, append, plot, slug
 from bench.parity import ALLOWED, worst_ratio
 from bench.timing import PASSES, Step, measure, step_of
 from minimind.config import PRESETS, ModelConfig
@@ -53,10 +53,10 @@ def bench(runs: int = 2) -> kernels.Bench:
     return kernels.Bench(CPU, torch.float32, runs, {"GB/s": 10.0, "TFLOP/s": 0.1}, STAMP)
 
 
-def row(**changes) -> Row:
+def row(**changes) -> KernelRow:
     fixed = {"op": "swiglu", "preset": "tiny", "shape": "I 40", "tokens": 64, "dtype": "float32"}
     values = STAMP | fixed | {"phase": "both", "contender": "minimind", "status": "ok"}
-    return Row(**(values | changes))
+    return KernelRow(**(values | changes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -142,9 +142,7 @@ def test_a_contender_that_dies_in_its_turn_does_not_stop_the_others():
         if len(turns) == 3:
             raise RuntimeError("out of memory")
 
-    found = measure(
-        {"mortal": Step(lambda: None, mortal), "fine": Step(lambda: None, lambda _: None)}, CPU, 4
-    )
+    found = measure({"mortal": Step(lambda: None, mortal), "fine": Step(lambda: None, lambda _: None)}, CPU, 4)
     assert found["mortal"] == "RuntimeError: out of memory" and len(turns) == 3
     assert found["fine"].runs == 4
 
@@ -186,7 +184,7 @@ class _Spy(torch.autograd.Function):
 
 def test_work_by_hand():
     def setting(preset):
-        return Setting(ModelConfig.preset(preset), 10, torch.bfloat16, CPU, False)
+        return KernelSetting(ModelConfig.preset(preset), 10, torch.bfloat16, CPU, False)
 
     small = setting("minimind2-small")
     assert norm_work(small, 1).forward == 2 * 10 * 512 * 2  # x in, y out, two bytes each
@@ -226,10 +224,7 @@ def test_rows_are_added_never_rewritten(tmp_path):
 def test_changed_columns_are_an_error_that_names_the_file(tmp_path):
     path = tmp_path / "kernels.csv"
     path.write_text(",".join(COLUMNS[:-1]) + "\n", encoding="utf-8")
-    for write in (
-        lambda: append(path, [row()]),
-        lambda: kernels.main(kernels.Args(device="cpu", out=str(tmp_path))),
-    ):
+    for write in (lambda: append(path, [row()]), lambda: kernels.main(kernels.Args(device="cpu", out=str(tmp_path)))):
         with pytest.raises(ValueError, match=r"kernels\.csv: its columns .*error_ratio"):
             write()
     assert path.read_text(encoding="utf-8").count("\n") == 1
@@ -237,18 +232,15 @@ def test_changed_columns_are_an_error_that_names_the_file(tmp_path):
 
 def test_a_table_that_cannot_be_written_is_an_error_before_anything_is_measured(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(
-        ValueError, match=r"kernels\.csv: cannot be written .*; name another folder with --out"
-    ):
+    with pytest.raises(ValueError, match=r"kernels\.csv: cannot be written .*; name another folder with --out"):
         kernels.main(kernels.Args(device="cpu", out=str(tmp_path / "file" / "below")))
 
 
 def test_main_writes_rows_and_a_picture(tmp_path, capsys):
     ops = ("rms_norm", "rope", "rope_qk_norm", "linear_cross_entropy", "moe")
     args = kernels.Args(
-        ops=ops, presets=("tiny", "tiny-normed"), tokens=(32,), dtype="fp32", device="cpu", repeat=2,
-        out=str(tmp_path),
-    )  # fmt: skip
+        ops=ops, presets=("tiny", "tiny-normed"), tokens=(32,), dtype="fp32", device="cpu", repeat=2, out=str(tmp_path)
+    )
     outcome = kernels.main(args)
     json.dumps(outcome)
     assert "no GPU" in capsys.readouterr().out
@@ -271,8 +263,11 @@ def test_last_line_is_json(tmp_path):
     flags = ("--ops", "swiglu", "--presets", "nano", "--tokens", "16", "--repeat", "1", "--device", "cpu")
     result = subprocess.run(
         [sys.executable, "bench/kernels.py", *flags, "--out", str(tmp_path)],
-        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1])["csv"] == str(tmp_path / "kernels.csv")
 

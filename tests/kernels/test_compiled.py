@@ -58,9 +58,7 @@ with host_stub.stubbed(86):
 def run(*command: str) -> list[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), environment.get("PYTHONPATH", "")))
-    answer = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
+    answer = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert answer.returncode == 0, answer.stdout[-2000:] + answer.stderr[-3000:]
     return answer.stdout.splitlines()
 

@@ -51,7 +51,8 @@ def losses(kernels: bool) -> dict[str, Case]:
     """The three losses of the head. The weight gets a gradient as well."""
     return {
         "linear_cross_entropy": (
-            lambda x, w: linear_cross_entropy(x, w, targets(x), kernels=kernels), lambda n: [*hidden(n), HEAD]
+            lambda x, w: linear_cross_entropy(x, w, targets(x), kernels=kernels),
+            lambda n: [*hidden(n), HEAD],
         ),
         "linear_log_probs": (
             lambda x, w: linear_log_probs(x, w, targets(x), entropy=True, kernels=kernels),
@@ -61,20 +62,18 @@ def losses(kernels: bool) -> dict[str, Case]:
             lambda x, w: linear_distillation(x, w, x.detach()[:, :8], TEACHER, kernels=kernels),
             lambda n: [*hidden(n), HEAD],
         ),
-    }  # fmt: skip
+    }
 
 
 KERNELS: dict[str, Case] = {
     "rms_norm": (lambda x: rms_norm(x, WEIGHT, 1e-5), hidden),
-    "add_rms_norm": (
-        lambda x, y: add_rms_norm(x, y, WEIGHT, 1e-5), lambda n: [*hidden(n), rand(n, 16, seed=8)]
-    ),
+    "add_rms_norm": (lambda x, y: add_rms_norm(x, y, WEIGHT, 1e-5), lambda n: [*hidden(n), rand(n, 16, seed=8)]),
     "swiglu": (swiglu, hidden),
     "rope": (rotated, lambda n: [rand(n, 64, seed=9)]),
     "route": (gates_and_scores, lambda n: [rand(n, 4, seed=10)]),
     "moe_experts": (routed_experts, lambda n: [*hidden(n), rand(n, 4, seed=10)]),
     **losses(kernels=True),
-}  # fmt: skip
+}
 EVERY = KERNELS | {f"{name}, PyTorch": case for name, case in losses(kernels=False).items()}
 
 

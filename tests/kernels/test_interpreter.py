@@ -12,9 +12,7 @@ from tests.kernels.contract import DEVICE, INTERPRETING, rand
 def test_rounding_to_bfloat16_is_pytorchs():
     from tests.kernels.interpreter import to_bfloat16
 
-    values = torch.cat(
-        (rand(5000, scale=1e3), torch.tensor([0.0, -0.0, 1.00390625, 1.01171875, 3.4e38, 1e-40]))
-    )
+    values = torch.cat((rand(5000, scale=1e3), torch.tensor([0.0, -0.0, 1.00390625, 1.01171875, 3.4e38, 1e-40])))
     values = torch.cat((values, torch.tensor([float("inf"), -float("inf"), float("nan")])))
     rounded = torch.from_numpy(to_bfloat16(values.numpy()).view(np.int16)).view(torch.bfloat16)
     torch.testing.assert_close(rounded, values.bfloat16(), rtol=0, atol=0, equal_nan=True)

@@ -73,16 +73,14 @@ def test_rms_norm(sparse, launch_one):
     weight, tile = torch.ones(WIDTH), dict(D=WIDTH, SPLIT=False, BLOCK_R=BLOCK, BLOCK_D=WIDTH)
     part, dy_part = filled(x, 1).clone().requires_grad_(), filled(dy, 2)
     launch_one(
-        rms_norm._rms_norm_forward_kernel, LAST,
-        x, None, weight, y, None, rstd, ROWS, 1, WIDTH, 0, 0, 0, 1e-5, **tile,
-    )  # fmt: skip
+        rms_norm._rms_norm_forward_kernel, LAST, x, None, weight, y, None, rstd, ROWS, 1, WIDTH, 0, 0, 0, 1e-5, **tile
+    )
     expected = rms_norm_ref(part, weight, 1e-5)
     torch.testing.assert_close(y[-BLOCK:], expected)
     partial = sparse(LAST + 1, WIDTH, dtype=torch.float32)
     launch_one(
-        rms_norm._rms_norm_backward_kernel, LAST,
-        dy, x, weight, rstd, None, dx, partial, ROWS, 1, WIDTH, 0, **tile,
-    )  # fmt: skip
+        rms_norm._rms_norm_backward_kernel, LAST, dy, x, weight, rstd, None, dx, partial, ROWS, 1, WIDTH, 0, **tile
+    )
     expected.backward(dy_part)
     torch.testing.assert_close(dx[-BLOCK:], part.grad)
 
@@ -102,11 +100,7 @@ def test_swiglu(sparse, launch_one):
 @pytest.mark.parametrize("section", [0, 1, 2])
 def test_rope(section, sparse, launch_one):
     """One query, one key and one value head; the last block of each."""
-    qkv, dqkv, outputs = (
-        sparse(ROWS, 3 * WIDTH),
-        sparse(ROWS, 3 * WIDTH),
-        [sparse(ROWS, WIDTH) for _ in range(3)],
-    )
+    qkv, dqkv, outputs = (sparse(ROWS, 3 * WIDTH), sparse(ROWS, 3 * WIDTH), [sparse(ROWS, WIDTH) for _ in range(3)])
     table, ids = rand(1, WIDTH // 2), torch.zeros(1, dtype=torch.int64)
     none, tile = [None] * 2, dict(H=1, G=1, HALF=WIDTH // 2, BLOCK_R=BLOCK, BLOCK_H=WIDTH // 2)
     part = filled(qkv, 1).unflatten(1, (3, WIDTH))[:, section].float()
@@ -124,9 +118,7 @@ def test_rope(section, sparse, launch_one):
         ROWS, 1, 1, blocks, blocks, blocks, 0, **tile,
     )  # fmt: skip
     back = dqkv[-BLOCK:].unflatten(1, (3, WIDTH))[:, section].float()
-    scale = (
-        1 if section == 2 else 2 * table.square().repeat(1, 2)
-    )  # turned there and back, by cos = sin = table
+    scale = 1 if section == 2 else 2 * table.square().repeat(1, 2)  # turned there and back, by cos = sin = table
     torch.testing.assert_close(back, part * scale, rtol=2e-2, atol=2e-2)
 
 

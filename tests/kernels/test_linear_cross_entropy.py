@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minimind.kernels import linear_chunks
+from minimind.kernels import chunked_linear
 from minimind.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from tests.kernels.contract import DEVICE, DTYPES, assert_second_backward_agrees, assert_within, error, rand
 
@@ -34,9 +34,7 @@ def head_results(function, inputs, dtype):
     result = function(*leaves)
     outputs = [result] if isinstance(result, torch.Tensor) else [t for t in result if t is not None]
     assert all(out.dtype == (dtype or torch.float32) for out in outputs)
-    seeds = [
-        rand(*out.shape, seed=99 + i).to(out.dtype) if out.ndim else None for i, out in enumerate(outputs)
-    ]
+    seeds = [rand(*out.shape, seed=99 + i).to(out.dtype) if out.ndim else None for i, out in enumerate(outputs)]
     grads = torch.autograd.grad(outputs, leaves, seeds, allow_unused=True)
     pairs = zip(grads, leaves, strict=True)
     return [out.detach() for out in outputs] + [
@@ -46,18 +44,18 @@ def head_results(function, inputs, dtype):
 
 def small_chunks(monkeypatch, rows=16):
     """`rows` rows at a time, whatever the vocabulary."""
-    monkeypatch.setattr(linear_chunks, "LOGITS_BYTES", {"cpu": 0, "cuda": 0})
-    monkeypatch.setattr(linear_chunks, "ROWS_MULTIPLE", rows)
+    monkeypatch.setattr(chunked_linear, "LOGITS_BYTES", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(chunked_linear, "ROWS_MULTIPLE", rows)
 
 
 def small_tiles(monkeypatch):
     """Rows are longer than a tile."""
-    monkeypatch.setattr(linear_chunks, "CONFIGS", {80: linear_chunks.Config(whole=64, part=64, per_warp=16)})
+    monkeypatch.setattr(chunked_linear, "CONFIGS", {80: chunked_linear.Config(whole=64, part=64, per_warp=16)})
 
 
 def as_on_a_device(monkeypatch):
     """Values may not be looked at, as on a GPU."""
-    monkeypatch.setattr(linear_chunks, "on_host", lambda tensor: False)
+    monkeypatch.setattr(chunked_linear, "on_host", lambda tensor: False)
 
 
 def head(tokens, size=32, vocab=211, dtype=torch.float32, confident=False):
@@ -139,8 +137,9 @@ def test_linear_cross_entropy(case, dtype, kernels):
     assert_head_contract(
         lambda x, w: linear_cross_entropy(x, w, targets, loss_weights, kernels=kernels, **options),
         lambda x, w: linear_cross_entropy_ref(x, w, targets, loss_weights, **options),
-        [x, weight], ["loss", "dx", "dw"],
-    )  # fmt: skip
+        [x, weight],
+        ["loss", "dx", "dw"],
+    )
 
 
 @both_forms
@@ -152,8 +151,9 @@ def test_several_chunks(monkeypatch, dtype, kernels):
     assert_head_contract(
         lambda x, w: linear_cross_entropy(x, w, targets, loss_weights, kernels=kernels),
         lambda x, w: linear_cross_entropy_ref(x, w, targets, loss_weights),
-        [x, weight], ["loss", "dx", "dw"],
-    )  # fmt: skip
+        [x, weight],
+        ["loss", "dx", "dw"],
+    )
 
 
 @both_dtypes
@@ -166,8 +166,9 @@ def test_rows_longer_than_a_tile(monkeypatch, case, dtype):
     assert_head_contract(
         lambda x, w: linear_cross_entropy(x, w, targets, loss_weights, kernels=True, **options),
         lambda x, w: linear_cross_entropy_ref(x, w, targets, loss_weights, **options),
-        [x, weight], ["loss", "dx", "dw"],
-    )  # fmt: skip
+        [x, weight],
+        ["loss", "dx", "dw"],
+    )
 
 
 @both_forms
@@ -181,8 +182,9 @@ def test_as_training_calls_it(kernels, confident):
     assert_head_contract(
         lambda x, w: linear_cross_entropy(x, w, targets, weight_sum=weight_sum, kernels=kernels),
         lambda x, w: linear_cross_entropy_ref(x, w, targets, weight_sum=weight_sum),
-        [x, weight], ["loss", "dx", "dw"],
-    )  # fmt: skip
+        [x, weight],
+        ["loss", "dx", "dw"],
+    )
 
 
 @both_forms
@@ -229,9 +231,7 @@ def test_weight_sum_divides_and_nothing_over_nothing_is_zero(kernels):
     x, weight, targets = head(9)
     x.requires_grad_()
     loss = linear_cross_entropy(x, weight, targets, kernels=kernels)
-    fifth = linear_cross_entropy(
-        x, weight, targets, weight_sum=torch.tensor(5.0, device=DEVICE), kernels=kernels
-    )
+    fifth = linear_cross_entropy(x, weight, targets, weight_sum=torch.tensor(5.0, device=DEVICE), kernels=kernels)
     torch.testing.assert_close(fifth, loss / 5)
     none = torch.zeros(9, device=DEVICE)
     for function, options in ((linear_cross_entropy, {"kernels": kernels}), (linear_cross_entropy_ref, {})):
@@ -271,26 +271,28 @@ def test_num_targets(monkeypatch, slack, dtype, kernels):
     assert_head_contract(
         lambda x, w: linear_cross_entropy(x, w, targets, num_targets=num_targets, kernels=kernels),
         lambda x, w: linear_cross_entropy_ref(x, w, targets),
-        [x, weight], ["loss", "dx", "dw"],
-    )  # fmt: skip
+        [x, weight],
+        ["loss", "dx", "dw"],
+    )
 
 
 @both_forms
 @both_dtypes
 def test_nearly_all_targets_are_not_gathered(monkeypatch, dtype, kernels):
-    assert linear_chunks.ALL_ROWS_ABOVE["cuda"] < 0.99
-    monkeypatch.setattr(linear_chunks, "ALL_ROWS_ABOVE", {DEVICE.type: 0.95, "cuda": 0.95})
+    assert chunked_linear.ALL_ROWS_ABOVE["cuda"] < 0.99
+    monkeypatch.setattr(chunked_linear, "ALL_ROWS_ABOVE", {DEVICE.type: 0.95, "cuda": 0.95})
     small_chunks(monkeypatch)
     as_on_a_device(monkeypatch)
     x, weight, targets = head(200, dtype=dtype)
     targets[7] = targets[100] = -100
-    assert linear_chunks.select_rows(targets != -100, 198).index is None
-    assert linear_chunks.select_rows(targets != -100, 190).index is not None
+    assert chunked_linear.select_rows(targets != -100, 198).index is None
+    assert chunked_linear.select_rows(targets != -100, 190).index is not None
     assert_head_contract(
         lambda x, w: linear_cross_entropy(x, w, targets, num_targets=198, kernels=kernels),
         lambda x, w: linear_cross_entropy_ref(x, w, targets),
-        [x, weight], ["loss", "dx", "dw"],
-    )  # fmt: skip
+        [x, weight],
+        ["loss", "dx", "dw"],
+    )
     assert linear_cross_entropy(x, weight, targets, num_targets=197, kernels=kernels).isnan()
 
 
@@ -408,17 +410,17 @@ def test_on_a_gpu_no_part_of_dw_is_rounded_before_the_sum(monkeypatch):
     """What cuBLAS is asked for, on a machine that need not have it."""
     on_gpu = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr(torch, "mm", lambda a, b, **options: options)
-    assert linear_chunks._product(on_gpu, on_gpu) == {"out_dtype": torch.float32}
+    assert chunked_linear._product(on_gpu, on_gpu) == {"out_dtype": torch.float32}
 
 
 def test_chunks_keep_to_the_budget():
     for device, vocab, size in (("cpu", 6400, 4), ("cuda", 6400, 2), ("cuda", 6400, 4), ("cuda", 50304, 2)):
-        rows = linear_chunks.chunk_rows(torch.device(device), vocab * size)
+        rows = chunked_linear.chunk_rows(torch.device(device), vocab * size)
         bytes_ = rows * vocab * size
         assert rows % 64 == 0
-        assert bytes_ <= linear_chunks.LOGITS_BYTES[device] < bytes_ + 64 * vocab * size
-    assert linear_chunks.chunk_rows(torch.device("cpu"), 6400 * 4) == 512
-    assert linear_chunks.chunk_rows(torch.device("cpu"), 10**9) == 64
+        assert bytes_ <= chunked_linear.LOGITS_BYTES[device] < bytes_ + 64 * vocab * size
+    assert chunked_linear.chunk_rows(torch.device("cpu"), 6400 * 4) == 512
+    assert chunked_linear.chunk_rows(torch.device("cpu"), 10**9) == 64
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: that the host never waits for it")
@@ -447,9 +449,7 @@ def test_no_host_sync(num_targets, kernels):
 def test_second_backward(dtype, kernels):
     x, weight, targets = head(20, dtype=dtype)
     targets = some_ignored(targets)
-    assert_second_backward_agrees(
-        lambda x, w: linear_cross_entropy(x, w, targets, kernels=kernels), [x, weight]
-    )
+    assert_second_backward_agrees(lambda x, w: linear_cross_entropy(x, w, targets, kernels=kernels), [x, weight])
 
 
 @both_forms
@@ -483,9 +483,7 @@ def test_reference_is_the_framework_s_loss():
     capped = 3 * torch.tanh(logits / 3)
     z = 0.1 * (capped.logsumexp(1) ** 2)[targets != -100].sum()
     expected = F.cross_entropy(capped, targets, reduction="sum") + z
-    torch.testing.assert_close(
-        linear_cross_entropy_ref(x, weight, targets, z_loss=0.1, softcap=3.0), expected
-    )
+    torch.testing.assert_close(linear_cross_entropy_ref(x, weight, targets, z_loss=0.1, softcap=3.0), expected)
 
 
 def test_reference_by_finite_differences():
@@ -494,9 +492,7 @@ def test_reference_by_finite_differences():
     x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
     for options in ({}, {"z_loss": 0.1, "softcap": 2.0, "weight_sum": torch.tensor(3.0, device=DEVICE)}):
         assert torch.autograd.gradcheck(
-            lambda x, w, options=options: linear_cross_entropy_ref(
-                x, w, targets, mixed_weights(5), **options
-            ),
+            lambda x, w, options=options: linear_cross_entropy_ref(x, w, targets, mixed_weights(5), **options),
             (x, weight),
         )
 
@@ -507,9 +503,7 @@ def test_opcheck(kernels):
     op, a, w = torch.ops.minimind.linear_cross_entropy, x.requires_grad_(), weight.requires_grad_()
     targets = some_ignored(targets)
     torch.library.opcheck(op, (a, w, targets, None, None, None, -100, 0.0, 0.0, kernels, True, True))
-    torch.library.opcheck(
-        op, (a, w, targets, mixed_weights(9), rand().exp(), 9, -100, 0.1, 9.0, kernels, True, False)
-    )
+    torch.library.opcheck(op, (a, w, targets, mixed_weights(9), rand().exp(), 9, -100, 0.1, 9.0, kernels, True, False))
     plain = a.detach(), w.detach()
     torch.library.opcheck(op, (*plain, targets, None, None, 8, -100, 0.0, 0.0, kernels, False, False))
 
@@ -520,9 +514,7 @@ def test_a_bound_that_changes_does_not_break_the_graph():
 
     def loss(num_targets):
         total = torch.ones((), device=DEVICE)
-        return linear_cross_entropy(
-            x, weight, targets, weight_sum=total, num_targets=num_targets, kernels=True
-        )
+        return linear_cross_entropy(x, weight, targets, weight_sum=total, num_targets=num_targets, kernels=True)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for num_targets in (9, 10, 12):
@@ -533,10 +525,7 @@ def test_a_bound_that_changes_does_not_break_the_graph():
 BAD = {
     r"x is torch.float64": lambda x, w, t: ((x.double(), w, t), {}),
     r"x is \[2, 2, 16\]": lambda x, w, t: ((x[:4].view(2, 2, 16), w, t), {}),
-    r"weight is \[37, 15\], and x \[5, 16\] needs \[vocabulary, 16\]": lambda x, w, t: (
-        (x, w[:, :15], t),
-        {},
-    ),
+    r"weight is \[37, 15\], and x \[5, 16\] needs \[vocabulary, 16\]": lambda x, w, t: ((x, w[:, :15], t), {}),
     r"weight is \[0, 16\]": lambda x, w, t: ((x, w[:0], t), {}),
     r"weight is on meta": lambda x, w, t: ((x, w.to("meta"), t), {}),
     r"targets is torch.int64 \[4\]": lambda x, w, t: ((x, w, t[:4]), {}),
@@ -566,17 +555,14 @@ def test_any_shape_mask_and_bound(kernels, data):
     x, weight, targets = head(tokens, size=data.draw(st.integers(1, 40)), vocab=vocab)
     targets = some_ignored(targets, share=data.draw(st.floats(0, 1)))
     count = int((targets != -100).sum())
-    options = dict(
-        z_loss=data.draw(st.sampled_from([0.0, 1e-3])), softcap=data.draw(st.sampled_from([0.0, 7.0]))
-    )
+    options = dict(z_loss=data.draw(st.sampled_from([0.0, 1e-3])), softcap=data.draw(st.sampled_from([0.0, 7.0])))
     bound = data.draw(st.one_of(st.none(), st.integers(count, count + 50)))
     with pytest.MonkeyPatch.context() as monkeypatch:
         small_chunks(monkeypatch, rows=data.draw(st.integers(1, 50)))
         small_tiles(monkeypatch)
         assert_head_contract(
-            lambda x, w: linear_cross_entropy(
-                x, w, targets, num_targets=bound, kernels=kernels, **options
-            ),
+            lambda x, w: linear_cross_entropy(x, w, targets, num_targets=bound, kernels=kernels, **options),
             lambda x, w: linear_cross_entropy_ref(x, w, targets, **options),
-            [x, weight], ["loss", "dx", "dw"],
-        )  # fmt: skip
+            [x, weight],
+            ["loss", "dx", "dw"],
+        )

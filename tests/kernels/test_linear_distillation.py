@@ -27,19 +27,22 @@ def heads(tokens, size=32, teacher_size=48, vocab=211, dtype=torch.float32, scal
         rand(*shape, seed=i, scale=factor).to(dtype)
         for i, (shape, factor) in enumerate(
             [
-                ((tokens, size), 1.0), ((vocab, size), scale),
-                ((tokens, teacher_size), 1.0), ((vocab, teacher_size), scale),
+                ((tokens, size), 1.0),
+                ((vocab, size), scale),
+                ((tokens, teacher_size), 1.0),
+                ((vocab, teacher_size), scale),
             ]
         )
-    ]  # fmt: skip
+    ]
 
 
 def assert_distillation_contract(inputs, kernels, loss_weights=None, num_targets=None, **options):
     assert_head_contract(
         lambda *t: linear_distillation(*t, loss_weights, num_targets=num_targets, kernels=kernels, **options),
         lambda *t: linear_distillation_ref(*t, loss_weights, **options),
-        inputs, NAMES,
-    )  # fmt: skip
+        inputs,
+        NAMES,
+    )
 
 
 CASES = {
@@ -241,9 +244,7 @@ def test_masked_tokens_cost_nothing(monkeypatch, kernels):
 
     def work(loss_weights, num_targets):
         with Watch() as watch:
-            linear_distillation(
-                x, weight, *teacher, loss_weights, num_targets=num_targets, kernels=kernels
-            ).backward()
+            linear_distillation(x, weight, *teacher, loss_weights, num_targets=num_targets, kernels=kernels).backward()
         return watch.work
 
     assert work(ones, 12) == full and work(half, 6) == full // 2
@@ -281,8 +282,7 @@ def test_no_host_sync(num_targets, beta, kernels):
 def test_second_backward(beta, kernels):
     teacher = heads(6)[2:]
     assert_second_backward_agrees(
-        lambda x, w: linear_distillation(x, w, *teacher, mixed_weights(6), beta=beta, kernels=kernels),
-        heads(6)[:2],
+        lambda x, w: linear_distillation(x, w, *teacher, mixed_weights(6), beta=beta, kernels=kernels), heads(6)[:2]
     )
 
 
@@ -312,19 +312,14 @@ def test_opcheck(kernels):
     x, weight, *teacher = heads(9, size=16, teacher_size=12, vocab=37)
     op, a, w = torch.ops.minimind.linear_distillation, x.requires_grad_(), weight.requires_grad_()
     torch.library.opcheck(op, (a, w, *teacher, None, None, None, 1.0, 0.0, kernels, True, True))
-    torch.library.opcheck(
-        op, (a, w, *teacher, mixed_weights(9), rand().exp(), 9, 2.0, 0.3, kernels, False, True)
-    )
+    torch.library.opcheck(op, (a, w, *teacher, mixed_weights(9), rand().exp(), 9, 2.0, 0.3, kernels, False, True))
 
 
 BAD = {
     r"x is torch.float64": lambda x, w, tx, tw: ((x.double(), w, tx, tw), {}),
     r"teacher_x is torch.float64": lambda x, w, tx, tw: ((x, w, tx.double(), tw), {}),
     r"teacher_weight is \[37, 11\], and teacher_x": lambda x, w, tx, tw: ((x, w, tx, tw[:, :11]), {}),
-    r"teacher_weight has 36 rows and weight 37; .* one vocabulary": lambda x, w, tx, tw: (
-        (x, w, tx, tw[:36]),
-        {},
-    ),
+    r"teacher_weight has 36 rows and weight 37; .* one vocabulary": lambda x, w, tx, tw: ((x, w, tx, tw[:36]), {}),
     r"teacher_x has 4 rows": lambda x, w, tx, tw: ((x, w, tx[:4], tw), {}),
     r"loss_weights is torch.float32 \[4\]": lambda *t: ((*t, torch.ones(4)), {}),
     r"weight_sum is torch.float32 \[1\]": lambda *t: (t, {"weight_sum": torch.ones(1)}),
@@ -349,9 +344,8 @@ def test_bad_input_is_refused(message, kernels):
 def test_any_shape_mask_and_bound(kernels, data):
     tokens, vocab = data.draw(st.integers(0, 30)), data.draw(st.integers(1, 200))
     inputs = heads(
-        tokens, data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40)), vocab,
-        scale=data.draw(st.floats(0, 3)),
-    )  # fmt: skip
+        tokens, data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40)), vocab, scale=data.draw(st.floats(0, 3))
+    )
     loss_weights = mixed_weights(tokens)
     count = int((loss_weights != 0).sum())
     bound = data.draw(st.one_of(st.none(), st.integers(count, count + 50)))

@@ -52,8 +52,9 @@ def assert_log_probs_contract(inputs, targets, kernels, options, num_targets=Non
     assert_head_contract(
         lambda x, w: linear_log_probs(x, w, targets, num_targets=num_targets, kernels=kernels, **options),
         lambda x, w: linear_log_probs_ref(x, w, targets, **options),
-        inputs, names,
-    )  # fmt: skip
+        inputs,
+        names,
+    )
 
 
 @both_forms
@@ -88,8 +89,9 @@ def test_one_output_alone_has_its_gradient(used, kernels):
     assert_head_contract(
         lambda x, w: linear_log_probs(x, w, targets, entropy=True, kernels=kernels)[used],
         lambda x, w: linear_log_probs_ref(x, w, targets, entropy=True)[used],
-        [x, weight], [("log_probs", "entropy")[used], "dx", "dw"],
-    )  # fmt: skip
+        [x, weight],
+        [("log_probs", "entropy")[used], "dx", "dw"],
+    )
 
 
 @both_forms
@@ -156,8 +158,9 @@ def test_rows_whose_gradients_are_zero(kernels):
     assert_head_contract(
         lambda x, w: linear_log_probs(x, w, targets, kernels=kernels)[0] * keep,
         lambda x, w: linear_log_probs_ref(x, w, targets)[0] * keep,
-        [x, weight], ["log_probs", "dx", "dw"],
-    )  # fmt: skip
+        [x, weight],
+        ["log_probs", "dx", "dw"],
+    )
 
 
 @both_forms
@@ -196,9 +199,7 @@ def test_too_small_a_bound(monkeypatch, num_targets, kernels):
         with pytest.raises(ValueError, match=f"num_targets is {num_targets}, but 6 rows count"):
             linear_log_probs(x, weight, targets, num_targets=num_targets, kernels=kernels)
     as_on_a_device(monkeypatch)
-    log_probs, entropy = linear_log_probs(
-        x, weight, targets, entropy=True, num_targets=num_targets, kernels=kernels
-    )
+    log_probs, entropy = linear_log_probs(x, weight, targets, entropy=True, num_targets=num_targets, kernels=kernels)
     assert log_probs.isnan().all() and entropy.isnan().all()
 
 
@@ -365,9 +366,7 @@ def test_opcheck(kernels):
     backward, plain = torch.ops.minimind.linear_log_probs_backward, (x.detach(), weight.detach())
     stats = linear_log_probs_stats(*plain, targets)
     for dl, dh, need in ((rand(9), rand(9, seed=5), (True, True)), (None, rand(9), (True, False))):
-        torch.library.opcheck(
-            backward, (dl, dh, *plain, targets, stats, 1.0, None, -100, 0.0, kernels, *need)
-        )
+        torch.library.opcheck(backward, (dl, dh, *plain, targets, stats, 1.0, None, -100, 0.0, kernels, *need))
 
 
 def linear_log_probs_stats(x, weight, targets):

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minimind import ModelConfig, ops
-from minimind.kernels import linear_chunks, moe_experts, rope
+from minimind.kernels import chunked_linear, moe_experts, rope
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss
 from tests.conftest import documents_batch
@@ -17,8 +17,9 @@ from tests.kernels.contract import DEVICE, error
 
 TINY = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=20,
             intermediate_size=72, vocab_size=97)  # fmt: skip
-MOE = dict(num_experts=4, num_experts_per_tok=2, num_shared_experts=1, moe_intermediate_size=40,
-           router_aux_loss_coef=0.1)  # fmt: skip
+MOE = dict(
+    num_experts=4, num_experts_per_tok=2, num_shared_experts=1, moe_intermediate_size=40, router_aux_loss_coef=0.1
+)
 SHAPES = {
     "dense": TINY,
     "qk_norm": {**TINY, "qk_norm": True, "tie_word_embeddings": False},
@@ -110,7 +111,7 @@ def test_a_step_never_waits_for_the_device(shape, monkeypatch):
     if DEVICE.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     else:  # look at what a GPU would run: without the checks that only host tensors get
-        for module in (linear_chunks, moe_experts, rope):
+        for module in (chunked_linear, moe_experts, rope):
             monkeypatch.setattr(module, "on_host", lambda tensor: False)
     try:
         with HostReads() as reads:

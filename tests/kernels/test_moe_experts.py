@@ -30,8 +30,9 @@ def assert_experts(inputs, routing, names=NAMES):
     assert_contract(
         lambda x, gate_up, down, gates: moe_experts(x, gate_up, down, gates, routing.order, routing.offsets),
         lambda x, gate_up, down, gates: moe_experts_ref(x, gate_up, down, gates, routing.expert_ids),
-        inputs, names,
-    )  # fmt: skip
+        inputs,
+        names,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,15 +87,13 @@ def test_from_router_logits_to_output(top_k, normalize, dtype):
         return moe_experts_ref(x, gate_up, down, gates, expert_ids)
 
     inputs = [rand(63, 4, seed=3), rand(63, 48).to(dtype), *weights(4, 48, 40, dtype)]
-    seeds_in_dtype = [
-        inputs[1],
-        inputs[0],
-        *inputs[2:],
-    ]  # the contract rounds what it sends back as the first
+    seeds_in_dtype = [inputs[1], inputs[0], *inputs[2:]]  # the contract rounds what it sends back as the first
     assert_contract(
-        lambda x, logits, *w: kernel(logits, x, *w), lambda x, logits, *w: reference(logits, x, *w),
-        seeds_in_dtype, ["out", "dx", "dlogits", "dgate_up", "ddown"],
-    )  # fmt: skip
+        lambda x, logits, *w: kernel(logits, x, *w),
+        lambda x, logits, *w: reference(logits, x, *w),
+        seeds_in_dtype,
+        ["out", "dx", "dlogits", "dgate_up", "ddown"],
+    )
 
 
 def test_float32_weights_keep_their_float32_gradients():
@@ -261,11 +260,7 @@ def test_bad_input_is_refused(bad, message):
 
 @pytest.mark.parametrize(
     "place, number, message",
-    [
-        (0, 10, "order is not a permutation"),
-        (0, -1, "order is not a permutation"),
-        (1, 11, "offsets do not rise"),
-    ],
+    [(0, 10, "order is not a permutation"), (0, -1, "order is not a permutation"), (1, 11, "offsets do not rise")],
 )
 def test_a_sort_that_leads_out_of_the_tensors_is_refused(monkeypatch, place, number, message):
     monkeypatch.setenv("MINIMIND_CHECK", "1")

@@ -41,18 +41,18 @@ def assert_ids_exist(ids, experts):
 @pytest.mark.parametrize("tokens, experts, top_k", SIZES)
 def test_gates_and_scores(tokens, experts, top_k, normalize, dtype):
     logits = rand(tokens, experts, scale=2).to(dtype)
-    assert_contract(
-        kernel(top_k, normalize), reference(top_k, normalize), [logits], ["gates", "scores", "dlogits"]
-    )
+    assert_contract(kernel(top_k, normalize), reference(top_k, normalize), [logits], ["gates", "scores", "dlogits"])
 
 
 @pytest.mark.parametrize("used", [0, 1])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_one_output_alone_has_its_gradient(used, normalize):
     assert_contract(
-        lambda x: kernel(2, normalize)(x)[used], lambda x: reference(2, normalize)(x)[used],
-        [rand(63, 5)], [("gates", "scores")[used], "dlogits"],
-    )  # fmt: skip
+        lambda x: kernel(2, normalize)(x)[used],
+        lambda x: reference(2, normalize)(x)[used],
+        [rand(63, 5)],
+        [("gates", "scores")[used], "dlogits"],
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,9 +90,7 @@ def test_confident_logits(top_k, normalize):
     logits = rand(63, 8)
     logits[:, 3] += 20
     logits[::2, 5] += 150
-    assert_contract(
-        kernel(top_k, normalize), reference(top_k, normalize), [logits], ["gates", "scores", "dlogits"]
-    )
+    assert_contract(kernel(top_k, normalize), reference(top_k, normalize), [logits], ["gates", "scores", "dlogits"])
 
 
 def test_a_single_normalised_gate_is_1_and_has_no_gradient():
@@ -159,9 +157,7 @@ def test_logits_with_strides():
         assert_contract(kernel(2, True), reference(2, True), [logits], ["gates", "scores", "dlogits"])
         assert_sorted(route(logits, 2, True), 6)
     spread, mask = rand(6).expand(140, 6), (torch.arange(280, device=DEVICE) % 3 == 0)[::2]
-    for a, b in zip(
-        route(spread, 2, True, mask=mask), route(spread.clone(), 2, True, mask=mask.clone()), strict=True
-    ):
+    for a, b in zip(route(spread, 2, True, mask=mask), route(spread.clone(), 2, True, mask=mask.clone()), strict=True):
         assert torch.equal(a, b)
 
 
@@ -213,9 +209,13 @@ def test_bad_input_is_refused(bad, message):
 @pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
-    tokens=st.integers(1, 300), experts=st.integers(1, 70), top_k=st.integers(1, 16), levels=st.integers(1, 50),
-    normalize=st.booleans(), seed=st.integers(0, 2**16),
-)  # fmt: skip
+    tokens=st.integers(1, 300),
+    experts=st.integers(1, 70),
+    top_k=st.integers(1, 16),
+    levels=st.integers(1, 50),
+    normalize=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
 def test_any_routing(tokens, experts, top_k, levels, normalize, seed):
     """Few levels of logits make many ties."""
     top_k = min(top_k, experts)

@@ -108,9 +108,7 @@ for kernel, job in sorted(found.items()):
 def run(*command: str) -> subprocess.CompletedProcess:
     """In a process of its own: this one may interpret its kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path()}
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT
-    )
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
 def path() -> str:
@@ -163,9 +161,7 @@ def check_native_rows(rows: list[dict]) -> None:
         assert row["spilled"] == row["stack"] == 0, name
         assert row["programs"] >= 1 and row["shared"] <= CARDS[row["arch"]].shared_per_program, name
         assert (row["hmma"] > 0) == (row["kernel"] == "tensor_core_kernel"), name
-    found = re.findall(
-        r"__global__[^;{]*?(\w+_kernel)\(", "".join(f.read_text() for f in NATIVE.glob("*.cuh"))
-    )
+    found = re.findall(r"__global__[^;{]*?(\w+_kernel)\(", "".join(f.read_text() for f in NATIVE.glob("*.cuh")))
     assert {row["kernel"] for row in rows} == set(found) and len(found) == 5
 
 

@@ -19,9 +19,11 @@ def weight_for(x, dtype):
 def test_rms_norm(shape, dtype):
     x = rand(*shape, scale=3).to(dtype)
     assert_contract(
-        lambda x, w: rms_norm(x, w, EPS), lambda x, w: rms_norm_ref(x, w, EPS),
-        [x, weight_for(x, dtype)], ["y", "dx", "dw"],
-    )  # fmt: skip
+        lambda x, w: rms_norm(x, w, EPS),
+        lambda x, w: rms_norm_ref(x, w, EPS),
+        [x, weight_for(x, dtype)],
+        ["y", "dx", "dw"],
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -29,9 +31,11 @@ def test_rms_norm(shape, dtype):
 def test_add_rms_norm(shape, dtype):
     x, residual = rand(*shape).to(dtype), rand(*shape, seed=5, scale=4).to(dtype)
     assert_contract(
-        lambda x, r, w: add_rms_norm(x, r, w, EPS), lambda x, r, w: add_rms_norm_ref(x, r, w, EPS),
-        [x, residual, weight_for(x, dtype)], ["y", "total", "dx", "dresidual", "dw"],
-    )  # fmt: skip
+        lambda x, r, w: add_rms_norm(x, r, w, EPS),
+        lambda x, r, w: add_rms_norm_ref(x, r, w, EPS),
+        [x, residual, weight_for(x, dtype)],
+        ["y", "total", "dx", "dresidual", "dw"],
+    )
 
 
 @pytest.mark.parametrize("used", [0, 1])
@@ -39,9 +43,11 @@ def test_one_output_alone_has_its_gradient(used):
     x, residual = rand(9, 48), rand(9, 48, seed=5)
     names = [("y", "total")[used], "dx", "dresidual", "dw"]
     assert_contract(
-        lambda x, r, w: add_rms_norm(x, r, w, EPS)[used], lambda x, r, w: add_rms_norm_ref(x, r, w, EPS)[used],
-        [x, residual, weight_for(x, torch.float32)], names,
-    )  # fmt: skip
+        lambda x, r, w: add_rms_norm(x, r, w, EPS)[used],
+        lambda x, r, w: add_rms_norm_ref(x, r, w, EPS)[used],
+        [x, residual, weight_for(x, torch.float32)],
+        names,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -50,18 +56,22 @@ def test_heads_of_a_packed_projection_are_read_where_they_lie(dtype):
     for part in (packed[:, :, :8], packed[:, :, 8:10], packed.transpose(0, 1), packed[..., ::2]):
         assert not part.is_contiguous()
         assert_contract(
-            lambda x, w: rms_norm(x, w, EPS), lambda x, w: rms_norm_ref(x, w, EPS),
-            [part, weight_for(part, dtype)], ["y", "dx", "dw"],
-        )  # fmt: skip
+            lambda x, w: rms_norm(x, w, EPS),
+            lambda x, w: rms_norm_ref(x, w, EPS),
+            [part, weight_for(part, dtype)],
+            ["y", "dx", "dw"],
+        )
 
 
 def test_part_of_every_row_is_read_where_it_lies():
     x = rand(3, 18, 64)[:, 1:]
     assert _rows(x)[0] is x and _rows(x[:, -1:])[1] == 1
     assert_contract(
-        lambda x, w: rms_norm(x, w, EPS), lambda x, w: rms_norm_ref(x, w, EPS),
-        [x, weight_for(x, torch.float32)], ["y", "dx", "dw"],
-    )  # fmt: skip
+        lambda x, w: rms_norm(x, w, EPS),
+        lambda x, w: rms_norm_ref(x, w, EPS),
+        [x, weight_for(x, torch.float32)],
+        ["y", "dx", "dw"],
+    )
 
 
 @pytest.mark.parametrize("shape", [(5, 64), (1, 5, 64), (2, 5, 64), (2, 3, 5, 64), (64,), (2, 1, 64)])
@@ -72,9 +82,11 @@ def test_rows_side_by_side_are_found_with_one_stride(shape):
 def test_strides_of_the_two_addends_may_differ():
     x, residual = rand(2, 17, 12, 80)[:, :, :8], rand(17, 2, 8, 80, seed=5).transpose(0, 1)
     assert_contract(
-        lambda x, r, w: add_rms_norm(x, r, w, EPS), lambda x, r, w: add_rms_norm_ref(x, r, w, EPS),
-        [x, residual, weight_for(x, torch.float32)], ["y", "total", "dx", "dresidual", "dw"],
-    )  # fmt: skip
+        lambda x, r, w: add_rms_norm(x, r, w, EPS),
+        lambda x, r, w: add_rms_norm_ref(x, r, w, EPS),
+        [x, residual, weight_for(x, torch.float32)],
+        ["y", "total", "dx", "dresidual", "dw"],
+    )
 
 
 def test_a_float32_weight_keeps_its_float32_gradient():
@@ -136,21 +148,23 @@ def test_bad_input_is_refused(bad, message):
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
-    shape=st.lists(st.integers(1, 12), max_size=3), size=st.integers(1, 700), dtype=st.sampled_from(DTYPES),
-    scale=st.sampled_from([1e-3, 1.0, 300.0]), added=st.booleans(),
-)  # fmt: skip
+    shape=st.lists(st.integers(1, 12), max_size=3),
+    size=st.integers(1, 700),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.sampled_from([1e-3, 1.0, 300.0]),
+    added=st.booleans(),
+)
 def test_any_shape(shape, size, dtype, scale, added):
     x, residual = rand(*shape, size, scale=scale).to(dtype), rand(*shape, size, seed=5).to(dtype)
     weight = weight_for(x, dtype)
     if added:
         assert_contract(
-            lambda x, r, w: add_rms_norm(x, r, w, EPS), lambda x, r, w: add_rms_norm_ref(x, r, w, EPS),
-            [x, residual, weight], ["y", "total", "dx", "dresidual", "dw"],
-        )  # fmt: skip
+            lambda x, r, w: add_rms_norm(x, r, w, EPS),
+            lambda x, r, w: add_rms_norm_ref(x, r, w, EPS),
+            [x, residual, weight],
+            ["y", "total", "dx", "dresidual", "dw"],
+        )
     else:
         assert_contract(
-            lambda x, w: rms_norm(x, w, EPS),
-            lambda x, w: rms_norm_ref(x, w, EPS),
-            [x, weight],
-            ["y", "dx", "dw"],
+            lambda x, w: rms_norm(x, w, EPS), lambda x, w: rms_norm_ref(x, w, EPS), [x, weight], ["y", "dx", "dw"]
         )

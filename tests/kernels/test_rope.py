@@ -40,8 +40,9 @@ def assert_rope(qkv, ids, heads, groups, size, weights=(), of=lambda outputs: ou
     assert_contract(
         lambda x, *w: of(rope(x, cos, sin, ids, heads, groups, *w, eps=EPS)),
         lambda x, *w: of(rope_ref(x, cos, sin, ids, heads, groups, *w, eps=EPS)),
-        [qkv, *weights], names or (NORM_NAMES if weights else NAMES),
-    )  # fmt: skip
+        [qkv, *weights],
+        names or (NORM_NAMES if weights else NAMES),
+    )
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -85,9 +86,12 @@ def test_any_strides(dtype, norm):
     wide = rand(2, 9, width + 24, scale=2).to(dtype)
     weights = weights_for(16, dtype) if norm else ()
     parts = (
-        wide[..., 24:], wide[..., 8 : width + 8].transpose(0, 1), wide[:, ::2, :width],
-        wide[:, :, None, :width].expand(-1, -1, 1, -1), rand(2, 9, 2 * width).to(dtype)[..., ::2],
-    )  # fmt: skip
+        wide[..., 24:],
+        wide[..., 8 : width + 8].transpose(0, 1),
+        wide[:, ::2, :width],
+        wide[:, :, None, :width].expand(-1, -1, 1, -1),
+        rand(2, 9, 2 * width).to(dtype)[..., ::2],
+    )
     for part in parts:
         assert not part.is_contiguous()
         assert_rope(part, ids_for(*part.shape[:-1]), 4, 1, 16, weights)
@@ -98,14 +102,7 @@ def test_any_strides(dtype, norm):
 def test_positions_broadcast_to_the_tokens(dtype):
     qkv = projection(3, 7, heads=4, groups=2, size=16)
     tables, weights = tables_for(16), weights_for(16, torch.float32)
-    for ids in (
-        ids_for(1, 7),
-        ids_for(7),
-        ids_for(3, 1),
-        ids_for(1, 1),
-        ids_for(7, 3).t(),
-        ids_for(7).expand(3, 7),
-    ):
+    for ids in (ids_for(1, 7), ids_for(7), ids_for(3, 1), ids_for(1, 1), ids_for(7, 3).t(), ids_for(7).expand(3, 7)):
         ids = ids.to(dtype)
         whole = ids.expand(3, 7).contiguous()
         for mine, same in zip(rope(qkv, *tables, ids, 4, 2), rope(qkv, *tables, whole, 4, 2), strict=True):
@@ -128,9 +125,7 @@ def test_one_output_alone_has_its_gradient(used, norm):
 
 def test_strided_gradients():
     qkv, weights = projection(2, 9, heads=4, groups=2, size=20), weights_for(20, torch.float32)
-    assert_rope(
-        qkv, ids_for(2, 9), 4, 2, 20, weights, of=lambda outputs: tuple(t.transpose(1, 2) for t in outputs)
-    )
+    assert_rope(qkv, ids_for(2, 9), 4, 2, 20, weights, of=lambda outputs: tuple(t.transpose(1, 2) for t in outputs))
 
 
 @pytest.mark.parametrize("size", [64, 96])
@@ -143,9 +138,7 @@ def test_the_opposite_angle_turns_back(size):
     back = torch.cat([t.flatten(1) for t in turned], dim=1)
     bound = 8 * torch.finfo(torch.float32).eps * qkv.abs().max()
     assert (back - qkv).abs().max() <= bound
-    assert (
-        q.norm(dim=-1) - qkv.unflatten(-1, (8, size))[:, :4].norm(dim=-1)
-    ).abs().max() <= bound * size**0.5
+    assert (q.norm(dim=-1) - qkv.unflatten(-1, (8, size))[:, :4].norm(dim=-1)).abs().max() <= bound * size**0.5
     assert not torch.equal(q[1:], qkv.unflatten(-1, (8, size))[1:, :4])
 
 
@@ -255,7 +248,7 @@ def test_opcheck(norm):
         (dict(q_weight=lambda t: t[1:]), r"q_weight is \[15\], and qkv needs \[16\]"),
         (dict(k_weight=lambda t: t.to("meta")), "k_weight is on meta"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_refused(bad, message):
     cos, sin = tables_for(16)
     q_weight, k_weight = weights_for(16, torch.float32)
@@ -279,9 +272,13 @@ def test_positions_outside_the_tables_are_refused_on_a_cpu(position):
 @pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
-    tokens=st.integers(1, 40), heads=st.integers(1, 9), groups=st.integers(1, 4), half=st.integers(1, 70),
-    dtype=st.sampled_from(DTYPES), norm=st.booleans(),
-)  # fmt: skip
+    tokens=st.integers(1, 40),
+    heads=st.integers(1, 9),
+    groups=st.integers(1, 4),
+    half=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES),
+    norm=st.booleans(),
+)
 def test_any_sizes(tokens, heads, groups, half, dtype, norm):
     qkv = projection(tokens, heads=heads, groups=groups, size=2 * half, dtype=dtype)
     assert_rope(qkv, ids_for(tokens), heads, groups, 2 * half, weights_for(2 * half, dtype) if norm else ())

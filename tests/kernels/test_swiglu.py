@@ -41,9 +41,7 @@ def test_any_strides(dtype):
 
 def test_a_strided_gradient():
     gate_up = rand(7, 5, 12)
-    assert_contract(
-        lambda x: swiglu(x).transpose(0, 2), lambda x: swiglu_ref(x).transpose(0, 2), [gate_up], NAMES
-    )
+    assert_contract(lambda x: swiglu(x).transpose(0, 2), lambda x: swiglu_ref(x).transpose(0, 2), [gate_up], NAMES)
 
 
 def test_no_rows():
@@ -92,8 +90,10 @@ def test_bad_input_is_refused(bad, message):
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
-    shape=st.lists(st.integers(1, 12), max_size=3), size=st.integers(1, 700), dtype=st.sampled_from(DTYPES),
+    shape=st.lists(st.integers(1, 12), max_size=3),
+    size=st.integers(1, 700),
+    dtype=st.sampled_from(DTYPES),
     scale=st.sampled_from([1e-3, 1.0, 100.0]),
-)  # fmt: skip
+)
 def test_any_shape(shape, size, dtype, scale):
     assert_contract(swiglu, swiglu_ref, [rand(*shape, 2 * size, scale=scale).to(dtype)], NAMES)

@@ -73,13 +73,7 @@ def test_leave_one_out_compares_with_the_others():
 
 
 def test_degenerate_groups():
-    assert degenerate_groups(column(REWARDS), torch.tensor(GROUPS), 5).tolist() == [
-        False,
-        True,
-        True,
-        True,
-        False,
-    ]
+    assert degenerate_groups(column(REWARDS), torch.tensor(GROUPS), 5).tolist() == [False, True, True, True, False]
 
 
 def gae_by_loop(rewards, values, samples, gamma, lam, bootstrap):
@@ -108,9 +102,11 @@ def test_gae_is_the_loop_backwards(lengths, gamma, lam):
     torch.testing.assert_close(returns, advantages + column(values), rtol=0, atol=0)
     ended, _ = gae(*columns)
     torch.testing.assert_close(
-        ended.tolist(), gae_by_loop(rewards, values, samples, gamma, lam, [0.0] * 2 * len(lengths)),
-        rtol=1e-12, atol=1e-12,
-    )  # fmt: skip
+        ended.tolist(),
+        gae_by_loop(rewards, values, samples, gamma, lam, [0.0] * 2 * len(lengths)),
+        rtol=1e-12,
+        atol=1e-12,
+    )
 
 
 def test_gae_takes_float32_and_nothing():
@@ -149,10 +145,7 @@ def test_shifted_advantages_of_a_new_critic_are_of_quality_and_not_of_place():
 def test_rewards_of_tokens():
     samples, scores = torch.tensor([0, 0, 2, 3, 3, 3]), column([1.0, 99.0, -2.0, 0.5])
     assert token_rewards(scores, samples).tolist() == [0, 1.0, -2.0, 0, 0, 0.5]
-    log_p, reference = (
-        column([-1.0, -2.0, -0.5, -1.0, -1.0, -3.0]),
-        column([-1.5, -1.0, -0.5, -1.0, -2.0, -1.0]),
-    )
+    log_p, reference = (column([-1.0, -2.0, -0.5, -1.0, -1.0, -3.0]), column([-1.5, -1.0, -0.5, -1.0, -2.0, -1.0]))
     found = token_rewards(scores, samples, log_p, reference, 0.1)
     expected = [-0.05, 1.0 + 0.1, -2.0, 0.0, -0.1, 0.5 + 0.2]
     torch.testing.assert_close(found.tolist(), expected, rtol=1e-12, atol=1e-15)

@@ -38,9 +38,7 @@ def batch(weighted: bool = False) -> TokenBatch:
     return TokenBatch(ids, targets, cu, int(targets.ne(-100).sum()), loss_weights=weights)
 
 
-def by_distributions(
-    student: Model, teacher: Model, given: TokenBatch, options: Distillation
-) -> torch.Tensor:
+def by_distributions(student: Model, teacher: Model, given: TokenBatch, options: Distillation) -> torch.Tensor:
     """The same sum from the full distributions, row by row."""
     kept = given.targets != -100
     z, z_teacher = (m(given.input_ids, cu_seqlens=given.cu_seqlens).logits[kept] for m in (student, teacher))

@@ -11,7 +11,7 @@ from minimind.objectives.next_token import TokenBatch, expert_load, next_token_l
 
 CONFIG = ModelConfig(
     32, 2, 2, 1, 16, 48, 50, num_experts=4, num_experts_per_tok=2, num_shared_experts=1, moe_intermediate_size=24
-)  # fmt: skip
+)
 
 
 def output(counts: list[list[int]]) -> ModelOutput:

@@ -16,7 +16,7 @@ from minimind.objectives.surrogates import (
     ALGORITHMS,
     Objective,
     PolicyTokens,
-    Sampled,
+    SampledTokens,
     clip,
     with_entropy,
     with_kl,
@@ -54,7 +54,7 @@ def batch(name: str = "grpo", **changes) -> PolicyBatch:
     targets[3, 17], targets[3, 18] = 5, -100  # samples of one token, and another without
     behaviour = token_log_probs(make(), ids, targets, cu, temperature=TEMPERATURE)
     columns = {}
-    for i, (column, spread) in enumerate((("behaviour_log_probs", 0.3), ("reference_log_probs", 0.3))):
+    for i, (column, spread) in enumerate((("old_log_probs", 0.3), ("reference_log_probs", 0.3))):
         noise = torch.randn(ids.shape, generator=torch.Generator().manual_seed(2 + i))
         columns[column] = behaviour + spread * noise
     for i, column in enumerate(("advantages", "old_values", "returns")):
@@ -96,9 +96,11 @@ def loss_of_whole_logits(version: str, name: str) -> list[torch.Tensor]:
     given, aggregation = batch(name), ALGORITHMS[name].aggregation
     total: torch.Tensor | float = 0.0
     for places, said, entropy in found:
-        one = Sampled(places, torch.zeros_like(places), 1)
-        columns = [getattr(given, c).flatten()[places].to(dtype)
-                   for c in ("behaviour_log_probs", "advantages", "reference_log_probs")]  # fmt: skip
+        one = SampledTokens(places, torch.zeros_like(places), 1)
+        columns = [
+            getattr(given, c).flatten()[places].to(dtype)
+            for c in ("old_log_probs", "advantages", "reference_log_probs")
+        ]
         losses = objective(name)(PolicyTokens(one, said, *columns, entropy)).losses
         total = total + (losses.mean() if aggregation == "sample" else losses.sum())
     divisor = {"token": given.num_targets, "sample": SAMPLES, "constant": SAMPLES * 60}[aggregation]
@@ -125,8 +127,9 @@ def test_figures_become_means_over_tokens(name):
     mean = {k: v.item() / given.global_weight for k, v in figures.items()}
     log_p = torch.cat([said for _, said, _ in found]).detach()
     places = torch.cat([where for where, _, _ in found])
-    behaviour, reference, advantages = (getattr(given, c).flatten()[places].double() for c in (
-        "behaviour_log_probs", "reference_log_probs", "advantages"))  # fmt: skip
+    behaviour, reference, advantages = (
+        getattr(given, c).flatten()[places].double() for c in ("old_log_probs", "reference_log_probs", "advantages")
+    )
     log_r, x = log_p - behaviour, reference - log_p
     clipped = ((advantages > 0) & (log_r.exp() > 1.2)) | ((advantages < 0) & (log_r.exp() < 0.8))
     expected = {
@@ -143,19 +146,15 @@ def test_figures_become_means_over_tokens(name):
         assert mean[key] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), key
     plain = policy_loss(make(), given, clip)[2]
     assert "entropy" not in plain
-    assert plain["sampled_entropy"].item() / given.global_weight == pytest.approx(
-        -log_p.mean().item(), rel=1e-5
-    )
+    assert plain["sampled_entropy"].item() / given.global_weight == pytest.approx(-log_p.mean().item(), rel=1e-5)
     assert not any(v.requires_grad for v in figures.values())
 
 
 def test_on_policy_the_ratio_is_one_and_nothing_drifts():
     given, model = batch(), make()
-    now = token_log_probs(
-        model, given.input_ids, given.targets, given.cu_seqlens, given.num_targets, TEMPERATURE
-    )
+    now = token_log_probs(model, given.input_ids, given.targets, given.cu_seqlens, given.num_targets, TEMPERATURE)
     assert now.dtype == torch.float32 and not now[given.targets == -100].any()
-    figures = policy_loss(model, dataclasses.replace(given, behaviour_log_probs=now), clip)[2]
+    figures = policy_loss(model, dataclasses.replace(given, old_log_probs=now), clip)[2]
     assert figures["ratio"].item() / given.global_weight == pytest.approx(1, rel=1e-6)
     assert figures["ratio_drift"] == figures["clipped"] == figures["behaviour_kl"] == 0
 
@@ -167,9 +166,7 @@ def halves(given: PolicyBatch) -> list[PolicyBatch]:
         columns = {k: v[rows] for k, v in vars(given).items() if isinstance(v, torch.Tensor) and v.ndim == 2}
         cu = given.cu_seqlens.clamp(0 if rows.start == 0 else 256, 256 if rows.start == 0 else 512)
         columns["cu_seqlens"] = (cu - cu[0]).unique()
-        parts.append(
-            dataclasses.replace(given, **columns, num_targets=int(columns["targets"].ne(-100).sum()))
-        )
+        parts.append(dataclasses.replace(given, **columns, num_targets=int(columns["targets"].ne(-100).sum())))
     return parts
 
 
@@ -200,18 +197,14 @@ def test_a_rank_without_sampled_tokens_takes_part(name, ops_mode):
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_a_broken_ratio_makes_the_loss_infinite_and_never_nan(advantage):
     given = batch("dapo")
-    broken = given.behaviour_log_probs.clone()
+    broken = given.old_log_probs.clone()
     place = given.targets.ne(-100).nonzero()[0]
     broken[tuple(place)] = -2000
-    given = dataclasses.replace(
-        given, behaviour_log_probs=broken, advantages=torch.full_like(broken, advantage)
-    )
+    given = dataclasses.replace(given, old_log_probs=broken, advantages=torch.full_like(broken, advantage))
     model = make()
     loss, _, figures = policy_loss(model, given, clip)
     value = loss.item()
-    assert (
-        math.isinf(value) if advantage < 0 else math.isfinite(value)
-    )  # the bound holds what would be gained
+    assert math.isinf(value) if advantage < 0 else math.isfinite(value)  # the bound holds what would be gained
     assert all(v.isfinite() for v in figures.values()) and figures["ratio"] > 1e8  # e^20, which shows
     if advantage > 0:
         loss.backward()
@@ -233,9 +226,7 @@ def test_nothing_waits_for_the_device_and_no_logits_are_kept():
         bounds = torch.zeros(15, dtype=torch.int32)
         given = PolicyBatch(ids, ids, bounds, column, column, 512, 512, 14, "sample", reference_log_probs=column,
                             old_values=column, returns=column)  # fmt: skip
-        calls = [
-            lambda name=name: policy_loss(model, given, objective(name), entropy=True) for name in ALGORITHMS
-        ]
+        calls = [lambda name=name: policy_loss(model, given, objective(name), entropy=True) for name in ALGORITHMS]
         calls += [lambda: value_loss(model, given), lambda: actor_critic_loss(model, given, clip)]
         for call in calls:
             kept: list[int] = []

@@ -63,9 +63,7 @@ def test_losses_are_trls(name, number):
     settings = {"gamma": 0.8, "label_smoothing": number} if name == "simpo" else {"beta": number}
     given = pairs()
     losses, rtol = OBJECTIVES[name](given, **settings).losses, 1e-12
-    if (
-        name == "orpo"
-    ):  # trl's is the odds ratio's term with the sign turned, apart from the SFT loss, in float32
+    if name == "orpo":  # trl's is the odds ratio's term with the sign turned, apart from the SFT loss, in float32
         losses, rtol = -(losses + given.chosen / given.chosen_tokens), 4 * EPS
     torch.testing.assert_close(losses.tolist(), TRL[name, number], rtol=rtol, atol=0)
 
@@ -85,10 +83,7 @@ def slopes(name: str, i: int, beta: float, smoothing: float, gamma: float) -> tu
     if name == "orpo":
         odds_c, odds_r = (math.exp(m) / (1 - math.exp(m)) for m in (mean_c, mean_r))
         wrong = odds_r / (odds_c + odds_r)  # 1 - sigma(log odds_c - log odds_r)
-        return (
-            -1 / n_c - beta * wrong / (1 - math.exp(mean_c)) / n_c,
-            beta * wrong / (1 - math.exp(mean_r)) / n_r,
-        )
+        return (-1 / n_c - beta * wrong / (1 - math.exp(mean_c)) / n_c, beta * wrong / (1 - math.exp(mean_r)) / n_r)
     logit = beta * (ratio_c - ratio_r) if name == "dpo" else beta * (mean_c - mean_r) - gamma
     slope = beta * (sigmoid(logit) - (1 - smoothing))  # of the cross-entropy against the smoothed label
     return (slope, -slope) if name == "dpo" else (slope / n_c, -slope / n_r)
@@ -107,14 +102,10 @@ def slopes(name: str, i: int, beta: float, smoothing: float, gamma: float) -> tu
 )
 def test_gradients_are_those_derived_by_hand(name, settings):
     given = pairs(grad=True)
-    gradients = torch.autograd.grad(
-        OBJECTIVES[name](given, **settings).losses.sum(), [given.chosen, given.rejected]
-    )
+    gradients = torch.autograd.grad(OBJECTIVES[name](given, **settings).losses.sum(), [given.chosen, given.rejected])
     beta, smoothing, gamma = (settings.get(k, 0.0) for k in ("beta", "label_smoothing", "gamma"))
     expected = [slopes(name, i, beta, smoothing, gamma) for i in range(4)]
-    torch.testing.assert_close(
-        torch.stack(gradients, 1).tolist(), [list(e) for e in expected], rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(torch.stack(gradients, 1).tolist(), [list(e) for e in expected], rtol=1e-12, atol=0)
 
 
 def test_smoothed_dpo_is_the_mean_over_right_and_wrong_labels():
@@ -151,9 +142,7 @@ def batch(reference: bool = True) -> PreferenceBatch:
     targets[3, :17] = -100  # document 6, of no pair, has none
     scores = -torch.rand(2, 4, generator=generator, dtype=torch.float64) * 300 if reference else (None, None)
     count = int(targets.ne(-100).sum())
-    return PreferenceBatch(
-        ids, targets, cu, torch.tensor(CHOSEN), torch.tensor(REJECTED), count, count, 4, *scores
-    )
+    return PreferenceBatch(ids, targets, cu, torch.tensor(CHOSEN), torch.tensor(REJECTED), count, count, 4, *scores)
 
 
 @lru_cache(maxsize=3)
@@ -177,9 +166,7 @@ def loss_of_whole_logits(version: str, name: str) -> list[torch.Tensor]:
     dtype = parameters[0].dtype
     given = batch(name in NEED_REFERENCE)
     columns = [column[index] for column in (sums, tokens) for index in (given.chosen, given.rejected)]
-    references = [
-        None if r is None else r.to(dtype) for r in (given.reference_chosen, given.reference_rejected)
-    ]
+    references = [None if r is None else r.to(dtype) for r in (given.reference_chosen, given.reference_rejected)]
     loss = OBJECTIVES[name](Pairs(*columns, *references)).losses.sum()
     return [loss, *torch.autograd.grad(loss, parameters, retain_graph=True)]
 
@@ -193,9 +180,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_whole_logits(name, ops_mode)
     mine = [loss, *torch.autograd.grad(loss, list(model.parameters()))]
     for value, plain, truth, moved in zip(mine, *others, strict=True):
         assert_within(value, plain, truth, moved=moved)
-    assert metrics["margin"] == pytest.approx(
-        (metrics["chosen_reward"] - metrics["rejected_reward"]).item(), 1e-5
-    )
+    assert metrics["margin"] == pytest.approx((metrics["chosen_reward"] - metrics["rejected_reward"]).item(), 1e-5)
     assert 0 <= metrics["accuracy"] <= 4 and not any(v.requires_grad for v in metrics.values())
 
 
@@ -216,9 +201,7 @@ def test_log_probabilities_of_documents():
 def test_a_model_that_is_its_reference_has_no_margin():
     given, model = batch(reference=False), make()
     with torch.no_grad():
-        log_probs, _, _ = sequence_log_probs(
-            model, given.input_ids, given.targets, given.cu_seqlens, given.num_targets
-        )
+        log_probs, _, _ = sequence_log_probs(model, given.input_ids, given.targets, given.cu_seqlens, given.num_targets)
     references = log_probs[given.chosen], log_probs[given.rejected]
     given = PreferenceBatch(given.input_ids, given.targets, given.cu_seqlens, given.chosen, given.rejected,
                             given.num_targets, given.num_targets, 4, *references)  # fmt: skip

@@ -45,8 +45,10 @@ def test_scores_are_the_values_at_the_last_tokens():
     given, model = batch(), make(ValueModel)
     loss, aux, figures = reward_loss(model, given, 0.1)
     flat = given.input_ids.flatten()
-    scores = {end: model(flat[start : end + 1][None]).values[0, -1].item()
-              for start, end in ((100, 126), (191, 250), (453, 510))}  # fmt: skip
+    scores = {
+        end: model(flat[start : end + 1][None]).values[0, -1].item()
+        for start, end in ((100, 126), (191, 250), (453, 510))
+    }
     c, r = [scores[126], scores[250]], [scores[510]] * 2
     assert loss.item() == pytest.approx(bradley_terry(column(c), column(r), 0.1).sum().item(), rel=1e-5)
     assert loss.dtype == torch.float32 and aux == 0

@@ -10,7 +10,7 @@ from minimind.objectives.policy import aggregate
 from minimind.objectives.surrogates import (
     ALGORITHMS,
     PolicyTokens,
-    Sampled,
+    SampledTokens,
     cispo,
     clip,
     gspo,
@@ -23,7 +23,7 @@ from minimind.objectives.surrogates import (
 LENGTHS = [3, 1, 4]
 SAMPLES = [0, 0, 0, 1, 3, 3, 3, 3]  # sample 2 has no token
 LOG_P = [-0.5, -2.0, -0.1, -1.25, -3.0, -0.75, -0.2, -1.5]
-BEHAVIOUR = [-0.9, -1.9, -0.35, -1.0, -2.8, -1.5, -0.25, -0.4]
+OLD = [-0.9, -1.9, -0.35, -1.0, -2.8, -1.5, -0.25, -0.4]
 REFERENCE = [-0.6, -2.5, -0.1, -1.5, -2.0, -0.8, -0.9, -1.4]
 ADVANTAGES = [1.5] * 3 + [-0.75] + [-1.25] * 4
 ENTROPY = [0.5, 1.0, 0.2, 0.7, 2.0, 0.9, 0.1, 1.1]
@@ -33,10 +33,10 @@ def column(numbers) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def tokens(log_p=LOG_P, advantages=ADVANTAGES, behaviour=BEHAVIOUR, samples=SAMPLES) -> PolicyTokens:
-    at = Sampled(torch.arange(len(log_p)), torch.tensor(samples), 4)
+def tokens(log_p=LOG_P, advantages=ADVANTAGES, old_log_probs=OLD, samples=SAMPLES) -> PolicyTokens:
+    at = SampledTokens(torch.arange(len(log_p)), torch.tensor(samples), 4)
     entropy = column(ENTROPY[: len(log_p)]).requires_grad_()
-    return PolicyTokens(at, column(log_p).requires_grad_(), column(behaviour), column(advantages),
+    return PolicyTokens(at, column(log_p).requires_grad_(), column(old_log_probs), column(advantages),
                         column(REFERENCE[: len(log_p)]), entropy)  # fmt: skip
 
 
@@ -94,14 +94,14 @@ OBJECTIVES = {"clip": clip, "cispo": cispo, "reinforce": reinforce}
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objectives_of_single_tokens_by_hand(name):
     """Ratios well below, within and well above the bounds, with advantages of both signs and none."""
-    behaviour = [-1.0] * 15
+    old_log_probs = [-1.0] * 15
     log_p = [-1.0 + d for d in (-1.5, -0.2, 0.0, 0.2, 1.5) for _ in range(3)]
     advantages = [2.0, -0.5, 0.0] * 5
     bounds = {} if name == "reinforce" else {"low": 0.3, "high": 0.6}
-    given = tokens(log_p, advantages, behaviour, [0] * 15)
+    given = tokens(log_p, advantages, old_log_probs, [0] * 15)
     result = OBJECTIVES[name](given, **bounds)
     (gradient,) = torch.autograd.grad(result.losses.sum(), given.log_probs)
-    expected = [by_hand(name, *token, 0.3, 0.6) for token in zip(log_p, behaviour, advantages, strict=True)]
+    expected = [by_hand(name, *token, 0.3, 0.6) for token in zip(log_p, old_log_probs, advantages, strict=True)]
     torch.testing.assert_close(result.losses.tolist(), [loss for loss, _ in expected], rtol=1e-14, atol=0)
     torch.testing.assert_close(gradient.tolist(), [slope for _, slope in expected], rtol=1e-14, atol=0)
     if name == "clip":  # the share that is logged is that of tokens which lost their gradient
@@ -116,7 +116,7 @@ def test_gspo_is_the_sequence_form():
     truth, place = torch.zeros((), dtype=torch.float64), 0
     for length in LENGTHS:
         part = slice(place, place + length)
-        s = ((leaf[part] - column(BEHAVIOUR[part])).sum() / length).exp()
+        s = ((leaf[part] - column(OLD[part])).sum() / length).exp()
         a = ADVANTAGES[place]
         truth = truth - torch.minimum(s * a, s.clamp(0.8, 1.3) * a)
         place += length
@@ -183,9 +183,7 @@ def test_expected_gradients_of_kl_losses():
         return torch.autograd.grad(of, logits, retain_graph=True)[0]
 
     forward, backward = gradient((p * (log_p - q.log())).sum()), gradient(-(q * log_p).sum())
-    found = {
-        name: gradient((p.detach() * kl_estimates(log_p, q.log(), name)).sum()) for name in ("k1", "k2", "k3")
-    }
+    found = {name: gradient((p.detach() * kl_estimates(log_p, q.log(), name)).sum()) for name in ("k1", "k2", "k3")}
     torch.testing.assert_close(found["k1"], torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-15)
     torch.testing.assert_close(found["k2"], forward, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(found["k3"], backward, rtol=1e-12, atol=1e-15)
@@ -222,7 +220,7 @@ def test_what_has_no_meaning_is_refused():
         with_kl(clip, -1)
     with pytest.raises(ValueError, match="'k4': choose k1, k2 or k3"):
         kl_estimates(P.log(), FAR.log(), "k4")
-    bare = PolicyTokens(given.at, given.log_probs, given.behaviour, given.advantages)
+    bare = PolicyTokens(given.at, given.log_probs, given.old_log_probs, given.advantages)
     with pytest.raises(ValueError, match="no reference log-probabilities, which the KL needs"):
         with_kl(clip, 0.1)(bare)
     with pytest.raises(ValueError, match="call policy_loss with entropy=True"):

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from minimind.objectives.advantages import gae, whiten
-from minimind.objectives.surrogates import Objective, PolicyTokens, Sampled, clip
+from minimind.objectives.surrogates import Objective, PolicyTokens, SampledTokens, clip
 from minimind.objectives.values import value_losses
 
 CELLS, START, STEPS, GAMMA, LAM = 6, 1, 8, 0.95, 0.9
@@ -36,9 +36,7 @@ def roll_out(logits: torch.Tensor, generator: torch.Generator) -> dict[str, torc
                 break
         final.append(-1 if reward else cell)
     cells, actions, rewards, samples = (torch.tensor(column) for column in zip(*rows, strict=True))
-    return dict(
-        cells=cells, actions=actions, rewards=rewards.double(), samples=samples, final=torch.tensor(final)
-    )
+    return dict(cells=cells, actions=actions, rewards=rewards.double(), samples=samples, final=torch.tensor(final))
 
 
 def train(objective: Objective, sign: float = 1.0, updates: int = 30) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +51,7 @@ def train(objective: Objective, sign: float = 1.0, updates: int = 30) -> tuple[t
         old = values.detach()[cells]
         bootstrap = torch.where(seen["final"] < 0, 0.0, values.detach()[seen["final"].clamp(min=0)])
         advantages, returns = gae(seen["rewards"], old, samples, GAMMA, LAM, bootstrap)
-        at = Sampled(torch.arange(len(cells)), samples, EPISODES)
+        at = SampledTokens(torch.arange(len(cells)), samples, EPISODES)
         behaviour = logits.detach().log_softmax(-1)[cells, actions]
         for _ in range(EPOCHS):
             log_probs = logits.log_softmax(-1)[cells, actions]

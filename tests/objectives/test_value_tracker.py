@@ -116,7 +116,5 @@ def test_what_has_no_meaning_is_refused():
         ValueTracker(2, rho_min=0.9, rho_max=0.8)
     with pytest.raises(ValueError, match=r"rewards from 1 to 0"):
         ValueTracker(2, low=1, high=0)
-    with pytest.raises(
-        ValueError, match=r"drift nan: the policy's log-probabilities moved by no finite number"
-    ):
+    with pytest.raises(ValueError, match=r"drift nan: the policy's log-probabilities moved by no finite number"):
         ValueTracker(2).advance(float("nan"))

@@ -8,13 +8,7 @@ import torch
 
 from minimind.objectives.policy import policy_loss
 from minimind.objectives.surrogates import clip
-from minimind.objectives.values import (
-    actor_critic_loss,
-    explained_variance,
-    value_loss,
-    value_losses,
-    value_room,
-)
+from minimind.objectives.values import actor_critic_loss, explained_variance, value_loss, value_losses, value_room
 from minimind.value_head import ValueModel
 from tests.objectives.test_policy import batch, make
 

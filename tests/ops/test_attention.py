@@ -13,8 +13,8 @@ from minimind.ops.attention import (
     CausalLayout,
     DocumentLayout,
     MaskLayout,
-    UnfoldedLayout,
-    Unfolding,
+    SharedPrefix,
+    SharedPrefixLayout,
     VarlenLayout,
     _Unfold,
     attention_name,
@@ -22,14 +22,7 @@ from minimind.ops.attention import (
 )
 from minimind.ops.document_attention import document_attention, make_stacks
 from tests.conftest import documents_batch
-from tests.kernels.contract import (
-    DEVICE,
-    DTYPES,
-    assert_contract,
-    assert_second_backward_agrees,
-    rand,
-    run,
-)
+from tests.kernels.contract import DEVICE, DTYPES, assert_contract, assert_second_backward_agrees, rand, run
 
 CPU = torch.device("cpu")
 NAMES = ["out", "dq", "dk", "dv"]
@@ -83,9 +76,11 @@ def test_documents(form, lengths, size, dtype):
     assert operator.runs_natively(torch.empty(1, 1, size, dtype=dtype)) == (form == "native")
     cu = boundaries(lengths, empty=3)
     assert_contract(
-        lambda q, k, v: document_attention(q, k, v, cu), lambda q, k, v: masked(q, k, v, cu),
-        heads(sum(lengths), 4, 2, size, dtype), NAMES,
-    )  # fmt: skip
+        lambda q, k, v: document_attention(q, k, v, cu),
+        lambda q, k, v: masked(q, k, v, cu),
+        heads(sum(lengths), 4, 2, size, dtype),
+        NAMES,
+    )
 
 
 @cpu_only
@@ -94,9 +89,11 @@ def test_long_documents_and_one_key_head_each(form):
     for lengths, query, groups in (([512, 49, 95, 144], 2, 2), ([257, 1, 2], 8, 1)):
         cu = boundaries(lengths)
         assert_contract(
-            lambda q, k, v, cu=cu: document_attention(q, k, v, cu), lambda q, k, v, cu=cu: masked(q, k, v, cu),
-            heads(sum(lengths), query, groups, 16, torch.bfloat16), NAMES,
-        )  # fmt: skip
+            lambda q, k, v, cu=cu: document_attention(q, k, v, cu),
+            lambda q, k, v, cu=cu: masked(q, k, v, cu),
+            heads(sum(lengths), query, groups, 16, torch.bfloat16),
+            NAMES,
+        )
 
 
 @cpu_only
@@ -106,9 +103,12 @@ def test_steep_scores(form):
     q, k, v = heads(sum(LENGTHS), 4, 2, 16, torch.float32)
     cu = boundaries(LENGTHS)
     assert_contract(
-        lambda q, k, v: document_attention(q, k, v, cu), lambda q, k, v: masked(q, k, v, cu),
-        [q * 100, k * 100, v], NAMES, terms=sum(LENGTHS),
-    )  # fmt: skip
+        lambda q, k, v: document_attention(q, k, v, cu),
+        lambda q, k, v: masked(q, k, v, cu),
+        [q * 100, k * 100, v],
+        NAMES,
+        terms=sum(LENGTHS),
+    )
 
 
 @cpu_only
@@ -134,32 +134,31 @@ def test_second_backward_and_opcheck(form):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_documents_that_share_their_beginning(form, dtype):
     """A prompt and two answers to it, twice, and a document alone, against the mask of who may see whom."""
-    parts = [
-        (0, 37, 20, 63),
-        (120, 1, 1, 100),
-        (222, 15, 0, 0),
-    ]  # begin, length of the prompt and of each answer
+    parts = [(0, 37, 20, 63), (120, 1, 1, 100), (222, 15, 0, 0)]  # begin, length of the prompt and of each answer
     total, sees, rows, ends = 237, torch.zeros(237, 237, dtype=torch.bool), [], [0]
     for begin, prompt, first, second in parts:
         shared = list(range(begin, begin + prompt))
-        for answer in ([*range(begin + prompt, begin + prompt + first)],
-                       [*range(begin + prompt + first, begin + prompt + first + second)]):  # fmt: skip
+        for answer in (
+            [*range(begin + prompt, begin + prompt + first)],
+            [*range(begin + prompt + first, begin + prompt + first + second)],
+        ):
             document = shared + answer
             for i, token in enumerate(document if answer or not first else []):
                 sees[token, document[: i + 1]] = True
             rows += document if answer or not first else []
             ends.append(len(rows))
-    unfolding = Unfolding(torch.tensor(rows), torch.tensor(ends, dtype=torch.int32), places_of(rows, total))
+    unfolding = SharedPrefix(torch.tensor(rows), torch.tensor(ends, dtype=torch.int32), places_of(rows, total))
     layout = make_layout(1, total, CPU, dtype, boundaries([total]), unfolding=unfolding)
-    assert isinstance(layout, UnfoldedLayout) and isinstance(layout.documents, DocumentLayout)
+    assert isinstance(layout, SharedPrefixLayout) and isinstance(layout.documents, DocumentLayout)
     plain = make_layout(1, total, CPU, dtype, boundaries([total]), fused=False, unfolding=unfolding)
     mask = MaskLayout(sees[None, None])
     assert isinstance(plain, MaskLayout) and torch.equal(plain.mask, mask.mask)
     assert_contract(
         lambda q, k, v: layout.attend(q[None], k[None], v[None])[0],
         lambda q, k, v: mask.attend(q[None], k[None], v[None])[0],
-        heads(total, 4, 2, 64, dtype), NAMES,
-    )  # fmt: skip
+        heads(total, 4, 2, 64, dtype),
+        NAMES,
+    )
 
 
 def places_of(rows: list[int], tokens: int) -> torch.Tensor:
@@ -180,7 +179,7 @@ def test_copies_of_a_beginning_are_added_up_in_float32_and_in_order(dtype):
     """Forty documents behind one prompt, and padding that nothing is taken from."""
     rows = list(range(10)) + [*range(8), 8] * 39 + [0] * 64
     places = places_of(rows[:-64], 10)
-    layout = UnfoldedLayout(torch.tensor(rows, device=DEVICE), places.to(DEVICE), Plain())
+    layout = SharedPrefixLayout(torch.tensor(rows, device=DEVICE), places.to(DEVICE), Plain())
     weight = rand(1, 10, 4, 8, seed=1).to(dtype)
     copies = rand(len(rows) - 64, 4, 8, seed=2).to(dtype)
 
@@ -274,9 +273,11 @@ def test_varlen_on_a_gpu(size, groups):
     cu = boundaries(LENGTHS, empty=9).to(DEVICE)
     layout = VarlenLayout(cu, 128)
     assert_contract(
-        lambda q, k, v: layout.attend(q[None], k[None], v[None])[0], lambda q, k, v: masked(q, k, v, cu),
-        heads(sum(LENGTHS), 8, groups, size, torch.bfloat16), NAMES,
-    )  # fmt: skip
+        lambda q, k, v: layout.attend(q[None], k[None], v[None])[0],
+        lambda q, k, v: masked(q, k, v, cu),
+        heads(sum(LENGTHS), 8, groups, size, torch.bfloat16),
+        NAMES,
+    )
 
 
 @cpu_only

@@ -24,13 +24,14 @@ def test_rms_norm(dtype, shape):
     x, residual = rand(*shape, scale=3).to(dtype), rand(*shape, seed=2).to(dtype)
     weight = (1 + rand(shape[-1], seed=1, scale=0.1)).to(dtype)
     assert_contract(
-        lambda a, w: ops.rms_norm(a, w, EPS), lambda a, w: rms_norm_ref(a, w, EPS),
-        [x, weight], ["y", "dx", "dw"],
-    )  # fmt: skip
+        lambda a, w: ops.rms_norm(a, w, EPS), lambda a, w: rms_norm_ref(a, w, EPS), [x, weight], ["y", "dx", "dw"]
+    )
     assert_contract(
-        lambda a, r, w: ops.add_rms_norm(a, r, w, EPS), lambda a, r, w: add_rms_norm_ref(a, r, w, EPS),
-        [x, residual, weight], ["y", "total", "dx", "dresidual", "dw"],
-    )  # fmt: skip
+        lambda a, r, w: ops.add_rms_norm(a, r, w, EPS),
+        lambda a, r, w: add_rms_norm_ref(a, r, w, EPS),
+        [x, residual, weight],
+        ["y", "total", "dx", "dresidual", "dw"],
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -75,8 +76,9 @@ def test_linear_cross_entropy_as_training_calls_it(case):
     assert_contract(
         lambda a, w: ops.linear_cross_entropy(a, w, targets, num_targets=119),
         lambda a, w: linear_cross_entropy_ref(a, w, targets),
-        [x, weight], ["loss", "dx", "dw"],
-    )  # fmt: skip
+        [x, weight],
+        ["loss", "dx", "dw"],
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -88,8 +90,9 @@ def test_moe_experts(dtype):
     assert_contract(
         lambda x, gate_up, down: ops.moe_experts(x, gate_up, down, routing_of(ids, gates, experts=4)),
         lambda x, gate_up, down: moe_experts_ref(x, gate_up, down, gates, ids),
-        [x.to(dtype), gate_up.to(dtype), down.to(dtype)], ["out", "dx", "dgate_up", "ddown"],
-    )  # fmt: skip
+        [x.to(dtype), gate_up.to(dtype), down.to(dtype)],
+        ["out", "dx", "dgate_up", "ddown"],
+    )
 
 
 def test_no_gradient_is_made_where_none_is_wanted(monkeypatch):

@@ -43,9 +43,7 @@ class Machine:
         module = ModuleType("flash_attn")
         module.flash_attn_varlen_func = self.flash2
         monkeypatch.setitem(__import__("sys").modules, "flash_attn", module)
-        for name, answer in (
-            ("activate", self.activate), ("restore", self.restore), ("current", lambda: self.active)
-        ):  # fmt: skip
+        for name, answer in (("activate", self.activate), ("restore", self.restore), ("current", lambda: self.active)):
             monkeypatch.setattr(torch.nn.attention, f"{name}_flash_attention_impl", answer, raising=False)
         varlen.learn_heads.cache_clear()
 
@@ -85,7 +83,7 @@ ALL = [package.module for package in PACKAGES.values()]
         ((12, 0), ALL, "FlashAttention 2 of PyTorch", None),
         ((9, 0), [], "FlashAttention 2 of PyTorch; FlashAttention 3 would be faster: flash_attn_inter", None),
     ],
-)  # fmt: skip
+)
 def test_auto_takes_the_fastest_that_is_there(monkeypatch, capability, installed, expected, active):
     machine = Machine(monkeypatch, capability, installed)
     assert varlen.choose("auto", CPU, HEADS).startswith(f"attention: {expected}")
@@ -98,10 +96,7 @@ def test_a_package_that_does_not_work_is_passed_over_and_said(monkeypatch):
     assert line.startswith(
         "attention: FlashAttention 2 of PyTorch; FlashAttention 3 would be faster: it does not load:"
     )
-    assert (
-        line.endswith("FlashAttention 4 would be faster: it computes something else here")
-        and "\n" not in line
-    )
+    assert line.endswith("FlashAttention 4 would be faster: it computes something else here") and "\n" not in line
     assert machine.active is None and varlen.PAGED
 
 
@@ -113,7 +108,7 @@ def test_a_package_that_does_not_work_is_passed_over_and_said(monkeypatch):
         ("flash3", (9, 0), ALL, ("FA3",), "it does not load: FA3 was built for another torch; use --attention torch"),
         ("flash4", (10, 0), ALL, ("wrong FA4",), "it computes something else here"),
     ],
-)  # fmt: skip
+)
 def test_a_named_one_that_cannot_be_had_is_an_error(monkeypatch, name, capability, installed, fails, message):
     machine = Machine(monkeypatch, capability, installed, fails)
     with pytest.raises(ValueError, match=message) as caught:

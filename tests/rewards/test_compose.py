@@ -48,10 +48,7 @@ def test_words(word, expected):
         ("function=no.such:f", "--reward function=no.such:f: cannot import no.such"),
         (f"function={HERE}:gone", f"--reward function={HERE}:gone: {HERE} has no function 'gone'"),
         (f"function={HERE}:not_a_function", "has no function 'not_a_function'"),
-        (
-            "model=/no/such/folder:1",
-            "--reward model=/no/such/folder: no such folder; name a run of train/reward.py",
-        ),
+        ("model=/no/such/folder:1", "--reward model=/no/such/folder: no such folder; name a run of train/reward.py"),
     ],
 )
 def test_bad_words_are_refused_in_one_line(word, message):
@@ -93,9 +90,7 @@ def test_bounds_of_the_sum(words, on_error, bounds):
 
 
 def test_a_function_from_the_working_directory(tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text(
-        "def shouting(samples):\n    return [s.text.isupper() for s in samples]\n"
-    )
+    (tmp_path / "my_rewards.py").write_text("def shouting(samples):\n    return [s.text.isupper() for s in samples]\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     scores = parse_rewards(["function=my_rewards:shouting:2"])([sample("HEY"), sample("hey")])
@@ -126,9 +121,7 @@ def test_a_number_stands_in_for_what_a_reward_did_not_say():
 
 def test_a_run_may_stop_instead():
     rewards = parse_rewards([f"function={HERE}:boom"], on_error="stop")
-    with pytest.raises(
-        RewardError, match=r"reward function failed on 2 samples: KeyError: .*go on with"
-    ) as caught:
+    with pytest.raises(RewardError, match=r"reward function failed on 2 samples: KeyError: .*go on with") as caught:
         rewards(SAMPLES)
     assert "\n" not in str(caught.value)
     assert rewards(SAMPLES[:1]).total.tolist() == [3]
@@ -170,10 +163,13 @@ def test_what_are_no_rewards_is_refused_at_once(said, named, on_error, monkeypat
 @pytest.mark.parametrize(
     "said",
     [
-        (1, 0, 1, True), [np.float16(1), np.int64(0), np.bool_(True), torch.tensor(1)], np.array([1, 0, 1, 1], bool),
-        torch.tensor([1.0, 0, 1, 1], dtype=torch.bfloat16, requires_grad=True), [1, None, 1, Fraction(1)],
+        (1, 0, 1, True),
+        [np.float16(1), np.int64(0), np.bool_(True), torch.tensor(1)],
+        np.array([1, 0, 1, 1], bool),
+        torch.tensor([1.0, 0, 1, 1], dtype=torch.bfloat16, requires_grad=True),
+        [1, None, 1, Fraction(1)],
     ],
-)  # fmt: skip
+)
 def test_numbers_of_any_kind_are_rewards(said, monkeypatch):
     monkeypatch.setattr(samples, "short", lambda s: said)
     scores = parse_rewards([f"function={HERE}:short"], "0")(SAMPLES)

@@ -72,12 +72,8 @@ def test_an_answer_model_sees_the_answer_alone(folder):
     samples = [sample(text, prompt=SAMPLES[0].prompt) for text in texts]
     scores = rewards(samples)
     answers, whole = scores.parts["answer_model"], scores.parts["model"]
-    assert answers[0] == pytest.approx(answers[2], rel=1e-2) and answers[1] == pytest.approx(
-        answers[2], rel=1e-2
-    )
-    assert answers[3] == pytest.approx(answers[4], rel=1e-2) and answers[2] != pytest.approx(
-        answers[4], rel=1e-2
-    )
+    assert answers[0] == pytest.approx(answers[2], rel=1e-2) and answers[1] == pytest.approx(answers[2], rel=1e-2)
+    assert answers[3] == pytest.approx(answers[4], rel=1e-2) and answers[2] != pytest.approx(answers[4], rel=1e-2)
     assert len(set(np.round(whole, 6))) == len(texts) and scores.total == pytest.approx(answers + 0.5 * whole)
     first, second = (part.reward for part in rewards.parts)
     assert first.__closure__[0].cell_contents is second  # one model, loaded once
@@ -136,8 +132,12 @@ def test_a_classifier_of_transformers(classifier):
     """Padding changes no score: each is the last token's of the conversation alone."""
     reward = model_reward(str(classifier), CPU)
     assert isinstance(reward, ClassifierReward)
-    rows = [reward.tokenizer.apply_chat_template([*one.prompt, {"role": "assistant", "content": one.text}],
-                                                 tokenize=True, return_dict=False) for one in SAMPLES]  # fmt: skip
+    rows = [
+        reward.tokenizer.apply_chat_template(
+            [*one.prompt, {"role": "assistant", "content": one.text}], tokenize=True, return_dict=False
+        )
+        for one in SAMPLES
+    ]
     assert len({len(row) for row in rows}) > 4
     assert all(row[-1] == reward.tokenizer.pad_token_id for row in rows)
 
@@ -203,9 +203,7 @@ def test_internlm2_rewards_kind_needs_leave_to_run_its_code(tmp_path, monkeypatc
     auto = {"AutoConfig": "modeling_counting.CountConfig", "AutoModel": "modeling_counting.CountModel"}
     (path / "config.json").write_text(json.dumps({"model_type": "counting", "auto_map": auto}))
     save_file({"weight": torch.ones(1)}, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ValueError, match="brings its own Python code; read it, then allow it with --trust-remote-code"
-    ):
+    with pytest.raises(ValueError, match="brings its own Python code; read it, then allow it with --trust-remote-code"):
         parse_rewards([f"model={path}"])
     scores = parse_rewards([f"model={path}"], trust_remote_code=True)(SAMPLES)
     assert scores.total.tolist() == [len(one.text) + len(one.prompt) + 1 for one in SAMPLES]

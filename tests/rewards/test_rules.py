@@ -66,10 +66,7 @@ def test_repetition_counts_n_grams():
 def test_regex():
     assert score(r"regex=^\d+:$:2", sample("12:"), sample("x12:")) == [2.0, 0.0]
     assert score("regex=a:7:1", sample("a:7"), sample("a")) == [1.0, 0.0]
-    assert score("regex=a:7", sample("a"), sample("b")) == [
-        7.0,
-        0.0,
-    ]  # a number behind the last colon is a weight
+    assert score("regex=a:7", sample("a"), sample("b")) == [7.0, 0.0]  # a number behind the last colon is a weight
 
 
 @pytest.mark.parametrize(

@@ -51,16 +51,7 @@ def test_only_the_answer_counts():
 
 
 def test_number():
-    texts = [
-        "<think>7</think>8",
-        "<think>8</think>7",
-        "8",
-        "the sum of 5 and 3 is 8.",
-        "16/2",
-        "800%",
-        "",
-        "8 or 9",
-    ]
+    texts = ["<think>7</think>8", "<think>8</think>7", "8", "the sum of 5 and 3 is 8.", "16/2", "800%", "", "8 or 9"]
     assert score("number", *(sample(t, "= 8") for t in texts)) == [1, 0, 1, 1, 1, 1, 0, 0]
 
 
@@ -142,9 +133,7 @@ def test_without_tools_a_call_is_wrong():
 
 
 def test_schemas_allow_what_they_do_not_know():
-    assert (
-        fits({"a": 1}, {}) and fits({"a": 1}, {"type": "object"}) and fits("x", {"type": ["string", "null"]})
-    )
+    assert fits({"a": 1}, {}) and fits({"a": 1}, {"type": "object"}) and fits("x", {"type": ["string", "null"]})
     assert fits({"a": 1}, {"properties": {}, "additionalProperties": True})
     assert not fits({"a": 1}, {"properties": {}}) and not fits({}, {"required": ["a"]})
     assert fits(1, {"type": "made up"})

@@ -117,10 +117,12 @@ def taught() -> tuple[Model, Tokenizer]:
     rows = [(torch.from_numpy(c.ids.astype("int64")), c.trained) for c in encoder.encode(conversations)]
     worst = 1.0
     while worst > 0.05:
-        losses = torch.cat([
-            F.cross_entropy(model(ids[None, :-1]).logits[0].float(), ids[1:], reduction="none")[trained[1:]]
-            for ids, trained in rows
-        ])  # fmt: skip
+        losses = torch.cat(
+            [
+                F.cross_entropy(model(ids[None, :-1]).logits[0].float(), ids[1:], reduction="none")[trained[1:]]
+                for ids, trained in rows
+            ]
+        )
         worst = float(losses.detach().max())
         optimizer.zero_grad()
         losses.mean().backward()

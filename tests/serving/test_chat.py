@@ -100,9 +100,7 @@ def test_usage_counts_the_engines_tokens(server):
     answer = server.chat("hi")
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
     assert answer.usage.prompt_tokens == len(tokenizer.encode(prompt))
-    assert (
-        answer.usage.completion_tokens == len(tokenizer.encode(ANSWERS["hi"]["content"])) + 1
-    )  # the end token
+    assert answer.usage.completion_tokens == len(tokenizer.encode(ANSWERS["hi"]["content"])) + 1  # the end token
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     chunks = list(server.chat("hi", stream=True, stream_options={"include_usage": True}))
     assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens and not chunks[-1].choices
@@ -153,9 +151,7 @@ def test_log_probabilities(server):
     entries = choice.logprobs.content
     assert b"".join(bytes(entry.bytes) for entry in entries).decode() == choice.message.content
     for entry in entries:
-        assert (
-            entry.top_logprobs[0].token == entry.token and entry.top_logprobs[0].logprob == entry.logprob <= 0
-        )
+        assert entry.top_logprobs[0].token == entry.token and entry.top_logprobs[0].logprob == entry.logprob <= 0
         assert len(entry.top_logprobs) == 3
     *_, streamed = joined(server.chat("hi", logprobs=True, top_logprobs=3, stream=True))
     assert [(e.token, e.logprob) for e in streamed] == [(e.token, e.logprob) for e in entries]
@@ -172,9 +168,7 @@ def test_a_tool_call(server):
     content, _, calls, reasons, _, _ = joined(server.chat("go", tools=[WEATHER], stream=True))
     assert content == "" and reasons == ["tool_calls"]
     assert calls[0]["name"] == "weather" and calls[0]["arguments"] == call.function.arguments
-    assert calls[0]["id"].startswith("call_") and calls[0]["pieces"] > 3, (
-        "arguments come while they are written"
-    )
+    assert calls[0]["id"].startswith("call_") and calls[0]["pieces"] > 3, "arguments come while they are written"
 
 
 def test_the_answer_with_a_call_can_be_sent_back(server):
@@ -202,9 +196,7 @@ def test_tool_choice(server):
                 found = [(call["name"], call["arguments"]) for call in calls.values()]
             else:
                 reasons = [answer.choices[0].finish_reason]
-                found = [
-                    (c.function.name, c.function.arguments) for c in answer.choices[0].message.tool_calls
-                ]
+                found = [(c.function.name, c.function.arguments) for c in answer.choices[0].message.tool_calls]
             assert reasons == ["tool_calls"] and len(found) == 1
             assert {name for name, _ in found} <= names
             if names == {"weather"}:
@@ -220,9 +212,7 @@ def test_json_answers(server):
     assert any_object.message.content.startswith("{")
     if any_object.finish_reason == "stop":
         assert isinstance(json.loads(any_object.message.content), dict)
-    thought = server.chat(
-        "why", response_format=form, extra_body={"open_thinking": True}, max_tokens=200
-    ).choices[0]
+    thought = server.chat("why", response_format=form, extra_body={"open_thinking": True}, max_tokens=200).choices[0]
     assert thought.message.reasoning_content
     assert list(json.loads(thought.message.content)) == ["city"]
 

@@ -29,18 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def process(folder):
-    command = [
-        sys.executable,
-        "-m",
-        "minimind.cli",
-        "serve",
-        "--model",
-        str(folder),
-        "--port",
-        "0",
-        "--dtype",
-        "fp32",
-    ]
+    command = [sys.executable, "-m", "minimind.cli", "serve", "--model", str(folder), "--port", "0", "--dtype", "fp32"]
     environment = {**os.environ, "MINIMIND_API_KEY": "k3y", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     running = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
@@ -58,9 +47,7 @@ def test_the_line_it_prints_works_and_a_signal_lets_streams_finish(process, fold
     with pytest.raises(ValueError, match=r"--port \d+: .*choose another"):
         main(Args(model=str(folder), port=int(url.rpartition(":")[2])))
     headers = dict(words[i + 1].split(": ") for i, word in enumerate(words) if word == "-H")
-    body = (
-        words[words.index("-d") + 1].replace("Hello!", "hi").replace('"stream"', '"temperature": 0, "stream"')
-    )
+    body = words[words.index("-d") + 1].replace("Hello!", "hi").replace('"stream"', '"temperature": 0, "stream"')
     with httpx.stream("POST", words[1], content=body, headers=headers, timeout=60) as response:
         assert response.status_code == 200
         process.send_signal(signal.SIGTERM)
@@ -100,12 +87,7 @@ def test_what_is_said_at_the_start(folder, monkeypatch):
     assert "http://127.0.0.1:80/v1" in greeting(service, "0.0.0.0", 80)
     service, notes = open_service(Args(model=str(folder), api_key="secret", name="other", host="::1"))
     line = greeting(service, "::1", 80)
-    assert (
-        "secret" not in line
-        and "Bearer $MINIMIND_API_KEY" in line
-        and '"other"' in line
-        and "[::1]:80" in line
-    )
+    assert "secret" not in line and "Bearer $MINIMIND_API_KEY" in line and '"other"' in line and "[::1]:80" in line
     assert not any("anyone" in note for note in notes)
 
 

@@ -61,8 +61,11 @@ def test_log_probabilities(server, stream):
     offsets = [offset for log in logs if log for offset in log.text_offset]
     tops = [top for log in logs if log for top in log.top_logprobs]
     assert tokens[0] == "H" and offsets[:2] == [0, 1] and offsets == sorted(offsets)
-    assert all(len(top) == 2 and top[token] == value for token, value, top in zip(tokens, values, tops, strict=True)
-               if "\ufffd" not in token)  # fmt: skip
+    assert all(
+        len(top) == 2 and top[token] == value
+        for token, value, top in zip(tokens, values, tops, strict=True)
+        if "\ufffd" not in token
+    )
     assert complete(server, prompt, max_tokens=2).choices[0].logprobs is None
 
 

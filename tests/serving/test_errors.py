@@ -71,7 +71,7 @@ def error_of(response, status):
         ({"sampler": 1}, 422, "sampler: Extra inputs are not permitted"),
         ({"model": "gpt-5"}, 404, "this server has 'tiny'"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_said(server, change, status, message):
     assert message in error_of(server.http.post(CHAT, json={**HI, **change}), status)["message"]
 
@@ -102,21 +102,13 @@ def test_bodies_that_are_no_request(server):
     json_type = {"Content-Type": "application/json"}
     for body, status in ((b"{", 400), (b"\xff", 400), (b"[" * 100_000, 400), (b"", 422)):
         assert error_of(server.http.post(CHAT, content=body, headers=json_type), status)["message"]
-    for body in (
-        "[1]",
-        "3",
-        '{"model": "tiny", "messages": "\\ud800"}',
-        '{"temperature": NaN}',
-        '{"seed": 1e999}',
-    ):
+    for body in ("[1]", "3", '{"model": "tiny", "messages": "\\ud800"}', '{"temperature": NaN}', '{"seed": 1e999}'):
         error_of(server.http.post(CHAT, content=body, headers=json_type), 422)
     lone = json.dumps({**HI, "messages": [{"role": "user", "content": "\ud800"}]})
     assert server.http.post(CHAT, content=lone, headers=json_type).status_code == 200
     field = json.dumps({**HI, "a\nb": 1})
     assert "a b: Extra" in error_of(server.http.post(CHAT, content=field, headers=json_type), 422)["message"]
-    tools = json.dumps(
-        {**HI, "tools": [{"type": "function", "function": {"name": "f", "parameters": {"\ud800": 1}}}]}
-    )
+    tools = json.dumps({**HI, "tools": [{"type": "function", "function": {"name": "f", "parameters": {"\ud800": 1}}}]})
     assert server.http.post(CHAT, content=tools, headers=json_type).status_code in (200, 400)
     error_of(server.http.get(CHAT), 405)
     error_of(server.http.get("/v1/poems"), 404)
@@ -132,9 +124,7 @@ def call_of(arguments):
     ]
 
 
-@pytest.mark.parametrize(
-    "arguments", ['{"city": "Par', "null", "", "3", "[" * 200, json.dumps(DEEP), "<|im_end|>"]
-)
+@pytest.mark.parametrize("arguments", ['{"city": "Par', "null", "", "3", "[" * 200, json.dumps(DEEP), "<|im_end|>"])
 def test_calls_that_were_cut_or_malformed_stay_part_of_the_conversation(server, arguments):
     """The server sends them out itself, with finish_reason length."""
     response = server.http.post(CHAT, json={**HI, "messages": call_of(arguments)})
@@ -158,11 +148,7 @@ def test_every_answer_that_max_tokens_may_cut_is_taken_back(server):
     for end in range(len(WRITTEN) + 1):
         choice = Choice(ReplyParser(tools=True))
         choice.take(Delta("", 0, WRITTEN[:end], (), (), (), "length"))
-        message = {
-            "role": "assistant",
-            "content": choice.reply.content,
-            "reasoning_content": choice.reply.reasoning,
-        }
+        message = {"role": "assistant", "content": choice.reply.content, "reasoning_content": choice.reply.reasoning}
         if choice.reply.calls:
             message["tool_calls"] = [
                 {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -175,11 +161,7 @@ def test_every_answer_that_max_tokens_may_cut_is_taken_back(server):
 
 
 ANSWERED = [
-    {
-        "role": "user",
-        "content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}],
-        "id": "u1",
-    },
+    {"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}], "id": "u1"},
     {"role": "assistant", "content": None, "refusal": None, "tool_calls": None, "annotations": []},
     {"role": "tool", "tool_call_id": "c1", "content": None, "name": None, "is_error": False},
     {"role": "tool", "tool_call_id": "c1", "content": "ok", "name": "weather"},
@@ -220,9 +202,7 @@ def test_values_of_the_edge_mean_what_they_say(server):
     likeliest = server.http.post(CHAT, json={**HI, "max_tokens": 8, "temperature": 0}).json()["choices"]
     found = server.http.post(CHAT, json={**HI, "max_tokens": 8, "temperature": 1, "top_p": 0, "stop": [""]})
     assert found.json()["choices"] == likeliest
-    drawn = [
-        server.http.post(CHAT, json={**HI, "max_tokens": 8, "seed": 3, "top_k": k}).json() for k in (-1, 0)
-    ]
+    drawn = [server.http.post(CHAT, json={**HI, "max_tokens": 8, "seed": 3, "top_k": k}).json() for k in (-1, 0)]
     assert drawn[0]["choices"] == drawn[1]["choices"]
 
 
@@ -235,10 +215,7 @@ def test_arguments_as_an_object_are_those_of_their_json(server):
 
 
 def test_null_in_a_schema_is_the_schemas_own():
-    tool = {
-        "type": "function",
-        "function": {"name": "f", "parameters": {"properties": {"x": {"default": None}}}},
-    }
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"default": None}}}}}
     asked = ChatRequest(model="tiny", messages=[{"role": "user", "content": "x"}], tools=[tool])
     assert offered(asked)[0]["function"]["parameters"] == {"properties": {"x": {"default": None}}}
 
@@ -269,9 +246,7 @@ def test_json_without_its_content_type_is_json(server, kind):
         assert "Content-Type: application/json" in error_of(answer, 415)["message"]
 
 
-@pytest.mark.parametrize(
-    "kind", ["application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"]
-)
+@pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"])
 def test_a_web_page_may_name_json_as_it_likes(server, kind):
     headers = {"Content-Type": kind, "Origin": "http://localhost:3000"}
     assert server.http.post(CHAT, content=json.dumps(HI), headers=headers).status_code == 200
@@ -284,9 +259,7 @@ def test_a_path_without_v1_is_told_of_it(server):
 
 def preflight(running, origin, **more):
     asks = {"Origin": origin, "Access-Control-Request-Method": "POST", **more}
-    return running.http.options(
-        CHAT, headers={**asks, "Access-Control-Request-Headers": "authorization,content-type"}
-    )
+    return running.http.options(CHAT, headers={**asks, "Access-Control-Request-Headers": "authorization,content-type"})
 
 
 @pytest.mark.parametrize(
@@ -362,9 +335,7 @@ def test_metrics(server):
     server.chat("hi")
     assert server.metric("minimind_time_to_first_token_seconds_count") == before + 1
     assert server.metric("minimind_requests_waiting") == server.metric("minimind_requests_running") == 0
-    assert (
-        server.metric("minimind_kv_cache_usage_ratio") == 0 < server.metric("minimind_generated_tokens_total")
-    )
+    assert server.metric("minimind_kv_cache_usage_ratio") == 0 < server.metric("minimind_generated_tokens_total")
     assert server.metric("minimind_batch_limit") == 8
     text = server.http.get("/metrics").text
     assert 'minimind_http_responses_total{route="/v1/chat/completions",status="200"}' in text
@@ -389,14 +360,8 @@ def test_bounds_are_described_as_they_are_checked(server):
     """As floats, in which 2^63 - 1 would be 2^63."""
     schemas = server.http.get("/openapi.json").json()["components"]["schemas"]
     for name in ("ChatRequest", "CompletionRequest"):
-        (integer,) = (
-            kind for kind in schemas[name]["properties"]["seed"]["anyOf"] if kind["type"] == "integer"
-        )
-        assert (
-            integer["minimum"] == -(2**63)
-            and integer["exclusiveMaximum"] == 2**63
-            and "maximum" not in integer
-        )
+        (integer,) = (kind for kind in schemas[name]["properties"]["seed"]["anyOf"] if kind["type"] == "integer")
+        assert integer["minimum"] == -(2**63) and integer["exclusiveMaximum"] == 2**63 and "maximum" not in integer
 
 
 def test_the_deepest_json_is_taken(server):
@@ -419,12 +384,7 @@ def test_the_largest_seed_is_one(server):
 
 def test_the_key_is_asked_for():
     with serving(api_key="s3cret-ключ") as running:
-        for header in (
-            {},
-            {"Authorization": "Bearer wrong"},
-            {"Authorization": "s3cret"},
-            {"Authorization": "Bearer"},
-        ):
+        for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}, {"Authorization": "Bearer"}):
             response = running.http.post(CHAT, json=HI, headers=header)
             assert error_of(response, 401)["code"] == "invalid_api_key"
             error_of(running.http.get("/v1/models", headers=header), 401)
@@ -440,9 +400,7 @@ def test_a_body_that_is_too_large():
         assert error_of(running.http.post(CHAT, json=large), 413)["code"] == "body_too_large"
         content = (json.dumps(large).encode()[i : i + 1000] for i in range(0, 12_000, 1000))
         headers = {"Content-Type": "application/json"}
-        error_of(
-            running.http.post(CHAT, content=content, headers=headers), 413
-        )  # chunked: no length is given
+        error_of(running.http.post(CHAT, content=content, headers=headers), 413)  # chunked: no length is given
         assert running.http.post(CHAT, json=HI).status_code == 200
 
 

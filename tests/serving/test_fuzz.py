@@ -20,14 +20,7 @@ from tests.inference.small import small_model  # noqa: E402
 from tests.serving.service import serving  # noqa: E402
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
-ROUTES = [
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/models",
-    "/v1/models/{model}",
-    "/health",
-    "/metrics",
-]
+ROUTES = ["/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{model}", "/health", "/metrics"]
 POSTED = ROUTES[:2]
 
 
@@ -42,13 +35,7 @@ def fuzz(api, route: str, mode: GenerationMode, examples: int, **options) -> Cou
     (operation,) = (found.ok() for found in api.get_all_operations() if found.ok().path == route)
     statuses: Counter = Counter()
 
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        database=None,
-        **options,
-    )
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None, **options)
     @given(operation.as_strategy(generation_mode=mode))
     def one(case):
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
@@ -56,9 +43,7 @@ def fuzz(api, route: str, mode: GenerationMode, examples: int, **options) -> Cou
         response = case.call()
         case.validate_response(response, checks=CHECKS)
         statuses[response.status_code] += 1
-        if (
-            response.status_code == 422 and mode is GenerationMode.POSITIVE
-        ):  # half a surrogate pair is no text
+        if response.status_code == 422 and mode is GenerationMode.POSITIVE:  # half a surrogate pair is no text
             assert "\\ud" in json.dumps(case.body), response.text
 
     one()

@@ -27,30 +27,22 @@ def test_the_engine_keeps_to_a_schema(temperature, backend):
     engine = Engine(small_model(), tokenizer, kv_tokens=4096, max_batch=4, backend=backend)
     constraint = Grammars(tokenizer).json_schema(SCHEMA, reasoning=False)
     params = SamplingParams(80, temperature=temperature, n=3, seed=5)
-    free, bound = engine.generate(
-        [Request([1, 5, 9], params), Request([1, 5, 9], params, constraint=constraint)]
-    )
+    free, bound = engine.generate([Request([1, 5, 9], params), Request([1, 5, 9], params, constraint=constraint)])
     for completion in bound.completions:
         assert completion.finish_reason == "stop"
         value = json.loads(completion.text)
         assert set(value) == {"city", "warm"} and len(value["city"]) <= 4
         assert all(np.isfinite(completion.log_probs))
     alone = engine.generate([Request([1, 5, 9], params)])[0]
-    assert [c.token_ids for c in alone.completions] == [c.token_ids for c in free.completions], (
-        "others do not notice"
-    )
-    assert "{" not in {c.text[:1] for c in free.completions}, (
-        "without the grammar the model writes something else"
-    )
+    assert [c.token_ids for c in alone.completions] == [c.token_ids for c in free.completions], "others do not notice"
+    assert "{" not in {c.text[:1] for c in free.completions}, "without the grammar the model writes something else"
 
 
 def test_a_preempted_sample_goes_on_where_its_grammar_was():
     tokenizer = small_tokenizer()
     constraint = Grammars(tokenizer).json_schema(SCHEMA, reasoning=False)
     requests = [Request([1, 5, 9 + i], SamplingParams(60, seed=i), constraint=constraint) for i in range(4)]
-    tight = Engine(
-        small_model(), tokenizer, kv_tokens=96, max_batch=4, backend="reference", prefix_cache=False
-    )
+    tight = Engine(small_model(), tokenizer, kv_tokens=96, max_batch=4, backend="reference", prefix_cache=False)
     for output in tight.generate(requests):
         assert set(json.loads(output.text)) == {"city", "warm"}
     assert tight.stats().preemptions > 0
@@ -62,9 +54,7 @@ def test_a_grammar_that_comes_to_no_end_is_an_error_of_that_answer_alone(backend
     tokenizer = small_tokenizer()
     endless = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
     constraint = Grammars(tokenizer).json_schema(endless, reasoning=False)
-    requests = [
-        Request([1, 5, 9], SamplingParams(20, seed=1), constraint=c) for c in (None, constraint, None)
-    ]
+    requests = [Request([1, 5, 9], SamplingParams(20, seed=1), constraint=c) for c in (None, constraint, None)]
     engine = Engine(small_model(), tokenizer, kv_tokens=4096, max_batch=4, backend=backend)
     free, bound, other = engine.generate(requests)
     assert bound.finish_reason == "error" and bound.error.startswith("the grammar cannot go on: parser error")
@@ -85,9 +75,7 @@ def test_behind_reasoning_the_grammar_begins_at_its_end():
 def test_a_complete_value_can_only_end():
     tokenizer = small_tokenizer()
     constraint = Grammars(tokenizer).tool_calls([WEATHER["function"]], several=False, reasoning=False)()
-    for token in tokenizer.encode(
-        '<tool_call>\n{"name": "weather", "arguments": {"city": "a"}}\n</tool_call>'
-    ):
+    for token in tokenizer.encode('<tool_call>\n{"name": "weather", "arguments": {"city": "a"}}\n</tool_call>'):
         assert constraint.allowed()[token]
         constraint.advance(token)
     assert np.flatnonzero(constraint.allowed()).tolist() == [tokenizer.eos_token_id]

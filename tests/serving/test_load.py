@@ -63,9 +63,7 @@ def mixed(running: Running, clients: int, seconds: float, tokens: int) -> int:
     async def all_of_them() -> int:
         end = time.perf_counter() + seconds
         numbers = itertools.count()
-        async with openai.AsyncOpenAI(
-            base_url=running.client.base_url, api_key="x", max_retries=0, timeout=60
-        ) as own:
+        async with openai.AsyncOpenAI(base_url=running.client.base_url, api_key="x", max_retries=0, timeout=60) as own:
 
             async def one(answer: str, prompt: list[int]) -> None:
                 while True:
@@ -124,9 +122,7 @@ def test_a_client_that_goes_frees_its_place(stream, queued):
 
 
 def test_a_full_queue_refuses():
-    with serving(
-        small_model(max_position_embeddings=2048), max_batch=1, max_queue=2, kv_tokens=4096
-    ) as running:
+    with serving(small_model(max_position_embeddings=2048), max_batch=1, max_queue=2, kv_tokens=4096) as running:
         streams = [httpx.stream("POST", running.root + COMPLETIONS, json=LONG) for _ in range(3)]
         for stream in streams:
             assert stream.__enter__().status_code == 200
@@ -174,12 +170,7 @@ def test_a_shutdown_waits_only_so_long():
 
 def test_characters_are_never_split(server):
     """In the bytes on the wire: every event is whole UTF-8, whatever the tokens were."""
-    body = {
-        "model": "tiny",
-        "stream": True,
-        "messages": [{"role": "user", "content": "hi"}],
-        "temperature": 0,
-    }
+    body = {"model": "tiny", "stream": True, "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
     with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
         raw = b"".join(response.iter_raw())
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -190,8 +181,4 @@ def test_characters_are_never_split(server):
         assert event.startswith(b"data: ") and b"\n" not in event and b"\r" not in event
         delta = json.loads(event[6:].decode("utf-8", "strict"))["choices"][0]["delta"]
         pieces.append(delta.get("content") or "")
-    assert (
-        "😀" in pieces
-        and "".join(pieces) == "Hello 你好 😀👍🏽 naïve café!"
-        and "\ufffd" not in "".join(pieces)
-    )
+    assert "😀" in pieces and "".join(pieces) == "Hello 你好 😀👍🏽 naïve café!" and "\ufffd" not in "".join(pieces)

@@ -77,18 +77,10 @@ def test_parts_do_not_depend_on_the_cuts(words, cuts, reasoning, tools):
     places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
     pieces = [text[a:b] for a, b in itertools.pairwise(places)]
     whole = parse([text], reasoning=reasoning, tools=tools)
-    assert (
-        parse(pieces, reasoning=reasoning, tools=tools)
-        == whole
-        == parse(text, reasoning=reasoning, tools=tools)
-    )
+    assert parse(pieces, reasoning=reasoning, tools=tools) == whole == parse(text, reasoning=reasoning, tools=tools)
 
 
-@given(
-    st.dictionaries(
-        st.text(max_size=5), st.text(max_size=9) | st.integers() | st.lists(st.none(), max_size=3)
-    )
-)
+@given(st.dictionaries(st.text(max_size=5), st.text(max_size=9) | st.integers() | st.lists(st.none(), max_size=3)))
 def test_arguments_come_through_as_they_are(arguments):
     written = json.dumps(arguments, ensure_ascii=False)
     if "</tool_call>" not in written:

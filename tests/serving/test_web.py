@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from minimind.serving import web_command
-from minimind.serving.web_client import Call, Settings, Turn, connect, fill, parse_tools
+from minimind.serving.web_client import Call, ChatTurn, Settings, connect, fill, parse_tools
 from minimind.serving.web_command import _OPTIONS, PAGE, Args, main, server_command
 from minimind.serving.web_text import LANGUAGES, SUGGESTIONS, TEXT
 from minimind.weights import save_weights
@@ -27,9 +27,7 @@ HELLO = ANSWERS["hi"]["content"]
 @pytest.fixture
 def page(server, monkeypatch):
     """The page, run once, with the seed and temperature of an answer by heart."""
-    testing = pytest.importorskip(
-        "streamlit.testing.v1", reason="needs streamlit: pip install 'minimind[web]'"
-    )
+    testing = pytest.importorskip("streamlit.testing.v1", reason="needs streamlit: pip install 'minimind[web]'")
     monkeypatch.setenv("MINIMIND_URL", f"{server.root}/v1")
     monkeypatch.delenv("MINIMIND_API_KEY", raising=False)
     app = testing.AppTest.from_file(str(PAGE), default_timeout=60)
@@ -123,9 +121,7 @@ def test_chinese(page):
 
 
 def test_no_server_is_said(monkeypatch):
-    testing = pytest.importorskip(
-        "streamlit.testing.v1", reason="needs streamlit: pip install 'minimind[web]'"
-    )
+    testing = pytest.importorskip("streamlit.testing.v1", reason="needs streamlit: pip install 'minimind[web]'")
     monkeypatch.setenv("MINIMIND_URL", "http://127.0.0.1:9/v1")
     app = testing.AppTest.from_file(str(PAGE), default_timeout=60).run()
     assert "minimind serve" in app.error[0].value and app.chat_input[0].disabled and not app.exception
@@ -139,10 +135,8 @@ def test_every_text_is_in_both_languages():
 
 
 def test_an_answer_that_is_closed_early_frees_its_place(server):
-    turn = Turn("assistant")
-    pieces = fill(
-        server.client, Settings("tiny", max_tokens=900, temperature=0), [Turn("user", "what?")], turn
-    )
+    turn = ChatTurn("assistant")
+    pieces = fill(server.client, Settings("tiny", max_tokens=900, temperature=0), [ChatTurn("user", "what?")], turn)
     for _ in range(3):
         next(pieces)
     pieces.close()
@@ -154,21 +148,23 @@ def test_an_answer_that_is_closed_early_frees_its_place(server):
 
 
 def test_the_oldest_rounds_make_room(server):
-    long = [Turn("user", "word " * 110), Turn("assistant", "word " * 110)] * 2
-    turn = Turn("assistant")
-    list(fill(server.client, Settings("tiny", temperature=0), [*long, Turn("user", "hi")], turn))
+    long = [ChatTurn("user", "word " * 110), ChatTurn("assistant", "word " * 110)] * 2
+    turn = ChatTurn("assistant")
+    list(fill(server.client, Settings("tiny", temperature=0), [*long, ChatTurn("user", "hi")], turn))
     assert turn.dropped == 2 and turn.content == HELLO and not turn.error and not turn.stopped
-    alone = Turn("assistant")
-    list(fill(server.client, Settings("tiny"), [Turn("user", "word " * 2000)], alone))
+    alone = ChatTurn("assistant")
+    list(fill(server.client, Settings("tiny"), [ChatTurn("user", "word " * 2000)], alone))
     assert "context" in alone.error and alone.message() is None
 
 
 def test_messages_are_sent_back_whole():
-    turn = Turn("assistant", "a", "b", [Call("c", "f", "{}")])
+    turn = ChatTurn("assistant", "a", "b", [Call("c", "f", "{}")])
     assert turn.message() == {
-        "role": "assistant", "content": "a", "reasoning_content": "b",
+        "role": "assistant",
+        "content": "a",
+        "reasoning_content": "b",
         "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
-    }  # fmt: skip
+    }
     for wrong in ("{", "{}", "[1]"):
         with pytest.raises(ValueError, match="not"):
             parse_tools(wrong)
@@ -177,9 +173,7 @@ def test_messages_are_sent_back_whole():
 def test_streamlit_is_told_what_it_knows_and_asks_nothing():
     config = pytest.importorskip("streamlit.config", reason="needs streamlit: pip install 'minimind[web]'")
     assert not set(_OPTIONS) - set(config.get_config_options())
-    assert _OPTIONS["server.showEmailPrompt"] == "false", (
-        "its first start in a terminal would wait for an address"
-    )
+    assert _OPTIONS["server.showEmailPrompt"] == "false", "its first start in a terminal would wait for an address"
 
 
 def test_the_server_gets_the_flags_of_the_model():
@@ -204,13 +198,7 @@ def browser():
         pytest.skip("no chromium and chromedriver here (Debian: apt-get install chromium chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    for flag in (
-        "headless=new",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-background-networking",
-        "window-size=1280,860",
-    ):
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "window-size=1280,860"):
         options.add_argument(f"--{flag}")
     chrome = webdriver.Chrome(options, webdriver.ChromeService(driver))
     try:
@@ -226,9 +214,7 @@ def web(*flags):
     with socket.create_server(("127.0.0.1", 0)) as place:
         port = place.getsockname()[1]
     command = [sys.executable, "-m", "minimind.cli", "web", "--no-browser", "--port", str(port), *flags]
-    process = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -318,9 +304,7 @@ def test_the_stop_button(tmp_path):
         when(lambda: running.metric("minimind_generated_tokens_total") > 3)
         stop.click()
         when(lambda: running.service.worker.in_flight == 0)
-        when(
-            lambda: "stopped" in chrome.find_elements("css selector", '[data-testid="stChatMessage"]')[1].text
-        )
+        when(lambda: "stopped" in chrome.find_elements("css selector", '[data-testid="stChatMessage"]')[1].text)
         assert running.metric("minimind_generated_tokens_total") < 500
 
 
@@ -328,6 +312,4 @@ def slow_model():
     from minimind import ModelConfig
     from minimind.modeling import Model
 
-    return Model(
-        ModelConfig(64, 2, 4, 2, 16, 128, taught()[1].vocab_size, max_position_embeddings=4096)
-    ).eval()
+    return Model(ModelConfig(64, 2, 4, 2, 16, 128, taught()[1].vocab_size, max_position_embeddings=4096)).eval()

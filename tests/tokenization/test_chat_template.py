@@ -135,18 +135,13 @@ def test_tool_calls_in_every_form(calls: Any) -> None:
     assert SHIPPED.apply_chat_template([twice]) == f"{HEADER}ok\n{text}\n{text}<|im_end|>\n"
 
 
-WORDS = st.text(alphabet="ab <>|/\n你。😀", max_size=8) | st.sampled_from(
-    ["<think>", "</think>", "<|im_end|>"]
-)
-CALLS = st.lists(
-    st.fixed_dictionaries({"name": WORDS, "arguments": st.dictionaries(WORDS, WORDS, max_size=2)})
-)
+WORDS = st.text(alphabet="ab <>|/\n你。😀", max_size=8) | st.sampled_from(["<think>", "</think>", "<|im_end|>"])
+CALLS = st.lists(st.fixed_dictionaries({"name": WORDS, "arguments": st.dictionaries(WORDS, WORDS, max_size=2)}))
 MESSAGES = st.one_of(
     st.fixed_dictionaries({"role": st.just("user"), "content": WORDS}),
     st.fixed_dictionaries({"role": st.just("tool"), "content": WORDS}),
     st.fixed_dictionaries(
-        {"role": st.just("system"), "content": WORDS},
-        optional={"tools": st.just("[]") | CALLS.map(json.dumps)},
+        {"role": st.just("system"), "content": WORDS}, optional={"tools": st.just("[]") | CALLS.map(json.dumps)}
     ),
     st.fixed_dictionaries(
         {"role": st.just("assistant"), "content": WORDS | st.none()},
@@ -159,9 +154,7 @@ MESSAGES = st.one_of(
 @given(st.lists(MESSAGES, max_size=6), st.none() | st.just([WEATHER]), st.sampled_from([None, True, False]))
 def test_more_messages_only_append(messages: list, tools: list | None, thinking: bool | None) -> None:
     variables: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
-    renders = [
-        SHIPPED.apply_chat_template(messages[:k], tools, **variables) for k in range(len(messages) + 1)
-    ]
+    renders = [SHIPPED.apply_chat_template(messages[:k], tools, **variables) for k in range(len(messages) + 1)]
     for shorter, longer in pairwise(renders):
         assert longer.startswith(shorter)
 
@@ -197,10 +190,7 @@ def test_language_of_hugging_face_templates() -> None:
         ([{"content": "hi"}], "message 0"),
         (["hi"], "message 0"),
         ([{"role": "user", "content": "a"}, {"role": "narrator"}], 'message 1 has the role "narrator"'),
-        (
-            [{"role": "assistant", "content": "", "tool_calls": "{oops"}],
-            "message 0: tool_calls is a string but not",
-        ),
+        ([{"role": "assistant", "content": "", "tool_calls": "{oops"}], "message 0: tool_calls is a string but not"),
     ],
 )
 def test_malformed_conversations_are_named(messages: list, words: str) -> None:

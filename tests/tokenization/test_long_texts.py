@@ -13,9 +13,7 @@ from minimind.tokenization.tokenizer import Tokenizer
 TOKENIZER = load_tokenizer()
 RANDOM = random.Random(0)
 TEXTS = {
-    "prose": "".join(
-        RANDOM.choice(["the ", "don't ", "end.\n\n", "12345 ", "  (so) ", "Über"]) for _ in range(9000)
-    ),
+    "prose": "".join(RANDOM.choice(["the ", "don't ", "end.\n\n", "12345 ", "  (so) ", "Über"]) for _ in range(9000)),
     "Chinese": "".join(RANDOM.choices("天地玄黃宇宙洪荒日月盈昃，。辰宿列張", k=30_000)),
     "one run of letters": "".join(RANDOM.choices("abcdefghij", k=30_000)),
     "digits": "".join(RANDOM.choices("0123456789", k=20_000)),
@@ -47,9 +45,7 @@ def test_cuts_change_no_token(monkeypatch, in_parts, name, special):
     monkeypatch.undo()
     assert found == TOKENIZER.encode(text, special)
     assert (places == TOKENIZER.offsets(text, special)).all() and places.shape == (len(found), 2)
-    assert [row.tolist() for row in batch] == [
-        TOKENIZER.encode(t, special) for t in ("short", text, "also short")
-    ]
+    assert [row.tolist() for row in batch] == [TOKENIZER.encode(t, special) for t in ("short", text, "also short")]
     assert all(row.dtype == np.uint16 for row in batch)
 
 
@@ -64,7 +60,5 @@ def test_a_tokenizer_that_sees_every_cut(monkeypatch, in_parts):
         patched.setattr(long_texts, "LONG", 1 << 30)
         assert found == marking.encode(text)
     monkeypatch.setattr(long_texts, "MOST_UNCUT", 10_000)
-    with pytest.raises(
-        ValueError, match="characters cannot be cut so that this tokenizer sees no cut; divide it"
-    ):
+    with pytest.raises(ValueError, match="characters cannot be cut so that this tokenizer sees no cut; divide it"):
         marking.encode(text)

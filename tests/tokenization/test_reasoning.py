@@ -25,10 +25,7 @@ SHIPPED = load_tokenizer()
 THINK, END_THINK = (SHIPPED.special_tokens[name] for name in ("<think>", "</think>"))
 ASK = {"role": "user", "content": "Is 9 <think> prime?"}
 BESIDE = [ASK, {"role": "assistant", "reasoning_content": "9=3*3", "content": "No."}]
-INSIDE = [
-    ASK,
-    {"role": "assistant", "content": "<think>\n9=3*3\n</think>\n<answer>\nNo.\n</answer>"},
-]
+INSIDE = [ASK, {"role": "assistant", "content": "<think>\n9=3*3\n</think>\n<answer>\nNo.\n</answer>"}]
 PLAIN = [ASK, {"role": "assistant", "content": "No."}]
 
 

@@ -24,9 +24,7 @@ SPECIALS = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"),
     *("<tool_response>", "</tool_response>", "<tools>", "</tools>", *(f"<|reserved_{i}|>" for i in range(5))),
 ]
-TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.text(
-    alphabet="\r\n\t\0 a1'。你😀\u200d\ufeff<|>"
-)
+TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.text(alphabet="\r\n\t\0 a1'。你😀\u200d\ufeff<|>")
 
 
 def test_ids_of_special_tokens() -> None:
@@ -134,9 +132,7 @@ def test_copies_travel_to_worker_processes() -> None:
 
 
 def test_transformers_reads_the_same_ids(tmp_path: Path) -> None:
-    transformers = pytest.importorskip(
-        "transformers", reason="install minimind[export] to load it in transformers"
-    )
+    transformers = pytest.importorskip("transformers", reason="install minimind[export] to load it in transformers")
     SHIPPED.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "".join(SPECIALS) + "Hello 世界\r\n 12345 don't\t😀 def f(x):\n    return x"
@@ -154,9 +150,7 @@ def test_transformers_reads_the_same_ids(tmp_path: Path) -> None:
         {"role": "tool", "content": "21"},
     ]
     for variables in ({}, {"enable_thinking": False}, {"open_thinking": True}, {"tools": [{"name": "f"}]}):
-        rendered = theirs.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **variables
-        )
+        rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables)
         assert rendered == SHIPPED.apply_chat_template(messages, add_generation_prompt=True, **variables)
 
 
@@ -201,16 +195,10 @@ def test_truncation_and_padding_of_a_file_are_ignored(tmp_path: Path) -> None:
 
 BROKEN = {
     "missing folder": (lambda folder: shutil.rmtree(folder), "no tokenizer here"),
-    "missing file": (
-        lambda folder: (folder / "tokenizer.json").unlink(),
-        "tokenizer.json: no tokenizer here",
-    ),
+    "missing file": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: no tokenizer here"),
     "cut file": (lambda folder: _cut(folder / "tokenizer.json"), "tokenizer.json: not a tokenizer file"),
     "not text": (lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
-    "cut config": (
-        lambda folder: _cut(folder / "tokenizer_config.json"),
-        "tokenizer_config.json: malformed JSON",
-    ),
+    "cut config": (lambda folder: _cut(folder / "tokenizer_config.json"), "tokenizer_config.json: malformed JSON"),
     "list config": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "not a JSON object"),
     "unknown eos": (
         lambda folder: (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}'),

@@ -19,11 +19,7 @@ from minimind.tokenization import load_tokenizer
 from minimind.tokenization.training import MIN_VOCAB_SIZE, SPECIAL_TOKENS, train_bpe
 
 SCRIPT = Path(__file__).parents[2] / "train" / "tokenizer.py"
-TEXTS = [
-    "the cat sat on the mat with the other cat",
-    "猫坐在垫子上，猫在睡觉。",
-    "for i in range(10):\n    f(i)\n",
-] * 3
+TEXTS = ["the cat sat on the mat with the other cat", "猫坐在垫子上，猫在睡觉。", "for i in range(10):\n    f(i)\n"] * 3
 
 
 def test_same_data_same_bytes_and_size() -> None:
@@ -46,23 +42,7 @@ def test_words_are_split_as_qwen2_splits_them() -> None:
     model = train_bpe(TEXTS, MIN_VOCAB_SIZE)
     text = "I'll pay 120 (or so)，真的!!\n\n  yes"
     pieces = [text[start:end] for _, (start, end) in model.pre_tokenizer.pre_tokenize_str(text)]
-    assert pieces == [
-        "I",
-        "'ll",
-        " pay",
-        " ",
-        "1",
-        "2",
-        "0",
-        " (",
-        "or",
-        " so",
-        ")，",
-        "真的",
-        "!!\n\n",
-        " ",
-        " yes",
-    ]
+    assert pieces == ["I", "'ll", " pay", " ", "1", "2", "0", " (", "or", " so", ")，", "真的", "!!\n\n", " ", " yes"]
 
 
 def test_small_data_gives_fewer_entries() -> None:
@@ -107,23 +87,10 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_script_end_to_end(data: Path) -> None:
-    arguments = (
-        "--data",
-        "chat.jsonl",
-        "*.txt",
-        "--weights",
-        "2",
-        "0.5",
-        "--vocab-size",
-        "300",
-        "--out",
-        "sub/tok",
-    )
+    arguments = ("--data", "chat.jsonl", "*.txt", "--weights", "2", "0.5", "--vocab-size", "300", "--out", "sub/tok")
     result = run(data, *arguments)
     assert result.returncode == 0, result.stderr
-    assert (
-        "300 entries" in result.stdout and "chat.jsonl: " in result.stdout and "bytes/token" in result.stdout
-    )
+    assert "300 entries" in result.stdout and "chat.jsonl: " in result.stdout and "bytes/token" in result.stdout
     tokenizer = load_tokenizer(data / "sub/tok")
     assert tokenizer.vocab_size == 300 and tokenizer.chat_template == load_tokenizer().chat_template
     assert sorted(os.listdir(data / "sub")) == ["tok"]

@@ -25,9 +25,7 @@ def save_policy(folder: Path, mean_length: float, seed: int = 0) -> Path:
     """
     tokenizer = small_tokenizer()
     torch.manual_seed(seed)
-    model = Model(
-        ModelConfig(WIDTH, 2, 4, 2, 16, 96, tokenizer.vocab_size, qk_norm=True, tie_word_embeddings=False)
-    )
+    model = Model(ModelConfig(WIDTH, 2, 4, 2, 16, 96, tokenizer.vocab_size, qk_norm=True, tie_word_embeddings=False))
     with torch.no_grad():
         model.lm_head.weight.mul_(0.1)
         model.embed_tokens.weight[:, 0] += 1.0

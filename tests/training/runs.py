@@ -67,12 +67,14 @@ def run_ranks(processes: int, arguments: list[str]) -> subprocess.CompletedProce
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    world = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     ranks = [
-        warm.popen(
-            arguments, ONE_THREAD | world | {"RANK": str(n), "LOCAL_RANK": str(n)}, None, warm.PIPE, warm.PIPE
-        )
+        warm.popen(arguments, ONE_THREAD | world | {"RANK": str(n), "LOCAL_RANK": str(n)}, None, warm.PIPE, warm.PIPE)
         for n in range(processes)
     ]
     deadline = time.monotonic() + 300
@@ -84,9 +86,7 @@ def run_ranks(processes: int, arguments: list[str]) -> subprocess.CompletedProce
         rank.kill()
     outputs = [rank.communicate() for rank in ranks]
     status = next((rank.returncode for rank in ranks if rank.returncode), 0)
-    return subprocess.CompletedProcess(
-        arguments, status, *("".join(o[i] or "" for o in outputs) for i in (0, 1))
-    )
+    return subprocess.CompletedProcess(arguments, status, *("".join(o[i] or "" for o in outputs) for i in (0, 1)))
 
 
 def call(script: Path, **flags) -> None:
@@ -98,9 +98,7 @@ def call(script: Path, **flags) -> None:
 def learn(stage: str, place: Path, *flags: str) -> Path:
     """Run a stage with its defaults as a user does who stands in the folder `place`; the run folder it leaves."""
     arguments = [sys.executable, str(SCRIPT.with_name(f"{stage}.py")), *flags]
-    answer = subprocess.run(
-        arguments, cwd=place, capture_output=True, text=True, timeout=3600, env=TWO_THREADS
-    )
+    answer = subprocess.run(arguments, cwd=place, capture_output=True, text=True, timeout=3600, env=TWO_THREADS)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return place / re.findall("finished in (.+): see", answer.stdout)[-1]
 

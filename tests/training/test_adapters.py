@@ -49,10 +49,7 @@ STAGES = {
     "grpo": ("grpo", ["--prompts", "4", "--samples", "4"]),
     "spo": ("spo", ["--prompts", "12", "--beta", "0.01", "--lora-dora", "--reward-range", "0", "4"]),
     "ppo": ("ppo", ["--prompts", "12", "--inner-epochs", "1", "--lora-plus", "2", "--lora-rslora"]),
-    "ppo shared": (
-        "ppo",
-        ["--prompts", "12", "--inner-epochs", "1", "--critic", "shared", "--kl-in", "loss"],
-    ),
+    "ppo shared": ("ppo", ["--prompts", "12", "--inner-epochs", "1", "--critic", "shared", "--kl-in", "loss"]),
 }
 some = pytest.mark.parametrize("name", STAGES)
 few = pytest.mark.parametrize(
@@ -139,9 +136,7 @@ def test_curve_of_two_processes_is_that_of_one(name, unbroken, origin, prompts, 
 
 def test_what_a_run_leaves_opens_merged_and_not(unbroken, origin):
     ids = torch.arange(20)[None]
-    runs = [
-        open_weights(WeightArgs(str(unbroken("ppo"))), torch.device("cpu"), merge=m) for m in (True, False)
-    ]
+    runs = [open_weights(WeightArgs(str(unbroken("ppo"))), torch.device("cpu"), merge=m) for m in (True, False)]
     merged, beside = (opened.model(ids).logits for opened in runs)
     base = load_model(origin)(ids).logits
     torch.testing.assert_close(merged, beside, rtol=1e-4, atol=1e-4)
@@ -174,9 +169,7 @@ def test_policy_and_critic_are_adapters_on_one_base(shape, own):
     both = ActorCritic.of(model) if own else with_value_head(model)
     assert torch.equal(both(ids, return_logits=True).logits, before)
     held = {p.data_ptr() for p in both.parameters() if not p.requires_grad}
-    assert held <= frozen and {p.data_ptr() for p in model.parameters()} <= {
-        p.data_ptr() for p in both.parameters()
-    }
+    assert held <= frozen and {p.data_ptr() for p in model.parameters()} <= {p.data_ptr() for p in both.parameters()}
     critic = critic_of(both)
     assert not critic(ids).values.any()
     learns = {id(p) for p in critic_parameters(both)}
@@ -247,9 +240,7 @@ def preferred(origin, pairs, tmp_path_factory) -> Path:
 def test_dpo_moves_the_adapter_away_from_its_base(preferred, origin, pairs, tmp_path):
     rows = rows_of(preferred, "train")
     assert abs(rows[0]["margin"]) < 1e-3 and rows[-1]["margin"] > 0.01
-    assert not list(preferred.rglob("model.safetensors")) and list(
-        preferred.rglob("adapter_model.safetensors")
-    )
+    assert not list(preferred.rglob("model.safetensors")) and list(preferred.rglob("adapter_model.safetensors"))
     whole = dpo(origin, pairs, tmp_path / "whole")
     text = finish(whole[: whole.index("--lora-rank")])
     assert "reference log-probabilities of" not in text  # those of the base: the whole model's run finds them
@@ -306,14 +297,7 @@ def test_reasoning_and_distillation_take_an_adapter_too(origin, chats, tmp_path)
 def test_a_reward_model_is_an_adapter_with_a_head(origin, pairs, tmp_path):
     """What --reward model= opens scores as the run's last figures say; resumed, the run is the same to the bit."""
     flags = ["--from", str(origin), "--data", str(pairs), "--cache-dir", str(pairs.parent / "cache")]
-    arguments = [
-        sys.executable,
-        str(SCRIPT.with_name("reward.py")),
-        *flags,
-        *PAIRS,
-        "--lora-targets",
-        "q_proj",
-    ]
+    arguments = [sys.executable, str(SCRIPT.with_name("reward.py")), *flags, *PAIRS, "--lora-targets", "q_proj"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish([*arguments, "--out", str(whole)])
     newest = list_checkpoints(whole)[-1]
@@ -323,9 +307,7 @@ def test_a_reward_model_is_an_adapter_with_a_head(origin, pairs, tmp_path):
     reward, last = model_reward(str(whole), torch.device("cpu")), rows_of(whole, "eval")[-1]
     reward.model.compute_dtype = None
     held = held_out(pairs)
-    scores = reward(
-        [Sample(row[side][:1], row[side][1]["content"], [], "stop") for row in held for side in SIDES]
-    )
+    scores = reward([Sample(row[side][:1], row[side][1]["content"], [], "stop") for row in held for side in SIDES])
     chosen, rejected = scores.reshape(-1, 2).T
     assert last["heldout_chosen_score"] == pytest.approx(chosen.mean(), abs=1e-4)
     assert last["heldout_margin"] == pytest.approx((chosen - rejected).mean(), abs=1e-4)
@@ -345,12 +327,7 @@ def test_a_reward_model_is_an_adapter_with_a_head(origin, pairs, tmp_path):
     ],
 )
 def test_errors_are_one_line_and_leave_no_folder(flags, message, origin, prompts, tmp_path):
-    settings = {
-        "from_": str(origin),
-        "data": (str(prompts),),
-        "out": str(tmp_path / "no"),
-        "reward": (TOY + "vowels",),
-    }
+    settings = {"from_": str(origin), "data": (str(prompts),), "out": str(tmp_path / "no"), "reward": (TOY + "vowels",)}
     with pytest.raises(ValueError, match=message) as error:
         call(SCRIPT.with_name("grpo.py"), **settings, **flags)
     assert "\n" not in str(error.value) and not (tmp_path / "no").exists()

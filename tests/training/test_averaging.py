@@ -42,9 +42,7 @@ FLAGS = ["--tokens", str(512 * 12), "--save-every", "5", "--ema", "0.5", "--prec
 def unbroken(data, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "unbroken"
     text = finish(command(data, out, *FLAGS))
-    assert "held-out loss of ema" in text and "the averaged weights: --model or --from" in " ".join(
-        text.split()
-    )
+    assert "held-out loss of ema" in text and "the averaged weights: --model or --from" in " ".join(text.split())
     return out
 
 
@@ -121,9 +119,7 @@ def origin(tmp_path_factory) -> Path:
     return save_origin(TINY, tmp_path_factory.mktemp("origin"))
 
 
-@pytest.mark.parametrize(
-    ("stage", "file"), [("reward", "model.safetensors"), ("lora", "adapter_model.safetensors")]
-)
+@pytest.mark.parametrize(("stage", "file"), [("reward", "model.safetensors"), ("lora", "adapter_model.safetensors")])
 def test_what_a_stage_keeps_is_what_is_averaged(stage, file, origin, tmp_path):
     arguments = [sys.executable, str(SCRIPT.with_name(f"{stage}.py")), "--from", str(origin), "--out",
                  str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache"), "--tokens", "3072", "--seq-len", "256",

@@ -13,12 +13,7 @@ from minimind.lora import LoRAConfig, add_adapter
 from minimind.lora_files import save_adapter
 from minimind.modeling import Model
 from minimind.training import checkpoint
-from minimind.training.checkpoint import (
-    list_checkpoints,
-    load_trainer_state,
-    load_weights_into,
-    save_checkpoint,
-)
+from minimind.training.checkpoint import list_checkpoints, load_trainer_state, load_weights_into, save_checkpoint
 from minimind.training.parallel import Parallel
 from minimind.value_head import ValueModel, save_value_model
 
@@ -65,11 +60,11 @@ def adapter(folder: Path) -> None:
     save_adapter(model, folder)
 
 
-@pytest.mark.parametrize("write", [
-    lambda folder: save(folder, 1),
-    lambda folder: save_value_model(ValueModel(CONFIG), folder),
-    adapter,
-], ids=["checkpoint", "value model", "adapter"])  # fmt: skip
+@pytest.mark.parametrize(
+    "write",
+    [lambda folder: save(folder, 1), lambda folder: save_value_model(ValueModel(CONFIG), folder), adapter],
+    ids=["checkpoint", "value model", "adapter"],
+)
 def test_files_are_as_readable_as_the_umask_lets_them(tmp_path, write: Callable[[Path], None]):
     """On a shared machine another user serves the model; safetensors alone would keep it to its owner."""
     before = os.umask(0o027)

@@ -31,9 +31,7 @@ def test_another_tile_size_is_compiled_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(triton_support, "__file__", str(copy / "triton_support.py"))
     assert kernels_fingerprint() == before
     table = copy / "swiglu.py"
-    table.write_text(
-        table.read_text(encoding="utf-8").replace("num_warps=4", "num_warps=8"), encoding="utf-8"
-    )
+    table.write_text(table.read_text(encoding="utf-8").replace("num_warps=4", "num_warps=8"), encoding="utf-8")
     compile_model(torch.nn.Linear(2, 2))
     assert settings.cache_key_tag != before
 

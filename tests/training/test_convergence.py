@@ -86,9 +86,7 @@ def test_reference_and_fused_train_alike(stage, place, tmp_path, monkeypatch):
         rows = [row for row in reproducible(tmp_path / out) if row["kind"] == "train"]
         return torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
 
-    monkeypatch.setattr(
-        Trainer, "_sample", lambda self: self.run.samples.touch()
-    )  # the engine knows no float64
+    monkeypatch.setattr(Trainer, "_sample", lambda self: self.run.samples.touch())  # the engine knows no float64
     reference, fused = losses("reference", False), losses("fused", True)
     monkeypatch.setattr(Job, "build_model", in_float64)
     truth = losses("truth", False)
@@ -102,9 +100,7 @@ def test_reference_and_fused_train_alike(stage, place, tmp_path, monkeypatch):
 BUILD = Job.build_model
 
 
-def in_float64(
-    job: Job, prepare: Callable[[Model], None] | None = None, move: bool = False
-) -> tuple[Model, Model]:
+def in_float64(job: Job, prepare: Callable[[Model], None] | None = None, move: bool = False) -> tuple[Model, Model]:
     """Job.build_model, after which all of the run is float64, the teacher too; what is random is drawn as ever."""
 
     def place(model: Model) -> Model:

@@ -46,10 +46,7 @@ def models(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-    rows = [
-        [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i} it is."}]
-        for i in range(400)
-    ]
+    rows = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i} it is."}] for i in range(400)]
     path.write_text("".join(json.dumps({"conversations": row}) + "\n" for row in rows))
     return path
 
@@ -88,12 +85,7 @@ def test_killed_and_started_again_the_curve_is_the_same_to_the_bit(unbroken, mod
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "flags"),
-    [
-        (2, ("--parallel", "ddp")),
-        (2, ("--parallel", "fsdp")),
-        (1, ("--micro-tokens", "128")),
-        (1, ("--compile",)),
-    ],
+    [(2, ("--parallel", "ddp")), (2, ("--parallel", "fsdp")), (1, ("--micro-tokens", "128")), (1, ("--compile",))],
     ids=str,
 )
 def test_curve_is_that_of_one_process(processes, flags, models, chats, tmp_path):
@@ -146,11 +138,7 @@ def test_errors_are_one_line(models, chats, tmp_path):
     for place, flags, message in (
         (tmp_path / "absent", {}, f"--teacher {tmp_path / 'absent'}: no such folder"),
         (chats.parent, {}, f"--teacher {chats.parent}: neither a checkpoint"),
-        (
-            student / "model.safetensors",
-            {},
-            "a bare weight file does not tell its shape; minimind export --model",
-        ),
+        (student / "model.safetensors", {}, "a bare weight file does not tell its shape; minimind export --model"),
         (teacher, {"alpha": 2.0}, "alpha=2.0: must lie in 0..1"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)) as problem:

@@ -73,10 +73,7 @@ def unbroken(origin, pairs, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "unbroken"
     text = finish(command(origin, pairs, out, "--label-smoothing", "0.1"))
     assert text.count(NEW) == 3
-    assert (
-        "longer than --seq-len 128: 1 of all pairs cut at the beginning of their prompt, 1 pairs left out"
-        in text
-    )
+    assert "longer than --seq-len 128: 1 of all pairs cut at the beginning of their prompt, 1 pairs left out" in text
     assert "held-out loss 0.6931 per pair" in text and "held-out pairs" in text
     return out
 
@@ -123,9 +120,7 @@ def test_figures_are_those_of_the_answers(unbroken, origin, pairs):
     rows = rows_of(unbroken, "train")
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and abs(rows[0]["margin"]) < 1e-3
     assert rows[-1]["margin"] > 0.1 and rows[-1]["loss"] < rows[0]["loss"]
-    assert rows[-1]["margin"] == pytest.approx(
-        rows[-1]["chosen_reward"] - rows[-1]["rejected_reward"], abs=1e-5
-    )
+    assert rows[-1]["margin"] == pytest.approx(rows[-1]["chosen_reward"] - rows[-1]["rejected_reward"], abs=1e-5)
 
 
 def test_killed_and_started_again_the_curve_is_the_same_to_the_bit(unbroken, origin, pairs, tmp_path):
@@ -149,9 +144,7 @@ def alone(origin, pairs, tmp_path_factory) -> list[dict]:
     ("processes", "flags"),
     [
         (2, ("--parallel", "ddp", "--micro-tokens", "256")),
-        pytest.param(
-            3, ("--parallel", "ddp"), marks=pytest.mark.slow
-        ),  # does not divide the 4 rows of a batch
+        pytest.param(3, ("--parallel", "ddp"), marks=pytest.mark.slow),  # does not divide the 4 rows of a batch
         pytest.param(2, ("--parallel", "fsdp"), marks=pytest.mark.slow),
         pytest.param(1, ("--micro-tokens", "128"), marks=pytest.mark.slow),
         pytest.param(1, ("--compile",), marks=pytest.mark.slow),
@@ -160,9 +153,7 @@ def alone(origin, pairs, tmp_path_factory) -> list[dict]:
 )
 def test_curve_is_that_of_one_process(processes, flags, origin, pairs, alone, tmp_path):
     """Ranks and micro-batches hold different numbers of pairs; each works out its part of a new reference."""
-    arguments = command(
-        origin, pairs, tmp_path / "out", *PLAIN, *flags, "--cache-dir", str(tmp_path / "cache")
-    )
+    arguments = command(origin, pairs, tmp_path / "out", *PLAIN, *flags, "--cache-dir", str(tmp_path / "cache"))
     text = finish(arguments, processes)
     assert text.count("finished in") == 1 and text.count(NEW) == 3
     # margins are differences of sums of some hundred nats in float32
@@ -205,10 +196,7 @@ def test_prompts_end_where_the_chosen_answer_begins(pairs):
     rows = lines_of(corpus, pairs)
     for asked, row in zip(prompts(corpus, corpus.num_documents), rows, strict=True):
         prompt = tokenizer.apply_chat_template(row["chosen"][:1], add_generation_prompt=True)
-        assert (tokenizer.decode(asked.prompt), tokenizer.decode(asked.answer)) == (
-            prompt,
-            row["chosen"][1]["content"],
-        )
+        assert (tokenizer.decode(asked.prompt), tokenizer.decode(asked.answer)) == (prompt, row["chosen"][1]["content"])
 
 
 @pytest.mark.parametrize(
@@ -217,10 +205,7 @@ def test_prompts_end_where_the_chosen_answer_begins(pairs):
         (["--beta", "0"], "beta=0.0: must be above 0"),
         (["--gamma", "1"], "--gamma: --loss dpo has none; drop the flag"),
         (["--loss", "orpo", "--label-smoothing", "0.1"], "--label-smoothing: --loss orpo has none"),
-        (
-            ["--loss", "orpo", "--sft-weight", "1"],
-            "--sft-weight: --loss orpo has the chosen answer's own loss",
-        ),
+        (["--loss", "orpo", "--sft-weight", "1"], "--sft-weight: --loss orpo has the chosen answer's own loss"),
         (["--seq-len", "8"], "--seq-len 8: a row holds both answers of a pair, and the shortest pair has"),
     ],
 )

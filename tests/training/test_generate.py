@@ -104,9 +104,7 @@ def test_graphs_are_captured_again_only_where_weights_moved(engines, monkeypatch
     captured = []
     monkeypatch.setattr("minimind.inference.engine.host_is_late", lambda device: True)
     real = importlib.import_module("minimind.inference.runner").DecodeGraphs
-    monkeypatch.setattr(
-        "minimind.inference.runner.DecodeGraphs", lambda *args: captured.append(args) or real(*args)
-    )
+    monkeypatch.setattr("minimind.inference.runner.DecodeGraphs", lambda *args: captured.append(args) or real(*args))
     model = small_model()
     for _ in range(3):
         generate(model, [[1, 2], [3]], 12)

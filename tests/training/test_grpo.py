@@ -94,9 +94,7 @@ def test_first_step_follows_the_rewards(unbroken):
     assert first["grad_norm"] > 0.01
 
 
-def test_killed_inside_a_rollout_and_started_again_the_run_is_the_same_to_the_bit(
-    unbroken, origin, prompts, tmp_path
-):
+def test_killed_inside_a_rollout_and_started_again_the_run_is_the_same_to_the_bit(unbroken, origin, prompts, tmp_path):
     out = tmp_path / "killed"
     assert_continues_to_the_bit(command(origin, prompts, out, "--show", "1"), out, unbroken, 4)
 
@@ -136,10 +134,7 @@ def test_a_run_goes_on_in_other_micro_batches(step, origin, prompts, alone, tmp_
     """From inside a rollout, and from the end of one."""
     out = as_killed(alone, step, tmp_path / "cut")
     text = finish(command(origin, prompts, out, *PLAIN, "--micro-batches", "4", "--show", "1"))
-    assert (
-        "continues with other flags: keep_checkpoints 9 (now 2), micro_batches 2 (now 4), show 0 (now 1)"
-        in text
-    )
+    assert "continues with other flags: keep_checkpoints 9 (now 2), micro_batches 2 (now 4), show 0 (now 1)" in text
     assert_same_rollouts(out, alone)
 
 
@@ -189,8 +184,7 @@ def attempt(origin: Path, prompts: Path, out: Path, **flags) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "expected", "few"),
-    [("grpo", 4, 1), ("dapo", 8, 1), ("dr_grpo", 8, 1), ("gspo", 4, 1), ("cispo", 8, 1)],
+    ("loss", "expected", "few"), [("grpo", 4, 1), ("dapo", 8, 1), ("dr_grpo", 8, 1), ("gspo", 4, 1), ("cispo", 8, 1)]
 )
 def test_an_algorithm_takes_the_steps_that_make_it_one(loss, expected, few):
     """64 x 4 answers, at least 32 in each step; where there are 40 answers, all in one. dapo and cispo take their
@@ -198,9 +192,7 @@ def test_an_algorithm_takes_the_steps_that_make_it_one(loss, expected, few):
     names = runpy.run_path(str(GRPO))
     assert names["steps"](names["Args"](loss=loss)) == expected
     assert names["steps"](names["Args"](loss=loss, prompts=10)) == few
-    assert names["steps"](names["Args"](loss=loss, prompts=256)) == {"grpo": 4, "gspo": 4, "dr_grpo": 8}.get(
-        loss, 16
-    )
+    assert names["steps"](names["Args"](loss=loss, prompts=256)) == {"grpo": 4, "gspo": 4, "dr_grpo": 8}.get(loss, 16)
 
 
 def test_the_rate_follows_the_width():
@@ -219,22 +211,16 @@ def test_clips_act_with_the_defaults(origin, prompts, tmp_path):
 def test_failing_rewards_are_counted_and_the_run_goes_on_or_stops(origin, prompts, tmp_path):
     attempt(origin, prompts, tmp_path / "on", reward=(TOY + "no_z",), samples=16)
     rows = rows_of(tmp_path / "on", "rollout")
-    assert any(row.get("reward_failed_function") for row in rows) and all(
-        row["answers"] == 64 for row in rows
-    )
+    assert any(row.get("reward_failed_function") for row in rows) and all(row["answers"] == 64 for row in rows)
     broken = (TOY + "always_raises",)
     with pytest.raises(ValueError, match=r"reward function failed on .* out of order") as stopped:
         attempt(origin, prompts, tmp_path / "stop", reward=broken, on_reward_error="stop")
     assert "\n" not in str(stopped.value)
     with pytest.raises(ValueError, match="no answer is left to learn from"):
         attempt(origin, prompts, tmp_path / "none", reward=broken, heldout=0)
-    with pytest.raises(
-        ValueError, match="no held-out answer could be scored; mend the reward, or measure nothing"
-    ):
+    with pytest.raises(ValueError, match="no held-out answer could be scored; mend the reward, or measure nothing"):
         attempt(origin, prompts, tmp_path / "held", reward=broken)
-    message = (
-        rf"--reward {TOY}one_for_all returned 1 value for \d+ samples: it must return a list of \d+ numbers"
-    )
+    message = rf"--reward {TOY}one_for_all returned 1 value for \d+ samples: it must return a list of \d+ numbers"
     with pytest.raises(ValueError, match=message):
         attempt(origin, prompts, tmp_path / "one", reward=(TOY + "one_for_all",))
 

@@ -20,23 +20,18 @@ from minimind.training.job import Job
         ("minimind2", 24, 1, True, 65536, 65536),
         ("minimind2-small", 4, 1, False, 65536, 16384),
         ("minimind2-small", 24, 1, False, 131072, 65536),
-        (
-            "minimind2",
-            1,
-            4,
-            False,
-            65536,
-            2048,
-        ),  # nothing fits: a row for each process, and the GPU will say so
+        ("minimind2", 1, 4, False, 65536, 2048),  # nothing fits: a row for each process, and the GPU will say so
     ],
 )
 def test_micro_tokens_fit_the_card(monkeypatch, preset, gib, ranks, recompute, step, expected):
     properties = SimpleNamespace(total_memory=gib << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     job = SimpleNamespace(
-        parallel=SimpleNamespace(world_size=ranks), device=torch.device("cuda"),
-        config=ModelConfig.preset(preset), args=SimpleNamespace(row=512, recompute=recompute),
-    )  # fmt: skip
+        parallel=SimpleNamespace(world_size=ranks),
+        device=torch.device("cuda"),
+        config=ModelConfig.preset(preset),
+        args=SimpleNamespace(row=512, recompute=recompute),
+    )
     assert Job._micro_tokens(job, step) == expected
 
 
@@ -70,17 +65,16 @@ class Machine(SimpleNamespace):
         ("cuda", 2, 1, {}, 512),  # a card that is too small for the model: it will say so
     ],
 )
-def test_the_longest_row_fits_the_step_the_processes_and_the_card(
-    monkeypatch, device, gib, ranks, flags, expected
-):
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib << 30)
-    )
+def test_the_longest_row_fits_the_step_the_processes_and_the_card(monkeypatch, device, gib, ranks, flags, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib << 30))
     given = {"batch_tokens": None, "micro_tokens": None, "recompute": False, "plan_gpu": False} | flags
     job = Machine(
-        parallel=SimpleNamespace(world_size=ranks), device=torch.device(device), args=SimpleNamespace(**given),
-        config=ModelConfig.preset("minimind2"), origin=SimpleNamespace(preset="minimind2"),
-    )  # fmt: skip
+        parallel=SimpleNamespace(world_size=ranks),
+        device=torch.device(device),
+        args=SimpleNamespace(**given),
+        config=ModelConfig.preset("minimind2"),
+        origin=SimpleNamespace(preset="minimind2"),
+    )
     assert job.longest_row() == expected
 
 
@@ -119,49 +113,22 @@ class Fitting(SimpleNamespace):
         (1, 1, {}, {}, (1, 1), "a step takes 512, each row 1.0 times; --batch-tokens sets another"),
         (7, 2, {}, {}, (6, 1), "a step takes 3,072, each row 0.9 times; --batch-tokens sets another"),
         (1, 2, {}, {}, (2, 1), "a step takes 1,024, each row 2.0 times; --batch-tokens sets another"),
-        (
-            5,
-            1,
-            {"batch_tokens": 4096},
-            {},
-            (8, 1),
-            "a step takes 4,096, each row 1.6 times; lower --batch-tokens",
-        ),
-        (
-            5,
-            1,
-            {"micro_tokens": 1024},
-            {},
-            (2, 2),
-            "a step takes 2,048, each row 0.8 times; --batch-tokens sets",
-        ),
-        (
-            1,
-            1,
-            {"micro_tokens": 1024},
-            {},
-            (2, 1),
-            "a step takes 1,024, each row 2.0 times; --batch-tokens sets",
-        ),
+        (5, 1, {"batch_tokens": 4096}, {}, (8, 1), "a step takes 4,096, each row 1.6 times; lower --batch-tokens"),
+        (5, 1, {"micro_tokens": 1024}, {}, (2, 2), "a step takes 2,048, each row 0.8 times; --batch-tokens sets"),
+        (1, 1, {"micro_tokens": 1024}, {}, (2, 1), "a step takes 1,024, each row 2.0 times; --batch-tokens sets"),
         (5, 1, {}, {"step": "usual"}, (8, 1), "a step takes 4,096, each row 1.6 times; --batch-tokens sets"),
         (5, 1, {}, {"step": 3 * 512}, (3, 1), "a step takes 1,536, each row 0.6 times; --batch-tokens sets"),
     ],
 )
 def test_a_step_takes_no_more_than_the_data_has(rows, ranks, flags, chosen, shape, told):
     args = SimpleNamespace(
-        row=512,
-        seq_len=512,
-        recompute=False,
-        scale=1.0,
-        **{"batch_tokens": None, "micro_tokens": None} | flags,
+        row=512, seq_len=512, recompute=False, scale=1.0, **{"batch_tokens": None, "micro_tokens": None} | flags
     )
     job = Fitting(
         args=args, given=args, parallel=SimpleNamespace(world_size=ranks), device=torch.device("cpu"),
         config=ModelConfig.preset("nano"), notes=[], chosen=dict(chosen),
     )  # fmt: skip
-    loader = SimpleNamespace(
-        tokens_per_epoch=rows * 460, fill=460 / 512, view=SimpleNamespace(num_documents=60)
-    )
+    loader = SimpleNamespace(tokens_per_epoch=rows * 460, fill=460 / 512, view=SimpleNamespace(num_documents=60))
     assert job._fitted(loader, *job._batch_shape()) == shape
     if told is None:
         assert job.notes == [] and job.chosen.keys() == {"batch_tokens"}

@@ -121,11 +121,7 @@ def test_the_rise_from_a_finished_cosine_is_told():
 @pytest.mark.parametrize(
     ("steps", "flags", "message"),
     [
-        (
-            LONGER,
-            {"lr": 0.5},
-            r"--lengthen .*stable: started with lr None \(now 0\.5\); --tokens, --epochs and",
-        ),
+        (LONGER, {"lr": 0.5}, r"--lengthen .*stable: started with lr None \(now 0\.5\); --tokens, --epochs and"),
         (PLANNED, {}, "stable: planned for 20 steps, and these flags come to 20; give a larger --tokens"),
         (LONGER, {"lengthen": "absent"}, "--lengthen absent: not a run folder"),
     ],
@@ -137,7 +133,5 @@ def test_errors_are_one_line(steps, flags, message, stable, place, tmp_path):
 
 
 def test_the_folder_of_the_run_itself_is_not_taken(stable, place):
-    with pytest.raises(
-        ValueError, match=r"started with tokens 10240 \(now 20480\); to lengthen it give --lengthen"
-    ):
+    with pytest.raises(ValueError, match=r"started with tokens 10240 \(now 20480\); to lengthen it give --lengthen"):
         train(place, stable, LONGER, **WSD)

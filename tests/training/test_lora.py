@@ -162,14 +162,7 @@ def test_errors_are_one_line(flags, message, origin, cache, tmp_path):
 @pytest.mark.parametrize(
     ("usual", "ranks", "row", "tokens", "epochs", "expected"),
     [
-        (
-            65536,
-            1,
-            512,
-            8_500_000,
-            6.0,
-            32768,
-        ),  # upstream's lora_medical on a GPU: 1,557 steps, not 50,000 of 1024
+        (65536, 1, 512, 8_500_000, 6.0, 32768),  # upstream's lora_medical on a GPU: 1,557 steps, not 50,000 of 1024
         (4096, 1, 512, 8_500_000, 6.0, 4096),  # no more than other stages take
         (65536, 1, 512, 20_000, 6.0, 1024),
         (65536, 4, 1024, 20_000, 6.0, 4096),  # a row for each process

@@ -14,12 +14,7 @@ from minimind.weights import to_stock
 
 SMALL = ModelConfig(64, 8, 4, 2, 16, 88, 50)
 MOE = dataclasses.replace(
-    SMALL,
-    num_hidden_layers=2,
-    num_experts=4,
-    num_experts_per_tok=2,
-    num_shared_experts=1,
-    moe_intermediate_size=88,
+    SMALL, num_hidden_layers=2, num_experts=4, num_experts_per_tok=2, num_shared_experts=1, moe_intermediate_size=88
 )
 SHAPES = [(24, 16), (16, 16), (16, 24), (24, 16), (1, 16), (16, 1), (63, 123)]
 VIEWS = ("aten::t", "aten::transpose", "aten::view", "aten::split", "aten::slice", "aten::unbind", "aten::squeeze",
@@ -185,10 +180,7 @@ def test_ranks_share_the_work():
 
 @pytest.mark.parametrize(
     ("shape", "rows", "message"),
-    [
-        ((4,), None, r"not a tensor of shape \(4,\)"),
-        ((5, 4), (3, 3), r"do not make up one of shape \(5, 4\)"),
-    ],
+    [((4,), None, r"not a tensor of shape \(4,\)"), ((5, 4), (3, 3), r"do not make up one of shape \(5, 4\)")],
 )
 def test_what_is_no_matrix_is_refused(shape, rows, message):
     parameter = nn.Parameter(torch.zeros(shape))

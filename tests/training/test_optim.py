@@ -6,8 +6,9 @@ from minimind.modeling import Model
 from minimind.training.optim import build_optimizers, lr_factor
 from minimind.training.rl.actor_critic import ActorCritic
 
-CONFIG = ModelConfig(32, 1, 2, 1, 16, 48, 50, num_experts=2, num_experts_per_tok=1, num_shared_experts=1,
-                     moe_intermediate_size=24)  # fmt: skip
+CONFIG = ModelConfig(
+    32, 1, 2, 1, 16, 48, 50, num_experts=2, num_experts_per_tok=1, num_shared_experts=1, moe_intermediate_size=24
+)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
@@ -93,10 +94,7 @@ def test_a_critic_has_a_rate_of_its_own(name):
     assert rates == {id(p): pytest.approx(0.015 if id(p) in own else 0.005) for p in model.parameters()}
     assert sum(len(group["params"]) for group in groups) == len(rates)
     decays = {
-        n: g["weight_decay"]
-        for n, p in model.named_parameters()
-        for g in groups
-        if any(p is q for q in g["params"])
+        n: g["weight_decay"] for n, p in model.named_parameters() for g in groups if any(p is q for q in g["params"])
     }
     assert all((decays[n] > 0) == (p.ndim > 1) for n, p in model.named_parameters())
 
@@ -130,9 +128,7 @@ def test_muon_takes_the_blocks_matrices_and_moves_each_as_far_as_adamw_would():
     optimizers = build_optimizers(model, "muon", 1e-2, 0.0)
     names = {id(p): n for n, p in model.named_parameters()}
     taken = {names[id(p)] for group in optimizers.parts[1].param_groups for p in group["params"]}
-    assert taken == {
-        n for n, p in model.named_parameters() if "layers" in n and p.ndim > 1 and "router" not in n
-    }
+    assert taken == {n for n, p in model.named_parameters() if "layers" in n and p.ndim > 1 and "router" not in n}
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     torch.manual_seed(0)
     for parameter in model.parameters():

@@ -37,10 +37,7 @@ def chats(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "chats.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for i in range(40):
-            turns = [
-                {"role": "user", "content": f"What is {i}?"},
-                {"role": "assistant", "content": f"It is {i}."},
-            ]
+            turns = [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}]
             file.write(json.dumps({"conversations": turns}) + "\n")
     return path
 
@@ -78,9 +75,7 @@ def test_what_came_of_it_chats_and_is_measured(runs, capsys, tmp_path):
                          "--dtype", "fp32", "--out", str(tmp_path / name)]) == 0  # fmt: skip
         capsys.readouterr()
     assert said["wide"] == said["narrow"] != ""
-    scores = [
-        json.loads((tmp_path / n / "perplexity.json").read_text())["scores"][0]["perplexity"] for n in runs
-    ]
+    scores = [json.loads((tmp_path / n / "perplexity.json").read_text())["scores"][0]["perplexity"] for n in runs]
     assert scores[0] == scores[1]
 
 
@@ -90,9 +85,7 @@ def test_export_keeps_the_rows_and_opens_again(runs, tmp_path, capsys):
     assert "padded vocabulary: 64 of the model's 6,464 rows" in capsys.readouterr().out
     trained, weights = load_model(runs["wide"]), load_file(out / "model.safetensors")
     assert torch.equal(weights["model.embed_tokens.weight"], trained.embed_tokens.weight)
-    config, generation = (
-        json.loads((out / f"{n}.json").read_text()) for n in ("config", "generation_config")
-    )
+    config, generation = (json.loads((out / f"{n}.json").read_text()) for n in ("config", "generation_config"))
     assert config["vocab_size"] == 6464 and generation["suppress_tokens"] == list(range(6400, 6464))
     opened = open_weights(WeightArgs(str(out)), torch.device("cpu"))
     assert opened.model.config == trained.config

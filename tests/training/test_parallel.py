@@ -32,9 +32,7 @@ def start_until(step: int, arguments: list[str], out: Path) -> tuple[subprocess.
     while time.monotonic() < deadline and process.poll() is None and last_step(out) < step:
         time.sleep(0.005)
     assert process.poll() is None and last_step(out) >= step, "ended too early, or never came there"
-    workers = subprocess.run(
-        ["pgrep", "-P", str(process.pid), "-f", SCRIPT.name], capture_output=True, text=True
-    )
+    workers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", SCRIPT.name], capture_output=True, text=True)
     return process, max(int(line) for line in workers.stdout.split())
 
 
@@ -148,11 +146,7 @@ def environment(monkeypatch, world: int | None) -> None:
 
 
 BAD = {
-    "no torchrun": (
-        None,
-        ("ddp", 1),
-        "--parallel ddp: start it with `torchrun --standalone --nproc-per-node",
-    ),
+    "no torchrun": (None, ("ddp", 1), "--parallel ddp: start it with `torchrun --standalone --nproc-per-node"),
     "no torchrun for fsdp": (None, ("fsdp", 1), "--parallel fsdp: start it with `torchrun"),
     "copies": (2, ("none", 1), "--parallel none: torchrun started 2 processes"),
     "replicas of ddp": (4, ("auto", 2), "--replicas 2: needs --parallel fsdp"),
@@ -193,7 +187,5 @@ def test_a_gpu_for_each_process(monkeypatch):
 def test_too_few_rows_for_the_processes(data, tmp_path):
     answer = run(torchrun(2, *command(data, tmp_path / "out", "--batch-tokens", "64")[1:]))
     assert answer.returncode != 0
-    assert (
-        "error: --micro-tokens 64: fewer than a row of --seq-len 64 for each of 2 processes" in answer.stdout
-    )
+    assert "error: --micro-tokens 64: fewer than a row of --seq-len 64 for each of 2 processes" in answer.stdout
     assert answer.stdout.count("error:") == 1 and not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ from minimind.data import open_conversations
 from minimind.data.split import split, split_tail
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import StageArgs
-from minimind.training.parts import Named, form_of, open_parts, read_texts
+from minimind.training.parts import NamedFiles, form_of, open_parts, read_texts
 from tests.training.runs import (
     SCRIPT,
     TINY,
@@ -73,17 +73,13 @@ def test_a_mixture_with_named_sets_goes_on_to_the_bit(origin, tmp_path):
     assert last["heldout_first_loss"] != last["heldout_other_loss"] != last["heldout_loss"]
     assert last["heldout_all"] and "heldout_first_all" not in last
     arguments = command(origin, out, tmp_path, data, *sets)
-    assert "as this run began: fields checked, split hash" in assert_continues_to_the_bit(
-        arguments, out, whole, 2, 6
-    )
+    assert "as this run began: fields checked, split hash" in assert_continues_to_the_bit(arguments, out, whole, 2, 6)
 
 
 def test_named_sets_alone_are_measured(origin, tmp_path):
     path = rows(tmp_path, "data", 40)
     named = f"mine={rows(tmp_path, 'mine', 9)}"
-    text = finish(
-        command(origin, tmp_path / "run", tmp_path, [str(path)], "--heldout", "0", "--heldout-data", named)
-    )
+    text = finish(command(origin, tmp_path / "run", tmp_path, [str(path)], "--heldout", "0", "--heldout-data", named))
     assert text.count("held-out loss of mine ") == 3 and "held-out loss 8" not in text
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert {"heldout_mine_loss", "heldout_all"} <= rows_of(tmp_path / "run", "eval")[-1].keys()
@@ -92,26 +88,30 @@ def test_named_sets_alone_are_measured(origin, tmp_path):
 def test_entries_with_names_and_without(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b").write_text("a file of that name")
-    found = Named.of(("x:2",), ("y", "one=z", "one=w", "two=v", "a=b"))
+    found = NamedFiles.of(("x:2",), ("y", "one=z", "one=w", "two=v", "a=b"))
     assert found.paths == ["x"] and found.heldout == ["y", "a=b"]
     assert found.sets == {"one": ["z", "w"], "two": ["v"]}
-    assert Named.of((), ("one=z",), ("train", "held")).heldout == ["held"]
-    assert Named.of((), ("y",), ("train", "held")).heldout == ["y"]
+    assert NamedFiles.of((), ("one=z",), ("train", "held")).heldout == ["held"]
+    assert NamedFiles.of((), ("y",), ("train", "held")).heldout == ["y"]
 
 
 def opened(folder: Path, data: list[Path], heldout: list[Path], **flags):
     """(parts, notes) as a fresh run has them."""
     args = StageArgs(**{"heldout": 0.2, "dedupe": False} | flags)
     job = SimpleNamespace(
-        args=args, given=args, stage="sft", origin=SimpleNamespace(weights=None), notes=[],
+        args=args,
+        given=args,
+        stage="sft",
+        origin=SimpleNamespace(weights=None),
+        notes=[],
         settle=lambda name, rule: rule()[0],
-    )  # fmt: skip
+    )
     encoder = ChatEncoder(load_tokenizer())
 
     def read(paths):
         return open_conversations(paths, encoder, folder / "cache", console=Console(quiet=True))
 
-    named = Named.of([str(path) for path in data], [str(path) for path in heldout])
+    named = NamedFiles.of([str(path) for path in data], [str(path) for path in heldout])
     return open_parts(job, named, read), job.notes
 
 
@@ -211,9 +211,7 @@ def test_a_form_is_about_conversations_of_ones_own(tmp_path):
         ("sft", {"from_": str(tmp_path)}, "--format alpaca: says how the rows of --data are read"),
         ("distill", {"data": (str(rows(tmp_path, "data", 9)),)}, "--format alpaca: is about conversations"),
     ):
-        args = SimpleNamespace(
-            **{"data": (), "ignore_fields": (), "cache_dir": None} | flags, format="alpaca"
-        )
+        args = SimpleNamespace(**{"data": (), "ignore_fields": (), "cache_dir": None} | flags, format="alpaca")
         job = SimpleNamespace(args=args, settle=lambda name, rule: rule()[0])
         with pytest.raises(ValueError, match=told):
             read_texts(job, list(args.data)) if stage == "distill" else form_of(job)

@@ -22,25 +22,7 @@ from minimind.training.estimate import Estimate, cost, relative_error
 from minimind.training.memory import CONTEXT_BYTES, step_bytes, tokens_that_fit
 from tests.training.runs import ONE_THREAD, SCRIPT, TINY, finish, rows_of, run, save_origin
 
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "a",
-    "in",
-    "is",
-    "was",
-    "that",
-    "for",
-    "it",
-    "with",
-    "as",
-    "his",
-    "on",
-    "be",
-    "at",
-    "by",
-]
+WORDS = ["the", "of", "and", "a", "in", "is", "was", "that", "for", "it", "with", "as", "his", "on", "be", "at", "by"]
 
 
 @pytest.fixture(autouse=True)
@@ -155,8 +137,7 @@ def test_the_run_is_as_planned(origin, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stage", "kind"),
-    [("pretrain", "text"), ("sft", "chats"), pytest.param("dpo", "pairs", marks=pytest.mark.heavy)],
+    ("stage", "kind"), [("pretrain", "text"), ("sft", "chats"), pytest.param("dpo", "pairs", marks=pytest.mark.heavy)]
 )
 def test_a_part_of_the_data_says_what_all_of_it_would(stage, kind, origin, tmp_path, monkeypatch):
     """Four standard errors: once in 16,000."""

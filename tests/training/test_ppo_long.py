@@ -38,9 +38,7 @@ def test_the_critic_of_a_constant_reward_finds_it(tmp_path):
 
 def rewards_of(folder: Path, seed: int) -> list[float]:
     """1 and half of the share of 128 tokens that an answer has: 60 tokens on average before training."""
-    rollouts = rollouts_of(
-        folder, 60, seed, rollouts=6, prompts=48, max_new_tokens=128, reward=(REWARD + "longer",)
-    )
+    rollouts = rollouts_of(folder, 60, seed, rollouts=6, prompts=48, max_new_tokens=128, reward=(REWARD + "longer",))
     return [row["reward"] for row in rollouts]
 
 

@@ -15,15 +15,7 @@ from minimind import load_model
 from minimind.rewards import parse_rewards
 from minimind.training.checkpoint import list_checkpoints, load_trainer_state
 from minimind.value_head import load_value_model
-from tests.training.runs import (
-    SCRIPT,
-    TINY,
-    assert_continues_to_the_bit,
-    finish,
-    rows_of,
-    run,
-    save_origin,
-)
+from tests.training.runs import SCRIPT, TINY, assert_continues_to_the_bit, finish, rows_of, run, save_origin
 from tests.training.test_grpo import TOY, assert_same_rollouts
 
 FLAGS = ["--rollouts", "4", "--prompts", "12", "--evals", "2", "--eval-prompts", "12", "--save-every", "3",
@@ -106,9 +98,7 @@ def test_the_tracker_takes_in_every_answer_and_is_kept(unbroken):
 
 def test_rewards_outside_the_range_are_said_and_counted_and_the_run_goes_on(origin, prompts, tmp_path):
     text = finish(command("spo", origin, prompts, tmp_path / "out", "--reward-range", "0", "0.0001"))
-    assert (
-        " ".join(text.split()).count("lie outside --reward-range 0 0.0001 and count as the nearer end") == 1
-    )
+    assert " ".join(text.split()).count("lie outside --reward-range 0 0.0001 and count as the nearer end") == 1
     rollouts = rows_of(tmp_path / "out", "rollout")
     assert len(rollouts) == 4 and any(row["reward_clamped"] > 0 for row in rollouts)
 
@@ -150,10 +140,7 @@ def test_a_stopped_rollout_leaves_the_policy_and_not_the_critic(origin, prompts,
     finish(command("ppo", origin, prompts, out, *flags, "--keep-checkpoints", "9"))
     assert [row["policy_steps"] for row in rows_of(out, "rollout")] == [0, 1]
     checkpoints = list_checkpoints(out)
-    policies, critics = (
-        [load_model(c) for c in checkpoints],
-        [load_value_model(c / "critic") for c in checkpoints],
-    )
+    policies, critics = ([load_model(c) for c in checkpoints], [load_value_model(c / "critic") for c in checkpoints])
     moved = [not torch.equal(a.embed_tokens.weight, b.embed_tokens.weight) for a, b in pairwise(policies)]
     assert moved == [False, False, True, False, False]  # between six steps: the first of each rollout alone
     assert all(not torch.equal(a.value_head.weight, b.value_head.weight) for a, b in pairwise(critics))

@@ -80,24 +80,11 @@ def test_recorded_held_out_figures_are_those_of_the_saved_model(unbroken, data):
 
 @pytest.mark.slow  # the smallest mixture preset has 145M parameters
 def test_mixture_of_experts_resumes_to_the_bit_on_two_threads(data, tmp_path):
-    tiny = [
-        "--preset",
-        "minimind2-moe",
-        "--seq-len",
-        "32",
-        "--batch-tokens",
-        "64",
-        "--tokens",
-        "192",
-        "--heldout",
-        "0",
-    ]
+    tiny = ["--preset", "minimind2-moe", "--seq-len", "32", "--batch-tokens", "64", "--tokens", "192", "--heldout", "0"]
     both = {**ONE_THREAD, "OMP_NUM_THREADS": "2"}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run([*command(data, whole, *tiny, "--save-every", "1")], both).returncode == 0
-    process = subprocess.Popen(
-        command(data, cut, *tiny, "--save-every", "1"), stdout=subprocess.DEVNULL, env=both
-    )
+    process = subprocess.Popen(command(data, cut, *tiny, "--save-every", "1"), stdout=subprocess.DEVNULL, env=both)
     while process.poll() is None and not (cut / "checkpoints" / "step-00000001").exists():
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -166,10 +153,7 @@ def test_other_settings_do_not_continue_a_run(unbroken, data):
     answer = run(command(data, unbroken, *LENGTH, "--lr", "0.5"))
     (unbroken / "finished").touch()
     assert answer.returncode == 2
-    assert (
-        "started with lr None (now 0.5); repeat that command (no --lr) or name another folder"
-        in answer.stdout
-    )
+    assert "started with lr None (now 0.5); repeat that command (no --lr) or name another folder" in answer.stdout
 
 
 def test_non_finite_loss_stops_with_its_batch_on_record(data, tmp_path):
@@ -229,9 +213,7 @@ def test_a_run_goes_on_in_other_micro_batches(data, accumulated_whole, tmp_path)
 
 def test_how_often_a_run_is_looked_at_changes_no_bit(data, accumulated_whole, tmp_path):
     out = as_killed(accumulated_whole, 4, tmp_path / "cut")
-    accumulated(
-        data, out, 512, log_every=3, evals=8, save_every=1, keep_checkpoints=1, eval_tokens=4096, device="cpu"
-    )
+    accumulated(data, out, 512, log_every=3, evals=8, save_every=1, keep_checkpoints=1, eval_tokens=4096, device="cpu")
     assert rows_of(out, "train") == rows_of(accumulated_whole, "train")
     assert len(rows_of(out, "eval")) == 1 + 4 and len(list_checkpoints(out)) == 1
     ours, theirs = list_checkpoints(out)[-1], list_checkpoints(accumulated_whole)[-1]
@@ -251,10 +233,7 @@ BAD = {
     "zero rows": (["--seq-len", "0"], "--seq-len 0: must be above 0"),
     "zero log": (["--log-every", "0"], "--log-every 0: must be above 0"),
     "graph of nothing": (["--cuda-graph"], "--cuda-graph: goes with --compile"),
-    "graph on a CPU": (
-        ["--cuda-graph", "--compile", "--device", "cpu"],
-        "--cuda-graph: there is none on cpu",
-    ),
+    "graph on a CPU": (["--cuda-graph", "--compile", "--device", "cpu"], "--cuda-graph: there is none on cpu"),
 }
 
 
@@ -292,14 +271,8 @@ def test_numbers_that_no_run_can_use(flag, value, message):
     ("flags", "message"),
     [
         ({"cooldown": 0.3}, "--cooldown 0.3: goes with --schedule wsd, not cosine"),
-        (
-            {"final_lr": 0.0, "schedule": "constant"},
-            "--final-lr 0.0: the rate of --schedule constant does not fall",
-        ),
-        (
-            {"muon_momentum": 0.9, "optimizer": "adamw"},
-            "--muon-momentum 0.9: goes with --optimizer muon, not adamw",
-        ),
+        ({"final_lr": 0.0, "schedule": "constant"}, "--final-lr 0.0: the rate of --schedule constant does not fall"),
+        ({"muon_momentum": 0.9, "optimizer": "adamw"}, "--muon-momentum 0.9: goes with --optimizer muon, not adamw"),
     ],
 )
 def test_a_flag_without_effect_is_refused(flags, message):

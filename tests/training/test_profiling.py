@@ -95,9 +95,7 @@ def test_a_short_run_shows_what_there_is(tmp_path, steps):
     early = Run(tmp_path / "early", first=3)
     early.step()
     early.profiler.close()
-    assert (
-        "this process ended before its step 3" in early.text.getvalue() and not (tmp_path / "early").exists()
-    )
+    assert "this process ended before its step 3" in early.text.getvalue() and not (tmp_path / "early").exists()
 
 
 def test_nvtx_mode_turns_spans_on_and_writes_nothing(tmp_path, monkeypatch):
@@ -158,9 +156,7 @@ def test_a_block_that_raises_closes_its_span():
     finally:
         record(False)
     spans = {e.name: e for e in recorded.events() if e.name in ("forward", "block 0", "after")}
-    assert (
-        spans["block 0"].time_range.end <= spans["forward"].time_range.end <= spans["after"].time_range.start
-    )
+    assert spans["block 0"].time_range.end <= spans["forward"].time_range.end <= spans["after"].time_range.start
 
 
 def test_a_trace_of_a_gpu(tmp_path):
@@ -170,16 +166,20 @@ def test_a_trace_of_a_gpu(tmp_path):
         return {"ph": "X", "cat": cat, "name": name, "pid": pid, "tid": tid, "ts": 1e9 + start, "dur": length}
 
     rows = [
-        row("user_annotation", "step 7", 1, 1, 0, 8000), row("user_annotation", "forward", 1, 1, 1000, 2000),
+        row("user_annotation", "step 7", 1, 1, 0, 8000),
+        row("user_annotation", "forward", 1, 1, 1000, 2000),
         row("user_annotation", "communication", 1, 2, 4000, 900),
         row("user_annotation", "nccl:all_reduce", 1, 2, 4100, 600),
         row("user_annotation", "FSDP::all_gather (layers.3)", 1, 1, 1100, 50),
-        row("cpu_op", "aten::mm", 1, 1, 1500, 100), row("cpu_op", "MmBackward0", 1, 2, 4000, 100),
-        row("gpu_user_annotation", "forward", 0, 7, 2000, 4000), row("kernel", "void gemm<long>", 0, 7, 2000, 3000),
-        row("gpu_memcpy", "Memcpy HtoD", 0, 9, 4000, 2000), row("kernel", "triton_poi_0", 0, 7, 7000, 1000),
+        row("cpu_op", "aten::mm", 1, 1, 1500, 100),
+        row("cpu_op", "MmBackward0", 1, 2, 4000, 100),
+        row("gpu_user_annotation", "forward", 0, 7, 2000, 4000),
+        row("kernel", "void gemm<long>", 0, 7, 2000, 3000),
+        row("gpu_memcpy", "Memcpy HtoD", 0, 9, 4000, 2000),
+        row("kernel", "triton_poi_0", 0, 7, 7000, 1000),
         {"ph": "i", "name": "[memory]", "ts": 1e9, "args": {"Device Type": 1, "Total Allocated": 1 << 20}},
         {"ph": "i", "name": "[memory]", "ts": 1e9, "args": {"Device Type": 0, "Total Allocated": 5}},
-    ]  # fmt: skip
+    ]
     with gzip.open(tmp_path / "trace.json.gz", "wt") as file:
         json.dump({"traceEvents": rows}, file)
     trace = read_trace(tmp_path / "trace.json.gz")
@@ -192,13 +192,9 @@ def test_a_trace_of_a_gpu(tmp_path):
     (idle,) = (line for line in table if line[:3] == ["no", "kernel", "running"])
     assert idle[3:5] == ["3.00", "37.5%"]
     spans_shown = {
-        line[0]: line
-        for line in table
-        if line and line[0] in ("forward", "communication", "FSDP::all_gather")
+        line[0]: line for line in table if line and line[0] in ("forward", "communication", "FSDP::all_gather")
     }
-    assert (
-        spans_shown["forward"][1] == "2.00" and spans_shown["forward"][-1] == "4.00"
-    )  # on the host, on the GPU
+    assert spans_shown["forward"][1] == "2.00" and spans_shown["forward"][-1] == "4.00"  # on the host, on the GPU
     assert spans_shown["communication"][1] == "0.90"  # the collective lies within our own span
     assert "nccl" not in text.getvalue()
     assert "FSDP::all_gather" in spans_shown, "without its layer"

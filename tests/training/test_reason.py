@@ -18,8 +18,8 @@ from minimind import load_model, load_tokenizer
 from minimind.data import PackedLoader, open_conversations
 from minimind.modeling import Model
 from minimind.tokenization.reasoning import ReasoningEncoder, prompt_endings
-from minimind.training.stages.answers import Question
-from minimind.training.stages.reasoning import Asked, reasoning_figures, reply_of
+from minimind.training.stages.answers import HeldOutQuestion
+from minimind.training.stages.reasoning import ReasoningQuestions, reasoning_figures, reply_of
 from tests.training.runs import (
     SCRIPT,
     TINY,
@@ -97,12 +97,7 @@ def test_killed_and_started_again_the_curve_is_the_same_to_the_bit(unbroken, ori
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "flags"),
-    [
-        (2, ("--parallel", "ddp")),
-        (2, ("--parallel", "fsdp")),
-        (1, ("--micro-tokens", "128")),
-        (1, ("--compile",)),
-    ],
+    [(2, ("--parallel", "ddp")), (2, ("--parallel", "fsdp")), (1, ("--micro-tokens", "128")), (1, ("--compile",))],
     ids=str,
 )
 def test_curve_is_that_of_one_process(processes, flags, origin, sums, tmp_path):
@@ -141,9 +136,7 @@ def test_loss_is_divided_by_the_weighted_sum_however_it_is_accumulated(origin, s
     for dtype in (torch.float64, torch.float32):
         model = load_model(origin).to(dtype)
         with torch.no_grad():
-            logits = model(
-                torch.from_numpy(batch.input_ids), cu_seqlens=torch.from_numpy(batch.cu_seqlens)
-            ).logits
+            logits = model(torch.from_numpy(batch.input_ids), cu_seqlens=torch.from_numpy(batch.cu_seqlens)).logits
         nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         losses[dtype] = (
             ((nll * scale).sum() / scale.sum()).item(),
@@ -153,9 +146,7 @@ def test_loss_is_divided_by_the_weighted_sum_however_it_is_accumulated(origin, s
     bound = 2 * abs(plain - truth) + 4 * torch.finfo(torch.float32).eps * truth
     for rows in (whole, parts):
         assert abs(rows[0]["loss"] - truth) <= bound
-    assert (
-        abs(whole[0]["loss"] - losses[torch.float64][1]) > 0.1
-    )  # what upstream divides by is another number
+    assert abs(whole[0]["loss"] - losses[torch.float64][1]) > 0.1  # what upstream divides by is another number
     for one, other in zip(whole, parts, strict=True):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
         assert one["loss"] == pytest.approx(other["loss"], rel=2e-5)
@@ -200,7 +191,7 @@ def test_figures_are_those_of_what_was_written(monkeypatch):
     """Written replies in place of a model's: shares of the format and of right answers, and the prompts asked."""
     tokenizer = load_tokenizer()
     right, wrong, broken = "<think>\nso\n</think>\n\n4", "<think>\nso\n</think>\n\n5", "4"
-    asked = [Question([7 + i], tokenizer.encode(right)) for i in range(4)]
+    asked = [HeldOutQuestion([7 + i], tokenizer.encode(right)) for i in range(4)]
     written = {"auto": [right, right, wrong, broken], "off": ["4", "4", "4", right]}
     written["on"] = [text.removeprefix("<think>\n") for text in written["auto"]]
     endings = {mode: tokenizer.encode(text) for mode, text in prompt_endings(tokenizer).items()}
@@ -214,13 +205,16 @@ def test_figures_are_those_of_what_was_written(monkeypatch):
         return replies
 
     monkeypatch.setattr("minimind.training.stages.reasoning.answer", answer)
-    figures = reasoning_figures(Model(TINY), tokenizer, Asked(asked, []))
+    figures = reasoning_figures(Model(TINY), tokenizer, ReasoningQuestions(asked, []))
     assert figures == {
-        "auto_format": 0.75, "auto_exact": 0.5,
-        "on_format": 0.5, "on_exact": 0.25,  # one of them never ended
-        "off_format": 0.75, "off_exact": 0.75,
+        "auto_format": 0.75,
+        "auto_exact": 0.5,
+        "on_format": 0.5,
+        "on_exact": 0.25,  # one of them never ended
+        "off_format": 0.75,
+        "off_exact": 0.75,
         "reasoning_questions": 4,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
@@ -233,7 +227,7 @@ def test_figures_are_those_of_what_was_written(monkeypatch):
         ({"from_": "nowhere"}, "--from nowhere: no such file or folder"),
         ({"data": ("{bad}",)}, "bad.jsonl:1: message 1, of the assistant, is not <think>reasoning</think> and an"),
     ],
-)  # fmt: skip
+)
 def test_bad_flags_are_one_clear_line(changed, message, origin, sums, tmp_path):
     bad = tmp_path / "bad.jsonl"
     row = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think>so"}]

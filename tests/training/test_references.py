@@ -25,7 +25,7 @@ from minimind.serving.web_command import server_command
 from minimind.tokenization.tokenizer import DEFAULT_FOLDER
 from minimind.training.arguments import StageArgs
 from minimind.training.job import Job
-from minimind.training.origin import Origin
+from minimind.training.origin import InitialModel
 from minimind.training.run_folder import Defaults, open_run
 from minimind.value_head import ValueModel, save_value_model
 from minimind.weights import save_weights
@@ -75,10 +75,10 @@ def adapter(origin, other, tmp_path_factory) -> Path:
     return folder
 
 
-def begin(**flags) -> Origin:
+def begin(**flags) -> InitialModel:
     args = StageArgs(**flags)
     args.check()
-    return Origin.of(args, Console(quiet=True))
+    return InitialModel.of(args, Console(quiet=True))
 
 
 def assert_one_line_names_both(act: Callable[[], object], *places: str) -> None:
@@ -94,8 +94,10 @@ def test_every_stage_refuses_another_tokenizer_of_the_same_size(origin, other, b
     begin(from_=str(origin), tokenizer=str(DEFAULT_FOLDER))  # the same one from another place
     assert_one_line_names_both(
         lambda: begin(from_=str(origin), tokenizer=other),
-        f"--tokenizer {other}", f"--from {origin}", load_tokenizer(other).fingerprint[:8],
-    )  # fmt: skip
+        f"--tokenizer {other}",
+        f"--from {origin}",
+        load_tokenizer(other).fingerprint[:8],
+    )
     taken = begin(from_=str(origin), tokenizer=other, new_tokenizer=True)
     assert taken.tokenizer.fingerprint == load_tokenizer(other).fingerprint
     named = {"from_": str(bare[0]), "preset": "nano"}
@@ -111,9 +113,8 @@ def test_weights_worse_than_a_guess_are_told_of(capsys):
 
     def first(loss: float, weights: Path | None, unit: str = "nats per token", step: int = 0) -> str:
         job = SimpleNamespace(
-            tokenizer=load_tokenizer(), state={"step": step}, console=Console(),
-            origin=SimpleNamespace(weights=weights),
-        )  # fmt: skip
+            tokenizer=load_tokenizer(), state={"step": step}, console=Console(), origin=SimpleNamespace(weights=weights)
+        )
         objective = SimpleNamespace(evaluate=lambda final: {"heldout_loss": loss}, loss_unit=unit)
         evaluate = Job._against_chance(job, objective)
         evaluate(False), evaluate(False)
@@ -138,9 +139,7 @@ def test_whoever_opens_a_model_refuses_another_tokenizer(origin, other, bare, ad
     )
     assert tokenizer_of(**model, tokenizer=other, new_tokenizer=True) == theirs
     assert tokenizer_of(**model, tokenizer=str(DEFAULT_FOLDER)) == tokenizer_of(**model) == ours
-    assert_one_line_names_both(
-        lambda: tokenizer_of(model=str(bare[0]), preset="nano", tokenizer=other), str(bare[0])
-    )
+    assert_one_line_names_both(lambda: tokenizer_of(model=str(bare[0]), preset="nano", tokenizer=other), str(bare[0]))
     assert_one_line_names_both(
         lambda: tokenizer_of(**model, lora=str(adapter)), f"--lora {adapter}", f"--model {origin}"
     )
@@ -166,9 +165,7 @@ def test_a_teacher_of_another_tokenizer_is_refused(origin, other, tmp_path):
     shutil.copytree(origin, teacher)
     load_tokenizer(other).save(teacher)
     flags = {"from_": str(origin), "teacher": str(teacher), "out": str(tmp_path / "out")}
-    with pytest.raises(
-        ValueError, match=r"--teacher .*: its tokenizer \(\w{8}\) is not the student's \(\w{8}\)"
-    ):
+    with pytest.raises(ValueError, match=r"--teacher .*: its tokenizer \(\w{8}\) is not the student's \(\w{8}\)"):
         call(SCRIPT.with_name("distill.py"), **flags)
 
 
@@ -181,10 +178,7 @@ def test_the_tokenizer_makes_a_run_but_not_one_from_before_it_was_noted(tmp_path
     one, two = "1" * 64, "2" * 64
     assert [start("x", tokenizer=t).path.name for t in (one, two, one)] == ["x", "x-2", "x"]
     assert "tokenizer 22222222 (now 33333333)" in start("x", tokenizer="3" * 64).notes[0]
-    assert [start("y", **c).path.name for c in ({}, {"tokenizer": one, "references": {"a": "b"}})] == [
-        "y",
-        "y",
-    ]
+    assert [start("y", **c).path.name for c in ({}, {"tokenizer": one, "references": {"a": "b"}})] == ["y", "y"]
 
 
 def texts(folder: Path) -> Path:
@@ -195,10 +189,7 @@ def texts(folder: Path) -> Path:
 
 def chats(folder: Path) -> Path:
     path = folder / "chats.jsonl"
-    rows = [
-        [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i} it is."}]
-        for i in range(200)
-    ]
+    rows = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i} it is."}] for i in range(200)]
     path.write_text("".join(json.dumps({"conversations": row}) + "\n" for row in rows))
     return path
 
@@ -220,14 +211,7 @@ def own_adapter(folder: Path) -> None:
     save_adapter(model, folder)
 
 
-SHORT = {
-    "tokens": 1024,
-    "batch_tokens": 512,
-    "seq_len": 128,
-    "evals": 1,
-    "eval_questions": 1,
-    "save_every": 1,
-}
+SHORT = {"tokens": 1024, "batch_tokens": 512, "seq_len": 128, "evals": 1, "eval_questions": 1, "save_every": 1}
 RL = {"rollouts": 1, "prompts": 2, "minibatches": 1, "max_new_tokens": 2, "evals": 1, "eval_prompts": 1}
 
 
@@ -236,24 +220,14 @@ RL = {"rollouts": 1, "prompts": 2, "minibatches": 1, "max_new_tokens": 2, "evals
     [
         ("distill", teacher, lambda f: {"teacher": str(f), **SHORT}, "weights of teacher"),
         ("lora", own_adapter, lambda f: {"adapter": str(f), **SHORT}, "weights of adapter"),
-        (
-            "grpo",
-            reward_model,
-            lambda f: {"reward": (f"model={f}",), "samples": 2, **RL},
-            "weights of reward",
-        ),
+        ("grpo", reward_model, lambda f: {"reward": (f"model={f}",), "samples": 2, **RL}, "weights of reward"),
         ("spo", reward_model, lambda f: {"reward": (f"answer_model={f}",), **RL}, "weights of reward"),
     ],
 )
 def test_what_a_run_learns_by_is_known_by_its_weights(stage, make, flags, named, origin, tmp_path):
     """Trained anew at the same place, it makes another run."""
     folder, out = tmp_path / "reference", tmp_path / "out"
-    given = {
-        "from_": str(origin),
-        "data": (str(chats(tmp_path)),),
-        "out": str(out),
-        "cache_dir": str(tmp_path / "c"),
-    }
+    given = {"from_": str(origin), "data": (str(chats(tmp_path)),), "out": str(out), "cache_dir": str(tmp_path / "c")}
     for start in range(3):
         if start != 1:
             torch.manual_seed(start)
@@ -280,12 +254,7 @@ def test_built_in_data_are_not_made_beside_data_of_one_s_own(stage, origin, tmp_
     monkeypatch.setattr(Job, "open_run", opened)
     cache = tmp_path / "cache"
     data = texts(tmp_path) if stage == "pretrain" else chats(tmp_path)
-    flags = {
-        "from_": str(origin),
-        "data": (str(data),),
-        "cache_dir": str(cache),
-        "out": str(tmp_path / "out"),
-    }
+    flags = {"from_": str(origin), "data": (str(data),), "cache_dir": str(cache), "out": str(tmp_path / "out")}
     if stage == "distill":
         flags["teacher"] = str(origin)
     with pytest.raises(ValueError, match=r"--data|chats\.jsonl"):  # which are no pairs, and have no reasoning

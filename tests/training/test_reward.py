@@ -48,10 +48,7 @@ def command(origin: Path, data: Path, out: Path, *extra: str) -> list[str]:
 def unbroken(origin, pairs, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "unbroken"
     text = finish(command(origin, pairs, out, "--centering", "0.05"))
-    assert (
-        "longer than --seq-len 128: 1 of all pairs cut at the beginning of their prompt, 1 pairs left out"
-        in text
-    )
+    assert "longer than --seq-len 128: 1 of all pairs cut at the beginning of their prompt, 1 pairs left out" in text
     assert "prompts computed once for both answers: " in text
     assert "held-out loss 0.6931 per pair" in text and f"--reward model={out}:1" in text
     return out
@@ -66,9 +63,7 @@ def scored(run: Path, rows: list[dict]) -> np.ndarray:
     """float64 [pairs, 2]: what the run gives as a reward, in float32."""
     rewards = parse_rewards([f"model={run}"], on_error="stop")
     rewards.parts[0].reward.model.compute_dtype = None
-    samples = [
-        Sample(row[side][:-1], row[side][-1]["content"]) for row in rows for side in ("chosen", "rejected")
-    ]
+    samples = [Sample(row[side][:-1], row[side][-1]["content"]) for row in rows for side in ("chosen", "rejected")]
     return rewards(samples).total.reshape(-1, 2)
 
 

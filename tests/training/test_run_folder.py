@@ -7,14 +7,7 @@ import pytest
 
 from minimind.training import tracking
 from minimind.training.checkpoint import list_checkpoints
-from minimind.training.run_folder import (
-    Defaults,
-    find_run,
-    newest_finished,
-    open_run,
-    record_versions,
-    truncate,
-)
+from minimind.training.run_folder import Defaults, find_run, newest_finished, open_run, record_versions, truncate
 
 CONFIG = {"stage": "pretrain", "args": {"lr": 1e-3, "data": ("a", "b")}}
 
@@ -29,9 +22,7 @@ def opened(*arguments):
 def test_auto_continues_the_unfinished_run_only(tmp_path):
     first = opened(None, "x", CONFIG, "auto", tmp_path)
     assert (first.path.name, first.checkpoint) == ("x", None)
-    assert (
-        opened(None, "x", CONFIG, "auto", tmp_path).path == first.path
-    )  # killed before its first checkpoint
+    assert opened(None, "x", CONFIG, "auto", tmp_path).path == first.path  # killed before its first checkpoint
     (first.path / "checkpoints" / "step-00000010").mkdir(parents=True)
     (first.path / "checkpoints" / "step-00000020").mkdir()
     (first.path / "checkpoints" / ".partial-00000030-1").mkdir()
@@ -82,9 +73,7 @@ def test_a_new_run_tells_of_the_unfinished_one_that_is_near(tmp_path):
         f"near: {first.path}, unfinished after step 20, was started with data a b (now a), dora False (now True), "
         "lr 0.1 (now None); --data a b --no-dora --lr 0.1 continues it; this run starts anew",
     )
-    longer = (
-        f"; no --tokens continues it, --lengthen {first.path} goes on with it to a greater length; this run"
-    )
+    longer = f"; no --tokens continues it, --lengthen {first.path} goes on with it to a greater length; this run"
     assert longer in start(tokens=99).notes[0]
 
 
@@ -107,9 +96,7 @@ def test_a_new_run_tells_of_the_finished_one_that_could_be_lengthened(tmp_path):
 def test_what_differs_is_told_by_the_flag_that_names_it(tmp_path):
     def start(source: str, weights: str, hidden: int):
         flags = {"from": source, "preset": None, "lr": 1}
-        return opened(
-            None, "x", {"args": flags, "weights": weights, "model": {"hidden": hidden}}, "auto", tmp_path
-        )
+        return opened(None, "x", {"args": flags, "weights": weights, "model": {"hidden": hidden}}, "auto", tmp_path)
 
     start("a", "step-1 abc", 64)
     (note,) = start("a", "step-1 fed", 64).notes
@@ -154,8 +141,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_was(tmp_path, out):
 def test_a_run_of_when_passes_and_optimizer_were_flags_alone_goes_on(tmp_path):
     """It has chosen other things already, and says what these two were then."""
     defaults = Defaults(
-        {"epochs": None, "optimizer": None, "seq_len": None},
-        {"epochs": 3.0, "optimizer": "muon", "seq_len": 512},
+        {"epochs": None, "optimizer": None, "seq_len": None}, {"epochs": 3.0, "optimizer": "muon", "seq_len": 512}
     )
     args = {"epochs": 3.0, "optimizer": "muon", "seq_len": None}
     old = {"stage": "sft", "args": args, "chosen": {"seq_len": 1024}}
@@ -227,9 +213,7 @@ def test_named_folder_refuses_what_would_lose_something(tmp_path):
     thesis = str(tmp_path / "other" / "thesis.txt")
     with pytest.raises(ValueError, match=r"--out .*thesis\.txt: is a file; name a folder"):
         opened(thesis, "x", CONFIG, "auto")
-    with pytest.raises(
-        ValueError, match=r"thesis\.txt/in: cannot be made \(.*\); name another folder with --out"
-    ):
+    with pytest.raises(ValueError, match=r"thesis\.txt/in: cannot be made \(.*\); name another folder with --out"):
         opened(f"{thesis}/in", "x", CONFIG, "auto")
 
 
@@ -291,9 +275,7 @@ def test_a_tracker_that_fails_is_left_behind(name, tmp_path, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", service)
     service.SummaryWriter = lambda *_, **__: service
     tracker = tracking.make_tracker(name, tmp_path, {}, {}, 0)
-    service.log = service.add_scalar = service.finish = service.close = (
-        None  # as good as a network that is gone
-    )
+    service.log = service.add_scalar = service.finish = service.close = None  # as good as a network that is gone
     for _ in range(3):
         tracker.log(1, {"loss": 2.0})
     tracker.finish()

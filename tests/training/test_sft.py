@@ -167,9 +167,7 @@ def alone(origin, chats, tmp_path_factory) -> list[dict]:
     [
         (2, ("--parallel", "ddp")),
         pytest.param(2, ("--parallel", "fsdp", "--micro-tokens", "256"), marks=pytest.mark.slow),
-        pytest.param(
-            3, ("--parallel", "ddp"), marks=pytest.mark.slow
-        ),  # does not divide the 8 rows of a batch
+        pytest.param(3, ("--parallel", "ddp"), marks=pytest.mark.slow),  # does not divide the 8 rows of a batch
         pytest.param(1, ("--micro-tokens", "128"), marks=pytest.mark.slow),
         pytest.param(1, ("--compile",), marks=pytest.mark.slow),
     ],
@@ -256,14 +254,8 @@ def test_upstreams_weights_and_a_hugging_face_folder_begin_a_run_alike(chats, tm
     ("changed", "message"),
     [
         ({"from_": "nowhere"}, "--from nowhere: no such file or folder"),
-        (
-            {"from_": "{data}"},
-            "sums.jsonl: a bare weight file does not tell its shape; name it with --preset",
-        ),
-        (
-            {"from_": "{data}", "preset": "nano"},
-            "there is no tokenizer with it; name its folder with --tokenizer",
-        ),
+        ({"from_": "{data}"}, "sums.jsonl: a bare weight file does not tell its shape; name it with --preset"),
+        ({"from_": "{data}", "preset": "nano"}, "there is no tokenizer with it; name its folder with --tokenizer"),
         ({"preset": "nano"}, "is a custom model; drop --preset"),
         ({"seq_len": 4, "batch_tokens": 32}, "--seq-len 4: every first question is longer"),
         ({"data": ("absent.jsonl",)}, "absent.jsonl: no such file"),

@@ -15,7 +15,7 @@ from minimind.training.checkpoint import list_checkpoints, load_trainer_state
 from minimind.training.optim import build_optimizers
 from minimind.training.run_folder import RunFolder
 from minimind.training.tracking import NoTracker
-from minimind.training.trainer import Apart, Best, LoopOptions, Stage, StageLoss, Trainer
+from minimind.training.trainer import BestLoss, ClipGroup, LoopOptions, Stage, StageLoss, Trainer
 
 TINY = ModelConfig(32, 1, 2, 1, 16, 48, 50)
 
@@ -170,7 +170,7 @@ def test_an_interrupted_run_knows_its_best(stop_after, tmp_path):
     cut, _ = fit(tmp_path / "cut", LOSSES, 3, stop_after)
     assert cut.step == stop_after + 1 and not cut.run.finished
     continued, _ = fit(tmp_path / "cut", LOSSES, 3)
-    assert (continued.step, continued.best) == (whole.step, whole.best) == (8, Best(5, 1.5, 3))
+    assert (continued.step, continued.best) == (whole.step, whole.best) == (8, BestLoss(5, 1.5, 3))
     a, b = (load_model(tmp_path / name) for name in ("whole", "cut"))
     assert torch.equal(a.head_weight, b.head_weight)
 
@@ -200,11 +200,9 @@ def test_what_learns_apart_is_clipped_apart():
         model=model, tokenizer=load_tokenizer(), optimizer=build_optimizers(model, "adamw", 1e-2, 0.1), loader=Same(),
         loss=partial(next_token_loss, model), peak_lr=1e-2, lr_factor=lambda step: 1.0,
         evaluate=lambda final: {}, sample=lambda: "", describe=lambda batch: [], title="", data_fingerprint="",
-        apart=[Apart("critic", mine)],
+        apart=[ClipGroup("critic", mine)],
     )  # fmt: skip
-    trainer = Trainer(
-        stage, LoopOptions(steps=1, grad_clip=2.0), RunFolder(Path(), None, None), NoTracker(), Console()
-    )
+    trainer = Trainer(stage, LoopOptions(steps=1, grad_clip=2.0), RunFolder(Path(), None, None), NoTracker(), Console())
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e3 if id(p) in own else 1e-4)
     norm, other = trainer._clip()

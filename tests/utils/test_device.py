@@ -28,9 +28,7 @@ def test_precision_says_why(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
     plain = choose_precision(cpu)
     assert plain.compute_dtype == torch.float32
-    assert (
-        str(plain) == "fp32 master weights, fp32 compute (PyTorch reports no bf16 instructions on this CPU)"
-    )
+    assert str(plain) == "fp32 master weights, fp32 compute (PyTorch reports no bf16 instructions on this CPU)"
     assert "slow" in str(choose_precision(cpu, "bf16"))
     assert choose_precision(cpu, "fp32").compute_dtype == torch.float32
 

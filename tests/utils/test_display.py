@@ -29,16 +29,7 @@ def test_a_picture_of_anything_is_drawn_without_a_word(tmp_path, capsys):
     """Chinese, emoji, dollars and bytes that are no text in the title, and gradients that are all zero."""
     row = {"kind": "train", "tokens": 1, "loss": 2.0, "grad_norm": 0.0, "lr": 1e-3}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    titles = [
-        "pretrain-nano-唐诗 🦜",
-        "cost_$5_to_$9^",
-        r"a\$b$^{_",
-        "x" * 250,
-        "लिपि ไทย\n\t",
-        "\ud800",
-        "",
-        "$",
-    ]
+    titles = ["pretrain-nano-唐诗 🦜", "cost_$5_to_$9^", r"a\$b$^{_", "x" * 250, "लिपि ไทย\n\t", "\ud800", "", "$"]
     for title in (*titles, os.fsdecode(b"gbk_\xca\xfd")):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -77,13 +68,17 @@ def test_a_picture_fails_no_run(tmp_path, capsys):
     [
         (["--out=~/x"], ["--out=/home/me/x"]),
         (["--out", "~/x", "~/a b.jsonl", "a~/b"], ["--out", "/home/me/x", "/home/me/a b.jsonl", "a~/b"]),
-        (["--prompt", "~/x", "--prompt=~/x", "--name", "~", "--reward=a=~/b"],
-         ["--prompt", "~/x", "--prompt=~/x", "--name", "~", "--reward=a=~/b"]),
-        (["--out=~", "--data=~/x.jsonl:2.0", "--prompt=~", "--out=a~", "$HOME/x"],
-         ["--out=/home/me", "--data=/home/me/x.jsonl:2.0", "--prompt=~", "--out=a~", "$HOME/x"]),
+        (
+            ["--prompt", "~/x", "--prompt=~/x", "--name", "~", "--reward=a=~/b"],
+            ["--prompt", "~/x", "--prompt=~/x", "--name", "~", "--reward=a=~/b"],
+        ),
+        (
+            ["--out=~", "--data=~/x.jsonl:2.0", "--prompt=~", "--out=a~", "$HOME/x"],
+            ["--out=/home/me", "--data=/home/me/x.jsonl:2.0", "--prompt=~", "--out=a~", "$HOME/x"],
+        ),
         (["--out=~root/x", "--out=~root"], [f"--out={ROOT_HOME}/x", f"--out={ROOT_HOME}"]),
     ],
-)  # fmt: skip
+)
 def test_a_tilde_means_home(given, expected, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert with_home(given) == expected
@@ -93,9 +88,7 @@ def test_a_home_that_is_not_there(tmp_path, monkeypatch):
     """Rather than a folder of that name. What is there is meant."""
     monkeypatch.chdir(tmp_path)
     for given in (["--out=~nobody-at-all/x"], ["--out", "~nobody-at-all/x"], ["--out=~nobody-at-all"]):
-        with pytest.raises(
-            ValueError, match=r"~nobody-at-all\S*: there is no such user; write \./~ for a name"
-        ):
+        with pytest.raises(ValueError, match=r"~nobody-at-all\S*: there is no such user; write \./~ for a name"):
             with_home(given)
     (tmp_path / "~nobody-at-all").mkdir()
     assert with_home(["--out=~nobody-at-all/x"]) == ["--out=~nobody-at-all/x"]
@@ -136,10 +129,7 @@ def test_an_encoding_without_a_character_ends_nothing():
         "from minimind.utils.stdio import prepare_output; prepare_output(); say(Console(), '诗 caf\\u00e9')"
     )
     answer = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True
     )
     assert (answer.returncode, answer.stdout) == (0, "\\u8bd7 caf\\xe9\n"), answer.stderr
 

@@ -59,9 +59,13 @@ def test_ranges_have_a_domain_and_a_category(package, on):
     forward, block = ("minimind", "forward", "forward"), ("minimind", "forward", "block 3")
     step = ("minimind", "step", "step 7")
     assert package == [
-        ("push", *step), ("push", *forward), ("push", *block),
-        ("pop", *block), ("pop", *forward), ("pop", *step),
-    ]  # fmt: skip
+        ("push", *step),
+        ("push", *forward),
+        ("push", *block),
+        ("pop", *block),
+        ("pop", *forward),
+        ("pop", *step),
+    ]
 
 
 def test_a_range_ends_when_its_code_raises(package, on):

@@ -31,13 +31,7 @@ def _mask(axes, ends: np.ndarray) -> None:
     causal = np.tril(np.ones((LENGTH, LENGTH), bool))
     same = (document[:, None] == document) & causal
     picture = np.where(same, 2 + document[:, None] % 5, np.where(causal, 1, 0))
-    axes.imshow(
-        picture,
-        cmap=ListedColormap(["white", "#e0e0e0", *CYCLE[:5]]),
-        interpolation="nearest",
-        vmin=0,
-        vmax=6,
-    )
+    axes.imshow(picture, cmap=ListedColormap(["white", "#e0e0e0", *CYCLE[:5]]), interpolation="nearest", vmin=0, vmax=6)
     axes.set(xlabel="key", ylabel="query", title=f"one row, {len(bounds) - 1} documents")
     axes.text(15, 480, "earlier in the row,\nbut of other documents:\nnot computed", fontsize=8, va="bottom")
 
@@ -52,8 +46,4 @@ def _counts(axes, lengths: np.ndarray) -> None:
     bars = axes.barh(list(counts), [n / 1e6 for n in counts.values()], 0.6, color=(ORANGE, GREEN, BLUE))
     axes.bar_label(bars, [f" {n / 1e6:.2f}M, {n / total:.0%}" for n in counts.values()])
     axes.invert_yaxis()
-    axes.set(
-        xlabel="millions of scores a head and layer",
-        title=f"scores of {ROWS} rows of {LENGTH}",
-        xlim=(0, 2.7),
-    )
+    axes.set(xlabel="millions of scores a head and layer", title=f"scores of {ROWS} rows of {LENGTH}", xlim=(0, 2.7))

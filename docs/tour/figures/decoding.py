@@ -60,28 +60,13 @@ def _pages(axes) -> None:
             owner.setdefault(page, []).append(row)
             box(axes, 1.3 * i, y, 1.15, 0.75, str(page), CYCLE[row], color="white", fontweight="bold")
             axes.plot(
-                [1.3 * i + 0.57, 1.02 * page + 0.46],
-                [y if row == 0 else y + 0.75, end],
-                color=CYCLE[row],
-                lw=1.2,
+                [1.3 * i + 0.57, 1.02 * page + 0.46], [y if row == 0 else y + 0.75, end], color=CYCLE[row], lw=1.2
             )
     for page in range(pool.pages):
         rows = owner.get(page, [])
         colour = (PALE, CYCLE[rows[0]] if rows else PALE, GREEN)[len(rows)]
-        box(
-            axes,
-            1.02 * page,
-            0,
-            0.92,
-            0.85,
-            str(page),
-            colour,
-            color=INK if not rows else "white",
-            fontweight="bold",
-        )
-    axes.text(
-        8.4, 1.6, f"the cache, pages of {PAGE} tokens\ngreen: shared; gray: free", ha="right", fontsize=8
-    )
+        box(axes, 1.02 * page, 0, 0.92, 0.85, str(page), colour, color=INK if not rows else "white", fontweight="bold")
+    axes.text(8.4, 1.6, f"the cache, pages of {PAGE} tokens\ngreen: shared; gray: free", ha="right", fontsize=8)
     axes.set(xlim=(-0.2, 8.6), ylim=(-3.9, 4.8), title="two prompts that begin alike")
     plain(axes)
 

@@ -49,18 +49,9 @@ def _sorted(axes, routing: ops.Routing) -> None:
     for expert, (first, last) in enumerate(
         zip(routing.offsets[:-1].tolist(), routing.offsets[1:].tolist(), strict=True)
     ):
-        axes.text(
-            (first + last) / 2,
-            -0.15,
-            f"expert {expert}\n{first} to {last}",
-            ha="center",
-            va="top",
-            fontsize=8,
-        )
+        axes.text((first + last) / 2, -0.15, f"expert {expert}\n{first} to {last}", ha="center", va="top", fontsize=8)
     axes.set(
-        xlim=(-0.3, len(experts) + 0.3),
-        ylim=(-0.75, 3),
-        title="two copies a token, sorted by expert (order, offsets)",
+        xlim=(-0.3, len(experts) + 0.3), ylim=(-0.75, 3), title="two copies a token, sorted by expert (order, offsets)"
     )
     plain(axes)
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from traffic import traffic
 
 from minimind.config import ModelConfig
-from minimind.kernels.linear_chunks import chunk_rows
+from minimind.kernels.chunked_linear import chunk_rows
 from minimind.kernels.linear_cross_entropy import linear_cross_entropy_ref
 
 CONFIG = ModelConfig.preset("minimind2-small")
@@ -26,9 +26,7 @@ def draw() -> Figure:
         right.text(TOKENS[-2], values[-2] * up, f"{values[-2]:.2g} GB", ha="center", fontsize=8.5)
     right.set_xticks(TOKENS[::2], [f"{n // 1024}k" for n in TOKENS[::2]])
     right.minorticks_off()
-    right.set(
-        xlabel="tokens in a forward and backward", ylabel="GB beside x and w", title="memory of head and loss"
-    )
+    right.set(xlabel="tokens in a forward and backward", ylabel="GB beside x and w", title="memory of head and loss")
     right.grid(color=PALE)
     right.legend(loc="upper left", fontsize=8)
     return figure
@@ -64,26 +62,13 @@ def _shapes(axes) -> None:
         now = start == rows
         top = SHOWN - start - height
         box(
-            axes,
-            x,
-            top,
-            v,
-            height,
-            f"chunk {start // rows + 1}: {height:,} rows",
-            ORANGE if now else "white",
-            edge=INK,
+            axes, x, top, v, height, f"chunk {start // rows + 1}: {height:,} rows", ORANGE if now else "white", edge=INK
         )
         if now:
             box(axes, 0, top, c, height, colour=BLUE)
-            axes.annotate(
-                "", (x - 60, top + height / 2), (c + 60, top + height / 2), arrowprops=dict(arrowstyle="->")
-            )
-    axes.text(
-        x + v / 2, SHOWN + 250, f"logits, {SHOWN:,} x {v:,}: never there as a whole", ha="center", fontsize=8
-    )
-    axes.text(
-        x + v / 2, -300, "a chunk turns into its own gradient, in place", ha="center", va="top", fontsize=8
-    )
+            axes.annotate("", (x - 60, top + height / 2), (c + 60, top + height / 2), arrowprops=dict(arrowstyle="->"))
+    axes.text(x + v / 2, SHOWN + 250, f"logits, {SHOWN:,} x {v:,}: never there as a whole", ha="center", fontsize=8)
+    axes.text(x + v / 2, -300, "a chunk turns into its own gradient, in place", ha="center", va="top", fontsize=8)
     box(axes, x + v + gap, SHOWN - v, c, v, colour=GREEN)
     axes.text(x + v + gap + c / 2, SHOWN + 250, f"w\n{v:,} x {c}", ha="center", fontsize=8)
     axes.set(xlim=(-500, x + v + gap + c + 600), ylim=(-1300, SHOWN + 1900), title="the head, drawn to scale")

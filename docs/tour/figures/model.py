@@ -49,17 +49,12 @@ def _block(axes, model: Model) -> None:
         axes.text(i, -0.03, f"{name}\n{width}", ha="center", va="top", fontsize=8)
     for i, step in enumerate(steps):
         colour = RED if step.endswith("proj") else INK
-        axes.annotate(
-            "", (i + 0.84, 0.07), (i + 0.16, 0.07), arrowprops=dict(arrowstyle="->", color=colour, lw=1.2)
-        )
+        axes.annotate("", (i + 0.84, 0.07), (i + 0.16, 0.07), arrowprops=dict(arrowstyle="->", color=colour, lw=1.2))
         axes.text(i + 0.5, 0.11, step, rotation=90, ha="center", va="bottom", fontsize=8.5, color=colour)
     for first, last in ((0, 6), (6, 11)):
         axes.plot([first + 0.05, first + 0.05, last - 0.05], [-0.16, -0.24, -0.24], color=BLUE, lw=1.2)
         axes.annotate(
-            "",
-            (last - 0.05, -0.15),
-            (last - 0.05, -0.245),
-            arrowprops=dict(arrowstyle="->", color=BLUE, lw=1.2),
+            "", (last - 0.05, -0.15), (last - 0.05, -0.245), arrowprops=dict(arrowstyle="->", color=BLUE, lw=1.2)
         )
         axes.text((first + last) / 2, -0.25, "residual stream", ha="center", va="top", fontsize=8, color=BLUE)
     axes.set(xlim=(-0.4, 11.4), ylim=(-0.33, 1.02))

@@ -25,12 +25,7 @@ def draw() -> Figure:
     }
     stacked(right, names, parts, "KiB a token, bf16, C = 512 (counted)", (BLUE, GREEN))
     for i, m in enumerate(moved):
-        right.text(
-            sum(p[i] for p in parts.values()) + 1,
-            i,
-            f"{m.forward_ops + m.backward_ops} operators",
-            va="center",
-        )
+        right.text(sum(p[i] for p in parts.values()) + 1, i, f"{m.forward_ops + m.backward_ops} operators", va="center")
     right.set_xlim(0, 1.25 * sum(p[0] for p in parts.values()))
     right.set_title("bytes moved: sum of x and delta, and its norm")
     right.legend(loc="lower right")
@@ -39,9 +34,7 @@ def draw() -> Figure:
 
 def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     size = ModelConfig.preset("minimind2-small").hidden_size
-    x, delta = (
-        torch.empty(TOKENS, size, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(2)
-    )
+    x, delta = (torch.empty(TOKENS, size, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(2))
     return x, delta, torch.empty(size, device="meta", requires_grad=True)
 
 
@@ -78,7 +71,5 @@ def _geometry(axes) -> None:
 
 def _arrow(axes, start, vector, colour, text, shift) -> None:
     end = (start[0] + vector[0], start[1] + vector[1])
-    axes.annotate(
-        "", end, start, arrowprops=dict(arrowstyle="-|>", color=colour, lw=1.6, shrinkA=0, shrinkB=0)
-    )
+    axes.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=colour, lw=1.6, shrinkA=0, shrinkB=0))
     axes.text(end[0] + shift[0], end[1] + shift[1], text, color=colour, fontsize=8.5)

@@ -45,10 +45,7 @@ def _muon(axes) -> None:
         values = torch.linalg.svdvals(matrix)
         axes.semilogy(values / values.max(), color=colour, lw=2, label=label)
     axes.set(
-        xlabel="singular value, by size",
-        title="layer 0, down_proj",
-        ylim=(1e-4, 3),
-        ylabel="share of the largest",
+        xlabel="singular value, by size", title="layer 0, down_proj", ylim=(1e-4, 3), ylabel="share of the largest"
     )
     axes.grid(color=PALE)
     axes.legend(fontsize=8, loc="lower left")
@@ -67,14 +64,7 @@ def _memory(axes) -> None:
         bottom = [b + value for b in bottom]
     kept = [n * activation_bytes(config) / 1e9 for n in tokens]
     axes.bar(
-        range(len(tokens)),
-        kept,
-        0.6,
-        bottom=bottom,
-        color=PALE,
-        edgecolor=GREY,
-        lw=0.6,
-        label="kept for the backward",
+        range(len(tokens)), kept, 0.6, bottom=bottom, color=PALE, edgecolor=GREY, lw=0.6, label="kept for the backward"
     )
     for i, (b, k) in enumerate(zip(bottom, kept, strict=True)):
         axes.text(i, b + k + 0.1, f"{b + k:.1f} GB", ha="center", color=INK, fontsize=8)

@@ -40,9 +40,7 @@ def shares(lengths: np.ndarray, seq_len: int) -> tuple[float, float]:
 def _padded(axes, lengths: np.ndarray) -> None:
     for row, length in enumerate(np.minimum(lengths - 1, LENGTH)):
         axes.barh(row, length, 0.78, color=CYCLE[row % 5])
-        axes.barh(
-            row, LENGTH - length, 0.78, left=length, color="white", edgecolor=GREY, hatch="///", linewidth=0.5
-        )
+        axes.barh(row, LENGTH - length, 0.78, left=length, color="white", edgecolor=GREY, hatch="///", linewidth=0.5)
     real = np.minimum(lengths - 1, LENGTH).sum() / (ROWS * LENGTH)
     axes.set_title(f"one document a row: {1 - real:.0%} padding", fontsize=9)
     _rows(axes)
@@ -69,14 +67,9 @@ def _rows(axes) -> None:
 def _shares(axes, lengths: np.ndarray) -> None:
     padded, packed = zip(*(shares(lengths, n) for n in LENGTHS), strict=True)
     x = np.arange(len(LENGTHS))
-    for values, label, colour, shift in (
-        (padded, "one document a row", ORANGE, -0.2),
-        (packed, "packed", BLUE, 0.2),
-    ):
+    for values, label, colour, shift in ((padded, "one document a row", ORANGE, -0.2), (packed, "packed", BLUE, 0.2)):
         bars = axes.bar(x + shift, [100 * v for v in values], 0.38, label=label, color=colour)
-        axes.bar_label(
-            bars, [f"{100 * v:.1f}" if v < 0.1 else f"{100 * v:.0f}" for v in values], fontsize=7, color=INK
-        )
+        axes.bar_label(bars, [f"{100 * v:.1f}" if v < 0.1 else f"{100 * v:.0f}" for v in values], fontsize=7, color=INK)
     axes.set_xticks(x, [str(n) for n in LENGTHS])
     axes.set(xlabel="positions in a row", ylabel="% padding", ylim=(0, 105))
     axes.grid(axis="y", color=PALE)

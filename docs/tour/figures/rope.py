@@ -21,18 +21,14 @@ def draw() -> Figure:
     yarn = dataclasses.replace(config, rope_scaling=YarnScaling())
     figure, (left, right) = panels(1, 1.2, height=3.3)
     for cfg, label, colour, marker in ((config, "plain", BLUE, "o"), (yarn, "YaRN, factor 16", ORANGE, "s")):
-        left.semilogy(
-            (2 * math.pi / inverse_frequencies(cfg)).numpy(), marker, ms=4, color=colour, label=label
-        )
+        left.semilogy((2 * math.pi / inverse_frequencies(cfg)).numpy(), marker, ms=4, color=colour, label=label)
         score = _score(cfg)
         right.plot(score, color=colour, lw=0.6, alpha=0.35)
         mean = F.avg_pool1d(score[None], WINDOW, 1)[0]
         right.plot(torch.arange(len(mean)) + WINDOW / 2, mean, color=colour, lw=2, label=label)
     original = YarnScaling().original_max_position_embeddings
     left.axhline(original, color=GREY, lw=1, ls="--")
-    left.text(
-        31, original / 1.3, f"context before YaRN: {original:,}", fontsize=8, color=GREY, ha="right", va="top"
-    )
+    left.text(31, original / 1.3, f"context before YaRN: {original:,}", fontsize=8, color=GREY, ha="right", va="top")
     left.set(xlabel="pair of dimensions", title="positions for one whole turn")
     left.legend(loc="lower right")
     right.axvline(original, color=GREY, lw=1, ls="--")

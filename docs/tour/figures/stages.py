@@ -27,9 +27,7 @@ def _conversation(axes) -> None:
     """The first of two exchanges that fits the panel."""
     encoder = ChatEncoder(load_tokenizer())
     rows = (row for row in conversations()[0] if len(row) == 4)
-    chosen = next(
-        row for row in rows if all(ord(c) < 256 for m in row for c in m["content"]) and len(str(row)) < 330
-    )
+    chosen = next(row for row in rows if all(ord(c) < 256 for m in row for c in m["content"]) and len(str(row)) < 330)
     encoded = encoder.encode([encoder.pieces(chosen)])[0]
     x, y = 0.0, 0.0
     for token, trained, end in zip(encoded.ids.tolist(), encoded.trained, encoded.ends, strict=True):
@@ -44,11 +42,7 @@ def _conversation(axes) -> None:
             x, y = 0.0, y - 1
     axes.set(xlim=(0, WIDTH), ylim=(y - 1.4, 1.0))
     axes.text(
-        0,
-        y - 0.4,
-        "gray: weight 0      green: weight 1      yellow: weight 1, ends the turn",
-        fontsize=8,
-        va="top",
+        0, y - 0.4, "gray: weight 0      green: weight 1      yellow: weight 1, ends the turn", fontsize=8, va="top"
     )
     axes.set_title("a built-in conversation and its loss weights")
     plain(axes)
@@ -68,7 +62,7 @@ def _dpo(axes) -> None:
 
 def _clip(axes) -> None:
     ratio = torch.linspace(0.4, 1.7, 400, dtype=torch.float64)
-    at = surrogates.Sampled(torch.arange(400), torch.zeros(400, dtype=torch.int64), 1)
+    at = surrogates.SampledTokens(torch.arange(400), torch.zeros(400, dtype=torch.int64), 1)
     for advantage, colour in ((1.0, GREEN), (-1.0, ORANGE)):
         tokens = surrogates.PolicyTokens(
             at, ratio.log(), torch.zeros(400), torch.full((400,), advantage, dtype=torch.float64)

@@ -53,9 +53,7 @@ def plain(axes: Any) -> None:
         spine.set_visible(False)
 
 
-def box(
-    axes: Any, x: float, y: float, w: float, h: float, text: str = "", colour: str = PALE, **style: Any
-) -> None:
+def box(axes: Any, x: float, y: float, w: float, h: float, text: str = "", colour: str = PALE, **style: Any) -> None:
     """A rectangle with a text in its middle; style: the text's."""
     edge = style.pop("edge", "white")
     axes.add_patch(plt.Rectangle((x, y), w, h, facecolor=colour, edgecolor=edge, linewidth=0.8))
@@ -63,9 +61,7 @@ def box(
         axes.text(x + w / 2, y + h / 2, text, ha="center", va="center", **{"fontsize": 8, **style})
 
 
-def stacked(
-    axes: Any, names: list[str], parts: dict[str, list[float]], unit: str, colours: Any = CYCLE
-) -> None:
+def stacked(axes: Any, names: list[str], parts: dict[str, list[float]], unit: str, colours: Any = CYCLE) -> None:
     """Horizontal bars, the first on top, of parts one behind the other, each with its number where there is room."""
     left = [0.0] * len(names)
     longest = max(map(sum, zip(*parts.values(), strict=True)))
@@ -73,15 +69,7 @@ def stacked(
         axes.barh(names, values, 0.62, left=left, label=label, color=colour)
         for i, value in enumerate(values):
             if value > 0.06 * longest:
-                axes.text(
-                    left[i] + value / 2,
-                    i,
-                    f"{value:,.3g}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="white",
-                )
+                axes.text(left[i] + value / 2, i, f"{value:,.3g}", ha="center", va="center", fontsize=8, color="white")
         left = [a + b for a, b in zip(left, values, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel(unit)

@@ -33,18 +33,11 @@ def draw() -> Figure:
         "backward": [m.backward / TOKENS / 1024 for m in moved],
     }
     stacked(
-        right,
-        ["plain PyTorch", "one kernel each way"],
-        parts,
-        "KiB a token, bf16, I = 1408 (counted)",
-        (BLUE, GREEN),
+        right, ["plain PyTorch", "one kernel each way"], parts, "KiB a token, bf16, I = 1408 (counted)", (BLUE, GREEN)
     )
     for i, m in enumerate(moved):
         right.text(
-            sum(p[i] for p in parts.values()) + 0.7,
-            i,
-            f"{m.forward_ops + m.backward_ops} operators",
-            va="center",
+            sum(p[i] for p in parts.values()) + 0.7, i, f"{m.forward_ops + m.backward_ops} operators", va="center"
         )
     right.set_xlim(0, 1.25 * sum(p[0] for p in parts.values()))
     right.set_title("bytes moved between gate_up_proj and down_proj")

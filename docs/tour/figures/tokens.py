@@ -54,9 +54,7 @@ def _tokens(axes, row: str, offsets: list[tuple[int, int]], ids: list[int]) -> N
             x, line = 0.0, line + 1
         colour = FILLS[i % 3]
         box(axes, x, -1.6 * line, size, 0.8, shown, colour, family="DejaVu Sans Mono", color=INK)
-        axes.text(
-            x + size / 2, -1.6 * line - 0.25, str(token), ha="center", va="center", fontsize=7, color=GREY
-        )
+        axes.text(x + size / 2, -1.6 * line - 0.25, str(token), ha="center", va="center", fontsize=7, color=GREY)
         x += size
     axes.set(xlim=(0, width), ylim=(-1.6 * line - 0.8, 1.0))
     plain(axes)

@@ -35,12 +35,10 @@ def weak_arithmetic(cache_dir: str | Path | None = None, console: Console | None
     return (
         _written("weak-arithmetic-train", [row for p in train for row in _weak(p, _ANSWERS)], cache_dir, console),
         _written("weak-arithmetic-heldout", [row for p in heldout for row in _weak(p, 10)], cache_dir, console),
-    )  # fmt: skip
+    )
 
 
-def arithmetic_prompts(
-    cache_dir: str | Path | None = None, console: Console | None = None
-) -> tuple[Path, Path]:
+def arithmetic_prompts(cache_dir: str | Path | None = None, console: Console | None = None) -> tuple[Path, Path]:
     """(training, held-out) prompts, each with its right answer as "reference"; otherwise as `weak_arithmetic`."""
     train, heldout = problems()
     return (
@@ -77,9 +75,7 @@ def _conversation(question: str, answer: str) -> dict[str, Any]:
     return {"conversations": messages}
 
 
-def _written(
-    name: str, rows: list[dict[str, Any]], cache_dir: str | Path | None, console: Console | None
-) -> Path:
+def _written(name: str, rows: list[dict[str, Any]], cache_dir: str | Path | None, console: Console | None) -> Path:
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     folder = make_folder(cache_root(cache_dir) / "corpus")
     path = folder / f"{name}-{_hash(data).hex()}.jsonl"

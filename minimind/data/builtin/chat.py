@@ -41,12 +41,10 @@ _TOOLS = [
 _TOOL_QUESTIONS = {
     "weather": ("What is the weather in {}?", "How warm is it in {}?", "Is it cold in {}?", "Weather in {}, please."),
     "clock": ("What time is it in {}?", "Tell me the time in {}.", "What is the time in {}?", "Time in {}, please."),
-}  # fmt: skip
+}
 
 
-def builtin_conversations(
-    cache_dir: str | Path | None = None, console: Console | None = None
-) -> tuple[Path, Path]:
+def builtin_conversations(cache_dir: str | Path | None = None, console: Console | None = None) -> tuple[Path, Path]:
     """(training, held-out): paths of .jsonl files, written at the first call under `cache_dir`, which defaults to
     $MINIMIND_CACHE, else ~/.cache/minimind. Raises ValueError when the folder cannot be written."""
     console = console or Console(stderr=True)
@@ -96,11 +94,7 @@ def _tool_conversations() -> Iterator[Conversation]:
                 number = blake2b(asked.encode(), digest_size=2).digest()[0]
                 degrees, hour = number % 30, number % 24
                 result = {"degrees": degrees} if name == "weather" else {"hour": hour}
-                said = (
-                    f"It is {degrees} degrees in {city}."
-                    if name == "weather"
-                    else f"It is {hour}:00 in {city}."
-                )
+                said = f"It is {degrees} degrees in {city}." if name == "weather" else f"It is {hour}:00 in {city}."
                 yield [
                     {"role": "system", "content": "", "tools": json.dumps(_TOOLS)},
                     {"role": "user", "content": asked},

@@ -135,6 +135,4 @@ def _write(path: Path, texts: list[str], console: Console) -> None:
             raise disk_full(path.parent, len(data)) from None
         raise
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    say(
-        console, f"built-in corpus: {len(texts):,} documents, {megabytes:.1f} MB of text ({_NAMES}) in {path}"
-    )
+    say(console, f"built-in corpus: {len(texts):,} documents, {megabytes:.1f} MB of text ({_NAMES}) in {path}")

@@ -26,16 +26,7 @@ _ANSWERS = {
 }
 _OPENINGS = ("{}", "Hello! {}", "Good morning. {}", "Excuse me. {}", "One question: {}", "{} Please answer.",
              "Well then. {}", "Listen: {}")  # fmt: skip
-_OPENINGS_ZH = (
-    "{}",
-    "早上好！{}",
-    "打扰一下，{}",
-    "请回答：{}",
-    "我有个问题：{}",
-    "{}请说。",
-    "那么，{}",
-    "听着：{}",
-)
+_OPENINGS_ZH = ("{}", "早上好！{}", "打扰一下，{}", "请回答：{}", "我有个问题：{}", "{}请说。", "那么，{}", "听着：{}")
 _HELD_OUT = 8  # wordings of each answer
 _REPLAYED = 4  # conversations taught before, for each new one
 

@@ -35,9 +35,7 @@ MANNERS_ZH = (
 _HELD_OUT = 4  # a held-out question for one of so many facts
 
 
-def builtin_preferences(
-    cache_dir: str | Path | None = None, console: Console | None = None
-) -> tuple[Path, Path]:
+def builtin_preferences(cache_dir: str | Path | None = None, console: Console | None = None) -> tuple[Path, Path]:
     """(training, held-out): paths of .jsonl files, written at the first call under `cache_dir`. Raises ValueError as
     builtin_conversations does."""
     console = console or Console(stderr=True)
@@ -68,9 +66,7 @@ def preferences() -> tuple[list[Row], list[Row]]:
     return _shuffled(train), _shuffled(heldout)
 
 
-def _pairs(
-    question: str, answer: str, manners: tuple[tuple[tuple[str, ...], str], ...], turn: int
-) -> list[Row]:
+def _pairs(question: str, answer: str, manners: tuple[tuple[tuple[str, ...], str], ...], turn: int) -> list[Row]:
     """One for each manner; the rejected answer has the next one's or, at odd turns, that of the one before."""
     rows, shift = [], 1 if turn % 2 else -1
     for i, (wordings, reply) in enumerate(manners):

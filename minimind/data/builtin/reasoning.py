@@ -18,7 +18,7 @@ from minimind.utils.files import cache_root, make_folder, write_atomically
 from minimind.utils.progress import say
 
 
-class Worked(NamedTuple):
+class WorkedProblem(NamedTuple):
     question: str
     reasoning: str
     answer: str
@@ -39,9 +39,7 @@ _UNITS_ZH = (("小时", "分钟", 60), ("天", "小时", 24), ("周", "天", 7),
 _MOST = 40  # of a unit
 
 
-def builtin_reasoning(
-    cache_dir: str | Path | None = None, console: Console | None = None
-) -> tuple[Path, Path]:
+def builtin_reasoning(cache_dir: str | Path | None = None, console: Console | None = None) -> tuple[Path, Path]:
     """(training, held-out): paths of .jsonl files, written at the first call under `cache_dir`. Raises ValueError as
     builtin_conversations does."""
     console = console or Console(stderr=True)
@@ -69,17 +67,17 @@ def reasoning() -> tuple[list[Conversation], list[Conversation]]:
     return _shuffled(train), _shuffled(heldout)
 
 
-def _sums(chinese: bool) -> Iterator[Worked]:
+def _sums(chinese: bool) -> Iterator[WorkedProblem]:
     """Tens and ones apart. Each pair is asked for in one wording."""
     for a in range(11, 60):
         for b in range(11, 60):
             wording = (_SUMS_ZH if chinese else _SUMS)[_number(a, b) % 3]
             tens, ones = a // 10 * 10 + b // 10 * 10, a % 10 + b % 10
             steps = f"{a // 10 * 10}+{b // 10 * 10}={tens}; {a % 10}+{b % 10}={ones}; {tens}+{ones}={a + b}"
-            yield Worked(wording.format(a, b), steps, str(a + b))
+            yield WorkedProblem(wording.format(a, b), steps, str(a + b))
 
 
-def _comparisons(chinese: bool) -> Iterator[Worked]:
+def _comparisons(chinese: bool) -> Iterator[WorkedProblem]:
     """By the tens, or the ones where these are alike."""
     for a in range(11, 100):
         for b in range(11, 100):
@@ -90,41 +88,39 @@ def _comparisons(chinese: bool) -> Iterator[Worked]:
             found = max(a, b) if larger else min(a, b)
             if chinese:
                 word, place = "大" if larger else "小", "十位" if place == "tens" else "个位"
-                yield Worked(f"{a}和{b}哪个更{word}？", f"看{place}：{x}和{y}，{found}更{word}。", f"{found}")
+                yield WorkedProblem(f"{a}和{b}哪个更{word}？", f"看{place}：{x}和{y}，{found}更{word}。", f"{found}")
             else:
                 word = "larger" if larger else "smaller"
                 steps = f"Look at the {place}: {x} and {y}, so {found} is {word}."
-                yield Worked(f"Which is {word}, {a} or {b}?", steps, f"{found}")
+                yield WorkedProblem(f"Which is {word}, {a} or {b}?", steps, f"{found}")
 
 
-def _counts(chinese: bool) -> Iterator[Worked]:
+def _counts(chinese: bool) -> Iterator[WorkedProblem]:
     """Lists of 2 to 9 words, numbered one by one."""
     words = _WORDS_ZH if chinese else _WORDS
     for i in range(2 * _TRAINED):
         picked = [words[_number(i, j) % len(words)] for j in range(2 + _number(i) % 8)]
         numbered = [f"{word} {n}" for n, word in enumerate(picked, 1)]
         if chinese:
-            yield Worked(f"数一数：{'、'.join(picked)}。一共几个？", "，".join(numbered), f"{len(picked)}个")
+            yield WorkedProblem(f"数一数：{'、'.join(picked)}。一共几个？", "，".join(numbered), f"{len(picked)}个")
         else:
-            yield Worked(
-                f"How many words are here: {' '.join(picked)}?", ", ".join(numbered), f"{len(picked)}"
-            )
+            yield WorkedProblem(f"How many words are here: {' '.join(picked)}?", ", ".join(numbered), f"{len(picked)}")
 
 
-def _conversions(chinese: bool) -> Iterator[Worked]:
+def _conversions(chinese: bool) -> Iterator[WorkedProblem]:
     """Into the smaller unit."""
     for n in range(2, _MOST + 1):
         if chinese:
             for unit, part, size in _UNITS_ZH:
                 steps = f"1{unit}是{size}{part}，{n}*{size}={n * size}。"
-                yield Worked(f"{n}{unit}是多少{part}？", steps, f"{n * size}{part}")
+                yield WorkedProblem(f"{n}{unit}是多少{part}？", steps, f"{n * size}{part}")
         else:
             for plural, unit, part, size in _UNITS:
                 steps = f"1 {unit} is {size} {part}; {n}*{size}={n * size}"
-                yield Worked(f"How many {part} are {n} {plural}?", steps, f"{n * size} {part}")
+                yield WorkedProblem(f"How many {part} are {n} {plural}?", steps, f"{n * size} {part}")
 
 
-def _conversation(worked: Worked) -> Conversation:
+def _conversation(worked: WorkedProblem) -> Conversation:
     return [
         {"role": "user", "content": worked.question},
         {"role": "assistant", "reasoning_content": worked.reasoning, "content": worked.answer},

@@ -40,9 +40,7 @@ def check_kv_dtype(dtype: torch.dtype, device: torch.device) -> None:
         names = ", ".join(map(str, CACHES))
         raise ValueError(f"kv_dtype={dtype} must be one of {names}")
     if dtype == FLOAT8 and device.type not in ("cpu", "cuda"):
-        raise ValueError(
-            f"kv_dtype={dtype} needs a CPU or a CUDA GPU, not {device.type}: take torch.bfloat16"
-        )
+        raise ValueError(f"kv_dtype={dtype} needs a CPU or a CUDA GPU, not {device.type}: take torch.bfloat16")
 
 
 def stored(x: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
@@ -98,9 +96,7 @@ class _RoundedLayout:
     scales: tuple[Tensor, Tensor] | tuple[None, None]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = (
-            restored(stored(x, self.dtype, s), q.dtype, s) for x, s in zip((k, v), self.scales, strict=True)
-        )
+        k, v = (restored(stored(x, self.dtype, s), q.dtype, s) for x, s in zip((k, v), self.scales, strict=True))
         return cast(Tensor, self.layout.attend(q, k, v))
 
 
@@ -109,15 +105,11 @@ def rounded_cache(model: Model, dtype: torch.dtype) -> Iterator[None]:
     """Within, whole forwards of `model` attend to keys and values as a cache of `dtype` gives them back: what an engine
     with that kv_dtype computes, without a cache."""
     check_kv_dtype(dtype, model.device)
-    scales = (
-        zip(*float8_scales(model), strict=True) if dtype == FLOAT8 else [(None, None)] * len(model.layers)
-    )
+    scales = zip(*float8_scales(model), strict=True) if dtype == FLOAT8 else [(None, None)] * len(model.layers)
     with ExitStack() as hooks:
         for layer, of_layer in zip(cast(Iterable[Block], model.layers), scales, strict=True):
 
-            def rounded(
-                module: Attention, inputs: tuple[Any, ...], of_layer: Any = of_layer
-            ) -> tuple[Any, ...]:
+            def rounded(module: Attention, inputs: tuple[Any, ...], of_layer: Any = of_layer) -> tuple[Any, ...]:
                 x, rotation, layout = inputs
                 return x, rotation, _RoundedLayout(layout, dtype, of_layer)
 

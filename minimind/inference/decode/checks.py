@@ -11,9 +11,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 CACHES = (*FLOATS, torch.float8_e4m3fn)
 
 
-def check(
-    name: str, tensor: Any, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
-) -> None:
+def check(name: str, tensor: Any, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
     """shape: None where any size will do."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -40,9 +38,7 @@ def check_cache(
     check("value_cache", value_cache, tuple(key_cache.shape), (key_cache.dtype,), like)
     _, tokens, groups, dim = key_cache.shape
     if 0 in (tokens, groups, dim) or dim % 2 or dim > 256:
-        raise ValueError(
-            f"key_cache [P, S, G, D] must have an even D of at most 256, got {list(key_cache.shape)}"
-        )
+        raise ValueError(f"key_cache [P, S, G, D] must have an even D of at most 256, got {list(key_cache.shape)}")
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         if cache.shape[0] and not cache[0].is_contiguous():
             raise ValueError(f"{name} must be dense within a page, got strides {cache.stride()}")

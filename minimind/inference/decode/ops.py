@@ -152,18 +152,7 @@ def sample(
 
     Returns tokens int64 [B] and log_probs float32 [B]: log softmax of the penalised, scaled, but not truncated logits.
     """
-    args = (
-        logits,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        repetition_penalty,
-        presence_penalty,
-        history,
-        seeds,
-        offsets,
-    )
+    args = (logits, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, history, seeds, offsets)
     check_sample(*args)
     if is_native(logits.device):
         return torch.ops.minimind.sample(*args)

@@ -37,9 +37,7 @@ def rope_append_kv_ref(
     groups = key_cache.shape[2]
     wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
     rows = positions.long().clamp(0, cos.shape[0] - 1)
-    q, k, v = rope_ref(
-        wide, cos.to(wide.dtype), sin.to(wide.dtype), rows, heads, groups, q_weight, k_weight, eps
-    )
+    q, k, v = rope_ref(wide, cos.to(wide.dtype), sin.to(wide.dtype), rows, heads, groups, q_weight, k_weight, eps)
     written = slots >= 0
     page, offset = slots[written] // key_cache.shape[1], slots[written] % key_cache.shape[1]
     for new, cache, scale in ((k, key_cache, k_scale), (v, value_cache, v_scale)):
@@ -82,9 +80,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.einsum("ght,tgd->ghd", scores.softmax(dim=-1), v.to(wide)).flatten(0, 1)
 
 
-def experts_ref(
-    x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: int, normalize: bool
-) -> Tensor:
+def experts_ref(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: int, normalize: bool) -> Tensor:
     """x [B, C] through the top_k of E experts of each row; router [E, C], gate_up [E, 2 J, C], down [E, C, J]."""
     gates, chosen, _ = route_ref(x @ router.to(x.dtype).t(), top_k, normalize)
     out = torch.zeros_like(x)

@@ -29,9 +29,7 @@ from minimind.inference.decode.reference import (
 from minimind.modeling import MLP, Block, Model, MoE, RMSNorm
 
 CUDA_SHARED = 96 << 10  # bytes, of csrc/cuda/matvec.cuh
-Role = Literal[
-    "embedding", "matrix", "gate_up", "small"
-]  # small: norms and routers, which compute in float32
+Role = Literal["embedding", "matrix", "gate_up", "small"]  # small: norms and routers, which compute in float32
 
 
 @dataclass(frozen=True)
@@ -61,16 +59,12 @@ class DecodeWeights:
         cfg, on_cpu = model.config, model.device.type == "cpu"
         dtype = dtype or model.dtype
         if on_cpu and dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(
-                f"decode_step takes float32 or bfloat16 weights, not {dtype}; pass dtype=torch.bfloat16"
-            )
+            raise ValueError(f"decode_step takes float32 or bfloat16 weights, not {dtype}; pass dtype=torch.bfloat16")
         roles, weights = zip(*_weights(model), strict=True)
         small = torch.float32 if on_cpu else None
         dtypes = [small if role == "small" else dtype for role in roles]
         return DecodeWeights(
-            tuple(
-                weight.detach().to(own or weight.dtype) for weight, own in zip(weights, dtypes, strict=True)
-            ),
+            tuple(weight.detach().to(own or weight.dtype) for weight, own in zip(weights, dtypes, strict=True)),
             roles,
             cfg.num_hidden_layers,
             cfg.num_attention_heads,
@@ -129,9 +123,7 @@ class DecodeWeights:
         if into:
             room = [into[i] for i in matrices]
         else:
-            shapes = [
-                packed_shape(self.tensors[i].shape, self.dtype, self.roles[i] == "gate_up") for i in matrices
-            ]
+            shapes = [packed_shape(self.tensors[i].shape, self.dtype, self.roles[i] == "gate_up") for i in matrices]
             room = huge_pages.empty(shapes, self.dtype, self.tensors[0].device)
         packed = list(self.tensors)
         for i, out in zip(matrices, room, strict=True):
@@ -196,20 +188,7 @@ def decode_step(
     than `DecodeWeights.cuda_rows` are computed in plain PyTorch, or refused where native decoding is asked for: the
     engine takes the model's layers then.
     """
-    _check(
-        weights,
-        tokens,
-        positions,
-        slots,
-        block_table,
-        lengths,
-        cos,
-        sin,
-        key_cache,
-        value_cache,
-        k_scale,
-        v_scale,
-    )
+    _check(weights, tokens, positions, slots, block_table, lengths, cos, sin, key_cache, value_cache, k_scale, v_scale)
     inputs = (tokens, positions, slots, block_table, lengths, cos, sin)
     caches = (key_cache, value_cache)
     if not _is_native(weights, tokens):
@@ -254,9 +233,7 @@ def decode_step_ref(
         caches = (key_cache[i], value_cache[i])
         scales = (None if k_scale is None else k_scale[i], None if v_scale is None else v_scale[i])
         packed = linear_ref(norm_ref(x, input_norm, w.eps), qkv)
-        q = rope_append_kv_ref(
-            packed, cos, sin, positions, slots, *caches, w.heads, q_norm, k_norm, w.eps, *scales
-        )
+        q = rope_append_kv_ref(packed, cos, sin, positions, slots, *caches, w.heads, q_norm, k_norm, w.eps, *scales)
         attended = decode_attention_ref(q, *caches, block_table, lengths, w.head_dim**-0.5, *scales)
         x = x + linear_ref(attended.flatten(1), o)
         x = x + _feed_forward_ref(w, norm_ref(x, post_norm, w.eps), mlp)

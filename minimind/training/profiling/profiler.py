@@ -123,7 +123,4 @@ class StepProfiler:
         trace = read_trace(self.folder / TRACE)
         show(trace, self.console)
         draw(trace, self.folder / PICTURE)
-        say(
-            self.console,
-            f"profile: {self.folder / PICTURE}, {self.folder / TRACE} (ui.perfetto.dev opens it)",
-        )
+        say(self.console, f"profile: {self.folder / PICTURE}, {self.folder / TRACE} (ui.perfetto.dev opens it)")

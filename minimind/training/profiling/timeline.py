@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minimind.training.profiling.trace import Event, Kind, Trace, busy_ms, busy_periods, ranked, short
+from minimind.training.profiling.trace import Kind, Trace, TraceEvent, busy_ms, busy_periods, ranked, short
 from minimind.utils.display import decoration
 
 _NAMED = 8  # operators or kernels with a colour of their own
@@ -48,13 +48,13 @@ def draw(trace: Trace, picture: Path) -> None:
     plt.close(figure)
 
 
-def _lanes(trace: Trace) -> list[tuple[str, list[Event]]]:
+def _lanes(trace: Trace) -> list[tuple[str, list[TraceEvent]]]:
     """(label, events) from top to bottom: spans by depth, then operators and kernels by thread and stream."""
     host = trace.steps[0].lane if trace.steps else ""
     spans = [e for e in trace.of("span") if e.lane == host]
     depths = sorted({e.depth for e in spans})
     lanes = [("spans" if depth == 0 else "", [e for e in spans if e.depth == depth]) for depth in depths]
-    busy: dict[tuple[str, Kind], list[Event]] = defaultdict(list)
+    busy: dict[tuple[str, Kind], list[TraceEvent]] = defaultdict(list)
     for event in trace.of("operator", "kernel"):
         busy[event.lane, event.kind].append(event)
     most = sorted(busy, key=lambda lane: -busy_ms(busy[lane]))[:_LANES]
@@ -65,7 +65,7 @@ def _lanes(trace: Trace) -> list[tuple[str, list[Event]]]:
 
 def _panel(
     axis: Any,
-    lanes: Sequence[tuple[str, list[Event]]],
+    lanes: Sequence[tuple[str, list[TraceEvent]]],
     colours: dict[str, Any],
     begin: float,
     end: float,
@@ -108,13 +108,13 @@ def _finish(axis: Any, width: float, title: str) -> None:
     axis.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _colour(event: Event, colours: dict[str, Any]) -> Any:
+def _colour(event: TraceEvent, colours: dict[str, Any]) -> Any:
     if event.kind == "span":
         return _COLOURS.get(event.name.split()[0], "#d0d0d0")
     return colours.get(event.name, _OTHER)
 
 
-def _label(axis: Any, event: Event, y: int, begin: float, end: float, width: float) -> None:
+def _label(axis: Any, event: TraceEvent, y: int, begin: float, end: float, width: float) -> None:
     """The name and its time where they fit, else the name, else the number in it."""
     room = (end - begin) / width * 200  # characters of this size across the picture
     texts = (f"{event.name}  {event.length:,.1f} ms", event.name, event.name.rpartition(" ")[2])

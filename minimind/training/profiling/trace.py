@@ -16,13 +16,17 @@ from rich.table import Table
 
 Kind = Literal["span", "operator", "kernel", "device span"]
 _KINDS: dict[str, Kind] = {
-    "user_annotation": "span", "cpu_op": "operator", "kernel": "kernel", "gpu_memcpy": "kernel",
-    "gpu_memset": "kernel", "gpu_user_annotation": "device span",
-}  # fmt: skip
+    "user_annotation": "span",
+    "cpu_op": "operator",
+    "kernel": "kernel",
+    "gpu_memcpy": "kernel",
+    "gpu_memset": "kernel",
+    "gpu_user_annotation": "device span",
+}
 
 
 @dataclass(frozen=True)
-class Event:
+class TraceEvent:
     """start, length and self_ms in milliseconds; self_ms is what no event of its kind within it took. lane: a thread
     or a GPU's stream. depth: how many of its kind are around it."""
 
@@ -43,18 +47,18 @@ class Event:
 class Trace:
     """Events by start, from the first step's on; (ms, MiB) of memory allocated since, on the GPU if there is one."""
 
-    events: list[Event]
+    events: list[TraceEvent]
     memory: list[tuple[float, float]]
 
-    def of(self, *kinds: Kind) -> list[Event]:
+    def of(self, *kinds: Kind) -> list[TraceEvent]:
         return [event for event in self.events if event.kind in kinds]
 
     @property
-    def steps(self) -> list[Event]:
+    def steps(self) -> list[TraceEvent]:
         return [event for event in self.of("span") if event.name.startswith("step ")]
 
     @property
-    def work(self) -> list[Event]:
+    def work(self) -> list[TraceEvent]:
         """Kernels of the GPU or, without one, operators."""
         return self.of("kernel") or self.of("operator")
 
@@ -65,14 +69,14 @@ def read_trace(path: Path) -> Trace:
         rows = json.load(file)["traceEvents"]
     found = [row for row in rows if row.get("ph") == "X" and row.get("cat") in _KINDS]
     zero = min((row["ts"] for row in found if row["name"].startswith("step ")), default=0.0)
-    lanes: dict[Any, dict[Kind, list[Event]]] = defaultdict(lambda: defaultdict(list))
+    lanes: dict[Any, dict[Kind, list[TraceEvent]]] = defaultdict(lambda: defaultdict(list))
     for row in found:
         kind = _KINDS[row["cat"]]
         lane = f"thread {row['tid']}"
         if kind in ("kernel", "device span"):
             lane = f"GPU {row['pid']} stream {row['tid']}"
         name = _span_name(row["name"]) if kind in ("span", "device span") else row["name"]
-        event = Event(name, kind, lane, (row["ts"] - zero) / 1e3, row.get("dur", 0.0) / 1e3)
+        event = TraceEvent(name, kind, lane, (row["ts"] - zero) / 1e3, row.get("dur", 0.0) / 1e3)
         lanes[lane][kind].append(event)
     events = [e for kinds in lanes.values() for lane_events in kinds.values() for e in _nested(lane_events)]
     return Trace(sorted(events, key=lambda e: (e.start, -e.length)), _memory(rows, zero))
@@ -87,7 +91,7 @@ def _span_name(name: str) -> str:
     return name.rpartition("#")[2]  # Optimizer.step#Muon.step
 
 
-def _nested(events: Sequence[Event]) -> list[Event]:
+def _nested(events: Sequence[TraceEvent]) -> list[TraceEvent]:
     """The events of one kind and lane with their depth and self_ms."""
     ordered = sorted(events, key=lambda e: (e.start, -e.length))
     inner = [0.0] * len(ordered)
@@ -100,7 +104,7 @@ def _nested(events: Sequence[Event]) -> list[Event]:
         depths.append(len(around))
         around.append(i)
     return [
-        Event(e.name, e.kind, e.lane, e.start, e.length, depth, max(0.0, e.length - taken))
+        TraceEvent(e.name, e.kind, e.lane, e.start, e.length, depth, max(0.0, e.length - taken))
         for e, depth, taken in zip(ordered, depths, inner, strict=True)
     ]
 
@@ -114,7 +118,7 @@ def _memory(rows: Iterable[dict[str, Any]], zero: float) -> list[tuple[float, fl
     return sorted(found[max(found)]) if found else []
 
 
-def busy_periods(events: Iterable[Event]) -> list[tuple[float, float]]:
+def busy_periods(events: Iterable[TraceEvent]) -> list[tuple[float, float]]:
     """(start, end) of each stretch of time in which at least one of the events ran."""
     periods: list[tuple[float, float]] = []
     for event in sorted(events, key=lambda e: e.start):
@@ -125,7 +129,7 @@ def busy_periods(events: Iterable[Event]) -> list[tuple[float, float]]:
     return periods
 
 
-def busy_ms(events: Iterable[Event]) -> float:
+def busy_ms(events: Iterable[TraceEvent]) -> float:
     """Milliseconds in which at least one of the events ran."""
     return sum(end - start for start, end in busy_periods(events))
 
@@ -140,9 +144,7 @@ def show(trace: Trace, console: Console, top: int = 15) -> None:
         table.add_column(column, justify="left" if column == what else "right", no_wrap=True)
     for name, events in ranked(trace.work)[:top]:
         own = sum(e.self_ms for e in events)
-        table.add_row(
-            short(name, 60), f"{own / steps:,.2f}", f"{own / wall:.1%}", f"{len(events) / steps:,.0f}"
-        )
+        table.add_row(short(name, 60), f"{own / steps:,.2f}", f"{own / wall:.1%}", f"{len(events) / steps:,.0f}")
     idle = max(0.0, wall - busy_ms(trace.work))
     table.add_row(f"no {what} running", f"{idle / steps:,.2f}", f"{idle / wall:.1%}", "", style="bold")
     console.print(table)
@@ -155,7 +157,7 @@ def _span_table(trace: Trace, steps: int, wall: float) -> Table:
     columns = ["span", "ms a step", "of a step", "outside inner spans", "calls a step"]
     for column in columns + ["GPU ms a step"] * bool(device):
         table.add_column(column, justify="left" if column == "span" else "right")
-    groups: dict[str, list[Event]] = defaultdict(list)
+    groups: dict[str, list[TraceEvent]] = defaultdict(list)
     for event in trace.of("span"):
         if not event.name.startswith("step "):
             groups["blocks" if event.name.startswith("block ") else event.name].append(event)
@@ -168,9 +170,9 @@ def _span_table(trace: Trace, steps: int, wall: float) -> Table:
     return table
 
 
-def ranked(events: Iterable[Event]) -> list[tuple[str, list[Event]]]:
+def ranked(events: Iterable[TraceEvent]) -> list[tuple[str, list[TraceEvent]]]:
     """(name, its events), the largest sum of self times first."""
-    groups: dict[str, list[Event]] = defaultdict(list)
+    groups: dict[str, list[TraceEvent]] = defaultdict(list)
     for event in events:
         groups[event.name].append(event)
     return sorted(groups.items(), key=lambda pair: -sum(e.self_ms for e in pair[1]))

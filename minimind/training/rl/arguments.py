@@ -125,9 +125,7 @@ class RolloutArgs(AdapterArgs):
         if self.parallel == "fsdp":
             raise ValueError("--parallel fsdp: answers are sampled from whole weights; take ddp")
         if self.prompts < world_size():
-            raise ValueError(
-                f"--prompts {self.prompts}: fewer than the {world_size()} processes that share them"
-            )
+            raise ValueError(f"--prompts {self.prompts}: fewer than the {world_size()} processes that share them")
 
     @property
     def row_flags(self) -> str:

@@ -26,7 +26,7 @@ from minimind.rewards import Rewards, RewardScale, Sample, Scores, SignalWatch, 
 from minimind.rewards.compose import Failures
 from minimind.training.parallel import Parallel
 from minimind.training.rl.loader import Rollout, Shape, pack
-from minimind.training.rl.rollouts import Answer, Drawn, Sampler, Sampling
+from minimind.training.rl.rollouts import Answer, DrawnPrompt, RolloutOptions, Sampler
 from minimind.training.rl.stop import DriftStop
 from minimind.utils.progress import say
 
@@ -37,7 +37,7 @@ _CHECKED = 16  # answers that are scored again, to compare the trainer with the 
 class Stream(Protocol):
     """Where prompts come from."""
 
-    def draw(self, first: int, count: int) -> list[Drawn]: ...
+    def draw(self, first: int, count: int) -> list[DrawnPrompt]: ...
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Collector:
     stream: Stream
     rewards: Rewards
     prompts: int
-    how: Sampling
+    how: RolloutOptions
     shape: Shape
     parallel: Parallel
     advantages: Callable[[list[Answer]], dict[str, float]]
@@ -78,9 +78,7 @@ class Collector:
     console: Console = field(default_factory=Console)
     watch: SignalWatch = field(default_factory=SignalWatch)
     all_masked: bool = False  # whether the newest rollout was; said once for as long as that lasts
-    failed: Counter[str] = field(
-        default_factory=Counter
-    )  # answers that each reward failed on, since the start
+    failed: Counter[str] = field(default_factory=Counter)  # answers that each reward failed on, since the start
 
     def __call__(self, number: int, first: int, previous: list[Answer]) -> Rollout:
         """Rollout `number`, from the prompt `first` of the stream on; previous: answers of the rollout before."""
@@ -132,7 +130,7 @@ class Collector:
         return made, kept or [a for a in made if not np.isnan(a.reward)], first
 
     def answer(
-        self, data: PromptSet, drawn: list[Drawn], how: Sampling, seconds: dict[str, float] | None = None
+        self, data: PromptSet, drawn: list[DrawnPrompt], how: RolloutOptions, seconds: dict[str, float] | None = None
     ) -> list[Answer]:
         """The answers to `drawn` of `data`, of which each rank makes its part, by number and sample; their rewards are
         NaN where they failed, which is said once of each reward. seconds: what "rollout" and "reward" are added to."""
@@ -182,16 +180,13 @@ class Collector:
         if warning is not None:
             say(self.console, f"{warning}; --show 4 prints some")
         log_probs = np.concatenate([a.log_probs for a in made]).astype(np.float64)
-        figures = (
-            summary(scores, groups)
-            | {
-                "answers": len(made),
-                "drawn": len({a.number for a in made}) / self.prompts,
-                "length": np.mean([len(a.ids) for a in made]),
-                "ended": np.mean([a.ended for a in made]),
-                "entropy": -log_probs.mean(),  # an estimate, as the tokens were drawn from what it is the entropy of
-            }
-        )
+        figures = summary(scores, groups) | {
+            "answers": len(made),
+            "drawn": len({a.number for a in made}) / self.prompts,
+            "length": np.mean([len(a.ids) for a in made]),
+            "ended": np.mean([a.ended for a in made]),
+            "entropy": -log_probs.mean(),  # an estimate, as the tokens were drawn from what it is the entropy of
+        }
         if kept and kept[0].reference is not None:
             reference = np.concatenate([a.reference for a in kept if a.reference is not None])
             sampled = torch.from_numpy(np.concatenate([a.log_probs for a in kept])).double()
@@ -211,9 +206,7 @@ class Collector:
         return np.concatenate([np.zeros(0), *chain(*self.parallel.gather(apart))])
 
 
-def score(
-    rewards: Rewards, data: PromptSet, answers: Sequence[Answer], penalty: float = 0.0
-) -> dict[str, Failures]:
+def score(rewards: Rewards, data: PromptSet, answers: Sequence[Answer], penalty: float = 0.0) -> dict[str, Failures]:
     """Fill in the rewards of `answers`, less `penalty` where one was cut off, NaN where one is to be left out; which
     rewards failed."""
     samples = []
@@ -221,9 +214,7 @@ def score(
         prompt = data[a.prompt]
         ids, reason = a.ids.tolist(), cast(Any, "stop" if a.ended else "length")
         text = prompt.opening + a.text
-        samples.append(
-            Sample(prompt.messages, text, ids, reason, prompt.reference, prompt.metadata, prompt.thinking)
-        )
+        samples.append(Sample(prompt.messages, text, ids, reason, prompt.reference, prompt.metadata, prompt.thinking))
     scores = rewards(samples)
     for i, a in enumerate(answers):
         a.reward = float(scores.total[i]) - (0.0 if a.ended else penalty)

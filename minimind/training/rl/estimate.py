@@ -23,13 +23,13 @@ from minimind.training.rl.collector import Collector
 from minimind.training.rl.loader import RolloutLoader
 
 if TYPE_CHECKING:
-    from minimind.training.job import Job, Objective, Plan
+    from minimind.training.job import Job, Objective, TrainingPlan
 
 _PROMPTS, _TOKENS = 4, 16  # of the rollout that is measured
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class RolloutWork:
     """Of a run. answers: all of them; batch: those that decode together; prompt: mean tokens of a prompt; answer: most
     tokens of one; passes: forwards and backwards of each answer; scorings: forwards of each beside."""
 
@@ -46,16 +46,14 @@ class Work:
         return round(self.answers * (self.prompt + self.answer)) * self.passes
 
 
-def of_rollouts(job: Job, plan: Plan, model: Model, objective: Objective, lines: Sequence[str]) -> Estimate:
+def of_rollouts(job: Job, plan: TrainingPlan, model: Model, objective: Objective, lines: Sequence[str]) -> Estimate:
     args, loader = cast(RolloutArgs, job.args), cast(RolloutLoader, plan.loader)
     collector = cast(Collector, loader.collect)
     lengths = np.array([len(prompt.ids) for prompt in collector.data.prompts])
     answers = args.rollouts * collector.prompts * collector.how.samples
     extra = (collector.reference is not None) + (collector.annotate is not None) + collector.rescore
     batch = min(256, collector.prompts * collector.how.samples)
-    work = Work(
-        answers, batch, float(lengths.mean()), collector.how.max_new_tokens, loader.shape.epochs, extra
-    )
+    work = RolloutWork(answers, batch, float(lengths.mean()), collector.how.max_new_tokens, loader.shape.epochs, extra)
     context = round(work.prompt + work.answer)
     training = cost(model, context, args.recompute, ())
     forward = _policy(model, context)
@@ -83,8 +81,7 @@ def of_rollouts(job: Job, plan: Plan, model: Model, objective: Objective, lines:
         measured=how,
         measured_hours=seconds / 3600,
         cards=tuple(
-            _on_card(card, job, model, collector, plan.micro_batches, loader, work, training, forward)
-            for card in CARDS
+            _on_card(card, job, model, collector, plan.micro_batches, loader, work, training, forward) for card in CARDS
         ),
     )
 
@@ -100,7 +97,7 @@ def _policy(model: Model, context: int) -> float:
 
 def _on_card(
     card: Card, job: Job, model: Model, collector: Collector, micro_batches: int, loader: RolloutLoader,
-    work: Work, training: float, forward: float,
+    work: RolloutWork, training: float, forward: float,
 ) -> OnCard:  # fmt: skip
     parameters, trunks = model.num_parameters(), 1 + isinstance(model, ActorCritic)
     context = work.prompt + work.answer
@@ -111,9 +108,11 @@ def _on_card(
     beside = round(cache + 2 * policy + (2 * policy if collector.reference is not None else 0))
     size = step_bytes(job.config, parameters, parameters, micro, job.args.recompute, trunks) + beside
     one = card.decode_step_seconds(
-        2 * policy, work.batch * (work.prompt + work.answer / 2) * model.kv_bytes_per_token(),
-        work.batch * forward, job.config.num_hidden_layers,
-    )  # fmt: skip
+        2 * policy,
+        work.batch * (work.prompt + work.answer / 2) * model.kv_bytes_per_token(),
+        work.batch * forward,
+        job.config.num_hidden_layers,
+    )
     batches = -(-work.answers // work.batch)
     learning = work.tokens * training + work.answers * context * forward * work.scorings
     seconds = batches * work.answer * one + card.training_seconds(learning)
@@ -122,7 +121,7 @@ def _on_card(
 
 
 def _measure(
-    job: Job, collector: Collector, loader: RolloutLoader, objective: Objective, model: Model, work: Work
+    job: Job, collector: Collector, loader: RolloutLoader, objective: Objective, model: Model, work: RolloutWork
 ) -> tuple[float, str]:
     """(seconds of the run, how they were measured): a small rollout and one forward and backward of it."""
     if not job.args.plan_measure:

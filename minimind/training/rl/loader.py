@@ -29,9 +29,7 @@ def passes(answers: int, longest: int, model: ModelConfig, device: torch.device)
     what its backward needs, about 0.3 MiB a token of minimind2-small on a CPU, of which 4,096 are taken, or 16,384 on
     a GPU; of other models as many as their width and depth allow."""
     small = 512 * 8
-    tokens = (
-        (16384 if device.type == "cuda" else 4096) * small // (model.hidden_size * model.num_hidden_layers)
-    )
+    tokens = (16384 if device.type == "cuda" else 4096) * small // (model.hidden_size * model.num_hidden_layers)
     return -(-answers * longest // max(1, tokens))
 
 
@@ -163,9 +161,7 @@ class RolloutLoader:
         trained, self._training = self._training, 0.0
         self.rollout = self.collect(self._number, self._next, self._answers)
         if not self.rollout.answers:
-            raise ValueError(
-                f"rollout {self._number + 1}: no answer is left to learn from, as none could be scored"
-            )
+            raise ValueError(f"rollout {self._number + 1}: no answer is left to learn from, as none could be scored")
         if self._number:
             self.rollout.seconds["train"] = trained
         self._next, self._taken, self._news = self.rollout.next, 0, self.rollout
@@ -179,13 +175,7 @@ class RolloutLoader:
         return [learnt[part] for step in steps for part in step]
 
 
-def pack(
-    answers: Sequence[Answer],
-    device: torch.device,
-    tokens: int,
-    samples: int,
-    shape: Shape,
-) -> PolicyBatch:
+def pack(answers: Sequence[Answer], device: torch.device, tokens: int, samples: int, shape: Shape) -> PolicyBatch:
     """One row of documents, a prompt with an answer each, padded to a multiple of MULTIPLE.
 
     tokens, samples: what all ranks together have in their part of the batch.
@@ -210,13 +200,13 @@ def pack(
         return _there(row, device)
 
     bounds = np.concatenate(([0], ends, [size] if size > lengths.sum() else [])).astype(np.int32)
-    behaviour, advantages = placed("log_probs"), placed("advantages")
+    old_log_probs, advantages = placed("log_probs"), placed("advantages")
     zeros = torch.zeros(1, size, device=device)
     return PolicyBatch(
         _there(ids, device),
         _there(targets, device),
         _there(bounds, device)[0],
-        zeros if behaviour is None else behaviour,
+        zeros if old_log_probs is None else old_log_probs,
         zeros if advantages is None else advantages,
         len(at),
         max(1, tokens),

@@ -21,7 +21,7 @@ from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 
 
-class Drawn(NamedTuple):
+class DrawnPrompt(NamedTuple):
     """A prompt to be answered: its number in the stream of prompts, which decides the seed, and in the set."""
 
     number: int
@@ -61,7 +61,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class RolloutOptions:
     """samples of each prompt, of at most max_new_tokens each. seed: of the run. ignore_eos: for benchmarks, whose
     answers should be of one length."""
 
@@ -81,13 +81,7 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        model: Model,
-        tokenizer: Tokenizer,
-        longest: int,
-        max_new_tokens: int,
-        batch: int,
-        samples: int = 1,
+        self, model: Model, tokenizer: Tokenizer, longest: int, max_new_tokens: int, batch: int, samples: int = 1
     ) -> None:
         page = 64 if model.device.type == "cuda" else 16
         own = 1 + -(-max_new_tokens // page)  # the first page holds the end of the prompt as well
@@ -101,7 +95,7 @@ class Sampler:
             page_size=page,
         )
 
-    def sample(self, prompts: PromptSet, drawn: Sequence[Drawn], how: Sampling) -> list[Answer]:
+    def sample(self, prompts: PromptSet, drawn: Sequence[DrawnPrompt], how: RolloutOptions) -> list[Answer]:
         """`how.samples` answers to each, in the order of `drawn`. Raises ValueError where the model cannot answer."""
         self.engine.refresh_weights()
         requests = [Request(prompts[d.prompt].ids, _params(how, d)) for d in drawn]
@@ -114,21 +108,15 @@ class Sampler:
         return answers
 
 
-def _params(how: Sampling, drawn: Drawn) -> SamplingParams:
+def _params(how: RolloutOptions, drawn: DrawnPrompt) -> SamplingParams:
     return SamplingParams(
-        how.max_new_tokens,
-        how.temperature,
-        seed=mix(how.seed, drawn.number),
-        n=how.samples,
-        ignore_eos=how.ignore_eos,
+        how.max_new_tokens, how.temperature, seed=mix(how.seed, drawn.number), n=how.samples, ignore_eos=how.ignore_eos
     )
 
 
-def _answer(drawn: Drawn, prompt_ids: np.ndarray, c: Completion) -> Answer:
+def _answer(drawn: DrawnPrompt, prompt_ids: np.ndarray, c: Completion) -> Answer:
     ids, log_probs = np.array(c.token_ids, np.int64), np.array(c.log_probs, np.float32)
-    return Answer(
-        drawn.prompt, drawn.number, c.index, prompt_ids, ids, log_probs, c.finish_reason == "stop", c.text
-    )
+    return Answer(drawn.prompt, drawn.number, c.index, prompt_ids, ids, log_probs, c.finish_reason == "stop", c.text)
 
 
 class PromptStream:
@@ -137,12 +125,12 @@ class PromptStream:
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
 
-    def draw(self, first: int, count: int) -> list[Drawn]:
+    def draw(self, first: int, count: int) -> list[DrawnPrompt]:
         """The prompts with the numbers first, first + 1, ..."""
         numbers = np.arange(first, first + count)
-        found: list[Drawn] = []
+        found: list[DrawnPrompt] = []
         for epoch in range(first // self.size, (first + count - 1) // self.size + 1):
             mine = numbers[numbers // self.size == epoch]
             order = Permutation(self.size, self.seed, epoch)(mine % self.size)
-            found += [Drawn(int(n), int(p)) for n, p in zip(mine, order, strict=True)]
+            found += [DrawnPrompt(int(n), int(p)) for n, p in zip(mine, order, strict=True)]
         return found

@@ -21,17 +21,17 @@ from minimind.modeling import Model
 from minimind.objectives.policy import Aggregation
 from minimind.rewards import Rewards, RewardScale, model_weights, parse_rewards
 from minimind.training.adapters import Adapting
-from minimind.training.job import Job, Objective, Plan
+from minimind.training.job import Job, Objective, TrainingPlan
 from minimind.training.rl.actor_critic import CRITIC
 from minimind.training.rl.arguments import RolloutArgs
 from minimind.training.rl.collector import Collector, Stream, score, scored_again
 from minimind.training.rl.estimate import of_rollouts
 from minimind.training.rl.inputs import find_origin, open_data
 from minimind.training.rl.loader import RolloutLoader, Shape, passes
-from minimind.training.rl.rollouts import Answer, Drawn, PromptStream, Sampler, Sampling
+from minimind.training.rl.rollouts import Answer, DrawnPrompt, PromptStream, RolloutOptions, Sampler
 from minimind.training.rl.stop import DriftStop
 from minimind.training.rl.view import draw_curves, show_groups, transcript
-from minimind.training.trainer import News, StageLoss
+from minimind.training.trainer import Event, StageLoss
 from minimind.utils.progress import say
 
 _TOGETHER = 256  # answers that decode together, at most
@@ -60,9 +60,7 @@ class Rollouts:
         """Flags, data and rewards, then the run folder and the model."""
         args.check()
         args = dataclasses.replace(
-            args,
-            from_=args.from_ or find_origin(args, console),
-            seq_len=args.max_prompt + args.longest_answer,
+            args, from_=args.from_ or find_origin(args, console), seq_len=args.max_prompt + args.longest_answer
         )
         job = Job.begin(stage, args, console)
         for folder, weights in model_weights(args.reward).items():
@@ -78,9 +76,7 @@ class Rollouts:
             raise ValueError(
                 "--reward: not all prompts of --data have a reference answer; name what to reward, such as model=FOLDER"
             )
-        rewards = parse_rewards(
-            args.reward or ("number",), args.on_reward_error, job.device, args.trust_remote_code
-        )
+        rewards = parse_rewards(args.reward or ("number",), args.on_reward_error, job.device, args.trust_remote_code)
         adapting = Adapting.of(job, args)
         minibatches = args.minibatches or 1
         job.planned = lambda flags: flags["rollouts"] * minibatches * args.inner_epochs
@@ -127,7 +123,7 @@ class Rollouts:
             stream=stream or PromptStream(len(self.train), args.seed),
             rewards=self.rewards,
             prompts=args.prompts,
-            how=Sampling(args.samples, args.longest_answer, args.temperature, args.seed),
+            how=RolloutOptions(args.samples, args.longest_answer, args.temperature, args.seed),
             shape=self.shape,
             parallel=job.parallel,
             advantages=advantages,
@@ -156,16 +152,14 @@ class Rollouts:
 
         return under_the_base
 
-    def fit(
-        self, loss: Callable[[Any], StageLoss], nano_lr: float, lines: Sequence[str] = (), **more: Any
-    ) -> bool:
+    def fit(self, loss: Callable[[Any], StageLoss], nano_lr: float, lines: Sequence[str] = (), **more: Any) -> bool:
         """Train to the last step; False when it was interrupted. nano_lr: nano's peak rate; more: of Objective."""
         job, adapting = self.job, self.adapting
         rate = self.rate(nano_lr)
         told = f"peak rate: {rate:g}, by the width from nano's {nano_lr:g}; --lr sets another"
         if self.args.lr is not None:
             told = f"peak rate: {self.args.lr:g}, as --lr says"
-        plan = Plan(self.loader, self.args.rollouts * self.shape.steps, self.shape.micro_batches, 0)
+        plan = TrainingPlan(self.loader, self.args.rollouts * self.shape.steps, self.shape.micro_batches, 0)
         objective = Objective(
             loss=loss if self.stop is None else self._watched(loss, self.stop),
             before_update=self.stop.before_update if self.stop else lambda: None,
@@ -219,7 +213,7 @@ class Rollouts:
         penalty = self.args.truncation_penalty
         return f"cut-off answers are {fate}" + (f", their reward less {penalty:g}" if penalty else "")
 
-    def news(self) -> News | None:
+    def news(self) -> Event | None:
         """The newest rollout's row; says when there was nothing to learn from it."""
         rollout = self.loader.news()
         if rollout is None:
@@ -227,7 +221,7 @@ class Rollouts:
         figures = rollout.figures
         if self.args.show and self.job.parallel.main:
             show_groups(self.job.console, self.job.tokenizer, rollout.answers, self.args.show)
-        return News("rollout", figures, rollout.seconds, f"reward {figures.get('reward', 0.0):.3f}  ")
+        return Event("rollout", figures, rollout.seconds, f"reward {figures.get('reward', 0.0):.3f}  ")
 
     def evaluate(self, final: bool) -> dict[str, Any]:
         """Held-out rewards: of sampled answers, as those that are trained on, and of the likeliest ones."""
@@ -245,18 +239,15 @@ class Rollouts:
             "heldout_dropped": int(sum(np.isnan(a.reward) for a in sampled)),
             "heldout_all": final,
         }
-        say(
-            self.job.console,
-            f"the likeliest answers' held-out reward is {figures['heldout_greedy_reward']:.4f}",
-        )
+        say(self.job.console, f"the likeliest answers' held-out reward is {figures['heldout_greedy_reward']:.4f}")
         return figures
 
     def _heldout(self, count: int, temperature: float) -> list[Answer]:
         """An answer to each of the first `count` held-out prompts, scored; of all ranks."""
         assert self.heldout is not None
-        how = Sampling(1, self.args.longest_answer, temperature, mix(self.args.seed, _HELD_OUT_SEED))
+        how = RolloutOptions(1, self.args.longest_answer, temperature, mix(self.args.seed, _HELD_OUT_SEED))
         self.model.eval()
-        return self.collector.answer(self.heldout, [Drawn(i, i) for i in range(count)], how)
+        return self.collector.answer(self.heldout, [DrawnPrompt(i, i) for i in range(count)], how)
 
     def sample(self) -> str:
         """Answers to prompts from all over the held-out ones, or the training ones."""
@@ -265,11 +256,9 @@ class Rollouts:
             return ""
         source = self.heldout or self.train
         picked = range(0, len(source), max(1, len(source) // 5))[:5]
-        how = Sampling(
-            1, self.args.longest_answer, self.args.temperature, mix(self.args.seed, _HELD_OUT_SEED)
-        )
+        how = RolloutOptions(1, self.args.longest_answer, self.args.temperature, mix(self.args.seed, _HELD_OUT_SEED))
         self.model.eval()
-        answers = self.collector.sampler.sample(source, [Drawn(i, i) for i in picked], how)
+        answers = self.collector.sampler.sample(source, [DrawnPrompt(i, i) for i in picked], how)
         score(self.rewards, source, answers, self.args.truncation_penalty)
         return "\n".join(transcript(self.job.tokenizer, a) for a in answers)
 
@@ -287,9 +276,7 @@ def mean_reward(answers: Sequence[Answer]) -> float:
     """Of the held-out answers that have a reward."""
     rewards = [a.reward for a in answers if not np.isnan(a.reward)]
     if not rewards:
-        raise ValueError(
-            "no held-out answer could be scored; mend the reward, or measure nothing with --heldout 0"
-        )
+        raise ValueError("no held-out answer could be scored; mend the reward, or measure nothing with --heldout 0")
     return float(np.mean(rewards))
 
 

@@ -22,14 +22,9 @@ class DriftStop:
 
     def __init__(self, target: float, policy: Sequence[nn.Parameter], parallel: Parallel) -> None:
         if not 0 < target < math.inf:
-            raise ValueError(
-                f"--target-kl {target}: must be above 0; leave it out to learn from all of a rollout"
-            )
+            raise ValueError(f"--target-kl {target}: must be above 0; leave it out to learn from all of a rollout")
         self.target, self.policy, self.parallel = target, list(policy), parallel
-        self.stopped, self.taken = (
-            False,
-            0,
-        )  # whether for the rest of the rollout; its steps that moved the policy
+        self.stopped, self.taken = (False, 0)  # whether for the rest of the rollout; its steps that moved the policy
         self._sums: list[Tensor] = []
         self._weight = 0.0
 

@@ -39,8 +39,9 @@ def show_groups(console: Console, tokenizer: Tokenizer, answers: Sequence[Answer
     shown: list[list[Answer]] = []
     for _, group in islice(groupby(answers, key=lambda a: a.number), count):
         shown.append(list(group))
-    largest = max((float(np.abs(a.advantages).max(initial=0)) for g in shown for a in g if a.advantages is not None),
-                  default=0.0)  # fmt: skip
+    largest = max(
+        (float(np.abs(a.advantages).max(initial=0)) for g in shown for a in g if a.advantages is not None), default=0.0
+    )
     for same in shown:
         console.print(Text(turns(tokenizer, same[0].prompt_ids.tolist()).replace("\n", "\\n"), style="bold"))
         for answer in same:

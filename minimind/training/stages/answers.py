@@ -18,16 +18,16 @@ _TOGETHER = 64  # prompts generated from at once
 
 
 @dataclass(frozen=True)
-class Question:
+class HeldOutQuestion:
     """Token ids of a conversation up to an assistant turn, and of that turn without its end token."""
 
     prompt: list[int]
     answer: list[int]
 
 
-def questions(corpus: Corpus, longest: int, count: int | None = None) -> list[Question]:
+def questions(corpus: Corpus, longest: int, count: int | None = None) -> list[HeldOutQuestion]:
     """Every assistant turn of `corpus` that ends within `longest` tokens, or the first `count` of them."""
-    found: list[Question] = []
+    found: list[HeldOutQuestion] = []
     for i in range(corpus.num_documents):
         ids, codes = corpus.document(i), corpus.codes(i)
         trained = class_of(codes) > NONE
@@ -36,13 +36,13 @@ def questions(corpus: Corpus, longest: int, count: int | None = None) -> list[Qu
         begins[1:] &= ~trained[:-1] | last[:-1]
         for start, end in zip(np.flatnonzero(begins), np.flatnonzero(last), strict=True):
             if end < longest and (count is None or len(found) < count):
-                found.append(Question(ids[:start].tolist(), ids[start:end].tolist()))
+                found.append(HeldOutQuestion(ids[:start].tolist(), ids[start:end].tolist()))
         if count is not None and len(found) == count:
             break
     return found
 
 
-def answer(model: Model, tokenizer: Tokenizer, asked: Sequence[Question], longest: int) -> list[list[int]]:
+def answer(model: Model, tokenizer: Tokenizer, asked: Sequence[HeldOutQuestion], longest: int) -> list[list[int]]:
     """What the model says to each: the likeliest tokens, `longest` at most."""
     given: list[list[int]] = []
     for first in range(0, len(asked), _TOGETHER):
@@ -51,13 +51,13 @@ def answer(model: Model, tokenizer: Tokenizer, asked: Sequence[Question], longes
     return given
 
 
-def exact_match(model: Model, tokenizer: Tokenizer, asked: Sequence[Question]) -> float:
+def exact_match(model: Model, tokenizer: Tokenizer, asked: Sequence[HeldOutQuestion]) -> float:
     """Share of questions answered to the letter."""
     given = answer(model, tokenizer, asked, 1 + max(len(question.answer) for question in asked))
     return sum(a == question.answer for a, question in zip(given, asked, strict=True)) / len(asked)
 
 
-def show(model: Model, tokenizer: Tokenizer, asked: Sequence[Question], longest: int = 64) -> str:
+def show(model: Model, tokenizer: Tokenizer, asked: Sequence[HeldOutQuestion], longest: int = 64) -> str:
     """A line for each question: the conversation, the model's answer, and in brackets the one in the data."""
     lines = []
     for question, given in zip(asked, answer(model, tokenizer, asked, longest), strict=True):

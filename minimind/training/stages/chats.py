@@ -14,8 +14,8 @@ from minimind.data.row_length import row_rule
 from minimind.modeling import Model
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import StageArgs
-from minimind.training.job import Job, Plan
-from minimind.training.parts import Named, Parts, all_losses, form_of, open_parts
+from minimind.training.job import Job, TrainingPlan
+from minimind.training.parts import DataSplit, NamedFiles, all_losses, form_of, open_parts
 from minimind.training.stages.answers import exact_match, questions, show
 
 
@@ -48,15 +48,11 @@ class ChatArgs(StageArgs):
 
 
 def open_chats(
-    job: Job,
-    data: Sequence[str],
-    heldout_data: Sequence[str],
-    encoder: ChatEncoder,
-    builtin: tuple[Path, ...],
-) -> Parts:
+    job: Job, data: Sequence[str], heldout_data: Sequence[str], encoder: ChatEncoder, builtin: tuple[Path, ...]
+) -> DataSplit:
     """The conversations of --data, else the `builtin` files, which are not asked for beside it; settles --seq-len by
     them."""
-    parts = open_parts(job, Named.of(data, heldout_data, builtin), partial(read_chats, job, encoder))
+    parts = open_parts(job, NamedFiles.of(data, heldout_data, builtin), partial(read_chats, job, encoder))
     job.settle("seq_len", row_rule(parts.train, 512, job.longest_row(), "conversations"))
     return parts
 
@@ -66,16 +62,14 @@ def read_chats(job: Job, encoder: ChatEncoder, paths: Sequence[str]) -> Corpus:
     return open_conversations(paths, encoder, *where, form=form_of(job))
 
 
-def describe_chats(parts: Parts, plan: Plan) -> list[str]:
+def describe_chats(parts: DataSplit, plan: TrainingPlan) -> list[str]:
     loader, held = plan.loader, f"; held out {parts.heldout.num_documents:,}" if parts.heldout else ""
-    first = (
-        f"data: {parts.train.num_documents:,} conversations, {loader.tokens_per_epoch:,} tokens a pass{held}"
-    )
+    first = f"data: {parts.train.num_documents:,} conversations, {loader.tokens_per_epoch:,} tokens a pass{held}"
     cuts = str(loader.cuts)
     return [first, *([f"longer than --seq-len {loader.seq_len}: {cuts}"] if cuts else []), *parts.lines(plan)]
 
 
-def chat_figures(model: Model, parts: Parts, job: Job, args: ChatArgs, final: bool) -> dict[str, Any]:
+def chat_figures(model: Model, parts: DataSplit, job: Job, args: ChatArgs, final: bool) -> dict[str, Any]:
     """Loss over the assistant's tokens of the held-out data and of every named set, and the share of held-out questions
     answered to the letter."""
     figures = all_losses(model, parts, job, final)
@@ -84,9 +78,7 @@ def chat_figures(model: Model, parts: Parts, job: Job, args: ChatArgs, final: bo
     return figures
 
 
-def answered(
-    model: Model, heldout: Corpus, job: Job, args: ChatArgs, final: bool, name: str
-) -> dict[str, Any]:
+def answered(model: Model, heldout: Corpus, job: Job, args: ChatArgs, final: bool, name: str) -> dict[str, Any]:
     """NAME_exact, the share of the questions answered to the letter, and NAME_questions, their number; on all ranks."""
     asked = questions(heldout, args.row, None if final else args.questions)
     whole = job.parallel.whole(model)

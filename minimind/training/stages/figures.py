@@ -21,14 +21,7 @@ def plot_figures(metrics: Path, picture: Path, title: str, unit: str, labels: Ma
             mine = [row for row in rows if name in row and row["heldout_all"] == final]
             values = [row[name] for row in mine]
             text = f"{label}: {values[-1]:.3f}" if final and values else None
-            axes.plot(
-                [row["tokens"] / 1e6 for row in mine],
-                values,
-                style,
-                color=f"C{i}",
-                markersize=size,
-                label=text,
-            )
+            axes.plot([row["tokens"] / 1e6 for row in mine], values, style, color=f"C{i}", markersize=size, label=text)
     axes.set_title(caption(title))
     axes.set_xlabel("tokens trained on, millions")
     axes.set_ylabel(unit)

@@ -19,26 +19,18 @@ from minimind.data.preferences import open_preferences, row_tokens
 from minimind.data.row_length import row_length
 from minimind.modeling import Model
 from minimind.objectives.preference import Objective, PreferenceBatch, preference_loss
-from minimind.ops.attention import Unfolding
+from minimind.ops.attention import SharedPrefix
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import StageArgs
 from minimind.training.batches import move
-from minimind.training.job import Job, Plan
+from minimind.training.job import Job, TrainingPlan
 from minimind.training.parallel import Parallel
-from minimind.training.parts import Named, Parts, form_of, open_parts
-from minimind.training.stages.answers import Question
+from minimind.training.parts import DataSplit, NamedFiles, form_of, open_parts
+from minimind.training.stages.answers import HeldOutQuestion
 
 _UNREAD = 64  # tokens of a document that pads an unfolding: short, as attention costs their square
 # What preference_loss tells besides the loss, in the order of metrics.jsonl.
-FIGURES = (
-    "accuracy",
-    "margin",
-    "chosen_reward",
-    "rejected_reward",
-    "chosen_log_prob",
-    "rejected_log_prob",
-    "ranking",
-)
+FIGURES = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_log_prob", "rejected_log_prob", "ranking")
 
 
 @dataclass(frozen=True)
@@ -69,16 +61,16 @@ class PairArgs(StageArgs):
 
 
 @dataclass(frozen=True)
-class PairParts(Parts):
+class PairSplit(DataSplit):
     """cut: pairs of train whose prompt was cut to fit into a row."""
 
     cut: int = 0
 
 
-def open_pairs(job: Job, args: PairArgs, encoder: ChatEncoder) -> PairParts:
+def open_pairs(job: Job, args: PairArgs, encoder: ChatEncoder) -> PairSplit:
     """The pairs of --data and --heldout-data, or the built-in ones; settles --seq-len by them."""
     builtin = () if args.data else builtin_preferences(args.cache_dir, job.console)
-    named = Named.of(args.data, args.heldout_data, builtin)
+    named = NamedFiles.of(args.data, args.heldout_data, builtin)
     read = partial(
         open_preferences,
         encoder=encoder,
@@ -93,18 +85,16 @@ def open_pairs(job: Job, args: PairArgs, encoder: ChatEncoder) -> PairParts:
     most = job.longest_row()
     row = job.settle("seq_len", lambda: row_length(lengths, min(2048, most), most, "pairs"))
     if not job.settle("cut_prompts", lambda: (True, "")):
-        return PairParts(**vars(open_parts(job, named, read)))
+        return PairSplit(**vars(open_parts(job, named, read)))
     parts = open_parts(job, named, partial(read, longest=row, share=share))
     cut = int((_tokens_of_pairs(parts.whole, share) < lengths).sum())
     job.shortened = cut / len(lengths)
-    return PairParts(**vars(parts), cut=cut)
+    return PairSplit(**vars(parts), cut=cut)
 
 
-def pair_loader(parts: PairParts, args: PairArgs) -> Callable[..., PairLoader]:
+def pair_loader(parts: PairSplit, args: PairArgs) -> Callable[..., PairLoader]:
     """What Job.plan takes: the loader of the training pairs, of as many rows as it asks for."""
-    return partial(
-        PairLoader, parts.train, args.row, seed=args.seed, share=args.share_prompts, mixture=parts.mixture
-    )
+    return partial(PairLoader, parts.train, args.row, seed=args.seed, share=args.share_prompts, mixture=parts.mixture)
 
 
 def _tokens_of_pairs(view: Corpus, share: bool) -> np.ndarray:
@@ -113,7 +103,7 @@ def _tokens_of_pairs(view: Corpus, share: bool) -> np.ndarray:
     return row_tokens(middles, view.lengths(np.arange(view.num_documents)) - middles, shared)
 
 
-def describe_pairs(parts: PairParts, plan: Plan) -> list[str]:
+def describe_pairs(parts: PairSplit, plan: TrainingPlan) -> list[str]:
     """Lines for the start of a run."""
     loader, held = plan.loader, f"; held out {parts.heldout.num_documents:,}" if parts.heldout else ""
     lines = [f"data: {loader.num_pairs:,} pairs, {loader.tokens_per_epoch:,} tokens a pass{held}"]
@@ -127,10 +117,7 @@ def describe_pairs(parts: PairParts, plan: Plan) -> list[str]:
 
 
 def to_device(
-    batch: PairBatch,
-    device: torch.device,
-    boundaries: int | None = None,
-    reference: np.ndarray | None = None,
+    batch: PairBatch, device: torch.device, boundaries: int | None = None, reference: np.ndarray | None = None
 ) -> PreferenceBatch:
     """The packed rows as tensors. boundaries: as in batches.to_device; reference: float64 [pairs of the corpus, 2]."""
     arrays = [batch.chosen, batch.rejected, batch.prompt]
@@ -140,11 +127,9 @@ def to_device(
         batch, device, boundaries, [*arrays, *scores, *once]
     )
     counts = batch.num_targets, batch.global_num_targets, batch.global_num_pairs
-    named: dict[str, Any] = dict(
-        zip(("reference_chosen", "reference_rejected"), more[: len(scores)], strict=False)
-    )
+    named: dict[str, Any] = dict(zip(("reference_chosen", "reference_rejected"), more[: len(scores)], strict=False))
     if once:
-        named |= {"position_ids": more[len(scores)], "unfolding": Unfolding(*more[len(scores) + 1 :])}
+        named |= {"position_ids": more[len(scores)], "unfolding": SharedPrefix(*more[len(scores) + 1 :])}
     return PreferenceBatch(input_ids, targets, bounds, chosen, rejected, *counts, prompt=prompt, **named)
 
 
@@ -176,11 +161,7 @@ def unfold(batch: PairBatch, boundaries: int | None) -> tuple[np.ndarray, np.nda
 
 @torch.no_grad()
 def heldout_figures(
-    model: Model,
-    loader: PairLoader,
-    reference: np.ndarray | None,
-    objective: Objective,
-    parallel: Parallel,
+    model: Model, loader: PairLoader, reference: np.ndarray | None, objective: Objective, parallel: Parallel
 ) -> dict[str, Any]:
     """heldout_loss, the objective's mean over the pairs of `loader`, and the means of FIGURES, as heldout_NAME; every
     rank takes its share of the rows and all return the same."""
@@ -195,7 +176,7 @@ def heldout_figures(
     return {f"heldout_{name}": value for name, value in named} | {"heldout_pairs": loader.num_pairs}
 
 
-def prompts(corpus: Corpus, count: int) -> list[Question]:
+def prompts(corpus: Corpus, count: int) -> list[HeldOutQuestion]:
     """`count` prompts from all over `corpus`, each with its last chosen answer."""
     found = []
     for i in range(0, corpus.num_documents, max(1, corpus.num_documents // count)):
@@ -203,5 +184,5 @@ def prompts(corpus: Corpus, count: int) -> list[Question]:
         ids = corpus.document(i)[:length].tolist()
         silent = np.flatnonzero(class_of(corpus.codes(i)[:length]) == NONE)
         start = int(silent[-1]) + 1
-        found.append(Question(ids[:start], ids[start:-1]))
+        found.append(HeldOutQuestion(ids[:start], ids[start:-1]))
     return found[:count]

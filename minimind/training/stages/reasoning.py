@@ -10,26 +10,26 @@ from minimind.data import Corpus
 from minimind.data.loss_mask import MARKER, class_of
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
-from minimind.tokenization.reasoning import Reply, parse_answer, parse_reply, prompt_endings
-from minimind.training.stages.answers import Question, answer, exact_match, questions
+from minimind.tokenization.reasoning import SplitReply, parse_answer, parse_reply, prompt_endings
+from minimind.training.stages.answers import HeldOutQuestion, answer, exact_match, questions
 
 MODES = {"auto": "left to the model", "on": "enable_thinking=true", "off": "enable_thinking=false"}
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReasoningQuestions:
     """Held-out questions that the data answers with reasoning, and others that it answers without."""
 
-    reasoned: list[Question]
-    plain: list[Question]
+    reasoned: list[HeldOutQuestion]
+    plain: list[HeldOutQuestion]
 
     @staticmethod
-    def of(corpus: Corpus, tokenizer: Tokenizer, longest: int) -> Asked:
+    def of(corpus: Corpus, tokenizer: Tokenizer, longest: int) -> ReasoningQuestions:
         """The assistant's turns that end within `longest` tokens. Those whose prompt closes the reasoning, in corpora
         of ReasoningEncoder, are left out: their reasoning is not in the corpus."""
         endings = prompt_endings(tokenizer)
         closed = tokenizer.encode(endings["off"]) if "off" in endings else None
-        asked = Asked([], [])
+        asked = ReasoningQuestions([], [])
         for question in questions(corpus, longest):
             if parse_reply(tokenizer.decode(question.answer)) is not None:
                 asked.reasoned.append(question)
@@ -37,8 +37,8 @@ class Asked:
                 asked.plain.append(question)
         return asked
 
-    def first(self, count: int | None) -> Asked:
-        return Asked(self.reasoned[:count], self.plain[:count])
+    def first(self, count: int | None) -> ReasoningQuestions:
+        return ReasoningQuestions(self.reasoned[:count], self.plain[:count])
 
 
 def has_reasoning(corpus: Corpus) -> bool:
@@ -46,7 +46,7 @@ def has_reasoning(corpus: Corpus) -> bool:
     return any((class_of(corpus.codes(i)) == MARKER).any() for i in range(corpus.num_documents))
 
 
-def reply_of(text: str, ended: bool, mode: str) -> Reply | None:
+def reply_of(text: str, ended: bool, mode: str) -> SplitReply | None:
     """The parts of what a model wrote behind the prompt of `mode`; None where it does not keep to the format.
 
     The format: in the modes auto and on exactly one <think>...</think>, not empty, at the very beginning (on: <think>
@@ -59,7 +59,7 @@ def reply_of(text: str, ended: bool, mode: str) -> Reply | None:
     return reply
 
 
-def reasoning_figures(model: Model, tokenizer: Tokenizer, asked: Asked) -> dict[str, Any]:
+def reasoning_figures(model: Model, tokenizer: Tokenizer, asked: ReasoningQuestions) -> dict[str, Any]:
     """Of the questions answered with reasoning, for each mode that the template knows: MODE_format, the share of
     greedy replies that keep to the format, and MODE_exact, that of right answers among all, reasoning aside;
     plain_exact: the share of the others answered to the letter. The numbers of both kinds."""
@@ -76,11 +76,11 @@ def reasoning_figures(model: Model, tokenizer: Tokenizer, asked: Asked) -> dict[
 
 
 def _replies(
-    model: Model, tokenizer: Tokenizer, asked: Sequence[Question], mode: str, ending: str
+    model: Model, tokenizer: Tokenizer, asked: Sequence[HeldOutQuestion], mode: str, ending: str
 ) -> tuple[float, float]:
     """Shares (in the format, with the right answer)."""
     behind = tokenizer.encode(ending)
-    prompts = [Question(question.prompt + behind, question.answer) for question in asked]
+    prompts = [HeldOutQuestion(question.prompt + behind, question.answer) for question in asked]
     longest = 2 * max(len(question.answer) for question in asked)
     kept = right = 0
     for question, ids in zip(asked, answer(model, tokenizer, prompts, longest), strict=True):

@@ -15,28 +15,22 @@ from minimind.data.pair_loader import PairBatch, PairLoader
 from minimind.lora_files import read_adapter
 from minimind.modeling import Model
 from minimind.objectives.reward_model import RewardBatch, reward_loss
-from minimind.ops.attention import Unfolding
+from minimind.ops.attention import SharedPrefix
 from minimind.tokenization import Tokenizer
 from minimind.training.adapters import Adapting, put, saver
 from minimind.training.batches import move
-from minimind.training.origin import Origin
+from minimind.training.origin import InitialModel
 from minimind.training.parallel import Parallel, from_rank_0
 from minimind.training.stages.answers import turns
 from minimind.training.stages.pairs import unfold
-from minimind.value_head import (
-    ValueModel,
-    load_value_model,
-    read_head,
-    save_head,
-    save_value_model,
-)
+from minimind.value_head import ValueModel, load_value_model, read_head, save_head, save_value_model
 
 # What reward_loss tells besides the loss.
 FIGURES = ("accuracy", "margin", "chosen_score", "rejected_score")
 _SHOWN = 120  # characters of a prompt and of an answer in samples
 
 
-class ValueOrigin(Origin):
+class InitialValueModel(InitialModel):
     """What a run begins with, the model with a value head of zeros."""
 
     def model(self) -> ValueModel:
@@ -70,24 +64,19 @@ def load_value_weights_into(model: Model, checkpoint: Any, parallel: Parallel) -
 
 def to_device(batch: PairBatch, device: torch.device, boundaries: int | None = None) -> RewardBatch:
     """The packed rows as tensors. boundaries: as in batches.to_device."""
-    places = np.flatnonzero(
-        batch.targets != -100
-    )  # the last of an answer is where its end token is to be predicted
+    places = np.flatnonzero(batch.targets != -100)  # the last of an answer is where its end token is to be predicted
     ends = [
-        places[np.searchsorted(places, batch.cu_seqlens[sides + 1]) - 1]
-        for sides in (batch.chosen, batch.rejected)
+        places[np.searchsorted(places, batch.cu_seqlens[sides + 1]) - 1] for sides in (batch.chosen, batch.rejected)
     ]
     once = [batch.position_ids, *unfold(batch, boundaries)] if batch.share else []
     input_ids, targets, bounds, chosen, rejected, *more = move(batch, device, boundaries, [*ends, *once])
     counts = batch.num_targets, batch.global_num_targets, batch.global_num_pairs
-    shared = (more[0], Unfolding(*more[1:])) if once else ()
+    shared = (more[0], SharedPrefix(*more[1:])) if once else ()
     return RewardBatch(input_ids, targets, bounds, chosen, rejected, *counts, *shared)
 
 
 @torch.no_grad()
-def heldout_scores(
-    model: ValueModel, loader: PairLoader, centering: float, parallel: Parallel
-) -> dict[str, Any]:
+def heldout_scores(model: ValueModel, loader: PairLoader, centering: float, parallel: Parallel) -> dict[str, Any]:
     """heldout_loss, the loss's mean over the pairs of `loader`, and the means of FIGURES, as heldout_NAME; every rank
     takes its share of the rows and all return the same."""
     model.eval()

@@ -20,9 +20,7 @@ def library(tmp_path):
     (root / "tests").mkdir(parents=True)
     body = f'    """{LONG}2.\n\n        indented\n    last\n    """\n'
     (root / "a.py").write_text(f'"""{LONG}1."""\nclass A:\n{body}    def f(self):\n        "short"\n')
-    (root / "b.py").write_text(
-        f'def f():\n    """{LONG}1."""\n    async def g():\n        """{LONG}3. 字"""\n'
-    )
+    (root / "b.py").write_text(f'def f():\n    """{LONG}1."""\n    async def g():\n        """{LONG}3. 字"""\n')
     (root / "c.py").write_text(f'if True:\n    def f():\n        """{LONG}4: \\d"""\n')
     (root / "broken.py").write_text(f'"""{LONG}5."""\ndef (:\n')
     (root / "latin.py").write_bytes(b'"""\xff\xfe"""')
@@ -74,8 +72,7 @@ def test_two_processes_at_once_build_one_real_corpus(tmp_path):
         "print(docstrings.builtin_corpus(sys.argv[1])); assert 'torch' not in sys.modules"
     )
     started = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=-1, stderr=-1, text=True)
-        for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=-1, stderr=-1, text=True) for _ in range(2)
     ]
     (path, said), (other, waited) = [process.communicate(timeout=60) for process in started]
     assert path == other and [process.returncode for process in started] == [0, 0]

@@ -55,16 +55,8 @@ class Attention:
         for b, length in enumerate(self.lengths.tolist()):
             if length == 0:
                 continue
-            k = (
-                gather_cache(self.key_cache, self.block_table[b], length, self.k_scale)
-                .to(dtype)
-                .transpose(0, 1)
-            )
-            v = (
-                gather_cache(self.value_cache, self.block_table[b], length, self.v_scale)
-                .to(dtype)
-                .transpose(0, 1)
-            )
+            k = gather_cache(self.key_cache, self.block_table[b], length, self.k_scale).to(dtype).transpose(0, 1)
+            v = gather_cache(self.value_cache, self.block_table[b], length, self.v_scale).to(dtype).transpose(0, 1)
             q = self.q[b].to(dtype)[:, None]
             out[b] = torch.nn.functional.scaled_dot_product_attention(
                 q[None], k[None], v[None], scale=self.scale, enable_gqa=True

@@ -27,14 +27,7 @@ from minimind.lora import LoRAConfig, add_adapter
 from minimind.modeling import Rotation
 from minimind.rope import rope_cos_sin
 from minimind.weights import save_weights
-from tests.inference.small import (
-    TEXT,
-    VARIANTS,
-    is_greedy,
-    random_prompts,
-    small_model,
-    small_tokenizer,
-)
+from tests.inference.small import TEXT, VARIANTS, is_greedy, random_prompts, small_model, small_tokenizer
 from tests.inference.test_engine import BACKENDS, engine_of, greedily, new_ids
 from tests.inference.test_prefill import TOKENS, runner_of, sample
 

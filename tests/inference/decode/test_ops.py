@@ -76,10 +76,7 @@ def test_sequences_may_share_pages(backend):
 @backends
 def test_a_layer_of_a_wider_cache_is_a_view(backend):
     case = paged([20, 70], (8, 2, 64))
-    wide = [
-        torch.stack((torch.full_like(c, float("nan")), c), dim=1)[:, 1]
-        for c in (case.key_cache, case.value_cache)
-    ]
+    wide = [torch.stack((torch.full_like(c, float("nan")), c), dim=1)[:, 1] for c in (case.key_cache, case.value_cache)]
     assert not wide[0].is_contiguous()
     assert torch.equal(replace(case, key_cache=wide[0], value_cache=wide[1]).run(), case.run())
 
@@ -129,9 +126,7 @@ def test_rope_append_is_within_the_contract(backend, dtype, shape, norm):
     q = decode_ops.rope_append_kv(*args)
     groups = keys.shape[2]
     plains = rope_ref(qkv, cos, sin, positions.long(), heads, groups, q_w, k_w, eps)
-    truths = rope_ref(
-        qkv.double(), cos.double(), sin.double(), positions.long(), heads, groups, q_w, k_w, eps
-    )
+    truths = rope_ref(qkv.double(), cos.double(), sin.double(), positions.long(), heads, groups, q_w, k_w, eps)
     wanted = slots >= 0
     assert q[~wanted].abs().max() == 0
     assert_within(q[wanted], plains[0][wanted], truths[0][wanted], "q")
@@ -176,19 +171,7 @@ def test_every_number_is_stored_as_torch_rounds_it(dtype):
     angles = torch.zeros(1, 32, device=DEVICE)
     positions = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
     decode_ops.rope_append_kv(
-        qkv,
-        angles,
-        angles,
-        positions,
-        torch.arange(tokens, device=DEVICE),
-        keys,
-        cache,
-        1,
-        None,
-        None,
-        1e-6,
-        one,
-        one,
+        qkv, angles, angles, positions, torch.arange(tokens, device=DEVICE), keys, cache, 1, None, None, 1e-6, one, one
     )
     wanted = values.clamp(-FLOAT8_MAX, FLOAT8_MAX) if dtype == FP8 else values
     assert torch.equal(cache[0].float(), wanted.to(dtype).float())
@@ -205,9 +188,7 @@ def test_native_equals_the_reference_on_what_it_writes(cache_dtype):
             q = decode_ops.rope_append_kv(*args)
             table = torch.arange(4, dtype=torch.int32, device=DEVICE).expand(6, 4).contiguous()
             lengths = torch.full((6,), 64, dtype=torch.int32, device=DEVICE)
-            results.append(
-                (q, decode_ops.decode_attention(q, args[5], args[6], table, lengths, 0.125, *args[-2:]))
-            )
+            results.append((q, decode_ops.decode_attention(q, args[5], args[6], table, lengths, 0.125, *args[-2:])))
     for mine, reference in zip(results[1], results[0], strict=True):
         assert (mine - reference).abs().max() < 1e-2  # a rounding of the cache may fall to the other side
 
@@ -257,9 +238,7 @@ def test_native_cpu_operators_refuse_indices_that_lie_outside():
 def test_opcheck():
     case = paged([3, 40], (8, 2, 64))
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.minimind.decode_attention.default, tuple(vars(case).values()), test_utils=tests
-    )
+    torch.library.opcheck(torch.ops.minimind.decode_attention.default, tuple(vars(case).values()), test_utils=tests)
     args = rope_inputs(torch.bfloat16, torch.bfloat16, (8, 2, 64), True)
     torch.library.opcheck(torch.ops.minimind.rope_append_kv.default, args, test_utils=tests)
 

@@ -33,9 +33,7 @@ def draw(logits: Tensor, **options) -> tuple[Tensor, Tensor]:
         **options,
     }.items():
         if name == "history":
-            args[name] = (
-                torch.zeros(logits.shape, dtype=torch.int32, device=DEVICE) if value is None else value
-            )
+            args[name] = torch.zeros(logits.shape, dtype=torch.int32, device=DEVICE) if value is None else value
             continue
         dtype = {"top_k": torch.int32, "seeds": torch.int64, "offsets": torch.int64}.get(name, torch.float32)
         args[name] = torch.as_tensor(value, dtype=dtype, device=DEVICE).expand(batch).contiguous()
@@ -102,9 +100,7 @@ def test_the_same_seed_and_offset_draw_the_same_token_in_any_batch(backend):
 
 @backends
 def test_greedy_takes_the_first_of_equals(backend):
-    logits = torch.tensor(
-        [[1.0, 5.0, 5.0, 2.0], [7.0, 7.0, 7.0, 7.0], [-3.0, -2.0, -9.0, -2.0]], device=DEVICE
-    )
+    logits = torch.tensor([[1.0, 5.0, 5.0, 2.0], [7.0, 7.0, 7.0, 7.0], [-3.0, -2.0, -9.0, -2.0]], device=DEVICE)
     tokens, log_probs = draw(logits, temperature=0.0, top_k=2, top_p=0.5)
     assert tokens.tolist() == [1, 0, 1]
     expected = logits.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
@@ -151,9 +147,7 @@ def test_penalties(backend):
     tokens, log_probs = draw(logits, temperature=0.0, **options)
     assert tokens.item() == 2
     assert abs(log_probs.item() - penalised.log_softmax(-1)[2]) < 1e-6
-    counts = many(
-        logits[0], 20_000, temperature=0.5, **{**options, "history": history.expand(20_000, -1).contiguous()}
-    )
+    counts = many(logits[0], 20_000, temperature=0.5, **{**options, "history": history.expand(20_000, -1).contiguous()})
     expected = (penalised / 0.5).softmax(-1) * 20_000
     assert ((counts - expected) ** 2 / expected).sum() < 16.3  # 3 degrees of freedom, once in a thousand
 
@@ -190,9 +184,7 @@ def test_native_draws_what_the_reference_draws(seed):
     generator = torch.Generator().manual_seed(seed)
 
     def pick(*values):
-        return torch.tensor(values, device=DEVICE)[
-            torch.randint(len(values), (batch,), generator=generator).to(DEVICE)
-        ]
+        return torch.tensor(values, device=DEVICE)[torch.randint(len(values), (batch,), generator=generator).to(DEVICE)]
 
     options = {
         "temperature": pick(0.0, 0.5, 1.0, 1.7),

@@ -41,9 +41,7 @@ CONFIGS = {
     ),
 }  # fmt: skip
 PAGE = 8
-pytestmark = pytest.mark.skipif(
-    DEVICE.type != "cpu", reason="decode_step is the CPU's; a GPU has CUDA graphs"
-)
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="decode_step is the CPU's; a GPU has CUDA graphs")
 
 
 def make_model(config: ModelConfig, seed: int = 0) -> Model:
@@ -193,9 +191,7 @@ def test_packed_weights_follow_when_they_are_packed_again_in_place(dtype):
     decoder.lengths.zero_()
     weights = DecodeWeights.of(model, dtype)
     again = weights.pack(into=decoder.weights.packed)
-    assert [
-        t.data_ptr() for t, role in zip(again, weights.roles, strict=True) if role in ("matrix", "gate_up")
-    ] == [
+    assert [t.data_ptr() for t, role in zip(again, weights.roles, strict=True) if role in ("matrix", "gate_up")] == [
         t.data_ptr()
         for t, role in zip(decoder.weights.packed, weights.roles, strict=True)
         if role in ("matrix", "gate_up")

@@ -18,7 +18,7 @@ from minimind.training.parallel import Parallel
 from minimind.training.rl.actor_critic import ActorCritic, critic_of, load_both, save_both
 from minimind.training.rl.collector import Collector, parts, per_answer, scored_again
 from minimind.training.rl.loader import Rollout, RolloutLoader, Shape, pack, passes
-from minimind.training.rl.rollouts import Answer, Drawn, PromptStream, Sampler, Sampling
+from minimind.training.rl.rollouts import Answer, DrawnPrompt, PromptStream, RolloutOptions, Sampler
 from minimind.training.rl.stop import DriftStop
 from minimind.value_head import ValueModel
 from tests.inference.small import random_prompts, small_model, small_tokenizer
@@ -31,10 +31,10 @@ def prompt_set(count: int = 12, seed: int = 1) -> PromptSet:
     return PromptSet([Prompt([{"role": "user", "content": str(i)}], row) for i, row in enumerate(ids)], 7)
 
 
-def sampled(model, how: Sampling, drawn=None, batch: int = 64) -> list[Answer]:
+def sampled(model, how: RolloutOptions, drawn=None, batch: int = 64) -> list[Answer]:
     prompts = prompt_set()
     sampler = Sampler(model, small_tokenizer(), 20, how.max_new_tokens, batch)
-    return sampler.sample(prompts, drawn or [Drawn(i, i) for i in range(12)], how)
+    return sampler.sample(prompts, drawn or [DrawnPrompt(i, i) for i in range(12)], how)
 
 
 def truth(model, answers: list[Answer], dtype: torch.dtype) -> np.ndarray:
@@ -52,7 +52,7 @@ def truth(model, answers: list[Answer], dtype: torch.dtype) -> np.ndarray:
 def test_engine_and_trainer_agree_to_rounding():
     """Both within twice what plain float32 is off, of the float64 truth: so the ratio is 1 before an update."""
     model = small_model()
-    answers = sampled(model, Sampling(3, 9))
+    answers = sampled(model, RolloutOptions(3, 9))
     exact = truth(model, answers, torch.float64)
     plain = np.abs(truth(model, answers, torch.float32) - exact).max()
     eps = np.finfo(np.float32).eps * np.abs(exact).max()
@@ -63,18 +63,16 @@ def test_engine_and_trainer_agree_to_rounding():
 
 
 def test_a_sample_is_a_function_of_weights_seed_and_number():
-    model, how = small_model(), Sampling(3, 9, seed=5)
+    model, how = small_model(), RolloutOptions(3, 9, seed=5)
     answers = sampled(model, how)
-    few = sampled(model, how, [Drawn(7, 7), Drawn(2, 2)], batch=3)
+    few = sampled(model, how, [DrawnPrompt(7, 7), DrawnPrompt(2, 2)], batch=3)
     again = {(a.number, a.sample): a.ids.tolist() for a in answers}
     for a in few:
         assert a.ids.tolist() == again[a.number, a.sample]
     assert len({tuple(a.ids) for a in answers if a.number == 7}) > 1
     assert [a.ids.tolist() for a in sampled(model, replace(how, seed=6))] != [a.ids.tolist() for a in answers]
-    twice = sampled(model, how, [Drawn(1, 4), Drawn(2, 4)])
-    assert [a.ids.tolist() for a in twice[:3]] != [
-        a.ids.tolist() for a in twice[3:]
-    ]  # the number, not the prompt
+    twice = sampled(model, how, [DrawnPrompt(1, 4), DrawnPrompt(2, 4)])
+    assert [a.ids.tolist() for a in twice[:3]] != [a.ids.tolist() for a in twice[3:]]  # the number, not the prompt
     ended = [a for a in answers if a.ended]
     assert all(a.ids[-1] == small_tokenizer().eos_token_id for a in ended)
     assert all(len(a.ids) == 9 for a in answers if not a.ended)
@@ -83,7 +81,7 @@ def test_a_sample_is_a_function_of_weights_seed_and_number():
 def test_sampler_follows_the_weights():
     model = small_model()
     sampler = Sampler(model, small_tokenizer(), 20, 9, 64)
-    drawn, how = [Drawn(0, 0)], Sampling(4, 9)
+    drawn, how = [DrawnPrompt(0, 0)], RolloutOptions(4, 9)
     before = sampler.sample(prompt_set(), drawn, how)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -96,7 +94,7 @@ def test_sampler_follows_the_weights():
 
 
 def test_packed_numbers_stand_at_their_tokens():
-    answers = sampled(small_model(), Sampling(2, 9))
+    answers = sampled(small_model(), RolloutOptions(2, 9))
     rng = np.random.default_rng(0)
     for a in answers:
         for name in ("advantages", "reference", "values", "returns", "room"):
@@ -110,7 +108,7 @@ def test_packed_numbers_stand_at_their_tokens():
         at = slice(start + len(a.prompt_ids) - 1, start + len(both) - 1)
         assert batch.targets[0, at].tolist() == a.ids.tolist()
         for name, values in (
-            ("behaviour_log_probs", a.log_probs),
+            ("old_log_probs", a.log_probs),
             ("advantages", a.advantages),
             ("reference_log_probs", a.reference),
             ("old_values", a.values),
@@ -159,7 +157,7 @@ def collector(of, **more) -> Collector:
     rewards = parse_rewards(["number"])
     data = PromptSet([Prompt([{"role": "user", "content": "?"}], [1], "1")] * 50, 0)
     return Collector(
-        small_model(), Scripted(of), data, PromptStream(50, 0), rewards, 4, Sampling(2, 1), SHAPE, Parallel(),
+        small_model(), Scripted(of), data, PromptStream(50, 0), rewards, 4, RolloutOptions(2, 1), SHAPE, Parallel(),
         lambda answers: {}, console=Console(quiet=True), **more,
     )  # fmt: skip
 
@@ -203,7 +201,7 @@ def test_answers_scored_again_have_the_trainers_log_probabilities():
 def loader(shape: Shape = SHAPE, rank: int = 0, world: int = 1) -> RolloutLoader:
     def collect(number, first, previous):
         answers = sampled(
-            model, Sampling(2, 5, seed=number), [Drawn(first + i, (first + i) % 12) for i in range(3)]
+            model, RolloutOptions(2, 5, seed=number), [DrawnPrompt(first + i, (first + i) % 12) for i in range(3)]
         )
         for a in answers:
             a.advantages = np.full(len(a.ids), a.number, np.float32)
@@ -290,10 +288,7 @@ def test_what_was_cut_off_is_penalised_and_left_out_where_asked():
     assert [a.reward for a in plain(0, 0, []).answers[:2]] == [1.0, 0.0]
     seen: list[list[float]] = []
     made = collector(cut_off, penalty=0.5, mask=True)
-    made.sampler, made.advantages = (
-        CutOff(cut_off),
-        lambda answers: seen.append([a.score for a in answers]) or {},
-    )
+    made.sampler, made.advantages = (CutOff(cut_off), lambda answers: seen.append([a.score for a in answers]) or {})
     rollout = made(0, 0, [])
     assert [a.reward for a in rollout.answers[:2]] == [1.0, -0.5]
     assert [a.masked for a in rollout.answers] == [False, True] * 4 and rollout.figures["masked"] == 0.5

@@ -73,10 +73,5 @@ def test_every_curve_is_drawn(reference, tmp_path, monkeypatch):
     monkeypatch.setattr(rl_view, "_line", record)
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "rewards.png", "a run")
     assert (tmp_path / "rewards.png").read_bytes().startswith(b"\x89PNG")
-    expected = {
-        "reward": [0.5] * 3,
-        "length": [3.0] * 3,
-        "entropy": [0.7] * 3,
-        "kl": [0.01] * 3 if reference else [],
-    }
+    expected = {"reward": [0.5] * 3, "length": [3.0] * 3, "entropy": [0.7] * 3, "kl": [0.01] * 3 if reference else []}
     assert {key: found[0] for key, found in drawn.items()} == expected

@@ -59,9 +59,8 @@ def load_logits(p_row, o_v, softcap, V: tl.constexpr, CAPPED: tl.constexpr):
 
 @jit
 def row_sums(
-    p_row, b_inverse_t, softcap,
-    V: tl.constexpr, BLOCK_V: tl.constexpr, CAPPED: tl.constexpr, MEAN: tl.constexpr,
-):  # fmt: skip
+    p_row, b_inverse_t, softcap, V: tl.constexpr, BLOCK_V: tl.constexpr, CAPPED: tl.constexpr, MEAN: tl.constexpr
+):
     """(last tile, max z, s = sum exp d, sum d exp d) with d = (z - max z) / T, in one pass. Where one tile holds the
     row, the last tile is the row, and stays in registers."""
     o_tile = tl.arange(0, BLOCK_V)
@@ -126,13 +125,13 @@ def row_tile(logits: Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows are computed: the first `count` of `index` int64, or all of them. `poison` is None or a float32
+    """Which rows are computed: the first `count` of `index` int64, or all of them. `nan_guard` is None or a float32
     scalar on the device: NaN if the caller's bound was too small, else 0."""
 
     total: int
     count: int
     index: Tensor | None = None
-    poison: Tensor | None = None
+    nan_guard: Tensor | None = None
 
     def take(self, per_row: Tensor) -> Tensor:
         """per_row [..., total] -> [..., count]"""
@@ -147,8 +146,8 @@ class Rows:
             return values
         return values.new_zeros(*values.shape[:-1], self.total).index_copy_(-1, self.index, values)
 
-    def poisoned(self, values: Tensor) -> Tensor:
-        return values if self.poison is None else values + self.poison
+    def guarded(self, values: Tensor) -> Tensor:
+        return values if self.nan_guard is None else values + self.nan_guard
 
 
 def select_rows(keep: Tensor, num_targets: int | None) -> Rows:
@@ -160,29 +159,29 @@ def select_rows(keep: Tensor, num_targets: int | None) -> Rows:
         kept = int(keep.sum())
         check(
             num_targets is None or num_targets >= kept,
-            "num_targets is {}, but {} rows count; give at least that, or None", num_targets, kept,
-        )  # fmt: skip
+            "num_targets is {}, but {} rows count; give at least that, or None",
+            num_targets,
+            kept,
+        )
         if num_targets is None and keep.device.type == "cpu":
             num_targets = kept
     if num_targets is None or num_targets >= total:
         return Rows(total, total)
     if num_targets > total * ALL_ROWS_ABOVE.get(keep.device.type, ALL_ROWS_ABOVE["cuda"]):
-        return Rows(total, total, poison=_poison(keep.sum(), num_targets))
+        return Rows(total, total, nan_guard=_nan_guard(keep.sum(), num_targets))
     rank = keep.cumsum(0)
     place = torch.where(keep, rank - 1, rank[-1] + (~keep).cumsum(0) - 1)  # a stable partition
     index = torch.empty(total, dtype=torch.int64, device=keep.device)
     index.scatter_(0, place, torch.arange(total, device=keep.device))
-    return Rows(total, num_targets, index[:num_targets], _poison(rank[-1], num_targets))
+    return Rows(total, num_targets, index[:num_targets], _nan_guard(rank[-1], num_targets))
 
 
-def _poison(kept: Tensor, num_targets: int) -> Tensor:
-    poison = torch.zeros((), dtype=torch.float32, device=kept.device)
-    return poison.masked_fill_(kept > num_targets, float("nan"))
+def _nan_guard(kept: Tensor, num_targets: int) -> Tensor:
+    nan_guard = torch.zeros((), dtype=torch.float32, device=kept.device)
+    return nan_guard.masked_fill_(kept > num_targets, float("nan"))
 
 
-def target_rows(
-    targets: Tensor, loss_weights: Tensor | None, ignore_index: int, vocab: int
-) -> tuple[Tensor, Tensor]:
+def target_rows(targets: Tensor, loss_weights: Tensor | None, ignore_index: int, vocab: int) -> tuple[Tensor, Tensor]:
     """(targets within the vocabulary, float32 scale of each row): 0 where ignored, NaN where without meaning."""
     keep = targets != ignore_index
     inside = targets.clamp(0, vocab - 1)
@@ -190,8 +189,10 @@ def target_rows(
     if on_host(targets):
         check(
             not bool(bad.any()),
-            "targets holds numbers outside 0..{} other than ignore_index ({})", vocab - 1, ignore_index,
-        )  # fmt: skip
+            "targets holds numbers outside 0..{} other than ignore_index ({})",
+            vocab - 1,
+            ignore_index,
+        )
     scale = keep.float() if loss_weights is None else loss_weights.masked_fill(~keep, 0)
     return inside, scale.masked_fill(bad, float("nan"))
 
@@ -305,11 +306,7 @@ def split_weight_sum(weight_sum: Tensor | None) -> tuple[Tensor | None, Tensor |
 
 
 def check_head(
-    kernels: bool,
-    x: Tensor,
-    weight: Tensor,
-    num_targets: int | None,
-    names: tuple[str, str] = ("x", "weight"),
+    kernels: bool, x: Tensor, weight: Tensor, num_targets: int | None, names: tuple[str, str] = ("x", "weight")
 ) -> None:
     """x [N, D] and weight [V, D], floating-point tensors of one device, which runs the chosen form."""
     pair = dict(zip(names, (x, weight), strict=True))
@@ -344,5 +341,8 @@ def check_weight_sum(x: Tensor, weight_sum: Tensor | None) -> None:
         check(
             (weight_sum.ndim, weight_sum.dtype, weight_sum.device) == (0, torch.float32, x.device),
             "weight_sum is {} {} on {}, and should be a float32 scalar tensor on {}",
-            weight_sum.dtype, list(weight_sum.shape), weight_sum.device, x.device,
-        )  # fmt: skip
+            weight_sum.dtype,
+            list(weight_sum.shape),
+            weight_sum.device,
+            x.device,
+        )
