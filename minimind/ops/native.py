@@ -104,7 +104,7 @@ def _why_not_loadable(part: str) -> str | None:
     if entry["missing"] is not None or not _library(part).exists():
         return f"{name} operators are not built: {entry['missing'] or 'the file is gone'}"
     if (ROOT / "csrc").is_dir() and entry["sources"] != source_hash(ROOT, part):
-        return f"{name} operators are not of what csrc/ now holds; `python -m {native_build.__name__}` builds them"
+        return f"{name} operators are not of what csrc/ now holds; `python minimind/ops/native_build.py` builds them"
     return _why_no_driver(entry["version"] or "0") if part == "cuda" else None
 
 
