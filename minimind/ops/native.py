@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minimind.ops import native_build
 from minimind.ops.native_build import REPORT, ROOT, library_name, source_hash
 
 PACKAGE = Path(__file__).parents[1]
