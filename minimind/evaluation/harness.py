@@ -17,7 +17,7 @@ from rich.console import Console
 
 from minimind.inference.engine import Engine
 from minimind.inference.loading import LoadedModel
-from minimind.utils.progress import say
+from minimind.utils.display import say
 
 _NAMES = {"ceval": "ceval-valid"}  # its test split has no answers
 
