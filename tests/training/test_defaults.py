@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 
-from minimind.training.defaults import MOST, PASSES, optimizer, passes
+from minimind.training.arguments import MOST, PASSES, default_epochs, default_optimizer
 from tests.training.runs import SCRIPT
 
 # What the flags' defaults were before the data decided: unfinished runs go on with them.
@@ -18,7 +18,7 @@ def test_builtin_data_and_unfinished_runs_stay_as_they_were(stage):
     assert args.epochs is None and args.legacy["epochs"] == BEFORE[stage]
     assert args.legacy["optimizer"] == "muon"
     for tokens in (100, 10**9):
-        assert passes(stage, True, tokens) == (BEFORE[stage], "")
+        assert default_epochs(stage, True, tokens) == (BEFORE[stage], "")
 
 
 @pytest.mark.parametrize(
@@ -38,18 +38,18 @@ def test_builtin_data_and_unfinished_runs_stay_as_they_were(stage):
     ],
 )
 def test_files_get_upstreams_passes_and_small_ones_more(stage, tokens, expected):
-    found, reason = passes(stage, False, tokens)
-    assert found == expected and found <= MOST * PASSES[stage].files
+    epochs, reason = default_epochs(stage, False, tokens)
+    assert epochs == expected and epochs <= MOST * PASSES[stage].files
     assert stage == "pretrain" or f"--epochs {expected}: " in reason
 
 
 def test_the_optimizer_follows_the_weights(tmp_path):
-    assert optimizer(None)[0] == "muon"
+    assert default_optimizer(None)[0] == "muon"
     weights = tmp_path / "run" / "checkpoints" / "step-00000010"
     weights.mkdir(parents=True)
-    assert optimizer(weights) == (
+    assert default_optimizer(weights) == (
         "adamw",
-        "--optimizer adamw: the weights are of no run of ours, and released models are AdamW's, which Muon does not "
+        "--optimizer adamw: no run of ours made the weights, and released models come from AdamW, which Muon does not "
         "improve on (docs/training.md)",
     )
     for config, expected in (
@@ -60,6 +60,6 @@ def test_the_optimizer_follows_the_weights(tmp_path):
     ):
         (tmp_path / "run" / "config.json").write_text(json.dumps(config))
         (weights / "config.json").write_text(json.dumps({"hidden_size": 64}))
-        assert optimizer(weights)[0] == expected
+        assert default_optimizer(weights)[0] == expected
     bare = tmp_path / "run" / "model.pth"
-    assert optimizer(bare)[0] == "adamw"
+    assert default_optimizer(bare)[0] == "adamw"

@@ -15,9 +15,8 @@ import pytest
 from rich.console import Console
 
 from minimind import cli
-from minimind.training.metrics import plot_losses
+from minimind.training.metrics import plot_figures, plot_losses
 from minimind.training.rl.view import draw_curves
-from minimind.training.stages.figures import plot_figures
 from minimind.utils.display import caption
 from minimind.utils.progress import say
 from minimind.utils.stdio import command_line, with_home
@@ -55,7 +54,7 @@ def test_a_picture_fails_no_run(tmp_path, capsys):
     metrics.write_text('{"kind": "eval"}\n{"kin')
     plot_losses(metrics, tmp_path / "loss.png", "x")
     assert re.fullmatch(
-        r"\S+loss\.png: not drawn \(\S+metrics\.jsonl:2: no row of metrics .*\)\n", capsys.readouterr().err
+        r"\S+loss\.png: not drawn \(\S+metrics\.jsonl:2: not a row of metrics .*\)\n", capsys.readouterr().err
     )
     metrics.write_text("")
     for draw in (plot_losses, partial(plot_figures, unit="", labels={}), draw_curves):
@@ -140,7 +139,7 @@ def test_an_output_that_takes_nothing_is_no_traceback(tmp_path, place):
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
     code = (
-        "from minimind.training.arguments import StageArgs; from minimind.training.script import run_script; "
+        "from minimind.training.arguments import StageArgs; from minimind.training.job import run_script; "
         "from minimind.utils.progress import say; run_script(lambda args, console: say(console, 'x'), StageArgs, '')"
     )
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {place}"
