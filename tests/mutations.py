@@ -583,8 +583,8 @@ MUTATIONS = (
     Mutation(
         "an adapter is trained with what its model was",
         "minimind/training/data_split.py",
-        "    if job.flags.optimizer is None:\n        job.settle",
-        "    if True:\n        job.settle",
+        "    if job.flags.optimizer is None:\n        adapter =",
+        "    if True:\n        adapter =",
         "tests/training/test_plan.py::test_a_shape_without_weights_and_files_of_every_kind",
     ),
     Mutation(

@@ -39,12 +39,13 @@ from minimind.training.initial_model import from_newest
 from minimind.training.job import Job, run_script
 from minimind.training.metrics import plot_figures
 from minimind.training.optim import OptimizerName
+from minimind.training.stages.answers import exact_figures
 from minimind.training.stages.chats import (
     ChatArgs,
     chat_figures,
+    chat_questions,
     chat_sample,
     describe_chats,
-    exact_figures,
     open_chats,
     read_chats,
 )
@@ -190,11 +191,12 @@ def evaluate(model: Model, split: DataSplit, kept: Corpus | None, job: Job, args
     figures = chat_figures(model, split, job, args, final)
     if kept is None or split.heldout is None or not args.questions:
         return figures
-    figures |= exact_figures(model, kept, job, args, final, "kept")
+    questions = chat_questions(kept, args, final)
+    figures |= exact_figures(model, questions, job, "kept")
     line = f"{figures['kept_exact']:.1%} of {figures['kept_questions']} other answers to the letter"
     if final:
         with adapters_off(model):
-            figures["base_exact"] = exact_figures(model, kept, job, args, final, "kept")["kept_exact"]
+            figures["base_exact"] = exact_figures(model, questions, job, "base")["base_exact"]
         line += f", {figures['base_exact']:.1%} without the adapter"
     say(job.console, line)
     return figures

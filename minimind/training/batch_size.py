@@ -159,13 +159,13 @@ def usual_batch(job: Job) -> int:
     return GPU_BATCH if job.default_device == "cuda" and job.initial.preset != "nano" else 4096
 
 
-def longest_row(job: Job, most: int = 4096) -> int:
-    """The longest row, a power of two up to `most`, that divides the tokens of a step and of a micro-batch, leaves a
+def longest_row(job: Job) -> int:
+    """The longest row, a power of two up to 4096, that divides the tokens of a step and of a micro-batch, leaves a
     row for every process, and fits into a GPU's memory; 512 where that would be shorter."""
     args, ranks = job.args, job.parallel.world_size
     batch = args.batch_tokens or usual_batch(job)
     sizes = [batch, args.micro_tokens or batch]
-    fits, row = min(_fitting(job.config, job.device, args.recompute), job.config.positions), most
+    fits, row = min(_fitting(job.config, job.device, args.recompute), job.config.positions), 4096
     while row > 512 and (any(size % row or size < ranks * row for size in sizes) or row > fits):
         row //= 2
     return row

@@ -54,12 +54,12 @@ class RunFolder:
     def samples(self) -> Path:
         return self.path / "samples.txt"
 
-    @property
-    def finished(self) -> bool:
-        return (self.path / "finished").exists()
-
     def mark_finished(self) -> None:
         (self.path / "finished").touch()
+
+
+def is_finished(run: Path) -> bool:
+    return (run / "finished").exists()
 
 
 def find_run(
@@ -77,7 +77,7 @@ def find_run(
         earlier = defaults.complete(read_config(path), config)
         flags = config.get("args", {})
         open_choices = {k: v for k, v in earlier["chosen"].items() if flags.get(k) in (None, defaults.flags.get(k))}
-        if not (path / "finished").exists() and compare(earlier, {**config, "chosen": open_choices}).same_run:
+        if not is_finished(path) and compare(earlier, {**config, "chosen": open_choices}).same_run:
             return earlier["chosen"]
     if lengthen is not None:
         return defaults.complete(read_config(source_of(lengthen)), config)["chosen"]
@@ -120,7 +120,7 @@ def open_run(
             f"--out {out}: started with {difference}; to lengthen it use --lengthen {out} with another --out or none: "
             "the earlier run stays as it is"
         )
-    if (path / "finished").exists():
+    if is_finished(path):
         raise ValueError(f"--out {out}: this run is finished; name another folder to train anew")
     if not difference.same_run:
         back = f" ({difference.way_back})" if difference.way_back else ""
@@ -215,7 +215,7 @@ def _next_free(
             continue
         difference = compare(defaults.complete(read_config(path), config), config)
         near.append((path, difference))
-        if not difference.same_run or (path / "finished").exists():
+        if not difference.same_run or is_finished(path):
             continue
         lock = _try_lock(path)
         if lock is not None:
@@ -226,11 +226,11 @@ def _next_free(
 def _nearest(others: Sequence[tuple[Path, Difference]]) -> tuple[str, ...]:
     """A line about the most similar run: how it differs and how to continue it. Nothing where all differ and are
     finished."""
-    candidates = [(path, diff) for path, diff in others if not diff.counts or not (path / "finished").exists()]
+    candidates = [(path, diff) for path, diff in others if not diff.counts or not is_finished(path)]
     if not candidates:
         return ()
     path, difference = min(reversed(candidates), key=lambda other: len(other[1].counts) + len(other[1].length))
-    finished = (path / "finished").exists()
+    finished = is_finished(path)
     if difference.same_run:
         state = "finished: it is trained anew" if finished else "which another process trains: this is a second one"
         return (f"{path} is this very run, {state}",)

@@ -72,20 +72,6 @@ def test_the_longest_row_fits_the_step_the_processes_and_the_card(monkeypatch, d
     assert longest_row(job) == expected
 
 
-@pytest.mark.parametrize(
-    ("data", "name"),
-    [
-        ((), "builtin"),
-        (("a/sft.jsonl", "b.jsonl"), "sft+1"),
-        ((f"{'x' * 249}.jsonl",), "x" * 40),
-        ((f"{'唐' * 83}.jsonl", "b"), "唐" * 40 + "+1"),
-    ],
-)
-def test_a_run_is_named_after_its_data_as_far_as_a_folder_can_be(data, name, tmp_path):
-    assert StageArgs(data=data).data_name == name
-    (tmp_path / f"pretrain-minimind2-small-{name}-12").mkdir()
-
-
 class NanoJob(SimpleNamespace):
     """What fit_to_data reads of a job on a CPU; a step has 4096 tokens, 8 rows."""
 

@@ -16,7 +16,7 @@ from minimind.training.checkpoint import list_checkpoints, load_trainer_state
 from minimind.training.evaluation import BestFigure, Evaluation
 from minimind.training.metrics import NoTracker
 from minimind.training.optim import ClipGroup, Optimizers, RateSchedule, build_optimizers
-from minimind.training.run_folder import RunFolder
+from minimind.training.run_folder import RunFolder, is_finished
 from minimind.training.trainer import Stage, StageLoss, Trainer, TrainingPlan
 
 TINY = ModelConfig(32, 1, 2, 1, 16, 48, 50)
@@ -162,7 +162,7 @@ LOSSES = [5.0, 4.0, 3.0, 2.0, 2.5, 1.5, 1.6, 1.7, float("nan"), 1.0, 1.1]
 @pytest.mark.parametrize(("patience", "best", "last"), [(None, 9, 10), (1, 3, 4), (3, 5, 8), (4, 9, 10)])
 def test_the_best_weights_are_kept_and_a_run_without_better_ones_ends(patience, best, last, tmp_path):
     trainer, kept = fit(tmp_path, LOSSES, patience)
-    assert trainer.step == last and trainer.run.finished
+    assert trainer.step == last and is_finished(trainer.run.path)
     assert [folder.name for folder in tmp_path.glob("checkpoints/best-*")] == [f"best-{best:08d}"]
     assert torch.equal(load_model(tmp_path).head_weight, kept[best])
 
@@ -176,7 +176,7 @@ def test_of_rewards_the_highest_is_best(tmp_path):
 def test_an_interrupted_run_knows_its_best(stop_after, tmp_path):
     whole, _ = fit(tmp_path / "whole", LOSSES, 3)
     cut, _ = fit(tmp_path / "cut", LOSSES, 3, stop_after)
-    assert cut.step == stop_after + 1 and not cut.run.finished
+    assert cut.step == stop_after + 1 and not is_finished(cut.run.path)
     continued, _ = fit(tmp_path / "cut", LOSSES, 3)
     assert (
         (continued.step, continued.evaluation.best) == (whole.step, whole.evaluation.best) == (8, BestFigure(5, 1.5, 3))
@@ -195,7 +195,7 @@ def test_a_sample_that_fails_ends_no_run(tmp_path):
         raise RuntimeError("out of memory")
 
     trainer, _ = fit(tmp_path, LOSSES, None, sample=no_sample)
-    assert trainer.run.finished
+    assert is_finished(trainer.run.path)
     assert "none (RuntimeError: out of memory)" in (tmp_path / "samples.txt").read_text()
 
 

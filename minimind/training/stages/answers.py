@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from minimind.inference.generate import generate
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.tokenization.reasoning import SplitReply, parse_answer, parse_reply, prompt_endings
+from minimind.training.job import Job
 
 _BATCH = 64  # prompts generated from at once
 MODES = {"auto": "left to the model", "on": "enable_thinking=true", "off": "enable_thinking=false"}
@@ -59,6 +60,14 @@ def exact_match(model: Model, tokenizer: Tokenizer, questions: Sequence[HeldOutQ
     longest = 1 + max(len(question.answer) for question in questions)
     answers = answer(model, tokenizer, questions, longest)
     return sum(ids == question.answer for ids, question in zip(answers, questions, strict=True)) / len(questions)
+
+
+def exact_figures(model: Model, questions: Sequence[HeldOutQuestion], job: Job, name: str) -> dict[str, Any]:
+    """NAME_exact, the share of questions answered to the letter, and NAME_questions, their number. All ranks call
+    it."""
+    whole = job.parallel.whole(model)
+    share = job.parallel.share(lambda: exact_match(cast(Model, whole), job.tokenizer, questions))
+    return {f"{name}_exact": share, f"{name}_questions": len(questions)}
 
 
 def show_answers(model: Model, tokenizer: Tokenizer, questions: Sequence[HeldOutQuestion], longest: int = 64) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from minimind.data import Corpus, open_conversations
 from minimind.data.forms import FormatName
@@ -17,7 +17,7 @@ from minimind.training.arguments import StageArgs
 from minimind.training.batch_size import longest_row
 from minimind.training.data_split import DataSplit, NamedFiles, all_losses, form_of, open_split
 from minimind.training.job import Job
-from minimind.training.stages.answers import exact_match, read_questions, show_answers
+from minimind.training.stages.answers import HeldOutQuestion, exact_figures, read_questions, show_answers
 from minimind.training.trainer import TrainingPlan
 
 
@@ -78,22 +78,18 @@ def chat_figures(model: Model, split: DataSplit, job: Job, args: ChatArgs, final
     answered to the letter."""
     figures = all_losses(model, split, job, final)
     if split.heldout is not None and args.questions:
-        figures |= exact_figures(model, split.heldout, job, args, final, "heldout")
+        figures |= exact_figures(model, chat_questions(split.heldout, args, final), job, "heldout")
     return figures
 
 
-def exact_figures(model: Model, heldout: Corpus, job: Job, args: ChatArgs, final: bool, name: str) -> dict[str, Any]:
-    """NAME_exact, the share of questions answered to the letter, and NAME_questions, their number. All ranks call
-    it."""
-    questions = read_questions(heldout, args.row, None if final else args.questions)
-    whole = job.parallel.whole(model)
-    share = job.parallel.share(lambda: exact_match(cast(Model, whole), job.tokenizer, questions))
-    return {f"{name}_exact": share, f"{name}_questions": len(questions)}
+def chat_questions(corpus: Corpus, args: ChatArgs, final: bool) -> list[HeldOutQuestion]:
+    """The questions of `corpus` to answer in an evaluation: the first few, or all of them in the final one."""
+    return read_questions(corpus, args.row, None if final else args.questions)
 
 
-def chat_sample(model: Model | None, source: Corpus, job: Job, args: ChatArgs, count: int = 5) -> str:
-    """Answers to `count` questions spread over `source`. Empty without a model, as on ranks other than 0."""
+def chat_sample(model: Model | None, source: Corpus, job: Job, args: ChatArgs) -> str:
+    """Answers to five questions spread over `source`. Empty without a model, as on ranks other than 0."""
     if model is None:
         return ""
     questions = read_questions(source.head(args.eval_tokens), args.row)
-    return show_answers(model, job.tokenizer, questions[:: max(1, len(questions) // count)][:count])
+    return show_answers(model, job.tokenizer, questions[:: max(1, len(questions) // 5)][:5])

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from minimind.training.evaluation import rename
 from minimind.training.job import Job
 from minimind.training.metrics import plot_figures
 from minimind.training.parallel import Parallel
-from minimind.training.stages.answers import HeldOutQuestion, exact_match
+from minimind.training.stages.answers import HeldOutQuestion, exact_figures
 from minimind.training.stages.pairs import PairArgs, PairSplit, heldout_loader, pair_means, unfold
 from minimind.utils.display import Display, duration
 from minimind.utils.files import cache_root, disk_full, is_disk_full, make_folder, write_atomically
@@ -101,10 +101,8 @@ def evaluate_pairs(
             f"higher reward for it; margin {figures['heldout_margin']:.3f}",
         )
         if questions and not name:
-            asked = prompts(pairs.loader.view, figures["heldout_pairs"] if final else questions)
-            whole = job.parallel.whole(model)
-            share = job.parallel.share(lambda w=whole, q=asked: exact_match(cast(Model, w), job.tokenizer, q))  # type: ignore[misc]
-            figures |= {"heldout_exact": share, "heldout_questions": len(asked)}
+            count = figures["heldout_pairs"] if final else questions
+            figures |= exact_figures(model, prompts(pairs.loader.view, count), job, "heldout")
         values |= (rename(name, figures) if name else figures) | {"heldout_all": final}
     return values
 

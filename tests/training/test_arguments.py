@@ -1,11 +1,11 @@
-"""How often a stage passes over its data, and with what optimizer, where no flag says."""
+"""Default passes over the data, the default optimizer, and the run's name from its data."""
 
 import json
 import runpy
 
 import pytest
 
-from minimind.training.arguments import MOST, PASSES, default_epochs, default_optimizer
+from minimind.training.arguments import MOST, PASSES, StageArgs, default_epochs, default_optimizer
 from tests.training.runs import SCRIPT
 
 # What the flags' defaults were before the data decided: unfinished runs go on with them.
@@ -63,3 +63,17 @@ def test_the_optimizer_follows_the_weights(tmp_path):
         assert default_optimizer(weights)[0] == expected
     bare = tmp_path / "run" / "model.pth"
     assert default_optimizer(bare)[0] == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ((), "builtin"),
+        (("a/sft.jsonl", "b.jsonl"), "sft+1"),
+        ((f"{'x' * 249}.jsonl",), "x" * 40),
+        ((f"{'唐' * 83}.jsonl", "b"), "唐" * 40 + "+1"),
+    ],
+)
+def test_a_run_is_named_after_its_data_as_far_as_a_folder_can_be(data, name, tmp_path):
+    assert StageArgs(data=data).data_name == name
+    (tmp_path / f"pretrain-minimind2-small-{name}-12").mkdir()
