@@ -20,11 +20,11 @@ from minimind.lora import LoRAConfig, adapters_off, lora_linears
 from minimind.rewards.base import Sample
 from minimind.rewards.model import model_reward
 from minimind.tokenization import ChatEncoder
-from minimind.training.adapters import PEAK_LR, AdapterArgs, Adapting
+from minimind.training.adapters import PEAK_LR, AdapterArgs, AdapterSetup
 from minimind.training.checkpoint import list_checkpoints, load_trainer_state
 from minimind.training.rl import stage as rl_stage
 from minimind.training.rl.actor_critic import ActorCritic, critic_of, critic_parameters, with_value_head
-from minimind.training.rl.collector import scored_again
+from minimind.training.rl.collector import log_probs_of
 from minimind.training.rl.loader import Shape, _restored
 from minimind.value_head import HEAD
 from tests.adapted import SHAPES, make, with_adapter
@@ -112,7 +112,7 @@ def test_answers_were_compared_with_the_base(name, unbroken, origin):
     state = load_trainer_state(list_checkpoints(unbroken(name))[0])["loader"]
     assert state["rollout"] == 3
     answers = [_restored(saved) for saved in state["answers"]]
-    again = scored_again(load_model(origin), answers, Shape())
+    again = log_probs_of(load_model(origin), answers, Shape())
     for a, log_probs in zip(answers, again, strict=True):
         np.testing.assert_array_equal(a.reference, log_probs)
         assert np.abs(a.log_probs - log_probs).max() > 1e-4
@@ -166,7 +166,7 @@ def test_policy_and_critic_are_adapters_on_one_base(shape, own):
     ids = torch.arange(30)[None]
     before = model(ids).logits
     frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
-    both = ActorCritic.of(model) if own else with_value_head(model)
+    both = ActorCritic.from_policy(model) if own else with_value_head(model)
     assert torch.equal(both(ids, return_logits=True).logits, before)
     held = {p.data_ptr() for p in both.parameters() if not p.requires_grad}
     assert held <= frozen and {p.data_ptr() for p in model.parameters()} <= {p.data_ptr() for p in both.parameters()}
@@ -230,10 +230,7 @@ def held_out(pairs: Path) -> list[dict]:
 def preferred(origin, pairs, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "dpo"
     text = finish(dpo(origin, pairs, out))
-    assert (
-        "--optimizer adamw: it is what adapters are trained with" in text
-        and "DoRA, all projections but routed experts" in text
-    )
+    assert "--optimizer adamw: the one for adapters" in text and "DoRA, all projections but routed experts" in text
     return out
 
 
@@ -336,12 +333,12 @@ def test_errors_are_one_line_and_leave_no_folder(flags, message, origin, prompts
 def test_random_weights_take_no_adapter(origin, chats, tmp_path):
     settings = {"teacher": str(origin), "preset": "nano", "data": (str(chats),), "out": str(tmp_path / "no"),
                 "cache_dir": str(tmp_path / "cache")}  # fmt: skip
-    with pytest.raises(ValueError, match="--lora-rank: random weights learn nothing frozen"):
+    with pytest.raises(ValueError, match="--lora-rank: the frozen model would be random"):
         call(SCRIPT.with_name("distill.py"), lora_rank=4, **settings)
     assert not (tmp_path / "no").exists()
 
 
 def test_the_rate_is_ten_times_the_whole_models_where_that_is_low():
-    whole, adapter = (Adapting(None, config) for config in (None, AdapterArgs(lora_rank=4).lora()))
-    assert whole.rate(5e-5) == 5e-5 and adapter.rate(5e-5) == pytest.approx(5e-4)
-    assert adapter.rate(2e-3) == PEAK_LR
+    whole, adapter = (AdapterSetup(None, config) for config in (None, AdapterArgs(lora_rank=4).lora()))
+    assert whole.peak_lr(5e-5) == 5e-5 and adapter.peak_lr(5e-5) == pytest.approx(5e-4)
+    assert adapter.peak_lr(2e-3) == PEAK_LR

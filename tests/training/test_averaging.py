@@ -15,9 +15,9 @@ from minimind.data import open_corpus
 from minimind.data.split import split
 from minimind.inference.loading import WeightArgs, open_weights
 from minimind.lora import LoRAConfig, add_adapter
-from minimind.training.averaging import FOLDER, WeightAverage
 from minimind.training.checkpoint import list_checkpoints
-from minimind.training.heldout import heldout_loss
+from minimind.training.evaluation import heldout_loss
+from minimind.training.optim import AVERAGE_FOLDER, WeightAverage
 from minimind.training.parallel import Parallel
 from minimind.value_head import load_value_model
 from tests.adapted import make
@@ -75,7 +75,7 @@ def test_of_an_adapter_it_is_the_adapters_alone():
 def assert_recorded_figures_are_of_what_was_saved(out: Path, data: Path) -> None:
     last = rows_of(out, "eval")[-1]
     corpus = open_corpus([data], load_tokenizer(), data.parent / "cache")
-    for path, name in ((list_checkpoints(out)[-1] / FOLDER, "heldout_ema_loss"), (out, "heldout_loss")):
+    for path, name in ((list_checkpoints(out)[-1] / AVERAGE_FOLDER, "heldout_ema_loss"), (out, "heldout_loss")):
         found = heldout_loss(load_model(path), split(corpus, 0.05)[1], 64, None, Parallel())
         assert found["heldout_loss"] == pytest.approx(last[name], rel=1e-5), name
     assert abs(last["heldout_ema_loss"] - last["heldout_loss"]) > 1e-3
@@ -83,7 +83,7 @@ def assert_recorded_figures_are_of_what_was_saved(out: Path, data: Path) -> None
 
 def test_recorded_figures_are_those_of_the_saved_average(unbroken, data):
     assert_recorded_figures_are_of_what_was_saved(unbroken, data)
-    opened = open_weights(WeightArgs(str(list_checkpoints(unbroken)[-1] / FOLDER)), torch.device("cpu"))
+    opened = open_weights(WeightArgs(str(list_checkpoints(unbroken)[-1] / AVERAGE_FOLDER)), torch.device("cpu"))
     assert opened.stage == "pretrain" and not opened.notes
     first, *_, last = rows_of(unbroken, "eval")
     assert first["heldout_ema_loss"] == first["heldout_loss"] > last["heldout_ema_loss"] + 0.5
@@ -92,7 +92,7 @@ def test_recorded_figures_are_those_of_the_saved_average(unbroken, data):
 def test_killed_and_started_again_the_average_is_the_same_to_the_bit(unbroken, data, tmp_path):
     out = tmp_path / "killed"
     assert_continues_to_the_bit(command(data, out, *FLAGS), out, unbroken, 7)
-    ours, theirs = (list_checkpoints(run)[-1] / FOLDER / "model.safetensors" for run in (out, unbroken))
+    ours, theirs = (list_checkpoints(run)[-1] / AVERAGE_FOLDER / "model.safetensors" for run in (out, unbroken))
     assert ours.read_bytes() == theirs.read_bytes()
 
 
@@ -107,7 +107,7 @@ def test_on_two_processes_it_is_that_of_one(strategy, unbroken, data, tmp_path):
     last = list_checkpoints(out)[-1]
     for file in [*last.rglob("*.*")]:
         file.unlink()
-    (last / FOLDER).rmdir()
+    (last / AVERAGE_FOLDER).rmdir()
     last.rmdir()
     (out / "finished").unlink()
     assert "continuing after step 10" in finish(command(data, out, *FLAGS))
@@ -126,13 +126,13 @@ def test_what_a_stage_keeps_is_what_is_averaged(stage, file, origin, tmp_path):
                  "--batch-tokens", "512", "--ema", "0.9", "--evals", "1", "--eval-tokens", "400"]  # fmt: skip
     finish(arguments)
     newest = list_checkpoints(tmp_path / "run")[-1]
-    raw, averaged = load_file(newest / file), load_file(newest / FOLDER / file)
+    raw, averaged = load_file(newest / file), load_file(newest / AVERAGE_FOLDER / file)
     assert raw.keys() == averaged.keys() and any(not torch.equal(raw[k], averaged[k]) for k in raw)
     assert "heldout_ema_loss" in rows_of(tmp_path / "run", "eval")[-1]
     if stage == "reward":
-        load_value_model(newest / FOLDER)
+        load_value_model(newest / AVERAGE_FOLDER)
     else:
-        open_weights(WeightArgs(str(newest / FOLDER)), torch.device("cpu"))
+        open_weights(WeightArgs(str(newest / AVERAGE_FOLDER)), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("decay", ["0", "1", "1.5"])

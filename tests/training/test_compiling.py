@@ -8,7 +8,7 @@ import torch
 import torch._inductor.config
 
 from minimind.kernels import triton_support
-from minimind.training.compiling import compile_model, kernels_fingerprint
+from minimind.training.job import compile_model, kernels_fingerprint
 
 
 @pytest.fixture(autouse=True)

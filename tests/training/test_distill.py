@@ -138,7 +138,7 @@ def test_errors_are_one_line(models, chats, tmp_path):
     for place, flags, message in (
         (tmp_path / "absent", {}, f"--teacher {tmp_path / 'absent'}: no such folder"),
         (chats.parent, {}, f"--teacher {chats.parent}: neither a checkpoint"),
-        (student / "model.safetensors", {}, "a bare weight file does not tell its shape; minimind export --model"),
+        (student / "model.safetensors", {}, "a bare weight file has no shape; run minimind export --model"),
         (teacher, {"alpha": 2.0}, "alpha=2.0: must lie in 0..1"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)) as problem:

@@ -20,9 +20,8 @@ from minimind.data.split import split
 from minimind.modeling import Model
 from minimind.tokenization import ChatEncoder
 from minimind.training.parallel import Parallel
-from minimind.training.stages import reference
-from minimind.training.stages.pairs import prompts
-from minimind.training.stages.reference import reference_log_probs
+from minimind.training.stages import dpo
+from minimind.training.stages.dpo import prompts, reference_log_probs
 from tests.training.runs import (
     SCRIPT,
     TINY,
@@ -171,8 +170,8 @@ def test_other_losses_learn_too(loss, origin, pairs, tmp_path):
 def test_reference_is_worked_out_once_for_its_weights_and_data(origin, pairs, tmp_path, monkeypatch):
     corpus, model = held_out(pairs), load_model(origin)
     calls = []
-    work_out = reference._work_out
-    monkeypatch.setattr(reference, "_work_out", lambda *args: calls.append(1) or work_out(*args))
+    compute = dpo._compute
+    monkeypatch.setattr(dpo, "_compute", lambda *args: calls.append(1) or compute(*args))
 
     def find(weights: str = "a", view: Corpus = corpus, seq_len: int = 128, of: Model = model) -> np.ndarray:
         console = Console(quiet=True)

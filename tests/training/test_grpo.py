@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from minimind import ModelConfig, load_model
-from minimind.training.rl.stage import peak_lr
+from minimind.training.rl.stage import scaled_lr
 from minimind.weights import save_weights
 from tests.training.runs import (
     ONE_THREAD,
@@ -196,7 +196,7 @@ def test_an_algorithm_takes_the_steps_that_make_it_one(loss, expected, few):
 
 
 def test_the_rate_follows_the_width():
-    rates = [peak_lr(5e-5, ModelConfig.preset(name)) for name in ("nano", "minimind2-small", "minimind2")]
+    rates = [scaled_lr(5e-5, ModelConfig.preset(name)) for name in ("nano", "minimind2-small", "minimind2")]
     assert rates == [5e-5, 1.9e-5, 1.3e-5]  # 192, 512 and 768 wide
 
 

@@ -172,7 +172,11 @@ def test_errors_are_one_line(flags, message, origin, cache, tmp_path):
 def test_a_step_leaves_a_thousand(usual, ranks, row, tokens, epochs, expected):
     rule = runpy.run_path(str(LORA))["batch_tokens"]
     args = SimpleNamespace(tokens=None, passes=epochs, row=row, scaled=round)
-    job = SimpleNamespace(args=args, usual_batch=usual, parallel=SimpleNamespace(world_size=ranks))
+    device = "cuda" if usual > 4096 else "cpu"
+    job = SimpleNamespace(
+        args=args, default_device=device, initial=SimpleNamespace(preset="minimind2"),
+        parallel=SimpleNamespace(world_size=ranks),
+    )  # fmt: skip
     batch, reason = rule(job, SimpleNamespace(num_tokens=tokens))
     steps = -(-round(tokens * epochs) // expected)
     assert batch == expected and f"--batch-tokens {expected}: {steps:,} steps for" in reason

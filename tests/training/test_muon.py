@@ -7,8 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from minimind import ModelConfig
 from minimind.modeling import Model
-from minimind.training.muon import Muon, newton_schulz_
-from minimind.training.muon_plan import batches_of, matrices_of, share_out
+from minimind.training.muon import Muon, batches_of, matrices_of, newton_schulz_, share_out
 from minimind.training.optim import Optimizers, build_optimizers
 from minimind.weights import to_stock
 

@@ -74,7 +74,7 @@ def test_norm_gains_do_not_decay_and_matrices_do():
 
 
 def test_muon_takes_a_critics_matrices_as_it_takes_the_policys():
-    model = ActorCritic.of(Model(CONFIG))
+    model = ActorCritic.from_policy(Model(CONFIG))
     optimizers = build_optimizers(model, "muon", 1e-2, 0.1)
     names = {id(p): n for n, p in model.named_parameters()}
     taken = {names[id(p)] for group in optimizers.parts[1].param_groups for p in group["params"]}
@@ -84,7 +84,7 @@ def test_muon_takes_a_critics_matrices_as_it_takes_the_policys():
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_a_critic_has_a_rate_of_its_own(name):
-    model = ActorCritic.of(Model(CONFIG))
+    model = ActorCritic.from_policy(Model(CONFIG))
     optimizers = build_optimizers(model, name, 1e-2, 0.1)
     own = {id(p) for p in model.critic.parameters()}
     optimizers.set_rate(model.critic.parameters(), 3.0)

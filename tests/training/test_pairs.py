@@ -14,8 +14,8 @@ from minimind.modeling import Model
 from minimind.objectives.preference import pair_log_probs
 from minimind.objectives.reward_model import RewardBatch, bradley_terry, reward_loss
 from minimind.tokenization import ChatEncoder
-from minimind.training.stages import scores
-from minimind.training.stages.pairs import to_device
+from minimind.training.stages import reward_model
+from minimind.training.stages.dpo import to_device
 from minimind.value_head import ValueModel
 from tests.data.test_preferences import ROWS
 from tests.kernels.contract import assert_within, versions
@@ -87,7 +87,7 @@ def test_scores_are_those_of_each_side_alone(ops_mode, tmp_path):
         alone = {name: scores_one_by_one(m, encoder) for name, m in versions(model, terms=256).items()}
     for share in (False, True):
         (host,) = PairLoader(corpus, 192, 40, share=share).epoch_batches()
-        batch = scores.to_device(host, torch.device("cpu"), 256)
+        batch = reward_model.to_device(host, torch.device("cpu"), 256)
         assert (batch.unfolding is not None) == share
         figures = [values_of(model, batch)[ends] for ends in (batch.chosen, batch.rejected)]
         found = torch.stack(figures, 1)[torch.from_numpy(host.pairs).argsort()]

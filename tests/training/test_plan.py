@@ -16,10 +16,10 @@ import torch
 from minimind import ModelConfig
 from minimind.lora import LoRAConfig, add_adapter
 from minimind.modeling import Model
-from minimind.training import estimate, survey
-from minimind.training.cards import CARDS, Card
-from minimind.training.estimate import Estimate, cost, relative_error
-from minimind.training.memory import CONTEXT_BYTES, step_bytes, tokens_that_fit
+from minimind.training import estimate
+from minimind.training.batch_size import CONTEXT_BYTES, step_bytes, tokens_that_fit
+from minimind.training.estimate import CARDS, Card, cost
+from minimind.training.plan import Estimate, relative_error
 from tests.training.runs import ONE_THREAD, SCRIPT, TINY, finish, rows_of, run, save_origin
 
 WORDS = ["the", "of", "and", "a", "in", "is", "was", "that", "for", "it", "with", "as", "his", "on", "be", "at", "by"]
@@ -66,7 +66,7 @@ def rows(kind: str, path: Path, count: int, most: int = 60) -> Path:
 
 def plan(stage: str, **flags) -> Estimate:
     names = runpy.run_path(str(SCRIPT.with_name(f"{stage}.py")))
-    return survey.survey(names["main"], names["Args"](plan=True, **flags))
+    return plan.survey(names["main"], names["Args"](plan=True, **flags))
 
 
 STAGES = {
@@ -144,7 +144,7 @@ def test_a_part_of_the_data_says_what_all_of_it_would(stage, kind, origin, tmp_p
     data = rows(kind, tmp_path / "mine.jsonl", 6000)
     where = {"from_": str(origin), "data": (str(data),), "cache_dir": str(tmp_path / "cache")}
     truth = plan(stage, **where)
-    monkeypatch.setattr(survey, "SAMPLE_BYTES", 1 << 18)
+    monkeypatch.setattr(plan, "SAMPLE_BYTES", 1 << 18)
     found = plan(stage, **where)
     assert found.data.read_bytes is not None and found.data.read_bytes < 1.2 * (1 << 18)
     assert found.data.bytes == truth.data.bytes == data.stat().st_size

@@ -18,8 +18,7 @@ from minimind import load_model, load_tokenizer
 from minimind.data import PackedLoader, open_conversations
 from minimind.modeling import Model
 from minimind.tokenization.reasoning import ReasoningEncoder, prompt_endings
-from minimind.training.stages.answers import HeldOutQuestion
-from minimind.training.stages.reasoning import ReasoningQuestions, reasoning_figures, reply_of
+from minimind.training.stages.answers import HeldOutQuestion, ReasoningQuestions, reasoning_figures, reply_of
 from tests.training.runs import (
     SCRIPT,
     TINY,

@@ -24,8 +24,8 @@ from minimind.serving.web_command import Args as WebArgs
 from minimind.serving.web_command import server_command
 from minimind.tokenization.tokenizer import DEFAULT_FOLDER
 from minimind.training.arguments import StageArgs
+from minimind.training.initial_model import InitialModel
 from minimind.training.job import Job
-from minimind.training.origin import InitialModel
 from minimind.training.run_folder import Defaults, open_run
 from minimind.value_head import ValueModel, save_value_model
 from minimind.weights import save_weights
@@ -78,7 +78,7 @@ def adapter(origin, other, tmp_path_factory) -> Path:
 def begin(**flags) -> InitialModel:
     args = StageArgs(**flags)
     args.check()
-    return InitialModel.of(args, Console(quiet=True))
+    return InitialModel.from_args(args, Console(quiet=True))
 
 
 def assert_one_line_names_both(act: Callable[[], object], *places: str) -> None:
@@ -113,10 +113,13 @@ def test_weights_worse_than_a_guess_are_told_of(capsys):
 
     def first(loss: float, weights: Path | None, unit: str = "nats per token", step: int = 0) -> str:
         job = SimpleNamespace(
-            tokenizer=load_tokenizer(), state={"step": step}, console=Console(), origin=SimpleNamespace(weights=weights)
+            tokenizer=load_tokenizer(),
+            state={"step": step},
+            console=Console(),
+            initial=SimpleNamespace(weights=weights),
         )
-        objective = SimpleNamespace(evaluate=lambda final: {"heldout_loss": loss}, loss_unit=unit)
-        evaluate = Job._against_chance(job, objective)
+        stage = SimpleNamespace(evaluate=lambda final: {"heldout_loss": loss}, loss_unit=unit)
+        evaluate = Job._checked_evaluate(job, stage)
         evaluate(False), evaluate(False)
         return capsys.readouterr().out
 

@@ -19,7 +19,7 @@ from minimind.data.pair_loader import PairLoader
 from minimind.data.split import split
 from minimind.rewards import Sample, parse_rewards
 from minimind.tokenization import ChatEncoder
-from minimind.training.stages.scores import to_device
+from minimind.training.stages.reward_model import to_device
 from minimind.value_head import load_value_model
 from tests.training.runs import (
     SCRIPT,

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from minimind.training import tracking
+from minimind.training import metrics
 from minimind.training.checkpoint import list_checkpoints
 from minimind.training.run_folder import Defaults, find_run, newest_finished, open_run, record_versions, truncate
 
@@ -88,7 +88,7 @@ def test_a_new_run_tells_of_the_finished_one_that_could_be_lengthened(tmp_path):
     (note,) = opened(None, "x", CONFIG, "auto", tmp_path).notes
     assert note == f"{first.path} is this very run, finished: it is trained anew"
     with pytest.raises(
-        ValueError, match=r"x: started with epochs None \(now 2\); to lengthen it give --lengthen .*x and"
+        ValueError, match=r"x: started with epochs None \(now 2\); to lengthen it use --lengthen .*x with"
     ):
         opened(str(first.path), "x", longer, "auto", tmp_path)
 
@@ -201,7 +201,7 @@ def test_named_folder_refuses_what_would_lose_something(tmp_path):
     other = {**CONFIG, "args": {**CONFIG["args"], "lr": 2e-3}}
     with pytest.raises(ValueError, match=r"started with lr 0\.001 \(now 0\.002\); repeat that command"):
         opened(out, "x", other, "auto")
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already holds a run"):
         opened(out, "x", CONFIG, "never")
     run.mark_finished()
     with pytest.raises(ValueError, match="this run is finished"):
@@ -223,7 +223,7 @@ def test_truncate_cuts_what_came_after_the_checkpoint(tmp_path):
     truncate(log, 4)
     assert log.read_text() == "one\n"
     truncate(tmp_path / "absent", 0)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl: 4 bytes, but the checkpoint was written after 99"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: has 4 bytes, fewer than the 99 at the checkpoint"):
         truncate(log, 99)
 
 
@@ -256,14 +256,14 @@ class FakeService:
 def test_tracker_id_is_made_once_and_used_again(name, tmp_path, monkeypatch):
     service = FakeService()
     monkeypatch.setitem(sys.modules, name, service)
-    first = tracking.make_tracker(name, tmp_path, {"lr": 1}, {}, 0)
+    first = metrics.make_tracker(name, tmp_path, {"lr": 1}, {}, 0)
     assert first.run_id == "service-made-id"
     saved = {"name": first.name, "id": first.run_id}
-    again = tracking.make_tracker(name, tmp_path, {"lr": 1}, saved, 50)
+    again = metrics.make_tracker(name, tmp_path, {"lr": 1}, saved, 50)
     again.log(60, {"loss": 2.0})
     assert service.calls[1]["id"] == "service-made-id" and service.calls[1]["resume"] == "allow"
     assert service.calls[2] == (60, {"loss": 2.0})
-    tracking.make_tracker(name, tmp_path, {}, {"name": "another", "id": "x"}, 50)
+    metrics.make_tracker(name, tmp_path, {}, {"name": "another", "id": "x"}, 50)
     assert service.calls[3]["id"] is None
 
 
@@ -274,28 +274,28 @@ def test_a_tracker_that_fails_is_left_behind(name, tmp_path, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, name, service)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", service)
     service.SummaryWriter = lambda *_, **__: service
-    tracker = tracking.make_tracker(name, tmp_path, {}, {}, 0)
+    tracker = metrics.make_tracker(name, tmp_path, {}, {}, 0)
     service.log = service.add_scalar = service.finish = service.close = None  # as good as a network that is gone
     for _ in range(3):
         tracker.log(1, {"loss": 2.0})
     tracker.finish()
     said = capsys.readouterr().err
-    assert said.startswith(f"--track {name}: goes on without ('NoneType' object") and said.count("\n") == 1
+    assert said.startswith(f"--track {name}: the run continues without it ('NoneType' object") and said.count("\n") == 1
     if name != "tensorboard":
         service.init = lambda **_: 1 / 0
         with pytest.raises(ValueError, match=f"--track {name}: division by zero; drop the flag"):
-            tracking.make_tracker(name, tmp_path, {}, {}, 0)
+            metrics.make_tracker(name, tmp_path, {}, {}, 0)
 
 
 def test_missing_tracker_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"--track wandb: the package is not installed; run `pip install"):
-        tracking.make_tracker("wandb", tmp_path, {}, {}, 0)
+        metrics.make_tracker("wandb", tmp_path, {}, {}, 0)
 
 
 def test_tensorboard_curve(tmp_path):
     pytest.importorskip("tensorboard", reason="install minimind[track]")
-    tracker = tracking.make_tracker("tensorboard", tmp_path, {}, {}, 0)
+    tracker = metrics.make_tracker("tensorboard", tmp_path, {}, {}, 0)
     tracker.log(1, {"loss": 2.5})
     tracker.finish()
     assert b"loss" in next(tmp_path.glob("tensorboard/events*")).read_bytes()

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from minimind.training.metrics import plot_losses
+from minimind.training.metrics import plot_figures, plot_losses
 from minimind.training.rl.view import draw_curves
-from minimind.training.stages.figures import plot_figures
 from minimind.utils.display import caption, say
 
 ROOT_HOME = Path("~root").expanduser()
@@ -47,7 +46,7 @@ def test_a_picture_fails_no_run(tmp_path, capsys):
     metrics.write_text('{"kind": "eval"}\n{"kin')
     plot_losses(metrics, tmp_path / "loss.png", "x")
     assert re.fullmatch(
-        r"\S+loss\.png: not drawn \(\S+metrics\.jsonl:2: no row of metrics .*\)\n", capsys.readouterr().err
+        r"\S+loss\.png: not drawn \(\S+metrics\.jsonl:2: not a row of metrics .*\)\n", capsys.readouterr().err
     )
     metrics.write_text("")
     for draw in (plot_losses, partial(plot_figures, unit="", labels={}), draw_curves):

@@ -129,7 +129,7 @@ def test_an_unwritable_output_gives_no_traceback(tmp_path, place):
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
     code = (
-        "from minimind.training.arguments import StageArgs; from minimind.training.script import run_script; "
+        "from minimind.training.arguments import StageArgs; from minimind.training.job import run_script; "
         "from minimind.utils.display import say; run_script(lambda args, console: say(console, 'x'), StageArgs, '')"
     )
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {place}"

@@ -1,1 +1,1 @@
-"""What the supervised stages and DPO need beside the trainer."""
+"""What the supervised and preference stages add to the trainer."""

@@ -18,7 +18,7 @@ from minimind.data import open_conversations
 from minimind.data.split import split, split_tail
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import StageArgs
-from minimind.training.parts import NamedFiles, form_of, open_parts, read_texts
+from minimind.training.data_split import NamedFiles, form_of, open_split, read_texts
 from tests.training.runs import (
     SCRIPT,
     TINY,
@@ -88,11 +88,11 @@ def test_named_sets_alone_are_measured(origin, tmp_path):
 def test_entries_with_names_and_without(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b").write_text("a file of that name")
-    found = NamedFiles.of(("x:2",), ("y", "one=z", "one=w", "two=v", "a=b"))
+    found = NamedFiles.from_flags(("x:2",), ("y", "one=z", "one=w", "two=v", "a=b"))
     assert found.paths == ["x"] and found.heldout == ["y", "a=b"]
     assert found.sets == {"one": ["z", "w"], "two": ["v"]}
-    assert NamedFiles.of((), ("one=z",), ("train", "held")).heldout == ["held"]
-    assert NamedFiles.of((), ("y",), ("train", "held")).heldout == ["y"]
+    assert NamedFiles.from_flags((), ("one=z",), ("train", "held")).heldout == ["held"]
+    assert NamedFiles.from_flags((), ("y",), ("train", "held")).heldout == ["y"]
 
 
 def opened(folder: Path, data: list[Path], heldout: list[Path], **flags):
@@ -100,9 +100,9 @@ def opened(folder: Path, data: list[Path], heldout: list[Path], **flags):
     args = StageArgs(**{"heldout": 0.2, "dedupe": False} | flags)
     job = SimpleNamespace(
         args=args,
-        given=args,
+        flags=args,
         stage="sft",
-        origin=SimpleNamespace(weights=None),
+        initial=SimpleNamespace(weights=None),
         notes=[],
         settle=lambda name, rule: rule()[0],
     )
@@ -111,8 +111,8 @@ def opened(folder: Path, data: list[Path], heldout: list[Path], **flags):
     def read(paths):
         return open_conversations(paths, encoder, folder / "cache", console=Console(quiet=True))
 
-    named = NamedFiles.of([str(path) for path in data], [str(path) for path in heldout])
-    return open_parts(job, named, read), job.notes
+    named = NamedFiles.from_flags([str(path) for path in data], [str(path) for path in heldout])
+    return open_split(job, named, read), job.notes
 
 
 def test_copies_are_counted_and_left_out_on_request(tmp_path):
