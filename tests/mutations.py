@@ -768,7 +768,7 @@ MUTATIONS = (
         "a tokenizer is another one by its size alone",
         "minimind/tokenization/tokenizer.py",
         "if not new and tokenizer.fingerprint != trained_with.fingerprint:",
-        "if not new and given.vocab_size != known.vocab_size:",
+        "if not new and tokenizer.vocab_size != trained_with.vocab_size:",
         "tests/training/test_references.py::test_every_stage_refuses_another_tokenizer_of_the_same_size",
     ),
     Mutation(

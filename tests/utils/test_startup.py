@@ -74,7 +74,7 @@ def test_an_ignored_interrupt_stays_ignored():
         (["--out=~root/x", "--out=~root"], [f"--out={ROOT_HOME}/x", f"--out={ROOT_HOME}"]),
     ],
 )
-def test_a_tilde_means_home(arguments, expected, monkeypatch):
+def test_a_tilde_is_expanded(arguments, expected, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert with_home(arguments) == expected
 
