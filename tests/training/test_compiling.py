@@ -1,4 +1,4 @@
-"""torch.compile as training uses it: the cache depends on the kernels' sources; an impossible CUDA graph is an error."""
+"""torch.compile in training: the cache depends on the kernels' sources; an impossible CUDA graph is an error."""
 
 import shutil
 from pathlib import Path
