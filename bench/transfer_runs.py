@@ -24,7 +24,7 @@ from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import StageArgs
 from minimind.training.data_split import DataSplit, NamedFiles, open_split, read_texts
-from minimind.training.evaluation import describe, heldout_loss
+from minimind.training.evaluation import describe_batch, heldout_loss
 from minimind.training.initial_model import InitialModel
 from minimind.training.job import Job
 from minimind.training.optim import OptimizerName
@@ -174,7 +174,7 @@ def _fit(point: Point, rate: float, data: str, folder: Path, base: Path | None) 
         loss=lambda batch: next_token_loss(trained, batch),
         evaluate=evaluate,
         sample=lambda: "",
-        describe=lambda batch: describe(batch, parts.train, job.tokenizer),
+        describe=lambda batch: describe_batch(batch, parts.train, job.tokenizer),
         data_fingerprint=parts.fingerprint,
         peak_lr=rate,
     )

@@ -713,7 +713,7 @@ MUTATIONS = (
         "minimind/training/identity.py",
         '"fused", "micro_batches", "micro_tokens", "recompute")',
         '"fused", "micro_batches", "recompute")',
-        "tests/training/test_pretrain.py::test_a_run_goes_on_in_other_micro_batches",
+        "tests/training/test_pretrain.py::test_a_run_resumes_with_other_micro_batches",
     ),
     Mutation(
         "the place in the data is one of micro-batches of one size",
@@ -727,14 +727,14 @@ MUTATIONS = (
         "minimind/training/rl/loader.py",
         "self._taken = done * self.shape.micro_batches",
         'self._taken = state["taken"]',
-        "tests/training/test_grpo.py::test_a_run_goes_on_in_other_micro_batches",
+        "tests/training/test_grpo.py::test_a_run_resumes_with_other_micro_batches",
     ),
     Mutation(
         "the run that differs in most is called near",
         "minimind/training/run_folder.py",
         "path, difference = min(reversed(candidates)",
         "path, difference = max(reversed(candidates)",
-        "tests/training/test_run_folder.py::test_a_new_run_tells_of_the_unfinished_one_that_is_near",
+        "tests/training/test_run_folder.py::test_a_new_run_names_the_most_similar_unfinished_run",
     ),
     Mutation(
         "a lengthened run begins inside the cooldown",
@@ -783,21 +783,21 @@ MUTATIONS = (
         "minimind/inference/loading.py",
         "if own is not None and args.lora is not None:",
         "if own is not None and args.lora is None:",
-        "tests/training/test_references.py::test_whoever_opens_a_model_refuses_another_tokenizer",
+        "tests/training/test_references.py::test_every_command_refuses_another_tokenizer",
     ),
     Mutation(
         "a run goes on under a teacher that was trained anew",
         "minimind/training/job.py",
         "self.references[name] = fingerprint(weights).split()[-1]",
         "self.references[name] = weights.name",
-        "tests/training/test_references.py::test_what_a_run_learns_by_is_known_by_its_weights",
+        "tests/training/test_references.py::test_references_of_a_run_are_identified_by_their_weights",
     ),
     Mutation(
         "a run from before fingerprints of tokenizers were noted is lost",
         "minimind/training/identity.py",
         "return {**later, **old,",
         "return {**old,",
-        "tests/training/test_references.py::test_the_tokenizer_makes_a_run_but_not_one_from_before_it_was_noted",
+        "tests/training/test_references.py::test_another_tokenizer_makes_another_run_except_for_old_runs",
     ),
     Mutation(
         "Ctrl-C while a script imports is an exception",
@@ -811,7 +811,7 @@ MUTATIONS = (
         "train/sft.py",
         "builtin = () if data else make(args.cache_dir, console)",
         "builtin = make(args.cache_dir, console)",
-        "tests/training/test_references.py::test_built_in_data_are_not_made_beside_data_of_one_s_own",
+        "tests/training/test_references.py::test_built_in_data_are_not_made_when_data_are_named",
     ),
     # training
     Mutation(
@@ -847,7 +847,7 @@ MUTATIONS = (
         "minimind/training/optim.py",
         "            value.copy_(kept)",
         "            weight.copy_(value)",
-        "tests/training/test_averaging.py::test_it_is_the_average_by_its_formula",
+        "tests/training/test_averaging.py::test_the_average_follows_its_formula",
     ),
     Mutation(
         "the reference of a run that trains an adapter has the adapter",

@@ -24,7 +24,7 @@ from minimind.modeling import Model
 from minimind.objectives.distillation import Distillation, DivergenceName, distillation_loss
 from minimind.training.adapters import AdapterArgs, AdapterSetup
 from minimind.training.arguments import FromFlag
-from minimind.training.evaluation import describe
+from minimind.training.evaluation import describe_batch
 from minimind.training.job import Job, compile_model, run_script
 from minimind.training.stages.chats import ChatArgs
 from minimind.training.stages.distillation import (
@@ -88,7 +88,7 @@ def main(args: Args, console: Console) -> bool:
         loss=lambda batch: distillation_loss(trained, compiled_teacher, batch, options),
         evaluate=lambda final: evaluate(model, data, gap, job, args, final),
         sample=lambda: data.sample(job.parallel.whole(model), job, args),
-        describe=lambda batch: describe(batch, train, job.tokenizer),
+        describe=lambda batch: describe_batch(batch, train, job.tokenizer),
         data_fingerprint=f"{data.split.fingerprint} {initial_teacher.fingerprint()}",
         frozen_models=(teacher,),
         peak_lr=adapter.peak_lr(PEAK_LR.get(job.initial.preset, 5e-4)),

@@ -28,7 +28,7 @@ from minimind.objectives.preference import NEED_REFERENCE, OBJECTIVES, Objective
 from minimind.tokenization import ChatEncoder
 from minimind.training.adapters import AdapterArgs, AdapterSetup
 from minimind.training.arguments import FromFlag
-from minimind.training.evaluation import describe
+from minimind.training.evaluation import describe_batch
 from minimind.training.initial_model import from_newest
 from minimind.training.job import Job, run_script
 from minimind.training.parallel import world_size
@@ -100,7 +100,7 @@ def main(args: Args, console: Console) -> bool:
         loss=lambda batch: preference_loss(trained, batch, loss),
         evaluate=lambda final: evaluate_pairs(model, heldout_pairs, loss, job, args.questions, final),
         sample=lambda: sample(job.parallel.whole(model), heldout or train, job),
-        describe=lambda batch: describe(batch, train, job.tokenizer),
+        describe=lambda batch: describe_batch(batch, train, job.tokenizer),
         data_fingerprint=split.fingerprint,
         peak_lr=adapter.peak_lr(PEAK_LR if args.data else BUILTIN_PEAK_LR.get(job.initial.preset, PEAK_LR)),
         place=partial(to_device, reference=reference(train)),

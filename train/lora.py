@@ -34,7 +34,7 @@ from minimind.training.adapters import PEAK_LR, adapter_saver, describe_adapter,
 from minimind.training.arguments import FromFlag
 from minimind.training.batch_size import usual_batch
 from minimind.training.data_split import DataSplit
-from minimind.training.evaluation import describe
+from minimind.training.evaluation import describe_batch
 from minimind.training.initial_model import from_newest
 from minimind.training.job import Job, run_script
 from minimind.training.metrics import plot_figures
@@ -128,7 +128,7 @@ def main(args: Args, console: Console) -> bool:
         loss=lambda batch: next_token_loss(trained, batch),
         evaluate=lambda final: evaluate(model, split, kept, job, args, final),
         sample=lambda: chat_sample(job.parallel.whole(model), heldout or train, job, args),
-        describe=lambda batch: describe(batch, train, job.tokenizer),
+        describe=lambda batch: describe_batch(batch, train, job.tokenizer),
         data_fingerprint=split.fingerprint,
         peak_lr=PEAK_LR,
         save_model=adapter_saver(job),

@@ -20,7 +20,7 @@ from minimind.data import PackedLoader, builtin_corpus
 from minimind.objectives.next_token import next_token_loss
 from minimind.training.arguments import StageArgs
 from minimind.training.data_split import NamedFiles, all_losses, open_split, read_texts
-from minimind.training.evaluation import describe
+from minimind.training.evaluation import describe_batch
 from minimind.training.job import Job, run_script
 from minimind.training.stages.answers import continue_texts
 from minimind.training.trainer import Stage
@@ -57,7 +57,7 @@ def main(args: Args, console: Console) -> bool:
         loss=lambda batch: next_token_loss(trained, batch),
         evaluate=lambda final: all_losses(model, split, job, final),
         sample=lambda: continue_texts(job.parallel.whole(model), job.tokenizer, heldout or train),
-        describe=lambda batch: describe(batch, train, job.tokenizer),
+        describe=lambda batch: describe_batch(batch, train, job.tokenizer),
         data_fingerprint=f"{split.whole.identity:016x}",
         peak_lr=PEAK_LR.get(job.initial.preset, 1e-3),
     )

@@ -31,7 +31,7 @@ from minimind.tokenization.reasoning import ReasoningEncoder
 from minimind.training.adapters import AdapterArgs, AdapterSetup
 from minimind.training.arguments import FromFlag
 from minimind.training.data_split import DataSplit, all_losses
-from minimind.training.evaluation import describe
+from minimind.training.evaluation import describe_batch
 from minimind.training.initial_model import from_newest
 from minimind.training.job import Job, run_script
 from minimind.training.metrics import plot_figures
@@ -116,7 +116,7 @@ def main(args: Args, console: Console) -> bool:
         loss=lambda batch: next_token_loss(trained, batch),
         evaluate=lambda final: evaluate(model, split, questions, job, args, final),
         sample=lambda: chat_sample(job.parallel.whole(model), heldout or train, job, args),
-        describe=lambda batch: describe(batch, train, job.tokenizer),
+        describe=lambda batch: describe_batch(batch, train, job.tokenizer),
         data_fingerprint=split.fingerprint,
         peak_lr=adapter.peak_lr(PEAK_LR.get(job.initial.preset, 5e-4)),
         **adapter.checkpoint_functions(),

@@ -26,7 +26,7 @@ from minimind.objectives.reward_model import bradley_terry, reward_loss
 from minimind.tokenization import ChatEncoder
 from minimind.training.adapters import AdapterArgs, AdapterSetup
 from minimind.training.arguments import FromFlag
-from minimind.training.evaluation import describe
+from minimind.training.evaluation import describe_batch
 from minimind.training.initial_model import from_newest
 from minimind.training.job import Job, run_script
 from minimind.training.stages.pairs import PairArgs, describe_pairs, open_pairs, pair_loader
@@ -82,7 +82,7 @@ def main(args: Args, console: Console) -> bool:
             cast(ValueModel, model), split, job, args, args.centering, plan.loader.rows, final
         ),
         sample=lambda: sample(cast(ValueModel, model), heldout or train, job),
-        describe=lambda batch: describe(batch, train, job.tokenizer),
+        describe=lambda batch: describe_batch(batch, train, job.tokenizer),
         data_fingerprint=split.fingerprint,
         peak_lr=adapter.peak_lr(PEAK_LR.get(job.initial.preset, 1e-5)),
         place=to_device,

@@ -25,7 +25,7 @@ from minimind.data.builtin.arithmetic import weak_arithmetic
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import FromFlag
-from minimind.training.evaluation import describe
+from minimind.training.evaluation import describe_batch
 from minimind.training.initial_model import from_newest
 from minimind.training.job import Job, run_script
 from minimind.training.stages.chats import ChatArgs, chat_figures, chat_sample, describe_chats, open_chats
@@ -75,7 +75,7 @@ def main(args: Args, console: Console) -> bool:
         loss=lambda batch: next_token_loss(trained, batch),
         evaluate=lambda final: chat_figures(model, split, job, args, final),
         sample=lambda: chat_sample(job.parallel.whole(model), heldout or train, job, args),
-        describe=lambda batch: describe(batch, train, job.tokenizer),
+        describe=lambda batch: describe_batch(batch, train, job.tokenizer),
         data_fingerprint=split.fingerprint,
         peak_lr=PEAK_LR.get(job.initial.preset, 5e-4),
     )

@@ -1,4 +1,4 @@
-"""The sizes of a step: the longest row, the tokens of a micro-batch that fit into a GPU's memory, and of a step.
+"""The sizes of rows, micro-batches and steps: as large as the data and a GPU's memory allow.
 
 The memory is computed from the model's shape. Counted are the tensors that the Triton path keeps for the backward in
 16-bit compute, float32 master weights with gradient and AdamW state, a 16-bit copy of the weights, the head's gradient

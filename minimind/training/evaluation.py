@@ -213,7 +213,7 @@ def loss_lines(values: Mapping[str, Any], unit: str, scope: str) -> list[str]:
     return lines
 
 
-def describe(batch: Batch, corpus: Corpus, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def describe_batch(batch: Batch, corpus: Corpus, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """The documents in a batch: their files, their numbers there and their first words."""
     documents = []
     for i in sorted({int(i) for row in batch.documents for i in row}):

@@ -136,7 +136,8 @@ class Job:
         initial = InitialModel.from_args(args, console)
         if args.seq_len is not None and args.seq_len > initial.config.positions:
             raise ValueError(
-                f"{args.row_flags} {args.seq_len}: the model knows only {initial.config.positions} positions; lower it"
+                f"{args.row_flags} {args.seq_len}: the model knows {initial.config.positions} positions; take no more "
+                "tokens"
             )
         attention = _choose_attention(args, device, precision, initial.config)
         parallel.join(device)

@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol
 
 from minimind.utils.display import caption, decoration, pyplot
 
+TrackerName = Literal["none", "tensorboard", "wandb", "swanlab"]
+
 
 @dataclass(frozen=True)
 class Event:
@@ -110,6 +112,31 @@ def _plot_named(axes: Any, evals: list[dict[str, Any]]) -> None:
             axes.plot(x, y, style, color=f"C{i + 4}", markersize=size, label=label)
 
 
+@decoration
+def plot_figures(metrics: Path, picture: Path, title: str, unit: str, labels: Mapping[str, str]) -> None:
+    """Draw held-out figures over the tokens trained on. labels: (figure: its name in the legend). Lines join figures
+    of the same part of the held-out data; stars are figures of all of it."""
+    plt = pyplot()
+    rows = [row for row in read_metrics(metrics) if row["kind"] == "eval"]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for i, (name, label) in enumerate(labels.items()):
+        for final, style, size in ((False, "o-", 5), (True, "*", 14)):
+            measured = [row for row in rows if name in row and row["heldout_all"] == final]
+            values = [row[name] for row in measured]
+            text = f"{label}: {values[-1]:.3f}" if final and values else None
+            axes.plot(
+                [row["tokens"] / 1e6 for row in measured], values, style, color=f"C{i}", markersize=size, label=text
+            )
+    axes.set_title(caption(title))
+    axes.set_xlabel("tokens trained on, millions")
+    axes.set_ylabel(unit)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
 def smooth(values: list[float]) -> list[float]:
     """Bias-corrected exponential moving average over about 2% of the values; skips those that are not finite."""
     decay = 1 - 1 / max(2, len(values) / 50)
@@ -119,9 +146,6 @@ def smooth(values: list[float]) -> list[float]:
             mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
         out.append(mean / weight if weight else float("nan"))
     return out
-
-
-TrackerName = Literal["none", "tensorboard", "wandb", "swanlab"]
 
 
 class Tracker(Protocol):
@@ -230,28 +254,3 @@ def _require(module: str, package: str) -> Any:
         raise ValueError(
             f"--track {package}: the package is not installed; run `pip install 'minimind[track]'`"
         ) from error
-
-
-@decoration
-def plot_figures(metrics: Path, picture: Path, title: str, unit: str, labels: Mapping[str, str]) -> None:
-    """Draw held-out figures over the tokens trained on. labels: (figure: its name in the legend). Lines join figures
-    of the same part of the held-out data; stars are figures of all of it."""
-    plt = pyplot()
-    rows = [row for row in read_metrics(metrics) if row["kind"] == "eval"]
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for i, (name, label) in enumerate(labels.items()):
-        for final, style, size in ((False, "o-", 5), (True, "*", 14)):
-            measured = [row for row in rows if name in row and row["heldout_all"] == final]
-            values = [row[name] for row in measured]
-            text = f"{label}: {values[-1]:.3f}" if final and values else None
-            axes.plot(
-                [row["tokens"] / 1e6 for row in measured], values, style, color=f"C{i}", markersize=size, label=text
-            )
-    axes.set_title(caption(title))
-    axes.set_xlabel("tokens trained on, millions")
-    axes.set_ylabel(unit)
-    axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)

@@ -1,5 +1,7 @@
-"""The folder of a run, with config, metrics.jsonl, loss.png, samples.txt, checkpoints and versions: finding, locking,
-creating and continuing it."""
+"""Run folders: finding, locking, creating and continuing them.
+
+A run folder holds config.json, metrics.jsonl, loss.png, samples.txt, checkpoints/ and versions.json.
+"""
 
 from __future__ import annotations
 

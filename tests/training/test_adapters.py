@@ -134,7 +134,7 @@ def test_curve_of_two_processes_is_that_of_one(name, unbroken, origin, prompts, 
     assert_same_rollouts(tmp_path / "two", unbroken(name))
 
 
-def test_what_a_run_leaves_opens_merged_and_not(unbroken, origin):
+def test_a_run_folder_opens_with_the_adapter_merged_or_not(unbroken, origin):
     ids = torch.arange(20)[None]
     runs = [open_weights(WeightArgs(str(unbroken("ppo"))), torch.device("cpu"), merge=m) for m in (True, False)]
     merged, beside = (opened.model(ids).logits for opened in runs)
@@ -143,7 +143,7 @@ def test_what_a_run_leaves_opens_merged_and_not(unbroken, origin):
     assert (merged - base).abs().max() > 1e-2 and runs[0].stage == "ppo" and not lora_linears(runs[0].model)
 
 
-def test_no_second_model_is_loaded_for_the_reference(origin, prompts, tmp_path, monkeypatch):
+def test_the_reference_needs_no_second_model(origin, prompts, tmp_path, monkeypatch):
     def refuse(job):
         raise AssertionError("a frozen copy")
 
@@ -256,7 +256,7 @@ def test_dpo_on_two_processes_is_that_on_one(strategy, preferred, origin, pairs,
     assert_same_curve(reproducible(out), reproducible(preferred), rel=1e-3, abs=2e-5)
 
 
-def test_a_run_on_shards_goes_on_with_one_process(preferred, origin, pairs, tmp_path):
+def test_a_sharded_run_resumes_on_one_process(preferred, origin, pairs, tmp_path):
     out = tmp_path / "out"
     finish(dpo(origin, pairs, out, "--parallel", "fsdp"), 2)
     for later in list_checkpoints(out)[1:]:
@@ -292,7 +292,7 @@ def test_reasoning_and_distillation_take_an_adapter_too(origin, chats, tmp_path)
 
 @pytest.mark.heavy
 def test_a_reward_model_is_an_adapter_with_a_head(origin, pairs, tmp_path):
-    """What --reward model= opens scores as the run's last figures say; resumed, the run is the same to the bit."""
+    """--reward model= scores like the run's last figures; a resumed run is the same to the bit."""
     flags = ["--from", str(origin), "--data", str(pairs), "--cache-dir", str(pairs.parent / "cache")]
     arguments = [sys.executable, str(SCRIPT.with_name("reward.py")), *flags, *PAIRS, "--lora-targets", "q_proj"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -46,7 +46,7 @@ def unbroken(data, tmp_path_factory) -> Path:
     return out
 
 
-def test_it_is_the_average_by_its_formula():
+def test_the_average_follows_its_formula():
     """Against a loop in float64. Each update rounds twice, of numbers up to 4: half a unit of 4 each time."""
     model = make()
     weight = model.norm.weight
@@ -65,7 +65,7 @@ def test_it_is_the_average_by_its_formula():
     assert average.updates == 20
 
 
-def test_of_an_adapter_it_is_the_adapters_alone():
+def test_with_an_adapter_only_its_weights_are_averaged():
     model = make()
     add_adapter(model, LoRAConfig())
     average = WeightAverage(model, 0.9)
@@ -98,7 +98,7 @@ def test_killed_and_started_again_the_average_is_the_same_to_the_bit(unbroken, d
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_on_two_processes_it_is_that_of_one(strategy, unbroken, data, tmp_path):
+def test_two_processes_compute_the_same_average(strategy, unbroken, data, tmp_path):
     """And a run on shards goes on with one process."""
     out = tmp_path / "two"
     finish(command(data, out, *FLAGS, "--parallel", strategy), 2)
@@ -120,7 +120,7 @@ def origin(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("stage", "file"), [("reward", "model.safetensors"), ("lora", "adapter_model.safetensors")])
-def test_what_a_stage_keeps_is_what_is_averaged(stage, file, origin, tmp_path):
+def test_a_stage_averages_the_weights_it_saves(stage, file, origin, tmp_path):
     arguments = [sys.executable, str(SCRIPT.with_name(f"{stage}.py")), "--from", str(origin), "--out",
                  str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache"), "--tokens", "3072", "--seq-len", "256",
                  "--batch-tokens", "512", "--ema", "0.9", "--evals", "1", "--eval-tokens", "400"]  # fmt: skip

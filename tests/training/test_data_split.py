@@ -1,4 +1,4 @@
-"""What a run is trained and measured on: mixtures, named sets, copies, and what it remembers of it."""
+"""Mixtures, named held-out sets, repeated documents, and the choices that a run makes from its data."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def command(origin: Path, out: Path, folder: Path, data: list[str], *extra: str)
     return [sys.executable, str(SFT), *flags]
 
 
-def test_a_mixture_with_named_sets_goes_on_to_the_bit(origin, tmp_path):
+def test_a_mixture_with_named_sets_resumes_to_the_bit(origin, tmp_path):
     """Through a change of the weights; every set has its line, its figures and its curve."""
     data = [f"{rows(tmp_path, 'old', 90)}:3..1", f"{rows(tmp_path, 'new', 40)}:0..2"]
     sets = ["--heldout-data", f"first={rows(tmp_path, 'first', 9)}", f"other={rows(tmp_path, 'other', 12)}"]
@@ -115,7 +115,7 @@ def opened(folder: Path, data: list[Path], heldout: list[Path], **flags):
     return open_split(job, named, read), job.notes
 
 
-def test_copies_are_counted_and_left_out_on_request(tmp_path):
+def test_repeated_documents_are_counted_and_left_out_on_request(tmp_path):
     data, heldout = rows(tmp_path, "sums", 30, times=2), tmp_path / "held.jsonl"
     heldout.write_text("\n".join(data.read_text().splitlines()[:4]))
     parts, notes = opened(tmp_path, [data], [])
@@ -169,7 +169,7 @@ def test_a_run_of_an_earlier_version_keeps_its_split_and_its_rows(origin, tmp_pa
     assert reproducible(out)[0] != reproducible(tmp_path / "new")[0]
 
 
-def test_a_run_of_an_earlier_version_goes_on_without_the_fields_it_dropped(origin, tmp_path):
+def test_a_run_of_an_earlier_version_still_drops_unknown_fields(origin, tmp_path):
     data, cache, out = rows(tmp_path, "data", 60), tmp_path / "cache", tmp_path / "old"
     flags = {"from_": str(origin), "data": (str(data),), "cache_dir": str(cache), "tokens": 512, "evals": 1}
     call(SFT, out=str(tmp_path / "new"), seq_len=128, batch_tokens=512, **flags)
@@ -183,7 +183,7 @@ def test_a_run_of_an_earlier_version_goes_on_without_the_fields_it_dropped(origi
     call(SFT, out=str(out), seq_len=128, batch_tokens=512, **flags)
 
 
-def test_what_the_data_decided_stays_when_the_data_would_decide_otherwise(origin, tmp_path):
+def test_choices_stay_when_the_data_change(origin, tmp_path):
     """A row length is not chosen again: the folder says which it was."""
     data = rows(tmp_path, "data", 60)
     flags = {

@@ -36,7 +36,7 @@ def test_micro_tokens_fit_the_card(monkeypatch, preset, gib, ranks, recompute, s
     assert micro_tokens(job, step) == expected
 
 
-def test_cuda_graphs_need_weights_that_stay_where_they_are(monkeypatch):
+def test_cuda_graphs_refuse_fsdp(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
@@ -98,7 +98,7 @@ class NanoJob(SimpleNamespace):
         (5, 1, {}, {"step": 3 * 512}, (3, 1), "a step takes 1,536, each row 0.6 times; --batch-tokens sets"),
     ],
 )
-def test_a_step_takes_no_more_than_the_data_has(rows, ranks, flags, chosen, shape, told):
+def test_a_step_is_no_larger_than_the_data(rows, ranks, flags, chosen, shape, told):
     args = SimpleNamespace(
         row=512, seq_len=512, recompute=False, scale=1.0, **{"batch_tokens": None, "micro_tokens": None} | flags
     )

@@ -1,4 +1,4 @@
-"""A longer run that begins where an earlier one has come to, and how its rate goes on."""
+"""Lengthened runs, and how their learning rate continues."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_an_unfinished_run_is_lengthened_from_its_newest_checkpoint(stable, plac
     assert len(rows_of(out, "train")) == LONGER
 
 
-def test_a_rate_that_never_falls_goes_on():
+def test_a_constant_rate_continues():
     schedule = RateSchedule("constant", 90, warmup=4, legs=((40, 40),))
     assert [schedule.factor(step) for step in (3, 39, 40, 89)] == [1] * 4
     assert schedule.describe() == (
@@ -106,7 +106,7 @@ def test_a_rate_that_never_falls_goes_on():
     )
 
 
-def test_the_rise_from_a_finished_cosine_is_told():
+def test_the_rise_from_a_finished_cosine_is_described():
     assert RateSchedule("cosine", 80, warmup=4, legs=((40, 40),)).describe() == (
         "lengthened at step 40 from 40 steps to 80: the rate goes from 0.10 of the peak to 0.51 over 4 steps and then "
         "as in a run of 80"
@@ -127,6 +127,6 @@ def test_errors_are_one_line(steps, flags, message, stable, place, tmp_path):
     assert "\n" not in str(problem.value) and not (tmp_path / "out").exists()
 
 
-def test_the_folder_of_the_run_itself_is_not_taken(stable, place):
+def test_a_run_is_not_lengthened_in_its_own_folder(stable, place):
     with pytest.raises(ValueError, match=r"started with tokens 10240 \(now 20480\); to lengthen it use --lengthen"):
         train(place, stable, LONGER, **WSD)

@@ -1,4 +1,4 @@
-"""Pairs on the device: what a model says of their answers, however the batch holds them."""
+"""Pairs on the device: a model's scores of the answers do not depend on the layout of the batch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def with_gradients(model: Model, log_probs: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module", params=[TINY, MOE], ids=["dense", "moe"])
 def sides(request) -> tuple[ModelConfig, dict[str, list[torch.Tensor]]]:
-    """What float64, float32 and a moved float64 model say of every side alone: the same for every form of a batch."""
+    """Scores of every side alone, by float64, float32 and a moved float64 model."""
     encoder, model = ChatEncoder(load_tokenizer()), make(request.param)
     with ops.using("reference"):
         answers = {name: one_by_one(m, encoder) for name, m in versions(model, terms=256).items()}
@@ -77,7 +77,7 @@ def test_log_probabilities_are_those_of_each_side_alone(sides, share, boundaries
 
 
 def test_scores_are_those_of_each_side_alone(ops_mode, tmp_path):
-    """Of a reward model, with the prompt once in a row or twice."""
+    """A reward model, with the prompt once or twice in a row."""
     path, encoder = tmp_path / "pairs.jsonl", ChatEncoder(load_tokenizer())
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     corpus = open_preferences([path], encoder, tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""--plan: what it says against what the run then does, for every stage, and of data of which it reads a part."""
+"""--plan agrees with the run that follows, for every stage and for sampled data."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_the_run_is_as_planned(origin, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "kind"), [("pretrain", "text"), ("sft", "chats"), pytest.param("dpo", "pairs", marks=pytest.mark.heavy)]
 )
-def test_a_part_of_the_data_says_what_all_of_it_would(stage, kind, origin, tmp_path, monkeypatch):
+def test_a_sample_of_the_data_gives_the_plan_of_all_of_it(stage, kind, origin, tmp_path, monkeypatch):
     """Four standard errors: once in 16,000."""
     data = rows(kind, tmp_path / "mine.jsonl", 6000)
     where = {"from_": str(origin), "data": (str(data),), "cache_dir": str(tmp_path / "cache")}
@@ -160,7 +160,7 @@ def test_a_part_of_the_data_says_what_all_of_it_would(stage, kind, origin, tmp_p
 
 
 def test_a_declared_size_stretches_the_rows_at_hand(origin, tmp_path):
-    """Of rows of which all are read a thousand times as many: choices follow the size."""
+    """With --plan-gb a thousand times the size of a file that is read whole, the choices follow that size."""
     data = rows("chats", tmp_path / "mine.jsonl", 100)
     where = {"from_": str(origin), "data": (str(data),), "cache_dir": str(tmp_path / "cache")}
     few = plan("sft", **where)
@@ -243,7 +243,7 @@ def test_two_standard_errors_hold_the_truth_nineteen_times_in_twenty():
     assert abs(within / 400 - 0.95) < 4 * (0.95 * 0.05 / 400) ** 0.5
 
 
-def test_a_step_fits_where_its_tokens_do():
+def test_step_bytes_agree_with_tokens_that_fit():
     for name in ("minimind2-small", "minimind2", "minimind2-moe", "minimind3"):
         config, memory = ModelConfig.preset(name), 24 << 30
         with torch.device("meta"):

@@ -48,7 +48,7 @@ def names_in(path) -> list[str]:
         return [row["name"] for row in json.load(file)["traceEvents"]]
 
 
-def test_off_is_one_shared_object():
+def test_spans_are_one_shared_object_when_off():
     assert span("forward") is span("backward")
     with span("forward"), span("forward"):
         pass

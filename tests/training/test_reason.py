@@ -1,4 +1,4 @@
-"""train/reason.py as a user runs it, what its loss is, and what counts as the format."""
+"""train/reason.py as a user runs it, its loss, and the format of replies."""
 
 from __future__ import annotations
 

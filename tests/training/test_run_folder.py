@@ -1,4 +1,4 @@
-"""Where a run goes: nothing is ever overwritten, an unfinished run of the same configuration is continued."""
+"""Run folders: nothing is overwritten, and an unfinished run of the same configuration is continued."""
 
 import os
 import sys
@@ -44,7 +44,7 @@ FREE = {"log_every": 1, "save_every": 7, "keep_checkpoints": 9, "evals": 3, "eva
 
 
 @pytest.mark.parametrize("out", [True, False])
-def test_flags_that_change_no_step_continue_a_run_and_are_told(tmp_path, out):
+def test_flags_that_change_no_step_continue_a_run_and_are_reported(tmp_path, out):
     place = (str(tmp_path / "x") if out else None, "x")
     first = opened(*place, {"args": {"lr": 0.1, **dict.fromkeys(FREE)}}, "auto", tmp_path)
     again = opened(*place, {"args": {"lr": 0.1, **FREE}}, "auto", tmp_path)
@@ -55,13 +55,13 @@ def test_flags_that_change_no_step_continue_a_run_and_are_told(tmp_path, out):
 
 
 @pytest.mark.parametrize("name", ["keep_best", "patience"])
-def test_what_the_best_figure_is_measured_on_counts_with_it(tmp_path, name):
+def test_eval_tokens_count_with_keep_best(tmp_path, name):
     opened(None, "x", {"args": {name: 1, "eval_tokens": 5, "evals": 2}}, "auto", tmp_path)
     for flags, number in (({"eval_tokens": 6, "evals": 2}, "x-2"), ({"eval_tokens": 5, "evals": 3}, "x")):
         assert opened(None, "x", {"args": {name: 1, **flags}}, "auto", tmp_path).path.name == number
 
 
-def test_a_new_run_tells_of_the_unfinished_one_that_is_near(tmp_path):
+def test_a_new_run_names_the_most_similar_unfinished_run(tmp_path):
     def start(**flags):
         before = {"lr": 0.1, "dora": False, "data": ["a", "b"], "tokens": None}
         return opened(None, "x", {"args": {**before, **flags}}, "auto", tmp_path)
@@ -77,7 +77,7 @@ def test_a_new_run_tells_of_the_unfinished_one_that_is_near(tmp_path):
     assert longer in start(tokens=99).notes[0]
 
 
-def test_a_new_run_tells_of_the_finished_one_that_could_be_lengthened(tmp_path):
+def test_a_new_run_names_the_finished_run_that_could_be_lengthened(tmp_path):
     first = opened(None, "x", CONFIG, "auto", tmp_path)
     first.mark_finished()
     longer = {**CONFIG, "args": {**CONFIG["args"], "epochs": 2}}
@@ -93,7 +93,7 @@ def test_a_new_run_tells_of_the_finished_one_that_could_be_lengthened(tmp_path):
         opened(str(first.path), "x", longer, "auto", tmp_path)
 
 
-def test_what_differs_is_told_by_the_flag_that_names_it(tmp_path):
+def test_differences_are_reported_by_flag(tmp_path):
     def start(source: str, weights: str, hidden: int):
         flags = {"from": source, "preset": None, "lr": 1}
         return opened(None, "x", {"args": flags, "weights": weights, "model": {"hidden": hidden}}, "auto", tmp_path)
@@ -112,15 +112,15 @@ def now(**args) -> dict:
     return {"stage": "sft", "args": {"lr": None, "seq_len": None, "dedupe": False, **args}, "model": {}}
 
 
-def test_what_a_stage_does_not_choose_is_no_difference(tmp_path):
-    """Of a run that chose nothing earlier versions are thought to have: the newer start's choices decide."""
+def test_a_missing_choice_is_no_difference(tmp_path):
+    """A run without a choice is compared by the choices of the newer start."""
     opened(None, "x", now() | {"chosen": {"seq_len": 8}}, "auto", tmp_path)
     (note,) = opened(None, "x", now(lr=0.5) | {"chosen": {"seq_len": 8}}, "auto", tmp_path, LEGACY).notes
     assert "was started with lr None (now 0.5); no --lr continues it" in note
 
 
 @pytest.mark.parametrize("out", [True, False])
-def test_a_run_of_an_earlier_version_goes_on_as_it_was(tmp_path, out):
+def test_a_run_of_an_earlier_version_resumes_unchanged(tmp_path, out):
     """Without flags that came later, and with what stood where the data decides by now."""
     place = (str(tmp_path / "x") if out else None, "x")
     old = {"stage": "sft", "args": {"lr": None, "seq_len": 512}, "model": {}}
@@ -138,7 +138,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_was(tmp_path, out):
     assert find_run(*place, now(), "auto", LEGACY, tmp_path) == {}
 
 
-def test_a_run_of_when_passes_and_optimizer_were_flags_alone_goes_on(tmp_path):
+def test_a_run_with_required_epochs_and_optimizer_resumes(tmp_path):
     """It has chosen other things already, and says what these two were then."""
     defaults = Defaults(
         {"epochs": None, "optimizer": None, "seq_len": None}, {"epochs": 3.0, "optimizer": "muon", "seq_len": 512}
@@ -157,7 +157,7 @@ def test_a_run_of_when_passes_and_optimizer_were_flags_alone_goes_on(tmp_path):
     assert find_run(None, "x", same, "auto", defaults, tmp_path) == {"seq_len": 1024, "optimizer": "muon"}
 
 
-def test_what_the_data_decided_is_found_again(tmp_path):
+def test_choices_are_found_again(tmp_path):
     chosen = {"seq_len": 2048, "split": "hash"}
     opened(None, "x", now(lr=0.5) | {"chosen": {"seq_len": 1024, "split": "hash"}}, "auto", tmp_path)
     second = opened(None, "x", now() | {"chosen": chosen}, "auto", tmp_path, LEGACY)
@@ -169,7 +169,7 @@ def test_what_the_data_decided_is_found_again(tmp_path):
         opened(str(second.path), "x", now() | {"chosen": chosen | {"seq_len": 512}}, "auto", tmp_path, LEGACY)
 
 
-def test_the_same_said_otherwise_is_the_same_run(tmp_path, monkeypatch):
+def test_equal_choices_and_flags_make_the_same_run(tmp_path, monkeypatch):
     """Flags that come to what the data decided, paths from elsewhere, a model that was moved."""
     monkeypatch.chdir(tmp_path)
     chosen = {"seq_len": 1024, "split": "hash", "batch_tokens": 4096}
@@ -301,7 +301,7 @@ def test_tensorboard_curve(tmp_path):
     assert b"loss" in next(tmp_path.glob("tensorboard/events*")).read_bytes()
 
 
-def test_the_newest_run_is_of_a_task_of_its_own_only_when_asked_for(tmp_path):
+def test_the_newest_run_is_of_a_task_only_on_request(tmp_path):
     task = ("builtin:arithmetic",)
     for age, (name, data) in enumerate({"old": (), "chats": ("a.jsonl",), "sums": task}.items()):
         run = opened(None, name, {"stage": "sft", "args": {"data": data}}, "auto", tmp_path)

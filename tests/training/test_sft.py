@@ -1,4 +1,4 @@
-"""train/sft.py as a user runs it, and what its loss is."""
+"""train/sft.py as a user runs it, and its loss."""
 
 from __future__ import annotations
 
@@ -271,14 +271,14 @@ def test_bad_flags_are_one_clear_line(changed, message, origin, chats, tmp_path)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_without_a_pretraining_run_it_says_what_to_do(chats, tmp_path):
+def test_without_a_pretraining_run_the_error_says_what_to_do(chats, tmp_path):
     arguments = [sys.executable, str(SFT), "--data", str(chats)]
     answer = warm.run(arguments, ONE_THREAD, tmp_path)
     assert answer.returncode == 2
     assert "--from: there is no finished run of train/pretrain.py under runs/; run it first" in answer.stdout
 
 
-def test_other_weights_do_not_continue_a_run(unbroken, origin, chats, tmp_path):
+def test_other_weights_make_another_run(unbroken, origin, chats, tmp_path):
     out, other = tmp_path / "copy", tmp_path / origin.name
     shutil.copytree(unbroken, out)
     (out / "finished").unlink()

@@ -1,4 +1,4 @@
-"""A step of the loop, driven by hand."""
+"""Single steps of the trainer, and short runs on a tiny model."""
 
 from functools import partial
 from pathlib import Path
@@ -91,7 +91,7 @@ def step(own_gradients: bool) -> tuple[list[bool], Tensor]:
     return kept, trainer.pending[0].figures
 
 
-def test_what_a_cuda_graph_gave_out_is_not_added_to():
+def test_gradients_of_a_cuda_graph_are_copied_before_accumulation():
     """A graph's backward writes its gradients to one place each time: a sum that lay there would be lost."""
     kept, expected = step(own_gradients=False)
     assert kept == [True, True], "autograd keeps the tensor it is given"
@@ -167,7 +167,7 @@ def test_the_best_weights_are_kept_and_a_run_without_better_ones_ends(patience, 
     assert torch.equal(load_model(tmp_path).head_weight, kept[best])
 
 
-def test_of_rewards_the_highest_is_best(tmp_path):
+def test_the_highest_reward_is_best(tmp_path):
     trainer, _ = fit(tmp_path, LOSSES, 2, key="heldout_reward")
     assert (trainer.step, trainer.evaluation.best.step) == (2, 0)
 
@@ -199,7 +199,7 @@ def test_a_sample_that_fails_ends_no_run(tmp_path):
     assert "none (RuntimeError: out of memory)" in (tmp_path / "samples.txt").read_text()
 
 
-def test_what_learns_apart_is_clipped_apart():
+def test_clip_groups_are_clipped_by_their_own_norm():
     """Gradients a thousand times as large in one part leave the other's as they are."""
     torch.manual_seed(0)
     model = Model(TINY)

@@ -70,10 +70,10 @@ def read_trace(path: Path) -> Trace:
     """The trace that torch.profiler wrote to `path`, a .json.gz."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = json.load(file)["traceEvents"]
-    events_of_interest = [row for row in rows if row.get("ph") == "X" and row.get("cat") in _KINDS]
-    zero = min((row["ts"] for row in events_of_interest if row["name"].startswith("step ")), default=0.0)
+    recorded = [row for row in rows if row.get("ph") == "X" and row.get("cat") in _KINDS]
+    zero = min((row["ts"] for row in recorded if row["name"].startswith("step ")), default=0.0)
     lanes: dict[Any, dict[Kind, list[TraceEvent]]] = defaultdict(lambda: defaultdict(list))
-    for row in events_of_interest:
+    for row in recorded:
         kind = _KINDS[row["cat"]]
         lane = f"thread {row['tid']}"
         if kind in ("kernel", "device span"):

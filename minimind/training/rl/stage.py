@@ -45,6 +45,9 @@ from minimind.utils.display import say
 
 _DECODE_BATCH = 256  # most answers that decode together
 _HELD_OUT_SEED = 0x5EED  # different from the rollouts' seeds
+NANO_WIDTH = 192
+# Flags of train/sft.py that teach a model the weak version of the built-in task.
+WEAK_SFT = ("--data", NAME, "--epochs", "1", "--seq-len", "256", "--batch-tokens", "1024", "--evals", "2")
 
 
 @dataclass
@@ -276,9 +279,6 @@ class RolloutStage:
         return "\n".join(transcript(self.job.tokenizer, a) for a in answers)
 
 
-NANO_WIDTH = 192
-
-
 def scaled_lr(nano: float, config: ModelConfig) -> float:
     """The peak learning rate for a model, from `nano`, the one tuned on nano: in inverse proportion to the width, as
     AdamW's rate for hidden matrices transfers (Yang et al., 2203.03466)."""
@@ -297,10 +297,6 @@ def frozen(job: Job) -> Model:
     """A copy of the initial model in its compute dtype."""
     initial = job.place(job.initial.load())
     return Replica(initial, initial.compute_dtype or initial.dtype).model
-
-
-# Flags of train/sft.py that teach a model the weak version of the built-in task.
-WEAK_SFT = ("--data", NAME, "--epochs", "1", "--seq-len", "256", "--batch-tokens", "1024", "--evals", "2")
 
 
 def open_prompt_sets(

@@ -1,1 +1,1 @@
-"""What the supervised and preference stages add to the trainer."""
+"""Data, evaluation and samples of the supervised and preference stages."""

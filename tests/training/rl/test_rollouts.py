@@ -1,4 +1,4 @@
-"""Sampling from the live weights, packing, and what a rollout keeps."""
+"""Sampling from the live weights, packing, and the state between rollouts."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_an_empty_share_of_a_batch_costs_nothing():
     assert loss.item() == 0
 
 
-def test_prompts_come_once_in_a_pass_and_from_anywhere():
+def test_every_pass_has_each_prompt_once_from_any_position():
     stream = PromptStream(10, 3)
     drawn = stream.draw(0, 35)
     assert [d.number for d in drawn] == list(range(35))
@@ -176,7 +176,7 @@ def test_groups_that_agree_are_replaced_until_the_bound():
     assert len(none.answers) == 2 * 12 and none.figures["degenerate_groups"] == 1
 
 
-def test_answers_that_no_reward_could_judge_are_left_out():
+def test_answers_without_a_reward_are_left_out():
     def one_fails(samples):
         return [float("nan") if sample.text == "x" else 1.0 for sample in samples]
 
@@ -217,7 +217,7 @@ def taken(source: RolloutLoader, count: int) -> list[tuple]:
 
 
 @pytest.mark.parametrize("after", [0, 1, 7, 8, 9])
-def test_state_is_a_place_in_the_stream_of_batches(after, tmp_path):
+def test_state_is_a_position_in_the_stream_of_batches(after, tmp_path):
     """Two rollouts of 2 epochs x 2 steps x 2 parts = 8 batches each."""
     straight = loader()
     taken(straight, after)
@@ -229,7 +229,7 @@ def test_state_is_a_place_in_the_stream_of_batches(after, tmp_path):
     assert taken(resumed, 16 - after) == expected
 
 
-def test_going_back_for_a_post_mortem_samples_nothing():
+def test_reporting_a_non_finite_loss_samples_nothing():
     source = loader()
     taken(source, 8)
     before = source.state()  # the next batch needs a new rollout
@@ -271,7 +271,7 @@ def cut_off(number: int) -> tuple[str, str]:
     return "1", "x"
 
 
-def test_what_was_cut_off_is_penalised_and_left_out_where_asked():
+def test_cut_off_answers_are_penalised_and_masked_on_request():
     """The second answer to each prompt was cut off: its reward is less by the penalty, and the mask leaves it out of
     the loss, not out of what the others are compared with."""
 
@@ -294,7 +294,7 @@ def test_what_was_cut_off_is_penalised_and_left_out_where_asked():
     assert seen == [[1.0, -0.5] * 4]
 
 
-def test_a_rollout_that_is_cut_off_whole_is_warned_of():
+def test_a_rollout_of_cut_off_answers_is_reported():
     console = Console(record=True, width=200, quiet=False)
     made = collector(cut_off, mask=True)
     made.console = console
@@ -312,7 +312,7 @@ def test_a_rollout_that_is_cut_off_whole_is_warned_of():
     assert "all 8 answers of a rollout were cut off at --max-new-tokens 1" in " ".join(printed.get().split())
 
 
-def test_scores_are_clipped_and_normalised_and_rewards_are_told_as_they_are():
+def test_scores_are_clipped_and_normalised_but_logged_rewards_are_not():
     made = collector(lambda number: ("1", "2"), scale=RewardScale((0.0, 0.5), running=True))
     rollout = made(0, 0, [])
     assert [a.score for a in rollout.answers[:2]] == pytest.approx([1.0, -1.0], rel=1e-6)
@@ -321,7 +321,7 @@ def test_scores_are_clipped_and_normalised_and_rewards_are_told_as_they_are():
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_policy_and_critic_come_back_from_a_checkpoint(shared, tmp_path):
+def test_policy_and_critic_load_from_a_checkpoint(shared, tmp_path):
     def make(seed: int):
         model = small_model(seed=seed)
         both = ValueModel.of(model, keep_head=True) if shared else ActorCritic.from_policy(model)
@@ -336,7 +336,7 @@ def test_policy_and_critic_come_back_from_a_checkpoint(shared, tmp_path):
     assert torch.equal(critic_of(first)(ids).values, critic_of(second)(ids).values)
 
 
-def test_a_rollout_is_left_where_the_policy_has_left_it():
+def test_the_rest_of_a_rollout_is_skipped_after_too_much_drift():
     """Two micro-batches of 10 and 30 tokens: their mean KL, and not one of them, is held against the target."""
     policy, critic = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
     stop = DriftStop(0.1, [policy], Parallel())
@@ -358,7 +358,7 @@ def test_a_rollout_is_left_where_the_policy_has_left_it():
     assert (stop.stopped, stop.taken) == (False, 1)
 
 
-def test_a_step_takes_as_many_passes_as_the_model_is_large():
+def test_micro_batches_grow_with_the_model():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     nano, small, large = (ModelConfig.preset(name) for name in ("nano", "minimind2-small", "minimind2"))
     assert default_micro_batches(16, 256, small, cpu) == 1 and default_micro_batches(17, 256, small, cpu) == 2
