@@ -62,7 +62,7 @@ ARROWS = {
     "inference/decode": "config kernels modeling ops rope",
     "inference": "config inference/decode lora lora_files modeling ops rope tokenization utils weights",
     "evaluation": "config data inference inference/decode modeling ops tokenization utils",
-    "apps": "inference inference/decode",
+    "apps": "inference inference/decode tokenization",
     "serving": "inference inference/decode tokenization",
     "export": "config granite_weights inference lora lora_files modeling tokenization weights",
     "training/profiling": "utils",

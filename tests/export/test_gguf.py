@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from minimind import ModelConfig, load_tokenizer
-from minimind.export.gguf import architecture_of, export_gguf, permute_pairs
-from minimind.export.gguf_vocabulary import pre_tokenizer_of
+from minimind.export.gguf import architecture_of, export_gguf, permute_pairs, pre_tokenizer_of
 from minimind.tokenization.tokenizer import DEFAULT_FOLDER
 from minimind.weights import to_stock
 from tests.export.small import CONFIGS, EXPERTS, SMALL, model_of
@@ -184,7 +183,7 @@ def test_pre_tokenizers_that_llama_cpp_knows():
     other["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += "|x"
     spaced = {"pre_tokenizer": {**byte_level, "add_prefix_space": True}}
     for wrong in (other, spaced, {"pre_tokenizer": None}):
-        with pytest.raises(ValueError, match="split for this pre-tokenizer"):
+        with pytest.raises(ValueError, match="this pre-tokenizer"):
             pre_tokenizer_of(wrong)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minimind import ModelConfig, load_model
-from minimind.export.pth import export_pth, pth_state
+from minimind.export.command import export_pth, pth_state
 from tests.export.small import CONFIGS, EXPERTS, model_of
 from tests.test_golden import load_case
 

@@ -62,12 +62,12 @@ def test_the_line_it_prints_works_and_a_signal_lets_streams_finish(process, fold
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"port": 70000}, "from 0 to 65535"),
-        ({"max_queue": -1}, "--max-queue -1: a number of at least 0"),
-        ({"drain_seconds": float("inf")}, "--drain-seconds inf: a number of at least 0"),
-        ({"allow_origin": ("chat.example.com",)}, "--allow-origin chat.example.com: scheme and host alone"),
-        ({"allow_origin": ("https://a.b/c",)}, "--allow-origin https://a.b/c: scheme and host alone"),
-        ({"max_body_mib": float("nan")}, "--max-body-mib nan: a number of at least"),
+        ({"port": 70000}, "between 0 and 65535"),
+        ({"max_queue": -1}, "--max-queue -1: must be a finite number of at least 0"),
+        ({"drain_seconds": float("inf")}, "--drain-seconds inf: must be a finite number of at least 0"),
+        ({"allow_origin": ("chat.example.com",)}, "--allow-origin chat.example.com: must be a scheme and a host"),
+        ({"allow_origin": ("https://a.b/c",)}, "--allow-origin https://a.b/c: must be a scheme and a host"),
+        ({"max_body_mib": float("nan")}, "--max-body-mib nan: must be a finite number of at least"),
         ({"max_batch": 0}, "max_batch=0"),
         ({"host": "no.such.host.invalid"}, "--host no.such.host.invalid"),
         ({"model": "nowhere"}, "nowhere"),

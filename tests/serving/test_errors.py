@@ -9,11 +9,9 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from minimind import load_tokenizer
 from minimind.inference.requests import MAX_SEED, Delta
-from minimind.serving.chat_route import Choice
-from minimind.serving.errors import error_body
-from minimind.serving.prompts import offered
-from minimind.serving.protocol import MAX_DEPTH, NEUTRAL, ChatRequest
-from minimind.serving.reply import ReplyParser
+from minimind.serving.chat_format import ReplyParser, selected_tools
+from minimind.serving.protocol import MAX_DEPTH, NEUTRAL, ChatRequest, error_body
+from minimind.serving.routes import Choice
 from tests.inference.small import small_model
 from tests.serving.service import WEATHER, serving
 
@@ -37,18 +35,18 @@ def error_of(response, status):
 @pytest.mark.parametrize(
     ("change", "status", "message"),
     [
-        ({"frequency_penalty": 0.5}, 400, "frequency_penalty: not served"),
-        ({"logit_bias": {"5": 1}}, 400, "logit_bias: not served"),
-        ({"top_logprobs": 2}, 400, "only with logprobs"),
-        ({"max_completion_tokens": 3}, 400, "one limit"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty: not supported"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias: not supported"),
+        ({"top_logprobs": 2}, 400, "needs logprobs"),
+        ({"max_completion_tokens": 3}, 400, "the same limit"),
         ({"n": 100}, 400, "at most 72 samples"),
         ({"tools": [WEATHER], "tool_choice": NAMED}, 400, "no tool 'clock'"),
         ({"tool_choice": "required"}, 400, "there are no tools"),
         ({"tools": [WEATHER, WEATHER]}, 400, "same name"),
         ({"tools": [WEATHER], "response_format": FORMAT}, 400, "give one of them"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, 400, "enforced"),
-        ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "the context 1,024"),
-        ({"messages": [{"role": "user", "content": "x" * 99_000}]}, 400, "characters, more than a context of 1,024"),
+        ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "a context of 1,024"),
+        ({"messages": [{"role": "user", "content": "x" * 99_000}]}, 400, "characters, too many for a context of 1,024"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, 422, "64 levels"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}}, 422, "schema: more than 64"),
         ({"temperature": 2.5}, 422, "less than or equal to 2"),
@@ -80,9 +78,9 @@ def test_what_is_wrong_is_said(server, change, status, message):
     ("change", "status", "message"),
     [
         ({"prompt": [5, 10**6]}, 400, "outside the vocabulary"),
-        ({"prompt": "x", "echo": True}, 400, "echo: not served"),
+        ({"prompt": "x", "echo": True}, 400, "echo: not supported"),
         ({"prompt": "x", "best_of": 3}, 400, "best_of"),
-        ({"prompt": "x" * 99_000}, 400, "99,000 characters, more than a context of 1,024"),
+        ({"prompt": "x" * 99_000}, 400, "99,000 characters, too many for a context of 1,024"),
         ({"prompt": LONGEST * 1022}, 200, ""),  # as many characters as fit
         ({"prompt": []}, 422, "prompt"),
         ({"prompt": [["x"]]}, 422, "prompt"),
@@ -217,7 +215,7 @@ def test_arguments_as_an_object_are_those_of_their_json(server):
 def test_null_in_a_schema_is_the_schemas_own():
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"default": None}}}}}
     asked = ChatRequest(model="tiny", messages=[{"role": "user", "content": "x"}], tools=[tool])
-    assert offered(asked)[0]["function"]["parameters"] == {"properties": {"x": {"default": None}}}
+    assert selected_tools(asked)[0]["function"]["parameters"] == {"properties": {"x": {"default": None}}}
 
 
 def test_a_stream_that_asks_for_no_padding(server):
@@ -253,7 +251,7 @@ def test_a_web_page_may_name_json_as_it_likes(server, kind):
 
 
 def test_a_path_without_v1_is_told_of_it(server):
-    assert "lies below /v1" in error_of(server.http.post("/chat/completions", json=HI), 404)["message"]
+    assert "the API is below /v1" in error_of(server.http.post("/chat/completions", json=HI), 404)["message"]
     assert "below" not in error_of(server.http.get("/v1/poems"), 404)["message"]
 
 

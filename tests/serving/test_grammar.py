@@ -7,8 +7,8 @@ import pytest
 
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams
-from minimind.serving.errors import ApiError
 from minimind.serving.grammar import Grammars
+from minimind.serving.protocol import ApiError
 from tests.inference.small import small_model, small_tokenizer
 from tests.serving.service import WEATHER
 
@@ -57,7 +57,7 @@ def test_a_grammar_that_comes_to_no_end_is_an_error_of_that_answer_alone(backend
     requests = [Request([1, 5, 9], SamplingParams(20, seed=1), constraint=c) for c in (None, constraint, None)]
     engine = Engine(small_model(), tokenizer, kv_tokens=4096, max_batch=4, backend=backend)
     free, bound, other = engine.generate(requests)
-    assert bound.finish_reason == "error" and bound.error.startswith("the grammar cannot go on: parser error")
+    assert bound.finish_reason == "error" and bound.error.startswith("the grammar cannot continue: parser error")
     assert free.token_ids == other.token_ids == engine.generate(requests[:1])[0].token_ids
 
 
@@ -89,7 +89,7 @@ def test_a_complete_value_can_only_end():
         ({"type": "string", "format": "poem"}, "poem"),
         ({"title": "\ud800"}, "hex escape"),
         ({"type": "string", "pattern": "["}, "unclosed character class$"),
-        ({"$ref": "#"}, "nothing fits it"),
+        ({"$ref": "#"}, "nothing can match it"),
         ({"allOf": [{"type": "string"}, {"type": "object"}]}, "nsatisfiable"),
     ],
 )

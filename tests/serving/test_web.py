@@ -14,9 +14,18 @@ from pathlib import Path
 import pytest
 
 from minimind.serving import web_command
-from minimind.serving.web_client import Call, ChatTurn, Settings, connect, fill, parse_tools
+from minimind.serving.web_client import (
+    LANGUAGES,
+    SUGGESTIONS,
+    TEXT,
+    Call,
+    ChatTurn,
+    Settings,
+    connect,
+    fill,
+    parse_tools,
+)
 from minimind.serving.web_command import _OPTIONS, PAGE, Args, main, server_command
-from minimind.serving.web_text import LANGUAGES, SUGGESTIONS, TEXT
 from minimind.weights import save_weights
 from tests.serving.service import ANSWERS, CALL, WEATHER, serving, taught
 
@@ -182,8 +191,8 @@ def test_the_server_gets_the_flags_of_the_model():
                            "--dtype", "auto", "--kv-dtype", "auto"]  # fmt: skip
     for flags, message in (
         ({"model": "m", "url": "u"}, "--url and --model: give one of them"),
-        ({"url": "127.0.0.1:8998"}, "--url 127.0.0.1:8998: an address such as http://"),
-        ({"model": "m", "port": 65536}, "--port 65536: from 1 to 65535"),
+        ({"url": "127.0.0.1:8998"}, "--url 127.0.0.1:8998: must be an address such as http://"),
+        ({"model": "m", "port": 65536}, "--port 65536: must be between 1 and 65535"),
     ):
         with pytest.raises(ValueError, match=message):
             main(Args(**flags))

@@ -217,7 +217,7 @@ def folder(tmp_path):
 
 def test_the_flag_reaches_chat_serve_and_evaluate(folder, capsys):
     model = ["--model", str(folder / "m"), "--dtype", "fp32"]
-    _, notes = chat.open_conversation(chat.Args(model=str(folder / "m"), kv_dtype="fp8"))
+    _, notes = chat.open_session(chat.Args(model=str(folder / "m"), kv_dtype="fp8"))
     assert "MiB of float8_e4m3fn for" in notes[-1]
     ppl = ["evaluate", *model, "--ppl", str(folder / "book.txt"), "--context", "64", "--tokens", "256",
            "--out", str(folder / "out")]  # fmt: skip

@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from minimind import ModelConfig, cli
-from minimind.apps.chat import Args, Terminal, _one_shot, main, open_conversation, printable
-from minimind.inference.conversation import ChatSession
+from minimind.apps.chat import Args, ChatSession, Terminal, _one_shot, main, open_session, printable
 from minimind.inference.engine import Engine
 from minimind.inference.loading import ModelArgs, open_model, stretched
 from minimind.inference.requests import Request, SamplingParams
@@ -103,7 +102,7 @@ def test_the_oldest_rounds_make_room():
         assert [m["role"] for m in talk.messages] == ["user", "assistant"] * (len(talk.messages) // 2)
     assert dropped[0] == 0 and sum(dropped) >= 3
     rounds = len(talk.messages)
-    with pytest.raises(ValueError, match="tokens, the context has 100; shorten it or stretch with --yarn"):
+    with pytest.raises(ValueError, match="tokens, the context 100; shorten it, or use --yarn"):
         list(talk.answer("你好" * 100))
     assert len(talk.messages) <= rounds and all(len(m["content"]) < 100 for m in talk.messages)
 
@@ -140,7 +139,7 @@ def test_commands(capsys):
     assert "12 tokens" in out.getvalue() and "cut at --max-new-tokens" in out.getvalue()
     for line in ("/system Be brief.", "/think on", "/help", "/nonsense", "/think maybe"):
         terminal.command(line)
-    talk = terminal.conversation
+    talk = terminal.session
     assert (talk.system, talk.thinking, talk.messages) == ("Be brief.", True, [])
     text = out.getvalue()
     assert "/reset" in text and "unknown command '/nonsense'" in text and "unknown command '/think maybe'" in text
@@ -178,11 +177,11 @@ def test_pretrained_models_continue_the_text(folder, tmp_path):
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "step-00000001").symlink_to(folder)
     (run / "config.json").write_text(json.dumps({"stage": "pretrain", "args": {}, "model": {}}))
-    talk, notes = open_conversation(Args(model=str(run)))
-    assert talk.raw and "continues your text, it does not answer: it was only pretrained" in notes[0]
-    assert not open_conversation(Args(model=str(run), force_chat=True))[0].raw
+    talk, notes = open_session(Args(model=str(run)))
+    assert talk.raw and "continues your text instead of answering it: it was only pretrained" in notes[0]
+    assert not open_session(Args(model=str(run), force_chat=True))[0].raw
     (run / "config.json").write_text(json.dumps({"stage": "sft"}))
-    assert not open_conversation(Args(model=str(run)))[0].raw
+    assert not open_session(Args(model=str(run)))[0].raw
 
 
 def test_a_tokenizer_without_template_continues_the_text(folder, tmp_path):
@@ -192,7 +191,7 @@ def test_a_tokenizer_without_template_continues_the_text(folder, tmp_path):
     config = json.loads((bare / "tokenizer_config.json").read_text())
     del config["chat_template"]
     (bare / "tokenizer_config.json").write_text(json.dumps(config))
-    talk, notes = open_conversation(Args(model=str(bare)))
+    talk, notes = open_session(Args(model=str(bare)))
     assert talk.raw and "its tokenizer has no chat template" in notes[0]
     with pytest.raises(ValueError, match="--force-chat: its tokenizer has no chat template"):
         main(Args(model=str(bare), force_chat=True, prompt="x"))
@@ -232,7 +231,7 @@ def test_yarn_stretches_the_context(folder):
     plain = ModelConfig(max_position_embeddings=512)
     found = stretched(plain, ModelArgs(yarn=4.0, yarn_original=512)).rope_scaling
     assert found is not None and (found.factor, found.original_max_position_embeddings) == (4.0, 512)
-    talk, _ = open_conversation(Args(model=str(folder), yarn=4.0, yarn_original=512))
+    talk, _ = open_session(Args(model=str(folder), yarn=4.0, yarn_original=512))
     assert talk.context == 2048
 
 
@@ -248,12 +247,12 @@ def test_yarn_stretches_the_context(folder):
         (["--model", "FOLDER", "--yarn", "4", "--yarn-original", "0"], "--yarn-original 0: counts from 1"),
         (["--model", "FOLDER", "--yarn-original", "5"], "--yarn-original says what --yarn stretches"),
         (["--model", "FOLDER", "--temperature", "-1"], "temperature=-1.0 must be a number"),
-        (["--model", "FOLDER", "--history", "-1"], "--history -1: counts from 0"),
+        (["--model", "FOLDER", "--history", "-1"], "--history -1: must be at least 0"),
         (["--model", "FOLDER", "--raw", "--force-chat"], "give one of them"),
         (["--model", "FOLDER", "--tokenizer", "nowhere"], "no tokenizer here"),
         (["--model", "FOLDER", "--lora", "nowhere"], "nowhere"),
         (["--model", "FOLDER", "--device", "abacus"], "--device abacus"),
-        (["--model", "FOLDER", "--prompt", "你好" * 400], "the context has 512"),
+        (["--model", "FOLDER", "--prompt", "你好" * 400], "the context 512"),
         ([], "there is no run under runs/"),
     ],
 )
