@@ -18,10 +18,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, TextIO, cast
 
-from minimind.inference.decode.ops import Backend
 from minimind.inference.engine import Engine
 from minimind.inference.loading import ModelArgs, open_model
 from minimind.inference.requests import Request, RequestOutput, SamplingParams
+from minimind.inference.runner import Backend
 from minimind.tokenization import Tokenizer
 
 HELP = """/reset          forget the conversation

@@ -34,7 +34,7 @@ from minimind.data import expand_paths, read_documents
 from minimind.data.forms import Form
 from minimind.data.paths import find_files
 from minimind.data.records import BadRows, Document
-from minimind.inference.decode.cache_dtype import rounded_cache
+from minimind.inference.decode.kv_cache import rounded_cache
 from minimind.inference.loading import LoadedModel, ModelArgs, open_model, stretched
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from minimind.inference.detokenize import overlap
+from minimind.inference.request_state import overlap
 from minimind.serving.protocol import (
     ApiError,
     AssistantContent,

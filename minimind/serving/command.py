@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minimind.inference.decode.ops import Backend
 from minimind.inference.engine import Engine
 from minimind.inference.loading import LoadedModel, ModelArgs, open_model
+from minimind.inference.runner import Backend
 
 if TYPE_CHECKING:
     from minimind.serving.service import Service

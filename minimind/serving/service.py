@@ -11,8 +11,7 @@ from functools import cached_property
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from minimind.inference.requests import MAX_SEED, Constraint, Request, SamplingParams
-from minimind.inference.stats import EngineStats
+from minimind.inference.requests import MAX_SEED, Constraint, EngineStats, Request, SamplingParams
 from minimind.serving.chat_format import ChatPrompts
 from minimind.serving.grammar import Grammars
 from minimind.serving.protocol import ApiError, SamplingFields

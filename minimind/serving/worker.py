@@ -18,8 +18,7 @@ from threading import Thread
 from typing import Any, TypeVar
 
 from minimind.inference.engine import Engine
-from minimind.inference.requests import Delta, Request
-from minimind.inference.stats import EngineStats
+from minimind.inference.requests import Delta, EngineStats, Request
 from minimind.serving.protocol import ApiError
 
 log = logging.getLogger("minimind.serving")

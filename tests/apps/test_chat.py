@@ -79,7 +79,7 @@ def test_reasoning_is_shown_and_kept_apart():
     assert "".join(off.answer("Hello")) == expected_answer([user("Hello")], enable_thinking=False)
 
 
-def test_only_so_many_rounds_are_remembered():
+def test_history_limits_the_remembered_rounds():
     talk = conversation(rounds=1)
     first = "".join(talk.answer("one"))
     second = "".join(talk.answer("two"))
@@ -92,7 +92,7 @@ def test_only_so_many_rounds_are_remembered():
         assert "".join(forgetful.answer("one")) == first
 
 
-def test_the_oldest_rounds_make_room():
+def test_the_oldest_rounds_are_dropped():
     talk = conversation(positions=100)
     dropped = []
     for _ in range(6):
@@ -107,7 +107,7 @@ def test_the_oldest_rounds_make_room():
     assert len(talk.messages) <= rounds and all(len(m["content"]) < 100 for m in talk.messages)
 
 
-def test_an_answer_cut_short_is_what_came():
+def test_a_stopped_answer_keeps_its_text():
     talk = conversation()
     pieces = talk.answer("Hello")
     begun = next(pieces)
@@ -163,7 +163,7 @@ def test_one_shot_writes_the_answer_alone_to_stdout(folder, capsys, monkeypatch)
     assert "tokens/s, first after" in said.err
 
 
-def test_the_same_seed_says_the_same(folder, capsys):
+def test_the_same_seed_gives_the_same_answer(folder, capsys):
     flags = ["chat", "--model", str(folder), "--prompt", "Hello", "--max-new-tokens", "20", "--temperature", "2"]
     texts = []
     for seed in ("1", "1", "2"):
@@ -264,7 +264,7 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, folder, capsys, t
     assert message in line
 
 
-def test_a_byte_order_mark_is_no_part_of_the_question(monkeypatch):
+def test_a_byte_order_mark_is_removed(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffhi\n"))
     assert _one_shot(Args()) == "hi"
 
@@ -276,7 +276,7 @@ def test_standard_input_that_is_empty(folder, capsys, monkeypatch):
         assert "standard input is empty" in capsys.readouterr().err
 
 
-def test_the_command_lists_what_there_is(capsys):
+def test_the_command_lists_its_subcommands(capsys):
     assert cli.run([]) == 2 and cli.run(["--help"]) == 0
     assert cli.run(["--version"]) == 0
     out = capsys.readouterr().out

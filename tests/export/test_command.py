@@ -209,7 +209,7 @@ def test_adapters_that_do_not_fit(folder, tmp_path, capsys):
     assert run(capsys, *to_hf, "--merge-lora")[0] == 0
 
 
-def test_an_adapter_of_grouped_attention_rides_on_granite(tmp_path, capsys):
+def test_an_adapter_of_grouped_attention_works_on_granite(tmp_path, capsys):
     """Attention has the same names there: its adapter needs no merging."""
     shared = saved(tmp_path / "granite", CONFIGS["granitemoe"])
     lora = adapter(tmp_path / "g", CONFIGS["granitemoe"], targets=("q_proj", "v_proj"))
@@ -221,7 +221,7 @@ def test_an_adapter_of_grouped_attention_rides_on_granite(tmp_path, capsys):
     assert sum("lora_B" in name for name, _ in model.named_parameters()) == 4  # q and v of two layers
 
 
-def test_whom_a_name_is_taken_for_is_said(folder, tmp_path, capsys, monkeypatch):
+def test_an_assumed_base_model_is_reported(folder, tmp_path, capsys, monkeypatch):
     """An adapter of peft's: nothing in it tells the base from another model of the same relative name."""
     foreign = adapter(tmp_path / "adapter", CONFIGS["qwen3"], base=folder)
     (foreign / "base_model.json").unlink(missing_ok=True)

@@ -162,7 +162,7 @@ def test_the_vocabulary(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama, untied"])
-def test_padding_is_written_so_that_nobody_draws_it(variant, tmp_path):
+def test_padding_is_never_sampled(variant, tmp_path):
     """llama.cpp draws from all rows. One of these models' surplus rows would nearly always win."""
     model = model_of(CONFIGS[variant])
     wide = padded(model, known=False)
@@ -199,7 +199,7 @@ def test_architectures_that_llama_cpp_lacks(changes, message):
         architecture_of(ModelConfig(**EXPERTS, **changes))
 
 
-def test_refusals_leave_no_file(tmp_path):
+def test_errors_leave_no_file(tmp_path):
     narrow = ModelConfig(**{**SMALL, "intermediate_size": 100})
     small = dataclasses.replace(CONFIGS["llama"], vocab_size=100)
     for config, message in (

@@ -15,8 +15,8 @@ import numpy as np
 from minimind.data.permutation import Permutation
 from minimind.data.prompts import PromptSet
 from minimind.inference.engine import Engine
+from minimind.inference.request_state import derive_seed
 from minimind.inference.requests import Completion, Request, SamplingParams
-from minimind.inference.tracking import mix
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 
@@ -110,7 +110,11 @@ class Sampler:
 
 def _params(how: RolloutOptions, drawn: DrawnPrompt) -> SamplingParams:
     return SamplingParams(
-        how.max_new_tokens, how.temperature, seed=mix(how.seed, drawn.number), n=how.samples, ignore_eos=how.ignore_eos
+        how.max_new_tokens,
+        how.temperature,
+        seed=derive_seed(how.seed, drawn.number),
+        n=how.samples,
+        ignore_eos=how.ignore_eos,
     )
 
 

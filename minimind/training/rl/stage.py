@@ -14,8 +14,8 @@ from rich.console import Console
 
 from minimind.config import ModelConfig
 from minimind.data.prompts import PromptSet
-from minimind.inference.replica import Replica
-from minimind.inference.tracking import mix
+from minimind.inference.request_state import derive_seed
+from minimind.inference.runner import Replica
 from minimind.lora import adapters_off
 from minimind.modeling import Model
 from minimind.objectives.policy import Aggregation
@@ -245,7 +245,7 @@ class Rollouts:
     def _heldout(self, count: int, temperature: float) -> list[Answer]:
         """An answer to each of the first `count` held-out prompts, scored; of all ranks."""
         assert self.heldout is not None
-        how = RolloutOptions(1, self.args.longest_answer, temperature, mix(self.args.seed, _HELD_OUT_SEED))
+        how = RolloutOptions(1, self.args.longest_answer, temperature, derive_seed(self.args.seed, _HELD_OUT_SEED))
         self.model.eval()
         return self.collector.answer(self.heldout, [DrawnPrompt(i, i) for i in range(count)], how)
 
@@ -256,7 +256,9 @@ class Rollouts:
             return ""
         source = self.heldout or self.train
         picked = range(0, len(source), max(1, len(source) // 5))[:5]
-        how = RolloutOptions(1, self.args.longest_answer, self.args.temperature, mix(self.args.seed, _HELD_OUT_SEED))
+        how = RolloutOptions(
+            1, self.args.longest_answer, self.args.temperature, derive_seed(self.args.seed, _HELD_OUT_SEED)
+        )
         self.model.eval()
         answers = self.collector.sampler.sample(source, [DrawnPrompt(i, i) for i in picked], how)
         score(self.rewards, source, answers, self.args.truncation_penalty)
