@@ -14,9 +14,9 @@ from minimind.utils.starting import leave_on_interrupt, started
 from minimind.utils.stdio import prepare_output, with_home
 
 COMMANDS = {
-    "chat": ("minimind.apps.chat", "chat with a model in the terminal"),
-    "serve": ("minimind.serving.command", "serve a model over HTTP with OpenAI's API"),
-    "web": ("minimind.serving.web_command", "chat with a model in the browser"),
+    "chat": ("minimind.apps.chat", "talk to a model in the terminal"),
+    "serve": ("minimind.serving.command", "serve a model over HTTP as OpenAI's API does"),
+    "web": ("minimind.serving.web_command", "talk to a model in the browser"),
     "evaluate": ("minimind.evaluation.perplexity", "perplexity of a model by context length, or benchmarks"),
     "export": ("minimind.export.command", "write a model for transformers, vLLM, llama.cpp, ollama or upstream"),
     "data": ("minimind.data.download", "fetch upstream's data sets"),

@@ -1,9 +1,11 @@
 """Write a model for other programs: `minimind export --model runs/sft-nano-builtin --to hf --out my-model`.
 
-hf      a folder for transformers, vLLM, trl, Llama-Factory
-gguf    one file for llama.cpp and LM Studio: shape, weights, tokenizer and chat template
-ollama  a folder with a GGUF file and a Modelfile
-pth     a weight file for upstream MiniMind
+    hf      a folder for transformers, vLLM, trl, Llama-Factory
+    gguf    one file for llama.cpp and LM Studio: shape, weights, tokenizer and chat template
+    ollama  a folder with a GGUF file and a Modelfile
+    pth     a weight file for upstream MiniMind
+
+Existing files are never overwritten.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ class Args(WeightArgs):
     out: str = "model.gguf"
     """File (gguf, pth) or folder (hf, ollama) to write; it must not exist yet."""
     dtype: DType = "auto"
-    """Data type of the weights. q8_0 (8 bits) and q4_k_m (about 5 bits, by llama.cpp's quantizer) are for gguf and
-    ollama. auto: fp32 for hf and pth, fp16 for gguf and ollama."""
+    """Data type of the weights; auto: fp32 for hf and pth, fp16 for gguf and ollama.
+    q8_0 (8 bits) and q4_k_m (about 5 bits, by llama.cpp's quantizer) are for gguf and ollama."""
     merge_lora: bool = False
     """Merge the adapter into the weights. Without this, hf writes the adapter to OUT/adapter."""
 

@@ -31,13 +31,12 @@ class WeightArgs:
     """Flags that name a model."""
 
     model: Annotated[str | None, tyro.conf.arg(aliases=["--load"])] = None
-    """A run folder, a checkpoint or Hugging Face folder, or an upstream .pth file (with --preset). For a run of
-    train/lora.py, its base model with the adapter. None: the newest run under runs/."""
+    """A run folder, a checkpoint or Hugging Face folder, or an upstream .pth file (with --preset).
+    A run of train/lora.py stands for its base model with the adapter. None: the newest run under runs/."""
     preset: str | None = None
     """Shape of the model in a .pth file: nano, minimind2-small, minimind2, minimind2-moe, minimind3, minimind3-moe."""
     tokenizer: str | None = None
-    """Folder with tokenizer.json. None: the model's own; for a .pth file, the one in its folder or else the shipped
-    one."""
+    """Folder with tokenizer.json. None: the model's own; for a .pth file that in its folder, else the shipped one."""
     new_tokenizer: bool = False
     """Allow a --tokenizer, or a --lora with a tokenizer, that the model was not trained with."""
     lora: str | None = None

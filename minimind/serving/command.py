@@ -44,8 +44,8 @@ class Args(ModelArgs):
     api_key: str | None = None
     """Key that clients must send. None takes MINIMIND_API_KEY; without that no key is needed."""
     allow_origin: tuple[str, ...] = ()
-    """Origins of web pages that may call the API, such as https://chat.example.com; '*' allows all. Pages on this
-    machine are always allowed."""
+    """Origins of web pages that may call the API, such as https://chat.example.com; '*' allows all.
+    Pages on this machine are always allowed."""
     name: str | None = None
     """Name of the model in the API. None: the name of its folder or file."""
     max_batch: int = 32

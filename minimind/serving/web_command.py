@@ -1,8 +1,10 @@
 """Chat with a model in the browser: `minimind web`.
 
-minimind web                                     serves the newest run under runs/ and opens a chat with it
-minimind web --model runs/sft-nano-builtin
-minimind web --url http://127.0.0.1:8998/v1      uses a running server; MINIMIND_API_KEY is its key
+    minimind web                                  serves the newest run under runs/ and opens a chat with it
+    minimind web --model runs/sft-nano-builtin
+    minimind web --url http://127.0.0.1:8998/v1   uses a running server; MINIMIND_API_KEY is its key
+
+Without --url, a server is started for the page and stops with it.
 """
 
 from __future__ import annotations
