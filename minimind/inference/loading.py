@@ -100,7 +100,7 @@ def open_weights(
         if args.lora is None and named_alone(adapter_folder(lora)):
             notes.append(f"{lora}: gives only its base model's name; {path.absolute()} is assumed to be that model")
         if other := another_base(adapter_folder(lora), _weights_of(path)):
-            notes.append(f"{lora}: {other}; this is correct if it is the same model in another form")
+            notes.append(f"{lora}: {other}; right if that is the same model in another form")
         _adapt(model, lora, merge)
     return LoadedModel(model, tokenizer, dtype, _stage_of(source), source if source.is_dir() else None, notes, lora)
 
@@ -138,7 +138,7 @@ def _config_of(path: Path, preset: str | None) -> ModelConfig:
 def _tokenizer_of(path: Path, lora: Path | None, args: WeightArgs, notes: list[str]) -> Tokenizer:
     """The tokenizer of the adapter, else of the weights, else the shipped one; --tokenizer must give the same ids."""
     if args.new_tokenizer and args.tokenizer is None and args.lora is None:
-        raise ValueError("--new-tokenizer: needs --tokenizer, which names the new one, or --lora")
+        raise ValueError("--new-tokenizer: goes with --tokenizer, which names the new one, or with --lora")
     model, allow_other = f"--model {path}", args.new_tokenizer
     own = tokenizer_beside(path) or tokenizer_beside(_weights_of(path))
     if lora is not None and (adapted := tokenizer_beside(adapter_folder(lora))) is not None:

@@ -204,7 +204,7 @@ def test_upstream_files_open_with_a_preset(tmp_path):
     torch.save(to_stock(model.state_dict(), model.config), path)
     opened = open_model(ModelArgs(model=str(path), preset="nano"))
     assert torch.equal(opened.model.embed_tokens.weight, model.embed_tokens.weight)
-    assert "brings no tokenizer: the shipped one is used" in opened.notes[0] and opened.folder is None
+    assert "has no tokenizer: the shipped one is used" in opened.notes[0] and opened.folder is None
     with pytest.raises(ValueError, match="name it with --preset"):
         open_model(ModelArgs(model=str(path)))
 
@@ -241,11 +241,11 @@ def test_yarn_stretches_the_context(folder):
         (["--model", "nowhere"], "--model nowhere: no such file or folder"),
         (["--model", "FOLDER", "--preset", "nano"], "drop --preset"),
         (["--model", "FOLDER", "--preset", "tiny"], "--preset tiny: unknown; choose from nano"),
-        (["--model", "FOLDER", "--yarn", "0.5"], "--yarn 0.5: a factor of at least 1"),
-        (["--model", "FOLDER", "--yarn", "nan"], "--yarn nan: a factor of at least 1"),
-        (["--model", "FOLDER", "--yarn", "1e30"], "--yarn 1e+30: a factor of at least 1, and at most 1024"),
-        (["--model", "FOLDER", "--yarn", "4", "--yarn-original", "0"], "--yarn-original 0: counts from 1"),
-        (["--model", "FOLDER", "--yarn-original", "5"], "--yarn-original says what --yarn stretches"),
+        (["--model", "FOLDER", "--yarn", "0.5"], "--yarn 0.5: must be between 1 and 1024"),
+        (["--model", "FOLDER", "--yarn", "nan"], "--yarn nan: must be between 1 and 1024"),
+        (["--model", "FOLDER", "--yarn", "1e30"], "--yarn 1e+30: must be between 1 and 1024"),
+        (["--model", "FOLDER", "--yarn", "4", "--yarn-original", "0"], "--yarn-original 0: must be at least 1"),
+        (["--model", "FOLDER", "--yarn-original", "5"], "--yarn-original: needs --yarn"),
         (["--model", "FOLDER", "--temperature", "-1"], "temperature=-1.0 must be a number"),
         (["--model", "FOLDER", "--history", "-1"], "--history -1: must be at least 0"),
         (["--model", "FOLDER", "--raw", "--force-chat"], "give one of them"),

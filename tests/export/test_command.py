@@ -231,7 +231,9 @@ def test_an_assumed_base_model_is_reported(folder, tmp_path, capsys, monkeypatch
     monkeypatch.chdir(tmp_path)
     status, lines, _ = run(capsys, "--model", foreign, "--merge-lora", "--out", tmp_path / "m.pth")
     base = tmp_path / "my" / "base"
-    assert status == 0 and lines[0] == f"{foreign}: only says the name of its base model; {base} is taken for it"
+    assert (
+        status == 0 and lines[0] == f"{foreign}: gives only its base model's name; {base} is assumed to be that model"
+    )
 
 
 def test_a_vocabulary_that_does_not_fit(tmp_path, capsys):
