@@ -67,10 +67,10 @@ class DecodeBatch:
         self._array: dict[str, np.ndarray] = {}
         self.tensor: dict[str, Tensor] = {}
         source = self._host if self._mirror is None else self._mirror
-        for name, host, on_device in zip(_DTYPES, self._host.split(sizes), source.split(sizes), strict=True):
+        for name, host, memory in zip(_DTYPES, self._host.split(sizes), source.split(sizes), strict=True):
             self._array[name] = host.numpy().view(_DTYPES[name]).reshape(shapes[name])
             dtype = torch.from_numpy(self._array[name]).dtype
-            self.tensor[name] = on_device.view(dtype).view(shapes[name])
+            self.tensor[name] = memory.view(dtype).view(shapes[name])
         self._counters = [self.tensor[name].as_strided((2, max_batch), (max_batch, 1)) for name in _COUNTERS]
         self._array["slot"].fill(-1)
         self._changed = True  # the arrays differ from the mirror

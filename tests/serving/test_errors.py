@@ -408,7 +408,7 @@ def test_an_engine_that_fails_answers_with_500_and_goes_on(monkeypatch):
         step, failing = engine.step, [True]
 
         def fail():
-            if failing and engine._jobs:
+            if failing and engine._requests:
                 failing.clear()
                 raise MemoryError("no")
             return step()
