@@ -2,7 +2,7 @@
 
     python bench/decode_attention.py [--preset minimind2-small] [--batch 1 16 64] [--context 512 4096]
 
-minimind    minimind.inference.decode.ops.decode_attention, native
+minimind    torch.ops.minimind.decode_attention
 eager       plain PyTorch: pages gathered, then scaled_dot_product_attention
 dense       scaled_dot_product_attention on a cache that needs no gathering: not the same task, the best PyTorch has
 varlen      PyTorch's varlen_attn with a block table (a GPU, torch >= 2.12)
@@ -36,7 +36,6 @@ from torch import Tensor
 from bench.kernel_report import KernelRow, append, check_columns, show, slug
 from bench.timing import Step, Timing, first_line, limits, measure
 from minimind.config import PRESETS, ModelConfig
-from minimind.inference.decode import ops as decode_ops
 from minimind.ops import native
 from minimind.ops.varlen import PAGED, varlen_attn
 from minimind.training.run_folder import versions
@@ -124,7 +123,8 @@ def make_case(
 
 def ours(case: AttentionCase, layer: int) -> Tensor:
     caches = (case.key[layer], case.value[layer])
-    return decode_ops.decode_attention(case.q, *caches, case.room, case.lengths, case.scale, arrivals=case.arrivals)
+    arguments = (case.q, *caches, case.room, case.lengths, case.scale, None, None, case.arrivals)
+    return torch.ops.minimind.decode_attention(*arguments)
 
 
 def eager(case: AttentionCase, layer: int) -> Tensor:

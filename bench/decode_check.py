@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.decode_peers import Width
 from minimind import ops
-from minimind.inference.decode.cache_dtype import FLOAT8, rounded_cache
+from minimind.inference.decode.kv_cache import FLOAT8, rounded_cache
 from minimind.modeling import Linear, Model
 
 ROWS = 4  # of a batch, spread over it, are put through the truth

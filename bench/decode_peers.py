@@ -32,10 +32,10 @@ from torch import Tensor
 
 from minimind import ops
 from minimind.config import ModelConfig
-from minimind.inference.decode.cache_dtype import FLOAT8
-from minimind.inference.decode.ops import Backend
+from minimind.inference.decode.kv_cache import FLOAT8
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams
+from minimind.inference.runner import Backend
 from minimind.modeling import Model, MoE
 from minimind.ops import native
 from minimind.rope import rope_cos_sin

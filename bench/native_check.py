@@ -22,9 +22,13 @@ import torch
 from torch import Tensor
 
 from minimind.config import ModelConfig
-from minimind.inference.decode import ops as decode_ops
+from minimind.inference.batch import DecodeBatch
+from minimind.inference.decode.kv_cache import PagedCache
+from minimind.inference.decode.reference import decode_attention_ref, rope_append_kv_ref, sample_ref
 from minimind.inference.decode.step import DecodeWeights, decode_step
+from minimind.inference.runner import Replica, Runner
 from minimind.modeling import Model
+from minimind.ops import native
 from minimind.rope import rope_cos_sin
 from minimind.utils.device import choose_device
 from minimind.utils.startup import command_line
@@ -53,6 +57,17 @@ VOCABULARIES = (33, 6400, 30_000)  # the last does not fit the shared memory of 
 
 
 @dataclass(frozen=True)
+class Case:
+    """dtype: of the coarsest numbers. make: the arguments of both operators on a device."""
+
+    name: str
+    dtype: torch.dtype
+    native: Callable[..., Any]
+    reference: Callable[..., Any]
+    make: Callable[[torch.device], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
 class Args:
     """Run every native operator and compare."""
 
@@ -60,17 +75,13 @@ class Args:
     """auto, cpu, cuda."""
 
 
-def both(
-    operator: Callable[..., Any], make: Callable[[torch.device], tuple[Any, ...]], device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
-    """(native, reference) of every result and of every argument, since some are changed, on the CPU. The reference is
-    computed there, so that a sanitizer sees no kernels but ours and PyTorch's copies."""
+def both(case: Case, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """(native, reference) of every result and of every argument, since some are changed, on the CPU. The reference runs
+    on the CPU, so that a sanitizer sees only our kernels and PyTorch's copies."""
     results = []
-    places: dict[decode_ops.Backend, torch.device] = {"native": device, "reference": torch.device("cpu")}
-    for backend, place in places.items():
-        args = make(place)
-        with decode_ops.using(backend):
-            result = operator(*args)
+    for operator, place in ((case.native, device), (case.reference, torch.device("cpu"))):
+        args = case.make(place)
+        result = operator(*args)
         tensors = [result] if isinstance(result, Tensor) else list(result)
         results.append([t.cpu() for t in (*tensors, *args) if isinstance(t, Tensor)])
     return list(zip(*results, strict=True))
@@ -79,10 +90,10 @@ def both(
 def wrong(pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[str]:
     """Differences beyond 4 units in the last place of the largest number, both sides having rounded."""
     lines = []
-    for i, (native, reference) in enumerate(pairs):
+    for i, pair in enumerate(pairs):
         # rows of a cache that belong to no sequence are NaN on both sides
-        a, b = (x.double().nan_to_num(1e9) for x in (native, reference))
-        eps = torch.finfo(FP8 if native.dtype == FP8 else dtype).eps
+        a, b = (x.double().nan_to_num(1e9) for x in pair)
+        eps = torch.finfo(FP8 if pair[0].dtype == FP8 else dtype).eps
         if (a - b).abs().max() > 4 * eps * b[b != 1e9].abs().max().clamp(min=1):
             lines.append(f"tensor {i}: off by {(a - b).abs().max():.3g}")
     return lines
@@ -132,7 +143,27 @@ def whole_step(
     caches = [rand(*shape, seed=i, device=device).to(cache) for i in (1, 2)]
     angles = rope_cos_sin(config, torch.arange(max(lengths), device=device))
     rows = [t.to(device) for t in (torch.arange(batch) + 3, last.int(), slots.long(), table, size)]
-    return (DecodeWeights.of(model, dtype), *rows, *angles, *caches)
+    return (model, dtype, *rows, *angles, *caches)
+
+
+def native_step(model: Model, dtype: torch.dtype, *inputs: Tensor) -> Tensor:
+    weights = DecodeWeights.from_model(model, dtype)
+    return decode_step(weights, weights.operands(), *inputs)
+
+
+def step_by_layers(model: Model, dtype: torch.dtype, *inputs: Tensor) -> Tensor:
+    """The same step as the engine runs it without native operators, in float32 with weights rounded to `dtype`."""
+    names = ("token", "position", "slot", "page_table", "length")
+    tensors, caches = dict(zip(names, inputs, strict=False)), inputs[-2:]
+    rows, pages = tensors["page_table"].shape
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data = parameter.data.to(dtype).float()
+    batch = DecodeBatch(rows, pages, PAGE, model.config.vocab_size, model.device)
+    runner = Runner(Replica(model, torch.float32), PagedCache(*caches), batch, pages * PAGE, "reference")
+    for name, tensor in tensors.items():
+        batch.tensor[name].copy_(tensor)
+    return runner._decode_layers(rows) * (tensors["length"] > 0)[:, None]
 
 
 def choices(vocabulary: int, device: torch.device) -> Any:
@@ -147,29 +178,32 @@ def choices(vocabulary: int, device: torch.device) -> Any:
     )  # fmt: skip
 
 
-def cases() -> Iterator[tuple[str, torch.dtype, Callable[..., Any], Callable[[torch.device], Any]]]:
-    """(name, dtype of the coarsest numbers, operator, what makes its arguments on a device)."""
+def cases() -> Iterator[Case]:
+    ops = torch.ops.minimind
     for dtype, cache, dim, lengths in ATTENTION:
         name = f"decode_attention, {dtype} over {cache}, heads of {dim}"
         make = functools.partial(attention, dtype, cache, dim, lengths)
-        yield name, dtype, decode_ops.decode_attention, make
+        yield Case(name, dtype, ops.decode_attention, decode_attention_ref, make)
     for dtype, cache, dim in APPEND:
         name = f"rope_append_kv, {dtype} to {cache}, heads of {dim}"
-        yield name, dtype, decode_ops.rope_append_kv, functools.partial(append, dtype, cache, dim)
+        make = functools.partial(append, dtype, cache, dim)
+        yield Case(name, dtype, ops.rope_append_kv, rope_append_kv_ref, make)
     for weights, cache, dim, qk_norm, rows in STEPS:
         name = f"decode_step, {weights} over {cache}, heads of {dim}, {len(rows)} rows"
         make = functools.partial(whole_step, weights, cache, dim, qk_norm, rows)
-        yield name, torch.bfloat16, decode_step, make
+        yield Case(name, torch.bfloat16, native_step, step_by_layers, make)
     for vocabulary in VOCABULARIES:
-        name = f"sample from {vocabulary} tokens"
-        yield name, torch.float32, decode_ops.sample, functools.partial(choices, vocabulary)
+        make = functools.partial(choices, vocabulary)
+        yield Case(f"sample from {vocabulary} tokens", torch.float32, ops.sample, sample_ref, make)
 
 
 def main(args: Args) -> int:
     """The exit status."""
     device, found = choose_device(args.device), []
-    for name, dtype, operator, make in cases():
-        found += [f"{name}: {line}" for line in wrong(both(operator, make, device), dtype)]
+    if missing := native.why_not(device):
+        raise ValueError(f"--device {device}: no native operators: {missing}")
+    for case in cases():
+        found += [f"{case.name}: {line}" for line in wrong(both(case, device), case.dtype)]
     for line in found:
         print(line)
     print(f"{len(found)} wrong results")

@@ -28,7 +28,7 @@ from torch import Tensor
 from minimind import ops
 from minimind.config import ModelConfig
 from minimind.data.prompts import Prompt, PromptSet
-from minimind.inference.replica import Replica
+from minimind.inference.runner import Replica
 from minimind.modeling import Model
 from minimind.objectives.advantages import group_advantages
 from minimind.objectives.policy import policy_loss

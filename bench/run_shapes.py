@@ -17,10 +17,9 @@ from bench.capture import Compilation
 from minimind import ops
 from minimind.config import PRESETS, ModelConfig
 from minimind.inference.batch import DecodeBatch
-from minimind.inference.cache import PagedCache
-from minimind.inference.replica import Replica
+from minimind.inference.decode.kv_cache import PagedCache
 from minimind.inference.requests import SamplingParams
-from minimind.inference.runner import Runner
+from minimind.inference.runner import Replica, Runner
 from minimind.inference.scheduler import Chunk, SequenceState
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss

@@ -21,7 +21,7 @@ from bench.decode_check import Judge, round_q8, rounded_logits
 from bench.decode_peers import PEERS, DecodeSetting, Generation, naive, naive_forward, why_not
 from bench.decode_report import COLUMNS, DecodeRow, plot, show
 from minimind import ModelConfig, ops
-from minimind.inference.decode.cache_dtype import FLOAT8
+from minimind.inference.decode.kv_cache import FLOAT8
 from minimind.modeling import Model
 from minimind.ops import native
 from minimind.rope import rope_cos_sin

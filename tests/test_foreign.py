@@ -12,7 +12,7 @@ import pytest
 from bench import decode
 from bench.decode import Args
 from bench.decode_worker import DecoderError, DecodeWorker
-from minimind.export import quantize
+from minimind.export import gguf
 from tests import foreign
 
 CRASH = "import sys, ctypes; print('a last word', file=sys.stderr, flush=True); ctypes.string_at(0)"
@@ -37,13 +37,13 @@ def test_an_exception_and_a_hang_are_assertions():
 
 
 def test_a_crashing_quantizer_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(quantize, "quantizer", lambda: [sys.executable, "-c", CRASH])
+    monkeypatch.setattr(gguf, "quantizer", lambda: [sys.executable, "-c", CRASH])
     with pytest.raises(ValueError, match=r"quantizer failed: died by SIGSEGV \(a last word\)$") as caught:
-        quantize.quantize(tmp_path / "m.f32", tmp_path / "m.gguf")
+        gguf.quantize(tmp_path / "m.f32", tmp_path / "m.gguf")
     assert "\n" not in str(caught.value)
-    monkeypatch.setattr(quantize, "quantizer", lambda: [sys.executable, "-c", "raise SystemExit(3)"])
+    monkeypatch.setattr(gguf, "quantizer", lambda: [sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(ValueError, match=r"quantizer failed \(no message\)$"):
-        quantize.quantize(tmp_path / "m.f32", tmp_path / "m.gguf")
+        gguf.quantize(tmp_path / "m.f32", tmp_path / "m.gguf")
 
 
 @pytest.mark.heavy

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bench.regression.ratios import Against, times
 from minimind import ModelConfig, load_tokenizer
-from minimind.inference.detokenize import Detokenizer
 from minimind.inference.engine import Engine
+from minimind.inference.request_state import Detokenizer
 from minimind.inference.requests import Request, SamplingParams
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer

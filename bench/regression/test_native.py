@@ -12,7 +12,6 @@ from torch import Tensor
 
 from bench.regression.ratios import Against, times
 from minimind import ModelConfig
-from minimind.inference.decode import ops as decode_ops
 from minimind.inference.decode.step import DecodeWeights, decode_step
 from minimind.modeling import Model
 from minimind.ops import native
@@ -41,7 +40,8 @@ def test_decode_step(against: Against) -> None:
     """One token for each of 8 sequences with 256 tokens, the nano preset."""
     config = ModelConfig.preset("nano")
     torch.manual_seed(0)
-    weights = DecodeWeights.of(Model(config))
+    weights = DecodeWeights.from_model(Model(config))
+    operands = weights.operands()
     table, lengths = pages()
     shape = (config.num_hidden_layers, table.numel(), PAGE, config.num_key_value_heads, config.head_dim)
     caches = torch.randn(shape), torch.randn(shape)
@@ -53,7 +53,7 @@ def test_decode_step(against: Against) -> None:
     rows = {width: torch.randn(BATCH, width) for width in {m.shape[1] for m in matrices}}
     against(
         "F.linear with every matrix of the model, no more",
-        times(5, lambda: decode_step(weights, *inputs)),
+        times(5, lambda: decode_step(weights, operands, *inputs)),
         times(5, lambda: [F.linear(rows[m.shape[1]], m) for m in matrices]),
         KERNELS,
     )
@@ -67,7 +67,7 @@ def test_decode_attention(against: Against) -> None:
     dense_key, dense_value = (cache.view(BATCH, CONTEXT, GROUPS, HEAD_DIM).transpose(1, 2) for cache in (key, value))
     against(
         "scaled_dot_product_attention on a dense cache",
-        times(50, lambda: decode_ops.decode_attention(q, key, value, table, lengths, scale)),
+        times(50, lambda: torch.ops.minimind.decode_attention(q, key, value, table, lengths, scale, None, None)),
         times(50, lambda: F.scaled_dot_product_attention(q[:, :, None], dense_key, dense_value, enable_gqa=True)),
         KERNELS,
     )
@@ -94,7 +94,8 @@ def test_rope_append_kv(against: Against) -> None:
         return q
 
     def ours() -> Tensor:
-        return decode_ops.rope_append_kv(qkv, cos, sin, positions, slots, key, value, HEADS)
+        inputs = (qkv, cos, sin, positions, slots, key, value, HEADS)
+        return torch.ops.minimind.rope_append_kv(*inputs, None, None, 1e-6, None, None)
 
     assert torch.allclose(ours(), plain(), atol=1e-4)
     against("the same in PyTorch's operators", times(100, ours), times(100, plain), KERNELS)
@@ -115,7 +116,12 @@ def test_sample(against: Against) -> None:
         p = p.masked_fill(p.cumsum(-1) - p >= 0.9, 0)
         return ids.gather(1, torch.multinomial(p, 1))
 
-    against("log_softmax, topk, multinomial", times(20, lambda: decode_ops.sample(*inputs)), times(20, plain), KERNELS)
+    against(
+        "log_softmax, topk, multinomial",
+        times(20, lambda: torch.ops.minimind.sample(*inputs)),
+        times(20, plain),
+        KERNELS,
+    )
 
 
 def test_document_attention(against: Against) -> None:

@@ -1,1 +1,1 @@
-"""Programs for people: the chat in a terminal."""
+"""Programs for users: the chat in a terminal."""

@@ -1,1 +1,1 @@
-"""How good a model is: perplexity, and the tasks of lm-evaluation-harness."""
+"""Evaluation of models: perplexity by context length, and the benchmarks of lm-evaluation-harness."""

@@ -1,17 +1,18 @@
 """Perplexity by context length: `minimind evaluate --ppl book.txt --context 512,...,8192 --yarn 16`.
 
-The text is one stream of tokens, cut into windows of each length: every length scores the very same tokens, each once,
-with what stands before it in its window. Perplexity is exp of the mean of -log p; bits per byte do not depend on the
-tokenizer. The second half of every window is also shown alone: there a length's context is really used. With
---kv-dtype fp8 every curve is measured once more with keys and values rounded as such a cache rounds them.
+The text is one stream of tokens, cut into windows of each length. Every length scores the same tokens, each once, with
+the tokens before it in its window as context. Perplexity is exp of the mean of -log p; bits per byte do not depend on
+the tokenizer. The second half of every window is also reported alone, since only there the context is long. With
+--kv-dtype fp8 every curve is measured again with keys and values rounded as in such a cache.
 
-No logits are held: memory grows with the longest window, not with the text. A table is printed; perplexity.json and
-perplexity.png go to the run folder or --out.
+Memory grows with the longest window, not with the text. The command prints a table and writes perplexity.json and
+perplexity.png to the run folder or --out.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -33,7 +34,7 @@ from minimind.data import expand_paths, read_documents
 from minimind.data.formats import RowFormat
 from minimind.data.paths import find_files
 from minimind.data.reader import BadRows, Document
-from minimind.inference.decode.cache_dtype import rounded_cache
+from minimind.inference.decode.kv_cache import rounded_cache
 from minimind.inference.loading import LoadedModel, ModelArgs, open_model, stretched
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
@@ -41,41 +42,41 @@ from minimind.utils.display import Display, caption, decoration, duration, pyplo
 
 _COLOURS = ("#1b6ca8", "#d98324", "#5a9e6f", "#9467bd")
 _MOST_NATS = 700.0  # exp of more is beyond float64
-BATCH_TOKENS = 8192  # of windows scored together, or one longer window
+BATCH_TOKENS = 8192  # tokens of windows that are scored together; a longer window is scored alone
 
 
 @dataclass(frozen=True)
 class Args(ModelArgs):
-    """Perplexity of a model by context length, or its benchmarks."""
+    """Perplexity of a model by context length, or benchmarks."""
 
     tasks: tuple[str, ...] = ()
-    """Benchmarks of lm-evaluation-harness instead, with commas or spaces: ceval,cmmlu,mmlu, ..."""
+    """Run these benchmarks of lm-evaluation-harness instead; names separated by commas or spaces: ceval,cmmlu,mmlu."""
     few_shot: int | None = None
-    """With --tasks: examples before each question; None: as many as the task says."""
+    """With --tasks: examples before each question. None: the task's own number."""
     limit: int | None = None
-    """With --tasks: at most so many questions of each."""
+    """With --tasks: at most this many questions of each task."""
     include: str | None = None
-    """With --tasks: a folder with tasks of your own, .yaml and data."""
+    """With --tasks: a folder with your own tasks, .yaml files and data."""
     chat: bool = False
     """With --tasks: put the questions into the chat template."""
     ppl: tuple[str, ...] = ()
-    """Files, folders or globs of .txt and .jsonl, plain, .gz or .zst; what was not trained on."""
+    """Text that the model was not trained on: files, folders or globs of .txt and .jsonl, plain, .gz or .zst."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """With --ppl: what to do with a row that cannot be used."""
+    """With --ppl: stop at a row that cannot be used, or skip it."""
     ignore_fields: tuple[str, ...] = ()
-    """With --ppl: fields of rows that are left out: one that is not known is an error."""
+    """With --ppl: fields of rows to ignore; other unknown fields are errors."""
     context: tuple[str, ...] = ("512,1024,2048",)
-    """Window lengths in tokens, with commas or spaces; "512,...,8192" doubles."""
+    """Window lengths in tokens, separated by commas or spaces; "512,...,8192" doubles from 512 to 8192."""
     tokens: int = 65536
-    """At most so many tokens are scored, from the beginning of the text."""
+    """At most this many tokens are scored, from the beginning of the text."""
     out: str | None = None
-    """Folder for perplexity.json and perplexity.png, or tasks.json; None: the run folder, or this one."""
+    """Folder for perplexity.json and perplexity.png, or tasks.json. None: the run folder, or the current folder."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One curve's point. perplexity and bits_per_byte of all tokens; second_half: perplexity of those in the second
-    half of their window; seconds it took."""
+    """One point of a curve. perplexity and bits_per_byte: of all tokens. second_half: perplexity of the tokens in the
+    second halves of the windows. seconds: time of the measurement."""
 
     curve: str
     context: int
@@ -87,93 +88,96 @@ class Score:
 
 
 def main(args: Args) -> int:
+    """Measure and report; returns the exit status. ValueError, one line, for bad input."""
     console = Console()
     if args.tasks:
         return _tasks(args, console)
     lengths = parse_contexts(args.context)
     if not args.ppl:
-        raise ValueError("--ppl: name the text to measure on, or benchmarks with --tasks")
+        raise ValueError("--ppl: name the text to measure on, or name benchmarks with --tasks")
     if args.tokens < lengths[-1]:
-        raise ValueError(f"--tokens {args.tokens}: the longest context alone is {lengths[-1]}")
-    opened = open_model(dataclasses.replace(args, yarn=None, yarn_original=None))
-    for note in opened.notes:
+        raise ValueError(f"--tokens {args.tokens}: must be at least {lengths[-1]}, the longest --context")
+    loaded = open_model(dataclasses.replace(args, yarn=None, yarn_original=None))
+    for note in loaded.notes:
         say(console, note)
-    curves = curves_of(opened.model.config, args)
-    opened.model.compute_dtype = opened.dtype
+    curves = curves_of(loaded.model.config, args)
+    loaded.model.compute_dtype = loaded.dtype
     for line in find_files(args.ppl).lines():
         say(console, line)
     bad = BadRows()
     read = partial(read_documents, on_bad_row=args.on_bad_row, bad=bad, form=RowFormat(ignored=args.ignore_fields))
-    ids = read_stream(args.ppl, opened.tokenizer, args.tokens // lengths[-1] * lengths[-1] + 1, read)
+    ids = read_stream(args.ppl, loaded.tokenizer, args.tokens // lengths[-1] * lengths[-1] + 1, read)
     if bad.count:
         say(console, f"--ppl: {bad}")
     scored = (len(ids) - 1) // lengths[-1] * lengths[-1]
     if scored == 0:
         raise ValueError(
-            f"--ppl: {len(ids):,} tokens, the longest --context wants {lengths[-1] + 1:,}; give more text, or a "
-            "shorter --context"
+            f"--ppl: the text has {len(ids):,} tokens, the longest --context needs {lengths[-1] + 1:,}; give more text "
+            "or a shorter --context"
         )
-    folder = _folder(args, opened)
-    scores = measure(opened.model, opened.tokenizer, ids[: scored + 1], lengths, curves, console)
-    if opened.kv_dtype not in (None, opened.dtype):
-        with rounded_cache(opened.model, opened.kv_dtype):
+    folder = _folder(args, loaded)
+    scores = measure(loaded.model, loaded.tokenizer, ids[: scored + 1], lengths, curves, console)
+    if loaded.kv_dtype not in (None, loaded.dtype):
+        with rounded_cache(loaded.model, loaded.kv_dtype):
             rounded = {f"{name}, cache in {args.kv_dtype}": config for name, config in curves.items()}
-            scores += measure(opened.model, opened.tokenizer, ids[: scored + 1], lengths, rounded, console)
+            scores += measure(loaded.model, loaded.tokenizer, ids[: scored + 1], lengths, rounded, console)
     show(scores, console)
-    found = {"text": list(args.ppl), "scores": [dataclasses.asdict(score) for score in scores]}
-    (folder / "perplexity.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    results = {"text": list(args.ppl), "scores": [dataclasses.asdict(score) for score in scores]}
+    (folder / "perplexity.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     plot(scores, folder / "perplexity.png", ", ".join(Path(p).name for p in args.ppl))
     say(console, f"{folder / 'perplexity.png'}, {folder / 'perplexity.json'}")
     return 0
 
 
 def _tasks(args: Args, console: Console) -> int:
-    from minimind.evaluation.harness import evaluate_tasks, report
-
     if args.ppl:
         raise ValueError("--ppl and --tasks: give one of them")
     if args.kv_dtype != "auto":
-        raise ValueError(f"--kv-dtype {args.kv_dtype}: --tasks scores without a cache; --ppl shows what it costs")
+        raise ValueError(f"--kv-dtype {args.kv_dtype}: --tasks scores without a cache; --ppl measures the effect")
     for name, value, least in (("few-shot", args.few_shot, 0), ("limit", args.limit, 1)):
         if value is not None and value < least:
-            raise ValueError(f"--{name} {value}: at least {least}")
-    opened = open_model(args)
-    folder = _folder(args, opened)
-    for note in opened.notes:
+            raise ValueError(f"--{name} {value}: must be at least {least}")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("--tasks needs lm-evaluation-harness: pip install lm-eval")
+    from minimind.evaluation.harness import evaluate_tasks, report
+
+    loaded = open_model(args)
+    folder = _folder(args, loaded)
+    for note in loaded.notes:
         say(console, note)
-    found = evaluate_tasks(
-        opened, args.tasks, few_shot=args.few_shot, limit=args.limit, include=args.include, chat=args.chat
+    evaluation = evaluate_tasks(
+        loaded, args.tasks, few_shot=args.few_shot, limit=args.limit, include=args.include, chat=args.chat
     )
-    report(found, folder, console)
+    report(evaluation, folder, console)
     return 0
 
 
-def _folder(args: Args, opened: LoadedModel) -> Path:
-    """Where the results go: made before anything is measured for it."""
-    in_run = opened.folder if opened.stage is not None else None
+def _folder(args: Args, loaded: LoadedModel) -> Path:
+    """The folder for the results, made before the measurement. ValueError if it cannot be written to."""
+    in_run = loaded.folder if loaded.stage is not None else None
     folder = Path(args.out) if args.out else in_run or Path()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out {folder}: cannot be made ({error.strerror}); name another folder") from None
+        raise ValueError(f"--out {folder}: cannot be created ({error.strerror}); name another folder") from None
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"{folder.resolve()}: the results cannot be written there; name a folder with --out")
+        raise ValueError(f"{folder.resolve()}: cannot be written to; name another folder with --out")
     return folder
 
 
-def parse_contexts(given: Sequence[str]) -> list[int]:
+def parse_contexts(texts: Sequence[str]) -> list[int]:
     """Ascending lengths of "512,1024" or "512,...,4096" (doubling). ValueError for anything else."""
-    parts = [part for text in given for part in text.replace(",", " ").split()]
+    parts = [part for text in texts for part in text.replace(",", " ").split()]
     lengths: list[int] = []
     doubling = False
     for part in parts:
         if part in ("...", "…"):
             doubling = bool(lengths)
             if not doubling:
-                raise ValueError("--context: '...' doubles what stands before it; begin with a length")
+                raise ValueError("--context: '...' doubles the length before it; begin with a length")
             continue
         if not part.isascii() or not part.isdigit() or int(part) < 2:
-            raise ValueError(f"--context {part}: a length is a whole number of at least 2")
+            raise ValueError(f"--context {part}: must be a whole number of at least 2")
         while doubling and 2 * lengths[-1] < int(part):
             lengths.append(2 * lengths[-1])
         lengths, doubling = [*lengths, int(part)], False
@@ -182,12 +186,12 @@ def parse_contexts(given: Sequence[str]) -> list[int]:
     lengths = sorted(set(lengths))
     wrong = next((n for n in lengths if lengths[-1] % n), None)
     if wrong is not None:
-        raise ValueError(f"--context {wrong}: every length must divide the longest, so that all score the same tokens")
+        raise ValueError(f"--context {wrong}: must divide the longest, so that all lengths score the same tokens")
     return lengths
 
 
 def curves_of(config: ModelConfig, args: ModelArgs) -> dict[str, ModelConfig]:
-    """What is compared: the model as it is and, with --yarn, stretched."""
+    """Configs to compare, by name: the model's own and, with --yarn, the stretched one."""
     own = config.rope_scaling
     curves = {"as it is" if own is None else f"its own YaRN, factor {own.factor:g}": config}
     if args.yarn is not None or args.yarn_original is not None:
@@ -199,8 +203,8 @@ def curves_of(config: ModelConfig, args: ModelArgs) -> dict[str, ModelConfig]:
 def read_stream(
     paths: Sequence[str], tokenizer: Tokenizer, count: int, read: Callable[[Path], Iterator[Document]] = read_documents
 ) -> Tensor:
-    """int64, the first `count` tokens of the text or all there are. Rows of a .jsonl are documents between bos and eos;
-    a .txt file is one."""
+    """The first `count` tokens of the text, or all if there are fewer: int64. Rows of a .jsonl file are documents
+    between bos and eos; a .txt file is one document."""
     ids: list[int] = []
     for part in _documents(paths, tokenizer, read):
         ids += part
@@ -217,7 +221,7 @@ def _documents(
         texts = (tokenizer.encode(d.text, allow_special=False) for d in read(path))
         if ".jsonl" in path.name:
             yield from (bos + text + eos for text in texts)
-        else:  # its pieces are no documents
+        else:  # read in pieces, which together are one document
             yield bos
             yield from texts
             yield eos
@@ -232,7 +236,8 @@ def measure(
     curves: dict[str, ModelConfig],
     console: Console,
 ) -> list[Score]:
-    """ids int64 [N + 1], N a multiple of the longest length; `curves` are configs of the model's own shape."""
+    """Score the tokens once for every length and curve. ids: int64 [N + 1], N a multiple of the longest length. curves:
+    configs that differ from the model's own only in positions. ValueError if the model's logits are not finite."""
     total = len(ids) - 1
     sizes = tokenizer.token_bytes()
     num_bytes = sum(len(sizes[i]) for i in ids[1:].tolist())
@@ -255,7 +260,7 @@ def measure(
                 nats = float(sums.sum())
                 if not nats / total < _MOST_NATS:
                     raise ValueError(
-                        f"{nats / total:g} nats a token have no perplexity; do the model's weights hold NaN?"
+                        f"a loss of {nats / total:g} nats per token gives no perplexity; do the weights contain NaN?"
                     )
                 half = total // length * (length - length // 2)
                 scores.append(
@@ -271,14 +276,14 @@ def measure(
 
 
 def _windows(model: Model, ids: Tensor, length: int) -> Iterator[tuple[Tensor, int]]:
-    """(nats of the first and the second halves of the windows, float64 [2]; tokens) of a few windows at a time."""
+    """For a few windows at a time: nats of their first and second halves, float64 [2], and their number of tokens."""
     device = model.device
     inputs, targets = ids[:-1].view(-1, length), ids[1:].view(-1, length)
     rows = max(1, BATCH_TOKENS // length)
     for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
         hidden = model(x.to(device), return_logits=False).hidden_states.flatten(0, 1)
-        found, _ = ops.linear_log_probs(hidden, model.head_weight, y.to(device).flatten())
-        nats = -found.double().view(-1, length).sum(dim=0).cpu()
+        log_probs, _ = ops.linear_log_probs(hidden, model.head_weight, y.to(device).flatten())
+        nats = -log_probs.double().view(-1, length).sum(dim=0).cpu()
         yield torch.stack((nats[: length // 2].sum(), nats[length // 2 :].sum())), x.numel()
 
 
@@ -300,7 +305,7 @@ def show(scores: Sequence[Score], console: Console) -> None:
 
 @decoration
 def plot(scores: Sequence[Score], path: Path, title: str) -> None:
-    """Perplexity over context length, a line a curve; dashed: the second halves of the windows."""
+    """Perplexity over context length, one line per curve; dashed: the second halves of the windows."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for colour, name in zip(_COLOURS, dict.fromkeys(s.curve for s in scores), strict=False):
@@ -312,7 +317,7 @@ def plot(scores: Sequence[Score], path: Path, title: str) -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(ticks, [f"{n:,}" for n in ticks])
-    axis.set_xlabel("context, tokens; dashed: second half of each window alone")
+    axis.set_xlabel("context, tokens; dashed: second halves of the windows alone")
     axis.set_ylabel("perplexity")
     axis.set_title(f"{caption(title)}, {scores[0].tokens:,} tokens", fontsize=10, loc="left")
     axis.grid(alpha=0.3)

@@ -1,12 +1,12 @@
-"""A folder that transformers, vLLM and what is built on them load by themselves, without code from here.
+"""A folder that transformers, vLLM and programs built on them load with their own model classes.
 
     dense                    LlamaForCausalLM
     dense, QK-norm           Qwen3ForCausalLM
     experts, QK-norm         Qwen3MoeForCausalLM
-    experts, also shared     GraniteMoeSharedForCausalLM, its multipliers 1, its attention scale D^-0.5
+    experts, also shared     GraniteMoeSharedForCausalLM, with multipliers of 1 and an attention scale of D^-0.5
 
-config.json has rope_theta and rope_scaling beside each other, as transformers 4 wrote it and 5 reads it. `load_model`
-opens the folder too: `num_shared_experts` and `router_aux_loss_level` are there for it.
+config.json has rope_theta and rope_scaling at the top level, as transformers 4 wrote them and 5 still reads them.
+`load_model` opens the folder too, for which it contains `num_shared_experts` and `router_aux_loss_level`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.weights import to_stock
 
-# How `minimind chat` draws tokens; transformers' pipeline and vLLM take it from generation_config.json.
+# The sampling of `minimind chat`; transformers' pipeline and vLLM read it from generation_config.json.
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 
 
 def export_hf(model: Model, tokenizer: Tokenizer, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write config.json, generation_config.json, model.safetensors (in `dtype`) and the tokenizer into `folder`.
 
-    Rows of the model beyond the tokenizer's ids stay; generation_config.json suppresses them.
-    Raises ValueError where transformers has no architecture that computes what the model does.
+    Rows of the model beyond the tokenizer's ids are kept, and generation_config.json suppresses them.
+    Raises ValueError if transformers has no architecture for the model.
     """
     config, folder = model.config, Path(folder)
     description = hf_config(config, tokenizer, dtype)
@@ -46,7 +46,9 @@ def export_hf(model: Model, tokenizer: Tokenizer, folder: str | Path, dtype: tor
     _write(folder / "generation_config.json", _generation(config, tokenizer))
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets its owner alone read it
+    shutil.copymode(
+        folder / "config.json", folder / "model.safetensors"
+    )  # safetensors creates files that only the owner may read
 
 
 def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
@@ -75,12 +77,12 @@ def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> 
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        "torch_dtype": str(dtype).removeprefix("torch."),  # transformers 5 calls it dtype, and reads this too
+        "torch_dtype": str(dtype).removeprefix("torch."),  # transformers 5 calls it dtype but reads this too
     }
 
 
 def _architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """(class, the keys of its config that the others do not have)."""
+    """The name of transformers' class, and the config keys that are specific to it."""
     if config.num_experts == 0:
         size = {"intermediate_size": config.intermediate_size}
         if config.qk_norm:
@@ -108,7 +110,7 @@ def _architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         }
     if not config.norm_topk_prob:
         raise ValueError(
-            "--to hf: transformers' architecture without QK-norm normalises the gates of the chosen experts; "
+            "--to hf: transformers' architecture without QK-norm normalises the gates of the chosen experts, but "
             "norm_topk_prob is false here"
         )
     return "GraniteMoeSharedForCausalLM", {
@@ -126,7 +128,7 @@ def _architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
 
 
 def _positions(config: ModelConfig) -> int:
-    """With YaRN the length it stretches to: transformers 4 takes the factor from this and the original length."""
+    """max_position_embeddings; with YaRN the stretched length, from which transformers 4 derives the factor."""
     scaling = config.rope_scaling
     if scaling is None:
         return config.max_position_embeddings
@@ -134,8 +136,8 @@ def _positions(config: ModelConfig) -> int:
 
 
 def _yarn(scaling: YarnScaling) -> dict[str, Any]:
-    found = {"rope_type": "yarn", **dataclasses.asdict(scaling)}
-    return {key: value for key, value in found.items() if value is not None}
+    fields = {"rope_type": "yarn", **dataclasses.asdict(scaling)}
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def _generation(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:

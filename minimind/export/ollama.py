@@ -1,7 +1,7 @@
-"""A folder for `ollama create`: model.gguf and a Modelfile, with the chat template in Go's template language.
+"""The Modelfile for `ollama create`, with the chat template in Go's template language.
 
-The words around each turn are read off the tokenizer's own template, by rendering conversations of marks; put together
-again they must give what the template renders, or the template is refused.
+The text around each turn is found by rendering conversations of placeholders with the tokenizer's own template. The
+result must render these conversations exactly as the template does, or the template is refused.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MARKED: tuple[list[dict[str, Any]], ...] = (
     [_USER, _CALLED, _RESULT, _REPLY, _AGAIN],
 )
 
-# Without tools, the lines that begin with a hash are left out.
+# Lines that begin with a hash are left out if the template has no tools.
 _GO_TEMPLATE = """\
 #{{- if .Tools }}@before_system@
 #{{- if .System }}{{ .System }}@joint@{{ end }}@before_tools@
@@ -56,8 +56,9 @@ _GO_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Tools:
-    """What stands before and after: the list of tools, after the system's text and `joint`; a tool turn's text; a
-    call's name and arguments. between: two tools. before_call: parts a call from what stands before it."""
+    """The template's text around tools. offered: before and after the list of tools, which follows the system message
+    and `joint`. result: before and after a tool turn's text. call: before, between and after a call's name and
+    arguments. between: between two tools. before_call: between a call and the text or call before it."""
 
     offered: tuple[str, str]
     result: tuple[str, str]
@@ -69,8 +70,8 @@ class Tools:
 
 @dataclass(frozen=True)
 class Turns:
-    """What stands before and after a system, user and assistant turn's text. default_system: the system turn where none
-    is given. opening: the header of an answer. tools: None where the template knows none."""
+    """The template's text around turns: before and after a system, user and assistant message. default_system: the
+    system turn if a conversation has none. opening: the header of an answer. tools: None if the template has none."""
 
     system: tuple[str, str]
     user: tuple[str, str]
@@ -80,7 +81,7 @@ class Turns:
     tools: Tools | None
 
     def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[Any] = ()) -> str:
-        """The conversation as the Modelfile's template writes it, an answer opened."""
+        """The conversation as the Modelfile's template renders it, with the header of an answer at the end."""
         system = "".join(m["content"] for m in messages if m["role"] == "system")
         parts = [self.system[0], system, self.system[1]] if system else [self.default_system]
         if tools and self.tools is not None:
@@ -98,7 +99,7 @@ class Turns:
         return "".join([*parts, self.opening])
 
     def _answer(self, message: dict[str, Any]) -> str:
-        """A turn's text and, parted from it, its calls."""
+        """A turn's text and its calls, separated by `before_call`."""
         texts = [message["content"]] if message["content"] else []
         if self.tools is None:
             return "".join(texts)
@@ -109,7 +110,7 @@ class Turns:
         return self.tools.before_call.join(texts)
 
     def go_template(self) -> str:
-        """The same in Go's text/template, on what ollama hands over (its docs/template.md)."""
+        """The same as `render` in Go's text/template, with ollama's variables (docs/template.md in its repository)."""
         words = {"default_system": self.default_system, "opening": self.opening}
         pairs = {"system": self.system, "user": self.user, "assistant": self.assistant}
         lines = [line for line in _GO_TEMPLATE.splitlines() if self.tools is not None or line[0] != "#"]
@@ -125,7 +126,7 @@ class Turns:
 
 
 def read_turns(tokenizer: Tokenizer) -> Turns:
-    """What the chat template puts around turns; ValueError where it is more than turn after turn."""
+    """The text that the chat template puts around turns. ValueError if it is not a plain sequence of turns."""
 
     def render(*messages: Any, **options: Any) -> str:
         return tokenizer.apply_chat_template(messages, **options)
@@ -134,17 +135,17 @@ def read_turns(tokenizer: Tokenizer) -> Turns:
         turns = _read_turns(render)
     except ValueError as error:
         raise ValueError(
-            f"--to ollama: this chat template cannot be taken apart into turns ({error}); {_OTHERWISE}"
+            f"--to ollama: this chat template cannot be split into turns ({error}); {_OTHERWISE}"
         ) from None
-    known = _MARKED if turns.tools is not None else _MARKED[:-1]  # the last one has calls
-    for messages, tools in itertools.product(known, _NONE_OR_SOME):
+    conversations = _MARKED if turns.tools is not None else _MARKED[:-1]  # the last one has calls
+    for messages, tools in itertools.product(conversations, _NONE_OR_SOME):
         if turns.render(messages, tools) != render(*messages, tools=tools or None, add_generation_prompt=True):
-            raise ValueError(f"--to ollama: this chat template is more than turn after turn; {_OTHERWISE}")
+            raise ValueError(f"--to ollama: this chat template is not a plain sequence of turns; {_OTHERWISE}")
     return turns
 
 
 def modelfile(config: ModelConfig, tokenizer: Tokenizer) -> str:
-    """The Modelfile beside model.gguf."""
+    """The text of the Modelfile for model.gguf in the same folder."""
     stop = tokenizer.token_of(tokenizer.eos_token_id)
     parameters = {"num_ctx": config.max_position_embeddings, "stop": json.dumps(stop), **SAMPLING}
     return "\n".join(
@@ -157,23 +158,23 @@ def modelfile(config: ModelConfig, tokenizer: Tokenizer) -> str:
     )
 
 
-_OTHERWISE = "write --to gguf, which keeps the template itself, and a Modelfile by hand"
+_OTHERWISE = "use --to gguf, which keeps the template itself, and write a Modelfile by hand"
 
 
 def _read_turns(render: Any) -> Turns:
-    asked = render(_USER)
-    start, after_user = _split(asked, "%USR%")
+    question = render(_USER)
+    start, after_user = _split(question, "%USR%")
     before_user = _split(render(_USER, _AGAIN), "%USR%", "%AGN%")[1].removeprefix(after_user)
     before_system, between, _ = _split(render(_SYSTEM, _USER), "%SYS%", "%USR%")
     turns = Turns(
         system=(before_system, between.removesuffix(before_user)),
         user=(before_user, after_user),
-        assistant=_pair(_split(render(_USER, _REPLY).removeprefix(asked), "%RPL%")),
+        assistant=_pair(_split(render(_USER, _REPLY).removeprefix(question), "%RPL%")),
         default_system=start.removesuffix(before_user),
-        opening=render(_USER, add_generation_prompt=True).removeprefix(asked),
+        opening=render(_USER, add_generation_prompt=True).removeprefix(question),
         tools=None,
     )
-    if render(_USER, tools=_TOOLS) == asked:
+    if render(_USER, tools=_TOOLS) == question:
         return turns
     return replace(turns, tools=_read_tools(render, turns))
 
@@ -181,14 +182,14 @@ def _read_turns(render: Any) -> Turns:
 def _read_tools(render: Any, turns: Turns) -> Tools:
     (before_system, after_system), before_user, after_reply = turns.system, turns.user[0], turns.assistant[1]
     first, second, arguments = _JSON
-    asked, answered = render(_USER), render(_USER, _REPLY)
+    question, answered = render(_USER), render(_USER, _REPLY)
     head, between, tail, _ = _split(render(_USER, tools=_TOOLS), first, second, "%USR%")
     before_tools = head.removeprefix(before_system)
     joint = _split(render(_SYSTEM, _USER, tools=_TOOLS), "%SYS%", first)[1].removesuffix(before_tools)
     marks = ("%SAY%", "%CAL%", arguments, "%CAL%", arguments)
-    _, after_text, middle, after_first, _, end = _split(render(_USER, _CALLED).removeprefix(asked), *marks)
+    _, after_text, middle, after_first, _, end = _split(render(_USER, _CALLED).removeprefix(question), *marks)
     after_call = end.removesuffix(after_reply)
-    before_call = after_text.lstrip()  # a call is parted from what stands before it by white space
+    before_call = after_text.lstrip()  # white space separates a call from the text before it
     if after_text != after_first.removeprefix(after_call):
         raise ValueError("a call after text and one after a call differ")
     return Tools(
@@ -207,16 +208,16 @@ def _pair(parts: Sequence[str]) -> tuple[str, str]:
 
 
 def _split(text: str, *marks: str) -> list[str]:
-    """The text before, between and after the marks, each of them there once and in this order."""
+    """The text before, between and after the marks, which must occur in this order. ValueError if one is missing."""
     parts = []
     for mark in marks:
-        before, found, text = text.partition(mark)
-        if not found:
+        before, separator, text = text.partition(mark)
+        if not separator:
             raise ValueError(f"it leaves out {mark}")
         parts.append(before)
     return [*parts, text]
 
 
 def _quoted(text: str) -> str:
-    """A Go action that writes `text`, nothing for nothing. JSON's strings are Go's but for the escaped solidus."""
+    """A Go action that writes `text`; "" for an empty text. JSON strings are valid in Go except for the escaped \\/."""
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""

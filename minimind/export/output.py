@@ -1,4 +1,4 @@
-"""What is written appears whole under its name, or not at all."""
+"""Writing a file or folder whole or not at all, without overwriting anything."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 
 def check_free(path: Path) -> None:
-    """ValueError where `path` holds something already: nothing is overwritten."""
+    """ValueError if `path` is a file or a folder that is not empty."""
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"--out {path}: exists and is not empty; name another, or remove it")
     if path.exists() and not path.is_dir():
@@ -21,9 +21,9 @@ def check_free(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A neighbour of `path` to write, a file or a folder that does not exist yet; it takes the name at the end.
+    """Yields a temporary path beside `path` at which to create a file or folder; at the end it is renamed to `path`.
 
-    Raises ValueError where it cannot be written; the neighbour is gone then.
+    ValueError if it cannot be written; then nothing remains.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -32,11 +32,11 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.is_dir():
             path.rmdir()  # empty: check_free
         os.replace(partial, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk becomes on its way here
+    except (OSError, RuntimeError, SafetensorError) as error:  # the forms in which a full disk is reported
         raise ValueError(f"--out {path}: cannot be written ({str(error).splitlines()[0]})") from error
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)
         else:
-            with suppress(NotADirectoryError):  # a file on the way there
+            with suppress(NotADirectoryError):  # a parent of `path` is a file
                 partial.unlink(missing_ok=True)

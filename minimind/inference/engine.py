@@ -1,15 +1,15 @@
-"""The engine: one for chat, evaluation, RL rollouts and the API.
+"""The inference engine, used by chat, evaluation, RL rollouts and the API.
 
-A step decodes one token for every running sample and computes the next chunk of the prompts that came in; all of them
-draw their next token. Requests join and leave between steps.
+A step decodes one token for every running sequence and computes the next chunks of new prompts, then samples a token
+for each of them. Requests join and leave between steps.
 
-    submit -> Scheduler: queue and pages -> Runner: the model over PagedCache, draw -> Track: text and stops -> Delta
+    submit -> Scheduler: queue, pages -> Runner: model over PagedCache, sampling -> SequenceOutput: text, stops -> Delta
 
-On a GPU the host is one step late (drawn.py): `step` launches a step and then reads the tokens of the one before. A
-sample that ended with them has a row in the launched step all the same; what that draws is dropped, and its page goes
-back with the sample's others. A sample that ends by its length leaves before, since that is known before its token is.
-Where somebody needs the tokens now, they are read first: to preempt, to cancel, to take up new weights, and where the
-host has a say in the draw itself (grammars; the likeliest tokens, which are found beside the draw).
+On a GPU the host is one step late (batch.py): `step` launches a step and then reads the tokens of the previous one. A
+sequence that ended with them still has a row in the launched step; its result is dropped, and its page is released with
+the sequence's others. A sequence that ends by its length leaves earlier, since that is known before its token is. The
+tokens are read first if the host needs them: to preempt, to cancel, to refresh weights, or to take part in sampling
+(for grammars, and to report the likeliest tokens).
 """
 
 from __future__ import annotations
@@ -22,53 +22,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minimind.inference.admission import Admission, max_positions
-from minimind.inference.batch import DecodeBatch
-from minimind.inference.cache import PagedCache, PagePool, cache_pages
-from minimind.inference.decode.cache_dtype import check_kv_dtype
-from minimind.inference.decode.ops import Backend
-from minimind.inference.drawn import SampledStep, host_is_late
-from minimind.inference.replica import Replica
-from minimind.inference.requests import Delta, Request, RequestOutput, TopLogProbs
-from minimind.inference.runner import Runner
-from minimind.inference.scheduler import Scheduler, SequenceState, StepPlan
-from minimind.inference.stats import Counters, EngineStats
-from minimind.inference.tracking import RequestState, SequenceOutput, refused
-from minimind.inference.transfer import on_device
+from minimind.inference.batch import DecodeBatch, SampledStep, host_is_late, on_device
+from minimind.inference.decode.kv_cache import PagedCache, cache_pages, check_kv_dtype
+from minimind.inference.request_state import Admission, RequestState, SequenceOutput, context_length, refused
+from minimind.inference.requests import Counters, Delta, EngineStats, Request, RequestOutput, TopLogProbs
+from minimind.inference.runner import Backend, Replica, Runner
+from minimind.inference.scheduler import PagePool, Scheduler, SequenceState, StepPlan
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 
 # A prompt step of minimind2-small takes the host about 1.2 ms, whatever its length. An RTX 3090 computes 2,048 tokens
-# in 2.5 ms (minimind2: 10): it does not wait for the host, and those who decode do not wait long for their next token.
+# in 2.5 ms (minimind2: 10 ms), so it does not wait for the host, and decoding sequences are not delayed for long.
 GPU_CHUNK = 2048
-CPU_CHUNK = 512  # 128 to 2,048 take the same time a token; a longer chunk only stalls the others longer
+CPU_CHUNK = 512  # 128 to 2,048 take the same time per token; a longer chunk only delays decoding sequences
 
 
 class Engine:
     """Continuous batching over a paged key/value cache. Single-threaded; deterministic for given requests and steps.
 
-    model: its weights are shared where they have `dtype`; other matrices, and projections with active low-rank
-        adapters, are copied, and native decoding on a CPU reads a packed copy of its own. `refresh_weights` takes up
-        what has changed in the model since. Runs as in eval mode; the model itself is not touched.
-    tokenizer: None for requests by token ids only: no text, no stop strings, no end-of-sequence id. Ids of the model
-        beyond the tokenizer's have no probability.
-    dtype: float32, bfloat16 or float16, of activations; None: what the model computes in.
-    kv_dtype: of the cache: one of these or float8_e4m3fn, half of bfloat16's memory (docs/decoding.md); None: as dtype.
-        Prompts, too, see keys and values as the cache gives them back.
-    kv_bytes, kv_tokens: the cache's size, one of them; neither: max_batch full contexts, but at most 512 MiB on a CPU
-        and half of the free memory on a GPU. It is taken at once and never grows.
-    max_batch: samples that decode together.
-    max_context: tokens of prompt and output; None: as many as the model has positions, YaRN's scaling included.
-    page_size: tokens of a page; None: 16 on a CPU, 64 on a GPU.
-    prefill_chunk: prompt tokens that a step computes at most, so that a long prompt does not stall the others; None:
-        512 on a CPU, 2,048 on a GPU (docs/decoding.md).
-    prefix_cache: reuse the pages of equal beginnings. What was found and what would have been computed may differ in
-        the last bits.
-    backend: of decoding: "native" is the C++ and CUDA extension, "reference" plain PyTorch, "auto" native where built.
-    seed: of requests that bring none.
+    model: weights that have `dtype` are shared. Other matrices, and projections with active low-rank adapters, are
+        copied, and native decoding on a CPU reads a packed copy. Call `refresh_weights` after the model changes. The
+        engine computes as in eval mode and does not change the model.
+    tokenizer: None for requests by token ids only, without text, stop strings and end-of-sequence id. Ids of the model
+        beyond the tokenizer's have probability 0.
+    dtype: of activations: float32, bfloat16 or float16; None: the model's compute dtype.
+    kv_dtype: of the cache: one of these or float8_e4m3fn, which halves bfloat16's memory (docs/decoding.md); None:
+        dtype. The rounding of the cache affects prompts too.
+    kv_bytes, kv_tokens: the cache's size; give at most one. Neither: max_batch full contexts, but at most 512 MiB on a
+        CPU and half of the free memory on a GPU. The cache is allocated at once and never grows.
+    max_batch: most sequences that decode together.
+    max_context: tokens of prompt and output together; None: all positions of the model, including YaRN's.
+    page_size: tokens per page; None: 16 on a CPU, 64 on a GPU.
+    prefill_chunk: most prompt tokens per step, so that a long prompt does not delay the other requests; None: 512 on a
+        CPU, 2,048 on a GPU (docs/decoding.md).
+    prefix_cache: reuse the pages of equal prefixes. Reused and recomputed pages may differ in the last bits.
+    backend: of decoding: "native" (the C++ and CUDA extension), "reference" (plain PyTorch), or "auto" (native if it is
+        built).
+    seed: the seeds of requests without one are derived from it.
 
-    ValueError, one line, for what cannot work: a tokenizer of more ids than the model has, a budget below one page, a
-    backend that is not there.
+    ValueError, one line, for a tokenizer with more ids than the model, a budget below one page, a backend that is not
+    available, and arguments outside their range.
     """
 
     def __init__(
@@ -97,17 +90,17 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         page_size = page_size or (64 if device.type == "cuda" else 16)
-        max_context = max_positions(config, max_context)
+        max_context = context_length(config, max_context)
         dtype = dtype or model.compute_dtype or model.dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype={dtype} must be torch.float32, torch.bfloat16 or torch.float16")
         kv_dtype = kv_dtype or dtype
         check_kv_dtype(kv_dtype, device)
-        of_sample = -(-max_context // page_size)
-        useful_tokens = max_batch * of_sample * page_size
+        context_pages = -(-max_context // page_size)
+        useful_tokens = max_batch * context_pages * page_size
         token_bytes = model.kv_bytes_per_token(kv_dtype)
         pages = cache_pages(token_bytes, device, page_size, kv_bytes, kv_tokens, useful_tokens)
-        table_pages = min(pages, of_sample)
+        table_pages = min(pages, context_pages)
 
         self.dtype, self.kv_dtype, self.device, self.max_context = dtype, kv_dtype, device, max_context
         self._pool = PagePool(pages, prefix_cache)
@@ -118,100 +111,97 @@ class Engine:
         self._late = host_is_late(device)
         self._batch = DecodeBatch(max_batch, table_pages, page_size, config.num_tokens, device, self._late)
         self._runner = Runner(self._replica, self._cache, self._batch, max_context, backend, self._late)
-        self._unread: SampledStep | None = None  # what the last step drew
-        self._jobs: dict[str, RequestState] = {}
+        self._unread: SampledStep | None = None  # the last step, whose tokens are not read yet
+        self._requests: dict[str, RequestState] = {}
         self._arrivals = 0
         self._undelivered: list[Delta] = []
         self._counters = Counters()
 
     def generate(self, requests: Iterable[Request]) -> list[RequestOutput]:
-        """Run the requests to their end; outputs in their order. A request that cannot be served comes back with
-        finish_reason "error" and its `error` line, and the others do not notice."""
-        names: list[str | RequestOutput] = []
+        """Run the requests to their end and return their outputs in order. The output of a request that cannot be
+        served has finish_reason "error" and the reason in `error`; it does not affect the others."""
+        ids: list[str | RequestOutput] = []
         outputs: dict[str, RequestOutput] = {}
-        for delta in self._run(requests, names):
+        for delta in self._run(requests, ids):
             if delta.output is not None:
                 outputs[delta.id] = delta.output
-        return [outputs[name] if isinstance(name, str) else name for name in names]
+        return [outputs[entry] if isinstance(entry, str) else entry for entry in ids]
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Delta]:
-        """Deltas of the requests as they come; a refused one gives a single delta with finish_reason "error". Closing
-        the iterator cancels what is unfinished. Other requests may be submitted, run and cancelled meanwhile."""
-        names: list[str | RequestOutput] = []
-        deltas = self._run(requests, names)
-        try:
-            yield from deltas
-        finally:
-            deltas.close()
+        """Yield the requests' deltas as they are generated. A refused request yields one delta with finish_reason
+        "error". Closing the iterator cancels unfinished requests. Other requests may be submitted, run and cancelled
+        meanwhile."""
+        yield from self._run(requests, [])
 
     def submit(self, request: Request) -> str:
         """Queue a request and return its id. ValueError, one line, if it cannot be served."""
-        job = self._admission.job(request, self._jobs)
-        self._jobs[job.id] = job
-        for first in range(0, job.params.n, self._scheduler.max_batch):
-            count = min(job.params.n - first, self._scheduler.max_batch)
-            sample = SequenceState(self._arrivals, first, count, job.prompt.copy(), SequenceOutput(job, first))
-            job.samples.append(sample)
-            self._scheduler.add(sample)
+        state = self._admission.admit(request, self._requests)
+        self._requests[state.id] = state
+        for first in range(0, state.params.n, self._scheduler.max_batch):
+            count = min(state.params.n - first, self._scheduler.max_batch)
+            sequence = SequenceState(self._arrivals, first, count, state.prompt.copy(), SequenceOutput(state, first))
+            state.sequences.append(sequence)
+            self._scheduler.add(sequence)
         self._arrivals += 1
-        return job.id
+        return state.id
 
     def cancel(self, request_id: str) -> bool:
-        """End an unfinished request: its pages are free at once, its samples finish with "cancelled" in the deltas of
-        the next `step`. False if there is no such request."""
-        if request_id in self._jobs:
+        """End an unfinished request. Its pages are released at once; the next `step` returns deltas with finish_reason
+        "cancelled". False if there is no such request."""
+        if request_id in self._requests:
             self._read_now()
-        job = self._jobs.get(request_id)
-        if job is None:
+        state = self._requests.get(request_id)
+        if state is None:
             return False
-        for sample in job.samples.copy():
-            tracks = [sample.track, *(SequenceOutput(job, sample.index + i) for i in range(1, sample.count))]
-            self._undelivered += [track.finish(sample, "cancelled") for track in tracks]
-            self._remove(sample, "cancelled", len(tracks))
+        for sequence in state.sequences.copy():
+            outputs = [sequence.output, *(SequenceOutput(state, sequence.index + i) for i in range(1, sequence.count))]
+            self._undelivered += [output.finish(sequence, "cancelled") for output in outputs]
+            self._remove(sequence, "cancelled", len(outputs))
         return True
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has something to do or to deliver."""
-        return bool(self._jobs or self._undelivered)
+        """Whether `step` has something to compute or to return."""
+        return bool(self._requests or self._undelivered)
 
     @torch.inference_mode()
     def step(self) -> list[Delta]:
-        """One token for every running sample, and the next chunk of the prompts that wait. [] when there is no work. On
-        a GPU the deltas are those of the step before, none in the first."""
+        """Compute one token for every running sequence and the next chunk of waiting prompts; returns the deltas, [] if
+        there is no work. On a GPU the deltas are those of the previous step, and the first step returns none."""
         deltas, self._undelivered = self._undelivered, []
-        if self._jobs:
+        if self._requests:
             try:
                 self._step(deltas)
-            except BaseException:  # out of memory, Ctrl-C: what the step had planned is not in the cache
+            except BaseException:  # out of memory, Ctrl-C: the planned tokens are not in the cache
                 self._undelivered = deltas
                 self._start_over()
                 raise
         return deltas
 
     def refresh_weights(self) -> None:
-        """Take up the model's changed weights: copy anew what is not shared, and forget every cached key and value.
-        Running samples keep their tokens; their keys and values are computed again with the new weights."""
+        """Use the model's changed weights: update all copies and discard all cached keys and values. Running sequences
+        keep their tokens; their keys and values are computed again."""
         self._read_now()
         moved = self._replica.refresh()
         self._runner.weights_changed(moved)
         self._start_over()
 
-    def let_go_of_model(self) -> None:
-        """Leave it to others to keep the model alive, without which `refresh_weights` is an error."""
-        self._replica.let_go_of_source()
+    def release_model(self) -> None:
+        """Keep only a weak reference to the model. If it no longer exists, `refresh_weights` fails."""
+        self._replica.release_source()
 
     @property
     def held_bytes(self) -> int:
-        """Of memory, beside the model's: the cache and copies of weights. CUDA graphs come on top."""
+        """Memory of the cache and of copied weights; CUDA graphs take more."""
         return self._cache.bytes + self._replica.copied_bytes + self._runner.packed_bytes
 
     def stats(self) -> EngineStats:
+        """A snapshot of the engine's state and counters."""
         counters = self._counters
         scheduler, pool = self._scheduler, self._pool
         return EngineStats(
-            waiting=sum(sample.count for sample in scheduler.waiting),
-            running=sum(sample.count for sample in scheduler.running),
+            waiting=sum(sequence.count for sequence in scheduler.waiting),
+            running=sum(sequence.count for sequence in scheduler.running),
             max_batch=scheduler.max_batch,
             pages_total=pool.pages,
             pages_used=pool.pages - pool.available,
@@ -230,7 +220,7 @@ class Engine:
         )
 
     def describe(self) -> str:
-        """One line for the head of a run: backend, dtype, cache and batch."""
+        """One line about the backend, dtype, cache and batch, to print at the start of a run."""
         cache, scheduler = self._cache, self._scheduler
         shared = "weights shared with the model"
         if copied := self._replica.copied_bytes + self._runner.packed_bytes:
@@ -241,42 +231,42 @@ class Engine:
             f"batch up to {scheduler.max_batch}, context {self.max_context}"
         )
 
-    def _run(self, requests: Iterable[Request], names: list[str | RequestOutput]) -> Generator[Delta, None, None]:
-        """Deltas of the requests. `names` gets for each of them, in order, its id or the output of its refusal."""
+    def _run(self, requests: Iterable[Request], ids: list[str | RequestOutput]) -> Generator[Delta, None, None]:
+        """Yield deltas of the requests. Appends to `ids` each request's id, or its output if it was refused."""
         own: set[str] = set()
         try:
             for request in requests:
                 try:
-                    name = self.submit(request)
-                    names.append(name)
-                    own.add(name)
+                    request_id = self.submit(request)
+                    ids.append(request_id)
+                    own.add(request_id)
                 except ValueError as error:
                     output = refused(request, str(error))
-                    names.append(output)
+                    ids.append(output)
                     yield Delta(output.id, 0, "", (), (), (), "error", None, output)
             while own:
                 deltas = self.step()
                 self._undelivered += [delta for delta in deltas if delta.id not in own]
-                mine = [delta for delta in deltas if delta.id in own]
-                if not mine and not own & self._jobs.keys():
-                    raise RuntimeError(f"someone else's Engine.step took the deltas of {', '.join(sorted(own))}")
-                for delta in mine:
+                own_deltas = [delta for delta in deltas if delta.id in own]
+                if not own_deltas and not own & self._requests.keys():
+                    raise RuntimeError(f"another caller's Engine.step took the deltas of {', '.join(sorted(own))}")
+                for delta in own_deltas:
                     if delta.output is not None:
                         own.discard(delta.id)
                     yield delta
         finally:
-            for name in own:
-                self.cancel(name)
+            for request_id in own:
+                self.cancel(request_id)
             self._undelivered = [delta for delta in self._undelivered if delta.id not in own]
 
     def _step(self, deltas: list[Delta]) -> None:
-        """Append the deltas of the tokens that are read in this step."""
+        """Run one step and append the deltas of the tokens that it reads."""
         start = time.perf_counter()
         if self._unread is not None:
-            for sample in self._batch.at_limit():
-                self._leave(sample)
-                sample.ending = True
-            if self._scheduler.short_of_pages():  # whom to preempt depends on who ended
+            for sequence in self._batch.at_limit():
+                self._leave(sequence)
+                sequence.ending = True
+            if self._scheduler.short_of_pages():  # which sequence to preempt depends on which ones have ended
                 self._read(deltas)
         launched = self._launch(self._scheduler.plan(), start)
         self._read(deltas)
@@ -286,99 +276,106 @@ class Engine:
         self._counters.step(start, time.perf_counter())
 
     def _launch(self, plan: StepPlan, now: float) -> SampledStep | None:
-        """Begin a step; what it draws, None if that is nothing."""
-        self._carry_out(plan, now)
+        """Launch a step; returns its sampled tokens, None if the batch is empty."""
+        self._apply(plan, now)
         batch, runner = self._batch, self._runner
         decoding, top = len(batch), dict[int, tuple[TopLogProbs, ...]]()
         if decoding:
             batch.upload()
             if batch.needs_host():
-                self._draw(runner.decode(), 0, top)
+                self._sample(runner.decode(), 0, top)
             else:
                 runner.step()
             batch.advance()
-            for sample in batch.samples:
-                sample.computed += 1
+            for sequence in batch.sequences:
+                sequence.computed += 1
         if plan.chunks:
             logits = self._join(plan, runner.prefill(plan.chunks))
             if len(batch) > decoding:
                 batch.upload()
-                self._draw(logits, decoding, top)
+                self._sample(logits, decoding, top)
                 batch.advance(decoding)
         if not len(batch):
             return None
-        drawn = batch.drawn(decoding, in_step=not self._late or batch.needs_host())
-        drawn.top = top
-        return drawn
+        sampled = batch.start_reading(decoding, in_step=not self._late or batch.needs_host())
+        sampled.top = top
+        return sampled
 
-    def _carry_out(self, plan: StepPlan, now: float) -> None:
-        for sample in plan.preempted:
-            self._leave(sample)
+    def _apply(self, plan: StepPlan, now: float) -> None:
+        """Update the batch, the pages and the requests for a plan, before its tokens are computed."""
+        for sequence in plan.preempted:
+            self._leave(sequence)
         if plan.copies:
-            self._cache.copy_pages(plan.copies)
-        for sample in plan.grown:
-            self._batch.set_last_page(sample)
+            sides = [np.array(side, np.int64) for side in zip(*plan.copies, strict=True)]
+            self._cache.copy_pages(*on_device(sides, self.device))
+        for sequence in plan.grown:
+            self._batch.set_last_page(sequence)
         for chunk in plan.chunks:
-            job = chunk.sample.track.job
-            if job.started is None:
-                job.started, job.cached = now, chunk.sample.cached
-                self._counters.prompt_tokens += len(job.prompt)
-                self._counters.cached_tokens += job.cached
+            state: RequestState = chunk.sequence.output.request
+            if state.started is None:
+                state.started, state.cached = now, chunk.sequence.cached
+                self._counters.prompt_tokens += len(state.prompt)
+                self._counters.cached_tokens += state.cached
 
     def _join(self, plan: StepPlan, logits: Tensor) -> Tensor:
-        """Let the samples whose prompts are computed into the batch. logits [finished prompts, V] -> [joined, V]."""
+        """Add the sequences of complete prompts to the batch. logits: [complete prompts, V] -> [added sequences, V]."""
         copies: list[int] = []
         for chunk in plan.chunks:
             if chunk.last:
-                leader: SequenceOutput = chunk.sample.track
-                job, samples = leader.job, self._scheduler.fork(chunk.sample)
-                copies.append(len(samples))
-                for sample in samples:
-                    if sample.track is None:
-                        sample.track = SequenceOutput(job, sample.index)
-                        job.samples.append(sample)
-                    seed = job.sample_seed(sample.index)
-                    self._batch.join(sample, job.params, seed, job.limit, sample.track.needs_host)
+                state: RequestState = chunk.sequence.output.request
+                sequences = self._scheduler.fork(chunk.sequence)
+                copies.append(len(sequences))
+                for sequence in sequences:
+                    if sequence.output is None:
+                        sequence.output = SequenceOutput(state, sequence.index)
+                        state.sequences.append(sequence)
+                    seed = state.sequence_seed(sequence.index)
+                    self._batch.join(sequence, state.params, seed, state.limit, sequence.output.needs_host)
         if len(copies) == sum(copies):
             return logits
         (rows,) = on_device([np.repeat(np.arange(len(copies)), copies)], logits.device)
         return logits.index_select(0, rows)
 
-    def _draw(self, logits: Tensor, first: int, top: dict[int, tuple[TopLogProbs, ...]]) -> None:
-        """The next token of every row from `first` on; into `top` goes what those who asked are told beside it."""
+    def _sample(self, logits: Tensor, first: int, top: dict[int, tuple[TopLogProbs, ...]]) -> None:
+        """Sample the next token of every row from `first` on; adds the likeliest tokens to `top` if requested."""
         if self._batch.needs_host(first):
             self._constrain(logits, first)
         tokens, log_probs = self._runner.sample(logits, first)
         if self._batch.needs_host(first):
-            top |= self._alternatives(logits, first)
-        self._batch.take(first, tokens, log_probs)
+            counts = {
+                row: count
+                for row, sequence in enumerate(self._batch.sequences[first:])
+                if (count := sequence.output.request.params.logprobs)
+            }
+            top |= self._runner.likeliest(logits, counts, first)
+        self._batch.append(first, tokens, log_probs)
 
     def _read(self, deltas: list[Delta]) -> None:
-        """Take up the tokens that are not read yet."""
-        drawn, self._unread = self._unread, None
-        if drawn is None:
+        """Read the tokens of the last launched step, if they are unread, and append their deltas."""
+        sampled, self._unread = self._unread, None
+        if sampled is None:
             return
-        tokens, log_probs = drawn.read()
-        for row in drawn.order:
-            sample, token, log_prob = drawn.samples[row], tokens[row], log_probs[row]
-            if sample.ended:
+        tokens, log_probs = sampled.read()
+        for row in sampled.order:
+            sequence, token, log_prob = sampled.sequences[row], tokens[row], log_probs[row]
+            if sequence.ended:
                 continue
-            if row < drawn.decoded:
-                self._scheduler.decoded(sample)
-            track: SequenceOutput = sample.track
-            if log_prob != log_prob:
-                track.job.error = track.job.error or "the model's logits are not finite; do its weights hold NaN?"
-                delta = track.finish(sample, "error")
+            if row < sampled.decoded:
+                self._scheduler.decoded(sequence)
+            output: SequenceOutput = sequence.output
+            if math.isnan(log_prob):
+                output.request.error = output.request.error or "the logits are not finite; do the weights contain NaN?"
+                delta = output.finish(sequence, "error")
             else:
-                sample.tokens.append(token)
-                delta = track.take(sample, log_prob, drawn.top.get(row, ()))
+                sequence.tokens.append(token)
+                delta = output.add_token(sequence, log_prob, sampled.top.get(row, ()))
             deltas.append(delta)
             self._counters.generated_tokens += len(delta.token_ids)
             if delta.finish_reason is not None:
-                self._remove(sample, delta.finish_reason)
+                self._remove(sequence, delta.finish_reason)
 
     def _read_now(self) -> None:
-        """The same between steps; the next one delivers them."""
+        """Read unread tokens between steps; the next step returns their deltas."""
         try:
             self._read(self._undelivered)
         except BaseException:
@@ -386,58 +383,42 @@ class Engine:
             raise
 
     def _constrain(self, logits: Tensor, first: int) -> None:
-        """Rule out, in place, what the samples' constraints do not allow. logits [n, V] of the rows from `first` on."""
-        for row, sample in enumerate(self._batch.samples[first:]):
-            constraint = sample.track.constraint
+        """Mask, in place, the tokens that constraints rule out. logits: [n, V] of the rows from `first` on."""
+        for row, sequence in enumerate(self._batch.sequences[first:]):
+            constraint = sequence.output.constraint
             try:
                 allowed = None if constraint is None else constraint.allowed()
             except ValueError as problem:
-                sample.track.job.error = str(problem)
-                logits[row] = math.nan  # no token can be drawn: the sample ends
+                sequence.output.request.error = str(problem)
+                logits[row] = math.nan  # ends the sequence, since no token can be sampled
                 continue
             if allowed is not None:
                 ruled_out = torch.from_numpy(~allowed).to(logits.device)
                 logits[row].masked_fill_(ruled_out, -math.inf)
 
-    def _alternatives(self, logits: Tensor, first: int) -> dict[int, tuple[TopLogProbs, ...]]:
-        """By row of the batch, for the samples that asked: the likeliest tokens and their log-probabilities."""
-        wanted = {
-            row: sample.track.job.params.logprobs
-            for row, sample in enumerate(self._batch.samples[first:])
-            if sample.track.job.params.logprobs
-        }
-        if not wanted:
-            return {}
-        values, ids = self._runner.likeliest(logits, list(wanted), max(wanted.values()), first)
-        pairs = zip(wanted.items(), ids.tolist(), values.tolist(), strict=True)
-        return {
-            first + row: (tuple(zip(row_ids[:n], row_values[:n], strict=True)),)
-            for (row, n), row_ids, row_values in pairs
-        }
-
     def _start_over(self) -> None:
-        """Trust nothing in the cache: running samples go back to the queue with the tokens that they have. One that
-        was drawn and is not read will be drawn again, the same."""
+        """Discard the cache: running sequences go back to the queue with their tokens. Unread tokens are sampled again
+        and will be the same."""
         self._unread = None
         self._batch.clear()
-        for sample in self._scheduler.running.copy():
-            self._scheduler.preempt(sample)
+        for sequence in self._scheduler.running.copy():
+            self._scheduler.preempt(sequence)
         self._pool.forget()
 
-    def _leave(self, sample: SequenceState) -> None:
-        if sample.row >= 0:
-            self._batch.leave(sample)
+    def _leave(self, sequence: SequenceState) -> None:
+        if sequence.row >= 0:
+            self._batch.leave(sequence)
 
-    def _remove(self, sample: SequenceState, reason: str, count: int = 1) -> None:
-        """Forget a finished sample, or one that stands for `count` that are cancelled."""
-        sample.ended = True
-        self._leave(sample)
-        self._scheduler.remove(sample)
+    def _remove(self, sequence: SequenceState, reason: str, count: int = 1) -> None:
+        """Remove a finished sequence, or one that stands for `count` cancelled sequences."""
+        sequence.ended = True
+        self._leave(sequence)
+        self._scheduler.remove(sequence)
         self._counters.finished[reason] += count
-        job: RequestState = sample.track.job
-        job.samples.remove(sample)
-        if not job.samples:
-            del self._jobs[job.id]
+        state: RequestState = sequence.output.request
+        state.sequences.remove(sequence)
+        if not state.sequences:
+            del self._requests[state.id]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""The flags by which a command line names a model, and opening it with its tokenizer."""
+"""The command-line flags that name a model, and loading the model with its tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from minimind.config import PRESETS, ModelConfig, YarnScaling
-from minimind.inference.decode.cache_dtype import FLOAT8, KVDTypeName
+from minimind.inference.decode.kv_cache import FLOAT8, KVDTypeName
 from minimind.lora import merge_adapter, remove_adapters
 from minimind.lora_files import CONFIG, adapter_folder, another_base, base_of, load_adapter, named_alone
 from minimind.modeling import Model
@@ -20,7 +20,7 @@ from minimind.tokenization import Tokenizer, load_tokenizer, require_same_ids, t
 from minimind.utils.device import choose_device, choose_precision
 from minimind.weights import checkpoint_folder, load_model
 
-MAX_YARN = 1024  # the tables of cosines grow with it: two million positions of 2,048
+MAX_YARN = 1024  # tables of cosines grow with it: with 2,048 positions to two million
 
 DTypeName = Literal["auto", "fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FLOAT8}
@@ -28,43 +28,42 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
 
 @dataclass(frozen=True)
 class WeightArgs:
-    """Which model."""
+    """Flags that name a model."""
 
     model: Annotated[str | None, tyro.conf.arg(aliases=["--load"])] = None
-    """A run folder, a checkpoint or Hugging Face folder, or an upstream .pth file (with --preset). A run of
-    train/lora.py is its base model with the adapter. None takes the newest run under runs/."""
+    """A run folder, a checkpoint or Hugging Face folder, or an upstream .pth file (with --preset).
+    A run of train/lora.py stands for its base model with the adapter. None: the newest run under runs/."""
     preset: str | None = None
-    """Shape of a .pth file: nano, minimind2-small, minimind2, minimind2-moe, minimind3 or minimind3-moe."""
+    """Shape of the model in a .pth file: nano, minimind2-small, minimind2, minimind2-moe, minimind3, minimind3-moe."""
     tokenizer: str | None = None
-    """Folder with tokenizer.json. None takes the model's own; a .pth has none, and gets that of its folder or, failing
-    that, the one shipped."""
+    """Folder with tokenizer.json. None: the model's own; for a .pth file that in its folder, else the shipped one."""
     new_tokenizer: bool = False
-    """Take --tokenizer, or the --lora of another one, though it is not that which the model was trained with."""
+    """Allow a --tokenizer, or a --lora with a tokenizer, that the model was not trained with."""
     lora: str | None = None
-    """Folder of a LoRA adapter, this project's or peft's, to merge into the weights."""
+    """Folder of a LoRA adapter, in this project's or peft's form, to merge into the weights."""
     yarn: float | None = None
-    """Stretch the context by this factor with YaRN."""
+    """Stretch the context with YaRN by this factor."""
     yarn_original: int | None = None
-    """With --yarn: how many positions the model was trained on; None takes its config's, or 2048."""
+    """With --yarn: number of positions that the model was trained on. None: the config's, or 2048."""
 
 
 @dataclass(frozen=True)
 class ModelArgs(WeightArgs):
-    """Which model, and where and in what it is computed."""
+    """Flags that name a model, a device and data types."""
 
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """Device: auto, cpu, cuda or cuda:N."""
     dtype: DTypeName = "auto"
-    """What is computed in; auto: bf16 where the device has it, else fp32."""
+    """Data type of the computation; auto: bf16 if the device supports it, else fp32."""
     kv_dtype: KVDTypeName = "auto"
-    """What keys and values are kept in; auto: what is computed in; fp8: half of bf16's memory (docs/decoding.md)."""
+    """Data type of the key/value cache; auto: as --dtype; fp8 takes half of bf16's memory (docs/decoding.md)."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """model: float32, on its device; dtype: what to compute in, kv_dtype: to keep keys and values in. stage: how it was
-    trained, None where its folder does not say. folder: to put results in, None for a single file. notes: lines a user
-    should see. lora: where its adapter is, None without one."""
+    """A loaded model. model: float32, on its device. dtype: of the computation. kv_dtype: of the key/value cache.
+    stage: the training stage; None if its folder does not say. folder: for results; None for a single file. notes:
+    lines that the user should see. lora: folder of its adapter, or None."""
 
     model: Model
     tokenizer: Tokenizer
@@ -77,7 +76,7 @@ class LoadedModel:
 
 
 def open_model(args: ModelArgs) -> LoadedModel:
-    """ValueError, one line, naming the file or the flag."""
+    """Load the model that the flags name. ValueError, one line, that names the file or the flag."""
     device = choose_device(args.device)
     dtype = choose_precision(device).compute_dtype if args.dtype == "auto" else _DTYPES[args.dtype]
     kv_dtype = dtype if args.kv_dtype == "auto" else _DTYPES[args.kv_dtype]
@@ -87,10 +86,10 @@ def open_model(args: ModelArgs) -> LoadedModel:
 def open_weights(
     args: WeightArgs, device: torch.device, dtype: torch.dtype = torch.float32, merge: bool = True
 ) -> LoadedModel:
-    """open_model without its choices. merge: put an adapter into the weights; else it stays attached."""
-    given = _newest_run() if args.model is None else Path(args.model).expanduser()
-    notes = [] if args.model else [f"model: {given}"]
-    path, lora = _base_and_adapter(given, args.lora)
+    """Like open_model, on a given device. merge: merge an adapter into the weights; otherwise it stays attached."""
+    source = _newest_run() if args.model is None else Path(args.model).expanduser()
+    notes = [] if args.model else [f"model: {source}"]
+    path, lora = _base_and_adapter(source, args.lora)
     config = stretched(_config_of(path, args.preset), args)
     tokenizer = _tokenizer_of(path, lora, args, notes)
     config = config.with_tokenizer(tokenizer.vocab_size, f"--model {path}")
@@ -99,26 +98,26 @@ def open_weights(
     model = load_model(path, config, device)
     if lora is not None:
         if args.lora is None and named_alone(adapter_folder(lora)):
-            notes.append(f"{lora}: only says the name of its base model; {path.absolute()} is taken for it")
+            notes.append(f"{lora}: gives only its base model's name; {path.absolute()} is assumed to be that model")
         if other := another_base(adapter_folder(lora), _weights_of(path)):
             notes.append(f"{lora}: {other}; right if that is the same model in another form")
         _adapt(model, lora, merge)
-    return LoadedModel(model, tokenizer, dtype, _stage_of(given), given if given.is_dir() else None, notes, lora)
+    return LoadedModel(model, tokenizer, dtype, _stage_of(source), source if source.is_dir() else None, notes, lora)
 
 
 def stretched(config: ModelConfig, args: WeightArgs) -> ModelConfig:
-    """`config` with what --yarn and --yarn-original ask for."""
+    """`config` with the YaRN scaling of --yarn and --yarn-original."""
     if args.yarn is None:
         if args.yarn_original is not None:
-            raise ValueError("--yarn-original says what --yarn stretches; give both")
+            raise ValueError("--yarn-original: needs --yarn")
         return config
     if not 1 <= args.yarn <= MAX_YARN:
-        raise ValueError(f"--yarn {args.yarn:g}: a factor of at least 1, and at most {MAX_YARN}")
+        raise ValueError(f"--yarn {args.yarn:g}: must be between 1 and {MAX_YARN}")
     if args.yarn_original is not None and args.yarn_original < 1:
-        raise ValueError(f"--yarn-original {args.yarn_original}: counts from 1")
-    known = config.rope_scaling or YarnScaling()
-    original = args.yarn_original or known.original_max_position_embeddings
-    scaling = dataclasses.replace(known, factor=args.yarn, original_max_position_embeddings=original)
+        raise ValueError(f"--yarn-original {args.yarn_original}: must be at least 1")
+    scaling = config.rope_scaling or YarnScaling()
+    original = args.yarn_original or scaling.original_max_position_embeddings
+    scaling = dataclasses.replace(scaling, factor=args.yarn, original_max_position_embeddings=original)
     return dataclasses.replace(config, rope_scaling=scaling)
 
 
@@ -137,29 +136,31 @@ def _config_of(path: Path, preset: str | None) -> ModelConfig:
 
 
 def _tokenizer_of(path: Path, lora: Path | None, args: WeightArgs, notes: list[str]) -> Tokenizer:
-    """That of the adapter, else of the weights, else the one shipped; --tokenizer must give the same ids."""
+    """The tokenizer of the adapter, else of the weights, else the shipped one; --tokenizer must give the same ids."""
     if args.new_tokenizer and args.tokenizer is None and args.lora is None:
         raise ValueError("--new-tokenizer: goes with --tokenizer, which names the new one, or with --lora")
-    model, meant = f"--model {path}", args.new_tokenizer
+    model, allow_other = f"--model {path}", args.new_tokenizer
     own = tokenizer_beside(path) or tokenizer_beside(_weights_of(path))
     if lora is not None and (adapted := tokenizer_beside(adapter_folder(lora))) is not None:
-        if own is not None and args.lora is not None:  # else base_of has compared the weights
-            way_out = "name the model that the adapter was trained on, or add --new-tokenizer if that is meant"
-            require_same_ids(adapted, f"--lora {lora}", own, model, way_out, meant)
+        if own is not None and args.lora is not None:  # without --lora, base_of has compared the weights
+            way_out = (
+                "name the model that the adapter was trained on, or add --new-tokenizer if another one is intended"
+            )
+            require_same_ids(adapted, f"--lora {lora}", own, model, way_out, allow_other)
         own = adapted
     if args.tokenizer is not None:
-        given = load_tokenizer(args.tokenizer)
+        named = load_tokenizer(args.tokenizer)
         if own is not None:
-            way_out = "drop --tokenizer, or add --new-tokenizer if that is meant"
-            require_same_ids(given, f"--tokenizer {args.tokenizer}", own, model, way_out, meant)
-        return given
+            way_out = "drop --tokenizer, or add --new-tokenizer to use it anyway"
+            require_same_ids(named, f"--tokenizer {args.tokenizer}", own, model, way_out, allow_other)
+        return named
     if own is None:
-        notes.append(f"{path} brings no tokenizer: the shipped one is used; a model of another needs --tokenizer")
+        notes.append(f"{path} has no tokenizer: the shipped one is used; a model with another one needs --tokenizer")
     return own or load_tokenizer()
 
 
 def _stage_of(path: Path) -> str | None:
-    """What a run folder's config.json says of the stage; a checkpoint inside one belongs to it, and its average."""
+    """The stage in the config.json of the run folder that `path` is or lies in; None if there is none."""
     for folder in (path, *path.parents[:3]):
         try:
             stage = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("stage")
@@ -173,12 +174,12 @@ def _stage_of(path: Path) -> str | None:
 def _newest_run() -> Path:
     runs = [folder.parent for folder in Path("runs").glob("*/checkpoints") if any(folder.glob("step-*"))]
     if not runs:
-        raise ValueError("--model: name one; there is no run under runs/ (make demo trains a small model)")
+        raise ValueError("--model: name one, since there is no run under runs/ (make demo trains a small model)")
     return max(runs, key=lambda folder: (folder / "checkpoints").stat().st_mtime)
 
 
 def _base_and_adapter(path: Path, lora: str | None) -> tuple[Path, Path | None]:
-    """Where the weights and the adapter are; `path` may be a run of train/lora.py or another adapter's folder."""
+    """The folders of the weights and of the adapter. `path` may be a run of train/lora.py or any adapter's folder."""
     if lora is not None:
         return path, Path(lora).expanduser()
     folder = adapter_folder(path)
@@ -195,4 +196,4 @@ def _adapt(model: Model, folder: Path, merge: bool) -> None:
     load_adapter(model, folder)
     if merge:
         merge_adapter(model)
-        remove_adapters(model)  # a plain model again, with what was merged
+        remove_adapters(model)  # back to a plain model, with the merged weights

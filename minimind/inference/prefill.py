@@ -1,7 +1,8 @@
-"""Computing prompts over the paged cache: chunks of several samples, packed, through the model's own layers.
+"""Computes prompts over the paged cache: packed chunks of several sequences, through the model's own layers.
 
-The layers are those of training; only the layout differs, which writes the chunk's keys and values into their pages
-and lets every token look at all tokens of its sample up to itself, those of earlier chunks and shared pages included.
+The layers are those of training. Only the attention layout differs: it writes the chunks' keys and values into their
+pages, and lets every token attend to all tokens of its sequence up to itself, including those of earlier chunks and
+shared pages.
 """
 
 from __future__ import annotations
@@ -15,22 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.inference.cache import LayerCache
+from minimind.inference.batch import on_device
+from minimind.inference.decode.kv_cache import LayerCache
 from minimind.inference.scheduler import Chunk
-from minimind.inference.transfer import on_device
 from minimind.ops import varlen
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Chunks packed into N tokens that look at M tokens of context (all of their samples' first tokens, their own
-    included).
+    """Chunks packed into N tokens, which attend to M tokens of context: their sequences up to the chunks' ends.
 
-    token, position, slot int64 [N]; slot: a row of the cache, page * page_size + place.
-    context int64 [M]: rows of the cache. last int64 [n]: where in N the last tokens of finished prompts are.
-    bounds: of every chunk, first and end token in N, first and end row in M; cu_queries, cu_keys int32 [chunks + 1]:
-    the same ends, on the device.
-    table int32 [chunks, pages]: only for flash attention over pages.
+    token, position, slot: int64 [N]. slot: a row of the cache, page * page_size + offset.
+    context: int64 [M], rows of the cache. last: int64 [n], indices in N of the last tokens of complete prompts.
+    bounds: for every chunk, its first and end token in N, and first and end row in M. cu_queries, cu_keys: int32
+    [chunks + 1], the same ends on the device. page_table: int32 [chunks, pages], only for flash attention over pages.
     """
 
     token: Tensor
@@ -41,23 +40,24 @@ class Prompts:
     bounds: list[tuple[int, int, int, int]]
     cu_queries: Tensor
     cu_keys: Tensor
-    table: Tensor | None = None
+    page_table: Tensor | None = None
 
     @property
     def fresh(self) -> bool:
-        """Whether no chunk has tokens before it: then N = M, in one order."""
+        """Whether all chunks begin their sequences: then N = M, in the same order."""
         return len(self.slot) == len(self.context)
 
 
-def pack(chunks: Sequence[Chunk], page_size: int, device: torch.device) -> Prompts:
+def pack_chunks(chunks: Sequence[Chunk], page_size: int, device: torch.device) -> Prompts:
+    """Pack the chunks of one step, in their order."""
     tokens, slots, positions, contexts, bounds, last = [], [], [], [], [], []
     n = m = 0
     for chunk in chunks:
-        pages = np.array(chunk.sample.pages, np.int64)
+        pages = np.array(chunk.sequence.pages, np.int64)
         rows = (pages[:, None] * page_size + np.arange(page_size)).ravel()[: chunk.end]
         contexts.append(rows)
         slots.append(rows[chunk.start :])
-        tokens.append(np.array(chunk.sample.tokens[chunk.start : chunk.end], np.int64))
+        tokens.append(np.array(chunk.sequence.tokens[chunk.start : chunk.end], np.int64))
         positions.append(np.arange(chunk.start, chunk.end))
         bounds.append((n, n := n + chunk.end - chunk.start, m, m := m + chunk.end))
         if chunk.last:
@@ -66,9 +66,9 @@ def pack(chunks: Sequence[Chunk], page_size: int, device: torch.device) -> Promp
     keys = np.array([0, *(end for _, _, _, end in bounds)], np.int32)
     table = np.zeros((0, 0), np.int32)
     if device.type == "cuda" and varlen.PAGED and page_size % varlen.PAGE_MULTIPLE == 0:
-        table = _table(chunks)
-    wide = [np.concatenate(parts) for parts in (tokens, positions, slots, contexts)]
-    token, position, slot, context, ends = on_device([*wide, np.array(last, np.int64)], device)
+        table = _page_table(chunks)
+    packed = [np.concatenate(parts) for parts in (tokens, positions, slots, contexts)]
+    token, position, slot, context, ends = on_device([*packed, np.array(last, np.int64)], device)
     cu_queries, cu_keys, paged = on_device([queries, keys, table.ravel()], device)
     return Prompts(
         token, position, slot, context, ends, bounds, cu_queries, cu_keys,
@@ -76,18 +76,18 @@ def pack(chunks: Sequence[Chunk], page_size: int, device: torch.device) -> Promp
     )  # fmt: skip
 
 
-def _table(chunks: Sequence[Chunk]) -> np.ndarray:
-    """The samples' pages, int32 [chunks, most], with zeros behind."""
-    table = np.zeros((len(chunks), max(len(chunk.sample.pages) for chunk in chunks)), np.int32)
+def _page_table(chunks: Sequence[Chunk]) -> np.ndarray:
+    """The sequences' pages, int32 [chunks, most pages], padded with zeros."""
+    table = np.zeros((len(chunks), max(len(chunk.sequence.pages) for chunk in chunks)), np.int32)
     for row, chunk in zip(table, chunks, strict=True):
-        row[: len(chunk.sample.pages)] = chunk.sample.pages
+        row[: len(chunk.sequence.pages)] = chunk.sequence.pages
     return table
 
 
 class ChunkAttention:
-    """Causal attention of packed chunks, shared by the layers of a step; the last query of a chunk sees all its keys.
+    """Causal attention of packed chunks, shared by the layers of a step: q [N, H, D], k and v [M, G, D] -> [N, H, D].
 
-    q [N, H, D], k and v [M, G, D] -> [N, H, D].
+    The last query of a chunk attends to all keys of its context.
     """
 
     def __init__(self, prompts: Prompts) -> None:
@@ -95,18 +95,18 @@ class ChunkAttention:
         longest_query = max(end - start for start, end, _, _ in prompts.bounds)
         longest_key = max(last - first for _, _, first, last in prompts.bounds)
         self._varlen_bounds = varlen.Bounds(prompts.cu_queries, prompts.cu_keys, longest_query, longest_key)
-        self._table = prompts.table
+        self._page_table = prompts.page_table
 
     @cached_property
     def _masks(self) -> list[Tensor | None]:
         return [_mask(end - start, last - first, self._device) for start, end, first, last in self._bounds]
 
     @cached_property
-    def _used(self) -> Tensor:
+    def _key_counts(self) -> Tensor:
         return self._varlen_bounds.keys.diff()
 
     def sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Chunk by chunk, on any device and in any dtype."""
+        """One call per chunk, on any device and in any dtype."""
         out = torch.empty_like(q)
         for (start, end, first, last), mask in zip(self._bounds, self._masks, strict=True):
             rows_q, rows_k, rows_v = (
@@ -123,9 +123,11 @@ class ChunkAttention:
         return varlen.causal_attention(q, k, v, self._varlen_bounds)
 
     def paged_varlen(self, q: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
-        """Flash attention that reads the pages [P, S, G, D] where they lie."""
-        assert self._table is not None
-        return varlen.paged_attention(q, key_cache, value_cache, self._varlen_bounds, self._used, self._table)
+        """Flash attention that reads keys and values from the pages [P, S, G, D]."""
+        assert self._page_table is not None
+        return varlen.paged_attention(
+            q, key_cache, value_cache, self._varlen_bounds, self._key_counts, self._page_table
+        )
 
 
 def _mask(queries: int, keys: int, device: torch.device) -> Tensor | None:
@@ -144,16 +146,16 @@ class PagedLayout:
     cache: LayerCache
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [1, N, H, D], k and v [1, N, G, D] -> [1, N, H, D]; k and v are in the cache afterwards.
+        """q [1, N, H, D], k and v [1, N, G, D] -> [1, N, H, D]; stores k and v in the cache.
 
-        A cache of another dtype than q's is read back even where the chunks are all there is, so that what a token sees
-        does not depend on how its prompt was cut.
+        A cache with another dtype than q's is read back even if no chunk has earlier tokens, so that the result does
+        not depend on how the prompt was cut into chunks.
         """
         prompts, cache, (q, k, v) = self.prompts, self.cache, (q[0], k[0], v[0])
         cache.write(prompts.slot, k, v)
         same_dtype = cache.k.dtype == q.dtype
         flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
-        if flash and same_dtype and prompts.table is not None and not prompts.fresh:
+        if flash and same_dtype and prompts.page_table is not None and not prompts.fresh:
             return self.attention.paged_varlen(q, cache.k, cache.v).unsqueeze(0)
         if not (prompts.fresh and same_dtype):
             k, v = cache.read(prompts.context, q.dtype)

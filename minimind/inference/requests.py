@@ -1,13 +1,14 @@
-"""What goes into the engine and what comes out: SamplingParams, Request; Delta, Completion, RequestOutput.
+"""The engine's inputs and outputs: requests with sampling parameters, deltas, completions, statistics.
 
-Log-probabilities everywhere are those of the distribution that was sampled from before truncation: log softmax of the
-penalised logits divided by the temperature (of the penalised logits where the temperature is 0), as the sampling
-operator defines them. With temperature 1 and no penalties they are the model's own, which is what PPO and GRPO want.
+All log-probabilities are of the distribution before truncation: log softmax of the penalised logits divided by the
+temperature (undivided if the temperature is 0), as the sampling operator defines them. With temperature 1 and without
+penalties they are the model's own, as PPO and GRPO need them.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
@@ -18,25 +19,26 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 TopLogProbs = tuple[tuple[int, float], ...]  # (token id, log-probability), likeliest first
 
 MAX_SEED = 2**63 - 1
+RATE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the samples of one request are drawn. The defaults are the model's own distribution, untruncated.
+    """How to sample the completions of a request. The defaults are the model's own distribution, untruncated.
 
-    max_new_tokens: at most so many per sample; None: up to the context's end.
+    max_new_tokens: limit per completion; None: the end of the context.
     temperature: 0 takes the likeliest token.
-    top_k, top_p, min_p: keep the k likeliest (0: all), the smallest set of mass >= p (1: all), those at least
-        min_p times as likely as the likeliest (0: all); applied in this order.
-    repetition_penalty: > 1 divides positive and multiplies negative logits of tokens that occurred in the prompt or
-        the output (Keskar et al. 2019, arXiv 1909.05858); presence_penalty is subtracted from them.
-    seed: the same seed gives the same sample whatever else runs; None: the engine takes one from its own seed and
-        the number of the request.
-    stop: strings that end a sample; text keeps what stands before the first. A special token's name counts as
-        that token.
-    stop_token_ids: ids that end a sample, besides the tokenizer's end-of-sequence id unless ignore_eos.
-    logprobs: None, or the number of likeliest alternatives to report at every token, 0 to 100.
-    n: samples of the same prompt, which is computed and stored once.
+    top_k, top_p, min_p: keep the k likeliest tokens (0: all), the smallest set with a mass of at least p (1: all), and
+        tokens at least min_p times as likely as the likeliest (0: all); applied in this order.
+    repetition_penalty: a value above 1 divides positive and multiplies negative logits of tokens that occurred in the
+        prompt or the output (Keskar et al. 2019, arXiv 1909.05858). presence_penalty is subtracted from them.
+    seed: the same seed gives the same completion whatever else runs. None: derived from the engine's seed and the
+        number of the request.
+    stop: strings that end a completion; its text ends before the first. The name of a special token stands for the
+        token.
+    stop_token_ids: ids that end a completion, in addition to the tokenizer's end-of-sequence id unless ignore_eos.
+    logprobs: None, or the number of likeliest alternatives to report for every token, 0 to 100.
+    n: completions of the same prompt, which is computed and stored once.
 
     ValueError, one line, for a value outside its range.
     """
@@ -77,22 +79,23 @@ class SamplingParams:
 
 
 class Constraint(Protocol):
-    """What one sample may say, decided token by token; a grammar, for example."""
+    """Restricts the tokens of one completion, for example by a grammar."""
 
     def allowed(self) -> np.ndarray | None:
-        """The tokens that may come next, bool [vocab_size]; None: all of them. ValueError, one line, where none may:
-        the sample ends with "error", and the output says why."""
+        """The tokens allowed next, bool [vocab_size]; None: all. ValueError, one line, if none is allowed: then the
+        completion ends with "error", and the output contains the line."""
 
     def advance(self, token_id: int) -> None:
-        """This token was drawn."""
+        """Take note of the sampled token."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt: text (special tokens' names in it are read as those tokens, as in a rendered chat) or token ids.
+    """One prompt: token ids, or text, in which the names of special tokens stand for those tokens.
 
-    id: how deltas and the output name it, unique among the unfinished; None: the engine numbers it.
-    constraint: makes one for each sample. What it rules out has probability 0, in the log-probabilities too.
+    id: identifies the request in deltas and outputs; unique among unfinished requests. None: the engine numbers it.
+    constraint: called for each completion to make its Constraint. Tokens that it rules out have probability 0, in the
+        log-probabilities too.
     """
 
     prompt: str | Sequence[int]
@@ -102,16 +105,16 @@ class Request:
 
 
 class Delta(NamedTuple):
-    """What one step added to sample `index` of request `id`.
+    """The progress of completion `index` of request `id` in one step.
 
-    text: new text, whole characters only; what may still become a stop string is held back, so it can be "".
-    token_ids, log_probs, top_logprobs: of this step's tokens, whether their text is out already or not.
-    finish_reason: None while the sample goes on. stop: the string or token id that ended it.
-    output: the whole request, with the last delta of its last sample.
+    text: new text in whole characters. Text that may become a stop string is held back, so it can be "".
+    token_ids, log_probs, top_logprobs: of this step's tokens, even if their text is held back.
+    finish_reason: None until the completion ends. stop: the string or token id that ended it.
+    output: the request's output, in the last delta of its last completion.
     """
 
     id: str
-    index: int  # type: ignore[assignment]  # a tuple's method of that name is of no use here
+    index: int  # type: ignore[assignment]  # hides a method of tuple
     text: str
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...]
@@ -123,12 +126,12 @@ class Delta(NamedTuple):
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished sample.
+    """One finished completion.
 
-    text: without special tokens such as <|im_end|>, and up to the stop string. "" where the engine has no tokenizer.
-    token_ids: all that were sampled, a final stop token included; log_probs: one for each of them.
-    top_logprobs: of each token the likeliest alternatives, empty unless SamplingParams.logprobs is at least 1.
-    stop: the stop string or token id where finish_reason is "stop".
+    text: up to the stop string, without special tokens such as <|im_end|>; "" if the engine has no tokenizer.
+    token_ids: all sampled tokens, including a final stop token. log_probs: one for each token.
+    top_logprobs: the likeliest alternatives for each token; empty unless SamplingParams.logprobs is at least 1.
+    stop: the stop string or token id if finish_reason is "stop".
     """
 
     index: int
@@ -142,7 +145,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class RequestTiming:
-    """Seconds since submission: until the first computation, the first token, the end. All 0 where it did not come."""
+    """Seconds from submission to the first computation, the first token and the end; 0 for those that never came."""
 
     queued: float = 0.0
     ttft: float = 0.0
@@ -151,11 +154,10 @@ class RequestTiming:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A finished request: `n` completions in order of their index; none if it was refused.
+    """A finished request: its `n` completions in order of their index; none if it was refused.
 
-    error: one line, why it was refused or why a sample ended with "error".
-
-    cached_tokens: of the prompt, how many were found in the prefix cache.
+    error: the reason, in one line, if the request was refused or a completion ended with "error".
+    cached_tokens: tokens of the prompt that were found in the prefix cache.
     """
 
     id: str
@@ -167,7 +169,7 @@ class RequestOutput:
 
     @property
     def text(self) -> str:
-        """Of the first sample; "" for a refused request."""
+        """The text of the first completion; "" for a refused request."""
         return self.completions[0].text if self.completions else ""
 
     @property
@@ -184,12 +186,12 @@ class RequestOutput:
 
     @property
     def completion_tokens(self) -> int:
-        """Sampled tokens of all samples."""
+        """Number of sampled tokens of all completions."""
         return sum(len(c.token_ids) for c in self.completions)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all samples after the first token; 0 for a single token."""
+        """The rate of all completions together after their first tokens; 0 for a single token."""
         seconds = self.timing.total - self.timing.ttft
         later = self.completion_tokens - len(self.completions)
         return later / seconds if seconds > 0 and later > 0 else 0.0
@@ -197,8 +199,8 @@ class RequestOutput:
 
 def _whole(name: str, value: Any, low: int, high: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high or value) < value:
-        wanted = f"an integer of at least {low}" if high is None else f"an integer in {low}..{high}"
-        raise ValueError(f"{name}={value!r} must be {wanted}")
+        expected = f"an integer of at least {low}" if high is None else f"an integer in {low}..{high}"
+        raise ValueError(f"{name}={value!r} must be {expected}")
 
 
 def _within(name: str, value: Any, low: float, high: float, open_low: bool = False) -> None:
@@ -206,3 +208,62 @@ def _within(name: str, value: Any, low: float, high: float, open_low: bool = Fal
     if not number or not low <= value <= high or (open_low and value == low):
         bounds = f"{'more than' if open_low else 'at least'} {low:g} and at most {high:g}"
         raise ValueError(f"{name}={value!r} must be a number, {bounds}")
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot of an engine's state.
+
+    waiting, running: sequences; those whose prompt is being computed are running. pages_used: held by requests.
+    pages_cached: prefixes kept for reuse, which are evicted when pages are needed. kv_bytes: of the whole cache.
+    kv_bytes_per_token: of a token in all layers. kv_dtype: "bfloat16", "float8_e4m3fn", ...
+
+    The rest counts from the engine's creation: steps, tokens, preemptions, finished sequences by finish_reason.
+    prompt_tokens were computed or found in the cache; cached_tokens were found. tokens_per_second: generated tokens in
+    the last 10 seconds of work.
+    """
+
+    waiting: int
+    running: int
+    max_batch: int
+    pages_total: int
+    pages_used: int
+    pages_cached: int
+    page_size: int
+    kv_bytes: int
+    kv_bytes_per_token: int
+    kv_dtype: str
+    steps: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    preemptions: int
+    finished: dict[str, int]
+    tokens_per_second: float
+
+
+@dataclass
+class Counters:
+    """Counts of an engine. finished: sequences by finish_reason."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    _recent: deque[tuple[float, float, int]] = field(default_factory=deque)  # start, end and tokens of recent steps
+    _counted: int = 0  # generated_tokens of earlier steps
+
+    def step(self, start: float, end: float) -> None:
+        """Count a step that lasted from `start` to `end`, in seconds; tokens since the last step belong to it."""
+        self.steps += 1
+        self._recent.append((start, end, self.generated_tokens - self._counted))
+        self._counted = self.generated_tokens
+        while self._recent[0][1] < end - RATE_SECONDS:
+            self._recent.popleft()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The rate of the last RATE_SECONDS, without the time between steps."""
+        busy = sum(end - start for start, end, _ in self._recent)
+        return sum(tokens for _, _, tokens in self._recent) / busy if busy else 0.0

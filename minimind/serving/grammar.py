@@ -1,4 +1,4 @@
-"""Answers that are JSON by construction: tokens that would break it get no probability (llguidance)."""
+"""Constraints that make an answer valid JSON: tokens that would break the grammar get probability 0 (llguidance)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from minimind.inference.requests import Constraint
-from minimind.serving.errors import ApiError
-from minimind.serving.reply import CALL, END_CALL, END_THINK
+from minimind.serving.chat_format import CALL, END_CALL, END_THINK
+from minimind.serving.protocol import ApiError
 from minimind.tokenization import Tokenizer
 
-# As Python's json.dumps writes it, which is what models are shown. Free white space would let a weak one write nothing
-# but that.
+# The layout of Python's json.dumps, which chat templates use. With free white space a weak model may write only that.
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -32,11 +31,12 @@ class Grammars:
         return self.json_schema({"type": "object"}, reasoning)
 
     def json_schema(self, schema: dict[str, Any], reasoning: bool) -> Callable[[], Constraint]:
-        """reasoning: the answer begins behind </think>. ApiError 400 for a schema that cannot be met or enforced."""
+        """reasoning: the answer begins after </think>. ApiError 400 for a schema that cannot be met or enforced."""
         return self._constraint(_lark("start: json", json=schema), "response_format", reasoning)
 
     def tool_calls(self, tools: Sequence[dict[str, Any]], several: bool, reasoning: bool) -> Callable[[], Constraint]:
-        """At least one call of one of these functions ({"name", "parameters"}), with arguments of its schema."""
+        """At least one call of one of these functions ({"name", "parameters"}), with arguments that match its schema.
+        several: allow more than one call."""
         calls = [
             {
                 "type": "object",
@@ -57,7 +57,7 @@ class Grammars:
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_lark(grammar), log_level=0)
-        matcher.compute_bitmask()  # a schema such as {"$ref": "#"}, which nothing fits, is an error only now
+        matcher.compute_bitmask()  # a schema that nothing can match, such as {"$ref": "#"}, fails only here
         if problem := matcher.get_error():
             message = f"{param}: this schema cannot be enforced: {_reason(problem)}"
             raise ApiError(400, message, param=param)
@@ -68,7 +68,7 @@ class Grammars:
 
 
 class _Vocabulary:
-    """What llguidance asks of a tokenizer."""
+    """The tokenizer in the form that llguidance takes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokens = tokenizer.token_bytes()
@@ -79,13 +79,13 @@ class _Vocabulary:
         self._encode = tokenizer.encode
 
     def __call__(self, text: str | bytes) -> list[int]:
-        """What the grammar forces is forced as the tokens that the model knows, <tool_call> for example."""
+        """Token ids of text that the grammar forces; markers such as <tool_call> become the model's own tokens."""
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
         return self._encode(text, "markup")
 
 
 class GrammarConstraint:
-    """matcher: an LLMatcher at its beginning. after: the token from which on it is asked; None: from the first."""
+    """matcher: a fresh LLMatcher. after: the token after which the grammar applies; None: from the first token."""
 
     def __init__(self, matcher: Any, vocab_size: int, after: int | None) -> None:
         self._matcher, self._vocab_size, self._after = matcher, vocab_size, after
@@ -94,8 +94,8 @@ class GrammarConstraint:
         if self._after is not None:
             return None
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():  # the mask then has the end token alone, as if the answer were complete
-            raise ValueError(f"the grammar cannot go on: {_reason(self._matcher.get_error())}")
+        if self._matcher.is_error():  # then the mask allows only the end token, as if the answer were complete
+            raise ValueError(f"the grammar cannot continue: {_reason(self._matcher.get_error())}")
         return np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(bool)
 
     def advance(self, token_id: int) -> None:
@@ -106,11 +106,11 @@ class GrammarConstraint:
 
 
 def _reason(problem: str) -> str:
-    """llguidance's message as one line, without the grammar and the parser's state that it shows."""
-    said = " ".join(re.split(r"\n +\d+ \| |\n<state>", problem)[0].split())
-    if said == "NoExtensionBias":
-        return "nothing fits it"
-    return said.rpartition("failed to compile JSON schema: ")[2][:300]
+    """llguidance's message in one line, without its print of the grammar and the parser's state."""
+    message = " ".join(re.split(r"\n +\d+ \| |\n<state>", problem)[0].split())
+    if message == "NoExtensionBias":
+        return "nothing can match it"
+    return message.rpartition("failed to compile JSON schema: ")[2][:300]
 
 
 def _lark(rules: str, **schemas: dict[str, Any]) -> str:

@@ -1,37 +1,42 @@
-"""What clients send. The field's names and meanings are OpenAI's; what is added to them is said.
+"""The HTTP protocol: request bodies and error bodies in OpenAI's form. Docstrings name what we add to OpenAI's fields.
 
-null means the same as leaving a field out. A parameter that is not known is refused, and so is a value that would
-change the answer and is not served: an answer never ignores half of a question. Values that ask for nothing are
-accepted, those of other servers' parameters among them (NEUTRAL). Inside messages and tools, where clients keep notes
-of their own, fields that are not known do not count.
+null means the same as leaving a field out. Unknown parameters are refused, and so are values that would change the
+answer but are not supported: no part of a request is silently ignored. Values that change nothing are accepted, also
+for parameters of other servers (NEUTRAL). Inside messages and tools, where clients keep notes of their own, unknown
+fields are ignored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from starlette.exceptions import HTTPException
 
 MAX_STOPS, MAX_N = 16, 128
-MAX_DEPTH = 64  # Python gives up rendering at some 300 levels, llguidance parsing at 128; written schemas have a dozen
+MAX_DEPTH = 64  # Python fails to render some 300 levels, llguidance to parse 128; real schemas have a dozen
 
 
-def shallow(value: dict[str, Any]) -> dict[str, Any]:
-    """`value`; ValueError where objects and lists in it lie deeper than MAX_DEPTH."""
+def limit_depth(value: dict[str, Any]) -> dict[str, Any]:
+    """`value` itself; ValueError if its objects and lists are nested deeper than MAX_DEPTH."""
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         inner = [x for outer in level for x in (outer.values() if isinstance(outer, dict) else outer)]
         level = [x for x in inner if isinstance(x, dict | list)]
         if not level:
             return value
-    raise ValueError(f"more than {MAX_DEPTH} levels of objects and lists")
+    raise ValueError(f"more than {MAX_DEPTH} levels of nested objects and lists")
 
 
-JsonObject = Annotated[dict[str, Any], AfterValidator(shallow)]
-Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # the API's description holds bounds as floats: 2^63 - 1 is none
-Limit = Annotated[int, Field(ge=1, lt=2**31)] | Literal[-1]  # -1: as many as there is room for
-Stops = Annotated[list[str], Field(max_length=MAX_STOPS)]  # an empty one stops nothing
-# Parameters of vLLM, llama.cpp and others, which their clients send with the value that changes nothing.
+JsonObject = Annotated[dict[str, Any], AfterValidator(limit_depth)]
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # OpenAPI writes bounds as floats, and 2^63 - 1 is not one
+Limit = Annotated[int, Field(ge=1, lt=2**31)] | Literal[-1]  # -1: as many tokens as fit
+Stops = Annotated[list[str], Field(max_length=MAX_STOPS)]  # an empty string stops nothing
+# Parameters of vLLM, llama.cpp and others, with the value that changes nothing; their clients often send them.
 NEUTRAL: dict[str, Any] = {
     "add_generation_prompt": True, "add_special_tokens": False, "best_of": 1, "continue_final_message": False,
     "dry_multiplier": 0, "dynatemp_range": 0, "echo": False, "ignore_eos": False, "include_stop_str_in_output": False,
@@ -44,8 +49,8 @@ NEUTRAL: dict[str, Any] = {
 class Lenient(BaseModel):
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
-        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+    def _without_nulls(cls, value: Any) -> Any:
+        return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 class Strict(Lenient):
@@ -58,7 +63,7 @@ class TextPart(Lenient):
 
 
 class RefusalPart(Lenient):
-    """OpenAI's word for an answer that declines: what the assistant said."""
+    """A refusal by the assistant, which OpenAI's API keeps apart from text."""
 
     type: Literal["refusal"]
     refusal: str
@@ -69,11 +74,11 @@ class RefusalPart(Lenient):
 
 
 Content = str | list[TextPart]
-Said = str | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
+AssistantContent = str | list[Annotated[TextPart | RefusalPart, Field(discriminator="type")]]
 
 
 class FunctionCall(Lenient):
-    """arguments: JSON, as the model wrote it; where its answer was cut, the beginning of some. Or that as an object."""
+    """arguments: JSON text as the model wrote it, possibly cut short; or an object."""
 
     name: str
     arguments: str | JsonObject = ""
@@ -91,10 +96,10 @@ class InputMessage(Lenient):
 
 
 class AssistantMessage(Lenient):
-    """An answer as it was given. reasoning_content: what the model thought; the template decides what becomes of it."""
+    """An earlier answer. reasoning_content: its reasoning; the chat template decides whether to include it."""
 
     role: Literal["assistant"]
-    content: Said | None = None
+    content: AssistantContent | None = None
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
 
@@ -138,7 +143,7 @@ class JsonFormat(Strict):
 
 
 class JsonSchema(Lenient):
-    """Field `schema` of OpenAI's, which pydantic keeps for itself."""
+    """schema_: OpenAI's field `schema`, a name that pydantic reserves."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
     name: str = ""
@@ -156,8 +161,8 @@ Format = Annotated[TextFormat | JsonFormat | JsonSchemaFormat, Field(discriminat
 
 
 class StreamOptions(Strict):
-    """include_obfuscation: whether chunks are padded against eavesdroppers, which they never are here. Without `stream`
-    none of this means anything: a whole answer says its usage."""
+    """include_obfuscation is accepted, but chunks are never padded. Without `stream` these options have no effect: a
+    whole answer always contains its usage."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -165,7 +170,7 @@ class StreamOptions(Strict):
 
 
 class TemplateOptions(Strict):
-    """What the chat template can be told; both names mean the same."""
+    """Variables of the chat template; both names mean the same."""
 
     enable_thinking: bool | None = None
     open_thinking: bool | None = None
@@ -173,17 +178,17 @@ class TemplateOptions(Strict):
 
 class SamplingFields(Strict):
     """top_k (0 or -1: all), min_p and repetition_penalty are additions. presence_penalty and repetition_penalty count
-    tokens of the prompt too. A temperature below 1e-5 is taken as 0: dividing by it would leave the numbers' range.
-    user, metadata, store, service_tier, safety_identifier, prompt_cache_key and prompt_cache_retention change nothing
-    here and are accepted."""
+    tokens of the prompt too. A temperature below 1e-5 is taken as 0, since dividing by it would overflow. user,
+    metadata, store, service_tier, safety_identifier, prompt_cache_key and prompt_cache_retention are accepted and have
+    no effect."""
 
     @model_validator(mode="before")
     @classmethod
-    def _without_neutral(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
+    def _without_neutral(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
         own = cls.model_fields
-        return {k: v for k, v in given.items() if k in own or k not in NEUTRAL or v != NEUTRAL[k]}
+        return {k: v for k, v in value.items() if k in own or k not in NEUTRAL or v != NEUTRAL[k]}
 
     model: str
     temperature: Annotated[FiniteFloat, Field(ge=0, le=2)] | None = None
@@ -209,7 +214,7 @@ class SamplingFields(Strict):
 
 
 class ChatRequest(SamplingFields):
-    """prediction: what the answer may look like, by which other servers write it faster."""
+    """prediction: an expected answer, by which other servers decode faster; it has no effect here."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Limit | None = None
@@ -234,8 +239,8 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_leng
 
 
 class CompletionRequest(SamplingFields):
-    """prompt: text, in which the names of special tokens are read as those tokens and which begins with the tokenizer's
-    bos token, whether it is written there or not; or token ids, as they are; or a list of either."""
+    """prompt: text, token ids, or a list of either. In text the names of special tokens stand for those tokens, and the
+    tokenizer's bos token is put in front unless it is there. Token ids are used unchanged."""
 
     prompt: (
         str
@@ -248,3 +253,97 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
+
+
+TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+
+
+class ErrorInfo(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorInfo
+
+
+class ApiError(HTTPException):
+    """An error response. param: the field at fault; code: an identifier for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, dict(headers or {}))
+        self.param, self.code = param, code
+
+    def __str__(self) -> str:
+        return str(self.detail)
+
+    def body(self) -> dict[str, Any]:
+        return error_body(self.status_code, str(self.detail), self.param, self.code)
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status_code, self.headers)
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    kind = TYPES.get(status, "invalid_request_error")
+    return {"error": {"message": _text(message), "type": kind, "param": param and _text(param), "code": code}}
+
+
+def _text(text: str) -> str:
+    """`text` in one line, with lone surrogates replaced: names of fields come from clients and may contain some."""
+    return " ".join(text.encode(errors="replace").decode().split())
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI `responses` of a route that may answer with these error statuses."""
+    return {status: {"model": ErrorBody} for status in statuses}
+
+
+def documented_stream(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The same for a route whose answer may be streamed."""
+    content: dict[str, Any] = {"application/json": {}, "text/event-stream": {}}
+    return {200: {"description": "The answer, or its events", "content": content}, **documented(*statuses)}
+
+
+def install_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+async def _invalid(request: Request, problem: Exception) -> JSONResponse:
+    """400 for malformed JSON, 422 for JSON that does not match the schema. The message does not repeat the input, which
+    may be long or not text."""
+    assert isinstance(problem, RequestValidationError)
+    first = max(problem.errors(), key=lambda error: len(error["loc"]))  # in a union, the variant that fits best
+    place = [str(part) for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return JSONResponse(error_body(400, "the body is not JSON"), 400)
+    param = ".".join(place) or None
+    message = f"{param or 'the body'}: {first['msg'].removeprefix('Value error, ')}"
+    return JSONResponse(error_body(422, message, param), 422)
+
+
+async def _http(request: Request, problem: Exception) -> JSONResponse:
+    if isinstance(problem, ApiError):
+        return problem.response()
+    assert isinstance(problem, HTTPException)
+    path = request.url.path
+    hint = "" if path.startswith("/v1/") or problem.status_code != 404 else "; the API is below /v1"
+    message = f"{request.method} {path}: {problem.detail}{hint}"
+    return JSONResponse(error_body(problem.status_code, message), problem.status_code, problem.headers)
+
+
+async def _unexpected(request: Request, problem: Exception) -> JSONResponse:
+    """500; the traceback goes to the log, not to the client."""
+    return JSONResponse(error_body(500, "the server failed; its log has the details"), 500)

@@ -1,6 +1,6 @@
-"""The page of `minimind web`; streamlit runs this file from top to bottom at every click.
+"""The page of `minimind web`. Streamlit runs this file from top to bottom at every click.
 
-Where the server is stands in MINIMIND_URL, its key in MINIMIND_API_KEY.
+MINIMIND_URL is the server's address, MINIMIND_API_KEY its key.
 """
 
 from __future__ import annotations
@@ -14,13 +14,23 @@ from typing import Any
 import openai
 import streamlit as st
 
-from minimind.serving.web_client import SAMPLE_TOOLS, Call, ChatTurn, Settings, connect, fill, parse_tools
-from minimind.serving.web_text import LANGUAGES, SUGGESTIONS, text
+from minimind.serving.web_client import (
+    LANGUAGES,
+    SAMPLE_TOOLS,
+    SUGGESTIONS,
+    Call,
+    ChatTurn,
+    Settings,
+    connect,
+    fill,
+    parse_tools,
+    text,
+)
 
 URL = os.environ.get("MINIMIND_URL", "http://127.0.0.1:8998/v1")
 AVATARS = {"user": ":material/person:", "assistant": ":material/neurology:", "tool": ":material/build:"}
-REDRAW_SECONDS = 0.04  # an eye sees no more, and every redraw sends the whole answer to the browser
-LEAST_TOKENS = 10  # of which a rate says something
+REDRAW_SECONDS = 0.04  # faster is not visible, and every redraw sends the whole answer to the browser
+LEAST_TOKENS = 10  # fewer tokens give no meaningful rate
 STYLE = """<style>
 [data-testid="stSidebarHeader"] { height: 1.8rem; margin: 0; }
 [data-testid="stMainBlockContainer"] { padding-top: 2.5rem; max-width: 50rem; }
@@ -49,24 +59,24 @@ def main() -> None:
         state.language = "zh" if (st.context.locale or "").startswith("zh") else "en"
     client = connect(URL, os.environ.get("MINIMIND_API_KEY"))
     settings = sidebar(client)
-    asked = st.chat_input(t("ask"), disabled=settings is None)
+    question = st.chat_input(t("ask"), disabled=settings is None)
     if settings is None:
         return
-    if not state.turns and not asked:
-        asked = welcome()
+    if not state.turns and not question:
+        question = welcome()
     for number, turn in enumerate(state.turns):
         show(turn)
-        if turn.calls and number == len(state.turns) - 1 and not asked:
+        if turn.calls and number == len(state.turns) - 1 and not question:
             ask_for_results(turn)
-    if asked:
-        state.turns.append(ChatTurn("user", asked))
+    if question:
+        state.turns.append(ChatTurn("user", question))
         show(state.turns[-1])
     if state.turns and state.turns[-1].role != "assistant":
         answer(client, settings)
 
 
 def sidebar(client: openai.OpenAI) -> Settings | None:
-    """What is set; None, and the page says why, where no server can be asked."""
+    """Draw the side bar and return its settings; None, with an error on the page, if the server cannot be used."""
     with st.sidebar:
         st.html(f'<div class="minimind">{LOGO}</div>')
         st.segmented_control(
@@ -126,16 +136,16 @@ def chosen_tools() -> list[dict[str, Any]]:
 
 
 def welcome() -> str | None:
-    """The page before the first question; the suggestion that was clicked."""
+    """Draw the page before the first question; returns the suggestion that was clicked."""
     place = st.empty()
     with place.container():
         st.html(f'<div class="welcome"><h1 class="minimind">{LOGO}</h1><p>{t("tagline")}</p></div>')
         suggestions = SUGGESTIONS[st.session_state.language]
         for row in (suggestions[:2], suggestions[2:]):
-            for column, question in zip(st.columns(2), row, strict=True):
-                if column.button(question, width="stretch"):
+            for column, suggestion in zip(st.columns(2), row, strict=True):
+                if column.button(suggestion, width="stretch"):
                     place.empty()
-                    return question
+                    return suggestion
     return None
 
 
@@ -145,7 +155,7 @@ def show(turn: ChatTurn) -> None:
 
 
 class View:
-    """Where one turn stands on the page; drawn again while it grows."""
+    """The place of one turn on the page; it is redrawn while the turn grows."""
 
     def __init__(self) -> None:
         self._thought, self._content, self._calls, self._below = (st.empty() for _ in range(4))
@@ -192,7 +202,7 @@ def figures(turn: ChatTurn) -> str:
 
 
 def ask_for_results(turn: ChatTurn) -> None:
-    """What the tools say is for the user to fill in: this page runs no code of a model's choosing."""
+    """A form in which the user fills in the tools' results: this page runs no code that a model chose."""
     with st.form("results", border=False):
         results = [st.text_input(t("result_of", call.name), key=f"result-{call.id}") for call in turn.calls]
         if st.form_submit_button(t("send_result"), icon=":material/send:"):
@@ -202,8 +212,8 @@ def ask_for_results(turn: ChatTurn) -> None:
 
 
 def answer(client: openai.OpenAI, settings: Settings) -> None:
-    """Stream the next answer. The stop button, as any other click, ends this run of the script in the middle: what came
-    is in the turn by then, and closing the stream tells the server."""
+    """Stream the next answer. The stop button, like any click, ends this run of the script: the turn keeps the text so
+    far, and closing the stream stops the server."""
     turns = st.session_state.turns
     turn = ChatTurn("assistant")
     turns.append(turn)

@@ -1,4 +1,4 @@
-"""The web chat without its page: turns of a conversation, and answers that fill one while they come."""
+"""The web chat without its page: turns of a conversation, answers streamed from the server, texts in two languages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SAMPLE_TOOLS = [
 
 @dataclass
 class Settings:
-    """thinking: None leaves it to the model. seed: None for another answer each time."""
+    """Settings of the side bar. thinking: None leaves it to the model. seed: None for a new answer each time."""
 
     model: str
     system: str = ""
@@ -42,6 +42,8 @@ class Settings:
 
 @dataclass
 class Call:
+    """One tool call. arguments: JSON text."""
+
     id: str
     name: str
     arguments: str
@@ -49,8 +51,9 @@ class Call:
 
 @dataclass
 class ChatTurn:
-    """What one side said. call_id: of a tool's result. stopped: before its end. dropped: how many of the oldest rounds
-    the context had no room for. Seconds since the question: to the first token, of thinking, of all."""
+    """One turn of the conversation. call_id: the call that a tool's result belongs to. stopped: the user stopped it.
+    cut: it reached the longest answer. dropped: number of old rounds that no longer fit the context. first_after,
+    thought_for and seconds: time from the question to the first token, to the end of the reasoning, to the end."""
 
     role: Literal["user", "assistant", "tool"]
     content: str = ""
@@ -72,7 +75,7 @@ class ChatTurn:
         return (self.tokens - 1) / writing if self.tokens > 1 and writing > 0 else 0.0
 
     def message(self) -> dict[str, Any] | None:
-        """As the server wants it; None for an answer that never came."""
+        """The turn as a message of the API; None for an answer that is empty."""
         if self.role == "user":
             return {"role": "user", "content": self.content}
         if self.role == "tool":
@@ -91,13 +94,13 @@ class ChatTurn:
 
 
 def connect(url: str, api_key: str | None) -> openai.OpenAI:
-    """A client of the server at `url`. A server on this machine is not asked for through the environment's proxy.
+    """A client of the server at `url`. The environment's proxy is not used for servers on this machine.
     ValueError, one line, for a proxy that cannot be used."""
     try:
         http = openai.DefaultHttpxClient(trust_env=not _is_local(urlsplit(url).hostname or ""))
     except (ImportError, ValueError) as problem:  # SOCKS needs a package of its own
         raise ValueError(
-            f"{url}: the environment's proxy: {problem}; name the server's host in NO_PROXY where it needs none"
+            f"{url}: the environment's proxy: {problem}; add the server's host to NO_PROXY to use none"
         ) from None
     return openai.OpenAI(base_url=url, api_key=api_key or "none", max_retries=0, http_client=http)
 
@@ -107,11 +110,11 @@ def _is_local(host: str) -> bool:
         address = ipaddress.ip_address(host)
     except ValueError:
         return f".{host.lower().rstrip('.')}".endswith(".localhost")
-    return address.is_loopback or address.is_unspecified  # 0.0.0.0, as servers say where they listen
+    return address.is_loopback or address.is_unspecified  # 0.0.0.0: the address that a server may print
 
 
 def parse_tools(text: str) -> list[dict[str, Any]]:
-    """Tools as a JSON list in OpenAI's form. ValueError, one line, for anything else."""
+    """Tools from a JSON list in OpenAI's form. ValueError, one line, for anything else."""
     try:
         value = json.loads(text) if text.strip() else []
     except ValueError as problem:
@@ -124,9 +127,11 @@ def parse_tools(text: str) -> list[dict[str, Any]]:
 def fill(
     client: openai.OpenAI, settings: Settings, turns: Sequence[ChatTurn], turn: ChatTurn
 ) -> Generator[None, None, None]:
-    """Ask for the answer to `turns` and write it into `turn`, yielding whenever there is more of it. Closed early, it
-    closes the connection, and the server stops. A failure becomes the turn's error; a conversation that the context
-    cannot hold loses its oldest rounds."""
+    """Request the answer to `turns` and write it into `turn`, yielding after each piece.
+
+    Closing the generator closes the connection, and the server stops generating. A failure becomes the turn's error.
+    The oldest rounds are dropped from a conversation that does not fit the context.
+    """
     start = time.perf_counter()
     turn.stopped = True
     kept = list(turns)
@@ -184,7 +189,7 @@ def _stream(client: openai.OpenAI, request: dict[str, Any], turn: ChatTurn, star
 
 
 def _take(turn: ChatTurn, delta: Any) -> bool:
-    """Add a delta to the turn; whether it held anything."""
+    """Add a delta to the turn; returns whether it contained anything."""
     reasoning = getattr(delta, "reasoning_content", None) or ""
     turn.reasoning += reasoning
     turn.content += delta.content or ""
@@ -196,6 +201,65 @@ def _take(turn: ChatTurn, delta: Any) -> bool:
 
 
 def _without_oldest(turns: list[ChatTurn]) -> list[ChatTurn]:
-    """Without the first question and all that belongs to it; [] if it is the only one."""
+    """The turns from the second question on; [] if there is only one question."""
     later = [i for i, turn in enumerate(turns) if turn.role == "user" and i > 0]
     return turns[later[0] :] if later else []
+
+
+LANGUAGES = {"en": "English", "zh": "中文"}
+
+TEXT: dict[str, tuple[str, str]] = {
+    "tagline": ("A small model, trained from scratch, on this machine.", "从零训练的小模型，就在这台机器上运行。"),
+    "ask": ("Ask MiniMind anything", "向 MiniMind 提问"),
+    "try": ("Try one of these", "试试这些问题"),
+    "language": ("Language", "语言"),
+    "model": ("Model", "模型"),
+    "new": ("New chat", "新对话"),
+    "stop": ("Stop", "停止"),
+    "sampling": ("Sampling", "采样"),
+    "temperature": ("Temperature", "温度"),
+    "temperature_help": ("0 takes the likeliest token", "0 表示总取最可能的词元"),
+    "top_p": ("Top p", "Top p"),
+    "top_p_help": (
+        "sample from the smallest set of tokens with this probability",
+        "只在概率之和达到该值的最小集合中采样",
+    ),
+    "repetition": ("Repetition penalty", "重复惩罚"),
+    "repetition_help": ("above 1, tokens that have occurred become less likely", "大于 1 时，出现过的词更不易再出现"),
+    "max_tokens": ("Longest answer, tokens", "回答长度上限（词元）"),
+    "seed": ("Seed", "随机种子"),
+    "seed_help": (
+        "the same seed gives the same answer; empty: a new answer each time",
+        "相同种子得到相同回答；留空则每次不同",
+    ),
+    "thinking": ("Thinking", "思考"),
+    "auto": ("Auto", "自动"),
+    "on": ("On", "开"),
+    "off": ("Off", "关"),
+    "system": ("System message", "系统提示词"),
+    "tools": ("Tools", "工具"),
+    "tools_on": ("Offer tools to the model", "向模型提供工具"),
+    "tools_json": ("JSON list in OpenAI's form", "JSON 列表，格式同 OpenAI"),
+    "thinking_now": ("Thinking", "思考中"),
+    "thought": ("Thought for {:.1f} s", "思考了 {:.1f} 秒"),
+    "calls": ("Calls {}", "调用 {}"),
+    "result_of": ("Result of {}", "{} 的结果"),
+    "send_result": ("Send", "发送"),
+    "result": ("Result", "结果"),
+    "stopped": ("stopped", "已停止"),
+    "cut": ("cut off at the longest answer", "已到长度上限"),
+    "dropped": ("the oldest {} rounds no longer fit", "最早的 {} 轮已放不下"),
+    "figures": ("{} tokens, the first in {:.0f} ms", "{} 个词元，首词元 {:.0f} 毫秒"),
+    "rate": ("{:.0f} tokens/s", "{:.0f} 词元/秒"),
+    "unreachable": ("No server answers at {}. Start one: minimind serve", "{} 没有服务响应。请启动：minimind serve"),
+    "refused": ("The server at {} refused the request: {}", "{} 的服务拒绝了请求：{}"),
+}
+
+SUGGESTIONS = {
+    "en": ("Who are you?", "What is the capital of France?", "What is 8 + 6?", "What is horse in Chinese?"),
+    "zh": ("你是谁？", "“火”的英文是什么？", "法国的首都是哪里？", "8加6等于多少？"),
+}
+
+
+def text(name: str, language: str, *values: object) -> str:
+    return TEXT[name][list(LANGUAGES).index(language)].format(*values)

@@ -1,8 +1,10 @@
-"""Talk to a model in the browser: `minimind web`.
+"""Chat with a model in the browser: `minimind web`.
 
-minimind web                                      serves the newest run under runs/ and opens a chat with it
-minimind web --model runs/sft-nano-builtin
-minimind web --url http://127.0.0.1:8998/v1       a server that runs already; MINIMIND_API_KEY is its key
+    minimind web                                  serves the newest run under runs/ and opens a chat with it
+    minimind web --model runs/sft-nano-builtin
+    minimind web --url http://127.0.0.1:8998/v1   uses a running server; MINIMIND_API_KEY is its key
+
+Without --url, a server is started for the page and stops with it.
 """
 
 from __future__ import annotations
@@ -21,8 +23,7 @@ from pathlib import Path
 from minimind.inference.loading import ModelArgs
 
 PAGE = Path(__file__).with_name("web.py")
-# What streamlit is told: no reports to its makers, no question for an address at its first start, no button to publish
-# the page, colours.
+# Streamlit's options: no usage reports, no prompt for an e-mail address, no button to publish the page, colours.
 _OPTIONS = {
     "browser.gatherUsageStats": "false",
     "server.showEmailPrompt": "false",
@@ -36,43 +37,45 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Args(ModelArgs):
-    """Talk to a model in the browser."""
+    """Chat with a model in the browser."""
 
     url: str | None = None
-    """A server that runs already, its address up to and with /v1. None: one is started here for --model."""
+    """Address of a running server, ending in /v1. None starts a server for --model."""
     host: str = "127.0.0.1"
-    """Address of the page: this machine alone; 0.0.0.0 for others too."""
+    """Address of the page. 127.0.0.1 serves this machine only, 0.0.0.0 others too."""
     port: int = 8501
-    """Of the page."""
+    """Port of the page."""
     browser: bool = True
-    """Open the page in a browser where there is one."""
+    """Open the page in a browser, if there is one."""
 
 
 def main(args: Args) -> int:
-    """The exit status. ValueError, one line, for bad input."""
+    """Serve the page until Ctrl-C; returns the exit status. ValueError, one line, for bad input."""
     if args.url is not None and args.model is not None:
         raise ValueError("--url and --model: give one of them")
     if not 1 <= args.port < 1 << 16:
-        raise ValueError(f"--port {args.port}: from 1 to 65535")
+        raise ValueError(f"--port {args.port}: must be between 1 and 65535")
     if args.url is not None and not args.url.startswith(("http://", "https://")):
-        raise ValueError(f"--url {args.url}: an address such as http://127.0.0.1:8998/v1")
+        raise ValueError(f"--url {args.url}: must be an address such as http://127.0.0.1:8998/v1")
     for name in ("streamlit", "openai"):
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"{name} is missing: pip install 'minimind[web]'")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends what was started here, too
+    signal.signal(
+        signal.SIGTERM, lambda number, _: sys.exit(128 + number)
+    )  # also ends the processes that this one started
     if args.url is not None:
         from minimind.serving.web_client import connect
 
-        connect(args.url, None)  # a proxy that cannot be used is said here, not in the page
+        connect(args.url, None)  # fails here, not in the page, if the proxy cannot be used
         return _page(args, args.url, os.environ.copy())
-    environment = {**os.environ, "MINIMIND_API_KEY": secrets.token_urlsafe(24)}  # the page alone knows it
+    environment = {**os.environ, "MINIMIND_API_KEY": secrets.token_urlsafe(24)}  # only the page knows this key
     server = subprocess.Popen(server_command(args), stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert server.stdout is not None
-        found = re.search(r" at (http://\S+/v1)", server.stdout.readline())
-        if found is None:
+        address = re.search(r" at (http://\S+/v1)", server.stdout.readline())
+        if address is None:
             return server.wait() or 2
-        return _page(args, found[1], environment)
+        return _page(args, address[1], environment)
     finally:
         server.terminate()
         server.wait()
@@ -104,7 +107,7 @@ def _page(args: Args, url: str, environment: dict[str, str]) -> int:
     try:
         return page.wait()
     except KeyboardInterrupt:
-        page.terminate()  # a terminal has told it too, kill -INT has not
+        page.terminate()  # a terminal's Ctrl-C reaches the page too, but kill -INT does not
         page.wait()
         return 0
     finally:

@@ -1,7 +1,7 @@
-"""The engine in a thread of its own; the event loop submits requests and gets their deltas.
+"""The engine in a thread of its own. The event loop submits requests and receives their deltas.
 
 event loop   submit, cancel, stats --> commands --> engine thread: step, step, step
-             Generation.__anext__  <-- one call_soon_threadsafe a step, with all deltas of it
+             DeltaStream.__anext__ <-- one call_soon_threadsafe per step, with all its deltas
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ from threading import Thread
 from typing import Any, TypeVar
 
 from minimind.inference.engine import Engine
-from minimind.inference.requests import Delta, Request
-from minimind.inference.stats import EngineStats
-from minimind.serving.errors import ApiError
+from minimind.inference.requests import Delta, EngineStats, Request
+from minimind.serving.protocol import ApiError
 
 log = logging.getLogger("minimind.serving")
 T = TypeVar("T")
 
 
 class DeltaStream:
-    """The deltas of one request, as an asynchronous iterator that ends with its last one.
+    """The deltas of one request, as an asynchronous iterator.
 
-    ApiError 500 if the engine failed, 503 if the request was ended from here: by `cancel`, or a shutdown.
+    Raises ApiError 500 if the engine failed, 503 if the request was cancelled or the server shuts down.
     """
 
     def __init__(self, worker: EngineWorker, request: Request) -> None:
@@ -41,12 +40,12 @@ class DeltaStream:
         self._items: asyncio.Queue[Delta | ApiError] = asyncio.Queue()
 
     def cancel(self) -> None:
-        """Free what the request holds, now; nothing if it is over."""
+        """End the request and free its pages. Does nothing if it has finished."""
         if self._running:
             self._worker.cancel(self.id)
 
     def put(self, item: Delta | ApiError) -> int:
-        """Take up a delta or the reason why none will follow; how many samples that ended."""
+        """Add a delta, or the error that ends the request. Returns how many of its samples this ended."""
         ended = self._running if isinstance(item, ApiError) else int(item.finish_reason is not None)
         self._running -= ended
         self._items.put_nowait(item)
@@ -62,7 +61,7 @@ class DeltaStream:
         if isinstance(item, ApiError):
             raise item
         if item.finish_reason == "cancelled":
-            raise ApiError(503, "the request was ended before its answer was complete", code="cancelled")
+            raise ApiError(503, "the request was cancelled before its answer was complete", code="cancelled")
         if item.finish_reason == "error":
             reason = item.output.error if item.output is not None else None
             raise ApiError(500, reason or "the engine failed in this request")
@@ -70,10 +69,10 @@ class DeltaStream:
 
 
 class EngineWorker:
-    """capacity: samples that may be unfinished at a time, in the batch and waiting: engine's max_batch + max_queue.
+    """Runs an engine in a thread. Its methods must be called from the event loop in which `start` was called.
 
-    All methods are for the event loop in which `start` was called.
-    on_first_token: called with the seconds from submission to each request's first token.
+    max_queue: samples that may wait beyond the engine's max_batch; both together are `capacity`.
+    on_first_token: called with the seconds from a request's submission to its first token.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class EngineWorker:
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._numbers = itertools.count()
-        self._admitted: set[str] = set()  # the engine thread's: unfinished requests
+        self._admitted: set[str] = set()  # unfinished requests; for the engine thread alone
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -99,25 +98,25 @@ class EngineWorker:
         return self._thread.is_alive()
 
     async def stop(self) -> None:
-        """Cancel what still runs, and end the thread."""
+        """Cancel all requests and end the thread."""
         self.cancel_all()
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
 
     def drain(self, seconds: float) -> None:
-        """Take no new requests, and cancel those that still run after so many seconds."""
+        """Refuse new requests, and cancel those that still run after `seconds`."""
         self.draining = True
         self._loop.call_later(seconds, self.cancel_all)
 
     async def submit(self, request: Request) -> DeltaStream:
-        """Queue a request. ApiError 400 if it cannot be served, 429 if the queue is full, 503 in a shutdown."""
+        """Queue a request. ApiError 400 if it is invalid, 429 if the queue is full, 503 during a shutdown."""
         samples = request.params.n
         if self.draining or not self.alive:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
         if samples > self.capacity:
-            raise ApiError(400, f"n={samples}: at most {self.capacity} samples fit this server", param="n")
+            raise ApiError(400, f"n={samples}: this server holds at most {self.capacity} samples", param="n")
         if self.in_flight + samples > self.capacity:
-            message = f"{self.in_flight} samples run or wait, of at most {self.capacity}; try again later"
+            message = f"{self.in_flight} of at most {self.capacity} samples run or wait already; try again later"
             raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
         request = replace(request, id=f"{request.id or 'request'}-{next(self._numbers)}")
         generation = DeltaStream(self, request)
@@ -145,7 +144,7 @@ class EngineWorker:
         return await self._call(self.engine.stats)
 
     def _call(self, function: Callable[[], T]) -> asyncio.Future[T]:
-        """Run `function` in the engine's thread, between two steps."""
+        """Run `function` in the engine thread, between two steps."""
         future: asyncio.Future[T] = self._loop.create_future()
 
         def command() -> None:
@@ -166,12 +165,12 @@ class EngineWorker:
         while self._take_commands():
             try:
                 deltas = self.engine.step()
-            except Exception as problem:  # out of memory, for example: nothing that was running can be trusted
-                log.exception("the engine failed; its requests are given up")
+            except Exception as problem:  # out of memory, for example; the running requests cannot continue
+                log.exception("the engine failed; its requests are cancelled")
                 self._give_up(problem)
             else:
                 self._deliver(deltas)
-        self._deliver(self.engine.step())  # what was cancelled at the end
+        self._deliver(self.engine.step())  # the deltas of the requests that the end cancelled
 
     def _deliver(self, deltas: list[Delta]) -> None:
         self._admitted.difference_update(delta.id for delta in deltas if delta.output is not None)
@@ -179,7 +178,7 @@ class EngineWorker:
             self._on_loop(self._dispatch, deltas, time.perf_counter())
 
     def _take_commands(self) -> bool:
-        """Carry out what is asked, waiting for it where there is nothing else to do; False: end."""
+        """Execute the queued commands, waiting for one if the engine is idle. False: end the thread."""
         while True:
             try:
                 command = self._commands.get(block=not self.engine.has_work)
@@ -197,7 +196,7 @@ class EngineWorker:
         self._on_loop(self._dispatch_failure, names, f"the engine failed: {type(problem).__name__}")
 
     def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def _dispatch(self, deltas: list[Delta], now: float) -> None:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from bench import native_resources
 from bench.occupancy import CARDS
-from minimind.inference.decode.reference import decode_attention_ref, rope_append_kv_ref
-from minimind.inference.decode.sampling_reference import sample_ref, uniform
+from minimind.inference.decode.reference import decode_attention_ref, rope_append_kv_ref, sample_ref, uniform
 from tests.csrc import emulated
 
 FP8 = torch.float8_e4m3fn

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from bench import native_resources
 from minimind.config import ModelConfig
-from minimind.inference.decode.step import DecodeWeights, decode_step_ref
+from minimind.inference.decode.step import DecodeWeights
 from minimind.modeling import Model
 from minimind.rope import rope_cos_sin
 from tests.csrc import emulated
 from tests.csrc.test_cuda_emulated import rand
+from tests.inference.decode.reference_step import decode_step_ref
 from tests.inference.decode.test_step import make_model
 from tests.kernels.contract import assert_within, move_by_rounding
 
@@ -84,7 +85,7 @@ def plain(inputs, caches, case: Case) -> Tensor:
 def native(ops):
     def step(inputs, caches, case: Case) -> Tensor:
         w = case.weights
-        return ops.decode_step(*inputs, list(w.tensors), *caches, *w.shape, *case.scales)
+        return ops.decode_step(*inputs, list(w.tensors), *caches, *w.settings, *case.scales)
 
     return step
 
@@ -107,10 +108,10 @@ def make_case(model: Model, dtype: torch.dtype, cache_dtype: torch.dtype, length
     noise = [torch.where(older[None, :, :, None, None], rand(*shape, seed=i), torch.nan) for i in (3, 4)]
     scale = torch.rand(shape[0], shape[3], generator=torch.Generator().manual_seed(5)) / 10 + 0.02
     scales = (scale, scale.flip(0).contiguous()) if cache_dtype == FP8 else (None, None)
-    tensors = DecodeWeights.of(model, FP32).tensors
-    roles = DecodeWeights.of(model, FP32).roles
+    tensors = DecodeWeights.from_model(model, FP32).tensors
+    roles = DecodeWeights.from_model(model, FP32).roles
     weights = replace(
-        DecodeWeights.of(model, FP32),
+        DecodeWeights.from_model(model, FP32),
         tensors=tuple(t if r == "small" else t.to(dtype) for t, r in zip(tensors, roles, strict=True)),
     )
     tokens = torch.randint(0, cfg.vocab_size, (batch,), generator=torch.Generator().manual_seed(2))
@@ -181,7 +182,7 @@ def test_a_step_over_every_cache(ops, name, dtype, cache_dtype):
 def test_rows_longer_than_what_is_under_way_at_once(ops, dtype):
     """1,672 columns: seven loads of a lane and row where six, or three, are in flight."""
     model = make_model(config(1, 1, 64, num_hidden_layers=1, intermediate_size=1672, hidden_size=40))
-    wide = DecodeWeights.of(model, FP32)
+    wide = DecodeWeights.from_model(model, FP32)
     for lengths in ([3], [3, 1, 5]):
         case = make_case(model, dtype, FP32, lengths)
         check(ops, case, replace(case, weights=wide) if dtype == FP32 else _in_float32(case))
@@ -285,4 +286,4 @@ def test_python_knows_how_many_rows_a_step_takes(ops, library, width, inner, dty
 
 def test_a_mixture_of_experts_takes_no_step():
     model = make_model(config(1, 1, 64, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=64))
-    assert DecodeWeights.of(model).cuda_rows == 0
+    assert DecodeWeights.from_model(model).cuda_rows == 0

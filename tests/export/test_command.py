@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from minimind import ModelConfig, cli, load_model, load_tokenizer
-from minimind.export import command, hf, quantize
+from minimind.export import command, hf
+from minimind.export import gguf as gguf_files
 from minimind.lora import LoRAConfig, add_adapter, lora_linears
 from minimind.lora_files import save_adapter
 from minimind.modeling import Model
@@ -82,7 +83,7 @@ def test_hf(folder, tmp_path, capsys):
 def test_pth(folder, tmp_path, capsys):
     out = tmp_path / "m.pth"
     status, lines, _ = run(capsys, "--model", folder, "--out", out, "--dtype", "fp16")
-    assert status == 0 and "its shape is no preset's" in lines[-1]
+    assert status == 0 and "since no preset has its shape" in lines[-1]
     assert {t.dtype for t in torch.load(out, weights_only=True).values()} == {torch.float16}
     nano = saved(tmp_path / "nano", ModelConfig.preset("nano"))
     _, lines, _ = run(capsys, "--model", nano, "--out", tmp_path / "nano.pth")
@@ -137,7 +138,7 @@ def test_a_lora_run_is_its_base_with_the_adapter_beside(folder, tmp_path, capsys
     (run_folder / "config.json").write_text(json.dumps({"stage": "lora"}))
     out = tmp_path / "hf"
     status, lines, _ = run(capsys, "--model", run_folder, "--to", "hf", "--out", out)
-    assert status == 0 and lines[1] == f"{out / 'adapter'}: the adapter in peft's form, on top of it"
+    assert status == 0 and lines[1] == f"{out / 'adapter'}: its adapter, in peft's form"
     assert same(model_of(CONFIGS["qwen3"]), load_model(out)), "the base itself"
 
     with pytest.raises(ValueError, match="an adapter without its model; run minimind export"):
@@ -165,7 +166,7 @@ def test_a_lora_run_is_its_base_with_the_adapter_beside(folder, tmp_path, capsys
     "arguments, message",
     [
         (["--to", "onnx", "--out", "x"], "--to onnx: unknown; choose from hf, gguf, ollama, pth"),
-        (["--out", "x"], "does not say what to write; add --to hf"),
+        (["--out", "x"], "its ending names no format; add --to hf"),
         (["--to", "gguf", "--out", "x"], "--to gguf writes a file; name it *.gguf"),
         (["--to", "hf", "--out", "x.gguf"], "--to hf writes a folder; name one"),
         (["--to", "hf", "--out", "x", "--dtype", "q8_0"], "--dtype q8_0: --to hf takes fp32, fp16, bf16"),
@@ -194,7 +195,7 @@ def test_adapters_that_do_not_fit(folder, tmp_path, capsys):
     base = ("--model", folder, "--lora")
     own = adapter(tmp_path / "own", CONFIGS["qwen3"])
     error = refused(capsys, tmp_path, *base, own, "--out", tmp_path / "m.gguf")
-    assert f"--to gguf has no place for the adapter {own}; add --merge-lora" in error
+    assert f"--to gguf cannot keep the adapter {own} separate; add --merge-lora" in error
     other = adapter(tmp_path / "other", ModelConfig.preset("nano"))
     error = refused(capsys, tmp_path, *base, other, "--to", "hf", "--out", tmp_path / "hf")
     assert "the adapter was made for another model" in error
@@ -208,7 +209,7 @@ def test_adapters_that_do_not_fit(folder, tmp_path, capsys):
     assert run(capsys, *to_hf, "--merge-lora")[0] == 0
 
 
-def test_an_adapter_of_grouped_attention_rides_on_granite(tmp_path, capsys):
+def test_an_adapter_of_grouped_attention_works_on_granite(tmp_path, capsys):
     """Attention has the same names there: its adapter needs no merging."""
     shared = saved(tmp_path / "granite", CONFIGS["granitemoe"])
     lora = adapter(tmp_path / "g", CONFIGS["granitemoe"], targets=("q_proj", "v_proj"))
@@ -220,7 +221,7 @@ def test_an_adapter_of_grouped_attention_rides_on_granite(tmp_path, capsys):
     assert sum("lora_B" in name for name, _ in model.named_parameters()) == 4  # q and v of two layers
 
 
-def test_whom_a_name_is_taken_for_is_said(folder, tmp_path, capsys, monkeypatch):
+def test_an_assumed_base_model_is_reported(folder, tmp_path, capsys, monkeypatch):
     """An adapter of peft's: nothing in it tells the base from another model of the same relative name."""
     foreign = adapter(tmp_path / "adapter", CONFIGS["qwen3"], base=folder)
     (foreign / "base_model.json").unlink(missing_ok=True)
@@ -230,7 +231,9 @@ def test_whom_a_name_is_taken_for_is_said(folder, tmp_path, capsys, monkeypatch)
     monkeypatch.chdir(tmp_path)
     status, lines, _ = run(capsys, "--model", foreign, "--merge-lora", "--out", tmp_path / "m.pth")
     base = tmp_path / "my" / "base"
-    assert status == 0 and lines[0] == f"{foreign}: only says the name of its base model; {base} is taken for it"
+    assert (
+        status == 0 and lines[0] == f"{foreign}: gives only its base model's name; {base} is assumed to be that model"
+    )
 
 
 def test_a_vocabulary_that_does_not_fit(tmp_path, capsys):
@@ -240,7 +243,7 @@ def test_a_vocabulary_that_does_not_fit(tmp_path, capsys):
 
 
 def test_a_missing_quantizer(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_files.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     arguments = ("--model", folder, "--out", tmp_path / "m.gguf", "--dtype", "q4_k_m")
     error = refused(capsys, tmp_path, *arguments)
@@ -251,9 +254,9 @@ def test_a_quantizer_on_the_path(tmp_path, monkeypatch):
     tool = tmp_path / "llama-quantize"
     tool.write_text('#!/bin/sh\necho "$3" > "$2"\n')
     tool.chmod(0o755)
-    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gguf_files.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    quantize.quantize(tmp_path / "in", tmp_path / "out")
+    gguf_files.quantize(tmp_path / "in", tmp_path / "out")
     assert (tmp_path / "out").read_text() == "Q4_K_M\n"
 
 
@@ -266,7 +269,7 @@ def test_a_full_disk_leaves_nothing(target, folder, tmp_path, capsys, monkeypatc
         gguf = pytest.importorskip("gguf", reason="install minimind[export]: needs gguf")
         monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
     monkeypatch.setattr(hf, "save_file", full)
-    monkeypatch.setattr("minimind.export.pth.torch.save", full)
+    monkeypatch.setattr("minimind.export.command.torch.save", full)
     out = tmp_path / {"pth": "m.pth", "gguf": "m.gguf"}.get(target, "out")
     error = refused(capsys, tmp_path, "--model", folder, "--to", target, "--out", out)
     assert f"--out {out}" in error and "No space left on device" in error

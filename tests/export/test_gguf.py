@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from minimind import ModelConfig, load_tokenizer
-from minimind.export.gguf import architecture_of, export_gguf, permute_pairs
-from minimind.export.gguf_vocabulary import pre_tokenizer_of
+from minimind.export.gguf import architecture_of, export_gguf, permute_pairs, pre_tokenizer_of
 from minimind.tokenization.tokenizer import DEFAULT_FOLDER
 from minimind.weights import to_stock
 from tests.export.small import CONFIGS, EXPERTS, SMALL, model_of
@@ -163,7 +162,7 @@ def test_the_vocabulary(tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama, untied"])
-def test_padding_is_written_so_that_nobody_draws_it(variant, tmp_path):
+def test_padding_is_never_sampled(variant, tmp_path):
     """llama.cpp draws from all rows. One of these models' surplus rows would nearly always win."""
     model = model_of(CONFIGS[variant])
     wide = padded(model, known=False)
@@ -184,7 +183,7 @@ def test_pre_tokenizers_that_llama_cpp_knows():
     other["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] += "|x"
     spaced = {"pre_tokenizer": {**byte_level, "add_prefix_space": True}}
     for wrong in (other, spaced, {"pre_tokenizer": None}):
-        with pytest.raises(ValueError, match="split for this pre-tokenizer"):
+        with pytest.raises(ValueError, match="this pre-tokenizer"):
             pre_tokenizer_of(wrong)
 
 
@@ -200,7 +199,7 @@ def test_architectures_that_llama_cpp_lacks(changes, message):
         architecture_of(ModelConfig(**EXPERTS, **changes))
 
 
-def test_refusals_leave_no_file(tmp_path):
+def test_errors_leave_no_file(tmp_path):
     narrow = ModelConfig(**{**SMALL, "intermediate_size": 100})
     small = dataclasses.replace(CONFIGS["llama"], vocab_size=100)
     for config, message in (

@@ -188,7 +188,7 @@ def test_pipeline_answers_a_conversation(tmp_path):
         ({"norm_topk_prob": False}, "norm_topk_prob is false here"),
     ],
 )
-def test_what_transformers_has_not(changes, message, tmp_path):
+def test_models_that_transformers_lacks(changes, message, tmp_path):
     model = model_of(ModelConfig(**{**EXPERTS, **changes}))
     with pytest.raises(ValueError, match=message):
         export_hf(model, load_tokenizer(), tmp_path / "out")

@@ -8,8 +8,7 @@ import torch
 
 from bench.decode_check import Judge
 from minimind import ModelConfig, load_tokenizer
-from minimind.export.gguf import export_gguf
-from minimind.export.quantize import quantize
+from minimind.export.gguf import export_gguf, quantize
 from minimind.inference.generate import generate
 from minimind.weights import to_stock
 from tests import foreign

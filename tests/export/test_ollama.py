@@ -64,9 +64,9 @@ def test_a_template_without_tools(tmp_path):
 @pytest.mark.parametrize(
     "template, message",
     [
-        (CHATML + "{{ messages | length }}", "is more than turn after turn"),
-        ("{{ messages[-1].content }}", "cannot be taken apart into turns"),
-        (CHATML + "{% if tools %}{{ tools | length }}{% endif %}", "cannot be taken apart into turns"),
+        (CHATML + "{{ messages | length }}", "is not a plain sequence of turns"),
+        ("{{ messages[-1].content }}", "cannot be split into turns"),
+        (CHATML + "{% if tools %}{{ tools | length }}{% endif %}", "cannot be split into turns"),
     ],
 )
 def test_other_templates_are_refused(template, message, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minimind import ModelConfig, load_model
-from minimind.export.pth import export_pth, pth_state
+from minimind.export.command import export_pth, pth_state
 from tests.export.small import CONFIGS, EXPERTS, model_of
 from tests.test_golden import load_case
 
@@ -81,6 +81,6 @@ def test_code_in_a_file_is_refused(tmp_path):
         (ModelConfig(**EXPERTS, num_shared_experts=1, qk_norm=True), "both QK-norm and shared experts"),
     ],
 )
-def test_what_upstream_has_not(config, message):
+def test_models_that_upstream_lacks(config, message):
     with pytest.raises(ValueError, match=message):
         pth_state(model_of(config))

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from minimind import ModelConfig
-from minimind.inference.cache import PagedCache, PagePool, cache_pages, page_key
+from minimind.inference.decode.kv_cache import PagedCache, cache_pages
+from minimind.inference.scheduler import PagePool, page_key
 
 PAGES, SIZE = 6, 2
 
@@ -152,13 +153,13 @@ def test_budget():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_cache_takes_what_it_says_and_copies_whole_pages(dtype):
+def test_the_cache_has_its_stated_size_and_copies_whole_pages(dtype):
     cache = PagedCache.allocate(CONFIG, 5, 4, dtype, torch.device("cpu"))
     assert cache.bytes == 5 * 4 * TOKEN_NUMBERS * dtype.itemsize == cache.k.nbytes + cache.v.nbytes
     for tensor in (cache.k, cache.v):
         tensor.copy_(torch.randn(tensor.shape))
     k, v = cache.k.float(), cache.v.float()
-    cache.copy_pages([(0, 3), (2, 4)])
+    cache.copy_pages(torch.tensor([0, 2]), torch.tensor([3, 4]))
     for tensor, old in ((cache.k.float(), k), (cache.v.float(), v)):
         assert torch.equal(tensor[:, [3, 4]], old[:, [0, 2]])
         assert torch.equal(tensor[:, :3], old[:, :3])

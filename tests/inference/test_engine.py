@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from minimind.inference.engine import Engine
+from minimind.inference.request_state import derive_seed
 from minimind.inference.requests import Request, SamplingParams
-from minimind.inference.tracking import mix
 from minimind.lora import LoRAConfig, add_adapter
 from minimind.ops import native
 from tests.inference.small import VARIANTS, greedy, is_greedy, random_prompts, small_model, small_tokenizer
@@ -73,7 +73,7 @@ def test_log_probs_are_those_of_the_whole_forward(backend):
             assert (torch.tensor([v for _, v in top]) - values[row]).abs().max() <= rounding
 
 
-def test_a_seed_gives_the_same_sample_in_any_company():
+def test_a_seed_gives_the_same_sample_in_any_batch():
     model = small_model()
     prompts = random_prompts(6, 30, model.config.vocab_size)
     requests = [Request(p, SamplingParams(15, temperature=1.5, seed=i)) for i, p in enumerate(prompts)]
@@ -103,7 +103,7 @@ def test_sampling_follows_the_models_distribution():
     assert ((drawn - p).abs()[likely] <= 5 * (p * (1 - p) / 400).sqrt()[likely]).all()
 
 
-def test_samples_of_a_prompt_share_its_pages_and_differ():
+def test_completions_of_a_prompt_share_its_pages_and_differ():
     model = small_model()
     prompt = random_prompts(1, 1, 9)[0] + list(range(36))  # 37 tokens: two pages and five tokens of a third
     engine = engine_of(model, max_batch=4)
@@ -121,12 +121,12 @@ def test_samples_of_a_prompt_share_its_pages_and_differ():
     assert [c.index for c in output.completions] == [0, 1, 2, 3]
     assert len({tuple(c.token_ids) for c in output.completions}) == 4
     for i, completion in enumerate(output.completions):  # each is what a request with its seed would be
-        seed = 7 if i == 0 else mix(7, i)
+        seed = 7 if i == 0 else derive_seed(7, i)
         alone = Request(prompt, SamplingParams(6, temperature=1.5, seed=seed))
         assert new_ids(engine_of(model).generate([alone]))[0] == completion.token_ids
 
 
-def test_more_samples_than_the_batch_holds():
+def test_more_completions_than_the_batch_holds():
     model = small_model()
     params = SamplingParams(5, temperature=1.5, seed=1, n=7)
     (output,) = engine_of(model, max_batch=3).generate([Request([1, 2, 3], params)])
@@ -163,7 +163,7 @@ def test_penalties_count_the_prompt():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_new_weights_count_from_the_next_step_on(backend):
+def test_new_weights_take_effect_in_the_next_step(backend):
     model, changed = small_model(), small_model(seed=1)
     prompts = random_prompts(5, 40, model.config.vocab_size)
     engine = engine_of(model, backend=backend)
@@ -184,7 +184,7 @@ def test_new_weights_count_from_the_next_step_on(backend):
         assert is_greedy(changed, prompt + old, new)
 
 
-def test_live_weights_are_shared_and_the_model_is_left_alone():
+def test_live_weights_are_shared_and_the_model_is_not_changed():
     model = small_model("moe").train()
     engine = engine_of(model, backend="reference")
     assert "weights shared" in engine.describe()

@@ -48,7 +48,7 @@ def test_two_hundred_requests_at_random_with_too_little_memory(backend):
     assert stats.prompt_tokens == sum(map(len, prompts))
 
 
-def test_a_preempted_sample_goes_on_as_if_nothing_had_been():
+def test_preemption_does_not_change_the_sample():
     model = small_model()
     prompts = random_prompts(6, 30, model.config.vocab_size)
     params = SamplingParams(40, temperature=1.3, top_p=0.9, repetition_penalty=1.2, logprobs=2)
@@ -165,7 +165,7 @@ def test_bad_requests_say_why_and_the_others_are_served():
     assert (refused.id, refused.finish_reason, refused.output.id) == ("x", "error", "x")
 
 
-def test_as_many_new_tokens_as_fit_where_no_number_is_given():
+def test_without_a_limit_all_tokens_that_fit_are_generated():
     engine = engine_of(small_model(), kv_tokens=64, max_batch=2)
     outputs = engine.generate([Request([1] * 50, SamplingParams(None, temperature=0))] * 3)
     assert [len(o.token_ids) for o in outputs] == [15] * 3  # the last one is drawn, not stored
@@ -182,7 +182,7 @@ def test_text_needs_a_tokenizer():
     assert (output.text, len(output.token_ids)) == ("", 3)
 
 
-def test_an_engine_that_cannot_work_says_so():
+def test_invalid_engine_arguments():
     model, tokenizer = small_model(), small_tokenizer()
     size = tokenizer.vocab_size
     with pytest.raises(ValueError, match=f"the tokenizer has {size} ids, the model 64 rows"):
@@ -202,7 +202,7 @@ def test_an_engine_that_cannot_work_says_so():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_weights_that_are_not_numbers_end_a_request_with_an_error(backend):
+def test_nan_weights_end_a_request_with_an_error(backend):
     model = small_model()
     engine = engine_of(model, backend=backend)
     name = engine.submit(greedily([[1, 2]], 8)[0])

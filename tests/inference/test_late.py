@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from minimind.inference import batch, transfer
+from minimind.inference import batch
 from minimind.inference import engine as engine_module
 from minimind.inference.batch import DecodeBatch
 from minimind.inference.requests import Request, SamplingParams
@@ -81,12 +81,12 @@ ACTIONS = st.lists(
 )
 
 
-def check_twin(engine):
+def check_mirror(engine):
     """What the device has made of its rows is what the host foretells."""
     batch = engine._batch
-    if batch._twin is None or not batch.samples:
+    if batch._mirror is None or not batch.sequences:
         return
-    rows = len(batch.samples)
+    rows = len(batch.sequences)
     names = ("slot", "offset", "position", "length", "active")
     for name in names if not batch._changed else ():
         assert batch.tensor[name][:rows].tolist() == batch._array[name][:rows].tolist(), name
@@ -99,7 +99,7 @@ def play(engine, actions):
 
     def step():
         deltas.extend(engine.step())
-        check_twin(engine)
+        check_mirror(engine)
 
     for action, value in actions:
         if action == "submit":
@@ -131,7 +131,7 @@ def said(delta):
 @pytest.mark.parametrize("backend", test_engine.BACKENDS)
 @settings(max_examples=60, deadline=None)
 @given(actions=ACTIONS, chunk=st.sampled_from([7, 512]))
-def test_whatever_happens_the_same_deltas_come_in_the_same_order(backend, actions, chunk):
+def test_a_late_host_gives_the_same_deltas_in_the_same_order(backend, actions, chunk):
     told = []
     for late in (False, True):
         engine = engine_with(
@@ -148,7 +148,7 @@ def test_whatever_happens_the_same_deltas_come_in_the_same_order(backend, action
 
 @settings(max_examples=60, deadline=None)
 @given(actions=ACTIONS, pages=st.integers(14, 40), max_batch=st.integers(3, 6), reuse=st.booleans())
-def test_with_too_little_memory_the_same_samples_come(actions, pages, max_batch, reuse):
+def test_a_late_host_gives_the_same_samples_with_too_little_memory(actions, pages, max_batch, reuse):
     """Who is admitted or preempted when is another matter; and a cancel then finds more or fewer tokens."""
     told = []
     for late in (False, True):
@@ -200,7 +200,7 @@ class Event:
 
 def watch(engine, log):
     """From now on the engine's graphs, its copies to the host and its waits go into `log`, with their step's number."""
-    run, fetch = engine._runner._run, engine._batch._landing.fetch
+    run, fetch = engine._runner._run, engine._batch._sampled.fetch
     step = 0
 
     def launch(name, function):
@@ -214,7 +214,7 @@ def watch(engine, log):
         log.append(("copy to the host", step))
         return *fetch()[:2], Event(log, step)
 
-    engine._runner._run, engine._batch._landing.fetch = launch, fetched
+    engine._runner._run, engine._batch._sampled.fetch = launch, fetched
 
 
 @pytest.mark.parametrize("backend", test_engine.BACKENDS)
@@ -240,7 +240,8 @@ def test_a_steady_step_launches_before_it_waits_and_copies_nothing_to_the_device
 def test_a_page_costs_one_copy_to_the_device(monkeypatch):
     engine = engine_with(True, model(), page_size=8)
     copies = []
-    monkeypatch.setattr(batch, "copy_over", lambda *tensors: copies.append(transfer.copy_over(*tensors)))
+    copy_over = batch.copy_over
+    monkeypatch.setattr(batch, "copy_over", lambda *tensors: copies.append(copy_over(*tensors)))
     for first in (3, 6):  # their second pages come in different steps
         engine.submit(Request(list(range(first)), SamplingParams(17, temperature=0)))
     counts = []
@@ -253,7 +254,7 @@ def test_a_page_costs_one_copy_to_the_device(monkeypatch):
     assert max(counts[2:]) == 1
 
 
-def test_a_step_that_is_launched_keeps_its_pages_until_it_is_read():
+def test_a_launched_step_keeps_its_pages_until_it_is_read():
     """The first token is the end: the row that was launched after it has a page of its own to write to."""
     engine = engine_with(True, model(), page_size=4, prefix_cache=False)
     prompt = [1, 2, 3, 4]
@@ -268,7 +269,7 @@ def test_a_step_that_is_launched_keeps_its_pages_until_it_is_read():
     assert is_greedy(model(), [5, 6], given) and len(given) == 3  # what that row drew is nobody's
 
 
-def test_a_sample_that_ends_by_its_length_runs_no_step_more():
+def test_a_sequence_at_its_limit_runs_no_extra_step():
     engine = engine_with(True, model())
     rows = []
     step = engine._runner.step
@@ -282,7 +283,7 @@ def test_a_sample_that_ends_by_its_length_runs_no_step_more():
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_nobody_is_preempted_for_one_who_has_ended(late):
+def test_an_ended_sequence_causes_no_preemption(late):
     """Both need a third page for their sixth token, and none is left; but the first ended with its fifth."""
     prompt = [1, 2, 3, 4]
     for seed in range(20):
@@ -298,7 +299,7 @@ def test_nobody_is_preempted_for_one_who_has_ended(late):
     assert engine.stats().preemptions == 0
 
 
-def test_the_host_is_waited_for_where_it_has_a_say():
+def test_steps_wait_for_a_host_that_takes_part_in_sampling():
     engine = engine_with(True, model())
     plain = engine.submit(Request([1, 2], SamplingParams(20, temperature=0)))
     assert engine.step() == []
@@ -312,7 +313,7 @@ def test_the_host_is_waited_for_where_it_has_a_say():
     assert [delta.id for delta in engine.step()] == [plain]
 
 
-def test_cancelling_reads_what_was_drawn():
+def test_cancelling_reads_unread_tokens():
     tokens = []
     for late in (False, True):
         engine = engine_with(late, model())
@@ -326,7 +327,7 @@ def test_cancelling_reads_what_was_drawn():
     assert tokens[0] == tokens[1] and len(tokens[0]) == 5
 
 
-def test_cancelling_what_has_ended_unread_is_too_late():
+def test_cancelling_an_unread_ended_request_is_too_late():
     engine = engine_with(True, model())
     name = engine.submit(Request([1, 2], SamplingParams(1, temperature=0)))
     engine.step()
@@ -334,19 +335,19 @@ def test_cancelling_what_has_ended_unread_is_too_late():
     assert [delta.finish_reason for delta in engine.step()] == ["length"] and not engine.has_work
 
 
-def test_practice_steps_leave_the_rows_as_they_are():
+def test_warm_up_steps_do_not_change_the_rows():
     """Before a graph is captured its step runs once, on a twin without rows."""
     late = DecodeBatch(4, 3, 4, 50, torch.device("cpu"), late=True)
     sample = SequenceState(0, 0, 1, [1, 2, 3])
     sample.pages, sample.computed = [2], 3
     late.join(sample, SamplingParams(repetition_penalty=1.5), seed=5)
     late.upload()
-    late.take(0, torch.tensor([9]), torch.tensor([-1.0]))
+    late.append(0, torch.tensor([9]), torch.tensor([-1.0]))
     late.advance()
     before = {name: tensor.clone() for name, tensor in late.tensor.items()}
     with late.blank():
         assert late.tensor["slot"].tolist() == [-1] * 4
-        late.take(0, torch.full((4,), 7), torch.zeros(4))
+        late.append(0, torch.full((4,), 7), torch.zeros(4))
         assert late.tensor["slot"].tolist() == [-1] * 4 and not late.tensor["length"].any()
     for name, tensor in late.tensor.items():
         assert torch.equal(tensor, before[name]), name

@@ -50,7 +50,7 @@ def answers(model, backend, dtype=None):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("known", [True, False], ids=["opened", "given to the engine"])
-def test_the_engine_draws_and_scores_the_same(variant, backend, known):
+def test_the_engine_samples_and_scores_the_same(variant, backend, known):
     model = small_model(variant)
     assert answers(padded(model, known=known), backend) == answers(model, backend)
 

@@ -5,12 +5,10 @@ import torch
 
 from minimind import modeling
 from minimind.inference.batch import DecodeBatch
-from minimind.inference.cache import PagedCache
-from minimind.inference.decode.graphs import graph_sizes
-from minimind.inference.prefill import ChunkAttention, pack
-from minimind.inference.replica import Replica
+from minimind.inference.decode.kv_cache import PagedCache
+from minimind.inference.prefill import ChunkAttention, pack_chunks
 from minimind.inference.requests import SamplingParams
-from minimind.inference.runner import Runner
+from minimind.inference.runner import Replica, Runner, graph_sizes
 from minimind.inference.scheduler import Chunk, SequenceState
 from minimind.ops import varlen
 from tests.inference.small import small_model
@@ -19,7 +17,7 @@ CPU = torch.device("cpu")
 TOKENS = torch.randint(0, 50, (3, 40), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def sample(tokens, pages):
+def sequence_of(tokens, pages):
     out = SequenceState(0, 0, 1, tokens)
     out.pages = pages
     return out
@@ -38,9 +36,9 @@ def test_chunks_of_several_prompts_give_the_logits_of_whole_forwards(variant, dt
     model = small_model(variant, vocab_size=50)
     runner, cache = runner_of(model, dtype)
     a, b, c = (
-        sample(TOKENS[0][:17], [9, 3, 20, 5, 0]),
-        sample(TOKENS[1][:6], [7, 1]),
-        sample(TOKENS[2][:30], [2, 8, 4, 31, 30, 29, 28, 27]),
+        sequence_of(TOKENS[0][:17], [9, 3, 20, 5, 0]),
+        sequence_of(TOKENS[1][:6], [7, 1]),
+        sequence_of(TOKENS[2][:30], [2, 8, 4, 31, 30, 29, 28, 27]),
     )
     steps = [
         [Chunk(a, 0, 5, False), Chunk(b, 0, 6, True)],
@@ -65,9 +63,9 @@ def test_chunks_of_several_prompts_give_the_logits_of_whole_forwards(variant, dt
     model.float()
 
 
-def test_pack():
-    a, b = sample(list(range(10, 19)), [5, 2, 7]), sample([30, 31], [1])
-    prompts = pack([Chunk(a, 3, 7, False), Chunk(b, 0, 2, True)], 4, CPU)
+def test_pack_chunks():
+    a, b = sequence_of(list(range(10, 19)), [5, 2, 7]), sequence_of([30, 31], [1])
+    prompts = pack_chunks([Chunk(a, 3, 7, False), Chunk(b, 0, 2, True)], 4, CPU)
     assert prompts.token.tolist() == [13, 14, 15, 16, 30, 31]
     assert prompts.position.tolist() == [3, 4, 5, 6, 0, 1]
     assert prompts.slot.tolist() == [23, 8, 9, 10, 4, 5]
@@ -75,7 +73,7 @@ def test_pack():
     assert prompts.last.tolist() == [5]
     assert prompts.bounds == [(0, 4, 0, 7), (4, 6, 7, 9)]
     assert not prompts.fresh
-    assert pack([Chunk(b, 0, 2, True)], 4, CPU).fresh
+    assert pack_chunks([Chunk(b, 0, 2, True)], 4, CPU).fresh
 
 
 def fake_varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, enable_gqa=False, seqused_k=None,
@@ -107,10 +105,10 @@ def test_flash_attention_gets_the_arguments_it_documents(monkeypatch, gqa):
     """There is no GPU here: the kernel is replaced by its documentation."""
     monkeypatch.setattr(varlen, "varlen_attn", fake_varlen_attn)
     monkeypatch.setattr(varlen, "TAKES_FEWER_HEADS", gqa)
-    a, b = sample([1] * 9, [5, 2, 7]), sample([1] * 2, [1])
-    prompts = pack([Chunk(a, 3, 9, True), Chunk(b, 0, 2, True)], 4, CPU)
+    a, b = sequence_of([1] * 9, [5, 2, 7]), sequence_of([1] * 2, [1])
+    prompts = pack_chunks([Chunk(a, 3, 9, True), Chunk(b, 0, 2, True)], 4, CPU)
     table = torch.tensor([[5, 2, 7], [1, 0, 0]], dtype=torch.int32)
-    attention = ChunkAttention(dataclasses.replace(prompts, table=table))
+    attention = ChunkAttention(dataclasses.replace(prompts, page_table=table))
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(8, 4, 16, generator=generator)
     cache = torch.randn(2, 8, 4, 2, 16, generator=generator)
@@ -125,7 +123,7 @@ def test_inference_computes_no_load_balance_loss(monkeypatch):
     """A dozen launches a layer, which nobody reads."""
     monkeypatch.setattr(modeling, "load_balance_loss", None)
     runner, _ = runner_of(small_model("moe", vocab_size=50))
-    s = sample(TOKENS[0][:9], [3, 1, 0])
+    s = sequence_of(TOKENS[0][:9], [3, 1, 0])
     assert runner.prefill([Chunk(s, 0, 9, True)]).isfinite().all()
     s.computed = 9
     runner._batch.join(s, SamplingParams(), seed=0)
@@ -137,12 +135,12 @@ def test_rows_beyond_the_batch_change_nothing():
     model = small_model("moe", vocab_size=50)
     runner, cache = runner_of(model)
     for tokens, pages in zip(TOKENS, ([3, 1, 0], [2, 7, 5], [4, 6, 8]), strict=True):
-        s = sample(tokens[:9], pages)
+        s = sequence_of(tokens[:9], pages)
         runner.prefill([Chunk(s, 0, 9, True)])
         s.computed = 9
         runner._batch.join(s, SamplingParams(), seed=0)
-    runner._batch.leave(runner._batch.samples[2])
-    runner._batch.take(0, torch.tensor([7, 8]), torch.zeros(2))
+    runner._batch.leave(runner._batch.sequences[2])
+    runner._batch.append(0, torch.tensor([7, 8]), torch.zeros(2))
     runner._batch.advance()
     before = cache.k.clone()
     exact, padded = runner._decode_layers(2), runner._decode_layers(4)

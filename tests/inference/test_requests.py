@@ -35,7 +35,7 @@ def test_frozen():
         Request([1]).id = "x"
 
 
-def test_an_output_speaks_for_its_first_sample():
+def test_an_output_has_the_properties_of_its_first_completion():
     completions = [Completion(i, f"text {i}", [i, 7, 8], [-1.0, -2.0, -3.0], [], "length") for i in range(2)]
     output = RequestOutput("a", [1, 2], completions, timing=RequestTiming(0.5, 1.0, 3.0))
     assert (output.text, output.token_ids, output.finish_reason) == ("text 0", [0, 7, 8], "length")

@@ -1,10 +1,9 @@
-"""The scheduler without a model: samples that take made-up tokens until they have enough."""
+"""The scheduler without a model: sequences that take made-up tokens until they have enough."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind.inference.cache import PagePool
-from minimind.inference.scheduler import Scheduler, SequenceState
+from minimind.inference.scheduler import PagePool, Scheduler, SequenceState
 
 SIZE = 4
 
@@ -25,54 +24,54 @@ class Run:
         for index in range(count):
             self.wanted[arrival, index] = wanted
 
-    def write(self, sample, position):
+    def write(self, sequence, position):
         """The key and value of a token: they stand for all tokens up to it."""
-        page = sample.pages[position // SIZE]
-        holders = [s for s in self.scheduler.running if page in s.pages and s is not sample]
+        page = sequence.pages[position // SIZE]
+        holders = [s for s in self.scheduler.running if page in s.pages and s is not sequence]
         for other in holders:  # shared pages are only written by a chunk that fills what others only find
-            assert other.tokens[: position + 1] == sample.tokens[: position + 1]
+            assert other.tokens[: position + 1] == sequence.tokens[: position + 1]
         slots = self.written.setdefault(page, [()] * SIZE)
-        slots[position % SIZE] = tuple(sample.tokens[: position + 1])
+        slots[position % SIZE] = tuple(sequence.tokens[: position + 1])
 
-    def check_cache(self, sample, length):
+    def check_cache(self, sequence, length):
         for position in range(length):
-            slot = self.written[sample.pages[position // SIZE]][position % SIZE]
-            assert slot == tuple(sample.tokens[: position + 1])
+            slot = self.written[sequence.pages[position // SIZE]][position % SIZE]
+            assert slot == tuple(sequence.tokens[: position + 1])
 
     def step(self):
         oldest = min(self.scheduler.running, default=None)
         plan = self.scheduler.plan()
         assert oldest not in plan.preempted
-        for sample in plan.preempted:
-            assert not sample.pages
-            sample.row = -1
+        for sequence in plan.preempted:
+            assert not sequence.pages
+            sequence.row = -1
         for source, target in plan.copies:
             self.written[target] = self.written[source].copy()
         decoding = [s for s in self.scheduler.running if s.row >= 0]
         assert sum(chunk.end - chunk.start for chunk in plan.chunks) <= self.chunk
         assert sum(s.count for s in self.scheduler.running) <= self.max_batch
-        for sample in decoding:
-            assert sample.computed == len(sample.tokens) - 1
-            assert self.pool.references(sample.pages[-1]) == 1
-            self.write(sample, sample.computed)
+        for sequence in decoding:
+            assert sequence.computed == len(sequence.tokens) - 1
+            assert self.pool.references(sequence.pages[-1]) == 1
+            self.write(sequence, sequence.computed)
         for chunk in plan.chunks:  # all are written before any is read, as in a layer
             assert chunk.start < chunk.end
             for position in range(chunk.start, chunk.end):
-                self.write(chunk.sample, position)
+                self.write(chunk.sequence, position)
         for chunk in plan.chunks:
-            self.check_cache(chunk.sample, chunk.end)
-        for sample in decoding:
-            self.check_cache(sample, len(sample.tokens))
-            sample.computed += 1
-            self.scheduler.decoded(sample)
-        joined = [s for c in plan.chunks if c.last for s in self.scheduler.fork(c.sample)]
-        for sample in decoding + joined:
-            sample.row = 0
-            new = len(sample.tokens) - sample.prompt_length
-            sample.tokens.append(hash((sample.arrival, sample.index, new)) % 2)
-            if new + 1 == self.wanted[sample.arrival, sample.index]:
-                self.done[sample.arrival, sample.index] = sample.tokens
-                self.scheduler.remove(sample)
+            self.check_cache(chunk.sequence, chunk.end)
+        for sequence in decoding:
+            self.check_cache(sequence, len(sequence.tokens))
+            sequence.computed += 1
+            self.scheduler.decoded(sequence)
+        joined = [s for c in plan.chunks if c.last for s in self.scheduler.fork(c.sequence)]
+        for sequence in decoding + joined:
+            sequence.row = 0
+            new = len(sequence.tokens) - sequence.prompt_length
+            sequence.tokens.append(hash((sequence.arrival, sequence.index, new)) % 2)
+            if new + 1 == self.wanted[sequence.arrival, sequence.index]:
+                self.done[sequence.arrival, sequence.index] = sequence.tokens
+                self.scheduler.remove(sequence)
         self.check_pages()
         return plan
 
@@ -103,7 +102,7 @@ REQUESTS = st.lists(
 
 @settings(max_examples=200, deadline=None)
 @given(REQUESTS, st.integers(6, 14), st.integers(3, 5), st.integers(1, 20), st.booleans())
-def test_every_sample_finishes_whatever_the_budget(requests, pages, max_batch, chunk, reuse):
+def test_every_sequence_finishes_with_any_budget(requests, pages, max_batch, chunk, reuse):
     run = Run(pages, max_batch, chunk, reuse)
     for arrival, (tokens, wanted, count) in enumerate(requests):
         run.add(arrival, tokens, wanted, count)
@@ -127,7 +126,7 @@ def test_a_long_prompt_comes_in_chunks_while_others_decode():
     assert len(first.tokens) == 2 + 4  # a token in every step
 
 
-def test_prompts_of_one_step_share_a_beginning_that_is_computed_once():
+def test_prompts_of_one_step_share_a_prefix():
     run = Run(pages=20, max_batch=4, chunk=100)
     system = [3, 1, 4, 1, 5, 9, 2, 6, 5]  # two full pages and one token
     run.add(0, [*system, 1], wanted=3)
@@ -141,7 +140,7 @@ def test_prompts_of_one_step_share_a_beginning_that_is_computed_once():
     run.finish()
 
 
-def test_the_last_token_is_computed_though_its_page_is_known():
+def test_the_last_token_is_computed_even_if_its_page_is_cached():
     run = Run(pages=20, max_batch=4, chunk=100)
     for arrival in range(2):
         run.add(arrival, [1, 2, 3, 4, 5, 6, 7, 8], wanted=1)
@@ -150,7 +149,7 @@ def test_the_last_token_is_computed_though_its_page_is_known():
     assert run.done.keys() == {(0, 0), (1, 0)}
 
 
-def test_samples_share_their_prompt_and_copy_the_page_they_write():
+def test_sequences_share_their_prompt_and_copy_the_page_they_write():
     run = Run(pages=20, max_batch=4, chunk=100)
     run.add(0, [1, 2, 3, 4, 5, 6], wanted=4, count=3)
     run.step()
@@ -163,7 +162,7 @@ def test_samples_share_their_prompt_and_copy_the_page_they_write():
     run.finish()
 
 
-def test_the_youngest_gives_way_and_the_oldest_never_does():
+def test_the_youngest_is_preempted_and_the_oldest_never():
     run = Run(pages=4, max_batch=4, chunk=100, reuse=False)
     run.add(0, [1] * 3, wanted=9)
     run.step()

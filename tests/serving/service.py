@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from minimind import ModelConfig, load_tokenizer
 from minimind.inference.engine import Engine
 from minimind.modeling import Model
-from minimind.serving.metrics import Metrics
-from minimind.serving.server import Server, listen
-from minimind.serving.service import Service
+from minimind.serving.app import Server, listen
+from minimind.serving.service import Metrics, Service
 from minimind.serving.worker import EngineWorker
 from minimind.tokenization import ChatEncoder, Tokenizer
 from minimind.tokenization.training import train_bpe

@@ -5,9 +5,8 @@ import json
 import openai
 import pytest
 
-from minimind.serving.errors import ApiError
-from minimind.serving.prompts import ChatPrompts
-from minimind.serving.protocol import ChatRequest
+from minimind.serving.chat_format import ChatPrompts
+from minimind.serving.protocol import ApiError, ChatRequest
 from tests.serving.service import ANSWERS, CALL, WEATHER, taught
 
 
@@ -77,7 +76,7 @@ def test_a_template_without_the_switch_and_none_at_all(monkeypatch):
     plain = asked.model_copy(update={"open_thinking": None})
     monkeypatch.setattr(tokenizer, "_template", PLAIN)
     assert ChatPrompts(tokenizer).prompt(plain)[0]
-    with pytest.raises(ApiError, match="does not know enable_thinking"):
+    with pytest.raises(ApiError, match="does not support enable_thinking"):
         ChatPrompts(tokenizer).prompt(asked)
     monkeypatch.setattr(tokenizer, "_template", None)
     with pytest.raises(ApiError, match="no chat template"):

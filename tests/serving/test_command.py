@@ -39,7 +39,7 @@ def process(folder):
     running.communicate()
 
 
-def test_the_line_it_prints_works_and_a_signal_lets_streams_finish(process, folder):
+def test_the_printed_command_works_and_a_signal_lets_streams_finish(process, folder):
     first, curl = process.stdout.readline(), process.stdout.readline()
     url = re.match(rf"serving {folder.name} at (http://127.0.0.1:\d+)/v1", first)[1]
     _, *words = shlex.split(curl.replace("$MINIMIND_API_KEY", "k3y"))
@@ -62,12 +62,12 @@ def test_the_line_it_prints_works_and_a_signal_lets_streams_finish(process, fold
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"port": 70000}, "from 0 to 65535"),
-        ({"max_queue": -1}, "--max-queue -1: a number of at least 0"),
-        ({"drain_seconds": float("inf")}, "--drain-seconds inf: a number of at least 0"),
-        ({"allow_origin": ("chat.example.com",)}, "--allow-origin chat.example.com: scheme and host alone"),
-        ({"allow_origin": ("https://a.b/c",)}, "--allow-origin https://a.b/c: scheme and host alone"),
-        ({"max_body_mib": float("nan")}, "--max-body-mib nan: a number of at least"),
+        ({"port": 70000}, "between 0 and 65535"),
+        ({"max_queue": -1}, "--max-queue -1: must be a finite number of at least 0"),
+        ({"drain_seconds": float("inf")}, "--drain-seconds inf: must be a finite number of at least 0"),
+        ({"allow_origin": ("chat.example.com",)}, "--allow-origin chat.example.com: must be a scheme and a host"),
+        ({"allow_origin": ("https://a.b/c",)}, "--allow-origin https://a.b/c: must be a scheme and a host"),
+        ({"max_body_mib": float("nan")}, "--max-body-mib nan: must be a finite number of at least"),
         ({"max_batch": 0}, "max_batch=0"),
         ({"host": "no.such.host.invalid"}, "--host no.such.host.invalid"),
         ({"model": "nowhere"}, "nowhere"),
@@ -79,7 +79,7 @@ def test_bad_flags_are_one_line(folder, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_said_at_the_start(folder, monkeypatch):
+def test_notes_at_the_start(folder, monkeypatch):
     monkeypatch.delenv("MINIMIND_API_KEY", raising=False)
     service, notes = open_service(Args(model=str(folder), host="0.0.0.0"))
     assert any("anyone who reaches 0.0.0.0" in note for note in notes)
@@ -91,7 +91,7 @@ def test_what_is_said_at_the_start(folder, monkeypatch):
     assert not any("anyone" in note for note in notes)
 
 
-def test_without_the_extra_it_says_what_to_install(folder, monkeypatch):
+def test_a_missing_extra_names_the_command_to_install_it(folder, monkeypatch):
     for name in NEEDED:
         with monkeypatch.context() as without:
             without.setitem(sys.modules, name, None)

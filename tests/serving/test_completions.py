@@ -32,7 +32,7 @@ def test_a_rendered_chat_is_answered(server):
     assert "".join(pieces) == choice.text and len(pieces) > 5
 
 
-def test_many_prompts_and_choices_are_numbered_through(server):
+def test_choices_of_many_prompts_are_numbered_consecutively(server):
     tokenizer = taught()[1]
     prompts = [question_of(tokenizer, text) for text in ("hi", "why")]
     options = {"n": 2, "max_tokens": 60, "seed": 1, "temperature": 1.0}
@@ -69,5 +69,5 @@ def test_log_probabilities(server, stream):
     assert complete(server, prompt, max_tokens=2).choices[0].logprobs is None
 
 
-def test_sixteen_tokens_unless_told(server):
+def test_the_default_limit_is_sixteen_tokens(server):
     assert complete(server, "what?").usage.completion_tokens == 16

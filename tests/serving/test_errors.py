@@ -9,11 +9,9 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from minimind import load_tokenizer
 from minimind.inference.requests import MAX_SEED, Delta
-from minimind.serving.chat_route import Choice
-from minimind.serving.errors import error_body
-from minimind.serving.prompts import offered
-from minimind.serving.protocol import MAX_DEPTH, NEUTRAL, ChatRequest
-from minimind.serving.reply import ReplyParser
+from minimind.serving.chat_format import ReplyParser, selected_tools
+from minimind.serving.protocol import MAX_DEPTH, NEUTRAL, ChatRequest, error_body
+from minimind.serving.routes import Choice
 from tests.inference.small import small_model
 from tests.serving.service import WEATHER, serving
 
@@ -37,18 +35,18 @@ def error_of(response, status):
 @pytest.mark.parametrize(
     ("change", "status", "message"),
     [
-        ({"frequency_penalty": 0.5}, 400, "frequency_penalty: not served"),
-        ({"logit_bias": {"5": 1}}, 400, "logit_bias: not served"),
-        ({"top_logprobs": 2}, 400, "only with logprobs"),
-        ({"max_completion_tokens": 3}, 400, "one limit"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty: not supported"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias: not supported"),
+        ({"top_logprobs": 2}, 400, "needs logprobs"),
+        ({"max_completion_tokens": 3}, 400, "the same limit"),
         ({"n": 100}, 400, "at most 72 samples"),
         ({"tools": [WEATHER], "tool_choice": NAMED}, 400, "no tool 'clock'"),
         ({"tool_choice": "required"}, 400, "there are no tools"),
         ({"tools": [WEATHER, WEATHER]}, 400, "same name"),
         ({"tools": [WEATHER], "response_format": FORMAT}, 400, "give one of them"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, 400, "enforced"),
-        ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "the context 1,024"),
-        ({"messages": [{"role": "user", "content": "x" * 99_000}]}, 400, "characters, more than a context of 1,024"),
+        ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "a context of 1,024"),
+        ({"messages": [{"role": "user", "content": "x" * 99_000}]}, 400, "characters, too many for a context of 1,024"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": DEEP}}]}, 422, "64 levels"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}}, 422, "schema: more than 64"),
         ({"temperature": 2.5}, 422, "less than or equal to 2"),
@@ -72,7 +70,7 @@ def error_of(response, status):
         ({"model": "gpt-5"}, 404, "this server has 'tiny'"),
     ],
 )
-def test_what_is_wrong_is_said(server, change, status, message):
+def test_invalid_chat_requests_name_the_error(server, change, status, message):
     assert message in error_of(server.http.post(CHAT, json={**HI, **change}), status)["message"]
 
 
@@ -80,9 +78,9 @@ def test_what_is_wrong_is_said(server, change, status, message):
     ("change", "status", "message"),
     [
         ({"prompt": [5, 10**6]}, 400, "outside the vocabulary"),
-        ({"prompt": "x", "echo": True}, 400, "echo: not served"),
+        ({"prompt": "x", "echo": True}, 400, "echo: not supported"),
         ({"prompt": "x", "best_of": 3}, 400, "best_of"),
-        ({"prompt": "x" * 99_000}, 400, "99,000 characters, more than a context of 1,024"),
+        ({"prompt": "x" * 99_000}, 400, "99,000 characters, too many for a context of 1,024"),
         ({"prompt": LONGEST * 1022}, 200, ""),  # as many characters as fit
         ({"prompt": []}, 422, "prompt"),
         ({"prompt": [["x"]]}, 422, "prompt"),
@@ -90,7 +88,7 @@ def test_what_is_wrong_is_said(server, change, status, message):
         ({"prompt": [1] * 1020, "max_tokens": 5000}, 200, ""),  # ends with the context
     ],
 )
-def test_what_is_wrong_with_a_completion_is_said(server, change, status, message):
+def test_invalid_completion_requests_name_the_error(server, change, status, message):
     response = server.http.post(COMPLETIONS, json={"model": "tiny", "temperature": 0, **change})
     if status == 200:
         assert response.json()["choices"][0]["finish_reason"] in ("length", "stop")
@@ -98,7 +96,7 @@ def test_what_is_wrong_with_a_completion_is_said(server, change, status, message
         assert message in error_of(response, status)["message"]
 
 
-def test_bodies_that_are_no_request(server):
+def test_malformed_bodies(server):
     json_type = {"Content-Type": "application/json"}
     for body, status in ((b"{", 400), (b"\xff", 400), (b"[" * 100_000, 400), (b"", 422)):
         assert error_of(server.http.post(CHAT, content=body, headers=json_type), status)["message"]
@@ -125,7 +123,7 @@ def call_of(arguments):
 
 
 @pytest.mark.parametrize("arguments", ['{"city": "Par', "null", "", "3", "[" * 200, json.dumps(DEEP), "<|im_end|>"])
-def test_calls_that_were_cut_or_malformed_stay_part_of_the_conversation(server, arguments):
+def test_cut_or_malformed_calls_can_be_sent_back(server, arguments):
     """The server sends them out itself, with finish_reason length."""
     response = server.http.post(CHAT, json={**HI, "messages": call_of(arguments)})
     assert response.status_code == 200, response.text
@@ -144,7 +142,7 @@ I ask.<tool_call>
 <tool_call>{"name": "clock", "arguments": "now"}</tool_call>"""
 
 
-def test_every_answer_that_max_tokens_may_cut_is_taken_back(server):
+def test_answers_cut_at_any_length_can_be_sent_back(server):
     for end in range(len(WRITTEN) + 1):
         choice = Choice(ReplyParser(tools=True))
         choice.take(Delta("", 0, WRITTEN[:end], (), (), (), "length"))
@@ -192,12 +190,12 @@ ANSWERED = [
         {"messages": [{"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, *ANSWERED]},
     ],
 )  # fmt: skip
-def test_what_changes_nothing_is_accepted(server, extra):
+def test_neutral_values_are_accepted(server, extra):
     response = server.http.post(CHAT, json={**HI, **extra})
     assert response.status_code == 200, response.text
 
 
-def test_values_of_the_edge_mean_what_they_say(server):
+def test_boundary_values_take_effect(server):
     """A top_p of 0 is the likeliest token, a top_k of -1 all of them; an empty stop string stops nothing."""
     likeliest = server.http.post(CHAT, json={**HI, "max_tokens": 8, "temperature": 0}).json()["choices"]
     found = server.http.post(CHAT, json={**HI, "max_tokens": 8, "temperature": 1, "top_p": 0, "stop": [""]})
@@ -214,19 +212,19 @@ def test_arguments_as_an_object_are_those_of_their_json(server):
     assert prompts[0] == prompts[1]
 
 
-def test_null_in_a_schema_is_the_schemas_own():
+def test_null_inside_a_schema_is_kept():
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"default": None}}}}}
     asked = ChatRequest(model="tiny", messages=[{"role": "user", "content": "x"}], tools=[tool])
-    assert offered(asked)[0]["function"]["parameters"] == {"properties": {"x": {"default": None}}}
+    assert selected_tools(asked)[0]["function"]["parameters"] == {"properties": {"x": {"default": None}}}
 
 
-def test_a_stream_that_asks_for_no_padding(server):
+def test_a_stream_without_obfuscation(server):
     options = {"include_usage": True, "include_obfuscation": False}
     response = server.http.post(CHAT, json={**HI, "stream": True, "stream_options": options})
     assert response.status_code == 200 and "[DONE]" in response.text
 
 
-def test_as_many_tokens_as_there_is_room_for(server):
+def test_minus_one_takes_all_tokens_that_fit(server):
     prompt = {"model": "tiny", "prompt": [3] * 20, "max_tokens": -1}
     body = server.http.post(COMPLETIONS, json=prompt).json()
     choice, usage = body["choices"][0], body["usage"]
@@ -247,13 +245,13 @@ def test_json_without_its_content_type_is_json(server, kind):
 
 
 @pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "Application/JSON", "application/vnd.api+json"])
-def test_a_web_page_may_name_json_as_it_likes(server, kind):
+def test_web_pages_may_use_any_json_content_type(server, kind):
     headers = {"Content-Type": kind, "Origin": "http://localhost:3000"}
     assert server.http.post(CHAT, content=json.dumps(HI), headers=headers).status_code == 200
 
 
-def test_a_path_without_v1_is_told_of_it(server):
-    assert "lies below /v1" in error_of(server.http.post("/chat/completions", json=HI), 404)["message"]
+def test_a_path_without_v1_gets_a_hint(server):
+    assert "the API is below /v1" in error_of(server.http.post("/chat/completions", json=HI), 404)["message"]
     assert "below" not in error_of(server.http.get("/v1/poems"), 404)["message"]
 
 
@@ -267,7 +265,7 @@ def preflight(running, origin, **more):
     ["http://localhost:3000", "https://127.0.0.1", "http://[::1]:8080", "http://0.0.0.0:5173", "http://app.localhost",
      "tauri://localhost", "capacitor://localhost"],
 )  # fmt: skip
-def test_pages_of_this_machine_may_call(server, origin):
+def test_local_pages_may_call(server, origin):
     answer = preflight(server, origin)
     assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == origin
     assert "POST" in answer.headers["access-control-allow-methods"]
@@ -281,13 +279,13 @@ def test_pages_of_this_machine_may_call(server, origin):
     ["https://elsewhere.example", "http://localhost.elsewhere.example", "http://notlocalhost", "null", "app://obsidian.md",
      "http://127.0.0.1.elsewhere.example", "chrome-extension://abcdef"],
 )  # fmt: skip
-def test_other_pages_may_not(server, origin):
+def test_foreign_pages_may_not_call(server, origin):
     assert "access-control-allow-origin" not in preflight(server, origin).headers
     answer = server.http.post(CHAT, json=HI, headers={"Origin": origin})
     assert "access-control-allow-origin" not in answer.headers
 
 
-def test_pages_that_were_named_may_call_and_need_no_key_to_ask():
+def test_allowed_pages_may_call_and_preflight_needs_no_key():
     with serving(api_key="secret", allow_origins=("https://chat.example.com",)) as running:
         answer = preflight(running, "https://chat.example.com")
         assert answer.status_code == 200
@@ -297,14 +295,14 @@ def test_pages_that_were_named_may_call_and_need_no_key_to_ask():
         assert answer.headers["access-control-allow-origin"] == "https://chat.example.com"
 
 
-def test_pages_of_files_and_of_programs_can_be_named():
+def test_origins_of_files_and_programs_can_be_allowed():
     with serving(allow_origins=("null", "app://obsidian.md")) as running:
         for origin in ("null", "app://obsidian.md"):
             assert preflight(running, origin).headers["access-control-allow-origin"] == origin
         assert "access-control-allow-origin" not in preflight(running, "https://elsewhere.example").headers
 
 
-def test_what_a_browser_asks_before_it_leaves_the_internet(server):
+def test_private_network_preflight(server):
     asks = {"Access-Control-Request-Private-Network": "true"}
     answer = preflight(server, "http://localhost:3000", **asks)
     assert answer.status_code == 200
@@ -350,13 +348,13 @@ def test_metrics(server):
         {"repetition_penalty": 0.1}, {"repetition_penalty": 10, "presence_penalty": 2, "temperature": 1e-5},
     ],
 )  # fmt: skip
-def test_extremes_of_sampling_are_served(server, extreme):
+def test_extreme_sampling_values_are_served(server, extreme):
     for more in ({}, {"logprobs": True, "top_logprobs": 5}):
         body = {**HI, "max_tokens": 6, **extreme, **more}
         assert server.http.post(CHAT, json=body).status_code == 200
 
 
-def test_bounds_are_described_as_they_are_checked(server):
+def test_documented_bounds_are_the_checked_ones(server):
     """As floats, in which 2^63 - 1 would be 2^63."""
     schemas = server.http.get("/openapi.json").json()["components"]["schemas"]
     for name in ("ChatRequest", "CompletionRequest"):
@@ -364,7 +362,7 @@ def test_bounds_are_described_as_they_are_checked(server):
         assert integer["minimum"] == -(2**63) and integer["exclusiveMaximum"] == 2**63 and "maximum" not in integer
 
 
-def test_the_deepest_json_is_taken(server):
+def test_json_of_the_greatest_depth_is_accepted(server):
     deep = DEEP["a"]
     tool = {"type": "function", "function": {"name": "f", "parameters": deep}}
     call = {"function": {"name": "f", "arguments": json.dumps(deep)}}
@@ -377,12 +375,12 @@ def test_the_deepest_json_is_taken(server):
         assert server.http.post(CHAT, json={**HI, **more}).status_code == 200, more
 
 
-def test_the_largest_seed_is_one(server):
+def test_the_largest_seed_is_accepted(server):
     assert server.http.post(CHAT, json={**HI, "seed": MAX_SEED}).status_code == 200
     assert server.http.post(CHAT, json={**HI, "seed": -(2**63)}).status_code == 200
 
 
-def test_the_key_is_asked_for():
+def test_the_key_is_required():
     with serving(api_key="s3cret-ключ") as running:
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}, {"Authorization": "Bearer"}):
             response = running.http.post(CHAT, json=HI, headers=header)
@@ -410,7 +408,7 @@ def test_an_engine_that_fails_answers_with_500_and_goes_on(monkeypatch):
         step, failing = engine.step, [True]
 
         def fail():
-            if failing and engine._jobs:
+            if failing and engine._requests:
                 failing.clear()
                 raise MemoryError("no")
             return step()
@@ -426,7 +424,7 @@ def test_an_engine_that_fails_answers_with_500_and_goes_on(monkeypatch):
         assert running.service.worker.in_flight == 0
 
 
-def test_weights_that_are_no_numbers_are_an_error():
+def test_nan_weights_are_an_error():
     model = small_model()
     with torch.no_grad():
         model.norm.weight.fill_(float("nan"))
@@ -434,7 +432,7 @@ def test_weights_that_are_no_numbers_are_an_error():
         assert "not finite" in error_of(running.http.post(CHAT, json=HI), 500)["message"]
 
 
-def test_a_refusal_gives_its_place_in_the_queue_back():
+def test_a_refused_request_frees_its_place_in_the_queue():
     with serving(max_queue=0, max_batch=1) as running:
         for _ in range(3):
             error_of(running.http.post(COMPLETIONS, json={"model": "tiny", "prompt": [10**6]}), 400)

@@ -51,7 +51,7 @@ def fuzz(api, route: str, mode: GenerationMode, examples: int, **options) -> Cou
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_what_fits_the_description_is_no_server_error(api, route):
+def test_valid_requests_cause_no_server_error(api, route):
     statuses = fuzz(api, route, GenerationMode.POSITIVE, 40 if route in POSTED else 5, derandomize=True)
     if route in POSTED:
         assert statuses[200] >= 3, statuses
@@ -59,7 +59,7 @@ def test_what_fits_the_description_is_no_server_error(api, route):
 
 
 @pytest.mark.parametrize("route", POSTED)
-def test_what_does_not_fit_is_no_server_error(api, route):
+def test_invalid_requests_cause_no_server_error(api, route):
     statuses = fuzz(api, route, GenerationMode.NEGATIVE, 40, derandomize=True)
     assert statuses[422] >= 20, statuses
 

@@ -7,8 +7,8 @@ import pytest
 
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams
-from minimind.serving.errors import ApiError
 from minimind.serving.grammar import Grammars
+from minimind.serving.protocol import ApiError
 from tests.inference.small import small_model, small_tokenizer
 from tests.serving.service import WEATHER
 
@@ -22,7 +22,7 @@ SCHEMA = {
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_the_engine_keeps_to_a_schema(temperature, backend):
+def test_answers_match_the_schema(temperature, backend):
     tokenizer = small_tokenizer()
     engine = Engine(small_model(), tokenizer, kv_tokens=4096, max_batch=4, backend=backend)
     constraint = Grammars(tokenizer).json_schema(SCHEMA, reasoning=False)
@@ -38,7 +38,7 @@ def test_the_engine_keeps_to_a_schema(temperature, backend):
     assert "{" not in {c.text[:1] for c in free.completions}, "without the grammar the model writes something else"
 
 
-def test_a_preempted_sample_goes_on_where_its_grammar_was():
+def test_a_preempted_sequence_continues_its_grammar():
     tokenizer = small_tokenizer()
     constraint = Grammars(tokenizer).json_schema(SCHEMA, reasoning=False)
     requests = [Request([1, 5, 9 + i], SamplingParams(60, seed=i), constraint=constraint) for i in range(4)]
@@ -49,7 +49,7 @@ def test_a_preempted_sample_goes_on_where_its_grammar_was():
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_a_grammar_that_comes_to_no_end_is_an_error_of_that_answer_alone(backend):
+def test_a_grammar_without_an_end_fails_only_its_answer(backend):
     """An object that must hold another such object: after the first brace there is nothing finite to say."""
     tokenizer = small_tokenizer()
     endless = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
@@ -57,11 +57,11 @@ def test_a_grammar_that_comes_to_no_end_is_an_error_of_that_answer_alone(backend
     requests = [Request([1, 5, 9], SamplingParams(20, seed=1), constraint=c) for c in (None, constraint, None)]
     engine = Engine(small_model(), tokenizer, kv_tokens=4096, max_batch=4, backend=backend)
     free, bound, other = engine.generate(requests)
-    assert bound.finish_reason == "error" and bound.error.startswith("the grammar cannot go on: parser error")
+    assert bound.finish_reason == "error" and bound.error.startswith("the grammar cannot continue: parser error")
     assert free.token_ids == other.token_ids == engine.generate(requests[:1])[0].token_ids
 
 
-def test_behind_reasoning_the_grammar_begins_at_its_end():
+def test_the_grammar_begins_after_the_reasoning():
     constraint = Grammars(small_tokenizer()).json_object(reasoning=True)()
     assert constraint.allowed() is None
     constraint.advance(300)
@@ -89,7 +89,7 @@ def test_a_complete_value_can_only_end():
         ({"type": "string", "format": "poem"}, "poem"),
         ({"title": "\ud800"}, "hex escape"),
         ({"type": "string", "pattern": "["}, "unclosed character class$"),
-        ({"$ref": "#"}, "nothing fits it"),
+        ({"$ref": "#"}, "nothing can match it"),
         ({"allOf": [{"type": "string"}, {"type": "object"}]}, "nsatisfiable"),
     ],
 )

@@ -97,7 +97,7 @@ def until(condition, seconds=5.0):
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("queued", [True, False])
-def test_a_client_that_goes_frees_its_place(stream, queued):
+def test_a_disconnected_client_frees_its_slot(stream, queued):
     model = small_model(max_position_embeddings=4096)
     with serving(model, max_batch=1, kv_tokens=1 << 13) as running:
         blocker = httpx.stream("POST", running.root + COMPLETIONS, json={**LONG, "max_tokens": 4000})
@@ -159,7 +159,7 @@ def test_a_shutdown_finishes_what_runs():
             httpx.get(running.root + "/health")
 
 
-def test_a_shutdown_waits_only_so_long():
+def test_a_shutdown_waits_no_longer_than_the_limit():
     with serving(small_model(max_position_embeddings=8192), kv_tokens=1 << 14, drain=0.5) as running:
         body = {**LONG, "max_tokens": 8000, "prompt": [5, 5]}
         with httpx.stream("POST", running.root + COMPLETIONS, json=body) as response:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minimind.serving.reply import Reply, ReplyParser
+from minimind.serving.chat_format import Reply, ReplyParser
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "a}\\"b", "n": [1, {"x": "]"}]}}\n</tool_call>'
 ARGUMENTS = '{"city": "a}\\"b", "n": [1, {"x": "]"}]}'

@@ -14,9 +14,18 @@ from pathlib import Path
 import pytest
 
 from minimind.serving import web_command
-from minimind.serving.web_client import Call, ChatTurn, Settings, connect, fill, parse_tools
+from minimind.serving.web_client import (
+    LANGUAGES,
+    SUGGESTIONS,
+    TEXT,
+    Call,
+    ChatTurn,
+    Settings,
+    connect,
+    fill,
+    parse_tools,
+)
 from minimind.serving.web_command import _OPTIONS, PAGE, Args, main, server_command
-from minimind.serving.web_text import LANGUAGES, SUGGESTIONS, TEXT
 from minimind.weights import save_weights
 from tests.serving.service import ANSWERS, CALL, WEATHER, serving, taught
 
@@ -48,7 +57,7 @@ def ask(app, question):
 
 @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "https_proxy"])
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "http://127.0.0.1:9", "socks://127.0.0.1:9"])
-def test_a_server_of_this_machine_is_not_sought_behind_a_proxy(server, name, proxy, monkeypatch):
+def test_a_local_server_is_reached_without_the_proxy(server, name, proxy, monkeypatch):
     monkeypatch.setenv(name, proxy)
     monkeypatch.setenv("NO_PROXY", "example.com")
     assert [model.id for model in connect(f"{server.root}/v1", None).models.list()] == ["tiny"]
@@ -62,7 +71,7 @@ def test_a_server_of_this_machine_is_not_sought_behind_a_proxy(server, name, pro
      ("app.localhost", True), ("localhost.", True), ("localhost.example", False), ("notlocalhost", False),
      ("10.0.0.5", False), ("example.com", False)],
 )  # fmt: skip
-def test_which_hosts_are_this_machine(host, local, monkeypatch):
+def test_local_hosts(host, local, monkeypatch):
     """Others are reached as the environment says, and a proxy that cannot be used is one line."""
     monkeypatch.setenv("ALL_PROXY", "socks://proxy.example:1")
     if local:
@@ -84,7 +93,7 @@ def test_a_conversation(page):
     assert said(page) == []
 
 
-def test_thinking_is_folded_away(page):
+def test_reasoning_is_collapsed(page):
     ask(page, "why")
     (thought,) = page.chat_message[1].status
     assert thought.label.startswith("Thought for") and thought.state == "complete"
@@ -92,7 +101,7 @@ def test_thinking_is_folded_away(page):
     assert said(page)[1].endswith(ANSWERS["why"]["content"])
 
 
-def test_a_tool_call_is_shown_and_its_result_asked_for(page):
+def test_a_tool_call_shows_a_form_for_its_result(page):
     page.toggle[0].set_value(True).run()
     page.sidebar.text_area[1].set_value(str([WEATHER]).replace("'", '"').replace("False", "false")).run()
     ask(page, "go")
@@ -120,7 +129,7 @@ def test_chinese(page):
     assert "词元" in page.chat_message[1].caption[0].value
 
 
-def test_no_server_is_said(monkeypatch):
+def test_a_missing_server_is_an_error_on_the_page(monkeypatch):
     testing = pytest.importorskip("streamlit.testing.v1", reason="needs streamlit: pip install 'minimind[web]'")
     monkeypatch.setenv("MINIMIND_URL", "http://127.0.0.1:9/v1")
     app = testing.AppTest.from_file(str(PAGE), default_timeout=60).run()
@@ -134,7 +143,7 @@ def test_every_text_is_in_both_languages():
     assert all(len(SUGGESTIONS[language]) == 4 for language in LANGUAGES)
 
 
-def test_an_answer_that_is_closed_early_frees_its_place(server):
+def test_an_answer_closed_early_frees_its_slot(server):
     turn = ChatTurn("assistant")
     pieces = fill(server.client, Settings("tiny", max_tokens=900, temperature=0), [ChatTurn("user", "what?")], turn)
     for _ in range(3):
@@ -147,7 +156,7 @@ def test_an_answer_that_is_closed_early_frees_its_place(server):
         time.sleep(0.01)
 
 
-def test_the_oldest_rounds_make_room(server):
+def test_the_oldest_rounds_are_dropped(server):
     long = [ChatTurn("user", "word " * 110), ChatTurn("assistant", "word " * 110)] * 2
     turn = ChatTurn("assistant")
     list(fill(server.client, Settings("tiny", temperature=0), [*long, ChatTurn("user", "hi")], turn))
@@ -170,7 +179,7 @@ def test_messages_are_sent_back_whole():
             parse_tools(wrong)
 
 
-def test_streamlit_is_told_what_it_knows_and_asks_nothing():
+def test_streamlit_options_exist_and_disable_its_questions():
     config = pytest.importorskip("streamlit.config", reason="needs streamlit: pip install 'minimind[web]'")
     assert not set(_OPTIONS) - set(config.get_config_options())
     assert _OPTIONS["server.showEmailPrompt"] == "false", "its first start in a terminal would wait for an address"
@@ -182,8 +191,8 @@ def test_the_server_gets_the_flags_of_the_model():
                            "--dtype", "auto", "--kv-dtype", "auto"]  # fmt: skip
     for flags, message in (
         ({"model": "m", "url": "u"}, "--url and --model: give one of them"),
-        ({"url": "127.0.0.1:8998"}, "--url 127.0.0.1:8998: an address such as http://"),
-        ({"model": "m", "port": 65536}, "--port 65536: from 1 to 65535"),
+        ({"url": "127.0.0.1:8998"}, "--url 127.0.0.1:8998: must be an address such as http://"),
+        ({"model": "m", "port": 65536}, "--port 65536: must be between 1 and 65535"),
     ):
         with pytest.raises(ValueError, match=message):
             main(Args(**flags))

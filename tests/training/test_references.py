@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from minimind import ModelConfig, load_tokenizer
-from minimind.export.pth import export_pth
+from minimind.export.command import export_pth
 from minimind.inference.loading import ModelArgs, open_model
 from minimind.lora import LoRAConfig, add_adapter
 from minimind.lora_files import save_adapter

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from minimind import ModelConfig, load_model, load_tokenizer
 from minimind.data import PackedLoader, open_conversations
 from minimind.data.split import split
+from minimind.export.command import export_pth
 from minimind.export.hf import export_hf
-from minimind.export.pth import export_pth
 from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder

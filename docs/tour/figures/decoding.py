@@ -10,7 +10,7 @@ from figures.style import BLUE, CYCLE, GREEN, GREY, INK, ORANGE, PALE, box, pane
 from matplotlib.figure import Figure
 
 from minimind.config import ModelConfig
-from minimind.inference.cache import PagePool, page_key
+from minimind.inference.scheduler import PagePool, page_key
 from minimind.modeling import Model
 from minimind.tokenization import load_tokenizer
 

@@ -1,1 +1,1 @@
-"""One decode step: operators, their reference, packed weights, CUDA graphs."""
+"""One decode step: the key/value cache, the native step, and the operators in plain PyTorch."""

@@ -1,51 +1,52 @@
-"""A whole decoding step of the whole model: one call, because every layer is too short for calls of its own.
+"""One decoding step of the whole model as one native call, and the model's weights in the order that it reads.
 
-CPU    one parallel region for any batch, dense models and mixtures of experts; matrices packed (packed_weights.py)
-CUDA   five kernels a layer for up to `cuda_rows` sequences of a dense model; matrices as the model has them
+    CPU    one parallel region for any batch, dense models and mixtures of experts; matrices are packed
+    CUDA   five kernels per layer for up to `cuda_rows` sequences of a dense model; matrices as the model stores them
+
+A packed matrix [N, K] consists of blocks of sixteen rows. In a block, the numbers that one instruction reads are
+adjacent (csrc/cpu/matmul.h):
+
+    float32   [N / 16, K, 16]          bfloat16   [N / 16, K / 2, 16, 2]
+
+N and K are padded with zeros to multiples of 16 and 4. A gate_up [2 I, K] becomes [I / 16, 2, ...]: a block of the
+gate, then the same block of the up projection. Dimensions before N, such as experts, stay. Packed matrices lie in huge
+pages: with pages of 4 KiB, an address is translated anew for every 64 lines read. In pages of 2 MiB a step of
+minimind2-small in bfloat16 took 2.65 instead of 3.0 ms on one core (Zen 4, in a virtual machine).
 """
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.inference.decode import huge_pages
-from minimind.inference.decode import ops as decode_ops
-from minimind.inference.decode.checks import check, check_cache
-from minimind.inference.decode.packed_weights import pack, packed_shape
-from minimind.inference.decode.reference import (
-    decode_attention_ref,
-    experts_ref,
-    linear_ref,
-    mlp_ref,
-    norm_ref,
-    rope_append_kv_ref,
-)
 from minimind.modeling import MLP, Block, Model, MoE, RMSNorm
 
-CUDA_SHARED = 96 << 10  # bytes, of csrc/cuda/matvec.cuh
+CUDA_SHARED = 96 << 10  # bytes, as in csrc/cuda/matvec.cuh
+PACKED_ROWS, PACKED_COLUMNS = 16, 4  # packed matrices are padded to multiples of these
 Role = Literal["embedding", "matrix", "gate_up", "small"]  # small: norms and routers, which compute in float32
+_HUGE_PAGE = 2 << 20
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class DecodeWeights:
     """A model's weights in the order of the operator `decode_step` (csrc/register.cpp).
 
-    tensors: matrices bfloat16 or float32 and norms and routers float32 on a CPU; on a GPU matrices of any dtype that
-    computes, and norms as they are. The model's own memory where it holds them so.
+    tensors: on a CPU, matrices in bfloat16 or float32, and norms and routers in float32; on a GPU, matrices in any
+        dtype that computes, and norms as they are. They share the model's memory if it has these dtypes.
     """
 
     tensors: tuple[Tensor, ...]
     roles: tuple[Role, ...]
-    layers: int
     heads: int
-    groups: int
-    head_dim: int
     qk_norm: bool
     experts: int
     experts_per_token: int
@@ -54,9 +55,10 @@ class DecodeWeights:
     eps: float
 
     @staticmethod
-    def of(model: Model, dtype: torch.dtype | None = None) -> DecodeWeights:
-        """dtype: of the matrices, float32 or bfloat16, on a GPU float16 too; None: as the model holds them."""
-        cfg, on_cpu = model.config, model.device.type == "cpu"
+    def from_model(model: Model, dtype: torch.dtype | None = None) -> DecodeWeights:
+        """dtype: of the matrices, float32 or bfloat16, on a GPU also float16; None: the model's. ValueError for another
+        dtype on a CPU."""
+        config, on_cpu = model.config, model.device.type == "cpu"
         dtype = dtype or model.dtype
         if on_cpu and dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"decode_step takes float32 or bfloat16 weights, not {dtype}; pass dtype=torch.bfloat16")
@@ -66,16 +68,13 @@ class DecodeWeights:
         return DecodeWeights(
             tuple(weight.detach().to(own or weight.dtype) for weight, own in zip(weights, dtypes, strict=True)),
             roles,
-            cfg.num_hidden_layers,
-            cfg.num_attention_heads,
-            cfg.num_key_value_heads,
-            cfg.head_dim,
-            cfg.qk_norm,
-            cfg.num_experts,
-            cfg.num_experts_per_tok if cfg.num_experts else 0,
-            cfg.num_shared_experts if cfg.num_experts else 0,
-            cfg.norm_topk_prob,
-            cfg.rms_norm_eps,
+            config.num_attention_heads,
+            config.qk_norm,
+            config.num_experts,
+            config.num_experts_per_tok if config.num_experts else 0,
+            config.num_shared_experts if config.num_experts else 0,
+            config.norm_topk_prob,
+            config.rms_norm_eps,
         )
 
     @property
@@ -83,13 +82,9 @@ class DecodeWeights:
         return self.tensors[0].dtype
 
     @property
-    def vocab_size(self) -> int:
-        return self.tensors[2].shape[0]
-
-    @property
     def cuda_rows(self) -> int:
-        """How many sequences a step on a GPU takes at most; 0: none of this model's. A mixture of experts has no such
-        step; rows of all matrices must begin at multiples of 16 bytes, and a batch's activations fit shared memory."""
+        """The most sequences of a step on a GPU; 0 if this model has no such step: mixtures of experts, and matrices
+        whose rows do not begin at multiples of 16 bytes. The batch's activations must fit shared memory."""
         matrices = [t for t, role in zip(self.tensors, self.roles, strict=True) if role != "small"]
         columns = max(t.shape[-1] for t in matrices)
         size, chunk = self.dtype.itemsize, 512 // self.dtype.itemsize
@@ -99,44 +94,35 @@ class DecodeWeights:
         fits = (n for n in (8, 4, 2, 1) if 4 * ((n + 1) * padded + 4 * n) <= CUDA_SHARED)
         return next(fits, 0)
 
-    @cached_property
-    def packed(self) -> list[Tensor]:
-        """What the operator takes on a CPU: `tensors`, matrices but the embedding packed, as they were at first use."""
-        return self.pack()
-
     @property
-    def given(self) -> list[Tensor]:
-        """What the operator takes on the device of these weights."""
-        return self.packed if self.tensors[0].device.type == "cpu" else list(self.tensors)
-
-    @property
-    def shape(self) -> tuple[int, bool, int, int, int, bool, float]:
-        """The operator's arguments behind the caches."""
+    def settings(self) -> tuple[int, bool, int, int, int, bool, float]:
+        """The operator's arguments after the caches."""
         return (
             self.heads, self.qk_norm, self.experts, self.experts_per_token, self.shared_experts,
             self.normalize_gates, self.eps,
         )  # fmt: skip
 
-    def pack(self, into: Sequence[Tensor] = ()) -> list[Tensor]:
-        """`packed` of this moment; into: an earlier result for this model, whose memory is used again."""
+    def operands(self, into: Sequence[Tensor] = ()) -> list[Tensor]:
+        """The weights as the operator takes them on their device: on a CPU, all matrices except the embedding packed.
+
+        into: an earlier result for this model, whose memory is reused for the packed matrices.
+        """
+        if self.tensors[0].device.type != "cpu":
+            return list(self.tensors)
         matrices = [i for i, role in enumerate(self.roles) if role in ("matrix", "gate_up")]
         if into:
             room = [into[i] for i in matrices]
         else:
             shapes = [packed_shape(self.tensors[i].shape, self.dtype, self.roles[i] == "gate_up") for i in matrices]
-            room = huge_pages.empty(shapes, self.dtype, self.tensors[0].device)
-        packed = list(self.tensors)
+            room = empty_in_huge_pages(shapes, self.dtype, self.tensors[0].device)
+        operands = list(self.tensors)
         for i, out in zip(matrices, room, strict=True):
-            packed[i] = pack(self.tensors[i], out, self.roles[i] == "gate_up")
-        return packed
-
-    def layer(self, index: int) -> tuple[Tensor, ...]:
-        per_layer = (len(self.tensors) - 3) // self.layers
-        return self.tensors[3 + index * per_layer :][:per_layer]
+            operands[i] = pack_matrix(self.tensors[i], out, self.roles[i] == "gate_up")
+        return operands
 
 
 def _weights(model: Model) -> Iterator[tuple[Role, Tensor]]:
-    yield "embedding", model.embed_tokens.weight[: model.config.num_tokens]  # no other id is fed
+    yield "embedding", model.embed_tokens.weight[: model.config.num_tokens]  # no other id occurs
     yield "small", model.norm.weight
     yield "matrix", model.head_weight
     for layer in cast(Iterable[Block], model.layers):
@@ -164,10 +150,11 @@ def _layer_weights(layer: Block) -> Iterator[tuple[Role, Tensor]]:
 
 def decode_step(
     weights: DecodeWeights,
+    operands: list[Tensor],
     tokens: Tensor,
     positions: Tensor,
     slots: Tensor,
-    block_table: Tensor,
+    page_table: Tensor,
     lengths: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -176,109 +163,63 @@ def decode_step(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """Logits of one new token of each sequence: float32 [B, V]; its keys and values are written into the caches.
+    """Logits of the next token of each sequence, float32 [B, V]; writes the new keys and values into the caches.
 
-    tokens int64 [B], from 0 to V - 1 in every slot; key_cache, value_cache [L, P, S, G, D]; k_scale, v_scale float32
-    [L, G] for float8; the rest as in `decode_ops.rope_append_kv` and `decode_attention`. lengths[b] == 0: an empty
-    slot, whose logits are zeros. No two rows may belong to one sequence; the new token is its last, and slots[b] the
-    cache row of that. A row's logits are, to the last bit, the same in any batch.
+    operands: of `weights.operands()`. tokens: int64 [B], each in [0, V). key_cache, value_cache: [L, P, S, G, D].
+    k_scale, v_scale: float32 [L, G] for a float8 cache. The other arguments are those of `rope_append_kv_ref` and
+    `decode_attention_ref`. lengths[b] == 0 marks an empty row, whose logits are zeros. Rows must belong to different
+    sequences; the new token is the last of its sequence, and slots[b] is its row of the cache. A row's logits are
+    bit-identical in any batch. RuntimeError, which names the argument, for what the operator does not take.
 
-    All is float32, but on a CPU with bfloat16 weights activations are rounded to bfloat16 before each product, and on a
-    GPU queries to the dtype of 16-bit weights before attention over a cache of that dtype or float8. On a GPU more rows
-    than `DecodeWeights.cuda_rows` are computed in plain PyTorch, or refused where native decoding is asked for: the
-    engine takes the model's layers then.
+    The arithmetic is float32, with two exceptions: on a CPU with bfloat16 weights, activations are rounded to bfloat16
+    before each product; on a GPU with 16-bit weights, queries are rounded to that dtype before attention over a cache
+    of that dtype or float8.
     """
-    _check(weights, tokens, positions, slots, block_table, lengths, cos, sin, key_cache, value_cache, k_scale, v_scale)
-    inputs = (tokens, positions, slots, block_table, lengths, cos, sin)
-    caches = (key_cache, value_cache)
-    if not _is_native(weights, tokens):
-        return decode_step_ref(weights, *inputs, *caches, k_scale, v_scale)
-    return torch.ops.minimind.decode_step(*inputs, weights.given, *caches, *weights.shape, k_scale, v_scale)
+    return torch.ops.minimind.decode_step.default(
+        tokens, positions, slots, page_table, lengths, cos, sin, operands, key_cache, value_cache,
+        *weights.settings, k_scale, v_scale,
+    )  # fmt: skip
 
 
-def _is_native(weights: DecodeWeights, tokens: Tensor) -> bool:
-    if not decode_ops.is_native(tokens.device):
-        return False
-    if tokens.device.type == "cpu" or len(tokens) <= weights.cuda_rows:
-        return True
-    if decode_ops.get_backend() == "native":
-        limit = f"up to {weights.cuda_rows} rows" if weights.cuda_rows else "no row"
-        raise ValueError(f"tokens: {len(tokens)} rows; a native step of this model on a GPU takes {limit}")
-    return False
+def packed_shape(shape: torch.Size, dtype: torch.dtype, gate_up: bool = False) -> tuple[int, ...]:
+    """The shape of a packed matrix [..., N, K] of `dtype`, float32 or bfloat16."""
+    *outer, n, k = shape
+    blocks = (-(-n // 2 // PACKED_ROWS), 2) if gate_up else (-(-n // PACKED_ROWS),)
+    k = -(-k // PACKED_COLUMNS) * PACKED_COLUMNS
+    return (*outer, *blocks, *((k // 2, PACKED_ROWS, 2) if dtype == torch.bfloat16 else (k, PACKED_ROWS)))
 
 
-def decode_step_ref(
-    weights: DecodeWeights,
-    tokens: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-) -> Tensor:
-    """`decode_step` in plain PyTorch, on any device."""
-    w = weights
-    embedding, final_norm, head = w.tensors[:3]
-    x = embedding[tokens].float()
-    slots = torch.where(lengths > 0, slots, -1)
-    for i in range(w.layers):
-        input_norm, qkv, *rest = w.layer(i)
-        q_norm, k_norm = rest[:2] if w.qk_norm else (None, None)
-        o, post_norm, *mlp = rest[2:] if w.qk_norm else rest
-        caches = (key_cache[i], value_cache[i])
-        scales = (None if k_scale is None else k_scale[i], None if v_scale is None else v_scale[i])
-        packed = linear_ref(norm_ref(x, input_norm, w.eps), qkv)
-        q = rope_append_kv_ref(packed, cos, sin, positions, slots, *caches, w.heads, q_norm, k_norm, w.eps, *scales)
-        attended = decode_attention_ref(q, *caches, block_table, lengths, w.head_dim**-0.5, *scales)
-        x = x + linear_ref(attended.flatten(1), o)
-        x = x + _feed_forward_ref(w, norm_ref(x, post_norm, w.eps), mlp)
-    return linear_ref(norm_ref(x, final_norm, w.eps), head) * (lengths > 0)[:, None]
-
-
-def _feed_forward_ref(w: DecodeWeights, x: Tensor, mlp: list[Tensor]) -> Tensor:
-    out = torch.zeros_like(x)
-    if w.experts:
-        router, gate_up, down, *mlp = mlp
-        out = experts_ref(x, router, gate_up, down, w.experts_per_token, w.normalize_gates)
-    for gate_up, down in zip(mlp[::2], mlp[1::2], strict=True):
-        out = out + mlp_ref(x, gate_up, down)
+def pack_matrix(weight: Tensor, out: Tensor, gate_up: bool = False) -> Tensor:
+    """Pack weight [..., N, K], of any float dtype, into `out`, which has `packed_shape` and the target dtype."""
+    weight = weight.to(out.dtype)
+    if gate_up:
+        weight = weight.unflatten(-2, (2, -1))
+    n, k = weight.shape[-2:]
+    if n % PACKED_ROWS or k % PACKED_COLUMNS:
+        weight = F.pad(weight, (0, -k % PACKED_COLUMNS, 0, -n % PACKED_ROWS))
+    to = out
+    if out.dtype == torch.bfloat16:  # moving pairs as one number is three times as fast
+        weight, to = weight.contiguous().view(torch.int32), out.view(torch.int32).squeeze(-1)
+    if gate_up:
+        to = to.transpose(-4, -3)
+    to.copy_(weight.unflatten(-2, (-1, PACKED_ROWS)).transpose(-2, -1))
     return out
 
 
-def _check(
-    w: DecodeWeights,
-    tokens: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> None:
-    check("tokens", tokens, (None,), (torch.int64,), tokens)
-    batch = tokens.shape[0]
-    if w.tensors[0].device != tokens.device:
-        raise ValueError(f"tokens lies on {tokens.device}, the weights on {w.tensors[0].device}")
-    check("positions", positions, (batch,), (torch.int32,), tokens)
-    check("slots", slots, (batch,), (torch.int64,), tokens)
-    check("block_table", block_table, (batch, None), (torch.int32,), tokens)
-    check("lengths", lengths, (batch,), (torch.int32,), tokens)
-    check("cos", cos, (None, w.head_dim // 2), (torch.float32,), tokens)
-    check("sin", sin, tuple(cos.shape), (torch.float32,), tokens)
-    shape = (w.layers, None, None, w.groups, w.head_dim)
-    check("key_cache", key_cache, shape, (key_cache.dtype,), tokens)
-    check("value_cache", value_cache, tuple(key_cache.shape), (key_cache.dtype,), tokens)
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale is not None:
-            check(name, scale, (w.layers, w.groups), (torch.float32,), tokens)
-    first = [None if scale is None else scale[0] for scale in (k_scale, v_scale)]
-    check_cache(key_cache[0], value_cache[0], first[0], first[1], tokens)
+def empty_in_huge_pages(shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Uninitialised tensors of these shapes. On a CPU with Linux they are adjacent and in huge pages, if the system
+    grants them; elsewhere each is made by torch.empty."""
+    sizes = [-(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for shape in shapes]
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE") or not sum(sizes):
+        return [torch.empty(tuple(shape), dtype=dtype, device=device) for shape in shapes]
+    length = (-(-sum(sizes) // _HUGE_PAGE) + 1) * _HUGE_PAGE  # one page more, since the mapping may begin anywhere
+    mapping = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(mapping, dtype=torch.uint8)
+    start = -memory.data_ptr() % _HUGE_PAGE
+    parts = memory[start : start + sum(sizes)].split(sizes)
+    return [
+        part[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
+        for part, shape in zip(parts, shapes, strict=True)
+    ]

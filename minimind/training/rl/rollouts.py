@@ -15,8 +15,8 @@ import numpy as np
 from minimind.data.packing import Permutation
 from minimind.data.prompts import PromptSet
 from minimind.inference.engine import Engine
+from minimind.inference.request_state import derive_seed
 from minimind.inference.requests import Completion, Request, SamplingParams
-from minimind.inference.tracking import mix
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 
@@ -113,7 +113,7 @@ def _params(options: RolloutOptions, drawn: DrawnPrompt) -> SamplingParams:
     return SamplingParams(
         options.max_new_tokens,
         options.temperature,
-        seed=mix(options.seed, drawn.number),
+        seed=derive_seed(options.seed, drawn.number),
         n=options.samples,
         ignore_eos=options.ignore_eos,
     )

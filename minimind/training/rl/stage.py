@@ -18,8 +18,8 @@ from rich.console import Console
 from minimind.config import ModelConfig
 from minimind.data.builtin.arithmetic import NAME, arithmetic_prompts
 from minimind.data.prompts import PromptSet, open_prompts
-from minimind.inference.replica import Replica
-from minimind.inference.tracking import mix
+from minimind.inference.request_state import derive_seed
+from minimind.inference.runner import Replica
 from minimind.lora import adapters_off
 from minimind.modeling import Model
 from minimind.objectives.policy import Aggregation
@@ -260,7 +260,7 @@ class RolloutStage:
     def _answer_heldout(self, count: int, temperature: float) -> list[Answer]:
         """A scored answer to each of the first `count` held-out prompts; all ranks get all answers."""
         assert self.heldout is not None
-        options = RolloutOptions(1, self.args.longest_answer, temperature, mix(self.args.seed, _HELD_OUT_SEED))
+        options = RolloutOptions(1, self.args.longest_answer, temperature, derive_seed(self.args.seed, _HELD_OUT_SEED))
         self.model.eval()
         return self.collector.answer(self.heldout, [DrawnPrompt(i, i) for i in range(count)], options)
 
@@ -271,7 +271,7 @@ class RolloutStage:
             return ""
         source = self.heldout or self.train
         picked = range(0, len(source), max(1, len(source) // 5))[:5]
-        seed = mix(self.args.seed, _HELD_OUT_SEED)
+        seed = derive_seed(self.args.seed, _HELD_OUT_SEED)
         options = RolloutOptions(1, self.args.longest_answer, self.args.temperature, seed)
         self.model.eval()
         answers = self.collector.sampler.sample(source, [DrawnPrompt(i, i) for i in picked], options)

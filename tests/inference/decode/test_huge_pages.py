@@ -2,13 +2,13 @@ import gc
 
 import torch
 
-from minimind.inference.decode import huge_pages
+from minimind.inference.decode.step import empty_in_huge_pages
 
 SHAPES = [(3, 5), (1000, 999), (7,), (2, 3, 4)]
 
 
 def test_tensors_lie_apart_and_aligned():
-    tensors = huge_pages.empty(SHAPES, torch.bfloat16, torch.device("cpu"))
+    tensors = empty_in_huge_pages(SHAPES, torch.bfloat16, torch.device("cpu"))
     for i, tensor in enumerate(tensors):
         tensor.fill_(i)
     for i, (tensor, shape) in enumerate(zip(tensors, SHAPES, strict=True)):
@@ -18,13 +18,13 @@ def test_tensors_lie_apart_and_aligned():
 
 
 def test_one_tensor_outlives_the_others():
-    *_, last = huge_pages.empty(SHAPES, torch.float32, torch.device("cpu"))
+    *_, last = empty_in_huge_pages(SHAPES, torch.float32, torch.device("cpu"))
     last.fill_(5)
     gc.collect()
     assert (last == 5).all()
 
 
 def test_no_tensor_needs_no_memory():
-    assert huge_pages.empty([], torch.float32, torch.device("cpu")) == []
-    (nothing,) = huge_pages.empty([(0, 4)], torch.float32, torch.device("cpu"))
+    assert empty_in_huge_pages([], torch.float32, torch.device("cpu")) == []
+    (nothing,) = empty_in_huge_pages([(0, 4)], torch.float32, torch.device("cpu"))
     assert nothing.shape == (0, 4)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from minimind.config import ModelConfig, YarnScaling
-from minimind.inference.decode import ops as decode_ops
 from minimind.inference.decode.step import DecodeWeights, decode_step
 from minimind.modeling import Model
 from minimind.rope import rope_cos_sin
 from tests.inference.decode.cases import FP8, MISSING, needs_native
+from tests.inference.decode.reference_step import decode_step_ref
 from tests.kernels.contract import DEVICE, assert_within
 
 SMALL = {"hidden_size": 96, "num_hidden_layers": 3, "intermediate_size": 150, "vocab_size": 301}
@@ -65,6 +65,11 @@ class Decoder:
     table: Tensor
     lengths: Tensor
     scales: tuple[Tensor | None, Tensor | None] = (None, None)
+    backend: str = "native"
+    operands: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.operands = self.weights.operands()
 
     @staticmethod
     def of(model: Model, rows: int, dtype=None, cache_dtype=torch.float32, tokens: int = 64) -> Decoder:
@@ -75,7 +80,7 @@ class Decoder:
         scale = torch.full((shape[0], shape[3]), 0.02) if cache_dtype == FP8 else None
         table = order.view(rows, pages).int()
         lengths = torch.zeros(rows, dtype=torch.int32)
-        return Decoder(model, DecodeWeights.of(model, dtype), *caches, table, lengths, (scale, scale))
+        return Decoder(model, DecodeWeights.from_model(model, dtype), *caches, table, lengths, (scale, scale))
 
     def step(self, tokens: Tensor, rows: list[int] | None = None) -> Tensor:
         """tokens int64 [rows]; -1: an empty slot."""
@@ -88,7 +93,10 @@ class Decoder:
         slots = torch.where(live, pages * PAGE + positions % PAGE, -1)
         cos, sin = rope_cos_sin(self.model.config, torch.arange(64))
         inputs = (tokens.clamp(min=0), positions, slots, table, lengths, cos, sin)
-        return decode_step(self.weights, *inputs, self.key_cache, self.value_cache, *self.scales)
+        caches = (self.key_cache, self.value_cache, *self.scales)
+        if self.backend == "reference":
+            return decode_step_ref(self.weights, *inputs, *caches)
+        return decode_step(self.weights, self.operands, *inputs, *caches)
 
 
 def feed(decoder: Decoder, ids: Tensor) -> Tensor:
@@ -103,11 +111,10 @@ def token_ids(config: ModelConfig, rows: int, length: int) -> Tensor:
 @pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
-def test_step_by_step_it_is_the_models_forward(backend, name):
+def test_decoding_step_by_step_equals_the_models_forward(backend, name):
     model = make_model(CONFIGS[name])
     ids = token_ids(model.config, 3, 21)
-    with decode_ops.using(backend):
-        logits = feed(Decoder.of(model, 3), ids)
+    logits = feed(replace(Decoder.of(model, 3), backend=backend), ids)
     truth = copy.deepcopy(model).double()(ids).logits
     assert_within(logits, model(ids).logits, truth)
     assert torch.equal(logits.argmax(-1), truth.argmax(-1))
@@ -139,8 +146,7 @@ def test_narrow_caches_agree_with_the_reference(cache_dtype):
     ids = token_ids(model.config, 3, 21)
     results = []
     for backend in ("reference", "native"):
-        with decode_ops.using(backend):
-            results.append(feed(Decoder.of(model, 3, cache_dtype=cache_dtype), ids))
+        results.append(feed(replace(Decoder.of(model, 3, cache_dtype=cache_dtype), backend=backend), ids))
     exact = feed(Decoder.of(model, 3), ids)
     error, of_cache = (results[1] - results[0]).abs().max(), (results[0] - exact).abs().max()
     assert error < of_cache / 2  # both store the same numbers but for rare roundings to the other side
@@ -189,33 +195,32 @@ def test_packed_weights_follow_when_they_are_packed_again_in_place(dtype):
     for mine, theirs in zip(model.parameters(), changed.parameters(), strict=True):
         mine.copy_(theirs)
     decoder.lengths.zero_()
-    weights = DecodeWeights.of(model, dtype)
-    again = weights.pack(into=decoder.weights.packed)
-    assert [t.data_ptr() for t, role in zip(again, weights.roles, strict=True) if role in ("matrix", "gate_up")] == [
-        t.data_ptr()
-        for t, role in zip(decoder.weights.packed, weights.roles, strict=True)
-        if role in ("matrix", "gate_up")
-    ]
-    weights.__dict__["packed"] = again  # instead of a packing of its own
-    decoder.weights = weights
+    weights = DecodeWeights.from_model(model, dtype)
+    packed = [i for i, role in enumerate(weights.roles) if role in ("matrix", "gate_up")]
+    addresses = [decoder.operands[i].data_ptr() for i in packed]
+    decoder.weights, decoder.operands = weights, weights.operands(into=decoder.operands)
+    assert [decoder.operands[i].data_ptr() for i in packed] == addresses
     after = decoder.step(torch.tensor([3]))
     assert not torch.equal(after, before)
     assert torch.equal(after, Decoder.of(changed, 1, dtype).step(torch.tensor([3])))
 
 
+@needs_native
 def test_wrong_arguments_are_named():
     model = make_model(CONFIGS["dense"])
-    decoder = Decoder.of(model, 2)
+    decoder, caches = Decoder.of(model, 2), ("key_cache", "value_cache")
     with pytest.raises(ValueError, match=r"float32 or bfloat16 weights, not torch\.float16"):
-        DecodeWeights.of(model, torch.float16)
-    with pytest.raises(ValueError, match=r"key_cache must have shape \[3, any, any, 2, 32\]"):
+        DecodeWeights.from_model(model, torch.float16)
+    with pytest.raises(RuntimeError, match="key_cache and value_cache must have the same shape"):
         replace(decoder, key_cache=decoder.key_cache[:2]).step(torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="k_scale must be given for a float8 cache"):
+    with pytest.raises(RuntimeError, match="weights: 21 tensors, but the model has 15"):
+        replace(decoder, **{name: getattr(decoder, name)[:2] for name in caches}).step(torch.tensor([1, 2]))
+    with pytest.raises(RuntimeError, match="k_scale and v_scale go with a float8 cache"):
         replace(decoder, scales=(torch.ones(3, 2), None)).step(torch.tensor([1, 2]))
 
 
 @needs_native
-def test_native_refuses_what_would_read_foreign_memory():
+def test_native_refuses_indices_outside_its_memory():
     decoder = Decoder.of(make_model(CONFIGS["dense"]), 2)
     with pytest.raises(RuntimeError, match=r"tokens\[1\] = 301 is not in the vocabulary of 301"):
         decoder.step(torch.tensor([1, 301]))
@@ -236,7 +241,6 @@ def test_opcheck():
     w, one = d.weights, torch.ones(2, dtype=torch.int32)
     cos, sin = rope_cos_sin(d.model.config, torch.arange(8))
     inputs = (torch.tensor([1, 2]), one * 0, d.table[:, 0].long() * PAGE, d.table, one, cos, sin)
-    shape = (w.heads, w.qk_norm, w.experts, w.experts_per_token, w.shared_experts, w.normalize_gates, w.eps)
-    args = (*inputs, w.packed, d.key_cache.zero_(), d.value_cache.zero_(), *shape, None, None)
+    args = (*inputs, d.operands, d.key_cache.zero_(), d.value_cache.zero_(), *w.settings, None, None)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.minimind.decode_step.default, args, test_utils=tests)

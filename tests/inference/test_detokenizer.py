@@ -1,7 +1,7 @@
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minimind.inference.detokenize import Detokenizer
+from minimind.inference.request_state import Detokenizer
 from tests.inference.small import small_tokenizer
 
 TOKENIZER = small_tokenizer()
@@ -25,7 +25,7 @@ def pieces(ids, stops=()):
 
 @settings(max_examples=300, deadline=None)
 @given(IDS)
-def test_pieces_make_up_the_decoded_whole(ids):
+def test_pieces_join_to_the_decoded_text(ids):
     assert "".join(pieces(ids)[0]) == TOKENIZER.decode(ids, skip_special_tokens=True)
 
 
@@ -97,6 +97,6 @@ def test_a_stop_string_of_chinese_across_tokens():
     assert not any("�" in piece for piece in out)
 
 
-def test_held_text_is_given_out_at_the_end():
+def test_held_text_is_returned_at_the_end():
     ids = TOKENIZER.encode("hello wor")
     assert "".join(pieces(ids, ["world"])[0]) == "hello wor"

@@ -53,7 +53,7 @@ def test_equals_full_logits_window_by_window():
     assert len({s.perplexity for s in scores}) == 4
 
 
-def test_no_logits_are_held(monkeypatch):
+def test_memory_does_not_grow_with_the_text(monkeypatch):
     """The largest tensor of the head's making is far below [tokens, vocabulary]."""
     model, tokenizer = small_model(vocab_size=6400), small_tokenizer()
     seen = []
@@ -89,15 +89,15 @@ def test_context_lengths(given, lengths):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (("512,x",), "--context x: a length is a whole number"),
-        (("1",), "--context 1: a length"),
+        (("512,x",), "--context x: must be a whole number"),
+        (("1",), "--context 1: must be a whole"),
         ((), "give lengths"),
         (("...,512",), "begin with a length"),
         (("512,...",), "give lengths"),
-        (("300,512",), "--context 300: every length must divide the longest"),
+        (("300,512",), "--context 300: must divide the longest"),
     ],
 )
-def test_context_lengths_that_mean_nothing(given, message):
+def test_invalid_context_lengths(given, message):
     with pytest.raises(ValueError, match=message):
         parse_contexts(given)
 
@@ -152,12 +152,12 @@ def test_the_command(folder, capsys):
     "flags, message",
     [
         ([], "--ppl: name the text"),
-        (["--ppl", "BOOK", "--context", "65536"], "the longest --context wants 65,537"),
-        (["--ppl", "BOOK", "--tokens", "100"], "--tokens 100: the longest context alone is 2048"),
+        (["--ppl", "BOOK", "--context", "65536"], "the longest --context needs 65,537"),
+        (["--ppl", "BOOK", "--tokens", "100"], "--tokens 100: must be at least 2048"),
         (["--ppl", "nowhere.txt"], "nowhere.txt"),
-        (["--ppl", "BOOK", "--context", "64", "--out", "BOOK"], "book.txt: cannot be made (File exists); name another"),
-        (["--tasks", "arc_easy", "--limit", "-1"], "--limit -1: at least 1"),
-        (["--tasks", "arc_easy", "--few-shot", "-1"], "--few-shot -1: at least 0"),
+        (["--ppl", "BOOK", "--context", "64", "--out", "BOOK"], "book.txt: cannot be created (File exists)"),
+        (["--tasks", "arc_easy", "--limit", "-1"], "--limit -1: must be at least 1"),
+        (["--tasks", "arc_easy", "--few-shot", "-1"], "--few-shot -1: must be at least 0"),
     ],
 )
 def test_bad_input(flags, message, folder, capsys):
@@ -167,14 +167,14 @@ def test_bad_input(flags, message, folder, capsys):
     assert message in said.err and "perplexity of" not in said.out, "before anything is measured"
 
 
-def test_a_folder_that_takes_no_results_is_said_before_anything_is_measured(tmp_path, monkeypatch):
+def test_an_unwritable_folder_fails_before_the_measurement(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ValueError, match=rf"{tmp_path}: the results cannot be written there; name a folder with --out"):
+    with pytest.raises(ValueError, match=rf"{tmp_path}: cannot be written to; name another folder with --out"):
         _folder(Args(out=str(tmp_path)), LoadedModel(None, None, torch.float32, None, None, []))
 
 
 @pytest.mark.parametrize("factor", [float("nan"), 1e6])
-def test_weights_that_have_no_perplexity(factor, folder, capsys):
+def test_nan_weights_have_no_perplexity(factor, folder, capsys):
     model = small_model()
     with torch.no_grad():
         model.norm.weight *= factor
@@ -182,5 +182,5 @@ def test_weights_that_have_no_perplexity(factor, folder, capsys):
     small_tokenizer().save(folder / "broken")
     flags = ["--ppl", str(folder / "book.txt"), "--context", "64", "--tokens", "64", "--out", str(folder / "out")]
     assert cli.run(["evaluate", "--model", str(folder / "broken"), *flags]) == 2
-    assert "nats a token have no perplexity" in capsys.readouterr().err
+    assert "nats per token gives no perplexity" in capsys.readouterr().err
     assert not any((folder / "out").iterdir())

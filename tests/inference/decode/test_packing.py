@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minimind.inference.decode.packed_weights import pack, packed_shape
+from minimind.inference.decode.step import pack_matrix, packed_shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(32, 8), (37, 10), (3, 16, 7), (1, 1)])
-def test_every_number_has_its_place_and_padding_is_zero(shape, dtype):
+def test_the_packed_layout_and_its_zero_padding(shape, dtype):
     weight = torch.randn(shape)
-    out = pack(weight, torch.full(packed_shape(weight.shape, dtype), float("nan"), dtype=dtype))
+    out = pack_matrix(weight, torch.full(packed_shape(weight.shape, dtype), float("nan"), dtype=dtype))
     per_step = 2 if dtype == torch.bfloat16 else 1
     if dtype == torch.float32:
         out = out.unsqueeze(-1)
@@ -29,7 +29,7 @@ def test_every_number_has_its_place_and_padding_is_zero(shape, dtype):
 @pytest.mark.parametrize("shape", [(64, 8), (42, 6), (2, 34, 9)])
 def test_gate_and_up_alternate_block_by_block(shape, dtype):
     weight = torch.randn(shape)
-    out = pack(weight, torch.empty(packed_shape(weight.shape, dtype, True), dtype=dtype), True)
+    out = pack_matrix(weight, torch.empty(packed_shape(weight.shape, dtype, True), dtype=dtype), True)
     gate, up = weight.chunk(2, dim=-2)
     for half, packed in zip((gate, up), out.unbind(len(shape) - 1), strict=True):
-        assert torch.equal(packed, pack(half, torch.empty(packed_shape(half.shape, dtype), dtype=dtype)))
+        assert torch.equal(packed, pack_matrix(half, torch.empty(packed_shape(half.shape, dtype), dtype=dtype)))

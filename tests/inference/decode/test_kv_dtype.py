@@ -11,12 +11,12 @@ import torch
 from minimind import cli
 from minimind.apps import chat
 from minimind.config import YarnScaling
-from minimind.inference.decode.cache_dtype import (
+from minimind.inference.decode.kv_cache import (
     FLOAT8,
     FLOAT8_MAX,
     check_kv_dtype,
     float8_scales,
-    largest_possible,
+    key_value_bounds,
     restored,
     rounded_cache,
     stored,
@@ -29,7 +29,7 @@ from minimind.rope import rope_cos_sin
 from minimind.weights import save_weights
 from tests.inference.small import TEXT, VARIANTS, is_greedy, random_prompts, small_model, small_tokenizer
 from tests.inference.test_engine import BACKENDS, engine_of, greedily, new_ids
-from tests.inference.test_prefill import TOKENS, runner_of, sample
+from tests.inference.test_prefill import TOKENS, runner_of, sequence_of
 
 DTYPES = [FLOAT8, torch.bfloat16, torch.float16]
 
@@ -87,13 +87,13 @@ def test_a_model_in_bfloat16(backend, kv_dtype):
     assert mine_error <= 2 * own_error
 
 
-def test_how_a_prompt_is_cut_does_not_show():
+def test_chunking_a_prompt_does_not_change_the_result():
     model = small_model("moe", vocab_size=50)
     ids, pages = TOKENS[0][:30], [9, 3, 20, 5, 0, 1, 2, 4]
 
     def logits(bounds, dtype):
         runner, _ = runner_of(model, kv_dtype=dtype)
-        s = sample(ids, pages)
+        s = sequence_of(ids, pages)
         chunks = [Chunk(s, start, end, end == 30) for start, end in pairwise(bounds)]
         return [runner.prefill([chunk]) for chunk in chunks][-1]
 
@@ -147,7 +147,7 @@ class Watch:
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("yarn", [None, YarnScaling(8.0, 64, attention_factor=None)])
 @torch.no_grad()
-def test_no_key_or_value_can_be_larger_and_some_are_as_large(qk_norm, yarn):
+def test_key_value_bounds_hold_and_are_reached(qk_norm, yarn):
     """Of a layer that answers to one pair of a key only, shown the very inputs that its rows answer most to."""
     model = small_model(qk_norm=qk_norm, rope_scaling=yarn)
     layer = model.layers[1]
@@ -164,7 +164,7 @@ def test_no_key_or_value_can_be_larger_and_some_are_as_large(qk_norm, yarn):
     positions = torch.arange(16)
     watch = Watch()
     attention(inputs, Rotation(*rope_cos_sin(model.config, positions), positions[None]), watch)
-    bounds = largest_possible(layer, model.config)
+    bounds = key_value_bounds(layer, model.config)
     for seen, bound, scale in zip(watch.seen, bounds, float8_scales(model), strict=True):
         largest = seen.abs().amax(dim=(0, 1, 3))
         assert (largest <= bound * (1 + 1e-5)).all() and (largest >= 0.98 * bound).all()
@@ -172,7 +172,7 @@ def test_no_key_or_value_can_be_larger_and_some_are_as_large(qk_norm, yarn):
         assert (torch.frexp(scale)[0] == 0.5).all(), "a power of two"
 
 
-def test_a_number_is_stored_as_float8_has_it():
+def test_numbers_are_rounded_as_float8():
     x = torch.tensor([[0.0, 1.0, -1.06, 1.07, 448.0, 470.0, -1e9, 2.0**-9]]) * 0.5
     scale = torch.tensor([0.5])
     found = restored(stored(x, FLOAT8, scale), torch.float32, scale) / 0.5
@@ -198,11 +198,11 @@ def test_the_budget_counts_bytes_of_the_cache():
     assert rooms[FLOAT8] == 2 * rooms[torch.bfloat16] == 4 * rooms[torch.float32] == 2048
 
 
-def test_what_cannot_be_met_is_one_line():
+def test_invalid_kv_dtypes_are_one_line():
     for dtype in (torch.int8, torch.float64, torch.float8_e5m2):
         with pytest.raises(ValueError, match=re.escape(f"kv_dtype={dtype} must be one of torch.bfloat16,")):
             engine_of(small_model(), kv_dtype=dtype)
-    with pytest.raises(ValueError, match="needs a CPU or a CUDA GPU, not mps: take"):
+    with pytest.raises(ValueError, match="needs a CPU or a CUDA GPU, not mps: use"):
         check_kv_dtype(FLOAT8, torch.device("mps"))
     check_kv_dtype(torch.bfloat16, torch.device("mps"))
 
@@ -217,7 +217,7 @@ def folder(tmp_path):
 
 def test_the_flag_reaches_chat_serve_and_evaluate(folder, capsys):
     model = ["--model", str(folder / "m"), "--dtype", "fp32"]
-    _, notes = chat.open_conversation(chat.Args(model=str(folder / "m"), kv_dtype="fp8"))
+    _, notes = chat.open_session(chat.Args(model=str(folder / "m"), kv_dtype="fp8"))
     assert "MiB of float8_e4m3fn for" in notes[-1]
     ppl = ["evaluate", *model, "--ppl", str(folder / "book.txt"), "--context", "64", "--tokens", "256",
            "--out", str(folder / "out")]  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from minimind import cli
-from minimind.evaluation import harness
+from minimind.evaluation import perplexity
 from minimind.export.hf import export_hf
 from minimind.inference.engine import Engine
 from minimind.inference.generate import generate
@@ -133,7 +133,7 @@ def test_log_likelihoods_are_those_of_the_harness_own_adapter(variant, tmp_path)
     pytest.importorskip("transformers", reason="install minimind[export]")
     from lm_eval.models.huggingface import HFLM
 
-    from minimind.evaluation.harness_model import HarnessModel
+    from minimind.evaluation.harness import HarnessModel
 
     model, tokenizer = small_model(variant, max_position_embeddings=64), small_tokenizer()
     export_hf(model, tokenizer, tmp_path)
@@ -156,7 +156,7 @@ def test_log_likelihoods_are_those_of_the_harness_own_adapter(variant, tmp_path)
 
 
 def test_generation(folder):
-    from minimind.evaluation.harness_model import HarnessModel
+    from minimind.evaluation.harness import HarnessModel
 
     model, tokenizer = small_model(), small_tokenizer()
     lm = HarnessModel(model, tokenizer, Engine(model, tokenizer))
@@ -172,7 +172,7 @@ def test_generation(folder):
 
 
 def test_equal_inputs_are_computed_once(monkeypatch):
-    from minimind.evaluation.harness_model import HarnessModel
+    from minimind.evaluation.harness import HarnessModel
 
     model, tokenizer = small_model(), small_tokenizer()
     lm = HarnessModel(model, tokenizer, Engine(model, tokenizer))
@@ -189,10 +189,10 @@ def test_equal_inputs_are_computed_once(monkeypatch):
     [
         pytest.param(
             ["--tasks", "known_nothing"],
-            "--tasks known_nothing: lm-evaluation-harness knows no such task",
+            "--tasks known_nothing: lm-evaluation-harness has no such task",
             marks=pytest.mark.slow,
         ),
-        (["--tasks", ","], "--tasks: name some"),
+        (["--tasks", ","], "--tasks: name at least one"),
         (["--tasks", "known_choice", "--ppl", "x.txt"], "--ppl and --tasks: give one of them"),
         (["--tasks", "known_choice", "--include", "nowhere"], "--include nowhere: no such folder"),
     ],
@@ -204,7 +204,7 @@ def test_bad_flags(flags, message, folder, capsys):
 
 
 def test_without_lm_eval(folder, capsys, monkeypatch):
-    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(perplexity.importlib.util, "find_spec", lambda name: None)
     assert cli.run(["evaluate", "--model", str(folder), "--tasks", "ceval"]) == 2
     assert "--tasks needs lm-evaluation-harness: pip install lm-eval" in capsys.readouterr().err
 

@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from minimind import ModelConfig, cli
-from minimind.apps.chat import Args, Terminal, _one_shot, main, open_conversation, printable
-from minimind.inference.conversation import ChatSession
+from minimind.apps.chat import Args, ChatSession, Terminal, _one_shot, main, open_session, printable
 from minimind.inference.engine import Engine
 from minimind.inference.loading import ModelArgs, open_model, stretched
 from minimind.inference.requests import Request, SamplingParams
@@ -80,7 +79,7 @@ def test_reasoning_is_shown_and_kept_apart():
     assert "".join(off.answer("Hello")) == expected_answer([user("Hello")], enable_thinking=False)
 
 
-def test_only_so_many_rounds_are_remembered():
+def test_history_limits_the_remembered_rounds():
     talk = conversation(rounds=1)
     first = "".join(talk.answer("one"))
     second = "".join(talk.answer("two"))
@@ -93,7 +92,7 @@ def test_only_so_many_rounds_are_remembered():
         assert "".join(forgetful.answer("one")) == first
 
 
-def test_the_oldest_rounds_make_room():
+def test_the_oldest_rounds_are_dropped():
     talk = conversation(positions=100)
     dropped = []
     for _ in range(6):
@@ -103,12 +102,12 @@ def test_the_oldest_rounds_make_room():
         assert [m["role"] for m in talk.messages] == ["user", "assistant"] * (len(talk.messages) // 2)
     assert dropped[0] == 0 and sum(dropped) >= 3
     rounds = len(talk.messages)
-    with pytest.raises(ValueError, match="tokens, the context has 100; shorten it or stretch with --yarn"):
+    with pytest.raises(ValueError, match="tokens, the context 100; shorten it, or use --yarn"):
         list(talk.answer("你好" * 100))
     assert len(talk.messages) <= rounds and all(len(m["content"]) < 100 for m in talk.messages)
 
 
-def test_an_answer_cut_short_is_what_came():
+def test_a_stopped_answer_keeps_its_text():
     talk = conversation()
     pieces = talk.answer("Hello")
     begun = next(pieces)
@@ -140,7 +139,7 @@ def test_commands(capsys):
     assert "12 tokens" in out.getvalue() and "cut at --max-new-tokens" in out.getvalue()
     for line in ("/system Be brief.", "/think on", "/help", "/nonsense", "/think maybe"):
         terminal.command(line)
-    talk = terminal.conversation
+    talk = terminal.session
     assert (talk.system, talk.thinking, talk.messages) == ("Be brief.", True, [])
     text = out.getvalue()
     assert "/reset" in text and "unknown command '/nonsense'" in text and "unknown command '/think maybe'" in text
@@ -164,7 +163,7 @@ def test_one_shot_writes_the_answer_alone_to_stdout(folder, capsys, monkeypatch)
     assert "tokens/s, first after" in said.err
 
 
-def test_the_same_seed_says_the_same(folder, capsys):
+def test_the_same_seed_gives_the_same_answer(folder, capsys):
     flags = ["chat", "--model", str(folder), "--prompt", "Hello", "--max-new-tokens", "20", "--temperature", "2"]
     texts = []
     for seed in ("1", "1", "2"):
@@ -178,11 +177,11 @@ def test_pretrained_models_continue_the_text(folder, tmp_path):
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "step-00000001").symlink_to(folder)
     (run / "config.json").write_text(json.dumps({"stage": "pretrain", "args": {}, "model": {}}))
-    talk, notes = open_conversation(Args(model=str(run)))
-    assert talk.raw and "continues your text, it does not answer: it was only pretrained" in notes[0]
-    assert not open_conversation(Args(model=str(run), force_chat=True))[0].raw
+    talk, notes = open_session(Args(model=str(run)))
+    assert talk.raw and "continues your text instead of answering it: it was only pretrained" in notes[0]
+    assert not open_session(Args(model=str(run), force_chat=True))[0].raw
     (run / "config.json").write_text(json.dumps({"stage": "sft"}))
-    assert not open_conversation(Args(model=str(run)))[0].raw
+    assert not open_session(Args(model=str(run)))[0].raw
 
 
 def test_a_tokenizer_without_template_continues_the_text(folder, tmp_path):
@@ -192,7 +191,7 @@ def test_a_tokenizer_without_template_continues_the_text(folder, tmp_path):
     config = json.loads((bare / "tokenizer_config.json").read_text())
     del config["chat_template"]
     (bare / "tokenizer_config.json").write_text(json.dumps(config))
-    talk, notes = open_conversation(Args(model=str(bare)))
+    talk, notes = open_session(Args(model=str(bare)))
     assert talk.raw and "its tokenizer has no chat template" in notes[0]
     with pytest.raises(ValueError, match="--force-chat: its tokenizer has no chat template"):
         main(Args(model=str(bare), force_chat=True, prompt="x"))
@@ -205,7 +204,7 @@ def test_upstream_files_open_with_a_preset(tmp_path):
     torch.save(to_stock(model.state_dict(), model.config), path)
     opened = open_model(ModelArgs(model=str(path), preset="nano"))
     assert torch.equal(opened.model.embed_tokens.weight, model.embed_tokens.weight)
-    assert "brings no tokenizer: the shipped one is used" in opened.notes[0] and opened.folder is None
+    assert "has no tokenizer: the shipped one is used" in opened.notes[0] and opened.folder is None
     with pytest.raises(ValueError, match="name it with --preset"):
         open_model(ModelArgs(model=str(path)))
 
@@ -232,7 +231,7 @@ def test_yarn_stretches_the_context(folder):
     plain = ModelConfig(max_position_embeddings=512)
     found = stretched(plain, ModelArgs(yarn=4.0, yarn_original=512)).rope_scaling
     assert found is not None and (found.factor, found.original_max_position_embeddings) == (4.0, 512)
-    talk, _ = open_conversation(Args(model=str(folder), yarn=4.0, yarn_original=512))
+    talk, _ = open_session(Args(model=str(folder), yarn=4.0, yarn_original=512))
     assert talk.context == 2048
 
 
@@ -242,18 +241,18 @@ def test_yarn_stretches_the_context(folder):
         (["--model", "nowhere"], "--model nowhere: no such file or folder"),
         (["--model", "FOLDER", "--preset", "nano"], "drop --preset"),
         (["--model", "FOLDER", "--preset", "tiny"], "--preset tiny: unknown; choose from nano"),
-        (["--model", "FOLDER", "--yarn", "0.5"], "--yarn 0.5: a factor of at least 1"),
-        (["--model", "FOLDER", "--yarn", "nan"], "--yarn nan: a factor of at least 1"),
-        (["--model", "FOLDER", "--yarn", "1e30"], "--yarn 1e+30: a factor of at least 1, and at most 1024"),
-        (["--model", "FOLDER", "--yarn", "4", "--yarn-original", "0"], "--yarn-original 0: counts from 1"),
-        (["--model", "FOLDER", "--yarn-original", "5"], "--yarn-original says what --yarn stretches"),
+        (["--model", "FOLDER", "--yarn", "0.5"], "--yarn 0.5: must be between 1 and 1024"),
+        (["--model", "FOLDER", "--yarn", "nan"], "--yarn nan: must be between 1 and 1024"),
+        (["--model", "FOLDER", "--yarn", "1e30"], "--yarn 1e+30: must be between 1 and 1024"),
+        (["--model", "FOLDER", "--yarn", "4", "--yarn-original", "0"], "--yarn-original 0: must be at least 1"),
+        (["--model", "FOLDER", "--yarn-original", "5"], "--yarn-original: needs --yarn"),
         (["--model", "FOLDER", "--temperature", "-1"], "temperature=-1.0 must be a number"),
-        (["--model", "FOLDER", "--history", "-1"], "--history -1: counts from 0"),
+        (["--model", "FOLDER", "--history", "-1"], "--history -1: must be at least 0"),
         (["--model", "FOLDER", "--raw", "--force-chat"], "give one of them"),
         (["--model", "FOLDER", "--tokenizer", "nowhere"], "no tokenizer here"),
         (["--model", "FOLDER", "--lora", "nowhere"], "nowhere"),
         (["--model", "FOLDER", "--device", "abacus"], "--device abacus"),
-        (["--model", "FOLDER", "--prompt", "你好" * 400], "the context has 512"),
+        (["--model", "FOLDER", "--prompt", "你好" * 400], "the context 512"),
         ([], "there is no run under runs/"),
     ],
 )
@@ -265,7 +264,7 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, message, folder, capsys, t
     assert message in line
 
 
-def test_a_byte_order_mark_is_no_part_of_the_question(monkeypatch):
+def test_a_byte_order_mark_is_removed(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffhi\n"))
     assert _one_shot(Args()) == "hi"
 
@@ -277,7 +276,7 @@ def test_standard_input_that_is_empty(folder, capsys, monkeypatch):
         assert "standard input is empty" in capsys.readouterr().err
 
 
-def test_the_command_lists_what_there_is(capsys):
+def test_the_command_lists_its_subcommands(capsys):
     assert cli.run([]) == 2 and cli.run(["--help"]) == 0
     assert cli.run(["--version"]) == 0
     out = capsys.readouterr().out
