@@ -69,7 +69,7 @@ class ValueModel(Model):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        unfolding: SharedPrefix | None = None,
+        shared_prefix: SharedPrefix | None = None,
         return_logits: bool = False,
     ) -> ValueOutput:
         """As of Model, with the values; logits only on request."""
@@ -78,7 +78,7 @@ class ValueModel(Model):
             position_ids=position_ids,
             cu_seqlens=cu_seqlens,
             attention_mask=attention_mask,
-            unfolding=unfolding,
+            shared_prefix=shared_prefix,
             return_logits=return_logits,
         )
         hidden = out.hidden_states

@@ -1,6 +1,6 @@
 """Let a small model learn from a larger one: `python train/distill.py` takes the newest pretraining run for a teacher.
 
-White-box distillation (docstring of minimind/objectives/distillation.py): the student learns the next token and the
+White-box distillation (docstring of minimind/objectives/next_token.py): the student learns the next token and the
 teacher's whole distribution over it. A pretrained teacher teaches over packed text; one that was taught to answer, over
 packed conversations, the assistant's tokens of them. Run the same command again after any interruption and it continues
 where the last checkpoint was. Every run leaves a folder under runs/ with its metrics, plots, samples and weights.
@@ -24,7 +24,7 @@ from rich.console import Console
 
 from minimind.data import Corpus, PackedLoader, builtin_conversations, builtin_corpus
 from minimind.modeling import Model
-from minimind.objectives.distillation import Distillation, DivergenceName, distillation_loss
+from minimind.objectives.next_token import Distillation, DivergenceName, distillation_loss
 from minimind.tokenization import ChatEncoder, Tokenizer
 from minimind.training.adapters import AdapterArgs, Adapting
 from minimind.training.arguments import FromFlag

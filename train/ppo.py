@@ -41,9 +41,15 @@ from rich.console import Console
 from torch import Tensor
 
 from minimind.objectives.advantages import gae, token_rewards, value_shift, whiten
-from minimind.objectives.policy import PolicyBatch, policy_loss
+from minimind.objectives.policy import (
+    PolicyBatch,
+    actor_critic_loss,
+    explained_variance,
+    policy_loss,
+    value_loss,
+    value_room,
+)
 from minimind.objectives.surrogates import Objective, clip, with_terms
-from minimind.objectives.values import actor_critic_loss, explained_variance, value_loss, value_room
 from minimind.training.adapters import saver
 from minimind.training.rl.actor_critic import (
     ActorCritic,

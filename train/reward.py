@@ -1,7 +1,7 @@
 """Train a model that tells good answers from bad ones: `python train/reward.py` goes on from the newest SFT run.
 
 The score is a number read off the last token of an answer (minimind/value_head.py), taught by pairs of answers of which
-one is preferred (docstring of minimind/objectives/reward_model.py). The run's folder is a reward for reinforcement
+one is preferred (docstring of minimind/objectives/preference.py). The run's folder is a reward for reinforcement
 learning: --reward model=runs/reward-...:1 of train/grpo.py and its like; transformers opens the checkpoints of dense
 models as sequence classifiers. Run the same command again after any interruption and it continues where the last
 checkpoint was. Every run leaves a folder under runs/ with its metrics, plots, scored samples and weights.
@@ -24,7 +24,7 @@ from rich.console import Console
 
 from minimind.data import Corpus
 from minimind.data.pair_loader import PairLoader
-from minimind.objectives.reward_model import bradley_terry, reward_loss
+from minimind.objectives.preference import bradley_terry, reward_loss
 from minimind.tokenization import ChatEncoder
 from minimind.training.adapters import AdapterArgs, Adapting
 from minimind.training.arguments import FromFlag

@@ -1,6 +1,6 @@
 """Teach a chat model by rewards, one answer to each prompt: `python train/spo.py` works as it is, on made sums.
 
-Single-stream policy optimisation (Xu & Ding 2025, arXiv 2509.13232; docstring of minimind/objectives/value_tracker.py).
+Single-stream policy optimisation (Xu & Ding 2025, arXiv 2509.13232; docstring of minimind/objectives/advantages.py).
 Every prompt has a running estimate of how well the model does on it, which outlives the rollout; an answer is better or
 worse than that, and advantages are normalised over the whole rollout. No prompt needs a group of answers, no rollout is
 lost to groups that agree, and prompts whose outcome is least certain are asked most often. Run the same command again
@@ -33,10 +33,9 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from minimind.objectives.advantages import whiten
+from minimind.objectives.advantages import ValueTracker, whiten
 from minimind.objectives.policy import policy_loss
 from minimind.objectives.surrogates import clip, with_terms
-from minimind.objectives.value_tracker import ValueTracker
 from minimind.rewards import Rewards
 from minimind.training.rl.arguments import NormName, RolloutArgs
 from minimind.training.rl.rollouts import Answer, DrawnPrompt

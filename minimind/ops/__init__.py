@@ -122,20 +122,20 @@ def rope(
     sin: Tensor,
     position_ids: Tensor,
     heads: int,
-    groups: int,
+    kv_heads: int,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q and k of a packed projection, RMS-normalised per head if weights [D] are given, then rotated; v as it is.
 
-    qkv [B, T, (heads + 2 groups) D]; cos, sin float32 [P, D / 2]; position_ids int [B or 1, T], rows of them.
-    Returns q [B, T, heads, D], k and v [B, T, groups, D]. Pairs are (i, i + D / 2), as in HF Llama.
+    qkv [B, T, (heads + 2 kv_heads) D]; cos, sin float32 [P, D / 2]; position_ids int [B or 1, T], rows of them.
+    Returns q [B, T, heads, D], k and v [B, T, kv_heads, D]. Pairs are (i, i + D / 2), as in HF Llama.
     """
     if _kernels(qkv):
-        return _rope.rope(qkv, cos, sin, position_ids, heads, groups, q_weight, k_weight, eps)
+        return _rope.rope(qkv, cos, sin, position_ids, heads, kv_heads, q_weight, k_weight, eps)
     norm = _norm.rms_norm_ref if _mode == "reference" else rms_norm
-    return _rope.rope_ref(qkv, cos, sin, position_ids, heads, groups, q_weight, k_weight, eps, norm)
+    return _rope.rope_ref(qkv, cos, sin, position_ids, heads, kv_heads, q_weight, k_weight, eps, norm)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

@@ -43,30 +43,30 @@ class Stack:
     real: Tensor | None
     tokens: Tensor
 
-    def take(self, x: Tensor, groups: int, zero_padding: bool = False) -> Tensor:
-        """x [N, H, D] -> [documents * groups, H / groups, length, D], at least float32."""
+    def take(self, x: Tensor, kv_heads: int, zero_padding: bool = False) -> Tensor:
+        """x [N, H, D] -> [documents * kv_heads, H / kv_heads, length, D], at least float32."""
         if self.real is None or not zero_padding:
             rows = x.index_select(0, self.index)
         else:
             rows = x.new_zeros(len(self.index), *x.shape[1:])
             rows.index_copy_(0, self.real, x.index_select(0, self.tokens))
-        rows = rows.view(self.documents, self.length, groups, -1, x.shape[2]).permute(0, 2, 3, 1, 4)
+        rows = rows.view(self.documents, self.length, kv_heads, -1, x.shape[2]).permute(0, 2, 3, 1, 4)
         wide = torch.empty(rows.shape, dtype=torch.promote_types(x.dtype, torch.float32))
         return wide.copy_(rows).flatten(0, 1)
 
     def put(self, rows: Tensor, into: Tensor) -> None:
-        """The inverse of `take`: rows [documents * groups, R, length, D] to their places in `into` [N, H, D]."""
+        """The inverse of `take`: rows [documents * kv_heads, R, length, D] to their places in `into` [N, H, D]."""
         rows = rows.unflatten(0, (self.documents, -1)).permute(0, 3, 1, 2, 4)
         flat = torch.empty(rows.shape, dtype=into.dtype).copy_(rows).view(-1, *into.shape[1:])
         into.index_copy_(0, self.tokens, flat if self.real is None else flat.index_select(0, self.real))
 
-    def tiles(self, groups: int, heads: int) -> Iterator[tuple[slice, slice]]:
-        """(documents and groups, query rows) whose scores are in the cache together."""
+    def tiles(self, kv_heads: int, heads: int) -> Iterator[tuple[slice, slice]]:
+        """(documents and kv_heads, query rows) whose scores are in the cache together."""
         query_rows = -(-self.length // max(1, round(self.length / _QUERY_ROWS)))
         for start in range(0, self.length, query_rows):
             stop = min(start + query_rows, self.length)
-            at_once = max(1, _TILE_SCORES // ((stop - start) * stop * (heads // groups)))
-            for first in range(0, self.documents * groups, at_once):
+            at_once = max(1, _TILE_SCORES // ((stop - start) * stop * (heads // kv_heads)))
+            for first in range(0, self.documents * kv_heads, at_once):
                 yield slice(first, first + at_once), slice(start, stop)
 
 
@@ -139,10 +139,10 @@ def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
 
 def _stack_forward(stack: Stack, given: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
     """q, k, v -> out at the stack's tokens."""
-    heads, groups = given[0].shape[1], given[1].shape[1]
-    q, k, v = (stack.take(t, groups) for t in given)
+    heads, kv_heads = given[0].shape[1], given[1].shape[1]
+    q, k, v = (stack.take(t, kv_heads) for t in given)
     rows_out = torch.empty_like(q)
-    for part, rows in stack.tiles(groups, heads):
+    for part, rows in stack.tiles(kv_heads, heads):
         p = _probabilities(q[part], k[part], rows)
         tile = torch.bmm(p, v[part, 0, : rows.stop])
         rows_out[part, :, rows] = tile.unflatten(1, (-1, rows.stop - rows.start))
@@ -167,11 +167,11 @@ def _stack_backward(
     stack: Stack, given: tuple[Tensor, Tensor, Tensor, Tensor], wanted: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     """dout, q, k, v -> dq, dk, dv at the stack's tokens."""
-    heads, groups, scale = given[1].shape[1], given[2].shape[1], given[1].shape[2] ** -0.5
+    heads, kv_heads, scale = given[1].shape[1], given[2].shape[1], given[1].shape[2] ** -0.5
     # a gradient of 0 keeps padding without effect
-    dout, q, k, v = (stack.take(t, groups, zero_padding=t is given[0]) for t in given)
+    dout, q, k, v = (stack.take(t, kv_heads, zero_padding=t is given[0]) for t in given)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for part, rows in stack.tiles(groups, heads):
+    for part, rows in stack.tiles(kv_heads, heads):
         keys = slice(0, rows.stop)
         p = _probabilities(q[part], k[part], rows)
         do = _flat(dout[part], rows)

@@ -95,8 +95,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds) -> Tensor:
     if TAKES_FEWER_HEADS:
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     elif EXPAND:
-        groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     return varlen_attn(q, k, v, *bounds, window_size=(-1, 0), **options)
 
 

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 
 from minimind.objectives.advantages import gae, whiten
+from minimind.objectives.policy import value_losses
 from minimind.objectives.surrogates import Objective, PolicyTokens, SampledTokens, clip
-from minimind.objectives.values import value_losses
 
 CELLS, START, STEPS, GAMMA, LAM = 6, 1, 8, 0.95, 0.9
 RIGHT_END, LEFT_END = 1.0, 0.3

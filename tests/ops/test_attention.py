@@ -16,7 +16,7 @@ from minimind.ops.attention import (
     SharedPrefix,
     SharedPrefixLayout,
     VarlenLayout,
-    _Unfold,
+    _CopyToDocuments,
     attention_name,
     make_layout,
 )
@@ -147,10 +147,10 @@ def test_documents_that_share_their_beginning(form, dtype):
                 sees[token, document[: i + 1]] = True
             rows += document if answer or not first else []
             ends.append(len(rows))
-    unfolding = SharedPrefix(torch.tensor(rows), torch.tensor(ends, dtype=torch.int32), places_of(rows, total))
-    layout = make_layout(1, total, CPU, dtype, boundaries([total]), unfolding=unfolding)
+    shared_prefix = SharedPrefix(torch.tensor(rows), torch.tensor(ends, dtype=torch.int32), places_of(rows, total))
+    layout = make_layout(1, total, CPU, dtype, boundaries([total]), shared_prefix=shared_prefix)
     assert isinstance(layout, SharedPrefixLayout) and isinstance(layout.documents, DocumentLayout)
-    plain = make_layout(1, total, CPU, dtype, boundaries([total]), fused=False, unfolding=unfolding)
+    plain = make_layout(1, total, CPU, dtype, boundaries([total]), fused=False, shared_prefix=shared_prefix)
     mask = MaskLayout(sees[None, None])
     assert isinstance(plain, MaskLayout) and torch.equal(plain.mask, mask.mask)
     assert_contract(
@@ -185,7 +185,7 @@ def test_copies_of_a_beginning_are_added_up_in_float32_and_in_order(dtype):
 
     def gradient(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         x = torch.zeros(10, 4, 8, dtype=dtype, device=DEVICE, requires_grad=True)
-        read = _Unfold.apply(x, layout.rows, layout.places)
+        read = _CopyToDocuments.apply(x, layout.rows, layout.places)
         (read[:-64] * copies.to(dtype)).sum().backward()
         q, k, v = (torch.ones(1, *x.shape, dtype=dtype, device=DEVICE, requires_grad=True) for _ in range(3))
         (layout.attend(q, k, v) * weight.to(dtype)).sum().backward()

@@ -151,11 +151,11 @@ def test_a_classifier_of_transformers(classifier):
         assert_within(torch.tensor(reward(SAMPLES), dtype=alone.dtype), alone, exact, f"limit {limit}")
 
 
-def test_what_is_no_reward_model_is_refused(classifier, tmp_path):
+def test_a_folder_without_a_reward_model_is_refused(classifier, tmp_path):
     transformers = pytest.importorskip("transformers", reason="install minimind[export]: needs transformers")
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        ValueError, match=r"--reward model=.*empty: no config.json in it; name a run of train/reward.py"
+        ValueError, match=r"--reward model=.*empty: it has no config.json; name a run of train/reward.py"
     ):
         parse_rewards([f"model={tmp_path / 'empty'}"])
     config = transformers.AutoConfig.from_pretrained(classifier)
@@ -163,7 +163,7 @@ def test_what_is_no_reward_model_is_refused(classifier, tmp_path):
     three = tmp_path / "three"
     shutil.copytree(classifier, three)
     transformers.LlamaForSequenceClassification(config).save_pretrained(three)
-    with pytest.raises(ValueError, match="a classifier of 3 labels; a reward model has one"):
+    with pytest.raises(ValueError, match="a classifier with 3 labels; a reward model has one"):
         model_reward(str(three), CPU)
     broken = tmp_path / "broken"
     shutil.copytree(classifier, broken)

@@ -71,7 +71,7 @@ def float8_scales(model: Model) -> tuple[Tensor, Tensor]:
 def largest_possible(layer: Block, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """What no number of the layer's keys and of its values can exceed, for each head: float32 [G] twice."""
     attention, dim = layer.self_attn, config.head_dim
-    heads, groups = attention.heads, attention.groups
+    heads, groups = attention.heads, attention.kv_heads
     rows = attention.qkv_proj.weight.float() * layer.input_layernorm.weight.float()  # [(H + 2 G) D, C]
     reach = rows.norm(dim=1).view(heads + 2 * groups, dim) * rows.shape[1] ** 0.5
     keys, values = reach[heads : heads + groups], reach[heads + groups :]

@@ -28,7 +28,7 @@ from minimind.training.parallel import Parallel
 from minimind.training.parts import DataSplit, NamedFiles, form_of, open_parts
 from minimind.training.stages.answers import HeldOutQuestion
 
-_UNREAD = 64  # tokens of a document that pads an unfolding: short, as attention costs their square
+_UNREAD = 64  # tokens of a document that pads a shared prefix: short, as attention costs their square
 # What preference_loss tells besides the loss, in the order of metrics.jsonl.
 FIGURES = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_log_prob", "rejected_log_prob", "ranking")
 
@@ -129,12 +129,12 @@ def to_device(
     counts = batch.num_targets, batch.global_num_targets, batch.global_num_pairs
     named: dict[str, Any] = dict(zip(("reference_chosen", "reference_rejected"), more[: len(scores)], strict=False))
     if once:
-        named |= {"position_ids": more[len(scores)], "unfolding": SharedPrefix(*more[len(scores) + 1 :])}
+        named |= {"position_ids": more[len(scores)], "shared_prefix": SharedPrefix(*more[len(scores) + 1 :])}
     return PreferenceBatch(input_ids, targets, bounds, chosen, rejected, *counts, prompt=prompt, **named)
 
 
 def unfold(batch: PairBatch, boundaries: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The arrays of an Unfolding: a chosen side stands behind its prompt already, before a rejected answer the prompt
+    """The arrays of a SharedPrefix: a chosen side stands behind its prompt already, before a rejected answer the prompt
     is read again. boundaries: those that cu_seqlens is padded to; the tokens read are then padded to twice the batch,
     more than which no prompts can make of it, with documents that nothing is taken from: one shape, compiled once."""
     bounds, total = batch.cu_seqlens.astype(np.int64), batch.input_ids.size
