@@ -1,6 +1,6 @@
 """MiniMind: train tiny language models from scratch, as fast as the hardware allows.
 
-The names below are the stable public API. They load on first use, so that data workers, which need no torch,
+The names below are the stable public API. They are imported on first use, so data workers, which do not need torch,
 start quickly.
 """
 
@@ -26,11 +26,12 @@ def __getattr__(name: str) -> Any:
 
 
 def _map_kernels() -> None:
-    """In a checkout, minimind.kernels is the folder kernels/ beside this package (setup.py maps it on install)."""
-    beside = Path(__file__).parent.parent / "kernels"
-    if not (Path(__file__).parent / "kernels").is_dir() and beside.is_dir():
+    """In a checkout, make the folder kernels/ next to this package importable as minimind.kernels; setup.py does the
+    same in an installation."""
+    folder = Path(__file__).parent.parent / "kernels"
+    if not (Path(__file__).parent / "kernels").is_dir() and folder.is_dir():
         spec = ModuleSpec("minimind.kernels", None, is_package=True)
-        spec.submodule_search_locations = [str(beside)]
+        spec.submodule_search_locations = [str(folder)]
         sys.modules[spec.name] = globals()["kernels"] = module_from_spec(spec)
 
 

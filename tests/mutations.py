@@ -102,22 +102,15 @@ MUTATIONS = (
     Mutation(
         "p is rounded to the logits' dtype before 1 is taken off it",
         "kernels/linear_cross_entropy.py",
-        "b_at_target = b_scale * (expm1(b_log_p) +",
-        "b_at_target = b_scale * (tl.exp(b_log_p).to(p_row.dtype.element_ty).to(tl.float32) - 1.0 +",
+        "b_at_target = b_scale * expm1(b_log_p)",
+        "b_at_target = b_scale * (tl.exp(b_log_p).to(p_row.dtype.element_ty).to(tl.float32) - 1.0)",
         "tests/kernels/test_linear_cross_entropy.py::test_linear_cross_entropy",
     ),
     Mutation(
-        "the sum of weights does not divide",
+        "the PyTorch form loses the weight in the target's gradient",
         "kernels/linear_cross_entropy.py",
-        "scale = scale / divisor",
-        "scale = scale * divisor",
-        "tests/kernels/test_linear_cross_entropy.py::test_as_training_calls_it",
-    ),
-    Mutation(
-        "the PyTorch form forgets the z-loss in the target's gradient",
-        "kernels/linear_cross_entropy.py",
-        "scale * (log_p.expm1() + log_p.exp() * more)",
         "scale * log_p.expm1()",
+        "log_p.expm1()",
         "tests/kernels/test_linear_cross_entropy.py::test_linear_cross_entropy",
     ),
     Mutation(
@@ -142,17 +135,10 @@ MUTATIONS = (
         "tests/kernels/test_linear_cross_entropy.py::test_factors_on_a_bfloat16_gradient",
     ),
     Mutation(
-        "the soft cap's slope is that of its root",
-        "kernels/chunked_linear.py",
-        "return 1.0 - b_tanh * b_tanh",
-        "return 1.0 - b_tanh",
-        "tests/kernels/test_linear_cross_entropy.py::test_linear_cross_entropy",
-    ),
-    Mutation(
         "the temperature does not divide the gradient",
         "kernels/linear_log_probs.py",
-        "        b_dz *= b_inverse_t\n",
-        "",
+        "b_dz * b_inverse_t, mask",
+        "b_dz, mask",
         "tests/kernels/test_linear_log_probs.py::test_linear_log_probs",
     ),
     Mutation(
@@ -165,8 +151,8 @@ MUTATIONS = (
     Mutation(
         "the PyTorch form measures from the stored maximum without the temperature",
         "kernels/linear_log_probs.py",
-        "log_p = z.sub_(stats[0]).div_(temperature).sub_(stats[1])",
-        "log_p = z.sub_(stats[0]).sub_(stats[1])",
+        "log_p = logits.float().sub_(stats[0]).div_(temperature).sub_(stats[1])",
+        "log_p = logits.float().sub_(stats[0]).sub_(stats[1])",
         "tests/kernels/test_linear_log_probs.py::test_linear_log_probs",
     ),
     Mutation(
@@ -1419,14 +1405,14 @@ MUTATIONS = (
     Mutation(
         "an adapter takes whatever lies under its base's name",
         "minimind/lora_files.py",
-        "return None if known.split()[-1] == own.split()[-1] else",
-        "return None if known.split()[0] == own.split()[0] else",
+        "return None if same else",
+        "return None if expected.split()[0] == actual.split()[0] else",
         "tests/test_lora_files.py",
     ),
     Mutation(
         "nobody is told that a base is known by its name alone",
         "minimind/inference/loading.py",
-        "if args.lora is None and named_alone(adapter_folder(lora)):",
+        "if args.lora is None and names_base_only(adapter_folder(lora)):",
         "if False:",
         "tests/export/test_command.py::test_whom_a_name_is_taken_for_is_said",
     ),

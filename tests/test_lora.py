@@ -314,7 +314,7 @@ def test_targets_and_names_that_do_not_exist_are_refused():
         add_adapter(model, LoRAConfig(), "a")
     with pytest.raises(ValueError, match="no adapter 'b' in this model; it has a"):
         set_adapters(model, ["a", "b"])
-    with pytest.raises(ValueError, match="without dots"):
+    with pytest.raises(ValueError, match="must not be empty or contain dots"):
         add_adapter(model, LoRAConfig(), "a.b")
 
 

@@ -11,10 +11,10 @@ from minimind.lora import TARGETS, LoRAConfig, lora_linears
 from minimind.lora_files import (
     adapter_config,
     adapter_state,
-    another_base,
-    base_of,
+    base_mismatch,
+    find_base,
     load_adapter,
-    named_alone,
+    names_base_only,
     save_adapter,
 )
 from minimind.modeling import Model
@@ -140,8 +140,8 @@ def test_adapters_of_another_model_are_refused(tmp_path):
     state = load_file(weights)
     for old, new, message in (
         ("self_attn.q_proj", "mlp.experts.0.up_proj", "routed experts take no adapter"),
-        ("self_attn.q_proj", "self_attn.w_proj", "which this model has not"),
-        ("lora_A", "lora_embedding_A", "no LoRA matrix"),
+        ("self_attn.q_proj", "self_attn.w_proj", "not a projection of this model"),
+        ("lora_A", "lora_embedding_A", "not a LoRA matrix"),
         ("lora_A", "lora_B", r"need \{'A'"),
     ):
         save_file({k.replace(old, new): v for k, v in state.items()}, weights)
@@ -187,10 +187,10 @@ def test_an_adapter_finds_the_base_that_it_was_trained_on(noted, project, tmp_pa
     place, base, folder = project
     if not noted:
         without_note(folder, base)
-    assert base_of(folder).resolve() == base
+    assert find_base(folder).resolve() == base
     place.rename(tmp_path / "moved")
     moved = tmp_path / "moved" / folder.relative_to(place)
-    assert base_of(moved).resolve() == tmp_path / "moved" / base.relative_to(place)
+    assert find_base(moved).resolve() == tmp_path / "moved" / base.relative_to(place)
 
 
 @pytest.mark.parametrize("noted", [True, False])
@@ -200,17 +200,17 @@ def test_another_model_in_the_bases_place_is_refused(noted, project):
         without_note(folder, base)
     known = fingerprint(base)
     save_weights(make("qk_norm"), base)
-    message = rf"step-00000001: trained on {known}, and .*step-00000002 holds step-00000002 \w+; give --model BASE"
+    message = rf"step-00000001: trained on {known}, but .*step-00000002 holds step-00000002 \w+; give --model BASE"
     with pytest.raises(ValueError, match=message):
-        base_of(folder)
-    assert "trained on" in another_base(folder, base)
+        find_base(folder)
+    assert "trained on" in base_mismatch(folder, base)
 
 
 def test_a_base_that_is_only_named_is_told_of(project):
     """As peft's adapters do: the name means another model here than where it was trained."""
     _, base, folder = project
-    assert not named_alone(folder)
+    assert not names_base_only(folder)
     without_note(folder, base)
-    assert not named_alone(folder)
+    assert not names_base_only(folder)
     (folder.parents[1] / "config.json").unlink()
-    assert named_alone(folder)
+    assert names_base_only(folder)

@@ -100,7 +100,7 @@ def test_unreadable_files_are_named(tmp_path):
 )  # fmt: skip
 def test_a_broken_config_json_is_named_in_one_line(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json: not a model's config \(.+\)") as caught:
+    with pytest.raises(ValueError, match=r"config\.json: not a valid model config \(.+\)") as caught:
         ModelConfig.from_json(tmp_path / "config.json")
     assert "\n" not in str(caught.value)
 

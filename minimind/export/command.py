@@ -25,7 +25,7 @@ from minimind.export.pth import export_pth
 from minimind.export.quantize import quantize, quantizer
 from minimind.inference.loading import LoadedModel, WeightArgs, open_weights
 from minimind.lora import adapter_names, remove_adapters
-from minimind.lora_files import adapter_config, note_base, save_adapter
+from minimind.lora_files import adapter_config, save_adapter, write_base
 from minimind.weights import fingerprint
 
 DType = Literal["auto", "fp32", "fp16", "bf16", "q8_0", "q4_k_m"]
@@ -109,7 +109,7 @@ def write_hf(opened: LoadedModel, out: Path, dtype: str) -> list[str]:
             remove_adapters(opened.model)
         export_hf(opened.model, opened.tokenizer, folder, _TORCH[dtype])
         if adapted:
-            note_base(folder / "adapter", out.resolve(), "..", fingerprint(folder))
+            write_base(folder / "adapter", out.resolve(), "..", fingerprint(folder))
     lines = [f"{out}: {_size(out)}, {dtype}, for transformers, vLLM and trl"]
     if not adapted:
         return [*lines, f"next: minimind chat --model {_quoted(out)}; vllm serve {_quoted(out)}"]

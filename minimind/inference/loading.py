@@ -14,7 +14,7 @@ import tyro
 from minimind.config import PRESETS, ModelConfig, YarnScaling
 from minimind.inference.decode.cache_dtype import FLOAT8, KVDTypeName
 from minimind.lora import merge_adapter, remove_adapters
-from minimind.lora_files import CONFIG, adapter_folder, another_base, base_of, load_adapter, named_alone
+from minimind.lora_files import CONFIG, adapter_folder, base_mismatch, find_base, load_adapter, names_base_only
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer, load_tokenizer, require_same_ids, tokenizer_beside
 from minimind.utils.device import choose_device, choose_precision
@@ -98,9 +98,9 @@ def open_weights(
         notes.append(config.padding_note)
     model = load_model(path, config, device)
     if lora is not None:
-        if args.lora is None and named_alone(adapter_folder(lora)):
+        if args.lora is None and names_base_only(adapter_folder(lora)):
             notes.append(f"{lora}: only says the name of its base model; {path.absolute()} is taken for it")
-        if other := another_base(adapter_folder(lora), _weights_of(path)):
+        if other := base_mismatch(adapter_folder(lora), _weights_of(path)):
             notes.append(f"{lora}: {other}; right if that is the same model in another form")
         _adapt(model, lora, merge)
     return LoadedModel(model, tokenizer, dtype, _stage_of(given), given if given.is_dir() else None, notes, lora)
@@ -143,7 +143,7 @@ def _tokenizer_of(path: Path, lora: Path | None, args: WeightArgs, notes: list[s
     model, meant = f"--model {path}", args.new_tokenizer
     own = tokenizer_beside(path) or tokenizer_beside(_weights_of(path))
     if lora is not None and (adapted := tokenizer_beside(adapter_folder(lora))) is not None:
-        if own is not None and args.lora is not None:  # else base_of has compared the weights
+        if own is not None and args.lora is not None:  # else find_base has compared the weights
             way_out = "name the model that the adapter was trained on, or add --new-tokenizer if that is meant"
             require_same_ids(adapted, f"--lora {lora}", own, model, way_out, meant)
         own = adapted
@@ -184,7 +184,7 @@ def _base_and_adapter(path: Path, lora: str | None) -> tuple[Path, Path | None]:
     folder = adapter_folder(path)
     if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
         return path, None
-    return base_of(folder), path
+    return find_base(folder), path
 
 
 def _weights_of(path: Path) -> Path:

@@ -80,7 +80,7 @@ class Runner:
             raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
         config = self._model.config
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        varlen.learn_heads(self._device, varlen.Heads(*heads, self._dtype))
+        varlen.detect_grouped_heads(self._device, varlen.Heads(*heads, self._dtype))
         asked = backend if backend != "auto" else decode_ops.get_backend()
         self._native, self._reason = asked != "reference" and missing is None, missing
         self._rope, self._attention, self._sample = _native_ops() if self._native else _REFERENCE

@@ -218,7 +218,7 @@ def attention_name(device: torch.device, dtype: torch.dtype | None, fused: bool)
         return "masked"
     if device.type == "cpu":
         return "documents"
-    return varlen.taken() if dtype in (torch.bfloat16, torch.float16) else "masked"
+    return varlen.chosen() if dtype in (torch.bfloat16, torch.float16) else "masked"
 
 
 def _visible(shared_prefix: SharedPrefix, batch: int, length: int) -> Tensor:

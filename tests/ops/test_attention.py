@@ -228,7 +228,7 @@ def test_which_form_runs():
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_name_is_that_of_the_layout(monkeypatch, fused, dtype):
     """In rows of benchmarks and in a run's versions.json."""
-    monkeypatch.setattr(varlen, "_taken", "flash3")
+    monkeypatch.setattr(varlen, "_chosen", "flash3")
     names = {MaskLayout: "masked", DocumentLayout: "documents", VarlenLayout: "flash3"}
     layout = make_layout(1, 8, torch.device("cpu"), dtype, torch.tensor([0, 3, 8]), fused=fused)
     assert attention_name(torch.device("cpu"), dtype, fused) == names[type(layout)]

@@ -147,7 +147,7 @@ def test_unknown_mode_is_refused():
 
 def test_kernels_that_cannot_run_are_an_error_not_a_fallback(monkeypatch):
     monkeypatch.setattr(ops, "why_no_triton", lambda device: "triton is not installed")
-    with pytest.raises(ValueError, match="cannot be met: triton is not installed"):
+    with pytest.raises(ValueError, match="cannot run here: triton is not installed"):
         ops.set_mode("kernels")
     assert ops.get_mode() == "fused"
 

@@ -36,7 +36,7 @@ class Machine:
         monkeypatch.setattr(varlen, "varlen_attn", self.operator)
         monkeypatch.setattr(varlen, "TAKES_FEWER_HEADS", takes_fewer_heads)
         monkeypatch.setattr(varlen, "_HAS_PAGES", True)
-        for name in ("EXPAND", "PAGED", "_flash2", "_taken"):  # put back afterwards
+        for name in ("EXPAND", "PAGED", "_flash2", "_chosen"):  # put back afterwards
             monkeypatch.setattr(varlen, name, getattr(varlen, name))
         monkeypatch.setattr(varlen, "_installed", lambda module: module in installed)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -45,7 +45,7 @@ class Machine:
         monkeypatch.setitem(__import__("sys").modules, "flash_attn", module)
         for name, answer in (("activate", self.activate), ("restore", self.restore), ("current", lambda: self.active)):
             monkeypatch.setattr(torch.nn.attention, f"{name}_flash_attention_impl", answer, raising=False)
-        varlen.learn_heads.cache_clear()
+        varlen.detect_grouped_heads.cache_clear()
 
     def activate(self, name):
         if name in self.fails:
@@ -96,17 +96,17 @@ def test_a_package_that_does_not_work_is_passed_over_and_said(monkeypatch):
     assert line.startswith(
         "attention: FlashAttention 2 of PyTorch; FlashAttention 3 would be faster: it does not load:"
     )
-    assert line.endswith("FlashAttention 4 would be faster: it computes something else here") and "\n" not in line
+    assert line.endswith("FlashAttention 4 would be faster: it gives wrong results here") and "\n" not in line
     assert machine.active is None and varlen.PAGED
 
 
 @pytest.mark.parametrize(
     "name, capability, installed, fails, message",
     [
-        ("flash3", (8, 0), ALL, (), r"flash3: it is for compute capability 9\.x, and this GPU has 8\.0; use"),
+        ("flash3", (8, 0), ALL, (), r"flash3: it supports compute capability 9\.x, and this GPU has 8\.0; use"),
         ("flash4", (9, 0), [], (), r"flash_attn\.cute\.interface is not installed \(pip install flash-attn-4\)"),
         ("flash3", (9, 0), ALL, ("FA3",), "it does not load: FA3 was built for another torch; use --attention torch"),
-        ("flash4", (10, 0), ALL, ("wrong FA4",), "it computes something else here"),
+        ("flash4", (10, 0), ALL, ("wrong FA4",), "it gives wrong results here"),
     ],
 )
 def test_a_named_one_that_cannot_be_had_is_an_error(monkeypatch, name, capability, installed, fails, message):
@@ -119,9 +119,9 @@ def test_a_named_one_that_cannot_be_had_is_an_error(monkeypatch, name, capabilit
 def test_flash2_is_called_instead_of_pytorchs_operator(monkeypatch):
     machine = Machine(monkeypatch, (8, 6), ALL)
     assert varlen.choose("flash2", CPU, HEADS) == "attention: FlashAttention 2 of flash-attn"
-    assert machine.calls == ["flash2"] and varlen.taken() == "flash2"
+    assert machine.calls == ["flash2"] and varlen.chosen() == "flash2"
     assert varlen.choose("torch", CPU, HEADS) == "attention: FlashAttention 2 of PyTorch"
-    assert varlen._flash2 is None and varlen.taken() == "torch"
+    assert varlen._flash2 is None and varlen.chosen() == "torch"
 
 
 def test_flash4_has_no_pages_on_hopper(monkeypatch):
@@ -159,7 +159,7 @@ def test_a_cpu_has_no_flash_attention(name):
 def test_float32_has_no_flash_attention(monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", SimpleNamespace())
     reason = varlen.why_none(torch.device("cuda"), torch.float32)
-    assert reason == "flash attention takes 16-bit numbers, and the run computes in torch.float32"
+    assert reason == "flash attention needs 16-bit numbers, and the run computes in torch.float32"
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")

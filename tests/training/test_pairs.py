@@ -80,7 +80,7 @@ def test_scores_are_those_of_each_side_alone(ops_mode, tmp_path):
     path, encoder = tmp_path / "pairs.jsonl", ChatEncoder(load_tokenizer())
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     corpus = open_preferences([path], encoder, tmp_path / "cache")
-    model = ValueModel.of(make(TINY))
+    model = ValueModel.from_model(make(TINY))
     torch.nn.init.normal_(model.value_head.weight)
     with ops.using("reference"):
         alone = {name: scores_one_by_one(m, encoder) for name, m in versions(model, terms=256).items()}

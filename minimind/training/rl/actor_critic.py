@@ -37,7 +37,7 @@ class ActorCritic(Model):
         """`model` itself, its modules shared, with a critic copied from it; where an adapter is trained, with another
         adapter on the same frozen weights."""
         both = _around(model, ActorCritic)
-        both.critic = _adapted_critic(model) if lora_linears(model) else ValueModel.of(model)
+        both.critic = _adapted_critic(model) if lora_linears(model) else ValueModel.from_model(model)
         return both
 
 
@@ -45,7 +45,7 @@ def with_value_head(model: Model) -> ValueModel:
     """A policy that shares its trunk with its critic: a copy of `model`, or where an adapter is trained `model`
     itself."""
     if not lora_linears(model):
-        return ValueModel.of(model, keep_head=True)
+        return ValueModel.from_model(model, keep_head=True)
     both, weight = _around(model, ValueModel), model.embed_tokens.weight
     both.value_head.weight = nn.Parameter(weight.new_zeros(1, model.config.hidden_size))
     return both

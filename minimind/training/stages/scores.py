@@ -34,7 +34,7 @@ class InitialValueModel(InitialModel):
     """What a run begins with, the model with a value head of zeros."""
 
     def model(self) -> ValueModel:
-        return ValueModel.of(super().model())
+        return ValueModel.from_model(super().model())
 
 
 def files(adapting: Adapting) -> dict[str, Any]:

@@ -325,7 +325,7 @@ def test_scores_are_clipped_and_normalised_and_rewards_are_told_as_they_are():
 def test_policy_and_critic_come_back_from_a_checkpoint(shared, tmp_path):
     def make(seed: int):
         model = small_model(seed=seed)
-        both = ValueModel.of(model, keep_head=True) if shared else ActorCritic.of(model)
+        both = ValueModel.from_model(model, keep_head=True) if shared else ActorCritic.of(model)
         torch.nn.init.normal_(critic_of(both).value_head.weight)
         return both
 
