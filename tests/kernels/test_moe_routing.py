@@ -186,7 +186,7 @@ def test_opcheck():
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (lambda x: route(x, 6, True), "top_k is 6; of 5 experts a token can choose 1 to 5"),
+        (lambda x: route(x, 6, True), "top_k is 6; with 5 experts a token can choose 1 to 5"),
         (lambda x: route(x, 0, True), "top_k is 0"),
         (lambda x: route(x.repeat(1, 4), 17, True), "choose 1 to 16"),
         (lambda x: route(x.repeat(1, 52), 2, True), "260 experts"),

@@ -233,7 +233,7 @@ def test_opcheck(norm):
     "bad, message",
     [
         (dict(qkv=lambda t: t.double()), "qkv is torch.float64"),
-        (dict(qkv=lambda t: t[:, :-1]), r"qkv is \[5, 127\]; 4 \+ 2 x 2 heads of 16 need a last dimension of 128"),
+        (dict(qkv=lambda t: t[:, :-1]), r"qkv is \[5, 127\]; 4 \+ 2 x 2 heads of size 16 need a last dimension of 128"),
         (dict(heads=lambda n: 3), "need a last dimension of 112"),
         (dict(kv_heads=lambda n: 0), "kv_heads 0"),
         (dict(cos=lambda t: t.bfloat16()), r"cos is torch.bfloat16 .* must be float32"),
@@ -244,7 +244,7 @@ def test_opcheck(norm):
         (dict(position_ids=lambda t: t.float()), "position_ids is torch.float32"),
         (dict(position_ids=lambda t: t[:3]), r"position_ids is \[3\], which does not broadcast to qkv's \[5\]"),
         (dict(position_ids=lambda t: t.expand(2, 5)), r"position_ids is \[2, 5\]"),
-        (dict(k_weight=lambda t: None), "give both, or neither"),
+        (dict(k_weight=lambda t: None), "give both q_weight and k_weight, or neither"),
         (dict(q_weight=lambda t: t[1:]), r"q_weight is \[15\], and qkv needs \[16\]"),
         (dict(k_weight=lambda t: t.to("meta")), "k_weight is on meta"),
     ],
