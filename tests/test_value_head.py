@@ -1,4 +1,4 @@
-"""Models with a value head: their values, their trunk, and that transformers reads their files."""
+"""Models with a value head: their values, their trunk, and their files in transformers."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_a_copy_keeps_the_trunk_and_begins_at_zero(changes, keep_head):
 
 
 def test_every_parameter_of_a_critic_has_a_gradient():
-    """DDP stops at one without."""
+    """DDP fails on parameters without a gradient."""
     critic = ValueModel.from_model(make(tie_word_embeddings=False))
     torch.nn.init.ones_(critic.value_head.weight)
     critic(torch.arange(20)[None]).values.sum().backward()

@@ -1,4 +1,4 @@
-"""Opening and saving weights: upstream's names, exact round trips, one clear line for what does not fit."""
+"""Loading and saving weights: upstream's names, exact round trips, and one-line errors."""
 
 import json
 
@@ -126,8 +126,8 @@ def test_config_json_round_trips_and_reads_other_dialects():
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Qwen3Moe", "GraniteMoe"])
-def test_a_config_of_transformers_that_says_little_means_what_it_means_there(kind):
-    """Files older than a key, or written by hand: the base of the rotation would be wrong without a word."""
+def test_missing_keys_have_transformers_defaults(kind):
+    """Files may lack keys; a wrong default, such as RoPE's base, would fail silently."""
     transformers = pytest.importorskip("transformers", reason="install minimind[export] to compare with transformers")
     theirs = getattr(transformers, f"{kind}Config")(hidden_size=64, num_attention_heads=4)
     raw = {"hidden_size": 64, "num_attention_heads": 4, "model_type": theirs.model_type, "moe_intermediate_size": 48}

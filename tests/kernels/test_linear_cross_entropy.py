@@ -17,8 +17,9 @@ both_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def assert_head_contract(kernel, reference, inputs, names):
-    """The contract for float32 results of inputs in any precision, with the same output gradients for all three. That
-    of a scalar loss is 1: dx is made in the forward, and any factor but a power of two rounds it once more."""
+    """Check the contract for float32 results of inputs in any precision, with the same output gradients for all three.
+    The output gradient of a scalar loss is 1: the forward computes dx, and a factor that is no power of two would round
+    it again."""
     truths, plains, mine = (
         head_results(function, inputs, dtype)
         for function, dtype in ((reference, torch.float64), (reference, None), (kernel, None))
@@ -29,7 +30,7 @@ def assert_head_contract(kernel, reference, inputs, names):
 
 
 def head_results(function, inputs, dtype):
-    """Outputs, then the gradients of all inputs; those are taken in `dtype`, or in their own."""
+    """Outputs, then the gradients of all inputs, which are cast to `dtype` if it is given."""
     leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
     result = function(*leaves)
     outputs = [result] if isinstance(result, torch.Tensor) else [t for t in result if t is not None]
@@ -43,18 +44,18 @@ def head_results(function, inputs, dtype):
 
 
 def small_chunks(monkeypatch, rows=16):
-    """`rows` rows at a time, whatever the vocabulary."""
+    """Make chunks of `rows` rows, whatever the vocabulary."""
     monkeypatch.setattr(chunked_linear, "LOGITS_BYTES", {"cpu": 0, "cuda": 0})
     monkeypatch.setattr(chunked_linear, "ROWS_MULTIPLE", rows)
 
 
 def small_tiles(monkeypatch):
-    """Rows are longer than a tile."""
+    """Make rows longer than a tile."""
     monkeypatch.setattr(chunked_linear, "CONFIGS", {80: chunked_linear.Config(whole=64, part=64, per_warp=16)})
 
 
 def as_on_a_device(monkeypatch):
-    """Values may not be looked at, as on a GPU."""
+    """Forbid reading values, as on a GPU."""
     monkeypatch.setattr(chunked_linear, "on_host", lambda tensor: False)
 
 
@@ -230,7 +231,7 @@ def test_nothing_to_learn(monkeypatch, tokens, device, kernels):
 @both_dtypes
 @pytest.mark.parametrize("slack", [0, 3, 30, 100, None])
 def test_num_targets(monkeypatch, slack, dtype, kernels):
-    """The same from any bound, exact, loose, more than there are rows, or none."""
+    """The result does not depend on the bound: exact, loose, above the number of rows, or None."""
     small_chunks(monkeypatch)
     as_on_a_device(monkeypatch)
     x, weight, targets = head(50, dtype=dtype)
@@ -280,7 +281,7 @@ def test_too_small_a_bound_is_nan_on_a_device(monkeypatch, num_targets, kernels)
 
 @both_forms
 def test_too_small_a_bound_is_refused_where_it_can_be_seen(monkeypatch, kernels):
-    monkeypatch.setenv("MINIMIND_CHECK", "1")  # a GPU's tensors are looked at as well
+    monkeypatch.setenv("MINIMIND_CHECK", "1")  # also checks tensors on a GPU
     x, weight, targets = head(6)
     with pytest.raises(ValueError, match="num_targets is 5, but 6 rows count"):
         linear_cross_entropy(x, weight, targets, num_targets=5, kernels=kernels)
@@ -376,7 +377,7 @@ def test_masked_tokens_cost_nothing(monkeypatch, kernels):
 
 
 def test_on_a_gpu_no_part_of_dw_is_rounded_before_the_sum(monkeypatch):
-    """What cuBLAS is asked for, on a machine that need not have it."""
+    """The request to cuBLAS, on a machine that may not have it."""
     on_gpu = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr(torch, "mm", lambda a, b, **options: options)
     assert chunked_linear._product(on_gpu, on_gpu) == {"out_dtype": torch.float32}

@@ -87,11 +87,11 @@ def test_several_chunks(monkeypatch, beta, dtype, kernels):
 @both_forms
 @betas
 def test_a_probability_that_underflows(beta, kernels):
-    """Logits hundreds apart: p, q or both are 0 in float32, and their logarithms are not."""
+    """With logits hundreds apart, p, q or both are 0 in float32, but their logarithms are finite."""
     x, teacher_x = torch.zeros(4, 8, device=DEVICE), torch.zeros(4, 8, device=DEVICE)
     x[:, 0] = torch.tensor([300.0, 0.0, 300.0, 300.0])
     teacher_x[:, 0] = torch.tensor([0.0, 300.0, 300.0, 0.0])
-    teacher_x[3, 1] = 300.0  # each is certain of something else
+    teacher_x[3, 1] = 300.0  # each is certain of another token
     weight = torch.eye(9, 8, device=DEVICE)
     assert_distillation_contract([x, weight, teacher_x, weight], kernels, beta=beta)
     small = [x + rand(4, 8, scale=1e-3), weight, teacher_x, weight]
@@ -100,7 +100,7 @@ def test_a_probability_that_underflows(beta, kernels):
 
 @both_forms
 @betas
-def test_of_equals_nothing_remains(beta, kernels):
+def test_equal_models_have_no_divergence(beta, kernels):
     x, weight, _, _ = heads(9)
     a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
     loss = linear_distillation(a, w, x, weight, beta=beta, kernels=kernels)

@@ -132,7 +132,7 @@ def test_entropy_of_even_logits_is_log_v(kernels):
 @both_forms
 @pytest.mark.parametrize("device", [False, True])
 def test_ignored_rows_are_zero_whatever_is_done_with_them(monkeypatch, device, kernels):
-    """Zeros in the outputs, and no gradient even from a NaN."""
+    """Outputs are 0, and even a NaN output gradient gives no gradient."""
     if device:
         as_on_a_device(monkeypatch)
     x, weight, targets = head(20)
@@ -317,7 +317,7 @@ def test_second_backward(kernels):
 
 @both_forms
 def test_outputs_may_be_overwritten(kernels):
-    """They are not what the backward reads."""
+    """The backward does not read the outputs."""
     x, weight, targets = head(9)
     x.requires_grad_()
     log_probs, entropy = linear_log_probs(x, weight, targets, entropy=True, kernels=kernels)

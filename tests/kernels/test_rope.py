@@ -15,7 +15,8 @@ NORM_NAMES = [*NAMES, "dq_weight", "dk_weight"]
 
 
 def tables_for(size, positions=128):
-    """With YaRN and its attention factor, 1.28: the rotation is not orthogonal, so its gradient is not its inverse."""
+    """Tables with YaRN and its attention factor, 1.28: the rotation is not orthogonal, so its gradient is not its
+    inverse."""
     scaling = YarnScaling(factor=16.0, original_max_position_embeddings=32, attention_factor=None)
     config = ModelConfig(head_dim=size, rope_scaling=scaling, rope_theta=1e4)
     return rope_cos_sin(config, torch.arange(positions, device=DEVICE))
@@ -35,7 +36,7 @@ def projection(*shape, heads, kv_heads, size, dtype=torch.float32):
 
 
 def assert_rope(qkv, ids, heads, kv_heads, size, weights=(), of=lambda outputs: outputs, names=None):
-    """The contract for `of`(q, k, v) as a function of qkv and the weights."""
+    """Check the contract for of(q, k, v) as a function of qkv and the weights."""
     cos, sin = tables_for(size)
     assert_contract(
         lambda x, *w: of(rope(x, cos, sin, ids, heads, kv_heads, *w, eps=EPS)),
@@ -162,7 +163,7 @@ def test_positions_outside_the_tables_take_the_nearest_row(dtype):
     big = torch.iinfo(dtype)
     ids = torch.tensor([0, -1, 4, 5, 1000, big.max, big.min, 2], dtype=dtype, device=DEVICE)
     whole = rand(9, 8, seed=5)
-    cos = whole[2:7]  # what lies around the tables would show
+    cos = whole[2:7]  # values next to the tables would show
     qkv, weights = projection(8, heads=2, kv_heads=1, size=16), weights_for(16, torch.float32)
     for used in ([None, None], weights):
         outputs = torch.ops.minimind.rope(qkv, cos, cos * 2, ids, 2, 1, *used, EPS)
@@ -193,8 +194,8 @@ def test_second_backward(norm):
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_what_is_saved(norm):
-    """Nothing of qkv's size without the norm; with it qkv itself, and one number a head."""
+def test_tensors_saved_for_the_backward(norm):
+    """Without the norm nothing of qkv's size is saved; with it qkv itself and one number per head."""
     qkv, tables, ids = projection(9, heads=4, kv_heads=2, size=16).requires_grad_(), tables_for(16), ids_for(9)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

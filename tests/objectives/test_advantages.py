@@ -1,4 +1,4 @@
-"""Advantages against loops as the papers write them."""
+"""Advantages against loops written as in the papers, and the value tracker."""
 
 import io
 import math
@@ -124,18 +124,18 @@ def test_gae_takes_float32_and_nothing():
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_the_shift_is_what_the_first_states_miss(gamma):
-    """Answers of 3, 1 and 2 tokens; a critic that is right has none, whatever the other states' values."""
+    """Answers of 3, 1 and 2 tokens. The shift of a correct critic is 0, whatever the values of other states."""
     samples = torch.tensor([0, 0, 0, 1, 2, 2])
     rewards, values = column([0.1, 0.2, 2.0, 1.0, -0.3, 5.0]), column([4.0, 7.0, 7.0, 1.0, -2.0, 9.0])
-    told = [0.1 + 0.2 * gamma + 2 * gamma**2, 1.0, -0.3 + 5 * gamma]
+    rewards_to_go = [0.1 + 0.2 * gamma + 2 * gamma**2, 1.0, -0.3 + 5 * gamma]
     shift = value_shift(rewards, values, samples, gamma)
-    assert shift.item() == pytest.approx(sum(told) / 3 - (4.0 + 1.0 - 2.0) / 3, rel=1e-14)
+    assert shift.item() == pytest.approx(sum(rewards_to_go) / 3 - (4.0 + 1.0 - 2.0) / 3, rel=1e-14)
     assert value_shift(rewards, values + shift, samples, gamma).item() == pytest.approx(0, abs=1e-14)
     assert value_shift(column([]), column([]), samples[:0], gamma) == 0
 
 
 def test_shifted_advantages_of_a_new_critic_are_of_quality_and_not_of_place():
-    """Values of 0: unshifted, an answer's last token is better than its first whatever it was worth."""
+    """With values of 0 and no shift, an answer's last token looks better than its first, whatever its quality."""
     samples, scores = torch.tensor([0] * 40 + [1] * 40), column([1.4, 1.2])
     rewards, values = token_rewards(scores, samples), column([0.0] * 80)
     plain, _ = gae(rewards, values, samples)

@@ -39,7 +39,7 @@ def test_load_by_hand(counts, most, least):
 
 
 def rows_of_a_rank(rows: slice, weights: bool) -> TokenBatch:
-    """Rows of four, of ever fewer targets, as one rank of several has them."""
+    """Some of four rows, with ever fewer targets, as the batch of one rank."""
     ids = torch.randint(0, 50, (4, 17), generator=torch.Generator().manual_seed(0))
     targets = ids[:, 1:].clone()
     for row in range(4):
@@ -58,18 +58,18 @@ def test_parts_add_up_to_a_mean(weights):
     torch.manual_seed(0)
     model = Model(CONFIG)
     parts = [rows_of_a_rank(rows, weights) for rows in (slice(0, 1), slice(1, 3), slice(3, 4))]
-    told = [next_token_loss(model, part)[2] for part in parts]
+    metrics = [next_token_loss(model, part)[2] for part in parts]
     alone = [expert_load(model(p.input_ids, cu_seqlens=p.cu_seqlens, return_logits=False)) for p in parts]
     share = [p.num_targets / 40 for p in parts]
     assert sum(share) == 1
     for name in ("max_violation", "min_load"):
-        assert not told[0][name].requires_grad
+        assert not metrics[0][name].requires_grad
         mean = sum(s * float(figures[name]) for s, figures in zip(share, alone, strict=True))
-        logged = sum(float(figures[name]) for figures in told) / parts[0].global_weight
+        logged = sum(float(figures[name]) for figures in metrics) / parts[0].global_weight
         assert logged == pytest.approx(mean, rel=1e-5) and logged > 0
 
 
-def test_a_dense_model_tells_nothing():
+def test_a_dense_model_has_no_metrics():
     dense = Model(dataclasses.replace(CONFIG, num_experts=0, num_shared_experts=0))
     assert len(next_token_loss(dense, rows_of_a_rank(slice(0, 4), False))) == 2
 

@@ -53,7 +53,7 @@ def make(kind: type[Model] = Model, **changes) -> Model:
 
 def batch(name: str = "grpo", **changes) -> PolicyBatch:
     """Rows with a prompt and an answer each; documents of one token, one without targets, empty ones at the end.
-    Numbers away from the targets are NaN: none of them may be looked at."""
+    Numbers away from the targets are NaN, since none of them may be read."""
     ids, cu = documents_batch(DOCUMENTS, 128, 97)
     generator = torch.Generator().manual_seed(1)
     targets = torch.randint(0, 97, ids.shape, generator=generator)
@@ -168,7 +168,7 @@ def test_on_policy_the_ratio_is_one_and_nothing_drifts():
 
 
 def halves(given: PolicyBatch) -> list[PolicyBatch]:
-    """The same rows as two batches of the whole's global numbers."""
+    """The same rows as two batches with the global numbers of the whole."""
     parts = []
     for rows in (slice(0, 2), slice(2, 4)):
         columns = {k: v[rows] for k, v in vars(given).items() if isinstance(v, torch.Tensor) and v.ndim == 2}
@@ -259,7 +259,7 @@ def column(numbers) -> torch.Tensor:
 
 
 def test_losses_and_gradients_by_hand():
-    """(V, V old, return): within the bound; beyond it and past the return; beyond it on the way there."""
+    """(V, V old, return): within the bound; beyond it and past the return; beyond it but short of the return."""
     values, old, returns = column([0.1, 0.9, 0.9, -0.9]), column([0.0] * 4), column([1.0, 0.0, 2.0, -2.0])
     values.requires_grad_()
     losses, clipped = value_losses(values, old, returns, column([0.2] * 4))
@@ -308,7 +308,7 @@ def test_a_shared_trunk_learns_from_both():
 
 
 def test_the_room_of_values_is_in_units_of_what_they_are_off_by():
-    """Rewards ten times as large move values ten times as far; a clip in units of 1 would hold them back."""
+    """Rewards ten times as large allow values to move ten times as far; a fixed clip would not."""
     values, returns = column([0.0, 1.0, 0.0]), column([3.0, 1.0, -4.0])
     room = value_room(values, returns, 0.2)
     assert room.item() == pytest.approx(0.2 * (25 / 3) ** 0.5, rel=1e-14)

@@ -223,7 +223,7 @@ def test_metrics_are_sums_over_pairs():
 
 
 def test_gradients_of_pairs_add_up_over_micro_batches():
-    """Two halves give the whole, whatever shares a batch with what."""
+    """Two halves add up to the whole, whichever pairs share a batch."""
     given, gradients = batch(), []
     for parts in ([slice(0, 4)], [slice(0, 2), slice(2, 4)]):
         model = make()
@@ -317,7 +317,7 @@ def test_bradley_terry_and_its_gradient_by_hand(centering):
 
 
 def scored_pairs() -> RewardBatch:
-    """Two pairs, one answer in both; the ends are of documents 2, 4 and 10, behind which prompts go on."""
+    """Two pairs, one answer in both; the answers end within documents 2, 4 and 10."""
     ids, cu = documents_batch(DOCUMENTS, 128, 97)
     targets = ids.roll(-1).masked_fill(torch.arange(512).view(4, 128) % 3 == 0, -100)
     ends = torch.tensor([126, 250, 510])

@@ -93,7 +93,7 @@ def test_with_the_sign_turned_it_does_not():
 
 
 def test_without_bounds_of_use_the_policy_leaves_its_samples():
-    """What the clip is for: four epochs with a bound move the ratio less than four without one."""
+    """The clip's purpose: four epochs move the ratio less with a bound than without."""
 
     def drift(objective: Objective) -> float:
         logits, _ = train(objective, updates=1)

@@ -1,4 +1,4 @@
-"""Which flash attention is taken: with stand-ins here, with the packages themselves where one is installed."""
+"""The choice of flash attention, with stand-ins, and with the real packages where they are installed."""
 
 from types import ModuleType, SimpleNamespace
 
@@ -27,8 +27,8 @@ def attend(q, k, v, bounds):
 
 
 class Machine:
-    """A GPU of this capability, played by the CPU. installed: modules; fails: what does not load, computes "wrong X",
-    or takes no fewer key "heads"."""
+    """A simulated GPU of this capability. installed: modules; fails: implementations that do not load, "wrong X" for
+    wrong results, "heads" for no support of fewer key heads."""
 
     def __init__(self, monkeypatch, capability=(9, 0), installed=(), fails=(), takes_fewer_heads=True):
         self.active, self.calls, self.fails = None, [], fails
@@ -90,7 +90,7 @@ def test_auto_takes_the_fastest_that_is_there(monkeypatch, capability, installed
     assert machine.active == active
 
 
-def test_a_package_that_does_not_work_is_passed_over_and_said(monkeypatch):
+def test_a_package_that_does_not_work_is_skipped_and_reported(monkeypatch):
     machine = Machine(monkeypatch, installed=ALL, fails=("FA3", "wrong FA4"))
     line = varlen.choose("auto", CPU, HEADS)
     assert line.startswith(
@@ -109,7 +109,7 @@ def test_a_package_that_does_not_work_is_passed_over_and_said(monkeypatch):
         ("flash4", (10, 0), ALL, ("wrong FA4",), "it gives wrong results here"),
     ],
 )
-def test_a_named_one_that_cannot_be_had_is_an_error(monkeypatch, name, capability, installed, fails, message):
+def test_naming_one_that_does_not_work_is_an_error(monkeypatch, name, capability, installed, fails, message):
     machine = Machine(monkeypatch, capability, installed, fails)
     with pytest.raises(ValueError, match=message) as caught:
         varlen.choose(name, CPU, HEADS)
@@ -133,7 +133,7 @@ def test_flash4_has_no_pages_on_hopper(monkeypatch):
 
 
 @pytest.mark.parametrize("fails", [(), ("heads",)])
-def test_an_operator_that_does_not_say_is_asked_once_for_fewer_key_heads(monkeypatch, fails):
+def test_support_of_fewer_key_heads_is_detected_once(monkeypatch, fails):
     machine = Machine(monkeypatch, (8, 0), [], fails, takes_fewer_heads=False)
     for _ in range(2):
         varlen.choose("auto", CPU, HEADS)

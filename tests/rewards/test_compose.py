@@ -1,4 +1,4 @@
-"""Rewards as a command line composes them, what becomes of failures, and whether a signal is left."""
+"""Rewards as a command line composes them, and handling of failures."""
 
 import math
 import sys

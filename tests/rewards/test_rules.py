@@ -39,7 +39,7 @@ def test_format(kind, text, expected):
 
 
 @pytest.mark.parametrize("kind", ["think", "answer"])
-def test_where_no_reasoning_was_asked_for_the_form_is_an_answer_alone(kind):
+def test_without_reasoning_the_form_is_an_answer_alone(kind):
     texts = {"yes": 1.0, "<think>so</think>yes": 0.0, "<answer>yes</answer>": 0.0, "": 0.0}
     for text, expected in texts.items():
         assert score(f"format={kind}", sample(text, thinking=False)) == [expected]
