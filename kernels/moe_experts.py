@@ -116,8 +116,8 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tenso
     experts, inter = gate_up.shape[0], gate_up.shape[1] // 2
     message = "gate_up has experts of {} x {} numbers; an expert must have fewer than 2^31"
     check(2 * inter * size < 2**31, message, 2 * inter, size)
-    wanted = [experts, size, inter]
-    check(list(down.shape) == wanted, "down is {}, and gate_up needs {}", list(down.shape), wanted)
+    expected = [experts, size, inter]
+    check(list(down.shape) == expected, "down is {}, and gate_up needs {}", list(down.shape), expected)
     for name, weight in (("gate_up", gate_up), ("down", down)):
         message = "{} is {}; for x in {} it must be the same or torch.float32"
         check(weight.dtype in (x.dtype, torch.float32), message, name, weight.dtype, x.dtype)
