@@ -41,13 +41,13 @@ IGNORED = -100  # targets of this value do not count
 
 
 @dataclass(frozen=True)
-class Config:
+class RowConfig:
     whole: int  # a vocabulary up to this size is one tile, which is read once
     part: int  # logits per tile of a larger vocabulary
     per_warp: int  # logits per warp
 
 
-CONFIGS = {80: Config(whole=8192, part=4096, per_warp=512)}
+CONFIGS = {80: RowConfig(whole=8192, part=4096, per_warp=512)}
 
 
 @jit

@@ -37,7 +37,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Config:
+class GemmConfig:
     """Tiles of each product. weight_grad has extra stages, since its loads wait for the loads of their indices."""
 
     hidden: Tile
@@ -46,7 +46,7 @@ class Config:
     weight_grad: Tile
 
 
-_SMALL_TILES = Config(
+_SMALL_TILES = GemmConfig(
     hidden=Tile(128, 64, 32, num_warps=8, num_stages=4),
     scatter=Tile(128, 128, 32, num_warps=8, num_stages=4),
     hidden_grad=Tile(128, 64, 32, num_warps=8, num_stages=4),
@@ -54,7 +54,7 @@ _SMALL_TILES = Config(
 )
 HALF_CONFIGS = {
     80: _SMALL_TILES,
-    90: Config(
+    90: GemmConfig(
         hidden=Tile(128, 128, 64, num_warps=8, num_stages=3),
         scatter=Tile(128, 128, 64, num_warps=8, num_stages=3),
         hidden_grad=Tile(128, 64, 64, num_warps=8, num_stages=3),
@@ -63,7 +63,7 @@ HALF_CONFIGS = {
     120: _SMALL_TILES,  # 99 KiB of shared memory and the tensor cores of sm_80: the tiles of sm_90 would spill
 }
 FLOAT_CONFIGS = {
-    80: Config(
+    80: GemmConfig(
         hidden=Tile(64, 64, 16, num_warps=8, num_stages=3),
         scatter=Tile(64, 64, 16, num_warps=4, num_stages=3),
         hidden_grad=Tile(64, 64, 16, num_warps=8, num_stages=3),
@@ -284,7 +284,7 @@ def _moe_sum_kernel(
     tl.store(p_out + o_token * C + o_c, b_sum, mask=mask)
 
 
-def _config(x: Tensor) -> Config:
+def _config(x: Tensor) -> GemmConfig:
     return config_for(FLOAT_CONFIGS if x.dtype == torch.float32 else HALF_CONFIGS, x.device)
 
 

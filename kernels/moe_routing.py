@@ -39,13 +39,13 @@ MAX_TOP_K = 16
 
 
 @dataclass(frozen=True)
-class Config:
+class RoutingConfig:
     tokens: int  # per tile, at most
     elements: int  # tokens times experts per tile
     num_warps: int
 
 
-CONFIGS = {80: Config(tokens=128, elements=1024, num_warps=4)}
+CONFIGS = {80: RoutingConfig(tokens=128, elements=1024, num_warps=4)}
 
 
 class Routing(NamedTuple):

@@ -34,13 +34,13 @@ MAX_D = 16384
 
 
 @dataclass(frozen=True)
-class Config:
+class NormConfig:
     elements: int  # per tile, which has at least one row
     per_warp: int  # elements per warp
     programs_per_sm: int  # in the backward, whose programs loop
 
 
-CONFIGS = {80: Config(elements=1024, per_warp=256, programs_per_sm=8)}
+CONFIGS = {80: NormConfig(elements=1024, per_warp=256, programs_per_sm=8)}
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:

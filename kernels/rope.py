@@ -39,13 +39,13 @@ MAX_D = 256
 
 
 @dataclass(frozen=True)
-class Config:
+class RopeConfig:
     elements: int  # per half of a tile
     num_warps: int
     programs_per_sm: int  # in the backward with the norm, whose programs loop
 
 
-CONFIGS = {80: Config(elements=512, num_warps=4, programs_per_sm=4)}
+CONFIGS = {80: RopeConfig(elements=512, num_warps=4, programs_per_sm=4)}
 
 
 def rope_ref(

@@ -32,13 +32,13 @@ from minimind.kernels.triton_support import (
 
 
 @dataclass(frozen=True)
-class Config:
+class SwigluConfig:
     columns: int  # per tile, at most
     elements: int  # per tile
     num_warps: int
 
 
-CONFIGS = {80: Config(columns=128, elements=2048, num_warps=4)}
+CONFIGS = {80: SwigluConfig(columns=128, elements=2048, num_warps=4)}
 
 
 def swiglu_ref(gate_up: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`python -m minimind`: the `minimind` command, where it is not on the PATH."""
+"""`python -m minimind` runs the `minimind` command without PATH."""
 
 from minimind.cli import main
 

@@ -1,9 +1,8 @@
-"""Weights on disk: Model's packed tensors under upstream's names, which are HF Llama's and Qwen3's, and under Granite
-MoE's.
+"""Load and save model weights, under the tensor names of upstream, HF Llama, Qwen3 and Granite MoE.
 
-Conversion is exact in both directions. transformers' Granite MoE computes the same function as MiniMind2's MoE: its
-gates are the softmax over the chosen experts' logits, MiniMind2's the softmax over all experts, normalised over the
-chosen.
+Model holds packed tensors; conversion is exact in both directions. transformers' Granite MoE computes the same function
+as MiniMind2's MoE: its gates are the softmax over the chosen experts' logits, MiniMind2's the softmax over all experts,
+normalised over the chosen.
 """
 
 from __future__ import annotations

@@ -29,8 +29,7 @@ from minimind.data import Corpus
 from minimind.data.pair_loader import PairLoader
 from minimind.lora import adapters_off
 from minimind.modeling import Model
-from minimind.objectives.preference import NEED_REFERENCE, OBJECTIVES, Pairs, preference_loss, with_sft
-from minimind.objectives.preference import Objective as PairObjective
+from minimind.objectives.preference import NEED_REFERENCE, OBJECTIVES, PairObjective, Pairs, preference_loss, with_sft
 from minimind.tokenization import ChatEncoder
 from minimind.training.adapters import AdapterArgs, Adapting
 from minimind.training.arguments import FromFlag

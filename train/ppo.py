@@ -49,7 +49,7 @@ from minimind.objectives.policy import (
     value_loss,
     value_room,
 )
-from minimind.objectives.surrogates import Objective, clip, with_terms
+from minimind.objectives.surrogates import PolicyObjective, clip, with_terms
 from minimind.training.adapters import saver
 from minimind.training.rl.actor_critic import (
     ActorCritic,
@@ -191,7 +191,7 @@ def advantages(args: Args, answers: list[Answer]) -> dict[str, float]:
     return {"value": float(values.mean()), "value_shift": float(shift), "explained_variance": float(explained)}
 
 
-def both_losses(args: Args, objective: Objective, run: Rollouts, batch: PolicyBatch) -> StageLoss:
+def both_losses(args: Args, objective: PolicyObjective, run: Rollouts, batch: PolicyBatch) -> StageLoss:
     """The policy's loss and the critic's."""
     settings: dict[str, Any] = {"entropy": args.entropy != 0}
     if args.critic == "shared":

@@ -26,8 +26,8 @@ from minimind import ops
 from minimind.modeling import Model, ModelOutput
 from minimind.objectives.surrogates import (
     Aggregation,
-    Objective,
     PolicyLosses,
+    PolicyObjective,
     PolicyTokens,
     SampledTokens,
     kl_estimates,
@@ -92,7 +92,7 @@ class PolicyBatch:
 
 
 def policy_loss(
-    model: Model, batch: PolicyBatch, objective: Objective, *, entropy: bool = False
+    model: Model, batch: PolicyBatch, objective: PolicyObjective, *, entropy: bool = False
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(sum of the objective, mean auxiliary loss, metrics): float32 scalars on the device, the first two
     differentiable. The caller divides by the batch's GLOBAL weight.
@@ -236,7 +236,12 @@ def value_loss(critic: ValueModel, batch: PolicyBatch) -> tuple[Tensor, Tensor, 
 
 
 def actor_critic_loss(
-    model: ValueModel, batch: PolicyBatch, objective: Objective, *, value_weight: float = 0.5, entropy: bool = False
+    model: ValueModel,
+    batch: PolicyBatch,
+    objective: PolicyObjective,
+    *,
+    value_weight: float = 0.5,
+    entropy: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss of a policy that shares its trunk with the critic: policy_loss + value_weight * value_loss in one forward,
     with the metrics of both. Both gradients reach the trunk; value_weight 0.5 is usual for PPO."""

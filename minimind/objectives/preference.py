@@ -112,7 +112,7 @@ class PairLosses:
     rejected_rewards: Tensor
 
 
-Objective = Callable[[Pairs], PairLosses]
+PairObjective = Callable[[Pairs], PairLosses]
 
 
 def dpo(pairs: Pairs, beta: float = 0.1, label_smoothing: float = 0.0) -> PairLosses:
@@ -150,7 +150,7 @@ def orpo(pairs: Pairs, beta: float = 0.1) -> PairLosses:
     return PairLosses(losses, beta * chosen.detach(), beta * rejected.detach())
 
 
-def with_sft(objective: Objective, weight: float) -> Objective:
+def with_sft(objective: PairObjective, weight: float) -> PairObjective:
     """`objective` - weight * l(c), which keeps the chosen answers likely. Without it dpo, ipo and simpo may make both
     answers less likely, as long as the rejected one falls more. Pang et al., 2404.19733, use weight 1 with dpo."""
     if not 0 <= weight < float("inf"):
@@ -168,7 +168,7 @@ NEED_REFERENCE = frozenset({"dpo", "ipo"})
 
 
 def preference_loss(
-    model: Model, batch: PreferenceBatch, objective: Objective
+    model: Model, batch: PreferenceBatch, objective: PairObjective
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(sum of the objective over pairs, mean auxiliary loss, metrics summed over pairs): float32 scalars on the device,
     the first two differentiable. The caller divides by the GLOBAL number of pairs.

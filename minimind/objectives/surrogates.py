@@ -3,10 +3,10 @@
 For each sampled token: log p is its log-probability under the model, log mu that under the policy that sampled it, A
 its advantage.
 
-    log r = log p - log mu            the importance ratio
-    clip      -min(r A, clip(r, 1 - low, 1 + high) A)                                  Schulman et al., 1707.06347
-    gspo      -min(s A, clip(s, 1 - low, 1 + high) A)     log s = the answer's mean log r   Zheng et al., 2507.18071
-    cispo     -sg(min(r, 1 + high)) A log p               sg: stop gradient            MiniMax, 2506.13585
+    log r = log p - log mu            the importance ratio clip      -min(r A, clip(r, 1 - low, 1 + high) A)
+    Schulman et al., 1707.06347 gspo      -min(s A, clip(s, 1 - low, 1 + high) A)     log s = the answer's mean log r
+    Zheng et al., 2507.18071 cispo     -sg(min(r, 1 + high)) A log p               sg: stop gradient
+    MiniMax, 2506.13585
 
 `Aggregation` says how token losses become one number: "token" is the mean over all tokens; "sample" is the mean over
 answers of each answer's token mean; "constant" divides each answer's sum by the longest allowed length and takes the
@@ -73,7 +73,7 @@ class SampledTokens:
 
 @dataclass(frozen=True)
 class PolicyTokens:
-    """What a surrogate sees of a batch: one number per sampled token, float64 [M].
+    """The input of a surrogate: one number per sampled token of a batch, float64 [M].
 
     log_probs and entropy are differentiable. entropy is that of the whole next-token distribution; None: not computed.
     """
@@ -99,15 +99,15 @@ class PolicyTokens:
 
 @dataclass(frozen=True)
 class PolicyLosses:
-    """losses float64 [M], differentiable; clipped bool [M]: tokens whose ratio the bound replaced. figures: further
-    metrics, one detached number per token."""
+    """The output of a surrogate. losses: float64 [M], differentiable. clipped: bool [M], tokens whose ratio was
+    bounded. figures: further metrics, one detached number per token."""
 
     losses: Tensor
     clipped: Tensor
     figures: dict[str, Tensor] = field(default_factory=dict)
 
 
-Objective = Callable[[PolicyTokens], PolicyLosses]
+PolicyObjective = Callable[[PolicyTokens], PolicyLosses]
 
 
 def clip(tokens: PolicyTokens, low: float = 0.2, high: float | None = None) -> PolicyLosses:
@@ -144,7 +144,7 @@ def kl_estimates(log_probs: Tensor, reference: Tensor) -> Tensor:
     return torch.expm1(x) - x
 
 
-def with_kl(objective: Objective, coefficient: float) -> Objective:
+def with_kl(objective: PolicyObjective, coefficient: float) -> PolicyObjective:
     """objective + coefficient * the k3 estimate of the KL to the reference, per token, as in GRPO."""
     if not 0 <= coefficient < math.inf:
         raise ValueError(f"kl coefficient {coefficient}: must be 0 or more")
@@ -159,7 +159,7 @@ def with_kl(objective: Objective, coefficient: float) -> Objective:
     return loss
 
 
-def with_entropy(objective: Objective, weight: float) -> Objective:
+def with_entropy(objective: PolicyObjective, weight: float) -> PolicyObjective:
     """objective - weight * the entropy of each token's distribution; call policy_loss with entropy=True."""
     if not math.isfinite(weight):
         raise ValueError(f"entropy weight {weight}: must be a finite number")
@@ -173,7 +173,7 @@ def with_entropy(objective: Objective, weight: float) -> Objective:
     return loss
 
 
-def with_terms(objective: Objective, kl: float = 0.0, entropy: float = 0.0) -> Objective:
+def with_terms(objective: PolicyObjective, kl: float = 0.0, entropy: float = 0.0) -> PolicyObjective:
     """Add the KL and entropy terms whose weights are not 0. ValueError for bad weights or bad settings of
     `objective`."""
     if kl:
@@ -190,7 +190,7 @@ class Algorithm:
     optimizer steps per pass over a rollout. grpo follows DeepSeek-R1 (2501.12948), scaled down to the size of our
     rollouts; the first GRPO paper takes 1."""
 
-    objective: Objective
+    objective: PolicyObjective
     aggregation: Aggregation
     std: Literal["group", "batch", "none"]
     kl: float = 0.0

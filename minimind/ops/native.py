@@ -25,7 +25,7 @@ _COST = "decoding runs in plain PyTorch, several times slower"
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """What the libraries were built with and for. missing: {"cpu" or "cuda": why it cannot be used}."""
+    """Compilers and targets of the libraries. missing: {"cpu" or "cuda": why it cannot be used}."""
 
     compiler: str
     cpu_kernels: tuple[str, ...]  # those that this processor runs, best first

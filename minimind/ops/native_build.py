@@ -73,7 +73,7 @@ def _build(part: str, target: Path) -> dict[str, Any]:
 
 
 def why_not_buildable(part: str) -> str | None:
-    """What the build lacks on this machine and how to get it; None if nothing."""
+    """Why a part cannot be built on this machine and what to do; None if it can."""
     if sys.platform not in ("linux", "darwin"):
         return f"they build on Linux and macOS, not on {sys.platform}"
     if not (ROOT / "csrc" / part).is_dir():

@@ -31,7 +31,7 @@ def model_reward(folder: str, device: torch.device, trust_remote_code: bool = Fa
     trust_remote_code: allow a model to run its own Python code. ValueError if `folder` holds no reward model, or one
     whose code is not allowed to run."""
     path = reward_weights(folder)
-    if (path / HEAD).is_file():  # an adapter: the config lies with its base model
+    if (path / HEAD).is_file():  # an adapter: its base model has the config
         return ValueReward.open(path, device)
     config = read_json(path / "config.json")
     if config is None:

@@ -51,7 +51,7 @@ def small_chunks(monkeypatch, rows=16):
 
 def small_tiles(monkeypatch):
     """Make rows longer than a tile."""
-    monkeypatch.setattr(chunked_linear, "CONFIGS", {80: chunked_linear.Config(whole=64, part=64, per_warp=16)})
+    monkeypatch.setattr(chunked_linear, "CONFIGS", {80: chunked_linear.RowConfig(whole=64, part=64, per_warp=16)})
 
 
 def as_on_a_device(monkeypatch):

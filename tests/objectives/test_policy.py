@@ -23,7 +23,7 @@ from minimind.objectives.policy import (
 )
 from minimind.objectives.surrogates import (
     ALGORITHMS,
-    Objective,
+    PolicyObjective,
     PolicyTokens,
     SampledTokens,
     clip,
@@ -76,7 +76,7 @@ def batch(name: str = "grpo", **changes) -> PolicyBatch:
     return dataclasses.replace(given, **changes)
 
 
-def objective(name: str) -> Objective:
+def objective(name: str) -> PolicyObjective:
     return with_entropy(with_kl(ALGORITHMS[name].objective, 0.1), 0.05)
 
 

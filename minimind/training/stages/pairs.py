@@ -18,7 +18,7 @@ from minimind.data.pair_loader import PairBatch, PairLoader, sides
 from minimind.data.preferences import open_preferences, row_tokens
 from minimind.data.row_length import row_length
 from minimind.modeling import Model
-from minimind.objectives.preference import Objective, PreferenceBatch, preference_loss
+from minimind.objectives.preference import PairObjective, PreferenceBatch, preference_loss
 from minimind.ops.attention import SharedPrefix
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import StageArgs
@@ -161,7 +161,7 @@ def unfold(batch: PairBatch, boundaries: int | None) -> tuple[np.ndarray, np.nda
 
 @torch.no_grad()
 def heldout_figures(
-    model: Model, loader: PairLoader, reference: np.ndarray | None, objective: Objective, parallel: Parallel
+    model: Model, loader: PairLoader, reference: np.ndarray | None, objective: PairObjective, parallel: Parallel
 ) -> dict[str, Any]:
     """heldout_loss, the objective's mean over the pairs of `loader`, and the means of FIGURES, as heldout_NAME; every
     rank takes its share of the rows and all return the same."""
