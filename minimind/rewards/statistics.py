@@ -25,7 +25,7 @@ def degenerate(total: np.ndarray, groups: np.ndarray) -> np.ndarray:
 def summary(scores: Scores, groups: np.ndarray | None = None) -> dict[str, float]:
     """Figures for metrics.jsonl: reward and reward_std over samples; reward_NAME, the unweighted mean of each part;
     reward_failed_NAME, the number of samples it failed on, if any; reward_dropped, the number of samples left out; and
-    degenerate_groups, their share. Means over no samples are omitted."""
+    degenerate_groups, the share of groups that are degenerate. Means over no samples are omitted."""
     kept = scores.total[scores.kept]
     figures: dict[str, float] = {}
     if len(kept):
