@@ -1,6 +1,6 @@
-"""Run by torchrun in test_lora.py: two steps of an adapter on two ranks, replicated and sharded, and on one rank. Losses
-and adapters must be equal, and frozen weights unchanged. The optimizer is plain SGD, so a scaled gradient would show.
-With DoRA in bfloat16 only the first loss must equal that of one process: row lengths are computed in float32."""
+"""Run by torchrun in test_lora.py: two steps of an adapter on two ranks, replicated and sharded, and on one rank.
+Losses and adapters must be equal, and frozen weights unchanged. The optimizer is plain SGD, so a scaled gradient would
+show. With DoRA in bfloat16 only the first loss must equal that of one process: row lengths are computed in float32."""
 
 from __future__ import annotations
 
