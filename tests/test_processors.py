@@ -29,11 +29,14 @@ NUMERIC = [
     "tests/inference",
     "tests/kernels",
     "tests/objectives",
+    "tests/ops",
     "tests/rewards",
     "tests/training",
-    *(f"tests/test_{name}.py" for name in ("attention", "bench_rl", "golden", "lora", "lora_files", "modeling", "ops",
-                                           "value_head", "weights")),
-]  # fmt: skip
+    *(
+        f"tests/test_{name}.py"
+        for name in ("bench_rl", "golden", "lora", "lora_files", "modeling", "value_head", "weights")
+    ),
+]
 # What stands for a whole processor, then one thing at a time. CI runs the first two beside the plain suite.
 CONFIGURATIONS = {
     "before_avx": {
