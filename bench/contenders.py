@@ -38,8 +38,7 @@ from minimind.config import ModelConfig
 from minimind.data.corpus import Corpus
 from minimind.data.pair_loader import PairBatch
 from minimind.modeling import Model
-from minimind.objectives.distillation import Distillation, distillation_loss
-from minimind.objectives.next_token import next_token_loss
+from minimind.objectives.next_token import Distillation, distillation_loss, next_token_loss
 from minimind.objectives.preference import dpo, pair_log_probs, preference_loss
 from minimind.ops import varlen
 from minimind.ops.attention import attention_name

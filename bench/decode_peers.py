@@ -158,7 +158,7 @@ def naive_forward(
 
 def _naive_attention(attention: Any, x: Tensor, positions: Tensor, table: Any, past: list, index: int) -> Tensor:
     weights = (None, None) if attention.q_norm is None else (attention.q_norm.weight, attention.k_norm.weight)
-    qkv, heads, groups = attention.qkv_proj(x), attention.heads, attention.groups
+    qkv, heads, groups = attention.qkv_proj(x), attention.heads, attention.kv_heads
     q, k, v = ops.rope(qkv, table[0], table[1], positions, heads, groups, weights[0], weights[1], attention.eps)
     if past[index] is not None:
         k, v = torch.cat((past[index][0], k), dim=1), torch.cat((past[index][1], v), dim=1)

@@ -226,12 +226,12 @@ def _attention(
     if layer.q_norm is not None:
         norms = layer.q_norm.weight, layer.k_norm.weight
     q, k, v = ops.rope(
-        layer.qkv_proj(x), table[0], table[1], positions, layer.heads, layer.groups, norms[0], norms[1], layer.eps
+        layer.qkv_proj(x), table[0], table[1], positions, layer.heads, layer.kv_heads, norms[0], norms[1], layer.eps
     )
     if past[index] is not None:
         k, v = torch.cat((past[index][0], k), dim=1), torch.cat((past[index][1], v), dim=1)
     past[index] = k, v
-    repeats = layer.heads // layer.groups
+    repeats = layer.heads // layer.kv_heads
     k, v = (t.repeat_interleave(repeats, dim=2).transpose(1, 2) for t in (k, v))
     scores = q.transpose(1, 2) @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias
     return layer.o_proj((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))

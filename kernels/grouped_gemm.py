@@ -1,20 +1,19 @@
-"""Matrix products over the rows of each expert: the kernels of moe_experts.py.
+"""Matrix products over the rows of each expert: the Triton kernels of moe_experts.py.
 
 `order` int32 [R] lists R = N * K token copies (token * K + choice) sorted by expert, and `offsets` int32 [E + 1] says
-where each expert's rows begin. A row of a buffer is "sorted" when it stands in that order. Rows of x and of the output
-gradient are gathered through order // K as they are loaded, and results are scattered through order as they are
-stored, so that nothing is sorted or padded in memory (ScatterMoE, arXiv 2403.08245).
+where each expert's rows begin. A buffer is called "sorted" if its rows are in that order. Rows of x and of the output
+gradient are gathered through order // K as they are loaded, and results are scattered through order as they are stored,
+so nothing is sorted or padded in memory (ScatterMoE, arXiv 2403.08245).
 
     hidden         h = silu(x[token] Wg_e^T) * (x[token] Wu_e^T)             two accumulators, [R, I]
     scatter        out[order] = a W_e, times the copy's gate if asked        [R, C]
     hidden_grad    dh = dout[token] Wd_e, then through the gate and SwiGLU   [R, 2 I] and more
     weight_grad    dW_e = sum over the expert's rows of a^T b                [E, M, N]
 
-How many tiles each expert has is known only on the device. The grid has room for the most there can be, which is
-cdiv(R, BLOCK_M) + E rows of tiles; every program finds its expert and rows from the offsets, and those past the last
-tile leave. A tile never holds rows of two experts. Products of float32 are full float32 (no TF32), accumulators and
-epilogues always are. A mask that is constantly true, where a size is a multiple of the tile, is dropped by the
-compiler.
+The number of tiles per expert is known only on the device. The grid has the maximum, cdiv(R, BLOCK_M) + E rows of
+tiles; each program finds its expert and rows from the offsets, and programs past the last tile return. A tile never has
+rows of two experts. Accumulators and epilogues are float32, and products of float32 are full precision (no TF32). The
+compiler drops masks that are always true because a size is a multiple of the tile.
 """
 
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch import Tensor
 from minimind.kernels.swiglu import sigmoid
 from minimind.kernels.triton_support import cdiv, config_for, jit, launch, next_power_of_2, tl
 
-GROUP_M = 8  # rows of tiles that are walked column by column together, so that they share what is in L2
+GROUP_M = 8  # rows of tiles that are processed together, column by column, to share data in L2
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Config:
-    """weight_grad has more stages than it has tiles in flight: its loads wait for the load of their indices."""
+class GemmConfig:
+    """Tiles of each product. weight_grad has extra stages, since its loads wait for the loads of their indices."""
 
     hidden: Tile
     scatter: Tile
@@ -47,7 +46,7 @@ class Config:
     weight_grad: Tile
 
 
-_SMALL_TILES = Config(
+_SMALL_TILES = GemmConfig(
     hidden=Tile(128, 64, 32, num_warps=8, num_stages=4),
     scatter=Tile(128, 128, 32, num_warps=8, num_stages=4),
     hidden_grad=Tile(128, 64, 32, num_warps=8, num_stages=4),
@@ -55,23 +54,23 @@ _SMALL_TILES = Config(
 )
 HALF_CONFIGS = {
     80: _SMALL_TILES,
-    90: Config(
+    90: GemmConfig(
         hidden=Tile(128, 128, 64, num_warps=8, num_stages=3),
         scatter=Tile(128, 128, 64, num_warps=8, num_stages=3),
         hidden_grad=Tile(128, 64, 64, num_warps=8, num_stages=3),
         weight_grad=Tile(128, 128, 64, num_warps=8, num_stages=6),
     ),
-    120: _SMALL_TILES,  # 99 KiB and the tensor cores of sm_80 again: the tiles of sm_90 spill
+    120: _SMALL_TILES,  # 99 KiB of shared memory and the tensor cores of sm_80: the tiles of sm_90 would spill
 }
 FLOAT_CONFIGS = {
-    80: Config(
+    80: GemmConfig(
         hidden=Tile(64, 64, 16, num_warps=8, num_stages=3),
         scatter=Tile(64, 64, 16, num_warps=4, num_stages=3),
         hidden_grad=Tile(64, 64, 16, num_warps=8, num_stages=3),
         weight_grad=Tile(64, 64, 16, num_warps=4, num_stages=6),
     )
 }
-SUM_ROWS, SUM_COLUMNS = 16, 128  # of a tile of sum_copies
+SUM_ROWS, SUM_COLUMNS = 16, 128  # of a tile of _moe_sum_kernel
 
 
 @jit
@@ -85,7 +84,7 @@ def _tile(i_program, n_m, n_n, GROUP: tl.constexpr):
 
 @jit
 def _expert_rows(p_offsets, i_m, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(expert, first row of its i_m-th tile of all, end of the expert's rows); expert E: there is no such tile."""
+    """(expert, first row, end of the expert's rows) of the i_m-th tile; expert E if there is no such tile."""
     o_e = tl.arange(0, BLOCK_E)
     m_e = o_e < E
     b_first = tl.load(p_offsets + o_e, mask=m_e, other=0)  # [BLOCK_E]
@@ -113,7 +112,7 @@ def _moe_hidden_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     m_row = o_row < end
-    # rows and columns past the end are loaded from where there is something, and not stored
+    # rows and columns past the end load from valid addresses, and are not stored
     b_token = tl.load(p_order + o_row, mask=m_row, other=0) // TOP_K  # [BLOCK_M]
     p_x += b_token.to(tl.int64)[:, None] * x_stride + o_k[None, :]
     p_weight += expert.to(tl.int64) * (2 * INTER * C)
@@ -142,8 +141,8 @@ def _moe_scatter_kernel(
     E: tl.constexpr, K: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """p_a [R, K] sorted; p_weight [E, K, N], or TRANSPOSED [E, N, K]; p_gates [R] or None and p_out [R, N] are not
-    sorted."""
+    """p_a [R, K] is sorted; p_weight is [E, K, N], or [E, N, K] if TRANSPOSED; p_gates [R] or None and p_out [R, N] are
+    not sorted."""
     i_m, i_n = _tile(tl.program_id(0), n_m, tl.cdiv(N, BLOCK_N), GROUP)
     expert, row, end = _expert_rows(p_offsets, i_m, E, BLOCK_E, BLOCK_M)
     if expert >= E:
@@ -177,7 +176,7 @@ def _moe_scatter_kernel(
 
 @jit
 def _swiglu_grad(b_dh, p_gate_up, p_dgate_up, p_scaled, o_row, o_n, m_row, b_scale, INTER: tl.constexpr):
-    """From dh of some columns, before the gate: writes what the gradients need, returns the rows' dh . h."""
+    """From some columns of dh, without the gate, compute and store what the gradients need; return the rows' dh . h."""
     mask = m_row & (o_n < INTER)
     p_gate_up += o_row * (2 * INTER) + o_n
     b_gate = tl.load(p_gate_up, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N / 2]
@@ -201,8 +200,8 @@ def _moe_hidden_grad_kernel(
     E: tl.constexpr, TOP_K: tl.constexpr, C: tl.constexpr, INTER: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """p_weight [E, C, I]. Of the results, each unless None: p_dgate_up [R, 2 I] and p_scaled [R, I], which is the
-    gate times h, are sorted; p_dgates [R, columns of tiles] is not, and holds sums over one tile's columns."""
+    """p_weight [E, C, I]. Results, each may be None: p_dgate_up [R, 2 I], sorted; p_scaled [R, I], the gate times h,
+    sorted; p_dgates [R, columns of tiles], not sorted, sums over one tile's columns."""
     i_m, i_n = _tile(tl.program_id(0), n_m, tl.cdiv(INTER, BLOCK_N), GROUP)
     expert, row, end = _expert_rows(p_offsets, i_m, E, BLOCK_E, BLOCK_M)
     if expert >= E:
@@ -221,7 +220,7 @@ def _moe_hidden_grad_kernel(
         b_dout = tl.load(p_dout + k, mask=m_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         b_w = tl.load(p_weight + k * INTER, mask=m_k[:, None] & m_n, other=0.0)  # [BLOCK_K, BLOCK_N]
         b_dh = tl.dot(b_dout, b_w, b_dh, input_precision="ieee")
-    # half of the columns at a time: all at once, the many products of a tile need over 250 registers
+    # one half of the columns at a time: a whole tile would need over 250 registers
     b_left, b_right = tl.split(b_dh.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1))
     b_scale = tl.load(p_gates + b_copy, mask=m_row, other=0.0).to(tl.float32)[:, None]  # [BLOCK_M]
     o_half = i_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)[None, :]
@@ -241,8 +240,8 @@ def _moe_weight_grad_kernel(
     TOP_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, GATHER_A: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """p_out [E, M, N] = a^T b over each expert's rows. One of p_a and p_b is sorted; of the other, a with GATHER_A
-    and b without, the copies' tokens are gathered."""
+    """p_out [E, M, N] = a^T b over each expert's rows. One of p_a and p_b is sorted; the rows of the other, a if
+    GATHER_A, are gathered by the copies' tokens."""
     n_m, n_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     expert = tl.program_id(0) // (n_m * n_n)
     i_m, i_n = _tile(tl.program_id(0) % (n_m * n_n), n_m, n_n, GROUP)
@@ -259,7 +258,7 @@ def _moe_weight_grad_kernel(
         o_token = (tl.load(p_order + o_row, mask=m_row, other=0) // TOP_K).to(tl.int64)  # [BLOCK_K]
         o_row = o_row.to(tl.int64)
         o_a, o_b = (o_token, o_row) if GATHER_A else (o_row, o_token)
-        # both are masked: what lies past the expert's rows may be a NaN, which 0 does not undo
+        # mask both: a value past the expert's rows may be NaN, and NaN times 0 is NaN
         b_a = tl.load(
             p_a + o_a[None, :] * a_stride + o_m[:, None], mask=m_m & m_row[None, :], other=0.0
         )  # [BLOCK_M, BLOCK_K]
@@ -285,12 +284,12 @@ def _moe_sum_kernel(
     tl.store(p_out + o_token * C + o_c, b_sum, mask=mask)
 
 
-def _config(x: Tensor) -> Config:
+def _config(x: Tensor) -> GemmConfig:
     return config_for(FLOAT_CONFIGS if x.dtype == torch.float32 else HALF_CONFIGS, x.device)
 
 
 def _launch(kernel, tile: Tile, order: Tensor, offsets: Tensor, columns: int, *args, **constants) -> None:
-    """One program for each tile of sorted rows and of columns."""
+    """Launch one program per tile of sorted rows and columns."""
     experts = offsets.shape[0] - 1
     n_m = cdiv(order.shape[0], tile.m) + experts
     launch(
@@ -307,8 +306,9 @@ def _empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tenso
 def hidden(
     x: Tensor, gate_up: Tensor, order: Tensor, offsets: Tensor, top_k: int, save: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(h [R, I], what the SwiGLU was given [R, 2 I] if `save`), sorted: x [N, C] from `rows_of`; gate_up [E, 2 I, C]
-    in x.dtype, contiguous, as every weight here."""
+    """(h [R, I], the SwiGLU's input [R, 2 I] if `save`), both sorted.
+
+    x [N, C] from `rows_of`; gate_up [E, 2 I, C] in x.dtype and contiguous, like all weights here."""
     rows, inter = order.shape[0], gate_up.shape[1] // 2
     out = _empty(x, rows, inter)
     saved = _empty(x, rows, 2 * inter) if save else None
@@ -322,8 +322,9 @@ def hidden(
 def scatter(
     a: Tensor, weight: Tensor, order: Tensor, offsets: Tensor, top_k: int, gates: Tensor | None, transposed: bool
 ) -> Tensor:
-    """Each token's sum over its copies of a W, times the copy's gate [N, K] if given, [N, C] in a.dtype: a [R, K]
-    sorted; weight [E, K, C], or transposed [E, C, K]."""
+    """Sum over each token's copies of a W, times the copy's gate if gates [N, K] are given: [N, C] in a.dtype.
+
+    a [R, K], sorted; weight [E, K, C], or [E, C, K] if transposed."""
     columns = weight.shape[1 if transposed else 2]
     copies = _empty(a, order.shape[0], columns)
     _launch(
@@ -345,8 +346,10 @@ def hidden_grad(
     dout: Tensor, down: Tensor, gate_up: Tensor, order: Tensor, offsets: Tensor, gates: Tensor,
     need_dgate_up: bool, need_scaled: bool, need_dgates: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(d of `gate_up` [R, 2 I], gate * h [R, I], both sorted and in dout.dtype, dgates float32 [N, K]), each if
-    needed: dout [N, C] from `rows_of`; down [E, C, I]; gate_up [R, 2 I] as `hidden` saved it; gates [N, K]."""
+    """(gradient of `gate_up` [R, 2 I], gate * h [R, I], dgates float32 [N, K]), each None if not needed. The first two
+    are sorted and in dout.dtype.
+
+    dout [N, C] from `rows_of`; down [E, C, I]; gate_up [R, 2 I] as saved by `hidden`; gates [N, K]."""
     tile = _config(dout).hidden_grad
     (rows, inter), columns = (gate_up.shape[0], down.shape[2]), cdiv(down.shape[2], tile.n)
     dgate_up = _empty(dout, rows, 2 * inter) if need_dgate_up else None
@@ -363,8 +366,9 @@ def hidden_grad(
 def weight_grad(
     a: Tensor, b: Tensor, order: Tensor, offsets: Tensor, top_k: int, gather_a: bool, dtype: torch.dtype
 ) -> Tensor:
-    """[E, M, N] in `dtype`, zeros for an expert without rows: a [R, M] sorted and b [N, N] from `rows_of`; gather_a:
-    the other way round."""
+    """a^T b over each expert's rows: [E, M, N] in `dtype`, zeros for experts without rows.
+
+    a [R, M] is sorted, and b has one row per token, from `rows_of`; with gather_a it is the other way round."""
     experts, m, n = offsets.shape[0] - 1, a.shape[1], b.shape[1]
     tile = _config(a).weight_grad
     out = _empty(a, experts, m, n, dtype=dtype)

@@ -1,19 +1,19 @@
-"""Linear heads of a student and a teacher and the divergence between them in one, without [N, V] logits.
+"""Linear heads of a student and a teacher, and the divergence between them, in one op without [N, V] logits.
 
     q = softmax(x w^T / T)         p = softmax(x_t w_t^T / T)         m = beta p + (1 - beta) q
     beta = 0   KL(p || q)          dz = (q - p) / T
     beta = 1   KL(q || p)          dz = q (log(q / p) - KL) / T
     between    beta KL(p || m) + (1 - beta) KL(q || m)
                                    dz = (1 - beta) q (log(q / m) - sum_v q log(q / m)) / T
-    loss = sum_t a_t divergence_t / A
+    loss = sum_t a_t divergence_t
 
-x [N, D], w [V, D] of the student; x_t [N, D_t], w_t [V, D_t] of the teacher, which gets no gradient; a the loss weights
-and A their global sum. The generalised Jensen-Shannon divergence of Agarwal et al. 2023 (arXiv 2306.13649). The
-gradient is made in the forward, a chunk of logits at a time, as in linear_cross_entropy.
+x [N, D], w [V, D] of the student; x_t [N, D_t], w_t [V, D_t] of the teacher, which gets no gradient; a the loss
+weights. This is the generalised Jensen-Shannon divergence of Agarwal et al. 2023 (arXiv 2306.13649). The forward also
+computes the gradient, one chunk of logits at a time, as in linear_cross_entropy.
 
-All of it comes from log p and log q, which stay finite where p and q are 0, and the mixture from their difference:
-log(q / m) = -log(1 - beta + beta p / q), log(p / m) = -log(beta + (1 - beta) q / p), neither of which is a difference
-of large numbers.
+Everything is derived from log p and log q, which stay finite where p and q are 0, and the mixture from their
+difference: log(q / m) = -log(1 - beta + beta p / q) and log(p / m) = -log(beta + (1 - beta) q / p). Neither subtracts
+large numbers.
 """
 
 import math
@@ -25,17 +25,14 @@ from torch import Tensor
 from minimind.kernels.chunked_linear import (
     check_head,
     check_per_row,
-    check_weight_sum,
     chunk_rows,
     load_logits,
     logit_bytes,
-    normalised,
     register_made_gradient,
     row_sums,
     row_tile,
     run_chunks,
     select_rows,
-    split_weight_sum,
     store_zeros,
 )
 from minimind.kernels.triton_support import check, jit, launch, tl
@@ -47,7 +44,6 @@ def linear_distillation_ref(
     teacher_x: Tensor,
     teacher_weight: Tensor,
     loss_weights: Tensor | None = None,
-    weight_sum: Tensor | None = None,
     temperature: float = 1.0,
     beta: float = 0.0,
 ) -> Tensor:
@@ -67,13 +63,13 @@ def linear_distillation_ref(
     else:
         log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
         loss = beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
-    return normalised(loss.sum() if loss_weights is None else (loss * loss_weights).sum(), weight_sum)
+    return loss.sum() if loss_weights is None else (loss * loss_weights).sum()
 
 
 @jit
 def _log_over_mixture(b_d, b_part, b_rest):
-    """-log(rest + part e^d) with part + rest = 1: exact at d = 0, and no cancellation where e^d is small. Beyond
-    d = 80 it is cut off: what it is multiplied by is then below e^-80."""
+    """-log(rest + part e^d) with part + rest = 1: exact at d = 0, and without cancellation if e^d is small. d is
+    clamped to 80, beyond which the factor of the result is below e^-80."""
     b_e = tl.exp(tl.minimum(b_d, 80.0))
     return -tl.log(tl.where(b_e < 0.5, b_rest + b_part * b_e, 1.0 + b_part * (b_e - 1.0)))
 
@@ -83,10 +79,10 @@ def _log_pair(
     p_student, p_teacher, b_student, b_teacher, o_v, b_inverse_t,
     b_q_max, b_q_log_sum, b_p_max, b_p_log_sum, V: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """log q and log p at o_v, from the tiles in registers where those hold the whole rows."""
+    """log q and log p at o_v, from the tiles in registers if those hold whole rows."""
     if BLOCK_V < V:
-        b_student = load_logits(p_student, o_v, 0.0, V, False)  # [BLOCK_V]
-        b_teacher = load_logits(p_teacher, o_v, 0.0, V, False)  # [BLOCK_V]
+        b_student = load_logits(p_student, o_v, V)  # [BLOCK_V]
+        b_teacher = load_logits(p_teacher, o_v, V)  # [BLOCK_V]
     b_log_q = (b_student - b_q_max) * b_inverse_t - b_q_log_sum
     return b_log_q, (b_teacher - b_p_max) * b_inverse_t - b_p_log_sum
 
@@ -108,8 +104,8 @@ def _distillation_kernel(
     b_inverse_t = 1.0 / tl.cast(temperature, tl.float32)
     beta = tl.cast(beta, tl.float32)
     rest = tl.cast(rest, tl.float32)
-    b_student, b_q_max, b_q_sum, _ = row_sums(p_student, b_inverse_t, 0.0, V, BLOCK_V, False, False)
-    b_teacher, b_p_max, b_p_sum, _ = row_sums(p_teacher, b_inverse_t, 0.0, V, BLOCK_V, False, False)
+    b_student, b_q_max, b_q_sum, _ = row_sums(p_student, b_inverse_t, V, BLOCK_V, False)
+    b_teacher, b_p_max, b_p_sum, _ = row_sums(p_teacher, b_inverse_t, V, BLOCK_V, False)
     b_q_log_sum = tl.log(b_q_sum)
     b_p_log_sum = tl.log(b_p_sum)
     b_loss = tl.cast(0.0, tl.float32)
@@ -151,7 +147,7 @@ def _distillation_kernel(
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    """In float32; the given logits may be overwritten."""
+    """log softmax(logits / temperature) in float32; may overwrite the logits."""
     z = logits.float()
     z.sub_(z.amax(dim=1, keepdim=True)).div_(temperature)
     return z.sub_(z.exp().sum(dim=1, keepdim=True).log_())
@@ -202,7 +198,7 @@ def _rows(
     gradient: bool,
     kernels: bool,
 ) -> Tensor:
-    """Writes scale * divergence of each row to `losses`; the logits become scale * gradient, which is returned."""
+    """Write scale * divergence of each row to `losses`, overwrite the logits with scale * gradient, and return them."""
     if not kernels:
         return _rows_torch(logits, teacher_logits, scale, losses, temperature, beta, gradient)
     block_v, warps = row_tile(logits)
@@ -221,7 +217,6 @@ def _linear_distillation(
     teacher_x: Tensor,
     teacher_weight: Tensor,
     loss_weights: Tensor | None,
-    divisor: Tensor | None,
     num_targets: int | None,
     temperature: float,
     beta: float,
@@ -233,8 +228,6 @@ def _linear_distillation(
     scale = torch.ones(x.shape[0], dtype=torch.float32, device=x.device) if loss_weights is None else loss_weights
     rows = select_rows(scale != 0, num_targets)
     scale = rows.guarded(rows.take(scale))
-    if divisor is not None:
-        scale = scale / divisor
     losses = torch.empty(rows.count, dtype=torch.float32, device=x.device)
     chunk = chunk_rows(x.device, vocab * (logit_bytes(x, kernels) + logit_bytes(teacher_x, kernels)))
     teacher_w = teacher_weight.to(teacher_x.dtype).t()
@@ -250,7 +243,7 @@ def _linear_distillation(
     return rows.guarded(losses.sum()), dx, dw
 
 
-register_made_gradient(_linear_distillation, arguments=12)
+register_made_gradient(_linear_distillation, arguments=11)
 
 
 def linear_distillation(
@@ -260,47 +253,43 @@ def linear_distillation(
     teacher_weight: Tensor,
     loss_weights: Tensor | None = None,
     *,
-    weight_sum: Tensor | None = None,
     temperature: float = 1.0,
     beta: float = 0.0,
     num_targets: int | None = None,
     kernels: bool,
 ) -> Tensor:
-    """Sum over rows of loss_weight * divergence(teacher, student) at the temperature, over weight_sum.
+    """Sum over rows of loss_weight * divergence(teacher, student) at the temperature: a float32 scalar.
 
     x [N, D], weight [V, D] of the student; teacher_x [N, D_t], teacher_weight [V, D_t]: float32, bfloat16 or float16,
-    each product in its x's dtype. beta in [0, 1]: 0 KL(teacher || student), 1 KL(student || teacher), between them the
-    generalised Jensen-Shannon divergence (arXiv 2306.13649). loss_weights float32 [N], None for all ones; weight_sum a
-    float32 scalar tensor, their GLOBAL sum, None for 1, and 0 where no row counts. Only x and weight get a gradient.
-    Not multiplied by temperature^2: gradients shrink as it grows. -> float32 scalar.
+    each product in the dtype of its x. beta in [0, 1]: 0 is KL(teacher || student), 1 is KL(student || teacher),
+    between them the generalised Jensen-Shannon divergence (arXiv 2306.13649). loss_weights float32 [N]; None: all 1.
+    Only x and weight get a gradient. The result is not multiplied by temperature^2, so gradients shrink as it grows.
 
-    num_targets: a bound, known on the host, for the number of rows whose loss weight is not 0; other rows are left out
-    of the matrix products. None: a CPU counts them; elsewhere every row is computed.
+    num_targets: an upper bound, known on the host, of the rows whose loss weight is not 0; other rows are left out of
+    the matrix products. None: a CPU counts them; elsewhere every row is computed.
 
-    kernels: Triton, or PyTorch alone. ValueError on bad input; num_targets too small is one on CPU tensors, or with
-    MINIMIND_CHECK=1, and else the loss is NaN.
+    kernels: True for Triton, False for PyTorch. ValueError for bad input. A num_targets that is too small is a
+    ValueError on CPU tensors or with MINIMIND_CHECK=1; else the loss is NaN.
     """
     check_head(kernels, x, weight, num_targets)
     check_head(kernels, teacher_x, teacher_weight, num_targets, ("teacher_x", "teacher_weight"))
-    words = teacher_weight.shape[0], weight.shape[0]
-    message = "teacher_weight has {} rows and weight {}; the two models need one vocabulary"
-    check(words[0] == words[1], message, *words)
+    sizes = teacher_weight.shape[0], weight.shape[0]
+    message = "teacher_weight has {} rows and weight {}; the two models need the same vocabulary"
+    check(sizes[0] == sizes[1], message, *sizes)
     check(
         (teacher_x.shape[0], teacher_x.device) == (x.shape[0], x.device),
-        "teacher_x has {} rows on {}, and x {} on {}",
+        "teacher_x has {} rows on {}, and x has {} on {}; they must agree",
         teacher_x.shape[0],
         teacher_x.device,
         x.shape[0],
         x.device,
     )
     check_per_row(x, torch.float32, loss_weights=loss_weights)
-    check_weight_sum(x, weight_sum)
     check(temperature > 0, "temperature is {}; give a positive number", temperature)
     check(0 <= beta <= 1, "beta is {}; give a number from 0 to 1", beta)
-    mantissa, power = split_weight_sum(weight_sum)
     grad = torch.is_grad_enabled()
     total, _, _ = _linear_distillation(
-        x, weight, teacher_x, teacher_weight, loss_weights, mantissa, num_targets, temperature, beta, kernels,
+        x, weight, teacher_x, teacher_weight, loss_weights, num_targets, temperature, beta, kernels,
         grad and x.requires_grad, grad and weight.requires_grad,
     )  # fmt: skip
-    return normalised(total, power)
+    return total

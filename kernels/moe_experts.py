@@ -1,4 +1,4 @@
-"""The experts of a mixture, each a SwiGLU MLP over the tokens that chose it.
+"""The experts of a mixture of experts: each is a SwiGLU MLP over the tokens that chose it.
 
     g, u = x_t Wg_e^T, x_t Wu_e^T         h = silu(g) * u        out_t = sum_k gates[t, k] h Wd_e^T,  e = ids[t, k]
     dh  = dout_t Wd_e                     dgates[t, k] = dh . h
@@ -6,14 +6,13 @@
     dx_t = sum_k (dg Wg_e + du Wu_e)      dWg_e = sum_t dg^T x_t    dWu_e likewise    dWd_e = sum_t dout_t^T (gate h)
 
 x [N, C]; gate_up [E, 2 I, C], Wg above Wu; down [E, C, I]; gates [N, K]; order int32 [N * K] and offsets int32 [E + 1]
-from moe_routing.route. The products are the kernels of grouped_gemm.py: copies are gathered and scattered on the way,
-as in ScatterMoE (arXiv 2403.08245). dgates comes from dh, so that the experts' outputs need not be kept; what is
-kept for the backward is g and u, [N * K, 2 I], in x.dtype.
+from moe_routing.route. The kernels of grouped_gemm.py compute the products and gather and scatter copies as they load
+and store, as in ScatterMoE (arXiv 2403.08245). dgates follows from dh, so the experts' outputs are not kept; the
+backward keeps g and u, [N * K, 2 I], in x.dtype.
 
-The K copies of a token are written apart, [N * K, C], and then added. Adding them where they belong with atomics
-would need the output in float32, which for K = 2 is as many bytes in each copy's addition as both copies take in
-bfloat16, and the order of the additions, so the last bits, would change from run to run. With K = 1 a copy is the
-output, and there is nothing to add.
+The K copies of a token are written separately, [N * K, C], and then added. Adding them in place with atomics would need
+a float32 output: for K = 2 one copy's addition would move as many bytes as both copies have in bfloat16. The order of
+additions, and so the last bits, would also change from run to run. With K = 1 nothing needs to be added.
 """
 
 import torch
@@ -25,7 +24,7 @@ from minimind.kernels.triton_support import check, check_tensors, kernel_op, on_
 
 
 def moe_experts_ref(x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, expert_ids: Tensor) -> Tensor:
-    """One expert after the other; expert_ids int [N, K]."""
+    """Run one expert after the other; expert_ids int [N, K]."""
     (tokens, size), top_k = x.shape, expert_ids.shape[1]
     copies = x.new_zeros(tokens * top_k, size)
     for expert in range(gate_up.shape[0]):
@@ -50,7 +49,7 @@ def _moe_experts_backward(
     dout: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tensor, offsets: Tensor,
     saved: Tensor, needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """needs: which of dx, dgate_up, ddown and dgates to compute; the others are empty."""
+    """(dx, dgate_up, ddown, dgates); needs: which of them to compute, the others have size 0."""
     dout, x, top_k = rows_of(dout), rows_of(x), gates.shape[1]
     d_saved, scaled, dgates = hidden_grad(
         dout, _weight(down, x), saved, order, offsets, gates.contiguous(),
@@ -67,7 +66,7 @@ def _moe_experts_backward(
 
 
 def _weight(weight: Tensor, x: Tensor) -> Tensor:
-    """In the dtype of the products: a float32 master weight is copied, and copied again for the backward."""
+    """The weight in the dtype of the products; a float32 master weight is copied, in the forward and the backward."""
     return weight.to(x.dtype).contiguous()
 
 
@@ -97,7 +96,7 @@ def _backward(ctx, dout, _dsaved):
     if dout is None:
         return (None,) * 7
     x, gate_up, down, gates, order, offsets, saved = ctx.saved_tensors
-    check(saved.ndim == 2, "save is False, so that nothing was kept for a backward; call it with True")
+    check(saved.ndim == 2, "save is False, so nothing was kept for the backward; call the operator with True")
     grads = _moe_experts_backward(dout, x, gate_up, down, gates, order, offsets, saved, needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None
 
@@ -107,7 +106,7 @@ _moe_experts.register_autograd(_backward, setup_context=_save)
 
 def _check(x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tensor, offsets: Tensor) -> None:
     check_tensors(x=x, gate_up=gate_up, down=down, gates=gates)
-    check(x.ndim == 2 and x.shape[1] > 0, "x is {}, and must be [tokens, size]", list(x.shape))
+    check(x.ndim == 2 and x.shape[1] > 0, "x is {}; it must be [tokens, size]", list(x.shape))
     tokens, size = x.shape
     check(
         gate_up.ndim == 3 and gate_up.shape[0] > 0 and gate_up.shape[1] > 0 and gate_up.shape[1] % 2 == 0
@@ -115,12 +114,12 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tenso
         "gate_up is {}, and x needs [experts, 2 * intermediate, {}]", list(gate_up.shape), size,
     )  # fmt: skip
     experts, inter = gate_up.shape[0], gate_up.shape[1] // 2
-    message = "gate_up has experts of {} x {}; an expert must be below 2^31"
+    message = "gate_up has experts of {} x {} numbers; an expert must have fewer than 2^31"
     check(2 * inter * size < 2**31, message, 2 * inter, size)
-    wanted = [experts, size, inter]
-    check(list(down.shape) == wanted, "down is {}, and gate_up needs {}", list(down.shape), wanted)
+    expected = [experts, size, inter]
+    check(list(down.shape) == expected, "down is {}, and gate_up needs {}", list(down.shape), expected)
     for name, weight in (("gate_up", gate_up), ("down", down)):
-        message = "{} is {}; for x of {} give that or torch.float32"
+        message = "{} is {}; for x in {} it must be the same or torch.float32"
         check(weight.dtype in (x.dtype, torch.float32), message, name, weight.dtype, x.dtype)
     check(
         gates.ndim == 2 and gates.shape[0] == tokens and gates.shape[1] > 0,
@@ -131,7 +130,7 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tenso
     for name, tensor, length in (("order", order, gates.numel()), ("offsets", offsets, experts + 1)):
         check(
             tensor.shape == (length,) and tensor.dtype == torch.int32 and tensor.device == x.device,
-            "{} is {} {} on {}; give what moe_routing.route made: torch.int32 [{}] on {}",
+            "{} is {} {} on {}; moe_routing.route makes torch.int32 [{}] on {}",
             name, tensor.dtype, list(tensor.shape), tensor.device, length, x.device,
         )  # fmt: skip
     if on_host(order):
@@ -139,28 +138,28 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tenso
 
 
 def _check_sort(order: Tensor, offsets: Tensor) -> None:
-    """Numbers that would lead a kernel out of its tensors."""
+    """ValueError for values that would make a kernel access memory outside its tensors."""
     copies = order.numel()
     check(
         bool((order.sort().values == torch.arange(copies, device=order.device)).all()),
-        "order is not a permutation of the copies 0..{}; give what moe_routing.route made",
+        "order is not a permutation of the copies 0..{}; use that of moe_routing.route",
         copies - 1,
     )
     check(
         int(offsets[0]) == 0 and int(offsets[-1]) == copies and bool((offsets.diff() >= 0).all()),
-        "offsets do not rise from 0 to the {} copies; give what moe_routing.route made",
+        "offsets do not rise from 0 to the {} copies; use those of moe_routing.route",
         copies,
     )
 
 
 def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """Every token through the experts it chose: sum over k of gates[t, k] * down_e(silu(gate_e x_t) * up_e x_t).
+    """Run each token through its experts: sum over k of gates[t, k] * down_e(silu(gate_e x_t) * up_e x_t).
 
-    x [N, C], float32, bfloat16 or float16; gate_up [E, 2 I, C] and down [E, C, I] in x.dtype, or float32, which is
-    rounded to x.dtype first; gates [N, K], of any of these dtypes; order int32 [N * K] and offsets int32 [E + 1]
-    as `moe_routing.route` makes them. -> [N, C] in x.dtype, contiguous. Each gradient comes in the dtype of its tensor,
-    the experts' straight from float32 sums; two runs give the same bits. Where no gradient can come, nothing is kept
-    for it. ValueError on other input; for the numbers in order and offsets on CPU tensors, or with MINIMIND_CHECK=1.
+    x [N, C]: float32, bfloat16 or float16. gate_up [E, 2 I, C], down [E, C, I]: x.dtype, or float32, which is rounded
+    to x.dtype first. gates [N, K], of any of these dtypes; order int32 [N * K] and offsets int32 [E + 1] from
+    `moe_routing.route` -> [N, C] in x.dtype, contiguous. Each gradient has its tensor's dtype; the experts' are rounded
+    once from float32 sums. Two runs give the same bits. Nothing is kept if no gradient is needed. ValueError for other
+    input; bad values in order and offsets are found on CPU tensors, or with MINIMIND_CHECK=1.
     """
     _check(x, gate_up, down, gates, order, offsets)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, gate_up, down, gates))

@@ -1,18 +1,18 @@
-"""Routing of a mixture of experts: softmax over the experts, the K best of them, and the order by expert.
+"""Routing of a mixture of experts: softmax over the experts, top-k, and sorting by expert.
 
     scores[t, e] = exp(logits[t, e]) / sum_j exp(logits[t, j])
     gates[t, k]  = the k-th largest score of token t, normalised: divided by (S_t + 1e-20), S_t the sum of the K
     dscores[t, id_k] += (dgates_k - sum_j dgates_j gates_j) / (S_t + 1e-20)     (not normalised: += dgates_k)
     dlogits      = scores * (dscores - sum_e dscores scores)
 
-logits [N, E]; a copy is one choice of one token, number t * K + k. `order` lists the copies by expert, in their own
-order within one expert, and `offsets` says where each expert begins, so that nothing is padded (as in ScatterMoE,
-arXiv 2403.08245). Both come from a counting sort in two kernels: the first counts the copies of each expert in each
-block of tokens, a prefix sum over that small table (expert by expert, block by block) says where each block's copies
-go, and the second puts them there. A token chooses no expert twice, so a copy's rank in its block is the number of
-earlier tokens that chose the same expert.
+logits [N, E]. A copy is one choice of one token; it has number t * K + k. `order` lists the copies sorted by expert,
+stably, and `offsets` says where each expert begins, so nothing is padded (as in ScatterMoE, arXiv 2403.08245). Both
+come from a counting sort in two kernels. The first counts each expert's copies in each block of tokens; a prefix sum
+over that small table (expert by expert, block by block) gives the destination of each block's copies; the second kernel
+writes them. A token never chooses an expert twice, so a copy's rank within its block is the number of earlier tokens
+that chose the same expert.
 
-All arithmetic is float32. scores and expert_ids, which are outputs anyway, are all that the backward needs.
+All arithmetic is float32. The backward needs only scores and expert_ids, which are outputs anyway.
 """
 
 from dataclasses import dataclass
@@ -39,20 +39,23 @@ MAX_TOP_K = 16
 
 
 @dataclass(frozen=True)
-class Config:
-    tokens: int  # of one tile, at most
-    elements: int  # of one tile of tokens and experts
+class RoutingConfig:
+    tokens: int  # per tile, at most
+    elements: int  # tokens times experts per tile
     num_warps: int
 
 
-CONFIGS = {80: Config(tokens=128, elements=1024, num_warps=4)}
+CONFIGS = {80: RoutingConfig(tokens=128, elements=1024, num_warps=4)}
 
 
 class Routing(NamedTuple):
-    """N tokens, E experts, K choices. gates float32 [N, K], largest first, and scores float32 [N, E] have gradients;
-    expert_ids int32 [N, K]. order int32 [N * K]: the copies (token * K + choice), stably sorted by expert; inverse
-    int32 [N * K]: inverse[order[i]] = i; offsets int32 [E + 1]: expert e has order[offsets[e] : offsets[e + 1]].
-    counts int32 [sequences, E]: the unmasked copies of each sequence."""
+    """The result of routing N tokens to K of E experts.
+
+    gates float32 [N, K], largest first, and scores float32 [N, E] are differentiable. expert_ids int32 [N, K]. order
+    int32 [N * K]: the copies (token * K + choice), stably sorted by expert. inverse int32 [N * K]: inverse[order[i]] =
+    i. offsets int32 [E + 1]: expert e has order[offsets[e] : offsets[e + 1]]. counts int32 [sequences, E]: the unmasked
+    copies of each sequence.
+    """
 
     gates: Tensor
     expert_ids: Tensor
@@ -64,7 +67,7 @@ class Routing(NamedTuple):
 
 
 def route_ref(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(gates, expert_ids int64, scores). A stable sort, since topk promises nothing about ties."""
+    """(gates, expert_ids int64, scores). It sorts stably, since the order of ties in topk is undefined."""
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
     gates, expert_ids = (t[:, :top_k] for t in scores.sort(dim=-1, descending=True, stable=True))
     if normalize:
@@ -93,13 +96,13 @@ def _route_choose_kernel(
     b_scores = b_exp / tl.sum(b_exp, axis=1)[:, None]
     tl.store(p_scores + o_token[:, None] * E + o_e[None, :], b_scores, mask=mask)
 
-    # a NaN competes as 0, so that every round finds an expert that exists and was not taken
+    # NaN counts as 0, so each round finds an existing expert that was not chosen yet
     b_left = tl.where(m_e, tl.where(b_scores == b_scores, b_scores, 0.0), -1.0)
     b_chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
     b_gates = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     b_ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
     for k in tl.static_range(K):
-        b_id = tl.argmax(b_left, axis=1)  # the lowest of equals
+        b_id = tl.argmax(b_left, axis=1)  # of equal scores, the lowest expert
         b_hit = o_e[None, :] == b_id[:, None]
         b_gates = tl.where(o_k == k, tl.sum(tl.where(b_hit, b_scores, 0.0), axis=1)[:, None], b_gates)
         b_ids = tl.where(o_k == k, b_id[:, None], b_ids)
@@ -132,7 +135,7 @@ def _route_place_kernel(
     E: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     i_block = tl.program_id(0)
-    o_token = i_block * BLOCK_T + tl.arange(0, BLOCK_T)  # the copies are fewer than 2^31
+    o_token = i_block * BLOCK_T + tl.arange(0, BLOCK_T)  # there are fewer than 2^31 copies
     o_e = tl.arange(0, BLOCK_E)
     m_token = o_token < n_tokens
     b_chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
@@ -185,7 +188,7 @@ def _route_backward_kernel(
 
 
 def _tile(experts: int, device: torch.device) -> tuple[int, int, int]:
-    """(BLOCK_T, BLOCK_E, num_warps)"""
+    """(BLOCK_T, BLOCK_E, num_warps)."""
     config = config_for(CONFIGS, device)
     block_e = next_power_of_2(experts)
     return min(config.tokens, config.elements // block_e), block_e, config.num_warps
@@ -198,7 +201,7 @@ def _route(
     tokens, experts = logits.shape
     logits = rows_of(logits)
     block_t, block_e, warps = _tile(experts, logits.device)
-    blocks = max(1, cdiv(tokens, block_t))  # one even for no tokens: it writes the offsets
+    blocks = max(1, cdiv(tokens, block_t))  # one block even without tokens, to write the offsets
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
@@ -290,16 +293,16 @@ _route.register_autograd(_backward, setup_context=_save)
 
 def _check(logits: Tensor, top_k: int, sequence_ids: Tensor | None, sequences: int, mask: Tensor | None) -> None:
     check_tensors(logits=logits)
-    check(logits.ndim == 2, "logits has {} dimensions, and must be [tokens, experts]", logits.ndim)
+    check(logits.ndim == 2, "logits has {} dimensions; it must be [tokens, experts]", logits.ndim)
     tokens, experts = logits.shape
     message = "logits is for {} experts; this kernel takes 1 to {}"
     check(1 <= experts <= MAX_EXPERTS, message, experts, MAX_EXPERTS)
     most = min(experts, MAX_TOP_K)
-    message = "top_k is {}; of {} experts a token can choose 1 to {}"
+    message = "top_k is {}; with {} experts a token can choose 1 to {}"
     check(1 <= top_k <= most, message, top_k, experts, most)
     check(tokens * top_k < 2**31, "logits has {} tokens; tokens * top_k must stay below 2^31", tokens)
-    check(sequences >= 1, "sequences is {}, and must be 1 or more", sequences)
-    message = "sequences is {}: give sequence_ids as well, or leave both out"
+    check(sequences >= 1, "sequences is {}; it must be 1 or more", sequences)
+    message = "sequences is {}; give sequence_ids as well, or leave both out"
     check(sequences == 1 or sequence_ids is not None, message, sequences)
     for name, tensor in (("sequence_ids", sequence_ids), ("mask", mask)):
         if tensor is not None:
@@ -320,15 +323,15 @@ def route(
     sequences: int = 1,
     mask: Tensor | None = None,
 ) -> Routing:
-    """Choose each token's top_k experts of softmax(logits), and sort the copies by expert.
+    """Choose each token's top_k experts by softmax(logits), and sort the copies by expert.
 
-    logits [N, E], float32 (bfloat16 and float16 are computed in float32), 1 <= E <= 256, 1 <= top_k <= min(E, 16).
-    Of equal scores the lowest expert comes first. normalize: a token's gates are made to sum to 1.
-    counts only: sequence_ids int [N] in 0..sequences-1 (not needed for one sequence; a token outside is not
-    counted), and mask [N], of any dtype: tokens where it is 0 are not counted. They are routed all the same.
+    logits [N, E]: float32, or bfloat16 or float16 computed in float32; 1 <= E <= 256, 1 <= top_k <= min(E, 16). Ties go
+    to the lower expert. normalize: make each token's gates sum to 1. sequence_ids and mask affect only counts:
+    sequence_ids int [N] in 0..sequences-1 (None for one sequence; tokens outside are not counted); mask [N] of any
+    dtype, 0 for tokens that are routed but not counted.
 
-    A row with NaN, or with an infinite logit that makes it so, has NaN gates, and its expert ids are still distinct
-    and within 0..E-1. ValueError on other input.
+    A row with a NaN, or an infinite logit that causes one, has NaN gates, but its expert ids are still distinct and
+    within 0..E-1. ValueError for other input.
     """
     _check(logits, top_k, sequence_ids, sequences, mask)
     return Routing(*_route(logits, top_k, normalize, sequence_ids, sequences, mask))

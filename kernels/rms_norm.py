@@ -3,13 +3,13 @@
     r_n = 1 / sqrt(mean_d x[n, d]^2 + eps)            y = x * r * w
     dx  = r * (w dy - xhat * mean_d(w dy xhat))       dw = sum_n dy xhat          with xhat = x * r
 
-x [..., D]: every row of the last dimension is normalised by itself. A head-wise slice of a packed projection
-[..., S, D][..., a:b, :] is read where it lies. No shape but D is compiled in: one kernel serves every number of rows,
-and one more those that no single stride reaches. Only r (float32, one number a row) is kept for the backward.
+x [..., D]: each row of the last dimension is normalised. A slice of heads of a packed projection [..., S, D][..., a:b,
+:] is read in place. Only D is a compile-time constant: one kernel serves any number of rows, and a second one rows that
+no single stride reaches. Besides x, only r (one float32 per row) is kept for the backward.
 
-A program takes BLOCK_R whole rows, so the many short rows of QK-norm fill it as well as one long row. The weight
-gradient has no atomics: each program sums its rows in float32 and one reduction over programs follows, so that two
-runs give the same bits.
+A program processes BLOCK_R whole rows, so the many short rows of QK-norm use it as well as one long row. The weight
+gradient needs no atomics: each program sums its rows in float32, and one reduction over programs follows, so two runs
+give the same bits.
 """
 
 from dataclasses import dataclass
@@ -34,13 +34,13 @@ MAX_D = 16384
 
 
 @dataclass(frozen=True)
-class Config:
-    elements: int  # of one tile; at least one row
-    per_warp: int  # elements that one warp holds
-    programs_per_sm: int  # of the backward, whose programs loop
+class NormConfig:
+    elements: int  # per tile, which has at least one row
+    per_warp: int  # elements per warp
+    programs_per_sm: int  # in the backward, whose programs loop
 
 
-CONFIGS = {80: Config(elements=1024, per_warp=256, programs_per_sm=8)}
+CONFIGS = {80: NormConfig(elements=1024, per_warp=256, programs_per_sm=8)}
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -55,7 +55,7 @@ def add_rms_norm_ref(x: Tensor, residual: Tensor, weight: Tensor, eps: float) ->
 
 @jit
 def _row_offsets(o_row, heads, stride, stride_head, SPLIT: tl.constexpr):
-    """Where rows begin; not SPLIT: one stride reaches them all."""
+    """Offsets of rows; without SPLIT one stride reaches all of them."""
     return (o_row // heads) * stride + (o_row % heads) * stride_head if SPLIT else o_row * stride
 
 
@@ -75,7 +75,7 @@ def _rms_norm_forward_kernel(
     if p_residual is not None:
         o_res = _row_offsets(o_row, heads, residual_stride, residual_stride_head, SPLIT)
         b_res = tl.load(p_residual + o_res[:, None] + o_d[None, :], mask=mask, other=0.0)  # [BLOCK_R, BLOCK_D]
-        # the norm sees the sum as it is stored, rounded, as it does in PyTorch
+        # the norm reads the stored, rounded sum, as in PyTorch
         b_total = (b_x + b_res.to(tl.float32)).to(p_total.dtype.element_ty)
         tl.store(p_total + o_out, b_total, mask=mask)
         b_x = b_total.to(tl.float32)
@@ -117,7 +117,7 @@ def _rms_norm_backward_kernel(
 
 
 def _row_stride(x: Tensor, dims: int) -> int | None:
-    """The one stride that steps through the first `dims` dimensions of x in order, or None."""
+    """The stride that walks through the first `dims` dimensions of x in order, or None if there is none."""
     strides = x.stride()[:dims]
     if any(strides[i] != x.shape[i + 1] * strides[i + 1] for i in range(dims - 1)):
         return None
@@ -125,8 +125,8 @@ def _row_stride(x: Tensor, dims: int) -> int | None:
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """(x or a copy that can be addressed so, heads, stride of a token, stride of a head): row n of the last
-    dimension begins at n // heads * token stride + n % heads * head stride. Heads are 1 where that is enough."""
+    """(x or a contiguous copy, heads, token stride, head stride): row n begins at n // heads * token stride + n % heads
+    * head stride. heads is 1 if one stride reaches all rows."""
     if x.stride(-1) == 1 or x.shape[-1] == 1:
         stride = _row_stride(x, x.ndim - 1)
         if stride is not None:
@@ -138,7 +138,7 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def _tile(x: Tensor) -> tuple[int, int, int]:
-    """(BLOCK_R, BLOCK_D, num_warps)"""
+    """(BLOCK_R, BLOCK_D, num_warps)."""
     config = config_for(CONFIGS, x.device)
     block_d = next_power_of_2(x.shape[-1])
     block_r = max(1, config.elements // block_d)
@@ -148,7 +148,7 @@ def _tile(x: Tensor) -> tuple[int, int, int]:
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, total: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(y, rstd); writes x + residual to `total`."""
+    """Compute (y, rstd), and write x + residual to `total`."""
     size = x.shape[-1]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -244,7 +244,7 @@ _add_rms_norm.register_autograd(_backward_add_rms_norm, setup_context=_save_add_
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
     check_tensors(x=x, weight=weight, residual=residual)
-    check(x.ndim >= 1, "x has no dimension to normalise over")
+    check(x.ndim >= 1, "x is a scalar, and must have a dimension to normalise over")
     size = x.shape[-1]
     check(1 <= size <= MAX_D, "x has rows of {}; this kernel takes 1 to {}", size, MAX_D)
     check(weight.shape == (size,), "weight is {}, and x needs [{}]", list(weight.shape), size)
@@ -260,17 +260,17 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 inside.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32.
 
-    x [..., D], float32, bfloat16 or float16, the last dimension contiguous (else it is copied); weight [D], of
-    any of these dtypes -> [..., D] contiguous, in x.dtype. ValueError on other input.
+    x [..., D]: float32, bfloat16 or float16; it is copied if its last dimension is not contiguous. weight [D], of any
+    of these dtypes -> [..., D] contiguous, in x.dtype. ValueError for other input.
     """
     _check(x, weight)
     return _rms_norm(x, weight, eps)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual) in one pass: both [..., D] in x.dtype, as is `residual`."""
+    """(rms_norm(x + residual), x + residual) in one pass: all [..., D] in x.dtype."""
     _check(x, weight, residual)
     y, total, _ = _add_rms_norm(x, residual, weight, eps)
     return y, total

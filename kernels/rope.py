@@ -1,16 +1,16 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of a packed projection, with RMSNorm of every query and
-key head before it where the model has QK-norm (as in Qwen3, arXiv 2505.09388).
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of a packed projection, optionally after an RMSNorm of
+each query and key head (QK-norm, as in Qwen3, arXiv 2505.09388).
 
     x1, x2 = halves of a head [D], after the norm          dx1 = dy1 cos + dy2 sin
     y1 = x1 cos - x2 sin,   y2 = x2 cos + x1 sin           dx2 = dy2 cos - dy1 sin
     norm: x = u * r * w, r = 1 / sqrt(mean_d u[d]^2 + eps); its backward is in rms_norm.py
 
-qkv [..., (H + 2 G) D] holds H query, G key and G value heads one after another -> q [..., H, D], k and v [..., G, D].
-Angle tables cos, sin float32 [P, D / 2], row position_ids[token]. Pairs are (i, i + D / 2) ("rotate half").
+qkv [..., (H + 2 G) D] holds H query, then G key, then G value heads -> q [..., H, D], k and v [..., G, D]. A token uses
+row position_ids[token] of the tables cos, sin float32 [P, D / 2]. Pairs are (i, i + D / 2) ("rotate half").
 
-Nothing of the size of qkv is kept for the backward; with the norm, qkv itself and r (float32, one number a head).
-v is copied, because a view of qkv would make autograd fill and add two gradients of qkv's size: here one pass writes
-the whole of it. The kernels are in rope_sections.py.
+The backward keeps no tensor of qkv's size; with the norm it keeps qkv itself and r (one float32 per head). v is copied:
+for a view of qkv, autograd would fill and add two gradients of qkv's size, while here one pass writes all of it. The
+kernels are in rope_sections.py.
 """
 
 import math
@@ -39,13 +39,13 @@ MAX_D = 256
 
 
 @dataclass(frozen=True)
-class Config:
-    elements: int  # of one half of a tile
+class RopeConfig:
+    elements: int  # per half of a tile
     num_warps: int
-    programs_per_sm: int  # of the backward with the norm, whose programs loop
+    programs_per_sm: int  # in the backward with the norm, whose programs loop
 
 
-CONFIGS = {80: Config(elements=512, num_warps=4, programs_per_sm=4)}
+CONFIGS = {80: RopeConfig(elements=512, num_warps=4, programs_per_sm=4)}
 
 
 def rope_ref(
@@ -54,13 +54,13 @@ def rope_ref(
     sin: Tensor,
     position_ids: Tensor,
     heads: int,
-    groups: int,
+    kv_heads: int,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
     norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm_ref,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = qkv.unflatten(-1, (heads + 2 * groups, -1)).split((heads, groups, groups), dim=-2)
+    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=-2)
     if q_weight is not None and k_weight is not None:
         q, k = norm(q, q_weight, eps), norm(k, k_weight, eps)
     cos, sin = cos[position_ids].unsqueeze(-2), sin[position_ids].unsqueeze(-2)
@@ -73,11 +73,11 @@ def _rotate_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _ids(position_ids: Tensor, shape: torch.Size) -> Tensor:
-    """Contiguous ids, of which token n takes number n % numel. `shape`, to which they broadcast, is the tokens'."""
-    kept = list(position_ids.shape)
-    while kept and kept[0] == 1:
-        kept.pop(0)
-    if kept != list(shape[len(shape) - len(kept) :]):
+    """Contiguous ids such that token n uses ids[n % numel]. `shape` is the tokens' shape, to which they broadcast."""
+    trimmed = list(position_ids.shape)
+    while trimmed and trimmed[0] == 1:
+        trimmed.pop(0)
+    if trimmed != list(shape[len(shape) - len(trimmed) :]):
         position_ids = position_ids.expand(shape)
     return position_ids.contiguous()
 
@@ -88,9 +88,9 @@ def _tile(half: int, device: torch.device) -> dict[str, int]:
     return dict(HALF=half, BLOCK_R=config.elements // block_h, BLOCK_H=block_h, num_warps=config.num_warps)
 
 
-def _programs(tokens: int, heads: int, groups: int, block_r: int, limit: int | None = None) -> list[int]:
-    """How many programs take query, key and value rows: one a block, or shares of `limit` that loop."""
-    counts = (heads, groups, groups)
+def _programs(tokens: int, heads: int, kv_heads: int, block_r: int, limit: int | None = None) -> list[int]:
+    """Numbers of programs for query, key and value rows: one per block, or shares of `limit` programs that loop."""
+    counts = (heads, kv_heads, kv_heads)
     blocks = [cdiv(tokens * count, block_r) for count in counts]
     if limit is None:
         return blocks
@@ -108,25 +108,26 @@ def _rope(
     sin: Tensor,
     position_ids: Tensor,
     heads: int,
-    groups: int,
+    kv_heads: int,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(q, k, v, rstd [..., H + G]); rstd is [0] without the norm."""
+    """(q, k, v, rstd [..., H + G]); rstd has size 0 without the norm."""
     shape, half = qkv.shape[:-1], cos.shape[1]
     q, k, v = (
-        torch.empty(*shape, count, 2 * half, dtype=qkv.dtype, device=qkv.device) for count in (heads, groups, groups)
+        torch.empty(*shape, count, 2 * half, dtype=qkv.dtype, device=qkv.device)
+        for count in (heads, kv_heads, kv_heads)
     )
-    rstd_shape = (0,) if q_weight is None else (*shape, heads + groups)
+    rstd_shape = (0,) if q_weight is None else (*shape, heads + kv_heads)
     rstd = torch.empty(rstd_shape, dtype=torch.float32, device=qkv.device)
     rows, ids, tile = rows_of(qkv), _ids(position_ids, shape), _tile(half, qkv.device)
-    q_blocks, k_blocks, v_blocks = _programs(rows.shape[0], heads, groups, tile["BLOCK_R"])
+    q_blocks, k_blocks, v_blocks = _programs(rows.shape[0], heads, kv_heads, tile["BLOCK_R"])
     launch(
         rope_forward_kernel, (q_blocks + k_blocks + v_blocks,),
         rows, cos.contiguous(), sin.contiguous(), ids, _contiguous(q_weight), _contiguous(k_weight), q, k, v, rstd,
         rows.shape[0], ids.numel(), cos.shape[0], q_blocks, k_blocks, rows.stride(0), eps,
-        H=heads, G=groups, **tile,
+        H=heads, G=kv_heads, **tile,
     )  # fmt: skip
     return q, k, v, rstd
 
@@ -144,15 +145,15 @@ def _rope_backward(
     q_weight: Tensor | None,
     k_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dqkv, dq_weight, dk_weight); the last two are [0] without the norm."""
-    shape, (heads, size), groups = dq.shape[:-2], dq.shape[-2:], dk.shape[-2]
-    tokens, device = (math.prod(shape), dq.device)  # Size.numel() would fix the number in what torch.compile traces
-    dqkv = torch.empty(*shape, (heads + 2 * groups) * size, dtype=dq.dtype, device=device)
+    """(dqkv, dq_weight, dk_weight); the last two have size 0 without the norm."""
+    shape, (heads, size), kv_heads = dq.shape[:-2], dq.shape[-2:], dk.shape[-2]
+    tokens, device = (math.prod(shape), dq.device)  # Size.numel() would become a constant under torch.compile
+    dqkv = torch.empty(*shape, (heads + 2 * kv_heads) * size, dtype=dq.dtype, device=device)
     ids, tile = _ids(position_ids, shape), _tile(size // 2, device)
     rows, partial, limit = None, None, None
     if qkv is not None:
         rows, limit = rows_of(qkv), multiprocessors(device) * config_for(CONFIGS, device).programs_per_sm
-    q_programs, k_programs, v_programs = _programs(tokens, heads, groups, tile["BLOCK_R"], limit)
+    q_programs, k_programs, v_programs = _programs(tokens, heads, kv_heads, tile["BLOCK_R"], limit)
     if qkv is not None:
         partial = torch.empty(q_programs + k_programs, size, dtype=torch.float32, device=device)
     launch(
@@ -160,7 +161,7 @@ def _rope_backward(
         dq.contiguous(), dk.contiguous(), dv.contiguous(), rows, cos.contiguous(), sin.contiguous(), ids,
         _contiguous(q_weight), _contiguous(k_weight), rstd, dqkv, partial,
         tokens, ids.numel(), cos.shape[0], q_programs, k_programs, v_programs, 0 if rows is None else rows.stride(0),
-        H=heads, G=groups, **tile,
+        H=heads, G=kv_heads, **tile,
     )  # fmt: skip
     if partial is None or q_weight is None or k_weight is None:
         dq_weight, dk_weight = (torch.empty(0, dtype=torch.float32, device=device) for _ in range(2))
@@ -170,10 +171,10 @@ def _rope_backward(
 
 
 @_rope.register_fake
-def _(qkv, cos, sin, position_ids, heads, groups, q_weight, k_weight, eps):
+def _(qkv, cos, sin, position_ids, heads, kv_heads, q_weight, k_weight, eps):
     shape, size = qkv.shape[:-1], 2 * cos.shape[1]
-    q, k, v = (qkv.new_empty(*shape, count, size) for count in (heads, groups, groups))
-    rstd_shape = (0,) if q_weight is None else (*shape, heads + groups)
+    q, k, v = (qkv.new_empty(*shape, count, size) for count in (heads, kv_heads, kv_heads))
+    rstd_shape = (0,) if q_weight is None else (*shape, heads + kv_heads)
     return q, k, v, qkv.new_empty(rstd_shape, dtype=torch.float32)
 
 
@@ -186,7 +187,7 @@ def _(dq, dk, dv, cos, sin, position_ids, qkv, rstd, q_weight, k_weight):
 
 
 def _save_rope(ctx, inputs, output):
-    qkv, cos, sin, position_ids, ctx.heads, ctx.groups, q_weight, k_weight, _ = inputs
+    qkv, cos, sin, position_ids, ctx.heads, ctx.kv_heads, q_weight, k_weight, _ = inputs
     normed = (None,) * 4 if q_weight is None else (qkv, output[3], q_weight, k_weight)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(cos, sin, position_ids, *normed)
@@ -194,12 +195,12 @@ def _save_rope(ctx, inputs, output):
 
 def _backward_rope(ctx, dq, dk, dv, _drstd):
     cos, sin, position_ids, *normed = ctx.saved_tensors
-    given = next((grad for grad in (dq, dk, dv) if grad is not None), None)
-    if given is None:
+    like = next((grad for grad in (dq, dk, dv) if grad is not None), None)
+    if like is None:
         return (None,) * 9
     dq, dk, dv = (
-        given.new_zeros(*given.shape[:-2], count, given.shape[-1]) if grad is None else grad
-        for grad, count in ((dq, ctx.heads), (dk, ctx.groups), (dv, ctx.groups))
+        like.new_zeros(*like.shape[:-2], count, like.shape[-1]) if grad is None else grad
+        for grad, count in ((dq, ctx.heads), (dk, ctx.kv_heads), (dv, ctx.kv_heads))
     )
     dqkv, *dweights = _rope_backward(dq, dk, dv, cos, sin, position_ids, *normed)
     return dqkv, *(None,) * 5, *((None, None) if normed[0] is None else dweights), None
@@ -214,12 +215,12 @@ def _check(
     sin: Tensor,
     position_ids: Tensor,
     heads: int,
-    groups: int,
+    kv_heads: int,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
 ) -> None:
     check_tensors(qkv=qkv, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight)
-    check(heads >= 1 and groups >= 1, "heads is {} and groups {}; both count from 1", heads, groups)
+    check(heads >= 1 and kv_heads >= 1, "heads is {} and kv_heads {}; both must be 1 or more", heads, kv_heads)
     check(
         cos.dtype == sin.dtype == torch.float32 and cos.ndim == 2 and cos.shape == sin.shape and len(cos) > 0,
         "cos is {} {} and sin {} {}; both must be float32 [P, D / 2]",
@@ -230,10 +231,10 @@ def _check(
     )
     size = 2 * cos.shape[1]
     check(2 <= size <= MAX_D, "cos is for heads of {}; this kernel takes 2 to {}", size, MAX_D)
-    width = (heads + 2 * groups) * size
-    message = "qkv is {}; {} + 2 x {} heads of {} need a last dimension of {}"
-    check(qkv.shape[-1:] == (width,), message, list(qkv.shape), heads, groups, size, width)
-    check((q_weight is None) == (k_weight is None), "q_weight and k_weight: give both, or neither")
+    width = (heads + 2 * kv_heads) * size
+    message = "qkv is {}; {} + 2 x {} heads of size {} need a last dimension of {}"
+    check(qkv.shape[-1:] == (width,), message, list(qkv.shape), heads, kv_heads, size, width)
+    check((q_weight is None) == (k_weight is None), "give both q_weight and k_weight, or neither")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
             check(weight.shape == (size,), "{} is {}, and qkv needs [{}]", name, list(weight.shape), size)
@@ -251,7 +252,7 @@ def _check_positions(position_ids: Tensor, qkv: Tensor, positions: int) -> None:
     check(tokens.numel() < 2**31, "qkv has {} tokens; they must stay below 2^31", tokens.numel())
     if on_host(position_ids) and position_ids.numel() > 0:
         low, high = int(position_ids.min()), int(position_ids.max())
-        message = "position_ids go from {} to {}, and cos and sin have rows 0 to {}; make longer tables"
+        message = "position_ids go from {} to {}, but cos and sin have rows 0 to {}; make longer tables"
         check(low >= 0 and high < positions, message, low, high, positions - 1)
 
 
@@ -261,25 +262,25 @@ def rope(
     sin: Tensor,
     position_ids: Tensor,
     heads: int,
-    groups: int,
+    kv_heads: int,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a packed projection into q, k and v, and rotate q and k; in float32 inside, rounded once.
+    """Split a packed projection into q, k and v, and rotate q and k; computed in float32 and rounded once.
 
-    qkv [..., (H + 2 G) D]: H = `heads` query, G = `groups` key and G value heads of even size D up to 256, float32,
-    bfloat16 or float16, read where it lies if one row stride reaches all rows and the last dimension is contiguous
-    (else it is copied). cos, sin float32 [P, D / 2], which get no gradient. position_ids int32 or int64, of qkv's
-    leading shape or broadcasting to it ([1, T] for [B, T]): the table row of each token. q_weight, k_weight [D], of
-    any of these dtypes, both or neither: RMSNorm of every query and key head with `eps` first.
+    qkv [..., (H + 2 G) D]: H = `heads` query, G = `kv_heads` key and G value heads of even size D up to 256; float32,
+    bfloat16 or float16. It is read in place if one stride reaches all rows and the last dimension is contiguous, else
+    copied. cos, sin float32 [P, D / 2], without gradient. position_ids int32 or int64: each token's row of the tables,
+    of qkv's leading shape or broadcasting to it ([1, T] for [B, T]). q_weight, k_weight [D], of any of these dtypes,
+    both or neither: first apply RMSNorm with `eps` to each query and key head.
 
-    Returns q [..., H, D], k [..., G, D], v [..., G, D], contiguous, in qkv.dtype. v is a copy, so that the backward
-    writes all of qkv's gradient in one pass; of a view, autograd would add two gradients of qkv's full size.
+    Returns q [..., H, D], k [..., G, D], v [..., G, D], contiguous, in qkv.dtype. v is a copy, so the backward can
+    write all of qkv's gradient in one pass.
 
-    ValueError on other input. Position ids outside 0..P-1 are refused on a CPU; on a GPU, where looking at them
-    would wait for the device, they take the nearest row of the tables, and memory beyond them is never read.
+    ValueError for other input. Position ids outside 0..P-1 are an error on a CPU. On a GPU, where reading them would
+    wait for the device, they use the nearest row of the tables, and memory beyond the tables is never read.
     """
-    _check(qkv, cos, sin, position_ids, heads, groups, q_weight, k_weight)
-    q, k, v, _ = _rope(qkv, cos, sin, position_ids, heads, groups, q_weight, k_weight, eps)
+    _check(qkv, cos, sin, position_ids, heads, kv_heads, q_weight, k_weight)
+    q, k, v, _ = _rope(qkv, cos, sin, position_ids, heads, kv_heads, q_weight, k_weight, eps)
     return q, k, v

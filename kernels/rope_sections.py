@@ -1,10 +1,10 @@
-"""The Triton kernels of rope.py: a packed projection to q, k and v, normed and rotated, and all of its gradient back.
+"""The Triton kernels of rope.py: split, normalise and rotate a packed projection, and compute its whole gradient.
 
-The programs fall into three ranges, of query, key and value rows, so that what a program does is one scalar branch;
-a row is a head of a token. A tile is BLOCK_R rows by two halves, padded to a power of two (40 to 64, 48 to 64).
-The weights' gradients have no atomics: each program sums its rows in float32, one reduction over programs follows.
+Programs are divided into three ranges for query, key and value rows, so one scalar branch selects a program's work. A
+row is one head of one token. A tile is BLOCK_R rows by two halves, padded to a power of two (40 to 64, 48 to 64). The
+weights' gradients need no atomics: each program sums its rows in float32, and one reduction over programs follows.
 
-    angles = (p_cos, p_sin, p_position, n_ids, n_positions)      the tables and each token's row of them
+    angles = (p_cos, p_sin, p_position, n_ids, n_positions)      the tables, and each token's row in them
 """
 
 from minimind.kernels.triton_support import jit, tl
@@ -32,7 +32,7 @@ def _load_weight(p_weight, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
 
 @jit
 def _load_angles(angles, o_token, m_row, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
-    """A position outside the tables takes their first or last row: nothing beyond them is read."""
+    """Load cos and sin. A position outside the tables uses their first or last row, so nothing beyond them is read."""
     p_cos, p_sin, p_position, n_ids, n_positions = angles
     o_id = o_token.to(tl.int32) % n_ids  # one row of ids may serve every sequence
     b_position = tl.load(p_position + o_id, mask=m_row, other=0).to(tl.int64)  # [BLOCK_R]
@@ -56,8 +56,8 @@ def _forward_section(
     ROTATED: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr,
     NORMED: tl.constexpr, HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Block i_block of the rows of heads FIRST to FIRST + COUNT of qkv. p_weight None: no norm; NORMED: how many heads
-    have one where any does."""
+    """Process block i_block of the rows of heads FIRST to FIRST + COUNT of qkv. p_weight None: no norm. NORMED: the
+    number of normalised heads."""
     o_row = tl.cast(i_block, tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_token, o_head = o_row // COUNT, FIRST + o_row % COUNT
     o_d = tl.arange(0, BLOCK_H)
@@ -109,7 +109,7 @@ def _backward_section(
     ROTATED: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr,
     NORMED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Every `programs`-th block from i_first; the rows of _forward_section. HEADS: of qkv."""
+    """Process every `programs`-th block from i_first of the rows of _forward_section. HEADS: the heads of qkv."""
     o_d = tl.arange(0, BLOCK_H)
     if p_weight is not None:
         b_w_first, b_w_second = _load_weight(p_weight, HALF, BLOCK_H)

@@ -3,12 +3,12 @@
     s = 1 / (1 + exp(-gate))                       y = gate * s * up
     dgate = dy * up * s * (1 + gate * (1 - s))     dup = dy * gate * s
 
-gate_up [..., 2 I], gate before up in every row -> y [..., I]. Only gate_up is kept for the backward, which computes s
-anew and writes dgate_up [..., 2 I] as a new tensor. Everything inside is float32 and is rounded once, where
-PyTorch rounds silu(gate) as well.
+gate_up [..., 2 I], gate before up in each row -> y [..., I]. Only gate_up is kept for the backward, which computes s
+again and writes dgate_up [..., 2 I] into a new tensor. All arithmetic is float32 and rounded once; PyTorch also rounds
+silu(gate).
 
-A program takes a tile of BLOCK_R rows and BLOCK_I columns; 128 columns cut 1408, 2048 and 2432 evenly, and waste 4 %
-of 1728.
+A program processes a tile of BLOCK_R rows and BLOCK_I columns. 128 columns divide 1408, 2048 and 2432 evenly, and waste
+4% of 1728.
 """
 
 from dataclasses import dataclass
@@ -32,13 +32,13 @@ from minimind.kernels.triton_support import (
 
 
 @dataclass(frozen=True)
-class Config:
-    columns: int  # of one tile, at most
-    elements: int  # of one tile
+class SwigluConfig:
+    columns: int  # per tile, at most
+    elements: int  # per tile
     num_warps: int
 
 
-CONFIGS = {80: Config(columns=128, elements=2048, num_warps=4)}
+CONFIGS = {80: SwigluConfig(columns=128, elements=2048, num_warps=4)}
 
 
 def swiglu_ref(gate_up: Tensor) -> Tensor:
@@ -48,13 +48,13 @@ def swiglu_ref(gate_up: Tensor) -> Tensor:
 
 @jit
 def sigmoid(x):
-    b_exp = tl.exp(-tl.abs(x))  # at most 1, so that nothing overflows
+    b_exp = tl.exp(-tl.abs(x))  # at most 1, so it cannot overflow
     return tl.where(x >= 0, 1.0, b_exp) / (1.0 + b_exp)
 
 
 @jit
 def _tile_offsets(n_rows, SIZE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_I: tl.constexpr):
-    """(rows [BLOCK_R, 1], columns [1, BLOCK_I], mask) of this program; programs in a row of tiles are neighbours."""
+    """(rows [BLOCK_R, 1], columns [1, BLOCK_I], mask) of this program; consecutive programs share a row of tiles."""
     i_program = tl.program_id(0)
     o_row = (i_program // tl.cdiv(SIZE, BLOCK_I)).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_col = (i_program % tl.cdiv(SIZE, BLOCK_I)) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -89,7 +89,7 @@ def _swiglu_backward_kernel(
 
 
 def _tiles(rows: int, size: int, device: torch.device) -> tuple[tuple[int], dict[str, int]]:
-    """(grid, sizes of a tile)"""
+    """(grid, constants of the kernel)."""
     config = config_for(CONFIGS, device)
     block_i = min(config.columns, next_power_of_2(size))
     block_r = config.elements // block_i
@@ -139,16 +139,16 @@ _swiglu.register_autograd(_backward_swiglu, setup_context=_save_swiglu)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, in float32 inside.
+    """silu(gate) * up, computed in float32.
 
-    gate_up [..., 2 I], gate before up, float32, bfloat16 or float16, read where it lies if one row stride reaches
-    all rows and the last dimension is contiguous (else it is copied) -> [..., I] contiguous, in gate_up.dtype.
-    ValueError on other input.
+    gate_up [..., 2 I], gate before up: float32, bfloat16 or float16. It is read in place if one stride reaches all rows
+    and the last dimension is contiguous, else copied -> [..., I] contiguous, in gate_up.dtype. ValueError for other
+    input.
     """
     check_tensors(gate_up=gate_up)
     check(
         gate_up.ndim >= 1 and gate_up.shape[-1] >= 2 and gate_up.shape[-1] % 2 == 0,
-        "gate_up is {}; its last dimension must hold gate and up, of one size each",
+        "gate_up is {}; its last dimension must hold gate and up, of equal size",
         list(gate_up.shape),
     )
     return _swiglu(gate_up)

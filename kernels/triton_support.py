@@ -1,7 +1,7 @@
-"""Triton, where there is one, and the one door through which its kernels are launched.
+"""Access to Triton: optional import, launches, registration of operators, tables of tile sizes, and input checks.
 
-The kernel files import `triton`, `tl` and `jit` from here, so that they can be read, and their references used, where
-Triton is not installed. A kernel's tile sizes come from a frozen table, one entry per architecture that needs its own.
+Kernel files import `triton`, `tl` and `jit` from here, so they can be imported, and their references used, without
+Triton. A kernel's tile sizes come from a frozen table, with an entry for each architecture that needs its own.
 """
 
 import functools
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-# Contraction of a multiplication and an addition: Triton 3.10 changes its default, and 3.9 warns about that.
+# Fused multiply-add: Triton 3.10 changes the default, and 3.9 warns about it.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 if importlib.util.find_spec("triton") is not None:
@@ -37,12 +37,12 @@ Config = TypeVar("Config")
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, which takes CPU tensors and is for tests only."""
+    """Whether kernels run in Triton's interpreter, on CPU tensors; for tests only."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_no_triton(device: torch.device) -> str | None:
-    """None when Triton can run kernels on tensors of `device`, else one short reason."""
+    """None if Triton can run kernels on `device`, else one short reason."""
     if triton is None:
         return "triton is not installed"
     if device.type == "cuda":
@@ -57,7 +57,7 @@ def why_no_triton(device: torch.device) -> str | None:
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """The newest of ARCHITECTURES that `device` runs: 86 for compute capability 8.6; 80 for the interpreter."""
+    """The newest of ARCHITECTURES that `device` supports: 86 for compute capability 8.6, 80 for the interpreter."""
     if device.type != "cuda":
         return ARCHITECTURES[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -66,24 +66,24 @@ def architecture(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side at least; 2 for the interpreter, so that tests see programs that loop."""
+    """Number of multiprocessors; 2 for the interpreter, so that tests cover programs that loop."""
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def seen_by_compiler() -> bool:
-    """Whether torch.compile is to look into the operators: where there is a GPU to compile for. Elsewhere the first
-    such operator would import torch._dynamo, 1.5 s of every start, and Triton's interpreter cannot be traced."""
+    """Whether torch.compile traces into the operators, which needs a GPU. Without one the first such operator would
+    import torch._dynamo, which takes 1.5 s, and Triton's interpreter cannot be traced."""
     return triton is not None and not interpreting() and torch.cuda.is_available()
 
 
 def kernel_op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Make of a function that launches kernels and writes to none of its arguments the operator minimind::`name`.
+    """Register a function that launches kernels and does not modify its arguments as the operator minimind::`name`.
 
-    Where torch.compile looks into it, the launches stand in the code that it generates, each a fifth of the host's time
-    that a call of the operator takes there (bench/host_time.py, docs/kernels.md), and what else the function does is
-    fused with its neighbours. The losses of the head run outside compiled models: torch.library.custom_op is theirs."""
+    When torch.compile traces into it, generated code launches the kernels directly, which takes a fifth of the host
+    time of a call of the operator (bench/host_time.py, docs/kernels.md), and the function's other operations are fused
+    with their neighbours. The losses of the head run outside compiled models and use torch.library.custom_op."""
     make = torch.library.triton_op if seen_by_compiler() else torch.library.custom_op
     return make(f"minimind::{name}", mutates_args=())
 
@@ -97,7 +97,7 @@ def config_for(table: Mapping[int, Config], device: torch.device) -> Config:
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int, num_stages: int = 2, **constants: Any
 ) -> None:
-    """kernel[grid](*args, **constants). bench/resources.py replaces `_run` to see what would be launched."""
+    """Launch kernel[grid](*args, **constants). bench/resources.py replaces `_run` to record launches."""
     if all(grid):
         _run(kernel, grid, args, constants, num_warps, num_stages)
 
@@ -105,7 +105,7 @@ def launch(
 def _launch(kernel: Any, grid: tuple[int, ...], args: tuple, constants: dict, num_warps: int, num_stages: int) -> None:
     first = next(a for a in args if isinstance(a, Tensor))
     device = first.device
-    if type(first) not in (Tensor, torch.nn.Parameter):  # torch.compile traces: note the launch
+    if type(first) not in (Tensor, torch.nn.Parameter):  # torch.compile is tracing: record the launch
         traced = torch.library.wrap_triton(kernel)
         traced[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
     elif device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -119,44 +119,46 @@ _run: Callable[..., None] = _launch
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is not below n >= 1: tl.arange takes no other length."""
+    """The smallest power of two >= n >= 1; tl.arange needs such a length."""
     return 1 << (n - 1).bit_length()
 
 
 def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x as [N, size] with the last dimension contiguous: a view where one row stride reaches every row, else a copy."""
+    """x as [N, size] with a contiguous last dimension: a view if one stride reaches all rows, else a copy."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def own_precision(device: torch.device) -> torch.autocast:
-    """Products inside are in the dtype of what they are given: PyTorch's autocast, which a caller may have on, would
-    round some of an op's float32 steps and miss those with `out=`."""
+    """Turn autocast off, so that products run in the dtype of their inputs. A caller's autocast would round some of an
+    op's float32 steps, and ignore those with `out=`."""
     return torch.autocast(device.type, enabled=False)
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Whether values may be looked at: on a CPU, or with MINIMIND_CHECK=1, which makes the host wait for the device;
-    not while torch.compile traces, which has no values."""
+    """Whether values may be read: on a CPU, or with MINIMIND_CHECK=1, which makes the host wait for the device. Never
+    while torch.compile traces, since there are no values."""
     if torch.compiler.is_compiling():
         return False
     return tensor.device.type == "cpu" or os.environ.get("MINIMIND_CHECK") == "1"
 
 
 def check(condition: bool, message: str, *values: object) -> None:
-    """Refuse bad input before anything is launched; each {} of the message takes one of `values`.
+    """ValueError unless `condition`; each {} of the message is filled from `values`.
 
-    Only then: a size or factor that is printed while torch.compile traces would be compiled in, or break the graph."""
+    The message is formatted only on failure: formatting a size while torch.compile traces would make it a constant or
+    break the graph."""
     if not condition:
         raise ValueError(message.format(*values))
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
-    """Floating-point tensors of a supported dtype, on one device that runs the kernels."""
+    """ValueError unless all tensors have a supported dtype and are on one device that runs the kernels."""
     first: tuple[str, Tensor] | None = None
     for name, tensor in tensors.items():
         if tensor is None:

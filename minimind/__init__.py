@@ -26,12 +26,12 @@ def __getattr__(name: str) -> Any:
 
 
 def _map_kernels() -> None:
-    """Map minimind.kernels to the folder kernels/ beside this package, in a checkout; setup.py does so on
+    """Map minimind.kernels to the folder kernels/ folder this package, in a checkout; setup.py does so on
     installation."""
-    beside = Path(__file__).parent.parent / "kernels"
-    if not (Path(__file__).parent / "kernels").is_dir() and beside.is_dir():
+    folder = Path(__file__).parent.parent / "kernels"
+    if not (Path(__file__).parent / "kernels").is_dir() and folder.is_dir():
         spec = ModuleSpec("minimind.kernels", None, is_package=True)
-        spec.submodule_search_locations = [str(beside)]
+        spec.submodule_search_locations = [str(folder)]
         sys.modules[spec.name] = globals()["kernels"] = module_from_spec(spec)
 
 

@@ -1,18 +1,18 @@
 """Low-rank adapters on a frozen model: y = W x + scale * B (A x). Hu et al. 2021, arXiv 2106.09685.
 
-W holds q, k and v (or gate and up) in one matrix; each has an A and a B of its own, as peft's separate modules have.
-In memory they are stacked too: one product with x gives all the A x, and x is kept once for all of them. For W nothing
-is kept: the gradient of x needs only W, and W gets none.
+W holds q, k and v (or gate and up) in one matrix, and each part has its own A and B, like peft's separate modules.
+These are stacked too: one product with x gives all A x, and x is kept for the backward once. W needs nothing kept,
+since it gets no gradient.
 
-    add_adapter(model, LoRAConfig(rank=8))      then train: the adapter alone has requires_grad
-    set_adapters(model, ["a", "b"])             their sum; [] is the base model
-    with adapters_off(model):                   the base model meanwhile
-    merge_adapter(model)                        W + scale * B A, no cost at inference; unmerge_adapter puts W back
+    add_adapter(model, LoRAConfig(rank=8))      then train: only the adapter has requires_grad
+    set_adapters(model, ["a", "b"])             use their sum; [] is the base model
+    with adapters_off(model):                   use the base model inside
+    merge_adapter(model)                        W + scale * B A, free at inference; unmerge_adapter restores W
 
-With DoRA (Liu et al. 2024, arXiv 2402.09353) each row of W + scale * B A is given a trained length, at first that of W:
-y = g (W x + scale * B (A x)), g = length / |row|. |row| is a constant in the backward, as in the paper.
+With DoRA (Liu et al. 2024, arXiv 2402.09353) each row of W + scale * B A is rescaled to a trained length, which starts
+as that of W: y = g (W x + scale * B (A x)), g = length / |row|. |row| is a constant in the backward, as in the paper.
 
-Adapters on disk are peft's: minimind/lora_files.py. Parameters are float32 as the base's are, products run in the
+minimind/lora_files.py saves adapters in peft's format. Parameters are float32 like the base's, and products run in the
 dtype of x. The optimizer must be element-wise (AdamW): Muon would orthogonalise the stacked matrices as one.
 """
 
@@ -38,12 +38,12 @@ ROUTED = (
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """rank r and alpha: scale is alpha / r, or alpha / sqrt(r) with rslora (Kalajdzievski 2023, arXiv 2312.03732).
+    """Settings of an adapter. ValueError for values out of range.
 
-    dropout: probability that a number of x does not reach A, in training; one draw serves q, k and v (or gate and up),
-    where peft draws for each. targets: ends of upstream's module names, such as "q_proj", "shared_experts.0.up_proj"
-    or "layers.3.mlp.down_proj"; None: every projection but routed experts, router, embedding and head. ValueError for
-    numbers that mean nothing. dora: train the rows' lengths too.
+    rank, alpha: the scale is alpha / rank, or alpha / sqrt(rank) with rslora (Kalajdzievski 2023, arXiv 2312.03732).
+    dropout: on the input of A, in training; q, k and v (or gate and up) share one draw, where peft draws for each.
+    targets: ends of upstream's module names, such as "q_proj", "shared_experts.0.up_proj" or "layers.3.mlp.down_proj";
+    None: every projection except routed experts, router, embedding and head. dora: train the rows' lengths too.
     """
 
     rank: int = 8
@@ -61,7 +61,7 @@ class LoRAConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA dropout={self.dropout}: must lie in [0, 1)")
         if self.targets is not None and not self.targets:
-            raise ValueError(f"LoRA targets are empty; name some of {', '.join(TARGETS)}, or None for all")
+            raise ValueError(f"LoRA targets are empty; name some of {', '.join(TARGETS)}, or give None for all")
 
     @property
     def scale(self) -> float:
@@ -69,9 +69,10 @@ class LoRAConfig:
 
 
 class Adapter(nn.Module):
-    """The low-rank terms of one packed matrix: A [n r, in] and B [rows, r], stacked by part; with DoRA M [rows].
+    """The low-rank factors of one packed matrix: A [n r, in] and B [rows, r], stacked by part; with DoRA M [rows].
 
-    weights: {"q_proj": [rows, in], ...} of the n parts that have one. A uniform in +-1 / sqrt(in), B zero, as in peft.
+    weights: {"q_proj": [rows, in], ...}, the n parts to adapt. A starts uniform in +-1 / sqrt(in) and B at zero, as in
+    peft.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], config: LoRAConfig) -> None:
@@ -87,14 +88,14 @@ class Adapter(nn.Module):
         self.M = nn.Parameter(torch.cat(lengths)) if config.dora else None
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """x [..., in] -> the term of each part, [..., rows]."""
+        """x [..., in] -> scale * B A x of each part, [..., rows]."""
         x = F.dropout(x, self.config.dropout, self.training)
         low = F.linear(x, self.A.to(x.dtype)) * self.config.scale  # [..., n r]
         pieces = zip(low.split(self.config.rank, dim=-1), self.by_part(self.B.to(x.dtype)).items(), strict=True)
         return {part: F.linear(z, b) for z, (part, b) in pieces}
 
     def gains(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """With DoRA the factor of each part's rows, [rows], float32 or wider; weights: the frozen ones by part."""
+        """DoRA's factor g of each part's rows, [rows], float32 or wider; {} without DoRA. weights: the frozen parts."""
         if self.M is None:
             return {}
         with torch.no_grad():
@@ -105,11 +106,11 @@ class Adapter(nn.Module):
         return {part: length / lengths[part] for part, length in self.by_part(self.M).items()}
 
     def by_part(self, rows: Tensor) -> dict[str, Tensor]:
-        """Views of each part's share of `rows`."""
+        """Split stacked rows into views by part."""
         return dict(zip(self.parts, rows.split(tuple(self.parts.values())), strict=True))
 
     def split(self, a: Tensor, b: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """(A [r, in], B [rows, r]) of each part, views of the stacked a and b."""
+        """Split stacked a and b into views (A [r, in], B [rows, r]) by part."""
         pairs = zip(a.split(self.config.rank), self.by_part(b).values(), strict=True)
         return dict(zip(self.parts, pairs, strict=True))
 
@@ -117,8 +118,8 @@ class Adapter(nn.Module):
 class LoRALinear(nn.Module):
     """A frozen packed projection with named adapters; `weight` keeps its name in the state dict.
 
-    parts: {"q_proj": rows, ...} of all its parts. active: the adapters that count. base: the frozen weight, while
-    `weight` has adapters merged in.
+    parts: {"q_proj": rows, ...}, in the order of the rows. active: names of the adapters in use. base: a copy of the
+    frozen weight while adapters are merged into `weight`, else None.
     """
 
     def __init__(self, weight: nn.Parameter, parts: dict[str, int]) -> None:
@@ -147,15 +148,16 @@ class LoRALinear(nn.Module):
         return whole[0] if len(whole) == 1 else torch.cat(whole, dim=-1)
 
     def by_part(self, packed: Tensor, dim: int = 0) -> dict[str, Tensor]:
-        """Views of what each part has of `packed`, whose dimension `dim` is that of the packed rows."""
+        """Split `packed` along its dimension of packed rows, `dim`, into views by part."""
         return dict(zip(self.parts, packed.split(tuple(self.parts.values()), dim), strict=True))
 
     def adapter(self, name: str) -> Adapter:
+        """The adapter `name` of this projection."""
         return cast(Adapter, self.adapters[name])
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """The weight with the active adapters, in float32 or wider; as it is where they are merged into it."""
+        """The weight with the active adapters added, in float32 or wider."""
         total = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
         rows, frozen = self.by_part(total), self.by_part(self.weight)
         for name in self.active if self.base is None else ():
@@ -171,12 +173,14 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
+        """Add the active adapters to `weight` and keep the frozen weight in `base`."""
         total = self.merged()
         self.base = self.weight.detach().clone()
-        self.weight.copy_(total)  # in place: whoever captured its address goes on with the merged weight
+        self.weight.copy_(total)  # in place: CUDA graphs and compiled code hold its address
 
     @torch.no_grad()
     def unmerge(self) -> None:
+        """Restore the frozen weight exactly."""
         if self.base is not None:
             self.weight.copy_(self.base)
         self.base = None
@@ -184,7 +188,7 @@ class LoRALinear(nn.Module):
 
 @dataclass(frozen=True)
 class Projection:
-    """Where a projection of upstream's name lives: the path of the packed matrix, which part of it, and its rows."""
+    """Location of one of upstream's projections in Model: the packed matrix's path, the part of it, and its rows."""
 
     path: str
     part: str
@@ -192,73 +196,74 @@ class Projection:
 
 
 def projections(model: Model) -> dict[str, Projection]:
-    """By upstream's module name, such as "model.layers.0.self_attn.q_proj": all that can have an adapter."""
-    found = {}
+    """All projections that can have an adapter, by upstream's name, such as "model.layers.0.self_attn.q_proj"."""
+    by_name = {}
     for path, parts in _packed(model):
         prefix = path.rpartition(".")[0]
-        found.update({f"model.{prefix}.{part}": Projection(path, part, rows) for part, rows in parts.items()})
-    return found
+        by_name.update({f"model.{prefix}.{part}": Projection(path, part, rows) for part, rows in parts.items()})
+    return by_name
 
 
 def add_adapter(model: Model, config: LoRAConfig, name: str = "default") -> None:
-    """Give `model` a new adapter that changes nothing yet, the only one active; all but it is frozen.
+    """Add a trainable adapter that changes nothing yet, make it the only active one, and freeze everything else.
 
-    Call it before the optimizer is made and before DDP, FSDP or torch.compile wrap the model. ValueError for a target
-    that the model does not have, or for a name that is taken.
+    Call it before making the optimizer and before DDP, FSDP or torch.compile wrap the model. ValueError for a target
+    that the model does not have, or a name that is taken.
     """
     attach(model, config, _select(model, config.targets), name, trainable=True)
 
 
 def attach(model: Model, config: LoRAConfig, names: Sequence[str], name: str, trainable: bool) -> None:
-    """add_adapter to the projections `names`; not trainable: for inference, frozen as well."""
+    """add_adapter for the projections `names`; without `trainable` the adapter is frozen too, for inference."""
     _not_merged(model)
     if name in adapter_names(model):
-        raise ValueError(f"adapter {name!r} exists already; remove_adapters, or take another name")
+        raise ValueError(f"adapter {name!r} exists already; call remove_adapters, or choose another name")
     if not name or "." in name:
-        raise ValueError(f"adapter name {name!r}: must be without dots and not empty")
-    known = projections(model)
-    wanted = {(known[stock].path, known[stock].part) for stock in names}
+        raise ValueError(f"adapter name {name!r}: must not be empty or contain dots")
+    by_name = projections(model)
+    selected = {(by_name[stock].path, by_name[stock].part) for stock in names}
     model.requires_grad_(False)
     for path, parts in list(_packed(model)):
-        mine = {part: rows for part, rows in parts.items() if (path, part) in wanted}
-        if mine:
+        chosen = [part for part in parts if (path, part) in selected]
+        if chosen:
             linear = _as_lora(model, path, parts)
             weights = linear.by_part(linear.weight)
-            adapter = Adapter({part: weights[part] for part in mine}, config).train(linear.training)
+            adapter = Adapter({part: weights[part] for part in chosen}, config).train(linear.training)
             linear.adapters[name] = adapter.requires_grad_(trainable)
     model.dropout = model.dropout or config.dropout > 0
     set_adapters(model, [name])
 
 
 def adapter_names(model: Model) -> list[str]:
+    """Names of the model's adapters, in the order they were added."""
     return list(dict.fromkeys(name for _, linear in lora_linears(model) for name in linear.adapters))
 
 
 def set_adapters(model: Model, names: Sequence[str]) -> None:
-    """Make the model base + the sum of the adapters `names`. What may be trained stays as it is."""
+    """Use the base plus the sum of the adapters `names`. requires_grad does not change."""
     _not_merged(model)
     for name in names:
-        check_name(model, name)
+        check_adapter(model, name)
     for _, linear in lora_linears(model):
         linear.active = tuple(name for name in names if name in linear.adapters)
 
 
 @contextmanager
 def adapters_off(model: Model) -> Iterator[None]:
-    """`model` is its base meanwhile: the frozen weights alone, of which no other copy is made."""
+    """Inside the `with` block `model` is its base model; no weights are copied."""
     linears = [linear for _, linear in lora_linears(model)]
-    before = [linear.active for linear in linears]
+    active_before = [linear.active for linear in linears]
     set_adapters(model, [])
     try:
         yield
     finally:
-        for linear, active in zip(linears, before, strict=True):
+        for linear, active in zip(linears, active_before, strict=True):
             linear.active = active
 
 
 def empty_copy(model: Model) -> Model:
-    """A model of the shape of `model` and with its adapters, on the meta device: for load_state_dict(assign=True)."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):  # initialisation draws, on meta too
+    """A meta-device model of the same shape and with the same adapters, for load_state_dict(assign=True)."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):  # initialisation draws random numbers even on meta
         copy = Model(model.config)
         for path, linear in lora_linears(model):
             other = _as_lora(copy, path, linear.parts)
@@ -272,23 +277,24 @@ def empty_copy(model: Model) -> Model:
 
 
 def merge_adapter(model: Model) -> None:
-    """Add the active adapters into the weights, rounded once to their dtype. The frozen weights are kept beside."""
+    """Merge the active adapters into the weights, rounded once to their dtype; the frozen weights are kept in
+    `base`."""
     _not_merged(model)
     if not any(linear.active for _, linear in lora_linears(model)):
-        raise ValueError("merge_adapter: no adapter is active; load or set one first")
+        raise ValueError("merge_adapter: no adapter is active; load or activate one first")
     for _, linear in lora_linears(model):
         if linear.active:
             linear.merge()
 
 
 def unmerge_adapter(model: Model) -> None:
-    """The frozen weights as they were, to the last bit; the adapters are active again."""
+    """Restore the frozen weights exactly and use the adapters separately again."""
     for _, linear in lora_linears(model):
         linear.unmerge()
 
 
 def remove_adapters(model: Model) -> None:
-    """A plain model again, all of it trainable: with what was merged, without what was not."""
+    """Turn `model` back into a plain, trainable model. Merged adapters stay in its weights; others are dropped."""
     for path, linear in lora_linears(model):
         with torch.device("meta"):
             plain = Linear(linear.weight.shape[1], linear.weight.shape[0])
@@ -299,7 +305,7 @@ def remove_adapters(model: Model) -> None:
 
 
 def merged_state(model: Model) -> dict[str, Tensor]:
-    """The state dict of the plain model that computes what `model` does: the active adapters are in its weights."""
+    """The state dict of an equivalent plain model, with the active adapters merged into its weights."""
     state = {key: tensor for key, tensor in model.state_dict().items() if ".adapters." not in key}
     for path, linear in lora_linears(model):
         state[f"{path}.weight"] = linear.merged().to(linear.weight.dtype)
@@ -307,7 +313,7 @@ def merged_state(model: Model) -> dict[str, Tensor]:
 
 
 def _packed(model: Model) -> Iterator[tuple[str, dict[str, int]]]:
-    """(path, {part: rows}) of every projection matrix outside the routed experts, in the model's order."""
+    """(path, {part: rows}) of each projection matrix outside the routed experts, in the model's order."""
     cfg = model.config
     q, kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
     for path, module in model.named_modules():
@@ -321,26 +327,26 @@ def _packed(model: Model) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def _select(model: Model, targets: tuple[str, ...] | None) -> list[str]:
-    """Upstream's names of the projections that `targets` mean."""
-    known = list(projections(model))
+    """Upstream's names of the projections that `targets` select."""
+    available = list(projections(model))
     if targets is None:
-        return known
+        return available
     for target in targets:
-        if not any(matches(name, (target,)) for name in known):
+        if not any(matches(name, (target,)) for name in available):
             routed = model.config.num_experts and ("expert" in target or target in TARGETS)
             reason = ROUTED if routed else "this model has no such projection"
-            choices = dict.fromkeys(leaf(name) for name in known)
+            choices = dict.fromkeys(leaf(name) for name in available)
             raise ValueError(f"LoRA target {target!r}: {reason}; choose from {', '.join(choices)}")
-    return [name for name in known if matches(name, targets)]
+    return [name for name in available if matches(name, targets)]
 
 
 def matches(name: str, targets: tuple[str, ...]) -> bool:
-    """peft's rule: a target is a module's name or the end of it."""
+    """Whether a target is the module's name or ends it, which is peft's rule."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def leaf(stock: str) -> str:
-    """An upstream name without layer and block: what comes after self_attn or mlp."""
+    """The part of upstream's name after self_attn or mlp."""
     return stock.split(".", 4)[4]
 
 
@@ -360,14 +366,15 @@ def _replace(model: Model, path: str, module: nn.Module) -> None:
 
 
 def lora_linears(model: Model) -> list[tuple[str, LoRALinear]]:
-    """(path, module) of every projection that has adapters."""
+    """(path, module) of each projection that has adapters."""
     return [(path, m) for path, m in model.named_modules() if isinstance(m, LoRALinear)]
 
 
-def check_name(model: Model, name: str) -> None:
-    known = adapter_names(model)
-    if name not in known:
-        raise ValueError(f"no adapter {name!r} in this model; it has {', '.join(known) or 'none'}")
+def check_adapter(model: Model, name: str) -> None:
+    """ValueError if `model` has no adapter of this name."""
+    names = adapter_names(model)
+    if name not in names:
+        raise ValueError(f"no adapter {name!r} in this model; it has {', '.join(names) or 'none'}")
 
 
 def _not_merged(model: Model) -> None:

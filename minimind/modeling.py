@@ -1,10 +1,10 @@
-"""The decoder: Attention, MLP, MoE, Block, Model. Thin modules that call ops.
+"""The decoder-only transformer: Attention, MLP, MoE, Block and Model, thin modules that call ops.
 
-Weights are held packed (qkv, gate_up, stacked experts) and saved under upstream's names (minimind/weights.py).
-Parameters stay in the dtype they were made in, float32 for training; every matrix product runs in the dtype of
-its input, which is `Model.compute_dtype`. No autocast: what runs in which precision is written here.
+Weights are packed (qkv, gate_up, stacked experts) in memory and saved under upstream's names (minimind/weights.py).
+Parameters keep the dtype they were created in, float32 for training. Every matrix product runs in the dtype of its
+input, which is `Model.compute_dtype`; there is no autocast.
 
-Shapes in comments: B batch, T tokens in a row, C hidden size, H query heads, G key/value heads, D head_dim.
+Shapes: B batch, T tokens in a row, C hidden size, H query heads, G key/value heads, D head_dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from minimind.rope import rope_cos_sin
 
 @dataclass
 class ModelOutput:
-    """hidden_states [B, T, C] after the last norm; logits [B, T, V] unless they were not asked for; aux_loss, the
-    sum of the layers' load-balance losses; tokens_per_expert int64 [layers, E] of a MoE model."""
+    """hidden_states: [B, T, C] after the last norm. logits: [B, T, V], or None if not requested. aux_loss: the sum of
+    the layers' load-balance losses. tokens_per_expert: int64 [layers, E], or None for a dense model."""
 
     hidden_states: Tensor
     logits: Tensor | None
@@ -45,13 +45,15 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, optionally fused with the residual addition before it."""
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(norm of x + delta, x + delta): the residual stream takes up what the last layer made on its way."""
+        """(norm of x + delta, x + delta), where x is the residual stream and delta the last layer's output, if any."""
         if delta is None:
             return ops.rms_norm(x, self.weight, self.eps), x
         return ops.add_rms_norm(x, delta, self.weight, self.eps)
@@ -59,7 +61,7 @@ class RMSNorm(nn.Module):
 
 @dataclass
 class Rotation:
-    """cos and sin, float32 [P, D / 2], and the row of them that each token takes: int64 [B or 1, T]."""
+    """cos and sin: float32 [P, D / 2]. position_ids: int64 [B or 1, T], the row of the tables that each token uses."""
 
     cos: Tensor
     sin: Tensor
@@ -71,9 +73,9 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.heads, self.groups, self.eps = heads, groups, config.rms_norm_eps
-        self.qkv_proj = Linear(config.hidden_size, (heads + 2 * groups) * dim)
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.heads, self.kv_heads, self.eps = heads, kv_heads, config.rms_norm_eps
+        self.qkv_proj = Linear(config.hidden_size, (heads + 2 * kv_heads) * dim)
         self.o_proj = Linear(heads * dim, config.hidden_size)
         self.q_norm = RMSNorm(dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(dim, config.rms_norm_eps) if config.qk_norm else None
@@ -84,7 +86,7 @@ class Attention(nn.Module):
             norms = self.q_norm.weight, self.k_norm.weight
         qkv = self.qkv_proj(x)  # [B, T, (H + 2 G) D]
         positions = (rotation.cos, rotation.sin, rotation.position_ids)
-        q, k, v = ops.rope(qkv, *positions, self.heads, self.groups, *norms, self.eps)
+        q, k, v = ops.rope(qkv, *positions, self.heads, self.kv_heads, *norms, self.eps)
         return self.o_proj(layout.attend(q, k, v).flatten(2))
 
 
@@ -102,16 +104,16 @@ class MLP(nn.Module):
 
 @dataclass
 class RoutingReport:
-    """What one MoE layer reports: aux_loss, a scalar; tokens_per_expert int64 [E]."""
+    """Router statistics of one MoE layer: aux_loss, a scalar, and tokens_per_expert, int64 [E]."""
 
     aux_loss: Tensor
     tokens_per_expert: Tensor
 
 
 class MoE(nn.Module):
-    """Softmax router, top-k experts (gates normalised on request), optional shared experts.
+    """Softmax router, top-k experts (with normalised gates if the config says so) and optional shared experts.
 
-    statistics_group: the processes that share a batch; None for one alone.
+    statistics_group: the processes that share a batch; None for a single process.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -129,8 +131,8 @@ class MoE(nn.Module):
     def forward(
         self, x: Tensor, sequence_ids: Tensor | None = None, sequences: int = 1, mask: Tensor | None = None
     ) -> tuple[Tensor, RoutingReport | None]:
-        """x [B, T, C]; sequence_ids int64 [B * T] in 0..sequences-1; mask float32 [B * T], 0 at padding. Both None, as
-        in inference: nothing is reported, and nothing computed for it."""
+        """x [B, T, C]; sequence_ids int64 [B * T] in 0..sequences-1; mask float32 [B * T], 0 at padding -> (output
+        [B, T, C], report). In inference both are None, and no statistics are computed."""
         flat = x.flatten(0, 1)
         router_dtype = torch.promote_types(x.dtype, torch.float32)
         if sequence_ids is not None and self.config.router_aux_loss_level == "batch":
@@ -163,23 +165,23 @@ def load_balance_loss(
 ) -> Tensor:
     """coef * E * sum_e (share of token copies sent to e) * (mean router probability of e).
 
-    Switch Transformer (arXiv 2101.03961) over the whole batch, or per sequence as in DeepSeek-V2 (arXiv
-    2405.04434). Sequences count by their length, so that packing changes nothing; for sequences of one length
-    that is the plain mean over sequences. The batch form counts each of the k choices separately.
+    The sum is over the whole batch as in the Switch Transformer (arXiv 2101.03961), or per sequence as in DeepSeek-V2
+    (arXiv 2405.04434). Sequences are weighted by their length, so packing does not change the loss. The batch form
+    counts each of the k choices separately.
 
-    scores float32 [N, E]; counts int [S, E], counted token copies of a sequence sent to an expert; sequence_ids
-    int64 [N]; mask float32 [N]. The sum over e and sequences is taken token by token, so that no score is added up
-    by atomics: the counts are integers, and the rest is one plain reduction.
+    scores float32 [N, E]; counts int [S, E]: token copies of each sequence sent to each expert; sequence_ids int64 [N];
+    mask float32 [N]. The sum runs token by token, so no score is accumulated by atomics: counts are integers, and the
+    rest is one plain reduction.
 
-    group: processes that hold one batch together; the share is then over the tokens of all of them in the batch form.
-    The mean stays over this process's tokens: weighted by their number, the processes' losses add up to the batch's.
+    group: processes that share the batch. In the batch form the shares then cover the tokens of all of them, while the
+    mean is over this process's tokens; weighted by token counts, the processes' losses add up to the batch's.
     """
     tokens = counts.sum().clamp(min=1) / config.num_experts_per_tok
     by_batch = config.router_aux_loss_level == "batch"
     if group is not None and by_batch:
         counts = counts.clone()
         dist.all_reduce(counts, group=group)
-    copies = counts.sum(dim=1, keepdim=True)  # top_k for each counted token
+    copies = counts.sum(dim=1, keepdim=True)  # top_k per counted token
     share = counts / copies.clamp(min=1)  # [S, E]
     if by_batch:
         share = share * config.num_experts_per_tok
@@ -188,6 +190,8 @@ def load_balance_loss(
 
 
 class Block(nn.Module):
+    """One pre-norm transformer layer: attention, then MLP or MoE."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -203,8 +207,8 @@ class Block(nn.Module):
         layout: Layout,
         sequences: tuple[Tensor, int, Tensor] | None,
     ) -> tuple[Tensor, Tensor, RoutingReport | None]:
-        """x, the residual stream [B, T, C], and delta, what the layer before adds to it -> the same two, and the report
-        of a MoE layer on `sequences`, unless they are None."""
+        """x [B, T, C]: the residual stream; delta: the previous layer's output, not yet added to it -> the same two
+        after this layer, and the router statistics of a MoE layer on `sequences`, unless they are None."""
         normed, x = self.input_layernorm(x, delta)
         normed, x = self.post_attention_layernorm(x, self.self_attn(normed, rotation, layout))
         if isinstance(self.mlp, MoE):
@@ -219,8 +223,8 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # None: the dtype of the parameters
-        self.recompute = False  # in the backward, run each block again instead of keeping what is inside it
-        self.dropout = False  # an adapter draws random numbers: a block that is run again must draw the same
+        self.recompute = False  # run each block again in the backward instead of keeping its activations
+        self.dropout = False  # an adapter uses dropout: a block that runs again must draw the same numbers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -229,23 +233,25 @@ class Model(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The output projection [V, C]: the embedding itself when tied. V counts the tokenizer's ids: rows by which the
-        vocabulary is padded are left out, here, for all that draw, score or learn."""
+        """The output projection [V, C], which is the embedding itself when tied. V is the number of the tokenizer's
+        ids: rows that only pad the vocabulary are left out here, so they are never sampled, scored or trained."""
         weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         return weight if self.config.tokenizer_size is None else weight[: self.config.num_tokens]
 
     @property
     def device(self) -> torch.device:
+        """The device of the parameters."""
         return self.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the embedding, as it is kept."""
+        """The dtype of the parameters."""
         return self.embed_tokens.weight.dtype
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """N(0, 0.02); what writes into the residual stream is smaller by sqrt(2 layers) (GPT-2)."""
+        """Initialise with N(0, 0.02); projections into the residual stream are divided by sqrt(2 layers), as in
+        GPT-2."""
         residual_std = 0.02 / (2 * self.config.num_hidden_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
@@ -261,24 +267,24 @@ class Model(nn.Module):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        unfolding: SharedPrefix | None = None,
+        shared_prefix: SharedPrefix | None = None,
         return_logits: bool = True,
     ) -> ModelOutput:
-        """input_ids int64 [B, T]. Two kinds of batches, equal in their losses:
+        """input_ids int64 [B, T] in one of two layouts, which give the same losses:
 
-        packed: cu_seqlens int [n + 1], the documents' boundaries in the flattened B * T tokens, row ends among
-          them; position_ids [B, T] restart in each document (made from cu_seqlens when absent). attention_mask
-          then only says which tokens the router statistics count. unfolding, where documents share beginnings: what
-          each reads; cu_seqlens then are the boundaries of the parts, and position_ids must be given.
+        packed: cu_seqlens int [n + 1], the documents' boundaries in the flattened B * T tokens, row ends included.
+          position_ids [B, T] restart in each document; they are derived from cu_seqlens if None. attention_mask only
+          selects the tokens that count in router statistics. shared_prefix: the documents to attend within, if some
+          share their beginning; cu_seqlens are then the boundaries of the parts, and position_ids are required.
         padded: attention_mask [B, T], 0 at padding on either side; positions count the unmasked tokens.
         """
         batch, length = input_ids.shape
         device = input_ids.device
         dtype = self.compute_dtype or self.dtype
         fused = ops.get_mode() != "reference"
-        layout = make_layout(batch, length, device, dtype, cu_seqlens, attention_mask, fused, unfolding)
+        layout = make_layout(batch, length, device, dtype, cu_seqlens, attention_mask, fused, shared_prefix)
         if position_ids is None:
-            table = torch.arange(length, device=device)  # a document lies within a row: no position is higher
+            table = torch.arange(length, device=device)  # documents do not cross rows, so no position is higher
             position_ids = _positions(batch, length, device, cu_seqlens, attention_mask)
         else:
             table = position_ids.flatten()
@@ -309,7 +315,7 @@ class Model(nn.Module):
         return ModelOutput(x, logits, aux, counts)
 
     def num_parameters(self, active: bool = False) -> int:
-        """Stored parameters; `active`: only those one token passes through."""
+        """Number of parameters; `active`: only those that one token uses."""
         total = sum(p.numel() for p in self.parameters())
         cfg = self.config
         if active and cfg.num_experts:
@@ -318,18 +324,18 @@ class Model(nn.Module):
         return total
 
     def flops_per_token(self, context_length: int, training: bool = True) -> int:
-        """Floating-point operations of one token in a causal context of `context_length`: matrix products and
-        attention scores (half of the square); the backward costs twice the forward (Kaplan et al. 2020)."""
+        """Floating-point operations per token in a causal context of `context_length`: matrix products, and half of the
+        square of attention scores. The backward costs twice the forward (Kaplan et al. 2020)."""
         cfg = self.config
         norms = sum(p.numel() for p in self.parameters() if p.ndim == 1)
         matrices = self.num_parameters(active=True) - norms
         if not cfg.tie_word_embeddings:
-            matrices -= cfg.vocab_size * cfg.hidden_size  # the lookup multiplies nothing
+            matrices -= cfg.vocab_size * cfg.hidden_size  # the lookup is no product
         attention = cfg.num_hidden_layers * cfg.num_attention_heads * cfg.head_dim * 2 * context_length
         return (2 * matrices + attention) * (3 if training else 1)
 
     def kv_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Bytes of key/value cache that one token of one sequence takes."""
+        """Bytes of key/value cache per token of a sequence."""
         cfg = self.config
         return 2 * cfg.num_hidden_layers * cfg.num_key_value_heads * cfg.head_dim * dtype.itemsize
 
@@ -349,7 +355,7 @@ def _positions(
 def _sequences(
     batch: int, length: int, device: torch.device, cu_seqlens: Tensor | None, attention_mask: Tensor | None
 ) -> tuple[Tensor, int, Tensor]:
-    """(sequence of each token, number of sequences, 1.0 where a token counts) for the router statistics."""
+    """For router statistics: (each token's sequence, number of sequences, 1.0 for tokens that count)."""
     if cu_seqlens is not None:
         ids, sequences = document_ids(cu_seqlens.to(device), batch * length), cu_seqlens.shape[0] - 1
     else:

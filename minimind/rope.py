@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) and YaRN (Peng et al. 2023, arXiv 2309.00071).
 
-Convention of HF Llama: dimension i is paired with i + head_dim / 2 ("rotate half").
+As in HF Llama, dimension i is paired with i + head_dim / 2 ("rotate half").
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from minimind.config import ModelConfig, YarnScaling
 
 
 def inverse_frequencies(config: ModelConfig, device: torch.device | str | None = None) -> Tensor:
-    """Radians per position of every rotated pair: float32 [head_dim / 2]."""
+    """Radians per position of each rotated pair: float32 [head_dim / 2]."""
     dim = config.head_dim
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     freqs = 1.0 / (config.rope_theta**exponent)
@@ -22,7 +22,7 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | str | None =
 
 
 def attention_factor(config: ModelConfig) -> float:
-    """Multiplier on cos and sin: 1 without YaRN."""
+    """The factor on cos and sin: 1 without YaRN."""
     scaling = config.rope_scaling
     if scaling is None:
         return 1.0
@@ -32,20 +32,18 @@ def attention_factor(config: ModelConfig) -> float:
 
 
 def rope_cos_sin(config: ModelConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles.
-
-    position_ids: int [...]. Returns two float32 [..., head_dim / 2].
-    """
+    """(cos, sin) of the angles at position_ids, int [...]: float32 [..., head_dim / 2] each."""
     angles = position_ids.float().unsqueeze(-1) * inverse_frequencies(config, position_ids.device)
     factor = attention_factor(config)
     return angles.cos() * factor, angles.sin() * factor
 
 
 def _yarn(freqs: Tensor, config: ModelConfig, scaling: YarnScaling) -> Tensor:
-    """f'(i) = f(i) * ((1 - r(i)) + r(i) / factor), r a linear ramp between the two rotation counts beta."""
+    """f'(i) = f(i) * ((1 - r(i)) + r(i) / factor), where r is a linear ramp between the dimensions of beta_fast and
+    beta_slow."""
     dim = config.head_dim
 
-    def dim_of(rotations: float) -> float:  # the dimension that turns `rotations` times in the original context
+    def dim_of(rotations: float) -> float:  # the dimension that rotates this often in the original context
         ratio = scaling.original_max_position_embeddings / (rotations * 2 * math.pi)
         return dim * math.log(ratio) / (2 * math.log(config.rope_theta))
 

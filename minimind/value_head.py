@@ -1,9 +1,9 @@
-"""A model that also says how good things stand: a decoder with a linear head of one number per position.
+"""A decoder with a value head: a linear layer that gives one number per position, for reward models and critics.
 
-Reward models score an answer at its last token, critics (PPO) the state at every token, either on a trunk of their own
-or, as a ValueModel is a Model, on the policy's. On disk it is what transformers calls a sequence classifier with one
-label: `score.weight` beside the decoder's own tensors, under the names of HF Llama and Qwen3. One that is an adapter
-on a frozen model lies in an adapter's folder, with the head beside it in value_head.safetensors.
+A reward model scores an answer at its last token; PPO's critic scores the state at every token, with a trunk of its own
+or the policy's (a ValueModel is a Model). On disk it is a sequence classifier of transformers with one label:
+`score.weight` next to the decoder's tensors, under the names of HF Llama and Qwen3. If it is an adapter on a frozen
+model, the adapter's folder holds the head in value_head.safetensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minimind.config import ModelConfig
 from minimind.lora import merge_adapter, remove_adapters
-from minimind.lora_files import CONFIG, base_of, load_adapter
+from minimind.lora_files import CONFIG, find_base, load_adapter
 from minimind.modeling import Linear, Model, ModelOutput
 from minimind.ops.attention import SharedPrefix
 from minimind.weights import checkpoint_folder, from_stock, load_model, to_stock
@@ -31,14 +31,14 @@ SCORE, HEAD = "score.weight", "value_head.safetensors"
 
 @dataclass
 class ValueOutput(ModelOutput):
-    """values float32 [B, T]: of the state after each input token."""
+    """values: float32 [B, T], the value of the state after each input token."""
 
     values: Tensor
 
 
 class ValueModel(Model):
-    """A Model with `value_head`, [1, C] and without a bias. It begins at zero: all values are 0, and the first update
-    moves the head alone."""
+    """A Model with a bias-free `value_head`, weight [1, C]. It starts at zero, so all values are 0 and the first update
+    changes the head only."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -46,11 +46,11 @@ class ValueModel(Model):
         nn.init.zeros_(self.value_head.weight)
 
     @staticmethod
-    def of(model: Model, keep_head: bool = False) -> ValueModel:
-        """A copy of `model` on its device, in its dtypes, with a new value head.
+    def from_model(model: Model, keep_head: bool = False) -> ValueModel:
+        """Copy `model`, on its device and in its dtypes, and add a new value head.
 
-        keep_head: with the output projection of a model that does not tie it, for a policy that shares its trunk with
-        its critic. A critic alone has no use for it, and parameters without a gradient stop DDP.
+        keep_head: also copy an untied output projection, for a policy that shares its trunk with the critic. A critic
+        alone does not use it, and DDP fails on parameters without a gradient.
         """
         tied = model.config.tie_word_embeddings or not keep_head
         weight = model.embed_tokens.weight
@@ -69,16 +69,16 @@ class ValueModel(Model):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        unfolding: SharedPrefix | None = None,
+        shared_prefix: SharedPrefix | None = None,
         return_logits: bool = False,
     ) -> ValueOutput:
-        """As of Model, with the values; logits only on request."""
+        """Model.forward with values, and without logits by default."""
         out = super().forward(
             input_ids,
             position_ids=position_ids,
             cu_seqlens=cu_seqlens,
             attention_mask=attention_mask,
-            unfolding=unfolding,
+            shared_prefix=shared_prefix,
             return_logits=return_logits,
         )
         hidden = out.hidden_states
@@ -88,8 +88,8 @@ class ValueModel(Model):
 
 
 def save_value_model(model: Model, folder: Path) -> None:
-    """Write config.json and model.safetensors into `folder`: load_value_model opens it, and transformers where it knows
-    the decoder (dense models: LlamaForSequenceClassification, with norms of q and k Qwen3ForSequenceClassification)."""
+    """Write config.json and model.safetensors into `folder`, for load_value_model. transformers can open dense models
+    too: as LlamaForSequenceClassification, or Qwen3ForSequenceClassification with QK-norm."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_classifier_config(model.config), indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
@@ -97,26 +97,25 @@ def save_value_model(model: Model, folder: Path) -> None:
     head = state.pop("value_head.weight")
     stock = {k: v.contiguous() for k, v in to_stock(state, model.config).items()}
     save_file(stock | {SCORE: head.contiguous()}, folder / "model.safetensors", metadata={"format": "pt"})
-    # safetensors lets its owner alone read it
+    # safetensors makes files readable by the owner only
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def load_value_model(path: str | Path, config: ModelConfig | None = None) -> ValueModel:
-    """What save_value_model wrote, or the newest checkpoint of a run of train/reward.py, an adapter merged into its
-    base: float32, on the CPU, in eval mode. Raises ValueError, naming the folder, where there is no value head or a
-    tensor does not fit."""
+    """Load a folder of save_value_model, or a run of train/reward.py, with an adapter merged into its base: float32, on
+    the CPU, in eval mode. ValueError, naming the folder, if it has no value head or a tensor does not fit."""
     folder = Path(path)
     if not (folder / CONFIG).is_file():
         folder = checkpoint_folder(folder)
     if (folder / CONFIG).is_file():
         return _merged(folder)
     if not has_value_head(folder):
-        raise ValueError(f"{folder}: no value head ({SCORE}) in it; name a run of train/reward.py")
+        raise ValueError(f"{folder}: it has no value head ({SCORE}); name a run of train/reward.py")
     config = config or _read_config(folder / "config.json")
     state = load_file(folder / "model.safetensors")
     head = state.pop(SCORE)
     if head.shape != (1, config.hidden_size):
-        raise ValueError(f"{folder}: {SCORE} is {list(head.shape)}, the config wants [1, {config.hidden_size}]")
+        raise ValueError(f"{folder}: {SCORE} is {list(head.shape)}, the config needs [1, {config.hidden_size}]")
     with torch.device("meta"):
         model = ValueModel(config)
     packed = from_stock(state, config, source=str(folder)) | {"value_head.weight": head}
@@ -125,33 +124,33 @@ def load_value_model(path: str | Path, config: ModelConfig | None = None) -> Val
 
 
 def _merged(folder: Path) -> ValueModel:
+    """Load an adapter with a value head and merge it into its base."""
     if not has_value_head(folder):
-        raise ValueError(f"{folder}: no value head ({HEAD}) in it; name a run of train/reward.py")
-    model = load_model(base_of(folder))
+        raise ValueError(f"{folder}: it has no value head ({HEAD}); name a run of train/reward.py")
+    model = load_model(find_base(folder))
     load_adapter(model, folder)
     merge_adapter(model)
     remove_adapters(model)
-    value_model = ValueModel.of(model)
+    value_model = ValueModel.from_model(model)
     with torch.no_grad():
         value_model.value_head.weight.copy_(read_head(folder))
     return value_model.eval()
 
 
 def save_head(model: Model, folder: Path) -> None:
-    """The head alone, beside an adapter."""
+    """Write the value head into an adapter's folder."""
     assert isinstance(model, ValueModel)
     save_file({SCORE: model.value_head.weight.detach().cpu()}, folder / HEAD, metadata={"format": "pt"})
     shutil.copymode(folder / CONFIG, folder / HEAD)
 
 
 def read_head(folder: Path) -> Tensor:
-    """What save_head wrote: [1, C]."""
+    """Read the value head that save_head wrote: [1, C]."""
     return load_file(folder / HEAD)[SCORE]
 
 
 def has_value_head(folder: Path) -> bool:
-    """Whether `folder` holds weights of ours with a value head: in one file, as save_value_model writes, or beside an
-    adapter."""
+    """Whether `folder` holds our weights with a value head, from save_value_model or save_head."""
     if (folder / HEAD).is_file():
         return True
     path = folder / "model.safetensors"
@@ -162,13 +161,13 @@ def has_value_head(folder: Path) -> bool:
 
 
 def _read_config(path: Path) -> ModelConfig:
-    """Our own keys alone: what transformers calls the decoder says less."""
+    """Read our own keys only: transformers' model_type would be read as a less specific dialect."""
     raw = json.loads(path.read_text(encoding="utf-8"))
     return ModelConfig.from_dict({k: v for k, v in raw.items() if k != "model_type"})
 
 
 def _classifier_config(config: ModelConfig) -> dict[str, object]:
-    """Our own keys, and for dense models those that transformers looks at besides."""
+    """The config with our own keys and, for dense models, the keys that transformers needs."""
     raw = config.to_dict()
     if config.num_experts or config.rope_scaling is not None:
         return raw | {"num_labels": 1}

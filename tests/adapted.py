@@ -1,4 +1,4 @@
-"""Small models with adapters that do something, and the dense weights these stand for."""
+"""Small models with non-zero adapters, and the equivalent dense weights."""
 
 import torch
 
@@ -26,7 +26,7 @@ def make(shape: str = "dense", **changes) -> Model:
 
 
 def with_adapter(model: Model, config: LoRAConfig, name: str = "default", seed: int = 1) -> Model:
-    """An adapter whose B is not 0, so that it does something."""
+    """Add an adapter with non-zero B, so that it has an effect."""
     add_adapter(model, config, name)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def matrices(model: Model, name: str = "default") -> dict[str, tuple[torch.Tenso
 
 
 def dense(model: Model, scale: float, *names: str) -> Model:
-    """A plain float64 model with W + scale * B A, made module by module under upstream's names."""
+    """The equivalent plain float64 model, with W + scale * B A computed module by module under upstream's names."""
     state = {k: v.detach().double() for k, v in model.state_dict().items() if ".adapters." not in k}
     stock = to_stock(state, model.config)
     for name in names or ("default",):

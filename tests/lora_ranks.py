@@ -1,6 +1,6 @@
-"""Run by torchrun in test_lora.py: two steps of an adapter on two ranks, replicated and sharded, and on one; the losses
-and the adapters must be equal, and the frozen weights what they were. Plain SGD, so that a gradient of another size
-shows. With DoRA in bfloat16 the first loss is that of one process: lengths of rows are taken of float32."""
+"""Run by torchrun in test_lora.py: two steps of an adapter on two ranks, replicated and sharded, and on one rank.
+Losses and adapters must be equal, and frozen weights unchanged. The optimizer is plain SGD, so a scaled gradient would
+show. With DoRA in bfloat16 only the first loss must equal that of one process: row lengths are computed in float32."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Trained = tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]
 
 
 def train(parallel: Parallel, config: ModelConfig, dora: bool, dtype: torch.dtype | None = None) -> Trained:
-    """(losses, adapter under peft's names, frozen weights), whole; on rank 0 but for the losses."""
+    """(losses, adapter under peft's names, frozen weights), unsharded; the last two on rank 0 only."""
     torch.manual_seed(0)
     model = Model(config)
     model.compute_dtype = dtype
@@ -78,7 +78,7 @@ def compare(world: Parallel, case: str) -> None:
 
 
 def check_lengths(world: Parallel) -> None:
-    """Losses of bfloat16 products on the same rows in another order of sums: to float32's rounding."""
+    """Losses of bfloat16 products over the same rows agree to float32's rounding, despite another order of sums."""
     (first, _), *_ = train(Parallel(), DENSE, True, torch.bfloat16)
     (sharded, _), *_ = train(Parallel("fsdp", world.rank, 0, world.world_size), DENSE, True, torch.bfloat16)
     assert abs(sharded - first) < 1e-5 * first, (sharded, first)

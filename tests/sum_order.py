@@ -1,8 +1,8 @@
-"""Matrix products that add up in another order, as those of another processor do.
+"""Makes matrix products sum in another order, as on another processor.
 
 With MINIMIND_TEST_SUM_ORDER=N in the environment (see conftest.py) the terms of every float32 and float64 product on
-the CPU are shuffled by a permutation drawn from N and their number. A bound that holds by the luck of one processor's
-order falls under some N.
+the CPU are shuffled by a permutation that depends on N and their number. A bound that holds only for one processor's
+order fails for some N.
 """
 
 from __future__ import annotations

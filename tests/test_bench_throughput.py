@@ -23,8 +23,7 @@ from bench.throughput_report import COLUMNS, ThroughputRow, plot, show
 from bench.throughput_worker import WorkerStep
 from minimind import ModelConfig, ops
 from minimind.modeling import Model
-from minimind.objectives.distillation import Distillation, distillation_loss
-from minimind.objectives.next_token import next_token_loss
+from minimind.objectives.next_token import Distillation, distillation_loss, next_token_loss
 from minimind.objectives.preference import dpo, pair_log_probs, preference_loss
 from minimind.training.batches import to_device
 from minimind.training.stages.dpo import to_device as pairs_to_device

@@ -30,7 +30,7 @@ def load_case(name: str, tmp_path: Path):
 
 @torch.no_grad()
 def assert_rounds_alike(logits, model, golden):
-    """Ours and upstream's: each near the float64 logits, by what float32 sums of up to 128 products are off by."""
+    """Ours and upstream's logits are each near the float64 logits, within the error of float32 sums of 128 products."""
     mine = logits(model)
     with ops.using("reference"):
         truth, off = (logits(versions(model, terms=128)[version]) for version in ("truth", "moved"))

@@ -1,4 +1,4 @@
-"""Adapters against the dense weights they stand for: what they compute, keep, add up to and refuse."""
+"""Adapters against the equivalent dense weights: results, memory, sums and errors."""
 
 import sys
 from pathlib import Path
@@ -28,7 +28,7 @@ from tests.training.runs import finish
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_new_adapter_changes_nothing_and_is_all_that_trains(shape):
+def test_a_new_adapter_changes_nothing_and_only_it_trains(shape):
     model = make(shape)
     before, names = logits_of(model), [n for n, _ in model.named_parameters()]
     add_adapter(model, LoRAConfig(rank=4))
@@ -46,8 +46,8 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_trains(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rslora", [False, True])
 def test_logits_and_gradients_are_those_of_the_dense_weights(shape, rslora, ops_mode):
-    """And dA = s B^T dW, dB = s dW A^T, with dW of the dense model, in float64. The adapter's own products add up along
-    another way than those, over 256 tokens."""
+    """Logits agree, and dA = s B^T dW, dB = s dW A^T with the dense model's dW in float64. The adapter sums its
+    products in another order, over 256 tokens."""
     model = with_adapter(make(shape), LoRAConfig(rank=4, alpha=6.0, rslora=rslora))
     scale = 6 / 2 if rslora else 6 / 4
     pairs = matrices(model)
@@ -177,7 +177,7 @@ def test_bf16_computes_over_float32_adapters_as_the_dense_weights_do():
 
 @pytest.mark.parametrize(("shape", "recompute"), [("dense", False), ("moe", True)])
 def test_compiled_whole_and_recomputed_it_draws_the_same_dropout(shape, recompute):
-    """A block that is run again must draw the numbers that it drew the first time."""
+    """A recomputed block must draw the same random numbers as the first time."""
     ids, cu = batch()
     found = []
     for fancy in (False, True):
@@ -233,7 +233,8 @@ def test_merged_weights_compute_the_same_and_the_frozen_ones_come_back(tmp_path)
 
 
 def test_weights_are_saved_as_they_count(tmp_path):
-    """With the active adapters merged, merged already or not; the model saved stays as it is."""
+    """Saved weights have the active adapters merged, whether they were merged before or not; the model does not
+    change."""
     model = make("moe")
     base = logits_of(model)
     with_adapter(model, LoRAConfig(rank=4))
@@ -314,7 +315,7 @@ def test_targets_and_names_that_do_not_exist_are_refused():
         add_adapter(model, LoRAConfig(), "a")
     with pytest.raises(ValueError, match="no adapter 'b' in this model; it has a"):
         set_adapters(model, ["a", "b"])
-    with pytest.raises(ValueError, match="without dots"):
+    with pytest.raises(ValueError, match="must not be empty or contain dots"):
         add_adapter(model, LoRAConfig(), "a.b")
 
 

@@ -1,4 +1,4 @@
-"""Adapters on disk: as they were, as peft has them, and what is refused."""
+"""Adapters on disk: round trips, exchange with peft, and errors."""
 
 import copy
 import json
@@ -11,10 +11,10 @@ from minimind.lora import TARGETS, LoRAConfig, lora_linears
 from minimind.lora_files import (
     adapter_config,
     adapter_state,
-    another_base,
-    base_of,
+    base_mismatch,
+    find_base,
     load_adapter,
-    named_alone,
+    names_base_only,
     save_adapter,
 )
 from minimind.modeling import Model
@@ -116,7 +116,7 @@ def test_equal_to_peft_both_ways(targets, rslora, dora, tmp_path):
         (dict(lora_alpha="much"), "much"),
     ],
 )
-def test_what_peft_knows_beyond_lora_is_refused_by_name(change, message, tmp_path):
+def test_pefts_other_settings_are_refused_by_name(change, message, tmp_path):
     save_adapter(with_adapter(make(), LoRAConfig()), tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -140,8 +140,8 @@ def test_adapters_of_another_model_are_refused(tmp_path):
     state = load_file(weights)
     for old, new, message in (
         ("self_attn.q_proj", "mlp.experts.0.up_proj", "routed experts take no adapter"),
-        ("self_attn.q_proj", "self_attn.w_proj", "which this model has not"),
-        ("lora_A", "lora_embedding_A", "no LoRA matrix"),
+        ("self_attn.q_proj", "self_attn.w_proj", "not a projection of this model"),
+        ("lora_A", "lora_embedding_A", "not a LoRA matrix"),
         ("lora_A", "lora_B", r"need \{'A'"),
     ):
         save_file({k.replace(old, new): v for k, v in state.items()}, weights)
@@ -159,7 +159,7 @@ def test_adapters_of_another_model_are_refused(tmp_path):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A folder with a base and an adapter trained on it, named by a path relative to that folder."""
+    """A folder with a base and an adapter trained on it, which records the base by a relative path."""
     place = tmp_path / "project"
     base, folder = place / "runs/sft/checkpoints/step-00000002", place / "runs/lora/checkpoints/step-00000001"
     save_weights(make(), base)
@@ -173,7 +173,7 @@ def project(tmp_path, monkeypatch):
 
 
 def without_note(folder, base):
-    """As adapters were saved before they noted where their base is: the run alone holds a hash of it."""
+    """Make an adapter of an old version, without base_model.json: only the run has a hash of the base."""
     (folder / "base_model.json").unlink()
     config = folder / "adapter_config.json"
     raw = json.loads(config.read_text()) | {"base_model_name_or_path": "runs/sft/checkpoints/step-00000002"}
@@ -183,14 +183,14 @@ def without_note(folder, base):
 
 @pytest.mark.parametrize("noted", [True, False])
 def test_an_adapter_finds_the_base_that_it_was_trained_on(noted, project, tmp_path):
-    """Whatever lies under the same relative path where it is opened, and where the project has moved to."""
+    """The base is found whatever lies under the same relative path, and after the project was moved."""
     place, base, folder = project
     if not noted:
         without_note(folder, base)
-    assert base_of(folder).resolve() == base
+    assert find_base(folder).resolve() == base
     place.rename(tmp_path / "moved")
     moved = tmp_path / "moved" / folder.relative_to(place)
-    assert base_of(moved).resolve() == tmp_path / "moved" / base.relative_to(place)
+    assert find_base(moved).resolve() == tmp_path / "moved" / base.relative_to(place)
 
 
 @pytest.mark.parametrize("noted", [True, False])
@@ -200,17 +200,17 @@ def test_another_model_in_the_bases_place_is_refused(noted, project):
         without_note(folder, base)
     known = fingerprint(base)
     save_weights(make("qk_norm"), base)
-    message = rf"step-00000001: trained on {known}, and .*step-00000002 holds step-00000002 \w+; give --model BASE"
+    message = rf"step-00000001: trained on {known}, but .*step-00000002 holds step-00000002 \w+; give --model BASE"
     with pytest.raises(ValueError, match=message):
-        base_of(folder)
-    assert "trained on" in another_base(folder, base)
+        find_base(folder)
+    assert "trained on" in base_mismatch(folder, base)
 
 
-def test_a_base_that_is_only_named_is_told_of(project):
-    """As peft's adapters do: the name means another model here than where it was trained."""
+def test_a_base_recorded_only_by_name_is_detected(project):
+    """peft's adapters record a relative name, which may mean another model in another working directory."""
     _, base, folder = project
-    assert not named_alone(folder)
+    assert not names_base_only(folder)
     without_note(folder, base)
-    assert not named_alone(folder)
+    assert not names_base_only(folder)
     (folder.parents[1] / "config.json").unlink()
-    assert named_alone(folder)
+    assert names_base_only(folder)

@@ -1,4 +1,4 @@
-"""The model against itself (packed, padded, one at a time), against transformers, and its own accounting."""
+"""The model against itself (packed, padded, one document at a time), against transformers, and its accounting."""
 
 import pytest
 import torch

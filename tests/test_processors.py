@@ -1,9 +1,9 @@
-"""The numeric tests as other processors, thread counts and installations run them: `make test-processors`.
+"""Runs the numeric tests as on other processors, thread counts and installations: `make test-processors`.
 
-Environment variables keep ATen, oneDNN, MKL and the native operators from the instructions of this processor, which
-then adds up in another order and rounds elsewhere, as a lesser one does; others shuffle the sums (sum_order.py), as one
-that is not at hand might. A configuration that this machine cannot take is skipped with the reason. Other interpreters
-(another Python, another PyTorch) are named by MINIMIND_TEST_PYTHONS, their paths with colons between; each needs the
+Environment variables keep ATen, oneDNN, MKL and the native operators from using this processor's newer instructions, so
+sums run in another order and round differently, as on an older processor. Others shuffle the sums (sum_order.py), to
+imitate processors that we do not have. A configuration that this machine does not support is skipped with the reason.
+MINIMIND_TEST_PYTHONS names other interpreters (another Python or PyTorch) as paths separated by colons; each needs the
 project's dependencies.
 """
 
@@ -29,11 +29,14 @@ NUMERIC = [
     "tests/inference",
     "tests/kernels",
     "tests/objectives",
+    "tests/ops",
     "tests/rewards",
     "tests/training",
-    *(f"tests/test_{name}.py" for name in ("attention", "bench_rl", "golden", "lora", "lora_files", "modeling", "ops",
-                                           "value_head", "weights")),
-]  # fmt: skip
+    *(
+        f"tests/test_{name}.py"
+        for name in ("bench_rl", "golden", "lora", "lora_files", "modeling", "value_head", "weights")
+    ),
+]
 # What stands for a whole processor, then one thing at a time. CI runs the first two beside the plain suite.
 CONFIGURATIONS = {
     "before_avx": {
@@ -75,7 +78,7 @@ def why_not(environment: dict[str, str]) -> str | None:
 
 
 def assert_green(root: Path, environment: dict[str, str], python: str = sys.executable) -> None:
-    """The numeric tests in `root`; their output is shown as it comes, since they take minutes."""
+    """Run the numeric tests in `root`, showing their output as they run, since they take minutes."""
     command = [python, "-m", "pytest", "-p", "no:cacheprovider", *workers(python), *NUMERIC]
     process = subprocess.Popen(
         command,
@@ -95,7 +98,7 @@ def assert_green(root: Path, environment: dict[str, str], python: str = sys.exec
 
 
 def workers(python: str) -> list[str]:
-    """Two processes where pytest-xdist is installed for that interpreter."""
+    """Use two processes if pytest-xdist is installed for that interpreter."""
     found = subprocess.run([python, "-c", "import xdist"], capture_output=True).returncode == 0
     return ["-n", "2", "--dist", "loadfile"] if found else []
 
@@ -111,7 +114,7 @@ def test_numbers_of_another_processor(name):
 
 @pytest.mark.slow
 def test_without_a_compiler(tmp_path):
-    """A copy of the tree in which nothing was built, and no compiler on the PATH."""
+    """Copy the tree without built files, and set a PATH without a compiler."""
     root, tools = tmp_path / "tree", tmp_path / "bin"
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, files.split("\0")):

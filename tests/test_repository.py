@@ -51,8 +51,7 @@ ARROWS = {
     "rope": "config",
     "modeling": "config ops rope",
     "lora": "modeling",
-    "granite_weights": "config",
-    "weights": "config granite_weights lora modeling",
+    "weights": "config lora modeling",
     "lora_files": "lora modeling weights",
     "value_head": "config lora lora_files modeling ops weights",
     "data/builtin": "utils",
@@ -64,7 +63,7 @@ ARROWS = {
     "evaluation": "config data inference inference/decode modeling ops tokenization utils",
     "apps": "inference tokenization",
     "serving": "inference tokenization",
-    "export": "config granite_weights inference lora lora_files modeling tokenization weights",
+    "export": "config inference lora lora_files modeling tokenization weights",
     "training/profiling": "utils",
     "training": "config data kernels lora lora_files modeling objectives ops tokenization training/profiling utils "
     "value_head weights",

@@ -1,4 +1,4 @@
-"""Models with a value head: their values, their trunk, and that transformers reads their files."""
+"""Models with a value head: their values, their trunk, and their files in transformers."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_values_of_packed_documents_are_those_of_each_alone(ops_mode):
 def test_a_copy_keeps_the_trunk_and_begins_at_zero(changes, keep_head):
     torch.manual_seed(0)
     model = Model(ModelConfig(**SMALL, **changes)).eval()
-    value_model = ValueModel.of(model, keep_head)
+    value_model = ValueModel.from_model(model, keep_head)
     ids = torch.arange(20)[None]
     out, mine = model(ids), value_model(ids, return_logits=True)
     assert torch.equal(mine.hidden_states, out.hidden_states) and not mine.values.any()
@@ -59,8 +59,8 @@ def test_a_copy_keeps_the_trunk_and_begins_at_zero(changes, keep_head):
 
 
 def test_every_parameter_of_a_critic_has_a_gradient():
-    """DDP stops at one without."""
-    critic = ValueModel.of(make(tie_word_embeddings=False))
+    """DDP fails on parameters without a gradient."""
+    critic = ValueModel.from_model(make(tie_word_embeddings=False))
     torch.nn.init.ones_(critic.value_head.weight)
     critic(torch.arange(20)[None]).values.sum().backward()
     assert all(parameter.grad is not None for parameter in critic.parameters())
@@ -100,14 +100,14 @@ def test_transformers_reads_it_as_a_classifier(qk_norm, tmp_path):
     assert_within(logits[0], values[0, -1:], exact[0, -1:])
 
 
-def test_what_is_no_value_model_is_refused(tmp_path):
+def test_a_folder_without_a_value_head_is_refused(tmp_path):
     save_weights(Model(ModelConfig(**SMALL)), tmp_path / "plain")
-    with pytest.raises(ValueError, match=r"plain: no value head \(score.weight\) in it; name a run of train/reward.py"):
+    with pytest.raises(ValueError, match=r"plain: it has no value head \(score.weight\); name a run of"):
         load_value_model(tmp_path / "plain")
     with pytest.raises(ValueError, match="empty: neither a checkpoint"):
         load_value_model(tmp_path / "empty")
     save_value_model(make(), tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
-    with pytest.raises(ValueError, match=r"score.weight is \[1, 64\], the config wants \[1, 128\]"):
+    with pytest.raises(ValueError, match=r"score.weight is \[1, 64\], the config needs \[1, 128\]"):
         load_value_model(tmp_path / "other")

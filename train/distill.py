@@ -21,7 +21,7 @@ from rich.console import Console
 
 from minimind.data import PackedLoader
 from minimind.modeling import Model
-from minimind.objectives.distillation import Distillation, DivergenceName, distillation_loss
+from minimind.objectives.next_token import Distillation, DivergenceName, distillation_loss
 from minimind.training.adapters import AdapterArgs, AdapterSetup
 from minimind.training.arguments import FromFlag
 from minimind.training.evaluation import describe_batch

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from minimind.data import Corpus
 from minimind.modeling import Model
-from minimind.objectives.preference import NEED_REFERENCE, OBJECTIVES, Objective, Pairs, preference_loss, with_sft
+from minimind.objectives.preference import NEED_REFERENCE, OBJECTIVES, PairObjective, Pairs, preference_loss, with_sft
 from minimind.tokenization import ChatEncoder
 from minimind.training.adapters import AdapterArgs, AdapterSetup
 from minimind.training.arguments import FromFlag
@@ -115,7 +115,7 @@ def main(args: Args, console: Console) -> bool:
     return True
 
 
-def pair_objective(args: Args) -> Objective:
+def pair_objective(args: Args) -> PairObjective:
     """The objective that the flags describe. Raises ValueError, naming the flag, for settings it does not have and
     values that no pair can be trained with."""
     settings: dict[str, float] = {} if args.beta is None else {"beta": args.beta}
@@ -127,7 +127,7 @@ def pair_objective(args: Args) -> Objective:
         if args.loss != "simpo":
             raise ValueError(f"--gamma: --loss {args.loss} has none; drop the flag")
         settings["gamma"] = args.gamma
-    objective: Objective = partial(OBJECTIVES[args.loss], **settings)
+    objective: PairObjective = partial(OBJECTIVES[args.loss], **settings)
     sft_weight = 0.0 if args.data or args.loss == "orpo" else 1.0
     if args.sft_weight is not None:
         if args.loss == "orpo":

@@ -44,7 +44,7 @@ from rich.console import Console
 
 from minimind.objectives.advantages import group_advantages, leave_one_out
 from minimind.objectives.policy import policy_loss
-from minimind.objectives.surrogates import ALGORITHMS, Algorithm, Objective, with_terms
+from minimind.objectives.surrogates import ALGORITHMS, Algorithm, PolicyObjective, with_terms
 from minimind.training.job import run_script
 from minimind.training.rl.arguments import RolloutArgs
 from minimind.training.rl.rollouts import Answer
@@ -114,7 +114,7 @@ def bundle(args: Args) -> tuple[Algorithm, float]:
     """(the algorithm, with the parts that flags replace; the weight of the KL)."""
     paper = ALGORITHMS[args.loss]
     bounds: dict[str, Any] = {"low": args.clip_low, "high": args.clip_high}
-    objective: Objective = partial(paper.objective, **{k: v for k, v in bounds.items() if v is not None})
+    objective: PolicyObjective = partial(paper.objective, **{k: v for k, v in bounds.items() if v is not None})
     beta = paper.kl if args.beta is None else args.beta
     objective = with_terms(objective, beta, args.entropy)
     return dataclasses.replace(

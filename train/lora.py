@@ -26,7 +26,7 @@ from minimind.data import Corpus, PackedLoader
 from minimind.data.builtin.chat import builtin_identity
 from minimind.data.paths import find_files
 from minimind.lora import LoRAConfig, adapters_off, add_adapter
-from minimind.lora_files import adapter_config, adapter_folder, another_base, load_adapter
+from minimind.lora_files import adapter_config, adapter_folder, base_mismatch, load_adapter
 from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder, require_same_ids, tokenizer_beside
@@ -175,7 +175,7 @@ def check_adapter(job: Job, adapter: str, new_tokenizer: bool) -> None:
     if folder.is_dir():  # otherwise load_adapter reports what is missing
         job.add_reference("adapter", folder)
         assert job.initial.weights is not None
-        if other := another_base(folder, job.initial.weights):
+        if other := base_mismatch(folder, job.initial.weights):
             job.notes.append(f"--adapter {adapter}: {other}; right if that is the same model in another form")
 
 

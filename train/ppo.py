@@ -40,9 +40,15 @@ from rich.console import Console
 from torch import Tensor
 
 from minimind.objectives.advantages import gae, token_rewards, value_shift, whiten
-from minimind.objectives.policy import PolicyBatch, policy_loss
-from minimind.objectives.surrogates import Objective, clip, with_terms
-from minimind.objectives.values import actor_critic_loss, explained_variance, value_loss, value_room
+from minimind.objectives.policy import (
+    PolicyBatch,
+    actor_critic_loss,
+    explained_variance,
+    policy_loss,
+    value_loss,
+    value_room,
+)
+from minimind.objectives.surrogates import PolicyObjective, clip, with_terms
 from minimind.training.adapters import adapter_saver
 from minimind.training.job import run_script
 from minimind.training.optim import ClipGroup
@@ -184,7 +190,7 @@ def advantages(args: Args, answers: list[Answer]) -> dict[str, float]:
     return {"value": float(values.mean()), "value_shift": float(shift), "explained_variance": float(explained)}
 
 
-def both_losses(args: Args, objective: Objective, run: RolloutStage, batch: PolicyBatch) -> StageLoss:
+def both_losses(args: Args, objective: PolicyObjective, run: RolloutStage, batch: PolicyBatch) -> StageLoss:
     """The sum of the policy's loss and the critic's."""
     settings: dict[str, Any] = {"entropy": args.entropy != 0}
     if args.critic == "shared":

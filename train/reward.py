@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 
 from minimind.data import Corpus
-from minimind.objectives.reward_model import bradley_terry, reward_loss
+from minimind.objectives.preference import bradley_terry, reward_loss
 from minimind.tokenization import ChatEncoder
 from minimind.training.adapters import AdapterArgs, AdapterSetup
 from minimind.training.arguments import FromFlag

@@ -32,10 +32,9 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from minimind.objectives.advantages import whiten
+from minimind.objectives.advantages import ValueTracker, whiten
 from minimind.objectives.policy import policy_loss
 from minimind.objectives.surrogates import clip, with_terms
-from minimind.objectives.value_tracker import ValueTracker
 from minimind.rewards import Rewards
 from minimind.training.job import run_script
 from minimind.training.rl.arguments import NormName, RolloutArgs

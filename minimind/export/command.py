@@ -26,7 +26,7 @@ from minimind.export.ollama import modelfile
 from minimind.export.output import check_free, replacing
 from minimind.inference.loading import LoadedModel, WeightArgs, open_weights
 from minimind.lora import adapter_names, remove_adapters
-from minimind.lora_files import adapter_config, note_base, save_adapter
+from minimind.lora_files import adapter_config, save_adapter, write_base
 from minimind.modeling import Model
 from minimind.weights import fingerprint, to_stock
 
@@ -115,7 +115,7 @@ def write_hf(loaded: LoadedModel, out: Path, dtype: str) -> list[str]:
             remove_adapters(loaded.model)
         export_hf(loaded.model, loaded.tokenizer, folder, _TORCH[dtype])
         if adapted:
-            note_base(folder / "adapter", out.resolve(), "..", fingerprint(folder))
+            write_base(folder / "adapter", out.resolve(), "..", fingerprint(folder))
     lines = [f"{out}: {_size(out)}, {dtype}, for transformers, vLLM and trl"]
     if not adapted:
         return [*lines, f"next: minimind chat --model {_quoted(out)}; vllm serve {_quoted(out)}"]

@@ -21,10 +21,9 @@ import torch
 from safetensors.torch import save_file
 
 from minimind.config import ModelConfig, YarnScaling
-from minimind.granite_weights import to_granite
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
-from minimind.weights import to_stock
+from minimind.weights import to_granite, to_stock
 
 # The sampling of `minimind chat`; transformers' pipeline and vLLM read it from generation_config.json.
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}

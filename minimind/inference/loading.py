@@ -14,7 +14,7 @@ import tyro
 from minimind.config import PRESETS, ModelConfig, YarnScaling
 from minimind.inference.decode.kv_cache import FLOAT8, KVDTypeName
 from minimind.lora import merge_adapter, remove_adapters
-from minimind.lora_files import CONFIG, adapter_folder, another_base, base_of, load_adapter, named_alone
+from minimind.lora_files import CONFIG, adapter_folder, base_mismatch, find_base, load_adapter, names_base_only
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer, load_tokenizer, require_same_ids, tokenizer_beside
 from minimind.utils.device import choose_device, choose_precision
@@ -97,9 +97,9 @@ def open_weights(
         notes.append(config.padding_note)
     model = load_model(path, config, device)
     if lora is not None:
-        if args.lora is None and named_alone(adapter_folder(lora)):
+        if args.lora is None and names_base_only(adapter_folder(lora)):
             notes.append(f"{lora}: gives only its base model's name; {path.absolute()} is assumed to be that model")
-        if other := another_base(adapter_folder(lora), _weights_of(path)):
+        if other := base_mismatch(adapter_folder(lora), _weights_of(path)):
             notes.append(f"{lora}: {other}; right if that is the same model in another form")
         _adapt(model, lora, merge)
     return LoadedModel(model, tokenizer, dtype, _stage_of(source), source if source.is_dir() else None, notes, lora)
@@ -185,7 +185,7 @@ def _base_and_adapter(path: Path, lora: str | None) -> tuple[Path, Path | None]:
     folder = adapter_folder(path)
     if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
         return path, None
-    return base_of(folder), path
+    return find_base(folder), path
 
 
 def _weights_of(path: Path) -> Path:

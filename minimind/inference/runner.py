@@ -154,7 +154,7 @@ class Runner:
             raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
         config = self._model.config
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        varlen.learn_heads(self._device, varlen.Heads(*heads, self._dtype))
+        varlen.detect_grouped_heads(self._device, varlen.Heads(*heads, self._dtype))
         self._native, self._reason = backend != "reference" and missing is None, missing
         self._rope, self._attention, self._sample = _native_ops() if self._native else _REFERENCE
         counters = torch.zeros(batch.max_batch * heads[0], dtype=torch.int32, device=self._device)

@@ -1,16 +1,16 @@
 """Surrogate objectives of policy gradients: PPO's clip, GRPO, DAPO, Dr. GRPO, GSPO, CISPO.
 
-Per sampled token t of answer i: log p under the model, log mu under the policy that sampled it, advantage A, and
+For each sampled token: log p is its log-probability under the model, log mu that under the policy that sampled it, A
+its advantage.
 
-    log r = log p - log mu            the importance ratio
-    clip      -min(r A, clip(r, 1 - low, 1 + high) A)                                  Schulman et al., 1707.06347
-    gspo      -min(s A, clip(s, 1 - low, 1 + high) A)     log s = mean over i of log r    Zheng et al., 2507.18071
-    cispo     -sg(min(r, 1 + high)) A log p               sg: without gradient         MiniMax, 2506.13585
-    reinforce -A log p                                                                 Williams 1992
+    log r = log p - log mu            the importance ratio clip      -min(r A, clip(r, 1 - low, 1 + high) A)
+    Schulman et al., 1707.06347 gspo      -min(s A, clip(s, 1 - low, 1 + high) A)     log s = the answer's mean log r
+    Zheng et al., 2507.18071 cispo     -sg(min(r, 1 + high)) A log p               sg: stop gradient
+    MiniMax, 2506.13585
 
-and what they add up to (`Aggregation`): a mean over the tokens of all answers ("token"), over answers of the mean of
-their tokens ("sample"), or over answers of the sum divided by the longest allowed length ("constant"). ALGORITHMS
-names what papers made of these parts:
+`Aggregation` says how token losses become one number: "token" is the mean over all tokens; "sample" is the mean over
+answers of each answer's token mean; "constant" divides each answer's sum by the longest allowed length and takes the
+mean over answers. ALGORITHMS lists the combinations that papers use:
 
     grpo      clip, sample mean, advantages over the group's standard deviation, k3 KL in the loss   2402.03300
     dapo      clip with high > low, token mean, no KL                                                2503.14476
@@ -18,15 +18,17 @@ names what papers made of these parts:
     gspo      gspo, sample mean, no KL
     cispo     cispo, token mean, no KL
 
-Departures: gspo is its token form, log s = sg(mean log r) + log p - sg(log p), whose value and gradient are those of
-the sequence form where an answer's advantages are equal, and whose tokens may differ in them. The clip is written on
-log r, -A exp(log r bounded on the side where A would gain): the same numbers and gradients, but a ratio beyond float64
-on the clipped side gives the bound and not 0 x inf; on the other side the loss is infinite, as it should be, and stops
-the run. cispo has no lower bound unless given one, as in the paper's experiments. DAPO's dynamic sampling and its
-penalty for long answers are not losses: the sampler and minimind.rewards have them.
+Departures from the papers:
+- gspo is the token form, log s = sg(mean log r) + log p - sg(log p). Its value and gradient equal those of the sequence
+  form when an answer's advantages are equal, and it also accepts one advantage per token.
+- The clip bounds log r instead of r. Values and gradients are the same, but a ratio that overflows float64 on the
+  clipped side gives the bound instead of 0 x inf. On the other side the loss is infinite and stops the run, as it
+  should.
+- cispo has a lower bound only if one is given, as in the paper's experiments.
+- DAPO's dynamic sampling and its penalty for long answers are not losses: the sampler and minimind.rewards do them.
 
-Pure functions of one number per sampled token, in float64: log r is a small difference, and there are only as many
-numbers as sampled tokens. Nothing here waits for the device.
+All functions are pure and take one float64 number per sampled token: log r is a small difference, and the arrays are
+short. Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -41,39 +43,40 @@ import torch
 from torch import Tensor
 
 Aggregation = Literal["token", "sample", "constant"]
-Estimator = Literal["k1", "k2", "k3"]
 
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """places int64 [M]: of the sampled tokens in the flattened batch, ascending; samples int64 [M]: the document that
-    each belongs to, of num_samples."""
+    """The positions of a batch's sampled tokens: places int64 [M], ascending, in the flattened batch; samples int64
+    [M], the document of each, in 0..num_samples-1."""
 
     places: Tensor
     samples: Tensor
     num_samples: int
 
     def take(self, per_token: Tensor) -> Tensor:
-        """[B, T] -> float64 [M]"""
+        """Values of the sampled tokens: [B, T] -> float64 [M]."""
         return per_token.flatten().index_select(0, self.places).double()
 
     def sums(self, per_token: Tensor) -> Tensor:
-        """Of each sample: float64 [M] -> float64 [num_samples]."""
+        """Sum over each sample's tokens: float64 [M] -> float64 [num_samples]."""
         return per_token.new_zeros(self.num_samples).index_add(0, self.samples, per_token)
 
     def lengths(self) -> Tensor:
-        """Sampled tokens of each sample: float64 [num_samples]."""
+        """Number of sampled tokens in each sample: float64 [num_samples]."""
         return self.sums(torch.ones(self.samples.shape, dtype=torch.float64, device=self.samples.device))
 
     def spread(self, per_sample: Tensor) -> Tensor:
-        """[num_samples] -> [M]"""
+        """Repeat each sample's value for its tokens: [num_samples] -> [M]."""
         return per_sample.index_select(0, self.samples)
 
 
 @dataclass(frozen=True)
 class PolicyTokens:
-    """The sampled tokens of a batch, one number each: float64 [M]. log_probs is differentiable, and entropy, the exact
-    one of the distribution that each token was drawn from, where it was asked for."""
+    """The input of a surrogate: one number per sampled token of a batch, float64 [M].
+
+    log_probs and entropy are differentiable. entropy is that of the whole next-token distribution; None: not computed.
+    """
 
     at: SampledTokens
     log_probs: Tensor
@@ -84,106 +87,80 @@ class PolicyTokens:
 
     @property
     def log_ratio(self) -> Tensor:
-        """log p / mu"""
+        """log r = log p - log mu."""
         return self.log_probs - self.old_log_probs
 
     @staticmethod
-    def none() -> PolicyTokens:
-        """Those of an empty batch."""
+    def empty() -> PolicyTokens:
+        """A batch without tokens, for checking an objective's settings."""
         numbers, places = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
         return PolicyTokens(SampledTokens(places, places, 0), numbers, numbers, numbers, numbers, numbers)
 
 
 @dataclass(frozen=True)
 class PolicyLosses:
-    """losses float64 [M], differentiable; clipped bool [M]: where the ratio's bound took the gradient (cispo: where it
-    held the weight). figures: more numbers per token that tell how training goes, detached."""
+    """The output of a surrogate. losses: float64 [M], differentiable. clipped: bool [M], tokens whose ratio was
+    bounded. figures: further metrics, one detached number per token."""
 
     losses: Tensor
     clipped: Tensor
     figures: dict[str, Tensor] = field(default_factory=dict)
 
 
-Objective = Callable[[PolicyTokens], PolicyLosses]
+PolicyObjective = Callable[[PolicyTokens], PolicyLosses]
 
 
-def clip(tokens: PolicyTokens, low: float = 0.2, high: float | None = None, dual: float | None = None) -> PolicyLosses:
-    """PPO's objective, which GRPO, DAPO and Dr. GRPO share. The ratio is bounded by 1 - low where A < 0 and by 1 + high
-    where A > 0; high None: as low. dual > 1: where A < 0 a ratio above it has no gradient either (Ye et al.,
-    1912.09729, take 3), which keeps tokens that the policy has come to find far likelier from ruling the step."""
-    low_bound, high_bound = _bounds(low, low if high is None else high)
-    if dual is not None and not dual > 1:
-        raise ValueError(f"dual={dual}: a bound of the ratio where A < 0, above 1; 3 is usual")
-    return _clipped(tokens, tokens.log_ratio, low_bound, high_bound, None if dual is None else math.log(dual))
+def clip(tokens: PolicyTokens, low: float = 0.2, high: float | None = None) -> PolicyLosses:
+    """PPO's objective, which GRPO, DAPO and Dr. GRPO share. The ratio is bounded below by 1 - low if A < 0, and above
+    by 1 + high if A > 0. high None: the same as low."""
+    return _clipped(tokens, tokens.log_ratio, *_bounds(low, low if high is None else high))
 
 
 def gspo(tokens: PolicyTokens, low: float = 3e-4, high: float | None = 4e-4) -> PolicyLosses:
-    """Group sequence policy optimisation: the ratio of a whole answer, its length's root. The bounds are the paper's,
-    a thousandth of what suits single tokens. high None: as low."""
-    low_bound, high_bound = _bounds(low, low if high is None else high)
+    """Group sequence policy optimisation: the ratio is the geometric mean over the answer's tokens. The default bounds
+    are the paper's, a thousandth of those for single tokens. high None: the same as low."""
     at, log_ratio = tokens.at, tokens.log_ratio.detach()
     means = at.sums(log_ratio) / at.lengths().clamp(min=1)
     sequence = at.spread(means) + (tokens.log_probs - tokens.log_probs.detach())
-    return _clipped(tokens, sequence, low_bound, high_bound, None)
+    return _clipped(tokens, sequence, *_bounds(low, low if high is None else high))
 
 
 def cispo(tokens: PolicyTokens, high: float = 4.0, low: float | None = None) -> PolicyLosses:
-    """Clipped importance sampling: every token keeps its gradient, weighed by its ratio, no more than 1 + high and no
-    less than 1 - low. The paper tunes high and gives no number; 4 is that of Khatri et al., 2510.13786."""
+    """Clipped importance sampling: every token keeps its gradient, weighted by its ratio, which is held within 1 - low
+    and 1 + high. The paper tunes high and gives no number; 4 comes from Khatri et al., 2510.13786."""
     low_bound, high_bound = _bounds(0.5 if low is None else low, high)
     log_ratio = tokens.log_ratio.detach()
     bounded = log_ratio.clamp(min=None if low is None else low_bound, max=high_bound)
     return PolicyLosses(-bounded.exp() * tokens.advantages * tokens.log_probs, bounded != log_ratio)
 
 
-def reinforce(tokens: PolicyTokens) -> PolicyLosses:
-    """Without a ratio: right on samples of the very policy that is trained, and nowhere else."""
-    losses = -tokens.advantages * tokens.log_probs
-    return PolicyLosses(losses, torch.zeros_like(losses, dtype=torch.bool))
+def kl_estimates(log_probs: Tensor, reference: Tensor) -> Tensor:
+    """Schulman's k3 estimate of KL(p || q) at tokens drawn from p: e^x - 1 - x with x = log q - log p
+    (joschu.net/blog/kl-approx.html). It is unbiased and never negative.
 
-
-def kl_estimates(log_probs: Tensor, reference: Tensor, estimator: Estimator) -> Tensor:
-    """KL(p || q) at tokens drawn from p, with x = log q - log p of each (Schulman, joschu.net/blog/kl-approx.html):
-
-        k1 = -x                 unbiased, of either sign, and the noisiest near p = q
-        k2 = x^2 / 2            biased, to second order right
-        k3 = e^x - 1 - x        unbiased, never negative
-
-    As a LOSS on tokens drawn from p they are other things: the expected gradient of k1 is 0, that of k2 is the gradient
-    of KL(p || q), and that of k3 the gradient of KL(q || p), which agrees near p = q.
+    As a loss, its expected gradient is that of KL(q || p), which agrees with KL(p || q) near p = q.
     """
     x = reference - log_probs
-    if estimator == "k1":
-        return -x
-    if estimator == "k2":
-        return x.square() / 2
-    if estimator == "k3":
-        return torch.expm1(x) - x
-    raise ValueError(f"KL estimator {estimator!r}: choose k1, k2 or k3")
+    return torch.expm1(x) - x
 
 
-def with_kl(objective: Objective, coefficient: float, estimator: Estimator = "k3") -> Objective:
-    """objective + coefficient * KL to the reference, per token: with k3, GRPO's. k1 is refused, its gradient being
-    noise; it belongs in the reward (advantages.token_rewards)."""
+def with_kl(objective: PolicyObjective, coefficient: float) -> PolicyObjective:
+    """objective + coefficient * the k3 estimate of the KL to the reference, per token, as in GRPO."""
     if not 0 <= coefficient < math.inf:
         raise ValueError(f"kl coefficient {coefficient}: must be 0 or more")
-    if estimator == "k1":
-        raise ValueError("KL estimator k1 as a loss has a gradient of 0 on average; take k2 or k3")
 
     def loss(tokens: PolicyTokens) -> PolicyLosses:
         if tokens.reference is None:
-            raise ValueError(
-                "the batch has no reference log-probabilities, which the KL needs; set it to 0 or give them"
-            )
+            raise ValueError("the KL term needs reference log-probabilities; add them to the batch, or set the KL to 0")
         result = objective(tokens)
-        kl = kl_estimates(tokens.log_probs, tokens.reference, estimator)
+        kl = kl_estimates(tokens.log_probs, tokens.reference)
         return replace(result, losses=result.losses + coefficient * kl)
 
     return loss
 
 
-def with_entropy(objective: Objective, weight: float) -> Objective:
-    """objective - weight * the exact entropy of every token's distribution; policy_loss needs entropy=True."""
+def with_entropy(objective: PolicyObjective, weight: float) -> PolicyObjective:
+    """objective - weight * the entropy of each token's distribution; call policy_loss with entropy=True."""
     if not math.isfinite(weight):
         raise ValueError(f"entropy weight {weight}: must be a finite number")
 
@@ -196,24 +173,24 @@ def with_entropy(objective: Objective, weight: float) -> Objective:
     return loss
 
 
-def with_terms(objective: Objective, kl: float = 0.0, entropy: float = 0.0) -> Objective:
-    """with_kl and with_entropy of these weights, where they are not 0. Raises ValueError at once for numbers that mean
-    nothing, `objective`'s own among them."""
+def with_terms(objective: PolicyObjective, kl: float = 0.0, entropy: float = 0.0) -> PolicyObjective:
+    """Add the KL and entropy terms whose weights are not 0. ValueError for bad weights or bad settings of
+    `objective`."""
     if kl:
         objective = with_kl(objective, kl)
     if entropy:
         objective = with_entropy(objective, entropy)
-    objective(PolicyTokens.none())
+    objective(PolicyTokens.empty())
     return objective
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What one name of a paper stands for; `std` is group_advantages' (advantages.py), `kl` the loss's coefficient,
-    `minibatches` the steps that its recipe takes on each pass over a rollout; grpo's is that of DeepSeek-R1
-    (2501.12948) cut to what a rollout here can feed, the first paper's being 1."""
+    """A paper's recipe. std: the argument of group_advantages; kl: the coefficient of the KL in the loss; minibatches:
+    optimizer steps per pass over a rollout. grpo follows DeepSeek-R1 (2501.12948), scaled down to the size of our
+    rollouts; the first GRPO paper takes 1."""
 
-    objective: Objective
+    objective: PolicyObjective
     aggregation: Aggregation
     std: Literal["group", "batch", "none"]
     kl: float = 0.0
@@ -230,17 +207,16 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 def _bounds(low: float, high: float) -> tuple[float, float]:
-    """(log(1 - low), log(1 + high))"""
+    """(log(1 - low), log(1 + high))."""
     if not 0 < low < 1:
-        raise ValueError(f"low={low}: the ratio's lower bound is 1 - low, so that low must lie between 0 and 1")
+        raise ValueError(f"low={low}: the ratio's lower bound is 1 - low, so low must lie between 0 and 1")
     if not 0 < high < math.inf:
-        raise ValueError(f"high={high}: the ratio's upper bound is 1 + high, so that high must be above 0")
+        raise ValueError(f"high={high}: the ratio's upper bound is 1 + high, so high must be above 0")
     return math.log1p(-low), math.log1p(high)
 
 
-def _clipped(tokens: PolicyTokens, log_ratio: Tensor, low: float, high: float, dual: float | None) -> PolicyLosses:
-    """-min(r A, clip(r) A), low and high being bounds of log r."""
-    gains = tokens.advantages >= 0
-    bounded = torch.where(gains, log_ratio.clamp(max=high), log_ratio.clamp(min=low, max=dual))
+def _clipped(tokens: PolicyTokens, log_ratio: Tensor, low: float, high: float) -> PolicyLosses:
+    """-min(r A, clip(r) A), with low and high as bounds of log r."""
+    bounded = torch.where(tokens.advantages >= 0, log_ratio.clamp(max=high), log_ratio.clamp(min=low))
     clipped = (bounded != log_ratio).detach() & tokens.advantages.ne(0)
     return PolicyLosses(-tokens.advantages * bounded.exp(), clipped)

@@ -1,8 +1,8 @@
-"""Every fused function as modules call it, behind ONE switch:
+"""The fused operators that the model calls, with ONE switch for their implementation:
 
-    reference   plain PyTorch, the truth that everything else is held to
-    fused       the fastest form of the device at hand: Triton kernels on a GPU, PyTorch's best forms on a CPU
-    kernels     the Triton kernels and nothing else; where they cannot run, that is an error
+    reference   plain PyTorch, which defines the correct result
+    fused       the fastest implementation for the device: Triton kernels on a GPU, PyTorch and C++ on a CPU
+    kernels     only the Triton kernels; an error if they cannot run
 
 `describe()` says what the switch resolves to and why.
 """
@@ -37,9 +37,9 @@ _mode: Mode = "fused"
 
 
 def set_mode(mode: Mode) -> None:
-    """Choose the implementation for the whole process; `describe` says what it resolves to.
+    """Choose the implementation for the whole process.
 
-    ValueError for a mode that does not exist, or for 'kernels' where no Triton kernel can run.
+    ValueError for an unknown mode, or for 'kernels' if no Triton kernel can run.
     """
     global _mode
     if mode not in MODES:
@@ -48,17 +48,18 @@ def set_mode(mode: Mode) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() and not interpreting() else "cpu")
         reason = why_no_triton(device)
         if reason is not None:
-            raise ValueError(f"ops mode 'kernels' cannot be met: {reason}; choose 'fused' or 'reference'")
+            raise ValueError(f"ops mode 'kernels' cannot run here: {reason}; choose 'fused' or 'reference'")
     _mode = mode
 
 
 def get_mode() -> Mode:
+    """The implementation in use."""
     return _mode
 
 
 @contextlib.contextmanager
 def using(mode: Mode) -> Iterator[None]:
-    """Switch the implementation inside a `with` block."""
+    """Use another implementation inside a `with` block."""
     previous = _mode
     set_mode(mode)
     try:
@@ -68,18 +69,18 @@ def using(mode: Mode) -> Iterator[None]:
 
 
 def describe(device: torch.device) -> str:
-    """What the switch resolves to on `device`, and why: one line for the head of a run."""
+    """One line for the head of a run: what the switch resolves to on `device`, and why."""
     if _mode == "reference":
         return "ops: reference (plain PyTorch, full logits)"
     reason = why_no_triton(device)
     if _mode == "kernels" or (device.type == "cuda" and reason is None):
         return f"ops: {_mode} = Triton kernels"
     if device.type == "cpu":
-        reason = "on a CPU they are faster than Triton's interpreter, its only way to run there"
+        reason = "on a CPU they are faster than Triton, which would run in its interpreter"
     missing = native.why_not(device) if device.type == "cpu" else None
     attention = "native attention" if device.type == "cpu" and missing is None else "attention"
     forms = f"{attention} and experts without padding, chunked linear cross-entropy"
-    slower = f"; attention would be faster natively, but {missing}" if missing else ""
+    slower = f"; native attention would be faster, but {missing}" if missing else ""
     return f"ops: fused = PyTorch's fastest forms ({forms}): {reason}{slower}"
 
 
@@ -87,12 +88,12 @@ def _cuda_kernels() -> bool:
     return why_no_triton(torch.device("cuda", torch.cuda.current_device())) is None
 
 
-if torch.cuda.is_available():  # elsewhere it is never asked, and the decorator would import torch._dynamo: 1.5 s
+if torch.cuda.is_available():  # not needed elsewhere, and the decorator imports torch._dynamo, which takes 1.5 s
     _cuda_kernels = torch.compiler.assume_constant_result(_cuda_kernels)
 
 
 def _kernels(x: Tensor) -> bool:
-    """Whether the switch means the Triton kernels for this tensor; they refuse one that they cannot take."""
+    """Whether this tensor goes to the Triton kernels; they raise an error if they do not support it."""
     return _mode == "kernels" or (_mode == "fused" and x.is_cuda and _cuda_kernels())
 
 
@@ -103,13 +104,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if _kernels(x):
         return _norm.rms_norm(x, weight, eps)
-    if _mode == "reference" or x.device.type == "cpu":  # on a CPU F.rms_norm is no faster and keeps more
+    if _mode == "reference" or x.device.type == "cpu":  # on a CPU F.rms_norm is no faster and keeps more memory
         return _norm.rms_norm_ref(x, weight, eps)
     return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual): all [..., D] in x.dtype, or in that of the sum where there are two."""
+    """(rms_norm(x + residual), x + residual): [..., D] each, in the dtype of the sum."""
     if _kernels(x) and residual.dtype == x.dtype:
         return _norm.add_rms_norm(x, residual, weight, eps)
     total = x + residual
@@ -122,20 +123,21 @@ def rope(
     sin: Tensor,
     position_ids: Tensor,
     heads: int,
-    groups: int,
+    kv_heads: int,
     q_weight: Tensor | None = None,
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k of a packed projection, RMS-normalised per head if weights [D] are given, then rotated; v as it is.
+    """Split a packed projection into q, k and v. q and k are RMS-normalised per head if weights [D] are given, then
+    rotated.
 
-    qkv [B, T, (heads + 2 groups) D]; cos, sin float32 [P, D / 2]; position_ids int [B or 1, T], rows of them.
-    Returns q [B, T, heads, D], k and v [B, T, groups, D]. Pairs are (i, i + D / 2), as in HF Llama.
+    qkv [B, T, (heads + 2 kv_heads) D]; cos, sin float32 [P, D / 2]; position_ids int [B or 1, T], rows of the tables
+    -> q [B, T, heads, D], k and v [B, T, kv_heads, D]. Pairs are (i, i + D / 2), as in HF Llama.
     """
     if _kernels(qkv):
-        return _rope.rope(qkv, cos, sin, position_ids, heads, groups, q_weight, k_weight, eps)
+        return _rope.rope(qkv, cos, sin, position_ids, heads, kv_heads, q_weight, k_weight, eps)
     norm = _norm.rms_norm_ref if _mode == "reference" else rms_norm
-    return _rope.rope_ref(qkv, cos, sin, position_ids, heads, groups, q_weight, k_weight, eps, norm)
+    return _rope.rope_ref(qkv, cos, sin, position_ids, heads, kv_heads, q_weight, k_weight, eps, norm)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -143,33 +145,23 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return _swiglu.swiglu(gate_up) if _kernels(gate_up) else _swiglu.swiglu_ref(gate_up)
 
 
-def _even(num_targets: int | None) -> int | None:
-    """A bound that takes few values: for each new number of rows oneDNN would make, and keep, other machine code."""
+def _round_up(num_targets: int | None) -> int | None:
+    """Round the bound up to a multiple of 64: oneDNN compiles, and keeps, code for every new number of rows."""
     return None if num_targets is None else -(-num_targets // 64) * 64
 
 
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    loss_weights: Tensor | None = None,
-    *,
-    weight_sum: Tensor | None = None,
-    num_targets: int | None = None,
-    z_loss: float = 0.0,
-    softcap: float = 0.0,
+    x: Tensor, weight: Tensor, targets: Tensor, loss_weights: Tensor | None = None, *, num_targets: int | None = None
 ) -> Tensor:
-    """Sum over tokens of weight_t * -log softmax(x_t @ weight.T)[target_t] / weight_sum: a float32 scalar.
+    """Sum over tokens of weight_t * -log softmax(x_t @ weight.T)[target_t]: a float32 scalar; the caller divides.
 
-    x [N, D]; weight [V, D]; targets int64 [N], -100 is ignored; loss_weights float32 [N] or None for all ones;
-    weight_sum, a 0-D tensor, is the GLOBAL sum of weights, or None where the caller divides. num_targets: how many
-    targets are not ignored, if the host knows it; ignored tokens then cost nothing.
+    x [N, D]; weight [V, D]; targets int64 [N], with -100 for tokens to ignore; loss_weights float32 [N], or None for
+    all 1. num_targets: the number of targets that are not -100, if the host knows it; ignored tokens then cost nothing.
     """
-    options = {"weight_sum": weight_sum, "z_loss": z_loss, "softcap": softcap}
+    inputs = (x, weight, targets, loss_weights)
     if _mode == "reference":
-        return _ce.linear_cross_entropy_ref(x, weight, targets, loss_weights, **options)
-    options |= {"num_targets": _even(num_targets), "kernels": _kernels(x)}
-    return _ce.linear_cross_entropy(x, weight, targets, loss_weights, **options)
+        return _ce.linear_cross_entropy_ref(*inputs)
+    return _ce.linear_cross_entropy(*inputs, num_targets=_round_up(num_targets), kernels=_kernels(x))
 
 
 def linear_log_probs(
@@ -181,13 +173,13 @@ def linear_log_probs(
     entropy: bool = False,
     num_targets: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Of every token, log softmax(x_t @ weight.T / temperature)[target_t] and, on request, the entropy of that
-    distribution: float32 [N], 0 where the target is -100. Shapes as in `linear_cross_entropy`."""
+    """(log softmax(x_t @ weight.T / temperature)[target_t], the entropy of that distribution or None): float32 [N]
+    each, 0 where the target is -100. Arguments as in `linear_cross_entropy`."""
     if _mode == "reference":
         return _log_probs.linear_log_probs_ref(x, weight, targets, temperature=temperature, entropy=entropy)
     return _log_probs.linear_log_probs(
         x, weight, targets,
-        temperature=temperature, entropy=entropy, num_targets=_even(num_targets), kernels=_kernels(x),
+        temperature=temperature, entropy=entropy, num_targets=_round_up(num_targets), kernels=_kernels(x),
     )  # fmt: skip
 
 
@@ -198,7 +190,6 @@ def linear_distillation(
     teacher_weight: Tensor,
     loss_weights: Tensor | None = None,
     *,
-    weight_sum: Tensor | None = None,
     temperature: float = 1.0,
     beta: float = 0.0,
     num_targets: int | None = None,
@@ -206,14 +197,14 @@ def linear_distillation(
     """Weighted sum over tokens of the divergence between the teacher's and the student's next-token distributions.
 
     beta 0: KL(teacher || student); 1: KL(student || teacher); between: generalised Jensen-Shannon (arXiv 2306.13649).
-    Shapes as in `linear_cross_entropy`; the teacher may have another hidden size and gets no gradient.
+    Arguments as in `linear_cross_entropy`; the teacher may have another hidden size and gets no gradient.
     """
     inputs = (x, weight, teacher_x, teacher_weight, loss_weights)
-    options = {"weight_sum": weight_sum, "temperature": temperature, "beta": beta}
     if _mode == "reference":
-        return _distillation.linear_distillation_ref(*inputs, **options)
-    options |= {"num_targets": _even(num_targets), "kernels": _kernels(x)}
-    return _distillation.linear_distillation(*inputs, **options)
+        return _distillation.linear_distillation_ref(*inputs, temperature=temperature, beta=beta)
+    return _distillation.linear_distillation(
+        *inputs, temperature=temperature, beta=beta, num_targets=_round_up(num_targets), kernels=_kernels(x)
+    )
 
 
 def route(
@@ -224,10 +215,9 @@ def route(
     sequences: int = 1,
     mask: Tensor | None = None,
 ) -> Routing:
-    """The top_k experts of every token, their gates, and the order that brings an expert's tokens together.
+    """Choose each token's top_k experts and their gates, and sort the tokens by expert. See Routing.
 
-    logits float32 [N, E]; sequence_ids int64 [N] in 0..sequences-1; mask [N], 0 where a token is not counted in
-    `counts`. See Routing.
+    logits float32 [N, E]; sequence_ids int64 [N] in 0..sequences-1; mask [N], 0 for tokens that `counts` leaves out.
     """
     if _kernels(logits):
         return _routing.route(logits, top_k, normalize, sequence_ids, sequences, mask)
@@ -246,7 +236,7 @@ def _route_by_sorting(
 
 
 def _sort_copies(expert_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(order, inverse, offsets) of a Routing."""
+    """(order, inverse, offsets) of Routing."""
     order = expert_ids.flatten().argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     copies = _histogram(expert_ids, experts, torch.ones_like(expert_ids))
@@ -254,13 +244,13 @@ def _sort_copies(expert_ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tens
 
 
 def _histogram(ids: Tensor, size: int, weights: Tensor) -> Tensor:
-    """Sum of integer weights for each of `size` ids: int64 [size]. No host sync (bincount would be one)."""
+    """Sum integer weights by id: int64 [size]. Unlike bincount it does not synchronise with the device."""
     out = torch.zeros(size, dtype=torch.int64, device=ids.device)
     return out.scatter_add_(0, ids.flatten(), weights.flatten())
 
 
 def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
-    """Every token through its own experts: sum over k of gates[t, k] * expert[expert_ids[t, k]](x[t]).
+    """Run each token through its experts: sum over k of gates[t, k] * expert[expert_ids[t, k]](x[t]).
 
     x [N, D]; gate_up [E, 2 I, D]; down [E, D, I] -> [N, D].
     """
@@ -272,7 +262,7 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> T
 
 
 def _moe_experts_grouped(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
-    """Token copies are sorted by expert, and each projection is one call for all experts."""
+    """Sort the token copies by expert; then each projection is one call for all experts."""
     tokens, top_k = routing.expert_ids.shape
     order, inverse = routing.order, routing.inverse
     copies = x.unsqueeze(1).expand(-1, top_k, -1).reshape(tokens * top_k, -1)

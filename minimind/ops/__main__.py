@@ -1,4 +1,4 @@
-"""`python -m minimind.ops`: which native operators were built, and why others are missing."""
+"""`python -m minimind.ops` prints which native operators were built, and why others are missing."""
 
 from minimind.ops.native import report
 

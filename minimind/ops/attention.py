@@ -1,12 +1,12 @@
 """Causal attention over packed documents or padded batches, in PyTorch.
 
-The layout of a batch is worked out once per step and shared by every layer:
+The layout of a batch is computed once per step and shared by every layer:
 
-    CausalLayout     every row is one document
-    MaskLayout       an explicit boolean mask: the reference of the two below, which compute no score between documents
-    DocumentLayout   on a CPU (document_attention.py)
-    VarlenLayout     on a GPU, PyTorch's flash attention over documents
-    UnfoldedLayout   documents that share their beginning: one of the above over the whole of each
+    CausalLayout         every row is one document
+    MaskLayout           an explicit boolean mask, the reference for the two below, which skip scores between documents
+    DocumentLayout       packed documents on a CPU (document_attention.py)
+    VarlenLayout         packed documents on a GPU, by flash attention (varlen.py)
+    SharedPrefixLayout   documents that share their beginning: one of the two above over whole documents
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from minimind.ops.document_attention import document_attention
 
 
 class _PermuteRows(torch.autograd.Function):
-    """Rows `index` of x; `inverse` says where each row of x went. The backward is a gather, not a scatter-add."""
+    """Select rows `index` of x. `inverse` says where each row of x went, so the backward is a gather, no
+    scatter-add."""
 
     @staticmethod
     def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -37,8 +38,8 @@ class _PermuteRows(torch.autograd.Function):
 
 
 def permute_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """x [N, ...] -> x[index] [M, ...]. Needs index[inverse] == arange(N); rows of `index` that no entry of
-    `inverse` names are padding: their gradient must be zero and is dropped."""
+    """x [N, ...] -> x[index] [M, ...], with index[inverse] == arange(N). Output rows that `inverse` does not name are
+    padding: their gradient must be zero and is dropped."""
     return _PermuteRows.apply(x, index, inverse)
 
 
@@ -52,20 +53,20 @@ class CausalLayout:
 
 @dataclass(frozen=True)
 class MaskLayout:
-    """mask: bool [B, 1, T, T], True where a query (dim 2) may look at a key (dim 3)."""
+    """mask: bool [B, 1, T, T], True where a query (dim 2) may attend to a key (dim 3)."""
 
     mask: Tensor
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if q.is_cuda:  # CUDA's memory-efficient kernel takes a mask, but not fewer key heads than query heads
-            groups = q.shape[2] // k.shape[2]
-            k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+        if q.is_cuda:  # CUDA's memory-efficient kernel supports a mask, but not grouped queries
+            repeats = q.shape[2] // k.shape[2]
+            k, v = k.repeat_interleave(repeats, dim=2), v.repeat_interleave(repeats, dim=2)
         return _sdpa(q, k, v, attn_mask=self.mask)
 
 
 @dataclass(frozen=True)
 class DocumentLayout:
-    """cu_seqlens: int [n + 1] on the CPU, boundaries of the documents in the flattened batch."""
+    """cu_seqlens: int [n + 1] on the CPU, the documents' boundaries in the flattened batch."""
 
     cu_seqlens: Tensor
 
@@ -76,8 +77,8 @@ class DocumentLayout:
 
 @dataclass(frozen=True)
 class VarlenLayout:
-    """cu_seqlens: int32 [n + 1] on the GPU, not descending: what stands after the last document is empty ones, so that
-    a batch of fewer documents has the same shape. max_length: no document is longer."""
+    """cu_seqlens: int32 [n + 1] on the GPU, not descending; empty documents at the end pad it to a fixed shape.
+    max_length: an upper bound on the documents' lengths."""
 
     cu_seqlens: Tensor
     max_length: int
@@ -88,11 +89,11 @@ class VarlenLayout:
 
 
 class SharedPrefix(NamedTuple):
-    """How documents that share their beginning, which the batch of N tokens holds once, are read one by one.
+    """Documents that share a beginning, of which a batch of N tokens holds one copy.
 
-    rows: int64 [M], the tokens of every document, one document after the other; cu_seqlens: int [n + 1], where each
-    begins among them, from 0 to M; places: int64 [N, C], where among them each token of the batch stands, -1 behind the
-    last place of one that is read fewer than C times. Attention's result is taken from the first.
+    rows: int64 [M], the batch's tokens that make up each whole document, document after document. cu_seqlens: int
+    [n + 1], the documents' boundaries in `rows`, from 0 to M. places: int64 [N, C], the positions in `rows` of each
+    token's copies, filled up with -1. Attention's output for a token is taken from its first copy.
     """
 
     rows: Tensor
@@ -102,23 +103,23 @@ class SharedPrefix(NamedTuple):
 
 @dataclass(frozen=True)
 class SharedPrefixLayout:
-    """Queries, keys and values of a shared beginning are computed once and repeated for each document, where it is
-    cheap: all but attention itself is done once for it. `documents` is the layout of `rows`."""
+    """Computes everything but attention once for a shared beginning: queries, keys and values are copied for each
+    document just before attention. `documents` is the layout of `rows`."""
 
     rows: Tensor
     places: Tensor
     documents: DocumentLayout | VarlenLayout
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        whole = (_Unfold.apply(x.flatten(0, 1), self.rows, self.places).unsqueeze(0) for x in (q, k, v))
+        whole = (_CopyToDocuments.apply(x.flatten(0, 1), self.rows, self.places).unsqueeze(0) for x in (q, k, v))
         out = self.documents.attend(*whole).squeeze(0)
-        return _Fold.apply(out, self.rows, self.places).view(q.shape)
+        return _TakeFirstCopy.apply(out, self.rows, self.places).view(q.shape)
 
 
-class _Unfold(torch.autograd.Function):
-    """x [N, ...] -> x[rows] [M, ...]. The backward adds up the few copies of a token in float32: that of index_select
-    adds to the gradient by atomics, on a GPU in 16 bit and in an order of its own. Rows that no place names are
-    padding: nothing is taken from their documents, their gradient is zero and is not read."""
+class _CopyToDocuments(torch.autograd.Function):
+    """x [N, ...] -> x[rows] [M, ...]. The backward sums a token's copies in float32 and in a fixed order;
+    index_select's own backward uses atomics, on a GPU in 16 bit. Rows that `places` does not name are padding, and
+    their gradient, which is zero, is not read."""
 
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
@@ -132,13 +133,12 @@ class _Unfold(torch.autograd.Function):
         total = grads[0].new_zeros(places.shape[0], *grads[0].shape[1:], dtype=exact)
         for place in places.unbind(1):
             copies = grads[0].index_select(0, place.clamp(min=0))
-            total += copies.masked_fill(_beside(place < 0, copies), 0)
+            total += copies.masked_fill(_broadcast(place < 0, copies), 0)
         return total.to(grads[0].dtype), None, None
 
 
-class _Fold(torch.autograd.Function):
-    """y [M, ...] -> y at the first place of each token [N, ...]. The backward is a gather: rows that were not taken
-    have no gradient."""
+class _TakeFirstCopy(torch.autograd.Function):
+    """y [M, ...] -> each token's first copy, [N, ...]. The backward is a gather, with zeros for the other copies."""
 
     @staticmethod
     def forward(ctx, y: Tensor, rows: Tensor, places: Tensor) -> Tensor:
@@ -150,11 +150,11 @@ class _Fold(torch.autograd.Function):
         rows, places = ctx.saved_tensors
         taken = places[:, 0].index_select(0, rows) == torch.arange(rows.numel(), device=rows.device)
         spread = grads[0].index_select(0, rows)
-        return spread.masked_fill(_beside(~taken, spread), 0), None, None
+        return spread.masked_fill(_broadcast(~taken, spread), 0), None, None
 
 
-def _beside(mask: Tensor, rows: Tensor) -> Tensor:
-    """mask [N], to be broadcast over rows [N, ...]."""
+def _broadcast(mask: Tensor, rows: Tensor) -> Tensor:
+    """View mask [N] so that it broadcasts over rows [N, ...]."""
     return mask.view(-1, *[1] * (rows.ndim - 1))
 
 
@@ -169,20 +169,21 @@ def make_layout(
     cu_seqlens: Tensor | None = None,
     attention_mask: Tensor | None = None,
     fused: bool = True,
-    unfolding: SharedPrefix | None = None,
+    shared_prefix: SharedPrefix | None = None,
 ) -> Layout:
-    """The attention layout of a [batch, length] step in `dtype`.
+    """Choose the attention layout of a [batch, length] step in `dtype`.
 
-    cu_seqlens: int [n + 1], boundaries of the documents in the flattened batch, row ends among them.
-    unfolding: the documents instead, where some share their beginning; none is longer than `length`.
-    attention_mask: bool or int [batch, length], 0 at padding; used when there are no cu_seqlens.
-    fused: compute no score between documents, where this device and dtype have a form for that.
+    cu_seqlens: int [n + 1], the documents' boundaries in the flattened batch, row ends included.
+    attention_mask: bool or int [batch, length], 0 at padding; used if there are no cu_seqlens.
+    fused: skip scores between documents, if this device and dtype support that; else use a mask.
+    shared_prefix: replaces cu_seqlens if documents share their beginning; none is longer than `length`.
     """
-    parts = _document_layout(device, dtype, cu_seqlens if unfolding is None else unfolding.cu_seqlens, length, fused)
-    if unfolding is not None:
+    bounds = cu_seqlens if shared_prefix is None else shared_prefix.cu_seqlens
+    parts = _document_layout(device, dtype, bounds, length, fused)
+    if shared_prefix is not None:
         if parts is not None:
-            return SharedPrefixLayout(unfolding.rows, unfolding.places, parts)
-        return MaskLayout(_visible(unfolding, batch, length)[:, None])
+            return SharedPrefixLayout(shared_prefix.rows, shared_prefix.places, parts)
+        return MaskLayout(_visible(shared_prefix, batch, length)[:, None])
     if cu_seqlens is not None:
         if parts is not None:
             return parts
@@ -192,7 +193,7 @@ def make_layout(
     if attention_mask is not None:
         causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
         visible = causal & attention_mask.bool()[:, None, :]
-        # padding looks at itself, so that no row of scores is empty and none turns into NaN
+        # padding attends to itself, so that no row of scores is empty and turns into NaN
         visible = visible | torch.eye(length, dtype=torch.bool, device=device)
         return MaskLayout(visible[:, None])
     return CausalLayout()
@@ -201,7 +202,7 @@ def make_layout(
 def _document_layout(
     device: torch.device, dtype: torch.dtype, cu_seqlens: Tensor | None, longest: int, fused: bool
 ) -> DocumentLayout | VarlenLayout | None:
-    """The form that computes no score between documents, where there is one."""
+    """The layout that skips scores between documents, or None."""
     if fused and cu_seqlens is not None:
         if device.type == "cpu":
             return DocumentLayout(cu_seqlens)
@@ -211,19 +212,19 @@ def _document_layout(
 
 
 def attention_name(device: torch.device, dtype: torch.dtype | None, fused: bool) -> str:
-    """Whose attention a packed batch gets, in a word, for the record: `torch` (FlashAttention 2), flash2, flash3 or
-    flash4 on a GPU, `documents` on a CPU, else `masked`, PyTorch's with a mask over all pairs of tokens."""
+    """Name of the attention implementation for a packed batch, for records: torch (FlashAttention 2), flash2, flash3 or
+    flash4 on a GPU, documents on a CPU, or masked, PyTorch's with a mask over all pairs of tokens."""
     if not fused or device.type not in ("cpu", "cuda"):
         return "masked"
     if device.type == "cpu":
         return "documents"
-    return varlen.taken() if dtype in (torch.bfloat16, torch.float16) else "masked"
+    return varlen.chosen() if dtype in (torch.bfloat16, torch.float16) else "masked"
 
 
-def _visible(unfolding: SharedPrefix, batch: int, length: int) -> Tensor:
-    """bool [B, T, T]: a token sees what its document has up to it; documents lie within a row."""
-    rows, back = unfolding.rows, unfolding.places[:, 0]
-    bounds = unfolding.cu_seqlens.to(rows.device)
+def _visible(shared_prefix: SharedPrefix, batch: int, length: int) -> Tensor:
+    """bool [B, T, T]: a token sees its document up to itself; documents do not cross rows."""
+    rows, back = shared_prefix.rows, shared_prefix.places[:, 0]
+    bounds = shared_prefix.cu_seqlens.to(rows.device)
     document = document_ids(bounds, rows.numel())
     place = (torch.arange(rows.numel(), device=rows.device) - bounds[document])[back].view(batch, length)
     holds = torch.zeros(bounds.numel() - 1, batch * length, dtype=torch.bool, device=rows.device)
@@ -234,13 +235,13 @@ def _visible(unfolding: SharedPrefix, batch: int, length: int) -> Tensor:
 
 
 def document_ids(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """Which document each token of the flattened batch belongs to: int64 [tokens]. No host sync."""
+    """The document of each token of the flattened batch: int64 [tokens]. No host sync."""
     position = torch.arange(tokens, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), position, right=True)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **kwargs) -> Tensor:
-    """q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]; query heads share key heads in groups."""
+    """q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]; query heads share key heads."""
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), enable_gqa=q.shape[2] != k.shape[2], **kwargs
     )

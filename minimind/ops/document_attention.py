@@ -1,14 +1,14 @@
-"""Causal attention of packed documents on a CPU, as one operator that torch.compile does not look into.
+"""Causal attention over packed documents on a CPU, as one operator opaque to torch.compile.
 
     s = scale q k^T + mask      p = softmax(s)      o = p v
     dv = p^T do      dp = do v^T      ds = p (dp - sum(dp p))      dq = scale ds k      dk = scale ds^T q
 
-Where the native operators are built (csrc/cpu/document_attention.h), they do it, one document and key head at a time.
-Elsewhere documents of like length are stacked and their products batched, so that no score between two documents is
-computed; at the lengths of real text that is faster on a CPU than PyTorch's flash attention, whose products of one head
-each are small there (docs/LOG.md). Scores and their gradient are float32 and exist a tile at a time, which stays in the
-cache; p is computed again in the backward. Boundaries are read inside the operator: what goes in and comes out has one
-shape for every batch, so that a model is compiled once.
+The native operator (csrc/cpu/document_attention.h) runs if it is built, one document and key head at a time. Otherwise
+documents of similar length are stacked and their products batched, so no scores between documents are computed. For the
+lengths of real text that is faster on a CPU than PyTorch's flash attention, whose products of one head each are small
+(docs/LOG.md). Scores and their gradient are float32 and exist one cache-sized tile at a time; the backward computes p
+again. Boundaries are read inside the operator, so its inputs and outputs have one shape for all batches, and a model is
+compiled once.
 """
 
 from __future__ import annotations
@@ -23,19 +23,22 @@ from torch import Tensor
 
 from minimind.ops import native
 
-# A stack holds documents no shorter than this share of its longest: 0.75 wastes at most 44% of a stack's scores
-# and gives about ten stacks for lengths of 16 to 512.
+# All documents of a stack have at least this share of its longest one's length. 0.75 wastes at most 44% of a stack's
+# scores and gives about ten stacks for lengths of 16 to 512.
 _STACK_RATIO = 0.75
 _SHORTEST_STACK = 16
-_QUERY_ROWS = 64  # of a tile, about: longer documents skip most of what a causal mask would throw away
+_QUERY_ROWS = 64  # approximate rows per tile; longer documents skip most scores that a causal mask would discard
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-_TILE_SCORES = 1 << 20  # float32 numbers: 4 MB
+_TILE_SCORES = 1 << 20  # scores per tile, in float32: 4 MB
 
 
 @dataclass(frozen=True)
 class Stack:
-    """index int64 [documents * length]: the tokens, document by document; padding repeats token 0. real: int64, the
-    places of `index` that are no padding, or None where all are; tokens: what stands there."""
+    """Documents of similar length, padded to one length.
+
+    index: int64 [documents * length], the tokens of each document; padding repeats token 0. real: int64, the positions
+    in `index` that are not padding, or None if none are; tokens: the tokens at these positions.
+    """
 
     documents: int
     length: int
@@ -43,40 +46,40 @@ class Stack:
     real: Tensor | None
     tokens: Tensor
 
-    def take(self, x: Tensor, groups: int, zero_padding: bool = False) -> Tensor:
-        """x [N, H, D] -> [documents * groups, H / groups, length, D], at least float32."""
+    def take(self, x: Tensor, kv_heads: int, zero_padding: bool = False) -> Tensor:
+        """x [N, H, D] -> [documents * kv_heads, H / kv_heads, length, D], at least float32."""
         if self.real is None or not zero_padding:
             rows = x.index_select(0, self.index)
         else:
             rows = x.new_zeros(len(self.index), *x.shape[1:])
             rows.index_copy_(0, self.real, x.index_select(0, self.tokens))
-        rows = rows.view(self.documents, self.length, groups, -1, x.shape[2]).permute(0, 2, 3, 1, 4)
+        rows = rows.view(self.documents, self.length, kv_heads, -1, x.shape[2]).permute(0, 2, 3, 1, 4)
         wide = torch.empty(rows.shape, dtype=torch.promote_types(x.dtype, torch.float32))
         return wide.copy_(rows).flatten(0, 1)
 
     def put(self, rows: Tensor, into: Tensor) -> None:
-        """The inverse of `take`: rows [documents * groups, R, length, D] to their places in `into` [N, H, D]."""
+        """The inverse of `take`: write rows [documents * kv_heads, R, length, D] into `into` [N, H, D]."""
         rows = rows.unflatten(0, (self.documents, -1)).permute(0, 3, 1, 2, 4)
         flat = torch.empty(rows.shape, dtype=into.dtype).copy_(rows).view(-1, *into.shape[1:])
         into.index_copy_(0, self.tokens, flat if self.real is None else flat.index_select(0, self.real))
 
-    def tiles(self, groups: int, heads: int) -> Iterator[tuple[slice, slice]]:
-        """(documents and groups, query rows) whose scores are in the cache together."""
+    def tiles(self, kv_heads: int, heads: int) -> Iterator[tuple[slice, slice]]:
+        """Yield (slice of documents * kv_heads, slice of query rows) whose scores fit into the cache together."""
         query_rows = -(-self.length // max(1, round(self.length / _QUERY_ROWS)))
         for start in range(0, self.length, query_rows):
             stop = min(start + query_rows, self.length)
-            at_once = max(1, _TILE_SCORES // ((stop - start) * stop * (heads // groups)))
-            for first in range(0, self.documents * groups, at_once):
+            at_once = max(1, _TILE_SCORES // ((stop - start) * stop * (heads // kv_heads)))
+            for first in range(0, self.documents * kv_heads, at_once):
                 yield slice(first, first + at_once), slice(start, stop)
 
 
-@functools.lru_cache(maxsize=8)  # every layer of a step asks for the same
+@functools.lru_cache(maxsize=8)  # all layers of a step share them
 def _stacks(boundaries: bytes) -> tuple[Stack, ...]:
     return make_stacks(np.frombuffer(boundaries, np.int64))
 
 
 def make_stacks(cu_seqlens: np.ndarray) -> tuple[Stack, ...]:
-    """cu_seqlens: int [n + 1], not descending, from 0 to the number of tokens."""
+    """Group documents into stacks. cu_seqlens: int [n + 1], not descending, from 0 to the number of tokens."""
     starts, lengths = cu_seqlens[:-1].astype(np.int64), np.diff(cu_seqlens).astype(np.int64)
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
@@ -98,7 +101,7 @@ def make_stacks(cu_seqlens: np.ndarray) -> tuple[Stack, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _mask(rows: int, dtype: torch.dtype) -> Tensor:
-    """[rows, rows]: -inf where the key comes after the query."""
+    """The causal mask, [rows, rows]: -inf where the key comes after the query."""
     return torch.full((rows, rows), -torch.inf, dtype=dtype).triu_(1)
 
 
@@ -107,18 +110,18 @@ def _probabilities(q: Tensor, k: Tensor, rows: slice) -> Tensor:
     queries, keys = _flat(q, rows), k[:, 0, : rows.stop].transpose(1, 2)
     scores = torch.empty(*queries.shape[:2], rows.stop, dtype=q.dtype)
     scores.baddbmm_(queries, keys, beta=0, alpha=q.shape[3] ** -0.5)
-    own = scores.unflatten(1, (q.shape[1], -1))[..., rows.start :]  # all of the keys before come first
+    own = scores.unflatten(1, (q.shape[1], -1))[..., rows.start :]  # all earlier keys are visible
     own += _mask(rows.stop - rows.start, q.dtype)
     return torch.softmax(scores, dim=-1, out=scores)
 
 
 def _flat(x: Tensor, rows: slice) -> Tensor:
-    """x [b, R, L, D] -> [b, R * rows, D]"""
+    """x [b, R, L, D] -> [b, R * rows, D]."""
     return x[:, :, rows].flatten(1, 2)
 
 
 def runs_natively(q: Tensor) -> bool:
-    """Whether csrc/ computes this: it is built, and takes the dtype and the head size."""
+    """Whether the native operator is built and supports q's dtype and head size."""
     return q.dtype in _NATIVE_DTYPES and q.shape[2] % 16 == 0 and native.why_not(q.device) is None
 
 
@@ -131,18 +134,18 @@ def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
     if runs_natively(q):
         return torch.ops.minimind.native_document_attention(*_dense(q, k, v), cu_seqlens.int())
     out = torch.empty(q.shape, dtype=q.dtype)
-    with torch.autocast("cpu", enabled=False):  # a caller's would round the scores
+    with torch.autocast("cpu", enabled=False):  # a caller's autocast would round the scores
         for stack in _stacks(cu_seqlens.numpy().astype(np.int64).tobytes()):
             _stack_forward(stack, (q, k, v), out)
     return out
 
 
-def _stack_forward(stack: Stack, given: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
-    """q, k, v -> out at the stack's tokens."""
-    heads, groups = given[0].shape[1], given[1].shape[1]
-    q, k, v = (stack.take(t, groups) for t in given)
+def _stack_forward(stack: Stack, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor) -> None:
+    """Compute attention of (q, k, v) for the stack's tokens and write it into out."""
+    heads, kv_heads = inputs[0].shape[1], inputs[1].shape[1]
+    q, k, v = (stack.take(t, kv_heads) for t in inputs)
     rows_out = torch.empty_like(q)
-    for part, rows in stack.tiles(groups, heads):
+    for part, rows in stack.tiles(kv_heads, heads):
         p = _probabilities(q[part], k[part], rows)
         tile = torch.bmm(p, v[part, 0, : rows.stop])
         rows_out[part, :, rows] = tile.unflatten(1, (-1, rows.stop - rows.start))
@@ -154,8 +157,7 @@ def _document_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     if runs_natively(q):
-        given = _dense(dout, q, k, v)
-        return torch.ops.minimind.native_document_attention_backward(*given, cu_seqlens.int())
+        return torch.ops.minimind.native_document_attention_backward(*_dense(dout, q, k, v), cu_seqlens.int())
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
     with torch.autocast("cpu", enabled=False):
         for stack in _stacks(cu_seqlens.numpy().astype(np.int64).tobytes()):
@@ -164,14 +166,14 @@ def _document_attention_backward(
 
 
 def _stack_backward(
-    stack: Stack, given: tuple[Tensor, Tensor, Tensor, Tensor], wanted: tuple[Tensor, Tensor, Tensor]
+    stack: Stack, inputs: tuple[Tensor, Tensor, Tensor, Tensor], grads: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    """dout, q, k, v -> dq, dk, dv at the stack's tokens."""
-    heads, groups, scale = given[1].shape[1], given[2].shape[1], given[1].shape[2] ** -0.5
-    # a gradient of 0 keeps padding without effect
-    dout, q, k, v = (stack.take(t, groups, zero_padding=t is given[0]) for t in given)
+    """Compute the gradients of the stack's tokens from (dout, q, k, v) and write them into grads, (dq, dk, dv)."""
+    heads, kv_heads, scale = inputs[1].shape[1], inputs[2].shape[1], inputs[1].shape[2] ** -0.5
+    # zero gradients keep padding without effect
+    dout, q, k, v = (stack.take(t, kv_heads, zero_padding=t is inputs[0]) for t in inputs)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for part, rows in stack.tiles(groups, heads):
+    for part, rows in stack.tiles(kv_heads, heads):
         keys = slice(0, rows.stop)
         p = _probabilities(q[part], k[part], rows)
         do = _flat(dout[part], rows)
@@ -181,7 +183,7 @@ def _stack_backward(
         tile = torch.bmm(ds, k[part, 0, keys]).mul_(scale)
         dq[part, :, rows] = tile.unflatten(1, (-1, rows.stop - rows.start))
         dk[part, 0, keys].baddbmm_(ds.transpose(1, 2), _flat(q[part], rows), alpha=scale)
-    for rows_grad, target in zip((dq, dk, dv), wanted, strict=True):
+    for rows_grad, target in zip((dq, dk, dv), grads, strict=True):
         stack.put(rows_grad, target)
 
 
@@ -210,8 +212,8 @@ _document_attention.register_autograd(_backward, setup_context=_save)
 def document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention within each document, scores scaled by D ** -0.5.
 
-    q [N, H, D], k, v [N, G, D] with H a multiple of G, float32, bfloat16 or float64 on a CPU; cu_seqlens int [n + 1]
-    on the CPU: boundaries of the documents, from 0 to N, not descending (an empty document is none).
-    Returns [N, H, D] contiguous in q.dtype.
+    q [N, H, D], k and v [N, G, D], with H a multiple of G: float32, bfloat16 or float64 on a CPU. cu_seqlens int [n +
+    1] on the CPU: the documents' boundaries, from 0 to N, not descending; empty documents are ignored. Returns [N, H,
+    D], contiguous, in q.dtype.
     """
     return _document_attention(q, k, v, cu_seqlens)

@@ -1,9 +1,9 @@
-"""One matrix per expert over rows sorted by expert, on a CPU, as one operator that torch.compile does not look into.
+"""Linear layers of experts over rows sorted by expert, on a CPU, as one operator opaque to torch.compile.
 
     y[r] = x[r] W_e^T     dx[r] = dy[r] W_e     dW_e = sum over the expert's rows of dy^T x
 
-On a CPU the boundaries are at hand, and one product for each expert fills the cores: `F.grouped_mm` does the same in
-eager mode but cannot be compiled in float32.
+On a CPU the boundaries can be read, and one product per expert keeps all cores busy. `F.grouped_mm` does the same in
+eager mode, but cannot be compiled in float32.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from minimind.kernels.triton_support import own_precision
 
-_MULTIPLE = 64  # of the rows in a product
+_MULTIPLE = 64  # the number of rows in a product is a multiple of this
 
 
 @dataclass(frozen=True)
 class _Part:
-    """An expert's rows, and a window around them with a multiple of 64 rows (or all rows, of fewer).
+    """An expert's rows, and a window around them whose size is a multiple of 64 (or all rows, if there are fewer).
 
-    The router decides how many rows an expert gets, anew in every layer of every step, and oneDNN compiles for each
-    number that it has not met: 192 times in a step of minimind2-moe. Of multiples there are few.
+    The number of rows of an expert changes with every layer and step, and oneDNN compiles code for each new number: 192
+    times in a step of minimind2-moe. Multiples of 64 limit that to a few.
     """
 
     expert: int
@@ -34,12 +34,12 @@ class _Part:
 
     @property
     def inner(self) -> slice:
-        """The rows within the window."""
+        """The expert's rows relative to the window."""
         return slice(self.rows.start - self.window.start, self.rows.stop - self.window.start)
 
 
 def _parts(offsets: Tensor) -> Iterator[_Part]:
-    """Every expert that has rows, in their order."""
+    """The experts that have rows, in order."""
     bounds = offsets.tolist()
     for expert, (start, stop) in enumerate(pairwise(bounds)):
         if stop > start:
@@ -54,7 +54,7 @@ def _expert_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     with own_precision(x.device):
         for part in _parts(offsets):
             matrix = weight[part.expert].t()
-            if part.window.start == part.rows.start:  # rows behind its own: their experts write them again
+            if part.window.start == part.rows.start:  # later experts overwrite the further rows
                 torch.mm(x[part.window], matrix, out=out[part.window])
             else:
                 out[part.rows] = torch.mm(x[part.window], matrix)[part.inner]
@@ -66,7 +66,7 @@ def _expert_linear_dweight(dout: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
     dweight = torch.zeros(offsets.numel() - 1, dout.shape[1], x.shape[1], dtype=x.dtype)
     for part in _parts(offsets):
         a, b = dout[part.window], x[part.window]
-        if part.window != part.rows:  # zeros in one of the two, the narrower one, leave out the others' rows
+        if part.window != part.rows:  # zeros in the narrower factor mask the other experts' rows
             if a.shape[1] < b.shape[1]:
                 a = torch.zeros_like(a)
                 a[part.inner] = dout[part.rows]
@@ -90,7 +90,7 @@ def _(dout, x, offsets):
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     x, weight, offsets = inputs
-    need_dx, need_dweight = ctx.needs_input_grad[:2]  # frozen experts keep no x
+    need_dx, need_dweight = ctx.needs_input_grad[:2]  # frozen experts do not keep x
     ctx.save_for_backward(x if need_dweight else None, weight if need_dx else None, offsets)
 
 
@@ -106,6 +106,8 @@ _expert_linear.register_autograd(_backward, setup_context=_save)
 
 
 def expert_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """x [R, K], sorted by expert; weight [E, N, K] in x.dtype; offsets int [E + 1]: expert e has the rows
-    offsets[e] : offsets[e + 1], from 0 to R. All on a CPU -> [R, N] in x.dtype."""
+    """Multiply each expert's rows by its matrix, on a CPU.
+
+    x [R, K], sorted by expert; weight [E, N, K] in x.dtype; offsets int [E + 1], from 0 to R: expert e has the rows
+    offsets[e] : offsets[e + 1] -> [R, N] in x.dtype."""
     return _expert_linear(x, weight, offsets)

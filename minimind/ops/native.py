@@ -1,7 +1,7 @@
-"""The native operators (csrc/), loaded at first use. `python -m minimind.ops` prints which were built.
+"""Loads the native operators (csrc/) at first use. `python -m minimind.ops` prints which were built.
 
-native_build.py puts _native_cpu.so, _native_cuda.so and _native_build.json, which says why one of them is not there,
-into the package. Loading them registers the operators of torch.ops.minimind.
+native_build.py puts _native_cpu.so and _native_cuda.so into the package, and _native_build.json, which says why one of
+them is missing. Loading them registers the operators of torch.ops.minimind.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _COST = "decoding runs in plain PyTorch, several times slower"
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """What the libraries at hand were built for. missing: why a part ("cpu", "cuda") cannot be used."""
+    """Compilers and targets of the libraries. missing: {"cpu" or "cuda": why it cannot be used}."""
 
     compiler: str
-    cpu_kernels: tuple[str, ...]  # that this processor runs, the best first
+    cpu_kernels: tuple[str, ...]  # those that this processor runs, best first
     cpu_kernels_in_use: str
     threads: int
     cuda_version: str
@@ -35,6 +35,7 @@ class BuildInfo:
     missing: dict[str, str]
 
     def summary(self, device: torch.device) -> str:
+        """The build for `device` in one line."""
         if device.type == "cuda":
             return f"CUDA {self.cuda_version}, {_names(self.cuda_architectures)}"
         return f"{self.cpu_kernels_in_use} on {self.threads} threads, {self.compiler}"
@@ -42,7 +43,7 @@ class BuildInfo:
 
 @functools.cache
 def why_not(device: torch.device) -> str | None:
-    """None where operators on `device` run natively; else one line: what is missing, what it costs, what to do."""
+    """None if operators on `device` run natively; else one line: what is missing, what it costs and what to do."""
     if device.type not in ("cpu", "cuda"):
         return f"there are no native operators for {device.type}; {_COST}"
     reason = load().missing.get("cpu") or (load().missing.get("cuda") if device.type == "cuda" else None)
@@ -52,7 +53,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def report() -> str:
-    """What was built, with what and for what, and why a part is not used: a line for C++, one for CUDA."""
+    """One line for C++ and one for CUDA: what was built, and why it is not used."""
     info, cpu, cuda = build_info(), None, None
     if info.compiler:
         kernels = ", ".join(info.cpu_kernels)
@@ -68,7 +69,7 @@ def report() -> str:
 
 
 def build_info() -> BuildInfo:
-    """Of this moment: the number of threads is torch's own."""
+    """The build, with torch's current number of threads."""
     info = load()
     if "cpu" in info.missing:
         return info
@@ -77,7 +78,7 @@ def build_info() -> BuildInfo:
 
 @functools.cache
 def load() -> BuildInfo:
-    """Load what can be loaded, once."""
+    """Load the libraries that work here, once."""
     missing = {part: reason for part in ("cpu", "cuda") if (reason := _why_not_loadable(part)) is not None}
     if "cpu" in missing:
         return BuildInfo("", (), "", 0, "", (), missing)
@@ -103,7 +104,7 @@ def _why_not_loadable(part: str) -> str | None:
     if entry["missing"] is not None or not _library(part).exists():
         return f"{name} operators are not built: {entry['missing'] or 'the file is gone'}"
     if (ROOT / "csrc").is_dir() and entry["sources"] != source_hash(ROOT, part):
-        return f"{name} operators are not of what csrc/ now holds; `python minimind/ops/native_build.py` builds them"
+        return f"{name} operators are older than csrc/; `python minimind/ops/native_build.py` rebuilds them"
     return _why_no_driver(entry["version"] or "0") if part == "cuda" else None
 
 
@@ -119,11 +120,11 @@ def _read_info(version: str, architectures: tuple[int, ...], missing: dict[str, 
 
 
 def _cuda_info() -> tuple[str, tuple[int, ...]]:
-    """CUDA's version and the architectures, read from the file: without a GPU it cannot be loaded. The string is that
-    of csrc/cuda/build_info.cpp."""
-    found = re.search(rb"\0(\d[\d.]*)\|(\d+(?: \d+)*)\0", _library("cuda").read_bytes())
-    assert found is not None
-    return found[1].decode(), tuple(map(int, found[2].split()))
+    """(CUDA version, architectures), from the string in csrc/cuda/build_info.cpp. It is read from the file, since the
+    library cannot be loaded without a GPU."""
+    match = re.search(rb"\0(\d[\d.]*)\|(\d+(?: \d+)*)\0", _library("cuda").read_bytes())
+    assert match is not None
+    return match[1].decode(), tuple(map(int, match[2].split()))
 
 
 def _names(architectures: tuple[int, ...]) -> str:
@@ -131,16 +132,16 @@ def _names(architectures: tuple[int, ...]) -> str:
 
 
 def _why_no_driver(built_with: str) -> str | None:
-    """The library brings its own CUDA runtime, which a driver of an older major version does not run."""
+    """The library contains its CUDA runtime, which does not work with a driver of an older major version."""
     version = ctypes.c_int()
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))  # 1000 major + 10 minor
     if version.value // 1000 >= int(built_with.split(".")[0]):
         return None
-    return f"the CUDA operators were built with CUDA {built_with}, the driver is of CUDA {version.value // 1000}"
+    return f"the CUDA operators were built with CUDA {built_with}, the driver supports CUDA {version.value // 1000}"
 
 
 def _why_no_kernel(capability: tuple[int, int]) -> str | None:
-    """Machine code runs on later minor versions of its architecture; the newest is there as PTX too."""
+    """Machine code also runs on later minor versions of its architecture; the newest is included as PTX too."""
     built = load().cuda_architectures
     major, minor = capability
     if any(major == a // 10 and minor >= a % 10 for a in built) or 10 * major + minor >= max(built):
@@ -149,7 +150,7 @@ def _why_no_kernel(capability: tuple[int, int]) -> str | None:
 
 
 def _register_fakes() -> None:
-    """Shapes and dtypes of the results, for torch.compile and meta tensors."""
+    """Register the shapes and dtypes of results, for torch.compile and meta tensors."""
 
     @torch.library.register_fake("minimind::rope_append_kv")
     def _(qkv: Tensor, cos, sin, positions, slots, key_cache: Tensor, value_cache, heads: int, *_) -> Tensor:

@@ -1,10 +1,10 @@
-"""Building the native operators (csrc/) with CMake: what setup.py does on install, and by hand, in a checkout,
+"""Builds the native operators (csrc/) with CMake. setup.py calls it on installation; in a checkout run
 
     python minimind/ops/native_build.py
 
-Nothing here, and nothing in csrc/, needs torch: pip builds before it installs torch. A part that cannot be built is
-left out, with the reason written into _native_build.json, where minimind/ops/native.py finds it. MINIMIND_CUDA=0
-leaves the CUDA part out; MINIMIND_CUDA=1 makes it an error if it cannot be built.
+Neither this module nor csrc/ needs torch, since pip builds before it installs torch. A part that cannot be built is
+left out, and the reason is written to _native_build.json for minimind/ops/native.py. MINIMIND_CUDA=0 skips the CUDA
+part; MINIMIND_CUDA=1 makes it an error if the CUDA part cannot be built.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ REPORT = "_native_build.json"
 
 
 def library_name(part: str) -> str:
+    """File name of a part's library."""
     return f"_native_{part}.so"
 
 
 def source_hash(root: Path, part: str) -> str:
-    """Of all that goes into one part's library."""
+    """Hash of all sources of one part's library."""
     digest = hashlib.sha256()
     folders = [root / "csrc", root / "csrc" / part]
     files = [file for folder in folders for file in sorted(folder.glob("*"))]
@@ -43,7 +44,7 @@ def source_hash(root: Path, part: str) -> str:
 
 
 def build_all(destination: Path) -> list[Path]:
-    """Build what can be built into `destination`; returns the files now there, the report last."""
+    """Build all possible parts into `destination`; return the files there, the report last."""
     report, files = {}, []
     with _locked():
         for part in PARTS:
@@ -72,7 +73,7 @@ def _build(part: str, target: Path) -> dict[str, Any]:
 
 
 def why_not_buildable(part: str) -> str | None:
-    """What this machine lacks, with the way out; None if nothing."""
+    """Why a part cannot be built on this machine and what to do; None if it can."""
     if sys.platform not in ("linux", "darwin"):
         return f"they build on Linux and macOS, not on {sys.platform}"
     if not (ROOT / "csrc" / part).is_dir():
@@ -91,15 +92,17 @@ def why_not_buildable(part: str) -> str | None:
 
 
 def cxx() -> str | None:
-    named = os.environ.get("CXX")
+    """The C++ compiler: $CXX, or the first of c++, g++ and clang++ on PATH."""
+    chosen = os.environ.get("CXX")
     return (
-        shutil.which(named.split()[0])
-        if named
+        shutil.which(chosen.split()[0])
+        if chosen
         else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     )
 
 
 def nvcc() -> str | None:
+    """The CUDA compiler: $CUDACXX, or nvcc on PATH or in $CUDA_HOME/bin."""
     home = os.environ.get("CUDA_HOME")
     return shutil.which(os.environ.get("CUDACXX") or "nvcc") or (
         shutil.which("nvcc", path=f"{home}/bin") if home else None
@@ -107,16 +110,17 @@ def nvcc() -> str | None:
 
 
 def nvcc_version() -> str:
+    """CUDA's version, such as "13.0"; "" without nvcc."""
     compiler = nvcc()
     if compiler is None:
         return ""
     answer = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    found = re.search(r"release (\d+\.\d+)", answer)
-    return found.group(1) if found else ""
+    release = re.search(r"release (\d+\.\d+)", answer)
+    return release.group(1) if release else ""
 
 
 def _compile(part: str, target: Path) -> str | None:
-    """Configure and build; returns the first error."""
+    """Configure and build; return the first error."""
     folder = ROOT / "build" / f"native-{part}"
     options = [f"-DMINIMIND_PARTS={part}", "-DCMAKE_BUILD_TYPE=Release"]
     if part == "cuda":
@@ -126,7 +130,7 @@ def _compile(part: str, target: Path) -> str | None:
         options += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), *options]
     error = _run(configure)
-    if error is not None:  # what an earlier build left may name tools that are gone
+    if error is not None:  # files of an earlier build may refer to tools that are gone
         shutil.rmtree(folder, ignore_errors=True)
         error = _run(configure)
     if error is None:
@@ -148,7 +152,7 @@ def _run(command: list[str]) -> str | None:
 
 
 def first_error(output: str) -> str | None:
-    """The line a reader would look for first: a compiler's or linker's error, else one that says as much."""
+    """The most useful line of a failed build's output: a compiler's or linker's error, else any line with "error"."""
     lines = [line.strip() for line in output.splitlines()]
     compilers = r"\berror\b ?(:|#|[A-Z]\d+)|multiple definition|undefined reference"
     for pattern in (compilers, r"(?i)\b(error|killed)\b"):
@@ -159,7 +163,7 @@ def first_error(output: str) -> str | None:
 
 
 def _replace(target: Path, content: bytes) -> None:
-    """At once, so that a process that loads the library never sees half of it, nor another one that has it open."""
+    """Replace a file atomically: no process loads half of a library, and those that have it open keep the old one."""
     part = target.with_name(f"{target.name}.{os.getpid()}")
     part.write_bytes(content)
     os.replace(part, target)
@@ -167,7 +171,7 @@ def _replace(target: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def _locked() -> Iterator[None]:
-    """One build of this tree at a time."""
+    """Allow one build of this tree at a time."""
     if sys.platform == "win32":
         yield
         return

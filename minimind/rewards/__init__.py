@@ -1,23 +1,23 @@
-"""Rewards of sampled answers, composed from the words of a command line.
+"""Rewards of sampled answers, composed from the words of --reward.
 
     --reward number:1 format:0.25 overlong=200..256:0.5 model=runs/reward-nano-builtin:1
 
-Every word is name[=argument][:weight], the weight 1 where none stands there; the reward is the weighted sum. Behind the
-last colon stands the weight if it is a number: write it out where an argument ends like one (regex=a:7:1).
+Each word is name[=argument][:weight], with weight 1 by default; the reward is the weighted sum. A number after the last
+colon is always the weight, so give one if the argument ends in a colon and a number (regex=a:7:1).
 
-    number                    the last number of the answer is the reference's
-    exact                     the answer is the reference
+    number                    the answer's last number equals the reference's
+    exact                     the answer equals the reference
     json[=KEY,KEY]            the answer is JSON [with these keys]
     tools                     its tool calls are valid for the tools that the prompt offers
     format[=think|answer]     <think>reasoning</think> and an answer [in <answer></answer>]
-    length=LOW..HIGH          so many tokens, with soft bounds
+    length=LOW..HIGH          number of tokens, with soft bounds
     overlong=LOW..HIGH        a penalty, from 0 at LOW tokens to -1 at HIGH
     repetition[=N]            share of n-grams that do not repeat, N=3
-    regex=PATTERN             is found in the answer
-    function=PACKAGE.MODULE:FUNCTION   one's own: a list of `Sample`s -> as many numbers
-    model=FOLDER              a reward model: a run of train/reward.py, a Hugging Face sequence classifier, or one of
-                              InternLM2-Reward's kind (which brings code, and needs --trust-remote-code)
-    answer_model=FOLDER       the same, shown the answer alone, what stands behind the reasoning or in <answer></answer>
+    regex=PATTERN             the pattern matches in the answer
+    function=PACKAGE.MODULE:FUNCTION   your own function: a list of `Sample`s -> one number for each
+    model=FOLDER              a reward model: a run of train/reward.py, a Hugging Face sequence classifier, or a model
+                              like InternLM2-Reward (which brings its own code and needs --trust-remote-code)
+    answer_model=FOLDER       the same, but it sees only the final answer, without the reasoning
 """
 
 from __future__ import annotations
@@ -27,11 +27,9 @@ from pathlib import Path
 
 import torch
 
-from minimind.rewards.base import Reward, Sample
-from minimind.rewards.compose import MODELS, RewardError, Rewards, RewardTerm, Scores, Spec, name_parts
-from minimind.rewards.scale import RewardScale
-from minimind.rewards.verifiers import answer_only
-from minimind.rewards.watch import SignalWatch, degenerate, summary
+from minimind.rewards.compose import MODELS, RewardError, Rewards, RewardTerm, Scores, Spec, make_terms
+from minimind.rewards.rules import Reward, Sample, answer_only
+from minimind.rewards.statistics import RewardScale, SignalWatch, degenerate, summary
 
 __all__ = [
     "Reward",
@@ -52,27 +50,26 @@ __all__ = [
 def parse_rewards(
     words: Sequence[str], on_error: str = "drop", device: torch.device | None = None, trust_remote_code: bool = False
 ) -> Rewards:
-    """The reward that the words of --reward describe (above). Raises ValueError, naming the word.
+    """Build the reward that the words of --reward describe. ValueError, naming the word, if one is wrong.
 
-    on_error, of --on-reward-error: what becomes of a sample on which a part fails: "stop" (RewardError), "drop" (it is
-    left out), or a number to take instead. device: where reward models run.
+    on_error: the value of --on-reward-error; see Rewards. device: where reward models run.
     """
     specs = [Spec.parse(word) for word in words]
-    where = device or torch.device("cpu")
-    models = {folder: _open(folder, where, trust_remote_code) for folder in model_weights(words)}
-    made = []
+    device = device or torch.device("cpu")
+    models = {folder: _open(folder, device, trust_remote_code) for folder in model_weights(words)}
+    rewards = []
     for spec in specs:
         if spec.name not in MODELS:
-            made.append((spec, spec.make()))
+            rewards.append((spec, spec.make()))
             continue
         reward = models[spec.argument or ""]
-        made.append((spec, answer_only(reward) if spec.name == "answer_model" else reward))
-    return Rewards(name_parts(made), on_error)
+        rewards.append((spec, answer_only(reward) if spec.name == "answer_model" else reward))
+    return Rewards(make_terms(rewards), on_error)
 
 
 def model_weights(words: Sequence[str]) -> dict[str, Path]:
-    """Where the weights of the reward models are that the words of --reward name, by what they call each. Raises
-    ValueError, naming the word."""
+    """The folders with the weights of the reward models in the words of --reward: {folder as written: path}.
+    ValueError, naming the word, if one does not exist."""
     from minimind.rewards.model import reward_weights
 
     folders = {spec.argument or "" for spec in map(Spec.parse, words) if spec.name in MODELS}

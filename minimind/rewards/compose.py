@@ -1,21 +1,95 @@
-"""Several rewards as one: a weighted sum whose parts are kept, and what becomes of samples that one cannot judge."""
+"""A weighted sum of rewards: parsing the words of --reward, evaluating each part, and handling parts that fail."""
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from minimind.rewards.base import Reward, Sample
-from minimind.rewards.functions import function_reward, numbers_of
-from minimind.rewards.rules import format_reward, length_reward, overlong_penalty, regex_reward, repetition_reward
-from minimind.rewards.verifiers import exact_reward, json_reward, number_reward, tools_reward
+from minimind.rewards.rules import (
+    Reward,
+    Sample,
+    exact_reward,
+    format_reward,
+    json_reward,
+    length_reward,
+    number_reward,
+    overlong_penalty,
+    regex_reward,
+    repetition_reward,
+    tools_reward,
+)
 
-# Rewards that need no model, and what stands behind "=": how each is made.
+
+def function_reward(path: str) -> Reward:
+    """Import the function at "package.module:function", from the working directory or Python's path.
+
+    It takes a list of `Sample`s and returns one number for each. ValueError if there is no such function."""
+    module_name, colon, name = path.partition(":")
+    if not colon or not module_name or not name:
+        raise ValueError(f"function={path}: write function=package.module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the user's module may raise anything
+        raise ValueError(f"function={path}: cannot import {module_name} ({type(error).__name__}: {error})") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"function={path}: {module_name} has no function {name!r}")
+    return function
+
+
+def as_numbers(returned: Any, count: int) -> np.ndarray:
+    """Convert what a reward returned for `count` samples to float64 [count], with None as NaN and True as 1.
+
+    returned: a list, tuple, or one-dimensional array or tensor of numbers. ValueError for anything else; its message
+    continues a sentence that begins with the reward's name.
+    """
+    values = returned.tolist() if hasattr(returned, "tolist") else returned
+    if not isinstance(values, list | tuple):
+        raise ValueError(_returned(f"{_shown(returned)}, no list,", count))
+    if len(values) != count:
+        raise ValueError(_returned(f"{len(values)} value{'' if len(values) == 1 else 's'}", count))
+    return np.array([_as_number(value, count) for value in values])
+
+
+def _as_number(value: Any, count: int) -> float:
+    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
+    if value is None:
+        return float("nan")
+    try:
+        if isinstance(value, Real):
+            return float(value)
+    except OverflowError:
+        pass
+    raise ValueError(_returned(f"{_shown(value)}, no number,", count))
+
+
+def _returned(what: str, count: int) -> str:
+    expected = "a list of one number" if count == 1 else f"a list of {count} numbers, one for each"
+    return f"returned {what} for {count} sample{'' if count == 1 else 's'}: it must return {expected}"
+
+
+def _shown(value: Any) -> str:
+    """A value's type and the beginning of its repr, in one line."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a user's __repr__ may raise anything
+        text = "that cannot be shown"
+    kind = "" if value is None else f"{type(value).__name__} "
+    return f"{kind}{text if len(text) <= 40 else f'{text[:40]}...'}"
+
+
+# Rewards that need no model: each maker takes the text after "=", if there is one.
 MAKERS: dict[str, Callable[..., Reward]] = {
     "format": format_reward,
     "length": length_reward,
@@ -28,7 +102,7 @@ MAKERS: dict[str, Callable[..., Reward]] = {
     "tools": tools_reward,
     "function": function_reward,
 }
-# The lowest and the highest value of each; what is not here may say anything.
+# The range of each reward; others are unbounded.
 BOUNDS: dict[str, tuple[float, float]] = {"overlong": (-1.0, 0.0)} | dict.fromkeys(
     ("format", "length", "repetition", "regex", "number", "exact", "json", "tools"), (0.0, 1.0)
 )
@@ -39,12 +113,12 @@ NO_ARGUMENT = {"number", "exact", "tools"}
 
 
 class RewardError(ValueError):
-    """A reward failed, and the run was told to stop where one does; or it returned what are no rewards."""
+    """A reward failed and --on-reward-error is stop, or a function did not return one number per sample."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What one word of --reward says: name[=argument][:weight]."""
+    """One parsed word of --reward: name[=argument][:weight]."""
 
     name: str
     argument: str | None
@@ -52,15 +126,16 @@ class Spec:
 
     @staticmethod
     def parse(text: str) -> Spec:
-        """The weight is what follows the last colon, if that is a number, else 1. A ValueError says what is wrong."""
+        """The text after the last colon is the weight if it is a number; else the weight is 1. ValueError for bad
+        words."""
         head, colon, tail = text.rpartition(":")
         weight = _number(tail) if colon else None
         if weight is None:
             head, weight = text, 1.0
         name, equals, argument = head.partition("=")
-        known = [*MAKERS, *MODELS]
-        if name not in known:
-            raise ValueError(f"--reward {text}: there is no reward {name!r}; choose from {', '.join(known)}")
+        names = [*MAKERS, *MODELS]
+        if name not in names:
+            raise ValueError(f"--reward {text}: there is no reward {name!r}; choose from {', '.join(names)}")
         if not argument and (equals or name in NEED_ARGUMENT):
             raise ValueError(f"--reward {text}: write {name}={NEED_ARGUMENT.get(name, 'ARGUMENT')}:WEIGHT")
         if equals and name in NO_ARGUMENT:
@@ -70,7 +145,7 @@ class Spec:
         return Spec(name, argument if equals else None, weight)
 
     def make(self) -> Reward:
-        """The reward; of a model, minimind.rewards.model makes it."""
+        """Make the reward of a word that needs no model."""
         try:
             return MAKERS[self.name](*([] if self.argument is None else [self.argument]))
         except ValueError as error:
@@ -79,8 +154,8 @@ class Spec:
 
 @dataclass(frozen=True)
 class RewardTerm:
-    """name: the reward's, numbered where there are several of it; bounds: between which it lies, None: unknown; word:
-    what it was asked for by, weight left out."""
+    """One part of the sum. name: unique among the parts; bounds: the range of the reward, None if unknown; word: its
+    word of --reward without the weight."""
 
     name: str
     weight: float
@@ -91,7 +166,7 @@ class RewardTerm:
 
 @dataclass(frozen=True)
 class Failures:
-    """Samples that a reward could not judge: how many, and what the first was about."""
+    """How many samples a reward failed on, and the first reason."""
 
     count: int
     first: str
@@ -99,8 +174,8 @@ class Failures:
 
 @dataclass(frozen=True)
 class Scores:
-    """total float64 [n], the weighted sum, NaN where a sample is to be left out; parts: each reward by its name,
-    unweighted, NaN where it failed; failures: of the rewards that failed, by name."""
+    """total: float64 [n], the weighted sum, NaN for samples to leave out. parts: the unweighted rewards by name, NaN
+    where a reward failed. failures: by the name of the reward."""
 
     total: np.ndarray
     parts: dict[str, np.ndarray]
@@ -108,18 +183,19 @@ class Scores:
 
     @property
     def kept(self) -> np.ndarray:
-        """bool [n]: the samples that have a reward."""
+        """bool [n], True for samples that have a reward."""
         return ~np.isnan(self.total)
 
 
 @dataclass
 class Rewards:
-    """Called with samples, it gives their Scores. A reward fails on a sample where it raises or says NaN, an infinity
-    or None; one that raises for a batch is asked again for every sample alone. Anything but as many numbers as samples
-    is a RewardError: the function is wrong, not a sample.
+    """A weighted sum of rewards: call it with samples to get their Scores.
 
-    on_error: "stop" raises RewardError; "drop" leaves the sample out; a number is taken for what the reward did not
-    say. failed: how often each reward has failed since the start.
+    A reward fails on a sample if it raises or returns NaN, an infinity or None. If it raises for a batch, it is called
+    again for each sample alone. If it does not return one number per sample, the function itself is wrong: RewardError.
+
+    on_error: "stop" raises RewardError; "drop" leaves the sample out; a number replaces the missing reward. failed:
+    number of failures of each reward since the start.
     """
 
     parts: Sequence[RewardTerm]
@@ -128,21 +204,19 @@ class Rewards:
 
     def __post_init__(self) -> None:
         if self.on_error not in ("stop", "drop") and _number(self.on_error) is None:
-            raise ValueError(
-                f"--on-reward-error {self.on_error}: stop, drop (leave the sample out) or a number to take instead"
-            )
+            raise ValueError(f"--on-reward-error {self.on_error}: choose stop, drop or a number to use instead")
         if not self.parts:
             raise ValueError("--reward: name at least one, such as number:1 format:0.5")
 
     def __call__(self, samples: Sequence[Sample]) -> Scores:
         total, parts, failures = np.zeros(len(samples)), {}, {}
         for part in self.parts:
-            values, reason = _judge(part, samples)
+            values, reason = _evaluate(part, samples)
             missing = np.isnan(values)
             if missing.any():
-                failures[part.name] = self._failed(part.name, int(missing.sum()), reason)
+                failures[part.name] = self._record_failure(part.name, int(missing.sum()), reason)
             parts[part.name] = values
-            total += part.weight * np.where(missing, self._instead, values)
+            total += part.weight * np.where(missing, self._replacement, values)
         return Scores(total, parts, failures)
 
     def __str__(self) -> str:
@@ -150,35 +224,36 @@ class Rewards:
 
     @property
     def bounds(self) -> tuple[float, float] | None:
-        """The lowest and the highest sum there can be, weights included; None where a part may say anything."""
+        """The range of the weighted sum; None if a part is unbounded."""
         low = high = 0.0
         for part in self.parts:
             if part.bounds is None:
                 return None
-            said = part.bounds if math.isnan(self._instead) else (*part.bounds, self._instead)
-            low += min(part.weight * value for value in said)
-            high += max(part.weight * value for value in said)
+            extremes = part.bounds if math.isnan(self._replacement) else (*part.bounds, self._replacement)
+            low += min(part.weight * value for value in extremes)
+            high += max(part.weight * value for value in extremes)
         return low, high
 
     @property
-    def _instead(self) -> float:
+    def _replacement(self) -> float:
+        """The value of a reward that failed."""
         number = _number(self.on_error)
         return math.nan if number is None else number
 
-    def _failed(self, name: str, count: int, reason: str) -> Failures:
+    def _record_failure(self, name: str, count: int, reason: str) -> Failures:
         self.failed[name] += count
         if self.on_error == "stop":
             raise RewardError(
-                f"reward {name} failed on {count} samples: {reason}. Mend it, or go on with --on-reward-error drop"
+                f"reward {name} failed on {count} samples: {reason}. Fix it, or go on with --on-reward-error drop"
             )
         return Failures(count, reason)
 
 
-def name_parts(made: Sequence[tuple[Spec, Reward]]) -> list[RewardTerm]:
-    """Parts with different names: the second `regex` is regex-2."""
+def make_terms(rewards: Sequence[tuple[Spec, Reward]]) -> list[RewardTerm]:
+    """Give each reward a unique name: the second `regex` becomes regex-2."""
     seen: Counter[str] = Counter()
     parts = []
-    for spec, reward in made:
+    for spec, reward in rewards:
         seen[spec.name] += 1
         number = seen[spec.name]
         name = spec.name if number == 1 else f"{spec.name}-{number}"
@@ -187,27 +262,27 @@ def name_parts(made: Sequence[tuple[Spec, Reward]]) -> list[RewardTerm]:
     return parts
 
 
-def _judge(part: RewardTerm, samples: Sequence[Sample]) -> tuple[np.ndarray, str]:
-    """(float64 [n], NaN where the reward failed; why it first did)."""
+def _evaluate(part: RewardTerm, samples: Sequence[Sample]) -> tuple[np.ndarray, str]:
+    """(float64 [n], NaN where the reward failed; the first reason)."""
     if not samples:
         return np.zeros(0), ""
     try:
-        said: Any = part.reward(samples)
-    except Exception as error:  # a reward may be anybody's code
+        returned: Any = part.reward(samples)
+    except Exception as error:  # a reward may be any code
         if len(samples) == 1:
             return np.full(1, math.nan), _reason(error)
-        alone = [_judge(part, [sample]) for sample in samples]
-        return np.concatenate([value for value, _ in alone]), next((why for _, why in alone if why), "")
+        single = [_evaluate(part, [sample]) for sample in samples]
+        return np.concatenate([value for value, _ in single]), next((reason for _, reason in single if reason), "")
     try:
-        values = numbers_of(said, len(samples))
-    except ValueError as wrong:
-        raise RewardError(f"--reward {part.word or part.name} {wrong}") from None
+        values = as_numbers(returned, len(samples))
+    except ValueError as error:
+        raise RewardError(f"--reward {part.word or part.name} {error}") from None
     finite = np.isfinite(values)
     return np.where(finite, values, math.nan), "" if finite.all() else f"it gave {values[~finite][0]}"
 
 
 def _reason(error: Exception) -> str:
-    """One line; a ValueError of ours says enough without its name."""
+    """The error in one line. A ValueError's message is shown without the type."""
     text = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
     return (text.splitlines() or [type(error).__name__])[0]
 

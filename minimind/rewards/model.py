@@ -1,7 +1,7 @@
-"""Reward models: ours (train/reward.py), any sequence classifier of transformers, and InternLM2-Reward's kind.
+"""Reward models: from train/reward.py, any sequence classifier of transformers, or models like InternLM2-Reward.
 
-All see the conversation as their own chat template renders it, prompt and answer, and give a number of no fixed range:
-weigh it, and compare it within a group or normalise it over the batch.
+Each scores the prompt and answer as its own chat template renders them. Scores have no fixed range: weight them, and
+compare them within a group or normalise them over the batch.
 """
 
 from __future__ import annotations
@@ -15,34 +15,36 @@ from typing import Any
 import numpy as np
 import torch
 
-from minimind.rewards.base import Reward, Sample
+from minimind.rewards.rules import Reward, Sample
 from minimind.tokenization import ChatEncoder, load_tokenizer
 from minimind.utils.device import choose_precision
 from minimind.utils.files import read_json
 from minimind.value_head import HEAD, ValueModel, load_value_model
 from minimind.weights import checkpoint_folder
 
-BATCH_TOKENS = 16384  # of a forward, padding included; one longer conversation goes alone
+BATCH_TOKENS = 16384  # per forward, padding included; a longer conversation runs alone
 
 
 def model_reward(folder: str, device: torch.device, trust_remote_code: bool = False) -> Reward:
-    """The reward model in `folder`, on `device`, in bfloat16 where that is the faster there. Raises ValueError, with
-    the way out, where there is none or it brings its own code, which runs with trust_remote_code alone."""
+    """Load the reward model in `folder` onto `device`, in bfloat16 if that is faster there.
+
+    trust_remote_code: allow a model to run its own Python code. ValueError if `folder` holds no reward model, or one
+    whose code is not allowed to run."""
     path = reward_weights(folder)
-    if (path / HEAD).is_file():  # an adapter: the config is its base's
+    if (path / HEAD).is_file():  # an adapter: its base model has the config
         return ValueReward.open(path, device)
     config = read_json(path / "config.json")
     if config is None:
         raise ValueError(
-            f"model={folder}: no config.json in it; name a run of train/reward.py or a Hugging Face folder"
+            f"model={folder}: it has no config.json; name a run of train/reward.py or a Hugging Face folder"
         )
-    if "router_aux_loss_level" in config:  # a key of ours alone, which stands beside those of transformers
+    if "router_aux_loss_level" in config:  # only our own configs have this key
         return ValueReward.open(path, device)
     return _transformers_reward(path, config, device, trust_remote_code)
 
 
 def reward_weights(folder: str) -> Path:
-    """The folder with the weights of the reward model in `folder`. ValueError where there is no such folder."""
+    """The folder that holds the weights: `folder`, or the best or newest checkpoint of a run. ValueError if missing."""
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ValueError(f"model={folder}: no such folder; name a run of train/reward.py or a Hugging Face folder")
@@ -51,7 +53,7 @@ def reward_weights(folder: str) -> Path:
 
 @dataclass
 class ValueReward:
-    """A ValueModel's value at the last token of the answer, before the token that ends its turn: as it was trained."""
+    """A ValueModel as a reward: its value at the answer's last token, before the token that ends the turn."""
 
     model: ValueModel
     encoder: ChatEncoder
@@ -61,7 +63,7 @@ class ValueReward:
     def open(folder: Path, device: torch.device) -> ValueReward:
         tokenizer = load_tokenizer(folder)
         model = load_value_model(folder).to(device)
-        model.config.with_tokenizer(tokenizer.vocab_size, f"model={folder}")  # not more ids than the model has
+        model.config.with_tokenizer(tokenizer.vocab_size, f"model={folder}")  # ValueError if it has too many ids
         model.compute_dtype = choose_precision(device, "auto").compute_dtype
         return ValueReward(model, ChatEncoder(tokenizer))
 
@@ -83,7 +85,7 @@ class ValueReward:
 
 @dataclass
 class ClassifierReward:
-    """The one logit of a sequence classifier of transformers."""
+    """A sequence classifier of transformers with one label as a reward: its logit."""
 
     model: Any
     tokenizer: Any
@@ -101,10 +103,10 @@ class ClassifierReward:
         return scores
 
     def _logits(self, rows: list[list[int]]) -> np.ndarray:
-        """transformers finds a row's last token by the first pad token behind it. Many models pad with the token that
-        ends a turn, and would lose the end; one that no row holds cannot be confused."""
-        held = set(itertools.chain(*rows))
-        pad = next(number for number in itertools.count() if number not in held)
+        """transformers takes the token before the first pad token as a row's last. Many models pad with the token that
+        ends a turn, which would cut rows short, so we pad with a token that no row contains."""
+        used = set(itertools.chain(*rows))
+        pad = next(token for token in itertools.count() if token not in used)
         self.model.config.pad_token_id = pad
         longest = max(map(len, rows))
         ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
@@ -116,7 +118,7 @@ class ClassifierReward:
 
 @dataclass
 class ScoresReward:
-    """A model that brings get_scores(tokenizer, conversations), as InternLM2-Reward does."""
+    """A model with its own get_scores(tokenizer, conversations), such as InternLM2-Reward, as a reward."""
 
     model: Any
     tokenizer: Any
@@ -130,12 +132,13 @@ class ScoresReward:
 
 
 def conversation(sample: Sample) -> list[dict[str, Any]]:
-    """The prompt's messages and the answer's."""
+    """The prompt's messages, followed by the answer as the assistant's message."""
     return [*(dict(message) for message in sample.prompt), {"role": "assistant", "content": sample.text}]
 
 
 def batches(lengths: Sequence[int], batch_tokens: int, padded: bool) -> Iterator[np.ndarray]:
-    """Numbers of conversations of like length that share a forward of at most batch_tokens, padding included."""
+    """Group conversations of similar length: indices of those that share a forward of at most batch_tokens tokens,
+    padding included if `padded`."""
     part: list[int] = []
     total = 0
     for i in np.argsort(lengths, kind="stable"):
@@ -152,8 +155,8 @@ def batches(lengths: Sequence[int], batch_tokens: int, padded: bool) -> Iterator
 def _transformers_reward(
     path: Path, config: Mapping[str, Any], device: torch.device, trust_remote_code: bool
 ) -> Reward:
-    foreign = config.get("auto_map") or {}
-    if foreign and not trust_remote_code:
+    remote_code = config.get("auto_map") or {}
+    if remote_code and not trust_remote_code:
         raise ValueError(
             f"model={path}: it brings its own Python code; read it, then allow it with --trust-remote-code"
         )
@@ -161,13 +164,13 @@ def _transformers_reward(
         from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
     except ImportError:
         raise ValueError(
-            f"model={path}: needs transformers; pip install 'minimind[export]', or train one with train/reward.py"
+            f"model={path}: needs transformers; pip install 'minimind[export]', or train your own with train/reward.py"
         ) from None
     options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     dtype = torch.float32
     if device.type == "cuda":  # on CPUs transformers' bfloat16 is no faster
         dtype = choose_precision(device, "auto").compute_dtype or dtype
-    scores_itself = "AutoModel" in foreign and "AutoModelForSequenceClassification" not in foreign
+    scores_itself = "AutoModel" in remote_code and "AutoModelForSequenceClassification" not in remote_code
     kind = AutoModel if scores_itself else AutoModelForSequenceClassification
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -179,7 +182,7 @@ def _transformers_reward(
             raise ValueError(f"model={path}: {type(model).__name__} has no get_scores(tokenizer, conversations)")
         return ScoresReward(model, tokenizer)
     if model.config.num_labels != 1:
-        raise ValueError(f"model={path}: a classifier of {model.config.num_labels} labels; a reward model has one")
+        raise ValueError(f"model={path}: a classifier with {model.config.num_labels} labels; a reward model has one")
     if not tokenizer.chat_template:
-        raise ValueError(f"model={path}: its tokenizer has no chat template, so that it cannot be shown conversations")
+        raise ValueError(f"model={path}: its tokenizer has no chat template, which a reward model needs")
     return ClassifierReward(model, tokenizer)

@@ -1,7 +1,7 @@
 """The CUDA kernels, executed on the CPU thread by thread (tests/csrc/emulator), against float64 truth.
 
-What this proves: index arithmetic, masks, barriers, fragment layouts as the PTX manual states them, and numerics up to
-the last bits of exp. What only a GPU can: that PTX does what the emulator's C++ says, and speed.
+This checks index arithmetic, masks, barriers, fragment layouts as the PTX manual describes them, and numerics up to the
+last bits of exp. Only a GPU can show that PTX does what the emulator's C++ does, and the speed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def assert_contract(value: Tensor, plain: Tensor, truth: Tensor, name: str = "")
 
 @dataclass
 class Decoding:
-    """A batch to attend for. Rows of the caches that no sequence owns are NaN; pages lie in no order."""
+    """A batch for attention. Cache rows that no sequence owns are NaN; pages are in random order."""
 
     q: Tensor
     key_cache: Tensor
@@ -59,7 +59,7 @@ class Decoding:
         )  # fmt: skip
 
     def wide(self) -> Decoding:
-        """In float64, as the cache's numbers are."""
+        """Attention in float64 on the cache's values."""
         caches = [
             cache.double() if scale is None else cache.double() * scale.double()[:, None]
             for cache, scale in ((self.key_cache, self.k_scale), (self.value_cache, self.v_scale))
@@ -152,7 +152,7 @@ def test_attention_over_the_longest_context(ops, dtype, cache_dtype):
 
 
 def test_probabilities_are_not_rounded_to_16_bits(ops):
-    """Almost every output is the truth, rounded once; with bfloat16 probabilities one in ten is not."""
+    """Almost every output is the rounded true value; with bfloat16 probabilities one in ten is not."""
     case = decoding([100, 200], 8, 1, 64)
     truth = case.wide().run(decode_attention_ref)
     assert (case.run(ops.decode_attention) == truth.bfloat16()).float().mean() > 0.98
@@ -160,7 +160,7 @@ def test_probabilities_are_not_rounded_to_16_bits(ops):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_attention_to_one_key(ops, dtype):
-    """Scores up to some hundreds apart: each output is one value, exactly so in the reference too."""
+    """Scores are hundreds apart, so each output is exactly one value, in the reference too."""
     check_attention(ops, decoding([200, 50], 4, 2, 64, scale=100.0, dtype=dtype))
 
 
@@ -178,7 +178,7 @@ def test_sequences_may_share_pages(ops):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_sequence_does_not_see_the_batch(ops, dtype):
-    """Bit for bit, alone and with more pages to spare, as after a replay of a larger CUDA graph."""
+    """The same bits with more spare pages, as in a replay of a larger CUDA graph."""
     case = decoding([130, 300, 0, 5], 4, 2, 64, dtype=dtype)
     together = case.run(ops.decode_attention)
     for b in range(4):
@@ -190,7 +190,7 @@ def test_a_sequence_does_not_see_the_batch(ops, dtype):
 
 
 def widened(case: Decoding, pages: int) -> Decoding:
-    """With room for longer sequences in its block table."""
+    """The same bits with room for longer sequences in the block table."""
     more = torch.full((len(case.lengths), pages - case.block_table.shape[1]), 2**30, dtype=torch.int32)
     return replace(case, block_table=torch.cat((case.block_table, more), dim=1))
 
@@ -214,7 +214,7 @@ def test_cost_follows_the_lengths_and_not_the_longest_context(ops, library, monk
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_splits_are_put_together_in_one_order_whoever_comes_last(ops, library, monkeypatch, dtype):
-    """Blocks in any order and number, one call after another over the same counters, which each leaves at zero."""
+    """Blocks in any order and number; consecutive calls share the counters, and each resets them to zero."""
     case = widened(decoding([300, 1, 0, *[2] * 30, 400, 129], 9, 1, 32, dtype=dtype), 99)
     arrivals, results = torch.zeros(len(case.lengths) * 9, dtype=torch.int32), []
     for resident, order in ((1, 0), (7, 3), (5, 1), (1000, 9)):
@@ -355,7 +355,7 @@ def test_sample(ops, vocabulary, step):
 
 
 def test_truncation_to_the_token(ops):
-    """Logits descend and the random numbers are next to 1: what is drawn is the last token that is kept."""
+    """Logits descend and the random numbers are close to 1, so the last token that is kept is sampled."""
     options = [(1.0, k, p, m) for k in (0, 3, 17, 90) for p in (1.0, 0.95, 0.6, 0.2) for m in (0.0, 0.02, 0.3)]
     case = sampling(200, options, penalised=False)
     case.logits = case.logits.sort(dim=-1, descending=True).values
@@ -373,7 +373,7 @@ def test_sample_from_a_row_too_long_for_shared_memory(ops):
 
 
 def test_equal_logits(ops):
-    """The first of equal ones is the greedy choice; truncation keeps or drops them together."""
+    """Greedy sampling takes the first of equal logits; truncation keeps or drops them together."""
     case = sampling(300, OPTIONS[::5], penalised=False)
     case.logits = (case.logits / 2).round()
     case.logits[::2] = 0.0
@@ -433,7 +433,7 @@ def test_launches_are_those_that_the_resources_are_reported_for(ops, library, ke
 
 
 def test_shared_memory_is_what_a_launch_asks_for():
-    """A static part would come on top, unseen by what decides whether more than 48 KB have to be asked for."""
+    """Static shared memory would not be counted when deciding whether to request more than 48 KB."""
     lines = [
         f"{file.name}: {line.strip()}"
         for file in sorted((emulated.ROOT / "csrc/cuda").iterdir())
@@ -445,7 +445,7 @@ def test_shared_memory_is_what_a_launch_asks_for():
 
 @pytest.mark.parametrize("vocabulary", [1, 6400, 11_698, 11_699, 11_915, 11_916, 24_000])
 def test_sampling_asks_for_all_of_its_shared_memory(ops, library, vocabulary):
-    """From 11,699 tokens on a row and what warps exchange are more than the 48 KB that need no asking."""
+    """From 11,699 tokens on, a row and the warps' exchange buffers need more than the default 48 KB."""
     ops.sample(*sampling(vocabulary, [(0.0, 0, 1.0, 0.0)], penalised=False).args())
     _, shared = native_resources.launch_of("sample_kernel", (), vocabulary)
     assert library.emulator_last_shared() == shared

@@ -42,7 +42,8 @@ CONFIGS = {
 
 @dataclass
 class Case:
-    """A step to take. Cache rows that no sequence owns are NaN, those of older tokens noise; pages lie in no order."""
+    """The input of a step. Cache rows that no sequence owns are NaN, those of older tokens noise; pages are in random
+    order."""
 
     weights: DecodeWeights
     tokens: Tensor
@@ -55,7 +56,7 @@ class Case:
     angles: tuple[Tensor, Tensor]
 
     def run(self, step, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits and what the caches are afterwards."""
+        """The logits and the caches after the step."""
         caches = [cache.clone() for cache in (self.key_cache, self.value_cache)]
         positions = (self.lengths[rows] - 1).clamp(min=0).int()
         slots, table, lengths = (t[rows] for t in (self.slots, self.table, self.lengths))
@@ -63,7 +64,7 @@ class Case:
         return step(inputs, caches, self), *caches
 
     def wide(self) -> Case:
-        """In float64, as the numbers are."""
+        """The step in float64 on the same values."""
         caches = [
             cache.double() if scale is None else cache.double() * scale.double()[:, None, None, :, None]
             for cache, scale in zip((self.key_cache, self.value_cache), self.scales, strict=True)
@@ -73,7 +74,7 @@ class Case:
 
     @property
     def new_rows(self) -> tuple[Tensor, Tensor]:
-        """Pages and places of the new tokens' keys and values."""
+        """Pages and positions of the new tokens' keys and values."""
         written = self.slots[(self.slots >= 0) & (self.lengths > 0)]
         return written // PAGE, written % PAGE
 
@@ -221,7 +222,7 @@ def test_the_order_of_threads_and_blocks_does_not_matter(ops, monkeypatch, order
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_a_row_without_a_slot_writes_nothing(ops, dtype):
-    """And attends with a query of zeros, as the reference does."""
+    """A zero input attends with a query of zeros, as in the reference."""
     case = make_case(make_model(CONFIGS["64"]), dtype, dtype)
     case.key_cache, case.value_cache = (cache.nan_to_num(0.5) for cache in (case.key_cache, case.value_cache))
     case.slots[0] = case.slots[4] = -1

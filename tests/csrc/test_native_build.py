@@ -1,4 +1,4 @@
-"""What is built, where, and what is said when it is not."""
+"""Building the native operators, and the reasons given when a part is not built."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_cpu_part_is_built_where_it_can_be():
 
 @needs_compiler
 def test_our_declarations_of_torchs_abi_are_torchs_own(tmp_path):
-    """A function declared twice with different types is a compiler's error."""
+    """Declaring a function twice with different types is a compiler error."""
     include = Path(torch.__file__).parent / "include"
     source = tmp_path / "abi.cpp"
     headers = ("torch/csrc/inductor/aoti_torch/c/shim.h", "torch/csrc/stable/c/shim.h")
@@ -157,7 +157,7 @@ def test_a_compilers_error_reaches_the_user_and_nothing_old_stays(tmp_path, monk
 @pytest.mark.slow
 @needs_compiler
 def test_one_wheel_for_every_python_runs_away_from_the_checkout(tmp_path):
-    """Named for the platform and no version of Python; what is installed from it finds its operators and kernels."""
+    """The wheel's name has the platform but no Python version, and an installation finds its operators and kernels."""
     source = tmp_path / "source"
     for folder in ("csrc", "kernels", "minimind"):
         unwanted = shutil.ignore_patterns("_native_*.so", native_build.REPORT, "__pycache__")
@@ -189,7 +189,7 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch):
         pytest.skip("nothing is built")
     monkeypatch.setattr(native, "source_hash", lambda root, part: "another")
     reason = native._why_not_loadable("cpu")
-    assert "not of what csrc/ now holds" in reason and "native_build" in reason
+    assert "are older than csrc/" in reason and "native_build" in reason
 
 
 def test_a_gpu_runs_code_of_its_architecture_or_ptx(monkeypatch):

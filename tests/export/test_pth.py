@@ -70,7 +70,7 @@ def test_upstreams_file_for_resuming_is_read(tmp_path):
 
 def test_code_in_a_file_is_refused(tmp_path):
     torch.save({"model.norm.weight": torch.ones(2), "run": print}, tmp_path / "m.pth")
-    with pytest.raises(ValueError, match=r"m\.pth: refused, it holds more than tensors"):
+    with pytest.raises(ValueError, match=r"m\.pth: refused: not a weight file, or it holds more than tensors"):
         load_model(tmp_path / "m.pth", "nano")
 
 

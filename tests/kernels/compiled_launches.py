@@ -1,11 +1,11 @@
-"""A program: a model whose kernels torch.compile launches itself, against the reference; run by test_compiled.py.
+"""Program that compares a model whose kernels are launched by generated code with the reference; see test_compiled.py.
 
-Inductor generates its code as on a GPU, from operators into which it looks, and that code runs on CPU tensors: what it
-asks Triton to launch is interpreted, with the arguments, grid and constants that it gives. Everything is compiled
-before anything is interpreted, since the interpreter replaces the language that Triton's compiler reads.
+Inductor generates code as on a GPU, tracing into the operators, and the code runs on CPU tensors: each Triton launch is
+interpreted with the arguments, grid and constants of the generated code. Everything is compiled before anything is
+interpreted, since the interpreter replaces the language that Triton's compiler reads.
 """
 
-# ruff: noqa: E402 - which form the operators take is said before they are imported
+# ruff: noqa: E402 - the form of the operators is chosen before they are imported
 
 import contextlib
 import os
@@ -51,7 +51,7 @@ LAUNCHED: set[str] = set()
 
 
 class Launcher:
-    running = False  # else a launch does nothing
+    running = False  # otherwise a launch does nothing
 
     def __init__(self, _: AsyncCompile, name: str, source: str, device_str: str = "cpu") -> None:
         self.name, self.source, self.kernel = name, source, None

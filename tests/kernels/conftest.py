@@ -1,4 +1,5 @@
-"""Kernel tests run in Triton's interpreter on a CPU and natively on a GPU; without Triton they are skipped, aloud."""
+"""Kernel tests run in Triton's interpreter on a CPU and natively on a GPU; without Triton they are skipped with a
+reason."""
 
 import pytest
 
@@ -21,6 +22,6 @@ def _needs_triton():
 
 @pytest.fixture(autouse=True)
 def _sanitized(monkeypatch):
-    """Every launch in the interpreter is watched for addresses out of bounds and for races between programs."""
+    """Check every launch in the interpreter for addresses out of bounds and for races between programs."""
     if INTERPRETING and triton_support.triton is not None:
         monkeypatch.setattr(triton_support, "_run", sanitizer.run)

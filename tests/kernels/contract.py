@@ -34,7 +34,7 @@ def run(function: Function, inputs: Sequence[Tensor], dtype: torch.dtype | None,
     if not grads:
         return outputs
     seeds = [rand(*out.shape, seed=99 + i).to(out.dtype) for i, out in enumerate(outputs)]
-    if dtype == torch.float64:  # the truth is told the same rounded gradients as the rest
+    if dtype == torch.float64:  # float64 gets the same rounded output gradients
         seeds = [rand(*out.shape, seed=99 + i).to(inputs[0].dtype).to(out.dtype) for i, out in enumerate(outputs)]
     gradients = torch.autograd.grad(outputs, leaves, seeds, allow_unused=True)
     return [out.detach() for out in outputs] + [
@@ -43,7 +43,7 @@ def run(function: Function, inputs: Sequence[Tensor], dtype: torch.dtype | None,
 
 
 def _cast_like(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`tensor` in `dtype`, detached, with the strides it has."""
+    """Copy `tensor` to `dtype`, detached, with the same strides."""
     strided = torch.empty_strided(tensor.size(), tensor.stride(), dtype=dtype or tensor.dtype, device=tensor.device)
     return strided.copy_(tensor.detach())
 
@@ -54,8 +54,8 @@ def error(value: Tensor, truth: Tensor) -> float:
 
 
 def assert_within(value: Tensor, plain: Tensor, truth: Tensor, name: str = "", moved: Tensor | None = None) -> None:
-    """The contract for one tensor: `plain` is what PyTorch makes of the same inputs in the same dtype. Where `value` is
-    added up along another way than `plain` is, `moved` is the truth of the model `moved` by rounding."""
+    """Check the contract for one tensor: `plain` is PyTorch's result from the same inputs in the same dtype. If `value`
+    sums in another order than `plain`, `moved` is the float64 result of the model moved by rounding."""
     assert value.shape == plain.shape and value.dtype == plain.dtype, name
     usual = max(error(plain, truth), 0.0 if moved is None else error(moved, truth))
     off, allowed = error(value, truth), 2 * usual + rounding(truth)
@@ -70,31 +70,31 @@ def moved(model: Model, terms: int) -> Model:
 
 
 def versions(model: Model, terms: int) -> dict[str, Model]:
-    """What `assert_within` compares a float32 model with; `terms`: of the longest sum in it."""
+    """The models that `assert_within` compares a float32 model with; `terms`: the length of its longest sum."""
     return {"truth": copy.deepcopy(model).double(), "plain": model, "moved": moved(model, terms)}
 
 
 @torch.no_grad()
 def move_by_rounding(exact: torch.nn.Module, terms: int) -> None:
-    """Move the weights of a float64 model by what float32 sums of up to `terms` products are off by.
+    """Move the weights of a float64 model by the error of float32 sums of up to `terms` products.
 
-    A sum in sequence rounds each partial sum once, by up to eps / 2. With random signs the k-th partial sum is sqrt(k)
-    terms large: the sum is off by eps / 2 * terms / sqrt(2) of a term, as it would be if every term were off by
-    eps / 2 * sqrt(terms / 2). The order of a sum, and so the processor, makes that worse only by luck.
-    (Higham, Accuracy and Stability of Numerical Algorithms, chapters 3 and 4.)
+    A sequential sum rounds each partial sum once, by up to eps / 2. With random signs the k-th partial sum has the size
+    of sqrt(k) terms, so the error of the sum is eps / 2 * terms / sqrt(2) of a term, the same as if each term had an
+    error of eps / 2 * sqrt(terms / 2). Another order of the sum, as on another processor, is worse only by chance
+    (Higham, Accuracy and Stability of Numerical Algorithms, chapters 3 and 4).
     """
     for seed, weight in enumerate(exact.parameters()):
         weight.copy_(moved_tensor(weight, terms, seed))
 
 
 def moved_tensor(exact: Tensor, terms: int, seed: int = 0) -> Tensor:
-    """One operand of float64 products over `terms`, moved by what float32 sums of them are off by."""
+    """Move one operand of float64 products by the error of float32 sums over `terms`."""
     noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return exact * (1 + noise.to(exact.device) * (EPS / 2 * (terms / 2) ** 0.5))
 
 
 def rounding(truth: Tensor) -> float:
-    """What a few roundings to float32 may do to numbers of this size."""
+    """The error of a few roundings to float32 for numbers of this size."""
     return 4 * EPS * (1 + truth.abs().max().item()) if truth.numel() else 0.0
 
 
@@ -106,23 +106,23 @@ def assert_contract(
     grads: bool = True,
     terms: int | None = None,
 ) -> None:
-    """`kernel` and `reference` take the differentiable `inputs` (float32 or lower, on DEVICE, any strides) and return
-    one or several tensors. names: of the outputs, then of the inputs' gradients. terms: of the longest sum, where the
-    result hangs so much on rounding that the reference's own may be lucky."""
+    """Check `kernel` against `reference`, which take the differentiable `inputs` (float32 or lower, on DEVICE, any
+    strides) and return one or several tensors. names: of the outputs, then of the inputs' gradients. terms: the length
+    of the longest sum, for results so sensitive to rounding that the reference's error may be small by chance."""
     truths = run(reference, inputs, torch.float64, grads)
     plains = run(reference, inputs, None, grads)
-    mine = run(kernel, inputs, None, grads)
+    results = run(kernel, inputs, None, grads)
     off: Sequence[Tensor | None] = [None] * len(truths)
     if terms is not None:
         exact = [moved_tensor(x.double(), terms, seed) for seed, x in enumerate(inputs)]
         off = run(reference, exact, torch.float64, grads)
-    assert len(mine) == len(truths) == len(names), f"{len(mine)} results for {names}"
-    for name, value, plain, truth, moved in zip(names, mine, plains, truths, off, strict=True):
+    assert len(results) == len(truths) == len(names), f"{len(results)} results for {names}"
+    for name, value, plain, truth, moved in zip(names, results, plains, truths, off, strict=True):
         assert_within(value, plain, truth, name, moved)
 
 
 def assert_second_backward_agrees(function: Function, inputs: Sequence[Tensor]) -> None:
-    """A backward must leave what it saved, and the gradient it was given, as they were."""
+    """Check that a backward modifies neither its saved tensors nor the output gradients."""
     leaves = [_cast_like(t, None).requires_grad_() for t in inputs]
     result = function(*leaves)
     outputs = [result] if isinstance(result, Tensor) else list(result)

@@ -1,7 +1,7 @@
-"""Triton's interpreter made to round as hardware does.
+"""Patches Triton's interpreter to round like hardware.
 
-It truncates float32 to bfloat16 where every card rounds to nearest even, and multiplies bfloat16 matrices as if their
-bits were integers; a kernel would be judged by errors that no card makes. Both are put right here.
+The interpreter truncates float32 to bfloat16, while every card rounds to nearest even, and it multiplies bfloat16
+matrices as if their bits were integers. Without the patches tests would measure errors that no card makes.
 """
 
 import numpy as np

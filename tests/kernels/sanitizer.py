@@ -1,8 +1,8 @@
-"""What compute-sanitizer looks for on a GPU, in Triton's interpreter: an address outside the tensors that a launch was
-given, and programs of one launch that disturb each other.
+"""Checks launches in Triton's interpreter for addresses outside the launch's tensors and for races between programs, as
+compute-sanitizer does on a GPU.
 
-A program must not store where another one stores, nor load where another one stores: the order of programs is nobody's
-to say. Atomic additions may meet.
+A program must not store where another one stores, nor load where another one stores, since the order of programs is
+undefined. Atomic additions may share an address.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _launch = triton_support._launch
 
 
 class Sanitizer:
-    """Addresses of one launch, in bytes."""
+    """The byte addresses that one launch loads from and stores to."""
 
     def __init__(self, kernel: str, tensors: list[Tensor]) -> None:
         self.kernel = kernel
@@ -38,12 +38,12 @@ class Sanitizer:
         for first, end in self.extents:
             inside |= (addresses >= first) & (addresses + np.uint64(size) <= end)
         if not inside.all():
-            raise AssertionError(f"{self.kernel}, program {program}: an address outside of every tensor")
+            raise AssertionError(f"{self.kernel}, program {program}: an address outside all tensors")
         if seen is not None:
             seen[program].append(addresses.ravel())
 
     def finish(self) -> None:
-        """AssertionError where two programs met."""
+        """AssertionError if two programs conflict."""
         stored, by = _together(self.stores)
         if (stored[1:] == stored[:-1]).any():
             raise AssertionError(f"{self.kernel}: two programs store to one address")
@@ -62,7 +62,7 @@ def _extent(tensor: Tensor) -> tuple[np.uint64, np.uint64]:
 
 
 def _together(seen: dict[tuple, list[np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """(addresses, sorted; the number of the program of each), every address once for each program."""
+    """(sorted addresses, the program of each), with each address once per program."""
     parts = [np.unique(np.concatenate(arrays)) for arrays in seen.values()]
     addresses = np.concatenate([*parts, np.empty(0, np.uint64)])
     program = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
@@ -70,7 +70,7 @@ def _together(seen: dict[tuple, list[np.ndarray]]) -> tuple[np.ndarray, np.ndarr
     return addresses[order], program[order]
 
 
-_now: list[Sanitizer] = []  # of the launch that runs
+_now: list[Sanitizer] = []  # the sanitizer of the running launch
 
 
 def _checked_load(self, pointers, mask, *rest):
@@ -92,7 +92,7 @@ def _checked_atomic(self, operation, pointers, value, mask, *rest):
 
 
 def run(kernel, grid, args, constants, num_warps, num_stages) -> None:
-    """In the place of triton_support._run."""
+    """Replaces triton_support._run."""
     with _watching(kernel.__name__, args) as sanitizer:
         _launch(kernel, grid, args, constants, num_warps, num_stages)
     sanitizer.finish()

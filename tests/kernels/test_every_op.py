@@ -1,4 +1,4 @@
-"""What holds of every op alike: under autocast, in deterministic mode, differentiated twice, compiled for any size."""
+"""Properties that all ops share: autocast, deterministic mode, second derivatives, one compilation for all sizes."""
 
 from collections.abc import Callable
 
@@ -28,7 +28,7 @@ def hidden(rows: int) -> list[Tensor]:
 
 
 def targets(x: Tensor) -> Tensor:
-    """Every third is ignored, so that the rows that are computed have to be picked."""
+    """Targets with every third one ignored, so that the ops must select rows."""
     numbers = torch.arange(x.shape[0], device=x.device) % 37
     return numbers.masked_fill(numbers % 3 == 0, -100)
 
@@ -48,7 +48,7 @@ def rotated(qkv: Tensor) -> tuple[Tensor, ...]:
 
 
 def losses(kernels: bool) -> dict[str, Case]:
-    """The three losses of the head. The weight gets a gradient as well."""
+    """The three losses of the head, whose weight also gets a gradient."""
     return {
         "linear_cross_entropy": (
             lambda x, w: linear_cross_entropy(x, w, targets(x), kernels=kernels),
@@ -79,7 +79,7 @@ EVERY = KERNELS | {f"{name}, PyTorch": case for name, case in losses(kernels=Fal
 
 @pytest.mark.parametrize("op", EVERY)
 def test_autocast_changes_nothing(op):
-    """An op's products are in the dtype of what it is given; under autocast some steps would be rounded, others not."""
+    """An op's products are in the dtype of its inputs; autocast would round only some steps."""
     function, inputs = EVERY[op]
     plain = run(function, inputs(20), None, grads=True)
     with torch.autocast(DEVICE.type, torch.bfloat16):
@@ -90,7 +90,7 @@ def test_autocast_changes_nothing(op):
 
 @pytest.mark.parametrize("op", EVERY)
 def test_deterministic_mode_changes_nothing(op):
-    """There PyTorch refuses what adds in no fixed order on a GPU."""
+    """In this mode PyTorch refuses operations that sum in no fixed order on a GPU."""
     function, inputs = EVERY[op]
     plain = run(function, inputs(20), None, grads=True)
     torch.use_deterministic_algorithms(True)
@@ -103,7 +103,7 @@ def test_deterministic_mode_changes_nothing(op):
 
 @pytest.mark.parametrize("op", EVERY)
 def test_a_second_derivative_is_refused(op):
-    """A gradient that were taken for a constant would be wrong without a word."""
+    """Treating the gradient as a constant would give a silently wrong result."""
     function, inputs = EVERY[op]
     leaves = [t.clone().requires_grad_() for t in inputs(5)]
     result = function(*leaves)
@@ -128,8 +128,8 @@ def test_compiled_once_for_every_number_of_rows(op):
 
 
 @pytest.mark.parametrize("mode", ["fused", "kernels"])
-def test_the_sum_of_two_dtypes_is_taken_as_pytorch_takes_it(mode):
-    """Under autocast a layer's result is bfloat16 and the residual stream float32."""
+def test_the_sum_of_two_dtypes_has_pytorchs_dtype(mode):
+    """Under autocast a layer's output is bfloat16 and the residual stream float32."""
     x, delta = rand(5, 16), rand(5, 16, seed=1).bfloat16()
     with ops.using(mode):
         mine = ops.add_rms_norm(x, delta, WEIGHT, 1e-5)
@@ -139,7 +139,7 @@ def test_the_sum_of_two_dtypes_is_taken_as_pytorch_takes_it(mode):
 
 @pytest.mark.parametrize("kernels", [False, True])
 def test_a_small_probability_keeps_its_gradient(kernels):
-    """A filter that drops small p would not know how much a token weighs: p is 1e-12 here, and the weight 1e12."""
+    """A filter that drops small p would ignore the token's weight: p is 1e-12 here, and the weight 1e12."""
     logits = rand(1, 37, seed=11)
     logits[0, 5] += 27.6
     weight = torch.full((1,), 1e12, device=DEVICE)
@@ -151,4 +151,4 @@ def test_a_small_probability_keeps_its_gradient(kernels):
     others = torch.arange(37, device=DEVICE) != 5
     for (dx,) in (torch.autograd.grad(loss, x), torch.autograd.grad(log_probs, x, -weight)):
         wrong = (dx / (1e12 * p) - 1)[0, others].abs().max()
-        assert wrong < 64 * torch.finfo(torch.float32).eps  # log p is near -28, and rounded
+        assert wrong < 64 * torch.finfo(torch.float32).eps  # log p is near -28 and rounded

@@ -1,4 +1,4 @@
-"""The interpreter's rounding, which every other test here rests on."""
+"""The interpreter's rounding, on which all other tests here depend."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_bfloat16_matrices_multiply_as_numbers():
 
 @jit
 def _copy_kernel(p_x, p_y, n, STEP: tl.constexpr, SIZE: tl.constexpr):
-    """Each program its SIZE numbers, STEP behind those of the one before."""
+    """Each program copies SIZE numbers, which start STEP after those of the previous program."""
     o_x = tl.program_id(0) * STEP + tl.arange(0, SIZE)
     tl.store(p_y + o_x, tl.load(p_x + o_x, mask=o_x < n, other=0.0), mask=o_x < n)
 

@@ -1,7 +1,7 @@
 """Offsets beyond 2^31 elements, where 32-bit arithmetic wraps around.
 
-The tensors are sparse files, larger than memory, of which a kernel touches some pages: it runs for one program, one of
-the last, whose addresses the sanitizer watches and whose results are compared.
+The tensors are sparse files larger than memory, of which a kernel touches a few pages: only one of the last programs
+runs. The sanitizer checks its addresses, and its results are compared.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ Launch = Callable[..., None]
 
 @pytest.fixture
 def sparse(tmp_path) -> Callable[..., Tensor]:
-    """bfloat16 zeros of a shape, which take no room until they are written."""
+    """Make bfloat16 zeros, which take no memory until they are written."""
     made = iter(range(100))
 
     def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -36,7 +36,7 @@ def sparse(tmp_path) -> Callable[..., Tensor]:
 
 @pytest.fixture
 def launch_one(monkeypatch) -> Launch:
-    """A function: launch program `index` of a kernel alone."""
+    """Make a function that launches program `index` of a kernel alone."""
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
     chosen = [0]
@@ -51,7 +51,7 @@ def launch_one(monkeypatch) -> Launch:
         sanitizer.run(kernel, (1,), args, constants, 4, 2)
 
     monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", program_id)
-    # CPU tensors need no copy on the host, and these none of what is between their pages
+    # CPU tensors need no copy on the host, which would materialise the sparse files
     monkeypatch.setattr(GridExecutor, "_init_args_hst", lambda self, args, kwargs: (args, kwargs))
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda self, *_: None)
     return launch
@@ -118,7 +118,7 @@ def test_rope(section, sparse, launch_one):
         ROWS, 1, 1, blocks, blocks, blocks, 0, **tile,
     )  # fmt: skip
     back = dqkv[-BLOCK:].unflatten(1, (3, WIDTH))[:, section].float()
-    scale = 1 if section == 2 else 2 * table.square().repeat(1, 2)  # turned there and back, by cos = sin = table
+    scale = 1 if section == 2 else 2 * table.square().repeat(1, 2)  # rotated forth and back, with cos = sin = table
     torch.testing.assert_close(back, part * scale, rtol=2e-2, atol=2e-2)
 
 
@@ -138,15 +138,14 @@ def test_route(sparse, launch_one):
 
 
 def test_rows_of_logits(sparse, launch_one):
-    """Chunks are small; a caller's need not be."""
+    """Our chunks are small, but other callers may use larger ones."""
     rows = ROWS // BLOCK * WIDTH // 64
     logits = sparse(rows, 1024)
     targets, scale, losses = (sparse(rows, dtype=d) for d in (torch.int64, torch.float32, torch.float32))
     logits[-1], scale[-1] = rand(1024).bfloat16(), 1.0
     expected = torch.nn.functional.cross_entropy(logits[-1:].float(), targets[-1:])
     launch_one(
-        _cross_entropy_kernel, rows - 1, logits, targets, scale, losses, 0.0, 0.0,
-        V=1024, BLOCK_V=1024, CAPPED=False, GRADIENT=True,
+        _cross_entropy_kernel, rows - 1, logits, targets, scale, losses, V=1024, BLOCK_V=1024, GRADIENT=True,
     )  # fmt: skip
     torch.testing.assert_close(losses[-1], expected)
     assert logits[-1].float().sum().abs() < 0.01  # a gradient now

@@ -1,4 +1,4 @@
-"""The arithmetic of a step's memory against what autograd saves, and against the peak on a GPU."""
+"""The estimate of a step's memory against what autograd saves, and against the peak on a GPU."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ from tests.kernels.test_model import SHAPES
 
 
 def saved_bytes(model: Model, tokens: int) -> int:
-    """Bytes of the distinct tensors, parameters left out, that one forward of the kernels keeps."""
+    """Bytes of the distinct tensors, without parameters, that one forward of the kernels keeps."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
-        kept.setdefault(x.untyped_storage().data_ptr(), x)  # held, so that no later one gets its place
+        kept.setdefault(x.untyped_storage().data_ptr(), x)  # held, so that no later tensor reuses its memory
         return x
 
     ids = torch.zeros(1, tokens, dtype=torch.int64, device=DEVICE)
@@ -38,7 +38,7 @@ def test_activation_bytes(shape, recompute):
     with ops.using("kernels"):
         counted = (saved_bytes(model, 96) - saved_bytes(model, 32)) / 64
     expected = activation_bytes(config, recompute)
-    if recompute:  # the block that is run again keeps its own only in the backward
+    if recompute:  # a recomputed block keeps its activations only in the backward
         expected = config.num_hidden_layers * 4 * config.hidden_size + 12
     elif DEVICE.type == "cpu":  # the CPU's attention computes the log-sum-exp again
         expected -= 4 * config.num_attention_heads * config.num_hidden_layers
@@ -60,7 +60,7 @@ def test_scratch_of_attention():
 
 
 def test_cards():
-    """What docs/scaling.md says of 3090 and 4090 (24 GiB) and of a 4 GiB card."""
+    """The figures in docs/scaling.md for a 3090 and 4090 (24 GiB) and a 4 GiB card."""
 
     def fits(preset: str, gib: float, recompute: bool = False) -> int:
         config = ModelConfig.preset(preset)
@@ -76,7 +76,7 @@ def test_cards():
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: the peak of its memory")
 def test_8k_tokens_fit_in_4_gib():
-    """minimind2-small: a whole step at 8,192 tokens, weights, gradients and AdamW included."""
+    """A whole step of minimind2-small at 8,192 tokens, including weights, gradients and AdamW."""
     from minimind.objectives.next_token import TokenBatch, next_token_loss
     from minimind.training.optim import build_optimizers
 

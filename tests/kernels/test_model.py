@@ -57,8 +57,8 @@ def results(model: Model, batch: TokenBatch, mode: str) -> dict[str, torch.Tenso
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_losses_and_gradients_are_the_references(shape):
-    """The contract for the whole step, which adds up more roundings than one op: the kernels' error is at most four
-    times the reference's own, against the reference in float64."""
+    """The contract for a whole step, which accumulates more roundings than one op: relative to the float64 reference,
+    the kernels' error is at most four times that of the reference."""
     model, batch = make(shape), batch_of([[1, 20, 11], [32]])
     truth = results(copy.deepcopy(model).double(), batch, "reference")
     plain, mine = results(model, batch, "reference"), results(model, batch, "kernels")
@@ -90,7 +90,7 @@ HOST_READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_n
 
 
 class HostReads(TorchDispatchMode):
-    """Notes the operators that would make a GPU's host wait."""
+    """Records the operators that would make a GPU's host wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def test_a_step_never_waits_for_the_device(shape, monkeypatch):
     assert control.seen, "the test itself must see a read"
     if DEVICE.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
-    else:  # look at what a GPU would run: without the checks that only host tensors get
+    else:  # as on a GPU, without the checks for host tensors
         for module in (chunked_linear, moe_experts, rope):
             monkeypatch.setattr(module, "on_host", lambda tensor: False)
     try:
@@ -123,7 +123,7 @@ def test_a_step_never_waits_for_the_device(shape, monkeypatch):
 
 
 def curve(model: Model, mode: str, dtype: torch.dtype, steps: int, lr: float = 3e-3) -> torch.Tensor:
-    """Losses of `steps` AdamW steps on a few batches again and again."""
+    """Losses of `steps` AdamW steps over a few repeated batches."""
     model.compute_dtype = dtype
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-6)
     batches = [batch_of([[5, 11], [16], [1, 15]], seed) for seed in range(4)]
@@ -141,8 +141,8 @@ def curve(model: Model, mode: str, dtype: torch.dtype, steps: int, lr: float = 3
 
 
 def assert_same_curve(new_model: Callable[[], Model], steps: int, lr: float = 3e-3) -> None:
-    """The convergence pair: equal to 1e-5 in float32; in bfloat16 no further from that curve than twice the reference
-    in bfloat16 is."""
+    """Curves agree to 1e-5 in float32. In bfloat16 the distance to that curve is at most twice that of the bfloat16
+    reference."""
     truth, mine = (curve(new_model(), mode, torch.float32, steps, lr) for mode in ("reference", "kernels"))
     assert truth[-1] < 0.95 * truth[0], "a model that does not learn proves nothing"
     torch.testing.assert_close(mine, truth, rtol=1e-5, atol=0)

@@ -62,7 +62,7 @@ def test_64_experts_float32():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("wanted, top_k", [(0, 1), (2, 2)])
 def test_all_tokens_to_one_expert(wanted, top_k, dtype):
-    """With one choice three experts have no token, and with two, two have none: their gradients are exact zeros."""
+    """Experts without tokens (three with one choice, two with two) have gradients of exactly 0."""
     logits = torch.zeros(140, 4, device=DEVICE)
     logits[:, wanted] = 5
     inputs, routing = case(140, 4, top_k, 40, 24, dtype, logits)
@@ -87,7 +87,7 @@ def test_from_router_logits_to_output(top_k, normalize, dtype):
         return moe_experts_ref(x, gate_up, down, gates, expert_ids)
 
     inputs = [rand(63, 4, seed=3), rand(63, 48).to(dtype), *weights(4, 48, 40, dtype)]
-    seeds_in_dtype = [inputs[1], inputs[0], *inputs[2:]]  # the contract rounds what it sends back as the first
+    seeds_in_dtype = [inputs[1], inputs[0], *inputs[2:]]  # the contract rounds to the dtype of the first
     assert_contract(
         lambda x, logits, *w: kernel(logits, x, *w),
         lambda x, logits, *w: reference(logits, x, *w),
@@ -139,7 +139,7 @@ def test_only_some_inputs_need_a_gradient():
             assert torch.equal(leaf.grad, grad) if i in wanted else leaf.grad is None
 
 
-def test_what_is_kept():
+def test_tensors_kept_for_the_backward():
     inputs, routing = case(63, 4, 2, 50, 37, torch.bfloat16)
     leaves = [t.detach().requires_grad_() for t in inputs]
     saved = []
@@ -155,21 +155,21 @@ def test_what_is_kept():
 def test_nothing_is_kept_where_no_gradient_can_come(monkeypatch):
     inputs, routing = case(9, 4, 2, 24, 16, torch.float32)
     leaves = [t.detach().requires_grad_() for t in inputs]
-    asked = []
+    saves = []
     original = torch.ops.minimind.moe_experts
     monkeypatch.setattr(
-        "minimind.kernels.moe_experts._moe_experts", lambda *args: asked.append(args[-1]) or original(*args)
+        "minimind.kernels.moe_experts._moe_experts", lambda *args: saves.append(args[-1]) or original(*args)
     )
     with_grad = moe_experts(*leaves, routing.order, routing.offsets)
     with torch.no_grad():
         without = moe_experts(*leaves, routing.order, routing.offsets)
     moe_experts(*(t.detach() for t in leaves), routing.order, routing.offsets)
-    assert asked == [True, False, False] and torch.equal(with_grad, without)
+    assert saves == [True, False, False] and torch.equal(with_grad, without)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_nan_stays_with_its_token_and_its_expert(dtype):
-    """Tiles reach past an expert's rows, and what they find there must not come in, not even times 0."""
+    """Tiles reach past an expert's rows, and values there must not enter sums, not even times 0."""
     (x, gate_up, down, gates), routing = case(63, 4, 1, 50, 37, dtype)
     first = routing.order[routing.offsets[2]].item()  # behind the last row of expert 1
     x[first] = float("nan")
@@ -183,7 +183,7 @@ def test_a_nan_stays_with_its_token_and_its_expert(dtype):
 
 
 def test_large_preactivations():
-    """silu at 0 and at its argument, where exp would overflow one way or the other."""
+    """silu saturates to 0 or its argument where exp would overflow in one direction."""
     inputs, routing = case(63, 4, 2, 50, 37, torch.float32)
     assert_experts([inputs[0], inputs[1] * 200, *inputs[2:]], routing)
 
@@ -262,7 +262,7 @@ def test_bad_input_is_refused(bad, message):
     "place, number, message",
     [(0, 10, "order is not a permutation"), (0, -1, "order is not a permutation"), (1, 11, "offsets do not rise")],
 )
-def test_a_sort_that_leads_out_of_the_tensors_is_refused(monkeypatch, place, number, message):
+def test_a_sort_with_indices_out_of_range_is_refused(monkeypatch, place, number, message):
     monkeypatch.setenv("MINIMIND_CHECK", "1")
     inputs, routing = case(5, 3, 2, 8, 6, torch.float32)
     sort = [routing.order.clone(), routing.offsets.clone()]

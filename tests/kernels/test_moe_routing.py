@@ -22,7 +22,7 @@ def reference(top_k, normalize):
 
 
 def assert_sorted(routing, experts):
-    """order, inverse and offsets are those of a stable sort by the ids there are."""
+    """Check that order, inverse and offsets are those of a stable sort by expert id."""
     flat = routing.expert_ids.flatten()
     order = flat.argsort(stable=True)
     assert torch.equal(routing.order.long(), order)
@@ -66,7 +66,7 @@ def test_order(tokens, experts, top_k, dtype):
     assert all(t.dtype == torch.int32 and not t.requires_grad for t in ints)
 
 
-def test_of_equal_scores_the_lowest_expert_comes_first():
+def test_ties_go_to_the_lowest_expert():
     routing = route(torch.zeros(150, 6, device=DEVICE), 3, False)
     assert torch.equal(routing.expert_ids, torch.arange(3, device=DEVICE).int().expand(150, 3))
     logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0]], device=DEVICE)
@@ -86,7 +86,7 @@ def test_all_tokens_to_one_expert(wanted, top_k):
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_confident_logits(top_k, normalize):
-    """p of the first expert is near 1, and most others are 0 in float32."""
+    """The first expert's p is near 1, and most others are 0 in float32."""
     logits = rand(63, 8)
     logits[:, 3] += 20
     logits[::2, 5] += 150
@@ -186,7 +186,7 @@ def test_opcheck():
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (lambda x: route(x, 6, True), "top_k is 6; of 5 experts a token can choose 1 to 5"),
+        (lambda x: route(x, 6, True), "top_k is 6; with 5 experts a token can choose 1 to 5"),
         (lambda x: route(x, 0, True), "top_k is 0"),
         (lambda x: route(x.repeat(1, 4), 17, True), "choose 1 to 16"),
         (lambda x: route(x.repeat(1, 52), 2, True), "260 experts"),

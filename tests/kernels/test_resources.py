@@ -106,7 +106,7 @@ for kernel, job in sorted(found.items()):
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
-    """In a process of its own: this one may interpret its kernels."""
+    """Run in a separate process, since this one may interpret its kernels."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": path()}
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT)
 
@@ -123,7 +123,7 @@ def compile_kernels(tmp_path: Path, *flags: str) -> list[dict]:
 
 
 def launched_kernels() -> set[tuple[str, str]]:
-    """(module, name) of every @jit function that no other one uses."""
+    """(module, name) of each @jit function that no other one calls."""
     defined, used = set(), set()
     for file in (ROOT / "kernels").glob("*.py"):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -216,7 +216,7 @@ def test_a_run_compiles_few_variants_whatever_its_lengths(tmp_path):
 
 @pytest.mark.slow
 def test_no_kernel_computes_in_float64(tmp_path):
-    """A Python number that Inductor hands to a kernel is float64, and would make float64 of all that it meets."""
+    """A Python number that Inductor passes to a kernel is float64, and would promote everything it touches."""
     script = tmp_path / "wide.py"
     script.write_text(FLOAT64_ARGUMENTS, encoding="utf-8")
     result = run(str(script), *SUBSET)
@@ -235,7 +235,7 @@ def test_a_spill_is_reported(tmp_path):
     assert f"spills {row['spilled']} bytes" in result.stdout
 
 
-def test_what_must_not_ship():
+def test_problems_that_must_not_ship():
     compiling = pytest.importorskip("bench.compiling")
     fine = compiling.Resources(
         "case", "bf16", 86, "module", "kernel", 8, 3, 128, 0, 0, 99 * 1024, 1, 0.17, "shared", True, 64, 0, 0

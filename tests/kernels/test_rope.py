@@ -15,7 +15,8 @@ NORM_NAMES = [*NAMES, "dq_weight", "dk_weight"]
 
 
 def tables_for(size, positions=128):
-    """With YaRN and its attention factor, 1.28: the rotation is not orthogonal, so its gradient is not its inverse."""
+    """Tables with YaRN and its attention factor, 1.28: the rotation is not orthogonal, so its gradient is not its
+    inverse."""
     scaling = YarnScaling(factor=16.0, original_max_position_embeddings=32, attention_factor=None)
     config = ModelConfig(head_dim=size, rope_scaling=scaling, rope_theta=1e4)
     return rope_cos_sin(config, torch.arange(positions, device=DEVICE))
@@ -30,16 +31,16 @@ def weights_for(size, dtype):
     return [(1 + rand(size, seed=seed, scale=0.3)).to(dtype) for seed in (11, 12)]
 
 
-def projection(*shape, heads, groups, size, dtype=torch.float32):
-    return rand(*shape, (heads + 2 * groups) * size, scale=2).to(dtype)
+def projection(*shape, heads, kv_heads, size, dtype=torch.float32):
+    return rand(*shape, (heads + 2 * kv_heads) * size, scale=2).to(dtype)
 
 
-def assert_rope(qkv, ids, heads, groups, size, weights=(), of=lambda outputs: outputs, names=None):
-    """The contract for `of`(q, k, v) as a function of qkv and the weights."""
+def assert_rope(qkv, ids, heads, kv_heads, size, weights=(), of=lambda outputs: outputs, names=None):
+    """Check the contract for of(q, k, v) as a function of qkv and the weights."""
     cos, sin = tables_for(size)
     assert_contract(
-        lambda x, *w: of(rope(x, cos, sin, ids, heads, groups, *w, eps=EPS)),
-        lambda x, *w: of(rope_ref(x, cos, sin, ids, heads, groups, *w, eps=EPS)),
+        lambda x, *w: of(rope(x, cos, sin, ids, heads, kv_heads, *w, eps=EPS)),
+        lambda x, *w: of(rope_ref(x, cos, sin, ids, heads, kv_heads, *w, eps=EPS)),
         [qkv, *weights],
         names or (NORM_NAMES if weights else NAMES),
     )
@@ -48,25 +49,25 @@ def assert_rope(qkv, ids, heads, groups, size, weights=(), of=lambda outputs: ou
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape, heads, groups, size",
+    "shape, heads, kv_heads, size",
     [
         ((63,), 8, 2, 64), ((2, 17), 8, 2, 80), ((2, 19), 8, 4, 96), ((33,), 8, 2, 128), ((123,), 3, 3, 32),
         ((507,), 1, 1, 2), ((1,), 4, 2, 96), ((), 4, 2, 6), ((2, 3, 1, 5), 2, 1, 10), ((5,), 3, 1, 256),
     ],
 )  # fmt: skip
-def test_rope(shape, heads, groups, size, dtype, norm):
-    qkv = projection(*shape, heads=heads, groups=groups, size=size, dtype=dtype)
-    assert_rope(qkv, ids_for(*shape), heads, groups, size, weights_for(size, dtype) if norm else ())
+def test_rope(shape, heads, kv_heads, size, dtype, norm):
+    qkv = projection(*shape, heads=heads, kv_heads=kv_heads, size=size, dtype=dtype)
+    assert_rope(qkv, ids_for(*shape), heads, kv_heads, size, weights_for(size, dtype) if norm else ())
 
 
 def test_float16():
-    qkv = projection(21, heads=4, groups=2, size=80, dtype=torch.float16)
+    qkv = projection(21, heads=4, kv_heads=2, size=80, dtype=torch.float16)
     assert_rope(qkv, ids_for(21), 4, 2, 80, weights_for(80, torch.float16))
 
 
 @pytest.mark.parametrize("size", [64, 80, 96, 128])
 def test_packed_documents_rotate_as_documents_alone(size):
-    qkv = projection(1, 123, heads=4, groups=2, size=size)
+    qkv = projection(1, 123, heads=4, kv_heads=2, size=size)
     cos, sin = tables_for(size)
     lengths = (1, 99, 23)
     ids = torch.cat([torch.arange(n, device=DEVICE) for n in lengths]).unsqueeze(0)
@@ -100,7 +101,7 @@ def test_any_strides(dtype, norm):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_positions_broadcast_to_the_tokens(dtype):
-    qkv = projection(3, 7, heads=4, groups=2, size=16)
+    qkv = projection(3, 7, heads=4, kv_heads=2, size=16)
     tables, weights = tables_for(16), weights_for(16, torch.float32)
     for ids in (ids_for(1, 7), ids_for(7), ids_for(3, 1), ids_for(1, 1), ids_for(7, 3).t(), ids_for(7).expand(3, 7)):
         ids = ids.to(dtype)
@@ -111,26 +112,26 @@ def test_positions_broadcast_to_the_tokens(dtype):
 
 
 def test_float32_weights_of_a_bfloat16_model_keep_float32_gradients():
-    qkv = projection(37, heads=4, groups=2, size=96, dtype=torch.bfloat16)
+    qkv = projection(37, heads=4, kv_heads=2, size=96, dtype=torch.bfloat16)
     assert_rope(qkv, ids_for(37), 4, 2, 96, weights_for(96, torch.float32))
 
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("used", [0, 1, 2])
 def test_one_output_alone_has_its_gradient(used, norm):
-    qkv, weights = projection(13, heads=4, groups=2, size=20), weights_for(20, torch.float32) if norm else ()
+    qkv, weights = projection(13, heads=4, kv_heads=2, size=20), weights_for(20, torch.float32) if norm else ()
     names = ["qkv"[used], *(NORM_NAMES if norm else NAMES)[3:]]
     assert_rope(qkv, ids_for(13), 4, 2, 20, weights, of=lambda outputs: outputs[used], names=names)
 
 
 def test_strided_gradients():
-    qkv, weights = projection(2, 9, heads=4, groups=2, size=20), weights_for(20, torch.float32)
+    qkv, weights = projection(2, 9, heads=4, kv_heads=2, size=20), weights_for(20, torch.float32)
     assert_rope(qkv, ids_for(2, 9), 4, 2, 20, weights, of=lambda outputs: tuple(t.transpose(1, 2) for t in outputs))
 
 
 @pytest.mark.parametrize("size", [64, 96])
 def test_the_opposite_angle_turns_back(size):
-    qkv = projection(31, heads=4, groups=2, size=size)
+    qkv = projection(31, heads=4, kv_heads=2, size=size)
     cos, sin = rope_cos_sin(ModelConfig(head_dim=size), torch.arange(128, device=DEVICE))
     ids = ids_for(31)
     q, k, v = rope(qkv, cos, sin, ids, 4, 2)
@@ -143,7 +144,7 @@ def test_the_opposite_angle_turns_back(size):
 
 
 def test_the_reference_multiplies_complex_numbers():
-    qkv = projection(2, 11, heads=4, groups=2, size=10).double()
+    qkv = projection(2, 11, heads=4, kv_heads=2, size=10).double()
     ids, weights = ids_for(2, 11), [w.double() for w in weights_for(10, torch.float32)]
     cos, sin = (t.double() for t in tables_for(10))
     heads = qkv.unflatten(-1, (8, 10))
@@ -162,8 +163,8 @@ def test_positions_outside_the_tables_take_the_nearest_row(dtype):
     big = torch.iinfo(dtype)
     ids = torch.tensor([0, -1, 4, 5, 1000, big.max, big.min, 2], dtype=dtype, device=DEVICE)
     whole = rand(9, 8, seed=5)
-    cos = whole[2:7]  # what lies around the tables would show
-    qkv, weights = projection(8, heads=2, groups=1, size=16), weights_for(16, torch.float32)
+    cos = whole[2:7]  # values next to the tables would show
+    qkv, weights = projection(8, heads=2, kv_heads=1, size=16), weights_for(16, torch.float32)
     for used in ([None, None], weights):
         outputs = torch.ops.minimind.rope(qkv, cos, cos * 2, ids, 2, 1, *used, EPS)
         expected = torch.ops.minimind.rope(qkv, cos, cos * 2, ids.clamp(0, 4), 2, 1, *used, EPS)
@@ -175,7 +176,7 @@ def test_positions_outside_the_tables_take_the_nearest_row(dtype):
 
 
 def test_no_tokens():
-    qkv = projection(0, 5, heads=4, groups=2, size=16).requires_grad_()
+    qkv = projection(0, 5, heads=4, kv_heads=2, size=16).requires_grad_()
     weights = [w.requires_grad_() for w in weights_for(16, torch.float32)]
     outputs = rope(qkv, *tables_for(16), ids_for(0, 5), 4, 2, *weights)
     sum(t.sum() for t in outputs).backward()
@@ -188,14 +189,14 @@ def test_second_backward(norm):
     tables, ids = tables_for(20), ids_for(63)
     weights = weights_for(20, torch.float32) if norm else ()
     assert_second_backward_agrees(
-        lambda x, *w: rope(x, *tables, ids, 4, 2, *w), [projection(63, heads=4, groups=2, size=20), *weights]
+        lambda x, *w: rope(x, *tables, ids, 4, 2, *w), [projection(63, heads=4, kv_heads=2, size=20), *weights]
     )
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_what_is_saved(norm):
-    """Nothing of qkv's size without the norm; with it qkv itself, and one number a head."""
-    qkv, tables, ids = projection(9, heads=4, groups=2, size=16).requires_grad_(), tables_for(16), ids_for(9)
+def test_tensors_saved_for_the_backward(norm):
+    """Without the norm nothing of qkv's size is saved; with it qkv itself and one number per head."""
+    qkv, tables, ids = projection(9, heads=4, kv_heads=2, size=16).requires_grad_(), tables_for(16), ids_for(9)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         rope(qkv, *tables, ids, 4, 2, *(weights_for(16, torch.float32) if norm else ()))
@@ -210,7 +211,7 @@ def test_what_is_saved(norm):
 
 
 def test_references_by_finite_differences():
-    qkv = projection(5, heads=2, groups=1, size=6).double().requires_grad_()
+    qkv = projection(5, heads=2, kv_heads=1, size=6).double().requires_grad_()
     weights = [w.double().requires_grad_() for w in weights_for(6, torch.float32)]
     cos, sin = (t.double() for t in tables_for(6))
     ids = ids_for(5)
@@ -220,7 +221,7 @@ def test_references_by_finite_differences():
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_opcheck(norm):
-    tables, ids, qkv = tables_for(12), ids_for(2, 5), projection(2, 5, heads=4, groups=2, size=12)
+    tables, ids, qkv = tables_for(12), ids_for(2, 5), projection(2, 5, heads=4, kv_heads=2, size=12)
     weights = weights_for(12, torch.bfloat16) if norm else [None, None]
     leaves = [None if t is None else t.clone().requires_grad_() for t in (qkv, *weights)]
     torch.library.opcheck(torch.ops.minimind.rope, (leaves[0], *tables, ids, 4, 2, *leaves[1:], EPS))
@@ -233,9 +234,9 @@ def test_opcheck(norm):
     "bad, message",
     [
         (dict(qkv=lambda t: t.double()), "qkv is torch.float64"),
-        (dict(qkv=lambda t: t[:, :-1]), r"qkv is \[5, 127\]; 4 \+ 2 x 2 heads of 16 need a last dimension of 128"),
+        (dict(qkv=lambda t: t[:, :-1]), r"qkv is \[5, 127\]; 4 \+ 2 x 2 heads of size 16 need a last dimension of 128"),
         (dict(heads=lambda n: 3), "need a last dimension of 112"),
-        (dict(groups=lambda n: 0), "groups 0"),
+        (dict(kv_heads=lambda n: 0), "kv_heads 0"),
         (dict(cos=lambda t: t.bfloat16()), r"cos is torch.bfloat16 .* must be float32"),
         (dict(cos=lambda t: t[:-1]), r"cos is torch.float32 \[127, 8\] and sin torch.float32 \[128, 8\]"),
         (dict(cos=lambda t: t[:0], sin=lambda t: t[:0]), r"cos is torch.float32 \[0, 8\]"),
@@ -244,7 +245,7 @@ def test_opcheck(norm):
         (dict(position_ids=lambda t: t.float()), "position_ids is torch.float32"),
         (dict(position_ids=lambda t: t[:3]), r"position_ids is \[3\], which does not broadcast to qkv's \[5\]"),
         (dict(position_ids=lambda t: t.expand(2, 5)), r"position_ids is \[2, 5\]"),
-        (dict(k_weight=lambda t: None), "give both, or neither"),
+        (dict(k_weight=lambda t: None), "give both q_weight and k_weight, or neither"),
         (dict(q_weight=lambda t: t[1:]), r"q_weight is \[15\], and qkv needs \[16\]"),
         (dict(k_weight=lambda t: t.to("meta")), "k_weight is on meta"),
     ],
@@ -253,7 +254,7 @@ def test_bad_input_is_refused(bad, message):
     cos, sin = tables_for(16)
     q_weight, k_weight = weights_for(16, torch.float32)
     arguments = dict(
-        qkv=rand(5, 128), cos=cos, sin=sin, position_ids=ids_for(5), heads=4, groups=2,
+        qkv=rand(5, 128), cos=cos, sin=sin, position_ids=ids_for(5), heads=4, kv_heads=2,
         q_weight=q_weight, k_weight=k_weight,
     )  # fmt: skip
     arguments |= {name: change(arguments[name]) for name, change in bad.items()}
@@ -274,11 +275,11 @@ def test_positions_outside_the_tables_are_refused_on_a_cpu(position):
 @given(
     tokens=st.integers(1, 40),
     heads=st.integers(1, 9),
-    groups=st.integers(1, 4),
+    kv_heads=st.integers(1, 4),
     half=st.integers(1, 70),
     dtype=st.sampled_from(DTYPES),
     norm=st.booleans(),
 )
-def test_any_sizes(tokens, heads, groups, half, dtype, norm):
-    qkv = projection(tokens, heads=heads, groups=groups, size=2 * half, dtype=dtype)
-    assert_rope(qkv, ids_for(tokens), heads, groups, 2 * half, weights_for(2 * half, dtype) if norm else ())
+def test_any_sizes(tokens, heads, kv_heads, half, dtype, norm):
+    qkv = projection(tokens, heads=heads, kv_heads=kv_heads, size=2 * half, dtype=dtype)
+    assert_rope(qkv, ids_for(tokens), heads, kv_heads, 2 * half, weights_for(2 * half, dtype) if norm else ())

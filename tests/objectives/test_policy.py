@@ -1,8 +1,8 @@
-"""The policy's loss on packed rows against one answer at a time with whole logits, in float64."""
+"""Actor and critic losses on packed rows against one answer at a time with whole logits, in float64, and by hand."""
 
 import dataclasses
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 
 import pytest
@@ -11,17 +11,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minimind import ModelConfig, ops
 from minimind.modeling import Model
-from minimind.objectives.policy import PolicyBatch, policy_loss, token_log_probs
+from minimind.objectives.policy import (
+    PolicyBatch,
+    actor_critic_loss,
+    explained_variance,
+    policy_loss,
+    token_log_probs,
+    value_loss,
+    value_losses,
+    value_room,
+)
 from minimind.objectives.surrogates import (
     ALGORITHMS,
-    Objective,
+    PolicyObjective,
     PolicyTokens,
     SampledTokens,
     clip,
     with_entropy,
     with_kl,
 )
-from minimind.objectives.values import actor_critic_loss, value_loss
 from minimind.value_head import ValueModel
 from tests.conftest import documents_batch
 from tests.kernels.contract import assert_within, versions
@@ -45,7 +53,7 @@ def make(kind: type[Model] = Model, **changes) -> Model:
 
 def batch(name: str = "grpo", **changes) -> PolicyBatch:
     """Rows with a prompt and an answer each; documents of one token, one without targets, empty ones at the end.
-    Numbers away from the targets are NaN: none of them may be looked at."""
+    Numbers away from the targets are NaN, since none of them may be read."""
     ids, cu = documents_batch(DOCUMENTS, 128, 97)
     generator = torch.Generator().manual_seed(1)
     targets = torch.randint(0, 97, ids.shape, generator=generator)
@@ -68,7 +76,7 @@ def batch(name: str = "grpo", **changes) -> PolicyBatch:
     return dataclasses.replace(given, **changes)
 
 
-def objective(name: str) -> Objective:
+def objective(name: str) -> PolicyObjective:
     return with_entropy(with_kl(ALGORITHMS[name].objective, 0.1), 0.05)
 
 
@@ -160,7 +168,7 @@ def test_on_policy_the_ratio_is_one_and_nothing_drifts():
 
 
 def halves(given: PolicyBatch) -> list[PolicyBatch]:
-    """The same rows as two batches of the whole's global numbers."""
+    """The same rows as two batches with the global numbers of the whole."""
     parts = []
     for rows in (slice(0, 2), slice(2, 4)):
         columns = {k: v[rows] for k, v in vars(given).items() if isinstance(v, torch.Tensor) and v.ndim == 2}
@@ -236,8 +244,96 @@ def test_nothing_waits_for_the_device_and_no_logits_are_kept():
             assert kept and 512 * 97 not in kept
 
 
-def test_what_has_no_meaning_is_refused():
+def test_bad_aggregations_are_refused():
     with pytest.raises(ValueError, match=r"aggregation='mean': choose one of token, sample, constant"):
         batch(aggregation="mean")
     with pytest.raises(ValueError, match="max_new_tokens=0: aggregation 'constant' divides by it"):
         batch(aggregation="constant", max_new_tokens=0)
+
+
+EPS = torch.finfo(torch.float32).eps
+
+
+def column(numbers) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def test_losses_and_gradients_by_hand():
+    """(V, V old, return): within the bound; beyond it and past the return; beyond it but short of the return."""
+    values, old, returns = column([0.1, 0.9, 0.9, -0.9]), column([0.0] * 4), column([1.0, 0.0, 2.0, -2.0])
+    values.requires_grad_()
+    losses, clipped = value_losses(values, old, returns, column([0.2] * 4))
+    expected = [0.9**2 / 2, 0.9**2 / 2, 1.8**2 / 2, 1.8**2 / 2]
+    torch.testing.assert_close(losses.tolist(), expected, rtol=1e-14, atol=0)
+    (slopes,) = torch.autograd.grad(losses.sum(), values)
+    torch.testing.assert_close(slopes.tolist(), [-0.9, 0.9, 0.0, 0.0], rtol=1e-14, atol=0)
+    assert clipped.tolist() == [False, False, True, True]
+    plain, _ = value_losses(values, None, returns, None)
+    torch.testing.assert_close(plain.tolist(), [0.9**2 / 2, 0.9**2 / 2, 1.1**2 / 2, 1.1**2 / 2])
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sample", "constant"])
+def test_a_critic_on_packed_rows(aggregation):
+    given, critic = batch(aggregation=aggregation), make(ValueModel)
+    given = dataclasses.replace(given, value_room=torch.full_like(given.returns, 0.2))
+    loss, aux, figures = value_loss(critic, given)
+    assert aux == 0 and loss.dtype == torch.float32
+    at = given.sampled()
+    values = critic(given.input_ids, cu_seqlens=given.cu_seqlens).values
+    losses, clipped = value_losses(
+        at.take(values), at.take(given.old_values), at.take(given.returns), at.take(given.value_room)
+    )
+    if aggregation == "sample":
+        losses = losses / at.lengths()[at.samples]
+    assert loss.item() == pytest.approx(losses.sum().item(), rel=1e-5)
+    means = {k: v.item() / given.global_weight for k, v in figures.items()}
+    assert means["value"] == pytest.approx(at.take(values).mean().item(), rel=1e-5)
+    assert means["return"] == pytest.approx(at.take(given.returns).mean().item(), rel=1e-5)
+    assert means["value_clipped"] == pytest.approx(clipped.double().mean().item(), rel=1e-5)
+    loss.backward()
+    assert critic.value_head.weight.grad.any()
+
+
+def test_a_shared_trunk_learns_from_both():
+    given, model = batch(), make(ValueModel)
+    total, _, figures = actor_critic_loss(model, given, clip, value_weight=0.3, entropy=True)
+    policy, _, policy_figures = policy_loss(model, given, clip, entropy=True)
+    value, _, value_figures = value_loss(model, given)
+    assert total.item() == pytest.approx((policy + 0.3 * value).item(), rel=1e-5)
+    assert figures.keys() == policy_figures.keys() | value_figures.keys()
+    whole = torch.autograd.grad(total, list(model.parameters()))
+    parts = torch.autograd.grad(policy + 0.3 * value, list(model.parameters()))
+    for mine, truth in zip(whole, parts, strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_the_room_of_values_is_in_units_of_what_they_are_off_by():
+    """Rewards ten times as large allow values to move ten times as far; a fixed clip would not."""
+    values, returns = column([0.0, 1.0, 0.0]), column([3.0, 1.0, -4.0])
+    room = value_room(values, returns, 0.2)
+    assert room.item() == pytest.approx(0.2 * (25 / 3) ** 0.5, rel=1e-14)
+    assert value_room(10 * values, 10 * returns, 0.2) == pytest.approx(10 * room.item(), rel=1e-14)
+    assert value_room(values + 7, returns + 7, 0.2) == pytest.approx(room.item(), rel=1e-14)
+
+
+def test_explained_variance():
+    returns = column([1.0, 2.0, 4.0])
+    assert explained_variance(returns, returns) == 1
+    assert explained_variance(column([0.0, 0.0, 0.0]), returns) == 0
+    assert explained_variance(-returns, returns) == -3
+    assert explained_variance(returns, column([2.0, 2.0, 2.0])) == 0
+
+
+def test_bad_values_are_refused():
+    given, model = batch(), make(ValueModel)
+    given = dataclasses.replace(given, value_room=torch.full_like(given.returns, 0.2))
+    for change, message in (
+        ({"returns": None}, "needs the batch's returns"),
+        ({"old_values": None}, "needs the batch's old_values"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            value_loss(model, dataclasses.replace(given, **change))
+    with pytest.raises(ValueError, match=r"--value-clip 0: must be above 0"):
+        value_room(column([1.0]), column([2.0]), 0)
+    with pytest.raises(ValueError, match="value_weight=0"):
+        actor_critic_loss(model, given, partial(clip, low=0.1), value_weight=0)

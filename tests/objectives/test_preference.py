@@ -1,4 +1,4 @@
-"""Preference losses against trl's numbers, gradients derived by hand, and plain float64 PyTorch over whole logits."""
+"""Preference losses against trl's numbers, gradients by hand, and float64 PyTorch over whole logits; Bradley-Terry."""
 
 import math
 from functools import lru_cache, partial
@@ -15,14 +15,18 @@ from minimind.objectives.preference import (
     OBJECTIVES,
     Pairs,
     PreferenceBatch,
+    RewardBatch,
+    bradley_terry,
     dpo,
     ipo,
     orpo,
     preference_loss,
+    reward_loss,
     sequence_log_probs,
     simpo,
     with_sft,
 )
+from minimind.value_head import ValueModel
 from tests.conftest import documents_batch
 from tests.kernels.contract import EPS, assert_within, versions
 
@@ -125,9 +129,9 @@ def test_an_sft_term_adds_the_chosen_answers_own_loss(name):
         with_sft(dpo, -1)
 
 
-def make(**changes) -> Model:
+def make(kind: type[Model] = Model, **changes) -> Model:
     torch.manual_seed(0)
-    model = Model(ModelConfig(**{**TINY, **changes}))
+    model = kind(ModelConfig(**{**TINY, **changes}))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -219,7 +223,7 @@ def test_metrics_are_sums_over_pairs():
 
 
 def test_gradients_of_pairs_add_up_over_micro_batches():
-    """Two halves give the whole, whatever shares a batch with what."""
+    """Two halves add up to the whole, whichever pairs share a batch."""
     given, gradients = batch(), []
     for parts in ([slice(0, 4)], [slice(0, 2), slice(2, 4)]):
         model = make()
@@ -279,13 +283,83 @@ def test_nothing_waits_for_the_device_and_no_logits_are_kept():
             assert kept and 512 * 97 not in kept
 
 
-def test_what_has_no_meaning_is_refused():
+def test_bad_settings_are_refused():
     given = batch(reference=False)
     for objective in (dpo, ipo):
-        with pytest.raises(ValueError, match="no reference log-probabilities; compute them once"):
+        with pytest.raises(ValueError, match="no reference log-probabilities; compute them with pair_log_probs"):
             preference_loss(make(), given, objective)
     for objective in OBJECTIVES.values():
         with pytest.raises(ValueError, match="beta=0: must be above 0"):
             preference_loss(make(), batch(), partial(objective, beta=0))
     with pytest.raises(ValueError, match=r"label_smoothing=0\.5"):
         dpo(pairs(), label_smoothing=0.5)
+
+
+CHOSEN_SCORES, REJECTED_SCORES = [1.5, -0.25, 0.0, 30.0], [0.5, 1.0, 0.0, -40.0]
+
+
+def column(numbers) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("centering", [0.0, 0.01, 1.0])
+def test_bradley_terry_and_its_gradient_by_hand(centering):
+    chosen, rejected = column(CHOSEN_SCORES), column(REJECTED_SCORES)
+    losses = bradley_terry(chosen, rejected, centering)
+    expected, slopes = [], []
+    for c, r in zip(CHOSEN_SCORES, REJECTED_SCORES, strict=True):
+        expected.append(math.log1p(math.exp(r - c)) + centering * (c + r) ** 2)
+        wrong = 1 / (1 + math.exp(c - r))
+        slopes.append([-wrong + 2 * centering * (c + r), wrong + 2 * centering * (c + r)])
+    torch.testing.assert_close(losses.tolist(), expected, rtol=1e-12, atol=1e-15)
+    found = torch.stack(torch.autograd.grad(losses.sum(), [chosen, rejected]), 1)
+    torch.testing.assert_close(found.tolist(), slopes, rtol=1e-12, atol=1e-15)
+
+
+def scored_pairs() -> RewardBatch:
+    """Two pairs, one answer in both; the answers end within documents 2, 4 and 10."""
+    ids, cu = documents_batch(DOCUMENTS, 128, 97)
+    targets = ids.roll(-1).masked_fill(torch.arange(512).view(4, 128) % 3 == 0, -100)
+    ends = torch.tensor([126, 250, 510])
+    return RewardBatch(ids, targets, cu, ends[[0, 1]], ends[[2, 2]], int(targets.ne(-100).sum()), 512, 2)
+
+
+def test_scores_are_the_values_at_the_last_tokens():
+    given, model = scored_pairs(), make(ValueModel)
+    loss, aux, figures = reward_loss(model, given, 0.1)
+    flat = given.input_ids.flatten()
+    scores = {
+        end: model(flat[start : end + 1][None]).values[0, -1].item()
+        for start, end in ((100, 126), (191, 250), (453, 510))
+    }
+    c, r = [scores[126], scores[250]], [scores[510]] * 2
+    assert loss.item() == pytest.approx(bradley_terry(column(c), column(r), 0.1).sum().item(), rel=1e-5)
+    assert loss.dtype == torch.float32 and aux == 0
+    expected = {
+        "accuracy": sum(a > b for a, b in zip(c, r, strict=True)),
+        "margin": sum(c) - sum(r),
+        "chosen_score": sum(c),
+        "rejected_score": sum(r),
+    }
+    assert {k: v.item() for k, v in figures.items()} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_equal_scores_are_half_right():
+    model = ValueModel(ModelConfig(**TINY))  # all values are 0
+    loss, _, figures = reward_loss(model, scored_pairs())
+    assert loss.item() == pytest.approx(2 * math.log(2)) and figures["accuracy"] == 1
+
+
+def test_no_reward_loss_waits_for_the_device():
+    with FakeTensorMode():
+        ids, ends = torch.zeros(4, 128, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+        given = RewardBatch(ids, ids, torch.zeros(15, dtype=torch.int32), ends, ends, 512, 512, 3)
+        loss, _, _ = reward_loss(ValueModel(ModelConfig(**TINY)), given, 0.1)
+        loss.backward()
+
+
+def test_a_negative_centering_is_refused():
+    with pytest.raises(ValueError, match=r"centering=-0\.1: must be 0 or more"):
+        bradley_terry(column([1.0]), column([0.0]), -0.1)

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 
 from minimind.objectives.advantages import gae, whiten
-from minimind.objectives.surrogates import Objective, PolicyTokens, SampledTokens, clip
-from minimind.objectives.values import value_losses
+from minimind.objectives.policy import value_losses
+from minimind.objectives.surrogates import PolicyObjective, PolicyTokens, SampledTokens, clip
 
 CELLS, START, STEPS, GAMMA, LAM = 6, 1, 8, 0.95, 0.9
 RIGHT_END, LEFT_END = 1.0, 0.3
@@ -39,7 +39,7 @@ def roll_out(logits: torch.Tensor, generator: torch.Generator) -> dict[str, torc
     return dict(cells=cells, actions=actions, rewards=rewards.double(), samples=samples, final=torch.tensor(final))
 
 
-def train(objective: Objective, sign: float = 1.0, updates: int = 30) -> tuple[torch.Tensor, torch.Tensor]:
+def train(objective: PolicyObjective, sign: float = 1.0, updates: int = 30) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits, values) of a tabular policy and critic that begin indifferent."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.zeros(CELLS, 2, dtype=torch.float64, requires_grad=True)
@@ -93,9 +93,9 @@ def test_with_the_sign_turned_it_does_not():
 
 
 def test_without_bounds_of_use_the_policy_leaves_its_samples():
-    """What the clip is for: four epochs with a bound move the ratio less than four without one."""
+    """The clip's purpose: four epochs move the ratio less with a bound than without."""
 
-    def drift(objective: Objective) -> float:
+    def drift(objective: PolicyObjective) -> float:
         logits, _ = train(objective, updates=1)
         return (logits.log_softmax(-1) - torch.zeros_like(logits).log_softmax(-1))[1:-1].abs().max().item()
 

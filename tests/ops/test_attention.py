@@ -1,4 +1,4 @@
-"""Attention over packed documents: every form against a mask, by the numerics contract."""
+"""Attention over packed documents: each implementation against a mask, by the numerics contract."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from minimind.ops.attention import (
     SharedPrefix,
     SharedPrefixLayout,
     VarlenLayout,
-    _Unfold,
+    _CopyToDocuments,
     attention_name,
     make_layout,
 )
@@ -31,7 +31,7 @@ cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="this operator is the
 
 
 def boundaries(lengths: list[int], empty: int = 0) -> torch.Tensor:
-    """cu_seqlens with so many empty documents behind the last."""
+    """cu_seqlens with this many empty documents at the end."""
     ends = np.cumsum([0, *lengths]).tolist()
     return torch.tensor(ends + [ends[-1]] * empty, dtype=torch.int32)
 
@@ -49,7 +49,7 @@ def heads(tokens: int, query: int, groups: int, size: int, dtype: torch.dtype) -
 
 @pytest.fixture(autouse=True, scope="module")
 def _two_threads():
-    """The operator hands its tiles to all threads; elsewhere the tests run on one."""
+    """The operator uses all threads for its tiles; other tests run on one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(2, threads))
     yield
@@ -58,7 +58,7 @@ def _two_threads():
 
 @pytest.fixture(params=["native", "stacked"])
 def form(request, monkeypatch):
-    """Both forms of the operator: csrc/'s and PyTorch's."""
+    """Run with csrc/'s and with PyTorch's implementation of the operator."""
     if request.param == "native":
         reason = native.why_not(CPU)
         if reason is not None:
@@ -85,7 +85,7 @@ def test_documents(form, lengths, size, dtype):
 
 @cpu_only
 def test_long_documents_and_one_key_head_each(form):
-    """More tiles than one, of every remainder; as many key heads as query heads; a group of eight."""
+    """Several tiles with all remainders; as many key heads as query heads; eight query heads per key head."""
     for lengths, query, groups in (([512, 49, 95, 144], 2, 2), ([257, 1, 2], 8, 1)):
         cu = boundaries(lengths)
         assert_contract(
@@ -98,8 +98,8 @@ def test_long_documents_and_one_key_head_each(form):
 
 @cpu_only
 def test_steep_scores(form):
-    """The probability of all keys but one is 0; padding must stay without effect where exp overflows. Scores of tens of
-    thousands are rounded by some thousandths, and so are the odds of two that are near."""
+    """All probabilities but one are 0, and padding must have no effect even if exp overflows. Scores of tens of
+    thousands are rounded by thousandths, and so are the odds of two similar ones."""
     q, k, v = heads(sum(LENGTHS), 4, 2, 16, torch.float32)
     cu = boundaries(LENGTHS)
     assert_contract(
@@ -133,7 +133,7 @@ def test_second_backward_and_opcheck(form):
 @cpu_only
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_documents_that_share_their_beginning(form, dtype):
-    """A prompt and two answers to it, twice, and a document alone, against the mask of who may see whom."""
+    """Twice a prompt with two answers, and a single document, against the mask of visible tokens."""
     parts = [(0, 37, 20, 63), (120, 1, 1, 100), (222, 15, 0, 0)]  # begin, length of the prompt and of each answer
     total, sees, rows, ends = 237, torch.zeros(237, 237, dtype=torch.bool), [], [0]
     for begin, prompt, first, second in parts:
@@ -147,10 +147,10 @@ def test_documents_that_share_their_beginning(form, dtype):
                 sees[token, document[: i + 1]] = True
             rows += document if answer or not first else []
             ends.append(len(rows))
-    unfolding = SharedPrefix(torch.tensor(rows), torch.tensor(ends, dtype=torch.int32), places_of(rows, total))
-    layout = make_layout(1, total, CPU, dtype, boundaries([total]), unfolding=unfolding)
+    shared_prefix = SharedPrefix(torch.tensor(rows), torch.tensor(ends, dtype=torch.int32), places_of(rows, total))
+    layout = make_layout(1, total, CPU, dtype, boundaries([total]), shared_prefix=shared_prefix)
     assert isinstance(layout, SharedPrefixLayout) and isinstance(layout.documents, DocumentLayout)
-    plain = make_layout(1, total, CPU, dtype, boundaries([total]), fused=False, unfolding=unfolding)
+    plain = make_layout(1, total, CPU, dtype, boundaries([total]), fused=False, shared_prefix=shared_prefix)
     mask = MaskLayout(sees[None, None])
     assert isinstance(plain, MaskLayout) and torch.equal(plain.mask, mask.mask)
     assert_contract(
@@ -168,7 +168,7 @@ def places_of(rows: list[int], tokens: int) -> torch.Tensor:
 
 
 class Plain:
-    """Attention whose result is a sum that rounds nothing."""
+    """Attention whose result is an exact sum."""
 
     def attend(self, q, k, v):
         return q + k + v
@@ -176,7 +176,7 @@ class Plain:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_copies_of_a_beginning_are_added_up_in_float32_and_in_order(dtype):
-    """Forty documents behind one prompt, and padding that nothing is taken from."""
+    """Forty documents with one prompt, and padding that nothing is read from."""
     rows = list(range(10)) + [*range(8), 8] * 39 + [0] * 64
     places = places_of(rows[:-64], 10)
     layout = SharedPrefixLayout(torch.tensor(rows, device=DEVICE), places.to(DEVICE), Plain())
@@ -185,7 +185,7 @@ def test_copies_of_a_beginning_are_added_up_in_float32_and_in_order(dtype):
 
     def gradient(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         x = torch.zeros(10, 4, 8, dtype=dtype, device=DEVICE, requires_grad=True)
-        read = _Unfold.apply(x, layout.rows, layout.places)
+        read = _CopyToDocuments.apply(x, layout.rows, layout.places)
         (read[:-64] * copies.to(dtype)).sum().backward()
         q, k, v = (torch.ones(1, *x.shape, dtype=dtype, device=DEVICE, requires_grad=True) for _ in range(3))
         (layout.attend(q, k, v) * weight.to(dtype)).sum().backward()
@@ -227,8 +227,8 @@ def test_which_form_runs():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_name_is_that_of_the_layout(monkeypatch, fused, dtype):
-    """In rows of benchmarks and in a run's versions.json."""
-    monkeypatch.setattr(varlen, "_taken", "flash3")
+    """The name that benchmarks and a run's versions.json record."""
+    monkeypatch.setattr(varlen, "_chosen", "flash3")
     names = {MaskLayout: "masked", DocumentLayout: "documents", VarlenLayout: "flash3"}
     layout = make_layout(1, 8, torch.device("cpu"), dtype, torch.tensor([0, 3, 8]), fused=fused)
     assert attention_name(torch.device("cpu"), dtype, fused) == names[type(layout)]
@@ -237,8 +237,8 @@ def test_the_name_is_that_of_the_layout(monkeypatch, fused, dtype):
 
 
 @pytest.mark.parametrize("with_gqa", [False, True])
-def test_what_flash_attention_is_asked_for(monkeypatch, with_gqa):
-    """PyTorch's varlen_attn, which no CPU has, stands in as what it documents: both of its signatures."""
+def test_calls_of_flash_attention(monkeypatch, with_gqa):
+    """A stand-in for PyTorch's varlen_attn, which does not run on a CPU, with either of its signatures."""
     cu = boundaries(LENGTHS, empty=5)
 
     def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, **options):

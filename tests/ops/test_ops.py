@@ -1,4 +1,4 @@
-"""The switch, and the PyTorch forms behind it by the numerics contract; the kernels' own tests are in tests/kernels."""
+"""The switch, and its PyTorch implementations by the numerics contract; tests/kernels has the kernels' own tests."""
 
 import pytest
 import torch
@@ -127,7 +127,7 @@ def test_linear_losses_match_the_framework(ops_mode):
 
 
 def test_few_different_sizes_of_products(monkeypatch):
-    """Of batches with other numbers of targets the head's products have few shapes."""
+    """The head's products have few shapes, whatever the number of targets."""
     rows = []
     original = torch.matmul
     monkeypatch.setattr(torch, "matmul", lambda x, *a, **k: rows.append(len(x)) or original(x, *a, **k))
@@ -147,7 +147,7 @@ def test_unknown_mode_is_refused():
 
 def test_kernels_that_cannot_run_are_an_error_not_a_fallback(monkeypatch):
     monkeypatch.setattr(ops, "why_no_triton", lambda device: "triton is not installed")
-    with pytest.raises(ValueError, match="cannot be met: triton is not installed"):
+    with pytest.raises(ValueError, match="cannot run here: triton is not installed"):
         ops.set_mode("kernels")
     assert ops.get_mode() == "fused"
 
@@ -195,7 +195,7 @@ def test_expert_linear(dtype, bounds):
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="this operator is the CPU's")
-def test_expert_linear_takes_few_numbers_of_rows():
+def test_expert_linear_uses_few_numbers_of_rows():
     from minimind.ops.expert_linear import _parts
 
     generator = torch.Generator().manual_seed(0)

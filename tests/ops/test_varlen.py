@@ -1,4 +1,4 @@
-"""Which flash attention is taken: with stand-ins here, with the packages themselves where one is installed."""
+"""The choice of flash attention, with stand-ins, and with the real packages where they are installed."""
 
 from types import ModuleType, SimpleNamespace
 
@@ -27,8 +27,8 @@ def attend(q, k, v, bounds):
 
 
 class Machine:
-    """A GPU of this capability, played by the CPU. installed: modules; fails: what does not load, computes "wrong X",
-    or takes no fewer key "heads"."""
+    """A simulated GPU of this capability. installed: modules; fails: implementations that do not load, "wrong X" for
+    wrong results, "heads" for no support of fewer key heads."""
 
     def __init__(self, monkeypatch, capability=(9, 0), installed=(), fails=(), takes_fewer_heads=True):
         self.active, self.calls, self.fails = None, [], fails
@@ -36,7 +36,7 @@ class Machine:
         monkeypatch.setattr(varlen, "varlen_attn", self.operator)
         monkeypatch.setattr(varlen, "TAKES_FEWER_HEADS", takes_fewer_heads)
         monkeypatch.setattr(varlen, "_HAS_PAGES", True)
-        for name in ("EXPAND", "PAGED", "_flash2", "_taken"):  # put back afterwards
+        for name in ("EXPAND", "PAGED", "_flash2", "_chosen"):  # put back afterwards
             monkeypatch.setattr(varlen, name, getattr(varlen, name))
         monkeypatch.setattr(varlen, "_installed", lambda module: module in installed)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -45,7 +45,7 @@ class Machine:
         monkeypatch.setitem(__import__("sys").modules, "flash_attn", module)
         for name, answer in (("activate", self.activate), ("restore", self.restore), ("current", lambda: self.active)):
             monkeypatch.setattr(torch.nn.attention, f"{name}_flash_attention_impl", answer, raising=False)
-        varlen.learn_heads.cache_clear()
+        varlen.detect_grouped_heads.cache_clear()
 
     def activate(self, name):
         if name in self.fails:
@@ -90,26 +90,26 @@ def test_auto_takes_the_fastest_that_is_there(monkeypatch, capability, installed
     assert machine.active == active
 
 
-def test_a_package_that_does_not_work_is_passed_over_and_said(monkeypatch):
+def test_a_package_that_does_not_work_is_skipped_and_reported(monkeypatch):
     machine = Machine(monkeypatch, installed=ALL, fails=("FA3", "wrong FA4"))
     line = varlen.choose("auto", CPU, HEADS)
     assert line.startswith(
         "attention: FlashAttention 2 of PyTorch; FlashAttention 3 would be faster: it does not load:"
     )
-    assert line.endswith("FlashAttention 4 would be faster: it computes something else here") and "\n" not in line
+    assert line.endswith("FlashAttention 4 would be faster: it gives wrong results here") and "\n" not in line
     assert machine.active is None and varlen.PAGED
 
 
 @pytest.mark.parametrize(
     "name, capability, installed, fails, message",
     [
-        ("flash3", (8, 0), ALL, (), r"flash3: it is for compute capability 9\.x, and this GPU has 8\.0; use"),
+        ("flash3", (8, 0), ALL, (), r"flash3: it supports compute capability 9\.x, and this GPU has 8\.0; use"),
         ("flash4", (9, 0), [], (), r"flash_attn\.cute\.interface is not installed \(pip install flash-attn-4\)"),
         ("flash3", (9, 0), ALL, ("FA3",), "it does not load: FA3 was built for another torch; use --attention torch"),
-        ("flash4", (10, 0), ALL, ("wrong FA4",), "it computes something else here"),
+        ("flash4", (10, 0), ALL, ("wrong FA4",), "it gives wrong results here"),
     ],
 )
-def test_a_named_one_that_cannot_be_had_is_an_error(monkeypatch, name, capability, installed, fails, message):
+def test_naming_one_that_does_not_work_is_an_error(monkeypatch, name, capability, installed, fails, message):
     machine = Machine(monkeypatch, capability, installed, fails)
     with pytest.raises(ValueError, match=message) as caught:
         varlen.choose(name, CPU, HEADS)
@@ -119,9 +119,9 @@ def test_a_named_one_that_cannot_be_had_is_an_error(monkeypatch, name, capabilit
 def test_flash2_is_called_instead_of_pytorchs_operator(monkeypatch):
     machine = Machine(monkeypatch, (8, 6), ALL)
     assert varlen.choose("flash2", CPU, HEADS) == "attention: FlashAttention 2 of flash-attn"
-    assert machine.calls == ["flash2"] and varlen.taken() == "flash2"
+    assert machine.calls == ["flash2"] and varlen.chosen() == "flash2"
     assert varlen.choose("torch", CPU, HEADS) == "attention: FlashAttention 2 of PyTorch"
-    assert varlen._flash2 is None and varlen.taken() == "torch"
+    assert varlen._flash2 is None and varlen.chosen() == "torch"
 
 
 def test_flash4_has_no_pages_on_hopper(monkeypatch):
@@ -133,7 +133,7 @@ def test_flash4_has_no_pages_on_hopper(monkeypatch):
 
 
 @pytest.mark.parametrize("fails", [(), ("heads",)])
-def test_an_operator_that_does_not_say_is_asked_once_for_fewer_key_heads(monkeypatch, fails):
+def test_support_of_fewer_key_heads_is_detected_once(monkeypatch, fails):
     machine = Machine(monkeypatch, (8, 0), [], fails, takes_fewer_heads=False)
     for _ in range(2):
         varlen.choose("auto", CPU, HEADS)
@@ -159,7 +159,7 @@ def test_a_cpu_has_no_flash_attention(name):
 def test_float32_has_no_flash_attention(monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", SimpleNamespace())
     reason = varlen.why_none(torch.device("cuda"), torch.float32)
-    assert reason == "flash attention takes 16-bit numbers, and the run computes in torch.float32"
+    assert reason == "flash attention needs 16-bit numbers, and the run computes in torch.float32"
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")

@@ -14,19 +14,19 @@ def sample(text: str, reference: str | None = None, tokens: int | list[int] = 0,
 
 
 def boom(samples: list[Sample]) -> list[float]:
-    """A reward of one's own that fails on some samples."""
+    """A custom reward that fails on some samples."""
     if any("bad" in sample.text for sample in samples):
         raise KeyError("bad\nin two lines")
     return [float(len(sample.text)) for sample in samples]
 
 
 def unwell(samples: list[Sample]) -> list[float]:
-    """A reward that gives numbers that are none."""
+    """A reward that returns values that are not finite."""
     return [float("inf") if "bad" in sample.text else 1.0 for sample in samples]
 
 
 def short(samples: list[Sample]) -> list[float]:
-    """A reward that loses a sample; tests put others in its place."""
+    """A reward that returns too few numbers; tests replace it."""
     return [1.0] * (len(samples) - 1)
 
 

@@ -1,4 +1,4 @@
-"""Rewards as a command line composes them, what becomes of failures, and whether a signal is left."""
+"""Rewards as a command line composes them, and handling of failures."""
 
 import math
 import sys
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from minimind.rewards import RewardError, Scores, SignalWatch, degenerate, parse_rewards, summary
+from minimind.rewards import RewardError, parse_rewards
 from minimind.rewards.compose import Spec
 from tests.rewards import samples
 from tests.rewards.samples import sample
@@ -60,7 +60,7 @@ def test_bad_words_are_refused_in_one_line(word, message):
 def test_no_word_and_a_bad_policy_are_refused():
     with pytest.raises(ValueError, match="--reward: name at least one, such as number:1"):
         parse_rewards([])
-    with pytest.raises(ValueError, match="--on-reward-error skip: stop, drop"):
+    with pytest.raises(ValueError, match="--on-reward-error skip: choose stop, drop"):
         parse_rewards(["number"], on_error="skip")
 
 
@@ -112,11 +112,11 @@ def test_a_failing_reward_drops_its_samples_alone(name):
     assert rewards.failed == Counter(function=4)
 
 
-def test_a_number_stands_in_for_what_a_reward_did_not_say():
+def test_a_number_replaces_a_missing_reward():
     scores = parse_rewards([f"function={HERE}:boom:2", "regex=e"], on_error="-1")(SAMPLES)
     assert scores.total.tolist() == [7, -2, 11, -2]
     assert scores.failures["function"].count == 2
-    assert math.isnan(scores.parts["function"][1])  # what was said in its place is not the reward's
+    assert math.isnan(scores.parts["function"][1])  # the replacement is not recorded as its value
 
 
 def test_a_run_may_stop_instead():
@@ -129,7 +129,7 @@ def test_a_run_may_stop_instead():
 
 @pytest.mark.parametrize("on_error", ["drop", "stop", "-1"])
 @pytest.mark.parametrize(
-    ("said", "named"),
+    ("returned", "named"),
     [
         ([1.0], "returned 1 value for 4 samples"),
         ([], "returned 0 values"),
@@ -150,18 +150,18 @@ def test_a_run_may_stop_instead():
         ([10**400, 1, 1, 1], r"returned int 1000\S+\.\.\., no number,"),
     ],
 )
-def test_what_are_no_rewards_is_refused_at_once(said, named, on_error, monkeypatch):
-    """Not asked again sample by sample: the function is wrong, whatever the samples are."""
-    asked = []
-    monkeypatch.setattr(samples, "short", lambda s: (asked.append(len(s)), said)[1])
+def test_wrong_return_values_are_refused_at_once(returned, named, on_error, monkeypatch):
+    """The function is not called again sample by sample: it is wrong whatever the samples are."""
+    calls = []
+    monkeypatch.setattr(samples, "short", lambda s: (calls.append(len(s)), returned)[1])
     message = rf"^--reward function={HERE}:short {named}.*: it must return a list of 4 numbers, one for each$"
     with pytest.raises(RewardError, match=message) as caught:
         parse_rewards(["regex=e", f"function={HERE}:short:2"], on_error)(SAMPLES)
-    assert asked == [4] and "\n" not in str(caught.value)
+    assert calls == [4] and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "said",
+    "returned",
     [
         (1, 0, 1, True),
         [np.float16(1), np.int64(0), np.bool_(True), torch.tensor(1)],
@@ -170,12 +170,12 @@ def test_what_are_no_rewards_is_refused_at_once(said, named, on_error, monkeypat
         [1, None, 1, Fraction(1)],
     ],
 )
-def test_numbers_of_any_kind_are_rewards(said, monkeypatch):
-    monkeypatch.setattr(samples, "short", lambda s: said)
+def test_numbers_of_any_kind_are_rewards(returned, monkeypatch):
+    monkeypatch.setattr(samples, "short", lambda s: returned)
     scores = parse_rewards([f"function={HERE}:short"], "0")(SAMPLES)
     assert scores.total.tolist() == [1, 0, 1, 1]
     failed = {name: (f.count, f.first) for name, f in scores.failures.items()}
-    assert failed == ({"function": (1, "it gave nan")} if None in list(said) else {})
+    assert failed == ({"function": (1, "it gave nan")} if None in list(returned) else {})
 
 
 def test_a_reward_that_raises_for_a_batch_and_then_gives_a_number_alone(monkeypatch):
@@ -183,47 +183,3 @@ def test_a_reward_that_raises_for_a_batch_and_then_gives_a_number_alone(monkeypa
     message = "returned float 1.0, no list, for 1 sample: it must return a list of one number"
     with pytest.raises(RewardError, match=message):
         parse_rewards([f"function={HERE}:short"])(SAMPLES)
-
-
-def scores_of(total: list[float]) -> Scores:
-    return Scores(np.array(total), {"number": np.array(total)}, {})
-
-
-def test_summary():
-    nan = math.nan
-    parts = {"a": np.array([1.0, nan, nan, 0.0, 0.0]), "b": np.full(5, nan)}
-    scores = Scores(np.array([1.0, 3.0, nan, 2.0, 2.0]), parts, {})
-    figures = summary(scores, np.array([7, 7, 7, 9, 9]))
-    assert figures == pytest.approx(
-        {
-            "reward": 2.0,
-            "reward_std": np.std([1, 3, 2, 2]),
-            "reward_a": 1 / 3,
-            "reward_failed_a": 2.0,
-            "reward_failed_b": 5.0,
-            "reward_dropped": 1.0,
-            "degenerate_groups": 0.5,
-        }
-    )
-    assert "degenerate_groups" not in summary(scores)
-    assert summary(scores_of([nan]))["reward_dropped"] == 1 and "reward" not in summary(scores_of([nan]))
-
-
-def test_degenerate_groups_leave_out_what_was_dropped():
-    nan = math.nan
-    total, groups = np.array([1, 2, 1, nan, 3, 3, nan, nan]), np.array([0, 0, 1, 1, 2, 2, 3, 3])
-    assert degenerate(total, groups).tolist() == [False, True, True, True]
-
-
-def test_a_lost_signal_is_said_once():
-    watch, groups = SignalWatch(patience=3), np.array([0, 0, 1, 1])
-    equal, mixed = scores_of([1, 1, 0, 0]), scores_of([1, 0, 0, 0])
-    lines = [watch.see(s, groups) for s in (equal, equal, mixed, equal, equal, equal, equal, equal)]
-    assert [line is not None for line in lines] == [False] * 5 + [True] + [False] * 2
-    assert "for 3 steps in every group all rewards are equal (now 0.5 on average)" in lines[5]
-    assert SignalWatch(1).see(equal) is None  # compared with the whole batch there is a signal
-    assert "no reward could judge" in SignalWatch(1).see(scores_of([math.nan] * 4), groups)
-    assert SignalWatch(1).see(scores_of([])) is None
-    again = SignalWatch(3)
-    again.load_state_dict({"silent": 2})
-    assert again.see(equal, groups) is not None and again.state_dict() == {"silent": 3}

@@ -1,4 +1,4 @@
-"""Reward models as rewards: every conversation scored as if it were alone, whatever it is batched with."""
+"""Reward models as rewards: each conversation gets the same score in any batch."""
 
 import copy
 import dataclasses
@@ -66,7 +66,7 @@ def test_scores_are_values_at_the_answers_last_token(folder, tmp_path):
 
 
 def test_an_answer_model_sees_the_answer_alone(folder):
-    """However long and whatever the reasoning is; one that was cut off in it has said nothing."""
+    """The score ignores the reasoning; a reply cut off within its reasoning has an empty answer."""
     rewards = parse_rewards([f"answer_model={folder}", f"model={folder}:0.5"])
     texts = ["<think>2 + 2</think>4", "<think>or 5?</think><answer>4</answer>", "4", "<think>2 +", ""]
     samples = [sample(text, prompt=SAMPLES[0].prompt) for text in texts]
@@ -81,7 +81,7 @@ def test_an_answer_model_sees_the_answer_alone(folder):
 
 
 def test_control_tokens_in_an_answer_are_text(folder):
-    """An answer cannot end its own turn and write on as somebody else."""
+    """An answer cannot end its own turn and continue in another role."""
     reward = model_reward(str(folder), CPU)
     ended, plain = reward([SAMPLES[4], SAMPLES[0]])
     assert ended != plain
@@ -112,7 +112,7 @@ def test_batches_hold_everything_once_within_their_limit(padded):
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory) -> Path:
-    """A classifier of transformers whose tokenizer pads with the token that ends turns, conversations among them."""
+    """A classifier of transformers whose tokenizer pads with the token that ends turns."""
     transformers = pytest.importorskip("transformers", reason="install minimind[export]: needs transformers")
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("classifier")
@@ -129,7 +129,7 @@ def classifier(tmp_path_factory) -> Path:
 
 
 def test_a_classifier_of_transformers(classifier):
-    """Padding changes no score: each is the last token's of the conversation alone."""
+    """Padding does not change scores: each is that of the conversation's last token alone."""
     reward = model_reward(str(classifier), CPU)
     assert isinstance(reward, ClassifierReward)
     rows = [
@@ -151,11 +151,11 @@ def test_a_classifier_of_transformers(classifier):
         assert_within(torch.tensor(reward(SAMPLES), dtype=alone.dtype), alone, exact, f"limit {limit}")
 
 
-def test_what_is_no_reward_model_is_refused(classifier, tmp_path):
+def test_a_folder_without_a_reward_model_is_refused(classifier, tmp_path):
     transformers = pytest.importorskip("transformers", reason="install minimind[export]: needs transformers")
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        ValueError, match=r"--reward model=.*empty: no config.json in it; name a run of train/reward.py"
+        ValueError, match=r"--reward model=.*empty: it has no config.json; name a run of train/reward.py"
     ):
         parse_rewards([f"model={tmp_path / 'empty'}"])
     config = transformers.AutoConfig.from_pretrained(classifier)
@@ -163,7 +163,7 @@ def test_what_is_no_reward_model_is_refused(classifier, tmp_path):
     three = tmp_path / "three"
     shutil.copytree(classifier, three)
     transformers.LlamaForSequenceClassification(config).save_pretrained(three)
-    with pytest.raises(ValueError, match="a classifier of 3 labels; a reward model has one"):
+    with pytest.raises(ValueError, match="a classifier with 3 labels; a reward model has one"):
         model_reward(str(three), CPU)
     broken = tmp_path / "broken"
     shutil.copytree(classifier, broken)

@@ -17,8 +17,8 @@ from minimind.data.cache import open_preferences
 from minimind.data.split import split
 from minimind.inference.loading import WeightArgs, open_weights
 from minimind.lora import LoRAConfig, adapters_off, lora_linears
-from minimind.rewards.base import Sample
 from minimind.rewards.model import model_reward
+from minimind.rewards.rules import Sample
 from minimind.tokenization import ChatEncoder
 from minimind.training.adapters import PEAK_LR, AdapterArgs, AdapterSetup
 from minimind.training.checkpoint import list_checkpoints, load_trainer_state

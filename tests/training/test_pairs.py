@@ -11,8 +11,7 @@ from minimind import ModelConfig, load_tokenizer, ops
 from minimind.data.cache import open_preferences
 from minimind.data.pair_loader import PairLoader
 from minimind.modeling import Model
-from minimind.objectives.preference import pair_log_probs
-from minimind.objectives.reward_model import RewardBatch, bradley_terry, reward_loss
+from minimind.objectives.preference import RewardBatch, bradley_terry, pair_log_probs, reward_loss
 from minimind.tokenization import ChatEncoder
 from minimind.training.stages import reward_model
 from minimind.training.stages.dpo import to_device
@@ -65,7 +64,7 @@ def test_log_probabilities_are_those_of_each_side_alone(sides, share, boundaries
     loader = PairLoader(corpus, 192, 40, share=share)
     (host,) = loader.epoch_batches()
     batch = to_device(host, torch.device("cpu"), boundaries)
-    assert (batch.unfolding is not None) == share
+    assert (batch.shared_prefix is not None) == share
     pairs, _ = pair_log_probs(model, batch)
     log_probs = torch.stack((pairs.chosen, pairs.rejected), 1)[torch.from_numpy(host.pairs).argsort()]
     for i, value in enumerate(with_gradients(model, log_probs)):
@@ -81,14 +80,14 @@ def test_scores_are_those_of_each_side_alone(ops_mode, tmp_path):
     path, encoder = tmp_path / "pairs.jsonl", ChatEncoder(load_tokenizer())
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     corpus = open_preferences([path], encoder, tmp_path / "cache")
-    model = ValueModel.of(make(TINY))
+    model = ValueModel.from_model(make(TINY))
     torch.nn.init.normal_(model.value_head.weight)
     with ops.using("reference"):
         alone = {name: scores_one_by_one(m, encoder) for name, m in versions(model, terms=256).items()}
     for share in (False, True):
         (host,) = PairLoader(corpus, 192, 40, share=share).epoch_batches()
         batch = reward_model.to_device(host, torch.device("cpu"), 256)
-        assert (batch.unfolding is not None) == share
+        assert (batch.shared_prefix is not None) == share
         figures = [values_of(model, batch)[ends] for ends in (batch.chosen, batch.rejected)]
         found = torch.stack(figures, 1)[torch.from_numpy(host.pairs).argsort()]
         assert_within(found.float(), **alone)
@@ -109,7 +108,7 @@ def scores_one_by_one(model: ValueModel, encoder: ChatEncoder) -> torch.Tensor:
 
 @torch.no_grad()
 def values_of(model: ValueModel, batch: RewardBatch) -> torch.Tensor:
-    options = {"position_ids": batch.position_ids, "unfolding": batch.unfolding}
+    options = {"position_ids": batch.position_ids, "shared_prefix": batch.shared_prefix}
     return model(batch.input_ids, cu_seqlens=batch.cu_seqlens, **options).values.flatten()
 
 
@@ -118,6 +117,6 @@ def test_a_compiled_step_meets_one_shape(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     loader = PairLoader(open_preferences([path], encoder, tmp_path / "cache"), 192, 1, share=True)
     batches = [to_device(host, torch.device("cpu"), boundaries=64) for host in loader.epoch_batches()]
-    read = {int(batch.unfolding.cu_seqlens.unique().numel()) for batch in batches}
-    shapes = {tuple(tensor.shape for tensor in batch.unfolding) for batch in batches}
+    read = {int(batch.shared_prefix.cu_seqlens.unique().numel()) for batch in batches}
+    shapes = {tuple(tensor.shape for tensor in batch.shared_prefix) for batch in batches}
     assert len(batches) > 1 and len(read) > 1 and len(shapes) == 1

@@ -204,7 +204,7 @@ def teacher(folder: Path) -> None:
 
 
 def reward_model(folder: Path) -> None:
-    save_value_model(ValueModel.of(Model(TINY)), folder)
+    save_value_model(ValueModel.from_model(Model(TINY)), folder)
     load_tokenizer().save(folder)
 
 

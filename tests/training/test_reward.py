@@ -121,7 +121,7 @@ def test_the_scored_token_is_the_last_before_the_end_of_the_turn(pairs, share):
     for host in PairLoader(corpus, 128, 4, share=share).epoch_batches():
         batch = to_device(host, torch.device("cpu"), 128)
         ids, cu = batch.input_ids.flatten(), host.cu_seqlens
-        assert len(batch.cu_seqlens) == 128 and (batch.unfolding is not None) == share
+        assert len(batch.cu_seqlens) == 128 and (batch.shared_prefix is not None) == share
         for k, pair in enumerate(host.pairs):
             prompt = ids[cu[host.prompt[k]] : cu[host.prompt[k] + 1]].tolist()
             for side, segments, ends in (

@@ -37,14 +37,14 @@ class ActorCritic(Model):
         """`model`, whose modules are shared, with a critic copied from it, or with an adapter of its own on the same
         frozen weights if `model` has one."""
         both = _around(model, ActorCritic)
-        both.critic = _adapted_critic(model) if lora_linears(model) else ValueModel.of(model)
+        both.critic = _adapted_critic(model) if lora_linears(model) else ValueModel.from_model(model)
         return both
 
 
 def with_value_head(model: Model) -> ValueModel:
     """A policy that shares its trunk with its critic: a copy of `model`, or `model` itself if it has an adapter."""
     if not lora_linears(model):
-        return ValueModel.of(model, keep_head=True)
+        return ValueModel.from_model(model, keep_head=True)
     both, weight = _around(model, ValueModel), model.embed_tokens.weight
     both.value_head.weight = nn.Parameter(weight.new_zeros(1, model.config.hidden_size))
     return both

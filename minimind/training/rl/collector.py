@@ -193,7 +193,7 @@ class Collector:
         if kept and kept[0].reference is not None:
             reference = np.concatenate([a.reference for a in kept if a.reference is not None])
             policy = torch.from_numpy(np.concatenate([a.log_probs for a in kept])).double()
-            figures["kl"] = kl_estimates(policy, torch.from_numpy(reference).double(), "k3").mean().item()
+            figures["kl"] = kl_estimates(policy, torch.from_numpy(reference).double()).mean().item()
         return {name: float(value) for name, value in (figures | self._drift(kept)).items()}
 
     def _drift(self, answers: list[Answer]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from minimind.data import Corpus, PackedLoader, builtin_conversations, builtin_corpus
 from minimind.modeling import Model
-from minimind.objectives.distillation import Distillation, distillation_loss
+from minimind.objectives.next_token import Distillation, distillation_loss
 from minimind.tokenization import ChatEncoder, Tokenizer
 from minimind.training.batches import to_device
 from minimind.training.data_split import DataSplit, NamedFiles, all_losses, open_split, read_texts

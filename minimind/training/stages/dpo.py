@@ -26,7 +26,7 @@ from minimind.data.loss_mask import NONE, SIDE, class_of
 from minimind.data.pair_loader import PairBatch, PairLoader
 from minimind.lora import adapters_off
 from minimind.modeling import Model
-from minimind.objectives.preference import Objective, PreferenceBatch, pair_log_probs, preference_loss
+from minimind.objectives.preference import PairObjective, PreferenceBatch, pair_log_probs, preference_loss
 from minimind.ops.attention import SharedPrefix
 from minimind.training.batches import move
 from minimind.training.evaluation import rename
@@ -56,7 +56,7 @@ def to_device(
     counts = batch.num_targets, batch.global_num_targets, batch.global_num_pairs
     named: dict[str, Any] = dict(zip(("reference_chosen", "reference_rejected"), more[: len(scores)], strict=False))
     if shared:
-        named |= {"position_ids": more[len(scores)], "unfolding": SharedPrefix(*more[len(scores) + 1 :])}
+        named |= {"position_ids": more[len(scores)], "shared_prefix": SharedPrefix(*more[len(scores) + 1 :])}
     return PreferenceBatch(input_ids, targets, bounds, chosen, rejected, *counts, prompt=prompt, **named)
 
 
@@ -82,7 +82,7 @@ def open_heldout(
 def evaluate_pairs(
     model: Model,
     heldout: Mapping[str, tuple[HeldOutPairs, HeldOutPairs]],
-    loss: Objective,
+    loss: PairObjective,
     job: Job,
     questions: int,
     final: bool,
@@ -108,7 +108,7 @@ def evaluate_pairs(
 
 @torch.no_grad()
 def heldout_figures(
-    model: Model, loader: PairLoader, reference: np.ndarray | None, objective: Objective, parallel: Parallel
+    model: Model, loader: PairLoader, reference: np.ndarray | None, objective: PairObjective, parallel: Parallel
 ) -> dict[str, Any]:
     """Means over the pairs of `loader`, as heldout_NAME: of the objective, called loss, and of FIGURES. All ranks call
     it and return the same."""

@@ -14,7 +14,7 @@ from minimind.data.loss_mask import NONE, SIDE, class_of
 from minimind.data.pair_loader import PairBatch, PairLoader
 from minimind.lora_files import read_adapter
 from minimind.modeling import Model
-from minimind.objectives.reward_model import RewardBatch, reward_loss
+from minimind.objectives.preference import RewardBatch, reward_loss
 from minimind.ops.attention import SharedPrefix
 from minimind.tokenization import Tokenizer
 from minimind.training.adapters import AdapterSetup, adapter_saver, set_parameters
@@ -38,7 +38,7 @@ class InitialValueModel(InitialModel):
     """The initial model with a value head of zeros."""
 
     def load(self) -> ValueModel:
-        return ValueModel.of(super().load())
+        return ValueModel.from_model(super().load())
 
 
 def checkpoint_functions(setup: AdapterSetup) -> dict[str, Any]:

@@ -324,7 +324,7 @@ def test_scores_are_clipped_and_normalised_but_logged_rewards_are_not():
 def test_policy_and_critic_load_from_a_checkpoint(shared, tmp_path):
     def make(seed: int):
         model = small_model(seed=seed)
-        both = ValueModel.of(model, keep_head=True) if shared else ActorCritic.from_policy(model)
+        both = ValueModel.from_model(model, keep_head=True) if shared else ActorCritic.from_policy(model)
         torch.nn.init.normal_(critic_of(both).value_head.weight)
         return both
 
