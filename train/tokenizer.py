@@ -69,7 +69,7 @@ def main(config: Config) -> None:
     """Train, save and measure. Raises ValueError for an unusable setting or file."""
     check_out(config)
     sources = weighted_sources(config)
-    read = partial(iter_texts, on_bad_row=config.on_bad_row, form=RowFormat(config.format, config.ignore_fields))
+    read = partial(iter_texts, on_bad_row=config.on_bad_row, row_format=RowFormat(config.format, config.ignore_fields))
     held_out = {text for path in eval_paths(config) for text in read(path)}
     console = Console(stderr=True)
     for line in find_files(config.data).lines():

@@ -34,7 +34,7 @@ def open_corpus(
     on_bad_row: str = "error",
     console: Console | None = None,
     part_bytes: int = PART_BYTES,
-    form: RowFormat = AUTO,
+    row_format: RowFormat = AUTO,
 ) -> Corpus:
     """The documents of `paths` (files, folders, globs) as tokens: bos, text, eos, in order.
 
@@ -46,7 +46,7 @@ def open_corpus(
     Raises ValueError, in one line, on a bad row (file:line, unless `on_bad_row` is "skip"), a file without documents, a
     vocabulary of more than 65536 tokens, and a folder that is full or cannot be written.
     """
-    recipe = TextRecipe(tokenizer, form)
+    recipe = TextRecipe(tokenizer, row_format)
     return _open(paths, recipe, EXTENSIONS, cache_dir, on_bad_row, console, part_bytes)
 
 
@@ -57,14 +57,14 @@ def open_conversations(
     on_bad_row: str = "error",
     console: Console | None = None,
     part_bytes: int = PART_BYTES,
-    form: RowFormat = AUTO,
+    row_format: RowFormat = AUTO,
 ) -> Corpus:
     """The conversations of `paths` as tokens with loss codes; cache and errors as in `open_corpus`.
 
     A conversation ends with its last assistant turn. Also raises ValueError, naming file:line, on a conversation
     without an assistant turn, an unknown role or field, an empty message, and tools that are not JSON.
     """
-    recipe = ConversationRecipe(encoder, form)
+    recipe = ConversationRecipe(encoder, row_format)
     return _open(paths, recipe, (".jsonl",), cache_dir, on_bad_row, console, part_bytes)
 
 
@@ -77,7 +77,7 @@ def open_preferences(
     part_bytes: int = PART_BYTES,
     longest: int | None = None,
     share: bool = True,
-    form: RowFormat = AUTO,
+    row_format: RowFormat = AUTO,
 ) -> Corpus:
     """The preference pairs of `paths` as tokens with loss codes; cache and errors as in `open_corpus`. longest, share:
     as in PreferenceRecipe.
@@ -85,7 +85,7 @@ def open_preferences(
     Also raises ValueError, naming file:line, on a missing side, a malformed message, a side that does not end with the
     assistant, sides that answer different prompts, and sides that are the same.
     """
-    recipe = PreferenceRecipe(encoder, longest, share, form)
+    recipe = PreferenceRecipe(encoder, longest, share, row_format)
     return _open(paths, recipe, (".jsonl",), cache_dir, on_bad_row, console, part_bytes)
 
 

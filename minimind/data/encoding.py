@@ -51,7 +51,7 @@ class TextRecipe:
     """Plain text becomes bos, text, eos. Names of special tokens in the text are encoded as plain text."""
 
     tokenizer: Tokenizer
-    form: RowFormat = AUTO
+    row_format: RowFormat = AUTO
     weighted = False
 
     @property
@@ -60,10 +60,10 @@ class TextRecipe:
 
     def key(self) -> list[Any]:
         tokens = [self.tokenizer.fingerprint, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
-        return [*tokens, *self.form.key()]
+        return [*tokens, *self.row_format.key()]
 
     def read(self, path: Path, on_bad_row: str, start: Position, bad: BadRows | None) -> Iterator[Document]:
-        return read_documents(path, on_bad_row, start, bad, self.form)
+        return read_documents(path, on_bad_row, start, bad, self.row_format)
 
     def encode(self, documents: list[Document]) -> Encoded:
         ids = self.tokenizer.encode_batch([document.text for document in documents], allow_special=False)
@@ -96,7 +96,7 @@ class ConversationRecipe:
     """
 
     encoder: ChatEncoder
-    form: RowFormat = AUTO
+    row_format: RowFormat = AUTO
     weighted = True
 
     @property
@@ -104,13 +104,13 @@ class ConversationRecipe:
         return self.encoder.vocab_size
 
     def key(self) -> list[Any]:
-        return ["conversations", 1, self.encoder.fingerprint, *self.form.key()]
+        return ["conversations", 1, self.encoder.fingerprint, *self.row_format.key()]
 
     def read(self, path: Path, on_bad_row: str, start: Position, bad: BadRows | None) -> Iterator[ConversationDocument]:
         report = reporter(path, on_bad_row, bad)
         for line, end, row in iter_rows(path, start, report):
             try:
-                pieces = self.encoder.pieces(self.form.conversation(row))
+                pieces = self.encoder.pieces(self.row_format.conversation(row))
                 text = _text_of(pieces)
                 text.encode()
             except ValueError as error:
@@ -154,7 +154,7 @@ class PreferenceRecipe:
     encoder: ChatEncoder
     longest: int | None = None
     share: bool = True
-    form: RowFormat = AUTO
+    row_format: RowFormat = AUTO
     weighted = True
 
     @property
@@ -162,14 +162,14 @@ class PreferenceRecipe:
         return self.encoder.vocab_size
 
     def key(self) -> list[Any]:
-        whole = ["preferences", 1, self.encoder.fingerprint, *self.form.key()]
+        whole = ["preferences", 1, self.encoder.fingerprint, *self.row_format.key()]
         return whole if self.longest is None else [*whole, "cut", 1, self.longest, self.share]
 
     def read(self, path: Path, on_bad_row: str, start: Position, bad: BadRows | None) -> Iterator[PairDocument]:
         report = reporter(path, on_bad_row, bad)
         for line, end, row in iter_rows(path, start, report):
             try:
-                chosen, rejected = self.form.pair(row)
+                chosen, rejected = self.row_format.pair(row)
                 shared = _check_prompt(chosen, rejected)
                 sides = tuple(self._pieces(*side) for side in zip(SIDES, (chosen, rejected), strict=True))
                 texts = [_text_of(pieces) for pieces in sides]

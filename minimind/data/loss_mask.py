@@ -55,9 +55,9 @@ def fit_conversations(view: Corpus, documents: np.ndarray, seq_len: int, whole_a
         turns = np.flatnonzero(code[:seq_len] & TURN_END)
         at_turn[i], inside[i] = len(turns) > 0, len(turns) == 0
         kept = int(turns[-1]) + 1 if len(turns) else seq_len
-        learnt = int(targets[:kept].sum()) if len(turns) or not whole_answers else 0
-        pairs[i] = kept if learnt else 0
-        num_bytes[i] = num_bytes[i] * learnt // int(targets.sum())
+        kept_targets = int(targets[:kept].sum()) if len(turns) or not whole_answers else 0
+        pairs[i] = kept if kept_targets else 0
+        num_bytes[i] = num_bytes[i] * kept_targets // int(targets.sum())
     return KeptPairs(pairs, num_bytes, at_turn, inside & (pairs > 0))
 
 

@@ -88,7 +88,7 @@ def open_prompts(
     longest: int,
     on_bad_row: str = "error",
     console: Console | None = None,
-    form: RowFormat = AUTO,
+    row_format: RowFormat = AUTO,
 ) -> PromptSet:
     """The prompts of `paths`. Raises ValueError, naming file:line, on a bad row and on a prompt of more than `longest`
     tokens; on_bad_row "skip" counts such rows and leaves them out."""
@@ -102,7 +102,7 @@ def open_prompts(
         report = reporter(path, on_bad_row, bad)
         for line, _, row in iter_rows(path, START, report):
             try:
-                prompt = _prompt(row, encoder, form)
+                prompt = _prompt(row, encoder, row_format)
             except ValueError as error:
                 report(line, reason_of(error))
                 continue
@@ -126,8 +126,8 @@ def open_prompts(
     return PromptSet(prompts, int.from_bytes(digest.digest(), "little"), too_long)
 
 
-def _prompt(row: dict[str, Any], encoder: ThinkingPrompts, form: RowFormat) -> Prompt:
-    messages, answer, more = form.prompt(row)
+def _prompt(row: dict[str, Any], encoder: ThinkingPrompts, row_format: RowFormat) -> Prompt:
+    messages, answer, more = row_format.prompt(row)
     reference = _reference(more.pop("reference", None)) or _reference(answer)
     ids = encoder.prompt(messages)
     return Prompt(messages, ids, reference, more, encoder.thinking(messages), encoder.opening(messages))

@@ -29,7 +29,7 @@ Report = Callable[[int, str], None]  # called with the line, from 1, and the rea
 
 @dataclass(frozen=True)
 class Position:
-    """A place in a file, behind `offset` decompressed bytes and `line` lines."""
+    """A place in a file, after `offset` decompressed bytes and `line` lines."""
 
     offset: int = 0
     line: int = 0
@@ -40,7 +40,7 @@ START = Position()
 
 @dataclass(frozen=True)
 class Document:
-    """One text. `num_bytes` is its UTF-8 length, `line` (from 1) its first line, `end` the position behind it."""
+    """One text. `num_bytes` is its UTF-8 length, `line` (from 1) its first line, `end` the position after it."""
 
     text: str
     num_bytes: int
@@ -76,7 +76,7 @@ def read_documents(
     on_bad_row: str = "error",
     start: Position = START,
     bad: BadRows | None = None,
-    form: RowFormat = AUTO,
+    row_format: RowFormat = AUTO,
 ) -> Iterator[Document]:
     """Yield the documents of `path`, from `start` on (the `end` of an earlier document).
 
@@ -91,7 +91,7 @@ def read_documents(
         return
     for line, end, row in iter_rows(Path(path), start, report):
         try:
-            text = form.text(row)
+            text = row_format.text(row)
             num_bytes = len(text.encode())
         except ValueError as error:
             report(line, reason_of(error))
@@ -100,7 +100,7 @@ def read_documents(
 
 
 def iter_texts(
-    path: Path | str, on_bad_row: str = "error", bad: BadRows | None = None, form: RowFormat = AUTO
+    path: Path | str, on_bad_row: str = "error", bad: BadRows | None = None, row_format: RowFormat = AUTO
 ) -> Iterator[str]:
     """Yield every non-empty text in a file of any training stage, to train a tokenizer on.
 
@@ -114,7 +114,9 @@ def iter_texts(
         return
     for line, _, row in iter_rows(Path(path), START, report):
         try:
-            values = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in form.texts(row) if v]
+            values = [
+                v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in row_format.texts(row) if v
+            ]
             texts = [text for text in values if text.strip()]
             for text in texts:
                 text.encode()
@@ -125,7 +127,7 @@ def iter_texts(
 
 
 def iter_rows(path: Path, start: Position, report: Report) -> Iterator[tuple[int, Position, dict[str, Any]]]:
-    """Yield (line from 1, position behind it, object) for every usable line of a .jsonl file."""
+    """Yield (line from 1, position after it, object) for every usable line of a .jsonl file."""
     line, offset = start.line, start.offset
     with open_stream(path, offset) as stream:
         while True:
@@ -228,7 +230,7 @@ def _text_pieces(path: Path, start: Position, report: Report) -> Iterator[Docume
 
 
 def _parts_of_lines(path: Path, start: Position, report: Report) -> Iterator[tuple[str, int, int, Position]]:
-    """Yield (text, its bytes, line from 1, position behind it); the text of a reported part is empty."""
+    """Yield (text, its bytes, line from 1, position after it); the text of a reported part is empty."""
     line, offset = start.line, start.offset
     with open_stream(path, start.offset) as stream:
         for body in _raw_parts(stream, line, report):

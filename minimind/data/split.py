@@ -29,16 +29,16 @@ def split(
     fraction: float = 0.05,
     max_tokens: int = MAX_TOKENS,
     dedupe: bool = False,
-    known: np.ndarray | None = None,
+    left_out: np.ndarray | None = None,
 ) -> tuple[Corpus, Corpus]:
     """(train, held-out): `fraction` of the tokens, at most `max_tokens` but at least one text, is held out.
 
-    dedupe: leave out copies of earlier documents on both sides; known: further documents to leave out, int64,
+    dedupe: leave out copies of earlier documents on both sides; left_out: further documents to leave out, int64,
     ascending. The documents keep their order. `fraction` 0 returns an empty held-out corpus. Raises ValueError if all
     documents have the same text.
     """
     check_fraction(fraction)
-    copies = np.union1d(repeats(corpus) if dedupe else [], [] if known is None else known).astype(np.int64)
+    copies = np.union1d(repeats(corpus) if dedupe else [], [] if left_out is None else left_out).astype(np.int64)
     digest = blake2b(copies.tobytes(), digest_size=8).hexdigest() if len(copies) else ""
     rule = f"hash {corpus.identity:x} {fraction} {max_tokens} {digest}"
     if corpus.num_documents and len(copies) == corpus.num_documents:

@@ -119,7 +119,7 @@ def read_texts(job: Job, paths: Sequence[str]) -> Corpus:
     if form.name != "auto":
         raise ValueError(f"--format {form.name}: is about conversations, and this run reads text; drop the flag")
     where = job.args.cache_dir, job.args.on_bad_row, job.console
-    return open_corpus(paths, job.tokenizer, *where, form=form)
+    return open_corpus(paths, job.tokenizer, *where, row_format=form)
 
 
 def form_of(job: Job) -> RowFormat:

@@ -1,4 +1,4 @@
-"""A tokenizer of bytes and small files to read, for the tests of data."""
+"""A byte tokenizer and small files, for the tests of data."""
 
 import json
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def text_of(ids: np.ndarray) -> str:
 
 
 def some_texts(n: int, seed: int = 0, longest: int = 60) -> list[str]:
-    """n different texts of 1 to about `longest` characters, some of them of 3 bytes."""
+    """n different texts of 1 to about `longest` characters, some of 3 bytes."""
     rng = np.random.default_rng(seed)
     alphabet = list("abcdefgh xyz字說é")
     return [f"{i} " + "".join(rng.choice(alphabet, rng.integers(1, longest))) + "." for i in range(n)]

@@ -37,7 +37,7 @@ print(open_corpus([sys.argv[1]], Slow(), sys.argv[2], part_bytes=1000).num_token
 
 
 class Counting(ByteTokenizer):
-    """Counts the texts given to it; `fail_at` raises at that text."""
+    """Counts the texts that it encodes; raises at text number `fail_at`."""
 
     def __init__(self, fail_at: int = -1) -> None:
         self.texts, self.fail_at = 0, fail_at
@@ -313,7 +313,7 @@ def test_the_environment_sets_the_cache_folder(path, tmp_path, monkeypatch):
 
 
 def test_a_missing_home_is_an_error(path, monkeypatch):
-    """As in a container whose user the system does not know."""
+    """For example in a container whose user the system does not know."""
     monkeypatch.delenv("MINIMIND_CACHE", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     with pytest.raises(ValueError, match=r"~/\.cache/minimind: there is no such home folder; choose .*--cache-dir"):

@@ -22,7 +22,7 @@ ENCODER = ChatEncoder(TOKENIZER)
 
 
 def chat(*words: str, system: str = "") -> list[dict[str, Any]]:
-    """Questions and answers in turn."""
+    """A conversation of alternating questions and answers."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": w} for i, w in enumerate(words)]
     return [{"role": "system", "content": system}, *turns] if system else turns
 
@@ -149,7 +149,7 @@ def test_other_files_are_refused(tmp_path):
 
 
 def segments(batch) -> list[tuple[list[int], list[int]]]:
-    """(inputs, targets) of every piece; padding left out."""
+    """(inputs, targets) of every piece, without padding."""
     ids, targets = batch.input_ids.ravel(), batch.targets.ravel()
     parts = [(ids[a:b].tolist(), targets[a:b].tolist()) for a, b in pairwise(batch.cu_seqlens.tolist())]
     return [part for part in parts if any(part[0])]
@@ -157,7 +157,7 @@ def segments(batch) -> list[tuple[list[int], list[int]]]:
 
 @pytest.mark.parametrize("seq_len", [24, 40, 512])
 def test_packing_keeps_conversations_whole(tmp_path, seq_len):
-    """Against each conversation by itself: the longest beginning of whole turns that fits, and only its answers."""
+    """A packed conversation is the longest prefix of whole turns that fits, and only its answers are targets."""
     corpus = opened(tmp_path, ROWS)
     loader = PackedLoader(corpus, seq_len, rows=3, seed=1)
     found = sorted(part for batch in loader.epoch_batches() for part in segments(batch))
@@ -208,7 +208,7 @@ def test_rows_too_short_for_any_answer(tmp_path):
 
 
 def test_builtin_conversations(tmp_path):
-    """Deterministic, all usable, and no held-out question is asked in training."""
+    """They are deterministic and usable, and no held-out question occurs in training."""
     train, heldout = builtin_conversations(tmp_path, QUIET)
     assert (train, heldout) == builtin_conversations(tmp_path, QUIET)
     rows = conversations()

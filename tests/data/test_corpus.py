@@ -72,7 +72,7 @@ def test_the_split_of_earlier_versions_is_capped(tmp_path):
 
 @pytest.mark.parametrize("files", [(300,), (100, 101, 299)])
 def test_a_part_of_a_corpus_is_a_corpus(tmp_path, files):
-    """Picked or left out, one document or most of them: every function says what a corpus of those texts would."""
+    """With one document or most, picked or left out, every function agrees with a corpus of just those texts."""
     bounds = [0, *files] if files[-1] == 300 else [0, *files, 300]
     corpus = corpus_of(tmp_path, *(TEXTS[a:b] for a, b in pairwise(bounds)))
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Downloads from a hub made of Python's HTTP server: cut off, resumed, damaged, refused."""
+"""Downloads from a hub made with Python's HTTP server: interrupted, resumed, damaged, refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FILES = {"pretrain_hq.jsonl": ROWS, "dpo.jsonl": ROWS[:1000], "README.md": b"# d
 
 
 class Hub:
-    """A server of both hubs' dialects. cut: bytes after which the next answers break off, one per answer.
+    """A server that speaks both hubs' APIs. cut: the bytes after which each of the next answers breaks off.
     ranges: what was asked for. ignore_range: answer with the whole file. lie: name another SHA-256. no_sums: none.
     short: name sizes smaller by so much."""
 
@@ -265,7 +265,7 @@ def test_a_full_disk_and_a_closed_folder(hub, tmp_path, capsys, monkeypatch):
 
 
 def test_the_trainers_read_the_folder(hub, tmp_path):
-    """Next to what a broken download leaves."""
+    """Partial downloads and lock files in the folder are ignored."""
     hub.cut = [100_000] + [0] * download.ATTEMPTS
     assert fetch(hub, tmp_path, "pretrain_hq") == 2 and fetch(hub, tmp_path, "dpo") == 0
     assert [path.name for path in expand_paths([tmp_path])] == ["dpo.jsonl"]

@@ -1,4 +1,4 @@
-"""Fields beside the messages, the flags of messages, and the forms of other programs."""
+"""Fields of rows, flags of messages, and the formats of other programs."""
 
 import json
 import re
@@ -38,19 +38,21 @@ def written(path: Path, *rows: Any) -> Path:
     return path
 
 
-def conversations(folder: Path, *rows: Any, form: RowFormat = AUTO, encoder: Any = ENCODER, **options) -> Corpus:
+def conversations(folder: Path, *rows: Any, row_format: RowFormat = AUTO, encoder: Any = ENCODER, **options) -> Corpus:
     folder.mkdir(exist_ok=True)
     path = written(folder / "a.jsonl", *rows)
-    return open_conversations([path], encoder, folder / "cache", console=QUIET, form=form, **options)
+    return open_conversations([path], encoder, folder / "cache", console=QUIET, row_format=row_format, **options)
 
 
-def pairs(folder: Path, *rows: Any, form: RowFormat = AUTO) -> Corpus:
+def pairs(folder: Path, *rows: Any, row_format: RowFormat = AUTO) -> Corpus:
     folder.mkdir(exist_ok=True)
-    return open_preferences([written(folder / "a.jsonl", *rows)], ENCODER, folder / "cache", console=QUIET, form=form)
+    return open_preferences(
+        [written(folder / "a.jsonl", *rows)], ENCODER, folder / "cache", console=QUIET, row_format=row_format
+    )
 
 
 def same(ours: Corpus, theirs: Corpus) -> bool:
-    """Whether both hold the same tokens, of which the same are learnt."""
+    """Whether both hold the same tokens with the same targets."""
     assert ours.num_documents == theirs.num_documents
     numbers = range(ours.num_documents)
     ids = all(ours.document(i).tolist() == theirs.document(i).tolist() for i in numbers)
@@ -61,16 +63,16 @@ def learnt(corpus: Corpus, i: int = 0) -> str:
     return TOKENIZER.decode(corpus.document(i)[class_of(corpus.codes(i)) > NONE])
 
 
-def open_kind(kind: str, path: Path, on_bad_row: str = "error", form: RowFormat = AUTO, console=QUIET) -> int:
-    """How many documents of a kind of row there are."""
+def open_kind(kind: str, path: Path, on_bad_row: str = "error", row_format: RowFormat = AUTO, console=QUIET) -> int:
+    """The number of documents of a kind of row."""
     cache = path.parent / "cache"
     if kind == "text":
-        return open_corpus([path], ByteTokenizer(), cache, on_bad_row, console, form=form).num_documents
+        return open_corpus([path], ByteTokenizer(), cache, on_bad_row, console, row_format=row_format).num_documents
     if kind == "conversation":
-        return open_conversations([path], ENCODER, cache, on_bad_row, console, form=form).num_documents
+        return open_conversations([path], ENCODER, cache, on_bad_row, console, row_format=row_format).num_documents
     if kind == "pair":
-        return open_preferences([path], ENCODER, cache, on_bad_row, console, form=form).num_documents
-    return len(open_prompts([path], PROMPTS, 500, on_bad_row, console, form))
+        return open_preferences([path], ENCODER, cache, on_bad_row, console, row_format=row_format).num_documents
+    return len(open_prompts([path], PROMPTS, 500, on_bad_row, console, row_format))
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -131,7 +133,7 @@ def test_tools_of_a_row_that_are_not_json(tmp_path):
         conversations(tmp_path, {"conversations": CHAT, "tools": "[{"})
 
 
-# --- what is learnt ---
+# --- training flags ---
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -210,7 +212,7 @@ def test_the_answer_of_a_pair_must_be_trained_on(tmp_path):
         conversations(tmp_path / "b", {"conversations": CHAT, "loss_mask": [1]})
 
 
-# --- fields that are not known ---
+# --- unknown fields ---
 
 
 @pytest.mark.parametrize("kind", ["text", "conversation", "pair"])
@@ -224,7 +226,7 @@ def test_a_field_that_would_be_lost_is_an_error(tmp_path, kind, field):
     console = listening()
     assert open_kind(kind, path, "skip", console=console) == 2
     assert f"1 bad rows left out, the first at {path}:2: field {told}" in console.export_text()
-    assert open_kind(kind, path, form=RowFormat(ignored=(field,))) == 3
+    assert open_kind(kind, path, row_format=RowFormat(ignored=(field,))) == 3
     quiet = [{**KINDS[kind], field: value} for value in (None, "", [], {})]
     assert open_kind(kind, written(tmp_path / "b.jsonl", *quiet)) == 4
 
@@ -236,7 +238,7 @@ def test_a_field_of_a_message_that_would_be_lost(tmp_path, kind):
     path = written(tmp_path / "a.jsonl", row)
     with pytest.raises(ValueError, match=r'a.jsonl:1: .*message 0: field "image" is unknown and would be lost'):
         open_kind(kind, path)
-    assert open_kind(kind, path, form=RowFormat(ignored=("image",))) == 1
+    assert open_kind(kind, path, row_format=RowFormat(ignored=("image",))) == 1
     for name, owner in (("tools", "system"), ("reasoning_content", "assistant"), ("tool_calls", "assistant")):
         row = {field: [{**ASKED[0], name: "[1]"}, *side[1:]] for field, side in KINDS[kind].items()}
         with pytest.raises(ValueError, match=f'message 0, of the user: "{name}" belongs to the {owner}'):
@@ -263,7 +265,7 @@ def test_fields_for_the_rewards_are_reported(tmp_path):
     assert said in console.export_text().splitlines()
 
 
-# --- forms ---
+# --- formats ---
 
 PARTS = [{"type": "text", "text": "ah"}, {"type": "text", "text": "oy"}]
 CALL = {"name": "f", "arguments": {"a": 1}}
@@ -320,14 +322,15 @@ PREFERENCES: list[tuple[Any, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "theirs", "ours"), FORMS)
 def test_conversations_of_other_programs(tmp_path, name, theirs, ours):
-    form = RowFormat(name)
-    assert same(conversations(tmp_path / "a", ours), conversations(tmp_path / "b", theirs, form=form))
+    row_format = RowFormat(name)
+    assert same(conversations(tmp_path / "a", ours), conversations(tmp_path / "b", theirs, row_format=row_format))
     with pytest.raises(ValueError, match=rf"a.jsonl:1: rows of this format are read with --format {name}; fix"):
         conversations(tmp_path / "c", theirs)
     if "tools" in theirs:  # a call may be JSON in a string
         return
     texts = [
-        list(iter_texts(written(tmp_path / "t.jsonl", row), form=f)) for row, f in ((ours, RowFormat()), (theirs, form))
+        list(iter_texts(written(tmp_path / "t.jsonl", row), row_format=f))
+        for row, f in ((ours, RowFormat()), (theirs, row_format))
     ]
     assert sorted(texts[0]) == sorted(texts[1])
 
@@ -335,7 +338,7 @@ def test_conversations_of_other_programs(tmp_path, name, theirs, ours):
 @pytest.mark.parametrize(("name", "theirs"), PREFERENCES)
 def test_preferences_of_other_programs(tmp_path, name, theirs):
     ours = pairs(tmp_path / "a", {"chosen": CHAT, "rejected": OTHER})
-    assert same(ours, pairs(tmp_path / "b", theirs, form=RowFormat(name)))
+    assert same(ours, pairs(tmp_path / "b", theirs, row_format=RowFormat(name)))
 
 
 @pytest.mark.parametrize(
@@ -350,7 +353,7 @@ def test_preferences_of_other_programs(tmp_path, name, theirs):
 )
 def test_prompts_of_other_programs(tmp_path, name, theirs):
     path = written(tmp_path / "p.jsonl", {**theirs, "level": 3})
-    (prompt,) = open_prompts([path], PROMPTS, 500, form=RowFormat(name)).prompts
+    (prompt,) = open_prompts([path], PROMPTS, 500, row_format=RowFormat(name)).prompts
     assert prompt.messages == ASKED and prompt.reference == "ahoy" and prompt.metadata == {"level": 3}
     with pytest.raises(ValueError, match=f"p.jsonl:1: rows of this format are read with --format {name}"):
         open_prompts([path], PROMPTS, 500)
@@ -374,27 +377,27 @@ def test_prompts_of_other_programs(tmp_path, name, theirs):
 )  # fmt: skip
 def test_rows_in_another_format(tmp_path, name, row, reason):
     with pytest.raises(ValueError, match=re.escape(f"a.jsonl:1: {reason}")):
-        conversations(tmp_path, row, form=RowFormat(name))
+        conversations(tmp_path, row, row_format=RowFormat(name))
 
 
 def test_the_cache_keeps_formats_apart(tmp_path):
-    """Of one file: neither what another form left out nor what another list ignored is taken from the cache."""
+    """A file read in another format, or with other ignored fields, is not taken from the cache."""
     row = {"conversations": CHAT, "extra_text": "b"}
     ignoring = RowFormat(ignored=("extra_text",))
-    first = conversations(tmp_path, row, form=ignoring)
+    first = conversations(tmp_path, row, row_format=ignoring)
     with pytest.raises(ValueError, match='"extra_text" is unknown'):
         conversations(tmp_path, row)
     with pytest.raises(ValueError, match='no field "messages"'):
-        conversations(tmp_path, row, form=RowFormat("messages", ("extra_text",)))
-    assert conversations(tmp_path, row, form=ignoring).identity == first.identity
-    other = conversations(tmp_path, row, form=RowFormat(ignored=("extra_text", "more")))
+        conversations(tmp_path, row, row_format=RowFormat("messages", ("extra_text",)))
+    assert conversations(tmp_path, row, row_format=ignoring).identity == first.identity
+    other = conversations(tmp_path, row, row_format=RowFormat(ignored=("extra_text", "more")))
     assert other.identity != first.identity and same(first, other)
 
 
 def test_a_run_of_an_earlier_version_reads_as_before(tmp_path):
-    """Tokens and names of its cache, so that it goes on to the bit; a new run of the same file sees its fields."""
+    """It gets the same tokens and cache keys, so that it resumes bit for bit; a new run checks the file's fields."""
     row = {"conversations": CHAT, "system": "Be a pirate.", "extra_text": "b"}
-    before = conversations(tmp_path / "a", row, form=RowFormat(checked=False))
+    before = conversations(tmp_path / "a", row, row_format=RowFormat(checked=False))
     assert same(before, conversations(tmp_path / "b", {"conversations": CHAT}))
     assert RowFormat(checked=False).key() == [] != RowFormat().key()
     assert np.array_equal(before.document(0), ENCODER.encode([ENCODER.pieces(CHAT)])[0].ids)
@@ -407,4 +410,4 @@ def test_texts_for_a_tokenizer(tmp_path):
     path = written(tmp_path / "b.jsonl", {**row, "extra_text": "b"})
     with pytest.raises(ValueError, match=r'b.jsonl:1: field "extra_text" is unknown'):
         list(iter_texts(path))
-    assert len(list(iter_texts(path, form=RowFormat(ignored=("extra_text",))))) == 4
+    assert len(list(iter_texts(path, row_format=RowFormat(ignored=("extra_text",))))) == 4

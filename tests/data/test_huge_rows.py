@@ -1,4 +1,4 @@
-"""Memory that a huge row takes, and what becomes of one that is too large."""
+"""The memory that a huge row takes, and rows that are too large."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def row(kind: str, text: str) -> str:
     ("kind", "name"), [("text", "English"), ("text", "Chinese"), ("chat", "Chinese"), ("chat", "an emoji among")]
 )
 def test_a_byte_of_a_row_takes_at_most_twenty_bytes_of_memory(tmp_path, kind, name):
-    """Of 32 MB, from the file to the token cache, beside what a row of a few words takes."""
+    """For 32 MB, from the file to the token cache, compared with a row of a few words."""
     paths = [tmp_path / f"{size}-{kind}.jsonl" for size in ("small", "huge")]
     text = TEXTS[name] * (32_000_000 // len(TEXTS[name].encode())) + "😀" * (name == "an emoji among")
     for path, said in zip(paths, (WORDS, text), strict=True):

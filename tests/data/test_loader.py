@@ -35,7 +35,7 @@ def segments(batch: Batch) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
 
 
 def pairs(batches: list[Batch]) -> list[tuple[int, ...]]:
-    """Every run of inputs and targets trained on, sorted: what an epoch consists of, in whatever order."""
+    """Every run of inputs and targets, sorted: the content of an epoch in any order."""
     found = [segment for batch in batches for segment in segments(batch)]
     return sorted((*ids.tolist(), -1, *targets.tolist()) for _, _, ids, targets in found if targets[0] >= 0)
 
@@ -142,7 +142,7 @@ def test_a_resumed_loader_gives_the_same_batches(corpus, steps, rows, shuffle):
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_step_has_the_same_rows_in_other_micro_batches(corpus, mixed):
-    """Also where the run was cut into other ones before."""
+    """Also if the run was divided into other micro-batches before."""
     half = corpus.num_documents // 2
     parts = Mixture(("a", "b"), (Weight(), Weight((0.0, 1.0), (0.0, 3.0))), ((0, half), (half, 2 * half)))
 

@@ -1,4 +1,4 @@
-"""Parts of the training data with weights: which rows come, at which time, and that the same come again."""
+"""Mixtures: the rows of each part over the run, and exact resume."""
 
 import json
 from collections import Counter
@@ -48,7 +48,7 @@ def corpus(tmp_path_factory):
 
 
 def parts_of(batch) -> Counter:
-    """How many rows are of each part; no row is of both."""
+    """The number of rows of each part; no row has both."""
     counted: Counter = Counter()
     for documents in batch.documents:
         (part,) = set((documents >= 300).tolist())
@@ -83,7 +83,7 @@ def test_weights_change_over_the_run(corpus):
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_a_mixture_resumes_bit_for_bit(corpus, world_size):
-    """The same rows for any number of ranks, from any step on, through the change of weights."""
+    """The rows are the same for any number of ranks and from any step on, while the weights change."""
     schedule = mixture(corpus, Weight((0.0, 1.0), (3.0, 0.0)), Weight((0.0, 1.0), (0.1, 0.7)))
     one = PackedLoader(corpus, 48, 6, seed=5, mixture=schedule)
     one.horizon = 6 * 40

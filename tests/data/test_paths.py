@@ -1,4 +1,4 @@
-"""Which files are read: folders, globs and links by the same rules, once each, and what is left out is said."""
+"""Expanding folders, globs and links: the same rules for all, each file once, and reports of what is left out."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_paths_without_data(tmp_path, pattern, message):
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch) -> Path:
-    """data/ with a file, a link to a folder beside it, and whatever is not read."""
+    """data/ with a file, a link to a folder outside it, and entries that are not read."""
     monkeypatch.chdir(tmp_path)
     for name in ("data/a.jsonl", "ext/b.jsonl", "ext/deep/c.txt", "data/.git/d.txt", "data/notes.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ def test_a_file_named_twice_is_read_once_and_reported(tree, again, told):
 
 
 def test_names_in_any_bytes(tmp_path):
-    """Chinese, and of bytes that are no UTF-8: read, cached, and written into JSON so that they read back."""
+    """Chinese names and bytes that are not UTF-8 are read, cached, and survive a round trip through JSON."""
     names = ["字.jsonl", os.fsdecode(b"gbk_\xca\xfd\xbe\xdd.jsonl")]
     for number, name in enumerate(names):
         write_jsonl(tmp_path / name, [f"text {number}"])

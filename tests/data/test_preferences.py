@@ -25,7 +25,7 @@ def pair(chosen: list[Any], rejected: list[Any]) -> dict[str, Any]:
 
 
 def some_pairs(n: int) -> list[dict[str, Any]]:
-    """Of different lengths; every third after a turn that both sides share."""
+    """Pairs of different lengths; every third begins with a turn that both sides share."""
     rows = []
     for i in range(n):
         before = [f"{i}?", "well " * (i % 5 + 1)] if i % 3 == 0 else []
@@ -68,7 +68,7 @@ def test_a_pair_is_both_conversations_and_marks_the_second(tmp_path):
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_every_pair_is_in_an_epoch_once_and_whole(tmp_path, world_size, share):
-    """Inputs, targets and boundaries of each side are those of the conversation alone, on whichever rank it is."""
+    """On every rank, inputs, targets and boundaries of each side are those of the conversation by itself."""
     corpus = opened(tmp_path, ROWS)
     seen: Counter[int] = Counter()
     ranks = [
@@ -157,7 +157,7 @@ TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n?", re.DOTALL)
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("longest", [96, 128, 200])
 def test_a_long_prompt_loses_its_beginning_and_stays_a_conversation(tmp_path, longest, share):
-    """System message, headers, the prompt's end and both answers stay; what is left renders to the very same text."""
+    """System message, headers, the prompt's end and both answers stay; the rest renders to the same text."""
     path = write(tmp_path / "pairs.jsonl", LONG)
     whole = open_preferences([path], ENCODER, tmp_path / "cache", console=QUIET)
     cut = open_preferences([path], ENCODER, tmp_path / "cache", console=QUIET, longest=longest, share=share)
@@ -258,7 +258,7 @@ def _manners(asked: str) -> tuple:
 
 
 def _manner_of(said: str, asked: str) -> int:
-    """The plain manner, the last one, is that of answers in none of the others."""
+    """An answer in none of the other manners is in the last, plain one."""
     endings = [m[1].removeprefix("{}") for m in _manners(asked)[:-1]]
     return next((i for i, ending in enumerate(endings) if said.endswith(ending)), len(endings))
 

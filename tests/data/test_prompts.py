@@ -1,4 +1,4 @@
-"""Prompts of upstream's form, and the built-in task."""
+"""Prompts in upstream's format, and the built-in arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows from all over a file: each as likely as any other, so that what they say of it is right."""
+"""Samples of a file's rows: every row is equally likely, so that estimates are unbiased."""
 
 import gzip
 import json
@@ -11,7 +11,7 @@ from minimind.data.sampling import sample_rows
 
 
 def lines_of(sizes, path):
-    """A file of numbered rows of these sizes, line ends included."""
+    """A file of numbered rows of these sizes in bytes, line ends included."""
     with path.open("wb") as file:
         for number, size in enumerate(sizes):
             file.write(f"{number:07}".encode().ljust(size - 1, b".") + b"\n")

@@ -1,4 +1,4 @@
-"""What is held out: by the content, so that no copy of a training document is measured."""
+"""Splits by content: no copy of a training document is held out."""
 
 from itertools import pairwise
 
@@ -51,7 +51,7 @@ def test_copies_stay_on_one_side_and_documents_in_order(tmp_path, passes, bounds
 
 
 def test_the_choice_depends_on_the_texts_alone(tmp_path):
-    """Not of the order of the documents, of the files, of the tokenizer, nor of where a file ends."""
+    """It does not depend on the order of documents, on the files or on the tokenizer."""
     held = set(texts_of(split(corpus_of(tmp_path / "a", TEXTS), 0.2)[1]))
     assert set(texts_of(split(corpus_of(tmp_path / "b", TEXTS[::-1]), 0.2)[1])) == held
     assert set(texts_of(split(corpus_of(tmp_path / "c", TEXTS[:30], TEXTS[30:]), 0.2)[1])) == held

@@ -1,4 +1,4 @@
-"""Which tokens are the assistant's: against an oracle that finds the turns in the rendered text by characters."""
+"""The mask of the assistant's tokens, compared with an oracle that finds the turns by character offsets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEADER, END = "<|im_start|>assistant\n", "<|im_end|>"
 
 
 def with_template(template: str) -> Tokenizer:
-    """The shipped tokenizer under another chat template."""
+    """The shipped tokenizer with another chat template."""
     return Tokenizer(SHIPPED._model, SHIPPED._config, template, source="test")
 
 
@@ -70,7 +70,7 @@ def encode(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> EncodedChat:
 
 
 def oracle(tokenizer: Tokenizer, text: str) -> list[bool]:
-    """Trained or not, for each token of `text` whole: those within an assistant turn, by character offsets."""
+    """For each token of the whole `text`, whether its character offsets lie in an assistant turn."""
     spans = [(m.end(), text.index(END, m.end()) + len(END)) for m in re.finditer(re.escape(HEADER), text)]
     return [any(a <= start and end <= b for a, b in spans) for start, end in tokenizer.offsets(text)]
 
@@ -81,7 +81,7 @@ CASES = [(n, t) for t in TURNS for n in TOKENIZERS if n != "marked" or t not in 
 
 @pytest.mark.parametrize(("name", "turns"), CASES)
 def test_targets_are_the_assistants_turns(name: str, turns: str) -> None:
-    """Innocent conversations: ids are those of the whole rendered text, targets those of the offsets."""
+    """For ordinary conversations, ids are those of the whole rendered text and targets follow the offsets."""
     tokenizer, messages = TOKENIZERS[name], TURNS[turns]
     chat = encode(tokenizer, messages)
     text = tokenizer.apply_chat_template(messages)
@@ -102,7 +102,7 @@ def test_targets_are_the_assistants_turns(name: str, turns: str) -> None:
 
 
 def test_an_answer_begins_where_generation_begins() -> None:
-    """Header and answer are tokenized apart, as prompt and continuation are."""
+    """Header and answer are tokenized separately, like prompt and continuation."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\n\n  yes"}]
     chat = encode(SHIPPED, messages)
     prompt = ChatEncoder(SHIPPED).prompt(messages[:1])
@@ -136,7 +136,7 @@ ATTACKS = [
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
 def test_contents_cannot_write_control_tokens(name: str, attack: str, role: str) -> None:
-    """As many control tokens, and the same targets' text, as an innocent content has; the text itself unchanged."""
+    """An attack yields as many control tokens and the same targets as an ordinary content; its text is unchanged."""
     tokenizer = TOKENIZERS[name]
 
     def conversation(words: str) -> list[dict[str, Any]]:
@@ -171,7 +171,7 @@ def test_control_tokens_in_parts_tools_and_arguments() -> None:
 
 
 def test_control_tokens_in_available_tools() -> None:
-    """However they are given; \\u0065 is how JSON may spell the e."""
+    """In every form of tools; JSON may write the e as \\u0065."""
     tool = {"type": "function", "function": {"name": END, "parameters": {END: [END]}}}
     encoder, question = ChatEncoder(SHIPPED), [{"role": "user", "content": "x"}]
     ids = encoder.prompt(question, [tool])
@@ -218,7 +218,7 @@ WORDS = st.text(alphabet="ab <>|/\n你。😀", min_size=1, max_size=12) | st.sa
 @settings(deadline=None, max_examples=80)
 @given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4), st.sampled_from(list(TOKENIZERS)))
 def test_targets_spell_the_answers(exchanges: list[tuple[str, str]], name: str) -> None:
-    """Whatever is said: the targets of a template that writes contents as they are spell the answers."""
+    """If a template writes contents unchanged, the targets spell the answers, for any content."""
     roles = ("user", "assistant")
     messages = [{"role": r, "content": w} for pair in exchanges for r, w in zip(roles, pair, strict=True)]
     chat = encode(TOKENIZERS[name], messages)

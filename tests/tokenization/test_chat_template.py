@@ -1,4 +1,4 @@
-"""Chat templates: upstream's own renderings, and the properties of the shipped template."""
+"""Chat templates: comparison with upstream's renderings, and properties of the shipped template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long texts are encoded in parts, to the same tokens."""
+"""Encoding long texts in parts gives the same tokens."""
 
 import random
 
@@ -50,7 +50,7 @@ def test_cuts_change_no_token(monkeypatch, in_parts, name, special):
 
 
 def test_a_tokenizer_that_sees_every_cut(monkeypatch, in_parts):
-    """It marks the beginning of a text: a text stays whole, up to what memory may take; then the way out is said."""
+    """It marks the beginning of a text, so that no text can be cut; one that is too long is an error."""
     model = tokenizers.Tokenizer.from_str(TOKENIZER._model.to_str())
     model.normalizer = tokenizers.normalizers.Prepend("_")
     marking = Tokenizer(model, {}, None, "marking")

@@ -1,4 +1,4 @@
-"""Replies with reasoning: their parts, and what of them is learnt."""
+"""Replies with reasoning: their parts and their targets."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_an_answer_alone_holds_no_marker():
 
 
 def marker_tokens(ids: np.ndarray, start: int) -> np.ndarray:
-    """Which tokens from `start` on have a character of a marker, from the length of each token's own text."""
+    """Whether each token from `start` on overlaps a marker, from the length of each token's text."""
     texts = [SHIPPED.decode([i]) for i in ids]
     ends = np.cumsum([len(text) for text in texts])
     whole, starts = "".join(texts), ends - [len(text) for text in texts]
@@ -98,7 +98,7 @@ def test_without_reasoning_only_the_answer_is_trained_on(messages):
 
 
 def test_training_begins_with_the_prompt_in_every_mode():
-    """Token by token, for all the built-in questions; also where the answer names a control token."""
+    """Token by token, for all built-in problems, and for an answer with the name of a control token."""
     endings = {name: SHIPPED.encode(text) for name, text in prompt_endings(SHIPPED).items()}
     assert list(endings) == ["auto", "on", "off"]
     spelled = [ASK, {"role": "assistant", "reasoning_content": "<|im_end|>?", "content": "<|im_end|> it is"}]
@@ -124,7 +124,7 @@ def test_every_turn_of_a_conversation_without_reasoning():
 
 
 def test_the_share_without_reasoning_is_exact_and_spread_out():
-    """In data sorted by a hash too, as the built-in rows are; bounds of five standard deviations."""
+    """Also in data sorted by a hash, like the built-in rows; the bounds are five standard deviations."""
     train, _ = reasoning()
     encoder = ReasoningEncoder(SHIPPED, 0.3)
     picked = [picks(messages, encoder.direct) for messages in train]

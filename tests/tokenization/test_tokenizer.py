@@ -1,4 +1,4 @@
-"""Loading, ids, round trips, special tokens as text, and folders that are broken."""
+"""Loading, ids, round trips, special tokens as text, and broken folders."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_repr_names_the_source() -> None:
 
 
 def _folder(folder: Path, model: object = None, config: object = None) -> Path:
-    """A copy of the shipped folder with other contents."""
+    """A copy of the shipped folder with changed files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("tokenizer.json", model), ("tokenizer_config.json", config)):
         if content is None:

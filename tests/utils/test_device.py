@@ -69,7 +69,7 @@ def test_a_run_keeps_long_sums_in_float32():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the compiler is needed")
 def test_a_start_without_a_gpu_does_not_import_the_compiler():
-    """It would take 1.5 s of every start, of `minimind chat` and of --help as well."""
+    """It would add 1.5 s to every start, including `minimind chat` and --help."""
     code = (
         "import sys, minimind.modeling, minimind.inference.engine, minimind.training.job\n"
         "print([m for m in ('torch._dynamo', 'torch.nn.attention.varlen') if m in sys.modules])"

@@ -1,4 +1,4 @@
-"""Pictures and lines that a run shows."""
+"""Lines and pictures of a run."""
 
 import json
 import os
@@ -17,7 +17,7 @@ ROOT_HOME = Path("~root").expanduser()
 
 
 def test_any_title_is_drawn_without_warnings(tmp_path, capsys):
-    """Chinese, emoji, dollars and bytes that are no text in the title, and gradients that are all zero."""
+    """Titles with Chinese, emoji, dollars and invalid bytes, and gradients that are all zero."""
     row = {"kind": "train", "tokens": 1, "loss": 2.0, "grad_norm": 0.0, "lr": 1e-3}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     titles = ["pretrain-nano-唐诗 🦜", "cost_$5_to_$9^", r"a\$b$^{_", "x" * 250, "लिपि ไทย\n\t", "\ud800", "", "$"]
@@ -41,7 +41,7 @@ def test_a_caption_can_be_drawn_by_matplotlib(monkeypatch):
 
 
 def test_a_failed_picture_does_not_fail_the_run(tmp_path, capsys):
-    """Neither by a row that is none nor by a folder that is gone."""
+    """Neither a broken row nor a missing folder."""
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"kind": "eval"}\n{"kin')
     plot_losses(metrics, tmp_path / "loss.png", "x")

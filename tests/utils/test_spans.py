@@ -1,4 +1,4 @@
-"""NVTX ranges of spans: the nvtx package where it is installed, torch.cuda.nvtx elsewhere, nothing when off."""
+"""NVTX ranges of spans: from the nvtx package if it is installed, else from torch.cuda.nvtx; none when off."""
 
 import sys
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ def on(monkeypatch):
 
 @pytest.fixture
 def package(monkeypatch) -> list[tuple]:
-    """What a stand-in for the nvtx package is told."""
+    """The calls to a stand-in for the nvtx package."""
     told: list[tuple] = []
 
     class Annotate:
@@ -44,7 +44,7 @@ def package(monkeypatch) -> list[tuple]:
 
 @pytest.fixture
 def cuda_ranges(monkeypatch) -> list[str]:
-    """No package; what torch.cuda.nvtx is told."""
+    """The calls to torch.cuda.nvtx without the package."""
     told: list[str] = []
     monkeypatch.setitem(sys.modules, "nvtx", None)
     monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: told.append(f"push {name}"))
@@ -112,7 +112,7 @@ def test_compiled_blocks_have_no_ranges_and_no_graph_break(package, on):
 
 
 def test_the_package_itself(on):
-    """Without a tool that listens its ranges do nothing; PyTorch's profiler has the spans all the same."""
+    """Without a tool attached, its ranges do nothing, but PyTorch's profiler still has the spans."""
     pytest.importorskip("nvtx", reason="needs nvtx: pip install nvtx")
     with torch.profiler.profile() as recorded, spans.span("step 1"), spans.span("forward"):
         torch.ones(2).sum()

@@ -62,7 +62,7 @@ def open_chats(
 
 def read_chats(job: Job, encoder: ChatEncoder, paths: Sequence[str]) -> Corpus:
     where = job.args.cache_dir, job.args.on_bad_row, job.console
-    return open_conversations(paths, encoder, *where, form=form_of(job))
+    return open_conversations(paths, encoder, *where, row_format=form_of(job))
 
 
 def describe_chats(split: DataSplit, plan: TrainingPlan) -> list[str]:

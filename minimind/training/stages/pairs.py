@@ -73,7 +73,7 @@ def open_pairs(job: Job, args: PairArgs, encoder: ChatEncoder) -> PairSplit:
         cache_dir=args.cache_dir,
         on_bad_row=args.on_bad_row,
         console=job.console,
-        form=form_of(job),
+        row_format=form_of(job),
     )
     share = job.settle("share_prompts", lambda: (True, ""))
     lengths = _tokens_of_pairs(read(files.paths), share)

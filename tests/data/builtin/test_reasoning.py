@@ -1,4 +1,4 @@
-"""The built-in questions with reasoning: right, deterministic, usable, and not the same to train on and to measure."""
+"""The built-in problems with reasoning: correct, deterministic, usable, with separate training and held-out parts."""
 
 import re
 
@@ -25,7 +25,7 @@ def test_rows_are_the_same_each_time_and_no_question_is_in_both():
 
 
 def test_steps_and_answers_are_right():
-    """Every equation holds, and each answer is what the question asks for."""
+    """Every equation holds, and each answer fits its question."""
     kinds = dict.fromkeys(("sum", "comparison", "count", "conversion"), 0)
     sizes = {"minutes": 60, "hours": 24, "days": 7, "centimeters": 100, "grams": 1000, "seconds": 60}
     for row in [c for rows in reasoning() for c in rows if "reasoning_content" in c[1]]:
@@ -54,7 +54,7 @@ def test_steps_and_answers_are_right():
 
 
 def test_markers_alone_weigh_more(tmp_path):
-    """In the cache and in batches: <think> and </think> as targets have the weight given, all others 1."""
+    """In the cache and in batches, <think> and </think> have the marker weight, all other targets weight 1."""
     train, heldout = builtin_reasoning(tmp_path, QUIET)
     assert (train, heldout) == builtin_reasoning(tmp_path, QUIET)
     corpus = open_conversations([train], ReasoningEncoder(TOKENIZER, 0.3), tmp_path, console=QUIET)
