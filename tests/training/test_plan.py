@@ -19,7 +19,7 @@ from minimind.modeling import Model
 from minimind.training import estimate
 from minimind.training.batch_size import CONTEXT_BYTES, step_bytes, tokens_that_fit
 from minimind.training.estimate import CARDS, Card, cost
-from minimind.training.plan import Estimate, relative_error
+from minimind.training.plan import Estimate, relative_error, survey
 from tests.training.runs import ONE_THREAD, SCRIPT, TINY, finish, rows_of, run, save_origin
 
 WORDS = ["the", "of", "and", "a", "in", "is", "was", "that", "for", "it", "with", "as", "his", "on", "be", "at", "by"]
@@ -66,7 +66,7 @@ def rows(kind: str, path: Path, count: int, most: int = 60) -> Path:
 
 def plan(stage: str, **flags) -> Estimate:
     names = runpy.run_path(str(SCRIPT.with_name(f"{stage}.py")))
-    return plan.survey(names["main"], names["Args"](plan=True, **flags))
+    return survey(names["main"], names["Args"](plan=True, **flags))
 
 
 STAGES = {
