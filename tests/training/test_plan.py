@@ -17,9 +17,10 @@ from minimind import ModelConfig
 from minimind.lora import LoRAConfig, add_adapter
 from minimind.modeling import Model
 from minimind.training import estimate
+from minimind.training import plan as plan_module
 from minimind.training.batch_size import CONTEXT_BYTES, step_bytes, tokens_that_fit
 from minimind.training.estimate import CARDS, Card, cost
-from minimind.training.plan import Estimate, relative_error
+from minimind.training.plan import Estimate, relative_error, survey
 from tests.training.runs import ONE_THREAD, SCRIPT, TINY, finish, rows_of, run, save_origin
 
 WORDS = ["the", "of", "and", "a", "in", "is", "was", "that", "for", "it", "with", "as", "his", "on", "be", "at", "by"]
@@ -66,7 +67,7 @@ def rows(kind: str, path: Path, count: int, most: int = 60) -> Path:
 
 def plan(stage: str, **flags) -> Estimate:
     names = runpy.run_path(str(SCRIPT.with_name(f"{stage}.py")))
-    return plan.survey(names["main"], names["Args"](plan=True, **flags))
+    return survey(names["main"], names["Args"](plan=True, **flags))
 
 
 STAGES = {
@@ -144,7 +145,7 @@ def test_a_sample_of_the_data_gives_the_plan_of_all_of_it(stage, kind, origin, t
     data = rows(kind, tmp_path / "mine.jsonl", 6000)
     where = {"from_": str(origin), "data": (str(data),), "cache_dir": str(tmp_path / "cache")}
     truth = plan(stage, **where)
-    monkeypatch.setattr(plan, "SAMPLE_BYTES", 1 << 18)
+    monkeypatch.setattr(plan_module, "SAMPLE_BYTES", 1 << 18)
     found = plan(stage, **where)
     assert found.data.read_bytes is not None and found.data.read_bytes < 1.2 * (1 << 18)
     assert found.data.bytes == truth.data.bytes == data.stat().st_size
