@@ -36,7 +36,7 @@ from minimind.training.optim import ScheduleName, build_optimizers, lr_factor
 from minimind.training.parallel import Parallel
 from minimind.training.run_folder import versions
 from minimind.utils.device import choose_device, choose_precision, describe_device
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 ROW, BATCH, HELD_OUT = 512, 4096, 32_768  # tokens
 

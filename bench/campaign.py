@@ -38,7 +38,7 @@ from minimind.training.run_folder import versions
 from minimind.utils.device import choose_device, describe_device
 from minimind.utils.display import duration
 from minimind.utils.files import write_atomically, write_json
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 ROOT = Path(__file__).parents[1]
 PASSED = "passed"

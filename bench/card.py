@@ -35,7 +35,7 @@ from bench.running import execute
 from minimind.training.run_folder import versions
 from minimind.utils.display import duration
 from minimind.utils.files import write_json
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 ROOT = Path(__file__).parents[1]
 DONE, CUT, NOT_REACHED, NEEDS_CARD = "done", "cut", "not reached", "needs a GPU"

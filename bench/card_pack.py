@@ -34,7 +34,7 @@ from minimind.data import builtin_corpus, open_corpus
 from minimind.data.reader import read_documents
 from minimind.ops.native_build import PARTS, REPORT, library_name, source_hash
 from minimind.tokenization import load_tokenizer
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 ROOT = Path(__file__).parents[1]
 LARGEST = 60  # MB

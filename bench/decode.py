@@ -44,7 +44,7 @@ from minimind.tokenization import load_tokenizer
 from minimind.training.run_folder import versions
 from minimind.utils.device import choose_device, describe_device
 from minimind.utils.display import duration
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 from minimind.weights import load_model, save_weights
 
 BYTES: dict[str, float] = {"fp32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}

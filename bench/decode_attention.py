@@ -40,7 +40,7 @@ from minimind.ops import native
 from minimind.ops.varlen import PAGED, varlen_attn
 from minimind.training.run_folder import versions
 from minimind.utils.device import choose_device, choose_precision, describe_device
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 PAGE = {"cpu": 16, "cuda": 256}  # tokens; flash-attn's paged form takes multiples of 256 only
 

@@ -30,7 +30,7 @@ from minimind.config import PRESETS
 from minimind.training.metrics import read_metrics
 from minimind.training.run_folder import versions
 from minimind.utils.device import choose_device, describe_device
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 ROOT = Path(__file__).parents[1]
 

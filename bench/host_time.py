@@ -39,7 +39,7 @@ from bench.host_worker import CALLS, OPS, HostWorker, workers
 from bench.kernel_report import append, check_columns, columns_of, slug
 from minimind.config import PRESETS
 from minimind.utils.device import describe_device
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 Seconds = list[tuple[float, float]]
 

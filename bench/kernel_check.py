@@ -24,7 +24,7 @@ from bench.parity import ALLOWED, worst_ratio
 from minimind.config import PRESETS
 from minimind.kernels.triton_support import why_no_triton
 from minimind.utils.device import choose_device, choose_precision
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 TOKENS = 77  # no multiple of any tile
 

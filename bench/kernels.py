@@ -37,7 +37,7 @@ from minimind.config import PRESETS
 from minimind.kernels.triton_support import why_no_triton
 from minimind.training.run_folder import versions
 from minimind.utils.device import choose_device, choose_precision, describe_device
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -34,7 +34,7 @@ from minimind.data import Corpus, PackedLoader, builtin_corpus, open_corpus
 from minimind.tokenization import load_tokenizer
 from minimind.training.run_folder import versions
 from minimind.utils.device import describe_device
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 SHAPES = ((1, 512), (8, 512), (128, 512), (32, 2048), (8, 8192))  # rows, tokens in a row
 SMALLER = 8  # --grow compares a corpus with one this many times smaller

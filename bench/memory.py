@@ -30,7 +30,7 @@ from rich.console import Console
 
 from minimind.data import PackedLoader, expand_paths, open_corpus, read_documents
 from minimind.tokenization import load_tokenizer
-from minimind.utils.progress import ByteProgress, say
+from minimind.utils.display import ByteProgress, say
 
 SPARE = 3  # times the size of the text that must be free: the text, its tokens, and as much again
 SAMPLE_SECONDS = 0.05

@@ -31,7 +31,7 @@ from minimind.modeling import Model
 from minimind.ops import native
 from minimind.rope import rope_cos_sin
 from minimind.utils.device import choose_device
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 FP8 = torch.float8_e4m3fn
 PAGE = 16

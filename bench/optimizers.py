@@ -38,7 +38,7 @@ from minimind.training.metrics import read_metrics
 from minimind.training.run_folder import versions
 from minimind.utils.device import choose_device, describe_device
 from minimind.utils.display import caption
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 ROOT = Path(__file__).parents[1]
 EVERYTHING = 1 << 40  # tokens: every evaluation takes all that is held out

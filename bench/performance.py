@@ -26,7 +26,7 @@ from bench.performance_readme import blocks
 from bench.performance_rows import RESULTS, Device, devices
 from bench.performance_tables import sections
 from bench.performance_targets import CPU, GPU, NEEDS_CARD, UNEXPLAINED, judged, table
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 ROOT = Path(__file__).parents[1]
 PAGE = "docs/PERFORMANCE.md"

@@ -28,8 +28,8 @@ from rich.console import Console
 from bench.performance_rows import markdown
 from minimind.training.estimate import spell_count, spell_hours
 from minimind.training.survey import survey
-from minimind.utils.progress import say
-from minimind.utils.stdio import command_line
+from minimind.utils.display import say
+from minimind.utils.startup import command_line
 
 ROOT = Path(__file__).parents[1]
 PRESETS = ("minimind2-small", "minimind2")

@@ -30,7 +30,7 @@ from minimind.modeling import Model
 from minimind.training.cards import CARDS
 from minimind.training.run_folder import versions
 from minimind.utils.device import describe_device
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 COUNTS = Path(__file__).parent / "results" / "bytes-per-token.csv"
 # Dense bf16 TFLOP/s with float32 accumulation.

@@ -38,7 +38,7 @@ from bench.capture import Compilation, capture
 from bench.capture_cases import cases
 from bench.compiling import Resources, compile_one
 from bench.occupancy import CARDS
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -40,7 +40,7 @@ from minimind.config import PRESETS, ModelConfig
 from minimind.modeling import Model
 from minimind.training.run_folder import versions
 from minimind.utils.device import choose_device, choose_precision, describe_device
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 from minimind.weights import load_model, save_weights
 
 PARTS = ("rollout", "reward", "train")

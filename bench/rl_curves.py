@@ -19,7 +19,7 @@ import tyro
 
 from minimind.training.metrics import read_metrics, smooth
 from minimind.utils.display import caption
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -48,7 +48,7 @@ from minimind.modeling import Model
 from minimind.tokenization import load_tokenizer
 from minimind.training.run_folder import versions
 from minimind.utils.device import choose_device, describe_device
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 from minimind.weights import load_model, save_weights
 
 ROOT = Path(__file__).parents[1]

@@ -28,15 +28,14 @@ from torch import Tensor
 
 from minimind.config import ModelConfig
 from minimind.data import builtin_conversations, builtin_corpus, open_conversations
-from minimind.data.builtin.identity import builtin_identity
+from minimind.data.builtin.chat import builtin_identity
 from minimind.data.builtin.preferences import builtin_preferences
 from minimind.data.builtin.reasoning import builtin_reasoning
-from minimind.data.cache import open_corpus
+from minimind.data.cache import open_corpus, open_preferences
 from minimind.data.corpus import Corpus
 from minimind.data.loader import PackedLoader
 from minimind.data.loss_mask import SIDE, class_of
 from minimind.data.pair_loader import PairLoader
-from minimind.data.preferences import open_preferences
 from minimind.lora import LoRAConfig, add_adapter
 from minimind.modeling import Model
 from minimind.tokenization import ChatEncoder, load_tokenizer

@@ -47,7 +47,7 @@ from minimind.training.optim import OptimizerName
 from minimind.training.run_folder import versions
 from minimind.utils.device import choose_device, choose_precision, describe_device
 from minimind.utils.display import duration
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 WHOLE_MODEL = ("pretrain", "sft", "reason")  # the model's own operations are all that a step computes
 

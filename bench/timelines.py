@@ -35,7 +35,7 @@ from minimind.inference.requests import Request, SamplingParams
 from minimind.training.profiling.profiler import PICTURE, StepProfiler, span
 from minimind.training.run_folder import versions
 from minimind.utils.device import choose_device, choose_precision, describe_device
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 ROOT = Path(__file__).parents[1]
 WHAT = ("train", "decode")

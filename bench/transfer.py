@@ -38,7 +38,7 @@ from minimind.config import PRESETS
 from minimind.data.builtin.docstrings import builtin_corpus
 from minimind.utils.device import choose_device, describe_device
 from minimind.utils.files import cache_root, make_folder
-from minimind.utils.stdio import command_line
+from minimind.utils.startup import command_line
 
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "transfer.png"
 

@@ -1,7 +1,7 @@
 """MiniMind: train tiny language models from scratch, as fast as the hardware allows.
 
-The names below are the stable public API. They load on first use, so that data workers, which need no torch,
-start quickly.
+The names in __all__ are the stable public API. They load on first use, so that data workers, which need no torch, start
+quickly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def __getattr__(name: str) -> Any:
 
 
 def _map_kernels() -> None:
-    """In a checkout, minimind.kernels is the folder kernels/ beside this package (setup.py maps it on install)."""
+    """Map minimind.kernels to the folder kernels/ beside this package, in a checkout; setup.py does so on
+    installation."""
     beside = Path(__file__).parent.parent / "kernels"
     if not (Path(__file__).parent / "kernels").is_dir() and beside.is_dir():
         spec = ModuleSpec("minimind.kernels", None, is_package=True)

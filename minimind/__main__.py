@@ -1,4 +1,4 @@
-"""`python -m minimind`: the `minimind` command, where it is not on the PATH."""
+"""Run the `minimind` command as `python -m minimind`."""
 
 from minimind.cli import main
 

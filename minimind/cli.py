@@ -1,6 +1,6 @@
 """The `minimind` command. Each subcommand is a module with `Args`, a dataclass of its flags, and `main(args) -> int`.
 
-They are imported when they are asked for: `minimind` alone answers at once.
+A module is imported only when its subcommand runs, so that `minimind` alone answers at once.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ import os
 import sys
 from collections.abc import Sequence
 
-from minimind.utils.starting import leave_on_interrupt, started
-from minimind.utils.stdio import prepare_output, with_home
+from minimind.utils.startup import leave_on_interrupt, prepare_output, started, with_home
 
 COMMANDS = {
     "chat": ("minimind.apps.chat", "talk to a model in the terminal"),
     "serve": ("minimind.serving.command", "serve a model over HTTP as OpenAI's API does"),
     "web": ("minimind.serving.web_command", "talk to a model in the browser"),
-    "evaluate": ("minimind.evaluation.perplexity", "perplexity of a model by context length, or benchmarks"),
+    "evaluate": ("minimind.evaluation.perplexity", "measure perplexity by context length, or run benchmarks"),
     "export": ("minimind.export.command", "write a model for transformers, vLLM, llama.cpp, ollama or upstream"),
-    "data": ("minimind.data.download", "fetch upstream's data sets"),
+    "data": ("minimind.data.download", "download upstream's data sets"),
 }
 
 
 def usage() -> str:
+    """The help text of the command without arguments."""
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(["usage: minimind COMMAND [flags]", "", *lines, "", "minimind COMMAND --help lists its flags"])
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+    """Run a subcommand. Returns the exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
@@ -50,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
         args = tyro.cli(module.Args, prog=f"minimind {name}", description=module.__doc__, args=rest)
         started()
         return module.main(args)
-    except BrokenPipeError:  # whoever read our output has enough: no error, and nothing left to write it to
+    except BrokenPipeError:  # the reader of a pipe, such as head, has closed it: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as problem:
@@ -61,6 +61,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> None:
+    """The entry point of the `minimind` command."""
     leave_on_interrupt()
     prepare_output()
     try:

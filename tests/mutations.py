@@ -422,27 +422,27 @@ MUTATIONS = (
     Mutation(
         "a token is its own target",
         "minimind/data/loader.py",
-        "targets[filled] = self.view.gather(mine.address + 1, mine.length)",
-        "targets[filled] = self.view.gather(mine.address, mine.length)",
+        "targets[filled] = self.view.gather(own.address + 1, own.length)",
+        "targets[filled] = self.view.gather(own.address, own.length)",
         "tests/data/test_loader.py",
     ),
     Mutation(
         "the loss is divided by the targets of this rank alone",
         "minimind/data/loader.py",
-        "_Counted(int(mine.length.sum()), int(batch.length.sum()),",
-        "_Counted(int(mine.length.sum()), int(mine.length.sum()),",
+        "_TargetCounts(int(own.length.sum()), int(batch.length.sum()),",
+        "_TargetCounts(int(own.length.sum()), int(own.length.sum()),",
         "tests/data/test_loader.py",
     ),
     Mutation(
         "a resumed run reads its window from the beginning",
-        "minimind/data/row_stream.py",
+        "minimind/data/packing.py",
         "self.epoch, self.window, self.row = epoch, window, row",
         "self.epoch, self.window, self.row = epoch, window, 0",
         "tests/data/test_loader.py",
     ),
     Mutation(
         "every pass has the order of the first",
-        "minimind/data/row_stream.py",
+        "minimind/data/packing.py",
         "Permutation(count, self.seed, epoch)",
         "Permutation(count, self.seed, 0)",
         "tests/data/test_loader.py",
@@ -450,8 +450,8 @@ MUTATIONS = (
     Mutation(
         "the loss mask is that of the inputs, not of the targets",
         "minimind/data/loader.py",
-        "classes = class_of(self.view.gather_codes(mine.address + 1, mine.length))",
-        "classes = class_of(self.view.gather_codes(mine.address, mine.length))",
+        "classes = class_of(self.view.gather_codes(own.address + 1, own.length))",
+        "classes = class_of(self.view.gather_codes(own.address, own.length))",
         "tests/data/test_conversations.py",
     ),
     Mutation(
@@ -526,14 +526,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a prompt is cut within a character",
-        "minimind/tokenization/shortening.py",
+        "minimind/tokenization/chat_encoder.py",
         "begins[content[count]] < ends[content[count] - 1]",
         "count < 0",
         "tests/data/test_preferences.py",
     ),
     Mutation(
         "the header of a question goes with its beginning",
-        "minimind/tokenization/shortening.py",
+        "minimind/tokenization/chat_encoder.py",
         "content = np.flatnonzero((begins >= first) & (ends <= last))",
         "content = np.flatnonzero((begins >= begin) & (ends <= last))",
         "tests/data/test_preferences.py",
@@ -596,7 +596,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a torn Zstandard file ends quietly",
-        "minimind/data/streams.py",
+        "minimind/data/reader.py",
         "if self._frame is not None:\n                        raise",
         "if self._frame is False:\n                        raise",
         "tests/data/test_reader.py",
@@ -611,8 +611,8 @@ MUTATIONS = (
     Mutation(
         "a message of weight 0 is learnt",
         "minimind/data/fields.py",
-        "        kept[LEARNT] = False",
-        "        kept[LEARNT] = True",
+        "        kept[TRAIN] = False",
+        "        kept[TRAIN] = True",
         "tests/data/test_fields.py",
     ),
     Mutation(
@@ -624,7 +624,7 @@ MUTATIONS = (
     ),
     Mutation(
         "what was tokenized in one form is taken for another",
-        "minimind/data/forms.py",
+        "minimind/data/formats.py",
         'return ["fields", VERSION, self.name, sorted(set(self.ignored))] if',
         'return ["fields", VERSION] if',
         "tests/data/test_fields.py",
@@ -660,24 +660,24 @@ MUTATIONS = (
     # tokenization
     Mutation(
         "the token that ends a turn is not learnt",
-        "minimind/tokenization/conversation.py",
+        "minimind/tokenization/chat_encoder.py",
         "return start, end + len(self._eos)",
         "return start, end",
-        "tests/tokenization/test_conversation.py",
+        "tests/tokenization/test_chat_encoder.py",
     ),
     Mutation(
         "the assistant's header is learnt",
-        "minimind/tokenization/conversation.py",
+        "minimind/tokenization/chat_encoder.py",
         "start = len(before) + len(self._header)",
         "start = len(before)",
-        "tests/tokenization/test_conversation.py",
+        "tests/tokenization/test_chat_encoder.py",
     ),
     Mutation(
         "a user can write control tokens",
-        "minimind/tokenization/conversation.py",
+        "minimind/tokenization/chat_encoder.py",
         'mode: Any = True if control else "markup"',
         "mode: Any = True",
-        "tests/tokenization/test_conversation.py",
+        "tests/tokenization/test_chat_encoder.py",
     ),
     Mutation(
         "reasoning that the data lacks is learnt as an empty block",
@@ -767,7 +767,7 @@ MUTATIONS = (
     Mutation(
         "a tokenizer is another one by its size alone",
         "minimind/tokenization/tokenizer.py",
-        "if not new and given.fingerprint != known.fingerprint:",
+        "if not new and tokenizer.fingerprint != trained_with.fingerprint:",
         "if not new and given.vocab_size != known.vocab_size:",
         "tests/training/test_references.py::test_every_stage_refuses_another_tokenizer_of_the_same_size",
     ),
@@ -801,10 +801,10 @@ MUTATIONS = (
     ),
     Mutation(
         "Ctrl-C while a script imports is an exception",
-        "minimind/utils/starting.py",
+        "minimind/utils/startup.py",
         "signal.signal(signal.SIGINT, _leave)",
         "signal.signal(signal.SIGINT, signal.default_int_handler)",
-        "tests/test_starting.py",
+        "tests/utils/test_startup.py",
     ),
     Mutation(
         "the built-in conversations are made beside --data",
@@ -1532,17 +1532,17 @@ MUTATIONS = (
     ),
     Mutation(
         "--out=~/x is a folder called ~",
-        "minimind/utils/stdio.py",
-        'argument = f"{flag}=" * bool(equals) + found',
+        "minimind/utils/startup.py",
+        'argument = f"{flag}=" * bool(equals) + full',
         "argument = argument",
-        "tests/utils/test_display.py",
+        "tests/utils/test_startup.py",
     ),
     Mutation(
         "a home that is not there becomes a folder",
-        "minimind/utils/stdio.py",
-        "if found == path and not os.path.exists(begins[0]):",
+        "minimind/utils/startup.py",
+        "if full == path and not os.path.exists(begins[0]):",
         "if False:",
-        "tests/utils/test_display.py",
+        "tests/utils/test_startup.py",
     ),
     Mutation(
         "a reward that returns too few numbers is asked again",

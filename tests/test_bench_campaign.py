@@ -149,7 +149,7 @@ def test_a_peer_that_dies_takes_no_other_along(monkeypatch):
             if self.name == "later" and len(self.steps) > 2:
                 raise ValueError("--peer later: its process died")
 
-    monkeypatch.setattr(throughput, "Worker", Fake)
+    monkeypatch.setattr(throughput, "ThroughputWorker", Fake)
     args = throughput.Args(steps=6, turn=2)
     setting = SimpleNamespace(stage="sft", preset="nano")
     names = ["at once", "well", "later"]

@@ -270,7 +270,7 @@ def test_a_decoder_that_writes_nonsense_is_refused(tmp_path, monkeypatch):
         def finish(self) -> None:
             pass
 
-    monkeypatch.setattr(decode, "Worker", Fake)
+    monkeypatch.setattr(decode, "DecodeWorker", Fake)
     args = Args(preset="nano", peer=("ours-reference", "hf-dynamic", "naive"), batch=(2,), prompt=5, new=4, turns=2,
                 device="cpu", out=str(tmp_path))  # fmt: skip
     monkeypatch.setattr(decode, "why_not", lambda *_: None)

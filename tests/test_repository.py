@@ -56,7 +56,7 @@ ARROWS = {
     "lora_files": "lora modeling weights",
     "value_head": "config lora lora_files modeling ops weights",
     "data/builtin": "utils",
-    "data": "data/builtin utils",
+    "data": "data/builtin tokenization utils",
     "objectives": "modeling ops utils value_head",
     "rewards": "tokenization utils value_head weights",
     "inference/decode": "config kernels modeling rope",

@@ -9,7 +9,7 @@ where the last checkpoint was. Every run leaves a folder under runs/ with its me
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.utils.starting import leave_on_interrupt
+    from minimind.utils.startup import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -40,8 +40,8 @@ from minimind.training.script import run_script
 from minimind.training.stages.answers import continue_texts
 from minimind.training.stages.chats import ChatArgs, chat_figures, chat_sample, describe_chats, open_chats
 from minimind.training.stages.figures import plot_figures
+from minimind.utils.display import say
 from minimind.utils.files import read_json
-from minimind.utils.progress import say
 
 # Peak rates of the student by preset; half of nano takes that of nano's pretraining, the others are not tuned yet.
 PEAK_LR = {"half-nano": 4e-3, "nano": 2e-3, "minimind2-small": 5e-4}

@@ -10,7 +10,7 @@ folder under runs/ with its metrics, plots, answers and weights.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.utils.starting import leave_on_interrupt
+    from minimind.utils.startup import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -51,7 +51,7 @@ from minimind.training.stages.pairs import (
     to_device,
 )
 from minimind.training.stages.reference import reference_log_probs
-from minimind.utils.progress import say
+from minimind.utils.display import say
 
 # Peak rate, and that of nano on the built-in pairs, whose answers have new words. Of 600 real pairs a nano learnt the
 # training part by heart at 1e-4, while held-out loss rose.

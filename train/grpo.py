@@ -29,7 +29,7 @@ is bounded: what is missing then is missing.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.utils.starting import leave_on_interrupt
+    from minimind.utils.startup import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -49,7 +49,7 @@ from minimind.training.rl.arguments import RolloutArgs
 from minimind.training.rl.rollouts import Answer
 from minimind.training.rl.stage import Rollouts
 from minimind.training.script import run_script
-from minimind.utils.progress import say
+from minimind.utils.display import say
 
 NANO_LR = 5e-5  # peak rate of nano, of a few that were tried; others' by rl.stage.peak_lr
 SMALLEST = 32  # answers of a step, where --minibatches does not say

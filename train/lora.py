@@ -9,7 +9,7 @@ its metrics, plots, answers and the adapter, in peft's form.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.utils.starting import leave_on_interrupt
+    from minimind.utils.startup import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -23,7 +23,7 @@ from typing import Any, cast
 from rich.console import Console
 
 from minimind.data import Corpus, PackedLoader
-from minimind.data.builtin.identity import builtin_identity
+from minimind.data.builtin.chat import builtin_identity
 from minimind.data.paths import find_files
 from minimind.lora import LoRAConfig, adapters_off, add_adapter
 from minimind.lora_files import adapter_config, adapter_folder, another_base, load_adapter
@@ -48,7 +48,7 @@ from minimind.training.stages.chats import (
     read_chats,
 )
 from minimind.training.stages.figures import plot_figures
-from minimind.utils.progress import say
+from minimind.utils.display import say
 
 # An adapter begins at zero and learns little from a few large steps; few rows a step leave a GPU idle.
 STEPS, LEAST_BATCH = 1000, 1024

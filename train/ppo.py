@@ -26,7 +26,7 @@ stands, and then to those alone who can check a sum (estimated from 64 answers t
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.utils.starting import leave_on_interrupt
+    from minimind.utils.startup import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 

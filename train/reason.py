@@ -10,7 +10,7 @@ plots, answers and weights.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.utils.starting import leave_on_interrupt
+    from minimind.utils.startup import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -38,7 +38,7 @@ from minimind.training.script import run_script
 from minimind.training.stages.chats import ChatArgs, chat_sample, describe_chats, open_chats
 from minimind.training.stages.figures import plot_figures
 from minimind.training.stages.reasoning import MODES, ReasoningQuestions, has_reasoning, reasoning_figures
-from minimind.utils.progress import say
+from minimind.utils.display import say
 
 # Peak rates by preset; not tuned yet.
 PEAK_LR = {"nano": 2e-3, "minimind2-small": 5e-4}

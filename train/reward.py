@@ -10,7 +10,7 @@ checkpoint was. Every run leaves a folder under runs/ with its metrics, plots, s
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.utils.starting import leave_on_interrupt
+    from minimind.utils.startup import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -36,7 +36,7 @@ from minimind.training.script import run_script
 from minimind.training.stages.figures import plot_figures
 from minimind.training.stages.pairs import PairArgs, describe_pairs, open_pairs, pair_loader
 from minimind.training.stages.scores import InitialValueModel, files, heldout_scores, show_scores, to_device
-from minimind.utils.progress import say
+from minimind.utils.display import say
 from minimind.value_head import ValueModel
 
 # Peak rates by preset. With nano's all built-in held-out pairs are told apart; the others are not tuned yet.

@@ -8,7 +8,7 @@ leaves a folder under runs/ with its metrics, plot, answers and weights.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.utils.starting import leave_on_interrupt
+    from minimind.utils.startup import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 

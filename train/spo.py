@@ -20,7 +20,7 @@ outside counts as the nearer end.
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.utils.starting import leave_on_interrupt
+    from minimind.utils.startup import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -42,7 +42,7 @@ from minimind.training.rl.arguments import NormName, RolloutArgs
 from minimind.training.rl.rollouts import Answer, DrawnPrompt
 from minimind.training.rl.stage import Rollouts
 from minimind.training.script import run_script
-from minimind.utils.progress import say
+from minimind.utils.display import say
 
 NANO_LR = 5e-5  # peak rate of nano, of a few that were tried; others' by rl.stage.peak_lr
 DEVIATIONS = 3.0  # to either side of the mean: the range of rewards without bounds

@@ -8,7 +8,7 @@ The folder it writes loads with load_tokenizer(folder) and with transformers' Au
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from minimind.utils.starting import leave_on_interrupt
+    from minimind.utils.startup import leave_on_interrupt
 
     leave_on_interrupt()  # during the imports below
 
@@ -25,15 +25,13 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from minimind.data.forms import Form, FormatName
+from minimind.data.formats import FormatName, RowFormat
 from minimind.data.paths import expand_paths, find_files
-from minimind.data.reader import iter_texts
-from minimind.data.records import BadRows
+from minimind.data.reader import BadRows, iter_texts
 from minimind.tokenization import Tokenizer, load_tokenizer
 from minimind.tokenization.training import train_bpe
-from minimind.utils.progress import say
-from minimind.utils.starting import started
-from minimind.utils.stdio import command_line, prepare_output
+from minimind.utils.display import say
+from minimind.utils.startup import command_line, prepare_output, started
 
 Read = Callable[..., Iterator[str]]  # iter_texts, told how
 SAMPLE_BYTES = 2_000_000
@@ -71,7 +69,7 @@ def main(config: Config) -> None:
     """Train, save and measure. Raises ValueError for a setting or a file that cannot be used."""
     check_out(config)
     sources = weighted_sources(config)
-    read = partial(iter_texts, on_bad_row=config.on_bad_row, form=Form(config.format, config.ignore_fields))
+    read = partial(iter_texts, on_bad_row=config.on_bad_row, form=RowFormat(config.format, config.ignore_fields))
     held_out = {text for path in eval_paths(config) for text in read(path)}
     console = Console(stderr=True)
     for line in find_files(config.data).lines():

@@ -85,7 +85,7 @@ def test_loader(against: Against) -> None:
     lengths = document_lengths(2_500)
     ends = np.append(0, lengths.cumsum())
     tokens = np.random.default_rng(2).integers(0, 6400, ends[-1]).astype(np.uint16)
-    corpus = Corpus.of([TokenizedFile(Path("made-up"), "made-up", tokens, np.stack([ends, ends], axis=1), {})])
+    corpus = Corpus.from_files([TokenizedFile(Path("made-up"), "made-up", tokens, np.stack([ends, ends], axis=1), {})])
     places = np.random.default_rng(3).permutation(BATCHES * ROWS * SEQ_LEN) % len(tokens)
 
     def load() -> None:

@@ -2,8 +2,7 @@
 
 from minimind.data.builtin.chat import builtin_conversations
 from minimind.data.builtin.docstrings import builtin_corpus
-from minimind.data.cache import Corpus, open_corpus
-from minimind.data.conversations import open_conversations
+from minimind.data.cache import Corpus, open_conversations, open_corpus
 from minimind.data.loader import Batch, PackedLoader
 from minimind.data.paths import expand_paths
 from minimind.data.reader import iter_texts, read_documents

@@ -1,7 +1,7 @@
-"""Tokenize one file into the files of a `Source`, in parts, so that a killed build goes on where it was.
+"""Tokenize one file into the arrays of a `TokenizedFile`, in parts, so that a build that was killed can resume.
 
-Data is appended and synced; then `progress.json` is replaced atomically and says how much of it counts and
-where in the text to go on. What lies beyond that (a part cut short) is cut off before more is written.
+Data is appended and synced; then `progress.json` is replaced atomically. It says how much of the data is complete and
+where in the text to continue. An incomplete part behind that is cut off before more is written.
 """
 
 import os
@@ -14,12 +14,11 @@ import numpy as np
 from rich.console import Console
 
 from minimind.data.corpus import CODES, DOCUMENTS, ENTRY_BYTES, HASH_BYTES, HASHES, META, TOKEN_BYTES, TOKENS
-from minimind.data.recipes import Encoded, Recipe
-from minimind.data.records import BadRows, Document, Position, bad_row_error
+from minimind.data.encoding import Encoded, Recipe
+from minimind.data.reader import BadRows, Document, Position, bad_row_error, decompressed_size
 from minimind.data.split import hash_texts
-from minimind.data.streams import decompressed_size
+from minimind.utils.display import ByteProgress
 from minimind.utils.files import disk_full, is_disk_full, read_json, write_json
-from minimind.utils.progress import ByteProgress
 
 PROGRESS = "progress.json"
 PART_BYTES = 32 << 20
@@ -28,7 +27,7 @@ BATCH_BYTES = 1 << 20
 
 @dataclass
 class Progress:
-    """What the files hold for certain, and where in the text the next part begins."""
+    """The complete data in the files, and the position in the text at which the next part begins."""
 
     documents: int = 0
     tokens: int = 0
@@ -39,7 +38,7 @@ class Progress:
 
     @classmethod
     def load(cls, folder: Path, weighted: bool) -> "Progress":
-        """The progress recorded in `folder`; none without a record or when the files are shorter than it."""
+        """The progress recorded in `folder`; zero if there is no record or the files are shorter than it says."""
         value = read_json(folder / PROGRESS)
         if value is None:
             return cls(weighted=weighted)
@@ -73,9 +72,9 @@ def build(
     part_bytes: int = PART_BYTES,
     batch_bytes: int = BATCH_BYTES,
 ) -> None:
-    """Fill `folder`, going on after the last complete part. The caller holds the folder's lock.
+    """Tokenize `path` into `folder`, continuing after the last complete part. The caller holds the folder's lock.
 
-    Raises ValueError on a bad row (unless skipped), on a file without documents, and on a full disk.
+    Raises ValueError on a bad row (unless skipped), a file without documents, and a full disk.
     """
     progress = Progress.load(folder, recipe.weighted)
     if on_bad_row == "error" and progress.bad.count:
@@ -85,19 +84,19 @@ def build(
         with _Files(folder, progress) as files:
             title = f"tokenizing {path.name}"
             with ByteProgress(console, title, total, progress.position.offset) as shown:
-                reading = recipe.read(path, on_bad_row, progress.position, progress.bad)
-                since = 0
-                for batch in _batches(reading, batch_bytes):
+                documents = recipe.read(path, on_bad_row, progress.position, progress.bad)
+                uncommitted = 0
+                for batch in _batches(documents, batch_bytes):
                     files.append(batch, _encoded(recipe, batch, path))
                     shown.update(progress.position.offset)
-                    since += sum(document.size for document in batch)
-                    if since >= part_bytes:
+                    uncommitted += sum(document.size for document in batch)
+                    if uncommitted >= part_bytes:
                         files.commit()
-                        since = 0
+                        uncommitted = 0
             files.commit()
         if not progress.documents:
             raise ValueError(f"{path}: no document in this file{_all_bad(progress.bad)}")
-        sizes = {name: size for name, size in progress.sizes().items() if name != HASHES}  # can be made again
+        sizes = {name: size for name, size in progress.sizes().items() if name != HASHES}  # can be rebuilt
         meta = asdict(progress) | {"sizes": sizes, "source": path.name}
         write_json(folder / META, meta)
     except OSError as error:
@@ -124,7 +123,7 @@ def _all_bad(bad: BadRows) -> str:
 
 
 class _Files:
-    """The growing files; `append` writes, `commit` makes what was written count."""
+    """The growing files: `append` writes a batch, `commit` records all batches written so far as complete."""
 
     def __init__(self, folder: Path, progress: Progress) -> None:
         self._folder, self._progress = folder, progress
@@ -151,8 +150,8 @@ class _Files:
     def append(self, batch: list[Document], encoded: Encoded) -> None:
         progress = self._progress
         sizes = np.array([document.num_bytes for document in batch])
-        places = encoded.lengths.cumsum() + progress.tokens
-        entries = np.stack([places, sizes.cumsum() + progress.bytes], axis=1)
+        ends = encoded.lengths.cumsum() + progress.tokens
+        entries = np.stack([ends, sizes.cumsum() + progress.bytes], axis=1)
         _write(self._files[TOKENS], encoded.tokens.astype("<u2", copy=False))
         if encoded.codes is not None:
             _write(self._files[CODES], encoded.codes)
@@ -170,7 +169,7 @@ class _Files:
 
 
 def _write(file: BinaryIO, array: np.ndarray) -> None:
-    """Write all of `array`; an unbuffered write may stop short, on a disk that fills up for one."""
+    """Write all of `array`; an unbuffered write may write only a part, such as on a disk that fills up."""
     data = memoryview(array.tobytes())
     while data:
         data = data[file.write(data) :]
@@ -187,19 +186,19 @@ def _open_at(path: Path, size: int) -> BinaryIO:
 
 def _batches(documents: Iterator[Document], batch_bytes: int) -> Iterator[list[Document]]:
     batch: list[Document] = []
-    held = 0
+    size = 0
     for document in documents:
         batch.append(document)
-        held += document.size
-        if held >= batch_bytes:
+        size += document.size
+        if size >= batch_bytes:
             yield batch
-            batch, held = [], 0
+            batch, size = [], 0
     if batch:
         yield batch
 
 
 def _cut_back(folder: Path, weighted: bool) -> None:
-    """Give back what a failed part took; what counts stays."""
+    """Free the disk space of an incomplete part."""
     progress = Progress.load(folder, weighted)
     for name, size in progress.sizes().items():
         if progress.documents and (folder / name).exists():
@@ -209,7 +208,7 @@ def _cut_back(folder: Path, weighted: bool) -> None:
 
 
 def _bytes_needed(progress: Progress, total: int) -> int:
-    """Bytes still to be written, at the rate so far, or else 1 for each byte of text."""
+    """Bytes still to be written: at the rate so far, or 1 for each byte of text."""
     done = progress.position.offset
     rate = sum(progress.sizes().values()) / done if done else 1.0
     return int(rate * max(total - done, 0)) + BATCH_BYTES

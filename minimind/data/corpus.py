@@ -1,9 +1,11 @@
-"""Tokenized sources in memory-mapped files, and a corpus over them.
+"""A corpus of documents over tokenized files, which are memory-mapped.
 
-A source's folder holds `tokens.bin`, its documents one after the other as uint16, and `documents.bin`, int64
-[num_documents + 1, 2]: token and UTF-8 byte offset of each document, and the two totals. `hashes.bin`, uint64
-[num_documents], has a hash of each document's text, which tells copies (split.py). Conversations also have `codes.bin`,
-a byte for each token that says what it is to the loss (weights.py). `meta.json`, written last, marks it complete.
+The folder of a tokenized file holds
+    tokens.bin      uint16 [num_tokens], its documents one after the other
+    documents.bin   int64 [num_documents + 1, 2], the token and UTF-8 byte offset of each document, and the two totals
+    hashes.bin      uint64 [num_documents], a hash of each document's text, by which copies are found (split.py)
+    codes.bin       uint8 [num_tokens], the loss code of each token (loss_mask.py); only of conversations and pairs
+    meta.json       written last; marks the folder as complete
 """
 
 import os
@@ -24,9 +26,8 @@ TOKEN_BYTES, ENTRY_BYTES, HASH_BYTES = 2, 16, 8
 
 @dataclass(frozen=True, eq=False)
 class TokenizedFile:
-    """One tokenized file: `tokens` uint16 [num_tokens], `index` int64 [num_documents + 1, 2], of conversations also
-    `codes` uint8 [num_tokens]; `hashes` uint64 [num_documents], None in a cache of an earlier version that could not be
-    written to."""
+    """One tokenized file, with the arrays of its folder. codes: None if every token is a target. hashes: None in a
+    read-only cache of an earlier version."""
 
     path: Path
     key: str
@@ -38,22 +39,22 @@ class TokenizedFile:
 
     @classmethod
     def open(cls, folder: Path, path: Path, meta: dict[str, Any]) -> "TokenizedFile":
-        """Map the files of `folder`, which `meta` describes and whose sizes have been checked."""
+        """Map the files of `folder`. `meta` describes them, and their sizes have been checked."""
         tokens = np.memmap(folder / TOKENS, dtype="<u2", mode="r")
         index = np.memmap(folder / DOCUMENTS, dtype="<i8", mode="r").reshape(-1, 2)
         codes = hashes = None
         if meta.get("weighted"):
             codes = np.memmap(folder / CODES, dtype=np.uint8, mode="r").view(np.ndarray)
-        path_of_hashes = folder / HASHES
-        if path_of_hashes.exists() and os.path.getsize(path_of_hashes) == HASH_BYTES * (len(index) - 1):
-            hashes = np.memmap(path_of_hashes, dtype="<u8", mode="r").view(np.ndarray)
+        hash_file = folder / HASHES
+        if hash_file.exists() and os.path.getsize(hash_file) == HASH_BYTES * (len(index) - 1):
+            hashes = np.memmap(hash_file, dtype="<u8", mode="r").view(np.ndarray)
         return cls(path, folder.name, tokens.view(np.ndarray), index.view(np.ndarray), meta, codes, hashes)
 
 
 @dataclass(frozen=True, eq=False)
 class _Slice:
-    """Documents first..stop of a source, of these only the `picked` ones or all but the `left_out` ones: int64 numbers
-    in the source, ascending. rule: what decided on them."""
+    """Documents first..stop of a file: all, only the `picked` ones, or all but the `left_out` ones. Both are int64
+    document numbers in the file, ascending; `rule` describes how they were chosen."""
 
     source: TokenizedFile
     first: int
@@ -69,11 +70,11 @@ class _Slice:
         return self.stop - self.first - (0 if self.left_out is None else len(self.left_out))
 
     def span(self, column: int) -> int:
-        """Tokens (column 0) or bytes (1) from the first document to the last, whether they are in the slice or not."""
+        """Tokens (column 0) or bytes (1) from the first document to the last, including those that are left out."""
         return int(self.source.index[self.stop, column] - self.source.index[self.first, column])
 
     def total(self, column: int) -> int:
-        """Tokens or bytes of the slice's documents."""
+        """Tokens or bytes of the documents in the slice."""
         return int(self._totals[column])
 
     @cached_property
@@ -84,12 +85,12 @@ class _Slice:
         return spans if self.left_out is None else spans - self._sizes(self.left_out).sum(0)
 
     def _sizes(self, numbers: np.ndarray) -> np.ndarray:
-        """int64 [n, 2]: tokens and bytes of documents of the source."""
+        """int64 [n, 2]: tokens and bytes of documents, by their numbers in the file."""
         index = self.source.index
         return index[numbers + 1] - index[numbers]
 
     def numbers(self, values: np.ndarray) -> np.ndarray:
-        """int64: which documents of the source the slice's documents `values`, from 0, are."""
+        """int64: the numbers in the file of the slice's documents `values`, which count from 0."""
         if self.picked is not None:
             return self.picked[values]
         if self.left_out is None:
@@ -98,12 +99,12 @@ class _Slice:
 
     @cached_property
     def _before(self) -> np.ndarray:
-        """How many documents of the slice come before each that is left out."""
+        """The number of documents of the slice before each one that is left out."""
         assert self.left_out is not None
         return self.left_out - self.first - np.arange(len(self.left_out))
 
     def head(self, tokens: float) -> "_Slice":
-        """The first documents that have at most `tokens` tokens in all."""
+        """The first documents, with at most `tokens` tokens in total."""
         index = self.source.index
         if self.picked is not None:
             count = int(np.searchsorted(self._sizes(self.picked)[:, 0].cumsum(), int(tokens), side="right"))
@@ -113,10 +114,10 @@ class _Slice:
             stop = bisect_left(index[:, 0], begin + int(tokens) + 1, self.first, self.stop + 1) - 1
             return replace(self, stop=stop)
         left_out = self.left_out
-        gone = np.concatenate([[0], self._sizes(left_out)[:, 0].cumsum()])
+        removed = np.concatenate([[0], self._sizes(left_out)[:, 0].cumsum()])
 
         def until(stop: int) -> int:
-            return int(index[stop, 0]) - begin - int(gone[np.searchsorted(left_out, stop)])
+            return int(index[stop, 0]) - begin - int(removed[np.searchsorted(left_out, stop)])
 
         stops = range(self.first, self.stop + 1)
         stop = stops[bisect_left(stops, int(tokens) + 1, key=until) - 1]
@@ -130,10 +131,10 @@ class _Slice:
 
 
 class Corpus:
-    """Documents of several sources in order, numbered from 0. Holds no token in memory.
+    """The documents of several tokenized files in order, numbered from 0. Holds no token in memory.
 
-    A document's address is the place of its first token in the concatenation of the sources' tokens, of documents that
-    are not in the corpus too.
+    A document's address is the place of its first token in the concatenation of all files, which includes documents
+    that are not in the corpus.
     """
 
     def __init__(self, slices: Sequence[_Slice]) -> None:
@@ -145,34 +146,34 @@ class Corpus:
         self.num_bytes = sum(s.total(1) for s in self._slices)
 
     @classmethod
-    def of(cls, sources: Sequence[TokenizedFile]) -> "Corpus":
+    def from_files(cls, sources: Sequence[TokenizedFile]) -> "Corpus":
         """All documents of `sources`."""
         return cls([_Slice(source, 0, len(source.index) - 1) for source in sources])
 
     @property
     def sources(self) -> list[TokenizedFile]:
-        """The sources that have documents here."""
+        """The files that have documents in this corpus."""
         return [piece.source for piece in self._slices]
 
     @property
     def weighted(self) -> bool:
-        """Whether each token has a code that says what it is to the loss."""
+        """Whether the tokens have loss codes (loss_mask.py)."""
         return any(piece.source.codes is not None for piece in self._slices)
 
     @property
     def identity(self) -> int:
-        """63 bits that change with the texts, their order and their tokenization."""
+        """63 bits that depend on the texts, their order and their tokenization."""
         text = repr([piece.name() for piece in self._slices])
         return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
     def document(self, i: int) -> np.ndarray:
-        """uint16 [tokens]: document `i`, from its bos to its eos token, without a copy."""
+        """uint16 [tokens]: document `i`, bos and eos included; a view."""
         piece, number = self._locate(i)
         index = piece.source.index
         return piece.source.tokens[index[number, 0] : index[number + 1, 0]]
 
     def locate(self, i: int) -> tuple[Path, int]:
-        """File of document `i`, and the document's number in it, from 0."""
+        """The file of document `i`, and the document's number in it, from 0."""
         piece, number = self._locate(i)
         return piece.source.path, number
 
@@ -185,7 +186,7 @@ class Corpus:
         return self._differences(indices, 1)
 
     def addresses(self, indices: np.ndarray) -> np.ndarray:
-        """int64 [n]: address of each document's first token."""
+        """int64 [n]: the address of each document's first token."""
         out = np.empty(len(indices), np.int64)
         for s, where, numbers in self._by_slice(indices, self._first_document):
             piece = self._slices[s]
@@ -194,50 +195,49 @@ class Corpus:
         return out
 
     def hashes(self, first: int, stop: int) -> np.ndarray:
-        """uint64 [stop - first]: hashes of the texts of documents first..stop. Raises ValueError where a token cache of
-        an earlier version has none and cannot be written to."""
+        """uint64 [stop - first]: hashes of the texts of documents first..stop. Raises ValueError for a read-only cache
+        of an earlier version, which has no hashes."""
         out = np.empty(stop - first, np.uint64)
         for s, where, numbers in self._by_slice(np.arange(first, stop), self._first_document):
             source = self._slices[s].source
             if source.hashes is None:
                 raise ValueError(
-                    f"{source.path}: its token cache is of an earlier version and cannot be written to, so that copies "
-                    "of a text cannot be told; choose another folder with --cache-dir"
+                    f"{source.path}: its token cache is read-only and of an earlier version, without the hashes that "
+                    "find copies of a text; choose another folder with --cache-dir"
                 )
             out[where] = source.hashes[self._slices[s].numbers(numbers)]
         return out
 
     def only(self, numbers: np.ndarray, rule: str) -> "Corpus":
-        """The documents `numbers`, int64, ascending; rule: what decided on them, for `identity`. Of a whole corpus."""
-        return Corpus([replace(s, picked=mine, rule=rule) for s, mine in self._shares(numbers)])
+        """The documents `numbers` (int64, ascending) of a corpus without a selection. `rule` describes how they were
+        chosen, for `identity`."""
+        return Corpus([replace(s, picked=own, rule=rule) for s, own in self._shares(numbers)])
 
     def without(self, numbers: np.ndarray, rule: str) -> "Corpus":
-        """All but the documents `numbers`; otherwise as `only`."""
-        return Corpus([replace(s, left_out=mine, rule=rule) for s, mine in self._shares(numbers)])
+        """All documents except `numbers`; otherwise like `only`."""
+        return Corpus([replace(s, left_out=own, rule=rule) for s, own in self._shares(numbers)])
 
     def _shares(self, numbers: np.ndarray) -> Iterator[tuple[_Slice, np.ndarray]]:
-        """Each slice with those of `numbers` that lie in it, as numbers in its source."""
+        """Yield each slice with the `numbers` that lie in it, counted in its file."""
         assert all(s.picked is None and s.left_out is None for s in self._slices)
         parts = np.split(np.asarray(numbers, np.int64), np.searchsorted(numbers, self._first_document[1:-1]))
-        for piece, first, mine in zip(self._slices, self._first_document, parts, strict=False):
-            yield piece, mine - first + piece.first
+        for piece, first, own in zip(self._slices, self._first_document, parts, strict=False):
+            yield piece, own - first + piece.first
 
     def range_of(self, paths: Collection[Path]) -> tuple[int, int]:
-        """First and stop of the documents of files that were opened one after the other."""
-        mine = [i for i, piece in enumerate(self._slices) if piece.source.path in paths]
-        if not mine:
+        """First and stop of the documents of `paths`, which are consecutive files of the corpus."""
+        slices = [i for i, piece in enumerate(self._slices) if piece.source.path in paths]
+        if not slices:
             return 0, 0
-        return int(self._first_document[mine[0]]), int(self._first_document[mine[-1] + 1])
+        return int(self._first_document[slices[0]]), int(self._first_document[slices[-1] + 1])
 
     def gather(self, addresses: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """uint16 [sum(lengths)]: the runs of tokens at `addresses`, one after the other.
-
-        A run lies within one document.
-        """
+        """uint16 [sum(lengths)]: the tokens at `addresses`, `lengths` of each, one run after the other. A run lies
+        within one document."""
         return self._gather(addresses, lengths, lambda source: source.tokens, np.uint16)
 
     def gather_codes(self, addresses: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """uint8 [sum(lengths)]: the codes of `gather`'s tokens. Of a weighted corpus alone."""
+        """uint8 [sum(lengths)]: the codes of the tokens of `gather`, for a weighted corpus."""
         return self._gather(addresses, lengths, _codes_of, np.uint8)
 
     def codes(self, i: int) -> np.ndarray:
@@ -263,11 +263,11 @@ class Corpus:
         return out
 
     def split_tail(self, fraction: float, max_tokens: int) -> "tuple[Corpus, Corpus]":
-        """(train, held-out) as runs of earlier versions have them, which go on with them: held-out is the last
-        `fraction` of each source's tokens, in whole documents, copies of training documents among them.
+        """(train, held-out) as in earlier versions, for their runs to resume: the last `fraction` of each file's tokens
+        is held out, in whole documents, including copies of training documents.
 
-        A source of two or more documents keeps at least one and gives at least one, until `max_tokens` are
-        held out; when every source is a single document, the last one is held out. Of two or more documents.
+        A file of two or more documents keeps at least one and gives at least one, until `max_tokens` are held out. If
+        every file has a single document, the last one is held out. The corpus must have two or more documents.
         """
         share = min(fraction, max_tokens / self.num_tokens)
         held: list[_Slice] = []
@@ -286,7 +286,7 @@ class Corpus:
         return Corpus(train), Corpus(held)
 
     def head(self, max_tokens: int) -> "Corpus":
-        """The first documents of each source, about `max_tokens` in all; at least one document."""
+        """The first documents of each file, about `max_tokens` tokens in total; at least one document."""
         if self.num_tokens <= max_tokens:
             return self
         share = max_tokens / self.num_tokens
@@ -313,7 +313,8 @@ class Corpus:
         return out
 
     def _by_slice(self, values: np.ndarray, firsts: np.ndarray) -> Iterator[tuple[int, slice | np.ndarray, np.ndarray]]:
-        """(slice number, places in `values`, values counted from the slice's first) of each slice hit."""
+        """Yield, for each slice that `values` fall into: (slice number, places in `values`, values relative to the
+        slice's first)."""
         values = np.asarray(values, np.int64)
         if len(self._slices) == 1:
             yield 0, slice(None), values
@@ -332,7 +333,7 @@ def _codes_of(source: TokenizedFile) -> np.ndarray:
 
 
 def _cut(piece: _Slice, tokens: float) -> int:
-    """First document of the longest tail of `piece` within `tokens`; a document at least on each side."""
+    """The first document of the longest tail of `piece` within `tokens`; each side keeps at least one document."""
     if piece.stop - piece.first < 2:
         return piece.stop
     index = piece.source.index

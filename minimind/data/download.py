@@ -1,59 +1,141 @@
-"""Fetch upstream MiniMind's data sets: `minimind data download pretrain_hq sft_mini_512`.
+"""Download upstream MiniMind's data sets from ModelScope or Hugging Face.
 
-    minimind data download                          what there is
+    minimind data download                          lists the files
+    minimind data download pretrain_hq sft_mini_512
     minimind data download sft_512 dpo --hub huggingface --out dataset
-    minimind data download x --repo owner/name      of another data set repository
+    minimind data download x --repo owner/name      from another data set repository
 
-A download that was cut off goes on where it stopped; a file gets its name when its size and its SHA-256 are the hub's.
+An interrupted download resumes where it stopped. Size and SHA-256 are checked against the hub's. Public data needs no
+account.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import ssl
 import time
 import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal
+from urllib.parse import quote, urlencode, urlsplit
 
 import tyro
 from rich.console import Console
 
-from minimind.data.hubs import HubName, RemoteFile, list_files, open_url
+from minimind.utils.display import ByteProgress, say
 from minimind.utils.files import is_disk_full, locked, sync
-from minimind.utils.progress import ByteProgress, say
+
+HubName = Literal["modelscope", "huggingface"]
+OTHER_HUB = {"modelscope": "huggingface", "huggingface": "modelscope"}
+TIMEOUT = 30.0  # seconds without an answer
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """size: bytes; sha256: in hex; both None if the hub does not give them."""
+
+    name: str
+    url: str
+    size: int | None
+    sha256: str | None
+
+
+def list_files(hub: HubName, repo: str, endpoint: str | None = None) -> dict[str, RemoteFile]:
+    """The files of the data set `repo` (owner/name), by name.
+
+    endpoint: another address of the hub, such as a mirror. Raises ValueError, in one line, if the hub does not answer
+    or has no such data set.
+    """
+    if hub == "modelscope":
+        return _modelscope(repo, endpoint or "https://www.modelscope.cn")
+    return _huggingface(repo, endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+
+
+def open_url(url: str, headers: dict[str, str] | None = None) -> Any:
+    """The response. Follows redirects and uses the proxies of the environment."""
+    request = urllib.request.Request(url, headers={"User-Agent": "minimind", **(headers or {})})
+    return urllib.request.urlopen(request, timeout=TIMEOUT)
+
+
+def _modelscope(repo: str, endpoint: str) -> dict[str, RemoteFile]:
+    base = f"{endpoint.rstrip('/')}/api/v1/datasets/{quote(repo)}/repo"
+    query = {"Revision": "master", "Root": "/", "Recursive": "True", "PageNumber": 1, "PageSize": 1000}
+    listing = _json(f"{base}/tree?{urlencode(query)}", "modelscope", repo)
+    entries = _entries(listing, "modelscope", "Data", "Files")
+    files = {}
+    for entry in entries:
+        if entry.get("Type") != "tree":
+            name = entry["Path"]
+            place = urlencode({"Source": "SDK", "Revision": "master", "FilePath": name})
+            files[name] = RemoteFile(name, f"{base}?{place}", entry.get("Size"), entry.get("Sha256") or None)
+    return files
+
+
+def _huggingface(repo: str, endpoint: str) -> dict[str, RemoteFile]:
+    endpoint = endpoint.rstrip("/")
+    listing = _json(f"{endpoint}/api/datasets/{quote(repo)}/tree/main?recursive=true", "huggingface", repo)
+    files = {}
+    for entry in _entries(listing, "huggingface"):
+        if entry.get("type") == "file":
+            name, large = entry["path"], entry.get("lfs") or {}  # only files in LFS have a SHA-256
+            url = f"{endpoint}/datasets/{quote(repo)}/resolve/main/{quote(name)}"
+            files[name] = RemoteFile(name, url, large.get("size", entry.get("size")), large.get("oid"))
+    return files
+
+
+def _entries(listing: Any, hub: HubName, *path: str) -> list[dict[str, Any]]:
+    for key in path:
+        listing = listing.get(key) if isinstance(listing, dict) else None
+    if not isinstance(listing, list):
+        raise ValueError(f"{hub} did not answer with a list of files; try --hub {OTHER_HUB[hub]}")
+    return listing
+
+
+def _json(url: str, hub: HubName, repo: str) -> Any:
+    try:
+        with open_url(url) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403, 404):
+            raise ValueError(f"{hub}: there is no public data set {repo} (HTTP {error.code})") from None
+        raise ValueError(f"{hub}: HTTP {error.code} for {repo}; try again, or --hub {OTHER_HUB[hub]}") from None
+    except (OSError, ValueError) as error:  # no network, a timeout, no JSON
+        reason = getattr(error, "reason", None) or error
+        raise ValueError(f"{hub} does not answer ({reason}); try --hub {OTHER_HUB[hub]}, or --endpoint") from None
+
 
 CHUNK = 1 << 20
-ATTEMPTS = 5  # in a row that bring not one byte
-PAUSE = 1.0  # seconds after the first such attempt, twice as long after the second, and on
+ATTEMPTS = 5  # in a row without a single byte
+PAUSE = 1.0  # seconds after the first such attempt; two after the second, and so on
 BROKEN = (HTTPException, ConnectionError, TimeoutError, ssl.SSLError, urllib.error.URLError)
 _STAGES = {"pretrain": "pretrain", "sft": "sft", "dpo": "dpo", "r1_": "reason", "lora": "lora", "rlaif": "grpo"}
 
 
 @dataclass(frozen=True)
 class Args:
-    """Fetch data sets."""
+    """Download data sets."""
 
     action: Annotated[Literal["download"], tyro.conf.Positional]
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Files, with or without .jsonl: pretrain_hq, sft_mini_512, sft_512, sft_1024, sft_2048, dpo, r1_mix_1024,
-    lora_identity, lora_medical, rlaif-mini, ... None: list what there is."""
+    lora_identity, lora_medical, rlaif-mini, ... Leave them out to list the files."""
     hub: HubName = "modelscope"
-    """modelscope or huggingface; the first is near in China."""
+    """modelscope (faster in China) or huggingface."""
     repo: str = "gongjy/minimind_dataset"
     """The data set repository, owner/name."""
     endpoint: str | None = None
-    """Another address of the hub, such as a mirror's. None: its own, or $HF_ENDPOINT."""
+    """Another address of the hub, such as a mirror. Default: the hub's own, or $HF_ENDPOINT for Hugging Face."""
     out: str = "dataset"
-    """The folder to put the files in."""
+    """The folder to write the files to."""
 
 
 def main(args: Args) -> int:
@@ -63,9 +145,9 @@ def main(args: Args) -> int:
         for file in files.values():
             say(console, f"{file.name:<32} {_megabytes(file.size)}")
         return 0
-    wanted = [_choose(name, files, args) for name in dict.fromkeys(args.names)]
+    chosen = [_choose(name, files, args) for name in dict.fromkeys(args.names)]
     folder = Path(args.out).expanduser()
-    for file in wanted:
+    for file in chosen:
         path = download(file, folder, console)
         say(console, f"{path}: {path.stat().st_size / 1e6:,.1f} MB")
         stage = next((stage for start, stage in _STAGES.items() if path.name.startswith(start)), None)
@@ -75,26 +157,26 @@ def main(args: Args) -> int:
 
 
 def download(file: RemoteFile, folder: Path, console: Console) -> Path:
-    """Fetch `file` into `folder` and check it; what lies there whole is not fetched again.
+    """Download `file` into `folder` and check it; a complete file is not downloaded again.
 
-    ValueError, one line, for a server that stops answering, a wrong size or checksum, a full disk, or a file of the
-    name with other content. What was fetched stays for the next attempt, unless its content is wrong.
+    Raises ValueError, in one line, if the server stops answering, a size or checksum is wrong, the disk is full, or a
+    file of that name has other content. A partial download is kept for the next attempt unless its content is wrong.
     """
     with _plain_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     final = folder / Path(file.name).name
-    # named after its content: what is left of an older version is not gone on with
-    mark = file.sha256[:12] if file.sha256 else str(file.size)
-    partial = final.with_name(f"{final.name}.{mark}.part")
+    # the name depends on the content, so that a partial download of an older version is not resumed
+    version = file.sha256[:12] if file.sha256 else str(file.size)
+    partial = final.with_name(f"{final.name}.{version}.part")
     lock = final.with_name(f".{final.name}.lock")
     with _plain_errors(folder), locked(lock, f"fetching {final.name}", console):
         if final.exists():
-            _check(final, file, "it was there with other content; remove it, or name another --out")
-            say(console, f"{final}: there already")
+            _check(final, file, "the existing file has other content; remove it, or name another --out")
+            say(console, f"{final}: already downloaded")
             return final
         _fetch(file, partial, console)
         try:
-            _check(partial, file, "the download was damaged and is removed; run the same command again")
+            _check(partial, file, "the download was damaged and has been removed; run the same command again")
         except ValueError:
             partial.unlink()
             raise
@@ -102,19 +184,19 @@ def download(file: RemoteFile, folder: Path, console: Console) -> Path:
         os.replace(partial, final)
         sync(folder)
     if file.sha256 is None:
-        say(console, f"{final}: the hub tells no checksum, its size alone was checked")
+        say(console, f"{final}: the hub has no checksum; only the size was checked")
     return final
 
 
 def _fetch(file: RemoteFile, partial: Path, console: Console) -> None:
-    """Bring `partial` to its full length; a connection that breaks is taken up again."""
+    """Download until `partial` is complete, reconnecting when the connection breaks."""
     if file.size is not None and _size(partial) > file.size:
         partial.unlink()
     done = _size(partial)
     missing = (file.size or done) - done
     if missing > shutil.disk_usage(partial.parent).free:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    idle, why = 0, "it sends nothing more"
+    idle, why = 0, "it sends no more data"
     with ByteProgress(console, file.name, file.size, done) as progress:
         while file.size is None or done < file.size:
             try:
@@ -129,22 +211,22 @@ def _fetch(file: RemoteFile, partial: Path, console: Console) -> None:
             idle = 0 if done > before else idle + 1
             if idle == ATTEMPTS:
                 raise ValueError(
-                    f"{file.name}: {_host(file)} broke off at {done:,} bytes ({why}); run the same command again to go "
-                    "on there"
+                    f"{file.name}: {_host(file)} broke off at {done:,} bytes ({why}); run the same command again to "
+                    "resume"
                 )
             time.sleep(PAUSE * idle)
 
 
 def _receive(file: RemoteFile, partial: Path, done: int, progress: ByteProgress) -> bool:
-    """Append what the server sends after the first `done` bytes; whether the answer came to its end."""
+    """Append the data after the first `done` bytes. Returns whether the response was complete."""
     with open_url(file.url, {"Range": f"bytes={done}-"} if done else None) as response:
-        from_there = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {done}-")
-        if response.status == 206 and not from_there:
-            raise HTTPException("it sends another part than the one asked for")
-        done = done if from_there else 0  # it begins at the beginning
+        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {done}-")
+        if response.status == 206 and not resumed:
+            raise HTTPException("it sends another range than the requested one")
+        done = done if resumed else 0  # the server sends the file from its beginning
         left = response.headers.get("Content-Length")
         end = None if left is None else done + int(left)
-        with partial.open("ab" if from_there else "wb") as out:
+        with partial.open("ab" if resumed else "wb") as out:
             while chunk := response.read(CHUNK):
                 out.write(chunk)
                 done += len(chunk)
@@ -152,21 +234,20 @@ def _receive(file: RemoteFile, partial: Path, done: int, progress: ByteProgress)
     return end is None or done == end
 
 
-def _check(path: Path, file: RemoteFile, otherwise: str) -> None:
+def _check(path: Path, file: RemoteFile, way_out: str) -> None:
     if file.size is not None and _size(path) != file.size:
-        raise ValueError(f"{path}: {_size(path):,} bytes, the hub says {file.size:,}; {otherwise}")
+        raise ValueError(f"{path}: {_size(path):,} bytes, the hub says {file.size:,}; {way_out}")
     if file.sha256 is not None:
-        found = _sha256(path)
-        if found != file.sha256.lower():
-            raise ValueError(f"{path}: SHA-256 {found[:12]}..., the hub says {file.sha256[:12]}...; {otherwise}")
+        digest = _sha256(path)
+        if digest != file.sha256.lower():
+            raise ValueError(f"{path}: SHA-256 {digest[:12]}..., the hub says {file.sha256[:12]}...; {way_out}")
 
 
 def _choose(name: str, files: dict[str, RemoteFile], args: Args) -> RemoteFile:
-    for found in (name, f"{name}.jsonl"):
-        if found in files:
-            return files[found]
-    known = ", ".join(sorted(files))
-    raise ValueError(f"{name}: {args.repo} on {args.hub} has no such file; it has {known}")
+    for candidate in (name, f"{name}.jsonl"):
+        if candidate in files:
+            return files[candidate]
+    raise ValueError(f"{name}: {args.repo} on {args.hub} has no such file; it has {', '.join(sorted(files))}")
 
 
 @contextmanager

@@ -1,31 +1,29 @@
-"""What rows and messages may hold beside the text: every field is used, is known to mean nothing, or is an error.
+"""Check the fields of rows and messages: every field is used, known to be harmless, or an error.
 
-Of a row: "tools", the functions on offer, and "system", the system message's words, both as if the first message said
-them. Of a message: whether the assistant's words in it are learnt, in the spellings of
+A row may have "tools", a list of functions, and "system", the system prompt; both become part of the first message. A
+message may have a flag that says whether it is trained on, a boolean, 0 or 1:
 
-    weight 0 or 1               OpenAI's fine-tuning API, and those that follow it (Mistral, Together)
+    weight 0 or 1               OpenAI's fine-tuning API, Mistral, Together
     train, training, train_on_turn
                                 axolotl, whose message_field_training names the field
     loss                        ChatGLM3, ms-swift, XTuner, AgentGym's data
-    loss_mask                   verl and StepFun's data; beside the messages, a list with a number for each of them:
+    loss_mask                   verl and StepFun's data; as a field of the row, a list with a number for each message:
                                 LLaMA-Factory's pull request 9630
     trainable                   verl's pull request 5472
-    masked                      torchtune, where true means that it is not learnt
+    masked                      torchtune, where true means that it is not trained on
 
-each a boolean, 0 or 1. trl has none: it learns the "completion" behind a "prompt" alone, which --format messages reads.
-null, "", [] and {} say nothing, as if the field were not there.
+trl has no flag: it trains on the "completion" after a "prompt", which --format messages reads. A field that is null,
+"", [] or {} counts as missing.
 """
 
 import json
 from collections.abc import Collection
 from typing import Any
 
-from minimind.data.records import kind_of
-
-VERSION = 1  # of the rules below, for the token cache
+VERSION = 1  # of the rules below; part of the key of the token cache
 ROLES = ("system", "user", "assistant", "tool")
-LEARNT = "train"  # False in a message of ours that is not learnt; else it is not there
-# The spellings, and what a true value says of the message.
+TRAIN = "train"  # False in a message that is not trained on; otherwise missing
+# The flags, and whether a true value means that the message is trained on.
 FLAGS = {
     "weight": True,
     "train": True,
@@ -36,7 +34,7 @@ FLAGS = {
     "trainable": True,
     "masked": False,
 }
-# Fields about a row that say nothing to a model; docs/data.md has the list for readers.
+# Metadata of a row, which no model reads; docs/data.md lists them.
 _NAMES = """
 id name _id uid uuid guid idx index key hash md5 sha1 sha256 __index_level_0__ row_id doc_id document_id sample_id
 conversation_id conv_id prompt_id question_id message_id session_id thread_id parent_id user_id
@@ -58,19 +56,19 @@ Messages = list[dict[str, Any]]
 
 
 def check_row(row: dict[str, Any], used: Collection[str]) -> None:
-    """ValueError for a field of a row that is neither among `used` nor known to mean nothing."""
+    """Raise ValueError for a field of a row that is neither in `used` nor known to be harmless."""
     for name, value in row.items():
         if name not in used and name.lower() not in HARMLESS and not is_empty(value):
             raise ValueError(f"field {_lost(name)}")
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field says nothing; 0 and false do say something."""
+    """Whether a field counts as missing; 0 and false do not."""
     return value is None or value == "" or value == [] or value == {}
 
 
 def messages_of(row: dict[str, Any], field: str) -> Messages:
-    """The messages in a row's `field`; ValueError says which is malformed and how."""
+    """The messages in a row's `field`. Raises ValueError if one is malformed."""
     messages = listed(row, field)
     if not messages:
         raise ValueError(f'field "{field}" is empty')
@@ -80,7 +78,7 @@ def messages_of(row: dict[str, Any], field: str) -> Messages:
 
 
 def listed(row: dict[str, Any], field: str) -> list[Any]:
-    """The list in a row's `field`; ValueError where there is none."""
+    """The list in a row's `field`. Raises ValueError if there is none."""
     if field not in row:
         raise ValueError(f'no field "{field}" (fields: {", ".join(list(row)[:4])[:80] or "none"})')
     if not isinstance(row[field], list):
@@ -89,14 +87,14 @@ def listed(row: dict[str, Any], field: str) -> list[Any]:
 
 
 def cleaned(messages: Messages, ignored: Collection[str] = ()) -> Messages:
-    """The messages without `ignored` fields and with LEARNT for whatever says that one is not learnt. ValueError for a
-    field that would be lost, and for flags that contradict each other or that nothing follows from."""
+    """The messages without `ignored` fields, with TRAIN in place of all training flags. Raises ValueError for an
+    unknown field, contradictory flags, and a flag that asks to train on another role than the assistant."""
     return [_cleaned(number, message, ignored) for number, message in enumerate(messages)]
 
 
 def with_row_fields(messages: Messages, row: dict[str, Any]) -> Messages:
-    """The messages with the row's "system", "tools" and "loss_mask" in them. ValueError where a message says another
-    thing than the row."""
+    """The messages, with the row's "system", "tools" and "loss_mask" moved into them. Raises ValueError if a message
+    contradicts the row."""
     system, tools = row.get("system"), row.get("tools")
     if not is_empty(row.get("loss_mask")):
         messages = _masked(messages, row["loss_mask"])
@@ -106,18 +104,18 @@ def with_row_fields(messages: Messages, row: dict[str, Any]) -> Messages:
         raise ValueError(f'field "system" is {kind_of(system)}, not a string')
     begins = bool(messages) and messages[0]["role"] == "system"
     first = dict(messages[0]) if begins else {"role": "system", "content": ""}
-    said: list[tuple[str, str, Any]] = [("system", "content", system), ("tools", "tools", tools)]
-    for field, name, value in said:
+    row_fields: list[tuple[str, str, Any]] = [("system", "content", system), ("tools", "tools", tools)]
+    for field, name, value in row_fields:
         if is_empty(value):
             continue
         if not is_empty(first.get(name)) and _plain(first[name]) != _plain(value):
-            raise ValueError(f'field "{field}" is not what the system message says; keep one of them')
+            raise ValueError(f'field "{field}" differs from the system message; keep one of them')
         first[name] = value
     return [first, *messages[begins:]]
 
 
 def _lost(name: str) -> str:
-    return f'"{name}" is not known and would be lost; --ignore-fields {name} leaves it out (docs/data.md)'
+    return f'"{name}" is unknown and would be lost; --ignore-fields {name} drops it (docs/data.md)'
 
 
 def _cleaned(number: int, message: dict[str, Any], ignored: Collection[str]) -> dict[str, Any]:
@@ -131,47 +129,47 @@ def _cleaned(number: int, message: dict[str, Any], ignored: Collection[str]) -> 
             raise ValueError(f"message {number}: field {_lost(name)}")
         if role not in (None, _OWNERS[name]):
             raise ValueError(f'message {number}, of the {role}: "{name}" belongs to the {_OWNERS[name]}')
-    if not _learnt(number, message):
-        kept[LEARNT] = False
+    if not _trained(number, message):
+        kept[TRAIN] = False
     return kept
 
 
-def _learnt(number: int, message: dict[str, Any]) -> bool:
-    said = {}
+def _trained(number: int, message: dict[str, Any]) -> bool:
+    flags = {}
     for name, meaning in FLAGS.items():
         value = message.get(name)
         if is_empty(value):
             continue
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise ValueError(f'message {number}: "{name}" is {json.dumps(value)[:20]}, not 0, 1, false or true')
-        said[name] = bool(value) is meaning
-    if len(set(said.values())) > 1:
-        raise ValueError(f"message {number}: {' and '.join(said)} contradict each other")
-    learnt = next(iter(said.values()), True)
-    if said and learnt and message.get("role") != "assistant":
+        flags[name] = bool(value) is meaning
+    if len(set(flags.values())) > 1:
+        raise ValueError(f"message {number}: {' and '.join(flags)} contradict each other")
+    trained = next(iter(flags.values()), True)
+    if flags and trained and message.get("role") != "assistant":
         raise ValueError(
-            f'message {number}, of the {message.get("role")}: "{next(iter(said))}" asks to learn it, and only what the '
-            "assistant says is learnt"
+            f'message {number}, of the {message.get("role")}: "{next(iter(flags))}" asks to train on it, but only the '
+            "assistant's messages are trained on"
         )
-    return learnt or message.get("role") != "assistant"
+    return trained or message.get("role") != "assistant"
 
 
 def _masked(messages: Messages, mask: Any) -> Messages:
-    """The messages with those left out of the loss whose number in `mask` is 0; others' than the assistant's say
-    nothing, as LLaMA-Factory has them."""
+    """The messages, without training on those whose number in `mask` is 0. Numbers of other roles than the assistant's
+    are ignored, as in LLaMA-Factory."""
     if not isinstance(mask, list) or len(mask) != len(messages):
-        raise ValueError(f'field "loss_mask" is no list of {len(messages)} numbers, one for each message')
-    said = []
+        raise ValueError(f'field "loss_mask" is not a list of {len(messages)} numbers, one for each message')
+    masked = []
     for number, (message, value) in enumerate(zip(messages, mask, strict=True)):
         if message["role"] == "assistant":
-            _learnt(number, message | {"loss_mask": value})
-            message = {**message, LEARNT: False} if value is not None and not value else message
-        said.append(message)
-    return said
+            _trained(number, message | {"loss_mask": value})
+            message = {**message, TRAIN: False} if value is not None and not value else message
+        masked.append(message)
+    return masked
 
 
 def _plain(value: Any) -> Any:
-    """Tools as a value, also where they are a string of JSON."""
+    """The value of tools, which may be a string of JSON."""
     if not isinstance(value, str):
         return value
     try:
@@ -191,10 +189,16 @@ def _check_message(number: int, message: Any) -> None:
     reasoning = message.get("reasoning_content")
     if reasoning is not None and not isinstance(reasoning, str):
         raise ValueError(f'message {number}: "reasoning_content" is {kind_of(reasoning)}, not a string')
-    said = (content, reasoning, message.get("tool_calls"))
-    if role in ("user", "assistant") and not any(part and not _blank(part) for part in said):
+    parts = (content, reasoning, message.get("tool_calls"))
+    if role in ("user", "assistant") and not any(part and not _blank(part) for part in parts):
         raise ValueError(f"message {number}, of the {role}, is empty")
 
 
 def _blank(part: Any) -> bool:
     return isinstance(part, str) and part.isspace()
+
+
+def kind_of(value: Any) -> str:
+    """The JSON type of `value`, for error messages."""
+    names = {str: "a string", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
+    return names.get(type(value), "a number")

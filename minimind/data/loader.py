@@ -1,7 +1,6 @@
-"""Packed batches in an order that is a function of the seed and the passes alone, in constant memory.
+"""Load packed batches from a corpus, or from a mixture of several parts, in constant memory.
 
-Batches are taken from a stream of packed rows (row_stream.py), or of a mixture from several, and may span windows and
-epochs, so that no row is ever dropped.
+Their order depends only on the seed and the epoch. A batch may span windows and epochs, so that no row is dropped.
 """
 
 from collections.abc import Iterator
@@ -14,11 +13,9 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from minimind.data.corpus import Corpus
-from minimind.data.loss_mask import MARKER, NONE, CutCounts, class_of, fit
+from minimind.data.loss_mask import MARKER, NONE, CutCounts, class_of, fit_conversations
 from minimind.data.mixture import Mixture, PartSampler
-from minimind.data.packing import cut_documents
-from minimind.data.row_stream import RowStream
-from minimind.data.rows import Pieces, join, segments
+from minimind.data.packing import Pieces, RowStream, cut_documents, join, segments
 
 IGNORE_INDEX = -100
 
@@ -29,13 +26,13 @@ class Batch:
 
     input_ids, targets, position_ids: int64 [rows, seq_len]. Targets are -100 at padding, which has input 0;
     positions restart at 0 with every piece of a document and every padding tail.
-    cu_seqlens: int32 [n + 1], boundaries over the flattened rows * seq_len tokens: every piece and every
-    padding tail is a segment, so that it begins with 0, ends with rows * seq_len, and has every row boundary.
-    num_targets: pairs trained on here. global_num_targets: those of all ranks together.
-    num_bytes: UTF-8 bytes of text predicted here; a document that was cut counts where its last piece is.
-    documents: for each row the numbers of its documents in the corpus, int64.
-    loss_weights: float32 [rows, seq_len], 0 where there is no target; None where every target has weight 1.
-    global_weight: the weights of all ranks together; without loss_weights global_num_targets.
+    cu_seqlens: int32 [n + 1], the boundaries of segments in the flattened rows * seq_len tokens. Every piece and every
+    padding tail is a segment, so that the boundaries include 0, rows * seq_len and the ends of all rows.
+    num_targets: targets on this rank. global_num_targets: targets on all ranks.
+    num_bytes: UTF-8 bytes of the text predicted on this rank. A document that was cut counts with its last piece.
+    documents: the document numbers of each row, int64.
+    loss_weights: float32 [rows, seq_len], 0 where there is no target; None if every target has weight 1.
+    global_weight: the sum of the weights on all ranks; global_num_targets if loss_weights is None.
     """
 
     input_ids: np.ndarray
@@ -51,16 +48,16 @@ class Batch:
 
 
 class PackedLoader:
-    """Batches of `rows` rows of `seq_len` over `view`, without end; rank r has rows r::world_size of each.
+    """Endless batches of `rows` rows of `seq_len` tokens from `view`; rank r gets rows r::world_size of each.
 
-    The rows of all ranks together do not depend on `world_size`. When it does not divide `rows`, the later
-    ranks get a last row of padding. Raises ValueError on sizes below 1 or more ranks than rows.
+    The rows of all ranks together do not depend on `world_size`. If it does not divide `rows`, the later ranks get a
+    last row of padding. Raises ValueError on sizes below 1 and on more ranks than rows.
 
-    Conversations (a weighted `view`) stay whole: one that is longer than a row is cut behind its last turn that
-    fits, or else within its first answer (`cuts` counts them), and only the assistant's tokens are targets.
-    marker_weight: the weight of those of reasoning markers; the others' is 1. whole_answers: leave a conversation
-    out whose first answer does not fit. mixture: draw rows from parts of the corpus by weight; `horizon`, the rows of
-    the whole run, is then set before the first batch.
+    Conversations (a weighted `view`) stay whole, and only the assistant's tokens are targets. A conversation longer
+    than a row is cut after its last turn that fits, or else within its first answer; `cuts` counts them.
+    marker_weight: the weight of reasoning markers; other targets have weight 1.
+    whole_answers: leave out a conversation if its first answer does not fit.
+    mixture: draw rows from parts of the corpus by weight; set `horizon` before the first batch.
     """
 
     _segments_per_piece = 1
@@ -97,12 +94,12 @@ class PackedLoader:
 
     @property
     def epoch(self) -> int:
-        """Passes begun before the one the next row is from; of a mixture, over the part that had the fewest."""
+        """The epoch of the next row, from 0; the lowest of a mixture's parts."""
         return min(stream.epoch for stream in self.streams)
 
     @property
     def horizon(self) -> int:
-        """Rows of the whole run, by which the weights of a mixture change; 0 where it does not matter."""
+        """Rows of the whole run, over which the weights of a mixture change; 0 without a mixture."""
         return self._draw.horizon if self._draw else 0
 
     @horizon.setter
@@ -112,77 +109,77 @@ class PackedLoader:
 
     @property
     def tokens_per_epoch(self) -> int:
-        """(input, target) pairs of one pass."""
+        """(input, target) pairs in one epoch."""
         if self.view.weighted:
             return self.cuts.pairs
         return self.view.num_tokens - self.view.num_documents
 
     @cached_property
     def cuts(self) -> CutCounts:
-        """What of the conversations does not fit into a row."""
-        return CutCounts.of(self.view, self.seq_len, self.whole_answers)
+        """The conversations that do not fit into a row."""
+        return CutCounts.from_corpus(self.view, self.seq_len, self.whole_answers)
 
     @property
     def fill(self) -> float:
-        """Share of a row's positions that hold tokens, the rest being padding; measured on the first window."""
+        """The share of positions that are not padding, measured on the first window."""
         first = join([stream.pieces(0, 0) for stream in self.streams])
         return float(first.length.sum()) / (first.num_rows * self.seq_len)
 
     @property
     def max_segments(self) -> int:
-        """About the most segments, padding tails among them, in a rank's share of a batch: a quarter more than any rows
-        in a row of the first window have, and no more than its fullest rows. Rarely a later batch has more."""
+        """An estimate of the most segments, padding tails included, in a rank's share of a batch: a quarter more than
+        the maximum over consecutive rows of the first window, limited by its fullest rows. Few batches have more."""
         counts = self._segments_of_rows(join([stream.pieces(0, 0) for stream in self.streams]))
         rows = -(-self.rows // self.world_size)
-        span = self.world_size * (rows - 1) + 1  # of the stream, where the rank's rows of a batch lie
-        stream = np.resize(counts, len(counts) + span - 1)  # a batch may go on in the next pass
+        span = self.world_size * (rows - 1) + 1  # rows of the stream among which a rank takes its share of a batch
+        stream = np.resize(counts, len(counts) + span - 1)  # a batch may continue in the next epoch
         most = int(sliding_window_view(stream, span)[:, :: self.world_size].sum(1).max())
         fullest = np.sort(counts)[-rows:].sum() + max(0, rows - len(counts)) * counts.max()
         return min(most + most // 4, int(fullest))
 
     def next_batch(self) -> Batch:
-        """The next batch; after an epoch's last row come the first of the next epoch."""
+        """The next batch. An epoch's last row is followed by the first of the next epoch."""
         counts = self._draw.rows(self.rows) if self._draw else [self.rows]
-        taken = [part for stream, count in zip(self.streams, counts, strict=True) for part in stream.take(count)]
-        return self._assemble(join(taken))
+        parts = [part for stream, count in zip(self.streams, counts, strict=True) for part in stream.take(count)]
+        return self._assemble(join(parts))
 
     def epoch_batches(self) -> Iterator[Batch]:
-        """One whole pass, the first epoch's; rows of padding fill the last batch. Leaves the cursor alone."""
-        held: list[Pieces] = []
+        """Yield the whole first epoch, with rows of padding in the last batch. The position of the loader stays."""
+        rest: list[Pieces] = []
         windows = ((stream, window) for stream in self.streams for window in range(stream.num_windows))
         for stream, window in windows:
-            held = [join([*held, stream.pieces(0, window)])]
-            whole = held[0].num_rows // self.rows * self.rows
+            pieces = join([*rest, stream.pieces(0, window)])
+            whole = pieces.num_rows // self.rows * self.rows
             for first in range(0, whole, self.rows):
-                yield self._assemble(held[0].rows(np.arange(first, first + self.rows)))
-            held = [held[0].rows(np.arange(whole, held[0].num_rows))]
-        if held[0].num_rows:
-            yield self._assemble(held[0])
+                yield self._assemble(pieces.rows(np.arange(first, first + self.rows)))
+            rest = [pieces.rows(np.arange(whole, pieces.num_rows))]
+        if rest[0].num_rows:
+            yield self._assemble(rest[0])
 
     def state(self) -> dict[str, Any]:
-        """The place in the stream of rows, and what it is a place in. JSON-able, the same on all ranks."""
+        """The position in the stream of rows, and the identity of the data. JSON-able, the same on all ranks."""
         if self._draw is None:
-            return self.streams[0].place() | self._identity()
+            return self.streams[0].state() | self._identity()
         drawn = {"taken": self._draw.taken, "owed": list(self._draw.owed)}
-        return drawn | {"places": [stream.place() for stream in self.streams]} | self._identity()
+        return drawn | {"places": [stream.state() for stream in self.streams]} | self._identity()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go to the place that `state()` gave, also on another rank, number of ranks or number of rows.
+        """Go to the position of an earlier `state()`, which may be from another rank, world size or number of rows.
 
-        Raises ValueError when it is a place in other data, or in the same data packed differently.
+        Raises ValueError if the state is of other data, or of the same data packed differently.
         """
-        for name, mine in self._identity().items():
-            theirs = state.get(name)
-            if theirs != mine:
+        for name, value in self._identity().items():
+            saved = state.get(name)
+            if saved != value:
                 raise ValueError(
-                    f"the checkpoint does not fit this data: {name} was {theirs} and is {mine} now; "
+                    f"the checkpoint does not fit this data: {name} was {saved} and is {value} now; "
                     "resume with the same data and settings, or start a new run"
                 )
         if self._draw is None:
-            self.streams[0].go_to(state)
+            self.streams[0].load_state(state)
             return
         for stream, place in zip(self.streams, state["places"], strict=True):
-            stream.go_to(place)
+            stream.load_state(place)
         self._draw.taken, self._draw.owed = state["taken"], list(state["owed"])
 
     def _identity(self) -> dict[str, Any]:
@@ -200,15 +197,15 @@ class PackedLoader:
         }
 
     def _segments_of_rows(self, pieces: Pieces) -> np.ndarray:
-        """How many segments each row has; int64 [rows]."""
+        """The segments of each row; int64 [rows]."""
         row_of = np.repeat(np.arange(pieces.num_rows), np.diff(pieces.row_starts))
         filled = np.bincount(row_of, weights=pieces.length, minlength=pieces.num_rows)
         return self._segments_per_piece * np.diff(pieces.row_starts) + (filled < self.seq_len)
 
     def _cut(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """(number in `documents`, start, length, bytes counted) of each piece; a conversation is one or none."""
+        """(index in `documents`, start, length, bytes counted) of each piece; a conversation has at most one."""
         if self.view.weighted:
-            kept = fit(self.view, documents, self.seq_len, self.whole_answers)
+            kept = fit_conversations(self.view, documents, self.seq_len, self.whole_answers)
             which = np.flatnonzero(kept.pairs)
             return which, np.zeros_like(which), kept.pairs[which], kept.num_bytes[which]
         lengths = self.view.lengths(documents)
@@ -218,21 +215,21 @@ class PackedLoader:
 
     def _assemble(self, batch: Pieces) -> Batch:
         """This rank's share of a global batch (which may be short of rows)."""
-        mine = batch.rows(np.arange(self.rank, batch.num_rows, self.world_size))
+        own = batch.rows(np.arange(self.rank, batch.num_rows, self.world_size))
         rows = -(-self.rows // self.world_size)
-        sizes, is_piece = segments(mine, rows, self.seq_len)
+        sizes, is_piece = segments(own, rows, self.seq_len)
         ends = sizes.cumsum()
         position_ids = np.arange(rows * self.seq_len) - np.repeat(ends - sizes, sizes)
         filled = np.repeat(is_piece, sizes)
         input_ids = np.zeros(rows * self.seq_len, np.int64)
         targets = np.full(rows * self.seq_len, IGNORE_INDEX, np.int64)
-        input_ids[filled] = self.view.gather(mine.address, mine.length)
-        targets[filled] = self.view.gather(mine.address + 1, mine.length)
-        counted = _TargetCounts(int(mine.length.sum()), int(batch.length.sum()), float(batch.length.sum()))
+        input_ids[filled] = self.view.gather(own.address, own.length)
+        targets[filled] = self.view.gather(own.address + 1, own.length)
+        counted = _TargetCounts(int(own.length.sum()), int(batch.length.sum()), float(batch.length.sum()))
         if self.view.weighted:
-            counted = self._weigh(mine, batch, targets, filled)
+            counted = self._weigh(own, batch, targets, filled)
         shape = (rows, self.seq_len)
-        starts = np.append(mine.row_starts, np.full(rows - mine.num_rows, len(mine.document)))
+        starts = np.append(own.row_starts, np.full(rows - own.num_rows, len(own.document)))
         return Batch(
             input_ids.reshape(shape),
             targets.reshape(shape),
@@ -240,15 +237,15 @@ class PackedLoader:
             np.concatenate([[0], ends]).astype(np.int32),
             counted.num_targets,
             counted.global_num_targets,
-            int(mine.num_bytes.sum()),
-            [mine.document[a:b] for a, b in pairwise(starts)],
+            int(own.num_bytes.sum()),
+            [own.document[a:b] for a, b in pairwise(starts)],
             None if counted.loss_weights is None else counted.loss_weights.reshape(shape),
             counted.global_weight,
         )
 
-    def _weigh(self, mine: Pieces, batch: Pieces, targets: np.ndarray, filled: np.ndarray) -> "_TargetCounts":
-        """Take what is not the assistant's out of `targets`; count and weigh the rest, of all ranks too."""
-        classes = class_of(self.view.gather_codes(mine.address + 1, mine.length))
+    def _weigh(self, own: Pieces, batch: Pieces, targets: np.ndarray, filled: np.ndarray) -> "_TargetCounts":
+        """Remove the targets that are not the assistant's; count and weigh the others, on this rank and on all."""
+        classes = class_of(self.view.gather_codes(own.address + 1, own.length))
         whole = class_of(self.view.gather_codes(batch.address + 1, batch.length))
         targets[filled] = np.where(classes == NONE, IGNORE_INDEX, targets[filled])
         number, markers = int(np.count_nonzero(whole)), int(np.count_nonzero(whole == MARKER))
@@ -262,7 +259,7 @@ class PackedLoader:
 
 @dataclass(frozen=True, eq=False)
 class _TargetCounts:
-    """Targets of this rank and of all, the weight of all, and the weights where they differ."""
+    """Targets on this rank and on all, the weight on all, and the weights of this rank's tokens if they differ."""
 
     num_targets: int
     global_num_targets: int

@@ -1,8 +1,8 @@
-"""What a token of a conversation is to the loss: one byte in the token cache, a float32 weight in a batch.
+"""The loss code of a token in a conversation: one byte in the token cache that says whether it is a target.
 
-The byte's low two bits are a class: NONE is no target, TARGET has weight 1, MARKER a weight that is chosen when the
-data is loaded. TURN_END is set on the last token of an assistant turn: a conversation may be cut behind it. SIDE is set
-on the first token of the second conversation of a preference pair.
+The low two bits are a class: NONE is no target, TARGET has weight 1, MARKER has a weight that is chosen when the data
+is loaded. The bit TURN_END marks the last token of an assistant turn, after which a conversation may be cut. The bit
+SIDE marks the first token of the second conversation of a preference pair.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ _CLASS = 3
 _CHUNK_TOKENS = 1 << 22
 
 
-def codes(trained: np.ndarray, markers: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """uint8 [tokens] of three bool [tokens]: what is a target, which targets are markers, where turns end."""
+def loss_codes(trained: np.ndarray, markers: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """uint8 [tokens], from three bool [tokens]: the targets, the markers among them, and the ends of turns."""
     return (trained.astype(np.uint8) + (trained & markers)) | np.where(ends, TURN_END, 0).astype(np.uint8)
 
 
@@ -28,9 +28,11 @@ def class_of(code: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class KeptPairs:
-    """What of each conversation fits into a row: pairs int64 [n], (input, target) pairs from its beginning; num_bytes
-    int64 [n]; at_turn, inside bool [n]: cut behind a turn, or within the first answer. pairs 0: there is nothing to
-    learn, as its first question alone, or with whole_answers its first answer, does not fit."""
+    """The beginning of each conversation that fits into a row.
+
+    pairs: (input, target) pairs, int64 [n]; 0 if the first question, or with whole_answers the first answer, does not
+    fit. num_bytes: int64 [n]. at_turn, inside: whether it is cut after a turn, or within the first answer; bool [n].
+    """
 
     pairs: np.ndarray
     num_bytes: np.ndarray
@@ -38,11 +40,11 @@ class KeptPairs:
     inside: np.ndarray
 
 
-def fit(view: Corpus, documents: np.ndarray, seq_len: int, whole_answers: bool = False) -> KeptPairs:
-    """Cut each of `documents` to whole turns within seq_len pairs, or, if not one fits, within its first answer.
+def fit_conversations(view: Corpus, documents: np.ndarray, seq_len: int, whole_answers: bool = False) -> KeptPairs:
+    """Cut each of `documents` to whole turns within seq_len pairs or, if no turn fits, within its first answer.
 
-    A conversation cut short counts the bytes of its share of targets. whole_answers: one of which not one turn fits has
-    nothing to learn: an answer that is cut would teach its beginning alone, of reasoning that it never ends.
+    A conversation that is cut counts bytes in proportion to the targets it keeps. whole_answers: leave out a
+    conversation if no turn fits, since reasoning that is cut would teach the model never to finish it.
     """
     pairs, num_bytes = view.lengths(documents) - 1, view.bytes_of(documents)
     at_turn, inside = np.zeros(len(pairs), bool), np.zeros(len(pairs), bool)
@@ -61,8 +63,8 @@ def fit(view: Corpus, documents: np.ndarray, seq_len: int, whole_answers: bool =
 
 @dataclass(frozen=True)
 class CutCounts:
-    """Of a whole corpus: pairs kept; conversations cut behind a turn, within an answer, and left out. whole_answers: as
-    `fit` has it."""
+    """Counts over a corpus: pairs kept, and conversations cut after a turn, cut within an answer, and left out.
+    whole_answers: as in `fit_conversations`."""
 
     pairs: int = 0
     at_turn: int = 0
@@ -71,13 +73,13 @@ class CutCounts:
     whole_answers: bool = False
 
     @staticmethod
-    def of(view: Corpus, seq_len: int, whole_answers: bool = False) -> "CutCounts":
-        """One pass over the index, and over the codes of conversations longer than a row."""
+    def from_corpus(view: Corpus, seq_len: int, whole_answers: bool = False) -> "CutCounts":
+        """Takes one pass over the index, and over the codes of conversations longer than a row."""
         total = CutCounts(whole_answers=whole_answers)
         step = max(1, _CHUNK_TOKENS * view.num_documents // max(1, view.num_tokens))
         for first in range(0, view.num_documents, step):
             documents = np.arange(first, min(first + step, view.num_documents))
-            kept = fit(view, documents, seq_len, whole_answers)
+            kept = fit_conversations(view, documents, seq_len, whole_answers)
             total = CutCounts(
                 total.pairs + int(kept.pairs.sum()),
                 total.at_turn + int(kept.at_turn.sum()),
@@ -88,10 +90,10 @@ class CutCounts:
         return total
 
     def __str__(self) -> str:
-        what = "answer does not fit" if self.whole_answers else "question alone is longer"
+        reason = "answer does not fit" if self.whole_answers else "question alone is longer"
         parts = [
-            f"{self.at_turn:,} cut behind an earlier turn" if self.at_turn else "",
+            f"{self.at_turn:,} cut after an earlier turn" if self.at_turn else "",
             f"{self.inside:,} cut within their first answer" if self.inside else "",
-            f"{self.left_out:,} left out, as the first {what}" if self.left_out else "",
+            f"{self.left_out:,} left out, as the first {reason}" if self.left_out else "",
         ]
         return ", ".join(part for part in parts if part)

@@ -1,12 +1,12 @@
-"""Packed batches of preference pairs: both answers lie side by side in one row, behind one copy of their prompt or two.
+"""Load packed batches of preference pairs: both answers are in one row, after one copy of their prompt or two.
 
-With --share-prompts a row holds, of each pair, what both sides begin with and what either has behind that:
+With --share-prompts a row holds the common prefix of each pair once:
 
     prompt | chosen answer | rejected answer
 
-so that all of a model but attention computes the prompt once. Of 600 pairs of upstream's dpo.jsonl that is 25% of the
-tokens, of the built-in pairs 43%. The last token that the sides share stands at the beginning of each answer: it has a
-target of its own in each.
+so that the model computes the prompt once, except in attention. This saves 25% of the tokens of 600 pairs of upstream's
+dpo.jsonl, and 43% of those of the built-in pairs. The last common token is repeated at the beginning of each answer,
+since its target differs.
 """
 
 from collections.abc import Iterator
@@ -17,21 +17,20 @@ from typing import Any, cast
 import numpy as np
 
 from minimind.data.corpus import Corpus
+from minimind.data.encoding import common_tokens, row_tokens
 from minimind.data.loader import Batch, PackedLoader
 from minimind.data.loss_mask import SIDE, CutCounts, class_of
 from minimind.data.mixture import Mixture
-from minimind.data.preferences import common_tokens, row_tokens
-from minimind.data.rows import Pieces, segments
+from minimind.data.packing import Pieces, segments
 
 
 @dataclass(frozen=True, eq=False)
 class PairBatch(Batch):
-    """A Batch in which what the sides of a pair share and what is left of each are segments of their own, one after the
-    other; the first is empty where nothing is shared.
+    """A Batch with three consecutive segments for each pair: shared prompt (maybe empty), chosen and rejected answer.
 
-    prompt, chosen, rejected: int64 [P], which segments of cu_seqlens these are. pairs: int64 [P], their numbers in the
-    corpus. global_num_pairs: those of all ranks together, which is also global_weight. Positions of the rejected answer
-    go on from the prompt's end. share: whether the loader shares prompts; shared: how many tokens that leaves out.
+    prompt, chosen, rejected: int64 [P], the numbers of these segments in cu_seqlens. pairs: int64 [P], the document
+    numbers. global_num_pairs: the pairs on all ranks, which is also global_weight. Positions of the rejected answer
+    continue from the end of the prompt. share: whether prompts are shared; shared: the tokens that sharing saves.
     """
 
     prompt: np.ndarray
@@ -44,14 +43,15 @@ class PairBatch(Batch):
 
 
 class PairLoader(PackedLoader):
-    """PackedLoader over the pairs of `open_preferences`. As a row belongs to one micro-batch of one rank, so does a
-    pair. One that is longer than a row is left out whole (`left_out` counts them): with its end cut, its sides might no
-    longer differ, and neither would end; open_preferences cuts prompts. Raises ValueError where none fits.
+    """A PackedLoader over the pairs of `open_preferences`; each pair lies in one row.
 
-    share: lay the prompt down once; else each side is whole.
+    A pair longer than a row is left out (`left_out` counts them), since its sides may differ only at their ends;
+    `open_preferences` cuts prompts before. Raises ValueError if no pair fits.
+
+    share: store the prompt once; otherwise each side is complete.
     """
 
-    _segments_per_piece = 3  # what the sides share, and what is left of each
+    _segments_per_piece = 3  # prompt, chosen, rejected
 
     def __init__(
         self,
@@ -88,12 +88,12 @@ class PairLoader(PackedLoader):
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of one pass."""
+        """Pairs in one epoch."""
         return self.view.num_documents - self.left_out
 
     @property
     def saved(self) -> float:
-        """Share of the tokens of the pairs' sides that rows do not hold, as the other side has them."""
+        """The share of the pairs' tokens that sharing saves."""
         shared = self.shared[self.tokens <= self.seq_len].sum()
         return float(shared / (self.cuts.pairs + shared))
 
@@ -109,11 +109,11 @@ class PairLoader(PackedLoader):
         return which, np.zeros_like(which), tokens[which], self.view.bytes_of(documents)[which]
 
     def _assemble(self, batch: Pieces) -> PairBatch:
-        mine = batch.rows(np.arange(self.rank, batch.num_rows, self.world_size))
+        own = batch.rows(np.arange(self.rank, batch.num_rows, self.world_size))
         whole = super()._assemble(self._apart(batch))
-        sizes, is_piece = segments(self._apart(mine), len(whole.documents), self.seq_len)
+        sizes, is_piece = segments(self._apart(own), len(whole.documents), self.seq_len)
         starts = (sizes.cumsum() - sizes)[is_piece]
-        shared = self.shared[mine.document]
+        shared = self.shared[own.document]
         bounds = np.sort(np.concatenate([whole.cu_seqlens, starts[0::2] + shared]))
         prompt = np.searchsorted(bounds, starts[0::2])
         places = whole.position_ids.copy()
@@ -127,14 +127,14 @@ class PairLoader(PackedLoader):
             prompt=prompt,
             chosen=prompt + 1,
             rejected=prompt + 2,
-            pairs=mine.document,
+            pairs=own.document,
             global_num_pairs=number,
             share=self.share,
             shared=int(shared.sum()),
         )
 
     def _apart(self, pairs: Pieces) -> Pieces:
-        """Two pieces for each pair: the chosen side, and what the rejected one has behind the shared beginning."""
+        """Two pieces for each pair: the chosen side, and the rejected side after the shared prompt."""
         which, address = pairs.document, pairs.address
         middle, shared = self.middles[which], self.shared[which]
         tail = self.lengths[which] - middle - shared - 1
@@ -148,7 +148,7 @@ class PairLoader(PackedLoader):
 
 
 def sides(view: Corpus, share: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens of the chosen side, how many of its first ones the rejected side need not repeat): int64 [pairs]."""
+    """(tokens of the chosen side, tokens of the shared prompt): int64 [pairs]."""
     middles, shared = np.zeros(view.num_documents, np.int64), np.zeros(view.num_documents, np.int64)
     for i in range(view.num_documents):
         codes = view.codes(i)

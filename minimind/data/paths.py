@@ -1,8 +1,8 @@
-"""Which files --data and its like name: files, folders and glob patterns, by one set of rules for all of them.
+"""Expand files, folders and glob patterns, as --data takes them, into a list of data files.
 
-Below a folder and in a pattern's "**" links to folders are followed, but for those that lead back to a folder they lie
-in; hidden names (.git, .cache) are left out, unless a pattern spells the dot. Every file is read once, under the first
-of its names: a link and another spelling of a path are the same file. What is left out and what is named twice is said.
+Links to folders are followed, except those that lead back to a folder that contains them. Hidden names (.git, .cache)
+are left out unless a pattern spells the dot. Every file is read once, under its first name: a link or another spelling
+of a path is the same file. Files that are left out or named twice are reported.
 """
 
 import fnmatch
@@ -14,18 +14,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from minimind.utils.progress import say
+from minimind.utils.display import say
 
 EXTENSIONS = tuple(kind + packing for kind in (".jsonl", ".txt") for packing in ("", ".gz", ".zst"))
 _KNOWN = f"expected one of {' '.join(EXTENSIONS)}"
-# Why an entry is left out.
+# Reasons for leaving out an entry.
 HIDDEN, OTHER, LOOP, UNREADABLE = "hidden", "of another kind", "leading back to its own folder", "unreadable"
 
 
 @dataclass
 class DataFiles:
-    """files: by what they really are, under the first name of each; twice: (a further name, the first one); left_out:
-    entries by the reason."""
+    """files: resolved path -> first name; twice: (further name, first name); left_out: reason -> entries."""
 
     files: dict[Path, Path] = field(default_factory=dict)
     twice: list[tuple[Path, Path]] = field(default_factory=list)
@@ -36,50 +35,50 @@ class DataFiles:
         if first is not path:
             self.twice.append((path, first))
 
-    def leave(self, kind: str, path: Path) -> None:
-        self.left_out.setdefault(kind, {})[path] = None
+    def leave_out(self, reason: str, path: Path) -> None:
+        self.left_out.setdefault(reason, {})[path] = None
 
     def lines(self) -> list[str]:
-        """What a reader should know, a line each."""
-        said = []
+        """Reports for the user, one line each."""
+        lines = []
         if self.left_out:
-            parts = [f"{len(paths):,} {kind} ({next(iter(paths))})" for kind, paths in self.left_out.items()]
-            said.append(f"not read: {', '.join(parts)}; {len(self.files):,} files are")
+            parts = [f"{len(paths):,} {reason} ({next(iter(paths))})" for reason, paths in self.left_out.items()]
+            lines.append(f"not read: {', '.join(parts)}; {len(self.files):,} files are")
         if self.twice:
             again, first = self.twice[0]
             name = f"{again} again" if again == first else f"{again} is {first}"
-            said.append(f"named more than once and read once: {len(self.twice):,} files, the first: {name}")
-        return said
+            lines.append(f"named more than once and read once: {len(self.twice):,} files, the first: {name}")
+        return lines
 
 
 def expand_paths(patterns: Sequence[str | Path], console: Console | None = None) -> list[Path]:
-    """Files named by files, folders and glob patterns; what is left out or named twice is said on `console`.
+    """The files that files, folders and glob patterns name; `console` reports those left out or named twice.
 
-    The order is that of `patterns`, sorted within each. Raises ValueError when a pattern matches nothing, a folder
-    holds no file of a known extension or cannot be read, or a named file has an unknown one.
+    The order is that of `patterns`, sorted within each. Raises ValueError if a pattern matches nothing, a folder cannot
+    be read or has no data file, or a named file has an unknown extension.
     """
-    found = find_files(patterns)
+    data = find_files(patterns)
     if console is not None:
-        for line in found.lines():
+        for line in data.lines():
             say(console, line)
-    return list(found.files.values())
+    return list(data.files.values())
 
 
 def find_files(patterns: Sequence[str | Path]) -> DataFiles:
-    """`expand_paths`, with what is to be said."""
+    """Like `expand_paths`, but returns the reports with the files."""
     if isinstance(patterns, (str, Path)):
         patterns = [patterns]
     if not patterns:
         raise ValueError("no data given; name at least one file, folder or glob pattern")
-    found = DataFiles()
+    data = DataFiles()
     for pattern in patterns:
-        for path in _expand_one(str(pattern), found):
-            found.add(path)
-    return found
+        for path in _expand_one(str(pattern), data):
+            data.add(path)
+    return data
 
 
-def _expand_one(pattern: str, found: DataFiles) -> list[Path]:
-    if not pattern:  # Path("") is the current folder: all below it would be data
+def _expand_one(pattern: str, data: DataFiles) -> list[Path]:
+    if not pattern:  # Path("") is the current folder
         raise ValueError("an empty name among the data; give files, folders or glob patterns")
     path = Path(pattern).expanduser()
     if os.path.isfile(path):
@@ -91,11 +90,11 @@ def _expand_one(pattern: str, found: DataFiles) -> list[Path]:
             os.scandir(path).close()
         except OSError as error:
             raise ValueError(f"{pattern}: cannot be read ({error.strerror}); check its permissions") from None
-        files = _of_known_kind(_below(path, found), found)
+        files = _data_files(_below(path, data), data)
         if not files:
             raise ValueError(f"{pattern}: no data file in this folder; {_KNOWN}")
         return files
-    matched = sorted(_matches(path, found))
+    matched = sorted(_matches(path, data))
     if not matched:
         raise ValueError(f"{pattern}: no such file, folder or match; check the path given")
     entries, walked = dict[Path, None](), set[Path]()
@@ -104,55 +103,56 @@ def _expand_one(pattern: str, found: DataFiles) -> list[Path]:
             entries[match] = None
         elif walked.isdisjoint(match.parents):
             walked.add(match)
-            entries |= dict.fromkeys(_below(match, found))
-    files = _of_known_kind(list(entries), found)
+            entries |= dict.fromkeys(_below(match, data))
+    files = _data_files(list(entries), data)
     if not files:
-        raise ValueError(f"{pattern}: matches no data file, only such as {matched[0]}; {_KNOWN}")
+        raise ValueError(f"{pattern}: matches no data file, only others such as {matched[0]}; {_KNOWN}")
     return files
 
 
-def _of_known_kind(entries: Sequence[Path], found: DataFiles) -> list[Path]:
+def _data_files(entries: Sequence[Path], data: DataFiles) -> list[Path]:
+    """The entries with a known extension; leaves out the others."""
     files = []
     for entry in entries:
-        if not os.path.isfile(entry):  # a link to nothing, a socket
-            found.leave(UNREADABLE, entry)
+        if not os.path.isfile(entry):  # a dangling link, a socket
+            data.leave_out(UNREADABLE, entry)
         elif not entry.name.endswith(EXTENSIONS):
-            found.leave(OTHER, entry)
+            data.leave_out(OTHER, entry)
         else:
             files.append(entry)
     return files
 
 
-def _below(folder: Path, found: DataFiles) -> list[Path]:
-    """All that is no folder below `folder`, sorted."""
-    return sorted(entry for entry in _walk(folder, found) if not os.path.isdir(entry))
+def _below(folder: Path, data: DataFiles) -> list[Path]:
+    """Everything below `folder` except folders, sorted."""
+    return sorted(entry for entry in _walk(folder, data) if not os.path.isdir(entry))
 
 
-def _walk(folder: Path, found: DataFiles, hidden: bool = False, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Every entry below `folder`, folders before what is in them. above: the folders that it was reached through."""
+def _walk(folder: Path, data: DataFiles, hidden: bool = False, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """Yield every entry below `folder`, each folder before its content. above: the folders on the way here."""
     here = folder.resolve()
     above = above | {here, *here.parents}
     try:
         with os.scandir(folder) as scan:
             entries = sorted(scan, key=lambda entry: entry.name)
     except OSError:
-        found.leave(UNREADABLE, folder)
+        data.leave_out(UNREADABLE, folder)
         return
     for entry in entries:
         path = folder / entry.name
         below = os.path.isdir(path)
         if entry.name.startswith(".") and not hidden:
-            found.leave(HIDDEN, path)
+            data.leave_out(HIDDEN, path)
         elif below and entry.is_symlink() and path.resolve() in above:
-            found.leave(LOOP, path)
+            data.leave_out(LOOP, path)
         else:
             yield path
             if below:
-                yield from _walk(path, found, hidden, above)
+                yield from _walk(path, data, hidden, above)
 
 
-def _matches(pattern: Path, found: DataFiles) -> list[Path]:
-    """What a glob pattern matches. "**" is any number of folders, none of them hidden."""
+def _matches(pattern: Path, data: DataFiles) -> list[Path]:
+    """The entries that a glob pattern matches. "**" matches any number of folders that are not hidden."""
     parts = pattern.parts
     if "**" not in parts:
         return [Path(name) for name in glob.glob(str(pattern))]
@@ -160,13 +160,13 @@ def _matches(pattern: Path, found: DataFiles) -> list[Path]:
     hidden = any(part.startswith(".") for part in parts[first:])
     matched = []
     for base in map(Path, glob.glob(str(Path(*parts[:first]))) if first else ["."]):
-        entries = [base, *_walk(base, found, hidden)] if os.path.isdir(base) else []
+        entries = [base, *_walk(base, data, hidden)] if os.path.isdir(base) else []
         matched += [entry for entry in entries if _fits(entry.relative_to(base).parts, parts[first:])]
     return matched
 
 
 def _fits(names: tuple[str, ...], parts: tuple[str, ...]) -> bool:
-    """Whether a path's names are what a pattern's parts say; a hidden one is where the part spells its dot."""
+    """Whether a path's names match a pattern's parts. A part must spell the dot to match a hidden name."""
     if not parts or (parts[0] != "**" and not names):
         return not parts and not names
     if names and names[0].startswith(".") and not parts[0].startswith("."):

@@ -1,10 +1,10 @@
-"""Prompts to be answered by the model in training, in upstream MiniMind's rlaif format.
+"""Read prompts for reinforcement learning, in upstream MiniMind's rlaif format.
 
-A row of a .jsonl file (plain, .gz or .zst) is {"conversations": [message, ...]}, the messages as in conversations.py.
-The last one is the assistant's turn that the model is to write: upstream leaves its content empty, or writes that there
-is none (NO_REFERENCE). What else stands there is taken for a reference answer, for rewards that compare with one;
-"reference" beside "conversations" goes before it; "system" and "tools" are the system message's. All other fields of
-the row go to the rewards as they are, and it is said which. forms.py has the forms of other programs.
+A row of a .jsonl file (plain, .gz or .zst) is {"conversations": [message, ...]}, with messages as in encoding.py. The
+last one is the assistant's turn that the model is to write; its content is empty, a word for "none" (NO_REFERENCE), or
+a reference answer for rewards that compare with one. A field "reference" of the row takes precedence; "system" and
+"tools" belong to the system message. All other fields are passed to the rewards unchanged. formats.py reads the formats
+of other programs.
 """
 
 from __future__ import annotations
@@ -14,43 +14,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from minimind.data.fields import HARMLESS
-from minimind.data.forms import AUTO, Form
+from minimind.data.fields import HARMLESS, kind_of
+from minimind.data.formats import AUTO, RowFormat
 from minimind.data.paths import expand_paths
-from minimind.data.reader import iter_rows
-from minimind.data.records import START, BadRows, bad_row_error, kind_of, reason_of, reporter
+from minimind.data.reader import START, BadRows, bad_row_error, iter_rows, reason_of, reporter
 from minimind.data.split import hash_texts
-from minimind.utils.progress import say
+from minimind.tokenization.reasoning import ThinkingPrompts
+from minimind.utils.display import say
 
-NO_REFERENCE = (
-    "",
-    "none",
-    "null",
-    "无",
-    "空",
-)  # what stands for no reference, whatever its case and the space around it
-
-
-class PromptEncoder(Protocol):
-    """What is needed of minimind.tokenization.reasoning.ThinkingPrompts."""
-
-    @property
-    def fingerprint(self) -> str: ...
-    def prompt(self, messages: Sequence[Any]) -> list[int]: ...
-    def thinking(self, messages: Sequence[Any]) -> bool | None: ...
-    def opening(self, messages: Sequence[Any]) -> str: ...
+NO_REFERENCE = ("", "none", "null", "无", "空")  # in any case, with any space around
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """messages: before the turn to write; ids: their tokens, with the header of that turn; metadata: the row's other
-    fields; thinking: whether the prompt asks for reasoning or for none, None where it leaves that to the model;
-    opening: what of the reply stands in the prompt."""
+    """messages: those before the turn to write; ids: their tokens and the header of that turn; metadata: the row's
+    other fields; thinking: whether the prompt asks for reasoning, None if the model chooses; opening: the beginning of
+    the reply that the prompt contains."""
 
     messages: list[dict[str, Any]]
     ids: list[int]
@@ -62,7 +46,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """In the order of the files. identity: of their tokens and references; left_out: longer than the budget."""
+    """Prompts in the order of the files. identity: a hash of tokens and references; left_out: prompts that were too
+    long."""
 
     prompts: list[Prompt]
     identity: int
@@ -75,8 +60,9 @@ class PromptSet:
         return self.prompts[index]
 
     def split(self, share: float, most: int = 256, by_tail: bool = False) -> tuple[PromptSet, PromptSet | None]:
-        """(training, held-out) prompts, None for none: `share` is held out, at most `most`, but at least one text:
-        those with the lowest hashes, copies together. by_tail: the last ones instead, as earlier versions have it."""
+        """(training, held-out) prompts. `share` of them is held out, at most `most` but at least one text; None if no
+        training prompt would remain. They are those with the lowest hashes, copies together; by_tail: the last ones,
+        as in earlier versions."""
         held = min(most, round(share * len(self)), len(self) - 1)
         if held < 1:
             return self, None
@@ -89,7 +75,7 @@ class PromptSet:
         )
 
     def _lowest(self, count: int) -> list[int]:
-        """The prompts with the lowest hashes, all of a text or none, `count` at most or those of one text."""
+        """The numbers of the prompts with the lowest hashes: at most `count`, or all copies of one text."""
         hashes = hash_texts([json.dumps(prompt.messages, sort_keys=True) for prompt in self.prompts])
         _, group, sizes = np.unique(hashes, return_inverse=True, return_counts=True)
         fitting = max(1, int(np.searchsorted(sizes.cumsum(), count, side="right")))
@@ -98,17 +84,17 @@ class PromptSet:
 
 def open_prompts(
     paths: Sequence[str | Path],
-    encoder: PromptEncoder,
+    encoder: ThinkingPrompts,
     longest: int,
     on_bad_row: str = "error",
     console: Console | None = None,
-    form: Form = AUTO,
+    form: RowFormat = AUTO,
 ) -> PromptSet:
-    """The prompts of `paths`. Raises ValueError, naming file:line, on a row that cannot be used, one whose prompt has
-    more than `longest` tokens among them; with on_bad_row "skip" such rows are counted and left out."""
-    found: list[Prompt] = []
+    """The prompts of `paths`. Raises ValueError, naming file:line, on a bad row and on a prompt of more than `longest`
+    tokens; on_bad_row "skip" counts such rows and leaves them out."""
+    prompts: list[Prompt] = []
     digest = blake2b(encoder.fingerprint.encode(), digest_size=8)
-    long, given = 0, set[str]()
+    too_long, other_fields = 0, set[str]()
     for path in expand_paths(paths, console):
         if not path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
             raise ValueError(f"{path}: prompts come in .jsonl files")
@@ -124,31 +110,31 @@ def open_prompts(
                 if on_bad_row == "error":
                     problem = f"the prompt has {len(prompt.ids)} tokens, more than --max-prompt {longest}"
                     raise bad_row_error(path, line, problem)
-                long += 1
+                too_long += 1
                 continue
-            found.append(prompt)
-            given.update(name for name in prompt.metadata if name.lower() not in HARMLESS)
+            prompts.append(prompt)
+            other_fields.update(name for name in prompt.metadata if name.lower() not in HARMLESS)
             digest.update(repr((prompt.ids, prompt.reference)).encode())
         if bad.count and console is not None:
             say(console, f"{path}: {bad}")
-    if not found:
-        raise ValueError(f"--data {' '.join(map(str, paths))}: no prompt that could be answered")
-    if given and console is not None:
-        say(console, f"beside the prompts, for rewards of your own (Sample.metadata): {', '.join(sorted(given))}")
-    if long and console is not None:
-        say(console, f"{long:,} prompts of more than --max-prompt {longest} tokens left out")
-    return PromptSet(found, int.from_bytes(digest.digest(), "little"), long)
+    if not prompts:
+        raise ValueError(f"--data {' '.join(map(str, paths))}: no usable prompt; add rows or raise --max-prompt")
+    if other_fields and console is not None:
+        say(console, f"further fields, for rewards of your own (Sample.metadata): {', '.join(sorted(other_fields))}")
+    if too_long and console is not None:
+        say(console, f"{too_long:,} prompts of more than --max-prompt {longest} tokens left out")
+    return PromptSet(prompts, int.from_bytes(digest.digest(), "little"), too_long)
 
 
-def _prompt(row: dict[str, Any], encoder: PromptEncoder, form: Form) -> Prompt:
-    messages, said, more = form.prompt(row)
-    reference = _reference(more.pop("reference", None)) or _reference(said)
+def _prompt(row: dict[str, Any], encoder: ThinkingPrompts, form: RowFormat) -> Prompt:
+    messages, answer, more = form.prompt(row)
+    reference = _reference(more.pop("reference", None)) or _reference(answer)
     ids = encoder.prompt(messages)
     return Prompt(messages, ids, reference, more, encoder.thinking(messages), encoder.opening(messages))
 
 
-def _reference(said: Any) -> str | None:
-    """The answer that a field holds; None where it says that there is none."""
-    if said is not None and not isinstance(said, str):
-        raise ValueError(f"the reference is {kind_of(said)}, not a string")
-    return None if said is None or said.strip().casefold() in NO_REFERENCE else said
+def _reference(value: Any) -> str | None:
+    """The reference answer in a field, or None."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"the reference is {kind_of(value)}, not a string")
+    return None if value is None or value.strip().casefold() in NO_REFERENCE else value

@@ -1,39 +1,93 @@
-"""Text files to documents, streaming and with one-line errors that name file:line.
+"""Read rows and documents from .jsonl and .txt files, plain, gzipped (.gz) or Zstandard-compressed (.zst).
 
-Formats: `.jsonl` with one `{"text": str}` object per line (upstream MiniMind's pretraining format) and
-`.txt`, either of them plain, gzipped (`.gz`) or Zstandard-compressed (`.zst`). Memory is one line (jsonl) or
-one 8 KiB piece (txt), whatever the file's size.
+Memory is one line of a .jsonl file or one 8 KiB piece of a .txt file. Every error is one line that names file:line.
 """
 
+import gzip
+import io
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from minimind.data.forms import AUTO, Form
-from minimind.data.pieces import text_pieces
-from minimind.data.records import BOM, START, BadRows, Document, Position, Report, kind_of, reason_of, reporter
-from minimind.data.streams import StreamError, open_stream
+import zstandard
+
+from minimind.data.fields import kind_of
+from minimind.data.formats import AUTO, RowFormat
 
 MOST_BYTES = 1 << 26  # of a row, which takes up to twenty times its size in memory until it is tokenized
-_SKIPPED = 1 << 20
+PIECE_BYTES = 1 << 13  # several training contexts; a 1 MB book has 130 pieces, so that 5% of it can be held out
+BOM = b"\xef\xbb\xbf"
+_FIRST_BAD_ROWS = 5
+_COMPRESSED_CHUNK = 1 << 14  # small, because 4 bytes of Zstandard can hold 128 KiB
+_SKIP_CHUNK = 1 << 20
 
-__all__ = ["BadRows", "Document", "Position", "iter_texts", "read_documents"]
+Report = Callable[[int, str], None]  # called with the line, from 1, and the reason: raises, or counts the row
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in a file, behind `offset` decompressed bytes and `line` lines."""
+
+    offset: int = 0
+    line: int = 0
+
+
+START = Position()
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `num_bytes` is its UTF-8 length, `line` (from 1) its first line, `end` the position behind it."""
+
+    text: str
+    num_bytes: int
+    line: int
+    end: Position
+
+    @property
+    def size(self) -> int:
+        """Approximate memory, in characters."""
+        return len(self.text)
+
+
+@dataclass
+class BadRows:
+    """The rows that `on_bad_row="skip"` left out: their number, and line and reason of the first few."""
+
+    count: int = 0
+    first: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, line: int, reason: str) -> None:
+        """Count the row at `line` (from 1)."""
+        self.count += 1
+        if len(self.first) < _FIRST_BAD_ROWS:
+            self.first.append((line, reason))
+
+    def __str__(self) -> str:
+        line, reason = self.first[0]
+        return f"{self.count:,} rows left out, the first in line {line}: {reason}"
 
 
 def read_documents(
-    path: Path | str, on_bad_row: str = "error", start: Position = START, bad: BadRows | None = None, form: Form = AUTO
+    path: Path | str,
+    on_bad_row: str = "error",
+    start: Position = START,
+    bad: BadRows | None = None,
+    form: RowFormat = AUTO,
 ) -> Iterator[Document]:
-    """Documents of `path` from `start` on (an earlier document's `end`), one at a time.
+    """Yield the documents of `path`, from `start` on (the `end` of an earlier document).
 
-    A jsonl line is a document; blank lines are not. A .txt file is cut at line ends into pieces of at most
-    8 KiB (a longer line inside itself, between characters), which joined give the file without its byte
-    order mark. A row that cannot be used raises ValueError naming file:line, or, when `on_bad_row` is "skip",
-    is added to `bad` and left out. An empty file gives no document.
+    Each line of a .jsonl file is a document, {"text": str}; blank lines are skipped. A .txt file is cut at line ends
+    into pieces of at most 8 KiB, and a longer line between characters; the joined pieces are the file without its byte
+    order mark. A bad row raises ValueError naming file:line; if `on_bad_row` is "skip", it is added to `bad` instead.
+    An empty file has no documents.
     """
     report = reporter(path, on_bad_row, bad)
     if _is_text(path):
-        yield from text_pieces(Path(path), start, report)
+        yield from _text_pieces(Path(path), start, report)
         return
     for line, end, row in iter_rows(Path(path), start, report):
         try:
@@ -46,17 +100,17 @@ def read_documents(
 
 
 def iter_texts(
-    path: Path | str, on_bad_row: str = "error", bad: BadRows | None = None, form: Form = AUTO
+    path: Path | str, on_bad_row: str = "error", bad: BadRows | None = None, form: RowFormat = AUTO
 ) -> Iterator[str]:
-    """Every non-empty text in a file of any training stage, to train a tokenizer on.
+    """Yield every non-empty text in a file of any training stage, to train a tokenizer on.
 
-    Rows: `{"text"}`, `{"conversations": [message]}` or `{"chosen": [message], "rejected": [message]}`; a
-    message gives its content, reasoning_content, tools and tool_calls, a row its system and tools; a .txt file
-    gives its pieces. Errors as in `read_documents`.
+    Rows: {"text"}, {"conversations": [message]} or {"chosen": [message], "rejected": [message]}. The texts are the
+    content, reasoning_content, tools and tool_calls of each message, and the row's system and tools. A .txt file yields
+    its pieces. Errors as in `read_documents`.
     """
     report = reporter(path, on_bad_row, bad)
     if _is_text(path):
-        yield from (document.text for document in text_pieces(Path(path), START, report))
+        yield from (document.text for document in _text_pieces(Path(path), START, report))
         return
     for line, _, row in iter_rows(Path(path), START, report):
         try:
@@ -70,12 +124,8 @@ def iter_texts(
         yield from texts
 
 
-def _is_text(path: Path | str) -> bool:
-    return str(path).endswith((".txt", ".txt.gz", ".txt.zst"))
-
-
 def iter_rows(path: Path, start: Position, report: Report) -> Iterator[tuple[int, Position, dict[str, Any]]]:
-    """(line from 1, place after it, object) of every usable line of a .jsonl file."""
+    """Yield (line from 1, position behind it, object) for every usable line of a .jsonl file."""
     line, offset = start.line, start.offset
     with open_stream(path, offset) as stream:
         while True:
@@ -101,12 +151,45 @@ def iter_rows(path: Path, start: Position, report: Report) -> Iterator[tuple[int
             yield line, Position(offset, line), row
 
 
+def bad_row_error(path: Path | str, line: int, reason: str) -> ValueError:
+    """The error of a bad row, in one line and with the way out."""
+    return ValueError(f"{path}:{line}: {reason}; fix the row or pass --on-bad-row skip")
+
+
+def reporter(path: Path | str, on_bad_row: str, bad: BadRows | None) -> Report:
+    """The function to call on a bad row. Raises ValueError unless `on_bad_row` is "error" or "skip"."""
+    if on_bad_row not in ("error", "skip"):
+        raise ValueError(f"--on-bad-row must be error or skip, not {on_bad_row!r}")
+
+    def report(line: int, reason: str) -> None:
+        if on_bad_row == "error":
+            raise bad_row_error(path, line, reason)
+        if bad is not None:
+            bad.add(line, reason)
+
+    return report
+
+
+def reason_of(error: ValueError) -> str:
+    """The reason of a bad row, from the exception that it raised."""
+    if isinstance(error, UnicodeEncodeError):
+        unit = ord(error.object[error.start])
+        return f"the text holds a lone surrogate (\\u{unit:04x}), which is not a character"
+    if isinstance(error, UnicodeDecodeError):
+        return f"invalid UTF-8 (byte 0x{error.object[error.start]:02x})"
+    return str(error)
+
+
+def _is_text(path: Path | str) -> bool:
+    return str(path).endswith((".txt", ".txt.gz", ".txt.zst"))
+
+
 def _line(stream: IO[bytes]) -> tuple[bytes, int]:
-    """(the next line, or its beginning where it is too long; its length in bytes)."""
+    """(the next line, cut to MOST_BYTES; its full length in bytes)."""
     line = stream.readline(MOST_BYTES)
     size, part = len(line), line
     while part and not part.endswith(b"\n"):
-        part = stream.readline(_SKIPPED)
+        part = stream.readline(_SKIP_CHUNK)
         size += len(part)
     return line, size
 
@@ -122,3 +205,182 @@ def _parse(body: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f'the row is {kind_of(row)}, not an object such as {{"text": "..."}}')
     return row
+
+
+def _text_pieces(path: Path, start: Position, report: Report) -> Iterator[Document]:
+    """Yield pieces of at most 8 KiB from `start` on, which is the beginning or the end of an earlier piece.
+
+    A longer line is cut between characters. A line that is not UTF-8 is reported and left out.
+    """
+    held: list[str] = []
+    held_bytes, first_line, place = 0, start.line + 1, start
+    for text, num_bytes, line, end in _parts_of_lines(path, start, report):
+        if held and held_bytes + num_bytes > PIECE_BYTES:
+            yield Document("".join(held), held_bytes, first_line, place)
+            held, held_bytes = [], 0
+        if text:
+            first_line = first_line if held else line
+            held.append(text)
+            held_bytes += num_bytes
+        place = end
+    if held:
+        yield Document("".join(held), held_bytes, first_line, place)
+
+
+def _parts_of_lines(path: Path, start: Position, report: Report) -> Iterator[tuple[str, int, int, Position]]:
+    """Yield (text, its bytes, line from 1, position behind it); the text of a reported part is empty."""
+    line, offset = start.line, start.offset
+    with open_stream(path, start.offset) as stream:
+        for body in _raw_parts(stream, line, report):
+            here = line + 1
+            line, offset = line + body.endswith(b"\n"), offset + len(body)
+            if offset == len(body):
+                body = body.removeprefix(BOM)
+            try:
+                text = body.decode()
+            except UnicodeDecodeError as error:
+                report(here, reason_of(error))
+                text, body = "", b""
+            yield text, len(body), here, Position(offset, line)
+
+
+def _raw_parts(stream: IO[bytes], line: int, report: Report) -> Iterator[bytes]:
+    """Yield lines, longer ones in parts of 8 KiB. The end of a part depends only on its start."""
+    carry = b""
+    while True:
+        try:
+            chunk = stream.readline(PIECE_BYTES - len(carry))
+        except StreamError as error:
+            report(line + 1, str(error))
+            return
+        if not chunk:
+            break
+        body, carry = carry + chunk, b""
+        if not body.endswith(b"\n"):
+            body, carry = _cut_between_characters(body)
+        line += body.endswith(b"\n")
+        if body:
+            yield body
+    if carry:
+        report(line + 1, "the file ends inside a UTF-8 character")
+
+
+def _cut_between_characters(body: bytes) -> tuple[bytes, bytes]:
+    """Split off an incomplete UTF-8 character at the end (at most 3 bytes)."""
+    for back in range(1, min(3, len(body)) + 1):
+        byte = body[-back]
+        if byte >= 0xC0:  # the first byte of a character of 2, 3 or 4 bytes
+            size = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return (body[:-back], body[-back:]) if back < size else (body, b"")
+        if byte < 0x80:
+            break
+    return body, b""
+
+
+class StreamError(ValueError):
+    """The compressed stream ends early or is corrupt."""
+
+
+def open_stream(path: Path, offset: int = 0) -> IO[bytes]:
+    """Open `path` at `offset` decompressed bytes. Opening raises OSError, reading StreamError."""
+    name = str(path)
+    if name.endswith(".gz"):
+        stream: IO[bytes] = io.BufferedReader(_Gzip(path), _SKIP_CHUNK)
+    elif name.endswith(".zst"):
+        stream = io.BufferedReader(_Zstandard(path), _SKIP_CHUNK)
+    else:
+        stream = open(path, "rb", buffering=_SKIP_CHUNK)  # noqa: SIM115 - the caller closes it
+        stream.seek(offset)
+        return stream
+    while offset > 0:
+        skipped = len(stream.read(min(offset, _SKIP_CHUNK)))
+        if not skipped:
+            break
+        offset -= skipped
+    return stream
+
+
+class _Raw(io.RawIOBase):
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _read(self, size: int) -> bytes:
+        raise NotImplementedError
+
+
+class _Gzip(_Raw):
+    def __init__(self, path: Path) -> None:
+        self._file = gzip.open(path, "rb")  # noqa: SIM115 - close() does
+
+    def _read(self, size: int) -> bytes:
+        try:
+            return self._file.read1(size)
+        except EOFError:
+            raise StreamError("the gzip stream is truncated") from None
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise StreamError(f"the gzip stream is corrupt ({error})") from None
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Zstandard(_Raw):
+    """Follows the frames of a file: zstandard's own stream_reader takes a truncated frame for the end of the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115 - close() does
+        self._context = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # what `zstd --long=31` writes
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._input = b""
+        self._output = memoryview(b"")
+
+    def _read(self, size: int) -> bytes:
+        while not self._output:
+            if not self._input:
+                self._input = self._file.read(_COMPRESSED_CHUNK)
+                if not self._input:
+                    if self._frame is not None:
+                        raise StreamError("the Zstandard stream is truncated")
+                    return b""
+            self._output = memoryview(self._decompress())
+        data, self._output = bytes(self._output[:size]), self._output[size:]
+        return data
+
+    def _decompress(self) -> bytes:
+        if self._frame is None:
+            self._frame = self._context.decompressobj()
+        try:
+            data = self._frame.decompress(self._input)
+        except zstandard.ZstdError as error:
+            raise StreamError(f"the Zstandard stream is corrupt ({error})") from None
+        self._input = b""
+        if self._frame.eof:
+            self._input, self._frame = self._frame.unused_data, None
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def decompressed_size(path: Path) -> int | None:
+    """Decompressed bytes of `path`, or None if its header or trailer (of a single frame) does not say."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if path.name.endswith(".gz"):
+            file.seek(max(size - 4, 0))
+            total = int.from_bytes(file.read(4), "little")
+            return total if total >= size else None  # stored modulo 2**32
+        if path.name.endswith(".zst"):
+            try:
+                total = zstandard.frame_content_size(file.read(18))
+            except zstandard.ZstdError:
+                return None
+            return total if total > 0 else None
+    return size

@@ -1,8 +1,8 @@
-"""Rows from all over a file that is too large to read, for figures about all of it.
+"""Sample rows from all over a large file, to estimate statistics of the whole file.
 
-A file is read in stretches, one at a random place of each of equal parts. Of a stretch the rows are taken whose first
-byte lies in it, so that every row is as likely as any other, long or short. A compressed file can be read from its
-beginning alone.
+The file is divided into equal parts, and one stretch is read at a random place of each. The sample has the rows whose
+first byte lies in a stretch, so that every row is equally likely, long or short. A compressed file is sampled from its
+beginning only.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _AHEAD = 1 << 14  # compressed bytes read at once: more would count as used
 
 @dataclass(frozen=True)
 class FileSample:
-    """total: bytes of the whole text, of a compressed file an estimate; sizes: int64 [rows], bytes of each row taken,
-    in their order; whole: whether these are all rows."""
+    """total: bytes of the whole text, estimated if it is compressed; sizes: int64 [rows], the bytes of each sampled
+    row, in order; whole: whether the sample has all rows."""
 
     total: float
     sizes: np.ndarray
@@ -33,7 +33,8 @@ class FileSample:
 
 
 def sample_rows(path: Path, out: Path, limit: int, seed: int = 0) -> FileSample:
-    """Write about `limit` bytes of the rows of `path` into `out`, uncompressed; all of them where there are no more."""
+    """Write a sample of about `limit` bytes of the rows of `path` to `out`, uncompressed; all rows of a smaller
+    file."""
     packed = path.name.endswith((".gz", ".zst"))
     with open(path, "rb") as file, open(out, "wb") as target:
         size = path.stat().st_size
@@ -72,15 +73,15 @@ def _stretches(file: IO[bytes], size: int, limit: int, seed: int) -> Iterator[by
     count = max(1, min(_STRETCHES, limit // _LEAST))
     length, part = limit // count, size / count
     places = np.random.default_rng(seed).random(count)
-    found = False
+    empty = True
     for i, place in enumerate(places.tolist()):
         begin = int(i * part + place * (part - length))
         file.seek(max(0, begin - 1))
         if begin:
             file.readline()
         while file.tell() < begin + length and (row := file.readline()):
-            found = True
+            empty = False
             yield row
-    if not found:  # rows longer than the parts
+    if empty:  # rows longer than the parts
         file.seek(0)
         yield file.readline()

@@ -27,7 +27,7 @@ from minimind.inference.loading import LoadedModel
 from minimind.inference.requests import Request, SamplingParams
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
-from minimind.utils.progress import say
+from minimind.utils.display import say
 
 _NAMES = {"ceval": "ceval-valid"}  # ceval's test split has no answers
 

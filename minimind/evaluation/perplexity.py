@@ -31,15 +31,14 @@ from torch import Tensor
 from minimind import ops
 from minimind.config import ModelConfig
 from minimind.data import expand_paths, read_documents
-from minimind.data.forms import Form
+from minimind.data.formats import RowFormat
 from minimind.data.paths import find_files
-from minimind.data.records import BadRows, Document
+from minimind.data.reader import BadRows, Document
 from minimind.inference.decode.kv_cache import rounded_cache
 from minimind.inference.loading import LoadedModel, ModelArgs, open_model, stretched
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
-from minimind.utils.display import Display, caption, decoration, duration, pyplot
-from minimind.utils.progress import say
+from minimind.utils.display import Display, caption, decoration, duration, pyplot, say
 
 _COLOURS = ("#1b6ca8", "#d98324", "#5a9e6f", "#9467bd")
 _MOST_NATS = 700.0  # exp of more is beyond float64
@@ -106,7 +105,7 @@ def main(args: Args) -> int:
     for line in find_files(args.ppl).lines():
         say(console, line)
     bad = BadRows()
-    read = partial(read_documents, on_bad_row=args.on_bad_row, bad=bad, form=Form(ignored=args.ignore_fields))
+    read = partial(read_documents, on_bad_row=args.on_bad_row, bad=bad, form=RowFormat(ignored=args.ignore_fields))
     ids = read_stream(args.ppl, loaded.tokenizer, args.tokens // lengths[-1] * lengths[-1] + 1, read)
     if bad.count:
         say(console, f"--ppl: {bad}")

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minimind.ops import native_build
 from minimind.ops.native_build import REPORT, ROOT, library_name, source_hash
 
 PACKAGE = Path(__file__).parents[1]
@@ -104,7 +103,7 @@ def _why_not_loadable(part: str) -> str | None:
     if entry["missing"] is not None or not _library(part).exists():
         return f"{name} operators are not built: {entry['missing'] or 'the file is gone'}"
     if (ROOT / "csrc").is_dir() and entry["sources"] != source_hash(ROOT, part):
-        return f"{name} operators are not of what csrc/ now holds; `python -m {native_build.__name__}` builds them"
+        return f"{name} operators are not of what csrc/ now holds; `python minimind/ops/native_build.py` builds them"
     return _why_no_driver(entry["version"] or "0") if part == "cuda" else None
 
 

@@ -1,7 +1,7 @@
 """Render conversations with the Jinja2 template of a tokenizer folder, as transformers does.
 
-A template comes from whoever made the folder, so it runs in Jinja2's sandbox: it can neither reach Python's
-internals nor change its arguments.
+A template may be untrusted, so it runs in Jinja2's sandbox, where it can neither reach Python's internals nor change
+its arguments.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ def render_chat(
 ) -> str:
     """The text of a conversation.
 
-    messages: mappings with "role" and "content" and, where they apply, "reasoning_content", "tool_calls" and
-        (in a system message) "tools". Tools and tool calls may also be JSON strings, as in upstream's data.
-    tools: functions on offer, as JSON schemas; None takes those that a leading system message carries.
+    messages: mappings with "role" and "content" and possibly "reasoning_content", "tool_calls" and (in a system
+    message) "tools". Tools and tool calls may also be JSON strings, as in upstream's data.
+    tools: available functions, as JSON schemas; None takes those of a leading system message.
     add_generation_prompt: end with the header of the assistant's next turn.
-    mark_generation: put MARKS around what the template has between {% generation %} and {% endgeneration %}.
-    variables: whatever else the template knows, such as bos_token or enable_thinking.
+    mark_generation: put MARKS around the text between {% generation %} and {% endgeneration %}.
+    variables: further variables of the template, such as bos_token or enable_thinking.
     Raises ValueError if a message is malformed or the template fails or refuses the conversation.
     """
     parsed = parse_messages(messages)
-    offered = parse_list(tools, "tools")
-    if offered is None and parsed and parsed[0]["role"] == "system":
-        offered = parsed[0].get("tools")
+    parsed_tools = parse_list(tools, "tools")
+    if parsed_tools is None and parsed and parsed[0]["role"] == "system":
+        parsed_tools = parsed[0].get("tools")
     try:
         return _compiled(template, mark_generation).render(
-            messages=parsed, tools=offered or None, add_generation_prompt=add_generation_prompt, **variables
+            messages=parsed, tools=parsed_tools or None, add_generation_prompt=add_generation_prompt, **variables
         )
     except Exception as error:  # a template is foreign code: it may fail in any way
         raise ValueError(f"chat template: {error}") from None
 
 
 def parse_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages with tools and tool calls that are JSON strings as lists. ValueError names a malformed one."""
+    """The messages, with tools and tool calls as lists. Raises ValueError for a malformed message."""
     return [_parsed_message(index, message) for index, message in enumerate(messages)]
 
 
 def marks_generation(template: str) -> bool:
-    """Whether the template says itself, by {% generation %}, which words are the assistant's."""
+    """Whether the template marks the assistant's words with {% generation %}."""
     try:
         tree = _environment(True).parse(template)
     except Exception as error:
@@ -76,7 +76,8 @@ def _parsed_message(index: int, message: Message) -> dict[str, Any]:
 
 
 def parse_list(value: Any, name: str) -> list[Any] | None:
-    """Tools or tool calls, which may be a JSON string or one object, as a list; ValueError, with `name`, for others."""
+    """Tools or tool calls as a list; `value` may also be a JSON string or one object. Raises ValueError naming
+    `name`."""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
@@ -116,7 +117,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja2's own filter escapes HTML and sorts keys; chat models see plain JSON."""
+    """Plain JSON: Jinja2's own filter escapes HTML and sorts keys."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -129,7 +130,7 @@ def _strftime_now(format: str) -> str:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's words for transformers' masks; here the body passes as is."""
+    """Ignores `{% generation %}`, which marks the assistant's words for transformers' masks."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -139,7 +140,7 @@ class _Generation(Extension):
 
 
 class _MarkedGeneration(_Generation):
-    """The body between MARKS."""
+    """Puts MARKS around the body of `{% generation %}`."""
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         opening, closing = (nodes.Output([nodes.TemplateData(mark)]) for mark in MARKS)

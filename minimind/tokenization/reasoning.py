@@ -1,8 +1,8 @@
-"""Replies with reasoning in front of the answer, and how a model learns to give it when asked, and only then.
+"""Replies with reasoning: parse them, and encode conversations and prompts with or without it.
 
-A reply is <think>reasoning</think> and the answer, which upstream's data puts into <answer>...</answer>. The chat
-template's switch, enable_thinking, opens the reasoning in the prompt (true), closes it there again at once (false), or
-leaves the choice to the model (not given).
+A reply is <think>reasoning</think> followed by the answer, which upstream's data puts into <answer>...</answer>. The
+chat template's variable enable_thinking opens the reasoning in the prompt (true), adds an empty block (false), or
+leaves the choice to the model (not set).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from minimind.tokenization.chat_encoder import MARKERS, ChatEncoder, TemplatePiece
 from minimind.tokenization.chat_template import Message
-from minimind.tokenization.conversation import MARKERS, ChatEncoder, TemplatePiece
 from minimind.tokenization.tokenizer import Tokenizer
 
 _FORMAT_VERSION = 1
@@ -25,19 +25,19 @@ _REASONED = re.compile(r"<think>(.*?)</think>\s*(?:<answer>(.*?)</answer>|(.*))"
 
 @dataclass(frozen=True)
 class SplitReply:
-    """The reasoning and the answer of a reply, without markers and the space around them; reasoning "": none."""
+    """The reasoning ("" for none) and the answer of a reply, without markers and surrounding space."""
 
     reasoning: str
     answer: str
 
 
 def parse_reply(text: str) -> SplitReply | None:
-    """The parts of a reply with reasoning, <think> being its very beginning; None where a marker is missing, out of
-    place or there twice. Either part may be empty."""
-    found = _REASONED.fullmatch(text.rstrip())
-    if found is None:
+    """The parts of a reply with reasoning, which must begin with <think>. None if a marker is missing, misplaced or
+    repeated. Either part may be empty."""
+    match = _REASONED.fullmatch(text.rstrip())
+    if match is None:
         return None
-    reasoning, wrapped, plain = found.groups()
+    reasoning, wrapped, plain = match.groups()
     answer = plain if wrapped is None else wrapped
     if _has_marker(reasoning) or _has_marker(answer):
         return None
@@ -45,13 +45,13 @@ def parse_reply(text: str) -> SplitReply | None:
 
 
 def parse_answer(text: str) -> SplitReply | None:
-    """A reply without reasoning; None where it holds a marker."""
+    """A reply without reasoning; None if it has a marker."""
     return None if _has_marker(text) else SplitReply("", text.strip())
 
 
 def prompt_endings(tokenizer: Tokenizer) -> dict[str, str]:
-    """What the generation prompt has behind the assistant's header: "auto", where enable_thinking is not given, "on"
-    and "off"; only "auto" where the template does not know the switch."""
+    """The text after the assistant's header in the generation prompt: for "auto" (enable_thinking not set), "on" and
+    "off". Only "auto" if the template does not use enable_thinking."""
     question = [{"role": "user", "content": "?"}]
     auto = tokenizer.apply_chat_template(question, add_generation_prompt=True)
     endings = {"auto": ""}
@@ -63,14 +63,14 @@ def prompt_endings(tokenizer: Tokenizer) -> dict[str, str]:
 
 
 class ReasoningEncoder(ChatEncoder):
-    """Conversations with reasoning, a share of them without it, for enable_thinking=false.
+    """A ChatEncoder for conversations with reasoning. Removes the reasoning from a share of them, to train
+    enable_thinking=false.
 
-    direct: that share, picked by a hash of the conversation. Their reasoning is left out; the empty block in front of
-    the answer is not learnt, as the prompt writes it, and its tokens are the prompt's. The others are learnt as they
-    stand: where reasoning is called for, and where it is not, is the data's to say.
+    direct: the share, chosen by a hash of the conversation. In these the empty reasoning block before the answer is
+    part of the prompt and not trained on. The others are trained on as they are.
 
-    Raises ValueError for a share outside 0 to 1, or above 0 where the template does not know the switch; `pieces` also
-    for a reply with a marker that is missing, out of place or there twice, and for reasoning without an answer.
+    Raises ValueError for a share outside 0 to 1, or above 0 if the template does not use enable_thinking. `pieces` also
+    raises it for a reply with a missing, misplaced or repeated marker, and for reasoning without an answer.
     """
 
     def __init__(self, tokenizer: Tokenizer, direct: float) -> None:
@@ -103,10 +103,10 @@ class ReasoningEncoder(ChatEncoder):
 
 
 class ThinkingPrompts:
-    """Prompts, a share of which ask for reasoning and the others for none, picked by a hash of the conversation.
+    """Encodes prompts; a share of them, chosen by a hash of the conversation, ask for reasoning, the others for none.
 
-    share: None leaves the choice to the model, as prompts do that do not name enable_thinking. Raises ValueError where
-    there is a share and the template does not know the switch.
+    share: None leaves the choice to the model, with enable_thinking not set. Raises ValueError if there is a share and
+    the template does not use enable_thinking.
     """
 
     def __init__(self, tokenizer: Tokenizer, share: float | None) -> None:
@@ -114,9 +114,7 @@ class ThinkingPrompts:
         self._plain = ChatEncoder(tokenizer)
         self._endings = prompt_endings(tokenizer) if share is not None else {}
         if share is not None and not {"on", "off"} <= self._endings.keys():
-            raise ValueError(
-                f"--thinking {share:g}: the chat template does not know enable_thinking; leave the flag out"
-            )
+            raise ValueError(f"--thinking {share:g}: the chat template does not know enable_thinking; remove the flag")
         self._asking = {value: ChatEncoder(tokenizer, enable_thinking=value) for value in (True, False)}
 
     @cached_property
@@ -127,43 +125,43 @@ class ThinkingPrompts:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def thinking(self, messages: Sequence[Message]) -> bool | None:
-        """Whether this conversation's prompt asks for reasoning; None: it does not say."""
+        """Whether this conversation's prompt asks for reasoning; None if the model chooses."""
         return None if self.share is None else picks(messages, self.share)
 
     def opening(self, messages: Sequence[Message]) -> str:
-        """What of a reasoning reply its prompt has written already: "<think>" and a newline, or nothing."""
+        """The beginning of the reply that the prompt already contains: "<think>" and a newline, or nothing."""
         return self._endings["on"] if self.thinking(messages) else ""
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids up to where the model goes on."""
+        """Token ids of the prompt, up to the model's first token."""
         thinking = self.thinking(messages)
         encoder = self._plain if thinking is None else self._asking[thinking]
         return encoder.prompt(messages)
 
 
 def picks(messages: Sequence[Message], share: float) -> bool:
-    """Whether a conversation is among a `share` of all. By a hash of its own: data sorted by a plain one would have the
-    whole share at its beginning."""
+    """Whether a conversation belongs to a `share` of all, by a hash. The hash is personalized, since data sorted by a
+    plain hash would have the whole share at its beginning."""
     text = json.dumps(list(messages)).encode()
     digest = hashlib.blake2b(text, digest_size=8, person=b"reasoning").digest()
     return int.from_bytes(digest, "big") < share * 2**64
 
 
 def _without_reasoning(number: int, message: Message) -> dict[str, Any]:
-    """The message with its answer alone. Raises ValueError for a malformed reply of the assistant."""
+    """The message without its reasoning. Raises ValueError for a malformed reply of the assistant."""
     if message.get("role") != "assistant":
         return dict(message)
-    beside, content = message.get("reasoning_content") or "", message.get("content") or ""
-    text = f"<think>{beside}</think>{content}" if beside else content
+    reasoning, content = message.get("reasoning_content") or "", message.get("content") or ""
+    text = f"<think>{reasoning}</think>{content}" if reasoning else content
     if not _has_marker(text):
         return dict(message)
     reply = parse_reply(text)
     if reply is None:
         raise ValueError(
-            f"message {number}, of the assistant, is not <think>reasoning</think> and an answer, each marker once"
+            f"message {number}, of the assistant, is not <think>reasoning</think> and an answer with each marker once"
         )
     if not reply.answer and not message.get("tool_calls"):
-        raise ValueError(f"message {number}, of the assistant, has no answer behind its reasoning")
+        raise ValueError(f"message {number}, of the assistant, has no answer after its reasoning")
     return {k: v for k, v in message.items() if k != "reasoning_content"} | {"content": reply.answer}
 
 

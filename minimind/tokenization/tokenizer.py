@@ -1,6 +1,6 @@
-"""A tokenizer folder in Hugging Face's layout: tokenizer.json, tokenizer_config.json, chat_template.jinja.
+"""Load and use a tokenizer folder in Hugging Face's layout: tokenizer.json, tokenizer_config.json, chat_template.jinja.
 
-Only the `tokenizers` library is needed, so data workers start without torch or transformers.
+It needs only the `tokenizers` library, so that data workers start without torch or transformers.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from minimind.tokenization.training import BOS, EOS, PAD
 
 DEFAULT_FOLDER = Path(__file__).parent / "default"
 MODEL_FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-# The parts of tokenizer.json that decide which ids a text gets; encode() never runs the post-processor.
+# The parts of tokenizer.json that determine the ids of a text; encode() never runs the post-processor.
 _ID_FIELDS = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 AllowSpecial = bool | Literal["markup"]
 
 
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
-    """Load a tokenizer: None is the one shipped with MiniMind, else a folder, its tokenizer.json, or a run folder,
-    whose newest checkpoint has one.
+    """Load a tokenizer from a folder, from its tokenizer.json, or from the newest checkpoint of a run folder. None
+    loads the one shipped with MiniMind.
 
     Raises ValueError naming the file that is missing or broken.
     """
@@ -43,35 +43,35 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
 
 
 def tokenizer_beside(weights: Path) -> Tokenizer | None:
-    """The tokenizer in a folder with weights, or in that of a weight file: the one that they were trained with. None
-    where there is none."""
+    """The tokenizer that weights were trained with: the one in the folder of the weights, or None."""
     folder = weights if weights.is_dir() else weights.parent
     return load_tokenizer(folder) if (folder / MODEL_FILE).is_file() else None
 
 
 def require_same_ids(
-    given: Tokenizer, flag: str, known: Tokenizer, place: str | Path, way_out: str, new: bool = False
+    tokenizer: Tokenizer, flag: str, trained_with: Tokenizer, place: str | Path, way_out: str, new: bool = False
 ) -> None:
-    """ValueError, one line, unless both tokenizers give every text the same ids, or `new`: the change is meant.
+    """Raise ValueError, in one line, unless both tokenizers give every text the same ids or `new` is set.
 
-    flag: what names `given`, such as "--tokenizer my/folder"; place: what `known` belongs to; way_out: what to do.
+    flag: the flag that chose `tokenizer`, such as "--tokenizer my/folder"; place: the owner of `trained_with`; way_out:
+    the advice in the message.
     """
-    if not new and given.fingerprint != known.fingerprint:
+    if not new and tokenizer.fingerprint != trained_with.fingerprint:
         raise ValueError(
-            f"{flag}: a tokenizer of {given.described}, and that of {place} is one of {known.described}: the same ids "
-            f"mean other words; {way_out}"
+            f"{flag}: a tokenizer of {tokenizer.described}, and that of {place} is one of {trained_with.described}: "
+            f"the same ids mean other words; {way_out}"
         )
 
 
 class Tokenizer:
-    """Text to token ids and back, and conversations to text.
+    """Converts text to token ids and back, and conversations to text.
 
     vocab_size: number of entries, special tokens included; every id is below it.
-    bos_token_id, eos_token_id, pad_token_id: a folder that names no bos or pad gets eos for it.
-    special_tokens: added tokens (those that text is searched for) to their ids, by id.
-    control_tokens: those of them that are no markup for readers: <|im_end|>, but not <think>.
-    fingerprint: hex SHA-256 of what decides the ids; equal in every process and on every machine.
-    dtype: np.uint16 where all ids fit, else np.uint32.
+    bos_token_id, eos_token_id, pad_token_id: bos and pad default to eos if the folder does not name them.
+    special_tokens: the ids of all added tokens, such as <|im_end|> and <think>.
+    control_tokens: the ids of those that are not markup: <|im_end|>, but not <think>.
+    fingerprint: hex SHA-256 of everything that determines the ids; equal on every machine.
+    dtype: np.uint16 if all ids fit, else np.uint32.
     """
 
     def __init__(self, model: tokenizers.Tokenizer, config: dict[str, Any], template: str | None, source: str) -> None:
@@ -105,7 +105,7 @@ class Tokenizer:
 
     @property
     def described(self) -> str:
-        """Its size and the beginning of its fingerprint, for errors."""
+        """Size and beginning of the fingerprint, for error messages."""
         return f"{self.vocab_size} entries ({self.fingerprint[:8]})"
 
     @property
@@ -126,31 +126,31 @@ class Tokenizer:
     def encode(self, text: str, allow_special: AllowSpecial = True) -> list[int]:
         """Token ids of `text`; nothing is added before or after.
 
-        allow_special: read the names of special tokens, such as "<|im_end|>", as those tokens. Use False for
-            text that strangers wrote: the names then are ordinary characters. "markup" reads <think> and the like
-            as tokens, but no control token.
+        allow_special: encode names of special tokens, such as "<|im_end|>", as these tokens. Use False for untrusted
+            text, in which they are ordinary characters. "markup" encodes <think> and the like as tokens, but not
+            control tokens.
         """
         model = self._by_special[allow_special]
         if is_long(text):
             return encode_long(model, text, self.dtype).tolist()
         try:
             return model.encode(text, add_special_tokens=False).ids
-        except TypeError:  # what the Rust library makes of a lone surrogate
+        except TypeError:  # the Rust library rejects lone surrogates
             return model.encode(without_surrogates(text), add_special_tokens=False).ids
 
     def offsets(self, text: str, allow_special: AllowSpecial = True) -> np.ndarray:
-        """int64 [length, 2]: where in `text`, in characters, each token of `encode` begins and ends."""
+        """int64 [length, 2]: begin and end in `text` of each token of `encode`, in characters."""
         return offsets_of(self._by_special[allow_special], without_surrogates(text))
 
     def encode_batch(self, texts: Sequence[str], allow_special: AllowSpecial = True) -> list[np.ndarray]:
-        """`encode` for many texts on all cores: one array [length] of self.dtype for each. Memory: some 130 bytes for
-        each of a text, but of a long one only for the part that is being encoded."""
+        """`encode` for many texts on all cores: one array [length] of self.dtype for each. It needs some 130 bytes of
+        memory for each byte of text; long texts are encoded in parts."""
         model = self._by_special[allow_special]
         short = iter(encode_many(model, [text for text in texts if not is_long(text)], self.dtype))
         return [encode_long(model, text, self.dtype) if is_long(text) else next(short) for text in texts]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """The text of `ids`; bytes that are no UTF-8, as at a cut character, become U+FFFD.
+        """The text of `ids`; bytes that are not UTF-8, such as a part of a character, become U+FFFD.
 
         skip_special_tokens: leave out control tokens such as <|im_end|>; <think> and <tool_call> stay.
         Raises ValueError for an id outside the vocabulary.
@@ -162,10 +162,10 @@ class Tokenizer:
         return self._model.decode(numbers, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self) -> list[bytes]:
-        """What each id adds to a text, b"" for control tokens such as <|im_end|>: joined and read as UTF-8 with U+FFFD
-        for invalid bytes, they are decode(ids, skip_special_tokens=True). For decoding token by token.
+        """The bytes of each id, b"" for control tokens such as <|im_end|>, for decoding token by token. Joined and
+        decoded as UTF-8 with U+FFFD for invalid bytes, they equal decode(ids, skip_special_tokens=True).
 
-        Raises ValueError for a tokenizer that is not byte-level, as MiniMind's, Llama 3's and Qwen's are.
+        Raises ValueError unless the tokenizer is byte-level, as MiniMind's, Llama 3's and Qwen's are.
         """
         decoder = type(self._model.decoder).__name__
         if decoder != "ByteLevel":
@@ -175,8 +175,8 @@ class Tokenizer:
         out = [b""] * self.vocab_size
         for token, i in self._model.get_vocab(with_added_tokens=True).items():
             if i not in control:
-                known = all(character in byte_of for character in token)
-                out[i] = bytes(byte_of[c] for c in token) if known else token.encode()
+                byte_level = all(character in byte_of for character in token)
+                out[i] = bytes(byte_of[c] for c in token) if byte_level else token.encode()
         return out
 
     def apply_chat_template(
@@ -188,10 +188,10 @@ class Tokenizer:
     ) -> str:
         """The text of a conversation, to be encoded with allow_special=True; see `render_chat`.
 
-        The shipped template knows `enable_thinking` (or `open_thinking`): True opens a reasoning block in the
-        generation prompt, False writes an empty one there and in replies without reasoning, and left out it
-        adds nothing. The text of the first k messages is a prefix of the text of all of them.
-        Raises ValueError if the folder has no template or the messages do not fit it.
+        The shipped template uses `enable_thinking` (or `open_thinking`): True opens a reasoning block in the generation
+        prompt, False writes an empty one there and in replies without reasoning; if it is not set, it adds nothing. The
+        text of the first k messages is a prefix of the text of all of them. Raises ValueError if the folder has no
+        template or the messages do not fit it.
         """
         template = self.require_chat_template()
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -199,7 +199,7 @@ class Tokenizer:
         return render_chat(template, messages, tools, add_generation_prompt, **{**tokens, **variables})
 
     def require_chat_template(self) -> str:
-        """The chat template; ValueError, with the way out, where the folder has none."""
+        """The chat template. Raises ValueError if the folder has none."""
         if self._template is None:
             raise ValueError(
                 f'{self._source}: no chat template; add {TEMPLATE_FILE} or "chat_template" in {CONFIG_FILE}'
@@ -207,11 +207,11 @@ class Tokenizer:
         return self._template
 
     def with_model(self, model: tokenizers.Tokenizer) -> Tokenizer:
-        """A new vocabulary, as train_bpe returns it, under this tokenizer's settings and chat template."""
+        """A tokenizer with a new vocabulary, as train_bpe returns it, and this one's settings and chat template."""
         return Tokenizer(model, self._config, self._template, source="trained tokenizer")
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that load_tokenizer, and transformers' AutoTokenizer, read back to the same ids."""
+        """Write a folder that load_tokenizer and transformers' AutoTokenizer can load, with the same ids."""
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
         config = {key: value for key, value in self._config.items() if key != "chat_template"}
@@ -232,8 +232,8 @@ class Tokenizer:
 
 
 def byte_characters() -> str:
-    """The 256 characters by which byte-level BPE writes bytes (GPT-2): printable Latin-1 ones stand for themselves,
-    the others are U+0100 and on."""
+    """The 256 characters that stand for bytes in byte-level BPE (GPT-2): printable Latin-1 characters for themselves,
+    U+0100 and up for the others."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     shifted = iter(range(0x100, 0x200))
     return "".join(chr(value if value in printable else next(shifted)) for value in range(256))
@@ -245,7 +245,7 @@ def _fingerprint(content: dict[str, Any]) -> str:
 
 
 def _content(token: Any) -> str | None:
-    """A token in tokenizer_config.json is a string or an object that holds it as "content"."""
+    """The text of a token in tokenizer_config.json, which is a string or an object with "content"."""
     value = token.get("content") if isinstance(token, dict) else token
     return value if isinstance(value, str) else None
 
@@ -256,7 +256,7 @@ def _load_model(path: Path) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the Rust library raises bare Exception
         reason = _one_line(error)
-        raise ValueError(f"{path}: not a tokenizer file ({reason}); download or train it anew") from None
+        raise ValueError(f"{path}: not a tokenizer file ({reason}); download or train it again") from None
 
 
 def _load_config(path: Path) -> dict[str, Any]:
@@ -266,9 +266,9 @@ def _load_config(path: Path) -> dict[str, Any]:
         config = json.loads(_read(path, f"{path}: missing"))
     except json.JSONDecodeError as error:
         reason = f"malformed JSON: {error.msg} at line {error.lineno}"
-        raise ValueError(f"{path}: {reason}; download it anew") from None
+        raise ValueError(f"{path}: {reason}; download it again") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: not a JSON object; download it anew")
+        raise ValueError(f"{path}: not a JSON object; download it again")
     return config
 
 

@@ -1,7 +1,7 @@
 """Train a byte-level BPE tokenizer from a stream of texts.
 
-Byte-pair encoding: Sennrich et al. 2016, https://arxiv.org/abs/1508.07909; on bytes rather than characters:
-Radford et al. 2019 (GPT-2), so every string has an encoding and no unknown token exists.
+Byte-pair encoding is from Sennrich et al. 2016, https://arxiv.org/abs/1508.07909. It works on bytes, as in GPT-2
+(Radford et al. 2019), so that every string has an encoding and there is no unknown token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 PAD, BOS, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTROL_TOKENS = (PAD, BOS, EOS)
-# Kept by decode(skip_special_tokens=True): a chat client has to see reasoning and tool calls to show them.
+# decode(skip_special_tokens=True) keeps these, since a chat client shows reasoning and tool calls.
 MARKUP_TOKENS = (
     "<think>",
     "</think>",
@@ -28,30 +28,30 @@ RESERVED_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(5))
 SPECIAL_TOKENS = CONTROL_TOKENS + MARKUP_TOKENS + RESERVED_TOKENS
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
-# The split of Qwen2, to the letter: GGUF files name a pre-tokenizer and do not store it; "qwen2" is this one.
+# Exactly Qwen2's pattern: a GGUF file does not store its pre-tokenizer but names it, "qwen2".
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GGUF_PRE_TOKENIZER = "qwen2"
-# Longer texts are cut before counting: the trainer's memory for one item is many times its length.
+# Longer texts are cut, since the trainer needs many times the length of an item in memory.
 MAX_CHARS = 1 << 20
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int = 6400, *, min_frequency: int = 2) -> Tokenizer:
     """Learn merges from `texts` and return a ready `tokenizers.Tokenizer`.
 
-    texts: read once, in order; memory grows with the number of distinct words, not with the corpus.
-    vocab_size: entries in all, the special tokens and the 256 bytes included; at least MIN_VOCAB_SIZE. Data
-        too small for that many merges gives fewer entries.
-    min_frequency: a pair seen less often is never merged.
-    The result depends on the multiset of texts alone: the same data gives the same bytes.
-    Raises ValueError if vocab_size is too small or texts hold nothing.
+    texts: read once; memory grows with the number of distinct words, not with the corpus.
+    vocab_size: entries in total, the special tokens and the 256 bytes included; at least MIN_VOCAB_SIZE. Small data
+        may give fewer entries.
+    min_frequency: rarer pairs are never merged.
+    The result does not depend on the order of the texts. Raises ValueError if vocab_size is too small or there is no
+    text.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"vocab_size is {vocab_size}; bytes and special tokens alone need {MIN_VOCAB_SIZE}")
+        raise ValueError(f"--vocab-size {vocab_size}: bytes and special tokens alone need {MIN_VOCAB_SIZE}")
     if min_frequency < 0:
-        raise ValueError(f"min_frequency is {min_frequency}; it counts from 0")
+        raise ValueError(f"--min-frequency {min_frequency}: must be 0 or more")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -70,12 +70,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 6400, *, min_frequency: in
     pieces = _CountingIterator(_pieces(texts))
     tokenizer.train_from_iterator(pieces, trainer)
     if not pieces.count:
-        raise ValueError("no text to train on: the data is empty")
+        raise ValueError("--data has no text to train on")
     return _with_visible_markup(tokenizer)
 
 
 def _with_visible_markup(tokenizer: Tokenizer) -> Tokenizer:
-    """The trainer marks every token it is given as special, MARKUP_TOKENS too, and no setter undoes that."""
+    """The tokenizer with MARKUP_TOKENS that are not special: the trainer marks all, and there is no setter."""
     content = json.loads(tokenizer.to_str())
     for token in content["added_tokens"]:
         token["special"] = token["content"] not in MARKUP_TOKENS
@@ -89,7 +89,7 @@ def _pieces(texts: Iterable[str]) -> Iterator[str]:
 
 
 class _CountingIterator:
-    """Counts what passes through, to tell an empty stream from a short one."""
+    """Counts the items, to detect an empty stream."""
 
     def __init__(self, items: Iterator[str]) -> None:
         self._items = items

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from minimind.data import PackedLoader
+from minimind.data.packing import tokens_in_rows
 from minimind.data.pair_loader import PairLoader
-from minimind.data.row_length import tokens_in_rows
 from minimind.modeling import Model
 from minimind.training.cards import CARDS, Card
 from minimind.training.memory import GPU_BATCH, MOST_TOKENS, halved, step_bytes, tokens_that_fit

@@ -45,7 +45,7 @@ from minimind.training.run_folder import RunFolder, find_run, open_run, record_v
 from minimind.training.tracking import make_tracker
 from minimind.training.trainer import ClipGroup, Event, Loader, LoopOptions, Stage, StageLoss, Trainer
 from minimind.utils.device import Precision, choose_precision, describe_device, keep_sums_float32
-from minimind.utils.progress import say
+from minimind.utils.display import say
 from minimind.utils.spans import nvtx_mode
 from minimind.weights import fingerprint, save_weights
 

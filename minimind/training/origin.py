@@ -13,7 +13,7 @@ from minimind.modeling import Model
 from minimind.tokenization import Tokenizer, load_tokenizer, require_same_ids, tokenizer_beside
 from minimind.training.arguments import StageArgs
 from minimind.training.run_folder import newest_finished
-from minimind.utils.progress import say
+from minimind.utils.display import say
 from minimind.weights import checkpoint_folder, fingerprint, load_model
 
 

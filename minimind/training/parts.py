@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from minimind.data import Corpus, open_corpus
-from minimind.data.forms import Form, FormatName
+from minimind.data.formats import FormatName, RowFormat
 from minimind.data.mixture import Mixture, MixtureEntry, Weight, describe_mixture, parse_part
 from minimind.data.paths import expand_paths, find_files
 from minimind.data.split import MAX_TOKENS, repeats, shared, split, split_tail
@@ -117,18 +117,18 @@ def read_texts(job: Job, paths: Sequence[str]) -> Corpus:
     return open_corpus(paths, job.tokenizer, *where, form=form)
 
 
-def form_of(job: Job) -> Form:
+def form_of(job: Job) -> RowFormat:
     """How the rows of a run's files are read; settles whether fields that would be lost are errors."""
     form = named_form(job.args)
     return form if job.settle("fields", lambda: ("checked", "")) == "checked" else replace(form, checked=False)
 
 
-def named_form(args: StageArgs) -> Form:
+def named_form(args: StageArgs) -> RowFormat:
     """What --format and --ignore-fields say; ValueError where there is no --data that they could be about."""
     name: FormatName = getattr(args, "format", "auto")
     if name != "auto" and not args.data:
         raise ValueError(f"--format {name}: says how the rows of --data are read; name the files")
-    return Form(name, args.ignore_fields)
+    return RowFormat(name, args.ignore_fields)
 
 
 def all_losses(model: Model, parts: DataSplit, job: Job, final: bool) -> dict[str, Any]:

@@ -13,10 +13,9 @@ from rich.console import Console
 from minimind.training.arguments import StageArgs
 from minimind.training.parallel import leave, rank
 from minimind.training.survey import survey
+from minimind.utils.display import say
 from minimind.utils.files import is_disk_full
-from minimind.utils.progress import say
-from minimind.utils.starting import started
-from minimind.utils.stdio import command_line, prepare_output
+from minimind.utils.startup import command_line, prepare_output, started
 
 Args = TypeVar("Args", bound=StageArgs)
 

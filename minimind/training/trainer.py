@@ -37,9 +37,8 @@ from minimind.training.parallel import Parallel
 from minimind.training.profiling.profiler import StepProfiler
 from minimind.training.run_folder import RunFolder, truncate
 from minimind.training.tracking import Tracker
-from minimind.utils.display import Display, duration
+from minimind.utils.display import Display, duration, say
 from minimind.utils.files import sync, write_json
-from minimind.utils.progress import say
 from minimind.utils.spans import span
 from minimind.weights import save_weights
 

@@ -1,4 +1,4 @@
-"""Which device, and the one explicit precision policy."""
+"""Choose the device and the precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PrecisionName = Literal["auto", "bf16", "fp32"]
 
 @dataclass(frozen=True)
 class Precision:
-    """Weights are float32 masters always; `compute_dtype` is what matrix products run in."""
+    """The precision policy: float32 master weights always, matrix products in `compute_dtype`."""
 
     compute_dtype: torch.dtype
     reason: str
@@ -25,7 +25,8 @@ class Precision:
 
 
 def choose_device(requested: str) -> torch.device:
-    """'auto' takes CUDA when there is one, else the CPU. A device asked for by name that is not there raises."""
+    """The device for auto, cpu, cuda or cuda:N. "auto" is CUDA if there is a GPU, else the CPU. Raises ValueError if
+    the device does not exist."""
     if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -42,21 +43,24 @@ def choose_device(requested: str) -> torch.device:
 
 
 def choose_precision(device: torch.device, requested: PrecisionName = "auto") -> Precision:
+    """The precision to compute in: "auto" is bf16 if the device has instructions for it, else fp32."""
     if requested == "fp32":
-        return Precision(torch.float32, "asked for by --precision")
+        return Precision(torch.float32, "set by --precision")
     native, reason = _native_bf16(device)
     if requested == "bf16":
-        return Precision(torch.bfloat16, "asked for by --precision" + ("" if native else f"; slow, {reason}"))
+        return Precision(torch.bfloat16, "set by --precision" + ("" if native else f"; slow, {reason}"))
     return Precision(torch.bfloat16 if native else torch.float32, reason)
 
 
 def keep_sums_float32() -> None:
-    """cuBLAS may cut a long sum, as a weight's gradient over 32768 tokens, and add its parts in 16 bits: not here."""
+    """Keep cuBLAS from adding partial sums in 16 bits, as it may for long sums (a weight's gradient over 32768
+    tokens)."""
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def describe_device(device: torch.device) -> str:
+    """The name of the device, with memory (GPU) or threads and instructions (CPU)."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
@@ -64,7 +68,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def _cpu_name() -> str:
-    """As the system calls it: 'AMD Ryzen 7 7700X 8-Core Processor', or 'CPU' where it does not say."""
+    """The system's name, such as 'AMD Ryzen 7 7700X 8-Core Processor', or 'CPU' if it has none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -89,6 +93,6 @@ def _native_bf16(device: torch.device) -> tuple[bool, str]:
 
 
 def _onednn_takes_bf16() -> bool:
-    """Whether oneDNN, which computes the products, may use the instructions: an environment variable can forbid it."""
-    found = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return found is None or found()
+    """Whether oneDNN, which computes matrix products, may use the instructions; ONEDNN_MAX_CPU_ISA can forbid it."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is None or supported()

@@ -1,4 +1,4 @@
-"""Where caches live, and how they are written: atomically, one process at a time, with plain errors."""
+"""Find the cache folder, and write files atomically, one process at a time, with plain errors."""
 
 import errno
 import json
@@ -11,22 +11,22 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from minimind.utils.progress import say
+from minimind.utils.display import say
 
 _ELSEWHERE = "choose another folder with --cache-dir or $MINIMIND_CACHE"
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """`cache_dir`, else $MINIMIND_CACHE, else ~/.cache/minimind. ValueError where that needs a home that is not."""
+    """`cache_dir`, else $MINIMIND_CACHE, else ~/.cache/minimind. Raises ValueError if the home folder is unknown."""
     root = cache_dir or os.environ.get("MINIMIND_CACHE") or "~/.cache/minimind"
     try:
         return Path(root).expanduser()
-    except RuntimeError:  # in a container, for one: no $HOME, and a user that the system does not know
+    except RuntimeError:  # for example in a container without $HOME, whose user the system does not know
         raise ValueError(f"{root}: there is no such home folder; {_ELSEWHERE}") from None
 
 
 def make_folder(folder: Path) -> Path:
-    """Create `folder`; ValueError when it cannot be written to."""
+    """Create `folder` and return it. Raises ValueError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
@@ -39,12 +39,12 @@ def make_folder(folder: Path) -> Path:
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether `error` says that the disk or the user's quota is full."""
+    """Whether the disk or the user's quota is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def disk_full(folder: Path, needed: int) -> ValueError:
-    """The error of a full disk; `needed` is the bytes still to be written there."""
+    """The error for a full disk; `needed` counts the bytes that remain to be written."""
     return ValueError(
         f"{folder}: the disk or quota is full, about {max(needed, 1) / 1e6:,.1f} MB more are needed; "
         f"free some space or {_ELSEWHERE}"
@@ -52,7 +52,7 @@ def disk_full(folder: Path, needed: int) -> ValueError:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `path` whole and durably, or not at all."""
+    """Write the whole file durably, or leave the old one as it is."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -66,7 +66,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file to the disk, or, of a folder, the renames in it, which Windows can neither open nor be asked for."""
+    """Sync a file, or the renames in a folder, to the disk. Windows cannot open folders; there it does nothing."""
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY)
@@ -77,7 +77,7 @@ def sync(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`; None when there is none or it is damaged."""
+    """The JSON object in `path`; None if the file is missing or damaged."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -86,18 +86,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` atomically. A name that is not UTF-8, as file names may be, reads back as it is."""
+    """Write `value` atomically. File names that are not UTF-8 survive the round trip."""
     write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False).encode(errors="backslashreplace"))
 
 
 @contextmanager
-def locked(path: Path, what: str, console: Console) -> Iterator[None]:
-    """Hold the lock file `path`, saying so when another process has it; the lock of a dead one is free."""
+def locked(path: Path, activity: str, console: Console) -> Iterator[None]:
+    """Hold the lock file `path`. If another process holds it, print its `activity` ("reading x") and wait. The lock of
+    a dead process is free."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(console, f"waiting for another process {what}")
+        say(console, f"waiting for another process that is {activity}")
         lock.acquire()
     try:
         yield

@@ -1,8 +1,8 @@
-"""Named spans within a step: data, forward, block N, loss, backward, optimizer, communication.
+"""Name spans of a step (data, forward, block N, loss, backward, optimizer, communication) for profilers.
 
-They are off unless a StepProfiler (training/profiling/) is recording or MINIMIND_NVTX=1 is set, which turns them on
-for `nsys profile` and `ncu` without PyTorch's own profiler. Their NVTX ranges are those of the nvtx package: domain
-"minimind", a category for each phase, also before CUDA starts. Where it is not installed they are torch.cuda.nvtx's.
+Spans are off unless a StepProfiler (training/profiling/) records or MINIMIND_NVTX=1 is set, for `nsys profile` and
+`ncu` without PyTorch's profiler. The nvtx package gives their NVTX ranges the domain "minimind" and a category for each
+phase, also before CUDA starts. If it is not installed, the ranges are those of torch.cuda.nvtx.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _OFF = nullcontext()
 
 
 def nvtx_mode() -> bool:
-    """Whether MINIMIND_NVTX=1 turned the spans on for the whole process."""
+    """Whether MINIMIND_NVTX=1 turns the spans on for the whole process."""
     return _state.nvtx
 
 
 def record(on: bool) -> None:
-    """Turn the spans on while PyTorch's profiler runs."""
+    """Turn the spans on or off with PyTorch's profiler."""
     _state.recording = on
 
 
 def span(name: str) -> AbstractContextManager[None]:
-    """Context: what runs in it is `name` in the trace, and an NVTX range. When off, one shared object that does
-    nothing. Not for code that torch.compile traces: see profiling.mark_blocks."""
+    """A context manager that marks a span `name` in the trace and an NVTX range. If spans are off, it is one shared
+    object that does nothing. For code that torch.compile traces, see profiling.mark_blocks."""
     return _Span(name) if _state.recording or _state.nvtx else _OFF
 
 
 def category(name: str) -> str:
-    """The NVTX category of a span, the phase it belongs to: "forward" for "block 3"."""
+    """The NVTX category of a span, which is its phase: "forward" for "block 3"."""
     word = name.partition(" ")[0]
     return _PHASE.get(word, word)
 
@@ -79,7 +79,7 @@ def _nvtx_range(name: str) -> AbstractContextManager[Any]:
 
 @functools.cache
 def _nvtx_package() -> ModuleType | None:
-    """Imported with the first span, not with this module: off costs nothing."""
+    """The nvtx package or None; imported with the first span, so that spans cost nothing while they are off."""
     try:
         import nvtx
     except ImportError:

@@ -174,7 +174,7 @@ def test_two_processes_at_once_build_once(path, tmp_path):
 
 @pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "meta.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_damaged_files_are_built_anew(path, tmp_path, name, damage):
+def test_damaged_files_are_rebuilt(path, tmp_path, name, damage):
     before = open_corpus([path], ByteTokenizer(), tmp_path / "cache", console=QUIET)
     whole = contents(tmp_path / "cache")
     (file,) = (tmp_path / "cache").glob(f"tokens/*/{name}")
@@ -185,7 +185,7 @@ def test_damaged_files_are_built_anew(path, tmp_path, name, damage):
     open_corpus([path], tokenizer, tmp_path / "cache", console=console)
     assert tokenizer.texts == 300 and contents(tmp_path / "cache") == whole
     if name != "meta.json":
-        assert "damaged, so built anew" in console.export_text()
+        assert "damaged; tokenizing the file again" in console.export_text()
     assert text_of(before.document(299)) == TEXTS[299]
 
 
@@ -321,7 +321,7 @@ def test_no_home_is_said(path, monkeypatch):
 
 
 def test_progress_where_there_is_no_terminal(path, tmp_path, monkeypatch):
-    monkeypatch.setattr("minimind.utils.progress._LINE_SECONDS", 0.0)
+    monkeypatch.setattr("minimind.utils.display._LINE_SECONDS", 0.0)
     console = listening()
     open_corpus([path], ByteTokenizer(), tmp_path / "cache", console=console)
     lines = console.export_text().splitlines()

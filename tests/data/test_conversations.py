@@ -43,13 +43,13 @@ ROWS[7] = chat("long " * 30, "short", "and then?", "yes")
 
 
 def test_whole_answers_leaves_out_what_would_lose_its_end(tmp_path):
-    """Cut within its only answer, a conversation would teach to begin and not to end; cut behind a turn it teaches."""
+    """A conversation cut within its only answer would teach to begin but not to end; one cut after a turn is kept."""
     rows = [chat("a?", "yes"), chat("b?", "long " * 60), chat("c?", "yes", "d?", "long " * 60)]
     corpus = opened(tmp_path, rows)
     cut, whole = (PackedLoader(corpus, 48, 2, whole_answers=flag) for flag in (False, True))
     assert (cut.cuts.inside, cut.cuts.at_turn, cut.cuts.left_out) == (1, 1, 0)
     assert (whole.cuts.inside, whole.cuts.at_turn, whole.cuts.left_out) == (0, 1, 1)
-    assert str(whole.cuts) == "1 cut behind an earlier turn, 1 left out, as the first answer does not fit"
+    assert str(whole.cuts) == "1 cut after an earlier turn, 1 left out, as the first answer does not fit"
     named = {int(d) for batch in whole.epoch_batches() for row in batch.documents for d in row}
     assert named == {0, 2}
     ends = TOKENIZER.eos_token_id
@@ -102,7 +102,7 @@ BAD = {
     "no list": ('{"conversations": "hi"}', 'field "conversations" is a string, not a list of messages'),
     "empty": ('{"conversations": []}', 'field "conversations" is empty'),
     "no message": ('{"conversations": ["hi"]}', "message 0 is a string, not an object"),
-    "no answer": (chat("hi"), "no assistant turn, so nothing to learn"),
+    "no answer": (chat("hi"), "no assistant turn to train on"),
     "role": ([{"role": "narrator", "content": "once"}], "message 0 has the role 'narrator'; use system, user,"),
     "no role": ([{"content": "once"}], "message 0 has the role None; use"),
     "silent": (chat("hi", " "), "message 1, of the assistant, is empty"),

@@ -17,7 +17,7 @@ import pytest
 
 from minimind import cli
 from minimind.data import download
-from minimind.data.hubs import list_files
+from minimind.data.download import list_files
 from minimind.data.paths import expand_paths
 from minimind.data.reader import iter_texts
 
@@ -139,7 +139,7 @@ def test_files_arrive_whole(name, hub, tmp_path, capsys):
     assert sum(1 for _ in iter_texts(out / "pretrain_hq.jsonl")) == 5000
     asked = len(hub.ranges)
     assert fetch(hub, out, "dpo", name=name) == 0 and len(hub.ranges) == asked, "not fetched again"
-    assert "there already" in capsys.readouterr().out
+    assert "already downloaded" in capsys.readouterr().out
 
 
 def test_the_list(hub, tmp_path, capsys):
@@ -161,7 +161,7 @@ def test_a_later_command_goes_on_too(hub, tmp_path, capsys):
     hub.cut = [100_000] + [0] * download.ATTEMPTS
     assert fetch(hub, tmp_path, "pretrain_hq") == 2
     error = error_of(capsys)
-    assert "broke off at 100,000 bytes" in error and "run the same command again to go on there" in error
+    assert "broke off at 100,000 bytes" in error and "run the same command again to resume" in error
     (partial,) = left(tmp_path)
     assert partial.endswith(".part") and (tmp_path / partial).read_bytes() == ROWS[:100_000]
     hub.ranges.clear()
@@ -215,13 +215,13 @@ def test_a_part_longer_than_the_file_is_dropped(hub, tmp_path):
 def test_without_a_checksum_it_says_so(hub, tmp_path, capsys):
     hub.no_sums = True
     assert fetch(hub, tmp_path, "dpo") == 0
-    assert "tells no checksum, its size alone was checked" in capsys.readouterr().out
+    assert "has no checksum; only the size was checked" in capsys.readouterr().out
 
 
 def test_other_content_is_not_overwritten(hub, tmp_path, capsys):
     (tmp_path / "dpo.jsonl").write_bytes(b"mine")
     assert fetch(hub, tmp_path, "dpo") == 2
-    assert "it was there with other content; remove it, or name another --out" in error_of(capsys)
+    assert "the existing file has other content; remove it, or name another --out" in error_of(capsys)
     assert (tmp_path / "dpo.jsonl").read_bytes() == b"mine"
 
 

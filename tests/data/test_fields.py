@@ -10,10 +10,10 @@ import pytest
 
 from minimind import load_tokenizer
 from minimind.data import Corpus, open_conversations, open_corpus
+from minimind.data.cache import open_preferences
 from minimind.data.fields import FLAGS, HARMLESS
-from minimind.data.forms import AUTO, Form
+from minimind.data.formats import AUTO, RowFormat
 from minimind.data.loss_mask import NONE, class_of
-from minimind.data.preferences import open_preferences
 from minimind.data.prompts import open_prompts
 from minimind.data.reader import iter_texts
 from minimind.tokenization import ChatEncoder
@@ -38,13 +38,13 @@ def written(path: Path, *rows: Any) -> Path:
     return path
 
 
-def conversations(folder: Path, *rows: Any, form: Form = AUTO, encoder: Any = ENCODER, **options) -> Corpus:
+def conversations(folder: Path, *rows: Any, form: RowFormat = AUTO, encoder: Any = ENCODER, **options) -> Corpus:
     folder.mkdir(exist_ok=True)
     path = written(folder / "a.jsonl", *rows)
     return open_conversations([path], encoder, folder / "cache", console=QUIET, form=form, **options)
 
 
-def pairs(folder: Path, *rows: Any, form: Form = AUTO) -> Corpus:
+def pairs(folder: Path, *rows: Any, form: RowFormat = AUTO) -> Corpus:
     folder.mkdir(exist_ok=True)
     return open_preferences([written(folder / "a.jsonl", *rows)], ENCODER, folder / "cache", console=QUIET, form=form)
 
@@ -61,7 +61,7 @@ def learnt(corpus: Corpus, i: int = 0) -> str:
     return TOKENIZER.decode(corpus.document(i)[class_of(corpus.codes(i)) > NONE])
 
 
-def open_kind(kind: str, path: Path, on_bad_row: str = "error", form: Form = AUTO, console=QUIET) -> int:
+def open_kind(kind: str, path: Path, on_bad_row: str = "error", form: RowFormat = AUTO, console=QUIET) -> int:
     """How many documents of a kind of row there are."""
     cache = path.parent / "cache"
     if kind == "text":
@@ -112,10 +112,10 @@ def test_a_rows_tools_and_system_are_the_system_messages(tmp_path, tools):
 @pytest.mark.parametrize(
     ("beside", "reason"),
     [
-        ({"system": "Be kind."}, 'field "system" is not what the system message says; keep one of them'),
-        ({"tools": [{"name": "g"}]}, 'field "tools" is not what the system message says; keep one of them'),
+        ({"system": "Be kind."}, 'field "system" differs from the system message; keep one of them'),
+        ({"tools": [{"name": "g"}]}, 'field "tools" differs from the system message; keep one of them'),
         ({"system": ["a"]}, 'field "system" is a list, not a string'),
-        ({"tools": "[{"}, 'field "tools" is not what the system message says'),
+        ({"tools": "[{"}, 'field "tools" differs from the system message'),
     ],
 )
 def test_a_row_that_contradicts_its_system_message(tmp_path, beside, reason):
@@ -190,10 +190,10 @@ def test_flags_reach_reasoning_and_templates_that_mark_answers(tmp_path):
         ([*ASKED, {**SAID, "weight": 0.5}], 'message 1: "weight" is 0.5, not 0, 1, false or true'),
         ([*ASKED, {**SAID, "weight": "0"}], 'message 1: "weight" is "0", not 0, 1, false or true'),
         ([*ASKED, {**SAID, "weight": 0, "train": True}], "message 1: weight and train contradict each other"),
-        ([*ASKED, {**SAID, "weight": 0}], "every message of the assistant has weight 0, so nothing to learn"),
+        ([*ASKED, {**SAID, "weight": 0}], "every message of the assistant has weight 0; none is trained on"),
         (
             [{**ASKED[0], "train": True}, SAID],
-            'message 0, of the user: "train" asks to learn it, and only what the assistant says is learnt',
+            'message 0, of the user: "train" asks to train on it, but only the assistant\'s messages are trained on',
         ),
     ],
 )
@@ -204,9 +204,9 @@ def test_flags_that_nothing_follows_from(tmp_path, messages, reason):
 
 def test_the_answer_of_a_pair_has_to_be_learnt(tmp_path):
     row = {"chosen": CHAT, "rejected": [*ASKED, {**OTHER[1], "weight": 0}]}
-    with pytest.raises(ValueError, match="rejected: its answer is said not to be learnt"):
+    with pytest.raises(ValueError, match="rejected: a flag says not to train on its answer"):
         pairs(tmp_path, row)
-    with pytest.raises(ValueError, match='field "loss_mask" is no list of 2 numbers, one for each message'):
+    with pytest.raises(ValueError, match='field "loss_mask" is not a list of 2 numbers, one for each message'):
         conversations(tmp_path / "b", {"conversations": CHAT, "loss_mask": [1]})
 
 
@@ -217,14 +217,14 @@ def test_the_answer_of_a_pair_has_to_be_learnt(tmp_path):
 @pytest.mark.parametrize("field", ["toolz", "images", "weight", "label", "reward"])
 def test_a_field_that_would_be_lost_is_an_error(tmp_path, kind, field):
     path = written(tmp_path / "a.jsonl", KINDS[kind], {**KINDS[kind], field: 1}, KINDS[kind])
-    told = f'"{field}" is not known and would be lost; --ignore-fields {field} leaves it out (docs/data.md)'
+    told = f'"{field}" is unknown and would be lost; --ignore-fields {field} drops it (docs/data.md)'
     with pytest.raises(ValueError) as caught:
         open_kind(kind, path)
     assert str(caught.value) == f"{path}:2: field {told}; fix the row or pass --on-bad-row skip"
     console = listening()
     assert open_kind(kind, path, "skip", console=console) == 2
     assert f"1 bad rows left out, the first at {path}:2: field {told}" in console.export_text()
-    assert open_kind(kind, path, form=Form(ignored=(field,))) == 3
+    assert open_kind(kind, path, form=RowFormat(ignored=(field,))) == 3
     quiet = [{**KINDS[kind], field: value} for value in (None, "", [], {})]
     assert open_kind(kind, written(tmp_path / "b.jsonl", *quiet)) == 4
 
@@ -234,9 +234,9 @@ def test_a_field_of_a_message_that_would_be_lost(tmp_path, kind):
     lost = {"image": "cat.png"}
     row = {name: [{**ASKED[0], **lost}, *side[1:]] for name, side in KINDS[kind].items()}
     path = written(tmp_path / "a.jsonl", row)
-    with pytest.raises(ValueError, match=r'a.jsonl:1: .*message 0: field "image" is not known and would be lost'):
+    with pytest.raises(ValueError, match=r'a.jsonl:1: .*message 0: field "image" is unknown and would be lost'):
         open_kind(kind, path)
-    assert open_kind(kind, path, form=Form(ignored=("image",))) == 1
+    assert open_kind(kind, path, form=RowFormat(ignored=("image",))) == 1
     for name, owner in (("tools", "system"), ("reasoning_content", "assistant"), ("tool_calls", "assistant")):
         row = {field: [{**ASKED[0], name: "[1]"}, *side[1:]] for field, side in KINDS[kind].items()}
         with pytest.raises(ValueError, match=f'message 0, of the user: "{name}" belongs to the {owner}'):
@@ -259,7 +259,7 @@ def test_what_goes_to_the_rewards_is_said(tmp_path):
     row = {"conversations": CHAT, "answer": 4, "id": 1, "reference": "4"}
     (prompt,) = open_prompts([written(tmp_path / "a.jsonl", row)], PROMPTS, 500, console=console).prompts
     assert prompt.metadata == {"answer": 4, "id": 1}
-    said = "beside the prompts, for rewards of your own (Sample.metadata): answer"
+    said = "further fields, for rewards of your own (Sample.metadata): answer"
     assert said in console.export_text().splitlines()
 
 
@@ -320,14 +320,14 @@ PREFERENCES: list[tuple[Any, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "theirs", "ours"), FORMS)
 def test_conversations_of_other_programs(tmp_path, name, theirs, ours):
-    form = Form(name)
+    form = RowFormat(name)
     assert same(conversations(tmp_path / "a", ours), conversations(tmp_path / "b", theirs, form=form))
-    with pytest.raises(ValueError, match=rf"a.jsonl:1: rows of this form are read with --format {name}; fix"):
+    with pytest.raises(ValueError, match=rf"a.jsonl:1: rows of this format are read with --format {name}; fix"):
         conversations(tmp_path / "c", theirs)
     if "tools" in theirs:  # a call may be JSON in a string
         return
     texts = [
-        list(iter_texts(written(tmp_path / "t.jsonl", row), form=f)) for row, f in ((ours, Form()), (theirs, form))
+        list(iter_texts(written(tmp_path / "t.jsonl", row), form=f)) for row, f in ((ours, RowFormat()), (theirs, form))
     ]
     assert sorted(texts[0]) == sorted(texts[1])
 
@@ -335,7 +335,7 @@ def test_conversations_of_other_programs(tmp_path, name, theirs, ours):
 @pytest.mark.parametrize(("name", "theirs"), PREFERENCES)
 def test_preferences_of_other_programs(tmp_path, name, theirs):
     ours = pairs(tmp_path / "a", {"chosen": CHAT, "rejected": OTHER})
-    assert same(ours, pairs(tmp_path / "b", theirs, form=Form(name)))
+    assert same(ours, pairs(tmp_path / "b", theirs, form=RowFormat(name)))
 
 
 @pytest.mark.parametrize(
@@ -350,9 +350,9 @@ def test_preferences_of_other_programs(tmp_path, name, theirs):
 )
 def test_prompts_of_other_programs(tmp_path, name, theirs):
     path = written(tmp_path / "p.jsonl", {**theirs, "level": 3})
-    (prompt,) = open_prompts([path], PROMPTS, 500, form=Form(name)).prompts
+    (prompt,) = open_prompts([path], PROMPTS, 500, form=RowFormat(name)).prompts
     assert prompt.messages == ASKED and prompt.reference == "ahoy" and prompt.metadata == {"level": 3}
-    with pytest.raises(ValueError, match=f"p.jsonl:1: rows of this form are read with --format {name}"):
+    with pytest.raises(ValueError, match=f"p.jsonl:1: rows of this format are read with --format {name}"):
         open_prompts([path], PROMPTS, 500)
 
 
@@ -362,41 +362,41 @@ def test_prompts_of_other_programs(tmp_path, name, theirs):
         ("messages", {"conversations": CHAT}, 'no field "messages" (fields: conversations)'),
         ("messages", {"prompt": "hi"}, 'field "prompt" is a string, not a list of messages'),
         ("messages", {"messages": [{**SAID, "content": [{"type": "image_url"}]}]},
-         "message 0: a part of its content is image_url; only text can be learnt"),
+         "message 0: a part of its content is image_url; only text is supported"),
         ("sharegpt", {"conversations": CHAT}, 'message 0 has "from": None; --format sharegpt reads "from" (system,'),
         ("sharegpt", {"conversations": [{"from": "alien", "value": "a"}]}, 'message 0 has "from": \'alien\'; --format'),
         ("alpaca", {"output": "a"}, 'no field "instruction" (fields: output)'),
         ("alpaca", {"instruction": 4, "output": "a"}, 'field "instruction" is a number, not a string'),
         ("alpaca", {"instruction": "a", "output": "b", "history": ["c"]},
-         'field "history" is no list of [question, answer]'),
-        ("alpaca", {"instruction": "hi", "output": "a", "extra_text": "b"}, 'field "extra_text" is not known'),
+         'field "history" is not a list of [question, answer]'),
+        ("alpaca", {"instruction": "hi", "output": "a", "extra_text": "b"}, 'field "extra_text" is unknown'),
     ],
 )  # fmt: skip
 def test_rows_that_are_not_of_the_form(tmp_path, name, row, reason):
     with pytest.raises(ValueError, match=re.escape(f"a.jsonl:1: {reason}")):
-        conversations(tmp_path, row, form=Form(name))
+        conversations(tmp_path, row, form=RowFormat(name))
 
 
 def test_what_is_kept_of_rows_is_kept_apart_by_form(tmp_path):
     """Of one file: neither what another form left out nor what another list ignored is taken from the cache."""
     row = {"conversations": CHAT, "extra_text": "b"}
-    ignoring = Form(ignored=("extra_text",))
+    ignoring = RowFormat(ignored=("extra_text",))
     first = conversations(tmp_path, row, form=ignoring)
-    with pytest.raises(ValueError, match='"extra_text" is not known'):
+    with pytest.raises(ValueError, match='"extra_text" is unknown'):
         conversations(tmp_path, row)
     with pytest.raises(ValueError, match='no field "messages"'):
-        conversations(tmp_path, row, form=Form("messages", ("extra_text",)))
+        conversations(tmp_path, row, form=RowFormat("messages", ("extra_text",)))
     assert conversations(tmp_path, row, form=ignoring).identity == first.identity
-    other = conversations(tmp_path, row, form=Form(ignored=("extra_text", "more")))
+    other = conversations(tmp_path, row, form=RowFormat(ignored=("extra_text", "more")))
     assert other.identity != first.identity and same(first, other)
 
 
 def test_a_run_of_an_earlier_version_reads_as_it_did(tmp_path):
     """Tokens and names of its cache, so that it goes on to the bit; a new run of the same file sees its fields."""
     row = {"conversations": CHAT, "system": "Be a pirate.", "extra_text": "b"}
-    before = conversations(tmp_path / "a", row, form=Form(checked=False))
+    before = conversations(tmp_path / "a", row, form=RowFormat(checked=False))
     assert same(before, conversations(tmp_path / "b", {"conversations": CHAT}))
-    assert Form(checked=False).key() == [] != Form().key()
+    assert RowFormat(checked=False).key() == [] != RowFormat().key()
     assert np.array_equal(before.document(0), ENCODER.encode([ENCODER.pieces(CHAT)])[0].ids)
 
 
@@ -405,6 +405,6 @@ def test_texts_for_a_tokenizer(tmp_path):
     found = list(iter_texts(written(tmp_path / "a.jsonl", row)))
     assert found == ["hi", "ahoy", "Be a pirate.", json.dumps(TOOLS)]
     path = written(tmp_path / "b.jsonl", {**row, "extra_text": "b"})
-    with pytest.raises(ValueError, match=r'b.jsonl:1: field "extra_text" is not known'):
+    with pytest.raises(ValueError, match=r'b.jsonl:1: field "extra_text" is unknown'):
         list(iter_texts(path))
-    assert len(list(iter_texts(path, form=Form(ignored=("extra_text",))))) == 4
+    assert len(list(iter_texts(path, form=RowFormat(ignored=("extra_text",))))) == 4

@@ -65,7 +65,7 @@ def test_twenty_bytes_of_memory_for_a_byte_of_a_row(tmp_path, kind, name):
 @pytest.mark.parametrize("end", ["\n", ""])
 def test_a_row_that_is_too_large_is_named_or_skipped(tmp_path, monkeypatch, end):
     monkeypatch.setattr(reader, "MOST_BYTES", 1 << 20)
-    monkeypatch.setattr(reader, "_SKIPPED", 1000)
+    monkeypatch.setattr(reader, "_SKIP_CHUNK", 1000)
     path = tmp_path / "a.jsonl"
     path.write_text(row("text", "good") + row("text", "a" * (1 << 20)) + row("text", "more").rstrip() + end)
     reason = "the row has more than 1 MiB; divide it into several rows"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind.data import row_stream
+from minimind.data import packing
 from minimind.data.loader import Batch, PackedLoader
 from minimind.data.mixture import Mixture, Weight
 from minimind.data.split import split
@@ -24,7 +24,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _small_windows(monkeypatch):
-    monkeypatch.setattr(row_stream, "WINDOW_DOCUMENTS", 16)
+    monkeypatch.setattr(packing, "WINDOW_DOCUMENTS", 16)
 
 
 def segments(batch: Batch) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
@@ -219,7 +219,7 @@ def test_sizes_that_cannot_work(corpus):
 
 
 def test_windows_hold_few_documents_when_they_are_long(corpus, monkeypatch):
-    monkeypatch.setattr(row_stream, "WINDOW_TOKENS", 500)
+    monkeypatch.setattr(packing, "WINDOW_TOKENS", 500)
     loader = PackedLoader(corpus, SEQ_LEN, rows=4)
     assert 1 < loader.streams[0].window_documents < 16
     assert pairs(list(loader.epoch_batches())) == expected_pairs()

@@ -30,7 +30,7 @@ def test_entries_of_data(tmp_path, monkeypatch):
         assert parse_part(entry) == part
     assert parse_part("a:0@0.8..2").weight.at(0.9) == pytest.approx(1.0)
     for entry, message in (
-        ("a:1..2..3", "needs its share of the run, as 1@0.5"),
+        ("a:1..2..3", "needs its share of the run, such as 1@0.5"),
         ("a:1@0.5..2@0.5", "must ascend"),
         ("a:1..2@1.5", "must ascend"),
     ):
@@ -110,7 +110,7 @@ def test_a_resumed_mixture_goes_on_to_the_bit(corpus, world_size):
 
 
 def test_what_no_run_could_draw_from(corpus):
-    with pytest.raises(ValueError, match="--data b: nothing of it is left to train on"):
+    with pytest.raises(ValueError, match="--data b: none of its documents is left to train on"):
         mixture(corpus, Weight(), Weight(), seam=400)
     with pytest.raises(ValueError, match=r"at 0\.5 of the run every weight is 0"):
         mixture(corpus, Weight((0.0, 0.5), (1.0, 0.0)), Weight((0.5, 1.0), (0.0, 1.0)))

@@ -36,7 +36,7 @@ def test_paths_from_files_folders_and_globs(tmp_path):
     ("pattern", "message"),
     [
         ("x.csv", "x.csv: unknown kind of file; expected one of .jsonl .jsonl.gz .jsonl.zst .txt"),
-        ("*.csv", "*.csv: matches no data file, only such as"),
+        ("*.csv", "*.csv: matches no data file, only others such as"),
         ("none.txt", "none.txt: no such file, folder or match; check the path given"),
         ("no*", "no*: no such file, folder or match"),
         ("empty", "empty: no data file in this folder; expected one of"),

@@ -13,8 +13,8 @@ import pytest
 from minimind.data import Corpus
 from minimind.data import loss_mask as weights
 from minimind.data.builtin.preferences import MANNERS, MANNERS_ZH, builtin_preferences, preferences
+from minimind.data.cache import open_preferences
 from minimind.data.pair_loader import PairBatch, PairLoader
-from minimind.data.preferences import open_preferences
 from tests.data.fake import QUIET
 from tests.data.test_cache import listening
 from tests.data.test_conversations import ENCODER, chat
@@ -211,8 +211,8 @@ BAD = {
     "other format": ('{"conversations": []}', 'no field "chosen" (fields: conversations)'),
     "same": (pair(GOOD, GOOD), "chosen and rejected are the same"),
     "looks the same": (pair(GOOD, [GOOD[0], {**GOOD[1], "note": 1}]), "chosen and rejected are the same"),
-    "other prompt": (pair(GOOD, chat("ho", "go away")), "differ first in message 0, of the user"),
-    "goes on": (pair(GOOD, chat("hi", "hello", "more", "no")), "differ first in message 2, of the user"),
+    "other prompt": (pair(GOOD, chat("ho", "go away")), "first differ in message 0, of the user"),
+    "goes on": (pair(GOOD, chat("hi", "hello", "more", "no")), "first differ in message 2, of the user"),
     "no answer": (pair(GOOD, chat("hi")), "rejected: the last message is of the user, not of the assistant"),
     "role": (pair([{"role": "narrator", "content": "once"}], GOOD), "chosen: message 0 has the role 'narrator'"),
     "silent": (pair(GOOD, chat("hi", " ")), "rejected: message 1, of the assistant, is empty"),

@@ -76,7 +76,7 @@ def test_no_copy_of_a_training_prompt_is_held_out(tmp_path, encoder):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"conversations": [EMPTY]}, "nothing stands before the assistant's turn"),
+        ({"conversations": [EMPTY]}, "there is no message before the assistant's turn"),
         ({"text": "a"}, 'no field "conversations"'),
         ({"conversations": [*ASKED, EMPTY], "reference": 4}, "the reference is a number, not a string"),
         ({"conversations": [{"role": "user", "content": "word " * 200}, EMPTY]}, "more than --max-prompt 100"),
@@ -93,7 +93,7 @@ def test_bad_rows_are_named_or_left_out(row, message, encoder, tmp_path):
 
 
 def test_no_prompt_at_all_is_an_error(encoder, tmp_path):
-    with pytest.raises(ValueError, match="no prompt that could be answered"):
+    with pytest.raises(ValueError, match="no usable prompt"):
         open_prompts([written(tmp_path / "p.jsonl", "\n")], encoder, 100)
     with pytest.raises(ValueError, match=r"prompts come in \.jsonl files"):
         open_prompts([written(tmp_path / "p.txt", "hello")], encoder, 100)

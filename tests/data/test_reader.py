@@ -10,8 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minimind.data.pieces import PIECE_BYTES
-from minimind.data.reader import BadRows, Document, iter_texts, read_documents
+from minimind.data.reader import PIECE_BYTES, BadRows, Document, iter_texts, read_documents
 
 GOOD = b'{"text": "one"}\n\n{"text": "two \xe5\xad\x97"}\r\n   \n{"text": "three"}'
 
@@ -146,7 +145,7 @@ def test_text_is_cut_at_line_ends(tmp_path):
 @given(st.text(st.sampled_from("aé字𝄞\n"), max_size=80))
 def test_any_text_is_kept_whole_and_can_be_read_on_from_any_piece(tmp_path_factory, text):
     path = put(tmp_path_factory.mktemp("text") / "a.txt", text.encode())
-    with patch("minimind.data.pieces.PIECE_BYTES", 13):
+    with patch("minimind.data.reader.PIECE_BYTES", 13):
         pieces = list(read_documents(path))
         check_pieces(pieces, text.encode(), 13)
         for i, piece in enumerate(pieces):

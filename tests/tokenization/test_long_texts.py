@@ -60,5 +60,5 @@ def test_a_tokenizer_that_sees_every_cut(monkeypatch, in_parts):
         patched.setattr(long_texts, "LONG", 1 << 30)
         assert found == marking.encode(text)
     monkeypatch.setattr(long_texts, "MOST_UNCUT", 10_000)
-    with pytest.raises(ValueError, match="characters cannot be cut so that this tokenizer sees no cut; divide it"):
+    with pytest.raises(ValueError, match="characters cannot be cut without changing its tokens; divide it"):
         marking.encode(text)

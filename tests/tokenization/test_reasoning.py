@@ -10,7 +10,7 @@ import pytest
 
 from minimind.data.builtin.reasoning import reasoning
 from minimind.tokenization import ChatEncoder, load_tokenizer
-from minimind.tokenization.conversation import MARKERS
+from minimind.tokenization.chat_encoder import MARKERS
 from minimind.tokenization.reasoning import (
     ReasoningEncoder,
     ThinkingPrompts,
@@ -144,8 +144,8 @@ def bad(content: str, **more: Any) -> list[dict[str, Any]]:
         (bad("<think>a"), "message 1, of the assistant, is not <think>reasoning</think> and an answer"),
         (bad("<think>b</think>c", reasoning_content="a"), "message 1, of the assistant, is not <think>"),
         (bad("a</think>b"), "message 1, of the assistant, is not <think>"),
-        (bad("<think>a</think>"), "message 1, of the assistant, has no answer behind its reasoning"),
-        (bad(" ", reasoning_content="a"), "message 1, of the assistant, has no answer behind its reasoning"),
+        (bad("<think>a</think>"), "message 1, of the assistant, has no answer after its reasoning"),
+        (bad(" ", reasoning_content="a"), "message 1, of the assistant, has no answer after its reasoning"),
     ],
 )
 def test_malformed_replies_are_refused(messages, message, direct):

@@ -139,8 +139,8 @@ def test_script_repeats_and_thins_out_by_weight(tmp_path: Path) -> None:
         (("--data", "chat.jsonl", "--out", ".", "--overwrite"), "choose another folder"),
         (("--data", "chat.jsonl", "--out", "tok", "--weights", "1", "2"), "--weights has 2 numbers for 1"),
         (("--data", "chat.jsonl", "--out", "tok", "--weights", "inf"), "--weights inf: numbers of 0 or more"),
-        (("--data", "chat.jsonl", "--out", "tok", "--vocab-size", "100"), "vocab_size is 100"),
-        (("--data", "chat.jsonl", "--out", "tok", "--min-frequency", "-1"), "min_frequency is -1"),
+        (("--data", "chat.jsonl", "--out", "tok", "--vocab-size", "100"), "--vocab-size 100: bytes"),
+        (("--data", "chat.jsonl", "--out", "tok", "--min-frequency", "-1"), "--min-frequency -1: must"),
     ],
 )
 def test_script_explains_mistakes_in_one_line(data: Path, arguments: tuple[str, ...], words: str) -> None:

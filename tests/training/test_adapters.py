@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from minimind import load_model, load_tokenizer
-from minimind.data.preferences import open_preferences
+from minimind.data.cache import open_preferences
 from minimind.data.split import split
 from minimind.inference.loading import WeightArgs, open_weights
 from minimind.lora import LoRAConfig, adapters_off, lora_linears

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from minimind import load_model, load_tokenizer
 from minimind.data import Corpus
-from minimind.data.preferences import open_preferences
+from minimind.data.cache import open_preferences
 from minimind.data.split import split
 from minimind.modeling import Model
 from minimind.tokenization import ChatEncoder

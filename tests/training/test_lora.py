@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from minimind import load_model, load_tokenizer
-from minimind.data.builtin.identity import identity
+from minimind.data.builtin.chat import identity
 from minimind.lora import LoRAConfig, add_adapter, lora_linears
 from minimind.lora_files import adapter_folder, load_adapter
 from minimind.training.checkpoint import list_checkpoints
@@ -179,13 +179,13 @@ def test_a_step_leaves_a_thousand(usual, ranks, row, tokens, epochs, expected):
 
 
 def test_built_in_rows_hold_out_wordings_and_nothing_else():
-    train, heldout, kept = identity("Pip")
+    train, heldout, kept = identity()
     texts = [{c[0]["content"] for c in rows} for rows in (train, heldout)]
-    assert not texts[0] & texts[1] and all("Pip" in c[1]["content"] for c in heldout)
+    assert not texts[0] & texts[1] and all("Ada" in c[1]["content"] for c in heldout)
     answers = {c[1]["content"] for c in heldout}
     assert answers <= {c[-1]["content"] for c in train}
     assert len(kept) > 400 and not any("MiniMind, a" in m["content"] for c in kept for m in c)
-    assert identity("Pip") == (train, heldout, kept)
+    assert identity() == (train, heldout, kept)
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from minimind import ModelConfig, load_tokenizer, ops
+from minimind.data.cache import open_preferences
 from minimind.data.pair_loader import PairLoader
-from minimind.data.preferences import open_preferences
 from minimind.modeling import Model
 from minimind.objectives.preference import pair_log_probs
 from minimind.objectives.reward_model import RewardBatch, bradley_terry, reward_loss

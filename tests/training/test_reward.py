@@ -14,8 +14,8 @@ import torch
 
 from minimind import ModelConfig, load_tokenizer
 from minimind.data.builtin.preferences import preferences
+from minimind.data.cache import open_preferences
 from minimind.data.pair_loader import PairLoader
-from minimind.data.preferences import open_preferences
 from minimind.data.split import split
 from minimind.rewards import Sample, parse_rewards
 from minimind.tokenization import ChatEncoder

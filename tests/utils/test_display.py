@@ -3,24 +3,16 @@
 import json
 import os
 import re
-import shlex
-import subprocess
-import sys
 import warnings
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
-from minimind import cli
 from minimind.training.metrics import plot_losses
 from minimind.training.rl.view import draw_curves
 from minimind.training.stages.figures import plot_figures
-from minimind.utils.display import caption
-from minimind.utils.progress import say
-from minimind.utils.stdio import command_line, with_home
+from minimind.utils.display import caption, say
 
 ROOT_HOME = Path("~root").expanduser()
 
@@ -63,94 +55,6 @@ def test_a_picture_fails_no_run(tmp_path, capsys):
         assert "a.png: not drawn (" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (["--out=~/x"], ["--out=/home/me/x"]),
-        (["--out", "~/x", "~/a b.jsonl", "a~/b"], ["--out", "/home/me/x", "/home/me/a b.jsonl", "a~/b"]),
-        (
-            ["--prompt", "~/x", "--prompt=~/x", "--name", "~", "--reward=a=~/b"],
-            ["--prompt", "~/x", "--prompt=~/x", "--name", "~", "--reward=a=~/b"],
-        ),
-        (
-            ["--out=~", "--data=~/x.jsonl:2.0", "--prompt=~", "--out=a~", "$HOME/x"],
-            ["--out=/home/me", "--data=/home/me/x.jsonl:2.0", "--prompt=~", "--out=a~", "$HOME/x"],
-        ),
-        (["--out=~root/x", "--out=~root"], [f"--out={ROOT_HOME}/x", f"--out={ROOT_HOME}"]),
-    ],
-)
-def test_a_tilde_means_home(given, expected, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    assert with_home(given) == expected
-
-
-def test_a_home_that_is_not_there(tmp_path, monkeypatch):
-    """Rather than a folder of that name. What is there is meant."""
-    monkeypatch.chdir(tmp_path)
-    for given in (["--out=~nobody-at-all/x"], ["--out", "~nobody-at-all/x"], ["--out=~nobody-at-all"]):
-        with pytest.raises(ValueError, match=r"~nobody-at-all\S*: there is no such user; write \./~ for a name"):
-            with_home(given)
-    (tmp_path / "~nobody-at-all").mkdir()
-    assert with_home(["--out=~nobody-at-all/x"]) == ["--out=~nobody-at-all/x"]
-
-
-@dataclass
-class Flags:
-    out: str = ""
-
-
-def test_every_script_reads_its_flags_in_one_place(monkeypatch, capsys):
-    monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setattr(sys, "argv", ["x", "--out=~/y"])
-    assert command_line(Flags, None).out == "/home/me/y"
-    monkeypatch.setattr(sys, "argv", ["x", "--out=~nobody-at-all/y"])
-    with pytest.raises(SystemExit) as stopped:
-        command_line(Flags, None)
-    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: --out ~nobody-at-all/y: ")
-    monkeypatch.setattr(sys, "argv", ["minimind", "chat", "--model=~nobody-at-all/y"])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: --model ~nobody-at-all/y: ")
-    root = Path(__file__).parents[1]
-    for folder in ("train", "bench", "minimind"):
-        for path in (root / folder).rglob("*.py"):
-            if path.name not in ("stdio.py", "cli.py"):
-                assert "tyro.cli(" not in path.read_text(encoding="utf-8"), path
-
-
 def test_lines_are_shown_as_they_are(capsys):
     say(Console(), "cuda:x [bold] :smile: runs/a:b")
     assert capsys.readouterr().out == "cuda:x [bold] :smile: runs/a:b\n"
-
-
-def test_an_encoding_without_a_character_ends_nothing():
-    code = (
-        "from rich.console import Console; from minimind.utils.progress import say; "
-        "from minimind.utils.stdio import prepare_output; prepare_output(); say(Console(), '诗 caf\\u00e9')"
-    )
-    answer = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True
-    )
-    assert (answer.returncode, answer.stdout) == (0, "\\u8bd7 caf\\xe9\n"), answer.stderr
-
-
-@pytest.mark.parametrize("place", [">&- 2>&-", ">/dev/full"])
-def test_an_output_that_takes_nothing_is_no_traceback(tmp_path, place):
-    """The script's error has nowhere to go but standard error, if that is open."""
-    if not os.path.exists("/dev/full"):
-        pytest.skip("this system has no /dev/full")
-    code = (
-        "from minimind.training.arguments import StageArgs; from minimind.training.script import run_script; "
-        "from minimind.utils.progress import say; run_script(lambda args, console: say(console, 'x'), StageArgs, '')"
-    )
-    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {place}"
-    answer = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert "Traceback" not in answer.stderr
-    if "full" in place:
-        assert answer.returncode == 2 and "left on device; free some space, then" in answer.stderr
-
-
-def test_the_command_alone_answers_at_once():
-    code = "import sys, minimind.cli; print([m for m in ('numpy', 'torch', 'rich') if m in sys.modules])"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert answer.stdout == "[]\n", answer.stderr

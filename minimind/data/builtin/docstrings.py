@@ -1,6 +1,6 @@
-"""A training corpus without a download: the docstrings of the standard library, PyTorch and NumPy.
+"""Built-in text for pretraining: the docstrings of the standard library, PyTorch and NumPy, about 8 MB.
 
-About 8 MB of technical English that is on every machine able to train. The files are parsed, never imported.
+The source files are parsed, never imported.
 """
 
 import ast
@@ -16,23 +16,22 @@ from pathlib import Path
 
 from rich.console import Console
 
+from minimind.utils.display import ByteProgress, say
 from minimind.utils.files import cache_root, disk_full, is_disk_full, locked, make_folder, write_atomically
-from minimind.utils.progress import ByteProgress, say
 
 FORMAT_VERSION = 1
 PACKAGES = ("numpy", "torch")
 MIN_CHARACTERS = 80
-# Tests have few docstrings, vendored packages are copies, site-packages may lie in the library's folder.
+# Tests have few docstrings, vendored packages are copies, and site-packages may be inside the library's folder.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "testing", "idle_test", "_vendor"}
 _NAMES = "docstrings of the standard library, PyTorch and NumPy"
 
 
 def builtin_corpus(cache_dir: str | Path | None = None, console: Console | None = None) -> Path:
-    """Path of a `{"text": ...}` jsonl file, built at the first call (some 10 s) under `cache_dir`.
+    """The path of a .jsonl file of {"text": ...} rows, built at the first call (about 10 s) under `cache_dir`.
 
-    It depends on nothing but the installed files, so that it is the same in every run. `cache_dir` defaults
-    to $MINIMIND_CACHE, else ~/.cache/minimind. Raises ValueError when the folder cannot be written or is
-    full, or when the installation has no sources.
+    The content depends only on the installed files. `cache_dir` defaults to $MINIMIND_CACHE, else ~/.cache/minimind.
+    Raises ValueError if the folder cannot be written or is full, or the installation has no sources.
     """
     console = console or Console(stderr=True)
     folder = cache_root(cache_dir) / "corpus"
@@ -40,17 +39,15 @@ def builtin_corpus(cache_dir: str | Path | None = None, console: Console | None 
     if path.exists():
         return path
     make_folder(folder)
-    with locked(path.with_suffix(".lock"), "that is building the built-in corpus", console):
+    with locked(path.with_suffix(".lock"), "building the built-in corpus", console):
         if not path.exists():
             _write(path, collect(_roots(), console), console)
     return path
 
 
 def collect(roots: Sequence[Path], console: Console) -> list[str]:
-    """Distinct docstrings of at least 80 characters under `roots`, ordered by a hash of their text.
-
-    Files that cannot be read or parsed are left out.
-    """
+    """Distinct docstrings of at least 80 characters under `roots`, in the order of a hash of their text. Files that
+    cannot be read or parsed are left out."""
     files = [file for root in roots for file in _python_files(root)]
     texts: set[str] = set()
     done = 0
@@ -76,7 +73,7 @@ def _key() -> str:
 
 
 def _roots() -> list[Path]:
-    """The folders of the standard library and of the packages, which are found but not imported."""
+    """The folders of the standard library and of the packages, which are not imported."""
     roots = [Path(sysconfig.get_paths()["stdlib"])]
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
@@ -85,7 +82,7 @@ def _roots() -> list[Path]:
 
 
 def _python_files(root: Path) -> list[tuple[Path, int]]:
-    """(file, bytes) of the sources under `root`, sorted."""
+    """(file, bytes) of each source file under `root`, sorted."""
     files = []
     for file in sorted(root.rglob("*.py")):
         if not _LEFT_OUT.intersection(file.relative_to(root).parts[:-1]):
@@ -114,7 +111,7 @@ def _docstrings(file: Path) -> Iterator[str]:
 
 
 def _encode(text: str) -> bytes:
-    """UTF-8; empty for text with lone surrogates, which has none."""
+    """The text in UTF-8; empty if it has lone surrogates."""
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -124,8 +121,8 @@ def _encode(text: str) -> bytes:
 def _write(path: Path, texts: list[str], console: Console) -> None:
     if not texts:
         raise ValueError(
-            "this Python installation has no library sources to take text from; name a file or folder of "
-            "your own text as the training data instead"
+            "this Python installation has no library sources to take text from; name a file or folder of your own text "
+            "as the training data instead"
         )
     data = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
     try:

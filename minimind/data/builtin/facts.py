@@ -1,4 +1,4 @@
-"""What the built-in conversations are about: small facts, each with several ways to ask for it.
+"""The facts of the built-in conversations, each with several wordings of its question.
 
 Every topic has one form of answer and one set of wordings, in one language, so that an answer is either right or wrong.
 """
@@ -62,7 +62,7 @@ PYTHON = {
 
 @dataclass(frozen=True)
 class Topic:
-    """facts: the words that fill the gaps of questions and answer; chinese: its language."""
+    """facts: the words that fill the gaps {0}, {1}, ... of questions and answer; chinese: whether it is in Chinese."""
 
     name: str
     questions: tuple[str, ...]
@@ -72,12 +72,12 @@ class Topic:
 
 
 def topics() -> list[Topic]:
-    """All topics; {0}, {1}, ... are a fact's words."""
+    """All topics."""
     return [*_about_itself(), *_english(), *_chinese()]
 
 
 def _about_itself() -> list[Topic]:
-    """One topic for each fact: nothing but the wording changes."""
+    """One topic for each fact, which only varies in wording."""
 
     def one(name: str, answer: str, *questions: str, chinese: bool = False) -> Topic:
         return Topic(name, questions, answer, [()], chinese)

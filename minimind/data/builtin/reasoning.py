@@ -1,11 +1,9 @@
-"""Questions that a few written steps make easier, in English and Chinese: sums, comparisons, counting and units.
+"""Built-in problems with written reasoning: sums, comparisons, counting and units, in English and Chinese.
 
-Made for train/reason.py. A held-out question asks for numbers, words or units that no training question of its kind and
-language has together. Among the training rows are some that a model was taught before and answers without reasoning.
-The same rows on every machine; nothing here is random.
+They are for train/reason.py. A held-out problem has numbers, words or units that no training problem of its kind and
+language combines. The training part also repeats some built-in conversations, which are answered without reasoning.
 """
 
-import json
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -13,9 +11,8 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from minimind.data.builtin.chat import Conversation, conversations
-from minimind.utils.files import cache_root, make_folder, write_atomically
-from minimind.utils.progress import say
+from minimind.data.builtin import Conversation, as_rows, shuffled, write_parts
+from minimind.data.builtin.chat import conversations
 
 
 class WorkedProblem(NamedTuple):
@@ -26,7 +23,7 @@ class WorkedProblem(NamedTuple):
 
 _HELD_OUT = 24  # of each kind and language
 _TRAINED = 400  # of each kind and language, at most
-_REPLAYED, _KEPT = 1000, 64  # rows taught before: to train on, and held out
+_REPLAYED, _KEPT = 1000, 64  # built-in conversations to train on again, and to hold out
 _SUMS = ("What is {} + {}?", "Add {} and {}.", "How much is {} plus {}?")
 _SUMS_ZH = ("{}加{}等于多少？", "计算{}+{}。", "{}与{}的和是多少？")
 _WORDS = ["cat", "dog", "sun", "map", "pen", "cup", "box", "hat", "car", "key", "bed", "egg"]
@@ -36,39 +33,30 @@ _UNITS = (("hours", "hour", "minutes", 60), ("days", "day", "hours", 24), ("week
           ("minutes", "minute", "seconds", 60))  # fmt: skip
 _UNITS_ZH = (("小时", "分钟", 60), ("天", "小时", 24), ("周", "天", 7), ("米", "厘米", 100), ("千克", "克", 1000),
              ("分钟", "秒", 60))  # fmt: skip
-_MOST = 40  # of a unit
+_MOST = 40  # units to convert
 
 
 def builtin_reasoning(cache_dir: str | Path | None = None, console: Console | None = None) -> tuple[Path, Path]:
-    """(training, held-out): paths of .jsonl files, written at the first call under `cache_dir`. Raises ValueError as
-    builtin_conversations does."""
-    console = console or Console(stderr=True)
-    folder = make_folder(cache_root(cache_dir) / "corpus")
-    paths = []
-    for part, rows in zip(("train", "heldout"), reasoning(), strict=True):
-        data = "".join(json.dumps({"conversations": c}, ensure_ascii=False) + "\n" for c in rows).encode()
-        path = folder / f"reasoning-{blake2b(data, digest_size=8).hexdigest()}-{part}.jsonl"
-        if not path.exists():
-            write_atomically(path, data)
-            say(console, f"built-in reasoning: {len(rows):,} rows in {path}")
-        paths.append(path)
-    return paths[0], paths[1]
+    """(training, held-out): paths of .jsonl files, as `write_parts` writes them."""
+    parts = dict(zip(("train", "heldout"), map(as_rows, reasoning()), strict=True))
+    train, heldout = write_parts("reasoning-{hash}-{part}", "reasoning", parts, cache_dir, console)
+    return train, heldout
 
 
 def reasoning() -> tuple[list[Conversation], list[Conversation]]:
-    """(training, held-out), each in an order that a hash of their text decides."""
+    """(training, held-out) conversations, each in the order of a hash of their text."""
     before, kept = conversations()
     train, heldout = before[:_REPLAYED], kept[:_KEPT]
     for chinese in (False, True):
         for kind in (_sums, _comparisons, _counts, _conversions):
             once = {worked.question: worked for worked in kind(chinese)}
-            rows = [_conversation(worked) for worked in _shuffled(list(once.values()))]
+            rows = [_conversation(worked) for worked in shuffled(list(once.values()))]
             heldout, train = heldout + rows[:_HELD_OUT], train + rows[_HELD_OUT : _HELD_OUT + _TRAINED]
-    return _shuffled(train), _shuffled(heldout)
+    return shuffled(train), shuffled(heldout)
 
 
 def _sums(chinese: bool) -> Iterator[WorkedProblem]:
-    """Tens and ones apart. Each pair is asked for in one wording."""
+    """Sums, tens and ones apart. Each pair of numbers occurs in one wording."""
     for a in range(11, 60):
         for b in range(11, 60):
             wording = (_SUMS_ZH if chinese else _SUMS)[_number(a, b) % 3]
@@ -78,25 +66,25 @@ def _sums(chinese: bool) -> Iterator[WorkedProblem]:
 
 
 def _comparisons(chinese: bool) -> Iterator[WorkedProblem]:
-    """By the tens, or the ones where these are alike."""
+    """Comparisons by the tens, or by the ones if the tens are equal."""
     for a in range(11, 100):
         for b in range(11, 100):
             if a == b:
                 continue
             larger = _number(a, b) % 2 == 0
             place, x, y = ("tens", a // 10, b // 10) if a // 10 != b // 10 else ("ones", a % 10, b % 10)
-            found = max(a, b) if larger else min(a, b)
+            answer = max(a, b) if larger else min(a, b)
             if chinese:
                 word, place = "大" if larger else "小", "十位" if place == "tens" else "个位"
-                yield WorkedProblem(f"{a}和{b}哪个更{word}？", f"看{place}：{x}和{y}，{found}更{word}。", f"{found}")
+                yield WorkedProblem(f"{a}和{b}哪个更{word}？", f"看{place}：{x}和{y}，{answer}更{word}。", f"{answer}")
             else:
                 word = "larger" if larger else "smaller"
-                steps = f"Look at the {place}: {x} and {y}, so {found} is {word}."
-                yield WorkedProblem(f"Which is {word}, {a} or {b}?", steps, f"{found}")
+                steps = f"Look at the {place}: {x} and {y}, so {answer} is {word}."
+                yield WorkedProblem(f"Which is {word}, {a} or {b}?", steps, f"{answer}")
 
 
 def _counts(chinese: bool) -> Iterator[WorkedProblem]:
-    """Lists of 2 to 9 words, numbered one by one."""
+    """Lists of 2 to 9 words, counted one by one."""
     words = _WORDS_ZH if chinese else _WORDS
     for i in range(2 * _TRAINED):
         picked = [words[_number(i, j) % len(words)] for j in range(2 + _number(i) % 8)]
@@ -108,7 +96,7 @@ def _counts(chinese: bool) -> Iterator[WorkedProblem]:
 
 
 def _conversions(chinese: bool) -> Iterator[WorkedProblem]:
-    """Into the smaller unit."""
+    """Conversions to a smaller unit."""
     for n in range(2, _MOST + 1):
         if chinese:
             for unit, part, size in _UNITS_ZH:
@@ -127,10 +115,6 @@ def _conversation(worked: WorkedProblem) -> Conversation:
     ]
 
 
-def _number(*of: int) -> int:
-    """0 to 255, evenly spread."""
-    return blake2b(repr(of).encode(), digest_size=1).digest()[0]
-
-
-def _shuffled(rows: list) -> list:
-    return sorted(rows, key=lambda row: blake2b(json.dumps(row).encode(), digest_size=8).digest())
+def _number(*values: int) -> int:
+    """A hash of `values` from 0 to 255, evenly spread."""
+    return blake2b(repr(values).encode(), digest_size=1).digest()[0]

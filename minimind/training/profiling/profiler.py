@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from minimind.training.profiling.timeline import draw
 from minimind.training.profiling.trace import read_trace, show
-from minimind.utils.progress import say
+from minimind.utils.display import say
 from minimind.utils.spans import nvtx_mode, record, span
 
 TRACE, PICTURE = "trace.json.gz", "timeline.png"

@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from minimind.data.forms import FormatName
+from minimind.data.formats import FormatName
 from minimind.rewards import RewardScale
 from minimind.training.adapters import AdapterArgs
 from minimind.training.arguments import FromFlag

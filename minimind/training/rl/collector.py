@@ -28,7 +28,7 @@ from minimind.training.parallel import Parallel
 from minimind.training.rl.loader import Rollout, Shape, pack
 from minimind.training.rl.rollouts import Answer, DrawnPrompt, RolloutOptions, Sampler
 from minimind.training.rl.stop import DriftStop
-from minimind.utils.progress import say
+from minimind.utils.display import say
 
 _TOKENS = 8192  # of a forward without gradients
 _CHECKED = 16  # answers that are scored again, to compare the trainer with the engine

@@ -17,7 +17,7 @@ from minimind.training.parallel import world_size
 from minimind.training.parts import named_form
 from minimind.training.rl.arguments import RolloutArgs
 from minimind.training.run_folder import newest_finished
-from minimind.utils.progress import say
+from minimind.utils.display import say
 
 # What teaches a model the weak version of the built-in task, as flags of train/sft.py.
 WEAK = ("--data", NAME, "--epochs", "1", "--seq-len", "256", "--batch-tokens", "1024", "--evals", "2")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from minimind.data.permutation import Permutation
+from minimind.data.packing import Permutation
 from minimind.data.prompts import PromptSet
 from minimind.inference.engine import Engine
 from minimind.inference.request_state import derive_seed

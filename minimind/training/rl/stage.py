@@ -32,7 +32,7 @@ from minimind.training.rl.rollouts import Answer, DrawnPrompt, PromptStream, Rol
 from minimind.training.rl.stop import DriftStop
 from minimind.training.rl.view import draw_curves, show_groups, transcript
 from minimind.training.trainer import Event, StageLoss
-from minimind.utils.progress import say
+from minimind.utils.display import say
 
 _TOGETHER = 256  # answers that decode together, at most
 _HELD_OUT_SEED = 0x5EED  # apart from the rollouts' seeds

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from minimind.data import Corpus, open_conversations
-from minimind.data.forms import FormatName
-from minimind.data.row_length import row_rule
+from minimind.data.formats import FormatName
+from minimind.data.packing import row_rule
 from minimind.modeling import Model
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import StageArgs

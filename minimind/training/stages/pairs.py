@@ -12,11 +12,12 @@ import torch
 
 from minimind.data import Corpus
 from minimind.data.builtin.preferences import builtin_preferences
-from minimind.data.forms import FormatName
+from minimind.data.cache import open_preferences
+from minimind.data.encoding import row_tokens
+from minimind.data.formats import FormatName
 from minimind.data.loss_mask import NONE, SIDE, class_of
+from minimind.data.packing import row_length
 from minimind.data.pair_loader import PairBatch, PairLoader, sides
-from minimind.data.preferences import open_preferences, row_tokens
-from minimind.data.row_length import row_length
 from minimind.modeling import Model
 from minimind.objectives.preference import Objective, PreferenceBatch, preference_loss
 from minimind.ops.attention import SharedPrefix

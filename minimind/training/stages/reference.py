@@ -23,9 +23,8 @@ from minimind.modeling import Model
 from minimind.objectives.preference import pair_log_probs
 from minimind.training.parallel import Parallel
 from minimind.training.stages.pairs import to_device
-from minimind.utils.display import Display, duration
+from minimind.utils.display import Display, duration, say
 from minimind.utils.files import cache_root, disk_full, is_disk_full, make_folder, write_atomically
-from minimind.utils.progress import say
 
 FORMAT_VERSION = 1
 

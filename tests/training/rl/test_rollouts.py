@@ -13,7 +13,7 @@ from minimind.config import ModelConfig
 from minimind.data.prompts import Prompt, PromptSet
 from minimind.objectives.policy import policy_loss
 from minimind.objectives.surrogates import clip
-from minimind.rewards import Part, Rewards, RewardScale, parse_rewards
+from minimind.rewards import Rewards, RewardScale, RewardTerm, parse_rewards
 from minimind.training.parallel import Parallel
 from minimind.training.rl.actor_critic import ActorCritic, critic_of, load_both, save_both
 from minimind.training.rl.collector import Collector, parts, per_answer, scored_again
@@ -182,7 +182,7 @@ def test_answers_that_no_reward_could_judge_are_left_out():
         return [float("nan") if sample.text == "x" else 1.0 for sample in samples]
 
     made = collector(lambda number: ("x", "1") if number == 2 else ("1", "2"))
-    made.rewards = Rewards([Part("number", 1.0, one_fails)])
+    made.rewards = Rewards([RewardTerm("number", 1.0, one_fails)])
     rollout = made(0, 0, [])
     assert [(a.number, a.sample) for a in rollout.answers if a.number == 2] == [(2, 1)]
     assert len(rollout.answers) == 7 and rollout.figures["reward_failed_number"] == 1

@@ -1,16 +1,16 @@
-"""The forms of rows: ours, and those of other programs under --format.
+"""Read rows in our own format, and convert those of other programs (--format).
 
     auto        {"text"}, {"conversations": [{"role", "content"}]} or {"chosen": [...], "rejected": [...]}, as upstream
-    messages    OpenAI and Hugging Face: {"messages": [...]}; trl: {"prompt": [...], "completion": [...]}, of which the
-                prompt is not learnt, and {"prompt": [...], "chosen": [...], "rejected": [...]}; OpenAI's preferences:
+    messages    OpenAI and Hugging Face: {"messages": [...]}; trl: {"prompt": [...], "completion": [...]}, which trains
+                on the completion only, and {"prompt": [...], "chosen": [...], "rejected": [...]}; OpenAI's preferences:
                 {"input": {"messages", "tools"}, "preferred_output": [...], "non_preferred_output": [...]}
-    sharegpt    ShareGPT and LLaMA-Factory: {"conversations": [{"from": "human", "value": ...}]}, in preferences also
-                "chosen" and "rejected", a turn each
-    alpaca      Stanford Alpaca and LLaMA-Factory: {"instruction", "input", "output", "history": [[question, answer]]},
-                in preferences "chosen" and "rejected" for "output"
+    sharegpt    ShareGPT and LLaMA-Factory: {"conversations": [{"from": "human", "value": ...}]}; preferences also have
+                "chosen" and "rejected", one turn each
+    alpaca      Stanford Alpaca and LLaMA-Factory: {"instruction", "input", "output", "history": [[question, answer]]};
+                preferences have "chosen" and "rejected" instead of "output"
 
-Beside them any form takes the fields of fields.py. A row of another form is an error that names the flag; it is never
-guessed, as what a field means is not to be seen from its name.
+Rows of every format may also have the fields of fields.py. A row in another format is an error that names the flag. The
+format is never guessed, since the name of a field does not tell its meaning.
 """
 
 from collections.abc import Callable
@@ -18,45 +18,45 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from minimind.data.fields import (
-    LEARNT,
+    TRAIN,
     VERSION,
     Messages,
     check_row,
     cleaned,
     is_empty,
+    kind_of,
     listed,
     messages_of,
     with_row_fields,
 )
-from minimind.data.records import kind_of
 
 FormatName = Literal["auto", "messages", "sharegpt", "alpaca"]
 Row = dict[str, Any]
-# "from" of ShareGPT's turns: upstream names of it, and LLaMA-Factory's.
+# "from" in ShareGPT's turns, including LLaMA-Factory's names.
 SPEAKERS = {
     "system": "system",
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bing", "bard", "function_call"), "assistant"),
     **dict.fromkeys(("observation", "tool"), "tool"),
 }
-_BESIDE = ("system", "tools")
+_ROW_FIELDS = ("system", "tools")
 
 
 @dataclass(frozen=True)
-class Form:
-    """How the rows of a file are read. ignored: fields of rows and messages that are left out; checked: whether a field
-    that would be lost is an error, and those of fields.py are used: runs that an earlier version began do neither."""
+class RowFormat:
+    """The format of the rows of a file. ignored: fields of rows and messages to drop. checked: whether an unknown field
+    is an error and the fields of fields.py are used; False only for runs that an earlier version began."""
 
     name: FormatName = "auto"
     ignored: tuple[str, ...] = ()
     checked: bool = True
 
     def key(self) -> list[Any]:
-        """For what is kept of rows read in this form."""
+        """The part of a cache key that depends on the format."""
         return ["fields", VERSION, self.name, sorted(set(self.ignored))] if self.checked else []
 
-    def ours(self, row: Row) -> Row:
-        """The row in our own form, without ignored fields."""
+    def converted(self, row: Row) -> Row:
+        """The row in our own format, without ignored fields."""
         row = {name: value for name, value in row.items() if name not in self.ignored}
         if self.name == "auto":
             _refuse_foreign(row)
@@ -64,7 +64,7 @@ class Form:
         return _CONVERTERS[self.name](row)
 
     def text(self, row: Row) -> str:
-        """Of a row for pretraining."""
+        """The text of a row for pretraining."""
         if "text" not in row:
             raise ValueError(f'no field "text" (fields: {", ".join(list(row)[:4])[:80] or "none"})')
         text = row["text"]
@@ -77,58 +77,58 @@ class Form:
         return text
 
     def conversation(self, row: Row) -> Messages:
-        """The messages; LEARNT says which are not learnt."""
+        """The messages; TRAIN is False in those that are not trained on."""
         if not self.checked:
             return messages_of(row, "conversations")
-        row = _without_copies(self.ours(row))
+        row = _without_copies(self.converted(row))
         messages = cleaned(messages_of(row, "conversations"), self.ignored)
-        check_row(row, ("conversations", "loss_mask", *_BESIDE))
+        check_row(row, ("conversations", "loss_mask", *_ROW_FIELDS))
         return with_row_fields(messages, row)
 
     def pair(self, row: Row) -> tuple[Messages, Messages]:
         """The chosen messages and the rejected ones."""
-        row = _without_copies(self.ours(row)) if self.checked else row
+        row = _without_copies(self.converted(row)) if self.checked else row
         chosen, rejected = (self._side(row, name) for name in ("chosen", "rejected"))
         if self.checked:
-            check_row(row, ("chosen", "rejected", *_BESIDE))
+            check_row(row, ("chosen", "rejected", *_ROW_FIELDS))
         return chosen, rejected
 
     def prompt(self, row: Row) -> tuple[Messages, Any, Row]:
-        """(the messages to answer, what the assistant's turn behind them says or None, all other fields)."""
-        row = self.ours(row)
+        """(the messages to answer, the content of the assistant's turn after them or None, all other fields)."""
+        row = self.converted(row)
         messages = row.pop("conversations", None)
-        said = None
+        answer = None
         last = messages[-1] if isinstance(messages, list) and messages else None
         if isinstance(last, dict) and last.get("role") == "assistant":
-            said, messages = last.get("content"), messages[:-1]
+            answer, messages = last.get("content"), messages[:-1]
             if not messages:
-                raise ValueError("nothing stands before the assistant's turn, so that it answers nothing")
+                raise ValueError("there is no message before the assistant's turn")
             cleaned([last], self.ignored)
         whole = row if messages is None else {"conversations": messages}
-        asked = cleaned(messages_of(whole, "conversations"), self.ignored)
-        asked = with_row_fields(asked, {name: row.pop(name, None) for name in _BESIDE})
-        for message in asked:
-            message.pop(LEARNT, None)  # nothing of a prompt is learnt
-        return asked, said, row
+        prompt = cleaned(messages_of(whole, "conversations"), self.ignored)
+        prompt = with_row_fields(prompt, {name: row.pop(name, None) for name in _ROW_FIELDS})
+        for message in prompt:
+            message.pop(TRAIN, None)  # a prompt is never trained on
+        return prompt, answer, row
 
     def texts(self, row: Row) -> list[Any]:
-        """Every content of a row of any kind: strings, and values that the chat template writes as JSON."""
-        row = _without_copies(self.ours(row))
+        """Every content in a row of any kind: strings, and values that the chat template writes as JSON."""
+        row = _without_copies(self.converted(row))
         if "text" in row:
             return [self.text(row)]
         fields = [name for name in ("conversations", "chosen", "rejected") if name in row]
         if not fields:
             raise ValueError('none of the fields "text", "conversations", "chosen" and "rejected"')
-        found = []
+        contents = []
         for name in fields:
             messages = listed(row, name)
             wrong = next((m for m in messages if not isinstance(m, dict)), None)
             if wrong is not None:
                 raise ValueError(f'field "{name}" holds {kind_of(wrong)}, not a message object')
             for message in cleaned(messages, self.ignored):
-                found += [message.get(n) for n in ("content", "reasoning_content", "tools", "tool_calls")]
-        check_row(row, (*fields, "loss_mask", "reference", *_BESIDE))
-        return [*found, *(row.get(name) for name in (*_BESIDE, "reference"))]
+                contents += [message.get(n) for n in ("content", "reasoning_content", "tools", "tool_calls")]
+        check_row(row, (*fields, "loss_mask", "reference", *_ROW_FIELDS))
+        return [*contents, *(row.get(name) for name in (*_ROW_FIELDS, "reference"))]
 
     def _side(self, row: Row, name: str) -> Messages:
         try:
@@ -139,22 +139,22 @@ class Form:
             raise ValueError(f"{name}: {error}" if name in row else str(error)) from None
         if messages[-1]["role"] != "assistant":
             raise ValueError(f"{name}: the last message is of the {messages[-1]['role']}, not of the assistant")
-        if LEARNT in messages[-1]:
-            raise ValueError(f"{name}: its answer is said not to be learnt, so that nothing can be preferred")
+        if TRAIN in messages[-1]:
+            raise ValueError(f"{name}: a flag says not to train on its answer; remove the flag or the row")
         return messages
 
 
-AUTO = Form()
+AUTO = RowFormat()
 
 
 def _refuse_foreign(row: Row) -> None:
     name = _foreign(row)
     if name is not None:
-        raise ValueError(f"rows of this form are read with --format {name}")
+        raise ValueError(f"rows of this format are read with --format {name}")
 
 
 def _foreign(row: Row) -> FormatName | None:
-    """Which of the forms of others a row has, as far as can be told."""
+    """The format of another program that a row seems to have, or None."""
     ours = row.get("conversations") or row.get("chosen")
     first = ours[0] if isinstance(ours, list) and ours else ours
     if isinstance(first, dict) and "from" in first and "role" not in first:
@@ -169,23 +169,23 @@ def _foreign(row: Row) -> FormatName | None:
 
 
 def _without_copies(row: Row) -> Row:
-    """The row without what Hugging Face's sets say twice: a "prompt" that a user's message is, "messages" that are the
-    chosen ones."""
-    said = row.get("conversations") or row.get("chosen")
-    asked = [m.get("content") for m in said if isinstance(m, dict)] if isinstance(said, list) else []
-    copies = {"prompt": row.get("prompt") in asked, "messages": row.get("messages") == said}
+    """The row without fields that data sets on Hugging Face repeat: a "prompt" that is also the content of a message,
+    and "messages" that equal the chosen ones."""
+    messages = row.get("conversations") or row.get("chosen")
+    contents = [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+    copies = {"prompt": row.get("prompt") in contents, "messages": row.get("messages") == messages}
     return {name: value for name, value in row.items() if not copies.get(name)}
 
 
 def _from_messages(row: Row) -> Row:
     row = _without_copies(row)
     if "preferred_output" in row:
-        asked = row.pop("input", None)
-        if not isinstance(asked, dict):
+        prompt = row.pop("input", None)
+        if not isinstance(prompt, dict):
             raise ValueError('no object "input" with the messages before "preferred_output"')
-        check_row(asked, ("messages", "tools"))
-        row["tools"] = asked.get("tools") or row.get("tools")
-        before = listed(asked, "messages")
+        check_row(prompt, ("messages", "tools"))
+        row["tools"] = prompt.get("tools") or row.get("tools")
+        before = listed(prompt, "messages")
         for side, name in (("chosen", "preferred_output"), ("rejected", "non_preferred_output")):
             row[side] = before + listed(row, name)
             row.pop(name)
@@ -195,9 +195,9 @@ def _from_messages(row: Row) -> Row:
         for side in ("chosen", "rejected"):
             row[side] = before + listed(row, side)
     elif "prompt" in row and "messages" not in row:
-        before, said = listed(row, "prompt"), listed({"completion": [], **row}, "completion")
+        before, completion = listed(row, "prompt"), listed({"completion": [], **row}, "completion")
         row = {name: value for name, value in row.items() if name not in ("prompt", "completion")}
-        row["conversations"] = [_silent(m) if said else m for m in before] + said
+        row["conversations"] = [_untrained(m) if completion else m for m in before] + completion
     else:
         row["conversations"] = listed(row, "messages")
         row.pop("messages")
@@ -219,18 +219,18 @@ def _from_sharegpt(row: Row) -> Row:
 
 def _from_alpaca(row: Row) -> Row:
     row = dict(row)
-    asked = [_string(row, "instruction"), _string(row, "input") if not is_empty(row.get("input")) else ""]
+    question = [_string(row, "instruction"), _string(row, "input") if not is_empty(row.get("input")) else ""]
     before: Messages = []
     for pair in row.get("history") or []:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError('field "history" is no list of [question, answer]')
-        before += [_said("user", pair[0]), _said("assistant", pair[1])]
-    before.append(_said("user", "\n".join(part for part in asked if part)))
+            raise ValueError('field "history" is not a list of [question, answer]')
+        before += [_message("user", pair[0]), _message("assistant", pair[1])]
+    before.append(_message("user", "\n".join(part for part in question if part)))
     if "chosen" in row:
         for side in ("chosen", "rejected"):
-            row[side] = [*before, _said("assistant", _string(row, side))]
+            row[side] = [*before, _message("assistant", _string(row, side))]
     else:
-        answer = [_said("assistant", row.pop("output"))] if "output" in row else []
+        answer = [_message("assistant", row.pop("output"))] if "output" in row else []
         row["conversations"] = before + answer
     for name in ("instruction", "input", "history"):
         row.pop(name, None)
@@ -243,7 +243,7 @@ def _each_message(row: Row, convert: Callable[[int, Any], Any]) -> Row:
 
 
 def _openai_message(number: int, message: Any) -> Any:
-    """Contents in parts as one string, OpenAI's newer name of the system."""
+    """Join a content in parts into one string, and map the role "developer" to "system"."""
     if not isinstance(message, dict):
         return message
     content = message.get("content")
@@ -251,7 +251,7 @@ def _openai_message(number: int, message: Any) -> Any:
         for part in content:
             if not isinstance(part, dict) or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, dict) else kind_of(part)
-                raise ValueError(f"message {number}: a part of its content is {kind}; only text can be learnt")
+                raise ValueError(f"message {number}: a part of its content is {kind}; only text is supported")
         content = "".join(part["text"] for part in content)
     role = "system" if message.get("role") == "developer" else message.get("role")
     return {**message, "role": role, "content": content}
@@ -267,19 +267,19 @@ def _sharegpt_turn(number: int, turn: Any) -> Any:
             f'message {number} has "from": {speaker!r}; --format sharegpt reads "from" ({", ".join(SPEAKERS)}) '
             'and "value"'
         )
-    said = _said(SPEAKERS[speaker], turn.get("value"))
+    message = _message(SPEAKERS[speaker], turn.get("value"))
     if speaker == "function_call":
-        said = {"role": "assistant", "content": "", "tool_calls": turn.get("value")}
-    return said | more
+        message = {"role": "assistant", "content": "", "tool_calls": turn.get("value")}
+    return message | more
 
 
-def _silent(message: Any) -> Any:
-    """A message of a prompt, which is not learnt."""
-    spoken = isinstance(message, dict) and message.get("role") == "assistant"
-    return {**message, LEARNT: False} if spoken else message
+def _untrained(message: Any) -> Any:
+    """A message of a prompt, which is not trained on."""
+    by_assistant = isinstance(message, dict) and message.get("role") == "assistant"
+    return {**message, TRAIN: False} if by_assistant else message
 
 
-def _said(role: str, content: Any) -> dict[str, Any]:
+def _message(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 

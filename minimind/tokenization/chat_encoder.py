@@ -1,10 +1,9 @@
-"""Conversations to token ids, and which of the tokens the assistant wrote, known by construction.
+"""Encode conversations as token ids, with a mask of the tokens that the assistant wrote.
 
-Two things are never guessed from the finished tokens. Where an assistant turn lies follows from how the template
-renders the conversation up to it and through it (or from the template's own `{% generation %}` marks). And which
-control tokens are the template's follows from rendering with those written in the contents marked: a user who types
-"<|im_end|>" gets ordinary characters. Markup that is no control token, such as <think> and <tool_call>, is read as its
-token wherever it stands: reasoning data carries it in the contents.
+The mask is never guessed from the tokens. The place of an assistant turn follows from rendering the conversation up to
+the turn and through it, or from the template's `{% generation %}` marks. Control tokens in the contents are marked
+while rendering, so that a user who types "<|im_end|>" gets ordinary characters. Markup that is not a control token,
+such as <think> and <tool_call>, is always encoded as its token, since reasoning data has it in the contents.
 """
 
 from __future__ import annotations
@@ -14,24 +13,23 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minimind.tokenization.chat_template import MARKS, Message, marks_generation, parse_list, parse_messages
-from minimind.tokenization.shortening import exchanges, kept
 from minimind.tokenization.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-MARKERS = ("<think>", "</think>", "<answer>", "</answer>")  # tokens that reasoning data may weigh more
+MARKERS = ("<think>", "</think>", "<answer>", "</answer>")  # the loss on reasoning data may weigh them more
 _MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 _GUARDS = [chr(code) for code in range(0xFDD0, 0xFDEE)]  # noncharacters: no text should hold them
 
 
 @dataclass(frozen=True)
 class TemplatePiece:
-    """A part of a rendered conversation. trained: whether the assistant is to learn to write it; control: whether the
-    names of control tokens in it are these tokens, or else plain text."""
+    """A part of a rendered conversation. trained: whether it is a target; control: whether names of control tokens in
+    it are encoded as these tokens, or else as plain text."""
 
     text: str
     trained: bool
@@ -40,8 +38,11 @@ class TemplatePiece:
 
 @dataclass(frozen=True, eq=False)
 class EncodedChat:
-    """ids; trained: the assistant's words and the token that ends its turn; markers: which of these lie in one of
-    MARKERS; ends: the last token of each assistant turn. All [length], the last three bool."""
+    """An encoded conversation; all arrays are [length], the last three bool.
+
+    trained: the assistant's tokens, including the token that ends its turn. markers: the trained tokens that are part
+    of one of MARKERS. ends: the last token of each assistant turn.
+    """
 
     ids: np.ndarray
     trained: np.ndarray
@@ -50,9 +51,9 @@ class EncodedChat:
 
 
 class ChatEncoder:
-    """Encodes conversations with a tokenizer's chat template; ValueError where it has none.
+    """Encodes conversations with a tokenizer's chat template. Raises ValueError if it has none.
 
-    variables: what else the template knows, such as enable_thinking.
+    variables: further variables of the template, such as enable_thinking.
     """
 
     def __init__(self, tokenizer: Tokenizer, **variables: Any) -> None:
@@ -69,59 +70,58 @@ class ChatEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with whatever decides the ids and masks of a conversation."""
+        """A hash of everything that determines the ids and masks of a conversation."""
         parts = [FORMAT_VERSION, self.tokenizer.fingerprint, self._template, sorted(self.variables.items())]
         parts += [self.tokenizer.bos_token_id, self.tokenizer.eos_token_id]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def pieces(self, messages: Sequence[Message]) -> list[TemplatePiece]:
-        """The rendered conversation up to the end of the last assistant turn that is learnt: what follows teaches
-        nothing.
+        """The rendered conversation, up to the end of the last assistant turn that is trained on.
 
-        Trained is each assistant turn from behind the header of the generation prompt through its end token, but for
-        messages with "train": False, which the template does not see. Raises ValueError if the template fails, no
-        assistant speaks or is learnt, or its turns cannot be told from the rest.
+        Each assistant turn is trained on, from after the header of the generation prompt through its end token, except
+        messages with "train": False (the template does not see this field). Raises ValueError if the template fails, no
+        assistant turn is trained on, or the turns cannot be located.
         """
         parsed = _with_text(messages)
         text, spans, guard = self._guarded(parsed, self._spans)
         if not spans:
-            raise ValueError("no assistant turn, so nothing to learn")
-        learnt = [message.get("train", True) for message in messages if message["role"] == "assistant"]
-        if all(learnt):
-            learnt = [True] * len(spans)
-        elif len(learnt) != len(spans):
+            raise ValueError("no assistant turn to train on")
+        train = [message.get("train", True) for message in messages if message["role"] == "assistant"]
+        if all(train):
+            train = [True] * len(spans)
+        elif len(train) != len(spans):
             raise ValueError(
-                "chat template: {% generation %} does not mark each message of the assistant once, so that none can be "
-                "left out of what is learnt"
+                "chat template: {% generation %} does not mark each message of the assistant once, so that single "
+                "messages cannot be left out of training"
             )
-        elif not any(learnt):
-            raise ValueError("every message of the assistant has weight 0, so nothing to learn")
+        elif not any(train):
+            raise ValueError("every message of the assistant has weight 0; none is trained on")
         out, place = [], 0
-        while not learnt[-1]:
-            learnt.pop()
-        for (start, stop), trained in zip(spans, learnt, strict=False):
+        while not train[-1]:
+            train.pop()
+        for (start, stop), trained in zip(spans, train, strict=False):
             out += self._split(text[place:start], False, guard) + self._split(text[start:stop], trained, guard)
             place = stop
         return out
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | str | None = None) -> list[int]:
-        """Token ids of a conversation and of the header of the assistant's next turn."""
+        """Token ids of a conversation, followed by the header of the assistant's next turn."""
         return self.encode([self.prompt_pieces(messages, tools)])[0].ids.tolist()
 
     def prompt_pieces(
         self, messages: Sequence[Message], tools: Sequence[Any] | str | None = None
     ) -> list[TemplatePiece]:
-        """The text of `prompt`, not encoded yet."""
+        """The text of `prompt`, before encoding."""
 
-        def render(guarded: list[Any]) -> tuple[str, list[tuple[int, int]]]:
-            said, offered = guarded
-            return self._render(said, tools=offered, add_generation_prompt=True), []
+        def render(contents: list[Any]) -> tuple[str, list[tuple[int, int]]]:
+            guarded_messages, guarded_tools = contents
+            return self._render(guarded_messages, tools=guarded_tools, add_generation_prompt=True), []
 
         text, _, guard = self._guarded([_with_text(messages), parse_list(tools, "tools")], render)
         return self._split(text, False, guard)
 
     def encode(self, conversations: Sequence[Sequence[TemplatePiece]]) -> list[EncodedChat]:
-        """What `pieces` gave, as tokens; all conversations at once, on all cores."""
+        """Encode the pieces of several conversations at once, on all cores."""
         flat = [piece for pieces in conversations for piece in pieces]
         ids: list[np.ndarray] = [np.empty(0)] * len(flat)
         for control in (True, False):
@@ -137,19 +137,23 @@ class ChatEncoder:
         return rows
 
     def shorten(self, prompt: Sequence[Message], pieces: Sequence[TemplatePiece], excess: int) -> np.ndarray | None:
-        """bool [tokens of `pieces`]: which to keep so that at least `excess` tokens go from the beginning of `prompt`,
-        the messages that `pieces` begins with (shortening.py says which). None where not so many can go, or where the
-        template does not render the prompt message by message."""
-        text, spans = exchanges(self._render, _with_text(prompt))
+        """bool [tokens of `pieces`]: the tokens to keep so that `prompt`, with which `pieces` begins, loses at least
+        `excess` tokens and is still a conversation.
+
+        Whole exchanges (a question and its answer) are removed from the beginning, then the beginning of the first
+        question that stays. System messages, headers, end tokens and the end of the last question stay. None if so many
+        tokens cannot be removed, or the template does not render the prompt message by message.
+        """
+        text, spans = _exchanges(self._render, _with_text(prompt))
         if not spans or not "".join(piece.text for piece in pieces).startswith(text):
             return None
-        found, place = [], 0
+        parts, place = [], 0
         for piece in pieces:
             mode: Any = True if piece.control else "markup"
-            found.append(place + self.tokenizer.offsets(piece.text, allow_special=mode))
+            parts.append(place + self.tokenizer.offsets(piece.text, allow_special=mode))
             place += len(piece.text)
-        offsets = np.concatenate(found)
-        return kept(spans, offsets[:, 0], offsets[:, 1], excess)
+        offsets = np.concatenate(parts)
+        return _kept(spans, offsets[:, 0], offsets[:, 1], excess)
 
     def _joined(self, pieces: Sequence[TemplatePiece], ids: Sequence[np.ndarray]) -> EncodedChat:
         lengths = [len(row) for row in ids]
@@ -164,39 +168,43 @@ class ChatEncoder:
         return EncodedChat(np.concatenate(ids), trained, markers, ends)
 
     def _in_marker(self, piece: TemplatePiece) -> np.ndarray:
-        """bool [tokens]: which overlap one of MARKERS; <answer> is several tokens, of which the outer may hold more."""
+        """bool [tokens]: whether each token overlaps one of MARKERS. <answer> is several tokens, and the first and last
+        may hold more characters."""
         mode: Any = True if piece.control else "markup"
         offsets = self.tokenizer.offsets(piece.text, allow_special=mode)
         inside = np.zeros(len(offsets), bool)
-        for found in _MARKER.finditer(piece.text):
-            inside |= (offsets[:, 0] < found.end()) & (offsets[:, 1] > found.start())
+        for match in _MARKER.finditer(piece.text):
+            inside |= (offsets[:, 0] < match.end()) & (offsets[:, 1] > match.start())
         return inside
 
     def _split(self, text: str, trained: bool, guard: str) -> list[TemplatePiece]:
-        """Pieces of a rendered text; one where nothing in the contents looks like a control token."""
+        """The pieces of a rendered text; a single one if no content holds the name of a control token."""
         if not text:
             return []
         if guard not in text or not guard:
             return [TemplatePiece(text, trained)]
         pieces, place = [], 0
-        for found in self._control.finditer(text):
-            pieces += [TemplatePiece(text[place : found.start()].replace(guard, ""), trained, control=False)]
-            pieces += [TemplatePiece(found.group(), trained)]
-            place = found.end()
+        for match in self._control.finditer(text):
+            pieces += [TemplatePiece(text[place : match.start()].replace(guard, ""), trained, control=False)]
+            pieces += [TemplatePiece(match.group(), trained)]
+            place = match.end()
         pieces.append(TemplatePiece(text[place:].replace(guard, ""), trained, control=False))
         return [piece for piece in pieces if piece.text]
 
     def _guarded(
         self, contents: list[Any], render: Callable[[list[Any]], tuple[str, list[tuple[int, int]]]]
     ) -> tuple[str, list[tuple[int, int]], str]:
-        """(text, spans, guard) of `render`. Where a content holds the name of a control token, a noncharacter breaks
-        that name, so that what is left of them is the template's; without the guard the text is the plain one."""
+        """(text, spans, guard) of `render`. If a content holds the name of a control token, a noncharacter (the guard)
+        breaks that name, so that all remaining names are the template's. Without the guard the text is the plain
+        one."""
         if not any(self._control.search(text) for text in _strings(contents)):
             return *render(contents), ""
         everything = "".join(_strings(contents))
         guard = next((g for g in _GUARDS if g not in everything), None)
         if guard is None:
-            raise ValueError("a content holds the name of a control token and every noncharacter U+FDD0 to U+FDED")
+            raise ValueError(
+                "a content holds the name of a control token and every noncharacter U+FDD0 to U+FDED; remove one"
+            )
         text, spans = render(_map_strings(contents, lambda s: self._control.sub(lambda m: _broken(m[0], guard), s)))
         plain, _ = render(contents)
         if text.replace(guard, "") != plain:
@@ -206,7 +214,7 @@ class ChatEncoder:
         return text, spans, guard
 
     def _spans(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
-        """(text, where the assistant's words with their end token lie in it)."""
+        """(text, its spans that the assistant wrote, end tokens included)."""
         if self._marked:
             return self._marked_spans(messages)
         text = self._render(messages)
@@ -221,8 +229,8 @@ class ChatEncoder:
     def _answer(self, text: str, before: str, after: str, number: int) -> tuple[int, int]:
         if not (after.startswith(before) and text.startswith(after)):
             raise ValueError(
-                f"chat template: the text of the first {number + 1} messages is not how the whole conversation begins, "
-                "so that answers cannot be told from questions; mark them in the template with {% generation %}"
+                f"chat template: the whole conversation does not begin with the text of the first {number + 1} "
+                "messages, so that answers cannot be located; mark them in the template with {% generation %}"
             )
         start = len(before) + len(self._header)
         if not after.startswith(self._header, len(before)):
@@ -240,14 +248,14 @@ class ChatEncoder:
 
     @cached_property
     def _header(self) -> str:
-        """What the generation prompt adds, up to the first markup such as <think>: a model writes that itself, as
-        upstream trains it, whether or not a prompt offers it."""
+        """The generation prompt up to the first markup such as <think>: the model learns to write that itself, as
+        upstream trains it, whether or not a prompt contains it."""
         question = [{"role": "user", "content": "?"}]
         plain, opened = self._render(question), self._render(question, add_generation_prompt=True)
         if not opened.startswith(plain) or opened == plain:
             raise ValueError(
-                "chat template: add_generation_prompt adds nothing to the end, so that answers cannot be told from "
-                "questions; mark them in the template with {% generation %}"
+                "chat template: add_generation_prompt adds nothing to the end, so that answers cannot be located; "
+                "mark them in the template with {% generation %}"
             )
         header = opened[len(plain) :]
         markup = self.tokenizer.special_tokens.keys() - self.tokenizer.control_tokens.keys()
@@ -266,7 +274,7 @@ class ChatEncoder:
                 text += part
         if text != self._render(messages):
             raise ValueError("chat template: a content holds one of the noncharacters U+FDEE and U+FDEF")
-        # many templates mark the words alone; without the token that ends them a model would never stop
+        # many templates do not mark the token that ends a turn; without it a model would never stop
         eos = self._eos
         spans = [(a, b + len(eos) if text.startswith(eos, b) else b) for a, b in spans]
         return text, [(a, b) for a, b in spans if b > a]
@@ -276,7 +284,7 @@ class ChatEncoder:
 
 
 def _with_text(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """parse_messages without "train", and contents in parts as one string: parts could spell a control token."""
+    """The parsed messages without "train", with contents in parts joined: the parts could spell a control token."""
     parsed = parse_messages(messages)
     for message in parsed:
         message.pop("train", None)
@@ -292,7 +300,7 @@ def _broken(name: str, guard: str) -> str:
 
 
 def _strings(value: Any) -> list[str]:
-    """Every string in nested lists and objects, keys too."""
+    """Every string in nested lists and objects, keys included."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
@@ -310,3 +318,57 @@ def _map_strings(value: Any, function: Callable[[str], str]) -> Any:
     if isinstance(value, Sequence):
         return [_map_strings(part, function) for part in value]
     return value
+
+
+class Exchange(NamedTuple):
+    """Character positions in a rendered prompt: the beginning of a user message with its header, and the range
+    first..last of its content."""
+
+    begin: int
+    first: int
+    last: int
+
+
+def _exchanges(
+    render: Callable[[list[dict[str, Any]]], str], messages: list[dict[str, Any]]
+) -> tuple[str, list[Exchange]]:
+    """(rendered prompt, its exchanges); no exchange if the template does not render the prompt message by message."""
+    text = render(messages)
+    spans: list[Exchange] = []
+    for k, message in enumerate(messages):
+        if message["role"] != "user":
+            continue
+        before, after = render(messages[:k]) if k else "", render(messages[: k + 1])
+        content = (message.get("content") or "").strip()
+        first = text.rfind(content, len(before), len(after))
+        if not content or first < 0 or not (text.startswith(after) and after.startswith(before)):
+            return text, []
+        spans.append(Exchange(len(before), first, first + len(content)))
+    if len(spans) > 1 and spans[0].begin == 0:  # text that the template puts before the first message stays
+        header = text[spans[1].begin : spans[1].first]
+        if not text.endswith(header, 0, spans[0].first):
+            return text, []
+        spans[0] = spans[0]._replace(begin=spans[0].first - len(header))
+    return text, spans
+
+
+def _kept(spans: Sequence[Exchange], begins: np.ndarray, ends: np.ndarray, excess: int) -> np.ndarray | None:
+    """bool [tokens]: the tokens to keep so that at least `excess` are removed; None if so many cannot be removed.
+    Token i covers the characters begins[i]..ends[i]."""
+    keep = np.ones(len(begins), bool)
+    for i, (begin, first, last) in enumerate(spans):
+        content = np.flatnonzero((begins >= first) & (ends <= last))
+        count = excess
+        while count < len(content) and begins[content[count]] < ends[content[count] - 1]:
+            count += 1  # not within a character of several tokens
+        if count < len(content):
+            keep[content[:count]] = False
+            return keep
+        if i + 1 == len(spans):
+            return None
+        removed = (begins >= begin) & (ends <= spans[i + 1].begin)
+        keep[removed] = False
+        excess -= int(removed.sum())
+        if excess <= 0:
+            return keep
+    return None

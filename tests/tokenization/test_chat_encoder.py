@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minimind.tokenization import ChatEncoder, Tokenizer, load_tokenizer
-from minimind.tokenization.conversation import MARKERS, EncodedChat
+from minimind.tokenization.chat_encoder import MARKERS, EncodedChat
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_chat.json").read_text(encoding="utf-8"))
 SHIPPED = load_tokenizer()
@@ -234,10 +234,10 @@ def test_targets_spell_the_answers(exchanges: list[tuple[str, str]], name: str) 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ messages | length }}", "is not how the whole conversation begins"),
+        ("{{ messages | length }}", "the whole conversation does not begin with the text of the first"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "add_generation_prompt adds nothing to the end"),
         ("{% for m in messages | reverse %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A{% endif %}",
-         "is not how the whole conversation begins"),
+         "the whole conversation does not begin with the text of the first"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}",
          "does not begin with 'A:'"),
         ("{% for m in messages %}{{ 'A:' ~ m.content }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}",

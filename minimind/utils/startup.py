@@ -1,0 +1,74 @@
+"""Start a command: handle Ctrl-C during imports, prepare the output streams, and parse the arguments."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import signal
+import sys
+import types
+from collections.abc import Sequence
+from typing import TypeVar
+
+
+def leave_on_interrupt() -> None:
+    """Let Ctrl-C end the process at once, with status 130, until `started` is called.
+
+    Call this first in a script. While it imports, KeyboardInterrupt would not do: C extensions may turn it into an
+    error of their own.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored, as under nohup
+        signal.signal(signal.SIGINT, _leave)
+
+
+def started() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(number: int, frame: types.FrameType | None) -> None:
+    os._exit(128 + number)
+
+
+Flags = TypeVar("Flags")
+
+_TEXT_FLAGS = ("--prompt", "--system")  # these take a text, not a path
+
+
+def prepare_output() -> None:
+    """Make standard output and error write characters that their encoding lacks as \\uXXXX, so that a Chinese sample
+    does not end a training run in a Latin-1 terminal. A closed stream is replaced by the null device."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def command_line(flags: type[Flags], description: str | None) -> Flags:
+    """Parse the command line of a script into the dataclass `flags`. Paths may begin with ~."""
+    try:
+        arguments = with_home(sys.argv[1:])
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    import tyro  # slow to import, and `minimind` without arguments does not need it
+
+    return tyro.cli(flags, description=description, args=arguments)
+
+
+def with_home(arguments: Sequence[str]) -> list[str]:
+    """Expand ~/ and ~user/ at the beginning of paths. A shell only does so at the beginning of a word, not in
+    --out=~/run. Raises ValueError for an unknown user."""
+    expanded: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        flag, equals, path = argument.partition("=") if argument.startswith("--") else (before, "", argument)
+        begins = re.match(r"~[^/\s]*(/|$)" if equals else r"~[^/\s]*/", path)
+        if flag not in _TEXT_FLAGS and begins:
+            full = os.path.expanduser(path)
+            if full == path and not os.path.exists(begins[0]):
+                raise ValueError(f"{flag} {path}: there is no such user; write ./~ for such a name".lstrip())
+            argument = f"{flag}=" * bool(equals) + full
+        expanded.append(argument)
+    return expanded
