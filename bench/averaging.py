@@ -29,10 +29,9 @@ from minimind.data.builtin.docstrings import builtin_corpus
 from minimind.data.split import split
 from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
-from minimind.training.averaging import WeightAverage
 from minimind.training.batches import to_device
-from minimind.training.heldout import heldout_loss
-from minimind.training.optim import ScheduleName, build_optimizers, lr_factor
+from minimind.training.evaluation import heldout_loss
+from minimind.training.optim import ScheduleName, WeightAverage, build_optimizers, lr_factor
 from minimind.training.parallel import Parallel
 from minimind.training.run_folder import versions
 from minimind.utils.device import choose_device, choose_precision, describe_device

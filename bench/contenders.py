@@ -44,9 +44,9 @@ from minimind.objectives.preference import dpo, pair_log_probs, preference_loss
 from minimind.ops import varlen
 from minimind.ops.attention import attention_name
 from minimind.training.batches import DeviceBatches
-from minimind.training.compiling import compile_model
+from minimind.training.job import compile_model
 from minimind.training.optim import OptimizerName, build_optimizers
-from minimind.training.stages.pairs import to_device as pairs_to_device
+from minimind.training.stages.dpo import to_device as pairs_to_device
 from minimind.utils.device import choose_precision
 
 ONE_SEQUENCE_A_ROW = ("pretrain", "sft", "reason")  # what a stock causal model can be driven through

@@ -26,8 +26,7 @@ if __name__ == "__main__":
 from rich.console import Console
 
 from bench.performance_rows import markdown
-from minimind.training.estimate import spell_count, spell_hours
-from minimind.training.survey import survey
+from minimind.training.plan import spell_count, spell_hours, survey
 from minimind.utils.display import say
 from minimind.utils.startup import command_line
 

@@ -27,7 +27,7 @@ from bench.throughput_report import ThroughputRow
 from minimind.config import ModelConfig
 from minimind.data.corpus import Corpus
 from minimind.modeling import Model
-from minimind.training.cards import CARDS
+from minimind.training.estimate import CARDS
 from minimind.training.run_folder import versions
 from minimind.utils.device import describe_device
 from minimind.utils.startup import command_line

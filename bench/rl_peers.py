@@ -37,8 +37,8 @@ from minimind.rewards import Rewards, Sample, parse_rewards
 from minimind.rope import rope_cos_sin
 from minimind.tokenization import load_tokenizer
 from minimind.training.optim import build_optimizers
-from minimind.training.rl.collector import score, scored_again
-from minimind.training.rl.loader import Shape, pack, passes
+from minimind.training.rl.collector import log_probs_of, score
+from minimind.training.rl.loader import Shape, default_micro_batches, pack
 from minimind.training.rl.rollouts import Answer, DrawnPrompt, RolloutOptions, Sampler
 from minimind.utils.device import choose_precision
 from minimind.weights import load_model
@@ -88,7 +88,7 @@ def ours(s: RolloutSetting, dtype: torch.dtype | None) -> Contender:
     frozen = Replica(load_model(s.folder, device=s.device), model.compute_dtype).model
     optimizer = build_optimizers(model, "adamw", RATE, 0.0)
     longest = max(map(len, s.prompts)) + s.new
-    parts = passes(len(s.prompts) * s.samples, longest, model.config, s.device)
+    parts = default_micro_batches(len(s.prompts) * s.samples, longest, model.config, s.device)
     shape = Shape(micro_batches=parts, aggregation="sample", max_new_tokens=s.new)
     data = PromptSet([Prompt([{"role": "user", "content": "?"}], ids) for ids in s.prompts], 0)
     batch = min(256, len(s.prompts) * s.samples)
@@ -104,7 +104,7 @@ def ours(s: RolloutSetting, dtype: torch.dtype | None) -> Contender:
         with turn.part("reward", s.device):
             score(rewards, data, answers)
         with turn.part("train", s.device):
-            for a, log_probs in zip(answers, scored_again(frozen, answers, shape), strict=True):
+            for a, log_probs in zip(answers, log_probs_of(frozen, answers, shape), strict=True):
                 a.reference = log_probs
             give_advantages(answers)
             model.train()

@@ -23,13 +23,13 @@ from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import StageArgs
-from minimind.training.heldout import describe, heldout_loss
-from minimind.training.job import Job, Objective
+from minimind.training.data_split import DataSplit, NamedFiles, open_split, read_texts
+from minimind.training.evaluation import describe_batch, heldout_loss
+from minimind.training.initial_model import InitialModel
+from minimind.training.job import Job
 from minimind.training.optim import OptimizerName
-from minimind.training.origin import InitialModel
-from minimind.training.parts import DataSplit, NamedFiles, open_parts, read_texts
 from minimind.training.stages.chats import ChatArgs, open_chats
-from minimind.training.trainer import NonFiniteLossError
+from minimind.training.trainer import NonFiniteLossError, Stage
 from minimind.utils.device import choose_device, choose_precision
 
 StageName = Literal["pretrain", "sft"]
@@ -158,7 +158,7 @@ def _fit(point: Point, rate: float, data: str, folder: Path, base: Path | None) 
     job = Job.begin(point.stage, _args(point, rate, data, folder, base), Console(quiet=True))
     if base is None:
         config = dataclasses.replace(point.config, vocab_size=job.tokenizer.vocab_size)
-        job.origin = InitialModel(job.tokenizer, config, point.preset or "family")
+        job.initial = InitialModel(job.tokenizer, config, point.preset or "family")
     parts = _open(job, point)
     plan = job.plan(partial(PackedLoader, parts.train, job.args.row, seed=point.seed))
     job.open_run()
@@ -170,15 +170,15 @@ def _fit(point: Point, rate: float, data: str, folder: Path, base: Path | None) 
             figures.update(heldout_loss(model, parts.heldout, job.args.row, HELDOUT, job.parallel))
         return figures
 
-    objective = Objective(
+    stage = Stage(
         loss=lambda batch: next_token_loss(trained, batch),
         evaluate=evaluate,
         sample=lambda: "",
-        describe=lambda batch: describe(batch, parts.train, job.tokenizer),
+        describe=lambda batch: describe_batch(batch, parts.train, job.tokenizer),
         data_fingerprint=parts.fingerprint,
         peak_lr=rate,
     )
-    if not job.fit(plan, model, objective):
+    if not job.fit(plan, model, stage):
         raise KeyboardInterrupt
     return figures
 
@@ -197,7 +197,7 @@ def _args(point: Point, rate: float, data: str, folder: Path, base: Path | None)
 def _open(job: Job, point: Point) -> DataSplit:
     if point.stage == "sft":
         return open_chats(job, (), (), ChatEncoder(job.tokenizer), builtin_conversations())
-    return open_parts(job, NamedFiles.of(job.args.data, ()), partial(read_texts, job))
+    return open_split(job, NamedFiles.from_flags(job.args.data, ()), partial(read_texts, job))
 
 
 def write(path: Path, row: TransferRow) -> None:

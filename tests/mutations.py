@@ -582,9 +582,9 @@ MUTATIONS = (
     ),
     Mutation(
         "an adapter is trained with what its model was",
-        "minimind/training/parts.py",
-        "    if job.given.optimizer is None:\n        job.settle",
-        "    if True:\n        job.settle",
+        "minimind/training/data_split.py",
+        "    if job.flags.optimizer is None:\n        adapter =",
+        "    if True:\n        adapter =",
         "tests/training/test_plan.py::test_a_shape_without_weights_and_files_of_every_kind",
     ),
     Mutation(
@@ -713,7 +713,7 @@ MUTATIONS = (
         "minimind/training/identity.py",
         '"fused", "micro_batches", "micro_tokens", "recompute")',
         '"fused", "micro_batches", "recompute")',
-        "tests/training/test_pretrain.py::test_a_run_goes_on_in_other_micro_batches",
+        "tests/training/test_pretrain.py::test_a_run_resumes_with_other_micro_batches",
     ),
     Mutation(
         "the place in the data is one of micro-batches of one size",
@@ -727,14 +727,14 @@ MUTATIONS = (
         "minimind/training/rl/loader.py",
         "self._taken = done * self.shape.micro_batches",
         'self._taken = state["taken"]',
-        "tests/training/test_grpo.py::test_a_run_goes_on_in_other_micro_batches",
+        "tests/training/test_grpo.py::test_a_run_resumes_with_other_micro_batches",
     ),
     Mutation(
         "the run that differs in most is called near",
         "minimind/training/run_folder.py",
-        "path, found = min(reversed(told)",
-        "path, found = max(reversed(told)",
-        "tests/training/test_run_folder.py::test_a_new_run_tells_of_the_unfinished_one_that_is_near",
+        "path, difference = min(reversed(candidates)",
+        "path, difference = max(reversed(candidates)",
+        "tests/training/test_run_folder.py::test_a_new_run_names_the_most_similar_unfinished_run",
     ),
     Mutation(
         "a lengthened run begins inside the cooldown",
@@ -745,8 +745,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the rate jumps to the longer run's curve",
-        "minimind/training/lengthen.py",
-        "share = min(1.0, (step - left + 1) / rise)",
+        "minimind/training/optim.py",
+        "share = min(1.0, (step - takeover + 1) / self.warmup)",
         "share = 1.0",
         "tests/training/test_lengthen.py::test_a_fallen_rate_rises_to_the_longer_run_s_curve",
     ),
@@ -768,7 +768,7 @@ MUTATIONS = (
         "a tokenizer is another one by its size alone",
         "minimind/tokenization/tokenizer.py",
         "if not new and tokenizer.fingerprint != trained_with.fingerprint:",
-        "if not new and given.vocab_size != known.vocab_size:",
+        "if not new and tokenizer.vocab_size != trained_with.vocab_size:",
         "tests/training/test_references.py::test_every_stage_refuses_another_tokenizer_of_the_same_size",
     ),
     Mutation(
@@ -783,21 +783,21 @@ MUTATIONS = (
         "minimind/inference/loading.py",
         "if own is not None and args.lora is not None:",
         "if own is not None and args.lora is None:",
-        "tests/training/test_references.py::test_whoever_opens_a_model_refuses_another_tokenizer",
+        "tests/training/test_references.py::test_every_command_refuses_another_tokenizer",
     ),
     Mutation(
         "a run goes on under a teacher that was trained anew",
         "minimind/training/job.py",
         "self.references[name] = fingerprint(weights).split()[-1]",
         "self.references[name] = weights.name",
-        "tests/training/test_references.py::test_what_a_run_learns_by_is_known_by_its_weights",
+        "tests/training/test_references.py::test_references_of_a_run_are_identified_by_their_weights",
     ),
     Mutation(
         "a run from before fingerprints of tokenizers were noted is lost",
         "minimind/training/identity.py",
         "return {**later, **old,",
         "return {**old,",
-        "tests/training/test_references.py::test_the_tokenizer_makes_a_run_but_not_one_from_before_it_was_noted",
+        "tests/training/test_references.py::test_another_tokenizer_makes_another_run_except_for_old_runs",
     ),
     Mutation(
         "Ctrl-C while a script imports is an exception",
@@ -811,7 +811,7 @@ MUTATIONS = (
         "train/sft.py",
         "builtin = () if data else make(args.cache_dir, console)",
         "builtin = make(args.cache_dir, console)",
-        "tests/training/test_references.py::test_built_in_data_are_not_made_beside_data_of_one_s_own",
+        "tests/training/test_references.py::test_built_in_data_are_not_made_when_data_are_named",
     ),
     # training
     Mutation(
@@ -844,10 +844,10 @@ MUTATIONS = (
     ),
     Mutation(
         "the weights stay the average after it was measured",
-        "minimind/training/averaging.py",
+        "minimind/training/optim.py",
         "            value.copy_(kept)",
         "            weight.copy_(value)",
-        "tests/training/test_averaging.py::test_it_is_the_average_by_its_formula",
+        "tests/training/test_averaging.py::test_the_average_follows_its_formula",
     ),
     Mutation(
         "the reference of a run that trains an adapter has the adapter",
@@ -880,14 +880,14 @@ MUTATIONS = (
     Mutation(
         "a resumed run begins its data anew",
         "minimind/training/trainer.py",
-        'self.stage.loader.load_state({**state["loader"], "step": state["step"]})',
-        "self.stage.loader.state()",
+        'self.loader.load_state({**state["loader"], "step": state["step"]})',
+        "self.loader.state()",
         "tests/training/test_lora.py::test_killed_and_started_again_the_curve_is_the_same_to_the_bit",
     ),
     Mutation(
         "what was fetched ahead is lost on resuming",
         "minimind/training/batches.py",
-        "        return self._place\n",
+        "        return self._position\n",
         "        return self.loader.state()\n",
         "tests/training/test_batches.py",
     ),
@@ -901,13 +901,13 @@ MUTATIONS = (
     Mutation(
         "gradients are not clipped",
         "minimind/training/trainer.py",
-        "clip_grad_norm_(part, self.options.grad_clip)",
-        "clip_grad_norm_(part, float('inf'))",
+        "clip_grad_norm_(group, self.args.grad_clip)",
+        "clip_grad_norm_(group, float('inf'))",
         "tests/training/test_trainer.py",
     ),
     Mutation(
         "an update of Muon is as large as its shorter side asks",
-        "minimind/training/muon_plan.py",
+        "minimind/training/muon.py",
         "0.2 * math.sqrt(max(self.rows, self.columns))",
         "0.2 * math.sqrt(min(self.rows, self.columns))",
         "tests/training/test_optim.py",
@@ -984,7 +984,7 @@ MUTATIONS = (
     ),
     Mutation(
         "bits per byte are nats per byte",
-        "minimind/training/heldout.py",
+        "minimind/training/evaluation.py",
         "total / math.log(2) / max(1, text_bytes)",
         "total / max(1, text_bytes)",
         "tests/training/test_pretrain.py::test_recorded_held_out_figures_are_those_of_the_saved_model",
@@ -998,7 +998,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a step takes more than the data has",
-        "minimind/training/job.py",
+        "minimind/training/batch_size.py",
         'taken = step if kept == "usual" else kept // row',
         "taken = step",
         "tests/training/test_job.py",
@@ -1504,7 +1504,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a tracker may fail a run",
-        "minimind/training/tracking.py",
+        "minimind/training/metrics.py",
         "            action()\n        except Exception as problem:",
         "            action()\n        except MemoryError as problem:",
         "tests/training/test_run_folder.py",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import plans
-from minimind.training import survey
+from minimind.training import plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,7 +43,7 @@ def test_rows_are_as_long_as_upstreams(samples):
 
 
 def test_every_file_is_planned_and_told(samples, tmp_path, monkeypatch):
-    monkeypatch.setattr(survey, "SAMPLE_BYTES", 1 << 16)
+    monkeypatch.setattr(plan, "SAMPLE_BYTES", 1 << 16)
     monkeypatch.setattr(plans, "PRESETS", ("nano",))
     args = plans.Args(
         str(samples), ("nano",), str(tmp_path / "cache"), str(tmp_path / "r.json"), str(tmp_path / "p.md")

@@ -27,7 +27,7 @@ from minimind.objectives.distillation import Distillation, distillation_loss
 from minimind.objectives.next_token import next_token_loss
 from minimind.objectives.preference import dpo, pair_log_probs, preference_loss
 from minimind.training.batches import to_device
-from minimind.training.stages.pairs import to_device as pairs_to_device
+from minimind.training.stages.dpo import to_device as pairs_to_device
 
 ROOT = Path(__file__).parents[1]
 

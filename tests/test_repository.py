@@ -68,8 +68,8 @@ ARROWS = {
     "training/profiling": "utils",
     "training": "config data kernels lora lora_files modeling objectives ops tokenization training/profiling utils "
     "value_head weights",
-    "training/stages": "data data/builtin inference lora_files modeling objectives ops tokenization training utils "
-    "value_head",
+    "training/stages": "data data/builtin inference lora lora_files modeling objectives ops tokenization training "
+    "utils value_head",
     "training/rl": "config data data/builtin inference lora lora_files modeling objectives rewards tokenization "
     "training training/stages utils value_head weights",
     "cli": "utils",

@@ -1,11 +1,11 @@
-"""Teach a chat model by rewards for its answers: `python train/grpo.py` works as it is, on sums made by the program.
+"""Teach a chat model by rewards for its answers: `python train/grpo.py` works as it is, on built-in sums.
 
-Group-relative policy optimisation and its relatives (docstring of minimind/objectives/surrogates.py). Several answers
-to each prompt are sampled from the model as it is; an answer is better or worse than the others to the same prompt, and
-its tokens become likelier or less likely by that. Run the same command again after any interruption and it continues
-where the last checkpoint was. Every run leaves a folder under runs/ with its metrics, curves, answers and weights.
+Group-relative policy optimisation and its relatives (minimind/objectives/surrogates.py). Several answers to each prompt
+are sampled from the current model; the tokens of an answer become likelier or less likely as its reward is above or
+below that of the others to the same prompt. After an interruption the same command continues from the last checkpoint.
+A run leaves its metrics, curves, answers and weights in a folder under runs/.
 
-What one --loss stands for, each part of which has a flag of its own:
+The parts of each --loss, which flags of their own can replace:
 
     grpo      PPO's clip; advantages over the group's standard deviation; mean of every answer's mean; KL to the model
               the run began with in the loss (k3, per token)                                       arXiv 2402.03300
@@ -15,15 +15,15 @@ What one --loss stands for, each part of which has a flag of its own:
     gspo      the ratio and the clip of whole answers; no KL                                       arXiv 2507.18071
     cispo     the clip bounds a token's weight, not its gradient; mean over all tokens; no KL      arXiv 2506.13585
 
-How many steps are taken on a rollout (--minibatches) belongs to it: after a single one the ratio is 1 and no clip acts,
-so that grpo, dapo and cispo were one algorithm but for their means. The papers take 16 (dapo, cispo, and GRPO as
-DeepSeek-R1 was trained, 2501.12948), 8 (dr_grpo) and 4 (gspo), of 512 to 8,192 answers. Here as many, but no fewer than
-SMALLEST answers in each. GRPO's first paper takes one step; four at a third of the rate learnt more (docs/LOG.md).
+The number of steps on a rollout (--minibatches) matters too: with a single one the ratio is 1 and no clip acts, so that
+grpo, dapo and cispo differ only in their means. The papers take 16 (dapo, cispo, and GRPO in DeepSeek-R1, 2501.12948),
+8 (dr_grpo) and 4 (gspo), of 512 to 8,192 answers. The defaults here are the same, with at least SMALLEST answers in
+each step. GRPO's first paper takes one step; four at a third of the rate learnt more (docs/LOG.md).
 
-Departures: the ratio is to the engine's log-probabilities at the time of sampling, so that no old policy is scored
-again (gspo excepted: --rescore); on CPUs and GPUs that compute in bf16 it differs from 1 a little before the first
-update (drift_mean and drift_max in metrics.jsonl). DAPO's penalty for long answers is a reward like others. Refilling
-is bounded: what is missing then is missing.
+Departures: the ratio is to the engine's log-probabilities at the time of sampling, so that the old policy need not be
+scored again (except for gspo: --rescore); on CPUs and GPUs that compute in bf16 it differs slightly from 1 before the
+first update (drift_mean and drift_max in metrics.jsonl). DAPO's penalty for long answers is a reward like others.
+Refilling is bounded, so that a rollout may have fewer prompts.
 """
 
 from __future__ import annotations
@@ -45,55 +45,55 @@ from rich.console import Console
 from minimind.objectives.advantages import group_advantages, leave_one_out
 from minimind.objectives.policy import policy_loss
 from minimind.objectives.surrogates import ALGORITHMS, Algorithm, Objective, with_terms
+from minimind.training.job import run_script
 from minimind.training.rl.arguments import RolloutArgs
 from minimind.training.rl.rollouts import Answer
-from minimind.training.rl.stage import Rollouts
-from minimind.training.script import run_script
+from minimind.training.rl.stage import RolloutStage
 from minimind.utils.display import say
 
-NANO_LR = 5e-5  # peak rate of nano, of a few that were tried; others' by rl.stage.peak_lr
-SMALLEST = 32  # answers of a step, where --minibatches does not say
+NANO_LR = 5e-5  # nano's peak learning rate, the best of a few; rl.stage.scaled_lr has the others
+SMALLEST = 32  # fewest answers of a step by default
 
 
 @dataclass(frozen=True)
 class Args(RolloutArgs):
-    """Learn from groups of answers. Every default works."""
+    """Learn from groups of answers. All defaults work."""
 
     loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
-    """Which algorithm; the flags below replace parts of it."""
+    """The algorithm; the flags below replace parts of it."""
     advantage: Literal["group", "batch", "none", "loo"] | None = None
-    """What an answer's reward less its group's mean is divided by: the standard deviation of the group or the batch, or
-    nothing; loo: nothing, and the mean is of the others (RLOO). None: as the algorithm has it."""
+    """Divisor of an answer's reward minus its group's mean: the standard deviation of the group or the batch, or none;
+    loo: none, with the mean of the other answers (RLOO). None: the algorithm's."""
     aggregation: Literal["token", "sample", "constant"] | None = None
-    """How token losses add up: a mean over all tokens, over answers of their mean, or over answers of their sum divided
-    by --max-new-tokens. None: as the algorithm has it."""
+    """Aggregation of token losses: the mean over all tokens (token), over the means of answers (sample), or over the
+    sums of answers divided by --max-new-tokens (constant). None: the algorithm's."""
     clip_low: float | None = None
-    """The ratio has no gradient below 1 - clip_low where it would fall. None: as the algorithm has it."""
+    """The ratio has no gradient below 1 - clip_low that would lower it. None: the algorithm's."""
     clip_high: float | None = None
-    """The ratio has no gradient above 1 + clip_high where it would rise. None: as the algorithm has it."""
+    """The ratio has no gradient above 1 + clip_high that would raise it. None: the algorithm's."""
     beta: float | None = None
-    """Weight of the KL to the model that the run began with; 0 keeps no such model. None: as the algorithm has it."""
+    """Weight of the KL to the initial model; 0 keeps no copy of it. None: the algorithm's."""
     entropy: float = 0.0
-    """Weight of the entropy, which keeps answers varied."""
+    """Weight of an entropy bonus, which keeps answers varied."""
     rescore: bool | None = None
-    """Take the trainer's own log-probabilities of the answers for the old ones, by one more forward, not the engine's.
-    None: for gspo, whose clip is finer than what the two differ by in bf16."""
+    """Compute the old log-probabilities with the trainer, by one more forward, instead of using the engine's. None: for
+    gspo, whose clip range is smaller than their difference in bf16."""
     refills: int | None = None
-    """Draw up to so many times --prompts more prompts in place of those whose answers all have one reward. None: 3 for
+    """Replace prompts whose answers all have the same reward by others, up to this many times --prompts. None: 3 for
     dapo, else 0."""
 
 
 def main(args: Args, console: Console) -> bool:
-    """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
+    """Run the stage; False when training was interrupted. Raises ValueError, in one line, for bad input."""
     if args.samples < 2:
         raise ValueError(f"--samples {args.samples}: an answer is compared with others to its prompt; take 2 or more")
     if args.minibatches is None:
         args = dataclasses.replace(args, minibatches=steps(args))
     algorithm, beta = bundle(args)
     refills = args.refills if args.refills is not None else 3 if args.loss == "dapo" else 0
-    run = Rollouts.begin("grpo", args, algorithm.aggregation, console)
+    run = RolloutStage.begin("grpo", args, algorithm.aggregation, console)
     if args.reward_norm == "running" and (args.advantage or algorithm.std) in ("group", "batch"):
-        say(console, "--reward-norm running: changes nothing, as advantages are divided by a deviation of their own")
+        say(console, "--reward-norm running: has no effect, as advantages are divided by their own deviation")
     run.build(
         partial(advantages, how=args.advantage or algorithm.std),
         with_reference=beta > 0,
@@ -106,30 +106,30 @@ def main(args: Args, console: Console) -> bool:
 
 
 def steps(args: Args) -> int:
-    """On each pass over a rollout: as many as the paper takes, or as leave SMALLEST answers for each."""
+    """Steps in each pass over a rollout: as many as the paper takes, with at least SMALLEST answers in each."""
     return max(1, min(ALGORITHMS[args.loss].minibatches, args.prompts * args.samples // SMALLEST))
 
 
 def bundle(args: Args) -> tuple[Algorithm, float]:
-    """(the algorithm with the flags' parts in place of its own, the KL's weight)."""
-    known = ALGORITHMS[args.loss]
+    """(the algorithm, with the parts that flags replace; the weight of the KL)."""
+    paper = ALGORITHMS[args.loss]
     bounds: dict[str, Any] = {"low": args.clip_low, "high": args.clip_high}
-    objective: Objective = partial(known.objective, **{k: v for k, v in bounds.items() if v is not None})
-    beta = known.kl if args.beta is None else args.beta
+    objective: Objective = partial(paper.objective, **{k: v for k, v in bounds.items() if v is not None})
+    beta = paper.kl if args.beta is None else args.beta
     objective = with_terms(objective, beta, args.entropy)
     return dataclasses.replace(
-        known, objective=objective, aggregation=args.aggregation or known.aggregation, kl=beta
+        paper, objective=objective, aggregation=args.aggregation or paper.aggregation, kl=beta
     ), beta
 
 
 def advantages(answers: list[Answer], how: Any) -> dict[str, float]:
-    """Give every token of an answer the answer's advantage in its group."""
+    """Give every token of an answer the answer's advantage over its group."""
     rewards = torch.tensor([a.score for a in answers], dtype=torch.float64)
     groups = torch.from_numpy(np.unique([a.number for a in answers], return_inverse=True)[1])
     count = int(groups.max()) + 1
     loo = how == "loo"
-    found = (leave_one_out if loo else partial(group_advantages, std=how))(rewards, groups, count)
-    for answer, value in zip(answers, found.tolist(), strict=True):
+    values = (leave_one_out if loo else partial(group_advantages, std=how))(rewards, groups, count)
+    for answer, value in zip(answers, values.tolist(), strict=True):
         answer.advantages = np.full(len(answer.ids), value, np.float32)
     return {}
 
@@ -138,11 +138,11 @@ def describe(args: Args, algorithm: Algorithm, beta: float) -> str:
     parts = [f"{args.loss}: advantages over {args.advantage or algorithm.std}, mean by {algorithm.aggregation}"]
     parts.append(f"KL {beta:g}" if beta else "no reference model")
     answers = args.prompts * args.samples // (args.minibatches or 1)
-    alone = args.minibatches == args.inner_epochs == 1
-    acts = "which the clip does not act on" if alone else "so that the clip acts"
+    single = args.minibatches == args.inner_epochs == 1
+    acts = "which the clip does not act on" if single else "so that the clip acts"
     parts.append(
         f"{args.minibatches} steps on each pass, of {answers} answers each, {acts} "
-        f"(of itself at most {algorithm.minibatches} steps, and {SMALLEST} answers or more)"
+        f"(by default at most {algorithm.minibatches} steps, of {SMALLEST} answers or more)"
     )
     return ", ".join(parts)
 

@@ -1,9 +1,9 @@
-"""Teach a chat model something new with a small adapter: `python train/lora.py` goes on from the newest SFT run.
+"""Teach a chat model something new with a small adapter: `python train/lora.py` continues from the newest SFT run.
 
-The model stays frozen; low-rank matrices beside its projections learn from conversations (docstring of
-minimind/lora.py). On the way it is measured what the adapter knows, and what the model still does. Run the same command
-again after any interruption and it continues where the last checkpoint was. Every run leaves a folder under runs/ with
-its metrics, plots, answers and the adapter, in peft's form.
+The model stays frozen; low-rank matrices beside its projections learn from conversations (minimind/lora.py). The run
+measures both what the adapter has learnt and what the model has kept. After an interruption the same command continues
+from the last checkpoint. A run leaves its metrics, plots, answers and the adapter, in peft's format, in a folder under
+runs/.
 """
 
 from __future__ import annotations
@@ -30,44 +30,46 @@ from minimind.lora_files import adapter_config, adapter_folder, another_base, lo
 from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder, require_same_ids, tokenizer_beside
-from minimind.training.adapters import PEAK_LR, describe_adapter, reload, saver
+from minimind.training.adapters import PEAK_LR, adapter_saver, describe_adapter, load_adapter_weights
 from minimind.training.arguments import FromFlag
-from minimind.training.heldout import describe
-from minimind.training.job import Job, Objective
+from minimind.training.batch_size import usual_batch
+from minimind.training.data_split import DataSplit
+from minimind.training.evaluation import describe_batch
+from minimind.training.initial_model import from_newest
+from minimind.training.job import Job, run_script
+from minimind.training.metrics import plot_figures
 from minimind.training.optim import OptimizerName
-from minimind.training.origin import begin_from
-from minimind.training.parts import DataSplit
-from minimind.training.script import run_script
+from minimind.training.stages.answers import exact_figures
 from minimind.training.stages.chats import (
     ChatArgs,
-    answered,
     chat_figures,
+    chat_questions,
     chat_sample,
     describe_chats,
     open_chats,
     read_chats,
 )
-from minimind.training.stages.figures import plot_figures
+from minimind.training.trainer import Stage
 from minimind.utils.display import say
 
-# An adapter begins at zero and learns little from a few large steps; few rows a step leave a GPU idle.
+# An adapter starts at zero and learns little from a few large steps; steps of few rows leave a GPU idle.
 STEPS, LEAST_BATCH = 1000, 1024
 
 
 @dataclass(frozen=True)
 class Args(ChatArgs):
-    """Train a LoRA adapter on conversations. Every default works after train/sft.py."""
+    """Train a LoRA adapter on conversations. All defaults work after train/sft.py."""
 
     from_: FromFlag = None
     """The model to adapt: a run folder, a Hugging Face folder, or an upstream .pth (with --preset and --tokenizer).
     None: the newest finished run of train/sft.py under runs/."""
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [{"role": ..., "content": ...},
-    ...]} rows. None: a few hundred short conversations; in some of them the assistant has another name.
+    ...]} rows. None: a few hundred built-in short conversations, in some of which the assistant has another name.
     FILE:2 draws twice as many of its rows as FILE:1 (docs/data.md)."""
     kept_data: tuple[str, ...] = ()
-    """Conversations not trained on whose answers should stay as they are: how many still do is measured. None: with
-    the built-in --data, held-out ones of train/sft.py; else nothing."""
+    """Conversations that are not trained on and whose answers should not change; the share that did not is measured.
+    None: with the built-in --data, held-out ones of train/sft.py; else nothing."""
     rank: int = 8
     """Rank of the adapter's matrices."""
     alpha: float = 16.0
@@ -75,25 +77,25 @@ class Args(ChatArgs):
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
     dora: bool = False
-    """Train the lengths of the adapted rows too (DoRA)."""
+    """Also train the lengths of the adapted rows (DoRA)."""
     lora_plus: float = 1.0
-    """Rate of the adapter's B as a multiple of --lr (LoRA+, whose authors take 16)."""
+    """Learning rate of the adapter's B as a multiple of --lr (LoRA+, whose authors use 16)."""
     dropout: float = 0.0
-    """Probability that a number does not reach the adapter, in training."""
+    """Dropout of the adapter's inputs."""
     targets: tuple[str, ...] = ()
-    """Ends of module names, such as q_proj v_proj. None: all projections but routed experts."""
+    """Ends of the names of the modules to adapt, such as q_proj v_proj. None: all projections except routed experts."""
     adapter: str | None = None
-    """Go on training this adapter, ours or peft's, with its rank, alpha, dropout, targets, rslora and dora."""
+    """Continue training this adapter, ours or peft's, with its rank, alpha, dropout, targets, rslora and dora."""
     epochs: float | None = None
-    """Passes over the training part of the data. None: 6 over the built-in conversations, 10 over others, more where
-    they are few (docs/training.md)."""
+    """Passes over the training data. None: 6 over the built-in conversations, 10 over others, more where they are few
+    (docs/training.md)."""
     batch_tokens: int | None = None
     """Tokens per optimizer step, padding included; a multiple of --seq-len. None: as many as leave a thousand steps,
     but at least 1024, and at most 65536 on a GPU for models larger than nano, else 4096."""
     optimizer: OptimizerName = "adamw"
-    """adamw alone: muon would take the matrices of q, k and v, which are stacked, for one."""
+    """Only adamw: muon would treat the stacked matrices of q, k and v as one."""
     weight_decay: float = 0.0
-    """Of the adapter's matrices."""
+    """Weight decay of the adapter's matrices."""
 
     def lr_multiples(self) -> dict[str, float]:
         return {".B": self.lora_plus}
@@ -104,36 +106,36 @@ class Args(ChatArgs):
 
 
 def main(args: Args, console: Console) -> bool:
-    """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
+    """Run the stage; False when training was interrupted. Raises ValueError, in one line, for bad input."""
     if args.optimizer != "adamw":
         raise ValueError(f"--optimizer {args.optimizer}: adapters are trained with adamw")
     if not 0 < args.lora_plus < math.inf:
         raise ValueError(f"--lora-plus {args.lora_plus}: must be above 0")
     if args.embedding_lr != 1:
         raise ValueError(f"--embedding-lr {args.embedding_lr}: the embedding is frozen; drop the flag")
-    args = dataclasses.replace(args, from_=begin_from(args, "sft"))
+    args = dataclasses.replace(args, from_=from_newest(args, "sft"))
     config = LoRAConfig(args.rank, args.alpha, args.dropout, args.targets or None, args.rslora, args.dora)
     job = Job.begin("lora", args, console)
     if args.adapter is not None:
         check_adapter(job, args.adapter, args.new_tokenizer)
-    parts, kept = open_data(job, args, ChatEncoder(job.tokenizer))
-    job.settle("batch_tokens", lambda: batch_tokens(job, parts.train))
-    args, train, heldout = cast(Args, job.args), parts.train, parts.heldout
-    plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=parts.mixture))
+    split, kept = open_data(job, args, ChatEncoder(job.tokenizer))
+    job.settle("batch_tokens", lambda: batch_tokens(job, split.train))
+    args, train, heldout = cast(Args, job.args), split.train, split.heldout
+    plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=split.mixture))
     job.open_run()
-    model, trained = job.build_model(lambda model: give_adapter(model, args, config))
-    objective = Objective(
+    model, trained = job.build_model(lambda model: make_adapter(model, args, config))
+    stage = Stage(
         loss=lambda batch: next_token_loss(trained, batch),
-        evaluate=lambda final: evaluate(model, parts, kept, job, args, final),
+        evaluate=lambda final: evaluate(model, split, kept, job, args, final),
         sample=lambda: chat_sample(job.parallel.whole(model), heldout or train, job, args),
-        describe=lambda batch: describe(batch, train, job.tokenizer),
-        data_fingerprint=parts.fingerprint,
+        describe=lambda batch: describe_batch(batch, train, job.tokenizer),
+        data_fingerprint=split.fingerprint,
         peak_lr=PEAK_LR,
-        save_model=saver(job),
-        load_model=reload,
+        save_model=adapter_saver(job),
+        load_model=load_adapter_weights,
     )
-    lines = [*describe_chats(parts, plan), describe_adapter(model, adapter_config(model))]
-    if not job.fit(plan, model, objective, lines):
+    lines = [*describe_chats(split, plan), describe_adapter(model, adapter_config(model))]
+    if not job.fit(plan, model, stage, lines):
         return False
     if job.parallel.main:
         draw(job.run.path)
@@ -141,7 +143,7 @@ def main(args: Args, console: Console) -> bool:
 
 
 def open_data(job: Job, args: Args, encoder: ChatEncoder) -> tuple[DataSplit, Corpus | None]:
-    """(training and held-out, kept) conversations."""
+    """(the conversations to train and evaluate on, those of --kept-data)."""
     builtin = () if args.data else builtin_identity(args.cache_dir, job.console)
     kept_paths = list(args.kept_data) or [str(path) for path in builtin[2:]]
     job.notes += find_files(kept_paths).lines() if kept_paths else []
@@ -152,11 +154,11 @@ def open_data(job: Job, args: Args, encoder: ChatEncoder) -> tuple[DataSplit, Co
 
 
 def batch_tokens(job: Job, train: Corpus) -> tuple[int, str]:
-    """A row for each process, doubled to LEAST_BATCH and on while that leaves a run STEPS steps, up to what other
-    stages take; and why, in one line."""
+    """(tokens of a step, the reason in one line): a row for each process, doubled up to LEAST_BATCH and further while
+    the run keeps STEPS steps, at most as many as in other stages."""
     args = job.args
     total = args.tokens if args.tokens is not None else round(args.passes * args.scaled(train.num_tokens))
-    most, batch = job.usual_batch, args.row * job.parallel.world_size
+    most, batch = usual_batch(job), args.row * job.parallel.world_size
     while batch < LEAST_BATCH or (2 * batch <= most and total >= 2 * batch * STEPS):
         batch *= 2
     reason = f"--batch-tokens {batch}: {-(-total // batch):,} steps for {total:,} tokens"
@@ -164,43 +166,44 @@ def batch_tokens(job: Job, train: Corpus) -> tuple[int, str]:
 
 
 def check_adapter(job: Job, adapter: str, new_tokenizer: bool) -> None:
-    """Its weights are part of what makes the run; ValueError where it was trained with another tokenizer."""
+    """Make the adapter's weights part of the run's identity. Raises ValueError where another tokenizer trained it."""
     folder = adapter_folder(Path(adapter))
-    own = tokenizer_beside(folder)
-    if own is not None:
+    tokenizer = tokenizer_beside(folder)
+    if tokenizer is not None:
         way_out = "take the tokenizer of the adapter with --tokenizer, or add --new-tokenizer to --tokenizer"
-        require_same_ids(job.tokenizer, "the model", own, f"--adapter {adapter}", way_out, new_tokenizer)
-    if folder.is_dir():  # else load_adapter says what is missing
-        job.refer("adapter", folder)
-        assert job.origin.weights is not None
-        if other := another_base(folder, job.origin.weights):
+        require_same_ids(job.tokenizer, "the model", tokenizer, f"--adapter {adapter}", way_out, new_tokenizer)
+    if folder.is_dir():  # otherwise load_adapter reports what is missing
+        job.add_reference("adapter", folder)
+        assert job.initial.weights is not None
+        if other := another_base(folder, job.initial.weights):
             job.notes.append(f"--adapter {adapter}: {other}; right if that is the same model in another form")
 
 
-def give_adapter(model: Model, args: Args, config: LoRAConfig) -> None:
+def make_adapter(model: Model, args: Args, config: LoRAConfig) -> None:
     if args.adapter is None:
         add_adapter(model, config)
     else:
         load_adapter(model, args.adapter, trainable=True)
 
 
-def evaluate(model: Model, parts: DataSplit, kept: Corpus | None, job: Job, args: Args, final: bool) -> dict[str, Any]:
-    """What is learnt, and what is kept: at the end also what there was to keep."""
-    figures = chat_figures(model, parts, job, args, final)
-    if kept is None or parts.heldout is None or not args.questions:
+def evaluate(model: Model, split: DataSplit, kept: Corpus | None, job: Job, args: Args, final: bool) -> dict[str, Any]:
+    """Figures of the new data and of the kept answers; the final ones also without the adapter."""
+    figures = chat_figures(model, split, job, args, final)
+    if kept is None or split.heldout is None or not args.questions:
         return figures
-    figures |= answered(model, kept, job, args, final, "kept")
-    said = f"{figures['kept_exact']:.1%} of {figures['kept_questions']} other answers to the letter"
+    questions = chat_questions(kept, args, final)
+    figures |= exact_figures(model, questions, job, "kept")
+    line = f"{figures['kept_exact']:.1%} of {figures['kept_questions']} other answers to the letter"
     if final:
         with adapters_off(model):
-            figures["base_exact"] = answered(model, kept, job, args, final, "kept")["kept_exact"]
-        said += f", {figures['base_exact']:.1%} without the adapter"
-    say(job.console, said)
+            figures["base_exact"] = exact_figures(model, questions, job, "base")["base_exact"]
+        line += f", {figures['base_exact']:.1%} without the adapter"
+    say(job.console, line)
     return figures
 
 
 def draw(run: Path) -> None:
-    """What was learnt and what was kept, over the run."""
+    """Draw the exact answers to new and to kept questions over the run."""
     labels = {
         "heldout_exact": "new questions",
         "kept_exact": "other questions",

@@ -1,26 +1,25 @@
-"""Teach a chat model by rewards with a critic beside it: `python train/ppo.py` works as it is, on made sums.
+"""Teach a chat model by rewards, with a critic: `python train/ppo.py` works as it is, on built-in sums.
 
-Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) as it is done for language models (Ouyang et al.
-2022, 2203.02155): a critic estimates at every token what the answer will be worth, generalised advantage estimation
-(1506.02438) turns that and the reward into advantages of single tokens, and both learn from every rollout in a few
-passes over parts of it. Run the same command again after any interruption and it continues where the last checkpoint
-was. Every run leaves a folder under runs/ with its metrics, curves, answers and weights; the critic lies beside the
-policy in every checkpoint.
+Proximal policy optimisation (Schulman et al. 2017, arXiv 1707.06347) as used for language models (Ouyang et al. 2022,
+2203.02155): a critic estimates the reward of the answer at every token, generalised advantage estimation (1506.02438)
+turns these values and the reward into an advantage for every token, and both models learn from each rollout in a few
+passes over parts of it. After an interruption the same command continues from the last checkpoint. A run leaves its
+metrics, curves, answers and weights in a folder under runs/; every checkpoint has the critic beside the policy.
 
-Choices where implementations differ: the KL to the model the run began with is taken off the reward of every token
-(k1, as Ziegler et al. 2019, 1909.08593, do) or, with --kl-in loss, added to the loss (k3); advantages are normalised
-over the rollout; the value's clip is that of OpenAI's baselines, its width a share of what the critic is off by; an
-answer that was cut off has the score of what stands there, and nothing is expected behind it; the ratio is to the
-engine's log-probabilities at the time of sampling.
+Choices where implementations differ: the KL to the initial model is subtracted from the reward of every token (k1, as
+in Ziegler et al. 2019, 1909.08593) or, with --kl-in loss, added to the loss (k3); advantages are normalised over the
+rollout; values are clipped as in OpenAI's baselines, within a share of the critic's error; an answer that was cut off
+is scored as it is, with no value expected after it; the ratio is to the engine's log-probabilities at the time of
+sampling.
 
-A critic knows nothing at first. With values of 0, advantages say how near the end a token stood, and the end token wins
-whatever its answer was worth; therefore the values are shifted by what those of the answers' first states miss of the
-rewards on average (advantages.value_shift). The gradients of actor and critic are clipped apart: the critic's norm is
-the larger one, and would decide how far the actor goes.
+A new critic knows nothing. With values of 0, advantages would only show how close to the end a token is, and the end
+token would win in every answer; therefore the values are shifted by the mean difference between rewards and values of
+the first states (advantages.value_shift). The gradients of actor and critic are clipped separately: the critic's norm
+is larger and would determine the actor's step.
 
-A low explained_variance in metrics.jsonl need not be the critic's fault. Of the built-in sums' reward as the weak model
-answers them, the prompt decides 1% of the variance and the answer's first token 20%; the rest is known when the answer
-stands, and then to those alone who can check a sum (estimated from 64 answers to each of 64 prompts).
+A low explained_variance in metrics.jsonl need not be the critic's fault. For the built-in sums and the weak model, the
+prompt explains 1% of the reward's variance and the first token of the answer 20%; the rest depends on the finished
+answer, and on being able to check a sum (estimated from 64 answers to each of 64 prompts).
 """
 
 from __future__ import annotations
@@ -44,7 +43,9 @@ from minimind.objectives.advantages import gae, token_rewards, value_shift, whit
 from minimind.objectives.policy import PolicyBatch, policy_loss
 from minimind.objectives.surrogates import Objective, clip, with_terms
 from minimind.objectives.values import actor_critic_loss, explained_variance, value_loss, value_room
-from minimind.training.adapters import saver
+from minimind.training.adapters import adapter_saver
+from minimind.training.job import run_script
+from minimind.training.optim import ClipGroup
 from minimind.training.rl.actor_critic import (
     ActorCritic,
     critic_of,
@@ -54,53 +55,51 @@ from minimind.training.rl.actor_critic import (
     with_value_head,
 )
 from minimind.training.rl.arguments import RolloutArgs
-from minimind.training.rl.collector import parts, per_answer
+from minimind.training.rl.collector import chunks, per_answer
 from minimind.training.rl.loader import pack
 from minimind.training.rl.rollouts import Answer
-from minimind.training.rl.stage import Rollouts
-from minimind.training.script import run_script
-from minimind.training.trainer import ClipGroup, StageLoss
+from minimind.training.rl.stage import RolloutStage
+from minimind.training.trainer import StageLoss
 from minimind.value_head import ValueModel, ValueOutput
 
-NANO_LR = 2e-4  # peak rate of nano, of a few that were tried; others' by rl.stage.peak_lr
+NANO_LR = 2e-4  # nano's peak learning rate, the best of a few; rl.stage.scaled_lr has the others
 
 
 @dataclass(frozen=True)
 class Args(RolloutArgs):
-    """Learn from answers and a critic of them. Every default works."""
+    """Learn from answers, with a critic. All defaults work."""
 
     rollouts: int = 40
-    """How often answers are sampled from the model as it then is."""
+    """Number of rollouts, each sampled from the current model."""
     prompts: int = 256
-    """Prompts of a rollout."""
+    """Prompts in a rollout."""
     samples: int = 1
     """Answers to each prompt."""
     minibatches: int = 2
-    """Optimizer steps on each pass over a rollout, each on a part of its answers."""
+    """Optimizer steps in each pass over a rollout, each on a part of its answers."""
     inner_epochs: int = 2
     """Passes over each rollout."""
     critic: Literal["own", "shared"] = "own"
-    """own: a second model that begins with the policy's weights, with --lora-rank a second adapter on them; shared: a
-    head on the policy."""
+    """own: a second model that starts with the policy's weights, or with --lora-rank a second adapter on them; shared:
+    a head on the policy."""
     clip_range: float = 0.2
-    """The ratio has no gradient outside 1 +- clip_range where it would go on."""
+    """The ratio has no gradient outside 1 +- clip_range that would move it further out."""
     critic_lr: float | None = None
-    """Peak rate of the critic, or with --critic shared of its head. None: as --lr."""
+    """Peak learning rate of the critic, or of its head with --critic shared. None: that of the policy."""
     value_clip: float | None = 0.2
-    """Values move no further than this from the old ones in a rollout, as a share of the root mean square of what they
-    are off by."""
+    """Largest change of a value within a rollout, as a share of the root mean square of the values' errors."""
     value_weight: float = 0.5
-    """Weight of the critic's loss, which with --critic own changes nothing where its gradients are clipped."""
+    """Weight of the critic's loss; with --critic own it has no effect where its gradients are clipped."""
     gamma: float = 1.0
     """Discount of later rewards."""
     lam: float = 0.95
     """GAE's lambda: 1 trusts the rewards alone, 0 the critic."""
     beta: float = 0.02
-    """Weight of the KL to the model that the run began with; 0 keeps no such model."""
+    """Weight of the KL to the initial model; 0 keeps no copy of it."""
     kl_in: Literal["reward", "loss"] = "reward"
-    """Where the KL stands."""
+    """Subtract the KL from the reward, or add it to the loss."""
     entropy: float = 0.0
-    """Weight of the entropy, which keeps answers varied."""
+    """Weight of an entropy bonus, which keeps answers varied."""
 
     def check(self) -> None:
         super().check()
@@ -117,11 +116,11 @@ class Args(RolloutArgs):
 
 
 def main(args: Args, console: Console) -> bool:
-    """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
+    """Run the stage; False when training was interrupted. Raises ValueError, in one line, for bad input."""
     kl = args.beta if args.kl_in == "loss" else 0.0
     objective = with_terms(partial(clip, low=args.clip_range), kl, args.entropy)
-    run = Rollouts.begin("ppo", args, "token", console)
-    make = ActorCritic.of if args.critic == "own" else with_value_head
+    run = RolloutStage.begin("ppo", args, "token", console)
+    make = ActorCritic.from_policy if args.critic == "own" else with_value_head
     run.build(
         partial(advantages, args),
         make=make,
@@ -129,39 +128,39 @@ def main(args: Args, console: Console) -> bool:
         annotate=lambda answers: estimate(critic_of(run.model), answers, run),
     )
     loss = partial(both_losses, args, objective, run)
-    lr = args.lr or run.rate(NANO_LR)
-    apart = ClipGroup("critic", critic_parameters(run.model), (args.critic_lr or lr) / lr)
+    lr = args.lr or run.peak_lr(NANO_LR)
+    critic = ClipGroup("critic", critic_parameters(run.model), (args.critic_lr or lr) / lr)
     return run.fit(
         loss,
         NANO_LR,
-        [describe(args, apart.rate * lr)],
-        save_model=partial(save_both, save=saver(run.job)) if args.lora_rank else save_both,
+        [describe(args, critic.rate * lr)],
+        save_model=partial(save_both, save=adapter_saver(run.job)) if args.lora_rank else save_both,
         load_model=load_both,
-        apart=[apart],
+        clip_groups=[critic],
     )
 
 
 def describe(args: Args, critic_lr: float) -> str:
-    held = "not clipped" if args.value_clip is None else f"clipped at {args.value_clip:g} of what they are off by"
+    clipping = "not clipped" if args.value_clip is None else f"clipped at {args.value_clip:g} of their error"
     return (
-        f"critic: {args.critic}, peak rate {critic_lr:.2g}; values shifted to the rewards' level, {held}; "
-        "its gradients are clipped apart from the policy's"
+        f"critic: {args.critic}, peak rate {critic_lr:.2g}; values shifted to the rewards' level, {clipping}; "
+        "its gradients are clipped separately from the policy's"
     )
 
 
 @torch.no_grad()
-def estimate(critic: ValueModel, answers: list[Answer], run: Rollouts) -> None:
-    """The critic's values of the states that tokens were drawn from."""
+def estimate(critic: ValueModel, answers: list[Answer], run: RolloutStage) -> None:
+    """Set the critic's values of the states before the answers' tokens."""
     critic.eval()
-    for part in parts(answers):
+    for part in chunks(answers):
         batch = pack(part, run.job.device, 0, 0, run.shape)
         values = cast(ValueOutput, critic(batch.input_ids, cu_seqlens=batch.cu_seqlens)).values
-        for a, own in zip(part, per_answer(values, batch.targets, part), strict=True):
-            a.values = own
+        for a, answer_values in zip(part, per_answer(values, batch.targets, part), strict=True):
+            a.values = answer_values
 
 
 def advantages(args: Args, answers: list[Answer]) -> dict[str, float]:
-    """Of single tokens, by generalised advantage estimation, normalised over all; and what the critic learns."""
+    """Set advantages by generalised advantage estimation, normalised over the rollout, and the critic's returns."""
     lengths = [len(a.ids) for a in answers]
     samples = torch.repeat_interleave(torch.arange(len(answers)), torch.tensor(lengths))
 
@@ -174,26 +173,26 @@ def advantages(args: Args, answers: list[Answer]) -> dict[str, float]:
     rewards = token_rewards(scores, samples, tokens("log_probs"), reference, kl)
     values = tokens("values")
     shift = value_shift(rewards, values, samples, args.gamma)
-    found, returns = gae(rewards, values + shift, samples, args.gamma, args.lam)
+    raw, returns = gae(rewards, values + shift, samples, args.gamma, args.lam)
     learnt = torch.tensor([not a.masked for a in answers])[samples]
-    whitened = torch.zeros_like(found).masked_scatter(learnt, whiten(found[learnt]))
+    whitened = torch.zeros_like(raw).masked_scatter(learnt, whiten(raw[learnt]))
     room = None if args.value_clip is None else value_room(values, returns, args.value_clip)
-    for a, own, goal in zip(answers, whitened.split(lengths), returns.split(lengths), strict=True):
-        a.advantages, a.returns = own.float().numpy(), goal.float().numpy()
+    for a, advantages_of, returns_of in zip(answers, whitened.split(lengths), returns.split(lengths), strict=True):
+        a.advantages, a.returns = advantages_of.float().numpy(), returns_of.float().numpy()
         a.room = None if room is None else np.full(len(a.ids), float(room), np.float32)
     explained = explained_variance(values, returns)
     return {"value": float(values.mean()), "value_shift": float(shift), "explained_variance": float(explained)}
 
 
-def both_losses(args: Args, objective: Objective, run: Rollouts, batch: PolicyBatch) -> StageLoss:
-    """The policy's loss and the critic's."""
+def both_losses(args: Args, objective: Objective, run: RolloutStage, batch: PolicyBatch) -> StageLoss:
+    """The sum of the policy's loss and the critic's."""
     settings: dict[str, Any] = {"entropy": args.entropy != 0}
     if args.critic == "shared":
         settings["value_weight"] = args.value_weight
         return actor_critic_loss(cast(ValueModel, run.trained), batch, objective, **settings)
-    loss, aux, told = policy_loss(run.trained, batch, objective, **settings)
-    error, critic_aux, critic_told = value_loss(critic_of(run.model), batch)
-    return loss + args.value_weight * error, aux + critic_aux, told | critic_told
+    loss, aux, figures = policy_loss(run.trained, batch, objective, **settings)
+    error, critic_aux, critic_figures = value_loss(critic_of(run.model), batch)
+    return loss + args.value_weight * error, aux + critic_aux, figures | critic_figures
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Teach a pretrained model to answer: `python train/sft.py` goes on from the newest pretraining run.
+"""Teach a pretrained model to answer: `python train/sft.py` continues from the newest pretraining run.
 
-Supervised fine-tuning on packed conversations; the loss is that of the assistant's words and of the token that ends
-its turn. Run the same command again after any interruption and it continues where the last checkpoint was. Every run
-leaves a folder under runs/ with its metrics, plot, answers and weights.
+Supervised fine-tuning on packed conversations; the loss covers the assistant's words and the token that ends its turn.
+After an interruption the same command continues from the last checkpoint. A run leaves its metrics, plot, answers and
+weights in a folder under runs/.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from minimind.data.builtin.arithmetic import weak_arithmetic
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import FromFlag
-from minimind.training.heldout import describe
-from minimind.training.job import Job, Objective
-from minimind.training.origin import begin_from
-from minimind.training.script import run_script
+from minimind.training.evaluation import describe_batch
+from minimind.training.initial_model import from_newest
+from minimind.training.job import Job, run_script
 from minimind.training.stages.chats import ChatArgs, chat_figures, chat_sample, describe_chats, open_chats
+from minimind.training.trainer import Stage
 
 # Peak rates by preset; not tuned yet.
 PEAK_LR = {"nano": 2e-3, "minimind2-small": 5e-4}
@@ -37,7 +37,7 @@ PEAK_LR = {"nano": 2e-3, "minimind2-small": 5e-4}
 
 @dataclass(frozen=True)
 class Args(ChatArgs):
-    """Fine-tune a language model on conversations. Every default works after train/pretrain.py."""
+    """Fine-tune a language model on conversations. All defaults work after train/pretrain.py."""
 
     from_: FromFlag = None
     """The pretrained model: a run folder, a Hugging Face folder, or an upstream .pth (with --preset and
@@ -45,12 +45,12 @@ class Args(ChatArgs):
     weights."""
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [{"role": ..., "content": ...},
-    ...]} rows. None: a few thousand short conversations that come with the program. builtin:arithmetic: sums whose
-    answers are mostly wrong, for train/grpo.py, ppo.py and spo.py to go on from.
+    ...]} rows. None: a few thousand built-in short conversations. builtin:arithmetic: sums whose answers are mostly
+    wrong, as a start for train/grpo.py, ppo.py and spo.py.
     FILE:2 draws twice as many of its rows as FILE:1 (docs/data.md)."""
     epochs: float | None = None
-    """Passes over the training part of the data. None: 3 over the built-in conversations, 2 over others, more where
-    they are few (docs/training.md)."""
+    """Passes over the training data. None: 3 over the built-in conversations, 2 over others, more where they are few
+    (docs/training.md)."""
 
     @property
     def legacy(self) -> dict[str, Any]:
@@ -58,28 +58,28 @@ class Args(ChatArgs):
 
 
 def main(args: Args, console: Console) -> bool:
-    """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
+    """Run the stage; False when training was interrupted. Raises ValueError, in one line, for bad input."""
     weak = args.data == (WEAK,)
     if args.from_ is None and not weak:
-        args = dataclasses.replace(args, from_=begin_from(args, "pretrain"))
+        args = dataclasses.replace(args, from_=from_newest(args, "pretrain"))
     job = Job.begin("sft", args, console)
     make = weak_arithmetic if weak else builtin_conversations
     data = () if weak else args.data
     builtin = () if data else make(args.cache_dir, console)
-    parts = open_chats(job, data, args.heldout_data, ChatEncoder(job.tokenizer), builtin)
-    args, train, heldout = cast(Args, job.args), parts.train, parts.heldout
-    plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=parts.mixture))
+    split = open_chats(job, data, args.heldout_data, ChatEncoder(job.tokenizer), builtin)
+    args, train, heldout = cast(Args, job.args), split.train, split.heldout
+    plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=split.mixture))
     job.open_run()
     model, trained = job.build_model()
-    objective = Objective(
+    stage = Stage(
         loss=lambda batch: next_token_loss(trained, batch),
-        evaluate=lambda final: chat_figures(model, parts, job, args, final),
+        evaluate=lambda final: chat_figures(model, split, job, args, final),
         sample=lambda: chat_sample(job.parallel.whole(model), heldout or train, job, args),
-        describe=lambda batch: describe(batch, train, job.tokenizer),
-        data_fingerprint=parts.fingerprint,
-        peak_lr=PEAK_LR.get(job.origin.preset, 5e-4),
+        describe=lambda batch: describe_batch(batch, train, job.tokenizer),
+        data_fingerprint=split.fingerprint,
+        peak_lr=PEAK_LR.get(job.initial.preset, 5e-4),
     )
-    return job.fit(plan, model, objective, describe_chats(parts, plan))
+    return job.fit(plan, model, stage, describe_chats(split, plan))
 
 
 if __name__ == "__main__":

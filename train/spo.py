@@ -1,20 +1,19 @@
-"""Teach a chat model by rewards, one answer to each prompt: `python train/spo.py` works as it is, on made sums.
+"""Teach a chat model by rewards, one answer to each prompt: `python train/spo.py` works as it is, on built-in sums.
 
-Single-stream policy optimisation (Xu & Ding 2025, arXiv 2509.13232; docstring of minimind/objectives/value_tracker.py).
-Every prompt has a running estimate of how well the model does on it, which outlives the rollout; an answer is better or
-worse than that, and advantages are normalised over the whole rollout. No prompt needs a group of answers, no rollout is
-lost to groups that agree, and prompts whose outcome is least certain are asked most often. Run the same command again
-after any interruption and it continues where the last checkpoint was. Every run leaves a folder under runs/ with its
-metrics, curves, answers and weights.
+Single-stream policy optimisation (Xu & Ding 2025, arXiv 2509.13232; minimind/objectives/value_tracker.py). Every prompt
+has a running estimate of the model's success on it, kept between rollouts; an answer's advantage is its reward over
+that estimate, and advantages are normalised over the whole rollout. No prompt needs a group of answers, no rollout is
+lost to groups that agree, and prompts of uncertain outcome are drawn most often. After an interruption the same command
+continues from the last checkpoint. A run leaves its metrics, curves, answers and weights in a folder under runs/.
 
-Departures from the paper, besides those of the tracker: the policy's drift between two rollouts is measured on the
-answers of the first of them, up to 64, as mean |log p - log mu| per token; where the engine computes in bf16 its
-rounding is part of that. The prompts' first estimates are 1/2, not those of answers sampled for the purpose. The loss
-is PPO's clip as a mean over all tokens; a KL in the loss is optional.
+Departures from the paper, besides those of the tracker: the policy's drift between two rollouts is measured on up to 64
+answers of the first one, as mean |log p - log mu| per token, which includes the engine's rounding in bf16. All prompts
+start at an estimate of 1/2, without answers sampled for it. The loss is PPO's clip as a mean over all tokens; a KL in
+the loss is optional.
 
-Success is a share of a range of rewards (--reward-range). Where every reward has bounds these are it; a reward model
-has none, and there the rewards are normalised and three standard deviations to either side are the range. What lies
-outside counts as the nearer end.
+Success is a position in a range of rewards (--reward-range), by default the bounds of all rewards. A reward model has
+none; then rewards are normalised and the range is three standard deviations to either side. Rewards outside the range
+are clipped.
 """
 
 from __future__ import annotations
@@ -38,44 +37,44 @@ from minimind.objectives.policy import policy_loss
 from minimind.objectives.surrogates import clip, with_terms
 from minimind.objectives.value_tracker import ValueTracker
 from minimind.rewards import Rewards
+from minimind.training.job import run_script
 from minimind.training.rl.arguments import NormName, RolloutArgs
 from minimind.training.rl.rollouts import Answer, DrawnPrompt
-from minimind.training.rl.stage import Rollouts
-from minimind.training.script import run_script
+from minimind.training.rl.stage import RolloutStage
 from minimind.utils.display import say
 
-NANO_LR = 5e-5  # peak rate of nano, of a few that were tried; others' by rl.stage.peak_lr
-DEVIATIONS = 3.0  # to either side of the mean: the range of rewards without bounds
-_MEASURED = 64  # answers by which the drift is measured
+NANO_LR = 5e-5  # nano's peak learning rate, the best of a few; rl.stage.scaled_lr has the others
+DEVIATIONS = 3.0  # range of rewards without bounds, to either side of the mean
+_DRIFT_ANSWERS = 64  # answers that measure the policy's drift
 
 
 @dataclass(frozen=True)
 class Args(RolloutArgs):
-    """Learn from single answers. Every default works."""
+    """Learn from single answers. All defaults work."""
 
     rollouts: int = 80
-    """How often answers are sampled from the model as it then is."""
+    """Number of rollouts, each sampled from the current model."""
     prompts: int = 256
-    """Prompts of a rollout, all different."""
+    """Prompts in a rollout, all different."""
     samples: int = 1
-    """One: --prompts says how many answers a rollout has."""
+    """Always 1: --prompts sets the number of answers in a rollout."""
     minibatches: int | None = 4
-    """Optimizer steps on each pass over a rollout, each on a part of its answers: with one alone the ratio is 1 and the
-    clip does nothing."""
+    """Optimizer steps in each pass over a rollout, each on a part of its answers; with a single step the ratio is 1 and
+    the clip has no effect."""
     reward_range: tuple[float, float] | None = None
-    """The rewards that count as failure and as success, weights included and normalised where --reward-norm says so;
-    what lies outside is counted and taken for the nearer one. None: the bounds of the rewards, or where one of them has
-    none, --reward-clip, or else -3 to 3 of rewards that are normalised."""
+    """Rewards that count as failure and as success, with weights and --reward-norm applied; those outside are clipped
+    and counted. None: --reward-clip, or the bounds of the rewards, or -3 to 3 with normalised rewards if one has no
+    bounds."""
     clip_low: float = 0.2
-    """The ratio has no gradient below 1 - clip_low where it would fall."""
+    """The ratio has no gradient below 1 - clip_low that would lower it."""
     clip_high: float = 0.28
-    """The ratio has no gradient above 1 + clip_high where it would rise."""
+    """The ratio has no gradient above 1 + clip_high that would raise it."""
     beta: float = 0.0
-    """Weight of the KL (k3, per token) to the model that the run began with; 0 keeps no such model."""
+    """Weight of the KL (k3, per token) to the initial model; 0 keeps no copy of it."""
     entropy: float = 0.0
-    """Weight of the entropy, which keeps answers varied."""
+    """Weight of an entropy bonus, which keeps answers varied."""
     half: float = 0.06
-    """The drift of the policy at which half of what was seen of a prompt is forgotten."""
+    """Drift of the policy at which half of a prompt's history is forgotten."""
 
     def check(self) -> None:
         super().check()
@@ -83,13 +82,13 @@ class Args(RolloutArgs):
 
 
 def main(args: Args, console: Console) -> bool:
-    """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
+    """Run the stage; False when training was interrupted. Raises ValueError, in one line, for bad input."""
     if args.samples != 1:
         raise ValueError(f"--samples {args.samples}: there is one answer to a prompt; set --prompts instead")
     objective = with_terms(partial(clip, low=args.clip_low, high=args.clip_high), args.beta, args.entropy)
-    run = Rollouts.begin("spo", args, "token", console)
+    run = RolloutStage.begin("spo", args, "token", console)
     if args.prompts > len(run.train):
-        say(console, f"--prompts {args.prompts}: there are {len(run.train)}, all of which every rollout asks")
+        say(console, f"--prompts {args.prompts}: there are only {len(run.train)}; every rollout uses all of them")
         run.args = dataclasses.replace(run.args, prompts=len(run.train))
     (low, high), norm, reason = range_of(args, run.rewards)
     run.args = dataclasses.replace(run.args, reward_norm=norm)
@@ -99,7 +98,7 @@ def main(args: Args, console: Console) -> bool:
         stream=UncertainPrompts(tracker, args.seed),
         keepers={"tracker": TrackerState(tracker)},
         with_reference=args.beta > 0,
-        before=lambda answers: tracker.advance(float(run.collector.moved(answers, _MEASURED).mean())),
+        before=lambda answers: tracker.advance(float(run.collector.policy_change(answers, _DRIFT_ANSWERS).mean())),
     )
     loss = partial(policy_loss, run.trained, objective=objective, entropy=args.entropy != 0)
     line = f"success: rewards from {low:g} to {high:g}, {reason}"
@@ -107,7 +106,7 @@ def main(args: Args, console: Console) -> bool:
 
 
 def range_of(args: Args, rewards: Rewards) -> tuple[tuple[float, float], NormName, str]:
-    """(the range that success is a share of, --reward-norm as it is to be, why)."""
+    """(the rewards of failure and success, the --reward-norm to use, the reason)."""
     norm = args.reward_norm
     if args.reward_range is not None:
         return args.reward_range, norm, "as --reward-range says"
@@ -121,31 +120,31 @@ def range_of(args: Args, rewards: Rewards) -> tuple[tuple[float, float], NormNam
 
 
 def advantages(tracker: ValueTracker, console: Console, answers: list[Answer]) -> dict[str, float]:
-    """Give every token of an answer how much better than the tracked value it is, and take the rewards in."""
+    """Set every token's advantage to the answer's score over the tracked value, normalised; update the tracker."""
     prompts = np.array([a.prompt for a in answers])
     scores = np.array([a.score for a in answers])
     values, clamped = tracker.values(prompts), tracker.clamped
-    found = whiten(torch.from_numpy(tracker.observe(prompts, scores)))
-    for answer, value in zip(answers, found.tolist(), strict=True):
+    whitened = whiten(torch.from_numpy(tracker.observe(prompts, scores)))
+    for answer, value in zip(answers, whitened.tolist(), strict=True):
         answer.advantages = np.full(len(answer.ids), value, np.float32)
     outside = tracker.clamped - clamped
     if outside and not clamped:
         say(
             console,
             f"{outside} of {len(answers)} rewards, {scores.min():g} to {scores.max():g}, lie outside --reward-range "
-            f"{tracker.low:g} {tracker.high:g} and count as the nearer end (reward_clamped in metrics.jsonl)",
+            f"{tracker.low:g} {tracker.high:g} and are clipped to it (reward_clamped in metrics.jsonl)",
         )
-    held = np.clip(scores, tracker.low, tracker.high)
+    clipped = np.clip(scores, tracker.low, tracker.high)
     return {
         "value": float(values.mean()),
-        "value_error": float(np.square(held - values).mean()),
+        "value_error": float(np.square(clipped - values).mean()),
         "reward_clamped": outside / len(answers),
     }
 
 
 @dataclass(frozen=True)
 class UncertainPrompts:
-    """Prompts drawn by the tracker's weights."""
+    """A stream that draws prompts by the tracker's weights."""
 
     tracker: ValueTracker
     seed: int
@@ -157,7 +156,7 @@ class UncertainPrompts:
 
 @dataclass(frozen=True)
 class TrackerState:
-    """The tracker as a checkpoint keeps it: plain values and tensors."""
+    """The tracker's state as a checkpoint stores it: plain values and tensors."""
 
     tracker: ValueTracker
 

@@ -33,9 +33,9 @@ from minimind.tokenization.training import train_bpe
 from minimind.utils.display import say
 from minimind.utils.startup import command_line, prepare_output, started
 
-Read = Callable[..., Iterator[str]]  # iter_texts, told how
+ReadTexts = Callable[..., Iterator[str]]  # iter_texts with its options bound
 SAMPLE_BYTES = 2_000_000
-# --overwrite removes nothing else.
+# --overwrite only removes these.
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"}
 
 
@@ -48,25 +48,25 @@ class Config:
     out: Path
     """Folder to write tokenizer.json and tokenizer_config.json into."""
     vocab_size: int = 6400
-    """Entries in all: 256 bytes, the special tokens, and merges."""
+    """Number of entries: 256 bytes, the special tokens, and merges."""
     weights: tuple[float, ...] = ()
-    """One per --data entry: 3 uses its texts three times, 0.1 every tenth of them. Left out: 1 for all."""
+    """One per --data entry: 3 repeats its texts three times, 0.1 uses every tenth. Empty: 1 for all."""
     eval_data: tuple[str, ...] = ()
-    """Data to measure on instead of a sample; no text that occurs in it is trained on."""
+    """Data to measure on instead of a sample of --data. Its texts are not trained on."""
     min_frequency: int = 2
-    """Pairs seen less often are never merged."""
+    """Rarer pairs are never merged."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What to do with a row that cannot be read."""
+    """Stop at a row that cannot be read, or skip it."""
     format: FormatName = "auto"
-    """The form of the rows: auto, ours and upstream's; messages, OpenAI's and trl's; sharegpt; alpaca."""
+    """Format of the rows: auto (ours and upstream's), messages (OpenAI, trl), sharegpt or alpaca."""
     ignore_fields: tuple[str, ...] = ()
-    """Fields of rows and messages that are left out: one that is not known is an error."""
+    """Fields of rows and messages to ignore. An unknown field is an error."""
     overwrite: bool = False
     """Replace an existing folder."""
 
 
 def main(config: Config) -> None:
-    """Train, save and measure. Raises ValueError for a setting or a file that cannot be used."""
+    """Train, save and measure. Raises ValueError for an unusable setting or file."""
     check_out(config)
     sources = weighted_sources(config)
     read = partial(iter_texts, on_bad_row=config.on_bad_row, form=RowFormat(config.format, config.ignore_fields))
@@ -82,13 +82,13 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.out)
     print(f"{config.out}: {tokenizer.vocab_size} entries, fingerprint {tokenizer.fingerprint[:12]}")
     if tokenizer.vocab_size < config.vocab_size:
-        print(f"fewer than --vocab-size {config.vocab_size}: the data has no more pairs to merge")
+        print(f"fewer entries than --vocab-size {config.vocab_size}: the data has no more pairs to merge")
     for path in eval_paths(config) or [path for path, _ in sources]:
         report(path, tokenizer, read)
 
 
 def check_out(config: Config) -> None:
-    """Raise ValueError unless config.out may be written."""
+    """Raise ValueError unless the output folder may be written."""
     if config.out.exists() and not config.out.is_dir():
         raise ValueError(f"--out {config.out} is a file; name a folder")
     names = {path.name for path in config.out.iterdir()} if config.out.is_dir() else set()
@@ -104,23 +104,23 @@ def weighted_sources(config: Config) -> list[tuple[Path, float]]:
     if len(weights) != len(config.data):
         raise ValueError(f"--weights has {len(weights)} numbers for {len(config.data)} entries of --data")
     if not all(0 <= weight < math.inf for weight in weights):
-        raise ValueError(f"--weights {' '.join(f'{w:g}' for w in weights)}: numbers of 0 or more")
-    found: dict[Path, tuple[Path, float]] = {}
+        raise ValueError(f"--weights {' '.join(f'{w:g}' for w in weights)}: give numbers of 0 or more")
+    sources: dict[Path, tuple[Path, float]] = {}
     for entry, weight in zip(config.data, weights, strict=True):
         for path in expand_paths([entry]):
-            if config.weights and path.resolve() in found:
+            if config.weights and path.resolve() in sources:
                 raise ValueError(f"--data: {path} is in two entries; give it one weight")
-            found.setdefault(path.resolve(), (path, weight))
-    return list(found.values())
+            sources.setdefault(path.resolve(), (path, weight))
+    return list(sources.values())
 
 
 def eval_paths(config: Config) -> list[Path]:
-    """Files of --eval-data, in order."""
+    """The files of --eval-data, in order."""
     return expand_paths(config.eval_data) if config.eval_data else []
 
 
-def stream(sources: list[tuple[Path, float]], read: Read, held_out: set[str], progress: Progress) -> Iterator[str]:
-    """Texts of all sources, each repeated or thinned out evenly by its weight."""
+def stream(sources: list[tuple[Path, float]], read: ReadTexts, held_out: set[str], progress: Progress) -> Iterator[str]:
+    """Yield the texts of all sources, each source repeated or thinned out evenly by its weight."""
     for number, (path, weight) in enumerate(sources, 1):
         task = progress.add_task(f"reading {number}/{len(sources)} {path.name}", total=path.stat().st_size)
         owed, bad = 0.0, BadRows()
@@ -139,7 +139,7 @@ def stream(sources: list[tuple[Path, float]], read: Read, held_out: set[str], pr
 
 
 def save_atomically(tokenizer: Tokenizer, out: Path) -> None:
-    """Write beside the goal and rename, so that `out` is never half a tokenizer."""
+    """Write to a temporary folder and rename it, so that `out` is never incomplete."""
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as staged:
@@ -155,8 +155,8 @@ def save_atomically(tokenizer: Tokenizer, out: Path) -> None:
             raise
 
 
-def report(path: Path, tokenizer: Tokenizer, read: Read) -> None:
-    """Print how well the tokenizer packs the first megabytes of a file."""
+def report(path: Path, tokenizer: Tokenizer, read: ReadTexts) -> None:
+    """Print the bytes per token of the first megabytes of a file."""
     sample, size = [], 0
     for text in read(path):
         sample.append(text)

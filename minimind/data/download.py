@@ -133,7 +133,7 @@ class Args:
     repo: str = "gongjy/minimind_dataset"
     """The data set repository, owner/name."""
     endpoint: str | None = None
-    """Another address of the hub, such as a mirror. Default: the hub's own, or $HF_ENDPOINT for Hugging Face."""
+    """Another address of the hub, such as a mirror. None: the hub's own, or $HF_ENDPOINT for Hugging Face."""
     out: str = "dataset"
     """The folder to write the files to."""
 

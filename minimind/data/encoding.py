@@ -186,7 +186,7 @@ class PreferenceRecipe:
         rows = self.encoder.encode([side for document in documents for side in document.sides])
         if self.longest is not None:
             for i, document in enumerate(documents):
-                rows[2 * i : 2 * i + 2] = self._shortened(document, *rows[2 * i : 2 * i + 2], self.longest)
+                rows[2 * i : 2 * i + 2] = self._shortened(document, rows[2 * i], rows[2 * i + 1], self.longest)
         codes = [loss_codes(row.trained, row.markers, row.ends) for row in rows]
         for first in codes:
             first[0] = NONE  # no token before it predicts it

@@ -1,7 +1,7 @@
-"""Low-rank adapters as any stage trains them: --lora-rank and its relatives, and what such a run reads and keeps.
+"""Low-rank adapters in any stage: the flags --lora-rank and so on, the setup of the model, and checkpoints.
 
-The base stays frozen. What a stage compares the model with is then the base with the adapter off, of which there is no
-second copy, and a checkpoint holds the adapter alone, in peft's form, with a fingerprint of its base.
+The base model stays frozen. It also serves as the reference model, with the adapter switched off, so that there is no
+second copy. A checkpoint holds only the adapter, in peft's format, with a fingerprint of its base.
 """
 
 from __future__ import annotations
@@ -24,40 +24,42 @@ from minimind.training.job import Job
 from minimind.training.parallel import Parallel, from_rank_0
 from minimind.value_head import ValueModel
 
-# Peak rate whatever the preset: an adapter starts at zero, and its size does not follow the model's. On nano 1e-3
-# taught as many answers and kept as many others, at twice the held-out loss.
+# Peak rate for all presets: an adapter starts at zero, and its size does not follow the model's. On nano 1e-3 taught
+# as many answers and kept as many others, but at twice the held-out loss.
 PEAK_LR = 2e-3
-# Of the whole model's where that is low: about ten times was best (Schulman et al. 2025, "LoRA Without Regret").
+# Multiple of the whole model's rate where that is low: ten was about best (Schulman et al. 2025, "LoRA Without
+# Regret").
 RATE = 10.0
 
 
 @dataclass(frozen=True)
 class AdapterArgs(StageArgs):
-    """Flags of a stage that can train an adapter in place of the model."""
+    """Flags of a stage that can train an adapter instead of the model."""
 
     lora_rank: int | None = None
-    """Train an adapter of this rank on the frozen model (LoRA); checkpoints hold the adapter alone. None: train the
-    model."""
+    """Train an adapter of this rank on the frozen model (LoRA); checkpoints then hold only the adapter. None: train the
+    whole model."""
     lora_alpha: float | None = None
     """With --lora-rank: the adapter is scaled by alpha / rank. None: twice the rank."""
     lora_rslora: bool = False
     """With --lora-rank: scale by alpha / sqrt(rank) instead."""
     lora_dora: bool = False
-    """With --lora-rank: train the lengths of the adapted rows too (DoRA)."""
+    """With --lora-rank: also train the lengths of the adapted rows (DoRA)."""
     lora_plus: float = 1.0
-    """With --lora-rank: rate of the adapter's B as a multiple of --lr (LoRA+, whose authors take 16)."""
+    """With --lora-rank: learning rate of the adapter's B as a multiple of --lr (LoRA+, whose authors use 16)."""
     lora_dropout: float = 0.0
-    """With --lora-rank: probability that a number does not reach the adapter, in training."""
+    """With --lora-rank: dropout of the adapter's inputs."""
     lora_targets: tuple[str, ...] = ()
-    """With --lora-rank: ends of module names, such as q_proj v_proj. None: all projections but routed experts."""
+    """With --lora-rank: ends of the names of the modules to adapt, such as q_proj v_proj. None: all projections except
+    routed experts."""
 
     def check(self) -> None:
         super().check()
-        plain = AdapterArgs()
+        defaults = AdapterArgs()
         for name in ("alpha", "rslora", "dora", "plus", "dropout", "targets"):
             value = getattr(self, f"lora_{name}")
-            if self.lora_rank is None and value != getattr(plain, f"lora_{name}"):
-                raise ValueError(f"--lora-{name}: goes with --lora-rank, which is how an adapter is asked for")
+            if self.lora_rank is None and value != getattr(defaults, f"lora_{name}"):
+                raise ValueError(f"--lora-{name}: goes with --lora-rank, which turns on the adapter")
         if self.lora_rank is None:
             return
         if not 0 < self.lora_plus < math.inf:
@@ -67,7 +69,7 @@ class AdapterArgs(StageArgs):
         self.lora()
 
     def lora(self) -> LoRAConfig | None:
-        """What is trained; None: the whole model. Raises ValueError for numbers that mean nothing."""
+        """The adapter's configuration, or None to train the whole model. Raises ValueError for impossible numbers."""
         if self.lora_rank is None:
             return None
         alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
@@ -79,69 +81,69 @@ class AdapterArgs(StageArgs):
 
 
 @dataclass(frozen=True)
-class Adapting:
-    """What is trained of a run's model: an adapter of this config, or where that is None all of it."""
+class AdapterSetup:
+    """Whether a run trains an adapter, with this `config`, or the whole model, where it is None."""
 
     job: Job
     config: LoRAConfig | None
 
     @staticmethod
-    def of(job: Job, args: AdapterArgs) -> Adapting:
-        """Before the run folder is made: ValueError where the model has no such projections, or there is none."""
+    def from_args(job: Job, args: AdapterArgs) -> AdapterSetup:
+        """Call it before the run folder is made. Raises ValueError where the model is random or has no such modules."""
         config = args.lora()
         if config is not None:
-            if job.origin.weights is None and not args.plan:
-                raise ValueError("--lora-rank: random weights learn nothing frozen; name a model with --from")
+            if job.initial.weights is None and not args.plan:
+                raise ValueError("--lora-rank: the frozen model would be random; name one with --from")
             with torch.device("meta"), torch.random.fork_rng(devices=[]):
                 add_adapter(Model(job.config), config)
-        return Adapting(job, config)
+        return AdapterSetup(job, config)
 
     def prepare(self, model: Model) -> None:
-        """As Job.build_model takes it."""
+        """Add the adapter; for Job.build_model."""
         if self.config is not None:
             add_adapter(model, self.config)
             if isinstance(model, ValueModel):
                 model.value_head.requires_grad_(True)
 
-    def rate(self, whole: float) -> float:
-        """The peak rate, where `whole` is that of the whole model."""
+    def peak_lr(self, whole: float) -> float:
+        """The peak learning rate; whole: the one of the whole model."""
         return whole if self.config is None else min(RATE * whole, PEAK_LR)
 
-    def files(self) -> dict[str, Any]:
-        """Of Objective: how checkpoints are written and read."""
+    def checkpoint_functions(self) -> dict[str, Any]:
+        """save_model and load_model of Stage, if an adapter is trained."""
         if self.config is None:
             return {}
-        return {"save_model": saver(self.job), "load_model": reload}
+        return {"save_model": adapter_saver(self.job), "load_model": load_adapter_weights}
 
     def lines(self, model: Model) -> list[str]:
-        """For the start of a run."""
+        """Lines about the adapter, printed at start."""
         if self.config is None:
             return []
         muon = self.job.args.optimizer == "muon"
-        told = ["its matrices are AdamW's: Muon takes none that are stacked"] if muon else []
+        remarks = ["AdamW trains its matrices, which are stacked: Muon cannot"] if muon else []
         if self.job.args.lr is None:
-            told.append(f"its peak rate {RATE:g} times the whole model's, but at most {PEAK_LR:g}")
-        return ["; ".join([describe_adapter(model, self.config), *told])]
+            remarks.append(f"its peak rate {RATE:g} times the whole model's, but at most {PEAK_LR:g}")
+        return ["; ".join([describe_adapter(model, self.config), *remarks])]
 
 
-def saver(job: Job) -> Any:
-    """save_model(model, folder) for the adapter of `job`'s base."""
-    weights, known = job.origin.weights, job.origin.fingerprint()
-    return lambda model, folder: save_adapter(model, folder, base_model=weights, base_fingerprint=known)
+def adapter_saver(job: Job) -> Any:
+    """save_model(model, folder) that writes an adapter of the job's initial model."""
+    weights, base = job.initial.weights, job.initial.fingerprint()
+    return lambda model, folder: save_adapter(model, folder, base_model=weights, base_fingerprint=base)
 
 
-def reload(model: Model, checkpoint: Path, parallel: Parallel) -> None:
-    """Put the adapter in `checkpoint`, read on rank 0, into the one that `model` has. All ranks call it."""
-    put(model, read_adapter(model, checkpoint) if parallel.main else {})
+def load_adapter_weights(model: Model, checkpoint: Path, parallel: Parallel) -> None:
+    """Copy the adapter in `checkpoint`, read on rank 0, into that of `model`. All ranks call it."""
+    set_parameters(model, read_adapter(model, checkpoint) if parallel.main else {})
 
 
-def put(model: Model, state: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors of rank 0 into the parameters of these names; the others stay. All ranks call it."""
+def set_parameters(model: Model, state: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors from rank 0 into the parameters with these names. All ranks call it."""
     set_model_state_dict(model, cast(dict[str, Any], dict(state)), options=from_rank_0(strict=False))
 
 
 def describe_adapter(model: Model, config: LoRAConfig) -> str:
-    """What is trained of `model`, a line."""
+    """One line about the adapter's size."""
     own = sum(p.numel() for p in model.parameters() if p.requires_grad)
     targets = " ".join(config.targets or ("all projections but routed experts",))
     return (

@@ -1,4 +1,7 @@
-"""The flags that all stages share; each script adds its own in a dataclass derived from StageArgs."""
+"""The flags that all stages share, and the values of those that are left to the data and the weights.
+
+Every script adds its own flags in a dataclass derived from StageArgs. docs/training.md has the sources of the defaults.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,19 @@ import tyro
 
 from minimind.data.mixture import parse_part
 from minimind.ops.varlen import AttentionName
-from minimind.training.optim import OptimizerName, ScheduleName
+from minimind.training.metrics import TrackerName
+from minimind.training.optim import Legs, OptimizerName, RateSchedule, ScheduleName
 from minimind.training.parallel import ParallelName, ReduceDtypeName
 from minimind.training.run_folder import ResumeMode
-from minimind.training.tracking import TrackerName
 from minimind.utils.device import PrecisionName
+from minimind.utils.files import read_json
 
 PresetName = Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "minimind3", "minimind3-moe"]
 
-FromFlag = Annotated[str | None, tyro.conf.arg(name="from")]  # `from` is a word of Python's
+FromFlag = Annotated[str | None, tyro.conf.arg(name="from")]  # `from` is a Python keyword
 
-# Flags that say nothing about the run itself.
 _PLAN = {"plan": False, "plan_gb": None, "plan_gpu": False, "plan_measure": True, "plan_json": None}
+# Flags that do not change what a run computes.
 _NOT_SAVED = {*_PLAN, "resume", "lengthen", "new_tokenizer", "out", "track", "profile", "scale"}
 _POSITIVE = ("tokens", "epochs", "seq_len", "batch_tokens", "micro_tokens", "lr", "grad_clip", "eval_tokens",
              "evals", "save_every", "keep_checkpoints", "log_every", "patience", "plan_gb")  # fmt: skip
@@ -32,139 +36,139 @@ _POSITIVE = ("tokens", "epochs", "seq_len", "batch_tokens", "micro_tokens", "lr"
 
 @dataclass(frozen=True)
 class StageArgs:
-    """What every stage can be told. Every default works."""
+    """The flags of every stage. All defaults work."""
 
     from_: FromFlag = None
-    """Weights to begin with: the run folder of an earlier stage, a Hugging Face folder, or an upstream .pth (with
-    --preset and --tokenizer). None: random ones."""
+    """Initial weights: the run folder of an earlier stage, a Hugging Face folder, or an upstream .pth (with --preset
+    and --tokenizer). None: random weights."""
     preset: PresetName | None = None
-    """Model shape. None: that of --from, else nano, which is made for a CPU."""
+    """Model shape. None: that of --from, else nano, which trains on a CPU."""
     data: tuple[str, ...] = ()
     """Files, folders or globs."""
     tokenizer: str | None = None
-    """Folder with tokenizer.json. None: that of --from, else the one shipped."""
+    """Folder with tokenizer.json. None: that of --from, else the tokenizer that comes with the program."""
     new_tokenizer: bool = False
-    """Take --tokenizer though it is not the one that --from was trained with, so that the ids it knows mean other words
-    from now on."""
+    """Use --tokenizer even if --from was trained with another one: its ids then stand for other words."""
     tokens: int | None = None
-    """How many tokens to train on, padding (about 1%) included; overrides --epochs."""
+    """Number of tokens to train on, padding (about 1%) included; overrides --epochs."""
     epochs: float | None = None
-    """Passes over the training part of the data. None: one of text; of other data docs/training.md says how many."""
+    """Passes over the training data. None: one over text; for other data see docs/training.md."""
     seq_len: int | None = 512
     """Tokens in a row; longer documents are cut."""
     batch_tokens: int | None = None
     """Tokens per optimizer step, padding included; a multiple of --seq-len. None: 65536 on a GPU for models larger
-    than nano, else 4096; what the data has, where that is less."""
+    than nano, else 4096; fewer if the data has fewer."""
     micro_tokens: int | None = None
-    """Tokens per forward and backward, of all processes together; a step accumulates batch_tokens / micro_tokens of
-    them. None: all at once, but no more than 65536, nor more than fit on the GPU (docs/scaling.md)."""
+    """Tokens per forward and backward over all processes; a step accumulates batch_tokens / micro_tokens of them.
+    None: the whole step, at most 65536, and no more than fit on the GPU (docs/scaling.md)."""
     optimizer: OptimizerName | None = None
-    """muon: Muon for the matrices and AdamW for the rest, which came to AdamW's loss in a sixth to a quarter of the
-    tokens (docs/LOG.md) for a quarter more time a step; adamw: AdamW for all. None: muon for random weights, what the
-    run of --from had for its weights, adamw for others."""
+    """muon: Muon for matrices and AdamW for the rest, which reached AdamW's loss with a sixth to a quarter of the
+    tokens (docs/LOG.md) at a quarter more time per step; adamw: AdamW for all. None: muon for random weights, the
+    optimizer of the run that --from names, adamw for other weights."""
     lr: float | None = None
-    """Peak learning rate. None takes the preset's."""
+    """Peak learning rate. None: the preset's."""
     schedule: ScheduleName = "cosine"
-    """How the rate falls after the warm-up."""
+    """Learning rate after the warm-up: cosine, wsd (flat, then a cooldown) or constant."""
     warmup: float = 0.02
-    """Share of the steps over which the rate rises."""
+    """Share of the steps over which the learning rate rises."""
     cooldown: float | None = None
     """With --schedule wsd: share of the steps over which the rate falls. None: 0.2."""
     final_lr: float | None = None
-    """With cosine and wsd: share of the peak rate that is left at the end. None: 0.1."""
+    """With cosine and wsd: final learning rate as a share of the peak. None: 0.1."""
     embedding_lr: float = 1.0
-    """Rate of the embedding, and of a head that shares it, as a multiple of --lr."""
+    """Learning rate of the embedding, and of a head that shares it, as a multiple of --lr."""
     weight_decay: float = 0.1
-    """For matrices; norm gains never decay."""
+    """Weight decay of matrices; norm gains never decay."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's: how much of its means of gradients and of their squares stays from step to step."""
+    """AdamW's decay rates for the means of gradients and of squared gradients."""
     muon_momentum: float | None = None
-    """With --optimizer muon: how much of its mean of gradients stays from step to step. None: 0.95."""
+    """With --optimizer muon: its momentum. None: 0.95."""
     grad_clip: float = 1.0
-    """Largest gradient norm."""
+    """Largest norm of the gradients; larger ones are scaled down."""
     heldout: float = 0.05
-    """Share of the tokens that is never trained on, at most a million; a hash of each document's text decides, so that
-    copies of a text are on one side."""
+    """Share of the tokens that is held out from training, at most a million; a hash of each document's text decides,
+    so that copies of a text stay on one side."""
     dedupe: bool = False
-    """Leave out documents whose text an earlier one has, or one of --heldout-data."""
+    """Leave out documents that repeat an earlier one or one of --heldout-data."""
     eval_tokens: int = 65536
-    """Held-out tokens used for the figures on the way; the last figure uses all."""
+    """Held-out tokens measured during training; the final figure uses all."""
     evals: int = 10
-    """How often to measure held-out loss and print samples."""
+    """Number of evaluations in a run, each with samples."""
     save_every: int | None = None
-    """Steps between checkpoints. None: twenty in a run."""
+    """Steps between checkpoints. None: a twentieth of the run."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints to keep."""
     keep_best: bool = False
-    """Keep the weights with the best held-out figure too; opening the run then takes them. It is compared where it is
-    measured on the same part, --evals times in a run."""
+    """Also keep the weights with the best held-out figure, which opening the run then uses. All evaluations before the
+    final one are compared: they measure the same documents."""
     patience: int | None = None
-    """End after so many evaluations without a better held-out figure, and keep the best weights. None: go on."""
+    """Stop after this many evaluations without a better held-out figure, and keep the best weights. None: never."""
     ema: float | None = None
-    """Also keep a running average of the weights, of which this share stays at every step, so that it is over about the
-    last 1 / (1 - share) steps. It is measured beside them (heldout_ema_...), and lies in average/ in every checkpoint,
-    to be opened as a model. None: none (docs/averaging.md says when it helps)."""
+    """Also keep a running average of the weights that retains this share at every step, and so covers about the last
+    1 / (1 - share) steps. It is evaluated too (heldout_ema_...) and stored in average/ of every checkpoint, to be
+    opened as a model. None: no average (docs/averaging.md says when it helps)."""
     log_every: int = 10
     """Steps between reads of the loss from the device."""
     compile: bool = False
-    """Compile the model with torch.compile: up to a minute at the start of the first run."""
+    """Compile the model with torch.compile, which takes up to a minute at the first run."""
     cuda_graph: bool = False
-    """With --compile on a GPU: replay forward and backward as CUDA graphs, which saves what launches cost where steps
-    are short; docs/kernels.md says why this is not the default."""
+    """With --compile on a GPU: replay forward and backward as CUDA graphs, which saves launch overhead in short steps
+    (docs/kernels.md says why it is not the default)."""
     recompute: bool = False
-    """Keep only the blocks' inputs and run each again in the backward: a third more compute for far less memory."""
+    """Keep only the inputs of blocks and recompute the rest in the backward: a third more compute, far less memory."""
     profile: bool = False
-    """Record three steps: a table, a trace and a timeline in the run folder's profile/."""
+    """Record three steps: a table on the screen, a trace and a timeline in profile/ of the run folder."""
     fused: bool = True
-    """Use the fastest form of every op this device has; --no-fused takes the plain reference."""
+    """Use the fastest form of every operator on this device; --no-fused uses the plain reference."""
     precision: PrecisionName = "auto"
-    """What matrix products run in; weights are float32 always."""
+    """Precision of matrix products; weights are always float32."""
     attention: AttentionName = "auto"
-    """Flash attention over documents on a GPU: torch, or a package that is installed: flash2, flash3, flash4 (see
-    docs/kernels.md). auto: the fastest that works on this GPU."""
+    """Flash attention on a GPU: torch's, or that of an installed package: flash2, flash3, flash4 (docs/kernels.md).
+    auto: the fastest that works on this GPU."""
     resume: ResumeMode = "auto"
-    """auto continues an unfinished run of these flags, of which those that change no step but for rounding may differ
-    (docs/runs.md); never starts a new folder."""
+    """auto: continue an unfinished run with these flags; flags that change steps only by rounding may differ
+    (docs/runs.md). never: start a new folder."""
     lengthen: str | None = None
-    """Begin where this run, finished or not, has come to, with the same flags and a larger --tokens, --epochs or
-    --rollouts, in a folder of its own (docs/runs.md says how the rate goes on)."""
+    """Continue this run, finished or not, in a folder of its own, with the same flags and a larger --tokens, --epochs
+    or --rollouts (docs/runs.md says how the learning rate continues)."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What to do with a malformed row: stop and name it, or count it and go on."""
+    """For a malformed row: stop and name it (error), or count it and continue (skip)."""
     ignore_fields: tuple[str, ...] = ()
-    """Fields of rows and messages that are left out: one that is not known is an error (docs/data.md)."""
+    """Fields of rows and messages to ignore; other unknown fields are errors (docs/data.md)."""
     cache_dir: str | None = None
-    """Where tokenized data is kept. None: $MINIMIND_CACHE or ~/.cache/minimind."""
+    """Folder of tokenized data. None: $MINIMIND_CACHE or ~/.cache/minimind."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     parallel: ParallelName = "auto"
-    """How the processes of torchrun share the work: ddp (a model each) or fsdp (a shard of it each). auto: ddp where
-    there are several. A run may continue with other numbers of processes."""
+    """How the processes of torchrun share the work: ddp (each holds the whole model) or fsdp (each holds a shard).
+    auto: ddp if there are several. A run may continue with another number of processes."""
     replicas: int = 1
-    """With fsdp: groups of processes that each hold the whole model in shards; several nodes: one group per node."""
+    """With fsdp: number of groups of processes that each hold the whole model in shards; with several nodes, one group
+    per node."""
     reduce_dtype: ReduceDtypeName = "fp32"
-    """With ddp or fsdp: what gradients cross the network and are summed in. bf16 sends half the bytes; docs/scaling.md
-    says what it costs."""
+    """With ddp or fsdp: dtype in which gradients are sent and summed. bf16 halves the traffic (docs/scaling.md has its
+    cost)."""
     seed: int = 42
-    """Decides initial weights and data order."""
+    """Seed of the initial weights and the data order."""
     plan: bool = False
-    """Say what the run would be, without training and without a run folder: documents, tokens, rows, steps, memory and
-    hours, from some megabytes of the data (docs/training.md)."""
+    """Print what the run would be, without training and without a run folder: documents, tokens, rows, steps, memory
+    and hours, from a few megabytes of the data (docs/training.md)."""
     plan_gb: float | None = None
-    """With --plan: as if --data had so many gigabytes of rows like theirs."""
+    """With --plan: pretend that --data has this many gigabytes of such rows."""
     plan_gpu: bool = False
-    """With --plan, on a machine without a GPU: take the defaults that a GPU would have."""
+    """With --plan on a machine without a GPU: use the defaults of a GPU."""
     plan_measure: bool = True
-    """With --plan: run a short step here, for the hours of this machine."""
+    """With --plan: time a short step here, to project the hours on this machine."""
     plan_json: str | None = None
-    """With --plan: also write its figures into this file."""
+    """With --plan: also write its figures to this file."""
     scale: tyro.conf.Suppress[float] = 1.0
     track: TrackerName = "none"
     """Also send the metrics to an experiment tracker."""
     out: str | None = None
-    """Run folder. None: runs/STAGE-PRESET-DATA, numbered when taken."""
+    """Run folder. None: runs/STAGE-PRESET-DATA, with a number if that is taken."""
 
     def check(self) -> None:
-        """Refuse numbers that no run can use, in one line."""
+        """Raise ValueError, naming the flag, for a value that no run can use."""
         for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -182,9 +186,9 @@ class StageArgs:
             raise ValueError(f"--seed {self.seed}: from 0 to {(1 << 63) - 1}")
         if self.new_tokenizer and self.tokenizer is None:
             raise ValueError("--new-tokenizer: goes with --tokenizer, which names the new one")
-        alone = [name for name, usual in _PLAN.items() if getattr(self, name) != usual]
-        if alone and not self.plan:
-            raise ValueError(f"--{alone[0].replace('_', '-')}: goes with --plan")
+        plan_flags = [name for name, default in _PLAN.items() if getattr(self, name) != default]
+        if plan_flags and not self.plan:
+            raise ValueError(f"--{plan_flags[0].replace('_', '-')}: goes with --plan")
         if self.cuda_graph and not self.compile:
             raise ValueError("--cuda-graph: goes with --compile")
 
@@ -207,17 +211,33 @@ class StageArgs:
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"--weight-decay {self.weight_decay}: must be 0 or more")
 
+    def peak_lr(self, default: float) -> float:
+        """--lr, or `default` without it."""
+        return default if self.lr is None else self.lr
+
     def lr_multiples(self) -> dict[str, float]:
-        """Of --lr, by the end of a parameter's name."""
+        """Multiples of --lr, by the end of a parameter's name."""
         return {"embed_tokens.weight": self.embedding_lr}
+
+    def rate_schedule(self, steps: int, legs: Legs = ()) -> RateSchedule:
+        """The learning rate over `steps`; legs: the earlier lengths of a lengthened run."""
+        warmup = max(1, round(self.warmup * (legs[0][0] if legs else steps)))
+        final = 0.1 if self.final_lr is None else self.final_lr
+        cooldown = 0.2 if self.cooldown is None else self.cooldown
+        return RateSchedule(self.schedule, steps, warmup, final, cooldown, legs)
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the weights with the best held-out figure are kept."""
+        return self.keep_best or self.patience is not None
 
     @property
     def legacy(self) -> dict[str, Any]:
-        """What runs of earlier versions did where by now the data decides, for these to go on with."""
+        """What runs of earlier versions did where the data now decides; such runs continue with it."""
         return {"split": "tail", "fields": "dropped", "step": "usual", "epochs": 1.0, "optimizer": "muon"}
 
     def saved(self) -> dict[str, Any]:
-        """The flags that say what is computed, under their names on the command line (with _ for -)."""
+        """The flags that change what a run computes, named as on the command line (with _ for -)."""
         fields = dataclasses.asdict(self).items()
         return {name.rstrip("_"): value for name, value in fields if name not in _NOT_SAVED}
 
@@ -228,12 +248,12 @@ class StageArgs:
         return self.seq_len
 
     def scaled(self, count: int) -> int:
-        """What `count` in the data that is read comes to in all of it: in a plan some of the rows are read."""
+        """`count` extrapolated from the rows that were read to all of the data; under --plan only some are read."""
         return round(count * self.scale)
 
     @property
     def row_flags(self) -> str:
-        """The flags that say how many tokens attention sees at most."""
+        """The flags that limit the tokens attention sees, for error messages."""
         return "--seq-len"
 
     @property
@@ -244,10 +264,78 @@ class StageArgs:
 
     @property
     def data_name(self) -> str:
-        """Of the run folder: the first file's, and how many more there are."""
+        """The data's part of the run folder's name: the first file, and how many more there are."""
         if not self.data:
             return "builtin"
         name = Path(parse_part(self.data[0]).path).name.split(".")[0].strip("*").removeprefix("builtin:") or "data"
-        if len(os.fsencode(name)) > 180:  # a folder's name ends at 255 bytes, and there is more in it
+        if len(os.fsencode(name)) > 180:  # a folder's name ends at 255 bytes and has other parts
             name = name[:40]
         return name + (f"+{len(self.data) - 1}" if len(self.data) > 1 else "")
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Default passes over a stage's data. builtin: over built-in data, as its learning tests were tuned. files: over
+    the user's files, for the reason `why`; more, up to MOST times as many, in runs of fewer than `least` tokens."""
+
+    builtin: float
+    files: float
+    why: str = ""
+    least: int = 0
+
+
+# Upstream takes 10 passes over its 34 MB of lora_medical and took 50 over the 91 rows of lora_identity.
+MOST = 5
+_STEPS = 100  # of 4096 tokens, or of an adapter 1024: the stages' smallest steps
+PASSES = {
+    "pretrain": Passes(1, 1),
+    "distill": Passes(1, 1),
+    "sft": Passes(3, 2, "upstream's, of data of this size", _STEPS * 4096),
+    "reason": Passes(4, 1, "upstream's, of data of this size", _STEPS * 4096),
+    "lora": Passes(6, 10, "upstream's, of data of this size", _STEPS * 1024),
+    "dpo": Passes(6, 1, "upstream's, of data of this size", _STEPS * 4096),
+    # Ouyang et al. 2022 (arXiv 2203.02155, C.2)
+    "reward": Passes(6, 1, "more overfit a reward model", _STEPS * 4096),
+}
+
+
+def default_epochs(stage: str, builtin: bool, tokens: int) -> tuple[float, str]:
+    """(passes over training data of `tokens` tokens, the reason in one line or empty for the usual number)."""
+    rule = PASSES[stage]
+    if builtin or not rule.least:
+        return float(rule.builtin if builtin else rule.files), ""
+    needed = math.ceil(rule.least / max(1, tokens))
+    if needed <= rule.files:
+        return float(rule.files), f"--epochs {rule.files:g}: {rule.why}"
+    epochs = float(min(needed, MOST * rule.files))
+    return epochs, (
+        f"--epochs {epochs:g}: a pass has only {tokens:,} tokens; a run should see at least {rule.least:,}, in at most "
+        f"{MOST * rule.files:g} passes"
+    )
+
+
+def default_optimizer(weights: Path | None, adapter: bool = False) -> tuple[OptimizerName, str]:
+    """(the optimizer of a run that begins with `weights`, None for random ones; the reason in one line). adapter:
+    whether the run trains a low-rank adapter."""
+    if adapter:
+        return "adamw", "--optimizer adamw: the one for adapters"
+    if weights is None:
+        return "muon", "--optimizer muon: the weights are random"
+    earlier = trained_with(weights)
+    if earlier is not None:
+        return earlier, f"--optimizer {earlier}: that of the run which made the weights"
+    return "adamw", (
+        "--optimizer adamw: no run of ours made the weights, and released models come from AdamW, which Muon does not "
+        "improve on (docs/training.md)"
+    )
+
+
+def trained_with(weights: Path) -> OptimizerName | None:
+    """The optimizer of the run whose folder holds `weights`, or None if no run folder does."""
+    for folder in weights.parents[:2]:
+        config = read_json(folder / "config.json") or {}
+        for flags in (config.get("args"), config.get("chosen")):
+            name = flags.get("optimizer") if isinstance(flags, dict) else None
+            if name in ("muon", "adamw"):
+                return name
+    return None

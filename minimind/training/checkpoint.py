@@ -1,11 +1,11 @@
-"""Atomic checkpoints: a folder is either whole or not there.
+"""Atomic checkpoints: a folder is either complete or does not exist.
 
 checkpoints/step-00000250/
-    config.json  model.safetensors    what load_model opens: float32, upstream's names
+    config.json  model.safetensors    the model for load_model: float32, upstream's names
     tokenizer.json ...                the tokenizer it was trained with
     trainer.pt                        optimizer, RNG, data position; loads with weights_only=True
-    average/                          with --ema: the averaged weights and the tokenizer, another model to open
-checkpoints/best-00000200/            with --keep-best: the same without trainer.pt; opening the run takes it
+    average/                          with --ema: the averaged weights and the tokenizer, as another model
+checkpoints/best-00000200/            with --keep-best: the same without trainer.pt; opening the run opens it
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from minimind.utils.files import sync
 from minimind.weights import load_model, save_weights
 
 _PREFIX, _BEST = "step-", "best-"
-_WAY_OUT = "delete that folder to resume from the one before"
+_WAY_OUT = "delete that folder to resume from the previous one"
 
 
 def save_checkpoint(
@@ -41,10 +41,11 @@ def save_checkpoint(
     save_model: Callable[[Model, Path], None] = save_weights,
     branch: int = 0,
 ) -> Path:
-    """Write step `step` under run/checkpoints, then drop all but the newest `keep` and that of step `branch`.
+    """Write a checkpoint of `step` under run/checkpoints, then delete all but the newest `keep` and that of step
+    `branch`.
 
-    trainer: plain Python values and tensors; save_model(model, folder) makes the folder. Raises ValueError when the
-    disk is full; what was there stays.
+    trainer: the trainer's state, plain Python values and tensors. save_model(model, folder) makes the folder. Raises
+    ValueError when the disk is full; earlier checkpoints stay.
     """
 
     def fill(folder: Path) -> None:
@@ -60,7 +61,7 @@ def save_checkpoint(
 def save_best(
     run: Path, step: int, model: Model, tokenizer: Tokenizer, save_model: Callable[[Model, Path], None] = save_weights
 ) -> Path:
-    """Write the weights of step `step` as the run's best, in place of those before. Raises as save_checkpoint does."""
+    """Write the weights of `step` as the run's best and delete the previous ones. Raises as save_checkpoint does."""
 
     def fill(folder: Path) -> None:
         save_model(model, folder)
@@ -84,7 +85,7 @@ def _write(run: Path, name: str, fill: Callable[[Path], None]) -> Path:
             sync(file)
         os.replace(partial, final)
         sync(root)
-    except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk becomes on its way here
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk may surface as any of these
         shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(
             f"{final}: cannot write the checkpoint ({error}); free some space, then run the same command again"
@@ -94,37 +95,38 @@ def _write(run: Path, name: str, fill: Callable[[Path], None]) -> Path:
 
 def _drop(folders: Iterable[Path]) -> None:
     for old in folders:
-        gone = old.with_name(f".partial-{old.name}")  # never a half-deleted folder under a whole one's name
+        gone = old.with_name(f".partial-{old.name}")  # a half-deleted folder must not have a complete one's name
         os.replace(old, gone)
         shutil.rmtree(gone)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     return sorted(run.glob(f"checkpoints/{_PREFIX}*"))
 
 
 def best_folder(run: Path, step: int) -> Path:
-    """Where `save_best` keeps the weights of that step."""
+    """The folder in which `save_best` keeps the weights of `step`."""
     return run / "checkpoints" / f"{_BEST}{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """After which step it was written."""
+    """The step after which a checkpoint was written."""
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def remove_partial(run: Path) -> None:
-    """Delete what a killed process left half-written."""
+    """Delete the unfinished checkpoints of a killed process."""
     for folder in run.glob("checkpoints/.partial-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """The contents of trainer.pt. Raises ValueError where it is missing or damaged."""
     try:
         state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not {"step", "optimizer", "loader"} <= state.keys():
-            raise RuntimeError("it holds no trainer's state")
+            raise RuntimeError("it is not a trainer's state")
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{checkpoint / 'trainer.pt'}: unreadable ({reason}); {_WAY_OUT}") from error
@@ -132,7 +134,7 @@ def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def share_trainer_state(checkpoint: Path, parallel: Parallel) -> dict[str, Any]:
-    """load_trainer_state for all ranks, read on rank 0; the optimizer's part, the large one, stays there."""
+    """The trainer's state for all ranks, read on rank 0; the optimizer's part, which is large, stays on rank 0."""
     optimizer: dict[str, Any] = {}
 
     def read() -> dict[str, Any]:

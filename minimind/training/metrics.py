@@ -1,19 +1,37 @@
-"""metrics.jsonl and the picture drawn from it."""
+"""The figures of a run: metrics.jsonl, pictures drawn from it, and experiment trackers."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from minimind.utils.display import caption, decoration, pyplot
 
+TrackerName = Literal["none", "tensorboard", "wandb", "swanlab"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened between steps, such as a rollout: a row of its own `kind` in metrics.jsonl, before the
+    row of the step that follows. values: the same on all ranks; seconds: measured times; line: part of the progress
+    line."""
+
+    kind: str
+    values: dict[str, Any]
+    seconds: dict[str, float]
+    line: str = ""
+
 
 class MetricsLog:
-    """Append-only JSON lines. `kind` is "train" (every step) or "eval"; wall-clock values are under "time", the
-    rest is reproducible to the bit on one CPU process."""
+    """Appends JSON lines to metrics.jsonl. `kind` is "train" (every step), "eval" or an event's. Times are under
+    "time"; all other values are reproducible bit for bit in one process on a CPU."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("a", encoding="utf-8")
@@ -30,13 +48,13 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """ValueError names the line that is no row."""
+    """All rows of metrics.jsonl. Raises ValueError, naming the line, where one is not JSON."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: no row of metrics ({error}); remove the line") from None
+            raise ValueError(f"{path}:{number}: not a row of metrics ({error}); remove the line") from None
     return rows
 
 
@@ -60,14 +78,11 @@ def plot_losses(metrics: Path, picture: Path, title: str, unit: str = "nats per 
         rate.plot(tokens, [r["lr"] for r in train], color="tab:green")
         rate.set_ylabel("learning rate", color="tab:green")
         rate.set_ylim(bottom=0)
-    for rows_of, style, name in (
-        ([r for r in evals if not r["heldout_all"]], "o-", "held-out, the same part each time"),
-        ([r for r in evals if r["heldout_all"]], "*", "all of held-out"),
-    ):
-        rows_of = [r for r in rows_of if "heldout_loss" in r]
-        if rows_of:
-            x, y = [r["tokens"] / 1e6 for r in rows_of], [r["heldout_loss"] for r in rows_of]
-            newest = rows_of[-1]
+    for final, style, name in ((False, "o-", "held-out, the same part each time"), (True, "*", "all of held-out")):
+        measured = [r for r in evals if r["heldout_all"] == final and "heldout_loss" in r]
+        if measured:
+            x, y = [r["tokens"] / 1e6 for r in measured], [r["heldout_loss"] for r in measured]
+            newest = measured[-1]
             last = f"{newest['heldout_bpb']:.3f} bits per byte" if "heldout_bpb" in newest else f"{y[-1]:.3f}"
             label = f"{name}: {last}"
             top.plot(x, y, style, color="tab:red", markersize=5 if style == "o-" else 14, label=label)
@@ -86,20 +101,44 @@ def plot_losses(metrics: Path, picture: Path, title: str, unit: str = "nats per 
 
 
 def _plot_named(axes: Any, evals: list[dict[str, Any]]) -> None:
-    """A curve for each named evaluation set."""
+    """A curve for every named held-out set."""
     names = {m[1]: None for row in evals for key in row if (m := re.fullmatch(r"heldout_(\w+)_loss", key))}
     for i, name in enumerate(names):
         key = f"heldout_{name}_loss"
-        mine = [row for row in evals if key in row]
         for final, style, size in ((False, "o-", 4), (True, "*", 11)):
-            some = [row for row in mine if row["heldout_all"] == final]
+            some = [row for row in evals if key in row and row["heldout_all"] == final]
             label = f"{name}: {some[-1][key]:.3f}" if some and final else None
             x, y = [row["tokens"] / 1e6 for row in some], [row[key] for row in some]
             axes.plot(x, y, style, color=f"C{i + 4}", markersize=size, label=label)
 
 
+@decoration
+def plot_figures(metrics: Path, picture: Path, title: str, unit: str, labels: Mapping[str, str]) -> None:
+    """Draw held-out figures over the tokens trained on. labels: (figure: its name in the legend). Lines join figures
+    of the same part of the held-out data; stars are figures of all of it."""
+    plt = pyplot()
+    rows = [row for row in read_metrics(metrics) if row["kind"] == "eval"]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for i, (name, label) in enumerate(labels.items()):
+        for final, style, size in ((False, "o-", 5), (True, "*", 14)):
+            measured = [row for row in rows if name in row and row["heldout_all"] == final]
+            values = [row[name] for row in measured]
+            text = f"{label}: {values[-1]:.3f}" if final and values else None
+            axes.plot(
+                [row["tokens"] / 1e6 for row in measured], values, style, color=f"C{i}", markersize=size, label=text
+            )
+    axes.set_title(caption(title))
+    axes.set_xlabel("tokens trained on, millions")
+    axes.set_ylabel(unit)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
 def smooth(values: list[float]) -> list[float]:
-    """Bias-corrected exponential moving average over about 2% of the run; steps over non-finite values."""
+    """Bias-corrected exponential moving average over about 2% of the values; skips those that are not finite."""
     decay = 1 - 1 / max(2, len(values) / 50)
     out, mean, weight = [], 0.0, 0.0
     for value in values:
@@ -107,3 +146,111 @@ def smooth(values: list[float]) -> list[float]:
             mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
         out.append(mean / weight if weight else float("nan"))
     return out
+
+
+class Tracker(Protocol):
+    """An experiment tracker. Its run id is kept in checkpoints, so that a resumed run continues the same curve."""
+
+    name: TrackerName
+    run_id: str | None
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class NoTracker:
+    name: TrackerName = "none"
+    run_id: str | None = None
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+class TensorBoardTracker:
+    name: TrackerName = "tensorboard"
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        writer = _require("torch.utils.tensorboard", "tensorboard")
+        # purge_step hides points that a killed run drew after its checkpoint
+        self.writer = writer.SummaryWriter(str(folder / "tensorboard"), purge_step=start_step or None)
+        self.run_id: str | None = None
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+class HostedTracker:
+    """wandb or swanlab, which have the same interface. Raises ValueError where it cannot start."""
+
+    def __init__(self, package: TrackerName, folder: Path, config: dict[str, Any], run_id: str | None) -> None:
+        self.name = package
+        module = _require(package, package)
+        place = {"wandb": {"dir": str(folder)}, "swanlab": {"log_dir": str(folder / "swanlab")}}[package]
+        try:
+            self.run = module.init(
+                project="minimind", name=folder.name, config=config, id=run_id, resume="allow", **place
+            )
+        except Exception as problem:
+            raise ValueError(f"--track {package}: {_line(problem)}; drop the flag, or mend that") from problem
+        self.run_id: str | None = str(self.run.id)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def finish(self) -> None:
+        self.run.finish()
+
+
+class GuardedTracker:
+    """Keeps a failing tracker from ending the run: the run continues without it, after one line."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.name, self.run_id = tracker.name, tracker.run_id
+        self._tracker: Tracker = tracker
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._try(lambda: self._tracker.log(step, values))
+
+    def finish(self) -> None:
+        self._try(self._tracker.finish)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as problem:
+            self._tracker = NoTracker()
+            print(f"--track {self.name}: the run continues without it ({_line(problem)})", file=sys.stderr)
+
+
+def make_tracker(
+    name: TrackerName, folder: Path, config: dict[str, Any], saved: dict[str, Any], start_step: int
+) -> Tracker:
+    """The tracker called `name`. saved: {"name", "id"} from the checkpoint, empty for a new run; an id is used only by
+    the tracker that made it."""
+    if name == "none":
+        return NoTracker()
+    if name == "tensorboard":
+        return GuardedTracker(TensorBoardTracker(folder, start_step))
+    run_id = saved["id"] if saved.get("name") == name else None
+    return GuardedTracker(HostedTracker(name, folder, config, run_id))
+
+
+def _line(problem: Exception) -> str:
+    return str(problem).strip().partition("\n")[0] or type(problem).__name__
+
+
+def _require(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"--track {package}: the package is not installed; run `pip install 'minimind[track]'`"
+        ) from error

@@ -1,37 +1,45 @@
-"""Muon: the momentum of each matrix with its singular values brought near 1 (Jordan et al. 2024), matrices of one shape
-in one batch of products.
+"""Muon: the momentum of each matrix with its singular values brought near 1 (Jordan et al. 2024).
 
     m <- m + (1 - mu) (g - m);  u = g + mu (m - g);  w <- w (1 - lr decay) - 0.2 lr sqrt(max(rows, columns)) NS(u)
 
-The factor gives an update the size of AdamW's, so that one `lr` serves both (Moonlight, arXiv 2502.16982). It is what
-torch.optim.Muon computes with adjust_lr_fn="match_rms_adamw", and their state dicts fit each other.
+The factor gives an update the size of AdamW's, so that one `lr` serves both (Moonlight, arXiv 2502.16982). This is what
+torch.optim.Muon computes with adjust_lr_fn="match_rms_adamw", and their state dicts are compatible.
+
+Matrices of one shape are batched. Under FSDP each matrix has one owner: the ranks send it their rows, of all matrices
+in one exchange, and get them back in a second one (section 2.3 there). So a rank computes only its share, and 4 bytes
+per element cross the network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
-from minimind.training.muon_plan import MuonPlan, cut, exchange, take
+from minimind.utils.spans import span
 
-_A, _B, _C = 3.4445, -4.7750, 2.0315  # of Jordan's quintic: steep at 0, and bounded
+_A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan's quintic: steep at 0, and bounded
 _ITERATIONS, _EPS = 5, 1e-7
 
-# Elements of a batch. On a GPU 64 MB of bf16: copies of it stay small beside the model. On a CPU what a core's cache
-# holds: one larger matrix after the other took a fifth less time there than a batch of them (docs/LOG.md).
+# Elements of a batch. On a GPU 64 MB of bf16, small beside the model. On a CPU what a core's cache holds: larger
+# matrices took a fifth less time one by one than in a batch (docs/LOG.md).
 _BATCH, _BATCH_ON_CPU = 1 << 25, 1 << 18
 
 
 class Muon(torch.optim.Optimizer):
     """params: float32 matrices [m, n] or stacks of them [E, m, n]; under FSDP all on one mesh.
 
-    rows: for a parameter that holds several matrices one under the other, such as packed q, k and v, the rows of each;
-      they add up to m, for each of a stack. Without it [m, n] is one matrix, and a stack has E.
-    batch_elements: of a batch; a larger matrix is alone. None: what suits the device.
+    rows: for parameters that pack several matrices, such as q, k and v, the rows of each; they add up to m, also in
+      every matrix of a stack. By default [m, n] is one matrix, and a stack has E.
+    batch_elements: elements of a batch; a larger matrix is a batch of its own. None: what suits the device.
     """
 
     def __init__(
@@ -43,7 +51,7 @@ class Muon(torch.optim.Optimizer):
         rows: Mapping[nn.Parameter, Sequence[int]] | None = None,
         batch_elements: int | None = None,
     ) -> None:
-        # the keys of torch.optim.Muon, so that checkpoints of either load into the other
+        # the keys of torch.optim.Muon: checkpoints of either load into the other
         fixed = {"nesterov": True, "ns_coefficients": (_A, _B, _C), "eps": _EPS, "ns_steps": _ITERATIONS,
                  "adjust_lr_fn": "match_rms_adamw"}  # fmt: skip
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, **fixed})
@@ -59,7 +67,7 @@ class Muon(torch.optim.Optimizer):
                 self._step(parameters, group["lr"], group["weight_decay"], group["momentum"])
 
     def _portions(self, parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-        """What is updated at once: everything, or on a CPU what fits into the cache together."""
+        """The parameters in groups that are updated together: all at once, or on a CPU as many as the cache holds."""
         if not parameters or parameters[0].device.type != "cpu" or isinstance(parameters[0], DTensor):
             return [parameters] if parameters else []
         portions: list[list[nn.Parameter]] = []
@@ -90,22 +98,22 @@ class Muon(torch.optim.Optimizer):
         key = tuple(id(p) for p in parameters)
         if key not in self._plans:
             parts = [self.rows.get(id(p)) for p in parameters]
-            self._plans[key] = MuonPlan.of(parameters, parts, self.batch_elements)
+            self._plans[key] = MuonPlan.from_parameters(parameters, parts, self.batch_elements)
         return self._plans[key]
 
 
 def orthogonalise(updates: list[Tensor], plan: MuonPlan) -> None:
     """Replace each matrix in `updates`, float32 [rows, columns], by its orthogonal factor. All ranks call it."""
-    mine = updates[0].new_empty(sum(plan.sent), dtype=torch.bfloat16)
-    torch._foreach_copy_(cut(mine, plan.mine), take(updates, plan.mine))
-    with exchange(mine, plan) as stacks:
+    flat = updates[0].new_empty(sum(plan.sent), dtype=torch.bfloat16)
+    torch._foreach_copy_(cut(flat, plan.own_rows), take(updates, plan.own_rows))
+    with exchange(flat, plan) as stacks:
         for stack in stacks:
             newton_schulz_(stack)
-    torch._foreach_copy_(take(updates, plan.mine), cut(mine, plan.mine))
+    torch._foreach_copy_(take(updates, plan.own_rows), cut(flat, plan.own_rows))
 
 
 def newton_schulz_(matrices: Tensor) -> None:
-    """bf16 [m, n] or [K, m, n]: put U S' V^T in place of each U S V^T, with S' from about 0.7 to 1.2."""
+    """Replace each matrix U S V^T in bf16 [m, n] or [K, m, n] by U S' V^T, with S' from about 0.7 to 1.2."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     multiply_add = torch.addmm if matrices.ndim == 2 else torch.baddbmm
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPS)
@@ -121,5 +129,205 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """[rows, columns], a view: the leading dimensions of a stack as one."""
+    """A view [rows, columns] that merges the leading dimensions of a stack."""
     return tensor.view(-1, tensor.shape[-1])
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix in parameter number `parameter`: `rows` rows from `first` on, counted over the whole stack."""
+
+    parameter: int
+    first: int
+    rows: int
+    columns: int
+
+    @property
+    def scale(self) -> float:
+        """Factor that gives the update the root mean square of AdamW's, about 0.2."""
+        return 0.2 * math.sqrt(max(self.rows, self.columns))
+
+    @property
+    def cost(self) -> int:
+        """Operations of orthogonalising it, up to a constant factor."""
+        short, long = sorted((self.rows, self.columns))
+        return short * short * (2 * long + short)
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Rows start..stop of tensor number `tensor` in a list of tensors [rows, columns]."""
+
+    tensor: int
+    start: int
+    stop: int
+    columns: int
+
+    @property
+    def elements(self) -> int:
+        return (self.stop - self.start) * self.columns
+
+
+@dataclass(frozen=True)
+class MuonPlan:
+    """Which matrices this rank orthogonalises, and which rows it sends for that.
+
+    own_rows: this rank's rows of the parameters, matrix by matrix in the order of their owners; by_scale: the same
+    grouped by the scale of the update. sent, received: elements to and from each rank. owned: the matrices that this
+    rank orthogonalises; arrivals: the rows of these that each rank holds, rank by rank. batches: (K, m, n) of each
+    batch of `owned`.
+    """
+
+    group: dist.ProcessGroup | None
+    own_rows: list[RowRange]
+    by_scale: dict[float, list[RowRange]]
+    sent: list[int]
+    received: list[int]
+    owned: list[RowRange]
+    arrivals: list[RowRange]
+    batches: list[tuple[int, int, int]]
+
+    @staticmethod
+    def from_parameters(
+        parameters: Sequence[Tensor], rows: Sequence[Sequence[int] | None], batch_elements: int
+    ) -> MuonPlan:
+        """rows: for each parameter, the rows of the matrices in it (in a stack, in every expert), or None for a single
+        matrix. Raises ValueError where a parameter cannot be divided that way."""
+        group, rank, world = _processes(parameters[0])
+        matrices = [m for i, p in enumerate(parameters) for m in matrices_of(i, p.shape, rows[i])]
+        cuts = [_Cut(p, world) for p in parameters]
+        shares = share_out(matrices, world)
+        own_rows = [[cuts[m.parameter].held(m, rank) for m in share] for share in shares]
+        owned = shares[rank]
+        arrivals = [[cuts[m.parameter].place(i, m, r) for i, m in enumerate(owned)] for r in range(world)]
+        by_scale: dict[float, list[RowRange]] = {}
+        for matrix, piece in zip(chain(*shares), chain(*own_rows), strict=True):
+            by_scale.setdefault(matrix.scale, []).append(piece)
+        return MuonPlan(
+            group=group,
+            own_rows=list(chain(*own_rows)),
+            by_scale=by_scale,
+            sent=[sum(p.elements for p in pieces) for pieces in own_rows],
+            received=[sum(p.elements for p in pieces) for pieces in arrivals],
+            owned=[RowRange(i, 0, m.rows, m.columns) for i, m in enumerate(owned)],
+            arrivals=list(chain(*arrivals)),
+            batches=batches_of(owned, batch_elements),
+        )
+
+    def stacks(self, owned: Tensor) -> list[Tensor]:
+        """Views of each batch in the flat `owned`: [K, m, n], or [m, n] where K is 1."""
+        parts = owned.split([math.prod(shape) for shape in self.batches])
+        return [part.view(shape).squeeze(0) for part, shape in zip(parts, self.batches, strict=True)]
+
+
+@contextmanager
+def exchange(flat: Tensor, plan: MuonPlan) -> Iterator[list[Tensor]]:
+    """Yields the batches that this rank orthogonalises in place. flat: this rank's rows in the order of plan.own_rows;
+    afterwards it holds the results."""
+    if plan.group is None:
+        yield plan.stacks(flat)
+        return
+    received = flat.new_empty(sum(plan.received))
+    owned = flat.new_empty(sum(piece.elements for piece in plan.owned))
+    with span("communication"):
+        dist.all_to_all_single(received, flat, plan.received, plan.sent, group=plan.group)
+    parts, places = cut(received, plan.arrivals), take(cut(owned, plan.owned), plan.arrivals)
+    copy(places, parts)
+    yield plan.stacks(owned)
+    copy(parts, places)
+    with span("communication"):
+        dist.all_to_all_single(flat, received, plan.sent, plan.received, group=plan.group)
+
+
+def cut(flat: Tensor, pieces: Sequence[RowRange]) -> list[Tensor]:
+    """Views [rows, columns] of the pieces, which follow one another in `flat`."""
+    parts = flat.split([piece.elements for piece in pieces])
+    return [part.view(-1, piece.columns) for part, piece in zip(parts, pieces, strict=True)]
+
+
+def take(tensors: Sequence[Tensor], pieces: Sequence[RowRange]) -> list[Tensor]:
+    """Views of the rows `pieces` of `tensors`."""
+    return [tensors[piece.tensor][piece.start : piece.stop] for piece in pieces]
+
+
+def copy(to: list[Tensor], source: list[Tensor]) -> None:
+    if to:  # a rank may own nothing
+        torch._foreach_copy_(to, source)
+
+
+def matrices_of(number: int, shape: Sequence[int], rows: Sequence[int] | None = None) -> list[Matrix]:
+    """The matrices in parameter `number`, from top to bottom. Raises ValueError where `rows` do not add up."""
+    if len(shape) not in (2, 3):
+        raise ValueError(f"Muon takes matrices and stacks of matrices, not a tensor of shape {tuple(shape)}")
+    *experts, height, columns = shape
+    rows = rows or [height]
+    if sum(rows) != height:
+        raise ValueError(f"matrices of {tuple(rows)} rows do not make up one of shape {(height, columns)}")
+    counts = list(rows) * math.prod(experts)
+    return [Matrix(number, sum(counts[:i]), count, columns) for i, count in enumerate(counts)]
+
+
+def share_out(matrices: Sequence[Matrix], ranks: int) -> list[list[Matrix]]:
+    """The matrices of each rank, ordered by shape: the costliest one left goes to the rank with the least work."""
+    shares: list[list[Matrix]] = [[] for _ in range(ranks)]
+    load = [0] * ranks
+    for matrix in sorted(matrices, key=lambda m: -m.cost):
+        rank = load.index(min(load))
+        shares[rank].append(matrix)
+        load[rank] += matrix.cost
+    return [sorted(share, key=_shape) for share in shares]
+
+
+def batches_of(matrices: Sequence[Matrix], elements: int) -> list[tuple[int, int, int]]:
+    """(K, m, n) of each batch of `matrices`, which are ordered by shape; a batch of several has at most `elements`."""
+    batches = []
+    for (m, n), same in groupby(matrices, key=_shape):
+        left, most = len(list(same)), max(1, elements // (m * n))
+        batches += [(min(most, left - done), m, n) for done in range(0, left, most)]
+    return batches
+
+
+def _shape(matrix: Matrix) -> tuple[int, int]:
+    return matrix.rows, matrix.columns
+
+
+def _processes(parameter: Tensor) -> tuple[dist.ProcessGroup | None, int, int]:
+    """(group, rank, size) of the processes that share the parameter."""
+    if not isinstance(parameter, DTensor) or parameter.device_mesh.shape[-1] == 1:
+        return None, 0, 1
+    mesh = parameter.device_mesh
+    return mesh.get_group(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1), mesh.shape[-1]
+
+
+class _Cut:
+    """How FSDP shards a parameter: torch.chunk of one dimension, the last shards shorter or empty."""
+
+    def __init__(self, parameter: Tensor, world: int) -> None:
+        placement = parameter.placements[-1] if isinstance(parameter, DTensor) else Shard(0)
+        dim = placement.dim if isinstance(placement, Shard) else -1
+        if not 0 <= dim < parameter.ndim - 1:
+            raise ValueError(f"Muon needs whole rows: a tensor of {tuple(parameter.shape)} is cut by {placement}")
+        self.blocks, self.size = math.prod(parameter.shape[:dim]), parameter.shape[dim]
+        self.rows = math.prod(parameter.shape[dim + 1 : -1])  # in one step of the dimension
+        self.chunk = -(-self.size // world)
+
+    def held(self, matrix: Matrix, rank: int) -> RowRange:
+        """The rows of the rank's shard that belong to the matrix."""
+        start, stop, row = self._overlap(matrix, rank)
+        return RowRange(matrix.parameter, row, row + stop - start, matrix.columns)
+
+    def place(self, number: int, matrix: Matrix, rank: int) -> RowRange:
+        """The rows of the matrix that the rank holds, as rows of tensor `number`."""
+        start, stop, _ = self._overlap(matrix, rank)
+        return RowRange(number, start, stop, matrix.columns)
+
+    def _overlap(self, matrix: Matrix, rank: int) -> tuple[int, int, int]:
+        """(first row, end) of the overlap in the matrix, and the first row's position in the rank's shard."""
+        begin = min(self.size, rank * self.chunk)
+        height = (min(self.size, begin + self.chunk) - begin) * self.rows
+        block = matrix.first // (self.size * self.rows)  # a matrix lies in one block
+        top = (block * self.size + begin) * self.rows
+        start, stop = max(matrix.first, top), min(matrix.first + matrix.rows, top + height)
+        if stop <= start:
+            return 0, 0, 0
+        return start - matrix.first, stop - matrix.first, block * height + start - top

@@ -1,15 +1,18 @@
-"""Optimizers and learning-rate schedules."""
+"""Optimizers, learning-rate schedules, and the running average of the weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from minimind.modeling import MLP, Attention, Model, MoE
 from minimind.training.muon import Muon
@@ -19,8 +22,19 @@ OptimizerName = Literal["muon", "adamw"]
 ScheduleName = Literal["cosine", "wsd", "constant"]
 
 
+@dataclass(frozen=True)
+class ClipGroup:
+    """Parameters whose gradients are clipped by their own norm, logged as NAME_grad_norm, and whose learning rate is
+    `rate` times that of the others; for example a critic's."""
+
+    name: str
+    parameters: Sequence[nn.Parameter]
+    rate: float = 1.0
+
+
 class Optimizers:
-    """Several torch optimizers stepped as one; every group's rate is its peak times one common factor."""
+    """Several torch optimizers that step as one. The learning rate of every parameter group is its own peak times one
+    common factor."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         self.parts = list(parts)
@@ -32,15 +46,16 @@ class Optimizers:
                 group["lr"] = peak * factor
 
     def set_rate(self, parameters: Iterable[nn.Parameter], rate: float) -> None:
-        """Give these parameters `rate` times the peak that they have, in groups of their own; before the first step."""
+        """Multiply the peak learning rate of these parameters by `rate`, in new groups. Call it before the first
+        step."""
         chosen = {id(parameter) for parameter in parameters}
         for part, peaks in zip(self.parts, self.peaks, strict=True):
             for group, peak in list(zip(part.param_groups, peaks, strict=True)):
-                mine = [p for p in group["params"] if id(p) in chosen]
-                if not mine:
+                moved = [p for p in group["params"] if id(p) in chosen]
+                if not moved:
                     continue
                 group["params"] = [p for p in group["params"] if id(p) not in chosen]
-                part.param_groups.append({**group, "params": mine})
+                part.param_groups.append({**group, "params": moved})
                 peaks.append(peak * rate)
 
     def step(self) -> None:
@@ -53,19 +68,20 @@ class Optimizers:
 
     @torch.no_grad()
     def own_gradients(self) -> None:
-        """Put copies in place of the gradients: to be added to where the next backward writes over what it gave out."""
+        """Replace the gradients by copies, so that they can be accumulated where the next backward reuses their memory,
+        as a CUDA graph's does."""
         for part in self.parts:
             for parameter in (p for group in part.param_groups for p in group["params"]):
                 if parameter.grad is not None:
                     parameter.grad = parameter.grad.clone()
 
     def state_dict(self, model: Model) -> dict[str, Any]:
-        """Whole tensors by parameter name, whatever the strategy; on rank 0, empty elsewhere. All ranks call it."""
+        """Whole tensors by parameter name on rank 0, empty on other ranks. All ranks call it."""
         return get_optimizer_state_dict(model, self.parts, options=to_rank_0())
 
     def load_state_dict(self, model: Model, state: dict[str, Any]) -> str | None:
-        """state: from `state_dict`, on rank 0; what the others pass is not looked at. All ranks call it. Returns what
-        did not fit as it was, one line, or None."""
+        """Load `state`, made by `state_dict`; only rank 0's is read. All ranks call it. Returns a line about what had
+        to be converted, or None."""
         names = {id(p): name for name, p in model.named_parameters()}
         muon = [group["params"] for part in self.parts if isinstance(part, Muon) for group in part.param_groups]
         state, moved = _experts_to_muon(state, [[names[id(p)] for p in group] for group in muon])
@@ -76,19 +92,19 @@ class Optimizers:
 
 
 def _experts_to_muon(state: dict[str, Any], names: Sequence[Sequence[str]]) -> tuple[dict[str, Any], list[str]]:
-    """A state of when AdamW updated the stacked experts, as Muon, whose groups hold `names`, takes it; and what has
-    moved. AdamW's first moment is what Muon calls momentum."""
+    """Convert a state from when AdamW updated the stacked experts for Muon, whose groups hold `names`: AdamW's first
+    moment becomes Muon's momentum. Returns the state and the names of the converted parameters."""
     if not state:
         return state, []
-    held = state["state"]
-    moved = [name for group in names for name in group if "exp_avg" in held.get(name, {})]
+    buffers = state["state"]
+    moved = [name for group in names for name in group if "exp_avg" in buffers.get(name, {})]
     if not moved:
         return state, []
     groups = [{**g, "params": [n for n in g["params"] if n not in moved]} for g in state["param_groups"]]
     for group, own in zip([g for g in groups if "momentum" in g], names, strict=True):
         group["params"] += [name for name in own if name in moved]
-    kept = {name: {"momentum_buffer": held[name]["exp_avg"]} for name in moved}
-    return {"state": {**held, **kept}, "param_groups": groups}, moved
+    converted = {name: {"momentum_buffer": buffers[name]["exp_avg"]} for name in moved}
+    return {"state": {**buffers, **converted}, "param_groups": groups}, moved
 
 
 def build_optimizers(
@@ -99,12 +115,13 @@ def build_optimizers(
     betas: tuple[float, float] = (0.9, 0.95),
     momentum: float = 0.95,
 ) -> Optimizers:
-    """The optimizer of a run. Matrices and embeddings decay, norm gains do not. betas are AdamW's, momentum is Muon's.
+    """The optimizer of a run. Weight decay applies to matrices and embeddings, not to norm gains.
 
-    adamw: fused AdamW for everything (Loshchilov & Hutter 2019, arXiv 1711.05101).
-    muon: momentum orthogonalised by Newton-Schulz for the matrices inside the blocks (Jordan et al. 2024), those of
-      each expert and packed q, k, v, gate and up apart, its update scaled to the size of AdamW's so that one `lr`
-      serves both (Moonlight, arXiv 2502.16982); AdamW for the embedding, the head, the router, the gains and adapters.
+    adamw: fused AdamW for all parameters, with `betas` (Loshchilov & Hutter 2019, arXiv 1711.05101).
+    muon: momentum orthogonalised by Newton-Schulz for the matrices inside the blocks (Jordan et al. 2024), with
+      `momentum`; every expert's and packed q, k, v, gate and up are separate matrices. The update is scaled to the size
+      of AdamW's, so that one `lr` serves both (Moonlight, arXiv 2502.16982). AdamW for the embedding, the head, the
+      router, the norm gains and adapters.
     """
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward without a backward leaves whole parameters in place of the shards
@@ -124,11 +141,11 @@ def build_optimizers(
 
 def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
     inside = ".layers." in f".{name}" and "router" not in name
-    return parameter.ndim in (2, 3) and inside and ".adapters." not in name  # those of q, k and v are stacked
+    return parameter.ndim in (2, 3) and inside and ".adapters." not in name  # q's, k's and v's are stacked
 
 
 def packed_rows(model: Model) -> dict[nn.Parameter, tuple[int, ...]]:
-    """The rows of q, k and v, or of gate and up, in each weight that holds them one under the other."""
+    """For every packed weight, the rows of each matrix in it: q, k and v, or gate and up."""
     config = model.config
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     rows: dict[nn.Parameter, tuple[int, ...]] = {}
@@ -143,14 +160,14 @@ def packed_rows(model: Model) -> dict[nn.Parameter, tuple[int, ...]]:
 
 
 def cooldown_steps(steps: int, cooldown: float) -> int:
-    """Of `steps`, those over which the rate of schedule wsd falls."""
+    """Number of steps over which the rate of schedule wsd falls."""
     return max(1, int(steps * cooldown))
 
 
 def lr_factor(
     schedule: ScheduleName, step: int, steps: int, warmup: int, final: float = 0.1, cooldown: float = 0.2
 ) -> float:
-    """Multiplier on the peak rate at `step` in 0..steps-1: linear warm-up, then the schedule down to `final`.
+    """Share of the peak rate at `step` in 0..steps-1: a linear warm-up, then the schedule down to `final`.
 
     cosine: half a period. wsd: flat, then linear down over the last `cooldown` of the steps (warm-up-stable-decay, Hu
     et al. 2024, arXiv 2404.06395). constant: flat.
@@ -166,3 +183,116 @@ def lr_factor(
         progress = (step - warmup + 1) / max(1, steps - warmup)
         return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
     raise ValueError(f"unknown schedule {schedule!r}; choose cosine, wsd or constant")
+
+
+# (steps planned, step at which a longer plan took over) of every earlier length of a run, in order
+Legs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class RateSchedule:
+    """The learning rate of a run, as a share of its peak.
+
+    A lengthened run leaves its earlier schedule where the longer plan took over, and reaches the curve of its whole
+    length in a straight line over as many steps as the warm-up took. A cosine made for fewer steps has fallen too far
+    by then: this is the re-warming of continued pretraining (Ibrahim et al. 2024, arXiv 2403.08763), which returns to
+    the peak because its data are new; here the data stay the same. wsd is made for this (Hu et al. 2024, 2404.06395):
+    the longer run begins before the cooldown, at the peak, so that no rise is needed.
+
+    steps: of the whole run. warmup: steps, by the run's first length. final, cooldown: as `lr_factor` takes them.
+    """
+
+    name: ScheduleName
+    steps: int
+    warmup: int
+    final: float = 0.1
+    cooldown: float = 0.2
+    legs: Legs = ()
+
+    def factor(self, step: int) -> float:
+        """Share of the peak rate at `step` in 0..steps-1."""
+        goal = lr_factor(self.name, step, self.steps, self.warmup, self.final, self.cooldown)
+        if not self.legs:
+            return goal
+        takeover = self.legs[-1][1]
+        if step < takeover:
+            return self._earlier.factor(step)
+        share = min(1.0, (step - takeover + 1) / self.warmup)
+        before = self._earlier.factor(takeover - 1)
+        return before + (goal - before) * share
+
+    @property
+    def stable_steps(self) -> int:
+        """Steps after which a longer run can continue at the same rate: with wsd up to the cooldown, else all."""
+        return self.steps - cooldown_steps(self.steps, self.cooldown) if self.name == "wsd" else self.steps
+
+    def describe(self) -> str:
+        """One line about how the rate of a lengthened run continues."""
+        planned, takeover = self.legs[-1]
+        before = self._earlier.factor(takeover - 1)
+        end = takeover + self.warmup - 1
+        after = lr_factor(self.name, end, self.steps, self.warmup, self.final, self.cooldown)
+        way = f"the rate goes on at {before:.2f} of the peak"
+        if abs(after - before) > 0.005:
+            way = f"the rate goes from {before:.2f} of the peak to {after:.2f} over {self.warmup} steps"
+        return (
+            f"lengthened at step {takeover} from {planned} steps to {self.steps}: {way} and then as in a run of "
+            f"{self.steps}"
+        )
+
+    @property
+    def _earlier(self) -> RateSchedule:
+        """The schedule before the last lengthening."""
+        return replace(self, steps=self.legs[-1][0], legs=self.legs[:-1])
+
+
+AVERAGE_FOLDER = "average"  # in a checkpoint
+
+
+class WeightAverage:
+    """A running average of the trained weights (--ema): a <- a + (1 - d) (w - a) after every step, in float32.
+
+    Where the rate does not fall, the average does part of what a falling rate does: the noise of single steps cancels,
+    for 4 bytes a parameter (Izmailov et al. 2018, arXiv 1803.05407; Kaddour 2022, 2209.14981). d is `decay`, or
+    (1 + t) / (10 + t) after t steps where that is less, so that the initial weights fade soon. `model` may be
+    replicated or sharded: each process averages its own part. updates: the number of steps averaged.
+    """
+
+    def __init__(self, model: Model, decay: float) -> None:
+        self.model, self.decay, self.updates = model, decay, 0
+        self._to_shards()
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._values = [weight.detach().clone() for weight in self._weights()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Add the weights after an optimizer step, without waiting for the device."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(self._values, self._weights(), 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within the context the model has the averaged weights; afterwards its own again, bit for bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        self._to_shards()
+        for weight, value in zip(self._weights(), self._values, strict=True):
+            kept = weight.clone()
+            weight.copy_(value)
+            value.copy_(kept)
+
+    def _weights(self) -> list[Tensor]:
+        """The trained weights that this process holds."""
+        return [p.to_local() if isinstance(p, DTensor) else p.data for p in self._parameters]
+
+    def _to_shards(self) -> None:
+        """Put the shards back: a forward without a backward leaves whole parameters in their place."""
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()

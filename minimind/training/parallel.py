@@ -1,7 +1,7 @@
-"""One run on several processes, started by torchrun: DDP, or FSDP2 with an optional mesh of replicas (HSDP).
+"""A run on several processes started by torchrun: DDP, or FSDP2 with optional replicas (HSDP).
 
-Each rank computes its share of one global batch. Figures are sums over ranks, files are rank 0's alone, and what
-is saved does not tell how many ranks there were.
+Each rank computes its share of one global batch. Figures are sums over ranks, only rank 0 writes files, and a
+checkpoint does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass
 class Parallel:
-    """This process among those of the run; by default it is the only one."""
+    """This process among the processes of a run; by default the only one."""
 
     strategy: Literal["none", "ddp", "fsdp"] = "none"
     rank: int = 0
@@ -50,8 +50,8 @@ class Parallel:
 
     @staticmethod
     def from_env(name: ParallelName, replicas: int, reduce_dtype: ReduceDtypeName = "fp32") -> Parallel:
-        """What --parallel, --replicas and --reduce-dtype mean under torchrun's environment, or without it. Raises
-        ValueError."""
+        """The strategy that --parallel, --replicas and --reduce-dtype name, with or without torchrun. Raises
+        ValueError, naming the flag."""
         world = world_size()
         if name == "auto":
             name = "ddp" if world > 1 else "none"
@@ -80,11 +80,11 @@ class Parallel:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes the run folder and talks."""
+        """Whether this process writes the run folder and prints."""
         return self.rank == 0
 
     def choose_device(self, requested: str) -> torch.device:
-        """As choose_device; with several processes each takes the GPU of its local rank."""
+        """The device that --device names; of several processes each gets the GPU of its local rank."""
         device = choose_device(requested)
         if self.strategy == "none" or device.type == "cpu":
             return device
@@ -98,7 +98,7 @@ class Parallel:
         return torch.device("cuda", self.local_rank)
 
     def join(self, device: torch.device) -> None:
-        """Meet the other processes."""
+        """Initialize the process group."""
         if self.strategy == "none":
             return
         if device.type == "cuda":
@@ -124,7 +124,7 @@ class Parallel:
         return self.wrapped
 
     def exchange(self, last: bool) -> AbstractContextManager[None]:
-        """Around a micro-batch: gradients cross the network once per step, in the backward of its last one."""
+        """Context of a micro-batch: gradients are exchanged once per step, in the backward of the last one."""
         if isinstance(self.wrapped, FSDPModule):
             self.wrapped.set_requires_gradient_sync(last)
         elif isinstance(self.wrapped, _Replica) and not last:
@@ -132,14 +132,14 @@ class Parallel:
         return nullcontext()
 
     def sum(self, figures: Tensor) -> Tensor:
-        """Added up over the ranks, in place; on every rank."""
+        """Sum `figures` over the ranks in place; all ranks get the result."""
         if self.strategy != "none":
             with span("communication"):
                 dist.all_reduce(figures)
         return figures
 
     def gather(self, part: T) -> list[T]:
-        """The Python object of every rank, by rank."""
+        """The objects of all ranks, by rank."""
         if self.strategy == "none":
             return [part]
         parts: list[Any] = [None] * self.world_size
@@ -148,7 +148,7 @@ class Parallel:
         return parts
 
     def share(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank. Where it raises, rank 0 says why and the others exit."""
+        """The result of make() on rank 0, on all ranks. Where it raises, rank 0 raises and the others exit."""
         if self.strategy == "none":
             return make()
         box: list[Any] = [None, False]
@@ -163,10 +163,11 @@ class Parallel:
         return box[0]
 
     def whole(self, model: Model) -> Model | None:
-        """On rank 0 the model with all its weights, free to use alone; None elsewhere. All ranks call it."""
+        """On rank 0 the model with all its weights, usable without the other ranks; None elsewhere. All ranks call
+        it."""
         if self.strategy != "fsdp":
             return model if self.main else None
-        # a copy: a forward of the shards would wait for ranks that may stop sampling at another token
+        # a copy: a forward of the shards would wait for other ranks, which do not sample
         state = get_model_state_dict(model, options=to_rank_0())
         if not self.main:
             return None
@@ -185,22 +186,22 @@ class Parallel:
 class _Replica(DistributedDataParallel):
     @property
     def head_weight(self) -> Tensor:
-        """The loss multiplies by it after the forward."""
+        """The loss uses it after the forward."""
         return self.module.head_weight
 
 
 def _sum_in_bf16(group, bucket):
-    """DDP refuses bf16_compress_hook by its name where there is no NCCL; gloo sums bf16 too. It compares annotations
-    with types, so that there are none here."""
+    """bf16_compress_hook under another name: DDP refuses that name without NCCL, though gloo sums bf16 too. No
+    annotations, as DDP compares them with types."""
     return bf16_compress_hook(group, bucket)
 
 
 def leave() -> None:
-    """Part from the other processes, when nothing refers to a wrapped module any more.
+    """Destroy the process group, after the last reference to a wrapped module is gone.
 
-    If DDP's reducer is the last to hold the group, it destroys it with the GIL held and waits for Gloo's thread, which
-    may be waiting for the GIL to drop the last collective's tensor: one exit in a few hung (torch 2.11 and 2.13).
-    Modules under FSDP refer to each other and outlive their last name: one exit in ten or so aborted.
+    If DDP's reducer holds the last reference to the group, it destroys it with the GIL held and waits for Gloo's
+    thread, which may need the GIL to free the last collective's tensor: one exit in a few hung (torch 2.11 and 2.13).
+    Modules under FSDP are in reference cycles, hence the collection: one exit in ten or so aborted without it.
     """
     gc.collect()
     if dist.is_initialized():
@@ -213,30 +214,31 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """This process among them."""
+    """The rank of this process among those that torchrun started; 0 without it."""
     return int(os.environ.get("RANK", 0)) if "WORLD_SIZE" in os.environ else 0
 
 
 def to_rank_0() -> StateDictOptions:
-    """Whole tensors under the parameters' names, on rank 0's CPU."""
+    """Options for whole tensors by parameter name, on rank 0's CPU."""
     return StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def from_rank_0(strict: bool = True) -> StateDictOptions:
-    """Rank 0 hands out whole tensors; each takes the part that it keeps. Not strict: some may be missing."""
+    """Options for loading whole tensors from rank 0, of which each rank takes its part. strict: none may be missing."""
     together = dist.is_initialized()
     return StateDictOptions(full_state_dict=True, broadcast_from_rank0=together, strict=strict)
 
 
 def _shard(model: Model, mesh: DeviceMesh, reduce_dtype: torch.dtype) -> None:
-    """FSDP2: masters stay float32, gradients are summed in `reduce_dtype`. The matrices of a block, which are rounded
-    before every product anyway, travel as they compute; what is not, norm gains, routers, embedding and head, travels
-    in float32, so that every rank computes what one process would. All gains come with the embedding, once a step.
-    With DoRA the blocks' matrices travel in float32 too: the lengths of rows are taken of what is not rounded. Frozen
-    weights are sharded like the others; no gradient of them is sent.
+    """Shard `model` with FSDP2: master weights stay float32, gradients are summed in `reduce_dtype`.
+
+    The matrices of a block are gathered in the compute dtype, to which every product rounds them anyway. Norm gains,
+    routers, embedding and head are gathered in float32, so that every rank computes what one process would; all gains
+    come with the embedding, once a step. With DoRA the matrices are gathered in float32 too: the lengths of rows need
+    unrounded weights. Frozen weights are sharded like the others, without gradients.
     """
     dtype = model.compute_dtype if model.compute_dtype == torch.bfloat16 else None
-    # the model itself says what runs in which precision: inputs are not cast
+    # inputs are not cast: the model decides what runs in which precision
     exact = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     rounded = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)
     if any(part.endswith(".M") for part, _ in model.named_parameters()):
@@ -244,15 +246,15 @@ def _shard(model: Model, mesh: DeviceMesh, reduce_dtype: torch.dtype) -> None:
     placement = partial(_placement, shards=mesh.size(mesh.ndim - 1))
     for block in cast(Iterable[Block], model.layers):
         if isinstance(block.mlp, MoE):
-            fully_shard(block.mlp.router, mesh=mesh, mp_policy=exact)  # near ties decide where a token goes
+            fully_shard(block.mlp.router, mesh=mesh, mp_policy=exact)  # near ties decide a token's expert
         matrices: list[nn.Module] = [block.self_attn.qkv_proj, block.self_attn.o_proj, block.mlp]
         fully_shard(matrices, mesh=mesh, mp_policy=rounded, shard_placement_fn=placement)
     fully_shard(model, mesh=mesh, mp_policy=exact)
 
 
 def _placement(parameter: nn.Parameter, shards: int) -> Shard | None:
-    """FSDP cuts the first dimension: of 4 stacked experts 8 processes would get one, or nothing. Their second dimension
-    is cut where that is even and the first is not."""
+    """Shard stacked experts along their second dimension where that divides evenly and the first does not; by default
+    FSDP shards the first, and of 4 experts 8 processes would get one or none."""
     if parameter.ndim == 3 and parameter.shape[0] % shards and parameter.shape[1] % shards == 0:
         return Shard(1)
     return None

@@ -1,4 +1,7 @@
-"""The folder every run leaves: config, metrics.jsonl, loss.png, samples.txt, checkpoints, versions."""
+"""Run folders: finding, locking, creating and continuing them.
+
+A run folder holds config.json, metrics.jsonl, loss.png, samples.txt, checkpoints/ and versions.json.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from minimind.training.checkpoint import list_checkpoints, remove_partial, step_of
-from minimind.training.identity import Defaults, Difference, compare
-from minimind.training.lengthen import EarlierRun, Legs, legs_of, read_config, source_of
+from minimind.training.identity import Defaults, Difference, EarlierRun, Legs, compare, legs_of, read_config, source_of
 from minimind.utils.files import read_json, write_json
 
 ResumeMode = Literal["auto", "never"]
@@ -26,11 +28,12 @@ _NO_DEFAULTS = Defaults()
 
 @dataclass(frozen=True)
 class RunFolder:
-    """path: the folder; checkpoint: where to continue from, None at a fresh start. Locked for this process: the
-    lock goes with the object, or with the process however it ends. A copy in another process has None.
+    """A run folder, locked for this process until the object is deleted or the process ends; a copy in another process
+    has no lock.
 
-    notes: lines about how it was found; changed: flags that this start gives another value than the first one did, by
-    name. legs: of a lengthened run, see lengthen.py; lengthens: the run that it was made of just now.
+    checkpoint: where to continue, None for a new run. notes: lines about how the folder was found. changed: flags with
+    other values than at the first start, by name. legs: earlier lengths of the run, see RateSchedule. lengthens: the
+    run that it was just made from.
     """
 
     path: Path
@@ -53,12 +56,12 @@ class RunFolder:
     def samples(self) -> Path:
         return self.path / "samples.txt"
 
-    @property
-    def finished(self) -> bool:
-        return (self.path / "finished").exists()
-
     def mark_finished(self) -> None:
         (self.path / "finished").touch()
+
+
+def is_finished(run: Path) -> bool:
+    return (run / "finished").exists()
 
 
 def find_run(
@@ -70,15 +73,14 @@ def find_run(
     root: Path = Path("runs"),
     lengthen: str | None = None,
 ) -> dict[str, Any]:
-    """What the run that `open_run` would continue or lengthen chose from its data when it began, `config` being without
-    that; empty where there is none. Makes and locks nothing."""
+    """The choices ("chosen" in config.json) of the run that `open_run` would continue or lengthen; empty without such a
+    run. config: without choices. Creates and locks nothing."""
     for path in _runs(out, default_name, root) if resume == "auto" else ():
-        found = defaults.complete(read_config(path), config)
-        left = {
-            k: v for k, v in found["chosen"].items() if config.get("args", {}).get(k) in (None, defaults.flags.get(k))
-        }
-        if not (path / "finished").exists() and compare(found, {**config, "chosen": left}).same_run:
-            return found["chosen"]
+        earlier = defaults.complete(read_config(path), config)
+        flags = config.get("args", {})
+        open_choices = {k: v for k, v in earlier["chosen"].items() if flags.get(k) in (None, defaults.flags.get(k))}
+        if not is_finished(path) and compare(earlier, {**config, "chosen": open_choices}).same_run:
+            return earlier["chosen"]
     if lengthen is not None:
         return defaults.complete(read_config(source_of(lengthen)), config)["chosen"]
     return {}
@@ -95,9 +97,9 @@ def open_run(
 ) -> RunFolder:
     """Continue the unfinished run with this configuration, or make a new folder. Nothing is overwritten.
 
-    out: the folder to use; None takes runs/<default_name>, numbered when that is taken by another run. source: what a
-    new folder begins with. Raises ValueError when `out` holds a finished run, one with another configuration, or one
-    that is running.
+    out: the folder; None for runs/<default_name>, with a number if another run has that name. source: the run that a
+    new folder lengthens. Raises ValueError where `out` holds a finished run, a run with another configuration, or one
+    that another process is training.
     """
     if out is None:
         return _next_free(root, default_name, config, resume, defaults, source)
@@ -113,29 +115,29 @@ def open_run(
     if not (path / "config.json").exists():
         return _create(path, config, lock, source)
     if resume == "never":
-        raise ValueError(f"--out {out}: holds a run already; name another folder or drop --resume never")
-    found = compare(defaults.complete(read_config(path), config), config)
-    if found.only_length:
+        raise ValueError(f"--out {out}: already holds a run; name another folder or drop --resume never")
+    difference = compare(defaults.complete(read_config(path), config), config)
+    if difference.only_length:
         raise ValueError(
-            f"--out {out}: started with {found}; to lengthen it give --lengthen {out} and another --out, or none: "
-            "it stays as it is"
+            f"--out {out}: started with {difference}; to lengthen it use --lengthen {out} with another --out or none: "
+            "the earlier run stays as it is"
         )
-    if (path / "finished").exists():
+    if is_finished(path):
         raise ValueError(f"--out {out}: this run is finished; name another folder to train anew")
-    if not found.same_run:
-        back = f" ({found.way_back})" if found.way_back else ""
-        raise ValueError(f"--out {out}: started with {found}; repeat that command{back} or name another folder")
-    return _continue(path, lock, found)
+    if not difference.same_run:
+        back = f" ({difference.way_back})" if difference.way_back else ""
+        raise ValueError(f"--out {out}: started with {difference}; repeat that command{back} or name another folder")
+    return _continue(path, lock, difference)
 
 
 def newest_finished(stage: str, root: Path = Path("runs"), data: Sequence[str] | None = None) -> str:
-    """The finished run of `stage` that ended last: on this --data, or where none is given on any but a task of its own
-    such as builtin:arithmetic. Raises ValueError, with the way out, where there is none."""
+    """The finished run of `stage` that ended last. data: its --data; None: any but a task such as builtin:arithmetic.
+    Raises ValueError where there is none."""
 
     def fits(config: dict[str, Any]) -> bool:
         trained_on = config.get("args", {}).get("data", [])
-        of_a_task = any(name.startswith("builtin:") for name in trained_on)
-        return config.get("stage") == stage and (not of_a_task if data is None else trained_on == list(data))
+        is_task = any(name.startswith("builtin:") for name in trained_on)
+        return config.get("stage") == stage and (not is_task if data is None else trained_on == list(data))
 
     ended = [(flag.stat().st_mtime_ns, flag.parent) for flag in root.glob("*/finished")]
     runs = [path for _, path in sorted(ended) if fits(read_config(path))]
@@ -147,11 +149,11 @@ def newest_finished(stage: str, root: Path = Path("runs"), data: Sequence[str] |
 
 
 def truncate(path: Path, size: int) -> None:
-    """Cut a log back to where the checkpoint saw it, so that a resumed run writes each line once."""
+    """Cut a log to its size at the checkpoint, so that a resumed run writes each line once."""
     there = path.stat().st_size if path.exists() else 0
     if there < size:
         raise ValueError(
-            f"{path}: {there} bytes, but the checkpoint was written after {size}; was it edited? "
+            f"{path}: has {there} bytes, fewer than the {size} at the checkpoint; was it edited? "
             "Put it back or start anew in another folder"
         )
     if path.exists():
@@ -159,7 +161,7 @@ def truncate(path: Path, size: int) -> None:
 
 
 def versions(device: str) -> dict[str, Any]:
-    """What it ran on and with; git commit where the code is a checkout."""
+    """The device, the versions of the packages, and the git commit of a checkout."""
     packages: dict[str, str | None] = {}
     for name in ("triton", "numpy", "tokenizers", "safetensors"):
         try:
@@ -171,25 +173,25 @@ def versions(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": device,
         "commit": _git_commit(),
-        "torch": str(torch.__version__),  # with its build, which the package's own version does not name
+        "torch": str(torch.__version__),  # with its build, which importlib.metadata leaves out
         **packages,
     }
 
 
 def record_versions(run: RunFolder, device: str, attention: str) -> None:
-    """Add this start to versions.json: a resumed run may have continued on other software, and with other values of
-    flags that change no step. attention: as `attention_name` says."""
+    """Add this start to versions.json: a run may be resumed with other software, and with other values of flags that
+    change no step. attention: from `attention_name`."""
     path = run.path / "versions.json"
-    known = read_json(path) if path.exists() else {"starts": []}
-    starts = (known or {}).get("starts")
+    recorded = read_json(path) if path.exists() else {"starts": []}
+    starts = (recorded or {}).get("starts")
     if not isinstance(starts, list):
-        raise ValueError(f"{path}: damaged; remove it, a new one is begun")
+        raise ValueError(f"{path}: damaged; remove it, and a new one is begun")
     changed = {"changed": dict(run.changed)} if run.changed else {}
     write_json(path, {"starts": [*starts, versions(device) | {"attention": attention} | changed]})
 
 
 def _runs(out: str | None, default_name: str, root: Path) -> Iterator[Path]:
-    """Those that a new start may continue, in order."""
+    """The runs that a new start may continue, in order."""
     for path in _numbered(root / default_name) if out is None else [Path(out)]:
         if (path / "config.json").exists():
             yield path
@@ -209,41 +211,41 @@ def _next_free(
         if _make(path):
             lock = _try_lock(path)
             if lock is not None:
-                others = [(run, found) for run, found in near if found.same_run or source is None]
+                others = [(run, difference) for run, difference in near if difference.same_run or source is None]
                 return _create(path, config, lock, source, others)
         if resume == "never" or not (path / "config.json").exists():
             continue
-        found = compare(defaults.complete(read_config(path), config), config)
-        near.append((path, found))
-        if not found.same_run or (path / "finished").exists():
+        difference = compare(defaults.complete(read_config(path), config), config)
+        near.append((path, difference))
+        if not difference.same_run or is_finished(path):
             continue
         lock = _try_lock(path)
         if lock is not None:
-            return _continue(path, lock, found)
+            return _continue(path, lock, difference)
     raise AssertionError("there is always a next number")
 
 
 def _nearest(others: Sequence[tuple[Path, Difference]]) -> tuple[str, ...]:
-    """A line about the run that is most like the one that begins: how the two differ, and how to go on with it. Nothing
-    where all are finished and others."""
-    told = [(path, found) for path, found in others if not found.counts or not (path / "finished").exists()]
-    if not told:
+    """A line about the most similar run: how it differs and how to continue it. Nothing where all differ and are
+    finished."""
+    candidates = [(path, diff) for path, diff in others if not diff.counts or not is_finished(path)]
+    if not candidates:
         return ()
-    path, found = min(reversed(told), key=lambda other: len(other[1].counts) + len(other[1].length))
-    finished = (path / "finished").exists()
-    if found.same_run:
+    path, difference = min(reversed(candidates), key=lambda other: len(other[1].counts) + len(other[1].length))
+    finished = is_finished(path)
+    if difference.same_run:
         state = "finished: it is trained anew" if finished else "which another process trains: this is a second one"
         return (f"{path} is this very run, {state}",)
     steps = [step_of(checkpoint) for checkpoint in list_checkpoints(path)]
     where = "finished" if finished else " after step ".join(["unfinished", *map(str, steps[-1:])])
-    ways = [f"{found.way_back} continues it"] if found.way_back and not finished else []
-    ways += [f"--lengthen {path} goes on with it to a greater length"] if found.only_length else []
+    ways = [f"{difference.way_back} continues it"] if difference.way_back and not finished else []
+    ways += [f"--lengthen {path} goes on with it to a greater length"] if difference.only_length else []
     way = f"; {', '.join(ways)}" if ways else ""
-    return (f"near: {path}, {where}, was started with {found}{way}; this run starts anew",)
+    return (f"near: {path}, {where}, was started with {difference}{way}; this run starts anew",)
 
 
 def _make(path: Path) -> bool:
-    """Whether the folder is new. ValueError where it cannot be made."""
+    """Make the folder; whether it is new. Raises ValueError where it cannot be made."""
     try:
         path.mkdir(parents=True)
     except OSError as error:
@@ -280,18 +282,18 @@ def _create(
     return RunFolder(path, list_checkpoints(path)[-1], lock, notes, {}, source.legs, source.run)
 
 
-def _continue(path: Path, lock: FileLock, found: Difference) -> RunFolder:
+def _continue(path: Path, lock: FileLock, difference: Difference) -> RunFolder:
     remove_partial(path)
     checkpoints = list_checkpoints(path)
-    notes = (f"continues with other flags: {found.free_text}",) if found.free else ()
-    changed = {change.name: change.now for change in found.free}
+    notes = (f"continues with other flags: {difference.free_text}",) if difference.free else ()
+    changed = {change.name: change.now for change in difference.free}
     checkpoint = checkpoints[-1] if checkpoints else None
     return RunFolder(path, checkpoint, lock, notes, changed, legs_of(read_config(path)))
 
 
 def _git_commit() -> str | None:
-    """Of the checkout; of a copy without .git what $MINIMIND_COMMIT says."""
-    told = os.environ.get("MINIMIND_COMMIT")
+    """The commit of the checkout, or $MINIMIND_COMMIT for a copy without .git."""
+    named = os.environ.get("MINIMIND_COMMIT")
     try:
         answer = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
@@ -300,5 +302,5 @@ def _git_commit() -> str | None:
             timeout=10,
         )
     except (OSError, subprocess.SubprocessError):
-        return told
-    return answer.stdout.strip() or told if answer.returncode == 0 else told
+        return named
+    return answer.stdout.strip() or named if answer.returncode == 0 else named

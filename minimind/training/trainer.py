@@ -1,9 +1,9 @@
-"""The one training loop. A stage gives it a loss, its data and what to show; it does the rest.
+"""The training loop: forward, backward, clip and update, with logs, checkpoints and exact resume.
 
-Order within a step: fetch the micro-batches, so that the global number of targets is known; forward and backward
-of each; clip; update. Nothing on the way waits for the device: losses are read back on log steps only. A
-checkpoint is written only after every loss before it and every weight in it was found finite. Of several ranks
-all run this loop and rank 0 alone writes and speaks.
+A step fetches all its micro-batches first, so that the global number of targets is known, then runs forward and
+backward on each, clips and updates. No step waits for the device: losses are read back on log steps only. A checkpoint
+is written only when every loss before it and every weight in it is finite. All ranks run this loop; rank 0 alone writes
+files and prints.
 """
 
 from __future__ import annotations
@@ -18,173 +18,112 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
-from minimind.training.averaging import FOLDER as AVERAGE
-from minimind.training.averaging import WeightAverage
-from minimind.training.checkpoint import best_folder, load_weights_into, save_best, save_checkpoint
-from minimind.training.heldout import loss_lines, rename
-from minimind.training.metrics import MetricsLog, plot_losses
-from minimind.training.optim import Optimizers
+from minimind.training.arguments import StageArgs
+from minimind.training.batches import Loader, to_device
+from minimind.training.checkpoint import best_folder, load_weights_into, save_checkpoint
+from minimind.training.evaluation import BestFigure, Evaluation
+from minimind.training.metrics import Event, MetricsLog, Tracker, plot_losses
+from minimind.training.optim import AVERAGE_FOLDER, ClipGroup, Optimizers, RateSchedule, WeightAverage
 from minimind.training.parallel import Parallel
 from minimind.training.profiling.profiler import StepProfiler
 from minimind.training.run_folder import RunFolder, truncate
-from minimind.training.tracking import Tracker
 from minimind.utils.display import Display, duration, say
 from minimind.utils.files import sync, write_json
 from minimind.utils.spans import span
 from minimind.weights import save_weights
 
-
-class Loader(Protocol):
-    """This rank's parts of the micro-batches, on the device; each knows its num_targets, and of all ranks together
-    global_num_targets and global_weight, by which the loss is divided."""
-
-    @property
-    def host(self) -> Any:
-        """The newest batch as it was on the host, for a post-mortem."""
-
-    def next_batch(self) -> Any: ...
-
-    def fetch(self) -> None:
-        """Start bringing the next one."""
-
-    def state(self) -> dict[str, Any]:
-        """Where it is: numbers, and what else it needs to go on from there, as plain values and tensors."""
-
-    def load_state(self, state: dict[str, Any]) -> None: ...
-
-
 StageLoss = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Event:
-    """A row of metrics.jsonl of its own `kind`, of all ranks together, before that of the step it comes with. seconds:
-    what was measured by the clock; line: for the progress line."""
-
-    kind: str
-    values: dict[str, Any]
-    seconds: dict[str, float]
-    line: str = ""
-
-
-@dataclass(frozen=True)
-class LoopOptions:
-    steps: int
-    micro_batches: int = 1  # per step
-    tokens_per_step: int = 0  # tokens of a step, padding included: the x axis; 0: where it varies, targets instead
-    grad_clip: float = 1.0
-    log_every: int = 10
-    eval_every: int = 100
-    save_every: int = 100
-    keep_checkpoints: int = 2
-    branch: int = 0  # a step whose checkpoint is kept for good, for longer runs to begin with
-    keep_best: bool = False
-    patience: int | None = None  # evaluations without a better held-out figure after which training ends
-    ema: float | None = None  # decay of an average of the weights
-    own_gradients: bool = False  # those of a CUDA graph's backward lie in its memory, which it fills anew
-
-
-@dataclass(frozen=True)
-class ClipGroup:
-    """Parameters that learn beside the rest of a model, such as a critic's: their gradients are clipped by a norm of
-    their own, logged as NAME_grad_norm, and their rate is `rate` times the others'."""
-
-    name: str
-    parameters: Sequence[nn.Parameter]
-    rate: float = 1.0
-
-
-@dataclass(frozen=True)
 class Stage:
-    """What a stage brings.
+    """The functions and settings that a training stage gives to the trainer. All ranks call every function.
 
-    loss(batch) -> (sum over targets, mean auxiliary loss) of this rank's part, differentiable device scalars; perhaps a
-    third, a dict of sums that are logged as the loss is.
-    lr_factor(step) -> share of the peak rate. evaluate(final) -> reproducible held-out figures, of all ranks together.
-    sample() -> text shown and kept in samples.txt. describe(host batch) -> list of what was in it, for a post-mortem.
-    news() -> what became known while a step's batches were made. All ranks call all of them. save_model(whole model,
-    folder), on rank 0, and load_model(model, checkpoint, parallel), on all, for what is trained where that is not the
-    whole model. apart: see Apart. before_update() is called between the backwards of a step and the optimizer, and may
-    take gradients away.
+    loss(batch): (sum over targets, mean auxiliary loss) of this rank's share, differentiable device scalars; optionally
+      also a dict of sums that are logged like the loss.
+    evaluate(final): reproducible held-out figures over all ranks.
+    sample(): text that is shown and added to samples.txt.
+    describe(host batch): list of the batch's contents, for the report on a loss that is not finite.
+    data_fingerprint: a run resumes only on data with the same fingerprint.
+    peak_lr: the peak learning rate where --lr is not given.
+    save_model(whole model, folder) on rank 0 and load_model(model, checkpoint, parallel) on all ranks: how checkpoints
+      are written and read.
+    place(batch, device, boundaries): moves a loader's batch to the device; see DeviceBatches.
+    event(): what happened while a step's batches were made, or None.
+    clip_groups: parameters with their own gradient clipping and learning rate.
+    before_update(): called between the last backward and the optimizer step; may remove gradients.
+    frozen_models, first_passes, estimate: for --plan: other models that every step runs forward, forward passes over
+      the training data before the first step, and the function that makes the plan (None: that of packed data).
     """
 
-    model: Model
-    tokenizer: Tokenizer
-    optimizer: Optimizers
-    loader: Loader
     loss: Callable[[Any], StageLoss]
-    peak_lr: float
-    lr_factor: Callable[[int], float]
     evaluate: Callable[[bool], dict[str, Any]]
     sample: Callable[[], str]
     describe: Callable[[Any], list[Any]]
-    title: str
     data_fingerprint: str
+    peak_lr: float
     save_model: Callable[[Model, Path], None] = save_weights
     load_model: Callable[[Model, Path, Parallel], None] = load_weights_into
+    place: Callable[..., Any] = to_device
     loss_unit: str = "nats per token"
-    news: Callable[[], Event | None] = lambda: None
-    apart: Sequence[ClipGroup] = ()
+    event: Callable[[], Event | None] = lambda: None
+    clip_groups: Sequence[ClipGroup] = ()
     before_update: Callable[[], None] = lambda: None
+    frozen_models: Sequence[Model] = ()
+    first_passes: float = 0.0
+    estimate: Callable[..., Any] | None = None
 
 
-def _contents(fingerprint: str) -> tuple[str, str]:
-    """Of the data and of a model beside them; not the name that `minimind.weights.fingerprint` puts between."""
-    words = fingerprint.split() or [""]
-    return words[0], words[-1]
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The loader and the number of steps. step_tokens: tokens of a step, padding included; 0 where they vary, which
+    makes targets the unit of progress."""
+
+    loader: Any
+    steps: int
+    micro_batches: int = 1
+    step_tokens: int = 0
 
 
 class NonFiniteLossError(ValueError):
-    """The loss or a gradient became NaN or infinite. The newest checkpoint is from before that."""
+    """The loss, a gradient or a weight became NaN or infinite. The newest checkpoint is from before that."""
 
 
 @dataclass
-class _Row:
-    """One step's figures, still on the device."""
+class _StepFigures:
+    """The figures of one step, still on the device."""
 
     step: int
-    figures: Tensor  # float32 [3 + n]: this rank's part of loss, auxiliary loss, gradient norm, and what `names` are
+    figures: Tensor  # float32 [3 + n]: this rank's part of loss, auxiliary loss, gradient norm and of `names`
     lr: float
     targets: int
-    tokens: int  # until here
-    position: dict[str, Any]
+    tokens: int  # up to and including this step
+    position: dict[str, Any]  # of the loader before the step
     names: tuple[str, ...] = ()
-    news: Event | None = None
-
-
-@dataclass
-class BestLoss:
-    """The best held-out figure of those that are measured on one and the same part; since: evaluations after it."""
-
-    step: int = 0
-    value: float = math.nan
-    since: int = 0
-
-    def take(self, step: int, values: dict[str, Any]) -> bool:
-        """Whether the figures of `step` are the best so far: a loss is to be low, a reward high."""
-        value, sign = values.get("heldout_loss"), 1
-        if value is None:
-            value, sign = values["heldout_reward"], -1
-        if math.isnan(self.value) or sign * value < sign * self.value:
-            self.step, self.value, self.since = step, value, 0
-            return True
-        self.since += 1
-        return False
+    event: Event | None = None
 
 
 @dataclass
 class Trainer:
+    """Trains `model` by the functions of `stage`; `loader` gives the plan's batches on the device."""
+
+    args: StageArgs
+    plan: TrainingPlan
     stage: Stage
-    options: LoopOptions
+    model: Model
+    tokenizer: Tokenizer
+    optimizer: Optimizers
+    loader: Loader
+    schedule: RateSchedule
     run: RunFolder
     tracker: Tracker
     console: Console
@@ -193,66 +132,34 @@ class Trainer:
     step: int = 0
     targets_seen: int = 0
     seconds: float = 0.0
-    interrupted: str | None = None  # the signal's name
-    stopping: bool = False  # all ranks know that one was interrupted
-    best: BestLoss = field(default_factory=BestLoss)
-    heldout: str = ""  # the newest held-out figure, for the progress line
-    newest: str = ""  # the newest of the stage's news, for the same
-    pending: list[_Row] = field(default_factory=list)
+    interrupted: str | None = None  # name of the signal
+    stopping: bool = False  # all ranks know that one of them was interrupted
+    event_line: str = ""  # the newest event's part of the progress line
+    pending: list[_StepFigures] = field(default_factory=list)
     average: WeightAverage | None = field(init=False, default=None)
+    evaluation: Evaluation = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.options.ema is not None:
-            self.average = WeightAverage(self.stage.model, self.options.ema)
-
-    @property
-    def device(self) -> torch.device:
-        return self.stage.model.device
-
-    @property
-    def tokens(self) -> int:
-        """Trained on so far."""
-        return self.step * self.options.tokens_per_step or self.targets_seen
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Take everything back to where `state`, the trainer state of the run's checkpoint, was saved."""
-        assert self.run.checkpoint is not None
-        if _contents(state["data"]) != _contents(self.stage.data_fingerprint):
-            raise ValueError(
-                f"{self.run.path}: the data or the tokenizer changed since this run began; "
-                "put them back or start anew with --resume never"
-            )
-        if note := self.stage.optimizer.load_state_dict(self.stage.model, state["optimizer"]):
-            say(self.console, note)
-        self.stage.load_model(self.stage.model, self.run.checkpoint, self.parallel)
-        if self.average is not None:
-            self.average.updates = state["averaged"]
-            with self.average.in_place():
-                self.stage.load_model(self.stage.model, self.run.checkpoint / AVERAGE, self.parallel)
-        self.stage.loader.load_state({**state["loader"], "step": state["step"]})
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.step, self.targets_seen = state["step"], state["targets_seen"]
-        self.seconds = state["seconds"]
-        best = BestLoss(**state.get("best", {}))
-        if best_folder(self.run.path, best.step).is_dir():  # a lengthened run's may have been replaced since
-            self.best = best
-        self._cut_logs(state["metrics_bytes"], state["samples_bytes"])
+        if self.args.ema is not None:
+            self.average = WeightAverage(self.model, self.args.ema)
+        self.evaluation = Evaluation(
+            self.stage.evaluate, self.stage.loss_unit, self.args.keeps_best, self.args.patience, self.average
+        )
 
     def fit(self) -> bool:
-        """Train to the last step; True when it is done. Ctrl-C or SIGTERM saves after the current step (of several
-        ranks, after the next log step) and returns False."""
-        if self.step == 0:  # drop what a run killed before its first checkpoint had written
+        """Train to the last step and return True. Ctrl-C or SIGTERM saves after the current step (with several ranks
+        after the next log step) and returns False."""
+        if self.step == 0:  # remove what a run that was killed before its first checkpoint had written
             self._cut_logs(0, 0)
         with ExitStack() as cleanup:
             if self.parallel.main:
-                picture, stage = self.run.path / "loss.png", self.stage
-                cleanup.callback(plot_losses, self.run.metrics, picture, stage.title, stage.loss_unit)
+                title = f"{self.run.path.name}: {self.model.num_parameters() / 1e6:.1f}M parameters"
+                picture = self.run.path / "loss.png"
+                cleanup.callback(plot_losses, self.run.metrics, picture, title, self.stage.loss_unit)
             cleanup.callback(self.tracker.finish)
             self.metrics = MetricsLog(self.run.metrics if self.parallel.main else Path(os.devnull))
             cleanup.callback(self.metrics.close)
-            self.display = Display(self.console, self.options.steps, self.step)
+            self.display = Display(self.console, self.plan.steps, self.step)
             cleanup.callback(self.display.close)
             if self.profiler is not None:
                 cleanup.callback(self.profiler.close)
@@ -260,17 +167,12 @@ class Trainer:
                 cleanup.callback(signal.signal, number, signal.signal(number, self._interrupt))
             return self._run()
 
-    def _cut_logs(self, metrics_bytes: int, samples_bytes: int) -> None:
-        if self.parallel.main:
-            truncate(self.run.metrics, metrics_bytes)
-            truncate(self.run.samples, samples_bytes)
-
     def _run(self) -> bool:
         self.clock, self.clock_step, self.clock_tokens = time.perf_counter(), self.step, self.tokens
         if self.step == 0:
             self._sample()
             self._evaluate()
-        while self.step < self.options.steps and not self.stopping and not self._enough():
+        while self.step < self.plan.steps and not self.stopping and not self.evaluation.exhausted:
             if self.profiler is not None:
                 self.profiler.begin(self.step + 1)
             self._train_step()
@@ -278,89 +180,78 @@ class Trainer:
                 self.profiler.end()
             self._after_step()
         self._save()
-        if self.step < self.options.steps and not self._enough():
+        if self.step < self.plan.steps and not self.evaluation.exhausted:
             reason = self.interrupted or "another process was interrupted"
             self.display.say(f"{reason}: stopped at step {self.step}, saved; the same command continues")
             return False
-        self._end_of_best()
+        if self.evaluation.keeps_best:
+            if not self.evaluation.exhausted:
+                self._evaluate()
+            self.display.say(self.evaluation.best.summary())
         self._evaluate(final=True)
         self._sample()
         if self.parallel.main:
             self.run.mark_finished()
         return True
 
-    def _enough(self) -> bool:
-        patience = self.options.patience
-        return patience is not None and self.best.since >= patience
-
-    def _end_of_best(self) -> None:
-        if not self.options.keep_best:
-            return
-        if not self._enough():
-            self._evaluate()
-        best = self.best
-        self.display.say(
-            f"best held-out figure {best.value:.4f} at step {best.step}, {best.since} evaluations ago; opening the run "
-            "takes its weights"
-        )
-
     def _train_step(self) -> None:
-        stage, options = self.stage, self.options
-        position = stage.loader.state()
+        """One optimizer step: data, forward, backward, clip, update."""
+        stage, ranks = self.stage, self.parallel.world_size
+        position = self.loader.state()
         with span("data"):
-            batches = [stage.loader.next_batch() for _ in range(options.micro_batches)]
-            news = stage.news()
-        total = sum(b.global_num_targets for b in batches)
-        weight = sum(b.global_weight for b in batches)
-        factor = stage.lr_factor(self.step)
-        stage.optimizer.set_lr_factor(factor)
-        stage.model.train()
-        losses, told = [], {}
-        ranks = self.parallel.world_size
+            batches = [self.loader.next_batch() for _ in range(self.plan.micro_batches)]
+            event = stage.event()
+        targets = sum(batch.global_num_targets for batch in batches)
+        weight = sum(batch.global_weight for batch in batches)
+        factor = self.schedule.factor(self.step)
+        self.optimizer.set_lr_factor(factor)
+        self.model.train()
+        parts, metrics = [], {}
         for i, batch in enumerate(batches):
             with self.parallel.exchange(last=i == len(batches) - 1):
                 with span("forward"):
                     loss, aux, *more = stage.loss(batch)
-                    loss, aux = loss / weight, aux * (batch.num_targets / total)
+                    loss, aux = loss / weight, aux * (batch.num_targets / targets)
                 # DDP and FSDP average gradients over ranks, but each rank's loss is a part of the sum, not a sample
                 with span("backward"):
                     ((loss + aux) * ranks).backward()
-            if options.own_gradients and i == 0 and len(batches) > 1:
-                stage.optimizer.own_gradients()
-            told = more[0] if more else {}
-            losses.append(torch.stack((loss.detach(), aux.detach(), *(v / weight for v in told.values()))))
-        stage.loader.fetch()  # while the device computes
+            if self.args.cuda_graph and i == 0 and len(batches) > 1:
+                self.optimizer.own_gradients()  # the graph's next backward overwrites those that it returned
+            metrics = more[0] if more else {}
+            parts.append(torch.stack((loss.detach(), aux.detach(), *(v / weight for v in metrics.values()))))
+        self.loader.fetch()  # while the device computes
         with span("optimizer"):
-            norm, *norms = self._clip()
-            sums = torch.stack(losses).sum(0)
-            figures = torch.cat((sums[:2], norm[None] / ranks, sums[2:], *(n[None] / ranks for n in norms)))
+            norm, *group_norms = self._clip()
             stage.before_update()
-            stage.optimizer.step()
-            stage.optimizer.zero_grad()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
             if self.average is not None:
                 self.average.update()
-        lr = stage.peak_lr * factor
+        sums = torch.stack(parts).sum(0)
+        figures = torch.cat((sums[:2], norm[None] / ranks, sums[2:], *(n[None] / ranks for n in group_norms)))
         self.step += 1
-        self.targets_seen += total
-        names = (*told, *(f"{part.name}_grad_norm" for part in stage.apart))
-        self.pending.append(_Row(self.step, figures, lr, total, self.tokens, position, names, news))
+        self.targets_seen += targets
+        names = (*metrics, *(f"{group.name}_grad_norm" for group in stage.clip_groups))
+        lr = self.args.peak_lr(stage.peak_lr) * factor
+        self.pending.append(_StepFigures(self.step, figures, lr, targets, self.tokens, position, names, event))
 
     def _clip(self) -> list[Tensor]:
-        """Bound the norms of the gradients: (that of the model but for what learns apart, those of these parts)."""
-        parts = [list(part.parameters) for part in self.stage.apart]
-        own = {id(parameter) for part in parts for parameter in part}
-        rest = [parameter for parameter in self.stage.model.parameters() if id(parameter) not in own]
-        norms = [torch.nn.utils.clip_grad_norm_(part, self.options.grad_clip) for part in (rest, *parts)]
+        """Clip the gradients; their norms before that: of the parameters in no clip group, then of every group."""
+        groups = [list(group.parameters) for group in self.stage.clip_groups]
+        grouped = {id(parameter) for group in groups for parameter in group}
+        rest = [parameter for parameter in self.model.parameters() if id(parameter) not in grouped]
+        norms = [torch.nn.utils.clip_grad_norm_(group, self.args.grad_clip) for group in (rest, *groups)]
         return [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
 
     def _after_step(self) -> None:
-        options = self.options
-        last = self.step == options.steps
-        evaluate = self.step % options.eval_every == 0 and not last
-        save = (self.step % options.save_every == 0 or self.step == options.branch) and not last
-        # several ranks learn of an interrupt where they log: looking every step would make every step wait
+        """Log, evaluate and save where this step asks for it."""
+        last = self.step == self.plan.steps
+        evaluate = self.step % math.ceil(self.plan.steps / max(1, self.args.evals)) == 0 and not last
+        save_every = self.args.save_every or max(1, self.plan.steps // 20)
+        save = (self.step % save_every == 0 or self.step == self.schedule.stable_steps) and not last
+        # several ranks learn of an interrupt on log steps: a check at every step would make every step wait
         stop = self.interrupted is not None and self.parallel.world_size == 1
-        if last or stop or evaluate or save or self.step % options.log_every == 0:
+        if last or stop or evaluate or save or self.step % self.args.log_every == 0:
             self._log()
         if evaluate:
             self._evaluate()
@@ -368,110 +259,73 @@ class Trainer:
         if save:
             self._save()
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far, or targets where the plan has no step_tokens."""
+        return self.step * self.plan.step_tokens or self.targets_seen
+
     def _log(self) -> None:
-        """Add up the pending steps over the ranks, read them back in one copy, write them, show the newest."""
+        """Sum the pending figures over ranks, read them back in one copy, write them, and show the newest."""
         parts = torch.stack([row.figures for row in self.pending])
         interrupted = parts.new_full((1, parts.shape[1]), self.interrupted is not None)
         *values, (stops, *_) = self.parallel.sum(torch.cat((parts, interrupted))).tolist()
         self.stopping = stops > 0
         now = time.perf_counter()
-        per_step = (now - self.clock) / max(1, self.step - self.clock_step)
-        self.seconds += now - self.clock
-        rate = (self.tokens - self.clock_tokens) / max(now - self.clock, 1e-9)
+        elapsed = now - self.clock
+        self.seconds += elapsed
+        per_step = elapsed / max(1, self.step - self.clock_step)
+        rate = (self.tokens - self.clock_tokens) / max(elapsed, 1e-9)
         self.clock, self.clock_step, self.clock_tokens = now, self.step, self.tokens
-        for row, (loss, aux, norm, *more) in zip(self.pending, values, strict=True):
-            if not all(abs(v) < float("inf") for v in (loss, aux, norm)):
-                self._non_finite(row, loss, norm)
-            if row.news is not None:
-                self._tell(row.news, row.step)
-            self.metrics.write(
-                "train",
-                row.step,
-                {
-                    "tokens": row.tokens,
-                    "targets": row.targets,
-                    "loss": loss,
-                    "aux_loss": aux,
-                    "grad_norm": norm,
-                    "lr": row.lr,
-                    **dict(zip(row.names, more, strict=True)),
-                },
-                {"tokens_per_second": round(rate, 1), "seconds": round(self.seconds, 3)},
-            )
+        newest: dict[str, float] = {}
+        for row, numbers in zip(self.pending, values, strict=True):
+            newest = self._row(row, *numbers)
+            if row.event is not None:
+                self._log_event(row.event, row.step)
+            counts = {"tokens": row.tokens, "targets": row.targets}
+            times = {"tokens_per_second": round(rate, 1), "seconds": round(self.seconds, 3)}
+            self.metrics.write("train", row.step, counts | newest, times)
         self.metrics.flush()
-        row, (loss, aux, norm, *more) = self.pending[-1], values[-1]
-        told = dict(zip(row.names, more, strict=True))
         self.pending = []
-        self.tracker.log(
-            row.step,
-            {"loss": loss, "aux_loss": aux, "grad_norm": norm, "lr": row.lr, "tokens_per_second": rate, **told},
-        )
-        left = duration(per_step * (self.options.steps - self.step))
+        self.tracker.log(self.step, newest | {"tokens_per_second": rate})
         self.display.update(
             self.step,
-            f"loss {loss:.3f}  {self.newest}{self.heldout}lr {row.lr:.1e}  grad {norm:.2f}  "
-            f"{rate:,.0f} tokens/s  ETA {left}",
+            f"loss {newest['loss']:.3f}  {self.event_line}{self.evaluation.line}lr {newest['lr']:.1e}  "
+            f"grad {newest['grad_norm']:.2f}  {rate:,.0f} tokens/s  "
+            f"ETA {duration(per_step * (self.plan.steps - self.step))}",
         )
 
-    def _tell(self, news: Event, step: int) -> None:
-        self.metrics.write(news.kind, step, news.values, {k: round(v, 3) for k, v in news.seconds.items()})
-        self.tracker.log(step, {k: float(v) for k, v in news.values.items()})
-        self.newest = news.line
+    def _row(self, row: _StepFigures, loss: float, aux: float, norm: float, *more: float) -> dict[str, float]:
+        """The figures of a step by name. Raises NonFiniteLossError."""
+        if not all(math.isfinite(value) for value in (loss, aux, norm)):
+            self._report_non_finite(row, loss, norm)
+        named = {"loss": loss, "aux_loss": aux, "grad_norm": norm, "lr": row.lr}
+        return named | dict(zip(row.names, more, strict=True))
+
+    def _log_event(self, event: Event, step: int) -> None:
+        self.metrics.write(event.kind, step, event.values, {k: round(v, 3) for k, v in event.seconds.items()})
+        self.tracker.log(step, {k: float(v) for k, v in event.values.items()})
+        self.event_line = event.line
 
     def _evaluate(self, final: bool = False) -> None:
         started = time.perf_counter()
-        values = self.stage.evaluate(final)
-        if values and self.average is not None:
-            values |= self._of_the_average(self.average, final)
+        values = self.evaluation.measure(final, lambda line: self.display.say(f"step {self.step}: {line}"))
         if values:
             seconds = {"seconds": round(time.perf_counter() - started, 3)}
             self.metrics.write("eval", self.step, {"tokens": self.tokens, **values}, seconds)
             self.metrics.flush()
             self.tracker.log(self.step, {k: float(v) for k, v in values.items()})
-            self._say_figures(values, "all of it" if final else "same part each time")
-        if self.options.keep_best and not final:
-            self._keep_best(values)
+        if not final and self.evaluation.is_best(self.step, values):
+            self.evaluation.save_best(self.run.path, self.model, self.tokenizer, self.stage.save_model, self.parallel)
         self.clock = time.perf_counter()
-
-    def _of_the_average(self, average: WeightAverage, final: bool) -> dict[str, Any]:
-        """The held-out figures of the averaged weights, as those of a set named ema."""
-        self.display.say(f"step {self.step}: of the averaged weights:")
-        with average.in_place():
-            values = self.stage.evaluate(final)
-        held = {name: value for name, value in values.items() if name.startswith("heldout_")}
-        return {name: value for name, value in rename("ema", held).items() if name != "heldout_all"}
-
-    def _say_figures(self, values: dict[str, Any], scope: str) -> None:
-        exact = ""
-        if "heldout_exact" in values:
-            exact = f"; {values['heldout_exact']:.1%} of {values['heldout_questions']} answers to the letter"
-        if "heldout_reward" in values:
-            lines = [f"held-out reward {values['heldout_reward']:.4f} a prompt ({scope})"]
-            self.heldout = f"held-out {values['heldout_reward']:.3f}  "
-        else:
-            lines = loss_lines(values, self.stage.loss_unit, scope)
-        if "heldout_loss" in values:
-            self.heldout = f"held-out {values['heldout_loss']:.3f}  "
-        for line in lines:
-            self.display.say(f"step {self.step}: {line}{exact}")
-            exact = ""
-
-    def _keep_best(self, values: dict[str, Any]) -> None:
-        if not values:
-            raise ValueError("--keep-best and --patience go by held-out data; hold some out with --heldout")
-        if self.best.take(self.step, values):
-            whole, stage = self.parallel.whole(self.stage.model), self.stage
-
-            def write() -> None:
-                assert whole is not None
-                save_best(self.run.path, self.step, whole, stage.tokenizer, stage.save_model)
-
-            self.parallel.share(write)
 
     def _sample(self) -> None:
         try:
             text = self.stage.sample()
-        except Exception as problem:  # a sample is decoration
+        except Exception as problem:  # samples are decoration: a failure must not end the run
             text = f"none ({type(problem).__name__}: {problem})"
         if self.parallel.main:
             try:
@@ -483,34 +337,53 @@ class Trainer:
         self.clock = time.perf_counter()
 
     def _save(self) -> None:
-        whole = self.parallel.whole(self.stage.model)
-        optimizer = self.stage.optimizer.state_dict(self.stage.model)
-        copy = None
+        """Write a checkpoint. All ranks call it."""
+        whole = self.parallel.whole(self.model)
+        optimizer = self.optimizer.state_dict(self.model)
+        averaged = None  # a whole model with the averaged weights, where `whole` is a copy that does not follow them
         if self.average is not None and self.parallel.strategy == "fsdp":
             with self.average.in_place():
-                copy = self.parallel.whole(self.stage.model)
-        self.parallel.share(lambda: self._write(whole, optimizer, copy))
+                averaged = self.parallel.whole(self.model)
+        self.parallel.share(lambda: self._write(whole, optimizer, averaged))
         self.clock = time.perf_counter()
 
-    def _write(self, model: Model | None, optimizer: dict[str, Any], copy: Model | None) -> None:
-        """The checkpoint, on rank 0. copy: a model with the averaged weights, where `model` cannot take them."""
-        assert model is not None
-        stage = self.stage
-        if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
+    def _write(self, whole: Model | None, optimizer: dict[str, Any], averaged: Model | None) -> None:
+        assert whole is not None
+        if not torch.stack([p.isfinite().all() for p in whole.parameters()]).all():
             raise NonFiniteLossError(
                 f"step {self.step}: a weight is not finite after the update; lower --lr. Checkpoints are from before"
             )
         self.metrics.flush()
-        sync(self.run.metrics)  # the sizes below must not outlive the lines they count
+        sync(self.run.metrics)  # the sizes in the checkpoint must not outlive the lines they count
         sync(self.run.samples)
-        state = {
+        save_checkpoint(
+            self.run.path,
+            self.step,
+            whole,
+            self.tokenizer,
+            self._state(optimizer),
+            self.args.keep_checkpoints,
+            partial(self._save_model, averaged),
+            self.schedule.stable_steps,
+        )
+
+    def _save_model(self, averaged: Model | None, whole: Model, folder: Path) -> None:
+        self.stage.save_model(whole, folder)
+        if self.average is not None:
+            with self.average.in_place() if averaged is None else nullcontext():
+                self.stage.save_model(averaged or whole, folder / AVERAGE_FOLDER)
+            self.tokenizer.save(folder / AVERAGE_FOLDER)
+
+    def _state(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """What trainer.pt holds; `resume` reads it."""
+        return {
             "step": self.step,
             "targets_seen": self.targets_seen,
             "seconds": self.seconds,
             "optimizer": optimizer,
-            "loader": stage.loader.state(),
-            "data": stage.data_fingerprint,
-            "best": asdict(self.best),
+            "loader": self.loader.state(),
+            "data": self.stage.data_fingerprint,
+            "best": asdict(self.evaluation.best),
             "averaged": self.average.updates if self.average is not None else 0,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -518,38 +391,53 @@ class Trainer:
             "metrics_bytes": self.run.metrics.stat().st_size,
             "samples_bytes": self.run.samples.stat().st_size,
         }
-        save_checkpoint(
-            self.run.path,
-            self.step,
-            model,
-            stage.tokenizer,
-            state,
-            self.options.keep_checkpoints,
-            partial(self._save_model, copy),
-            self.options.branch,
-        )
 
-    def _save_model(self, copy: Model | None, model: Model, folder: Path) -> None:
-        self.stage.save_model(model, folder)
+    def resume(self, state: dict[str, Any]) -> None:
+        """Return to where `state`, the trainer's state in the run's checkpoint, was saved. Raises ValueError where the
+        data or the tokenizer changed."""
+        assert self.run.checkpoint is not None
+        if _content_hashes(state["data"]) != _content_hashes(self.stage.data_fingerprint):
+            raise ValueError(
+                f"{self.run.path}: the data or the tokenizer changed since this run began; "
+                "put them back or start anew with --resume never"
+            )
+        if note := self.optimizer.load_state_dict(self.model, state["optimizer"]):
+            say(self.console, note)
+        self.stage.load_model(self.model, self.run.checkpoint, self.parallel)
         if self.average is not None:
-            with self.average.in_place() if copy is None else nullcontext():
-                self.stage.save_model(copy or model, folder / AVERAGE)
-            self.stage.tokenizer.save(folder / AVERAGE)
+            self.average.updates = state["averaged"]
+            with self.average.in_place():
+                self.stage.load_model(self.model, self.run.checkpoint / AVERAGE_FOLDER, self.parallel)
+        self.loader.load_state({**state["loader"], "step": state["step"]})
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self.step, self.targets_seen = state["step"], state["targets_seen"]
+        self.seconds = state["seconds"]
+        best = BestFigure(**state.get("best", {}))
+        if best_folder(self.run.path, best.step).is_dir():  # a lengthened run may have replaced it since
+            self.evaluation.best = best
+        self._cut_logs(state["metrics_bytes"], state["samples_bytes"])
 
-    def _non_finite(self, row: _Row, loss: float, norm: float) -> None:
-        """Keep what is needed to look at the batch, of all ranks, then stop."""
-        report = self.run.path / "nonfinite.json"
-        self.stage.loader.load_state(row.position)
-        mine = []
-        for _ in range(self.options.micro_batches):
-            self.stage.loader.next_batch()
-            mine.append(self.stage.describe(self.stage.loader.host))
-        parts = self.parallel.gather(mine)
-        position = {name: value for name, value in row.position.items() if isinstance(value, int)}
-        found = {"step": row.step, "loss": str(loss), "grad_norm": str(norm), "position": position}
+    def _cut_logs(self, metrics_bytes: int, samples_bytes: int) -> None:
         if self.parallel.main:
-            described = [list(chain(*micro)) for micro in zip(*parts, strict=True)]
-            write_json(report, {**found, "batches": described})
+            truncate(self.run.metrics, metrics_bytes)
+            truncate(self.run.samples, samples_bytes)
+
+    def _report_non_finite(self, row: _StepFigures, loss: float, norm: float) -> None:
+        """Describe the step's batches of all ranks in nonfinite.json, then raise NonFiniteLossError."""
+        report = self.run.path / "nonfinite.json"
+        self.loader.load_state(row.position)
+        descriptions = []
+        for _ in range(self.plan.micro_batches):
+            self.loader.next_batch()
+            descriptions.append(self.stage.describe(self.loader.host))
+        parts = self.parallel.gather(descriptions)
+        position = {name: value for name, value in row.position.items() if isinstance(value, int)}
+        if self.parallel.main:
+            batches = [list(chain(*micro)) for micro in zip(*parts, strict=True)]
+            figures = {"step": row.step, "loss": str(loss), "grad_norm": str(norm)}
+            write_json(report, figures | {"position": position, "batches": batches})
         raise NonFiniteLossError(
             f"step {row.step}: loss {loss}, gradient norm {norm}. The batch is described in {report}; look at its "
             "documents or lower --lr. Checkpoints are from before this step"
@@ -559,3 +447,9 @@ class Trainer:
         if self.interrupted is not None:
             raise KeyboardInterrupt
         self.interrupted = signal.Signals(number).name
+
+
+def _content_hashes(fingerprint: str) -> tuple[str, str]:
+    """The hashes of the data and of a model named with them; without the model's name, which stands between."""
+    words = fingerprint.split() or [""]
+    return words[0], words[-1]

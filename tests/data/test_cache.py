@@ -125,7 +125,7 @@ def test_compressed_files_equal_plain_ones(tmp_path, kind):
 
 @pytest.mark.parametrize("ending", ["jsonl", "txt.gz"])
 @pytest.mark.parametrize("fail_at", [0, 0.4, 0.99])
-def test_a_build_cut_short_goes_on_where_it_was(tmp_path, ending, fail_at):
+def test_an_interrupted_build_resumes(tmp_path, ending, fail_at):
     path = tmp_path / f"a.{ending}"
     rows = [json.dumps({"text": text}) if i % 7 else "bad" for i, text in enumerate(TEXTS)]
     data = "\n".join(rows).encode() * (1 if ending == "jsonl" else 400)
@@ -145,7 +145,7 @@ def test_a_build_cut_short_goes_on_where_it_was(tmp_path, ending, fail_at):
     assert rest.texts <= corpus.num_documents - max(0, fail_at - 60)
 
 
-def test_a_killed_build_goes_on_where_it_was(path, tmp_path):
+def test_a_killed_build_resumes(path, tmp_path):
     with start(path, tmp_path / "cut", 0.05) as child:
         wait_for(lambda: list((tmp_path / "cut").glob("tokens/*/progress.json")))
         child.send_signal(signal.SIGKILL)
@@ -294,7 +294,7 @@ def test_a_finished_cache_needs_no_writing(path, tmp_path, monkeypatch):
         open_corpus([path], ByteTokenizer(), tmp_path / "cache", console=QUIET)
 
 
-def test_a_file_that_changes_meanwhile(path, tmp_path):
+def test_a_file_that_changes_while_it_is_tokenized(path, tmp_path):
     class Changing(ByteTokenizer):
         def encode_batch(self, texts, allow_special=True):
             with open(path, "a") as file:
@@ -306,13 +306,13 @@ def test_a_file_that_changes_meanwhile(path, tmp_path):
     assert not list((tmp_path / "cache").glob("tokens/*/meta.json"))
 
 
-def test_the_cache_is_where_the_environment_says(path, tmp_path, monkeypatch):
+def test_the_environment_sets_the_cache_folder(path, tmp_path, monkeypatch):
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "here"))
     open_corpus([path], ByteTokenizer(), console=QUIET)
     assert contents(tmp_path / "here")
 
 
-def test_no_home_is_said(path, monkeypatch):
+def test_a_missing_home_is_an_error(path, monkeypatch):
     """As in a container whose user the system does not know."""
     monkeypatch.delenv("MINIMIND_CACHE", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
@@ -320,7 +320,7 @@ def test_no_home_is_said(path, monkeypatch):
         open_corpus([path], ByteTokenizer(), console=QUIET)
 
 
-def test_progress_where_there_is_no_terminal(path, tmp_path, monkeypatch):
+def test_progress_without_a_terminal(path, tmp_path, monkeypatch):
     monkeypatch.setattr("minimind.utils.display._LINE_SECONDS", 0.0)
     console = listening()
     open_corpus([path], ByteTokenizer(), tmp_path / "cache", console=console)

@@ -42,7 +42,7 @@ ROWS = [chat(*(f"{i} {'word ' * (i * k % 11)}." for k in range(2 * (1 + i % 3)))
 ROWS[7] = chat("long " * 30, "short", "and then?", "yes")
 
 
-def test_whole_answers_leaves_out_what_would_lose_its_end(tmp_path):
+def test_whole_answers_leaves_out_conversations_cut_within_an_answer(tmp_path):
     """A conversation cut within its only answer would teach to begin but not to end; one cut after a turn is kept."""
     rows = [chat("a?", "yes"), chat("b?", "long " * 60), chat("c?", "yes", "d?", "long " * 60)]
     corpus = opened(tmp_path, rows)
@@ -69,7 +69,7 @@ def test_tokens_codes_and_bytes(tmp_path):
     assert corpus.num_bytes == len("".join(answers).encode())
 
 
-def test_a_cut_build_goes_on_and_the_cache_is_shared(tmp_path, monkeypatch):
+def test_an_interrupted_build_resumes_and_the_cache_is_shared(tmp_path, monkeypatch):
     class Failing(ChatEncoder):
         left = 3
 

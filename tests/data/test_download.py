@@ -128,7 +128,7 @@ def left(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["modelscope", "huggingface"])
-def test_files_arrive_whole(name, hub, tmp_path, capsys):
+def test_files_are_downloaded_completely(name, hub, tmp_path, capsys):
     out = tmp_path / "dataset"
     assert fetch(hub, out, "pretrain_hq", "dpo.jsonl", "dpo", name=name) == 0
     assert left(out) == ["dpo.jsonl", "pretrain_hq.jsonl"]
@@ -142,7 +142,7 @@ def test_files_arrive_whole(name, hub, tmp_path, capsys):
     assert "already downloaded" in capsys.readouterr().out
 
 
-def test_the_list(hub, tmp_path, capsys):
+def test_files_are_listed(hub, tmp_path, capsys):
     assert fetch(hub, tmp_path) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(FILES)
     found = list_files("huggingface", "gongjy/minimind_dataset", hub.address)
@@ -150,14 +150,14 @@ def test_the_list(hub, tmp_path, capsys):
     assert found["README.md"].sha256 is None
 
 
-def test_a_cut_answer_is_taken_up_where_it_broke(hub, tmp_path):
+def test_a_broken_connection_is_resumed(hub, tmp_path):
     hub.cut = [100_000, 50_000]
     assert fetch(hub, tmp_path, "pretrain_hq") == 0
     assert hub.ranges == [None, "bytes=100000-", "bytes=150000-"]
     assert (tmp_path / "pretrain_hq.jsonl").read_bytes() == ROWS
 
 
-def test_a_later_command_goes_on_too(hub, tmp_path, capsys):
+def test_a_later_command_resumes(hub, tmp_path, capsys):
     hub.cut = [100_000] + [0] * download.ATTEMPTS
     assert fetch(hub, tmp_path, "pretrain_hq") == 2
     error = error_of(capsys)
@@ -170,13 +170,13 @@ def test_a_later_command_goes_on_too(hub, tmp_path, capsys):
     assert (tmp_path / "pretrain_hq.jsonl").read_bytes() == ROWS
 
 
-def test_a_server_that_begins_anew_is_followed(hub, tmp_path):
+def test_a_server_that_ignores_the_range_restarts_the_file(hub, tmp_path):
     hub.cut, hub.ignore_range = [100_000], True
     assert fetch(hub, tmp_path, "pretrain_hq") == 0
     assert (tmp_path / "pretrain_hq.jsonl").read_bytes() == ROWS
 
 
-def test_a_passing_server_error_is_tried_again(hub, tmp_path):
+def test_a_temporary_server_error_is_retried(hub, tmp_path):
     hub.status = [503, 500]
     assert fetch(hub, tmp_path, "dpo") == 0 and left(tmp_path) == ["dpo.jsonl"]
 
@@ -197,7 +197,7 @@ def test_a_file_longer_than_announced_is_refused(ignore_range, hub, tmp_path, ca
     assert left(tmp_path) == []
 
 
-def test_a_damaged_part_is_found_out(hub, tmp_path, capsys):
+def test_a_damaged_partial_download_is_detected(hub, tmp_path, capsys):
     mark = hashlib.sha256(ROWS).hexdigest()[:12]
     (tmp_path / f"pretrain_hq.jsonl.{mark}.part").write_bytes(b"#" * 1000)
     assert fetch(hub, tmp_path, "pretrain_hq") == 2 and "damaged" in error_of(capsys)
@@ -206,13 +206,13 @@ def test_a_damaged_part_is_found_out(hub, tmp_path, capsys):
     assert fetch(hub, tmp_path, "dpo") == 0 and (tmp_path / "dpo.jsonl").read_bytes() == FILES["dpo.jsonl"]
 
 
-def test_a_part_longer_than_the_file_is_dropped(hub, tmp_path):
+def test_a_partial_download_longer_than_the_file_is_dropped(hub, tmp_path):
     mark = hashlib.sha256(FILES["dpo.jsonl"]).hexdigest()[:12]
     (tmp_path / f"dpo.jsonl.{mark}.part").write_bytes(b"#" * 5000)
     assert fetch(hub, tmp_path, "dpo") == 0 and (tmp_path / "dpo.jsonl").read_bytes() == FILES["dpo.jsonl"]
 
 
-def test_without_a_checksum_it_says_so(hub, tmp_path, capsys):
+def test_a_missing_checksum_is_reported(hub, tmp_path, capsys):
     hub.no_sums = True
     assert fetch(hub, tmp_path, "dpo") == 0
     assert "has no checksum; only the size was checked" in capsys.readouterr().out

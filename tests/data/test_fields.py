@@ -126,7 +126,7 @@ def test_a_row_that_contradicts_its_system_message(tmp_path, beside, reason):
             open_kind(kind, path)
 
 
-def test_tools_of_a_row_that_are_no_json(tmp_path):
+def test_tools_of_a_row_that_are_not_json(tmp_path):
     with pytest.raises(ValueError, match=r"a.jsonl:1: message 0: tools is a string but not JSON"):
         conversations(tmp_path, {"conversations": CHAT, "tools": "[{"})
 
@@ -146,13 +146,13 @@ def test_flags_of_messages(tmp_path, name, value):
     assert (corpus.codes(0) == plain.codes(0)).all() == taught
 
 
-def test_what_stands_behind_the_last_learnt_answer_teaches_nothing(tmp_path):
+def test_nothing_after_the_last_trained_answer_is_kept(tmp_path):
     more = [{"role": "user", "content": "again"}, {**SAID, "weight": 0}]
     corpus = conversations(tmp_path / "a", {"conversations": [*CHAT, *more]})
     assert same(corpus, conversations(tmp_path / "b", {"conversations": CHAT}))
 
 
-def test_flags_beside_the_messages_and_in_pairs_and_prompts(tmp_path):
+def test_flags_of_rows_pairs_and_prompts(tmp_path):
     said = [*ASKED, {**SAID, "weight": 0}]
     turns = [*ASKED, {"role": "assistant", "content": "good"}]
     inside = conversations(tmp_path / "a", {"conversations": [*said, *turns]})
@@ -197,12 +197,12 @@ def test_flags_reach_reasoning_and_templates_that_mark_answers(tmp_path):
         ),
     ],
 )
-def test_flags_that_nothing_follows_from(tmp_path, messages, reason):
+def test_contradictory_and_meaningless_flags(tmp_path, messages, reason):
     with pytest.raises(ValueError, match=re.escape(f"a.jsonl:1: {reason}")):
         conversations(tmp_path, {"conversations": messages})
 
 
-def test_the_answer_of_a_pair_has_to_be_learnt(tmp_path):
+def test_the_answer_of_a_pair_must_be_trained_on(tmp_path):
     row = {"chosen": CHAT, "rejected": [*ASKED, {**OTHER[1], "weight": 0}]}
     with pytest.raises(ValueError, match="rejected: a flag says not to train on its answer"):
         pairs(tmp_path, row)
@@ -249,12 +249,12 @@ def test_harmless_fields(tmp_path, kind):
     assert open_kind(kind, written(tmp_path / "a.jsonl", {**KINDS[kind], **beside})) == 1
 
 
-def test_the_page_lists_the_harmless_fields():
+def test_docs_list_the_harmless_fields():
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     assert {name for name in HARMLESS | FLAGS.keys() if f"`{name}`" not in page} == set()
 
 
-def test_what_goes_to_the_rewards_is_said(tmp_path):
+def test_fields_for_the_rewards_are_reported(tmp_path):
     console = listening()
     row = {"conversations": CHAT, "answer": 4, "id": 1, "reference": "4"}
     (prompt,) = open_prompts([written(tmp_path / "a.jsonl", row)], PROMPTS, 500, console=console).prompts
@@ -372,12 +372,12 @@ def test_prompts_of_other_programs(tmp_path, name, theirs):
         ("alpaca", {"instruction": "hi", "output": "a", "extra_text": "b"}, 'field "extra_text" is unknown'),
     ],
 )  # fmt: skip
-def test_rows_that_are_not_of_the_form(tmp_path, name, row, reason):
+def test_rows_in_another_format(tmp_path, name, row, reason):
     with pytest.raises(ValueError, match=re.escape(f"a.jsonl:1: {reason}")):
         conversations(tmp_path, row, form=RowFormat(name))
 
 
-def test_what_is_kept_of_rows_is_kept_apart_by_form(tmp_path):
+def test_the_cache_keeps_formats_apart(tmp_path):
     """Of one file: neither what another form left out nor what another list ignored is taken from the cache."""
     row = {"conversations": CHAT, "extra_text": "b"}
     ignoring = RowFormat(ignored=("extra_text",))
@@ -391,7 +391,7 @@ def test_what_is_kept_of_rows_is_kept_apart_by_form(tmp_path):
     assert other.identity != first.identity and same(first, other)
 
 
-def test_a_run_of_an_earlier_version_reads_as_it_did(tmp_path):
+def test_a_run_of_an_earlier_version_reads_as_before(tmp_path):
     """Tokens and names of its cache, so that it goes on to the bit; a new run of the same file sees its fields."""
     row = {"conversations": CHAT, "system": "Be a pirate.", "extra_text": "b"}
     before = conversations(tmp_path / "a", row, form=RowFormat(checked=False))

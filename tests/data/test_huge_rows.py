@@ -42,7 +42,7 @@ def row(kind: str, text: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "name"), [("text", "English"), ("text", "Chinese"), ("chat", "Chinese"), ("chat", "an emoji among")]
 )
-def test_twenty_bytes_of_memory_for_a_byte_of_a_row(tmp_path, kind, name):
+def test_a_byte_of_a_row_takes_at_most_twenty_bytes_of_memory(tmp_path, kind, name):
     """Of 32 MB, from the file to the token cache, beside what a row of a few words takes."""
     paths = [tmp_path / f"{size}-{kind}.jsonl" for size in ("small", "huge")]
     text = TEXTS[name] * (32_000_000 // len(TEXTS[name].encode())) + "😀" * (name == "an emoji among")

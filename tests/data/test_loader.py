@@ -80,7 +80,7 @@ def test_an_epoch_has_every_pair_once(corpus, seq_len, shuffle):
     assert sum(batch.num_bytes for batch in batches) == corpus.num_bytes == len("".join(TEXTS).encode())
 
 
-def test_batches_without_end_drop_nothing(corpus):
+def test_endless_batches_drop_nothing(corpus):
     loader = PackedLoader(corpus, SEQ_LEN, rows=7, seed=1)
     stream = loader.streams[0]
     rows = sum(stream.pieces(epoch, w).num_rows for epoch in range(3) for w in range(stream.num_windows))
@@ -95,7 +95,7 @@ def test_batches_without_end_drop_nothing(corpus):
     assert loader.epoch == 3 and loader.state()["row"] == -rows % 7
 
 
-def test_documents_named_are_the_documents_packed(corpus):
+def test_batches_name_the_packed_documents(corpus):
     for batch in PackedLoader(corpus, SEQ_LEN, rows=4, seed=1).epoch_batches():
         pieces = [segment for segment in segments(batch) if segment[3][0] >= 0]
         named = [int(document) for row in batch.documents for document in row]
@@ -128,7 +128,7 @@ def test_sequential_order_is_the_order_of_the_documents(corpus):
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 90), st.integers(1, 9), st.booleans())
-def test_a_resumed_loader_gives_the_very_same_batches(corpus, steps, rows, shuffle):
+def test_a_resumed_loader_gives_the_same_batches(corpus, steps, rows, shuffle):
     loader = PackedLoader(corpus, SEQ_LEN, rows, seed=5, shuffle=shuffle)
     for _ in range(steps):
         loader.next_batch()
@@ -184,7 +184,7 @@ def test_ranks_together_have_the_rows_of_one(corpus, world_size):
     assert pairs([b for rank in ranks for b in rank.epoch_batches()]) == expected_pairs()
 
 
-def test_a_place_in_other_data_is_refused(corpus):
+def test_a_position_in_other_data_is_refused(corpus):
     loader = PackedLoader(corpus, SEQ_LEN, rows=4, seed=5)
     loader.next_batch()
     state = loader.state()

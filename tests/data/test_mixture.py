@@ -82,7 +82,7 @@ def test_weights_change_over_the_run(corpus):
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_a_resumed_mixture_goes_on_to_the_bit(corpus, world_size):
+def test_a_mixture_resumes_bit_for_bit(corpus, world_size):
     """The same rows for any number of ranks, from any step on, through the change of weights."""
     schedule = mixture(corpus, Weight((0.0, 1.0), (3.0, 0.0)), Weight((0.0, 1.0), (0.1, 0.7)))
     one = PackedLoader(corpus, 48, 6, seed=5, mixture=schedule)
@@ -109,7 +109,7 @@ def test_a_resumed_mixture_goes_on_to_the_bit(corpus, world_size):
             loader.load_state(PackedLoader(corpus, 48, 6, 5, mixture=schedule).state())
 
 
-def test_what_no_run_could_draw_from(corpus):
+def test_mixtures_that_no_run_could_draw_from(corpus):
     with pytest.raises(ValueError, match="--data b: none of its documents is left to train on"):
         mixture(corpus, Weight(), Weight(), seam=400)
     with pytest.raises(ValueError, match=r"at 0\.5 of the run every weight is 0"):

@@ -34,7 +34,7 @@ def test_every_piece_is_in_one_row_within_capacity(case):
     assert sum(2 * s <= capacity for s in sums) <= 1  # or two rows would have been one
 
 
-def test_a_piece_goes_where_least_room_is_left():
+def test_a_piece_goes_where_the_least_room_is_left():
     assert [row.tolist() for row in packed(np.array([6, 7, 3, 4, 10]), 10)] == [[4], [1, 2], [0, 3]]
     assert [row.tolist() for row in packed(np.array([8, 6, 2]), 10)] == [[0, 2], [1]], "both have room for the last"
 
@@ -45,7 +45,7 @@ def test_pieces_that_fit_no_row(lengths):
         assign_rows(np.array(lengths), 10)
 
 
-def test_time_grows_with_the_pieces_and_rows_are_always_alike():
+def test_packing_takes_linear_time_and_is_deterministic():
     lengths = np.random.default_rng(0).integers(1, 513, 100_000)
     seconds = []
     for count in (10_000, 100_000):
@@ -102,7 +102,7 @@ def test_rows_stay_within_their_bounds():
     assert row_length(np.full(10, 9), 256, 4096, "chats")[0] == 256
 
 
-def test_a_document_takes_a_place_for_each_token_it_predicts(tmp_path):
+def test_a_document_takes_a_position_for_each_token_it_predicts(tmp_path):
     texts = some_texts(50)
     corpus = corpus_of(tmp_path, texts)
     assert tokens_in_rows(corpus).tolist() == [len(ids_of(text)) - 1 for text in texts]

@@ -42,7 +42,7 @@ def test_paths_from_files_folders_and_globs(tmp_path):
         ("empty", "empty: no data file in this folder; expected one of"),
     ],
 )
-def test_paths_that_give_nothing(tmp_path, pattern, message):
+def test_paths_without_data(tmp_path, pattern, message):
     (tmp_path / "x.csv").write_text("x")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
@@ -84,7 +84,7 @@ def test_a_link_to_the_folder_itself(tree):
 
 
 @pytest.mark.parametrize("pattern", ["data", "data/**", "data/**/*.txt"])
-def test_what_is_left_out_is_said_in_one_line(tree, pattern):
+def test_entries_left_out_are_reported_in_one_line(tree, pattern):
     console = listening()
     files = expand_paths([pattern], console)
     (line,) = console.export_text().splitlines()
@@ -149,7 +149,7 @@ def test_a_folder_that_cannot_be_read(tree, monkeypatch):
         ("data/*.jsonl", "data/a.jsonl again"),
     ],
 )
-def test_a_file_named_twice_is_read_once_and_said(tree, again, told):
+def test_a_file_named_twice_is_read_once_and_reported(tree, again, told):
     (tree / "link.jsonl").symlink_to("data/a.jsonl")
     console = listening()
     assert expand_paths(["data/a.jsonl", again], console) == [Path("data/a.jsonl")]

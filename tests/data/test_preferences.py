@@ -52,7 +52,7 @@ def encoded(row: dict[str, Any]) -> list[Any]:
     return ENCODER.encode([ENCODER.pieces(row[side]) for side in ("chosen", "rejected")])
 
 
-def test_a_pair_is_both_conversations_and_knows_where_the_second_begins(tmp_path):
+def test_a_pair_is_both_conversations_and_marks_the_second(tmp_path):
     corpus = opened(tmp_path, ROWS)
     assert corpus.num_documents == len(ROWS)
     for i, row in enumerate(ROWS):
@@ -67,7 +67,7 @@ def test_a_pair_is_both_conversations_and_knows_where_the_second_begins(tmp_path
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_every_pair_is_once_in_a_pass_and_whole(tmp_path, world_size, share):
+def test_every_pair_is_in_an_epoch_once_and_whole(tmp_path, world_size, share):
     """Inputs, targets and boundaries of each side are those of the conversation alone, on whichever rank it is."""
     corpus = opened(tmp_path, ROWS)
     seen: Counter[int] = Counter()
@@ -113,7 +113,7 @@ def check(batch: PairBatch, share: bool) -> None:
     assert (batch.share, batch.shared) == (share, shared)
 
 
-def test_the_stream_of_rows_goes_on_where_it_was(tmp_path):
+def test_the_stream_of_rows_resumes(tmp_path):
     corpus = opened(tmp_path, ROWS)
     whole, late = (PairLoader(corpus, 96, 4, 1, share=True) for _ in range(2))
     for _ in range(7):  # beyond a pass

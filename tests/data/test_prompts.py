@@ -28,7 +28,7 @@ def written(path: Path, *rows) -> Path:
     return path
 
 
-def test_the_last_turn_is_the_one_to_write(encoder, tmp_path):
+def test_the_model_writes_the_last_turn(encoder, tmp_path):
     said = {"role": "assistant", "content": "Hi."}
     rows = [
         {"conversations": [*ASKED, EMPTY]},
@@ -53,7 +53,7 @@ def test_the_last_turn_is_the_one_to_write(encoder, tmp_path):
 
 
 @pytest.mark.parametrize("said", [None, "", " \n", "None", "none", "null", "无", "空"])
-def test_a_turn_that_says_nothing_is_no_reference(said, encoder, tmp_path):
+def test_an_empty_turn_is_not_a_reference(said, encoder, tmp_path):
     turn = {"role": "assistant", "content": said}
     rows = [{"conversations": [*ASKED, turn]}, {"conversations": [*ASKED, turn], "reference": said}]
     rows += [{"conversations": [*ASKED, {**turn, "content": "Hi."}], "reference": said}]
@@ -99,7 +99,7 @@ def test_no_prompt_at_all_is_an_error(encoder, tmp_path):
         open_prompts([written(tmp_path / "p.txt", "hello")], encoder, 100)
 
 
-def test_weak_answers_are_wrong_as_often_as_they_say(encoder, tmp_path):
+def test_weak_answers_are_wrong_as_often_as_stated(encoder, tmp_path):
     train, heldout = problems()
     asked = {p.question for p in train}
     assert len(asked) == len(train) and not asked & {p.question for p in heldout}

@@ -42,7 +42,7 @@ def test_rows_lines_and_places(tmp_path, ending):
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst", "txt", "txt.gz", "txt.zst"])
-def test_reading_on_from_any_document_gives_the_rest(tmp_path, ending):
+def test_reading_can_resume_after_any_document(tmp_path, ending):
     data = b'{"text": "a long enough text to be a document"}\n' * 5000
     path = put(tmp_path / f"a.{ending}", data)
     whole = list(read_documents(path))
@@ -50,7 +50,7 @@ def test_reading_on_from_any_document_gives_the_rest(tmp_path, ending):
         assert list(read_documents(path, start=whole[i].end)) == whole[i + 1 :]
 
 
-def test_byte_order_mark_is_no_text(tmp_path):
+def test_byte_order_mark_is_not_text(tmp_path):
     assert texts(put(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "a"}\n')) == ["a"]
     assert texts(put(tmp_path / "a.txt", b"\xef\xbb\xbfa\n")) == ["a\n"]
 
@@ -100,7 +100,7 @@ def test_unknown_policy(tmp_path):
 
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
 @pytest.mark.parametrize(("ending", "name"), [("gz", "gzip"), ("zst", "Zstandard")])
-def test_torn_and_corrupt_streams(tmp_path, kind, ending, name):
+def test_truncated_and_corrupt_streams(tmp_path, kind, ending, name):
     rows = b"".join(b'{"text": "%s"}\n' % os.urandom(40).hex().encode() for _ in range(5000))
     path = put(tmp_path / f"a.{kind}.{ending}", rows)
     whole, n = path.read_bytes(), len(texts(path))
@@ -143,7 +143,7 @@ def test_text_is_cut_at_line_ends(tmp_path):
 
 @settings(deadline=None)
 @given(st.text(st.sampled_from("aé字𝄞\n"), max_size=80))
-def test_any_text_is_kept_whole_and_can_be_read_on_from_any_piece(tmp_path_factory, text):
+def test_any_text_stays_whole_and_reading_can_resume_after_any_piece(tmp_path_factory, text):
     path = put(tmp_path_factory.mktemp("text") / "a.txt", text.encode())
     with patch("minimind.data.reader.PIECE_BYTES", 13):
         pieces = list(read_documents(path))

@@ -22,7 +22,7 @@ def numbers_in(path) -> list[int]:
     return [int(line[:7]) for line in path.read_bytes().splitlines()]
 
 
-def test_a_small_file_is_taken_whole(tmp_path):
+def test_a_small_file_is_sampled_whole(tmp_path):
     path = lines_of([10, 20, 30], tmp_path / "a.jsonl")
     found = sample_rows(path, tmp_path / "b", 60)
     assert found.whole and found.total == 60 and found.sizes.tolist() == [10, 20, 30]

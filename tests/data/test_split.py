@@ -50,7 +50,7 @@ def test_copies_stay_on_one_side_and_documents_in_order(tmp_path, passes, bounds
     assert set(texts_of(split(corpus, 0.1)[1])) < set(out)
 
 
-def test_the_choice_is_that_of_the_texts_alone(tmp_path):
+def test_the_choice_depends_on_the_texts_alone(tmp_path):
     """Not of the order of the documents, of the files, of the tokenizer, nor of where a file ends."""
     held = set(texts_of(split(corpus_of(tmp_path / "a", TEXTS), 0.2)[1]))
     assert set(texts_of(split(corpus_of(tmp_path / "b", TEXTS[::-1]), 0.2)[1])) == held

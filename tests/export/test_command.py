@@ -15,7 +15,7 @@ from minimind.lora import LoRAConfig, add_adapter, lora_linears
 from minimind.lora_files import save_adapter
 from minimind.modeling import Model
 from minimind.training.arguments import StageArgs
-from minimind.training.origin import InitialModel
+from minimind.training.initial_model import InitialModel
 from minimind.weights import save_weights
 from tests.export.small import CONFIGS, model_of
 
@@ -141,8 +141,8 @@ def test_a_lora_run_is_its_base_with_the_adapter_beside(folder, tmp_path, capsys
     assert status == 0 and lines[1] == f"{out / 'adapter'}: its adapter, in peft's form"
     assert same(model_of(CONFIGS["qwen3"]), load_model(out)), "the base itself"
 
-    with pytest.raises(ValueError, match="an adapter without its model; minimind export"):
-        InitialModel.of(StageArgs(from_=str(run_folder)), None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="an adapter without its model; run minimind export"):
+        InitialModel.from_args(StageArgs(from_=str(run_folder)), None)  # type: ignore[arg-type]
 
     peft = pytest.importorskip("peft", reason="install minimind[dev]: reads the adapter")
     transformers = pytest.importorskip("transformers", reason="install minimind[export]")

@@ -18,7 +18,7 @@ from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.tokenization.tokenizer import CONFIG_FILE
 from minimind.training.arguments import StageArgs
-from minimind.training.origin import InitialModel
+from minimind.training.initial_model import InitialModel
 from tests.export.small import CONFIGS, EXPERTS, model_of
 from tests.test_golden import CASES, load_case
 
@@ -100,7 +100,7 @@ def test_it_opens_here_again(name, tmp_path):
         assert back.config == stretched
         state = back.state_dict()
         assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-        origin = InitialModel.of(StageArgs(from_=str(folder)), None)  # type: ignore[arg-type]
+        origin = InitialModel.from_args(StageArgs(from_=str(folder)), None)  # type: ignore[arg-type]
         assert origin.config == stretched and origin.tokenizer.fingerprint == load_tokenizer().fingerprint
 
 

@@ -101,7 +101,7 @@ def test_targets_are_the_assistants_turns(name: str, turns: str) -> None:
     assert (chat.trained & (chat.ids == tokenizer.eos_token_id) == chat.ends).all()
 
 
-def test_an_answer_begins_where_generation_would() -> None:
+def test_an_answer_begins_where_generation_begins() -> None:
     """Header and answer are tokenized apart, as prompt and continuation are."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\n\n  yes"}]
     chat = encode(SHIPPED, messages)
@@ -170,7 +170,7 @@ def test_control_tokens_in_parts_tools_and_arguments() -> None:
     assert (np.array(ChatEncoder(SHIPPED).prompt(messages[:2])) == SHIPPED.eos_token_id).sum() == 2
 
 
-def test_control_tokens_in_tools_on_offer() -> None:
+def test_control_tokens_in_available_tools() -> None:
     """However they are given; \\u0065 is how JSON may spell the e."""
     tool = {"type": "function", "function": {"name": END, "parameters": {END: [END]}}}
     encoder, question = ChatEncoder(SHIPPED), [{"role": "user", "content": "x"}]

@@ -71,7 +71,7 @@ def test_enable_thinking_wins_over_its_alias() -> None:
 
 
 @pytest.mark.parametrize("thinking", [None, True, False])
-def test_generation_prompt_is_how_the_reply_begins(thinking: bool | None) -> None:
+def test_the_reply_begins_with_the_generation_prompt(thinking: bool | None) -> None:
     variables: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     if thinking:

@@ -87,7 +87,7 @@ def test_markers_are_those_of_the_reply(messages):
 
 
 @pytest.mark.parametrize("messages", [BESIDE, INSIDE, PLAIN], ids=["beside", "inside", "plain"])
-def test_without_reasoning_the_answer_alone_is_learnt_behind_the_prompts_tokens(messages):
+def test_without_reasoning_only_the_answer_is_trained_on(messages):
     encoder = ReasoningEncoder(SHIPPED, 1)
     (chat,) = encoder.encode([encoder.pieces(messages)])
     text = SHIPPED.apply_chat_template([ASK], add_generation_prompt=True, enable_thinking=False)
@@ -97,7 +97,7 @@ def test_without_reasoning_the_answer_alone_is_learnt_behind_the_prompts_tokens(
     assert not chat.markers.any() and chat.ends.tolist().index(True) == len(chat.ids) - 1
 
 
-def test_prompts_of_every_mode_are_how_training_began():
+def test_training_begins_with_the_prompt_in_every_mode():
     """Token by token, for all the built-in questions; also where the answer names a control token."""
     endings = {name: SHIPPED.encode(text) for name, text in prompt_endings(SHIPPED).items()}
     assert list(endings) == ["auto", "on", "off"]
@@ -123,7 +123,7 @@ def test_every_turn_of_a_conversation_without_reasoning():
     assert [piece.text for piece in pieces].count("<think>\n\n</think>\n\n") == 2
 
 
-def test_share_without_reasoning_is_as_asked_and_not_in_one_place():
+def test_the_share_without_reasoning_is_exact_and_spread_out():
     """In data sorted by a hash too, as the built-in rows are; bounds of five standard deviations."""
     train, _ = reasoning()
     encoder = ReasoningEncoder(SHIPPED, 0.3)
@@ -160,7 +160,7 @@ def test_a_tool_call_needs_no_answer():
         assert ("look" in text) == (direct == 0) and "<tool_call>" in text
 
 
-def test_shares_and_templates_that_cannot_be():
+def test_impossible_shares_and_templates():
     with pytest.raises(ValueError, match=r"--direct 1.5: must be a share from 0 to 1"):
         ReasoningEncoder(SHIPPED, 1.5)
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -94,7 +94,7 @@ def test_decode() -> None:
             SHIPPED.decode([5, wrong])
 
 
-def test_compression_stays() -> None:
+def test_compression_does_not_regress() -> None:
     english = "The old bridge was closed last winter, so we walked along the river until the next village."
     chinese = "昨天我们一起去公园散步，天气很好，很多人在湖边拍照。学习需要时间，也需要方法。"
     code = 'def total(items):\n    return sum(item["price"] * item["count"] for item in items)\n'
@@ -103,7 +103,7 @@ def test_compression_stays() -> None:
         assert len(text.encode()) / len(SHIPPED.encode(text)) >= least
 
 
-def test_fingerprint_follows_what_decides_ids(tmp_path: Path) -> None:
+def test_the_fingerprint_follows_the_ids(tmp_path: Path) -> None:
     code = "from minimind.tokenization import load_tokenizer; print(load_tokenizer().fingerprint)"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == SHIPPED.fingerprint
@@ -174,7 +174,7 @@ def test_a_single_file_loads_with_the_usual_names(tmp_path: Path) -> None:
     assert load_tokenizer(file).eos_token_id == 4
 
 
-def test_forms_of_hugging_face_folders(tmp_path: Path) -> None:
+def test_layouts_of_hugging_face_folders(tmp_path: Path) -> None:
     listed = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ eos_token }}"}]
     config = {"eos_token": {"content": "<|reserved_0|>"}, "pad_token": None, "chat_template": listed}
     folder = _folder(tmp_path, config=config)
@@ -224,7 +224,7 @@ def test_a_vocabulary_without_end_token_is_refused(tmp_path: Path) -> None:
         load_tokenizer(_folder(tmp_path, model=model, config={}))
 
 
-def test_repr_says_where_from() -> None:
+def test_repr_names_the_source() -> None:
     assert "tokenizer.json" in repr(SHIPPED) and isinstance(SHIPPED, Tokenizer)
 
 

@@ -138,7 +138,7 @@ def test_script_repeats_and_thins_out_by_weight(tmp_path: Path) -> None:
         (("--data", "chat.jsonl", "--out", "book.txt"), "--out book.txt is a file"),
         (("--data", "chat.jsonl", "--out", ".", "--overwrite"), "choose another folder"),
         (("--data", "chat.jsonl", "--out", "tok", "--weights", "1", "2"), "--weights has 2 numbers for 1"),
-        (("--data", "chat.jsonl", "--out", "tok", "--weights", "inf"), "--weights inf: numbers of 0 or more"),
+        (("--data", "chat.jsonl", "--out", "tok", "--weights", "inf"), "--weights inf: give numbers of 0 or more"),
         (("--data", "chat.jsonl", "--out", "tok", "--vocab-size", "100"), "--vocab-size 100: bytes"),
         (("--data", "chat.jsonl", "--out", "tok", "--min-frequency", "-1"), "--min-frequency -1: must"),
     ],

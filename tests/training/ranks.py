@@ -12,11 +12,12 @@ from torch.distributed.tensor import DTensor
 from minimind import ModelConfig, load_tokenizer
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss
-from minimind.training.optim import Optimizers
+from minimind.training.arguments import StageArgs
+from minimind.training.metrics import NoTracker
+from minimind.training.optim import Optimizers, RateSchedule
 from minimind.training.parallel import Parallel, leave
 from minimind.training.run_folder import RunFolder
-from minimind.training.tracking import NoTracker
-from minimind.training.trainer import LoopOptions, Stage, Trainer
+from minimind.training.trainer import Stage, Trainer, TrainingPlan
 
 ROWS, LENGTH, VOCAB = 4, 16, 50
 
@@ -59,21 +60,28 @@ def train(parallel: Parallel, level: str, experts: int) -> tuple[Model | None, t
         assert len(stacked) == 2 and all(isinstance(p, DTensor) for p in stacked)
         assert all(p.to_local().numel() * parallel.world_size == p.numel() for p in stacked), "equal shards"
     stage = Stage(
-        model=model,
-        tokenizer=load_tokenizer(),
-        optimizer=Optimizers([torch.optim.SGD(model.parameters(), lr=0.5)]),
-        loader=Rows(parallel),
         loss=lambda batch: next_token_loss(wrapped, batch),
-        peak_lr=0.5,
-        lr_factor=lambda step: 1.0,
         evaluate=lambda final: {},
         sample=lambda: "",
         describe=lambda batch: [],
-        title="",
         data_fingerprint="",
+        peak_lr=0.5,
     )
-    options = LoopOptions(steps=2, micro_batches=2, grad_clip=1e9)
-    trainer = Trainer(stage, options, RunFolder(Path(), None, None), NoTracker(), Console(), parallel)
+    loader = Rows(parallel)
+    trainer = Trainer(
+        args=StageArgs(grad_clip=1e9),
+        plan=TrainingPlan(loader, steps=2, micro_batches=2),
+        stage=stage,
+        model=model,
+        tokenizer=load_tokenizer(),
+        optimizer=Optimizers([torch.optim.SGD(model.parameters(), lr=0.5)]),
+        loader=loader,
+        schedule=RateSchedule("constant", 2, warmup=0),
+        run=RunFolder(Path(), None, None),
+        tracker=NoTracker(),
+        console=Console(),
+        parallel=parallel,
+    )
     trainer._train_step()
     trainer._train_step()
     assert all(row.names == ("max_violation", "min_load") for row in trainer.pending)

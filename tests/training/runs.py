@@ -56,7 +56,7 @@ def run(arguments: list[str], env: dict[str, str] = ONE_THREAD) -> subprocess.Co
 
 
 def finish(arguments: list[str], processes: int = 1) -> str:
-    """What a command that succeeds prints, on so many processes."""
+    """The output of a command that must succeed, on this many processes."""
     answer = run(arguments) if processes == 1 else run_ranks(processes, arguments)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     return answer.stdout

@@ -20,11 +20,11 @@ from minimind.lora import LoRAConfig, adapters_off, lora_linears
 from minimind.rewards.base import Sample
 from minimind.rewards.model import model_reward
 from minimind.tokenization import ChatEncoder
-from minimind.training.adapters import PEAK_LR, AdapterArgs, Adapting
+from minimind.training.adapters import PEAK_LR, AdapterArgs, AdapterSetup
 from minimind.training.checkpoint import list_checkpoints, load_trainer_state
 from minimind.training.rl import stage as rl_stage
 from minimind.training.rl.actor_critic import ActorCritic, critic_of, critic_parameters, with_value_head
-from minimind.training.rl.collector import scored_again
+from minimind.training.rl.collector import log_probs_of
 from minimind.training.rl.loader import Shape, _restored
 from minimind.value_head import HEAD
 from tests.adapted import SHAPES, make, with_adapter
@@ -112,7 +112,7 @@ def test_answers_were_compared_with_the_base(name, unbroken, origin):
     state = load_trainer_state(list_checkpoints(unbroken(name))[0])["loader"]
     assert state["rollout"] == 3
     answers = [_restored(saved) for saved in state["answers"]]
-    again = scored_again(load_model(origin), answers, Shape())
+    again = log_probs_of(load_model(origin), answers, Shape())
     for a, log_probs in zip(answers, again, strict=True):
         np.testing.assert_array_equal(a.reference, log_probs)
         assert np.abs(a.log_probs - log_probs).max() > 1e-4
@@ -134,7 +134,7 @@ def test_curve_of_two_processes_is_that_of_one(name, unbroken, origin, prompts, 
     assert_same_rollouts(tmp_path / "two", unbroken(name))
 
 
-def test_what_a_run_leaves_opens_merged_and_not(unbroken, origin):
+def test_a_run_folder_opens_with_the_adapter_merged_or_not(unbroken, origin):
     ids = torch.arange(20)[None]
     runs = [open_weights(WeightArgs(str(unbroken("ppo"))), torch.device("cpu"), merge=m) for m in (True, False)]
     merged, beside = (opened.model(ids).logits for opened in runs)
@@ -143,7 +143,7 @@ def test_what_a_run_leaves_opens_merged_and_not(unbroken, origin):
     assert (merged - base).abs().max() > 1e-2 and runs[0].stage == "ppo" and not lora_linears(runs[0].model)
 
 
-def test_no_second_model_is_loaded_for_the_reference(origin, prompts, tmp_path, monkeypatch):
+def test_the_reference_needs_no_second_model(origin, prompts, tmp_path, monkeypatch):
     def refuse(job):
         raise AssertionError("a frozen copy")
 
@@ -166,7 +166,7 @@ def test_policy_and_critic_are_adapters_on_one_base(shape, own):
     ids = torch.arange(30)[None]
     before = model(ids).logits
     frozen = {p.data_ptr() for p in model.parameters() if not p.requires_grad}
-    both = ActorCritic.of(model) if own else with_value_head(model)
+    both = ActorCritic.from_policy(model) if own else with_value_head(model)
     assert torch.equal(both(ids, return_logits=True).logits, before)
     held = {p.data_ptr() for p in both.parameters() if not p.requires_grad}
     assert held <= frozen and {p.data_ptr() for p in model.parameters()} <= {p.data_ptr() for p in both.parameters()}
@@ -230,10 +230,7 @@ def held_out(pairs: Path) -> list[dict]:
 def preferred(origin, pairs, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "dpo"
     text = finish(dpo(origin, pairs, out))
-    assert (
-        "--optimizer adamw: it is what adapters are trained with" in text
-        and "DoRA, all projections but routed experts" in text
-    )
+    assert "--optimizer adamw: the one for adapters" in text and "DoRA, all projections but routed experts" in text
     return out
 
 
@@ -259,7 +256,7 @@ def test_dpo_on_two_processes_is_that_on_one(strategy, preferred, origin, pairs,
     assert_same_curve(reproducible(out), reproducible(preferred), rel=1e-3, abs=2e-5)
 
 
-def test_a_run_on_shards_goes_on_with_one_process(preferred, origin, pairs, tmp_path):
+def test_a_sharded_run_resumes_on_one_process(preferred, origin, pairs, tmp_path):
     out = tmp_path / "out"
     finish(dpo(origin, pairs, out, "--parallel", "fsdp"), 2)
     for later in list_checkpoints(out)[1:]:
@@ -295,7 +292,7 @@ def test_reasoning_and_distillation_take_an_adapter_too(origin, chats, tmp_path)
 
 @pytest.mark.heavy
 def test_a_reward_model_is_an_adapter_with_a_head(origin, pairs, tmp_path):
-    """What --reward model= opens scores as the run's last figures say; resumed, the run is the same to the bit."""
+    """--reward model= scores like the run's last figures; a resumed run is the same to the bit."""
     flags = ["--from", str(origin), "--data", str(pairs), "--cache-dir", str(pairs.parent / "cache")]
     arguments = [sys.executable, str(SCRIPT.with_name("reward.py")), *flags, *PAIRS, "--lora-targets", "q_proj"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -336,12 +333,12 @@ def test_errors_are_one_line_and_leave_no_folder(flags, message, origin, prompts
 def test_random_weights_take_no_adapter(origin, chats, tmp_path):
     settings = {"teacher": str(origin), "preset": "nano", "data": (str(chats),), "out": str(tmp_path / "no"),
                 "cache_dir": str(tmp_path / "cache")}  # fmt: skip
-    with pytest.raises(ValueError, match="--lora-rank: random weights learn nothing frozen"):
+    with pytest.raises(ValueError, match="--lora-rank: the frozen model would be random"):
         call(SCRIPT.with_name("distill.py"), lora_rank=4, **settings)
     assert not (tmp_path / "no").exists()
 
 
 def test_the_rate_is_ten_times_the_whole_models_where_that_is_low():
-    whole, adapter = (Adapting(None, config) for config in (None, AdapterArgs(lora_rank=4).lora()))
-    assert whole.rate(5e-5) == 5e-5 and adapter.rate(5e-5) == pytest.approx(5e-4)
-    assert adapter.rate(2e-3) == PEAK_LR
+    whole, adapter = (AdapterSetup(None, config) for config in (None, AdapterArgs(lora_rank=4).lora()))
+    assert whole.peak_lr(5e-5) == 5e-5 and adapter.peak_lr(5e-5) == pytest.approx(5e-4)
+    assert adapter.peak_lr(2e-3) == PEAK_LR

@@ -15,9 +15,9 @@ from minimind.data import open_corpus
 from minimind.data.split import split
 from minimind.inference.loading import WeightArgs, open_weights
 from minimind.lora import LoRAConfig, add_adapter
-from minimind.training.averaging import FOLDER, WeightAverage
 from minimind.training.checkpoint import list_checkpoints
-from minimind.training.heldout import heldout_loss
+from minimind.training.evaluation import heldout_loss
+from minimind.training.optim import AVERAGE_FOLDER, WeightAverage
 from minimind.training.parallel import Parallel
 from minimind.value_head import load_value_model
 from tests.adapted import make
@@ -46,7 +46,7 @@ def unbroken(data, tmp_path_factory) -> Path:
     return out
 
 
-def test_it_is_the_average_by_its_formula():
+def test_the_average_follows_its_formula():
     """Against a loop in float64. Each update rounds twice, of numbers up to 4: half a unit of 4 each time."""
     model = make()
     weight = model.norm.weight
@@ -65,7 +65,7 @@ def test_it_is_the_average_by_its_formula():
     assert average.updates == 20
 
 
-def test_of_an_adapter_it_is_the_adapters_alone():
+def test_with_an_adapter_only_its_weights_are_averaged():
     model = make()
     add_adapter(model, LoRAConfig())
     average = WeightAverage(model, 0.9)
@@ -75,7 +75,7 @@ def test_of_an_adapter_it_is_the_adapters_alone():
 def assert_recorded_figures_are_of_what_was_saved(out: Path, data: Path) -> None:
     last = rows_of(out, "eval")[-1]
     corpus = open_corpus([data], load_tokenizer(), data.parent / "cache")
-    for path, name in ((list_checkpoints(out)[-1] / FOLDER, "heldout_ema_loss"), (out, "heldout_loss")):
+    for path, name in ((list_checkpoints(out)[-1] / AVERAGE_FOLDER, "heldout_ema_loss"), (out, "heldout_loss")):
         found = heldout_loss(load_model(path), split(corpus, 0.05)[1], 64, None, Parallel())
         assert found["heldout_loss"] == pytest.approx(last[name], rel=1e-5), name
     assert abs(last["heldout_ema_loss"] - last["heldout_loss"]) > 1e-3
@@ -83,7 +83,7 @@ def assert_recorded_figures_are_of_what_was_saved(out: Path, data: Path) -> None
 
 def test_recorded_figures_are_those_of_the_saved_average(unbroken, data):
     assert_recorded_figures_are_of_what_was_saved(unbroken, data)
-    opened = open_weights(WeightArgs(str(list_checkpoints(unbroken)[-1] / FOLDER)), torch.device("cpu"))
+    opened = open_weights(WeightArgs(str(list_checkpoints(unbroken)[-1] / AVERAGE_FOLDER)), torch.device("cpu"))
     assert opened.stage == "pretrain" and not opened.notes
     first, *_, last = rows_of(unbroken, "eval")
     assert first["heldout_ema_loss"] == first["heldout_loss"] > last["heldout_ema_loss"] + 0.5
@@ -92,13 +92,13 @@ def test_recorded_figures_are_those_of_the_saved_average(unbroken, data):
 def test_killed_and_started_again_the_average_is_the_same_to_the_bit(unbroken, data, tmp_path):
     out = tmp_path / "killed"
     assert_continues_to_the_bit(command(data, out, *FLAGS), out, unbroken, 7)
-    ours, theirs = (list_checkpoints(run)[-1] / FOLDER / "model.safetensors" for run in (out, unbroken))
+    ours, theirs = (list_checkpoints(run)[-1] / AVERAGE_FOLDER / "model.safetensors" for run in (out, unbroken))
     assert ours.read_bytes() == theirs.read_bytes()
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_on_two_processes_it_is_that_of_one(strategy, unbroken, data, tmp_path):
+def test_two_processes_compute_the_same_average(strategy, unbroken, data, tmp_path):
     """And a run on shards goes on with one process."""
     out = tmp_path / "two"
     finish(command(data, out, *FLAGS, "--parallel", strategy), 2)
@@ -107,7 +107,7 @@ def test_on_two_processes_it_is_that_of_one(strategy, unbroken, data, tmp_path):
     last = list_checkpoints(out)[-1]
     for file in [*last.rglob("*.*")]:
         file.unlink()
-    (last / FOLDER).rmdir()
+    (last / AVERAGE_FOLDER).rmdir()
     last.rmdir()
     (out / "finished").unlink()
     assert "continuing after step 10" in finish(command(data, out, *FLAGS))
@@ -120,19 +120,19 @@ def origin(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("stage", "file"), [("reward", "model.safetensors"), ("lora", "adapter_model.safetensors")])
-def test_what_a_stage_keeps_is_what_is_averaged(stage, file, origin, tmp_path):
+def test_a_stage_averages_the_weights_it_saves(stage, file, origin, tmp_path):
     arguments = [sys.executable, str(SCRIPT.with_name(f"{stage}.py")), "--from", str(origin), "--out",
                  str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache"), "--tokens", "3072", "--seq-len", "256",
                  "--batch-tokens", "512", "--ema", "0.9", "--evals", "1", "--eval-tokens", "400"]  # fmt: skip
     finish(arguments)
     newest = list_checkpoints(tmp_path / "run")[-1]
-    raw, averaged = load_file(newest / file), load_file(newest / FOLDER / file)
+    raw, averaged = load_file(newest / file), load_file(newest / AVERAGE_FOLDER / file)
     assert raw.keys() == averaged.keys() and any(not torch.equal(raw[k], averaged[k]) for k in raw)
     assert "heldout_ema_loss" in rows_of(tmp_path / "run", "eval")[-1]
     if stage == "reward":
-        load_value_model(newest / FOLDER)
+        load_value_model(newest / AVERAGE_FOLDER)
     else:
-        open_weights(WeightArgs(str(newest / FOLDER)), torch.device("cpu"))
+        open_weights(WeightArgs(str(newest / AVERAGE_FOLDER)), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("decay", ["0", "1", "1.5"])

@@ -72,7 +72,7 @@ def test_a_batch_beyond_the_bound_makes_it_grow(loader, monkeypatch):
     assert len(batch.cu_seqlens) == batches.boundaries > 64 and batches.boundaries % 64 == 0
 
 
-def test_what_was_fetched_but_not_used_is_not_lost(loader):
+def test_a_batch_fetched_ahead_is_not_lost(loader):
     batches, plain = DeviceBatches(loader(LENGTHS), CPU), loader(LENGTHS)
     first = batches.next_batch()
     batches.fetch()

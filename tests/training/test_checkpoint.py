@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there."""
+"""Checkpoints are complete or do not exist."""
 
 import os
 from collections.abc import Callable
@@ -65,7 +65,7 @@ def adapter(folder: Path) -> None:
     [lambda folder: save(folder, 1), lambda folder: save_value_model(ValueModel(CONFIG), folder), adapter],
     ids=["checkpoint", "value model", "adapter"],
 )
-def test_files_are_as_readable_as_the_umask_lets_them(tmp_path, write: Callable[[Path], None]):
+def test_files_follow_the_umask(tmp_path, write: Callable[[Path], None]):
     """On a shared machine another user serves the model; safetensors alone would keep it to its owner."""
     before = os.umask(0o027)
     try:

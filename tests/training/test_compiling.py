@@ -1,4 +1,4 @@
-"""What torch.compile is told: its cache knows the kernels, and a CUDA graph that cannot be is an error."""
+"""torch.compile in training: the cache depends on the kernels' sources; an impossible CUDA graph is an error."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 import torch._inductor.config
 
 from minimind.kernels import triton_support
-from minimind.training.compiling import compile_model, kernels_fingerprint
+from minimind.training.job import compile_model, kernels_fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_another_tile_size_is_compiled_anew(tmp_path, monkeypatch):
     assert settings.cache_key_tag != before
 
 
-def test_what_cannot_be_a_cuda_graph_is_an_error(monkeypatch):
+def test_a_model_that_no_cuda_graph_can_record_is_an_error(monkeypatch):
     """PyTorch would leave the graph out, with a line in a log."""
     told = {}
     monkeypatch.setattr(torch, "compile", lambda model, **how: told.update(how) or model)

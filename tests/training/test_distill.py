@@ -138,7 +138,7 @@ def test_errors_are_one_line(models, chats, tmp_path):
     for place, flags, message in (
         (tmp_path / "absent", {}, f"--teacher {tmp_path / 'absent'}: no such folder"),
         (chats.parent, {}, f"--teacher {chats.parent}: neither a checkpoint"),
-        (student / "model.safetensors", {}, "a bare weight file does not tell its shape; minimind export --model"),
+        (student / "model.safetensors", {}, "a bare weight file has no shape; run minimind export --model"),
         (teacher, {"alpha": 2.0}, "alpha=2.0: must lie in 0..1"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)) as problem:
@@ -147,7 +147,7 @@ def test_errors_are_one_line(models, chats, tmp_path):
         assert "\n" not in str(problem.value) and not (tmp_path / "no").exists()
 
 
-def test_what_cannot_be_halved_needs_a_named_student(models, chats, tmp_path):
+def test_a_teacher_that_cannot_be_halved_needs_a_named_student(models, chats, tmp_path):
     with pytest.raises(ValueError, match="its shape cannot be halved; name the student's with --preset"):
         call(DISTILL, teacher=str(models[1]), data=(str(chats),), out=str(tmp_path / "odd"),
              cache_dir=str(chats.parent / "cache"), seq_len=128)  # fmt: skip

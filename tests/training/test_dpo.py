@@ -1,4 +1,4 @@
-"""train/dpo.py as a user runs it: its figures, its reference, how it goes on, and that it learns what is preferred."""
+"""train/dpo.py as a user runs it: figures, reference, resuming, and that it learns the preferred answers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from minimind.data.split import split
 from minimind.modeling import Model
 from minimind.tokenization import ChatEncoder
 from minimind.training.parallel import Parallel
-from minimind.training.stages import reference
-from minimind.training.stages.pairs import prompts
-from minimind.training.stages.reference import reference_log_probs
+from minimind.training.stages import dpo
+from minimind.training.stages.dpo import prompts, reference_log_probs
 from tests.training.runs import (
     SCRIPT,
     TINY,
@@ -168,11 +167,11 @@ def test_other_losses_learn_too(loss, origin, pairs, tmp_path):
     assert rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["margin"] > rows[0]["margin"]
 
 
-def test_reference_is_worked_out_once_for_its_weights_and_data(origin, pairs, tmp_path, monkeypatch):
+def test_reference_is_computed_once_for_its_weights_and_data(origin, pairs, tmp_path, monkeypatch):
     corpus, model = held_out(pairs), load_model(origin)
     calls = []
-    work_out = reference._work_out
-    monkeypatch.setattr(reference, "_work_out", lambda *args: calls.append(1) or work_out(*args))
+    compute = dpo._compute
+    monkeypatch.setattr(dpo, "_compute", lambda *args: calls.append(1) or compute(*args))
 
     def find(weights: str = "a", view: Corpus = corpus, seq_len: int = 128, of: Model = model) -> np.ndarray:
         console = Console(quiet=True)
@@ -218,7 +217,7 @@ def test_errors_are_one_line(flags, message, origin, pairs, tmp_path):
 
 @pytest.mark.slow
 def test_a_nano_learns_manners_and_keeps_its_facts(taught):
-    """Where only how a question is asked decides between two answers: from half of the held-out pairs to most of them,
+    """The form of the question decides between two answers: from half of the held-out pairs to most of them,
     and whole answers as they were chosen, facts included."""
     first, *_, last = rows_of(learn("dpo", taught, "--evals", "1"), "eval")
     assert 0.4 <= first["heldout_ranking"] <= 0.6 and last["heldout_ranking"] >= 0.9, (first, last)

@@ -143,7 +143,7 @@ def test_an_engine_that_failed_is_not_kept(engines, monkeypatch):
     assert len(engines) == 2
 
 
-def test_what_is_worth_keeping(monkeypatch):
+def test_kept_figures(monkeypatch):
     """Nothing on a CPU, on a full card, or before a step has shown what training takes."""
     model = small_model()
     engine = Engine(model, None, kv_tokens=64, max_batch=1)

@@ -1,4 +1,4 @@
-"""train/grpo.py as a user runs it: what it leaves, how it goes on, on one process and two, and its errors."""
+"""train/grpo.py as a user runs it: files, resuming, one and two processes, and errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from minimind import ModelConfig, load_model
-from minimind.training.rl.stage import peak_lr
+from minimind.training.rl.stage import scaled_lr
 from minimind.weights import save_weights
 from tests.training.runs import (
     ONE_THREAD,
@@ -130,7 +130,7 @@ def alone(origin, prompts, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("step", [3, 6])
-def test_a_run_goes_on_in_other_micro_batches(step, origin, prompts, alone, tmp_path):
+def test_a_run_resumes_with_other_micro_batches(step, origin, prompts, alone, tmp_path):
     """From inside a rollout, and from the end of one."""
     out = as_killed(alone, step, tmp_path / "cut")
     text = finish(command(origin, prompts, out, *PLAIN, "--micro-batches", "4", "--show", "1"))
@@ -146,7 +146,7 @@ def test_curve_of_two_processes_is_that_of_one(origin, prompts, alone, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_goes_on_with_one_inside_a_rollout(origin, prompts, alone, tmp_path):
+def test_a_run_of_two_processes_resumes_on_one_inside_a_rollout(origin, prompts, alone, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen(
         torchrun(2, *command(origin, prompts, out, *PLAIN)[1:]),
@@ -186,7 +186,7 @@ def attempt(origin: Path, prompts: Path, out: Path, **flags) -> None:
 @pytest.mark.parametrize(
     ("loss", "expected", "few"), [("grpo", 4, 1), ("dapo", 8, 1), ("dr_grpo", 8, 1), ("gspo", 4, 1), ("cispo", 8, 1)]
 )
-def test_an_algorithm_takes_the_steps_that_make_it_one(loss, expected, few):
+def test_default_minibatches_are_the_papers(loss, expected, few):
     """64 x 4 answers, at least 32 in each step; where there are 40 answers, all in one. dapo and cispo take their
     papers' 16 from 512 answers on."""
     names = runpy.run_path(str(GRPO))
@@ -196,7 +196,7 @@ def test_an_algorithm_takes_the_steps_that_make_it_one(loss, expected, few):
 
 
 def test_the_rate_follows_the_width():
-    rates = [peak_lr(5e-5, ModelConfig.preset(name)) for name in ("nano", "minimind2-small", "minimind2")]
+    rates = [scaled_lr(5e-5, ModelConfig.preset(name)) for name in ("nano", "minimind2-small", "minimind2")]
     assert rates == [5e-5, 1.9e-5, 1.3e-5]  # 192, 512 and 768 wide
 
 
@@ -225,7 +225,7 @@ def test_failing_rewards_are_counted_and_the_run_goes_on_or_stops(origin, prompt
         attempt(origin, prompts, tmp_path / "one", reward=(TOY + "one_for_all",))
 
 
-def test_equal_rewards_are_warned_of_and_change_nothing(origin, prompts, tmp_path):
+def test_equal_rewards_are_reported_and_change_nothing(origin, prompts, tmp_path):
     flags = ["--reward", TOY + "all_equal", "--beta", "0", "--loss", "dapo", "--refills", "1"]
     text = finish(command(origin, prompts, tmp_path / "out", *flags))
     assert text.count("warning: for 3 steps in every group all rewards are equal") == 1

@@ -1,4 +1,4 @@
-"""What a stage takes at once, where nobody says."""
+"""The sizes of steps and rows that a run chooses by itself, and its flags and name."""
 
 from types import SimpleNamespace
 
@@ -8,6 +8,7 @@ from rich.console import Console
 
 from minimind import ModelConfig
 from minimind.training.arguments import StageArgs
+from minimind.training.batch_size import batch_shape, fit_to_data, longest_row, micro_tokens
 from minimind.training.job import Job
 
 
@@ -32,24 +33,16 @@ def test_micro_tokens_fit_the_card(monkeypatch, preset, gib, ranks, recompute, s
         config=ModelConfig.preset(preset),
         args=SimpleNamespace(row=512, recompute=recompute),
     )
-    assert Job._micro_tokens(job, step) == expected
+    assert micro_tokens(job, step) == expected
 
 
-def test_cuda_graphs_need_weights_that_stay_where_they_are(monkeypatch):
+def test_cuda_graphs_refuse_fsdp(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"--cuda-graph: FSDP's weights .* take --parallel ddp"):
         Job.begin("pretrain", StageArgs(compile=True, cuda_graph=True, parallel="fsdp"), Console(quiet=True))
-
-
-class Machine(SimpleNamespace):
-    """What Job.longest_row asks of a job."""
-
-    usual_batch = Job.usual_batch
-    rules = Job.rules
-    longest_row = Job.longest_row
 
 
 @pytest.mark.parametrize(
@@ -60,45 +53,30 @@ class Machine(SimpleNamespace):
         ("cpu", 0, 1, {"batch_tokens": 1024}, 1024),
         ("cpu", 0, 1, {"batch_tokens": 1500}, 512),  # the error about --batch-tokens follows
         ("cpu", 0, 1, {"micro_tokens": 2048}, 2048),
-        ("cpu", 0, 32, {"plan_gpu": True}, 2048),  # of 65,536
+        ("cpu", 0, 32, {"plan_gpu": True}, 2048),  # a step has 65,536 tokens
         ("cuda", 24, 8, {}, 4096),
         ("cuda", 2, 1, {}, 512),  # a card that is too small for the model: it will say so
     ],
 )
 def test_the_longest_row_fits_the_step_the_processes_and_the_card(monkeypatch, device, gib, ranks, flags, expected):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib << 30))
-    given = {"batch_tokens": None, "micro_tokens": None, "recompute": False, "plan_gpu": False} | flags
-    job = Machine(
+    args = {"batch_tokens": None, "micro_tokens": None, "recompute": False, "plan_gpu": False} | flags
+    job = SimpleNamespace(
         parallel=SimpleNamespace(world_size=ranks),
         device=torch.device(device),
-        args=SimpleNamespace(**given),
+        default_device="cuda" if args["plan_gpu"] else device,
+        args=SimpleNamespace(**args),
         config=ModelConfig.preset("minimind2"),
-        origin=SimpleNamespace(preset="minimind2"),
+        initial=SimpleNamespace(preset="minimind2"),
     )
-    assert job.longest_row() == expected
+    assert longest_row(job) == expected
 
 
-@pytest.mark.parametrize(
-    ("data", "name"),
-    [
-        ((), "builtin"),
-        (("a/sft.jsonl", "b.jsonl"), "sft+1"),
-        ((f"{'x' * 249}.jsonl",), "x" * 40),
-        ((f"{'唐' * 83}.jsonl", "b"), "唐" * 40 + "+1"),
-    ],
-)
-def test_a_run_is_named_after_its_data_as_far_as_a_folder_can_be(data, name, tmp_path):
-    assert StageArgs(data=data).data_name == name
-    (tmp_path / f"pretrain-minimind2-small-{name}-12").mkdir()
+class NanoJob(SimpleNamespace):
+    """What fit_to_data reads of a job on a CPU; a step has 4096 tokens, 8 rows."""
 
-
-class Fitting(SimpleNamespace):
-    """What Job._fitted asks of a job; the step is 4096 tokens, 8 rows."""
-
-    usual_batch = 4096
-    _fitted = Job._fitted
-    _batch_shape = Job._batch_shape
-    _micro_tokens = Job._micro_tokens
+    default_device = "cpu"
+    initial = SimpleNamespace(preset="nano")
 
     def settle(self, name, rule):
         return self.chosen.setdefault(name, rule()[0])
@@ -120,16 +98,16 @@ class Fitting(SimpleNamespace):
         (5, 1, {}, {"step": 3 * 512}, (3, 1), "a step takes 1,536, each row 0.6 times; --batch-tokens sets"),
     ],
 )
-def test_a_step_takes_no_more_than_the_data_has(rows, ranks, flags, chosen, shape, told):
+def test_a_step_is_no_larger_than_the_data(rows, ranks, flags, chosen, shape, told):
     args = SimpleNamespace(
         row=512, seq_len=512, recompute=False, scale=1.0, **{"batch_tokens": None, "micro_tokens": None} | flags
     )
-    job = Fitting(
-        args=args, given=args, parallel=SimpleNamespace(world_size=ranks), device=torch.device("cpu"),
+    job = NanoJob(
+        args=args, flags=args, parallel=SimpleNamespace(world_size=ranks), device=torch.device("cpu"),
         config=ModelConfig.preset("nano"), notes=[], chosen=dict(chosen),
     )  # fmt: skip
     loader = SimpleNamespace(tokens_per_epoch=rows * 460, fill=460 / 512, view=SimpleNamespace(num_documents=60))
-    assert job._fitted(loader, *job._batch_shape()) == shape
+    assert fit_to_data(job, loader, *batch_shape(job)) == shape
     if told is None:
         assert job.notes == [] and job.chosen.keys() == {"batch_tokens"}
         return

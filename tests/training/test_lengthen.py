@@ -1,18 +1,16 @@
-"""A longer run that begins where an earlier one has come to, and how its rate goes on."""
+"""Lengthened runs, and how their learning rate continues."""
 
 from __future__ import annotations
 
 import gc
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import pytest
 
 from minimind.training.checkpoint import list_checkpoints, step_of
-from minimind.training.lengthen import describe_rates, rate_factor
-from minimind.training.optim import lr_factor
+from minimind.training.optim import RateSchedule
 from tests.training.runs import SCRIPT, TINY, as_killed, call, rows_of, save_origin
 
 PLANNED, LONGER = 20, 40
@@ -100,19 +98,16 @@ def test_an_unfinished_run_is_lengthened_from_its_newest_checkpoint(stable, plac
     assert len(rows_of(out, "train")) == LONGER
 
 
-def test_a_rate_that_never_falls_goes_on():
-    curve = partial(lambda step, steps: lr_factor("constant", step, steps, 4))
-    assert [rate_factor(curve, step, 90, ((40, 40),), 4) for step in (3, 39, 40, 89)] == [1] * 4
-    assert describe_rates(curve, 90, ((40, 40),), 4) == (
+def test_a_constant_rate_continues():
+    schedule = RateSchedule("constant", 90, warmup=4, legs=((40, 40),))
+    assert [schedule.factor(step) for step in (3, 39, 40, 89)] == [1] * 4
+    assert schedule.describe() == (
         "lengthened at step 40 from 40 steps to 90: the rate goes on at 1.00 of the peak and then as in a run of 90"
     )
 
 
-def test_the_rise_from_a_finished_cosine_is_told():
-    def curve(step: int, steps: int) -> float:
-        return lr_factor("cosine", step, steps, 4)
-
-    assert describe_rates(curve, 80, ((40, 40),), 4) == (
+def test_the_rise_from_a_finished_cosine_is_described():
+    assert RateSchedule("cosine", 80, warmup=4, legs=((40, 40),)).describe() == (
         "lengthened at step 40 from 40 steps to 80: the rate goes from 0.10 of the peak to 0.51 over 4 steps and then "
         "as in a run of 80"
     )
@@ -122,7 +117,7 @@ def test_the_rise_from_a_finished_cosine_is_told():
     ("steps", "flags", "message"),
     [
         (LONGER, {"lr": 0.5}, r"--lengthen .*stable: started with lr None \(now 0\.5\); --tokens, --epochs and"),
-        (PLANNED, {}, "stable: planned for 20 steps, and these flags come to 20; give a larger --tokens"),
+        (PLANNED, {}, "stable: planned for 20 steps, and these flags amount to 20; give a larger --tokens"),
         (LONGER, {"lengthen": "absent"}, "--lengthen absent: not a run folder"),
     ],
 )
@@ -132,6 +127,6 @@ def test_errors_are_one_line(steps, flags, message, stable, place, tmp_path):
     assert "\n" not in str(problem.value) and not (tmp_path / "out").exists()
 
 
-def test_the_folder_of_the_run_itself_is_not_taken(stable, place):
-    with pytest.raises(ValueError, match=r"started with tokens 10240 \(now 20480\); to lengthen it give --lengthen"):
+def test_a_run_is_not_lengthened_in_its_own_folder(stable, place):
+    with pytest.raises(ValueError, match=r"started with tokens 10240 \(now 20480\); to lengthen it use --lengthen"):
         train(place, stable, LONGER, **WSD)

@@ -1,4 +1,4 @@
-"""train/lora.py as a user runs it: what it leaves, how it goes on, and that it teaches without undoing."""
+"""train/lora.py as a user runs it: files, resuming, and that it teaches without undoing."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_killed_and_started_again_the_curve_is_the_same_to_the_bit(unbroken, ori
     assert_continues_to_the_bit(command(origin, out, cache), out, unbroken, 4)
 
 
-def test_dropout_is_drawn_alike_however_often_the_run_is_looked_at(unbroken, origin, cache, tmp_path):
+def test_evaluations_do_not_change_dropout(unbroken, origin, cache, tmp_path):
     out = as_killed(unbroken, 6, tmp_path / "cut")
     finish(command(origin, out, cache, "--log-every", "1", "--evals", "8", "--eval-questions", "2"))
     assert rows_of(out, "train") == rows_of(unbroken, "train")
@@ -116,7 +116,7 @@ def test_an_adapter_can_be_trained_further(unbroken, origin, cache, tmp_path):
     assert rows_of(out, "train")[0]["loss"] < rows_of(unbroken, "train")[0]["loss"]
 
 
-def test_an_adapter_of_another_base_is_told_of(unbroken, origin, cache, tmp_path):
+def test_an_adapter_of_another_base_is_reported(unbroken, origin, cache, tmp_path):
     """It may be the same model in another form, so that it is no error."""
     model = load_model(origin)
     with torch.no_grad():
@@ -169,10 +169,14 @@ def test_errors_are_one_line(flags, message, origin, cache, tmp_path):
         (65536, 1, 384, 8_500_000, 6.0, 49152),  # a multiple of a row that is no power of two
     ],
 )
-def test_a_step_leaves_a_thousand(usual, ranks, row, tokens, epochs, expected):
+def test_default_batch_leaves_a_thousand_steps(usual, ranks, row, tokens, epochs, expected):
     rule = runpy.run_path(str(LORA))["batch_tokens"]
     args = SimpleNamespace(tokens=None, passes=epochs, row=row, scaled=round)
-    job = SimpleNamespace(args=args, usual_batch=usual, parallel=SimpleNamespace(world_size=ranks))
+    device = "cuda" if usual > 4096 else "cpu"
+    job = SimpleNamespace(
+        args=args, default_device=device, initial=SimpleNamespace(preset="minimind2"),
+        parallel=SimpleNamespace(world_size=ranks),
+    )  # fmt: skip
     batch, reason = rule(job, SimpleNamespace(num_tokens=tokens))
     steps = -(-round(tokens * epochs) // expected)
     assert batch == expected and f"--batch-tokens {expected}: {steps:,} steps for" in reason
@@ -189,7 +193,7 @@ def test_built_in_rows_hold_out_wordings_and_nothing_else():
 
 
 @pytest.mark.slow
-def test_an_adapter_teaches_a_name_without_undoing_what_was_taught(taught):
+def test_an_adapter_teaches_a_name_and_keeps_other_answers(taught):
     out = learn("lora", taught, "--evals", "1")
     first, *_, last = rows_of(out, "eval")
     assert first["heldout_exact"] == 0 and last["heldout_exact"] > 0.9, last

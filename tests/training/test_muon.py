@@ -7,8 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from minimind import ModelConfig
 from minimind.modeling import Model
-from minimind.training.muon import Muon, newton_schulz_
-from minimind.training.muon_plan import batches_of, matrices_of, share_out
+from minimind.training.muon import Muon, batches_of, matrices_of, newton_schulz_, share_out
 from minimind.training.optim import Optimizers, build_optimizers
 from minimind.weights import to_stock
 
@@ -142,7 +141,7 @@ def test_every_stored_matrix_is_orthogonalised_by_itself(config):
         assert (after_ours[name] - truth).norm() <= 2 * (theirs - truth).norm(), name
 
 
-def test_experts_that_adamw_updated_go_on_with_muon():
+def test_experts_that_adamw_updated_resume_with_muon():
     def state_of(model):
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
@@ -161,7 +160,7 @@ def test_experts_that_adamw_updated_go_on_with_muon():
     assert optimizers.load_state_dict(model, optimizers.state_dict(model)) is None
 
 
-def test_matrices_of_one_shape_share_a_batch_whatever_holds_them():
+def test_matrices_of_one_shape_share_a_batch():
     matrices = matrices_of(0, (3, 16, 12), (8, 8)) + matrices_of(1, (8, 12)) + matrices_of(2, (4, 12))
     ordered = share_out(matrices, 1)[0]
     assert batches_of(ordered, 1 << 20) == [(1, 4, 12), (7, 8, 12)]
@@ -182,7 +181,7 @@ def test_ranks_share_the_work():
     ("shape", "rows", "message"),
     [((4,), None, r"not a tensor of shape \(4,\)"), ((5, 4), (3, 3), r"do not make up one of shape \(5, 4\)")],
 )
-def test_what_is_no_matrix_is_refused(shape, rows, message):
+def test_a_vector_is_refused(shape, rows, message):
     parameter = nn.Parameter(torch.zeros(shape))
     parameter.grad = torch.zeros(shape)
     with pytest.raises(ValueError, match=message):

@@ -26,7 +26,7 @@ def test_schedules_warm_up_and_end_where_they_should(schedule, steps):
         assert factors[799] == 1.0 > factors[801]
 
 
-def test_where_the_rate_begins_to_fall_and_ends():
+def test_the_cooldown_begins_and_ends_at_the_right_steps():
     factors = [lr_factor("wsd", step, 100, 1, final=0.0, cooldown=0.5) for step in range(100)]
     assert factors[49] == 1.0 > factors[50] and factors[-1] == 0.0
     assert factors[74] == pytest.approx(0.5)
@@ -74,7 +74,7 @@ def test_norm_gains_do_not_decay_and_matrices_do():
 
 
 def test_muon_takes_a_critics_matrices_as_it_takes_the_policys():
-    model = ActorCritic.of(Model(CONFIG))
+    model = ActorCritic.from_policy(Model(CONFIG))
     optimizers = build_optimizers(model, "muon", 1e-2, 0.1)
     names = {id(p): n for n, p in model.named_parameters()}
     taken = {names[id(p)] for group in optimizers.parts[1].param_groups for p in group["params"]}
@@ -83,8 +83,8 @@ def test_muon_takes_a_critics_matrices_as_it_takes_the_policys():
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
-def test_a_critic_has_a_rate_of_its_own(name):
-    model = ActorCritic.of(Model(CONFIG))
+def test_a_critic_has_its_own_rate(name):
+    model = ActorCritic.from_policy(Model(CONFIG))
     optimizers = build_optimizers(model, name, 1e-2, 0.1)
     own = {id(p) for p in model.critic.parameters()}
     optimizers.set_rate(model.critic.parameters(), 3.0)
@@ -99,7 +99,7 @@ def test_a_critic_has_a_rate_of_its_own(name):
     assert all((decays[n] > 0) == (p.ndim > 1) for n, p in model.named_parameters())
 
 
-def test_state_goes_on_exactly():
+def test_optimizer_state_resumes_exactly():
     def run(steps, state=None, weights=None):
         torch.manual_seed(0)
         model = Model(CONFIG)

@@ -64,7 +64,7 @@ def test_training_sees_the_tokenizers_ids_alone(folders, runs):
     assert torch.equal(rows[0], rows[1][:6400])
 
 
-def test_what_came_of_it_chats_and_is_measured(runs, capsys, tmp_path):
+def test_the_result_chats_and_is_evaluated(runs, capsys, tmp_path):
     text, said = tmp_path / "text.txt", {}
     text.write_text("what is it? it is one.\n" * 40)
     for name, run in runs.items():

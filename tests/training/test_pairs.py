@@ -1,4 +1,4 @@
-"""Pairs on the device: what a model says of their answers, however the batch holds them."""
+"""Pairs on the device: a model's scores of the answers do not depend on the layout of the batch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from minimind.modeling import Model
 from minimind.objectives.preference import pair_log_probs
 from minimind.objectives.reward_model import RewardBatch, bradley_terry, reward_loss
 from minimind.tokenization import ChatEncoder
-from minimind.training.stages import scores
-from minimind.training.stages.pairs import to_device
+from minimind.training.stages import reward_model
+from minimind.training.stages.dpo import to_device
 from minimind.value_head import ValueModel
 from tests.data.test_preferences import ROWS
 from tests.kernels.contract import assert_within, versions
@@ -42,7 +42,7 @@ def with_gradients(model: Model, log_probs: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module", params=[TINY, MOE], ids=["dense", "moe"])
 def sides(request) -> tuple[ModelConfig, dict[str, list[torch.Tensor]]]:
-    """What float64, float32 and a moved float64 model say of every side alone: the same for every form of a batch."""
+    """Scores of every side alone, by float64, float32 and a moved float64 model."""
     encoder, model = ChatEncoder(load_tokenizer()), make(request.param)
     with ops.using("reference"):
         answers = {name: one_by_one(m, encoder) for name, m in versions(model, terms=256).items()}
@@ -77,7 +77,7 @@ def test_log_probabilities_are_those_of_each_side_alone(sides, share, boundaries
 
 
 def test_scores_are_those_of_each_side_alone(ops_mode, tmp_path):
-    """Of a reward model, with the prompt once in a row or twice."""
+    """A reward model, with the prompt once or twice in a row."""
     path, encoder = tmp_path / "pairs.jsonl", ChatEncoder(load_tokenizer())
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     corpus = open_preferences([path], encoder, tmp_path / "cache")
@@ -87,7 +87,7 @@ def test_scores_are_those_of_each_side_alone(ops_mode, tmp_path):
         alone = {name: scores_one_by_one(m, encoder) for name, m in versions(model, terms=256).items()}
     for share in (False, True):
         (host,) = PairLoader(corpus, 192, 40, share=share).epoch_batches()
-        batch = scores.to_device(host, torch.device("cpu"), 256)
+        batch = reward_model.to_device(host, torch.device("cpu"), 256)
         assert (batch.unfolding is not None) == share
         figures = [values_of(model, batch)[ends] for ends in (batch.chosen, batch.rejected)]
         found = torch.stack(figures, 1)[torch.from_numpy(host.pairs).argsort()]

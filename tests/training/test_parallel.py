@@ -120,7 +120,7 @@ def test_mixture_of_experts_steps_are_those_of_one_process():
 @pytest.mark.parametrize(
     ("processes", "replicas"), [(3, 1), pytest.param(2, 1, marks=slow), pytest.param(4, 2, marks=slow)]
 )
-def test_muon_shares_its_matrices_out(processes, replicas):
+def test_muon_distributes_its_matrices(processes, replicas):
     """Shards that end within a matrix, and stacked experts cut along either dimension; see muon_ranks.py."""
     finish([sys.executable, str(Path(__file__).with_name("muon_ranks.py")), str(replicas)], processes)
 

@@ -1,4 +1,4 @@
-"""--plan: what it says against what the run then does, for every stage, and of data of which it reads a part."""
+"""--plan agrees with the run that follows, for every stage and for sampled data."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 from minimind import ModelConfig
 from minimind.lora import LoRAConfig, add_adapter
 from minimind.modeling import Model
-from minimind.training import estimate, survey
-from minimind.training.cards import CARDS, Card
-from minimind.training.estimate import Estimate, cost, relative_error
-from minimind.training.memory import CONTEXT_BYTES, step_bytes, tokens_that_fit
+from minimind.training import estimate
+from minimind.training.batch_size import CONTEXT_BYTES, step_bytes, tokens_that_fit
+from minimind.training.estimate import CARDS, Card, cost
+from minimind.training.plan import Estimate, relative_error
 from tests.training.runs import ONE_THREAD, SCRIPT, TINY, finish, rows_of, run, save_origin
 
 WORDS = ["the", "of", "and", "a", "in", "is", "was", "that", "for", "it", "with", "as", "his", "on", "be", "at", "by"]
@@ -66,7 +66,7 @@ def rows(kind: str, path: Path, count: int, most: int = 60) -> Path:
 
 def plan(stage: str, **flags) -> Estimate:
     names = runpy.run_path(str(SCRIPT.with_name(f"{stage}.py")))
-    return survey.survey(names["main"], names["Args"](plan=True, **flags))
+    return plan.survey(names["main"], names["Args"](plan=True, **flags))
 
 
 STAGES = {
@@ -139,12 +139,12 @@ def test_the_run_is_as_planned(origin, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "kind"), [("pretrain", "text"), ("sft", "chats"), pytest.param("dpo", "pairs", marks=pytest.mark.heavy)]
 )
-def test_a_part_of_the_data_says_what_all_of_it_would(stage, kind, origin, tmp_path, monkeypatch):
+def test_a_sample_of_the_data_gives_the_plan_of_all_of_it(stage, kind, origin, tmp_path, monkeypatch):
     """Four standard errors: once in 16,000."""
     data = rows(kind, tmp_path / "mine.jsonl", 6000)
     where = {"from_": str(origin), "data": (str(data),), "cache_dir": str(tmp_path / "cache")}
     truth = plan(stage, **where)
-    monkeypatch.setattr(survey, "SAMPLE_BYTES", 1 << 18)
+    monkeypatch.setattr(plan, "SAMPLE_BYTES", 1 << 18)
     found = plan(stage, **where)
     assert found.data.read_bytes is not None and found.data.read_bytes < 1.2 * (1 << 18)
     assert found.data.bytes == truth.data.bytes == data.stat().st_size
@@ -160,7 +160,7 @@ def test_a_part_of_the_data_says_what_all_of_it_would(stage, kind, origin, tmp_p
 
 
 def test_a_declared_size_stretches_the_rows_at_hand(origin, tmp_path):
-    """Of rows of which all are read a thousand times as many: choices follow the size."""
+    """With --plan-gb a thousand times the size of a file that is read whole, the choices follow that size."""
     data = rows("chats", tmp_path / "mine.jsonl", 100)
     where = {"from_": str(origin), "data": (str(data),), "cache_dir": str(tmp_path / "cache")}
     few = plan("sft", **where)
@@ -243,7 +243,7 @@ def test_two_standard_errors_hold_the_truth_nineteen_times_in_twenty():
     assert abs(within / 400 - 0.95) < 4 * (0.95 * 0.05 / 400) ** 0.5
 
 
-def test_a_step_fits_where_its_tokens_do():
+def test_step_bytes_agree_with_tokens_that_fit():
     for name in ("minimind2-small", "minimind2", "minimind2-moe", "minimind3"):
         config, memory = ModelConfig.preset(name), 24 << 30
         with torch.device("meta"):

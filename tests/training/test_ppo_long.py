@@ -1,4 +1,4 @@
-"""PPO on answers of many tokens, where it shows what an advantage says: how good a token was, or where it stood."""
+"""PPO on answers of many tokens, where advantages must not depend on the position of a token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REWARD = "function=tests.training.toy_rewards:"
 
 
 def rollouts_of(folder: Path, mean_length: float, seed: int = 0, **flags) -> list[dict]:
-    """What PPO's rollouts were from a policy whose answers are `mean_length` tokens long."""
+    """Figures of PPO's rollouts from a policy whose answers have `mean_length` tokens."""
     origin = save_policy(folder / "origin", mean_length, seed)
     prompts = save_prompts(folder / "prompts.jsonl")
     settings = {

@@ -1,4 +1,4 @@
-"""train/ppo.py and train/spo.py as a user runs them: how critic and tracker go on, on one process and on two."""
+"""train/ppo.py and train/spo.py as a user runs them: critic and tracker resume, on one process and on two."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ def test_the_tracker_takes_in_every_answer_and_is_kept(unbroken):
     assert len({answer["prompt"] for answer in state["answers"]}) == len(state["answers"]) == 12
 
 
-def test_rewards_outside_the_range_are_said_and_counted_and_the_run_goes_on(origin, prompts, tmp_path):
+def test_rewards_outside_the_range_are_reported_and_counted(origin, prompts, tmp_path):
     text = finish(command("spo", origin, prompts, tmp_path / "out", "--reward-range", "0", "0.0001"))
-    assert " ".join(text.split()).count("lie outside --reward-range 0 0.0001 and count as the nearer end") == 1
+    assert " ".join(text.split()).count("lie outside --reward-range 0 0.0001 and are clipped to it") == 1
     rollouts = rows_of(tmp_path / "out", "rollout")
     assert len(rollouts) == 4 and any(row["reward_clamped"] > 0 for row in rollouts)
 

@@ -201,7 +201,7 @@ def test_accumulated_micro_batches_give_the_same_figures(data, accumulated_whole
     assert_same_but_for_rounding(accumulated(data, tmp_path / "parts", 128), accumulated_whole)
 
 
-def test_a_run_goes_on_in_other_micro_batches(data, accumulated_whole, tmp_path):
+def test_a_run_resumes_with_other_micro_batches(data, accumulated_whole, tmp_path):
     """As after running out of memory. What it was told of is on record."""
     out = accumulated(data, as_killed(accumulated_whole, 4, tmp_path / "cut"), 128, recompute=True)
     assert_same_but_for_rounding(out, accumulated_whole)
@@ -211,7 +211,7 @@ def test_a_run_goes_on_in_other_micro_batches(data, accumulated_whole, tmp_path)
     assert starts[-1]["changed"] == {"micro_tokens": 128, "recompute": True} and "changed" not in starts[0]
 
 
-def test_how_often_a_run_is_looked_at_changes_no_bit(data, accumulated_whole, tmp_path):
+def test_evaluations_change_no_bit(data, accumulated_whole, tmp_path):
     out = as_killed(accumulated_whole, 4, tmp_path / "cut")
     accumulated(data, out, 512, log_every=3, evals=8, save_every=1, keep_checkpoints=1, eval_tokens=4096, device="cpu")
     assert rows_of(out, "train") == rows_of(accumulated_whole, "train")
@@ -262,7 +262,7 @@ def test_bad_flags_are_one_clear_line(case, data, tmp_path):
         ("embedding_lr", -1.0, "--embedding-lr -1.0: must be 0 or more"),
     ],
 )
-def test_numbers_that_no_run_can_use(flag, value, message):
+def test_impossible_numbers_are_refused(flag, value, message):
     with pytest.raises(ValueError, match=message):
         StageArgs(**{flag: value}).check()
 

@@ -13,8 +13,7 @@ from minimind.config import ModelConfig
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss
 from minimind.training.profiling.profiler import StepProfiler, mark_blocks
-from minimind.training.profiling.timeline import draw
-from minimind.training.profiling.trace import busy_ms, ranked, read_trace, show
+from minimind.training.profiling.trace import busy_ms, draw, ranked, read_trace, show
 from minimind.utils.spans import _OFF, _state, record, span
 
 TINY = ModelConfig(
@@ -49,7 +48,7 @@ def names_in(path) -> list[str]:
         return [row["name"] for row in json.load(file)["traceEvents"]]
 
 
-def test_off_is_one_shared_object():
+def test_spans_are_one_shared_object_when_off():
     assert span("forward") is span("backward")
     with span("forward"), span("forward"):
         pass

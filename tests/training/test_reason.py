@@ -1,4 +1,4 @@
-"""train/reason.py as a user runs it, what its loss is, and what counts as the format."""
+"""train/reason.py as a user runs it, its loss, and the format of replies."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from minimind import load_model, load_tokenizer
 from minimind.data import PackedLoader, open_conversations
 from minimind.modeling import Model
 from minimind.tokenization.reasoning import ReasoningEncoder, prompt_endings
-from minimind.training.stages.answers import HeldOutQuestion
-from minimind.training.stages.reasoning import ReasoningQuestions, reasoning_figures, reply_of
+from minimind.training.stages.answers import HeldOutQuestion, ReasoningQuestions, reasoning_figures, reply_of
 from tests.training.runs import (
     SCRIPT,
     TINY,

@@ -1,4 +1,4 @@
-"""What a run refers to is known by its content: the tokenizer of its weights, its teacher, reward model and adapter."""
+"""The models and tokenizers that a run refers to are identified by their contents."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from minimind.serving.web_command import Args as WebArgs
 from minimind.serving.web_command import server_command
 from minimind.tokenization.tokenizer import DEFAULT_FOLDER
 from minimind.training.arguments import StageArgs
+from minimind.training.initial_model import InitialModel
 from minimind.training.job import Job
-from minimind.training.origin import InitialModel
 from minimind.training.run_folder import Defaults, open_run
 from minimind.value_head import ValueModel, save_value_model
 from minimind.weights import save_weights
@@ -66,7 +66,7 @@ def bare(origin, tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def adapter(origin, other, tmp_path_factory) -> Path:
-    """Of another tokenizer than its base's."""
+    """An adapter with another tokenizer than its base."""
     folder = tmp_path_factory.mktemp("adapter")
     model = Model(TINY)
     add_adapter(model, LoRAConfig())
@@ -78,7 +78,7 @@ def adapter(origin, other, tmp_path_factory) -> Path:
 def begin(**flags) -> InitialModel:
     args = StageArgs(**flags)
     args.check()
-    return InitialModel.of(args, Console(quiet=True))
+    return InitialModel.from_args(args, Console(quiet=True))
 
 
 def assert_one_line_names_both(act: Callable[[], object], *places: str) -> None:
@@ -108,15 +108,18 @@ def test_every_stage_refuses_another_tokenizer_of_the_same_size(origin, other, b
         begin(from_=str(origin), new_tokenizer=True)
 
 
-def test_weights_worse_than_a_guess_are_told_of(capsys):
-    """Where no tokenizer lies beside the weights."""
+def test_weights_worse_than_chance_are_reported(capsys):
+    """Weights without a tokenizer beside them."""
 
     def first(loss: float, weights: Path | None, unit: str = "nats per token", step: int = 0) -> str:
         job = SimpleNamespace(
-            tokenizer=load_tokenizer(), state={"step": step}, console=Console(), origin=SimpleNamespace(weights=weights)
+            tokenizer=load_tokenizer(),
+            state={"step": step},
+            console=Console(),
+            initial=SimpleNamespace(weights=weights),
         )
-        objective = SimpleNamespace(evaluate=lambda final: {"heldout_loss": loss}, loss_unit=unit)
-        evaluate = Job._against_chance(job, objective)
+        stage = SimpleNamespace(evaluate=lambda final: {"heldout_loss": loss}, loss_unit=unit)
+        evaluate = Job._checked_evaluate(job, stage)
         evaluate(False), evaluate(False)
         return capsys.readouterr().out
 
@@ -126,7 +129,7 @@ def test_weights_worse_than_a_guess_are_told_of(capsys):
     assert not first(chance + 1, Path("m.pth"), "per pair") and not first(chance + 1, Path("m.pth"), step=5)
 
 
-def test_whoever_opens_a_model_refuses_another_tokenizer(origin, other, bare, adapter):
+def test_every_command_refuses_another_tokenizer(origin, other, bare, adapter):
     """chat, serve, evaluate and export open models by this function."""
 
     def tokenizer_of(**flags) -> str:
@@ -149,7 +152,7 @@ def test_whoever_opens_a_model_refuses_another_tokenizer(origin, other, bare, ad
         tokenizer_of(**model, new_tokenizer=True)
 
 
-def test_the_web_page_s_server_is_told_of_the_new_tokenizer():
+def test_the_web_server_gets_the_new_tokenizer():
     command = server_command(WebArgs(model="m", tokenizer="t", new_tokenizer=True))
     assert command[command.index(NEW) + 1].startswith("--")
     assert NEW not in server_command(WebArgs(model="m"))
@@ -169,7 +172,7 @@ def test_a_teacher_of_another_tokenizer_is_refused(origin, other, tmp_path):
         call(SCRIPT.with_name("distill.py"), **flags)
 
 
-def test_the_tokenizer_makes_a_run_but_not_one_from_before_it_was_noted(tmp_path):
+def test_another_tokenizer_makes_another_run_except_for_old_runs(tmp_path):
     def start(name: str, **config):
         run = open_run(None, name, {"args": {}, **config}, "auto", tmp_path, Defaults())
         run.lock.release()
@@ -224,7 +227,7 @@ RL = {"rollouts": 1, "prompts": 2, "minibatches": 1, "max_new_tokens": 2, "evals
         ("spo", reward_model, lambda f: {"reward": (f"answer_model={f}",), **RL}, "weights of reward"),
     ],
 )
-def test_what_a_run_learns_by_is_known_by_its_weights(stage, make, flags, named, origin, tmp_path):
+def test_references_of_a_run_are_identified_by_their_weights(stage, make, flags, named, origin, tmp_path):
     """Trained anew at the same place, it makes another run."""
     folder, out = tmp_path / "reference", tmp_path / "out"
     given = {"from_": str(origin), "data": (str(chats(tmp_path)),), "out": str(out), "cache_dir": str(tmp_path / "c")}
@@ -245,7 +248,7 @@ STAGES = ("pretrain", "sft", "lora", "distill", "reason", "dpo", "reward", "grpo
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_built_in_data_are_not_made_beside_data_of_one_s_own(stage, origin, tmp_path, monkeypatch):
+def test_built_in_data_are_not_made_when_data_are_named(stage, origin, tmp_path, monkeypatch):
     """A stage would write them below the cache's corpus/."""
 
     def opened(job: Job) -> None:

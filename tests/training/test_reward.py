@@ -1,4 +1,4 @@
-"""train/reward.py as a user runs it: its figures, how it goes on, and that what it leaves is a reward."""
+"""train/reward.py as a user runs it: figures, resuming, and its use as a reward."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from minimind.data.pair_loader import PairLoader
 from minimind.data.split import split
 from minimind.rewards import Sample, parse_rewards
 from minimind.tokenization import ChatEncoder
-from minimind.training.stages.scores import to_device
+from minimind.training.stages.reward_model import to_device
 from minimind.value_head import load_value_model
 from tests.training.runs import (
     SCRIPT,
@@ -113,7 +113,7 @@ def test_curve_is_that_of_one_process(processes, flags, origin, pairs, tmp_path)
 
 @pytest.mark.parametrize("share", [False, True])
 def test_the_scored_token_is_the_last_before_the_end_of_the_turn(pairs, share):
-    """Of every pair, of both sides, whatever lies behind them in the row, with the prompt once or twice."""
+    """On both sides of every pair, whatever follows in the row, with the prompt once or twice."""
     tokenizer = load_tokenizer()
     corpus = open_preferences([pairs], ChatEncoder(tokenizer), pairs.parent / "cache")
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]

@@ -1,11 +1,11 @@
-"""Where a run goes: nothing is ever overwritten, an unfinished run of the same configuration is continued."""
+"""Run folders: nothing is overwritten, and an unfinished run of the same configuration is continued."""
 
 import os
 import sys
 
 import pytest
 
-from minimind.training import tracking
+from minimind.training import metrics
 from minimind.training.checkpoint import list_checkpoints
 from minimind.training.run_folder import Defaults, find_run, newest_finished, open_run, record_versions, truncate
 
@@ -44,7 +44,7 @@ FREE = {"log_every": 1, "save_every": 7, "keep_checkpoints": 9, "evals": 3, "eva
 
 
 @pytest.mark.parametrize("out", [True, False])
-def test_flags_that_change_no_step_continue_a_run_and_are_told(tmp_path, out):
+def test_flags_that_change_no_step_continue_a_run_and_are_reported(tmp_path, out):
     place = (str(tmp_path / "x") if out else None, "x")
     first = opened(*place, {"args": {"lr": 0.1, **dict.fromkeys(FREE)}}, "auto", tmp_path)
     again = opened(*place, {"args": {"lr": 0.1, **FREE}}, "auto", tmp_path)
@@ -55,13 +55,13 @@ def test_flags_that_change_no_step_continue_a_run_and_are_told(tmp_path, out):
 
 
 @pytest.mark.parametrize("name", ["keep_best", "patience"])
-def test_what_the_best_figure_is_measured_on_counts_with_it(tmp_path, name):
+def test_eval_tokens_count_with_keep_best(tmp_path, name):
     opened(None, "x", {"args": {name: 1, "eval_tokens": 5, "evals": 2}}, "auto", tmp_path)
     for flags, number in (({"eval_tokens": 6, "evals": 2}, "x-2"), ({"eval_tokens": 5, "evals": 3}, "x")):
         assert opened(None, "x", {"args": {name: 1, **flags}}, "auto", tmp_path).path.name == number
 
 
-def test_a_new_run_tells_of_the_unfinished_one_that_is_near(tmp_path):
+def test_a_new_run_names_the_most_similar_unfinished_run(tmp_path):
     def start(**flags):
         before = {"lr": 0.1, "dora": False, "data": ["a", "b"], "tokens": None}
         return opened(None, "x", {"args": {**before, **flags}}, "auto", tmp_path)
@@ -77,7 +77,7 @@ def test_a_new_run_tells_of_the_unfinished_one_that_is_near(tmp_path):
     assert longer in start(tokens=99).notes[0]
 
 
-def test_a_new_run_tells_of_the_finished_one_that_could_be_lengthened(tmp_path):
+def test_a_new_run_names_the_finished_run_that_could_be_lengthened(tmp_path):
     first = opened(None, "x", CONFIG, "auto", tmp_path)
     first.mark_finished()
     longer = {**CONFIG, "args": {**CONFIG["args"], "epochs": 2}}
@@ -88,12 +88,12 @@ def test_a_new_run_tells_of_the_finished_one_that_could_be_lengthened(tmp_path):
     (note,) = opened(None, "x", CONFIG, "auto", tmp_path).notes
     assert note == f"{first.path} is this very run, finished: it is trained anew"
     with pytest.raises(
-        ValueError, match=r"x: started with epochs None \(now 2\); to lengthen it give --lengthen .*x and"
+        ValueError, match=r"x: started with epochs None \(now 2\); to lengthen it use --lengthen .*x with"
     ):
         opened(str(first.path), "x", longer, "auto", tmp_path)
 
 
-def test_what_differs_is_told_by_the_flag_that_names_it(tmp_path):
+def test_differences_are_reported_by_flag(tmp_path):
     def start(source: str, weights: str, hidden: int):
         flags = {"from": source, "preset": None, "lr": 1}
         return opened(None, "x", {"args": flags, "weights": weights, "model": {"hidden": hidden}}, "auto", tmp_path)
@@ -112,15 +112,15 @@ def now(**args) -> dict:
     return {"stage": "sft", "args": {"lr": None, "seq_len": None, "dedupe": False, **args}, "model": {}}
 
 
-def test_what_a_stage_does_not_choose_is_no_difference(tmp_path):
-    """Of a run that chose nothing earlier versions are thought to have: the newer start's choices decide."""
+def test_a_missing_choice_is_no_difference(tmp_path):
+    """A run without a choice is compared by the choices of the newer start."""
     opened(None, "x", now() | {"chosen": {"seq_len": 8}}, "auto", tmp_path)
     (note,) = opened(None, "x", now(lr=0.5) | {"chosen": {"seq_len": 8}}, "auto", tmp_path, LEGACY).notes
     assert "was started with lr None (now 0.5); no --lr continues it" in note
 
 
 @pytest.mark.parametrize("out", [True, False])
-def test_a_run_of_an_earlier_version_goes_on_as_it_was(tmp_path, out):
+def test_a_run_of_an_earlier_version_resumes_unchanged(tmp_path, out):
     """Without flags that came later, and with what stood where the data decides by now."""
     place = (str(tmp_path / "x") if out else None, "x")
     old = {"stage": "sft", "args": {"lr": None, "seq_len": 512}, "model": {}}
@@ -138,7 +138,7 @@ def test_a_run_of_an_earlier_version_goes_on_as_it_was(tmp_path, out):
     assert find_run(*place, now(), "auto", LEGACY, tmp_path) == {}
 
 
-def test_a_run_of_when_passes_and_optimizer_were_flags_alone_goes_on(tmp_path):
+def test_a_run_with_required_epochs_and_optimizer_resumes(tmp_path):
     """It has chosen other things already, and says what these two were then."""
     defaults = Defaults(
         {"epochs": None, "optimizer": None, "seq_len": None}, {"epochs": 3.0, "optimizer": "muon", "seq_len": 512}
@@ -157,7 +157,7 @@ def test_a_run_of_when_passes_and_optimizer_were_flags_alone_goes_on(tmp_path):
     assert find_run(None, "x", same, "auto", defaults, tmp_path) == {"seq_len": 1024, "optimizer": "muon"}
 
 
-def test_what_the_data_decided_is_found_again(tmp_path):
+def test_choices_are_found_again(tmp_path):
     chosen = {"seq_len": 2048, "split": "hash"}
     opened(None, "x", now(lr=0.5) | {"chosen": {"seq_len": 1024, "split": "hash"}}, "auto", tmp_path)
     second = opened(None, "x", now() | {"chosen": chosen}, "auto", tmp_path, LEGACY)
@@ -169,7 +169,7 @@ def test_what_the_data_decided_is_found_again(tmp_path):
         opened(str(second.path), "x", now() | {"chosen": chosen | {"seq_len": 512}}, "auto", tmp_path, LEGACY)
 
 
-def test_the_same_said_otherwise_is_the_same_run(tmp_path, monkeypatch):
+def test_equal_choices_and_flags_make_the_same_run(tmp_path, monkeypatch):
     """Flags that come to what the data decided, paths from elsewhere, a model that was moved."""
     monkeypatch.chdir(tmp_path)
     chosen = {"seq_len": 1024, "split": "hash", "batch_tokens": 4096}
@@ -201,7 +201,7 @@ def test_named_folder_refuses_what_would_lose_something(tmp_path):
     other = {**CONFIG, "args": {**CONFIG["args"], "lr": 2e-3}}
     with pytest.raises(ValueError, match=r"started with lr 0\.001 \(now 0\.002\); repeat that command"):
         opened(out, "x", other, "auto")
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already holds a run"):
         opened(out, "x", CONFIG, "never")
     run.mark_finished()
     with pytest.raises(ValueError, match="this run is finished"):
@@ -223,7 +223,7 @@ def test_truncate_cuts_what_came_after_the_checkpoint(tmp_path):
     truncate(log, 4)
     assert log.read_text() == "one\n"
     truncate(tmp_path / "absent", 0)
-    with pytest.raises(ValueError, match=r"metrics\.jsonl: 4 bytes, but the checkpoint was written after 99"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: has 4 bytes, fewer than the 99 at the checkpoint"):
         truncate(log, 99)
 
 
@@ -256,14 +256,14 @@ class FakeService:
 def test_tracker_id_is_made_once_and_used_again(name, tmp_path, monkeypatch):
     service = FakeService()
     monkeypatch.setitem(sys.modules, name, service)
-    first = tracking.make_tracker(name, tmp_path, {"lr": 1}, {}, 0)
+    first = metrics.make_tracker(name, tmp_path, {"lr": 1}, {}, 0)
     assert first.run_id == "service-made-id"
     saved = {"name": first.name, "id": first.run_id}
-    again = tracking.make_tracker(name, tmp_path, {"lr": 1}, saved, 50)
+    again = metrics.make_tracker(name, tmp_path, {"lr": 1}, saved, 50)
     again.log(60, {"loss": 2.0})
     assert service.calls[1]["id"] == "service-made-id" and service.calls[1]["resume"] == "allow"
     assert service.calls[2] == (60, {"loss": 2.0})
-    tracking.make_tracker(name, tmp_path, {}, {"name": "another", "id": "x"}, 50)
+    metrics.make_tracker(name, tmp_path, {}, {"name": "another", "id": "x"}, 50)
     assert service.calls[3]["id"] is None
 
 
@@ -274,34 +274,34 @@ def test_a_tracker_that_fails_is_left_behind(name, tmp_path, monkeypatch, capsys
     monkeypatch.setitem(sys.modules, name, service)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", service)
     service.SummaryWriter = lambda *_, **__: service
-    tracker = tracking.make_tracker(name, tmp_path, {}, {}, 0)
+    tracker = metrics.make_tracker(name, tmp_path, {}, {}, 0)
     service.log = service.add_scalar = service.finish = service.close = None  # as good as a network that is gone
     for _ in range(3):
         tracker.log(1, {"loss": 2.0})
     tracker.finish()
     said = capsys.readouterr().err
-    assert said.startswith(f"--track {name}: goes on without ('NoneType' object") and said.count("\n") == 1
+    assert said.startswith(f"--track {name}: the run continues without it ('NoneType' object") and said.count("\n") == 1
     if name != "tensorboard":
         service.init = lambda **_: 1 / 0
         with pytest.raises(ValueError, match=f"--track {name}: division by zero; drop the flag"):
-            tracking.make_tracker(name, tmp_path, {}, {}, 0)
+            metrics.make_tracker(name, tmp_path, {}, {}, 0)
 
 
 def test_missing_tracker_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"--track wandb: the package is not installed; run `pip install"):
-        tracking.make_tracker("wandb", tmp_path, {}, {}, 0)
+        metrics.make_tracker("wandb", tmp_path, {}, {}, 0)
 
 
 def test_tensorboard_curve(tmp_path):
     pytest.importorskip("tensorboard", reason="install minimind[track]")
-    tracker = tracking.make_tracker("tensorboard", tmp_path, {}, {}, 0)
+    tracker = metrics.make_tracker("tensorboard", tmp_path, {}, {}, 0)
     tracker.log(1, {"loss": 2.5})
     tracker.finish()
     assert b"loss" in next(tmp_path.glob("tensorboard/events*")).read_bytes()
 
 
-def test_the_newest_run_is_of_a_task_of_its_own_only_when_asked_for(tmp_path):
+def test_the_newest_run_is_of_a_task_only_on_request(tmp_path):
     task = ("builtin:arithmetic",)
     for age, (name, data) in enumerate({"old": (), "chats": ("a.jsonl",), "sums": task}.items()):
         run = opened(None, name, {"stage": "sft", "args": {"data": data}}, "auto", tmp_path)

@@ -1,4 +1,4 @@
-"""train/sft.py as a user runs it, and what its loss is."""
+"""train/sft.py as a user runs it, and its loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder
 from minimind.training.batches import to_device
-from minimind.training.stages.answers import questions
+from minimind.training.stages.answers import read_questions
 from minimind.weights import save_weights
 from tests import warm
 from tests.training.runs import (
@@ -229,9 +229,9 @@ def test_questions_are_every_assistant_turn(chats):
             if message["role"] == "assistant":
                 prompt = tokenizer.apply_chat_template(row[:k], add_generation_prompt=True)
                 expected.append((prompt, message["content"]))
-    asked = questions(corpus, 512, len(expected))
+    asked = read_questions(corpus, 512, len(expected))
     assert [(tokenizer.decode(q.prompt), tokenizer.decode(q.answer)) for q in asked] == expected
-    assert max(len(q.prompt) + len(q.answer) for q in questions(corpus, 20)) < 20
+    assert max(len(q.prompt) + len(q.answer) for q in read_questions(corpus, 20)) < 20
 
 
 def test_upstreams_weights_and_a_hugging_face_folder_begin_a_run_alike(chats, tmp_path):
@@ -254,8 +254,8 @@ def test_upstreams_weights_and_a_hugging_face_folder_begin_a_run_alike(chats, tm
     ("changed", "message"),
     [
         ({"from_": "nowhere"}, "--from nowhere: no such file or folder"),
-        ({"from_": "{data}"}, "sums.jsonl: a bare weight file does not tell its shape; name it with --preset"),
-        ({"from_": "{data}", "preset": "nano"}, "there is no tokenizer with it; name its folder with --tokenizer"),
+        ({"from_": "{data}"}, "sums.jsonl: a bare weight file has no shape; name it with --preset"),
+        ({"from_": "{data}", "preset": "nano"}, "there is no tokenizer beside it; name its folder with --tokenizer"),
         ({"preset": "nano"}, "is a custom model; drop --preset"),
         ({"seq_len": 4, "batch_tokens": 32}, "--seq-len 4: every first question is longer"),
         ({"data": ("absent.jsonl",)}, "absent.jsonl: no such file"),
@@ -271,14 +271,14 @@ def test_bad_flags_are_one_clear_line(changed, message, origin, chats, tmp_path)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
-def test_without_a_pretraining_run_it_says_what_to_do(chats, tmp_path):
+def test_without_a_pretraining_run_the_error_says_what_to_do(chats, tmp_path):
     arguments = [sys.executable, str(SFT), "--data", str(chats)]
     answer = warm.run(arguments, ONE_THREAD, tmp_path)
     assert answer.returncode == 2
     assert "--from: there is no finished run of train/pretrain.py under runs/; run it first" in answer.stdout
 
 
-def test_other_weights_do_not_continue_a_run(unbroken, origin, chats, tmp_path):
+def test_other_weights_make_another_run(unbroken, origin, chats, tmp_path):
     out, other = tmp_path / "copy", tmp_path / origin.name
     shutil.copytree(unbroken, out)
     (out / "finished").unlink()

@@ -1,4 +1,4 @@
-"""A step of the loop, driven by hand."""
+"""Single steps of the trainer, and short runs on a tiny model."""
 
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,13 @@ from torch import Tensor
 from minimind import ModelConfig, load_model, load_tokenizer
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss
+from minimind.training.arguments import StageArgs
 from minimind.training.checkpoint import list_checkpoints, load_trainer_state
-from minimind.training.optim import build_optimizers
-from minimind.training.run_folder import RunFolder
-from minimind.training.tracking import NoTracker
-from minimind.training.trainer import BestLoss, ClipGroup, LoopOptions, Stage, StageLoss, Trainer
+from minimind.training.evaluation import BestFigure, Evaluation
+from minimind.training.metrics import NoTracker
+from minimind.training.optim import ClipGroup, Optimizers, RateSchedule, build_optimizers
+from minimind.training.run_folder import RunFolder, is_finished
+from minimind.training.trainer import Stage, StageLoss, Trainer, TrainingPlan
 
 TINY = ModelConfig(32, 1, 2, 1, 16, 48, 50)
 
@@ -42,6 +44,27 @@ class Same:
         pass
 
 
+def trainer_of(
+    model: Model, loss, steps: int = 1, micro_batches: int = 1, optimizer: Optimizers | None = None,
+    run: RunFolder | None = None, evaluate=lambda final: {}, sample=lambda: "", clip_groups=(), **flags,
+) -> Trainer:  # fmt: skip
+    stage = Stage(loss, evaluate, sample, lambda batch: [], "", 1e-2, clip_groups=clip_groups)
+    loader = Same()
+    return Trainer(
+        args=StageArgs(**flags),
+        plan=TrainingPlan(loader, steps, micro_batches),
+        stage=stage,
+        model=model,
+        tokenizer=load_tokenizer(),
+        optimizer=optimizer or build_optimizers(model, "adamw", 1e-2, 0.1),
+        loader=loader,
+        schedule=RateSchedule("constant", steps, warmup=0),
+        run=run or RunFolder(Path(), None, None),
+        tracker=NoTracker(),
+        console=Console(quiet=True),
+    )
+
+
 def step(own_gradients: bool) -> tuple[list[bool], Tensor]:
     """One step of three micro-batches -> before the second and the third, whether the gradients are still the tensors
     that the first backward gave; the step's loss, auxiliary loss and gradient norm."""
@@ -63,18 +86,12 @@ def step(own_gradients: bool) -> tuple[list[bool], Tensor]:
 
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(partial(note, name=name))
-    stage = Stage(
-        model=model, tokenizer=load_tokenizer(), optimizer=build_optimizers(model, "adamw", 1e-2, 0.1), loader=Same(),
-        loss=loss, peak_lr=1e-2, lr_factor=lambda step: 1.0, evaluate=lambda final: {}, sample=lambda: "",
-        describe=lambda batch: [], title="", data_fingerprint="",
-    )  # fmt: skip
-    options = LoopOptions(steps=1, micro_batches=3, own_gradients=own_gradients)
-    trainer = Trainer(stage, options, RunFolder(Path(), None, None), NoTracker(), Console())
+    trainer = trainer_of(model, loss, micro_batches=3, cuda_graph=own_gradients)
     trainer._train_step()
     return kept, trainer.pending[0].figures
 
 
-def test_what_a_cuda_graph_gave_out_is_not_added_to():
+def test_gradients_of_a_cuda_graph_are_copied_before_accumulation():
     """A graph's backward writes its gradients to one place each time: a sum that lay there would be lost."""
     kept, expected = step(own_gradients=False)
     assert kept == [True, True], "autograd keeps the tensor it is given"
@@ -94,13 +111,7 @@ def test_gradients_are_clipped_before_the_update_and_logged_as_they_were():
         update()
 
     optimizer.step = note
-    stage = Stage(
-        model=model, tokenizer=load_tokenizer(), optimizer=optimizer, loader=Same(),
-        loss=partial(next_token_loss, model), peak_lr=1e-2, lr_factor=lambda step: 1.0,
-        evaluate=lambda final: {}, sample=lambda: "", describe=lambda batch: [], title="", data_fingerprint="",
-    )  # fmt: skip
-    options = LoopOptions(steps=1, grad_clip=0.01)
-    trainer = Trainer(stage, options, RunFolder(Path(), None, None), NoTracker(), Console())
+    trainer = trainer_of(model, partial(next_token_loss, model), optimizer=optimizer, grad_clip=0.01)
     trainer._train_step()
     torch.testing.assert_close(norms[0], torch.tensor(0.01), rtol=1e-3, atol=0)
     assert trainer.pending[0].figures[-1] > 0.1
@@ -130,18 +141,15 @@ def fit(
             trainer.interrupted = "SIGINT"
         return next_token_loss(model, batch)
 
-    stage = Stage(
-        model=model, tokenizer=load_tokenizer(), optimizer=build_optimizers(model, "adamw", 1e-2, 0.1), loader=Same(),
-        loss=loss, peak_lr=1e-2, lr_factor=lambda step: 1.0, evaluate=evaluate, sample=sample,
-        describe=lambda batch: [], title="", data_fingerprint="",
-    )  # fmt: skip
-    options = LoopOptions(10, eval_every=1, save_every=4, keep_best=True, patience=patience)
     folder.mkdir(exist_ok=True)
     newest = list_checkpoints(folder)[-1:]
     run = RunFolder(folder, newest[0] if newest else None, None)
     run.metrics.touch()
     run.samples.touch()
-    trainer = Trainer(stage, options, run, NoTracker(), Console(quiet=True))
+    trainer = trainer_of(
+        model, loss, 10, run=run, evaluate=evaluate, sample=sample, evals=10, save_every=4, keep_best=True,
+        patience=patience,
+    )  # fmt: skip
     if newest:
         trainer.resume(load_trainer_state(newest[0]))
     trainer.fit()
@@ -154,30 +162,32 @@ LOSSES = [5.0, 4.0, 3.0, 2.0, 2.5, 1.5, 1.6, 1.7, float("nan"), 1.0, 1.1]
 @pytest.mark.parametrize(("patience", "best", "last"), [(None, 9, 10), (1, 3, 4), (3, 5, 8), (4, 9, 10)])
 def test_the_best_weights_are_kept_and_a_run_without_better_ones_ends(patience, best, last, tmp_path):
     trainer, kept = fit(tmp_path, LOSSES, patience)
-    assert trainer.step == last and trainer.run.finished
+    assert trainer.step == last and is_finished(trainer.run.path)
     assert [folder.name for folder in tmp_path.glob("checkpoints/best-*")] == [f"best-{best:08d}"]
     assert torch.equal(load_model(tmp_path).head_weight, kept[best])
 
 
-def test_of_rewards_the_highest_is_best(tmp_path):
+def test_the_highest_reward_is_best(tmp_path):
     trainer, _ = fit(tmp_path, LOSSES, 2, key="heldout_reward")
-    assert (trainer.step, trainer.best.step) == (2, 0)
+    assert (trainer.step, trainer.evaluation.best.step) == (2, 0)
 
 
 @pytest.mark.parametrize("stop_after", [3, 5, 6])
 def test_an_interrupted_run_knows_its_best(stop_after, tmp_path):
     whole, _ = fit(tmp_path / "whole", LOSSES, 3)
     cut, _ = fit(tmp_path / "cut", LOSSES, 3, stop_after)
-    assert cut.step == stop_after + 1 and not cut.run.finished
+    assert cut.step == stop_after + 1 and not is_finished(cut.run.path)
     continued, _ = fit(tmp_path / "cut", LOSSES, 3)
-    assert (continued.step, continued.best) == (whole.step, whole.best) == (8, BestLoss(5, 1.5, 3))
+    assert (
+        (continued.step, continued.evaluation.best) == (whole.step, whole.evaluation.best) == (8, BestFigure(5, 1.5, 3))
+    )
     a, b = (load_model(tmp_path / name) for name in ("whole", "cut"))
     assert torch.equal(a.head_weight, b.head_weight)
 
 
 def test_without_held_out_data_nothing_is_best(tmp_path):
     with pytest.raises(ValueError, match="--keep-best and --patience go by held-out data"):
-        Trainer(None, LoopOptions(1, keep_best=True), None, NoTracker(), Console())._keep_best({})
+        Evaluation(lambda final: {}, keeps_best=True).is_best(1, {})
 
 
 def test_a_sample_that_fails_ends_no_run(tmp_path):
@@ -185,24 +195,18 @@ def test_a_sample_that_fails_ends_no_run(tmp_path):
         raise RuntimeError("out of memory")
 
     trainer, _ = fit(tmp_path, LOSSES, None, sample=no_sample)
-    assert trainer.run.finished
+    assert is_finished(trainer.run.path)
     assert "none (RuntimeError: out of memory)" in (tmp_path / "samples.txt").read_text()
 
 
-def test_what_learns_apart_is_clipped_apart():
+def test_clip_groups_are_clipped_by_their_own_norm():
     """Gradients a thousand times as large in one part leave the other's as they are."""
     torch.manual_seed(0)
     model = Model(TINY)
     mine = list(model.layers[0].parameters())
     own = {id(p) for p in mine}
     rest = [p for p in model.parameters() if id(p) not in own]
-    stage = Stage(
-        model=model, tokenizer=load_tokenizer(), optimizer=build_optimizers(model, "adamw", 1e-2, 0.1), loader=Same(),
-        loss=partial(next_token_loss, model), peak_lr=1e-2, lr_factor=lambda step: 1.0,
-        evaluate=lambda final: {}, sample=lambda: "", describe=lambda batch: [], title="", data_fingerprint="",
-        apart=[ClipGroup("critic", mine)],
-    )  # fmt: skip
-    trainer = Trainer(stage, LoopOptions(steps=1, grad_clip=2.0), RunFolder(Path(), None, None), NoTracker(), Console())
+    trainer = trainer_of(model, partial(next_token_loss, model), clip_groups=[ClipGroup("critic", mine)], grad_clip=2.0)
     for p in model.parameters():
         p.grad = torch.full_like(p, 1e3 if id(p) in own else 1e-4)
     norm, other = trainer._clip()

@@ -1,4 +1,4 @@
-"""Rewards of one's own, as --reward function=tests.training.toy_rewards:NAME finds them."""
+"""User-defined rewards for --reward function=tests.training.toy_rewards:NAME."""
 
 from __future__ import annotations
 

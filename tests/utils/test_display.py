@@ -9,15 +9,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from minimind.training.metrics import plot_losses
+from minimind.training.metrics import plot_figures, plot_losses
 from minimind.training.rl.view import draw_curves
-from minimind.training.stages.figures import plot_figures
 from minimind.utils.display import caption, say
 
 ROOT_HOME = Path("~root").expanduser()
 
 
-def test_a_picture_of_anything_is_drawn_without_a_word(tmp_path, capsys):
+def test_any_title_is_drawn_without_warnings(tmp_path, capsys):
     """Chinese, emoji, dollars and bytes that are no text in the title, and gradients that are all zero."""
     row = {"kind": "train", "tokens": 1, "loss": 2.0, "grad_norm": 0.0, "lr": 1e-3}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
@@ -31,7 +30,7 @@ def test_a_picture_of_anything_is_drawn_without_a_word(tmp_path, capsys):
         picture.unlink()
 
 
-def test_a_title_is_what_matplotlib_can_write(monkeypatch):
+def test_a_caption_can_be_drawn_by_matplotlib(monkeypatch):
     monkeypatch.setattr("matplotlib.font_manager.get_font_names", lambda: ["DejaVu Sans"])
     assert caption("cost_$5, 唐诗三百首 é") == r"cost_\$5, … é"
     assert caption(os.fsdecode(b"gbk_\xca")) == caption("gbk_\ud800") == "gbk_\N{REPLACEMENT CHARACTER}"
@@ -41,13 +40,13 @@ def test_a_title_is_what_matplotlib_can_write(monkeypatch):
     assert caption("唐诗 🦜") == "唐诗 …"
 
 
-def test_a_picture_fails_no_run(tmp_path, capsys):
+def test_a_failed_picture_does_not_fail_the_run(tmp_path, capsys):
     """Neither by a row that is none nor by a folder that is gone."""
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"kind": "eval"}\n{"kin')
     plot_losses(metrics, tmp_path / "loss.png", "x")
     assert re.fullmatch(
-        r"\S+loss\.png: not drawn \(\S+metrics\.jsonl:2: no row of metrics .*\)\n", capsys.readouterr().err
+        r"\S+loss\.png: not drawn \(\S+metrics\.jsonl:2: not a row of metrics .*\)\n", capsys.readouterr().err
     )
     metrics.write_text("")
     for draw in (plot_losses, partial(plot_figures, unit="", labels={}), draw_curves):

@@ -74,7 +74,7 @@ def test_an_ignored_interrupt_stays_ignored():
         (["--out=~root/x", "--out=~root"], [f"--out={ROOT_HOME}/x", f"--out={ROOT_HOME}"]),
     ],
 )
-def test_a_tilde_means_home(arguments, expected, monkeypatch):
+def test_a_tilde_is_expanded(arguments, expected, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert with_home(arguments) == expected
 
@@ -129,7 +129,7 @@ def test_an_unwritable_output_gives_no_traceback(tmp_path, place):
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
     code = (
-        "from minimind.training.arguments import StageArgs; from minimind.training.script import run_script; "
+        "from minimind.training.arguments import StageArgs; from minimind.training.job import run_script; "
         "from minimind.utils.display import say; run_script(lambda args, console: say(console, 'x'), StageArgs, '')"
     )
     command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {place}"

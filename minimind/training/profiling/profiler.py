@@ -1,4 +1,4 @@
-"""A StepProfiler that shows where the time of a few steps went, and the spans of a model's blocks."""
+"""Records a few steps of a run with torch.profiler, and marks the blocks of a model in the trace."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.hooks import RemovableHandle
 
-from minimind.training.profiling.timeline import draw
-from minimind.training.profiling.trace import read_trace, show
+from minimind.training.profiling.trace import draw, read_trace, show
 from minimind.utils.display import say
 from minimind.utils.spans import nvtx_mode, record, span
 
@@ -21,10 +20,11 @@ TRACE, PICTURE = "trace.json.gz", "timeline.png"
 
 
 def mark_blocks(model: nn.Module) -> list[RemovableHandle]:
-    """Open a span "block N" around the forward of each of `model.layers`, by hooks. Remove the handles to undo it.
+    """Add hooks that open a span "block N" around the forward of each of `model.layers`; removing the returned handles
+    undoes it.
 
-    In a compiled model the hooks leave no trace and break no graph: there a trace shows "Torch-Compiled Region" for
-    each graph and, on a GPU, Inductor's fused kernels (triton_poi_..., triton_red_...) by name instead of blocks.
+    In a compiled model the hooks do nothing and break no graph. Its trace shows a "Torch-Compiled Region" per graph
+    and, on a GPU, Inductor's fused kernels (triton_poi_..., triton_red_...) instead of blocks.
     """
     handles = []
     for number, layer in enumerate(cast(nn.ModuleList, model.layers)):
@@ -49,12 +49,12 @@ class _BlockSpan:
 
 
 class StepProfiler:
-    """Records a few steps: the `first` step of this process, counted from 1, and the `steps` - 1 after it.
+    """Records `steps` steps of this process from number `first` on, counted from 1.
 
-    The steps before are left out because they compile, allocate and warm up. Writes trace.json.gz (for
-    chrome://tracing or ui.perfetto.dev) and timeline.png into `folder`, and prints the operators or kernels that took
-    longest. Under MINIMIND_NVTX=1 it writes nothing: it tells nsys or ncu, by cudaProfilerStart and Stop, when to
-    record. Recording slows the steps down: their times are for comparing with each other only.
+    Earlier steps are left out because they compile, allocate and warm up. Writes trace.json.gz (for chrome://tracing or
+    ui.perfetto.dev) and timeline.png to `folder`, and prints the operators or kernels that took longest. Under
+    MINIMIND_NVTX=1 it writes nothing, but tells nsys or ncu when to record, by cudaProfilerStart and Stop. Recording
+    slows steps down: compare their times only with each other.
     """
 
     def __init__(self, folder: Path, console: Console, first: int = 3, steps: int = 3) -> None:
@@ -67,7 +67,7 @@ class StepProfiler:
         self._step: AbstractContextManager[None] = nullcontext()
 
     def begin(self, step: int) -> None:
-        """Before step number `step` of the run, which names it in the trace."""
+        """Call it before step number `step` of the run, which becomes its name in the trace."""
         self._count += 1
         if self._count == self.first:
             self._start()
@@ -76,18 +76,18 @@ class StepProfiler:
             self._step.__enter__()
 
     def end(self) -> None:
-        """After the step."""
+        """Call it after the step."""
         self._leave_step()
         if self._recording and self._count == self.last:
             self._stop()
 
     def close(self) -> None:
-        """When training ends, however: shows what has been recorded if that was cut short."""
+        """Call it when training ends; shows what was recorded if that was cut short."""
         self._leave_step()
         if self._recording:
             self._stop()
         elif self._count < self.first:
-            say(self.console, f"profile: nothing, this process ended before its step {self.first}")
+            say(self.console, f"profile: nothing recorded, this process ended before its step {self.first}")
 
     def _leave_step(self) -> None:
         self._step.__exit__(None, None, None)

@@ -1,4 +1,4 @@
-"""A profiler's trace read back, and a table of where the time of its steps went."""
+"""Reads a profiler's trace, and shows where the time went, as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from minimind.utils.display import decoration
+
 Kind = Literal["span", "operator", "kernel", "device span"]
 _KINDS: dict[str, Kind] = {
     "user_annotation": "span",
@@ -27,8 +29,8 @@ _KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class TraceEvent:
-    """start, length and self_ms in milliseconds; self_ms is what no event of its kind within it took. lane: a thread
-    or a GPU's stream. depth: how many of its kind are around it."""
+    """start, length and self_ms in milliseconds; self_ms excludes inner events of its kind. lane: a thread or a GPU's
+    stream. depth: the number of events of its kind around it."""
 
     name: str
     kind: Kind
@@ -45,7 +47,8 @@ class TraceEvent:
 
 @dataclass(frozen=True)
 class Trace:
-    """Events by start, from the first step's on; (ms, MiB) of memory allocated since, on the GPU if there is one."""
+    """events: sorted by start, at which the first step has 0; memory: (ms, MiB allocated since then) on the GPU, or on
+    the CPU without one."""
 
     events: list[TraceEvent]
     memory: list[tuple[float, float]]
@@ -59,7 +62,7 @@ class Trace:
 
     @property
     def work(self) -> list[TraceEvent]:
-        """Kernels of the GPU or, without one, operators."""
+        """Kernels of the GPU, or operators without a GPU."""
         return self.of("kernel") or self.of("operator")
 
 
@@ -67,10 +70,10 @@ def read_trace(path: Path) -> Trace:
     """The trace that torch.profiler wrote to `path`, a .json.gz."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = json.load(file)["traceEvents"]
-    found = [row for row in rows if row.get("ph") == "X" and row.get("cat") in _KINDS]
-    zero = min((row["ts"] for row in found if row["name"].startswith("step ")), default=0.0)
+    recorded = [row for row in rows if row.get("ph") == "X" and row.get("cat") in _KINDS]
+    zero = min((row["ts"] for row in recorded if row["name"].startswith("step ")), default=0.0)
     lanes: dict[Any, dict[Kind, list[TraceEvent]]] = defaultdict(lambda: defaultdict(list))
-    for row in found:
+    for row in recorded:
         kind = _KINDS[row["cat"]]
         lane = f"thread {row['tid']}"
         if kind in ("kernel", "device span"):
@@ -83,7 +86,7 @@ def read_trace(path: Path) -> Trace:
 
 
 def _span_name(name: str) -> str:
-    """As we call it: a collective of torch.distributed is communication, and FSDP's spans do not name their layers."""
+    """A shorter name: communication for collectives of torch.distributed, FSDP's spans without their layers."""
     if name.startswith(("nccl:", "gloo:")):
         return "communication"
     if name.startswith("FSDP::"):
@@ -110,16 +113,16 @@ def _nested(events: Sequence[TraceEvent]) -> list[TraceEvent]:
 
 
 def _memory(rows: Iterable[dict[str, Any]], zero: float) -> list[tuple[float, float]]:
-    found: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    sizes: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         if row.get("name") == "[memory]":
             values = row["args"]
-            found[values["Device Type"]].append(((row["ts"] - zero) / 1e3, values["Total Allocated"] / 2**20))
-    return sorted(found[max(found)]) if found else []
+            sizes[values["Device Type"]].append(((row["ts"] - zero) / 1e3, values["Total Allocated"] / 2**20))
+    return sorted(sizes[max(sizes)]) if sizes else []
 
 
 def busy_periods(events: Iterable[TraceEvent]) -> list[tuple[float, float]]:
-    """(start, end) of each stretch of time in which at least one of the events ran."""
+    """(start, end) of every period in which at least one of the events ran."""
     periods: list[tuple[float, float]] = []
     for event in sorted(events, key=lambda e: e.start):
         if periods and event.start <= periods[-1][1]:
@@ -135,18 +138,18 @@ def busy_ms(events: Iterable[TraceEvent]) -> float:
 
 
 def show(trace: Trace, console: Console, top: int = 15) -> None:
-    """The `top` operators (on a GPU kernels) by self time, and the spans."""
+    """Print the `top` operators, or a GPU's kernels, by self time, and the spans."""
     steps = max(1, len(trace.steps))
     wall = sum(step.length for step in trace.steps) or 1.0
-    what = "kernel" if trace.of("kernel") else "operator"
+    noun = "kernel" if trace.of("kernel") else "operator"
     table = Table(title=f"{steps} steps of {wall / steps:,.1f} ms, recorded")
-    for column in (what, "ms a step", "of a step", "calls a step"):
-        table.add_column(column, justify="left" if column == what else "right", no_wrap=True)
+    for column in (noun, "ms a step", "of a step", "calls a step"):
+        table.add_column(column, justify="left" if column == noun else "right", no_wrap=True)
     for name, events in ranked(trace.work)[:top]:
         own = sum(e.self_ms for e in events)
         table.add_row(short(name, 60), f"{own / steps:,.2f}", f"{own / wall:.1%}", f"{len(events) / steps:,.0f}")
     idle = max(0.0, wall - busy_ms(trace.work))
-    table.add_row(f"no {what} running", f"{idle / steps:,.2f}", f"{idle / wall:.1%}", "", style="bold")
+    table.add_row(f"no {noun} running", f"{idle / steps:,.2f}", f"{idle / wall:.1%}", "", style="bold")
     console.print(table)
     console.print(_span_table(trace, steps, wall))
 
@@ -182,3 +185,115 @@ def short(name: str, width: int) -> str:
     """An operator's or kernel's name in at most `width` characters."""
     name = re.sub(r"^(void |autograd::engine::evaluate_function: )", "", name)
     return name if len(name) <= width else f"{name[: width // 2 - 1]}...{name[2 - width // 2 :]}"
+
+
+_NAMED = 8  # operators or kernels with their own colour
+_LANES = 6  # the busiest lanes of operators and kernels
+_OTHER = "#d9d9d9"
+_COLOURS = {
+    "data": "#f2c14e", "forward": "#9ecae1", "loss": "#6baed6", "backward": "#a1d99b", "optimizer": "#fdae6b",
+    "communication": "#dd8fc0", "step": "#e4e4e4", "block": "#c6dbef", "Muon.step": "#fdd0a2", "AdamW.step": "#fee0c0",
+}  # fmt: skip
+
+
+@decoration
+def draw(trace: Trace, picture: Path) -> None:
+    """Write a PNG: all steps and their memory, then the last step enlarged."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = trace.steps or trace.events
+    begin, last = steps[0].start, steps[-1].start
+    end = max(e.end for e in (*steps, *trace.of("kernel")))  # a GPU ends after the host has
+    lanes = _lanes(trace)
+    height = 0.32 * len(lanes) + 0.5
+    figure, axes = plt.subplots(
+        3, 1, figsize=(14, 2 * height + 2.6), height_ratios=(height, 1, height), layout="constrained"
+    )
+    names = [name for name, _ in ranked(trace.work)[:_NAMED]]
+    colours = {name: plt.get_cmap("tab10")(i) for i, name in enumerate(names)}
+    _panel(axes[0], lanes, colours, begin, end, f"{len(steps)} steps")
+    _memory_panel(axes[1], trace, begin, end)
+    _panel(axes[2], lanes, colours, last, end, f"{steps[-1].name}, the last of them")
+    axes[2].set_xlabel("milliseconds", fontsize=8)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
+    labels = [short(name, 44) for name in names]
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.savefig(picture, dpi=100)
+    plt.close(figure)
+
+
+def _lanes(trace: Trace) -> list[tuple[str, list[TraceEvent]]]:
+    """(label, events) from top to bottom: spans by depth, then operators and kernels by thread and stream."""
+    host = trace.steps[0].lane if trace.steps else ""
+    spans = [e for e in trace.of("span") if e.lane == host]
+    depths = sorted({e.depth for e in spans})
+    lanes = [("spans" if depth == 0 else "", [e for e in spans if e.depth == depth]) for depth in depths]
+    busy: dict[tuple[str, Kind], list[TraceEvent]] = defaultdict(list)
+    for event in trace.of("operator", "kernel"):
+        busy[event.lane, event.kind].append(event)
+    most = sorted(busy, key=lambda lane: -busy_ms(busy[lane]))[:_LANES]
+    for lane, kind in sorted(most, key=lambda key: (key[1] == "kernel", key[0] != host, key[0])):
+        lanes.append(("operators" if lane == host else lane, busy[lane, kind]))
+    return lanes
+
+
+def _panel(
+    axis: Any,
+    lanes: Sequence[tuple[str, list[TraceEvent]]],
+    colours: dict[str, Any],
+    begin: float,
+    end: float,
+    title: str,
+) -> None:
+    width = end - begin
+    for y, (_, events) in enumerate(lanes):
+        seen = [e for e in events if e.end > begin and e.start < end]
+        spans = [e for e in seen if e.kind == "span"]
+        if not spans:  # gray where anything ran, so that white is idle even between short operators
+            bars = [(a - begin, b - a) for a, b in busy_periods(seen)]
+            axis.broken_barh(bars, (y - 0.42, 0.84), facecolors=_OTHER, linewidth=0)
+            seen = [e for e in seen if e.length > width / 10_000]
+        # inner events come later and are painted over outer ones
+        paint = [_colour(e, colours) for e in seen]
+        bars, edge = [(e.start - begin, e.length) for e in seen], 0.4 if spans else 0.0
+        axis.broken_barh(bars, (y - 0.42, 0.84), facecolors=paint, edgecolor="white", linewidth=edge)
+        for event in spans:
+            _label(axis, event, y, max(0.0, event.start - begin), min(width, event.end - begin), width)
+    axis.set_ylim(len(lanes) - 0.5, -0.5)
+    axis.set_yticks(range(len(lanes)), [label for label, _ in lanes], fontsize=8)
+    axis.tick_params(axis="y", length=0)
+    _finish(axis, width, title)
+
+
+def _memory_panel(axis: Any, trace: Trace, begin: float, end: float) -> None:
+    if trace.memory:
+        times, sizes = zip(*trace.memory, strict=True)
+        axis.fill_between([t - begin for t in times], sizes, step="post", color="#c4c4c4", linewidth=0)
+    axis.set_ylabel("MiB", fontsize=8)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.set_ylim(bottom=0)
+    _finish(axis, end - begin, "memory allocated since recording began")
+
+
+def _finish(axis: Any, width: float, title: str) -> None:
+    axis.set_xlim(0, width)
+    axis.set_title(title, loc="left", fontsize=9)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _colour(event: TraceEvent, colours: dict[str, Any]) -> Any:
+    if event.kind == "span":
+        return _COLOURS.get(event.name.split()[0], "#d0d0d0")
+    return colours.get(event.name, _OTHER)
+
+
+def _label(axis: Any, event: TraceEvent, y: int, begin: float, end: float, width: float) -> None:
+    """Write the name and the time if they fit, else the name, else the number in it."""
+    room = (end - begin) / width * 200  # characters across the picture
+    texts = (f"{event.name}  {event.length:,.1f} ms", event.name, event.name.rpartition(" ")[2])
+    text = next((t for t in texts if len(t) + 0.5 < room), "")
+    axis.text((begin + end) / 2, y, text, ha="center", va="center", fontsize=7, clip_on=True)

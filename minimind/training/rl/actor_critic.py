@@ -1,7 +1,7 @@
-"""A policy with its critic as one module to train: the critic on a trunk of its own, or a head on the policy's.
+"""A policy and its critic as one module to train: the critic has a trunk of its own, or is a head on the policy's.
 
-A checkpoint of it is one of the policy, with the critic beside it: critic/, or critic_head.pt where it is a head. Where
-adapters are trained, policy and critic are two adapters on one frozen base, and critic_head.pt is there in either case.
+A checkpoint is one of the policy, with the critic beside it: critic/, or critic_head.pt for a head. With adapters,
+policy and critic are two adapters on one frozen base, and critic_head.pt exists in both cases.
 """
 
 from __future__ import annotations
@@ -24,26 +24,25 @@ from minimind.weights import load_model, save_weights
 
 M = TypeVar("M", bound=Model)
 _HEAD, _CRITIC = "value_head.weight", "critic"
-CRITIC = "critic."  # how the names of its parameters begin in an ActorCritic
+CRITIC = "critic."  # prefix of its parameters' names in an ActorCritic
 
 
 class ActorCritic(Model):
-    """A policy, whose forward is its own; `critic`: a ValueModel that begins with the policy's weights."""
+    """A policy, whose forward this is, with a `critic` that starts with the policy's weights."""
 
     critic: ValueModel
 
     @staticmethod
-    def of(model: Model) -> ActorCritic:
-        """`model` itself, its modules shared, with a critic copied from it; where an adapter is trained, with another
-        adapter on the same frozen weights."""
+    def from_policy(model: Model) -> ActorCritic:
+        """`model`, whose modules are shared, with a critic copied from it, or with an adapter of its own on the same
+        frozen weights if `model` has one."""
         both = _around(model, ActorCritic)
         both.critic = _adapted_critic(model) if lora_linears(model) else ValueModel.of(model)
         return both
 
 
 def with_value_head(model: Model) -> ValueModel:
-    """A policy that shares its trunk with its critic: a copy of `model`, or where an adapter is trained `model`
-    itself."""
+    """A policy that shares its trunk with its critic: a copy of `model`, or `model` itself if it has an adapter."""
     if not lora_linears(model):
         return ValueModel.of(model, keep_head=True)
     both, weight = _around(model, ValueModel), model.embed_tokens.weight
@@ -52,10 +51,10 @@ def with_value_head(model: Model) -> ValueModel:
 
 
 def _adapted_critic(model: Model) -> ValueModel:
-    """A critic with an adapter like that of `model`, on its frozen weights: none is copied."""
+    """A critic with an adapter like that of `model`, on the same frozen weights, which are not copied."""
     with torch.device("meta"):
         critic = ValueModel(replace(model.config, tie_word_embeddings=True))
-    critic.requires_grad_(False)  # the weights become what those that they replace were
+    critic.requires_grad_(False)  # the assigned weights take this over
     names = critic.state_dict().keys()
     frozen: dict[str, Any] = {name: p for name, p in model.named_parameters() if name in names}
     head = model.embed_tokens.weight.new_zeros(1, model.config.hidden_size)
@@ -67,31 +66,30 @@ def _adapted_critic(model: Model) -> ValueModel:
 
 
 def _around(model: Model, kind: type[M]) -> M:
-    """A `kind` whose decoder is the very modules of `model`."""
+    """A `kind` that shares the modules of `model`."""
     with torch.device("meta"):
-        made = kind(model.config)
-    own = dict(made.named_children())
+        copy = kind(model.config)
+    children = dict(copy.named_children())
     for name, module in model.named_children():
-        if name in own:
-            setattr(made, name, module)
-    made.compute_dtype, made.recompute, made.dropout = model.compute_dtype, model.recompute, model.dropout
-    return made.train(model.training)
+        if name in children:
+            setattr(copy, name, module)
+    copy.compute_dtype, copy.recompute, copy.dropout = model.compute_dtype, model.recompute, model.dropout
+    return copy.train(model.training)
 
 
 def critic_of(model: Model) -> ValueModel:
-    """What values come from: of an ActorCritic its critic, a ValueModel itself."""
+    """The model that estimates values: the critic of an ActorCritic, or a ValueModel itself."""
     return model.critic if isinstance(model, ActorCritic) else cast(ValueModel, model)
 
 
 def critic_parameters(model: Model) -> list[nn.Parameter]:
-    """What learns with the critic alone: all that is trained of its own trunk, or the head on the policy's."""
-    alone = model.critic if isinstance(model, ActorCritic) else cast(ValueModel, model).value_head
-    return [parameter for parameter in alone.parameters() if parameter.requires_grad]
+    """The trained parameters that only the critic uses: its own trunk, or the head on the policy's."""
+    module = model.critic if isinstance(model, ActorCritic) else cast(ValueModel, model).value_head
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def save_both(model: Model, folder: Path, save: Callable[[Model, Path], None] = save_weights) -> None:
-    """The policy as a model to chat with, and the critic; see the module's docstring. save: how what is trained of a
-    model is written, the whole or an adapter."""
+    """Write the policy, as a model to chat with, and the critic beside it. save: writes a model or an adapter."""
     policy = _around(model, Model)
     adapted = bool(lora_linears(policy))
     save(policy, folder)
@@ -102,7 +100,7 @@ def save_both(model: Model, folder: Path, save: Callable[[Model, Path], None] = 
 
 
 def load_both(model: Model, checkpoint: Path, parallel: Parallel) -> None:
-    """Take policy and critic back to what save_both wrote, in place; all ranks call it, rank 0 reads."""
+    """Load what save_both wrote into policy and critic, in place. All ranks call it; rank 0 reads."""
     adapted = bool(lora_linears(model))
     state = _read_both(model, checkpoint, adapted) if parallel.main else {}
     set_model_state_dict(model, state, options=from_rank_0(strict=not adapted))
@@ -114,10 +112,10 @@ def _read_both(model: Model, checkpoint: Path, adapted: bool) -> dict[str, Any]:
     state: dict[str, Any] = {}
     if adapted:
         state |= read_adapter(_around(model, Model), checkpoint)
-        found = read_adapter(critic, folder) if own else {}
+        critic_state = read_adapter(critic, folder) if own else {}
     else:
         state |= load_model(checkpoint, config=model.config).state_dict()
-        found = load_value_model(folder, config=critic.config).state_dict() if own else {}
+        critic_state = load_value_model(folder, config=critic.config).state_dict() if own else {}
     if adapted or not own:
-        found[_HEAD] = torch.load(checkpoint / f"{_CRITIC}_head.pt", weights_only=True)
-    return state | {(CRITIC if own else "") + name: value for name, value in found.items()}
+        critic_state[_HEAD] = torch.load(checkpoint / f"{_CRITIC}_head.pt", weights_only=True)
+    return state | {(CRITIC if own else "") + name: value for name, value in critic_state.items()}

@@ -1,4 +1,4 @@
-"""The flags that the reinforcement learning stages share."""
+"""The flags of the reinforcement learning stages."""
 
 from __future__ import annotations
 
@@ -22,79 +22,79 @@ class RolloutArgs(AdapterArgs):
     """Flags of a stage that learns from its own answers."""
 
     from_: FromFlag = None
-    """The model to go on from: a run folder, a Hugging Face folder, or an upstream .pth (with --preset and
-    --tokenizer). None: the newest finished run of train/sft.py; with the built-in --data, one that was taught the weak
-    version of that task, which is trained first if there is none (a minute or two)."""
+    """The initial model: a run folder, a Hugging Face folder, or an upstream .pth (with --preset and --tokenizer).
+    None: the newest finished run of train/sft.py; with the built-in --data, one on the weak version of that task, which
+    is trained first if there is none (a minute or two)."""
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [..., {"role": "assistant",
-    "content": ""}]} rows: the last turn is the one to write. What stands in it, or in "reference" beside it, is the
-    answer that some rewards compare with. None: sums and differences that come with the program."""
+    "content": ""}]} rows; the model writes the last turn. Its content, or "reference" beside it, is the answer that
+    some rewards compare with. None: built-in sums and differences."""
     format: FormatName = "auto"
-    """The form of --data's rows: auto, ours and upstream's; messages, OpenAI's and trl's; sharegpt and alpaca, as
-    LLaMA-Factory has them (docs/data.md)."""
+    """Form of the rows of --data: auto (ours and upstream's), messages (OpenAI's and trl's), sharegpt or alpaca (as
+    LLaMA-Factory has them; docs/data.md)."""
     heldout_data: tuple[str, ...] = ()
-    """Prompts to measure on, instead of --heldout."""
+    """Prompts to evaluate on, instead of --heldout."""
     reward: tuple[str, ...] = ()
-    """Rewards to add up, each NAME[=ARGUMENT][:WEIGHT]: number exact json[=KEY,KEY] tools format[=think|answer]
+    """Rewards to sum, each NAME[=ARGUMENT][:WEIGHT]: number exact json[=KEY,KEY] tools format[=think|answer]
     length=LOW..HIGH overlong=LOW..HIGH repetition[=N] regex=PATTERN function=PACKAGE.MODULE:FUNCTION model=FOLDER
-    answer_model=FOLDER (what each is: docstring of minimind/rewards/__init__.py). None: number, whether the answer's
-    last number is the reference's."""
+    answer_model=FOLDER (minimind/rewards/__init__.py explains them). None: number, whether the answer's last number is
+    the reference's."""
     on_reward_error: str = "drop"
-    """What becomes of an answer that a reward cannot score: drop leaves it out, stop ends the run, a number is taken
-    for what that reward did not say."""
+    """For an answer that a reward cannot score: drop leaves the answer out, stop ends the run, a number is used as that
+    reward."""
     reward_clip: tuple[float, float] | None = None
-    """The lowest and the highest reward to learn from: what lies outside counts as the nearer end. None: no bounds."""
+    """Lowest and highest reward; those outside are clipped. None: no bounds."""
     reward_norm: NormName = "none"
-    """running: learn from rewards less the mean of all so far, divided by their standard deviation; after the clip."""
+    """running: subtract the mean of all rewards so far and divide by their standard deviation, after --reward-clip."""
     truncation_penalty: float = 0.0
-    """Taken off the reward of an answer that was cut off at --max-new-tokens."""
+    """Subtracted from the reward of an answer that was cut off at --max-new-tokens."""
     mask_truncated: bool | None = None
-    """Leave answers that were cut off out of the loss; they still count where rewards are compared. None: as the
-    algorithm has it, which is no, but for train/grpo.py --loss dapo."""
+    """Leave answers that were cut off out of the loss; they still count where rewards are compared. None: only with
+    train/grpo.py --loss dapo."""
     thinking: float | None = None
-    """Share of the prompts that ask for reasoning, by a hash of the prompt; the others ask for none. None: none says,
-    and the model decides."""
+    """Share of the prompts that request reasoning, chosen by a hash; the others request none. None: all leave it to the
+    model."""
     trust_remote_code: bool = False
-    """Let a reward model's folder bring code of its own."""
+    """Allow a reward model's folder to run its own code."""
     rollouts: int = 120
-    """How often answers are sampled from the model as it then is."""
+    """Number of rollouts, each sampled from the current model."""
     prompts: int = 64
-    """Prompts of a rollout."""
+    """Prompts in a rollout."""
     samples: int = 4
     """Answers to each prompt."""
     max_prompt: int = 512
-    """Tokens of the longest prompt; longer ones are an error, or with --on-bad-row skip left out."""
+    """Most tokens of a prompt; longer ones are an error, or left out with --on-bad-row skip."""
     max_new_tokens: int | None = None
-    """Tokens of the longest answer; what is longer is cut off. None: 8 for the built-in prompts, else 256."""
+    """Most tokens of an answer; longer ones are cut off. None: 8 for the built-in prompts, else 256."""
     temperature: float = 1.0
-    """Of sampling, and of the distribution that is trained."""
+    """Temperature of sampling and of the trained distribution."""
     minibatches: int | None = None
-    """Optimizer steps on each pass over a rollout, each on a part of its answers. None: as the algorithm has it."""
+    """Optimizer steps in each pass over a rollout, each on a part of its answers. None: the algorithm's number."""
     inner_epochs: int = 1
     """Passes over each rollout."""
     target_kl: float | None = None
-    """Mean KL per token between what sampled a rollout and the policy, above which the rest of the rollout is left;
-    0.05 is much. None: learn from all of it."""
+    """Mean KL per token, from the policy that sampled a rollout to the current one, above which the rest of the rollout
+    is skipped; 0.05 is large. None: learn from whole rollouts."""
     micro_batches: int | None = None
-    """Forward and backward passes that a step adds up. None: as few as keep the longest answers to the longest prompts
-    within 4096 tokens of minimind2-small a pass, or 16384 on a GPU; other models by their size."""
+    """Forward and backward passes that a step accumulates. None: as few as hold the longest answers to the longest
+    prompts, with at most 4096 tokens of minimind2-small a pass, or 16384 on a GPU; other models by their size."""
     eval_prompts: int = 256
-    """Held-out prompts answered on the way; at the end all are."""
+    """Held-out prompts answered during training; at the end all are."""
     show: int = 0
-    """Print so many prompts of every rollout, with their answers, rewards and advantages."""
+    """Number of prompts of every rollout to print, with their answers, rewards and advantages."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw: AdamW for all; muon: Muon for the matrices and AdamW for the rest."""
+    """adamw: AdamW for all; muon: Muon for matrices and AdamW for the rest."""
     schedule: Literal["cosine", "wsd", "constant"] = "constant"
-    """How the rate falls after the warm-up."""
+    """Learning rate after the warm-up: cosine, wsd (flat, then a cooldown) or constant."""
     warmup: float = 0.1
-    """Share of the steps over which the rate rises."""
+    """Share of the steps over which the learning rate rises."""
     weight_decay: float = 0.0
-    """For matrices; norm gains never decay."""
+    """Weight decay of matrices; norm gains never decay."""
     heldout: float = 0.1
-    """Share of the prompts, at most 256, that is never trained on; a hash of each decides."""
+    """Share of the prompts that is held out from training, at most 256; a hash of each decides."""
     parallel: ParallelName = "auto"
-    """How the processes of torchrun share the work: ddp, a model each, or auto, which is ddp where there are several.
-    fsdp is refused: answers are sampled from whole weights."""
+    """How the processes of torchrun share the work: ddp (each holds the whole model), or auto, which is ddp if there
+    are several. fsdp is refused: sampling needs whole weights."""
     log_every: int = 1
     """Steps between reads of the loss from the device."""
     tokens: tyro.conf.Suppress[int | None] = None
@@ -119,8 +119,8 @@ class RolloutArgs(AdapterArgs):
         RewardScale(self.reward_clip)
         if self.lora_dropout:
             raise ValueError(
-                f"--lora-dropout {self.lora_dropout:g}: answers are sampled without, and what is learnt would be "
-                "another policy; drop the flag"
+                f"--lora-dropout {self.lora_dropout:g}: answers are sampled without dropout, so that another policy "
+                "would be trained; drop the flag"
             )
         if self.parallel == "fsdp":
             raise ValueError("--parallel fsdp: answers are sampled from whole weights; take ddp")

@@ -1,12 +1,14 @@
-"""Minibatches of sampled answers: made when the ones before are used up, from the weights as they then are.
+"""Minibatches of rollouts: how sampled answers become batches, and when a rollout is used no further.
 
-A rollout's answers are known to all ranks, so that all agree on groups, advantages and minibatches; each trains on its
-share of every minibatch. What is left of a rollout is part of the loader's state: a run that was interrupted in the
-middle of one goes on with the same answers, on any number of processes.
+A new rollout is sampled from the current weights when the previous one is used up. All ranks know all of its answers,
+so that they agree on groups, advantages and minibatches; each trains on its share of every minibatch. The rest of a
+rollout is part of the loader's state, so that an interrupted run continues with the same answers, on any number of
+processes.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -14,20 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimind.config import ModelConfig
 from minimind.objectives.policy import Aggregation, PolicyBatch
 from minimind.training.parallel import Parallel
 from minimind.training.rl.rollouts import Answer
 
-MULTIPLE = 128  # of the length of a packed row: every new length costs oneDNN some machine code
+MULTIPLE = 128  # packed rows have a multiple of this length: oneDNN generates code for every new length
 
 
-def passes(answers: int, longest: int, model: ModelConfig, device: torch.device) -> int:
-    """Forward and backward passes of a step on `answers` of at most `longest` tokens, prompts included: a pass holds
-    what its backward needs, about 0.3 MiB a token of minimind2-small on a CPU, of which 4,096 are taken, or 16,384 on
-    a GPU; of other models as many as their width and depth allow."""
+def default_micro_batches(answers: int, longest: int, model: ModelConfig, device: torch.device) -> int:
+    """Micro-batches of a step on `answers` of at most `longest` tokens each, prompts included. One holds at most 4,096
+    tokens of minimind2-small, or 16,384 on a GPU (a backward needs about 0.3 MiB a token on a CPU), and of other models
+    as many as their width and depth allow."""
     small = 512 * 8
     tokens = (16384 if device.type == "cuda" else 4096) * small // (model.hidden_size * model.num_hidden_layers)
     return -(-answers * longest // max(1, tokens))
@@ -35,8 +37,8 @@ def passes(answers: int, longest: int, model: ModelConfig, device: torch.device)
 
 @dataclass(frozen=True)
 class Shape:
-    """How a rollout becomes batches: `epochs` passes over its answers, each in another order and cut into `minibatches`
-    steps of `micro_batches` parts. The rest is what PolicyBatch says."""
+    """How a rollout becomes batches: `epochs` passes over its answers, each in a new order and divided into
+    `minibatches` steps of `micro_batches` parts. PolicyBatch documents the other fields."""
 
     minibatches: int = 1
     epochs: int = 1
@@ -52,19 +54,18 @@ class Shape:
         return self.epochs * self.minibatches
 
     def parts(self, answers: int, rollout: int) -> list[list[np.ndarray]]:
-        """For each step, for each of its micro-batches, the numbers of its answers."""
-        found = []
+        """For every step and each of its micro-batches, the indices of its answers."""
+        steps = []
         for epoch in range(self.epochs):
             generator = np.random.default_rng([self.seed & (1 << 64) - 1, rollout, epoch])
             for step in np.array_split(generator.permutation(answers), self.minibatches):
-                found.append(np.array_split(step, self.micro_batches))
-        return found
+                steps.append(np.array_split(step, self.micro_batches))
+        return steps
 
 
 @dataclass
 class Rollout:
-    """answers of all ranks; next: the number in the stream of the prompt behind them; figures and seconds: what is told
-    about them."""
+    """answers: of all ranks; next: the number of the next prompt in the stream; figures, seconds: for metrics.jsonl."""
 
     answers: list[Answer]
     next: int
@@ -73,12 +74,12 @@ class Rollout:
 
 
 class RolloutLoader:
-    """The loop's Loader over rollouts.
+    """The trainer's Loader over rollouts.
 
-    collect(rollout number, number of the next prompt, answers of the rollout before) -> Rollout, the same on all ranks,
-    which call it together.
-    keepers: what else must be kept from rollout to rollout, by name, with state_dict and load_state_dict, such as SPO's
-    tracker.
+    collect(rollout number, number of the next prompt, answers of the previous rollout) -> Rollout: all ranks call it
+    together and get the same.
+    keepers: objects with state_dict and load_state_dict that keep state between rollouts, by name, such as SPO's value
+    tracker; they are saved with the loader.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class RolloutLoader:
         self.host: list[Answer] | None = None
         self._number = self._next = self._taken = 0  # rollouts made, prompts drawn, micro-batches handed out
         self._parts: list[np.ndarray] = []
-        self._news: Rollout | None = None
+        self._fresh: Rollout | None = None
         self._training = 0.0
         self._clock: float | None = None
 
@@ -113,21 +114,21 @@ class RolloutLoader:
         return batch
 
     def fetch(self) -> None:
-        """Nothing can be made ahead: the weights are about to change."""
+        """Does nothing: the weights are about to change."""
 
     def pause(self) -> None:
-        """What follows is not training: it does not count as its time."""
+        """Stop counting training time until the next batch."""
         if self._clock is not None:
             self._training += time.perf_counter() - self._clock
             self._clock = None
 
-    def news(self) -> Rollout | None:
-        """The rollout that was made since the last call."""
-        news, self._news = self._news, None
-        return news
+    def new_rollout(self) -> Rollout | None:
+        """The rollout that was made since the last call, or None."""
+        fresh, self._fresh = self._fresh, None
+        return fresh
 
     def state(self) -> dict[str, Any]:
-        """Plain values and tensors, the answers of the current rollout among them."""
+        """Plain values and tensors, with the answers of the current rollout."""
         return {
             "rollout": self._number,
             "next": self._next,
@@ -137,8 +138,8 @@ class RolloutLoader:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go to where `state` was; step: how many optimizer steps were done there, from a checkpoint. What lies behind
-        it is sampled anew, unless it is the rollout at hand: for a post-mortem the weights may be past answering."""
+        """Go to the position of `state`; a checkpoint's has `step`, the optimizer steps done. The next rollout is
+        sampled anew unless it is the current one: after a non-finite loss the weights may be unable to answer."""
         if self.rollout is not None and self._number == state["rollout"] + 1:
             self._taken = 0
             return
@@ -149,7 +150,7 @@ class RolloutLoader:
         if state["answers"]:
             self.rollout = Rollout([_restored(saved) for saved in state["answers"]], self._next)
             self._parts = self._cut(self._number - 1)
-        if self._number and "step" in state:  # it may have been cut into other micro-batches then
+        if self._number and "step" in state:  # it may have had other micro-batches
             done = state["step"] - (self._number - 1) * self.shape.steps
             self._taken = done * self.shape.micro_batches
 
@@ -164,21 +165,21 @@ class RolloutLoader:
             raise ValueError(f"rollout {self._number + 1}: no answer is left to learn from, as none could be scored")
         if self._number:
             self.rollout.seconds["train"] = trained
-        self._next, self._taken, self._news = self.rollout.next, 0, self.rollout
+        self._next, self._taken, self._fresh = self.rollout.next, 0, self.rollout
         self._parts = self._cut(self._number)
         self._number += 1
 
     def _cut(self, rollout: int) -> list[np.ndarray]:
-        """The numbers of the answers in each micro-batch; masked ones are in none."""
+        """The indices of the answers in each micro-batch, without masked ones."""
         learnt = np.array([i for i, a in enumerate(self._answers) if not a.masked], np.int64)
         steps = self.shape.parts(len(learnt), rollout)
         return [learnt[part] for step in steps for part in step]
 
 
 def pack(answers: Sequence[Answer], device: torch.device, tokens: int, samples: int, shape: Shape) -> PolicyBatch:
-    """One row of documents, a prompt with an answer each, padded to a multiple of MULTIPLE.
+    """One row of documents, a prompt and an answer each, padded to a multiple of MULTIPLE.
 
-    tokens, samples: what all ranks together have in their part of the batch.
+    tokens, samples: the answers' tokens and the answers of all ranks in this batch.
     """
     lengths = np.array([len(a.prompt_ids) + len(a.ids) - 1 for a in answers], np.int64)
     ends = lengths.cumsum()
@@ -191,21 +192,21 @@ def pack(answers: Sequence[Answer], device: torch.device, tokens: int, samples: 
     at = np.flatnonzero(targets != -100)
 
     def placed(name: str) -> Tensor | None:
-        """What every answer has under `name`, at its targets."""
+        """The field `name` of all answers at their targets, float32 [1, size]."""
         parts = [getattr(a, name) for a in answers]
         if any(part is None for part in parts):
             return None
         row = np.zeros(size, np.float32)
         row[at] = np.concatenate([np.zeros(0, np.float32), *parts])
-        return _there(row, device)
+        return _to_device(row, device)
 
     bounds = np.concatenate(([0], ends, [size] if size > lengths.sum() else [])).astype(np.int32)
     old_log_probs, advantages = placed("log_probs"), placed("advantages")
     zeros = torch.zeros(1, size, device=device)
     return PolicyBatch(
-        _there(ids, device),
-        _there(targets, device),
-        _there(bounds, device)[0],
+        _to_device(ids, device),
+        _to_device(targets, device),
+        _to_device(bounds, device)[0],
         zeros if old_log_probs is None else old_log_probs,
         zeros if advantages is None else advantages,
         len(at),
@@ -221,7 +222,7 @@ def pack(answers: Sequence[Answer], device: torch.device, tokens: int, samples: 
     )
 
 
-def _there(row: np.ndarray, device: torch.device) -> Tensor:
+def _to_device(row: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(row).unsqueeze(0)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
@@ -234,3 +235,48 @@ def _saved(answer: Answer) -> dict[str, Any]:
 def _restored(saved: dict[str, Any]) -> Answer:
     values: dict[str, Any] = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in saved.items()}
     return Answer(**values)
+
+
+class DriftStop:
+    """Stops updating the policy for the rest of a rollout once it has drifted too far from what sampled the rollout; a
+    critic learns on.
+
+    target: mean KL(mu || p) per token (k3), measured by the forward of every step. Above it, the gradients of the
+    `policy` parameters are removed before the optimizer step. Waits for the device once a step. Raises ValueError for a
+    target that is not above 0.
+    """
+
+    def __init__(self, target: float, policy: Sequence[nn.Parameter], parallel: Parallel) -> None:
+        if not 0 < target < math.inf:
+            raise ValueError(f"--target-kl {target}: must be above 0; drop the flag to learn from whole rollouts")
+        self.target, self.policy, self.parallel = target, list(policy), parallel
+        self.stopped, self.taken = False, 0  # whether the rest of the rollout is skipped; its steps so far
+        self._sums: list[Tensor] = []
+        self._weight = 0.0
+
+    def begin(self) -> dict[str, float]:
+        """Start a new rollout; returns policy_steps, the updates of the policy on the previous one."""
+        taken, self.stopped, self.taken = self.taken, False, 0
+        return {"policy_steps": float(taken)}
+
+    def add(self, batch: PolicyBatch, figures: dict[str, Tensor]) -> None:
+        """Add the figures that policy_loss returned for a micro-batch."""
+        self._sums.append(figures["behaviour_kl"].detach())
+        self._weight += batch.global_weight
+
+    def before_update(self) -> None:
+        """Remove the policy's gradients if it has drifted too far. All ranks call it and agree."""
+        sums, weight = torch.stack(self._sums).sum(), self._weight
+        self._sums, self._weight = [], 0.0
+        if not self.stopped:
+            self.stopped = float(self.parallel.sum(sums)) / weight > self.target
+        if self.stopped:
+            for parameter in self.policy:
+                parameter.grad = None
+        self.taken += not self.stopped
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"stopped": self.stopped, "taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stopped, self.taken = state["stopped"], state["taken"]

@@ -1,7 +1,7 @@
-"""Answers of the model in training: sampled by the engine on its live weights, and scored.
+"""Sampling of answers by the inference engine, on the live weights of the model in training.
 
-What is sampled depends on the weights, the seed and a prompt's number in the stream, and on nothing that ran before:
-not on how many processes share the prompts, nor on whether the run was interrupted.
+An answer depends only on the weights, the seed and its prompt's number in the stream: neither the number of processes
+nor an interruption changes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from minimind.tokenization import Tokenizer
 
 
 class DrawnPrompt(NamedTuple):
-    """A prompt to be answered: its number in the stream of prompts, which decides the seed, and in the set."""
+    """A prompt to answer. number: its position in the stream, which decides the seed; prompt: its index in the set."""
 
     number: int
     prompt: int
@@ -32,13 +32,13 @@ class DrawnPrompt(NamedTuple):
 class Answer:
     """One sampled answer.
 
-    prompt, number: as in Drawn; sample: which of the prompt's answers. prompt_ids, ids: int64, ids with the end token
-    where the model `ended` by itself. log_probs: float32, of each of `ids` under the weights and the distribution that
-    it was sampled from. reward: what all rewards come to, NaN where one failed and the answer is to be left out; score:
-    what is learnt from in its place, clipped and normalised. masked: whether the loss leaves it out.
+    prompt, number: as in DrawnPrompt; sample: its index among the prompt's answers. prompt_ids, ids: int64; `ids` has
+    the end token if the model `ended` by itself. log_probs: float32, of each of `ids` under the distribution it was
+    sampled from. reward: the sum of all rewards, NaN where one failed and the answer is left out; score: the reward
+    clipped and normalised, from which is learnt. masked: whether the loss leaves the answer out.
 
-    Made later, float32, one for each of `ids`: advantages; reference, log-probabilities under the frozen model; values
-    of the states that the tokens were drawn from, of a critic; returns; room, how far a value may move from the old.
+    Set later, float32, one for each of `ids`: advantages; reference, log-probabilities under the initial model; values,
+    a critic's estimates for the states before the tokens; returns; room, how far a value may move from the old one.
     """
 
     prompt: int
@@ -62,8 +62,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class RolloutOptions:
-    """samples of each prompt, of at most max_new_tokens each. seed: of the run. ignore_eos: for benchmarks, whose
-    answers should be of one length."""
+    """samples: answers to each prompt, of at most max_new_tokens each. seed: of the run. ignore_eos: for benchmarks
+    with answers of equal length."""
 
     samples: int
     max_new_tokens: int
@@ -73,18 +73,18 @@ class RolloutOptions:
 
 
 class Sampler:
-    """Samples from `model` as it is at each call. longest: tokens of any prompt; batch: answers that decode together,
-    `samples` of which share a prompt.
+    """Samples from the current weights of `model`. longest: tokens of the longest prompt; batch: answers that decode
+    together, of which `samples` share a prompt.
 
-    The engine shares the model's weights where they have the dtype that it computes in. One cache serves all calls; it
-    holds a batch of such answers, and of answers that share less as many as fit at a time.
+    The engine shares the model's weights where it computes in their dtype. One cache serves all calls; it holds a batch
+    of such answers, and fewer answers at a time where fewer share a prompt.
     """
 
     def __init__(
         self, model: Model, tokenizer: Tokenizer, longest: int, max_new_tokens: int, batch: int, samples: int = 1
     ) -> None:
         page = 64 if model.device.type == "cuda" else 16
-        own = 1 + -(-max_new_tokens // page)  # the first page holds the end of the prompt as well
+        own = 1 + -(-max_new_tokens // page)  # the first page also holds the end of the prompt
         pages = -(-batch // samples) * -(-longest // page) + batch * own
         self.engine = Engine(
             model,
@@ -95,10 +95,11 @@ class Sampler:
             page_size=page,
         )
 
-    def sample(self, prompts: PromptSet, drawn: Sequence[DrawnPrompt], how: RolloutOptions) -> list[Answer]:
-        """`how.samples` answers to each, in the order of `drawn`. Raises ValueError where the model cannot answer."""
+    def sample(self, prompts: PromptSet, drawn: Sequence[DrawnPrompt], options: RolloutOptions) -> list[Answer]:
+        """options.samples answers to each prompt, in the order of `drawn`. Raises ValueError where the model cannot
+        answer."""
         self.engine.refresh_weights()
-        requests = [Request(prompts[d.prompt].ids, _params(how, d)) for d in drawn]
+        requests = [Request(prompts[d.prompt].ids, _params(options, d)) for d in drawn]
         answers = []
         for d, output in zip(drawn, self.engine.generate(requests), strict=True):
             if output.error is not None:
@@ -108,13 +109,13 @@ class Sampler:
         return answers
 
 
-def _params(how: RolloutOptions, drawn: DrawnPrompt) -> SamplingParams:
+def _params(options: RolloutOptions, drawn: DrawnPrompt) -> SamplingParams:
     return SamplingParams(
-        how.max_new_tokens,
-        how.temperature,
-        seed=derive_seed(how.seed, drawn.number),
-        n=how.samples,
-        ignore_eos=how.ignore_eos,
+        options.max_new_tokens,
+        options.temperature,
+        seed=derive_seed(options.seed, drawn.number),
+        n=options.samples,
+        ignore_eos=options.ignore_eos,
     )
 
 
@@ -124,17 +125,17 @@ def _answer(drawn: DrawnPrompt, prompt_ids: np.ndarray, c: Completion) -> Answer
 
 
 class PromptStream:
-    """Every prompt of a set once in a pass, each pass in another order; without end, nothing to remember."""
+    """An endless stream of the prompts of a set: each once per pass, every pass in a new order. It has no state."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
 
     def draw(self, first: int, count: int) -> list[DrawnPrompt]:
-        """The prompts with the numbers first, first + 1, ..."""
+        """The prompts numbered first, first + 1, ..., first + count - 1."""
         numbers = np.arange(first, first + count)
-        found: list[DrawnPrompt] = []
+        drawn: list[DrawnPrompt] = []
         for epoch in range(first // self.size, (first + count - 1) // self.size + 1):
-            mine = numbers[numbers // self.size == epoch]
-            order = Permutation(self.size, self.seed, epoch)(mine % self.size)
-            found += [DrawnPrompt(int(n), int(p)) for n, p in zip(mine, order, strict=True)]
-        return found
+            in_epoch = numbers[numbers // self.size == epoch]
+            order = Permutation(self.size, self.seed, epoch)(in_epoch % self.size)
+            drawn += [DrawnPrompt(int(n), int(p)) for n, p in zip(in_epoch, order, strict=True)]
+        return drawn

@@ -1,11 +1,14 @@
-"""A run of a reinforcement learning stage: from prompts and rewards to batches, held-out figures and samples."""
+"""A run of a reinforcement learning stage: its prompts, model and rewards, its training, evaluation and samples."""
 
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,34 +16,43 @@ import torch
 from rich.console import Console
 
 from minimind.config import ModelConfig
-from minimind.data.prompts import PromptSet
+from minimind.data.builtin.arithmetic import NAME, arithmetic_prompts
+from minimind.data.prompts import PromptSet, open_prompts
 from minimind.inference.request_state import derive_seed
 from minimind.inference.runner import Replica
 from minimind.lora import adapters_off
 from minimind.modeling import Model
 from minimind.objectives.policy import Aggregation
 from minimind.rewards import Rewards, RewardScale, model_weights, parse_rewards
-from minimind.training.adapters import Adapting
-from minimind.training.job import Job, Objective, TrainingPlan
+from minimind.tokenization import Tokenizer
+from minimind.tokenization.reasoning import ThinkingPrompts
+from minimind.training.adapters import AdapterSetup
+from minimind.training.data_split import named_form
+from minimind.training.initial_model import from_newest
+from minimind.training.job import Job
+from minimind.training.metrics import Event
+from minimind.training.parallel import world_size
 from minimind.training.rl.actor_critic import CRITIC
 from minimind.training.rl.arguments import RolloutArgs
-from minimind.training.rl.collector import Collector, Stream, score, scored_again
-from minimind.training.rl.estimate import of_rollouts
-from minimind.training.rl.inputs import find_origin, open_data
-from minimind.training.rl.loader import RolloutLoader, Shape, passes
+from minimind.training.rl.collector import Collector, Stream, log_probs_of, score
+from minimind.training.rl.estimate import estimate_rollouts
+from minimind.training.rl.loader import DriftStop, RolloutLoader, Shape, default_micro_batches
 from minimind.training.rl.rollouts import Answer, DrawnPrompt, PromptStream, RolloutOptions, Sampler
-from minimind.training.rl.stop import DriftStop
 from minimind.training.rl.view import draw_curves, show_groups, transcript
-from minimind.training.trainer import Event, StageLoss
+from minimind.training.run_folder import newest_finished
+from minimind.training.trainer import Stage, StageLoss, TrainingPlan
 from minimind.utils.display import say
 
-_TOGETHER = 256  # answers that decode together, at most
-_HELD_OUT_SEED = 0x5EED  # apart from the rollouts' seeds
+_DECODE_BATCH = 256  # most answers that decode together
+_HELD_OUT_SEED = 0x5EED  # different from the rollouts' seeds
+NANO_WIDTH = 192
+# Flags of train/sft.py that teach a model the weak version of the built-in task.
+WEAK_SFT = ("--data", NAME, "--epochs", "1", "--seq-len", "256", "--batch-tokens", "1024", "--evals", "2")
 
 
 @dataclass
-class Rollouts:
-    """A run of such a stage: what is answered and how it is scored. `Job` is its frame."""
+class RolloutStage:
+    """A run that learns from its own answers, on top of a `Job`: begin, build, fit."""
 
     job: Job
     args: RolloutArgs
@@ -48,7 +60,7 @@ class Rollouts:
     heldout: PromptSet | None
     rewards: Rewards
     shape: Shape
-    adapting: Adapting
+    adapter: AdapterSetup
     model: Model = field(init=False)
     trained: Model = field(init=False)
     collector: Collector = field(init=False)
@@ -56,20 +68,20 @@ class Rollouts:
     loader: RolloutLoader = field(init=False)
 
     @staticmethod
-    def begin(stage: str, args: RolloutArgs, aggregation: Aggregation, console: Console) -> Rollouts:
-        """Flags, data and rewards, then the run folder and the model."""
+    def begin(stage: str, args: RolloutArgs, aggregation: Aggregation, console: Console) -> RolloutStage:
+        """Check the flags, open prompts and rewards, then the run folder."""
         args.check()
         args = dataclasses.replace(
-            args, from_=args.from_ or find_origin(args, console), seq_len=args.max_prompt + args.longest_answer
+            args, from_=args.from_ or find_initial(args, console), seq_len=args.max_prompt + args.longest_answer
         )
         job = Job.begin(stage, args, console)
         for folder, weights in model_weights(args.reward).items():
-            job.refer(f"reward {folder}", weights)
+            job.add_reference(f"reward {folder}", weights)
         by_tail = job.settle("split", lambda: ("hash", "")) == "tail"
-        train, heldout = open_data(args, job.tokenizer, console, by_tail)
+        train, heldout = open_prompt_sets(args, job.tokenizer, console, by_tail)
         if len(train) < args.prompts:
             job.notes.append(
-                f"little data: {len(train):,} prompts, fewer than --prompts {args.prompts} of a rollout, which asks "
+                f"little data: {len(train):,} prompts, fewer than --prompts {args.prompts} of a rollout, which uses "
                 f"each {args.prompts / len(train):.1f} times"
             )
         if not args.reward and any(prompt.reference is None for prompt in train.prompts):
@@ -77,18 +89,18 @@ class Rollouts:
                 "--reward: not all prompts of --data have a reference answer; name what to reward, such as model=FOLDER"
             )
         rewards = parse_rewards(args.reward or ("number",), args.on_reward_error, job.device, args.trust_remote_code)
-        adapting = Adapting.of(job, args)
+        adapter = AdapterSetup.from_args(job, args)
         minibatches = args.minibatches or 1
-        job.planned = lambda flags: flags["rollouts"] * minibatches * args.inner_epochs
+        job.count_steps = lambda flags: flags["rollouts"] * minibatches * args.inner_epochs
         job.open_run()
         longest = max(len(prompt.ids) for prompt in train.prompts) + args.longest_answer
         answers = -(-args.prompts * args.samples // minibatches)
-        fitting = passes(answers, longest, job.config, torch.device(job.rules))
+        micro_batches = default_micro_batches(answers, longest, job.config, torch.device(job.default_device))
         shape = Shape(
-            minibatches, args.inner_epochs, args.micro_batches or fitting, aggregation, args.longest_answer,
+            minibatches, args.inner_epochs, args.micro_batches or micro_batches, aggregation, args.longest_answer,
             args.temperature, args.seed,
         )  # fmt: skip
-        return Rollouts(job, args, train, heldout, rewards, shape, adapting)
+        return RolloutStage(job, args, train, heldout, rewards, shape, adapter)
 
     def build(
         self,
@@ -104,17 +116,18 @@ class Rollouts:
         rescore: bool = False,
         mask: bool = False,
     ) -> None:
-        """The model, the engine on its weights, and what makes batches of its answers. make: the model to train of the
-        one that the run begins with; mask: whether the algorithm leaves out what was cut off, where --mask-truncated
-        does not say; the rest as of Collector and RolloutLoader."""
+        """Build the model, the engine on its weights, and the loader of rollouts. make: builds the model to train from
+        the initial one; mask: the algorithm's default for --mask-truncated; Collector and RolloutLoader document the
+        rest.
+        """
         job, args = self.job, self.args
-        self.model, self.trained = job.build_model(self.adapting.prepare, make)
+        self.model, self.trained = job.build_model(self.adapter.prepare, make)
         scale = RewardScale(args.reward_clip, args.reward_norm == "running")
         policy = [p for n, p in self.model.named_parameters() if not n.startswith(CRITIC)]
         self.stop = DriftStop(args.target_kl, policy, job.parallel) if args.target_kl else None
         longest = max(len(p.ids) for s in (self.train, self.heldout) if s for p in s.prompts)
         share = -(-args.prompts // job.parallel.world_size)
-        batch = min(_TOGETHER, share * args.samples)
+        batch = min(_DECODE_BATCH, share * args.samples)
         sampler = Sampler(self.model, job.tokenizer, longest, args.longest_answer, batch, args.samples)
         self.collector = Collector(
             model=self.model,
@@ -123,7 +136,7 @@ class Rollouts:
             stream=stream or PromptStream(len(self.train), args.seed),
             rewards=self.rewards,
             prompts=args.prompts,
-            how=RolloutOptions(args.samples, args.longest_answer, args.temperature, args.seed),
+            options=RolloutOptions(args.samples, args.longest_answer, args.temperature, args.seed),
             shape=self.shape,
             parallel=job.parallel,
             advantages=advantages,
@@ -138,29 +151,29 @@ class Rollouts:
             rescore=rescore,
             console=job.console,
         )
-        kept = {"scale": scale, **({"stop": self.stop} if self.stop else {}), **(keepers or {})}
-        self.loader = RolloutLoader(self.collector, self.shape, job.parallel, job.device, kept)
+        all_keepers = {"scale": scale, **({"stop": self.stop} if self.stop else {}), **(keepers or {})}
+        self.loader = RolloutLoader(self.collector, self.shape, job.parallel, job.device, all_keepers)
 
     def _reference(self) -> Callable[[Sequence[Answer]], list[np.ndarray]]:
-        """Scores answers under the model that the run began with: a frozen one, or the base without the adapter."""
-        if self.adapting.config is None:
-            return partial(scored_again, frozen(self.job), shape=self.shape)
+        """A function that scores answers under the initial model: a frozen copy, or the base without the adapter."""
+        if self.adapter.config is None:
+            return partial(log_probs_of, frozen(self.job), shape=self.shape)
 
         def under_the_base(answers: Sequence[Answer]) -> list[np.ndarray]:
             with adapters_off(self.model):
-                return scored_again(self.model, answers, self.shape)
+                return log_probs_of(self.model, answers, self.shape)
 
         return under_the_base
 
     def fit(self, loss: Callable[[Any], StageLoss], nano_lr: float, lines: Sequence[str] = (), **more: Any) -> bool:
-        """Train to the last step; False when it was interrupted. nano_lr: nano's peak rate; more: of Objective."""
-        job, adapting = self.job, self.adapting
-        rate = self.rate(nano_lr)
-        told = f"peak rate: {rate:g}, by the width from nano's {nano_lr:g}; --lr sets another"
+        """Train to the last step; False when training was interrupted. nano_lr: nano's peak learning rate; more:
+        further fields of Stage."""
+        job, rate = self.job, self.peak_lr(nano_lr)
+        rate_line = f"peak rate: {rate:g}, by the width from nano's {nano_lr:g}; --lr sets another"
         if self.args.lr is not None:
-            told = f"peak rate: {self.args.lr:g}, as --lr says"
+            rate_line = f"peak rate: {self.args.lr:g}, as --lr says"
         plan = TrainingPlan(self.loader, self.args.rollouts * self.shape.steps, self.shape.micro_batches, 0)
-        objective = Objective(
+        stage = Stage(
             loss=loss if self.stop is None else self._watched(loss, self.stop),
             before_update=self.stop.before_update if self.stop else lambda: None,
             evaluate=self.evaluate,
@@ -169,13 +182,13 @@ class Rollouts:
             data_fingerprint=f"{self.train.identity:016x}",
             peak_lr=rate,
             loss_unit="per answer" if self.shape.aggregation == "sample" else "per token",
-            news=self.news,
-            estimate=of_rollouts,
-            **(adapting.files() | more),
+            event=self.event,
+            estimate=estimate_rollouts,
+            **(self.adapter.checkpoint_functions() | more),
         )
         try:
-            lines = [*self.describe(), *lines, *adapting.lines(self.model), told]
-            done = job.fit(plan, self.model, objective, lines)
+            lines = [*self.describe(), *lines, *self.adapter.lines(self.model), rate_line]
+            done = job.fit(plan, self.model, stage, lines)
         finally:
             for name, count in self.collector.failed.items():
                 say(job.console, f"reward {name} failed on {count:,} answers in all")
@@ -183,22 +196,24 @@ class Rollouts:
                 draw_curves(job.run.metrics, job.run.path / "rewards.png", job.run.path.name)
         return done
 
-    def rate(self, nano_lr: float) -> float:
-        """The peak rate where --lr does not say."""
-        return self.adapting.rate(peak_lr(nano_lr, self.job.config))
+    def peak_lr(self, nano_lr: float) -> float:
+        """The peak learning rate without --lr."""
+        return self.adapter.peak_lr(scaled_lr(nano_lr, self.job.config))
 
     @staticmethod
     def _watched(loss: Callable[[Any], StageLoss], stop: DriftStop) -> Callable[[Any], StageLoss]:
+        """`loss`, which also shows `stop` the figures of every batch."""
+
         def watched(batch: Any) -> StageLoss:
-            found = loss(batch)
-            assert len(found) == 3
-            stop.see(batch, found[2])
-            return found
+            result = loss(batch)
+            assert len(result) == 3
+            stop.add(batch, result[2])
+            return result
 
         return watched
 
     def describe(self) -> list[str]:
-        """What is printed about the data and the sampling at start."""
+        """Lines about the data and the sampling, printed at start."""
         args, held = self.args, f"; held out {len(self.heldout)}" if self.heldout else ""
         return [
             f"data: {len(self.train):,} prompts{held}; reward: {self.rewards}",
@@ -208,14 +223,14 @@ class Rollouts:
         ]
 
     def _cut_off(self) -> str:
-        """What becomes of an answer at the limit."""
+        """How answers that were cut off are treated."""
         fate = "left out of the loss" if self.collector.mask else "learnt from as it stands"
         penalty = self.args.truncation_penalty
         return f"cut-off answers are {fate}" + (f", their reward less {penalty:g}" if penalty else "")
 
-    def news(self) -> Event | None:
-        """The newest rollout's row; says when there was nothing to learn from it."""
-        rollout = self.loader.news()
+    def event(self) -> Event | None:
+        """The event of a new rollout, or None; prints some of its answers with --show."""
+        rollout = self.loader.new_rollout()
         if rollout is None:
             return None
         figures = rollout.figures
@@ -224,13 +239,13 @@ class Rollouts:
         return Event("rollout", figures, rollout.seconds, f"reward {figures.get('reward', 0.0):.3f}  ")
 
     def evaluate(self, final: bool) -> dict[str, Any]:
-        """Held-out rewards: of sampled answers, as those that are trained on, and of the likeliest ones."""
+        """Held-out rewards of answers sampled as in training, and of the likeliest answers."""
         self.loader.pause()
         if self.heldout is None:
             return {}
         count = len(self.heldout) if final else min(self.args.eval_prompts, len(self.heldout))
-        sampled = self._heldout(count, self.args.temperature)
-        greedy = self._heldout(count, 0.0)
+        sampled = self._answer_heldout(count, self.args.temperature)
+        greedy = self._answer_heldout(count, 0.0)
         figures = {
             "heldout_reward": mean_reward(sampled),
             "heldout_greedy_reward": mean_reward(greedy),
@@ -242,40 +257,36 @@ class Rollouts:
         say(self.job.console, f"the likeliest answers' held-out reward is {figures['heldout_greedy_reward']:.4f}")
         return figures
 
-    def _heldout(self, count: int, temperature: float) -> list[Answer]:
-        """An answer to each of the first `count` held-out prompts, scored; of all ranks."""
+    def _answer_heldout(self, count: int, temperature: float) -> list[Answer]:
+        """A scored answer to each of the first `count` held-out prompts; all ranks get all answers."""
         assert self.heldout is not None
-        how = RolloutOptions(1, self.args.longest_answer, temperature, derive_seed(self.args.seed, _HELD_OUT_SEED))
+        options = RolloutOptions(1, self.args.longest_answer, temperature, derive_seed(self.args.seed, _HELD_OUT_SEED))
         self.model.eval()
-        return self.collector.answer(self.heldout, [DrawnPrompt(i, i) for i in range(count)], how)
+        return self.collector.answer(self.heldout, [DrawnPrompt(i, i) for i in range(count)], options)
 
     def sample(self) -> str:
-        """Answers to prompts from all over the held-out ones, or the training ones."""
+        """Answers to five prompts spread over the held-out ones, or the training ones."""
         self.loader.pause()
         if not self.job.parallel.main:
             return ""
         source = self.heldout or self.train
         picked = range(0, len(source), max(1, len(source) // 5))[:5]
-        how = RolloutOptions(
-            1, self.args.longest_answer, self.args.temperature, derive_seed(self.args.seed, _HELD_OUT_SEED)
-        )
+        seed = derive_seed(self.args.seed, _HELD_OUT_SEED)
+        options = RolloutOptions(1, self.args.longest_answer, self.args.temperature, seed)
         self.model.eval()
-        answers = self.collector.sampler.sample(source, [DrawnPrompt(i, i) for i in picked], how)
+        answers = self.collector.sampler.sample(source, [DrawnPrompt(i, i) for i in picked], options)
         score(self.rewards, source, answers, self.args.truncation_penalty)
         return "\n".join(transcript(self.job.tokenizer, a) for a in answers)
 
 
-NANO_WIDTH = 192
-
-
-def peak_lr(nano: float, config: ModelConfig) -> float:
-    """The peak rate for a model where `nano` is the one tuned on nano: in inverse proportion to the width, as AdamW's
-    rate for hidden matrices transfers (Yang et al., 2203.03466)."""
+def scaled_lr(nano: float, config: ModelConfig) -> float:
+    """The peak learning rate for a model, from `nano`, the one tuned on nano: in inverse proportion to the width, as
+    AdamW's rate for hidden matrices transfers (Yang et al., 2203.03466)."""
     return float(f"{nano * NANO_WIDTH / config.hidden_size:.2g}")
 
 
 def mean_reward(answers: Sequence[Answer]) -> float:
-    """Of the held-out answers that have a reward."""
+    """Mean over the answers that have a reward. Raises ValueError where none has."""
     rewards = [a.reward for a in answers if not np.isnan(a.reward)]
     if not rewards:
         raise ValueError("no held-out answer could be scored; mend the reward, or measure nothing with --heldout 0")
@@ -283,7 +294,47 @@ def mean_reward(answers: Sequence[Answer]) -> float:
 
 
 def frozen(job: Job) -> Model:
-    """The model that the run began with, once, in the dtype that it computes in."""
-    origin = job.place(job.origin.model())
-    dtype = origin.compute_dtype or origin.dtype
-    return Replica(origin, dtype).model
+    """A copy of the initial model in its compute dtype."""
+    initial = job.place(job.initial.load())
+    return Replica(initial, initial.compute_dtype or initial.dtype).model
+
+
+def open_prompt_sets(
+    args: RolloutArgs, tokenizer: Tokenizer, console: Console, by_tail: bool = False
+) -> tuple[PromptSet, PromptSet | None]:
+    """(training, held-out) prompts. by_tail: as in PromptSet.split."""
+    encoder = ThinkingPrompts(tokenizer, args.thinking)
+    data, heldout = list(args.data), list(args.heldout_data)
+    form = named_form(args)
+    if not data:
+        builtin = arithmetic_prompts(args.cache_dir, console)
+        data, heldout = [str(builtin[0])], heldout or [str(builtin[1])]
+
+    def read(paths: list[str]) -> PromptSet:
+        return open_prompts(paths, encoder, args.max_prompt, args.on_bad_row, console, form)
+
+    if heldout:
+        return read(data), read(heldout)
+    return read(data).split(args.heldout, by_tail=by_tail)
+
+
+def find_initial(args: RolloutArgs, console: Console) -> str | None:
+    """The newest finished SFT run; for the built-in task one on its weak version, which is trained here if there is
+    none. Under --plan None where there is none."""
+    if args.data or args.plan:
+        return from_newest(args, "sft")
+    try:
+        return newest_finished("sft", data=(NAME,))
+    except ValueError:
+        if world_size() > 1:
+            raise ValueError(
+                f"--from: no model was taught the built-in task yet; first run `python train/sft.py "
+                f"{' '.join(WEAK_SFT)}`"
+            ) from None
+    command = [sys.executable, str(Path(sys.argv[0]).with_name("sft.py")), *WEAK_SFT]
+    command += [] if args.cache_dir is None else ["--cache-dir", args.cache_dir]
+    command += ["--device", args.device, "--precision", args.precision]
+    say(console, f"no model was taught the built-in task yet: {' '.join(command[1:])}")
+    if subprocess.run(command).returncode:
+        raise ValueError(f"--from: {' '.join(command[1:])} did not finish; run it, or name a model")
+    return newest_finished("sft", data=(NAME,))

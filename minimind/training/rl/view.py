@@ -1,4 +1,4 @@
-"""What people look at in reinforcement learning: answers with their advantages in colour, and the curves of a run."""
+"""Views of reinforcement learning for people: answers with their advantages in colour, and the curves of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from minimind.training.rl.rollouts import Answer
 from minimind.training.stages.answers import turns
 from minimind.utils.display import caption, decoration, pyplot
 
-# (panel's title, the rollouts' figures in it by what each is called)
+# (title of a panel, {figure of rollouts: its label})
 _PANELS = (
     ("reward", {"reward": "of the rollouts"}),
     ("KL to the reference, per token", {"kl": ""}),
@@ -28,14 +28,14 @@ _PANELS = (
 
 def transcript(tokenizer: Tokenizer, answer: Answer) -> str:
     """One line: the prompt, the answer and its reward."""
-    asked = turns(tokenizer, answer.prompt_ids.tolist())
+    prompt = turns(tokenizer, answer.prompt_ids.tolist())
     cut = "" if answer.ended else " (cut off)"
-    return f"{asked} {answer.text}{cut}  [reward {answer.reward:.3f}]".replace("\n", "\\n")
+    return f"{prompt} {answer.text}{cut}  [reward {answer.reward:.3f}]".replace("\n", "\\n")
 
 
 def show_groups(console: Console, tokenizer: Tokenizer, answers: Sequence[Answer], count: int) -> None:
-    """Print the first `count` prompts, each with its answers: tokens green where the advantage is above 0, red where it
-    is below, the stronger the larger it is among those shown."""
+    """Print the first `count` prompts with their answers: tokens with a positive advantage in green, with a negative
+    one in red, the brighter the larger the advantage is among those shown."""
     shown: list[list[Answer]] = []
     for _, group in islice(groupby(answers, key=lambda a: a.number), count):
         shown.append(list(group))
@@ -61,7 +61,7 @@ def _coloured(tokenizer: Tokenizer, answer: Answer, largest: float) -> Text:
 
 @decoration
 def draw_curves(metrics: Path, picture: Path, title: str) -> None:
-    """Reward (held-out too), KL, length and entropy over the rollouts' answers."""
+    """Draw reward (held-out too), KL, length and entropy of the answers over the run."""
     plt = pyplot()
     rows = read_metrics(metrics)
     rollouts = [row for row in rows if row["kind"] == "rollout"]

@@ -1,1 +1,1 @@
-"""What the supervised stages and DPO need beside the trainer."""
+"""Data, evaluation and samples of the supervised and preference stages."""

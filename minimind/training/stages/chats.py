@@ -1,4 +1,4 @@
-"""What stages that learn from conversations share: their flags, data, held-out figures and samples."""
+"""Conversations as training data: flags, reading, held-out figures and samples of the stages that learn from them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from minimind.data import Corpus, open_conversations
 from minimind.data.formats import FormatName
@@ -14,9 +14,11 @@ from minimind.data.packing import row_rule
 from minimind.modeling import Model
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import StageArgs
-from minimind.training.job import Job, TrainingPlan
-from minimind.training.parts import DataSplit, NamedFiles, all_losses, form_of, open_parts
-from minimind.training.stages.answers import exact_match, questions, show
+from minimind.training.batch_size import longest_row
+from minimind.training.data_split import DataSplit, NamedFiles, all_losses, form_of, open_split
+from minimind.training.job import Job
+from minimind.training.stages.answers import HeldOutQuestion, exact_figures, read_questions, show_answers
+from minimind.training.trainer import TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,16 @@ class ChatArgs(StageArgs):
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [{"role": ..., "content": ...},
     ...]} rows."""
     format: FormatName = "auto"
-    """The form of --data's rows: auto, ours and upstream's; messages, OpenAI's and trl's; sharegpt and alpaca, as
-    LLaMA-Factory has them (docs/data.md)."""
+    """Form of the rows of --data: auto (ours and upstream's), messages (OpenAI's and trl's), sharegpt or alpaca (as
+    LLaMA-Factory has them; docs/data.md)."""
     heldout_data: tuple[str, ...] = ()
-    """Conversations to measure on, instead of --heldout; NAME=FILE is measured beside it, with figures of its own."""
+    """Conversations to evaluate on, instead of --heldout; NAME=FILE is evaluated as well, with its own figures."""
     seq_len: int | None = None
     """Tokens in a row; longer conversations lose their last turns. None: 512, or as many up to 4096 as leave at most
     one conversation in a hundred longer, where the tokens of a step and a GPU's memory allow."""
     eval_questions: int | None = None
-    """Held-out questions answered on the way and compared with the answers of the data to the letter; at the end all
-    are. None: 64 of the built-in conversations, 0 of others."""
+    """Held-out questions that are answered during training and compared with the expected answers to the letter; at
+    the end all are. None: 64 of built-in conversations, 0 of others."""
 
     @property
     def questions(self) -> int:
@@ -50,11 +52,12 @@ class ChatArgs(StageArgs):
 def open_chats(
     job: Job, data: Sequence[str], heldout_data: Sequence[str], encoder: ChatEncoder, builtin: tuple[Path, ...]
 ) -> DataSplit:
-    """The conversations of --data, else the `builtin` files, which are not asked for beside it; settles --seq-len by
-    them."""
-    parts = open_parts(job, NamedFiles.of(data, heldout_data, builtin), partial(read_chats, job, encoder))
-    job.settle("seq_len", row_rule(parts.train, 512, job.longest_row(), "conversations"))
-    return parts
+    """The conversations of `data`, or of the `builtin` files where that is empty; settles --seq-len by their
+    lengths."""
+    files = NamedFiles.from_flags(data, heldout_data, builtin)
+    split = open_split(job, files, partial(read_chats, job, encoder))
+    job.settle("seq_len", row_rule(split.train, 512, longest_row(job), "conversations"))
+    return split
 
 
 def read_chats(job: Job, encoder: ChatEncoder, paths: Sequence[str]) -> Corpus:
@@ -62,33 +65,31 @@ def read_chats(job: Job, encoder: ChatEncoder, paths: Sequence[str]) -> Corpus:
     return open_conversations(paths, encoder, *where, form=form_of(job))
 
 
-def describe_chats(parts: DataSplit, plan: TrainingPlan) -> list[str]:
-    loader, held = plan.loader, f"; held out {parts.heldout.num_documents:,}" if parts.heldout else ""
-    first = f"data: {parts.train.num_documents:,} conversations, {loader.tokens_per_epoch:,} tokens a pass{held}"
+def describe_chats(split: DataSplit, plan: TrainingPlan) -> list[str]:
+    """Lines about the data, printed at start."""
+    loader, held = plan.loader, f"; held out {split.heldout.num_documents:,}" if split.heldout else ""
+    first = f"data: {split.train.num_documents:,} conversations, {loader.tokens_per_epoch:,} tokens a pass{held}"
     cuts = str(loader.cuts)
-    return [first, *([f"longer than --seq-len {loader.seq_len}: {cuts}"] if cuts else []), *parts.lines(plan)]
+    return [first, *([f"longer than --seq-len {loader.seq_len}: {cuts}"] if cuts else []), *split.lines(plan)]
 
 
-def chat_figures(model: Model, parts: DataSplit, job: Job, args: ChatArgs, final: bool) -> dict[str, Any]:
+def chat_figures(model: Model, split: DataSplit, job: Job, args: ChatArgs, final: bool) -> dict[str, Any]:
     """Loss over the assistant's tokens of the held-out data and of every named set, and the share of held-out questions
     answered to the letter."""
-    figures = all_losses(model, parts, job, final)
-    if parts.heldout is not None and args.questions:
-        figures |= answered(model, parts.heldout, job, args, final, "heldout")
+    figures = all_losses(model, split, job, final)
+    if split.heldout is not None and args.questions:
+        figures |= exact_figures(model, chat_questions(split.heldout, args, final), job, "heldout")
     return figures
 
 
-def answered(model: Model, heldout: Corpus, job: Job, args: ChatArgs, final: bool, name: str) -> dict[str, Any]:
-    """NAME_exact, the share of the questions answered to the letter, and NAME_questions, their number; on all ranks."""
-    asked = questions(heldout, args.row, None if final else args.questions)
-    whole = job.parallel.whole(model)
-    share = job.parallel.share(lambda: exact_match(cast(Model, whole), job.tokenizer, asked))
-    return {f"{name}_exact": share, f"{name}_questions": len(asked)}
+def chat_questions(corpus: Corpus, args: ChatArgs, final: bool) -> list[HeldOutQuestion]:
+    """The questions of `corpus` to answer in an evaluation: the first few, or all of them in the final one."""
+    return read_questions(corpus, args.row, None if final else args.questions)
 
 
-def chat_sample(model: Model | None, source: Corpus, job: Job, args: ChatArgs, count: int = 5) -> str:
-    """Answers to questions from all over `source`; nothing where there is no model: on all ranks but the first."""
+def chat_sample(model: Model | None, source: Corpus, job: Job, args: ChatArgs) -> str:
+    """Answers to five questions spread over `source`. Empty without a model, as on ranks other than 0."""
     if model is None:
         return ""
-    asked = questions(source.head(args.eval_tokens), args.row)
-    return show(model, job.tokenizer, asked[:: max(1, len(asked) // count)][:count])
+    questions = read_questions(source.head(args.eval_tokens), args.row)
+    return show_answers(model, job.tokenizer, questions[:: max(1, len(questions) // 5)][:5])

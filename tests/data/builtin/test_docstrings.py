@@ -38,7 +38,7 @@ def test_distinct_long_docstrings_of_files_that_parse(library):
     assert texts == sorted(expected, key=lambda text: blake2b(text.encode()).digest())
 
 
-def test_where_the_files_lie_does_not_matter(library, tmp_path):
+def test_the_location_of_the_files_does_not_matter(library, tmp_path):
     texts = collect([library], QUIET)
     (library / "a.py").rename(library / "z.py")
     library.rename(tmp_path / "other")

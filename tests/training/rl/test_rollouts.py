@@ -1,4 +1,4 @@
-"""Sampling from the live weights, packing, and what a rollout keeps."""
+"""Sampling from the live weights, packing, and the state between rollouts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from minimind.objectives.surrogates import clip
 from minimind.rewards import Rewards, RewardScale, RewardTerm, parse_rewards
 from minimind.training.parallel import Parallel
 from minimind.training.rl.actor_critic import ActorCritic, critic_of, load_both, save_both
-from minimind.training.rl.collector import Collector, parts, per_answer, scored_again
-from minimind.training.rl.loader import Rollout, RolloutLoader, Shape, pack, passes
+from minimind.training.rl.collector import Collector, chunks, log_probs_of, per_answer
+from minimind.training.rl.loader import DriftStop, Rollout, RolloutLoader, Shape, default_micro_batches, pack
 from minimind.training.rl.rollouts import Answer, DrawnPrompt, PromptStream, RolloutOptions, Sampler
-from minimind.training.rl.stop import DriftStop
 from minimind.value_head import ValueModel
 from tests.inference.small import random_prompts, small_model, small_tokenizer
 
@@ -31,10 +30,10 @@ def prompt_set(count: int = 12, seed: int = 1) -> PromptSet:
     return PromptSet([Prompt([{"role": "user", "content": str(i)}], row) for i, row in enumerate(ids)], 7)
 
 
-def sampled(model, how: RolloutOptions, drawn=None, batch: int = 64) -> list[Answer]:
+def sampled(model, options: RolloutOptions, drawn=None, batch: int = 64) -> list[Answer]:
     prompts = prompt_set()
-    sampler = Sampler(model, small_tokenizer(), 20, how.max_new_tokens, batch)
-    return sampler.sample(prompts, drawn or [DrawnPrompt(i, i) for i in range(12)], how)
+    sampler = Sampler(model, small_tokenizer(), 20, options.max_new_tokens, batch)
+    return sampler.sample(prompts, drawn or [DrawnPrompt(i, i) for i in range(12)], options)
 
 
 def truth(model, answers: list[Answer], dtype: torch.dtype) -> np.ndarray:
@@ -57,21 +56,21 @@ def test_engine_and_trainer_agree_to_rounding():
     plain = np.abs(truth(model, answers, torch.float32) - exact).max()
     eps = np.finfo(np.float32).eps * np.abs(exact).max()
     engine = np.concatenate([a.log_probs for a in answers])
-    trainer = np.concatenate(scored_again(model, answers, SHAPE))
+    trainer = np.concatenate(log_probs_of(model, answers, SHAPE))
     assert np.abs(engine - exact).max() <= 2 * plain + eps
     assert np.abs(trainer - exact).max() <= 2 * plain + eps
 
 
 def test_a_sample_is_a_function_of_weights_seed_and_number():
-    model, how = small_model(), RolloutOptions(3, 9, seed=5)
-    answers = sampled(model, how)
-    few = sampled(model, how, [DrawnPrompt(7, 7), DrawnPrompt(2, 2)], batch=3)
+    model, options = small_model(), RolloutOptions(3, 9, seed=5)
+    answers = sampled(model, options)
+    few = sampled(model, options, [DrawnPrompt(7, 7), DrawnPrompt(2, 2)], batch=3)
     again = {(a.number, a.sample): a.ids.tolist() for a in answers}
     for a in few:
         assert a.ids.tolist() == again[a.number, a.sample]
     assert len({tuple(a.ids) for a in answers if a.number == 7}) > 1
-    assert [a.ids.tolist() for a in sampled(model, replace(how, seed=6))] != [a.ids.tolist() for a in answers]
-    twice = sampled(model, how, [DrawnPrompt(1, 4), DrawnPrompt(2, 4)])
+    assert [a.ids.tolist() for a in sampled(model, replace(options, seed=6))] != [a.ids.tolist() for a in answers]
+    twice = sampled(model, options, [DrawnPrompt(1, 4), DrawnPrompt(2, 4)])
     assert [a.ids.tolist() for a in twice[:3]] != [a.ids.tolist() for a in twice[3:]]  # the number, not the prompt
     ended = [a for a in answers if a.ended]
     assert all(a.ids[-1] == small_tokenizer().eos_token_id for a in ended)
@@ -81,15 +80,15 @@ def test_a_sample_is_a_function_of_weights_seed_and_number():
 def test_sampler_follows_the_weights():
     model = small_model()
     sampler = Sampler(model, small_tokenizer(), 20, 9, 64)
-    drawn, how = [DrawnPrompt(0, 0)], RolloutOptions(4, 9)
-    before = sampler.sample(prompt_set(), drawn, how)
+    drawn, options = [DrawnPrompt(0, 0)], RolloutOptions(4, 9)
+    before = sampler.sample(prompt_set(), drawn, options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * parameter.std().nan_to_num(0))
-    after = sampler.sample(prompt_set(), drawn, how)
+    after = sampler.sample(prompt_set(), drawn, options)
     assert [a.ids.tolist() for a in after] != [a.ids.tolist() for a in before]
     engine = np.concatenate([a.log_probs for a in after])
-    trainer = np.concatenate(scored_again(model, after, SHAPE))
+    trainer = np.concatenate(log_probs_of(model, after, SHAPE))
     np.testing.assert_allclose(engine, trainer, atol=64 * np.finfo(np.float32).eps * np.abs(trainer).max())
 
 
@@ -119,7 +118,7 @@ def test_packed_numbers_stand_at_their_tokens():
     assert batch.num_targets == sum(len(a.ids) for a in answers) == int((batch.targets != -100).sum())
     again = per_answer(batch.advantages, batch.targets, answers)
     assert all((a.advantages == b).all() for a, b in zip(answers, again, strict=True))
-    assert [a for part in parts(answers) for a in part] == answers
+    assert [a for part in chunks(answers) for a in part] == answers
 
 
 def test_an_empty_share_of_a_batch_costs_nothing():
@@ -129,7 +128,7 @@ def test_an_empty_share_of_a_batch_costs_nothing():
     assert loss.item() == 0
 
 
-def test_prompts_come_once_in_a_pass_and_from_anywhere():
+def test_every_pass_has_each_prompt_once_from_any_position():
     stream = PromptStream(10, 3)
     drawn = stream.draw(0, 35)
     assert [d.number for d in drawn] == list(range(35))
@@ -145,7 +144,7 @@ class Scripted:
     def __init__(self, of) -> None:
         self.of = of
 
-    def sample(self, prompts, drawn, how):
+    def sample(self, prompts, drawn, options):
         return [
             Answer(d.prompt, d.number, i, np.array([1]), np.array([5]), np.zeros(1, np.float32), True, text)
             for d in drawn
@@ -177,7 +176,7 @@ def test_groups_that_agree_are_replaced_until_the_bound():
     assert len(none.answers) == 2 * 12 and none.figures["degenerate_groups"] == 1
 
 
-def test_answers_that_no_reward_could_judge_are_left_out():
+def test_answers_without_a_reward_are_left_out():
     def one_fails(samples):
         return [float("nan") if sample.text == "x" else 1.0 for sample in samples]
 
@@ -192,7 +191,7 @@ def test_answers_that_no_reward_could_judge_are_left_out():
 def test_answers_scored_again_have_the_trainers_log_probabilities():
     made = collector(lambda number: ("1", "2"), rescore=True)
     rollout = made(0, 0, [])
-    exact = np.concatenate(scored_again(made.model, rollout.answers, SHAPE))
+    exact = np.concatenate(log_probs_of(made.model, rollout.answers, SHAPE))
     assert (np.concatenate([a.log_probs for a in rollout.answers]) == exact).all() and (exact != 0).all()
     kept = collector(lambda number: ("1", "2"))(0, 0, [])
     assert not any(a.log_probs.any() for a in kept.answers)
@@ -218,7 +217,7 @@ def taken(source: RolloutLoader, count: int) -> list[tuple]:
 
 
 @pytest.mark.parametrize("after", [0, 1, 7, 8, 9])
-def test_state_is_a_place_in_the_stream_of_batches(after, tmp_path):
+def test_state_is_a_position_in_the_stream_of_batches(after, tmp_path):
     """Two rollouts of 2 epochs x 2 steps x 2 parts = 8 batches each."""
     straight = loader()
     taken(straight, after)
@@ -230,7 +229,7 @@ def test_state_is_a_place_in_the_stream_of_batches(after, tmp_path):
     assert taken(resumed, 16 - after) == expected
 
 
-def test_going_back_for_a_post_mortem_samples_nothing():
+def test_reporting_a_non_finite_loss_samples_nothing():
     source = loader()
     taken(source, 8)
     before = source.state()  # the next batch needs a new rollout
@@ -272,13 +271,13 @@ def cut_off(number: int) -> tuple[str, str]:
     return "1", "x"
 
 
-def test_what_was_cut_off_is_penalised_and_left_out_where_asked():
+def test_cut_off_answers_are_penalised_and_masked_on_request():
     """The second answer to each prompt was cut off: its reward is less by the penalty, and the mask leaves it out of
     the loss, not out of what the others are compared with."""
 
     class CutOff(Scripted):
-        def sample(self, prompts, drawn, how):
-            answers = super().sample(prompts, drawn, how)
+        def sample(self, prompts, drawn, options):
+            answers = super().sample(prompts, drawn, options)
             for a in answers:
                 a.ended = a.sample == 0
             return answers
@@ -295,14 +294,14 @@ def test_what_was_cut_off_is_penalised_and_left_out_where_asked():
     assert seen == [[1.0, -0.5] * 4]
 
 
-def test_a_rollout_that_is_cut_off_whole_is_warned_of():
+def test_a_rollout_of_cut_off_answers_is_reported():
     console = Console(record=True, width=200, quiet=False)
     made = collector(cut_off, mask=True)
     made.console = console
 
     class CutOff(Scripted):
-        def sample(self, prompts, drawn, how):
-            answers = super().sample(prompts, drawn, how)
+        def sample(self, prompts, drawn, options):
+            answers = super().sample(prompts, drawn, options)
             for a in answers:
                 a.ended = False
             return answers
@@ -313,7 +312,7 @@ def test_a_rollout_that_is_cut_off_whole_is_warned_of():
     assert "all 8 answers of a rollout were cut off at --max-new-tokens 1" in " ".join(printed.get().split())
 
 
-def test_scores_are_clipped_and_normalised_and_rewards_are_told_as_they_are():
+def test_scores_are_clipped_and_normalised_but_logged_rewards_are_not():
     made = collector(lambda number: ("1", "2"), scale=RewardScale((0.0, 0.5), running=True))
     rollout = made(0, 0, [])
     assert [a.score for a in rollout.answers[:2]] == pytest.approx([1.0, -1.0], rel=1e-6)
@@ -322,10 +321,10 @@ def test_scores_are_clipped_and_normalised_and_rewards_are_told_as_they_are():
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_policy_and_critic_come_back_from_a_checkpoint(shared, tmp_path):
+def test_policy_and_critic_load_from_a_checkpoint(shared, tmp_path):
     def make(seed: int):
         model = small_model(seed=seed)
-        both = ValueModel.of(model, keep_head=True) if shared else ActorCritic.of(model)
+        both = ValueModel.of(model, keep_head=True) if shared else ActorCritic.from_policy(model)
         torch.nn.init.normal_(critic_of(both).value_head.weight)
         return both
 
@@ -337,7 +336,7 @@ def test_policy_and_critic_come_back_from_a_checkpoint(shared, tmp_path):
     assert torch.equal(critic_of(first)(ids).values, critic_of(second)(ids).values)
 
 
-def test_a_rollout_is_left_where_the_policy_has_left_it():
+def test_the_rest_of_a_rollout_is_skipped_after_too_much_drift():
     """Two micro-batches of 10 and 30 tokens: their mean KL, and not one of them, is held against the target."""
     policy, critic = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
     stop = DriftStop(0.1, [policy], Parallel())
@@ -345,8 +344,8 @@ def test_a_rollout_is_left_where_the_policy_has_left_it():
 
     def update(first: float, second: float) -> bool:
         policy.grad, critic.grad = torch.ones(2), torch.ones(2)
-        stop.see(light, {"behaviour_kl": torch.tensor(10 * first)})
-        stop.see(heavy, {"behaviour_kl": torch.tensor(30 * second)})
+        stop.add(light, {"behaviour_kl": torch.tensor(10 * first)})
+        stop.add(heavy, {"behaviour_kl": torch.tensor(30 * second)})
         stop.before_update()
         assert critic.grad is not None
         return policy.grad is not None
@@ -359,11 +358,11 @@ def test_a_rollout_is_left_where_the_policy_has_left_it():
     assert (stop.stopped, stop.taken) == (False, 1)
 
 
-def test_a_step_takes_as_many_passes_as_the_model_is_large():
+def test_micro_batches_grow_with_the_model():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     nano, small, large = (ModelConfig.preset(name) for name in ("nano", "minimind2-small", "minimind2"))
-    assert passes(16, 256, small, cpu) == 1 and passes(17, 256, small, cpu) == 2
-    assert passes(64, 256, small, gpu) == 1 and passes(65, 256, small, gpu) == 2
-    assert passes(16, 256, large, cpu) == 4  # 1,365 tokens each, for three times the width times depth
-    assert passes(32, 256, nano, cpu) == 1
-    assert passes(1, 10**6, large, cpu) > 1
+    assert default_micro_batches(16, 256, small, cpu) == 1 and default_micro_batches(17, 256, small, cpu) == 2
+    assert default_micro_batches(64, 256, small, gpu) == 1 and default_micro_batches(65, 256, small, gpu) == 2
+    assert default_micro_batches(16, 256, large, cpu) == 4  # 1,365 tokens each, for three times the width times depth
+    assert default_micro_batches(32, 256, nano, cpu) == 1
+    assert default_micro_batches(1, 10**6, large, cpu) > 1

@@ -1,4 +1,4 @@
-"""What --show prints of a rollout, and the curves of a run."""
+"""The answers that --show prints, and the curves of a run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_tokens_have_the_colour_of_their_advantage():
     assert "reward   0.250 advantage  -2.000 (number 0.25)" in text
 
 
-def test_as_many_prompts_are_shown_as_were_asked_for():
+def test_show_prints_the_requested_number_of_prompts():
     answers = [answer(number, "x", [1.0], float(number)) for number in range(3) for _ in range(2)]
     assert shown(answers, 2).count("user: 1 + 1?") == 2
     assert shown(answers, 2).count("reward") == 4 and "reward   2.000" not in shown(answers, 2)

@@ -1,4 +1,4 @@
-"""What a run is trained and measured on: mixtures, named sets, copies, and what it remembers of it."""
+"""Mixtures, named held-out sets, repeated documents, and the choices that a run makes from its data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from minimind.data import open_conversations
 from minimind.data.split import split, split_tail
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import StageArgs
-from minimind.training.parts import NamedFiles, form_of, open_parts, read_texts
+from minimind.training.data_split import NamedFiles, form_of, open_split, read_texts
 from tests.training.runs import (
     SCRIPT,
     TINY,
@@ -57,7 +57,7 @@ def command(origin: Path, out: Path, folder: Path, data: list[str], *extra: str)
     return [sys.executable, str(SFT), *flags]
 
 
-def test_a_mixture_with_named_sets_goes_on_to_the_bit(origin, tmp_path):
+def test_a_mixture_with_named_sets_resumes_to_the_bit(origin, tmp_path):
     """Through a change of the weights; every set has its line, its figures and its curve."""
     data = [f"{rows(tmp_path, 'old', 90)}:3..1", f"{rows(tmp_path, 'new', 40)}:0..2"]
     sets = ["--heldout-data", f"first={rows(tmp_path, 'first', 9)}", f"other={rows(tmp_path, 'other', 12)}"]
@@ -88,11 +88,11 @@ def test_named_sets_alone_are_measured(origin, tmp_path):
 def test_entries_with_names_and_without(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b").write_text("a file of that name")
-    found = NamedFiles.of(("x:2",), ("y", "one=z", "one=w", "two=v", "a=b"))
+    found = NamedFiles.from_flags(("x:2",), ("y", "one=z", "one=w", "two=v", "a=b"))
     assert found.paths == ["x"] and found.heldout == ["y", "a=b"]
     assert found.sets == {"one": ["z", "w"], "two": ["v"]}
-    assert NamedFiles.of((), ("one=z",), ("train", "held")).heldout == ["held"]
-    assert NamedFiles.of((), ("y",), ("train", "held")).heldout == ["y"]
+    assert NamedFiles.from_flags((), ("one=z",), ("train", "held")).heldout == ["held"]
+    assert NamedFiles.from_flags((), ("y",), ("train", "held")).heldout == ["y"]
 
 
 def opened(folder: Path, data: list[Path], heldout: list[Path], **flags):
@@ -100,9 +100,9 @@ def opened(folder: Path, data: list[Path], heldout: list[Path], **flags):
     args = StageArgs(**{"heldout": 0.2, "dedupe": False} | flags)
     job = SimpleNamespace(
         args=args,
-        given=args,
+        flags=args,
         stage="sft",
-        origin=SimpleNamespace(weights=None),
+        initial=SimpleNamespace(weights=None),
         notes=[],
         settle=lambda name, rule: rule()[0],
     )
@@ -111,11 +111,11 @@ def opened(folder: Path, data: list[Path], heldout: list[Path], **flags):
     def read(paths):
         return open_conversations(paths, encoder, folder / "cache", console=Console(quiet=True))
 
-    named = NamedFiles.of([str(path) for path in data], [str(path) for path in heldout])
-    return open_parts(job, named, read), job.notes
+    named = NamedFiles.from_flags([str(path) for path in data], [str(path) for path in heldout])
+    return open_split(job, named, read), job.notes
 
 
-def test_copies_are_counted_and_left_out_on_request(tmp_path):
+def test_repeated_documents_are_counted_and_left_out_on_request(tmp_path):
     data, heldout = rows(tmp_path, "sums", 30, times=2), tmp_path / "held.jsonl"
     heldout.write_text("\n".join(data.read_text().splitlines()[:4]))
     parts, notes = opened(tmp_path, [data], [])
@@ -169,7 +169,7 @@ def test_a_run_of_an_earlier_version_keeps_its_split_and_its_rows(origin, tmp_pa
     assert reproducible(out)[0] != reproducible(tmp_path / "new")[0]
 
 
-def test_a_run_of_an_earlier_version_goes_on_without_the_fields_it_dropped(origin, tmp_path):
+def test_a_run_of_an_earlier_version_still_drops_unknown_fields(origin, tmp_path):
     data, cache, out = rows(tmp_path, "data", 60), tmp_path / "cache", tmp_path / "old"
     flags = {"from_": str(origin), "data": (str(data),), "cache_dir": str(cache), "tokens": 512, "evals": 1}
     call(SFT, out=str(tmp_path / "new"), seq_len=128, batch_tokens=512, **flags)
@@ -183,7 +183,7 @@ def test_a_run_of_an_earlier_version_goes_on_without_the_fields_it_dropped(origi
     call(SFT, out=str(out), seq_len=128, batch_tokens=512, **flags)
 
 
-def test_what_the_data_decided_stays_when_the_data_would_decide_otherwise(origin, tmp_path):
+def test_choices_stay_when_the_data_change(origin, tmp_path):
     """A row length is not chosen again: the folder says which it was."""
     data = rows(tmp_path, "data", 60)
     flags = {

@@ -1,4 +1,4 @@
-"""What a run begins with: a tokenizer, a shape, and weights that are random or those of an earlier stage."""
+"""The model a run begins with: its tokenizer, its shape, and random weights or those of an earlier stage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from minimind.weights import checkpoint_folder, fingerprint, load_model
 
 @dataclass(frozen=True)
 class InitialModel:
-    """tokenizer, config; preset: the shape's name, for people; weights: a folder or a .pth, None for random ones."""
+    """preset: the shape's name, for messages; weights: a folder or a .pth file, None for random ones."""
 
     tokenizer: Tokenizer
     config: ModelConfig
@@ -27,8 +27,8 @@ class InitialModel:
     weights: Path | None = None
 
     @staticmethod
-    def of(args: StageArgs, console: Console) -> InitialModel:
-        """What --from, --preset and --tokenizer ask for. Raises ValueError, naming the flag."""
+    def from_args(args: StageArgs, console: Console) -> InitialModel:
+        """The model that --from, --preset and --tokenizer name. Raises ValueError, naming the flag."""
         if args.from_ is not None:
             earlier = _earlier(Path(args.from_).expanduser(), args)
             if earlier.config.padding_note:
@@ -40,22 +40,23 @@ class InitialModel:
         if tokenizer.vocab_size != config.vocab_size:
             say(
                 console,
-                f"the tokenizer has {tokenizer.vocab_size} entries: so does the model, instead of {config.vocab_size}",
+                f"the model gets a vocabulary of {tokenizer.vocab_size}, as the tokenizer has, not {config.vocab_size}",
             )
             config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
         return InitialModel(tokenizer, config, preset)
 
-    def model(self) -> Model:
-        """On the CPU, float32; random weights are drawn from the global generator."""
+    def load(self) -> Model:
+        """The model on the CPU in float32; random weights are drawn from the global generator."""
         return Model(self.config) if self.weights is None else load_model(self.weights, self.config)
 
     def fingerprint(self) -> str | None:
-        """Of the weights; None for random ones."""
+        """The fingerprint of the weights; None for random ones."""
         return None if self.weights is None else fingerprint(self.weights)
 
 
-def begin_from(args: StageArgs, stage: str) -> str | None:
-    """--from, or the newest finished run of `stage`: in a plan None where there is none, or --preset says the shape."""
+def from_newest(args: StageArgs, stage: str) -> str | None:
+    """--from, or the newest finished run of `stage`. Under --plan None where there is no such run, or where --preset
+    names the shape; else ValueError."""
     if args.from_ is not None or (args.plan and args.preset is not None):
         return args.from_
     try:
@@ -74,15 +75,15 @@ def _earlier(path: Path, args: StageArgs) -> InitialModel:
             raise ValueError(f"--from {error}") from None
         if not (weights / "config.json").is_file():
             raise ValueError(
-                f"--from {path}: an adapter without its model; minimind export --model {path} --merge-lora --to hf "
-                "--out merged, and then --from merged"
+                f"--from {path}: an adapter without its model; run minimind export --model {path} --merge-lora --to hf "
+                "--out merged, then use --from merged"
             )
         config = ModelConfig.from_json(weights / "config.json")
         if args.preset is not None and _preset_of(config) != args.preset:
             raise ValueError(f"--preset {args.preset}: {weights} is a {_preset_of(config)} model; drop --preset")
     elif path.is_file():
         if args.preset is None:
-            raise ValueError(f"--from {path}: a bare weight file does not tell its shape; name it with --preset")
+            raise ValueError(f"--from {path}: a bare weight file has no shape; name it with --preset")
         weights, config = path, ModelConfig.preset(args.preset)
     else:
         raise ValueError(f"--from {path}: no such file or folder; check the path given")
@@ -92,17 +93,19 @@ def _earlier(path: Path, args: StageArgs) -> InitialModel:
 
 
 def _tokenizer_of(weights: Path, path: Path, args: StageArgs) -> Tokenizer:
-    """That beside the weights, which --tokenizer may name too; another one with --new-tokenizer alone."""
-    own = tokenizer_beside(weights)
+    """The tokenizer beside the weights, or the one of --tokenizer, which must have the same ids unless --new-tokenizer
+    is given."""
+    original = tokenizer_beside(weights)
     if args.tokenizer is None:
-        if own is None:
-            raise ValueError(f"--from {path}: there is no tokenizer with it; name its folder with --tokenizer")
-        return own
-    given = load_tokenizer(args.tokenizer)
-    if own is not None:
+        if original is None:
+            raise ValueError(f"--from {path}: there is no tokenizer beside it; name its folder with --tokenizer")
+        return original
+    named = load_tokenizer(args.tokenizer)
+    if original is not None:
         way_out = "drop --tokenizer, or add --new-tokenizer to teach the model another one"
-        require_same_ids(given, f"--tokenizer {args.tokenizer}", own, f"--from {path}", way_out, args.new_tokenizer)
-    return given
+        flag = f"--tokenizer {args.tokenizer}"
+        require_same_ids(named, flag, original, f"--from {path}", way_out, args.new_tokenizer)
+    return named
 
 
 def _preset_of(config: ModelConfig) -> str:

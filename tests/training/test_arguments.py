@@ -1,11 +1,11 @@
-"""How often a stage passes over its data, and with what optimizer, where no flag says."""
+"""Default passes over the data, the default optimizer, and the run's name from its data."""
 
 import json
 import runpy
 
 import pytest
 
-from minimind.training.defaults import MOST, PASSES, optimizer, passes
+from minimind.training.arguments import MOST, PASSES, StageArgs, default_epochs, default_optimizer
 from tests.training.runs import SCRIPT
 
 # What the flags' defaults were before the data decided: unfinished runs go on with them.
@@ -18,7 +18,7 @@ def test_builtin_data_and_unfinished_runs_stay_as_they_were(stage):
     assert args.epochs is None and args.legacy["epochs"] == BEFORE[stage]
     assert args.legacy["optimizer"] == "muon"
     for tokens in (100, 10**9):
-        assert passes(stage, True, tokens) == (BEFORE[stage], "")
+        assert default_epochs(stage, True, tokens) == (BEFORE[stage], "")
 
 
 @pytest.mark.parametrize(
@@ -38,18 +38,18 @@ def test_builtin_data_and_unfinished_runs_stay_as_they_were(stage):
     ],
 )
 def test_files_get_upstreams_passes_and_small_ones_more(stage, tokens, expected):
-    found, reason = passes(stage, False, tokens)
-    assert found == expected and found <= MOST * PASSES[stage].files
+    epochs, reason = default_epochs(stage, False, tokens)
+    assert epochs == expected and epochs <= MOST * PASSES[stage].files
     assert stage == "pretrain" or f"--epochs {expected}: " in reason
 
 
 def test_the_optimizer_follows_the_weights(tmp_path):
-    assert optimizer(None)[0] == "muon"
+    assert default_optimizer(None)[0] == "muon"
     weights = tmp_path / "run" / "checkpoints" / "step-00000010"
     weights.mkdir(parents=True)
-    assert optimizer(weights) == (
+    assert default_optimizer(weights) == (
         "adamw",
-        "--optimizer adamw: the weights are of no run of ours, and released models are AdamW's, which Muon does not "
+        "--optimizer adamw: no run of ours made the weights, and released models come from AdamW, which Muon does not "
         "improve on (docs/training.md)",
     )
     for config, expected in (
@@ -60,6 +60,20 @@ def test_the_optimizer_follows_the_weights(tmp_path):
     ):
         (tmp_path / "run" / "config.json").write_text(json.dumps(config))
         (weights / "config.json").write_text(json.dumps({"hidden_size": 64}))
-        assert optimizer(weights)[0] == expected
+        assert default_optimizer(weights)[0] == expected
     bare = tmp_path / "run" / "model.pth"
-    assert optimizer(bare)[0] == "adamw"
+    assert default_optimizer(bare)[0] == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ((), "builtin"),
+        (("a/sft.jsonl", "b.jsonl"), "sft+1"),
+        ((f"{'x' * 249}.jsonl",), "x" * 40),
+        ((f"{'唐' * 83}.jsonl", "b"), "唐" * 40 + "+1"),
+    ],
+)
+def test_a_run_is_named_after_its_data_as_far_as_a_folder_can_be(data, name, tmp_path):
+    assert StageArgs(data=data).data_name == name
+    (tmp_path / f"pretrain-minimind2-small-{name}-12").mkdir()
