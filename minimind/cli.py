@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from minimind.utils.startup import leave_on_interrupt, prepare_output, started, with_home
 
 COMMANDS = {
-    "chat": ("minimind.apps.chat", "talk to a model in the terminal"),
-    "serve": ("minimind.serving.command", "serve a model over HTTP as OpenAI's API does"),
-    "web": ("minimind.serving.web_command", "talk to a model in the browser"),
+    "chat": ("minimind.apps.chat", "chat with a model in the terminal"),
+    "serve": ("minimind.serving.command", "serve a model over HTTP with OpenAI's API"),
+    "web": ("minimind.serving.web_command", "chat with a model in the browser"),
     "evaluate": ("minimind.evaluation.perplexity", "measure perplexity by context length, or run benchmarks"),
     "export": ("minimind.export.command", "write a model for transformers, vLLM, llama.cpp, ollama or upstream"),
     "data": ("minimind.data.download", "download upstream's data sets"),

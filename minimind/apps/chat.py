@@ -23,6 +23,7 @@ from minimind.inference.loading import ModelArgs, open_model
 from minimind.inference.requests import Request, RequestOutput, SamplingParams
 from minimind.inference.runner import Backend
 from minimind.tokenization import Tokenizer
+from minimind.tokenization.chat_encoder import END_THINK, THINK
 
 HELP = """/reset          forget the conversation
 /system TEXT    forget the conversation and set the system message, or remove it if there is no TEXT
@@ -30,7 +31,6 @@ HELP = """/reset          forget the conversation
 /help           show this list
 /quit           leave, as Ctrl-D does. Ctrl-C stops an answer"""
 
-THINK, END_THINK = "<think>", "</think>"
 THINKING = {"on": True, "off": False, None: None}
 
 

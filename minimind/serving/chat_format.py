@@ -29,6 +29,7 @@ from minimind.serving.protocol import (
     limit_depth,
 )
 from minimind.tokenization import ChatEncoder, Tokenizer
+from minimind.tokenization.chat_encoder import ANSWER, END_ANSWER, END_THINK, THINK
 from minimind.tokenization.reasoning import prompt_endings
 
 
@@ -133,9 +134,7 @@ def content_text(content: Content | AssistantContent | None) -> str:
     return "".join(part.text for part in content)
 
 
-THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
-ANSWER, END_ANSWER = "<answer>", "</answer>"  # upstream's data puts them around the answer after reasoning
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
 
 Kind = Literal["reasoning", "content", "call", "arguments"]

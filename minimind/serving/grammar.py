@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from minimind.inference.requests import Constraint
-from minimind.serving.chat_format import CALL, END_CALL, END_THINK
+from minimind.serving.chat_format import CALL, END_CALL
 from minimind.serving.protocol import ApiError
 from minimind.tokenization import Tokenizer
+from minimind.tokenization.chat_encoder import END_THINK
 
 # The layout of Python's json.dumps, which chat templates use. With free white space a weak model may write only that.
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}

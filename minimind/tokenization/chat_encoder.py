@@ -22,6 +22,7 @@ from minimind.tokenization.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 MARKERS = ("<think>", "</think>", "<answer>", "</answer>")  # the loss on reasoning data may weigh them more
+THINK, END_THINK, ANSWER, END_ANSWER = MARKERS
 _MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 _GUARDS = [chr(code) for code in range(0xFDD0, 0xFDEE)]  # noncharacters: no text should hold them
 

@@ -1,3 +1,3 @@
-"""Tests of the chat run with both hosts, as those of the engine do."""
+"""Tests of the chat run with both hosts, as in tests/inference."""
 
 from tests.inference.conftest import host, pytest_generate_tests  # noqa: F401

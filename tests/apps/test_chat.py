@@ -1,4 +1,4 @@
-"""The conversation, the terminal around it, and the commands that open a model."""
+"""The chat session, its terminal, and opening a model."""
 
 import contextlib
 import io
@@ -36,7 +36,7 @@ def conversation(**options) -> ChatSession:
 
 
 def expected_answer(messages: list[dict], **variables) -> str:
-    """By the engine itself, from the text that the template makes of `messages`."""
+    """The engine's own answer to the rendered `messages`."""
     rendered = small_tokenizer().apply_chat_template(messages, add_generation_prompt=True, **variables)
     engine = Engine(small_model(), small_tokenizer(), max_batch=1, backend="reference")
     return engine.generate([Request(rendered, GREEDY)])[0].text
@@ -287,7 +287,7 @@ def test_the_command_lists_its_subcommands(capsys):
 
 @pytest.fixture(scope="module")
 def talkative(tmp_path_factory) -> Path:
-    """A checkpoint whose greedy answers only end at their limit: the end token's logit is 0, others lie above."""
+    """A checkpoint whose greedy answers end only at their limit: the end token has the logit 0, others are higher."""
     model, tokenizer = small_model(max_position_embeddings=4096), small_tokenizer()
     with torch.no_grad():
         model.embed_tokens.weight[tokenizer.eos_token_id] = 0
@@ -340,7 +340,7 @@ ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def _until(fd: int, wanted: str, seconds: float = 90.0) -> str:
-    """What the terminal shows until `wanted` stands there, without cursor movements and colours."""
+    """The output of the terminal until it contains `wanted`, without cursor movements and colours."""
     shown, end = "", time.monotonic() + seconds
     while wanted not in shown:
         assert time.monotonic() < end, f"no {wanted!r} in {shown!r}"
@@ -350,7 +350,7 @@ def _until(fd: int, wanted: str, seconds: float = 90.0) -> str:
 
 
 def _drain(fd: int) -> None:
-    """Read until the program has closed its side, which Linux tells by an error."""
+    """Read until the program has closed its side, which Linux reports as an error."""
     with contextlib.suppress(OSError):
         while os.read(fd, 65536):
             pass

@@ -1,3 +1,3 @@
-"""Tests with an engine run with both hosts, as in tests/inference."""
+"""Tests of evaluation run with both hosts, as in tests/inference."""
 
 from tests.inference.conftest import host, pytest_generate_tests  # noqa: F401

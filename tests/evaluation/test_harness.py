@@ -1,4 +1,4 @@
-"""lm-evaluation-harness over this project's models: tasks with known answers, and its own transformers adapter."""
+"""lm-evaluation-harness with this project's models: tasks with known answers, and the harness's own adapter."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def log_prob(model, context: list[int], continuation: list[int]) -> float:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory) -> Path:
-    """Three tasks whose right figures follow from the model itself: 9 of 12 choices, 2 of 4 texts are its own."""
+    """Three tasks with known results: 9 of 12 choices and 2 of 4 texts are the model's own."""
     folder = tmp_path_factory.mktemp("tasks")
     model, tokenizer = small_model().double(), small_tokenizer()
     rows = []
@@ -129,7 +129,7 @@ def instances(*arguments: tuple) -> list[SimpleNamespace]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_log_likelihoods_are_those_of_the_harness_own_adapter(variant, tmp_path):
-    """Of the exported model in transformers: contexts that are empty, end in spaces, or are longer than the model's."""
+    """Compares with the exported model in transformers, for contexts that are empty, end in spaces, or are too long."""
     pytest.importorskip("transformers", reason="install minimind[export]")
     from lm_eval.models.huggingface import HFLM
 

@@ -1,4 +1,4 @@
-"""Perplexity by context length, against whole logits in float64 window by window."""
+"""Perplexity by context length, compared with full float64 logits for each window."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ QUIET = Console(quiet=True)
 
 
 def truth(model, ids, length: int) -> tuple[float, float]:
-    """(nats of all targets, nats of those in second halves): one window at a time, full logits, float64."""
+    """(nats of all targets, nats of the second halves), from full float64 logits, one window at a time."""
     ops.set_mode("reference")
     model = copy.deepcopy(model).double()
     nats = torch.zeros(length, dtype=torch.float64)
@@ -54,7 +54,7 @@ def test_equals_full_logits_window_by_window():
 
 
 def test_memory_does_not_grow_with_the_text(monkeypatch):
-    """The largest tensor of the head's making is far below [tokens, vocabulary]."""
+    """The largest tensor at the output head is far smaller than [tokens, vocabulary]."""
     model, tokenizer = small_model(vocab_size=6400), small_tokenizer()
     seen = []
     whole = ops.linear_log_probs

@@ -1,4 +1,4 @@
-"""`minimind export` from the command line: what is written, what is said, and refusals that leave nothing behind."""
+"""`minimind export` from the command line: its files, its output, and errors that leave nothing behind."""
 
 import importlib.util
 import json
@@ -49,7 +49,7 @@ def run(capsys, *arguments) -> tuple[int, list[str], str]:
 
 
 def refused(capsys, tmp_path, *arguments) -> str:
-    """The one line; nothing was written."""
+    """The error's one line; checks that nothing was written."""
     before = sorted(tmp_path.rglob("*"))
     status, _, error = run(capsys, *arguments)
     assert status == 2 and error.startswith("error: ") and error.count("\n") == 1, error
@@ -132,7 +132,7 @@ def test_an_adapter_is_merged_for_every_target(folder, tmp_path, capsys):
 
 
 def test_a_lora_run_is_its_base_with_the_adapter_beside(folder, tmp_path, capsys):
-    """As train/lora.py leaves it: the adapter in a checkpoint, the base by its path."""
+    """A run as train/lora.py writes it: the adapter in a checkpoint, with the path of its base."""
     run_folder = tmp_path / "lora-run"
     adapter(run_folder / "checkpoints" / "step-00000010", CONFIGS["qwen3"], base=folder)
     (run_folder / "config.json").write_text(json.dumps({"stage": "lora"}))
@@ -210,7 +210,7 @@ def test_adapters_that_do_not_fit(folder, tmp_path, capsys):
 
 
 def test_an_adapter_of_grouped_attention_works_on_granite(tmp_path, capsys):
-    """Attention has the same names there: its adapter needs no merging."""
+    """Attention has the same names in Granite, so its adapter need not be merged."""
     shared = saved(tmp_path / "granite", CONFIGS["granitemoe"])
     lora = adapter(tmp_path / "g", CONFIGS["granitemoe"], targets=("q_proj", "v_proj"))
     out = tmp_path / "hf"
@@ -222,7 +222,7 @@ def test_an_adapter_of_grouped_attention_works_on_granite(tmp_path, capsys):
 
 
 def test_an_assumed_base_model_is_reported(folder, tmp_path, capsys, monkeypatch):
-    """An adapter of peft's: nothing in it tells the base from another model of the same relative name."""
+    """peft's adapters do not distinguish their base from another model with the same relative name."""
     foreign = adapter(tmp_path / "adapter", CONFIGS["qwen3"], base=folder)
     (foreign / "base_model.json").unlink(missing_ok=True)
     settings = json.loads((foreign / "adapter_config.json").read_text())

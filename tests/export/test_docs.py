@@ -1,4 +1,4 @@
-"""The Python of the guide pages runs as it stands there."""
+"""The Python code of the guide pages runs unchanged."""
 
 import importlib.util
 import re
@@ -56,7 +56,7 @@ def test_llama_cpp_page(exported):
 
 
 def test_links_and_flags_of_the_pages():
-    """Pages link to pages that exist, and name only flags and targets that `minimind export` has."""
+    """The pages link to existing pages, and use only flags and targets that `minimind export` has."""
     pages = {page.name: page.read_text(encoding="utf-8") for page in DOCS.glob("*.md")}
     assert len(pages) == 7
     for name, text in pages.items():

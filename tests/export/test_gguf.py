@@ -1,4 +1,4 @@
-"""GGUF files: every tensor and field as llama.cpp wants them, read back by the gguf package."""
+"""GGUF files: every tensor and field as llama.cpp expects it, read back by the gguf package."""
 
 import dataclasses
 import json
@@ -163,7 +163,7 @@ def test_the_vocabulary(tmp_path):
 
 @pytest.mark.parametrize("variant", ["llama", "llama, untied"])
 def test_padding_is_never_sampled(variant, tmp_path):
-    """llama.cpp draws from all rows. One of these models' surplus rows would nearly always win."""
+    """llama.cpp samples from all rows, and a surplus row of these models would nearly always win."""
     model = model_of(CONFIGS[variant])
     wide = padded(model, known=False)
     path = export_gguf(wide, load_tokenizer(), tmp_path / "m.gguf", "f32")

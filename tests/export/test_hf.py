@@ -1,4 +1,4 @@
-"""Folders for transformers: its own classes compute the same, and its files open here again."""
+"""Folders for transformers: its classes compute the same, and its files open here again."""
 
 import copy
 import dataclasses
@@ -204,7 +204,7 @@ def test_top_1_without_normalised_gates_is_qwen3_moe(tmp_path, monkeypatch):
 
 
 def test_other_peoples_files():
-    """Its multipliers, and what its class takes where the file says nothing."""
+    """Granite's multipliers, and the defaults of its class."""
     raw = hf_config(CONFIGS["granitemoe"], load_tokenizer(), torch.float32)
     for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier"):
         with pytest.raises(ValueError, match=f"granitemoeshared: {key}=3.0 is not supported"):

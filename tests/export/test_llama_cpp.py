@@ -1,4 +1,4 @@
-"""What llama.cpp does with the GGUF files: the same greedy tokens, ids of texts, chats; its own 4-bit weights."""
+"""llama.cpp with the GGUF files: the same greedy tokens, token ids and chats; its own 4-bit weights."""
 
 import dataclasses
 import importlib.util

@@ -1,4 +1,4 @@
-"""Upstream's .pth files: what is written has upstream's names, shapes and dtypes; what upstream writes is read."""
+"""Upstream's .pth files: written files have upstream's names, shapes and dtypes; upstream's own files can be read."""
 
 import json
 from pathlib import Path

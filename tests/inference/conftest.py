@@ -1,4 +1,4 @@
-"""Tests of engines run twice: with a host that is in step, as on a CPU, and with one that is late, as on a GPU."""
+"""Tests with an engine run twice: with a host in step, as on a CPU, and with a late host, as on a GPU."""
 
 import pytest
 
@@ -16,6 +16,6 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def host(request, monkeypatch):
-    """Which of the two the engines of a test have."""
+    """Sets the host of a test's engines."""
     monkeypatch.setattr(engine, "host_is_late", lambda device: request.param == "late")
     return request.param

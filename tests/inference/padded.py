@@ -1,4 +1,4 @@
-"""Models whose vocabulary is padded beyond their tokenizer's ids, with rows that would win if anything saw them."""
+"""Models with a vocabulary padded beyond their tokenizer's ids, by rows that would win if anything used them."""
 
 from __future__ import annotations
 

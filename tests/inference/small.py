@@ -31,7 +31,7 @@ def small_tokenizer() -> Tokenizer:
 
 
 def small_model(variant: str = "dense", vocab_size: int | None = None, seed: int = 0, **overrides) -> Model:
-    """Weights large enough that the likeliest token is seldom in doubt."""
+    """Weights so large that the likeliest token is seldom close to the second."""
     vocab_size = vocab_size or small_tokenizer().vocab_size
     torch.manual_seed(seed)
     shape = {"max_position_embeddings": 512, **VARIANTS[variant], **overrides}
@@ -51,7 +51,7 @@ def random_prompts(count: int, longest: int, vocab_size: int, seed: int = 0) -> 
 
 @torch.no_grad()
 def greedy(model: Model, prompt: list[int], new_tokens: int) -> list[int]:
-    """The truth: argmax of a whole forward for every token."""
+    """The true greedy tokens: the argmax of a whole forward for each."""
     ids = list(prompt)
     for _ in range(new_tokens):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
@@ -60,6 +60,6 @@ def greedy(model: Model, prompt: list[int], new_tokens: int) -> list[int]:
 
 @torch.no_grad()
 def is_greedy(model: Model, prompt: list[int], new: list[int]) -> bool:
-    """Whether every new token is the argmax of a whole forward after those before it: `greedy` at one forward."""
+    """Whether every new token is the argmax of a whole forward; checks `greedy` with one forward."""
     logits = model(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
     return logits.argmax(-1).tolist() == new

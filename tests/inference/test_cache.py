@@ -12,7 +12,7 @@ PAGES, SIZE = 6, 2
 
 
 class Pool(RuleBasedStateMachine):
-    """Sequences of tokens that take, share, publish and release pages; `content` is what a page really holds."""
+    """Sequences that take, share, publish and release pages; `content` has the true content of each page."""
 
     def __init__(self):
         super().__init__()

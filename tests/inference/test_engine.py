@@ -1,4 +1,4 @@
-"""What the engine generates: token for token what whole forwards do, whatever else is in the batch."""
+"""The engine generates the tokens of whole forwards, whatever else is in the batch."""
 
 import pytest
 import torch

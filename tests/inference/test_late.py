@@ -1,4 +1,4 @@
-"""A host that reads tokens one step late gives what one in step gives, and never waits for the step it has launched."""
+"""A host that reads tokens a step late gives the same results as one in step, and never waits for a launched step."""
 
 import functools
 
@@ -82,7 +82,7 @@ ACTIONS = st.lists(
 
 
 def check_mirror(engine):
-    """What the device has made of its rows is what the host foretells."""
+    """Checks that the device's rows are what the host predicts."""
     batch = engine._batch
     if batch._mirror is None or not batch.sequences:
         return
@@ -123,7 +123,7 @@ def play(engine, actions):
 
 
 def said(delta):
-    """A delta without what rounding changes."""
+    """A delta without the parts that rounding may change."""
     top = tuple(tuple(i for i, _ in row) for row in delta.top_logprobs)
     return (*delta[:4], top, *delta[6:8], None if delta.output is None else delta.output.error)
 
@@ -149,7 +149,7 @@ def test_a_late_host_gives_the_same_deltas_in_the_same_order(backend, actions, c
 @settings(max_examples=60, deadline=None)
 @given(actions=ACTIONS, pages=st.integers(14, 40), max_batch=st.integers(3, 6), reuse=st.booleans())
 def test_a_late_host_gives_the_same_samples_with_too_little_memory(actions, pages, max_batch, reuse):
-    """Who is admitted or preempted when is another matter; and a cancel then finds more or fewer tokens."""
+    """The times of admission and preemption may differ, and so may the tokens of a cancelled request."""
     told = []
     for late in (False, True):
         engine = engine_with(
@@ -189,7 +189,7 @@ class Calls(TorchDispatchMode):
 
 
 class Event:
-    """Stands for one of CUDA's."""
+    """Replaces one of CUDA's."""
 
     def __init__(self, log, step):
         self.log, self.step = log, step
@@ -199,7 +199,7 @@ class Event:
 
 
 def watch(engine, log):
-    """From now on the engine's graphs, its copies to the host and its waits go into `log`, with their step's number."""
+    """Record the engine's graphs, copies to the host and waits in `log`, each with the number of its step."""
     run, fetch = engine._runner._run, engine._batch._sampled.fetch
     step = 0
 
@@ -255,7 +255,7 @@ def test_a_page_costs_one_copy_to_the_device(monkeypatch):
 
 
 def test_a_launched_step_keeps_its_pages_until_it_is_read():
-    """The first token is the end: the row that was launched after it has a page of its own to write to."""
+    """The first token ends the sequence; the row launched after it still has a page of its own."""
     engine = engine_with(True, model(), page_size=4, prefix_cache=False)
     prompt = [1, 2, 3, 4]
     (first,) = test_engine.new_ids(engine.generate([Request(prompt, SamplingParams(1, temperature=0))]))[0]
@@ -284,7 +284,7 @@ def test_a_sequence_at_its_limit_runs_no_extra_step():
 
 @pytest.mark.parametrize("late", [False, True])
 def test_an_ended_sequence_causes_no_preemption(late):
-    """Both need a third page for their sixth token, and none is left; but the first ended with its fifth."""
+    """Both sequences need a third page for their sixth token, and none is left; but the first ended with its fifth."""
     prompt = [1, 2, 3, 4]
     for seed in range(20):
         params = SamplingParams(6, temperature=1.5, seed=seed)
@@ -336,7 +336,7 @@ def test_cancelling_an_unread_ended_request_is_too_late():
 
 
 def test_warm_up_steps_do_not_change_the_rows():
-    """Before a graph is captured its step runs once, on a twin without rows."""
+    """Before the capture of a graph, its step runs once, on a mirror without rows."""
     late = DecodeBatch(4, 3, 4, 50, torch.device("cpu"), late=True)
     sample = SequenceState(0, 0, 1, [1, 2, 3])
     sample.pages, sample.computed = [2], 3

@@ -1,4 +1,4 @@
-"""A padded vocabulary changes nothing: every token and figure is that of the model without its surplus rows."""
+"""A padded vocabulary changes no token and no figure: they are those of the model without surplus rows."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ WAYS = [
 
 
 class Even:
-    """Ids of even numbers alone: what a grammar says of the tokenizer's ids."""
+    """A constraint that allows only even ids of the tokenizer."""
 
     def allowed(self):
         return np.arange(TOKENIZER.vocab_size) % 2 == 0
@@ -56,7 +56,7 @@ def test_the_engine_samples_and_scores_the_same(variant, backend, known):
 
 
 def test_without_a_mask_the_surplus_would_win():
-    """The rows of this file's models are no harmless ones."""
+    """The surplus rows of these models are not harmless."""
     model = padded(small_model(), known=False)
     (ids,) = generate(model, [[5, 6, 7]], 16, temperature=0.0)
     assert max(ids) >= TOKENIZER.vocab_size
@@ -80,7 +80,7 @@ def test_a_prompt_of_surplus_ids_is_refused():
 
 @pytest.mark.parametrize("variant", ["dense", "qk_norm, untied"])
 def test_losses_and_log_probabilities_are_over_the_tokenizers_ids(variant):
-    """And the surplus rows get no gradient."""
+    """The surplus rows get no gradient either."""
     model = small_model(variant)
     wide = padded(model)
     ids = torch.tensor(random_prompts(1, 1, 300, seed=1)[0] * 3 + [4, 9, 60, 120, 200])[None]

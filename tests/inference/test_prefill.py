@@ -78,7 +78,7 @@ def test_pack_chunks():
 
 def fake_varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, enable_gqa=False, seqused_k=None,
                      block_table=None, num_splits=None):  # fmt: skip
-    """What torch's varlen_attn is documented to compute, in float64, one sequence at a time."""
+    """torch's varlen_attn as documented, in float64, one sequence at a time."""
     assert window_size == (-1, 0)
     assert cu_q.dtype == cu_k.dtype == torch.int32
     out = torch.empty_like(q)
@@ -102,7 +102,7 @@ def fake_varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, enable_g
 
 @pytest.mark.parametrize("gqa", [True, False])
 def test_flash_attention_gets_the_arguments_it_documents(monkeypatch, gqa):
-    """There is no GPU here: the kernel is replaced by its documentation."""
+    """Without a GPU, the kernel is replaced by an implementation of its documentation."""
     monkeypatch.setattr(varlen, "varlen_attn", fake_varlen_attn)
     monkeypatch.setattr(varlen, "TAKES_FEWER_HEADS", gqa)
     a, b = sequence_of([1] * 9, [5, 2, 7]), sequence_of([1] * 2, [1])
@@ -120,7 +120,7 @@ def test_flash_attention_gets_the_arguments_it_documents(monkeypatch, gqa):
 
 
 def test_inference_computes_no_load_balance_loss(monkeypatch):
-    """A dozen launches a layer, which nobody reads."""
+    """It would cost a dozen unused launches per layer."""
     monkeypatch.setattr(modeling, "load_balance_loss", None)
     runner, _ = runner_of(small_model("moe", vocab_size=50))
     s = sequence_of(TOKENS[0][:9], [3, 1, 0])

@@ -1,4 +1,4 @@
-"""The scheduler without a model: sequences that take made-up tokens until they have enough."""
+"""The scheduler without a model: sequences get invented tokens until they reach their length."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +25,7 @@ class Run:
             self.wanted[arrival, index] = wanted
 
     def write(self, sequence, position):
-        """The key and value of a token: they stand for all tokens up to it."""
+        """Stands for the key and value of a token, which depend on all tokens up to it."""
         page = sequence.pages[position // SIZE]
         holders = [s for s in self.scheduler.running if page in s.pages and s is not sequence]
         for other in holders:  # shared pages are only written by a chunk that fills what others only find

@@ -16,7 +16,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="package")
 def server():
-    """With a model that was taught ANSWERS."""
+    """A server with a model that was trained on ANSWERS."""
     from tests.serving.service import serving, taught
 
     with serving(*taught()) as running:

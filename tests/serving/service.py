@@ -1,4 +1,4 @@
-"""A server with a tiny model in this process, and one that was taught a few answers."""
+"""A server in this process, with a tiny random model or one that was trained on a few answers."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def serving(
 
 @functools.cache
 def taught() -> tuple[Model, Tokenizer]:
-    """A model that gives ANSWERS, learnt by heart in a second or two."""
+    """A model that has memorised ANSWERS, trained in a second or two."""
     texts = [str(CALL), *(str(answer) for answer in ANSWERS.values())]
     tokenizer = load_tokenizer().with_model(train_bpe(texts, 320))
     encoder = ChatEncoder(tokenizer)

@@ -1,4 +1,4 @@
-"""/v1/chat/completions through OpenAI's own client, against a model that was taught a few answers."""
+"""/v1/chat/completions through OpenAI's own client, with a model that was trained on a few answers."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What clients of OpenAI's API send, most of it recorded from them: a question, one with a tool, the tool's result."""
+"""Requests of OpenAI's clients, most of them recorded: a question, a question with a tool, the tool's result."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`minimind serve` as a user runs it: a process, the line it prints, a signal."""
+"""`minimind serve` as a user runs it: in a process, with the command that it prints, ended by a signal."""
 
 import os
 import re

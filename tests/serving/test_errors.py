@@ -1,4 +1,4 @@
-"""Wrong requests: the status and shape that OpenAI's clients know, one line that says what to do, never a 500."""
+"""Invalid requests get the status and form that OpenAI's clients expect and a message of one line, never a 500."""
 
 import inspect
 import json
@@ -113,7 +113,7 @@ def test_malformed_bodies(server):
 
 
 def call_of(arguments):
-    """A conversation with a call that has these arguments, and its result."""
+    """A conversation with a call that has these arguments, and the result of the call."""
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
     return [
         {"role": "user", "content": "hi"},
@@ -124,7 +124,7 @@ def call_of(arguments):
 
 @pytest.mark.parametrize("arguments", ['{"city": "Par', "null", "", "3", "[" * 200, json.dumps(DEEP), "<|im_end|>"])
 def test_cut_or_malformed_calls_can_be_sent_back(server, arguments):
-    """The server sends them out itself, with finish_reason length."""
+    """The server itself returns such answers, with finish_reason length."""
     response = server.http.post(CHAT, json={**HI, "messages": call_of(arguments)})
     assert response.status_code == 200, response.text
     prompt = server.service.prompts.prompt(ChatRequest(model="tiny", messages=call_of(arguments)))[0]
@@ -196,7 +196,7 @@ def test_neutral_values_are_accepted(server, extra):
 
 
 def test_boundary_values_take_effect(server):
-    """A top_p of 0 is the likeliest token, a top_k of -1 all of them; an empty stop string stops nothing."""
+    """A top_p of 0 takes the likeliest token, a top_k of -1 keeps all, and an empty stop string stops nothing."""
     likeliest = server.http.post(CHAT, json={**HI, "max_tokens": 8, "temperature": 0}).json()["choices"]
     found = server.http.post(CHAT, json={**HI, "max_tokens": 8, "temperature": 1, "top_p": 0, "stop": [""]})
     assert found.json()["choices"] == likeliest
@@ -235,7 +235,7 @@ def test_minus_one_takes_all_tokens_that_fit(server):
     "kind", [None, "", "application/x-www-form-urlencoded", "text/plain;charset=UTF-8", "text/json"]
 )
 def test_json_without_its_content_type_is_json(server, kind):
-    """curl -d says that it sends a form, fetch in Node that it is text. A web page could, too, without asking."""
+    """curl -d declares a form, fetch in Node plain text. A web page could send those without a preflight request."""
     headers = {} if kind is None else {"Content-Type": kind}
     body = json.dumps(HI)
     assert server.http.post(CHAT, content=body, headers=headers).status_code == 200
@@ -355,7 +355,7 @@ def test_extreme_sampling_values_are_served(server, extreme):
 
 
 def test_documented_bounds_are_the_checked_ones(server):
-    """As floats, in which 2^63 - 1 would be 2^63."""
+    """The description has them as floats, in which 2^63 - 1 would be 2^63."""
     schemas = server.http.get("/openapi.json").json()["components"]["schemas"]
     for name in ("ChatRequest", "CompletionRequest"):
         (integer,) = (kind for kind in schemas[name]["properties"]["seed"]["anyOf"] if kind["type"] == "integer")

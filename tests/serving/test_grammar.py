@@ -1,4 +1,4 @@
-"""Constrained answers: JSON, whatever a model with random weights would rather say."""
+"""Constrained answers are JSON even from a model with random weights."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_a_preempted_sequence_continues_its_grammar():
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_a_grammar_without_an_end_fails_only_its_answer(backend):
-    """An object that must hold another such object: after the first brace there is nothing finite to say."""
+    """An object that must contain another such object: no finite text can match it."""
     tokenizer = small_tokenizer()
     endless = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
     constraint = Grammars(tokenizer).json_schema(endless, reasoning=False)

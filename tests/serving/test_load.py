@@ -1,4 +1,4 @@
-"""Many clients at once: every stream its own answer, places freed at once, a full queue, an orderly end."""
+"""Many clients at once: separate streams, slots that are freed at once, a full queue, an orderly shutdown."""
 
 import asyncio
 import itertools
@@ -23,7 +23,7 @@ LONG = {"model": "tiny", "prompt": [5], "max_tokens": 1000, "stream": True, "tem
 
 
 def varied_model() -> Model:
-    """Random weights of a scale that lets every layer change the next token: few answers are alike."""
+    """Random weights, so large that every layer changes the next token and few answers are alike."""
     vocabulary = small_tokenizer().vocab_size
     return random_model(ModelConfig(32, 2, 4, 2, 16, 48, vocabulary, max_position_embeddings=2048))
 
@@ -35,7 +35,7 @@ def varied():
 
 
 def alone(tokens: int) -> dict[str, list[int]]:
-    """Answers that are unlike each other, each computed with nothing else in the engine, and their prompts."""
+    """Prompts with different answers, each computed alone in the engine."""
     engine = Engine(varied_model(), small_tokenizer(), kv_tokens=2048, max_batch=1, prefix_cache=False)
     prompts = random_prompts(200, 12, small_tokenizer().vocab_size)
     outputs = engine.generate(Request(p, SamplingParams(tokens, temperature=0)) for p in prompts)
@@ -56,7 +56,7 @@ async def text_of(client: openai.AsyncOpenAI, prompt: list[int], tokens: int) ->
 
 
 def mixed(running: Running, clients: int, seconds: float, tokens: int) -> int:
-    """How many answers so many clients got; each must be the one that its prompt gets alone."""
+    """The number of answers that the clients got. Each must be the one that its prompt gets alone."""
     expected = list(alone(tokens).items())[:clients]
     assert len(expected) == clients
 
@@ -169,7 +169,7 @@ def test_a_shutdown_waits_no_longer_than_the_limit():
 
 
 def test_characters_are_never_split(server):
-    """In the bytes on the wire: every event is whole UTF-8, whatever the tokens were."""
+    """Every event on the wire is valid UTF-8, whatever the tokens are."""
     body = {"model": "tiny", "stream": True, "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
     with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
         raw = b"".join(response.iter_raw())

@@ -1,4 +1,4 @@
-"""Taking an answer apart: the same parts wherever the text was cut."""
+"""Parsing an answer gives the same parts wherever the text was cut."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The web chat: its page run without a browser, and with one (slow)."""
+"""The web chat: its page without a browser, and with one (slow)."""
 
 import os
 import re
@@ -35,7 +35,7 @@ HELLO = ANSWERS["hi"]["content"]
 
 @pytest.fixture
 def page(server, monkeypatch):
-    """The page, run once, with the seed and temperature of an answer by heart."""
+    """The page, run once, with the seed and temperature of a memorised answer."""
     testing = pytest.importorskip("streamlit.testing.v1", reason="needs streamlit: pip install 'minimind[web]'")
     monkeypatch.setenv("MINIMIND_URL", f"{server.root}/v1")
     monkeypatch.delenv("MINIMIND_API_KEY", raising=False)
@@ -72,7 +72,7 @@ def test_a_local_server_is_reached_without_the_proxy(server, name, proxy, monkey
      ("10.0.0.5", False), ("example.com", False)],
 )  # fmt: skip
 def test_local_hosts(host, local, monkeypatch):
-    """Others are reached as the environment says, and a proxy that cannot be used is one line."""
+    """Other servers are reached through the environment's proxy; one that cannot be used is a one-line error."""
     monkeypatch.setenv("ALL_PROXY", "socks://proxy.example:1")
     if local:
         connect(f"http://{host}:8998/v1", None).close()
@@ -200,7 +200,7 @@ def test_the_server_gets_the_flags_of_the_model():
 
 @contextmanager
 def browser():
-    """Chromium without a window; skips, and says why, where it is not."""
+    """Headless Chromium; skips with a reason if it is not installed."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="pip install 'minimind[interop]'")
     binary, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
     if binary is None or driver is None:
@@ -218,7 +218,7 @@ def browser():
 
 @contextmanager
 def web(*flags):
-    """`minimind web` in a process; its address."""
+    """Runs `minimind web` in a process and yields its address."""
     pytest.importorskip("streamlit", reason="needs streamlit: pip install 'minimind[web]'")
     with socket.create_server(("127.0.0.1", 0)) as place:
         port = place.getsockname()[1]
@@ -247,7 +247,7 @@ def when(condition, seconds=60):
 
 
 def test_an_interrupt_ends_the_page_and_its_server(monkeypatch):
-    """kill -INT reaches `minimind web` alone, not what it has started."""
+    """kill -INT reaches only `minimind web`, not the processes that it started."""
     pages = []
 
     class Page:
@@ -272,7 +272,7 @@ def test_an_interrupt_ends_the_page_and_its_server(monkeypatch):
 
 @pytest.mark.slow
 def test_in_a_browser(tmp_path):
-    """Questions typed, their answers seen: the default top_p leaves only what this model learnt by heart."""
+    """Types questions and sees their answers; the default top_p leaves only the memorised ones."""
     model, tokenizer = taught()
     save_weights(model, tmp_path / "taught")
     tokenizer.save(tmp_path / "taught")
@@ -303,7 +303,7 @@ def test_in_a_browser(tmp_path):
 
 @pytest.mark.slow
 def test_the_stop_button(tmp_path):
-    """An answer that would take minutes, stopped on its way; what came of it stays."""
+    """Stops an answer that would take minutes; its text so far stays."""
     options = {"model": slow_model(), "tokenizer": taught()[1], "kv_tokens": 1 << 13}
     with serving(**options) as running, browser() as chrome, web("--url", f"{running.root}/v1") as url:
         when(lambda: chrome.get(url) or True)

@@ -35,7 +35,7 @@ DTYPES = [FLOAT8, torch.bfloat16, torch.float16]
 
 
 def log_probs(model, prompt, new, dtype=None):
-    """Of the new tokens, by one whole forward; keys and values rounded to `dtype`. float64 [len(new)]."""
+    """Log-probabilities of `new` by one whole forward, with keys and values rounded to `dtype`: float64 [len(new)]."""
     ids = torch.tensor([prompt + new])
     with torch.no_grad():
         if dtype is None:
@@ -71,7 +71,7 @@ def test_the_engine_computes_what_whole_forwards_with_a_rounded_cache_do(variant
 @pytest.mark.parametrize("kv_dtype", [FLOAT8, torch.float32])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_model_in_bfloat16(backend, kv_dtype):
-    """No further from the truth, float64 with the same cache, than the model's own bfloat16 forward."""
+    """The error against float64 with the same cache is at most that of the model's own bfloat16 forward."""
     model = small_model("qk_norm, untied").bfloat16().float()
     prompts = random_prompts(8, 60, model.config.vocab_size)
     engine = engine_of(model, dtype=torch.bfloat16, kv_dtype=kv_dtype, backend=backend)
@@ -105,7 +105,7 @@ def test_chunking_a_prompt_does_not_change_the_result():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_preemption_shared_pages_and_copies_of_them(backend):
-    """What is computed again from tokens, found or copied is what it was."""
+    """Recomputed, reused and copied pages give the same results."""
     model = small_model()
     system = list(range(37))
     prompts = [system + tail for tail in random_prompts(5, 12, model.config.vocab_size)]
@@ -137,7 +137,7 @@ def test_scales_follow_new_weights_and_adapters(backend):
 
 
 class Watch:
-    """A layout that keeps what it is shown."""
+    """A layout that records its keys and values."""
 
     def attend(self, q, k, v):
         self.seen = k, v
@@ -148,7 +148,7 @@ class Watch:
 @pytest.mark.parametrize("yarn", [None, YarnScaling(8.0, 64, attention_factor=None)])
 @torch.no_grad()
 def test_key_value_bounds_hold_and_are_reached(qk_norm, yarn):
-    """Of a layer that answers to one pair of a key only, shown the very inputs that its rows answer most to."""
+    """The bounds of a layer with a single pair of a key, for inputs that maximise it."""
     model = small_model(qk_norm=qk_norm, rope_scaling=yarn)
     layer = model.layers[1]
     attention, generator = layer.self_attn, torch.Generator().manual_seed(0)

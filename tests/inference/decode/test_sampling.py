@@ -1,4 +1,4 @@
-"""Sampling, reference and native: each option against a derivation of its own, the draws against their distribution."""
+"""Sampling, reference and native: each option against a derivation of its own, samples against their distribution."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def draw(logits: Tensor, backend: str = "native", **options) -> tuple[Tensor, Te
 
 
 def many(row: Tensor, n: int, **options) -> Tensor:
-    """How often each token is drawn in n draws from one row of logits: int64 [V]."""
+    """How often each token occurs in n samples from one row of logits: int64 [V]."""
     logits = row.to(DEVICE).expand(n, -1).contiguous()
     tokens, _ = draw(logits, seeds=torch.arange(n, device=DEVICE), **options)
     return tokens.bincount(minlength=row.numel()).cpu()
@@ -161,7 +161,7 @@ def test_the_log_probability_is_of_the_whole_distribution(backend):
 
 @backends
 def test_hard_rows(backend):
-    """One token; -inf everywhere but one place; logits beyond e^88; a draw leaves the logits as they are."""
+    """One token; -inf everywhere but in one place; logits beyond e^88; sampling does not change the logits."""
     assert draw(torch.tensor([[3.0]], device=DEVICE), backend=backend)[0].item() == 0
     masked = torch.full((4, 50), float("-inf"), device=DEVICE)
     masked[:, 17] = -1000.0
@@ -176,7 +176,7 @@ def test_hard_rows(backend):
 @needs_native
 @pytest.mark.parametrize("seed", range(3))
 def test_native_draws_what_the_reference_draws(seed):
-    """With every option on, but for draws that fall on a boundary of the cumulative sum."""
+    """With every option on; samples on a boundary of the cumulative sum may differ."""
     batch, vocab = 400, 6400
     logits = rand(batch, vocab, seed=seed, scale=2.5)
     generator = torch.Generator().manual_seed(seed)

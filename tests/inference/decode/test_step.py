@@ -1,4 +1,4 @@
-"""The whole step in one call against the model's own forward, and against itself in other batches."""
+"""The whole step in one call, compared with the model's own forward and with itself in other batches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="decode_step is the
 
 
 def make_model(config: ModelConfig, seed: int = 0) -> Model:
-    """Weights large enough that attention and routing have something to say."""
+    """Weights so large that attention and routing matter."""
     torch.manual_seed(seed)
     model = Model(config).eval()
     with torch.no_grad():
@@ -83,7 +83,7 @@ class Decoder:
         return Decoder(model, DecodeWeights.from_model(model, dtype), *caches, table, lengths, (scale, scale))
 
     def step(self, tokens: Tensor, rows: list[int] | None = None) -> Tensor:
-        """tokens int64 [rows]; -1: an empty slot."""
+        """tokens: int64 [rows]; -1 marks an empty row."""
         index = torch.arange(len(tokens)) if rows is None else torch.tensor(rows)
         live = tokens >= 0
         self.lengths[index] += live.int()

@@ -1,4 +1,4 @@
-"""Which way a step takes: one call for the whole model up to the rows that it takes, the model's layers beyond."""
+"""The path of a step: one call for the whole model up to the rows that it takes, the model's layers for more."""
 
 import pytest
 
