@@ -105,7 +105,9 @@ def main(args: Args) -> int:
     for line in find_files(args.ppl).lines():
         say(console, line)
     bad = BadRows()
-    read = partial(read_documents, on_bad_row=args.on_bad_row, bad=bad, form=RowFormat(ignored=args.ignore_fields))
+    read = partial(
+        read_documents, on_bad_row=args.on_bad_row, bad=bad, row_format=RowFormat(ignored=args.ignore_fields)
+    )
     ids = read_stream(args.ppl, loaded.tokenizer, args.tokens // lengths[-1] * lengths[-1] + 1, read)
     if bad.count:
         say(console, f"--ppl: {bad}")
