@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import torch
 from rich.console import Console
 
-from bench.kernel_report import append, check_columns, columns_of, slug
+from bench.operators.report import append, check_columns, columns_of, slug
 from minimind import ModelConfig, load_tokenizer
 from minimind.data import Corpus, PackedLoader, open_corpus
 from minimind.data.builtin.docstrings import builtin_corpus

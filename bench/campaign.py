@@ -4,7 +4,7 @@
     python bench/campaign.py --smoke                   every command at its smallest, rows thrown away: does one crash?
     python bench/campaign.py [--minutes 9] [--only kernels rl] [--data FILE...] [--chats FILE...]
 
-The campaign is a list of slices (bench/campaign_slices.py), each a command of its own that takes less than eight
+The campaign is a list of slices (bench/cards/slices.py), each a command of its own that takes less than eight
 minutes: parity, compute-sanitizer, training of every preset and stage, decoding, every op against its peers,
 reinforcement learning, the server, pretraining and SFT to their end, timelines, tuning. What a slice did is kept in
 campaign.json under bench/results/DEVICE, its rows beside it and its whole output in campaign/; a slice that passed at
@@ -30,10 +30,10 @@ if __name__ == "__main__":
 import torch
 from rich.console import Console
 
-from bench.campaign_slices import LIMIT, Slice, slices
-from bench.kernel_report import slug
-from bench.performance_tables import device_report
-from bench.running import execute, last_line
+from bench.cards.running import execute, last_line
+from bench.cards.slices import LIMIT, Slice, slices
+from bench.operators.report import slug
+from bench.report.tables import device_report
 from minimind.training.run_folder import versions
 from minimind.utils.device import choose_device, describe_device
 from minimind.utils.display import duration

@@ -4,7 +4,7 @@
     python bench/card.py --minutes 12 --out card        on a card; card/card.tar.gz is what to take home
     python bench/card.py --minutes 4 --before card.tar.gz --out card      another card goes on with what is not done
 
-Each question (bench/card_questions.py) is a process of its own that is cut off after twice its estimate; none needs
+Each question (bench/cards/questions.py) is a process of its own that is cut off after twice its estimate; none needs
 another's success. The archive is written anew after every question and every 20 seconds, so that a cut leaves what was
 done. A question that is done is not asked again; one that failed at this commit, or was cut off, comes after the new.
 """
@@ -28,10 +28,10 @@ if __name__ == "__main__":
 
 from rich.console import Console
 
-from bench.card_questions import CardQuestion, CardSetting, questions, run_folder
-from bench.card_report import LARGEST, TABLE, lines_of, pack, said, show, unpack, write_table
-from bench.kernel_report import slug
-from bench.running import execute
+from bench.cards.questions import CardQuestion, CardSetting, questions, run_folder
+from bench.cards.report import LARGEST, TABLE, lines_of, pack, said, show, unpack, write_table
+from bench.cards.running import execute
+from bench.operators.report import slug
 from minimind.training.run_folder import versions
 from minimind.utils.display import duration
 from minimind.utils.files import write_json

@@ -29,7 +29,7 @@ if __name__ == "__main__":
 import zstandard
 from rich.console import Console
 
-from bench.card_questions import OF_A_CARD
+from bench.cards.questions import OF_A_CARD
 from minimind.data import builtin_corpus, open_corpus
 from minimind.data.reader import read_documents
 from minimind.ops.native_build import PARTS, REPORT, library_name, source_hash
@@ -97,7 +97,7 @@ def main(args: Args) -> int:
         shutil.rmtree(out)
     out.mkdir(parents=True)
     (out / "commit").write_text(commit + "\n", encoding="utf-8")
-    shutil.copy(ROOT / "bench" / "card_start.sh", out / "start.sh")
+    shutil.copy(ROOT / "bench" / "cards" / "start.sh", out / "start.sh")
     write_source(out / "source.tar.gz", libraries)
     download(out / "wheels")
     write_text(args, out, console)

@@ -2,9 +2,9 @@
 
     python bench/decode.py [--preset minimind2-small | --model FOLDER] [--batch 1 16 64] [--peer ours naive ...]
 
-Each decoder (bench/decode_peers.py) lives in a process of its own; they take turns, one batch of prompts each, so that
+Each decoder (bench/decoding/implementations.py) lives in a process of its own; they take turns, one batch of prompts each, so that
 a machine whose speed drifts slows all of them alike. What a decoder wrote in its warm-up turn must be the greedy
-continuation (bench/decode_check.py), or it is not timed. Speed does not depend on the weights: a preset's are random,
+continuation (bench/decoding/judge.py), or it is not timed. Speed does not depend on the weights: a preset's are random,
 of a scale that lets every layer change the next token.
 
 Rows are added to decode.csv in --out, and a picture is drawn beside it. The last line of stdout is JSON.
@@ -31,12 +31,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bench.bandwidth import read_bandwidth
-from bench.decode_check import Judge, Verdict
-from bench.decode_peers import PEERS, DecodeSetting, Generation, why_not
-from bench.decode_report import COLUMNS, DecodeRow, plot, show
-from bench.decode_worker import DecoderError, DecodeWorker
-from bench.kernel_report import append, check_columns, slug
+from bench.common.bandwidth import read_bandwidth
+from bench.decoding.implementations import PEERS, DecodeSetting, Generation, why_not
+from bench.decoding.judge import Judge, Verdict
+from bench.decoding.report import COLUMNS, DecodeRow, plot, show
+from bench.decoding.worker import DecoderError, DecodeWorker
+from bench.operators.report import append, check_columns, slug
 from minimind.config import PRESETS, ModelConfig
 from minimind.export.gguf import export_gguf
 from minimind.modeling import Model

@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from bench.kernel_report import KernelRow, append, check_columns, show, slug
-from bench.timing import Step, Timing, first_line, limits, measure
+from bench.common.timing import Step, Timing, first_line, limits, measure
+from bench.operators.report import KernelRow, append, check_columns, show, slug
 from minimind.config import PRESETS, ModelConfig
 from minimind.inference.decode import ops as decode_ops
 from minimind.ops import native

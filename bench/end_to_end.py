@@ -25,7 +25,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
 
-from bench.kernel_report import append, check_columns, columns_of, slug
+from bench.operators.report import append, check_columns, columns_of, slug
 from minimind.config import PRESETS
 from minimind.training.metrics import read_metrics
 from minimind.training.run_folder import versions

@@ -2,7 +2,7 @@
 
     python bench/host_time.py [--preset minimind2-small minimind2 minimind2-moe] [--runs 60] [--turns 5]
 
-No GPU is needed and none is used: bench/host_stub.py runs the code that torch.compile generates, with kernels that do
+No GPU is needed and none is used: bench/compilation/host_stub.py runs the code that torch.compile generates, with kernels that do
 nothing. Two forms take turns, each in a process of its own: `operator`, in which generated code calls our operators,
 and `launch`, in which torch.compile looked into them and launches their kernels itself (kernels/triton_support.py,
 kernel_op), as it does on a GPU. Of each the model's forward and backward, and of every op what one more call of it
@@ -35,8 +35,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.host_worker import CALLS, OPS, HostWorker, workers
-from bench.kernel_report import append, check_columns, columns_of, slug
+from bench.compilation.host_cases import CALLS, OPS, HostWorker, workers
+from bench.operators.report import append, check_columns, columns_of, slug
 from minimind.config import PRESETS
 from minimind.utils.device import describe_device
 from minimind.utils.stdio import command_line

@@ -4,7 +4,7 @@
     TRITON_INTERPRET=1 python bench/kernel_check.py --device cpu        # in Triton's interpreter
 
 Short enough to run under compute-sanitizer, which bench/campaign.py does with each of its tools. The exit status is 1
-if a result breaks the contract (bench/parity.py); what tests/kernels asks of the ops is more.
+if a result breaks the contract (bench/operators/parity.py); what tests/kernels asks of the ops is more.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if __name__ == "__main__":
 
 import torch
 
-from bench.kernel_cases import BUILDERS, Case, applies, build
-from bench.parity import ALLOWED, worst_ratio
+from bench.operators.cases import BUILDERS, Case, applies, build
+from bench.operators.parity import ALLOWED, worst_ratio
 from minimind.config import PRESETS
 from minimind.kernels.triton_support import why_no_triton
 from minimind.utils.device import choose_device, choose_precision

@@ -2,8 +2,8 @@
 
     python bench/kernels.py [--ops rms_norm moe] [--presets minimind2] [--tokens 16384 65536] [--out DIR] [--tune OP]
 
-Contenders take turns on the presets' own shapes (bench/kernel_cases.py); one whose numbers break the contract that our
-kernels are held to (bench/parity.py) is refused, not timed. On a machine without a GPU the PyTorch forms that ops
+Contenders take turns on the presets' own shapes (bench/operators/cases.py); one whose numbers break the contract that our
+kernels are held to (bench/operators/parity.py) is refused, not timed. On a machine without a GPU the PyTorch forms that ops
 takes on a CPU are timed against plain PyTorch instead, on fewer tokens.
 
 Rows are added to kernels.csv in --out, and kernels-COMMIT.png is drawn beside it. The last line of stdout is JSON.
@@ -28,11 +28,11 @@ if __name__ == "__main__":
 import torch
 from rich.console import Console
 
-from bench import tuning
-from bench.kernel_cases import BUILDERS, Case, applies, build
-from bench.kernel_report import KernelRow, append, check_columns, plot, show, slug
-from bench.parity import ALLOWED, PARITY_TOKENS, worst_ratio
-from bench.timing import PASSES, Timing, first_line, limits, measure, step_of
+from bench.common.timing import PASSES, Timing, first_line, limits, measure, step_of
+from bench.operators import tuning
+from bench.operators.cases import BUILDERS, Case, applies, build
+from bench.operators.parity import ALLOWED, PARITY_TOKENS, worst_ratio
+from bench.operators.report import KernelRow, append, check_columns, plot, show, slug
 from minimind.config import PRESETS
 from minimind.kernels.triton_support import why_no_triton
 from minimind.training.run_folder import versions

@@ -28,8 +28,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.kernel_report import append, check_columns, columns_of, plt, slug
-from bench.memory import MemoryUse, measure
+from bench.operators.report import append, check_columns, columns_of, plt, slug
+from bench.training.memory import MemoryUse, measure
 from minimind.data import Corpus, PackedLoader, builtin_corpus, open_corpus
 from minimind.tokenization import load_tokenizer
 from minimind.training.run_folder import versions

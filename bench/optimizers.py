@@ -30,7 +30,7 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.table import Table
 
-from bench.kernel_report import append, check_columns, columns_of, slug
+from bench.operators.report import append, check_columns, columns_of, slug
 from minimind.data.builtin.docstrings import builtin_corpus
 from minimind.data.cache import open_corpus
 from minimind.tokenization import load_tokenizer

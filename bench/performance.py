@@ -4,7 +4,7 @@
 
 No figure on those pages is typed: the README's stand between markers, the rest of it is left alone. --check writes
 nothing and fails where a page is not what the rows say. The exit status is 1 then, and where a target was missed whose
-reason nobody has given (bench/performance_targets.py).
+reason nobody has given (bench/report/targets.py).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
 
-from bench.campaign_slices import slices
-from bench.performance_projection import default_tiles, minimind_zero
-from bench.performance_readme import blocks
-from bench.performance_rows import RESULTS, Device, devices
-from bench.performance_tables import sections
-from bench.performance_targets import CPU, GPU, NEEDS_CARD, UNEXPLAINED, judged, table
+from bench.cards.slices import slices
+from bench.report.projections import default_tiles, minimind_zero
+from bench.report.readme import blocks
+from bench.report.rows import RESULTS, Device, devices
+from bench.report.tables import sections
+from bench.report.targets import CPU, GPU, NEEDS_CARD, UNEXPLAINED, judged, table
 from minimind.utils.stdio import command_line
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ last line of its log.
 ### A quarter of an hour of a card without a network
 
 `bench/card.py` asks the most valuable questions first: does it import, are the kernels right, does pretraining run, how
-fast are training and decoding, then peers, sanitizers and GRPO (bench/card_questions.py). Each is a process of its own,
+fast are training and decoding, then peers, sanitizers and GRPO (bench/cards/questions.py). Each is a process of its own,
 cut off after twice its estimate; none needs another's success. `bench/card_pack.py` makes the folder that travels: the
 committed source, the native operators as they are built here, wheels of what a machine with Python 3.12, PyTorch,
 Triton and transformers lacks, and text with its tokens (33 MB in all).

@@ -25,7 +25,7 @@ if __name__ == "__main__":
 
 from rich.console import Console
 
-from bench.performance_rows import markdown
+from bench.report.rows import markdown
 from minimind.training.estimate import spell_count, spell_hours
 from minimind.training.survey import survey
 from minimind.utils.progress import say

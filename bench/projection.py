@@ -21,9 +21,9 @@ if __name__ == "__main__":
 import torch
 from rich.console import Console
 
-from bench.kernel_report import append
-from bench.stages import STAGES
-from bench.throughput_report import ThroughputRow
+from bench.operators.report import append
+from bench.training.report import ThroughputRow
+from bench.training.stages import STAGES
 from minimind.config import ModelConfig
 from minimind.data.corpus import Corpus
 from minimind.modeling import Model

@@ -4,9 +4,9 @@
                               [--json FILE] [--jobs N] [--native also|only|none]
 
 Each public op is called forward and backward at the presets' widths; its launches are caught and compiled for each
-architecture as Triton's JIT would compile them (bench/capture.py, bench/compiling.py). So is what whole runs launch,
-whose variants of each kernel are counted (bench/run_shapes.py); in the JSON file these cases begin with "run, ". Where
-nvcc is on PATH, so are the kernels of csrc/cuda (bench/native_resources.py). Nothing is launched and no GPU is needed.
+architecture as Triton's JIT would compile them (bench/compilation/capture.py, bench/compilation/compiling.py). So is what whole runs launch,
+whose variants of each kernel are counted (bench/compilation/run_cases.py); in the JSON file these cases begin with "run, ". Where
+nvcc is on PATH, so are the kernels of csrc/cuda (bench/compilation/native_resources.py). Nothing is launched and no GPU is needed.
 The exit status is 1 if a kernel spills, needs more shared memory than the card has, multiplies 16-bit matrices without
 tensor cores, or does not compile.
 """
@@ -33,11 +33,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench import native_resources, run_shapes
-from bench.capture import Compilation, capture
-from bench.capture_cases import cases
-from bench.compiling import Resources, compile_one
-from bench.occupancy import CARDS
+from bench.compilation import native_resources
+from bench.compilation import run_cases as run_shapes
+from bench.compilation.capture import Compilation, capture
+from bench.compilation.compiling import Resources, compile_one
+from bench.compilation.occupancy import CARDS
+from bench.compilation.op_cases import cases
 from minimind.utils.stdio import command_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -2,7 +2,7 @@
 
     python bench/rl.py [--preset nano] [--prompts 8 --samples 8 --prompt 128 --new 128] [--peer ours naive]
 
-Each contender (bench/rl_peers.py) lives in a process of its own, so that its memory is its own; they take turns, one
+Each contender (bench/training/grpo.py) lives in a process of its own, so that its memory is its own; they take turns, one
 step each, so that a machine whose speed drifts slows all of them alike. Log-probabilities of its first step's answers
 must be within twice what plain PyTorch in its precision is off, of a float64 model, or it is not timed. Prompts are of
 half to all of --prompt tokens; every answer has exactly --new, which spares the padded batch its waiting. Weights are
@@ -32,10 +32,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.common.timing import first_line, peak_mib, start_deaf
 from bench.decode import random_model
-from bench.kernel_report import append, check_columns, columns_of, slug
-from bench.rl_peers import PEERS, RolloutSetting, RolloutStep
-from bench.timing import first_line, peak_mib, start_deaf
+from bench.operators.report import append, check_columns, columns_of, slug
+from bench.training.grpo import PEERS, RolloutSetting, RolloutStep
 from minimind.config import PRESETS, ModelConfig
 from minimind.modeling import Model
 from minimind.training.run_folder import versions

@@ -39,7 +39,7 @@ import torch
 from rich.console import Console
 
 from bench.decode import random_model
-from bench.kernel_report import append, check_columns, slug
+from bench.operators.report import append, check_columns, slug
 from bench.serving_report import COLUMNS, ServingRow, plot
 from minimind.config import PRESETS, ModelConfig
 from minimind.inference.engine import Engine

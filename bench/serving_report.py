@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from bench.kernel_report import columns_of
+from bench.operators.report import columns_of
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -4,7 +4,7 @@
     python bench/throughput.py --stage pretrain,sft,dpo --data sft=chats.jsonl dpo=pairs.jsonl
     python bench/throughput.py --peer ours,hf,upstream-style --preset minimind2-small,minimind2
 
-Each contender (bench/contenders.py) lives in a process of its own, so that its peak memory is its own too; they take
+Each contender (bench/training/implementations.py) lives in a process of its own, so that its peak memory is its own too; they take
 turns, a few steps each, so that a machine whose speed drifts slows all of them alike; one that dies is left out, and
 the exit status is 1. Positions are all that a model
 computes; real tokens are those that are no padding. How much of its rows upstream would pad is counted over the whole
@@ -34,12 +34,12 @@ import torch
 from rich.console import Console
 
 from bench import projection
-from bench.contenders import MAKERS, ThroughputSetting, optimizer_of, why_not
-from bench.kernel_report import append, check_columns, slug
-from bench.stages import STAGES, Padding, padding_of
-from bench.throughput_report import COLUMNS, ThroughputRow, plot, show
-from bench.throughput_worker import ThroughputWorker, WorkerStep
-from bench.timing import limits
+from bench.common.timing import limits
+from bench.operators.report import append, check_columns, slug
+from bench.training.implementations import MAKERS, ThroughputSetting, optimizer_of, why_not
+from bench.training.report import COLUMNS, ThroughputRow, plot, show
+from bench.training.stages import STAGES, Padding, padding_of
+from bench.training.worker import ThroughputWorker, WorkerStep
 from minimind.config import PRESETS, ModelConfig
 from minimind.data.corpus import Corpus
 from minimind.modeling import Model

@@ -28,7 +28,7 @@ import torch
 from rich.console import Console
 
 from bench.decode import random_model
-from bench.kernel_report import slug
+from bench.operators.report import slug
 from minimind.config import PRESETS, ModelConfig
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams

@@ -9,7 +9,7 @@
 A run is one training with the project's own loop, in this process. Rates lie on a grid of factors of two; each scan
 begins at the best rate of the scan that is most like it and goes on until its lowest loss has a higher one on either
 side. A parabola in log rate through the lowest losses gives the best rate, and least squares over these the rule
-(bench/transfer_fit.py). Rows are added to transfer.jsonl in --out, and no run that has one is repeated; several
+(bench/rates/fit.py). Rows are added to transfer.jsonl in --out, and no run that has one is repeated; several
 processes may share the work. The last line of stdout is JSON.
 """
 
@@ -29,11 +29,11 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.table import Table
 
-from bench.kernel_report import slug
-from bench.transfer_fit import NOISE, Optimum, Rule, fit, noise_of, optima_of
-from bench.transfer_plan import FIRST, OutOfTimeError, Sweep, planned
-from bench.transfer_plot import plot
-from bench.transfer_runs import Point, TransferRow, read
+from bench.operators.report import slug
+from bench.rates.fit import NOISE, Optimum, Rule, fit, noise_of, optima_of
+from bench.rates.plan import FIRST, OutOfTimeError, Sweep, planned
+from bench.rates.plot import plot
+from bench.rates.runs import Point, TransferRow, read
 from minimind.config import PRESETS
 from minimind.data.builtin.docstrings import builtin_corpus
 from minimind.utils.device import choose_device, describe_device

@@ -18,8 +18,8 @@ from rich.console import Console
 
 from bench import campaign, end_to_end, kernel_check, native_check, throughput, timelines
 from bench.campaign import Campaign
-from bench.campaign_slices import FIRST, LIMIT, NOT_OF_A_CARD, Sizes, Slice, sizes_of, slices
-from bench.throughput_worker import WorkerStep
+from bench.cards.slices import FIRST, LIMIT, NOT_OF_A_CARD, Sizes, Slice, sizes_of, slices
+from bench.training.worker import WorkerStep
 from minimind.ops import native
 
 ROOT = Path(__file__).parents[1]

@@ -17,9 +17,11 @@ import pytest
 import tyro
 from rich.console import Console
 
-from bench import card, card_imports, card_pack, card_report
+from bench import card, card_pack
 from bench.card import Args, CardRun
-from bench.card_questions import OF_A_CARD, CardQuestion, CardSetting, questions
+from bench.cards import imports as card_imports
+from bench.cards import report as card_report
+from bench.cards.questions import OF_A_CARD, CardQuestion, CardSetting, questions
 
 ROOT = Path(__file__).parents[1]
 

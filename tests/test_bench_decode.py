@@ -14,12 +14,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import decode_attention, decode_peers
-from bench.bandwidth import read_bandwidth
+from bench import decode_attention
+from bench.common.bandwidth import read_bandwidth
 from bench.decode import Args, main, random_model, step_bytes, summary
-from bench.decode_check import Judge, round_q8, rounded_logits
-from bench.decode_peers import PEERS, DecodeSetting, Generation, naive, naive_forward, why_not
-from bench.decode_report import COLUMNS, DecodeRow, plot, show
+from bench.decoding import implementations as decode_peers
+from bench.decoding.implementations import PEERS, DecodeSetting, Generation, naive, naive_forward, why_not
+from bench.decoding.judge import Judge, round_q8, rounded_logits
+from bench.decoding.report import COLUMNS, DecodeRow, plot, show
 from minimind import ModelConfig, ops
 from minimind.inference.decode.cache_dtype import FLOAT8
 from minimind.modeling import Model
@@ -249,7 +250,7 @@ def test_a_run_of_the_script(tmp_path):
 def test_a_decoder_that_writes_nonsense_is_refused(tmp_path, monkeypatch):
     """In this process, with workers replaced: only what passes the gate is timed."""
     from bench import decode
-    from bench.decode_worker import DecoderError
+    from bench.decoding.worker import DecoderError
 
     class Fake:
         def __init__(self, name: str, setting: DecodeSetting) -> None:

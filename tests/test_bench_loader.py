@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bench import loader, memory
+from bench import loader
+from bench.training import memory
 from minimind.data import read_documents
 from tests.data.fake import QUIET, write_jsonl
 

@@ -9,11 +9,11 @@ import pytest
 
 from bench import performance, projection
 from bench.performance import with_blocks
-from bench.performance_projection import default_tiles, minimind_zero
-from bench.performance_readme import SHOWN, blocks
-from bench.performance_rows import RESULTS, Device, device_of, devices, find
-from bench.performance_tables import device_report, sections
-from bench.performance_targets import CPU, GPU, NEEDS_CARD, UNEXPLAINED, Target, judged, step, table
+from bench.report.projections import default_tiles, minimind_zero
+from bench.report.readme import SHOWN, blocks
+from bench.report.rows import RESULTS, Device, device_of, devices, find
+from bench.report.tables import device_report, sections
+from bench.report.targets import CPU, GPU, NEEDS_CARD, UNEXPLAINED, Target, judged, step, table
 
 
 def write(folder, name: str, rows: list[dict]) -> None:

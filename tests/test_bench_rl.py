@@ -19,7 +19,7 @@ from rich.console import Console
 from bench import rl
 from bench.decode import random_model
 from bench.rl import COLUMNS, PARTS, Args, RolloutRow, error_ratio, main, show, summary
-from bench.rl_peers import PEERS, RolloutSetting, RolloutStep, left_padded, naive_generate, naive_log_probs
+from bench.training.grpo import PEERS, RolloutSetting, RolloutStep, left_padded, naive_generate, naive_log_probs
 from minimind import ModelConfig, ops
 from minimind.config import PRESETS
 from minimind.weights import save_weights

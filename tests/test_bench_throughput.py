@@ -15,12 +15,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import contenders, projection
-from bench.contenders import MAKERS, why_not
-from bench.stages import ALPHA, BETA, STAGES, Padding, padded_batches, padding_of, upstream_loss
+from bench import projection
 from bench.throughput import Args, data_of, main, slow_step
-from bench.throughput_report import COLUMNS, ThroughputRow, plot, show
-from bench.throughput_worker import WorkerStep
+from bench.training import implementations as contenders
+from bench.training.implementations import MAKERS, why_not
+from bench.training.report import COLUMNS, ThroughputRow, plot, show
+from bench.training.stages import ALPHA, BETA, STAGES, Padding, padded_batches, padding_of, upstream_loss
+from bench.training.worker import WorkerStep
 from minimind import ModelConfig, ops
 from minimind.modeling import Model
 from minimind.objectives.distillation import Distillation, distillation_loss
@@ -168,7 +169,7 @@ def test_peak_memory_is_this_process_own():
     code = """
 import resource, subprocess, sys
 held = bytearray(b"x" * (600 << 20))
-child = "import torch; from bench.timing import peak_mib; print(peak_mib(torch.device('cpu')))"
+child = "import torch; from bench.common.timing import peak_mib; print(peak_mib(torch.device('cpu')))"
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, flush=True)
 subprocess.run([sys.executable, "-c", child], check=True)
 """

@@ -2,8 +2,8 @@
 
 import torch
 
-from bench import contenders
-from bench.throughput_worker import _turn
+from bench.training import implementations as contenders
+from bench.training.worker import _turn
 
 
 def test_contenders_on_one_gpu_leave_it_to_each_other(monkeypatch):

@@ -9,12 +9,13 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from bench import transfer, transfer_plan
+from bench import transfer
+from bench.rates import plan as transfer_plan
+from bench.rates.fit import NOISE, Optimum, fit, next_rate, noise_of, optimum
+from bench.rates.plan import OutOfTimeError, Sweep, planned, start_of
+from bench.rates.plot import plot
+from bench.rates.runs import Point, TransferRow, family, read, train, write
 from bench.transfer import Args
-from bench.transfer_fit import NOISE, Optimum, fit, next_rate, noise_of, optimum
-from bench.transfer_plan import OutOfTimeError, Sweep, planned, start_of
-from bench.transfer_plot import plot
-from bench.transfer_runs import Point, TransferRow, family, read, train, write
 from minimind.config import PRESETS
 from minimind.training.metrics import read_metrics
 from train import pretrain

@@ -11,7 +11,7 @@ import pytest
 
 from bench import decode
 from bench.decode import Args
-from bench.decode_worker import DecoderError, DecodeWorker
+from bench.decoding.worker import DecoderError, DecodeWorker
 from minimind.export import quantize
 from tests import foreign
 

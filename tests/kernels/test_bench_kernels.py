@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import kernels, peers, tuning
-from bench.kernel_cases import (
+from bench import kernels
+from bench.common.timing import PASSES, Step, measure, step_of
+from bench.operators import implementations as peers
+from bench.operators import tuning
+from bench.operators.cases import (
     BUILDERS,
     KernelSetting,
     applies,
@@ -23,9 +26,8 @@ from bench.kernel_cases import (
     rope_work,
     swiglu_work,
 )
-from bench.kernel_report import COLUMNS, KernelRow, append, plot, slug
-from bench.parity import ALLOWED, worst_ratio
-from bench.timing import PASSES, Step, measure, step_of
+from bench.operators.parity import ALLOWED, worst_ratio
+from bench.operators.report import COLUMNS, KernelRow, append, plot, slug
 from minimind.config import PRESETS, ModelConfig
 from tests.kernels.contract import DEVICE
 

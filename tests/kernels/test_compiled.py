@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 OF_A_STEP = """
 import sys
 
-from bench import host_stub, host_worker
-from bench.compiling import compile_one
+from bench.compilation import host_stub, host_cases as host_worker
+from bench.compilation.compiling import compile_one
 
 visible = sys.argv[1] == "launch"
 host_stub.import_ops(visible)
@@ -35,7 +35,7 @@ print(" ".join(sorted({job.kernel for job in asked})))
 OF_ANY_SIZE = """
 import torch._dynamo.testing
 
-from bench import host_stub
+from bench.compilation import host_stub
 
 host_stub.import_ops(visible=True)
 from tests.kernels.contract import run

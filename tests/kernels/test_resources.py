@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.occupancy import CARDS, Occupancy, occupancy
+from bench.compilation.occupancy import CARDS, Occupancy, occupancy
 
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "csrc/cuda"
@@ -24,7 +24,7 @@ import sys
 import torch
 
 from bench import resources
-from bench.capture import capture
+from bench.compilation.capture import capture
 from minimind.kernels.triton_support import jit, launch, tl
 
 
@@ -49,7 +49,7 @@ import sys
 
 import torch
 
-from bench import capture, capture_cases
+from bench.compilation import capture, op_cases as capture_cases
 
 
 def compilations(tokens):
@@ -69,8 +69,8 @@ for tokens in (1, 2, 97, 2064):
 FOR_MANY_LENGTHS = """
 import torch
 
-from bench import run_shapes
-from bench.capture import capture
+from bench.compilation import run_cases as run_shapes
+from bench.compilation.capture import capture
 
 few, many = (
     capture(run_shapes.cases(torch.bfloat16, lengths), 90, "bf16") for lengths in (run_shapes.FEW, run_shapes.MANY)
@@ -91,7 +91,7 @@ import sys
 
 import torch
 
-from bench import capture, capture_cases, compiling
+from bench.compilation import capture, op_cases as capture_cases, compiling
 
 found = {c.kernel: c for c in capture.capture(capture_cases.cases(torch.bfloat16, sys.argv[1:]), 86, "bf16")}
 for kernel, job in sorted(found.items()):
@@ -236,7 +236,7 @@ def test_a_spill_is_reported(tmp_path):
 
 
 def test_what_must_not_ship():
-    compiling = pytest.importorskip("bench.compiling")
+    compiling = pytest.importorskip("bench.compilation.compiling")
     fine = compiling.Resources(
         "case", "bf16", 86, "module", "kernel", 8, 3, 128, 0, 0, 99 * 1024, 1, 0.17, "shared", True, 64, 0, 0
     )

@@ -1,0 +1,290 @@
+"""The greedy decoders that bench/decode.py drives, each at its best settings, all on the same weights.
+
+ours            this project's engine, native ops, bf16 weights and cache
+ours-fp8        the same with a float8 cache
+ours-fp32       in float32
+ours-reference  the engine without native ops: plain PyTorch, bf16
+naive           this project's plain model with the loop of upstream's generate: float32, keys and values grown by
+                torch.cat at every token, attention as matrix products
+hf-dynamic      transformers' generate in bf16, DynamicCache, SDPA
+hf-static       the same with StaticCache and its compiled forward
+hf-dynamic-fp32 and
+hf-static-fp32  the same in float32
+llama.cpp-f16, llama.cpp-bf16, llama.cpp-q8_0, llama.cpp-f32
+                llama.cpp through llama-cpp-python's low-level interface, a sequence for each row, the matrices in that
+                type, key/value cache in f16 (f32: f32)
+
+A decoder is given prompts of one length and says when its tokens were known to the host.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minimind import ops
+from minimind.config import ModelConfig
+from minimind.inference.decode.cache_dtype import FLOAT8
+from minimind.inference.decode.ops import Backend
+from minimind.inference.engine import Engine
+from minimind.inference.requests import Request, SamplingParams
+from minimind.modeling import Model, MoE
+from minimind.ops import native
+from minimind.rope import rope_cos_sin
+from minimind.weights import load_model
+
+Width = Literal["fp32", "bf16", "f16", "q8_0"]
+
+
+@dataclass(frozen=True)
+class DecodeSetting:
+    """folder: config.json, model.safetensors and model-TYPE.gguf; batch rows of `prompt` tokens, `new` to follow.
+    max_context: that the engine is ready for; None for just these tokens."""
+
+    folder: Path
+    batch: int
+    prompt: int
+    new: int
+    threads: int
+    device: torch.device
+    max_context: int | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig.from_json(self.folder / "config.json")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """tokens [B][N]; stamps: after each step, seconds since the start and how many rows it gave a token; first: seconds
+    until each row's first token, [B]."""
+
+    tokens: list[list[int]]
+    stamps: list[tuple[float, int]]
+    first: list[float]
+
+
+Decoder = Callable[[Tensor], Generation]
+
+
+class Stopwatch:
+    """told: the decoder's tokens are on the host when it stamps; else a GPU is waited for first."""
+
+    def __init__(self, device: torch.device, told: bool = False) -> None:
+        self.cuda, self.stamps = device.type == "cuda" and not told, list[tuple[float, int]]()
+        self.start = time.perf_counter()
+
+    def stamp(self, rows: int) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.stamps.append((time.perf_counter() - self.start, rows))
+        return self.stamps[-1][0]
+
+    def in_step(self, tokens: list[list[int]]) -> Generation:
+        """All rows began together."""
+        return Generation(tokens, self.stamps, [self.stamps[0][0]] * len(tokens))
+
+
+def ours(
+    s: DecodeSetting, dtype: torch.dtype, backend: Backend = "native", kv_dtype: torch.dtype | None = None
+) -> Decoder:
+    room = s.batch * 256 * -(-(s.prompt + s.new) // 256)  # whole pages for every row, whatever their size
+    engine = Engine(
+        load_model(s.folder, device=s.device), None, dtype=dtype, kv_dtype=kv_dtype, backend=backend,
+        max_batch=s.batch, max_context=s.max_context or s.prompt + s.new, kv_tokens=room, prefix_cache=False,
+    )  # fmt: skip
+    params = SamplingParams(max_new_tokens=s.new, temperature=0.0, ignore_eos=True)
+
+    def run(prompts: Tensor) -> Generation:
+        requests = [Request(row, params) for row in prompts.tolist()]
+        first: dict[str, float] = {}
+        watch = Stopwatch(s.device, told=True)  # a wait would be for the next step, which is launched already
+        tokens: dict[str, list[int]] = {engine.submit(request): [] for request in requests}
+        while engine.has_work:
+            deltas = [delta for delta in engine.step() if delta.token_ids]
+            if not deltas:
+                continue
+            now = watch.stamp(len(deltas))
+            for delta in deltas:
+                tokens[delta.id].extend(delta.token_ids)
+                first.setdefault(delta.id, now)
+        return Generation(list(tokens.values()), watch.stamps, [first[name] for name in tokens])
+
+    return run
+
+
+def naive(s: DecodeSetting) -> Decoder:
+    ops.set_mode("reference")
+    model = load_model(s.folder, device=s.device)
+    table = rope_cos_sin(model.config, torch.arange(s.prompt + s.new, device=s.device))
+
+    def run(prompts: Tensor) -> Generation:
+        watch = Stopwatch(s.device)
+        past: list[tuple[Tensor, Tensor] | None] = [None] * len(model.layers)
+        ids = inputs = prompts.to(s.device)
+        for _ in range(s.new):
+            inputs = naive_forward(model, inputs, past, table)[:, -1].argmax(dim=-1, keepdim=True)
+            ids = torch.cat((ids, inputs), dim=1)
+            watch.stamp(s.batch)
+        return watch.in_step(ids[:, s.prompt :].tolist())
+
+    return run
+
+
+def naive_forward(
+    model: Model, ids: Tensor, past: list[tuple[Tensor, Tensor] | None], table: tuple[Tensor, Tensor]
+) -> Tensor:
+    """ids int64 [B, T] after what `past` holds, which takes up their keys and values -> logits [B, T, V]."""
+    seen = 0 if past[0] is None else past[0][0].shape[1]
+    positions = torch.arange(seen, seen + ids.shape[1], device=ids.device).unsqueeze(0)
+    x, delta = model.embed_tokens(ids), None
+    for index, block in enumerate(model.layers):
+        layer: Any = block
+        normed, x = layer.input_layernorm(x, delta)
+        normed, x = layer.post_attention_layernorm(
+            x, _naive_attention(layer.self_attn, normed, positions, table, past, index)
+        )
+        delta = layer.mlp(normed)[0] if isinstance(layer.mlp, MoE) else layer.mlp(normed)
+    return model.norm(x, delta)[0] @ model.head_weight.t()
+
+
+def _naive_attention(attention: Any, x: Tensor, positions: Tensor, table: Any, past: list, index: int) -> Tensor:
+    weights = (None, None) if attention.q_norm is None else (attention.q_norm.weight, attention.k_norm.weight)
+    qkv, heads, groups = attention.qkv_proj(x), attention.heads, attention.groups
+    q, k, v = ops.rope(qkv, table[0], table[1], positions, heads, groups, weights[0], weights[1], attention.eps)
+    if past[index] is not None:
+        k, v = torch.cat((past[index][0], k), dim=1), torch.cat((past[index][1], v), dim=1)
+    past[index] = k, v
+    repeats = heads // groups
+    q = q.transpose(1, 2)
+    k, v = (t.repeat_interleave(repeats, dim=2).transpose(1, 2) for t in (k, v))
+    if x.shape[1] > 1:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        out = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+    return attention.o_proj(out.transpose(1, 2).flatten(2))
+
+
+def hf(s: DecodeSetting, dtype: torch.dtype, static: bool) -> Decoder:
+    from transformers import CompileConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+    model = hf_model(s.folder, dtype).to(s.device)
+    compiling = None
+    if static and s.device.type == "cpu":  # where transformers does not compile by itself
+        compiling = CompileConfig(mode="default")
+        setattr(compiling, "_compile_all_devices", True)  # noqa: B010
+    options: dict[str, Any] = {"cache_implementation": "static", "compile_config": compiling} if static else {}
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=s.new, min_new_tokens=s.new, eos_token_id=None, pad_token_id=0, **options
+    )
+    watch = Stopwatch(s.device)
+
+    class Clock(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            watch.stamp(s.batch)
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def run(prompts: Tensor) -> Generation:
+        nonlocal watch
+        watch = Stopwatch(s.device)
+        out = model.generate(
+            prompts.to(s.device),
+            attention_mask=torch.ones_like(prompts, device=s.device),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([Clock()]),
+        )
+        return watch.in_step(out[:, s.prompt :].tolist())
+
+    return run
+
+
+def hf_model(folder: Path, dtype: torch.dtype) -> Any:
+    """transformers' Llama, or Qwen3 with QK-norm, with the weights of `folder`."""
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    c = ModelConfig.from_json(folder / "config.json")
+    names = (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
+        "intermediate_size", "vocab_size", "tie_word_embeddings", "max_position_embeddings",
+    )  # fmt: skip
+    shape: dict[str, Any] = {name: getattr(c, name) for name in names}
+    shape["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta}
+    model: Any = Qwen3ForCausalLM(Qwen3Config(**shape)) if c.qk_norm else LlamaForCausalLM(LlamaConfig(**shape))
+    found = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    left = set(found.missing_keys) - {"lm_head.weight"} | set(found.unexpected_keys)
+    if left:
+        raise ValueError(f"{folder}: transformers has no place for, or lacks, {', '.join(sorted(left)[:3])}")
+    model.tie_weights()
+    return model.to(dtype).eval()
+
+
+def llama_cpp(s: DecodeSetting, width: str) -> Decoder:
+    from bench.decoding.llama_cpp import LlamaCpp
+
+    decoder = LlamaCpp(s.folder / f"model-{width}.gguf", s.batch, s.prompt + s.new, s.threads, width == "f32")
+
+    def run(prompts: Tensor) -> Generation:
+        watch = Stopwatch(s.device)
+        tokens = [decoder.prefill(prompts.numpy())]
+        watch.stamp(s.batch)
+        for _ in range(s.new - 1):
+            tokens.append(decoder.step(tokens[-1]))
+            watch.stamp(s.batch)
+        return watch.in_step(np.stack(tokens, axis=1).tolist())
+
+    return run
+
+
+@dataclass(frozen=True)
+class Peer:
+    """make: called once in the peer's own process. width: of the matrices; kv_bytes: of an element of the cache, 1 for
+    float8."""
+
+    make: Callable[[DecodeSetting], Decoder]
+    width: Width
+    kv_bytes: int
+
+
+PEERS: dict[str, Peer] = {
+    "ours": Peer(lambda s: ours(s, torch.bfloat16), "bf16", 2),
+    "ours-fp8": Peer(lambda s: ours(s, torch.bfloat16, kv_dtype=FLOAT8), "bf16", 1),
+    "ours-fp32": Peer(lambda s: ours(s, torch.float32), "fp32", 4),
+    "ours-reference": Peer(lambda s: ours(s, torch.bfloat16, "reference"), "bf16", 2),
+    "hf-dynamic": Peer(lambda s: hf(s, torch.bfloat16, False), "bf16", 2),
+    "hf-static": Peer(lambda s: hf(s, torch.bfloat16, True), "bf16", 2),
+    "hf-dynamic-fp32": Peer(lambda s: hf(s, torch.float32, False), "fp32", 4),
+    "hf-static-fp32": Peer(lambda s: hf(s, torch.float32, True), "fp32", 4),
+    "llama.cpp-f16": Peer(lambda s: llama_cpp(s, "f16"), "f16", 2),
+    "llama.cpp-bf16": Peer(lambda s: llama_cpp(s, "bf16"), "bf16", 2),
+    "llama.cpp-q8_0": Peer(lambda s: llama_cpp(s, "q8_0"), "q8_0", 2),
+    "llama.cpp-f32": Peer(lambda s: llama_cpp(s, "f32"), "fp32", 4),
+    "naive": Peer(naive, "fp32", 4),
+}
+
+
+def why_not(name: str, config: ModelConfig, device: torch.device) -> str | None:
+    """None if this peer can run here, else one short reason."""
+    if name.startswith("hf"):
+        if importlib.util.find_spec("transformers") is None:
+            return "transformers is not installed"
+        if config.num_experts:
+            return "transformers stacks and routes experts in its own way; dense models only"
+        if config.rope_scaling is not None:
+            return "only without rope scaling"
+    if name.startswith("llama.cpp"):
+        if importlib.util.find_spec("llama_cpp") is None:
+            return "llama-cpp-python is not installed"
+        if device.type != "cpu":
+            return "built for the CPU only"
+    if name in ("ours", "ours-fp8", "ours-fp32"):
+        return native.why_not(device)
+    return None

@@ -1,0 +1,312 @@
+"""What bench/kernels.py times: each op at the presets' shapes, its contenders, and the work that it cannot do without.
+
+Contenders take the op's leaves, the tensors that get gradients, and return its outputs; the rest of its inputs they
+hold themselves.
+
+    minimind   our kernel on a GPU; on a CPU the PyTorch form that ops takes there
+    eager      plain PyTorch, the kernel's reference
+    compiled   the same under torch.compile
+    native     what PyTorch ships fused, where there is something
+    liger      Liger-Kernel, where it is installed and the device is a GPU
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bench.common.timing import Function, Pass
+from bench.operators import implementations as peers
+from minimind.config import ModelConfig
+from minimind.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from minimind.kernels.linear_distillation import linear_distillation, linear_distillation_ref
+from minimind.kernels.linear_log_probs import linear_log_probs, linear_log_probs_ref
+from minimind.kernels.moe_experts import moe_experts, moe_experts_ref
+from minimind.kernels.moe_routing import route
+from minimind.kernels.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+from minimind.kernels.rope import rope, rope_ref
+from minimind.kernels.swiglu import swiglu, swiglu_ref
+from minimind.rope import rope_cos_sin
+
+DOCUMENT = 512  # tokens; positions restart
+TEMPERATURE = 1.5  # of distillation
+
+
+@dataclass(frozen=True)
+class KernelWork:
+    """What a pass must at least move or multiply: bytes if `unit` is GB/s, floating-point operations if TFLOP/s. Of
+    losses that make their gradient in the forward the parts mean nothing apart: `split` is False."""
+
+    unit: Literal["GB/s", "TFLOP/s"]
+    forward: float
+    backward: float
+    split: bool = True
+
+    def of(self, which: Pass) -> float | None:
+        if which == "both":
+            return self.forward + self.backward
+        return getattr(self, which) if self.split else None
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    preset: str
+    shape: str
+    tokens: int
+    dtype: torch.dtype
+    leaves: Sequence[Tensor]
+    reference: Function
+    contenders: dict[str, Function]
+    work: KernelWork
+
+
+@dataclass(frozen=True)
+class KernelSetting:
+    """Where and how large: what every builder below is given."""
+
+    config: ModelConfig
+    tokens: int
+    dtype: torch.dtype
+    device: torch.device
+    kernels: bool  # ours are the Triton kernels, not the PyTorch forms
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    @property
+    def bytes(self) -> int:
+        """Of one activation."""
+        return self.dtype.itemsize
+
+    def activation(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=self.generator) * scale).to(self.dtype).to(self.device)
+
+    def parameter(self, *shape: int, mean: float = 0.0) -> Tensor:
+        return (mean + 0.02 * torch.randn(shape, generator=self.generator)).to(self.device)
+
+
+Parts = tuple[str, Sequence[Tensor], Function, dict[str, Function], KernelWork]
+
+
+def norm_work(s: KernelSetting, addends: int) -> KernelWork:
+    """Bytes of one RMSNorm of N rows of C. Forward: each addend and y, and the sum where there are two. Backward: x or
+    the sum, dy, the sum's gradient where there is one, and dx, which both addends share."""
+    row = s.tokens * s.config.hidden_size * s.bytes
+    return KernelWork("GB/s", 2 * addends * row, (2 + addends) * row)
+
+
+def rope_work(s: KernelSetting, normed: bool) -> KernelWork:
+    """Bytes of N tokens of (H + 2 G) heads of D: read and written once; the norm's backward reads q and k once more."""
+    heads, groups = s.config.num_attention_heads, s.config.num_key_value_heads
+    head = s.tokens * s.config.head_dim * s.bytes
+    packed = (heads + 2 * groups) * head
+    return KernelWork("GB/s", 2 * packed, 2 * packed + (heads + groups) * head * normed)
+
+
+def swiglu_work(s: KernelSetting) -> KernelWork:
+    """Bytes: gate, up and y forward; those three, dgate and dup backward."""
+    half = s.tokens * s.config.intermediate_size * s.bytes
+    return KernelWork("GB/s", 3 * half, 5 * half)
+
+
+def head_work(s: KernelSetting, teacher: bool = False, split: bool = False) -> KernelWork:
+    """Operations of [N, C] x [C, V]: one product forward (two with a teacher), two backward. Recomputation earns
+    nothing."""
+    product = 2 * s.tokens * s.config.hidden_size * s.config.vocab_size
+    return KernelWork("TFLOP/s", product * (1 + teacher), 2 * product, split)
+
+
+def moe_work(s: KernelSetting) -> KernelWork:
+    """Operations of K experts of three C x I matrices for each token; twice that backward."""
+    c = s.config
+    forward = 6 * s.tokens * c.num_experts_per_tok * c.hidden_size * c.moe_intermediate_size
+    return KernelWork("TFLOP/s", forward, 2 * forward)
+
+
+def _rms_norm(s: KernelSetting) -> Parts:
+    size, eps = s.config.hidden_size, s.config.rms_norm_eps
+    leaves = s.activation(s.tokens, size), s.parameter(size, mean=1.0)
+    native = partial(peers.native_rms_norm, eps=eps)
+    contenders: dict[str, Function] = {
+        "minimind": partial(rms_norm if s.kernels else rms_norm_ref, eps=eps),
+        "native": native,
+        "liger": partial(peers.liger_rms_norm, eps=eps),
+    }
+    return f"C {size}", leaves, partial(rms_norm_ref, eps=eps), contenders, norm_work(s, 1)
+
+
+def _add_rms_norm(s: KernelSetting) -> Parts:
+    size, eps = s.config.hidden_size, s.config.rms_norm_eps
+    leaves = s.activation(s.tokens, size), s.activation(s.tokens, size), s.parameter(size, mean=1.0)
+    native = partial(peers.native_add_rms_norm, eps=eps)
+    contenders: dict[str, Function] = {
+        "minimind": partial(add_rms_norm if s.kernels else add_rms_norm_ref, eps=eps),
+        "native": native,
+        "liger": partial(peers.liger_add_rms_norm, eps=eps),
+    }
+    return f"C {size}", leaves, partial(add_rms_norm_ref, eps=eps), contenders, norm_work(s, 2)
+
+
+def _rope(s: KernelSetting, normed: bool) -> Parts:
+    c = s.config
+    heads, groups, size = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    leaves = [s.activation(1, s.tokens, (heads + 2 * groups) * size)]
+    if normed:
+        leaves += [s.parameter(size, mean=1.0), s.parameter(size, mean=1.0)]
+    ids = (torch.arange(s.tokens, device=s.device) % DOCUMENT).unsqueeze(0)
+    cos, sin = rope_cos_sin(c, torch.arange(DOCUMENT, device=s.device))
+    wide_cos, wide_sin = (torch.cat((t, t), dim=-1)[ids] for t in (cos, sin))
+    eps = c.rms_norm_eps
+
+    def reference(qkv: Tensor, q: Tensor | None = None, k: Tensor | None = None) -> tuple[Tensor, ...]:
+        return rope_ref(qkv, cos, sin, ids, heads, groups, q, k, eps)
+
+    def native(qkv: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        return peers.native_rope(qkv, cos, sin, ids, heads, groups, q, k, eps)
+
+    def ours(qkv: Tensor, q: Tensor | None = None, k: Tensor | None = None) -> tuple[Tensor, ...]:
+        return rope(qkv, cos, sin, ids, heads, groups, q, k, eps)
+
+    def liger(qkv: Tensor, q: Tensor | None = None, k: Tensor | None = None) -> tuple[Tensor, ...]:
+        return peers.liger_rope(qkv, wide_cos, wide_sin, heads, groups, q, k, eps)
+
+    contenders: dict[str, Function] = {"minimind": ours if s.kernels else reference, "liger": liger}
+    if normed:
+        contenders["native"] = native
+    return f"D {size}, {heads}/{groups} heads", leaves, reference, contenders, rope_work(s, normed)
+
+
+def _swiglu(s: KernelSetting) -> Parts:
+    size = s.config.intermediate_size
+    contenders: dict[str, Function] = {"minimind": swiglu if s.kernels else swiglu_ref, "liger": peers.liger_swiglu}
+    return f"I {size}", [s.activation(s.tokens, 2 * size)], swiglu_ref, contenders, swiglu_work(s)
+
+
+def _head(s: KernelSetting) -> tuple[str, list[Tensor], Tensor]:
+    """(shape, x and the weight, targets)"""
+    size, vocabulary = s.config.hidden_size, s.config.vocab_size
+    targets = torch.randint(0, vocabulary, (s.tokens,), generator=s.generator).to(s.device)
+    return f"C {size}, V {vocabulary}", [s.activation(s.tokens, size), s.parameter(vocabulary, size)], targets
+
+
+def _linear_cross_entropy(s: KernelSetting) -> Parts:
+    shape, leaves, targets = _head(s)
+    contenders: dict[str, Function] = {
+        "minimind": partial(linear_cross_entropy, targets=targets, kernels=s.kernels),
+        "native": partial(peers.native_linear_cross_entropy, targets=targets),
+        "liger": partial(peers.liger_linear_cross_entropy, targets=targets),
+    }
+    reference = partial(linear_cross_entropy_ref, targets=targets)
+    return shape, leaves, reference, contenders, head_work(s)
+
+
+def _linear_log_probs(s: KernelSetting) -> Parts:
+    shape, leaves, targets = _head(s)
+    contenders: dict[str, Function] = {
+        "minimind": lambda x, weight: linear_log_probs(x, weight, targets, kernels=s.kernels)[0],
+        "native": partial(peers.native_linear_log_probs, targets=targets),
+        "liger": partial(peers.liger_linear_log_probs, targets=targets),
+    }
+
+    def reference(x: Tensor, weight: Tensor) -> Tensor:
+        return linear_log_probs_ref(x, weight, targets)[0]
+
+    return shape, leaves, reference, contenders, head_work(s, split=True)
+
+
+def _linear_distillation(s: KernelSetting) -> Parts:
+    """From a teacher of the same size, forward KL."""
+    (shape, leaves, _), (_, (teacher_x, teacher_weight), _) = _head(s), _head(s)
+
+    def reference(x: Tensor, weight: Tensor) -> Tensor:
+        teacher = teacher_x.to(x.dtype), teacher_weight.to(weight.dtype)
+        return linear_distillation_ref(x, weight, *teacher, temperature=TEMPERATURE)
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        teacher = teacher_x, teacher_weight
+        return linear_distillation(x, weight, *teacher, temperature=TEMPERATURE, kernels=s.kernels)
+
+    def liger(x: Tensor, weight: Tensor) -> Tensor:
+        return peers.liger_linear_distillation(x, weight, teacher_x, teacher_weight, TEMPERATURE)
+
+    contenders: dict[str, Function] = {"minimind": ours, "liger": liger}
+    return shape, leaves, reference, contenders, head_work(s, teacher=True)
+
+
+def _moe(s: KernelSetting) -> Parts:
+    """From the router's logits to the layer's output, sorting included. The eager form is upstream's loop."""
+    c = s.config
+    experts, top_k, inter = c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size
+    normalize = c.norm_topk_prob
+    leaves = [
+        s.activation(s.tokens, c.hidden_size),
+        s.activation(s.tokens, experts).float(),
+        s.parameter(experts, 2 * inter, c.hidden_size),
+        s.parameter(experts, c.hidden_size, inter),
+    ]
+
+    def reference(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return moe_experts_ref(x, gate_up, down, *peers.choose(logits, top_k, normalize))
+
+    def ours(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        found = route(logits, top_k, normalize)
+        return moe_experts(x, gate_up, down, found.gates, found.order, found.offsets)
+
+    native = partial(peers.native_moe, top_k=top_k, normalize=normalize)
+    contenders: dict[str, Function] = {
+        "minimind": ours if s.kernels else native,
+        "native": native,
+        "liger": partial(peers.liger_moe, top_k=top_k, normalize=normalize),
+    }
+    shape = f"C {c.hidden_size}, I {inter}, {experts} experts, top {top_k}"
+    return shape, leaves, reference, contenders, moe_work(s)
+
+
+BUILDERS: dict[str, Callable[[KernelSetting], Parts]] = {
+    "rms_norm": _rms_norm,
+    "add_rms_norm": _add_rms_norm,
+    "rope": partial(_rope, normed=False),
+    "rope_qk_norm": partial(_rope, normed=True),
+    "swiglu": _swiglu,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "linear_log_probs": _linear_log_probs,
+    "linear_distillation": _linear_distillation,
+    "moe": _moe,
+}
+
+
+def applies(op: str, config: ModelConfig) -> bool:
+    """Whether a model of this shape calls the op."""
+    if op in ("rope", "rope_qk_norm"):
+        return config.qk_norm == (op == "rope_qk_norm")
+    return bool(config.num_experts) if op == "moe" else True
+
+
+def build(
+    op: str,
+    preset: str,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    compiled: bool = True,
+    kernels: bool | None = None,
+) -> Case:
+    """The case on `device`, with every contender that this machine has. kernels: None for Triton on a GPU alone."""
+    cuda = device.type == "cuda"
+    setting = KernelSetting(ModelConfig.preset(preset), tokens, dtype, device, cuda if kernels is None else kernels)
+    shape, leaves, reference, contenders, work = BUILDERS[op](setting)
+    if not cuda:  # the fused forms are PyTorch's own there, and Liger has none
+        contenders = {"minimind": contenders["minimind"]}
+    elif not peers.has_liger():
+        contenders.pop("liger")
+    if op.startswith("linear") and not peers.has_native_head():
+        contenders.pop("native", None)
+    contenders["eager"] = reference
+    if compiled:
+        contenders["compiled"] = torch.compile(reference, dynamic=False)
+    ready = [leaf.requires_grad_() for leaf in leaves]
+    return Case(op, preset, shape, tokens, dtype, ready, reference, contenders, work)

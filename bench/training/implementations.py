@@ -1,0 +1,321 @@
+"""The training steps that bench/throughput.py drives, each as its own project would run it at its best.
+
+ours            train/STAGE.py --compile --fused: packed rows, the device's precision, no logits, fused AdamW; dpo's
+                reference is worked out before the first step, as train/dpo.py does once for a data set (`once` says
+                what that cost for the batch of a step)
+ours-muon       the same with Muon for the matrices, the default of train/pretrain.py
+ours-eager      ours without --compile
+eager           this project's plain PyTorch model on the same packed rows and in the same precision, full logits
+compile         that under torch.compile
+upstream-style  the plain model as upstream MiniMind trains it (bench/training/stages.py): one sequence a row, padded to
+                --seq-len, full logits, mean over unmasked tokens, plain AdamW; bf16 autocast on a GPU, float32 on a CPU
+upstream-bf16   the same under bf16 autocast on a CPU, where upstream has none
+hf              transformers' LlamaForCausalLM on such rows: float32 weights under bf16 autocast, SDPA, torch.compile,
+                fused AdamW
+hf-bf16         the same with weights, gradients and AdamW in bf16: faster, and not the same training
+liger           hf with Liger-Kernel's RMSNorm, RoPE, SwiGLU and fused cross-entropy (a GPU only)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bench.training.stages import ALPHA, BETA, STAGES, StageBenchmark, frozen_model, padded_batches, upstream_loss
+from minimind import ops
+from minimind.config import ModelConfig
+from minimind.data.corpus import Corpus
+from minimind.data.pair_loader import PairBatch
+from minimind.modeling import Model
+from minimind.objectives.distillation import Distillation, distillation_loss
+from minimind.objectives.next_token import next_token_loss
+from minimind.objectives.preference import dpo, pair_log_probs, preference_loss
+from minimind.ops import varlen
+from minimind.ops.attention import attention_name
+from minimind.training.batches import DeviceBatches
+from minimind.training.compiling import compile_model
+from minimind.training.optim import OptimizerName, build_optimizers
+from minimind.training.stages.pairs import to_device as pairs_to_device
+from minimind.utils.device import choose_precision
+
+ONE_SEQUENCE_A_ROW = ("pretrain", "sft", "reason")  # what a stock causal model can be driven through
+NO_REFERENCE = ("pretrain", "sft", "reason", "lora")
+
+
+@dataclass(frozen=True)
+class ThroughputSetting:
+    """rows x seq_len: of upstream's batch; ours has as many positions. steps: how many will be asked for in all."""
+
+    stage: str
+    preset: str
+    corpus: Corpus
+    rows: int
+    seq_len: int
+    optimizer: OptimizerName
+    device: torch.device
+    steps: int
+
+    @property
+    def positions(self) -> int:
+        return self.rows * self.seq_len
+
+    @property
+    def kind(self) -> StageBenchmark:
+        return STAGES[self.stage]
+
+
+@dataclass
+class Contender:
+    """step() trains once and returns how many positions of its batch were no padding; loading: seconds spent so far on
+    waiting for data; compiled: whether torch.compile is in it; once: seconds a step that a run spends but once for its
+    data, before the first step; attention: whose."""
+
+    step: Callable[[], int]
+    compiled: bool = False
+    loading: float = 0.0
+    once: float | None = None
+    attention: str = "sdpa"
+
+    @contextlib.contextmanager
+    def waits_for_data(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.loading += time.perf_counter() - start
+
+
+StepLoss = Callable[[Model, Any], Any]  # (loss, auxiliary loss, ...)
+
+
+def ours(s: ThroughputSetting, compiled: bool) -> Contender:
+    ops.set_mode("fused")
+    model, kind = s.kind.prepare(_model(s)), s.kind
+    attention = _attention(s, model)
+    trained = compile_model(model) if compiled else model
+    optimizer = build_optimizers(model, s.optimizer, 1e-4, 0.1)
+    loss_of: StepLoss = next_token_loss
+    place, once = None, None
+    if kind.pairs:
+        loss_of, place, once = _preferences(s, model)
+    elif kind.teacher is not None:
+        loss_of = _distillation(s, compiled)
+    batches = DeviceBatches(kind.loader(s.corpus, s.rows, s.seq_len), s.device, place)
+
+    def step() -> int:
+        with me.waits_for_data():
+            batch = batches.next_batch()
+        real = _real(batches)
+        loss, aux, *_ = loss_of(trained, batch)
+        (loss / batch.global_weight + aux).backward()
+        batches.fetch()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return real
+
+    me = Contender(step, compiled, once=once, attention=attention)
+    return me
+
+
+def _attention(s: ThroughputSetting, model: Model) -> str:
+    """Taken as a run takes it."""
+    c, dtype = model.config, choose_precision(s.device).compute_dtype
+    varlen.choose("auto", s.device, varlen.Heads(c.num_attention_heads, c.num_key_value_heads, c.head_dim, dtype))
+    return attention_name(s.device, dtype, fused=True)
+
+
+def _distillation(s: ThroughputSetting, compiled: bool) -> StepLoss:
+    teacher = frozen_model(s.kind, s.preset, s.device, choose_precision(s.device).compute_dtype)
+    assert teacher is not None
+    taught = compile_model(teacher) if compiled else teacher
+    return lambda model, batch: distillation_loss(model, taught, batch, Distillation(alpha=ALPHA))
+
+
+@torch.no_grad()
+def _preferences(s: ThroughputSetting, model: Model) -> tuple[StepLoss, Any, float]:
+    """(loss, the batches' place on the device, seconds a step of the reference), which is `model` as it is now."""
+    loader = s.kind.loader(s.corpus, s.rows, s.seq_len)
+    scores = np.zeros((s.corpus.num_documents, 2))
+    model.eval()
+    start = time.perf_counter()
+    for _ in range(s.steps):
+        host: Any = loader.next_batch()
+        batch = pairs_to_device(host, s.device)
+        pairs, _ = pair_log_probs(model, batch)
+        scores[host.pairs] = torch.stack((pairs.chosen, pairs.rejected), 1).cpu().numpy()
+    once = (time.perf_counter() - start) / s.steps
+    model.train()
+    objective = partial(dpo, beta=BETA)
+    return (
+        lambda model, batch: preference_loss(model, batch, objective),
+        partial(pairs_to_device, reference=scores),
+        once,
+    )
+
+
+def plain(s: ThroughputSetting, compiled: bool) -> Contender:
+    ops.set_mode("reference")
+    model = s.kind.prepare(_model(s))
+    trained = compile_model(model) if compiled else model
+    optimizer = torch.optim.AdamW(_trained(model), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    batches = DeviceBatches(s.kind.loader(s.corpus, s.rows, s.seq_len), s.device)
+
+    def step() -> int:
+        with me.waits_for_data():
+            batch = batches.next_batch()
+        real = _real(batches)
+        out = trained(batch.input_ids, cu_seqlens=batch.cu_seqlens, attention_mask=batch.targets.ne(-100))
+        logits = out.logits.flatten(0, 1).float()
+        loss = F.cross_entropy(logits, batch.targets.flatten(), reduction="none")
+        if batch.loss_weights is not None:
+            loss = loss * batch.loss_weights.flatten()
+        (loss.sum() / batch.global_weight + out.aux_loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return real
+
+    me = Contender(step, compiled, attention="masked")
+    return me
+
+
+def upstream_style(s: ThroughputSetting, autocast: bool) -> Contender:
+    ops.set_mode("reference")
+    torch.manual_seed(0)
+    model = s.kind.prepare(Model(ModelConfig.preset(s.preset)).to(s.device))
+    frozen = frozen_model(s.kind, s.preset, s.device, None)
+    optimizer = torch.optim.AdamW(_trained(model), lr=1e-4)
+    batches = padded_batches(s.kind, s.corpus, s.rows, s.seq_len, s.device)
+
+    def step() -> int:
+        with me.waits_for_data():
+            batch = next(batches)
+        with torch.autocast(s.device.type, torch.bfloat16, enabled=autocast):
+            loss = upstream_loss(s.kind, model, frozen, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return batch.real
+
+    me = Contender(step)
+    return me
+
+
+def hf(s: ThroughputSetting, pure: bool = False, liger: bool = False) -> Contender:
+    model = _llama(s, liger).to(s.device, torch.bfloat16 if pure else torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    batches = padded_batches(s.kind, s.corpus, s.rows, s.seq_len, s.device)
+    autocast = torch.autocast(s.device.type, torch.bfloat16, enabled=not pure)
+    # Liger's loss takes the labels and never makes the logits; it is not meant for torch.compile
+    trained = model if liger else torch.compile(model)
+
+    def step() -> int:
+        with me.waits_for_data():
+            batch = next(batches)
+        labels = batch.targets.masked_fill(batch.weights == 0, -100)
+        with autocast:
+            if liger:
+                loss = trained(input_ids=batch.inputs, shift_labels=labels).loss
+            else:
+                logits = trained(input_ids=batch.inputs, use_cache=False).logits
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return batch.real
+
+    me = Contender(step, not liger)
+    return me
+
+
+MAKERS: dict[str, Callable[[ThroughputSetting], Contender]] = {
+    "ours": lambda s: ours(s, True),
+    "ours-muon": lambda s: ours(dataclasses.replace(s, optimizer="muon"), True),
+    "ours-eager": lambda s: ours(s, False),
+    "eager": lambda s: plain(s, False),
+    "compile": lambda s: plain(s, True),
+    "upstream-style": lambda s: upstream_style(s, s.device.type == "cuda"),
+    "upstream-bf16": lambda s: upstream_style(s, True),
+    "hf": hf,
+    "hf-bf16": lambda s: hf(s, pure=True),
+    "liger": lambda s: hf(s, liger=True),
+}
+
+
+def optimizer_of(name: str, s: ThroughputSetting) -> OptimizerName:
+    """Which one this contender has."""
+    if name == "ours-muon":
+        return "muon"
+    return s.optimizer if name.startswith("ours") else "adamw"
+
+
+def why_not(name: str, stage: str, preset: str, device: torch.device) -> str | None:
+    """None if this contender can run here, else one short reason."""
+    if name == "ours-muon" and stage == "lora":
+        return "adapters are trained with adamw"
+    if name in ("eager", "compile") and stage not in NO_REFERENCE:
+        return f"there is no plain form of {stage} on packed rows"
+    if name == "upstream-bf16" and device.type == "cuda":
+        return "upstream-style is in bf16 on a GPU"
+    if name.startswith(("hf", "liger")):
+        if stage not in ONE_SEQUENCE_A_ROW:
+            return f"LlamaForCausalLM alone does not do {stage}"
+        if importlib.util.find_spec("transformers") is None:
+            return "transformers is not installed"
+        if ModelConfig.preset(preset).num_experts or ModelConfig.preset(preset).qk_norm:
+            return f"LlamaForCausalLM is no model of {preset}'s shape"
+    if name == "liger" and device.type != "cuda":
+        return "Liger-Kernel needs a GPU"
+    if name == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    return None
+
+
+def _model(s: ThroughputSetting) -> Model:
+    torch.manual_seed(0)
+    model = Model(ModelConfig.preset(s.preset)).to(s.device)
+    model.compute_dtype = choose_precision(s.device).compute_dtype
+    return model
+
+
+def _real(batches: DeviceBatches) -> int:
+    """Positions of the newest batch that are no padding, which is token 0: no document holds it. Those of a prompt that
+    both sides of a pair share count in both, as upstream computes them."""
+    host = batches.host
+    assert host is not None
+    twice = host.shared if isinstance(host, PairBatch) else 0
+    return int(np.count_nonzero(host.input_ids)) + twice
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _llama(s: ThroughputSetting, liger: bool) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    c = ModelConfig.preset(s.preset)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=c.hidden_size, num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, intermediate_size=c.intermediate_size,
+        vocab_size=c.vocab_size, tie_word_embeddings=True, max_position_embeddings=c.max_position_embeddings,
+        rms_norm_eps=c.rms_norm_eps,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
