@@ -1,9 +1,9 @@
-"""The native operators of decoding, once each on small shapes of every kernel, against the reference.
+"""Run the native operators of decoding on small shapes that reach every kernel, and compare with the reference.
 
     compute-sanitizer --tool racecheck python bench/native_check.py [--device auto]
 
-Short enough to run under compute-sanitizer, which bench/campaign.py does with each of its tools. The exit status is 1
-if a result is wrong; what tests/ asks of the operators is more.
+Short enough to run under compute-sanitizer, as bench/card.py does. The exit status is 1 if a result is wrong.
+tests/csrc tests the operators more thoroughly.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from bench.common.command import run
 from minimind.config import ModelConfig
 from minimind.inference.decode import ops as decode_ops
 from minimind.inference.decode.step import DecodeWeights, decode_step
 from minimind.modeling import Model
 from minimind.rope import rope_cos_sin
 from minimind.utils.device import choose_device
-from minimind.utils.stdio import command_line
 
 FP8 = torch.float8_e4m3fn
 PAGE = 16
@@ -54,7 +54,7 @@ VOCABULARIES = (33, 6400, 30_000)  # the last does not fit the shared memory of 
 
 @dataclass(frozen=True)
 class Args:
-    """Run every native operator and compare."""
+    """Check every native operator."""
 
     device: str = "auto"
     """auto, cpu, cuda."""
@@ -63,8 +63,8 @@ class Args:
 def both(
     operator: Callable[..., Any], make: Callable[[torch.device], tuple[Any, ...]], device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
-    """(native, reference) of every result and of every argument, since some are changed, on the CPU. The reference is
-    computed there, so that a sanitizer sees no kernels but ours and PyTorch's copies."""
+    """(native, reference) of every result, and of every argument since some are changed in place, on the CPU. The
+    reference is computed on the CPU too, so that a sanitizer sees only our kernels and PyTorch's copies."""
     results = []
     places: dict[decode_ops.Backend, torch.device] = {"native": device, "reference": torch.device("cpu")}
     for backend, place in places.items():
@@ -77,7 +77,7 @@ def both(
 
 
 def wrong(pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[str]:
-    """Differences beyond 4 units in the last place of the largest number, both sides having rounded."""
+    """A line for each tensor that differs by more than 4 units in the last place of the largest number."""
     lines = []
     for i, (native, reference) in enumerate(pairs):
         # rows of a cache that belong to no sequence are NaN on both sides
@@ -116,7 +116,7 @@ def append(dtype: torch.dtype, cache: torch.dtype, dim: int, device: torch.devic
 def whole_step(
     dtype: torch.dtype, cache: torch.dtype, dim: int, qk_norm: bool, lengths: tuple[int, ...], device: torch.device
 ) -> Any:
-    """The cache's older tokens are noise. One layer: what a second makes of rounding is not what is asked here."""
+    """One layer, since a second would amplify rounding. The cache's older tokens are noise."""
     torch.manual_seed(0)
     config = ModelConfig(
         hidden_size=72, num_hidden_layers=1, intermediate_size=264, vocab_size=45, num_attention_heads=4,
@@ -148,7 +148,7 @@ def choices(vocabulary: int, device: torch.device) -> Any:
 
 
 def cases() -> Iterator[tuple[str, torch.dtype, Callable[..., Any], Callable[[torch.device], Any]]]:
-    """(name, dtype of the coarsest numbers, operator, what makes its arguments on a device)."""
+    """(name, the coarsest dtype, operator, function that makes its arguments on a device)"""
     for dtype, cache, dim, lengths in ATTENTION:
         name = f"decode_attention, {dtype} over {cache}, heads of {dim}"
         make = functools.partial(attention, dtype, cache, dim, lengths)
@@ -167,20 +167,14 @@ def cases() -> Iterator[tuple[str, torch.dtype, Callable[..., Any], Callable[[to
 
 def main(args: Args) -> int:
     """The exit status."""
-    device, found = choose_device(args.device), []
+    device, errors = choose_device(args.device), []
     for name, dtype, operator, make in cases():
-        found += [f"{name}: {line}" for line in wrong(both(operator, make, device), dtype)]
-    for line in found:
+        errors += [f"{name}: {line}" for line in wrong(both(operator, make, device), dtype)]
+    for line in errors:
         print(line)
-    print(f"{len(found)} wrong results")
-    return 1 if found else 0
+    print(f"{len(errors)} wrong results")
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":
-    try:
-        status = main(command_line(Args, __doc__))
-    except (ValueError, OSError) as problem:
-        raise SystemExit(f"error: {problem}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    raise SystemExit(status)
+    run(main, Args, __doc__)

@@ -52,9 +52,9 @@ last line of its log.
 ### A quarter of an hour of a card without a network
 
 `bench/card.py` asks the most valuable questions first: does it import, are the kernels right, does pretraining run, how
-fast are training and decoding, then peers, sanitizers and GRPO (bench/cards/questions.py). Each is a process of its own,
-cut off after twice its estimate; none needs another's success. `bench/card_pack.py` makes the folder that travels: the
-committed source, the native operators as they are built here, wheels of what a machine with Python 3.12, PyTorch,
+fast are training and decoding, then peers, sanitizers and GRPO (bench/cards/questions.py). Each is a process of its
+own, cut off after twice its estimate; none needs another's success. `bench/card_pack.py` makes the folder that travels:
+the committed source, the native operators as they are built here, wheels of what a machine with Python 3.12, PyTorch,
 Triton and transformers lacks, and text with its tokens (33 MB in all).
 
 ```bash

@@ -1,15 +1,12 @@
-"""Time and memory of functions that take turns, so that a machine whose speed drifts slows all of them alike."""
+"""Times of functions that take turns, peak memory, and how fast a device copies, multiplies and reads."""
 
 from __future__ import annotations
 
 import gc
-import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +20,7 @@ PASSES: tuple[Pass, ...] = ("forward", "backward", "both")
 
 @dataclass(frozen=True)
 class Step:
-    """`run` is timed, on what `prepare`, which is not timed, gives it."""
+    """`prepare` is not timed; `run` is, and gets its result."""
 
     prepare: Callable[[], Any]
     run: Callable[[Any], Any]
@@ -31,8 +28,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: the median and what 20 and 80 of a hundred runs stay below; runs counted, and bytes taken at the peak
-    beyond what was there before `prepare` (None on a CPU)."""
+    """Seconds: the median and the 20th and 80th percentile of `runs` runs. peak_bytes: memory at the peak beyond what
+    was allocated before `prepare` (None on a CPU)."""
 
     median: float
     p20: float
@@ -41,9 +38,9 @@ class Timing:
     peak_bytes: int | None
 
 
-def step_of(which: Pass, function: Function, leaves: Sequence[Tensor]) -> Step:
-    """One pass of `function`. The forward is that of training: it builds the graph. Every backward has a forward of its
-    own, since not every contender bears a second one."""
+def pass_step(which: Pass, function: Function, leaves: Sequence[Tensor]) -> Step:
+    """One pass of `function`. The forward pass builds the graph, as in training. Every backward pass has its own
+    forward pass, since some implementations allow no second one."""
     seeds: list[Tensor] = []
 
     def forward(_: Any = None) -> list[Tensor]:
@@ -55,7 +52,7 @@ def step_of(which: Pass, function: Function, leaves: Sequence[Tensor]) -> Step:
 
     def ready() -> list[Tensor]:
         outputs = forward()
-        if not seeds:  # made once, and not shared: some contenders write into the gradient they are given
+        if not seeds:  # made once; not shared, since some implementations write into the gradient
             seeds.extend(torch.ones_like(out) if out.ndim == 0 else torch.randn_like(out) for out in outputs)
         return outputs
 
@@ -67,23 +64,36 @@ def step_of(which: Pass, function: Function, leaves: Sequence[Tensor]) -> Step:
 
 
 def first_line(problem: BaseException) -> str:
+    """The exception's type and the first line of its message."""
     lines = str(problem).strip().splitlines()
     return f"{type(problem).__name__}: {lines[0] if lines else ''}".strip()
 
 
-def measure(steps: dict[str, Step], device: torch.device, runs: int) -> dict[str, Timing | str]:
-    """Every step's Timing, or the first line of what it died of. Steps take turns, each round in another order."""
+def spread(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """(median, 20th percentile, 80th percentile)"""
+    quintiles = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else list(seconds) * 4
+    return statistics.median(seconds), quintiles[0], quintiles[-1]
+
+
+def rotated(names: Sequence[str], turn: int) -> list[str]:
+    """The names in the order of this turn."""
+    first = turn % max(1, len(names))
+    return [*names[first:], *names[:first]]
+
+
+def time_in_turns(steps: dict[str, Step], device: torch.device, runs: int) -> dict[str, Timing | str]:
+    """The Timing of every step, or the first line of its exception. The steps take turns in rotating order, so that a
+    machine whose speed drifts slows all of them alike."""
     warmup = 10 if device.type == "cuda" else 1
     clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     failed: dict[str, str] = {}
     for turn in range(warmup + runs):
-        names = [name for name in steps if name not in failed]
         pending = {}
-        for name in names[turn % max(1, len(names)) :] + names[: turn % max(1, len(names))]:
+        for name in rotated([name for name in steps if name not in failed], turn):
             try:
                 pending[name] = clock.start(steps[name])
-            except Exception as problem:  # a contender that dies is a result, not the end of the run
+            except Exception as problem:  # an implementation that fails is a result, not the end of the run
                 failed[name] = first_line(problem)
         try:
             taken = {name: finish() for name, finish in pending.items()}
@@ -110,8 +120,8 @@ class _CpuClock:
 
 
 class _CudaClock:
-    """Events around each run, which begins with a cold L2 cache. The host runs ahead within a round, as it does in
-    training: what a launch costs it shows only where the device has to wait."""
+    """Events around each run, which begins with a cold L2 cache. The host runs ahead within a round, as in training:
+    the time of a launch counts only if the device waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
@@ -144,15 +154,14 @@ def _peak(step: Step, device: torch.device) -> int:
 
 
 def _summary(seconds: list[float], peak: int | None) -> Timing:
-    quintiles = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else seconds * 4
-    return Timing(statistics.median(seconds), quintiles[0], quintiles[-1], len(seconds), peak)
+    return Timing(*spread(seconds), len(seconds), peak)
 
 
 def peak_mib(device: torch.device) -> float | None:
-    """The most memory so far, MiB: of a GPU what this process had allocated; on a CPU the peak of its resident set,
-    compilation included (VmHWM, which begins anew with the program); None where the system does not tell.
+    """This process's peak memory so far in MiB: allocated on a GPU, resident on a CPU (VmHWM, compilation included).
+    None if the system does not report it.
 
-    Not ru_maxrss: that is handed on from a process to the program it starts, and tells of the larger of the two.
+    Not ru_maxrss: a child inherits it from its parent.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -164,7 +173,7 @@ def peak_mib(device: torch.device) -> float | None:
 
 
 def limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this GPU reaches: GB/s of one large copy (bytes read and written), TFLOP/s of one large product."""
+    """The rates that this GPU reaches: GB/s of one large copy (read and written), TFLOP/s of one large product."""
     source = torch.ones(2**30, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device=device).to(dtype) for _ in range(2))
@@ -172,27 +181,43 @@ def limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         "copy": Step(lambda: None, lambda _: target.copy_(source)),
         "product": Step(lambda: None, lambda _: torch.mm(a, b)),
     }
-    found = measure(steps, device, runs=20)
-    copy, product = found["copy"], found["product"]
+    copy, product = time_in_turns(steps, device, runs=20).values()
     if isinstance(copy, str) or isinstance(product, str):
         raise ValueError(f"{device} cannot copy and multiply: {copy}, {product}")
     return {"GB/s": 2 * source.numel() / copy.median / 1e9, "TFLOP/s": 2 * 8192**3 / product.median / 1e12}
 
 
-def start_deaf(process: BaseProcess) -> None:
-    """Start a worker that Ctrl-C does not reach: it ends with this process, which says what there is to say.
+def read_bandwidth(num_bytes: int, device: torch.device, seconds: float = 1.0) -> float:
+    """Bytes per second of reading a buffer of `num_bytes` again and again with torch's threads: the fastest of several
+    reductions, each timed for `seconds`. It limits decoding, which reads every weight for every token. A buffer that
+    fits a cache is read from the cache, as a small model's weights are."""
+    words = max(num_bytes // 4, 1)
+    x = torch.ones(words, dtype=torch.float32, device=device)
+    matrix, vector = x[: words // 512 * 512].view(-1, 512), torch.ones(512, device=device)
+    readers: list[Callable[[], Any]] = [
+        lambda: x.sum(),
+        lambda: x.amax(),
+        lambda: x.view(torch.int32).sum(dtype=torch.int32),
+    ]
+    if matrix.numel():
+        readers.append(lambda: matrix @ vector)
+    return words * 4 / min(_fastest(read, device, seconds) for read in readers)
 
-    The worker inherits that SIGINT is blocked. Here a Ctrl-C during the start comes after it: other threads do not
-    block it, and ignoring it would lose it.
-    """
-    resource_tracker.ensure_running()  # its own start unblocks
-    late: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, _: late.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
-    if late:
-        signal.raise_signal(signal.SIGINT)
+
+def _fastest(read: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """The 20th percentile of the times: one lucky run is no limit."""
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(taken) < 5:
+        synchronize(device)
+        start = time.perf_counter()
+        read()
+        synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return sorted(taken)[len(taken) // 5]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, if it is a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,8 +1,8 @@
-"""The launches that the kernels' public functions make, caught instead of run.
+"""Capture the compilations that calls of the kernels' public functions would need, without launching anything.
 
-Every op is called forward and backward on small CPU tensors of the models' own widths, for an architecture that need
-not be here. What it would launch goes through Triton's own argument binding up to the point where Triton would
-compile; that compilation is written down. Results of the ops are whatever memory held.
+The ops are called forward and backward on small CPU tensors, as if on a GPU of any architecture. A launch goes through
+Triton's own argument binding up to the point where Triton would compile, and the compilation is recorded. The results
+of the ops are undefined.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 120: 170}
 
 @dataclass(frozen=True)
 class Compilation:
-    """What Triton is asked to compile: the signature, constants and attributes are those of triton.compile."""
+    """A request to Triton's compiler. signature, constants, attributes: as triton.compile takes them."""
 
     case: str
     dtype: str
@@ -43,12 +43,12 @@ class Compilation:
     @property
     def key(self) -> str:
         """Equal for compilations that give the same machine code."""
-        what = (self.signature, self.constants, self.attributes, self.num_warps, self.num_stages)
-        return f"{self.arch} {self.module}.{self.kernel} {what}"
+        options = (self.signature, self.constants, self.attributes, self.num_warps, self.num_stages)
+        return f"{self.arch} {self.module}.{self.kernel} {options}"
 
 
 class _Card:
-    """A driver that knows its architecture and nothing else: the device's number is its architecture."""
+    """A driver that knows only its architecture, which is also the number of its device."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -64,10 +64,10 @@ class _Card:
 
 
 def capture(cases: dict[str, Callable[[], None]], arch: int, dtype: str) -> list[Compilation]:
-    """The different compilations that running `cases` on an `arch` card would need, in the order they come."""
+    """The different compilations that running `cases` on an `arch` GPU would need, in order."""
     if triton_support.interpreting():
         raise ValueError("TRITON_INTERPRET=1: interpreted kernels are never compiled; unset it")
-    seen: dict[str, Compilation] = {}
+    compilations: dict[str, Compilation] = {}
 
     def remember(case: str, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         compilation = Compilation(
@@ -75,14 +75,14 @@ def capture(cases: dict[str, Callable[[], None]], arch: int, dtype: str) -> list
             compile["signature"], compile["constants"], compile["configs"][0],
             compile["num_warps"], compile["num_stages"],
         )  # fmt: skip
-        seen.setdefault(compilation.key, compilation)
+        compilations.setdefault(compilation.key, compilation)
         return True  # as if it had been compiled
 
     with pretending(arch, _bind):
         for case, run in cases.items():
             with mock.patch.object(knobs.runtime, "jit_cache_hook", functools.partial(remember, case)):
                 run()
-    return list(seen.values())
+    return list(compilations.values())
 
 
 def _bind(kernel, grid, args, constants, num_warps, num_stages) -> None:
@@ -91,20 +91,20 @@ def _bind(kernel, grid, args, constants, num_warps, num_stages) -> None:
 
 @contextlib.contextmanager
 def pretending(arch: int, run: Callable[..., None]) -> Iterator[None]:
-    """CPU tensors look like those of an `arch` card to the modules that are imported, and `run` gets the launches."""
+    """To the imported modules, CPU tensors look like those of an `arch` GPU, and `run` gets the launches."""
     answers: dict[str, Callable[..., Any]] = {
         "why_no_triton": lambda device: None,
-        "on_host": lambda tensor: False,  # as on a card; and what the ops return means nothing here
+        "on_host": lambda tensor: False,  # as on a GPU; the results of the ops are undefined
         "architecture": lambda device: arch,
         "multiprocessors": lambda device: MULTIPROCESSORS[arch],
         "_run": run,
     }
     modules = [m for name, m in list(sys.modules.items()) if name.startswith("minimind.")]
-    driver.set_active(_Card(arch))  # for good: this process launches nothing
+    driver.set_active(_Card(arch))  # permanently: this process never launches anything
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             original = getattr(triton_support, name)
-            for module in modules:  # by whatever name they imported it
+            for module in modules:
                 if getattr(module, name, None) is original:
                     stack.enter_context(mock.patch.object(module, name, answer))
         yield

@@ -1,4 +1,4 @@
-"""One compilation by Triton and ptxas, and what its machine code needs. No GPU is asked."""
+"""Compile a kernel with Triton and ptxas, and read the resources of its machine code. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from bench.compilation.occupancy import CARDS, occupancy
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one program: registers of a thread, bytes of stack of a thread and of shared memory; spilled bytes are
-    stores and loads together, as ptxas counts them. Instructions are counted for kernels with a matrix product."""
+    """The resources of one program: registers and bytes of stack of a thread, bytes of shared memory. spilled: bytes of
+    stores and loads together, as ptxas counts them. programs, occupancy, bound: see `Occupancy`. hmma, hgmma, ffma:
+    instructions, counted in kernels with a matrix product."""
 
     case: str
     dtype: str
@@ -47,38 +48,38 @@ class Resources:
 
     @property
     def problems(self) -> list[str]:
-        """Why this must not ship; empty if it may."""
-        found = []
+        """The reasons why this kernel must not ship; empty if it may."""
+        reasons = []
         if self.spilled or self.stack:
-            found.append(f"spills {self.spilled} bytes, stack of {self.stack}")
+            reasons.append(f"spills {self.spilled} bytes, stack of {self.stack}")
         limit = CARDS[self.arch].shared_per_program
         if self.shared > limit:
-            found.append(f"needs {self.shared} bytes of shared memory, and the card gives {limit}")
+            reasons.append(f"needs {self.shared} bytes of shared memory, and the GPU has {limit}")
         elif not self.programs:
-            found.append("not one program fits a multiprocessor")
+            reasons.append("not one program fits a multiprocessor")
         if self.multiplies_matrices and self.dtype != "fp32" and not self.hmma + self.hgmma:
-            found.append("multiplies matrices without a tensor core")
-        return found
+            reasons.append("multiplies matrices without a tensor core")
+        return reasons
 
 
 def compile_one(job: Compilation) -> Resources | str:
-    """What `job` needs, or the first line of the error that stopped it."""
+    """The resources of `job`, or the first line of the compiler's error."""
     try:
-        return _measure(job)
-    except Exception as problem:  # whatever the compiler throws is a finding, not the end of the run
+        return _resources(job)
+    except Exception as problem:  # a kernel that does not compile is a result, not the end of the run
         return f"{type(problem).__name__}: {(str(problem).strip() or 'no message').splitlines()[0]}"
 
 
-def _measure(job: Compilation) -> Resources:
+def _resources(job: Compilation) -> Resources:
     compiled = _compile(job)
     with _cubin(compiled.asm["cubin"]) as path:
         usage = _tool("--dump-resource-usage", path)
         matrices = "tt.dot" in compiled.asm["ttir"]
         machine_code = _tool("--dump-sass", path) if matrices else ""
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if match is None:
         raise ValueError(f"cuobjdump reports no resources: {usage!r}")
-    registers, stack = int(found[1]), int(found[2])
+    registers, stack = int(match[1]), int(match[2])
     shared = compiled.metadata.shared
     fits = occupancy(job.arch, job.num_warps, registers, shared)
     return Resources(
@@ -96,7 +97,7 @@ def _compile(job: Compilation) -> Any:
 
 
 def _spilled(job: Compilation) -> int:
-    """Of a kernel with a stack: ptxas's own words, from compiling once more with its log shown."""
+    """Bytes of spills, for a kernel with a stack: from ptxas's log of a second compilation."""
     log = io.StringIO()
     with contextlib.redirect_stdout(log), knobs.nvidia.scope(), knobs.compilation.scope():
         knobs.nvidia.dump_ptxas_log = True

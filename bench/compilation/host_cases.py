@@ -1,44 +1,45 @@
-"""One form of our operators in a process of its own, for bench/host_time.py: it is chosen when they are imported."""
+"""The cases of bench/host_time.py: compiled models and ops, in the process of one form of our operators."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bench.common.worker import Handler
 from bench.compilation import host_stub
 
 TOKENS = 64
-SHRINK = 8  # of the presets' widths: no kernel runs, and memory that nobody writes costs time too
-CALLS = (1, 9)  # of an op in the two graphs of which the difference is taken
-Case = Callable[[], tuple[float, float]]  # -> seconds of the host in one forward and one backward
+SHRINK = 8  # the presets' widths are divided by it: no kernel runs, but allocating memory takes time
+CALLS = (1, 9)  # calls of an op in two graphs; their difference is the time of eight calls
+Case = Callable[[], tuple[float, float]]  # -> seconds of the host in one forward and one backward pass
 
 
-def work(visible: bool, arch: int, pipe: Connection) -> None:
-    """Told the name of a case and how often to run it: answers with what `_timed` gives, first what the case launches.
-    Told None, ends."""
+def start(visible: bool, arch: int) -> Handler:
+    """In a process of its own: (case, runs) -> seconds of (forward, backward) for each run; with 0 runs, compile the
+    case and return how many of our kernels it launches. visible: whether torch.compile looks into our operators."""
     host_stub.import_ops(visible)
     torch.set_num_threads(1)
-    with host_stub.stubbed(arch) as found:
-        cases: dict[str, Case] = {}
-        while (told := pipe.recv()) is not None:
-            name, runs = told
-            if name not in cases:
-                cases[name] = _make(name)
-                cases[name]()  # compiles
-                found.launches = 0
-                cases[name]()
-                pipe.send(found.launches)
-            else:
-                pipe.send(_timed(cases[name], runs))
+    counts = contextlib.ExitStack().enter_context(host_stub.stubbed(arch))  # until the process ends
+    cases: dict[str, Case] = {}
+
+    def answer(request: tuple[str, int]) -> Any:
+        name, runs = request
+        if runs:
+            return _timed(cases[name], runs)
+        cases[name] = _make(name)
+        cases[name]()  # compiles
+        counts.launches = 0
+        cases[name]()
+        return counts.launches
+
+    return answer
 
 
 def _timed(case: Case, runs: int) -> list[tuple[float, float]]:
@@ -51,7 +52,7 @@ def _timed(case: Case, runs: int) -> list[tuple[float, float]]:
 
 
 def _make(name: str) -> Case:
-    """A preset's whole model, or `OP PRESET CALLS`. What was compiled before is forgotten."""
+    """A whole model for the name of a preset, or an op for `OP PRESET CALLS`. Earlier compilations are dropped."""
     from minimind.config import PRESETS
 
     torch.compiler.reset()
@@ -62,7 +63,7 @@ def _make(name: str) -> Case:
 
 
 def _small(config: Any) -> Any:
-    """As deep, with as many heads and experts."""
+    """The config with smaller widths and the same number of layers, heads and experts."""
     widths = ("hidden_size", "head_dim", "intermediate_size", "moe_intermediate_size")
     return replace(config, vocab_size=64, **{name: getattr(config, name) // SHRINK for name in widths})
 
@@ -90,12 +91,12 @@ def _op(op: str, config: Any, calls: int) -> Case:
     function, leaves = _ops(_small(config))[op]
     inputs = [leaves() for _ in range(calls)]
     compiled = torch.compile(
-        lambda sets: [out for given in sets for out in function(*given)], fullgraph=True, dynamic=False
+        lambda calls: [out for call in calls for out in function(*call)], fullgraph=True, dynamic=False
     )
 
     def clear() -> None:
-        for given in inputs:
-            for leaf in given:
+        for call in inputs:
+            for leaf in call:
                 leaf.grad = None
 
     return _both_ways(lambda: compiled(inputs), clear)
@@ -120,7 +121,7 @@ def _both_ways(forward: Callable[[], list[Tensor]], clear: Callable[[], Any]) ->
 
 
 def _ops(config: Any) -> dict[str, tuple[Callable[..., tuple[Tensor, ...]], Callable[[], list[Tensor]]]]:
-    """Name -> (the op, what makes its inputs)."""
+    """Name -> (the op, function that makes its inputs)."""
     from minimind.kernels.moe_experts import moe_experts
     from minimind.kernels.moe_routing import route
     from minimind.kernels.rms_norm import add_rms_norm, rms_norm
@@ -128,7 +129,7 @@ def _ops(config: Any) -> dict[str, tuple[Callable[..., tuple[Tensor, ...]], Call
     from minimind.kernels.swiglu import swiglu
 
     size, dim, inter = config.hidden_size, config.head_dim, config.intermediate_size
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     experts, top_k = config.num_experts or 4, config.num_experts_per_tok or 2
     gain = torch.ones(size)
     tables = torch.rand(2, TOKENS, dim // 2)
@@ -143,18 +144,18 @@ def _ops(config: Any) -> dict[str, tuple[Callable[..., tuple[Tensor, ...]], Call
         return leaf(1, TOKENS, size)
 
     def routed(logits: Tensor) -> tuple[Tensor, ...]:
-        found = route(logits, top_k, True)
-        return found.gates, found.scores
+        routing = route(logits, top_k, True)
+        return routing.gates, routing.scores
 
-    def mixed(*given: Tensor) -> tuple[Tensor, ...]:
-        return (moe_experts(*given, order, offsets),)
+    def mixed(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return (moe_experts(*inputs, order, offsets),)
 
     return {
         "rms_norm": (lambda x: (rms_norm(x, gain, 1e-5),), lambda: [hidden()]),
         "add_rms_norm": (lambda x, y: add_rms_norm(x, y, gain, 1e-5), lambda: [hidden(), hidden()]),
         "rope": (
-            lambda qkv: rope(qkv, *tables, positions, heads, groups),
-            lambda: [leaf(1, TOKENS, (heads + 2 * groups) * dim)],
+            lambda qkv: rope(qkv, *tables, positions, heads, kv_heads),
+            lambda: [leaf(1, TOKENS, (heads + 2 * kv_heads) * dim)],
         ),
         "swiglu": (lambda x: (swiglu(x),), lambda: [leaf(1, TOKENS, 2 * inter)]),
         "moe_route": (routed, lambda: [leaf(TOKENS, experts, dtype=torch.float32)]),
@@ -171,40 +172,3 @@ def _ops(config: Any) -> dict[str, tuple[Callable[..., tuple[Tensor, ...]], Call
 
 
 OPS = ("rms_norm", "add_rms_norm", "rope", "swiglu", "moe_route", "moe_experts")
-
-
-class HostWorker:
-    """That process, as this one sees it."""
-
-    def __init__(self, visible: bool, arch: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(visible, arch, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def ask(self, name: str, runs: int) -> Any:
-        """Launches of our kernels in one forward and backward, the first time; then seconds of (forward, backward)."""
-        self.pipe.send((name, runs))
-        try:
-            return self.pipe.recv()
-        except EOFError:
-            raise ValueError(f"{name}: its process died; see above") from None
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # it may have died
-            self.pipe.send(None)
-        self.process.join(timeout=20)
-        self.process.kill()
-        self.process.join()
-
-
-@contextlib.contextmanager
-def workers(arch: int) -> Iterator[dict[str, HostWorker]]:
-    """operator: torch.compile calls our operators; launch: it looks into them."""
-    found = {"operator": HostWorker(False, arch), "launch": HostWorker(True, arch)}
-    try:
-        yield found
-    finally:
-        for worker in found.values():
-            worker.close()

@@ -1,8 +1,8 @@
-"""A machine without a GPU on which what torch.compile generates for a card runs, and its kernels do nothing.
+"""Run the code that torch.compile generates for a GPU on a machine without one, with kernels that do nothing.
 
-Tensors are the CPU's. Inductor generates for them the code it would for a card, Triton kernels and Python that launches
-them, and that Python is what runs. Replaced are the ends of it: a compiled kernel, Inductor's own and ours, is a Python
-function that does nothing; so are matrix products and both directions of flash attention, whose Python operators stay.
+For CPU tensors, Inductor generates the code that it would for a GPU: Triton kernels and the Python that launches them.
+That Python runs. Compiled kernels, Inductor's and ours, are replaced by a Python function that does nothing, and so are
+matrix products and both directions of flash attention; their Python operators stay.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minimind.kernels import triton_support
 
 
 def import_ops(visible: bool) -> None:
-    """Import the operators, registered so that torch.compile looks into them, or not. Once in a process."""
+    """Import the operators, registered so that torch.compile can look into them (visible) or not. Once in a process."""
     assert "minimind.kernels.rms_norm" not in sys.modules, "imported too early"
     with mock.patch.object(triton_support, "seen_by_compiler", lambda: visible):
         importlib.import_module("minimind.modeling")
@@ -32,8 +32,8 @@ def import_ops(visible: bool) -> None:
 
 @dataclass
 class LaunchCounts:
-    """launches: of our kernels since it was set to 0, by whatever way; by_operators: those of them that an operator
-    made, not generated code. sources: name and source of every kernel that Inductor gave to Triton."""
+    """launches: all launches of our kernels since the count was reset. by_operators: those that an operator made
+    instead of generated code. sources: name and source of every kernel that Inductor gave to Triton."""
 
     launches: int = 0
     by_operators: int = 0
@@ -42,7 +42,7 @@ class LaunchCounts:
 
 @contextlib.contextmanager
 def stubbed(arch: int) -> Iterator[LaunchCounts]:
-    """Inside, torch.compile and our operators work as on an `arch` card, of which there is none."""
+    """Inside, torch.compile and our operators work as if on an `arch` GPU."""
     import torch._inductor.config as settings
     from torch._dynamo.device_interface import CpuInterface
     from torch._inductor.async_compile import AsyncCompile
@@ -52,15 +52,15 @@ def stubbed(arch: int) -> Iterator[LaunchCounts]:
 
     from minimind.ops import attention, varlen
 
-    found = LaunchCounts()
+    counts = LaunchCounts()
 
     def make_kernel(jit: Any, key: Any, signature: Any, device: int, *_: Any) -> _Kernel:
-        kernel = jit.device_caches[device][0][key] = _Kernel(found)
+        kernel = jit.device_caches[device][0][key] = _Kernel(counts)
         return kernel
 
     def make_launcher(_: Any, name: str, source: str, device_str: str = "cuda") -> _Launcher:
-        found.sources.append((name, source))
-        return _Launcher(found, ours="custom_kernel=True" in source)
+        counts.sources.append((name, source))
+        return _Launcher(counts, ours="custom_kernel=True" in source)
 
     options = {"cpu_backend": "triton", "compile_threads": 1, "force_disable_caches": True}
     patches = [
@@ -82,35 +82,35 @@ def stubbed(arch: int) -> Iterator[LaunchCounts]:
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
-        yield found
+        yield counts
 
 
 class _Kernel:
-    """What Triton launches for an operator that torch.compile does not look into."""
+    """A compiled kernel that an operator launches."""
 
     function = packed_metadata = None
 
-    def __init__(self, found: LaunchCounts) -> None:
-        self.found = found
+    def __init__(self, counts: LaunchCounts) -> None:
+        self.counts = counts
 
     def launch_metadata(self, *_: Any) -> None: ...
 
     def run(self, *_: Any) -> None:
-        self.found.launches += 1
-        self.found.by_operators += 1
+        self.counts.launches += 1
+        self.counts.by_operators += 1
 
 
 class _Launcher:
-    """What Inductor launches. As on a card there is a function behind the method."""
+    """A compiled kernel that Inductor's code launches. As on a GPU, its method calls another function."""
 
-    def __init__(self, found: LaunchCounts, ours: bool) -> None:
-        self.found, self.ours = found, ours
+    def __init__(self, counts: LaunchCounts, ours: bool) -> None:
+        self.counts, self.ours = counts, ours
 
     def run(self, *arguments: Any, stream: int) -> None:
         self._launch(*arguments, stream=stream)
 
     def _launch(self, *_: Any, stream: int) -> None:
-        self.found.launches += self.ours
+        self.counts.launches += self.ours
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
@@ -123,27 +123,27 @@ def _attention_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, 
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def compilations(found: LaunchCounts, arch: int, dtype: str) -> list[Compilation]:
-    """What Triton is asked to compile of our kernels by the generated code."""
+def requested_compilations(counts: LaunchCounts, arch: int, dtype: str) -> list[Compilation]:
+    """The compilations of our kernels that the generated code requests."""
     from torch._inductor.codecache import PyCodeCache
 
-    asked = []
-    for name, source in found.sources:
+    compilations = []
+    for name, source in counts.sources:
         if "custom_kernel=True" not in source:
             continue
         kernel = getattr(PyCodeCache.load(source), name)
         (config,), meta = kernel.configs, kernel.triton_meta
         function = kernel.fn.__name__  # of the same source as ours
-        asked.append(
+        compilations.append(
             Compilation(
                 name, dtype, arch, _home(function), function,
                 meta["signature"], meta["constants"], meta["configs"][0], config.num_warps, config.num_stages,
             )
         )  # fmt: skip
-    return asked
+    return compilations
 
 
 def _home(kernel: str) -> str:
-    """The module that defines it."""
+    """The module that defines this kernel."""
     modules = [m for name, m in sys.modules.items() if name.startswith("minimind.kernels.") and hasattr(m, kernel)]
     return str(getattr(modules[0], kernel).module)

@@ -1,7 +1,7 @@
-"""How many programs of a kernel share a multiprocessor, and what stops the next one.
+"""How many programs of a kernel fit a multiprocessor at once, and which resource limits their number.
 
-Limits from the CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; the rounding is that of
-CUDA's cuda_occupancy.h.
+The limits are from the CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; the rounding is
+that of CUDA's cuda_occupancy.h.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from dataclasses import dataclass
 
 KIB = 1024
 REGISTERS = 64 * KIB  # of a multiprocessor, in four parts
-RESERVED = 1 * KIB  # of shared memory, for each program
+RESERVED = 1 * KIB  # bytes of shared memory that CUDA takes for each program
 
 
 @dataclass(frozen=True)
 class SMLimits:
-    warps: int  # of a multiprocessor
+    """Warps, programs and bytes of shared memory of a multiprocessor, and the shared memory that one program can
+    get."""
+
+    warps: int
     programs: int
-    shared: int  # bytes of a multiprocessor
+    shared: int
     shared_per_program: int
 
 
@@ -32,7 +35,7 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Occupancy:
-    """programs of a multiprocessor; share of its warps they fill; bound: the limit or limits that stop the next."""
+    """programs: on a multiprocessor at once. share: of its warps that they fill. bound: the limits that they reach."""
 
     programs: int
     share: float
@@ -40,7 +43,7 @@ class Occupancy:
 
 
 def occupancy(arch: int, warps: int, registers: int, shared: int) -> Occupancy:
-    """warps of a program; registers of a thread; bytes of shared memory that a program asks for."""
+    """warps: of a program. registers: of a thread. shared: bytes of shared memory that a program requests."""
     card = CARDS[arch]
     per_warp = _round_up(max(registers, 1) * 32, 256)
     limits = {

@@ -1,5 +1,5 @@
-"""Every public op, forward and backward, at the presets' widths and few tokens, and the shapes of whole runs: what
-bench/compilation/capture.py watches."""
+"""The cases of bench/resources.py: every public op, forward and backward, at the presets' widths and few tokens, and
+the parts of whole runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bench.compilation import run_cases as run_shapes
+from bench.compilation import run_cases
 from minimind.config import PRESETS, ModelConfig
 from minimind.kernels.linear_cross_entropy import linear_cross_entropy
 from minimind.kernels.linear_distillation import linear_distillation
@@ -20,26 +20,26 @@ from minimind.kernels.rope import rope
 from minimind.kernels.swiglu import swiglu
 
 TOKENS = 96
-LARGE_VOCABULARY = 151936  # Qwen3's, a teacher's
+LARGE_VOCABULARY = 151936  # that of Qwen3, a possible teacher
 Cases = dict[str, Callable[[], None]]
 
 MANY_EXPERTS = ModelConfig(hidden_size=768, num_experts=64, num_experts_per_tok=8, moe_intermediate_size=384)
 
 
 def cases(dtype: torch.dtype, only: Sequence[str] = ("",)) -> Cases:
-    """Name -> a call of one op with activations of `dtype` and float32 weights. only: parts of names, of which a
-    case has one."""
-    found = run_shapes.cases(dtype)  # first: what a run asks for is then found under its name
+    """Name -> a call of one op with activations of `dtype` and float32 weights. only: parts of names; a case whose name
+    contains one of them is kept."""
+    calls = run_cases.cases(dtype)  # first, so that a compilation of a run carries the run's name
     for name, config in PRESETS.items():
-        found |= _dense(name, config, dtype)
+        calls |= _dense(name, config, dtype)
         if config.num_experts:
-            found |= _mixture(name, config, dtype)
-    for size, groups in ((64, 2), (80, 2), (96, 2), (96, 4), (128, 4)):
-        found |= _rope(size, groups, dtype)
+            calls |= _mixture(name, config, dtype)
+    for size, kv_heads in ((64, 2), (80, 2), (96, 2), (96, 4), (128, 4)):
+        calls |= _rope(size, kv_heads, dtype)
     for vocabulary in (ModelConfig.vocab_size, LARGE_VOCABULARY):
-        found |= _heads(vocabulary, dtype)
-    found |= _mixture("64 experts, top 8", MANY_EXPERTS, dtype)
-    return {name: run for name, run in found.items() if any(part in name for part in only)}
+        calls |= _heads(vocabulary, dtype)
+    calls |= _mixture("64 experts, top 8", MANY_EXPERTS, dtype)
+    return {name: call for name, call in calls.items() if any(part in name for part in only)}
 
 
 def _dense(name: str, config: ModelConfig, dtype: torch.dtype) -> Cases:
@@ -62,20 +62,20 @@ def _dense(name: str, config: ModelConfig, dtype: torch.dtype) -> Cases:
     }
 
 
-def _rope(size: int, groups: int, dtype: torch.dtype) -> Cases:
+def _rope(size: int, kv_heads: int, dtype: torch.dtype) -> Cases:
     def run(*weights: Tensor) -> None:
-        qkv = _leaf(1, TOKENS, (8 + 2 * groups) * size, dtype=dtype)
+        qkv = _leaf(1, TOKENS, (8 + 2 * kv_heads) * size, dtype=dtype)
         cos, sin = torch.rand(TOKENS, size // 2), torch.rand(TOKENS, size // 2)
-        _both_ways(*rope(qkv, cos, sin, torch.arange(TOKENS).unsqueeze(0), 8, groups, *weights))
+        _both_ways(*rope(qkv, cos, sin, torch.arange(TOKENS).unsqueeze(0), 8, kv_heads, *weights))
 
     return {
-        f"rope, 8/{groups} heads of {size}": run,
-        f"rope with norm, 8/{groups} heads of {size}": lambda: run(_leaf(size), _leaf(size)),
+        f"rope, 8/{kv_heads} heads of {size}": run,
+        f"rope with norm, 8/{kv_heads} heads of {size}": lambda: run(_leaf(size), _leaf(size)),
     }
 
 
 def _heads(vocabulary: int, dtype: torch.dtype) -> Cases:
-    """The losses of the linear head. Its hidden size is cuBLAS's affair: the kernels see rows of logits."""
+    """The losses of the linear head. The hidden size does not matter: cuBLAS multiplies, the kernels get logits."""
     name, size = f"vocabulary of {vocabulary}", 64
 
     def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -115,12 +115,12 @@ def _mixture(name: str, config: ModelConfig, dtype: torch.dtype) -> Cases:
     size, inter, experts = config.hidden_size, config.moe_intermediate_size, config.num_experts
     top_k = config.num_experts_per_tok
 
-    def routing(sequences: int) -> None:
+    def call_route(sequences: int) -> None:
         logits, ids = _leaf(TOKENS, experts), torch.arange(TOKENS) * sequences // TOKENS
-        found = route(logits, top_k, config.norm_topk_prob, ids, sequences, torch.ones(TOKENS))
-        _both_ways(found.gates, found.scores)
+        routing = route(logits, top_k, config.norm_topk_prob, ids, sequences, torch.ones(TOKENS))
+        _both_ways(routing.gates, routing.scores)
 
-    def through() -> None:
+    def call_experts() -> None:
         x = _leaf(TOKENS, size, dtype=dtype)
         gate_up, down = _leaf(experts, 2 * inter, size), _leaf(experts, size, inter)
         order = torch.arange(TOKENS * top_k, dtype=torch.int32)
@@ -131,9 +131,9 @@ def _mixture(name: str, config: ModelConfig, dtype: torch.dtype) -> Cases:
                 _both_ways(moe_experts(x, gate_up, down, gates, order, offsets))
 
     return {
-        f"route, {name}": lambda: routing(1),
-        f"route of 3 sequences, {name}": lambda: routing(3),
-        f"moe_experts, {name}": through,
+        f"route, {name}": lambda: call_route(1),
+        f"route of 3 sequences, {name}": lambda: call_route(3),
+        f"moe_experts, {name}": call_experts,
     }
 
 
@@ -142,7 +142,7 @@ def _leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _both_ways(*outputs: Tensor | None) -> None:
-    """Backward too, where there is one."""
-    used = [out for out in outputs if out is not None and out.requires_grad]
-    if used:
-        torch.autograd.backward(used, [torch.ones_like(out) for out in used])
+    """Also run the backward pass, if there is one."""
+    differentiable = [out for out in outputs if out is not None and out.requires_grad]
+    if differentiable:
+        torch.autograd.backward(differentiable, [torch.ones_like(out) for out in differentiable])

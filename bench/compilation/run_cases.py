@@ -1,8 +1,8 @@
-"""The shapes that one run asks the kernels for: prompts and rows of every length, decoding batches, training.
+"""Parts of whole runs, with the shapes that they give to kernels: prompts, decoding batches, answers, training.
 
-A kernel is compiled once for each of its variants: constants, dtypes, and which integers are 1 or multiples of 16 and
-which addresses are aligned. A run on a card waits for every one of them, so their number must not follow the lengths.
-bench/compilation/capture.py watches these cases, bench/resources.py compiles and counts what they ask for.
+Triton compiles a kernel once for each variant: its constants, dtypes, which integers are 1 or multiples of 16, and
+which addresses are aligned. A run on a GPU waits for each of these compilations, so their number must not depend on
+lengths. bench/resources.py compiles and counts them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ MIXTURE = replace(
 
 @dataclass(frozen=True)
 class Lengths:
-    """prompts: tokens of a prefill step. rows: of answers, which are learnt from. batches: samples decoded at once."""
+    """prompts: tokens of a prefill step. rows: tokens of a row with an answer to train on. batches: sequences decoded
+    at once."""
 
     prompts: Sequence[int]
     rows: Sequence[int]
@@ -57,28 +58,28 @@ MANY = Lengths(
 
 def cases(dtype: torch.dtype, lengths: Lengths = FEW) -> dict[str, Callable[[], None]]:
     """Name, which begins with "run, " -> a part of a run with activations of `dtype`."""
-    found: dict[str, Callable[[], None]] = {}
+    parts: dict[str, Callable[[], None]] = {}
     for name, config in (("dense", DENSE), ("experts", MIXTURE)):
-        found |= _cases_of(name, config, dtype, lengths)
-    return found
+        parts |= _cases_of(name, config, dtype, lengths)
+    return parts
 
 
 def _cases_of(name: str, config: ModelConfig, dtype: torch.dtype, lengths: Lengths) -> dict[str, Callable[[], None]]:
     def prefill() -> None:
         runner = _runner(config, dtype, max(lengths.prompts), 1)
         for length in lengths.prompts:
-            sample = _sample(length)
+            sequence = _sequence(length)
             half = length // 2
             with torch.no_grad():
-                runner.prefill([Chunk(sample, 0, length, True)])
+                runner.prefill([Chunk(sequence, 0, length, True)])
                 if half:
-                    runner.prefill([Chunk(sample, 0, half, False)])
-                    runner.prefill([Chunk(sample, half, length, True)])
+                    runner.prefill([Chunk(sequence, 0, half, False)])
+                    runner.prefill([Chunk(sequence, half, length, True)])
 
     def decoding() -> None:
         runner = _runner(config, dtype, PAGE, max(lengths.batches))
         for _ in range(max(lengths.batches)):
-            runner._batch.join(_sample(3), SamplingParams(), seed=0)
+            runner._batch.join(_sequence(3), SamplingParams(), seed=0)
         for rows in lengths.batches:
             with torch.no_grad():
                 runner._decode_layers(rows)
@@ -100,18 +101,18 @@ def _cases_of(name: str, config: ModelConfig, dtype: torch.dtype, lengths: Lengt
 
 
 def variants(compilations: Sequence[Compilation]) -> dict[str, int]:
-    """Of the compilations of `cases`, how many variants of each kernel a run has on one card in one dtype."""
-    of_a_run = (c for c in compilations if c.case.startswith("run, "))
-    counts = Counter((c.kernel.lstrip("_"), c.arch, c.dtype) for c in of_a_run)
+    """Kernel -> the number of its variants that a run compiles on one GPU in one dtype."""
+    run_compilations = (c for c in compilations if c.case.startswith("run, "))
+    counts = Counter((c.kernel.lstrip("_"), c.arch, c.dtype) for c in run_compilations)
     return {name: max(n for key, n in counts.items() if key[0] == name) for name, _, _ in sorted(counts)}
 
 
 def _with_kernels(run: Callable[[], None]) -> Callable[[], None]:
-    def inside() -> None:
+    def with_kernels() -> None:
         with ops.using("kernels"):
             run()
 
-    return inside
+    return with_kernels
 
 
 def _model(config: ModelConfig, dtype: torch.dtype) -> Model:
@@ -127,11 +128,11 @@ def _runner(config: ModelConfig, dtype: torch.dtype, context: int, rows: int) ->
     return Runner(Replica(_model(config, dtype), dtype), cache, batch, context + 1, "reference")
 
 
-def _sample(length: int) -> SequenceState:
-    sample = SequenceState(0, 0, 1, list(range(length)))
-    sample.pages = list(range(-(-length // PAGE)))
-    sample.computed = length - 1
-    return sample
+def _sequence(length: int) -> SequenceState:
+    sequence = SequenceState(0, 0, 1, list(range(length)))
+    sequence.pages = list(range(-(-length // PAGE)))
+    sequence.computed = length - 1
+    return sequence
 
 
 def _policy_step(model: Model, rows: int, length: int) -> None:
@@ -143,10 +144,10 @@ def _policy_step(model: Model, rows: int, length: int) -> None:
     for entropy in (False, True):
         out = model(ids, cu_seqlens=bounds, attention_mask=torch.ones_like(ids), return_logits=False)
         hidden = out.hidden_states.flatten(0, 1)
-        found = ops.linear_log_probs(
+        outputs = ops.linear_log_probs(
             hidden, model.head_weight, targets.flatten(), entropy=entropy, num_targets=rows * (length - length // 2)
         )
-        (sum(part.sum() for part in found if part is not None) + out.aux_loss).backward()
+        (sum(part.sum() for part in outputs if part is not None) + out.aux_loss).backward()
 
 
 def _teacher_step(model: Model, rows: int, length: int) -> None:
@@ -157,8 +158,8 @@ def _teacher_step(model: Model, rows: int, length: int) -> None:
 def _training_step(model: Model, rows: int, documents: int) -> None:
     length = 256
     ids = torch.zeros(rows, length, dtype=torch.int64)
-    inside = torch.linspace(0, rows * length, documents + 1).int()
-    bounds = torch.cat((inside, torch.arange(rows + 1, dtype=torch.int32) * length)).unique()
+    document_bounds = torch.linspace(0, rows * length, documents + 1).int()
+    bounds = torch.cat((document_bounds, torch.arange(rows + 1, dtype=torch.int32) * length)).unique()
     loss, aux, *_ = next_token_loss(model, TokenBatch(ids, ids, bounds, ids.numel()))
     (loss + aux).backward()
     with torch.no_grad():

@@ -1,20 +1,20 @@
-"""The greedy decoders that bench/decode.py drives, each at its best settings, all on the same weights.
+"""The greedy decoders that bench/decode.py compares, each with its best settings, all on the same weights.
 
 ours            this project's engine, native ops, bf16 weights and cache
 ours-fp8        the same with a float8 cache
-ours-fp32       in float32
+ours-fp32       the same in float32
 ours-reference  the engine without native ops: plain PyTorch, bf16
-naive           this project's plain model with the loop of upstream's generate: float32, keys and values grown by
-                torch.cat at every token, attention as matrix products
+naive           this project's plain model with upstream's generate loop: float32, keys and values grown by torch.cat at
+                every token, attention as matrix products
 hf-dynamic      transformers' generate in bf16, DynamicCache, SDPA
 hf-static       the same with StaticCache and its compiled forward
 hf-dynamic-fp32 and
 hf-static-fp32  the same in float32
 llama.cpp-f16, llama.cpp-bf16, llama.cpp-q8_0, llama.cpp-f32
                 llama.cpp through llama-cpp-python's low-level interface, a sequence for each row, the matrices in that
-                type, key/value cache in f16 (f32: f32)
+                type, key/value cache in f16 (for f32 in f32)
 
-A decoder is given prompts of one length and says when its tokens were known to the host.
+A decoder continues prompts of one length and reports when the host knew its tokens.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.common.timing import peak_mib, synchronize
+from bench.common.worker import Handler
+from bench.decoding.llama_cpp import LlamaCpp
 from minimind import ops
 from minimind.config import ModelConfig
 from minimind.inference.decode.cache_dtype import FLOAT8
@@ -46,8 +49,8 @@ Width = Literal["fp32", "bf16", "f16", "q8_0"]
 
 @dataclass(frozen=True)
 class DecodeSetting:
-    """folder: config.json, model.safetensors and model-TYPE.gguf; batch rows of `prompt` tokens, `new` to follow.
-    max_context: that the engine is ready for; None for just these tokens."""
+    """folder: config.json, model.safetensors and model-TYPE.gguf. A batch has `batch` prompts of `prompt` tokens, each
+    continued by `new` tokens. max_context: the engine's longest sequence; None for prompt plus new."""
 
     folder: Path
     batch: int
@@ -64,8 +67,8 @@ class DecodeSetting:
 
 @dataclass(frozen=True)
 class Generation:
-    """tokens [B][N]; stamps: after each step, seconds since the start and how many rows it gave a token; first: seconds
-    until each row's first token, [B]."""
+    """tokens [B][N]. stamps: for each step, seconds since the start and the number of rows that got a token. first:
+    seconds until each row's first token, [B]."""
 
     tokens: list[list[int]]
     stamps: list[tuple[float, int]]
@@ -76,20 +79,21 @@ Decoder = Callable[[Tensor], Generation]
 
 
 class Stopwatch:
-    """told: the decoder's tokens are on the host when it stamps; else a GPU is waited for first."""
+    """Records the time of each step. It waits for the device first, unless the tokens are on the host already."""
 
-    def __init__(self, device: torch.device, told: bool = False) -> None:
-        self.cuda, self.stamps = device.type == "cuda" and not told, list[tuple[float, int]]()
+    def __init__(self, device: torch.device, on_host: bool = False) -> None:
+        self.device = torch.device("cpu") if on_host else device
+        self.stamps: list[tuple[float, int]] = []
         self.start = time.perf_counter()
 
     def stamp(self, rows: int) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
+        """Seconds since the start, after a step that gave `rows` rows a token."""
+        synchronize(self.device)
         self.stamps.append((time.perf_counter() - self.start, rows))
         return self.stamps[-1][0]
 
-    def in_step(self, tokens: list[list[int]]) -> Generation:
-        """All rows began together."""
+    def generation(self, tokens: list[list[int]]) -> Generation:
+        """The result of a decoder whose rows all began together."""
         return Generation(tokens, self.stamps, [self.stamps[0][0]] * len(tokens))
 
 
@@ -106,7 +110,7 @@ def ours(
     def run(prompts: Tensor) -> Generation:
         requests = [Request(row, params) for row in prompts.tolist()]
         first: dict[str, float] = {}
-        watch = Stopwatch(s.device, told=True)  # a wait would be for the next step, which is launched already
+        watch = Stopwatch(s.device, on_host=True)  # the next step is launched already; do not wait for it
         tokens: dict[str, list[int]] = {engine.submit(request): [] for request in requests}
         while engine.has_work:
             deltas = [delta for delta in engine.step() if delta.token_ids]
@@ -134,7 +138,7 @@ def naive(s: DecodeSetting) -> Decoder:
             inputs = naive_forward(model, inputs, past, table)[:, -1].argmax(dim=-1, keepdim=True)
             ids = torch.cat((ids, inputs), dim=1)
             watch.stamp(s.batch)
-        return watch.in_step(ids[:, s.prompt :].tolist())
+        return watch.generation(ids[:, s.prompt :].tolist())
 
     return run
 
@@ -142,7 +146,8 @@ def naive(s: DecodeSetting) -> Decoder:
 def naive_forward(
     model: Model, ids: Tensor, past: list[tuple[Tensor, Tensor] | None], table: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """ids int64 [B, T] after what `past` holds, which takes up their keys and values -> logits [B, T, V]."""
+    """ids int64 [B, T] that follow the tokens in `past` -> logits [B, T, V]. Their keys and values are added to
+    `past`."""
     seen = 0 if past[0] is None else past[0][0].shape[1]
     positions = torch.arange(seen, seen + ids.shape[1], device=ids.device).unsqueeze(0)
     x, delta = model.embed_tokens(ids), None
@@ -178,7 +183,7 @@ def hf(s: DecodeSetting, dtype: torch.dtype, static: bool) -> Decoder:
 
     model = hf_model(s.folder, dtype).to(s.device)
     compiling = None
-    if static and s.device.type == "cpu":  # where transformers does not compile by itself
+    if static and s.device.type == "cpu":  # transformers does not compile there by default
         compiling = CompileConfig(mode="default")
         setattr(compiling, "_compile_all_devices", True)  # noqa: B010
     options: dict[str, Any] = {"cache_implementation": "static", "compile_config": compiling} if static else {}
@@ -201,13 +206,13 @@ def hf(s: DecodeSetting, dtype: torch.dtype, static: bool) -> Decoder:
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([Clock()]),
         )
-        return watch.in_step(out[:, s.prompt :].tolist())
+        return watch.generation(out[:, s.prompt :].tolist())
 
     return run
 
 
 def hf_model(folder: Path, dtype: torch.dtype) -> Any:
-    """transformers' Llama, or Qwen3 with QK-norm, with the weights of `folder`."""
+    """transformers' Llama, or its Qwen3 for a model with QK-norm, with the weights of `folder`."""
     from safetensors.torch import load_file
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -219,17 +224,15 @@ def hf_model(folder: Path, dtype: torch.dtype) -> Any:
     shape: dict[str, Any] = {name: getattr(c, name) for name in names}
     shape["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta}
     model: Any = Qwen3ForCausalLM(Qwen3Config(**shape)) if c.qk_norm else LlamaForCausalLM(LlamaConfig(**shape))
-    found = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    left = set(found.missing_keys) - {"lm_head.weight"} | set(found.unexpected_keys)
-    if left:
-        raise ValueError(f"{folder}: transformers has no place for, or lacks, {', '.join(sorted(left)[:3])}")
+    keys = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    different = set(keys.missing_keys) - {"lm_head.weight"} | set(keys.unexpected_keys)
+    if different:
+        raise ValueError(f"{folder}: transformers' model has other weights: {', '.join(sorted(different)[:3])}")
     model.tie_weights()
     return model.to(dtype).eval()
 
 
 def llama_cpp(s: DecodeSetting, width: str) -> Decoder:
-    from bench.decoding.llama_cpp import LlamaCpp
-
     decoder = LlamaCpp(s.folder / f"model-{width}.gguf", s.batch, s.prompt + s.new, s.threads, width == "f32")
 
     def run(prompts: Tensor) -> Generation:
@@ -239,47 +242,62 @@ def llama_cpp(s: DecodeSetting, width: str) -> Decoder:
         for _ in range(s.new - 1):
             tokens.append(decoder.step(tokens[-1]))
             watch.stamp(s.batch)
-        return watch.in_step(np.stack(tokens, axis=1).tolist())
+        return watch.generation(np.stack(tokens, axis=1).tolist())
 
     return run
 
 
 @dataclass(frozen=True)
-class Peer:
-    """make: called once in the peer's own process. width: of the matrices; kv_bytes: of an element of the cache, 1 for
-    float8."""
+class DecoderImplementation:
+    """make: called once, in a process of its own. width: type of the matrices. kv_bytes: bytes of a number in the
+    cache."""
 
     make: Callable[[DecodeSetting], Decoder]
     width: Width
     kv_bytes: int
 
 
-PEERS: dict[str, Peer] = {
-    "ours": Peer(lambda s: ours(s, torch.bfloat16), "bf16", 2),
-    "ours-fp8": Peer(lambda s: ours(s, torch.bfloat16, kv_dtype=FLOAT8), "bf16", 1),
-    "ours-fp32": Peer(lambda s: ours(s, torch.float32), "fp32", 4),
-    "ours-reference": Peer(lambda s: ours(s, torch.bfloat16, "reference"), "bf16", 2),
-    "hf-dynamic": Peer(lambda s: hf(s, torch.bfloat16, False), "bf16", 2),
-    "hf-static": Peer(lambda s: hf(s, torch.bfloat16, True), "bf16", 2),
-    "hf-dynamic-fp32": Peer(lambda s: hf(s, torch.float32, False), "fp32", 4),
-    "hf-static-fp32": Peer(lambda s: hf(s, torch.float32, True), "fp32", 4),
-    "llama.cpp-f16": Peer(lambda s: llama_cpp(s, "f16"), "f16", 2),
-    "llama.cpp-bf16": Peer(lambda s: llama_cpp(s, "bf16"), "bf16", 2),
-    "llama.cpp-q8_0": Peer(lambda s: llama_cpp(s, "q8_0"), "q8_0", 2),
-    "llama.cpp-f32": Peer(lambda s: llama_cpp(s, "f32"), "fp32", 4),
-    "naive": Peer(naive, "fp32", 4),
+IMPLEMENTATIONS: dict[str, DecoderImplementation] = {
+    "ours": DecoderImplementation(lambda s: ours(s, torch.bfloat16), "bf16", 2),
+    "ours-fp8": DecoderImplementation(lambda s: ours(s, torch.bfloat16, kv_dtype=FLOAT8), "bf16", 1),
+    "ours-fp32": DecoderImplementation(lambda s: ours(s, torch.float32), "fp32", 4),
+    "ours-reference": DecoderImplementation(lambda s: ours(s, torch.bfloat16, "reference"), "bf16", 2),
+    "hf-dynamic": DecoderImplementation(lambda s: hf(s, torch.bfloat16, False), "bf16", 2),
+    "hf-static": DecoderImplementation(lambda s: hf(s, torch.bfloat16, True), "bf16", 2),
+    "hf-dynamic-fp32": DecoderImplementation(lambda s: hf(s, torch.float32, False), "fp32", 4),
+    "hf-static-fp32": DecoderImplementation(lambda s: hf(s, torch.float32, True), "fp32", 4),
+    "llama.cpp-f16": DecoderImplementation(lambda s: llama_cpp(s, "f16"), "f16", 2),
+    "llama.cpp-bf16": DecoderImplementation(lambda s: llama_cpp(s, "bf16"), "bf16", 2),
+    "llama.cpp-q8_0": DecoderImplementation(lambda s: llama_cpp(s, "q8_0"), "q8_0", 2),
+    "llama.cpp-f32": DecoderImplementation(lambda s: llama_cpp(s, "f32"), "fp32", 4),
+    "naive": DecoderImplementation(naive, "fp32", 4),
 }
 
 
+def start(name: str, setting: DecodeSetting) -> Handler:
+    """In a process of its own: prompts [B][P] -> their Generation; None -> the peak memory in MiB."""
+    torch.set_num_threads(setting.threads)
+    with torch.inference_mode():
+        decode = IMPLEMENTATIONS[name].make(setting)
+
+    def answer(prompts: list[list[int]] | None) -> Any:
+        if prompts is None:
+            return peak_mib(setting.device)
+        with torch.inference_mode():
+            return decode(torch.tensor(prompts))
+
+    return answer
+
+
 def why_not(name: str, config: ModelConfig, device: torch.device) -> str | None:
-    """None if this peer can run here, else one short reason."""
+    """None if this decoder can run here, else one short reason."""
     if name.startswith("hf"):
         if importlib.util.find_spec("transformers") is None:
             return "transformers is not installed"
         if config.num_experts:
             return "transformers stacks and routes experts in its own way; dense models only"
         if config.rope_scaling is not None:
-            return "only without rope scaling"
+            return "models with rope scaling are not converted for transformers"
     if name.startswith("llama.cpp"):
         if importlib.util.find_spec("llama_cpp") is None:
             return "llama-cpp-python is not installed"

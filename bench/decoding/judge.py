@@ -1,13 +1,13 @@
-"""The gate of bench/decode.py: a decoder is timed only when what it wrote is the greedy continuation.
+"""Check that a decoder's tokens are the greedy continuation, as far as rounding lets one tell.
 
-Its tokens are put through this project's plain model, all at once, in float64: the truth. Every token must be the
-likeliest there, but for what rounding explains. Where logits are off by e at most, the chosen one lies at most 2 e
-below the best; e is what plain PyTorch in the same dtype is off by on the same tokens, and by the contract of this
-project's tests a decoder may be off by twice that: (best - chosen) / (2 e) <= 2. For a float32 decoder this leaves
-room for ties of the last digits only.
+The tokens go through this project's plain model in float64, which gives the true logits. Every token must have the
+largest logit there, up to rounding: if a decoder's logits are wrong by at most e, its token lies at most 2 e below the
+best one. e is measured: the error of plain PyTorch in the same dtype on the same tokens. As in this project's tests, a
+decoder's error may be twice that, so a decoder passes if (best - chosen) / (2 e) <= 2. For float32 that allows only
+ties in the last digits.
 
-With a float8 cache, e is that of whole forwards whose keys and values are rounded as the engine's cache rounds them.
-q8_0 means weights and, in llama.cpp, inputs of every product in blocks of 32 integers with one scale: so does its e.
+With a float8 cache, e is measured with keys and values rounded as the engine's cache rounds them; for q8_0, with the
+weights and the inputs of every product in blocks of 32 integers with one scale, as in llama.cpp.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from minimind import ops
 from minimind.inference.decode.cache_dtype import FLOAT8, rounded_cache
 from minimind.modeling import Linear, Model
 
-ROWS = 4  # of a batch, spread over it, are put through the truth
+ROWS = 4  # checked rows of a batch, spread over it
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "q8_0": torch.float32}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """ratio: worst (best - chosen) / (2 e) of all tokens, 2 or less passes. error: e, in logits. equal: share of the
-    tokens that are the float64 model's own choice after the same tokens."""
+    """ratio: the largest (best - chosen) / (2 e) of all tokens; 2 or less passes. error: e, in logits. equal: share of
+    the tokens that the float64 model would choose after the same tokens."""
 
     ratio: float
     error: float
@@ -45,14 +45,14 @@ class Verdict:
 
 @dataclass
 class Judge:
-    """Of one set of weights (float32, on the CPU)."""
+    """Checks decoders of one model (float32, on the CPU)."""
 
     model: Model
-    seen: dict[tuple, Verdict] = field(default_factory=dict)
+    verdicts: dict[tuple, Verdict] = field(default_factory=dict)
     truth_model: Model | None = None
 
     def judge(self, prompts: Tensor, tokens: list[list[int]], width: Width, float8_cache: bool = False) -> Verdict:
-        """prompts int64 [B, P], tokens [B][N]. ValueError when a row or a token is missing."""
+        """prompts int64 [B, P], tokens [B][N]. ValueError if a row or a token is missing."""
         if len(tokens) != len(prompts) or len({len(row) for row in tokens}) != 1:
             lengths = sorted({len(row) for row in tokens})
             raise ValueError(f"{len(prompts)} prompts got {len(tokens)} rows of {lengths} tokens")
@@ -60,9 +60,9 @@ class Judge:
         written = torch.tensor([tokens[r] for r in rows])
         ids = torch.cat((prompts[rows], written), dim=1)
         key = (width, float8_cache, *ids.flatten().tolist())
-        if key not in self.seen:
-            self.seen[key] = self._verdict(ids, written, width, float8_cache)
-        return self.seen[key]
+        if key not in self.verdicts:
+            self.verdicts[key] = self._verdict(ids, written, width, float8_cache)
+        return self.verdicts[key]
 
     @torch.no_grad()
     def _verdict(self, ids: Tensor, written: Tensor, width: Width, float8_cache: bool) -> Verdict:
@@ -73,17 +73,17 @@ class Judge:
             if self.truth_model is None:
                 self.truth_model = copy.deepcopy(self.model).double()
             truth = self.truth_model(ids[:, :-1]).logits[:, start:]
-            same = rounded_logits(self.model, ids[:, :-1], width, float8_cache)[:, start:].double()
+            plain = rounded_logits(self.model, ids[:, :-1], width, float8_cache)[:, start:].double()
         finally:
             ops.set_mode(mode)
-        error = float((same - truth).abs().max())
+        error = float((plain - truth).abs().max())
         regret = truth.max(dim=-1).values - truth.gather(2, written.unsqueeze(2)).squeeze(2)
         equal = float((regret == 0).double().mean())
         return Verdict(float(regret.max()) / (2 * error), error, equal)
 
 
 def rounded_logits(model: Model, ids: Tensor, width: Width, float8_cache: bool = False) -> Tensor:
-    """Logits [B, T, V] of plain PyTorch with matrices of `width`, keys and values through float8 on request."""
+    """Logits [B, T, V] of plain PyTorch with matrices in `width` and, if asked, keys and values rounded to float8."""
     if width == "q8_0":
         model = _with_q8_weights(model)
         hidden = model(ids, return_logits=False).hidden_states
@@ -94,7 +94,7 @@ def rounded_logits(model: Model, ids: Tensor, width: Width, float8_cache: bool =
 
 
 def round_q8(x: Tensor) -> Tensor:
-    """x [..., K] float32 as q8_0 holds it: blocks of 32 integers in -127..127 with one scale in float16."""
+    """x [..., K] float32 as q8_0 stores it: blocks of 32 integers in -127..127 with one float16 scale."""
     blocks = x.unflatten(-1, (-1, 32))
     scale = blocks.abs().amax(dim=-1, keepdim=True) / 127
     inverse = torch.where(scale > 0, 1 / scale, 0.0)

@@ -1,7 +1,7 @@
-"""llama.cpp decoding a batch of rows greedily, through llama-cpp-python's low-level interface.
+"""Decode a batch of rows greedily with llama.cpp, through llama-cpp-python's low-level interface.
 
-Rows are sequences of their own in one context; arrays of a llama_batch are filled through NumPy views, so that Python
-costs a step some tens of microseconds.
+Every row is a sequence of its own in one context. The arrays of a llama_batch are filled through NumPy views, so that
+Python adds only some tens of microseconds to a step.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import numpy as np
 
 PREFILL = 2048  # tokens in a batch of the prompt
 _GGML_F32 = 0
-_quiet: list[Any] = []  # the callback that drops llama.cpp's log: it must outlive every model
+_log_callbacks: list[Any] = []  # a callback that drops llama.cpp's log; it must outlive every model
 
 
 class LlamaCpp:
-    """One context of `batch` sequences of `length` tokens each; float32_cache: keys and values in f32, not f16."""
+    """A context of `batch` sequences of up to `length` tokens. float32_cache: keys and values in f32 instead of f16."""
 
     def __init__(self, path: Path, batch: int, length: int, threads: int, float32_cache: bool) -> None:
         import llama_cpp
 
         self.api, self.batch = llama_cpp, batch
-        if not _quiet:
-            _quiet.append(llama_cpp.llama_log_callback(lambda level, text, data: None))
-        llama_cpp.llama_log_set(_quiet[0], ctypes.c_void_p(0))
+        if not _log_callbacks:
+            _log_callbacks.append(llama_cpp.llama_log_callback(lambda level, text, data: None))
+        llama_cpp.llama_log_set(_log_callbacks[0], ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
         if self.model is None:
@@ -38,7 +38,7 @@ class LlamaCpp:
         params.n_threads = params.n_threads_batch = threads
         if float32_cache:
             params.type_k = params.type_v = _GGML_F32
-            # flash attention computes in f16 whatever the cache: logits off by 3e-3, without it by 1e-6
+            # flash attention always computes in f16: logits are off by 3e-3 with it, by 1e-6 without
             params.flash_attn_type = 0
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         if self.context is None:
@@ -53,24 +53,24 @@ class LlamaCpp:
         self.api.llama_model_free(self.model)
 
     def prefill(self, prompts: np.ndarray) -> np.ndarray:
-        """prompts int64 [B, P], from an empty cache -> the next token of each row, int64 [B]."""
+        """prompts int64 [B, P] -> the next token of each row, int64 [B]. The cache is emptied first."""
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
         rows, length = prompts.shape
-        together = max(1, PREFILL // length)
-        found = []
-        for start in range(0, rows, together):
-            chunk = prompts[start : start + together]
+        rows_per_call = max(1, PREFILL // length)
+        tokens = []
+        for start in range(0, rows, rows_per_call):
+            chunk = prompts[start : start + rows_per_call]
             sequences = np.repeat(np.arange(start, start + len(chunk)), length)
             positions = np.tile(np.arange(length), len(chunk))
-            found.append(self._decode(chunk.reshape(-1), positions, sequences, positions == length - 1))
+            tokens.append(self._decode(chunk.reshape(-1), positions, sequences, positions == length - 1))
         self.position = length
-        return np.concatenate(found)
+        return np.concatenate(tokens)
 
     def step(self, tokens: np.ndarray) -> np.ndarray:
-        """tokens int64 [B], the newest of each row -> the next, int64 [B]."""
-        everywhere = np.full(self.batch, self.position)
+        """The newest token of each row -> the next one, both int64 [B]."""
+        positions = np.full(self.batch, self.position)
         self.position += 1
-        return self._decode(tokens, everywhere, np.arange(self.batch), np.ones(self.batch, bool))
+        return self._decode(tokens, positions, np.arange(self.batch), np.ones(self.batch, bool))
 
     def _decode(self, tokens: Any, positions: Any, sequences: Any, wanted: Any) -> np.ndarray:
         count, inputs = len(tokens), self.inputs

@@ -1,4 +1,4 @@
-"""What bench/decode.py leaves behind: rows of a CSV, a table and a picture."""
+"""The rows, the table and the picture of bench/decode.py."""
 
 from __future__ import annotations
 
@@ -6,29 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-from bench.operators.report import columns_of
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from bench.common.plots import bars, plt, save
+from bench.common.record import Row
 
 
 @dataclass(frozen=True)
-class DecodeRow:
-    """One decoder at one batch size. status: ok; refused, what it wrote is not the greedy continuation; failed, and
-    `reason`. ttft: seconds to the first token, mean over rows, median over turns. tpot: seconds between tokens of a
-    row, the median step, and what 20 and 80 of a hundred steps stay below. tokens_per_second: batch / tpot.
-    overall_per_second: new tokens over the whole time, prompt included. step_bytes: weights, and keys and values of all
-    rows, that a step reads; bandwidth: bytes per second of reading a buffer of the weights' size; share: the time these
-    bytes take at that rate over tpot. error_ratio: bench/decoding/judge.py; 2 or less passes. equal: share of the tokens
-    that are a float64 model's own choice."""
+class DecodeRow(Row):
+    """One decoder at one batch size.
 
-    date: str
-    commit: str | None
-    device: str
+    status: ok; refused (its tokens are not the greedy continuation) or failed, with the reason. ttft: seconds to the
+    first token, mean over rows, median over turns. tpot: seconds between tokens of a row, median of the steps with
+    their 20th and 80th percentile. tokens_per_second: batch / tpot. overall_per_second: new tokens over the whole time,
+    prompt included. step_bytes: bytes of weights, keys and values that a step reads. bandwidth: bytes per second of
+    reading a buffer of the weights' size. share: the time that step_bytes takes at this bandwidth, over tpot.
+    error_ratio: 2 or less passes (bench/decoding/judge.py). equal: share of the tokens that the float64 model would
+    choose.
+    """
+
     threads: int
     torch: str | None
     transformers: str | None
@@ -58,17 +55,14 @@ class DecodeRow:
     equal: float | None = None
 
 
-COLUMNS = columns_of(DecodeRow)
-
-
 def show(rows: Sequence[DecodeRow], console: Console) -> None:
-    """One batch size; ratios against the last row that was timed."""
+    """A table of one batch size; ratios are against the last row that was timed."""
     first = rows[0]
     base = next((row for row in reversed(rows) if row.tokens_per_second), None)
     table = Table(
         title=f"{first.model} ({first.weights}), batch {first.batch}, {first.prompt} + {first.new} tokens, "
         f"{first.threads} threads, {first.device}",
-        caption=f"ratios against {base.peer if base else 'none'}; share: of the time in which memory can be read",
+        caption=f"ratios against {base.peer if base else 'none'}; share: time to read the memory, over the step's time",
     )
     for column in ("", "width", "tokens/s", "ratio", "TPOT ms", "p20-p80", "TTFT ms", "share", "KV B/token", "MiB",
                    "error", "equal"):  # fmt: skip
@@ -103,7 +97,7 @@ def _cells(row: DecodeRow, base: DecodeRow | None) -> list[str]:
 
 
 def plot(rows: Sequence[DecodeRow], path: Path) -> None:
-    """Tokens/s of every decoder that was timed, a panel a batch size, and their time to the first token."""
+    """Tokens/s and time to the first token of every decoder that was timed; a row of panels for each batch size."""
     timed = [row for row in rows if row.tokens_per_second is not None]
     batches = list(dict.fromkeys(row.batch for row in timed))
     if not batches:
@@ -120,26 +114,10 @@ def plot(rows: Sequence[DecodeRow], path: Path) -> None:
     for batch, line in zip(batches, axes, strict=True):
         here = [row for row in timed if row.batch == batch]
         for axis, (title, value, colour) in zip(line, panels, strict=True):
-            values = [value(row) for row in here]
             colours = [colour if row.peer.startswith("ours") else "#9a9a9a" for row in here]
-            axis.barh(range(len(here)), values, 0.7, color=colours)
-            for y, v in enumerate(values):
-                text = f"{v:,.0f}, {v / values[-1]:.2f}x"
-                axis.text(v + 0.01 * max(values), y, text, va="center", fontsize=8)
-            axis.set_yticks(range(len(here)), [row.peer for row in here], fontsize=9)
-            axis.set_xlim(0, 1.3 * max(values))
-            axis.set_title(title, fontsize=9, loc="left")
-            axis.tick_params(axis="x", labelsize=7)
-            axis.spines[["top", "right"]].set_visible(False)
+            bars(axis, title, [value(row) for row in here], [row.peer for row in here], colours)
         line[0].set_ylabel(f"batch {batch}", fontsize=10, fontweight="bold")
         line[0].invert_yaxis()
     first = timed[0]
-    figure.suptitle(
-        f"{first.model}, {first.prompt} + {first.new} tokens, {first.weights}; {first.device}, {first.commit}",
-        fontsize=9,
-        x=0.01,
-        ha="left",
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    tokens = f"{first.prompt} + {first.new} tokens"
+    save(figure, path, f"{first.model}, {tokens}, {first.weights}; {first.device}, {first.commit}")

@@ -1,13 +1,13 @@
-"""What bench/kernels.py times: each op at the presets' shapes, its contenders, and the work that it cannot do without.
+"""The cases of bench/kernels.py: each op at the presets' shapes, its implementations, and the work that it must do.
 
-Contenders take the op's leaves, the tensors that get gradients, and return its outputs; the rest of its inputs they
-hold themselves.
+An implementation takes the op's leaves, which are the tensors that get gradients, and returns its outputs; it holds
+the other inputs itself.
 
-    minimind   our kernel on a GPU; on a CPU the PyTorch form that ops takes there
+    minimind   our kernel on a GPU; on a CPU the PyTorch form that minimind.ops uses there
     eager      plain PyTorch, the kernel's reference
     compiled   the same under torch.compile
-    native     what PyTorch ships fused, where there is something
-    liger      Liger-Kernel, where it is installed and the device is a GPU
+    native     PyTorch's own fused function, if there is one
+    liger      Liger-Kernel, if it is installed and the device is a GPU
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.common.timing import Function, Pass
-from bench.operators import implementations as peers
+from bench.operators import implementations as others
 from minimind.config import ModelConfig
 from minimind.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from minimind.kernels.linear_distillation import linear_distillation, linear_distillation_ref
@@ -39,15 +39,15 @@ TEMPERATURE = 1.5  # of distillation
 
 @dataclass(frozen=True)
 class KernelWork:
-    """What a pass must at least move or multiply: bytes if `unit` is GB/s, floating-point operations if TFLOP/s. Of
-    losses that make their gradient in the forward the parts mean nothing apart: `split` is False."""
+    """The least that a pass must move or multiply: bytes if `unit` is GB/s, floating-point operations if TFLOP/s.
+    split: False for losses that compute their gradient in the forward pass, whose passes cannot be judged apart."""
 
     unit: Literal["GB/s", "TFLOP/s"]
     forward: float
     backward: float
     split: bool = True
 
-    def of(self, which: Pass) -> float | None:
+    def of_pass(self, which: Pass) -> float | None:
         if which == "both":
             return self.forward + self.backward
         return getattr(self, which) if self.split else None
@@ -55,6 +55,8 @@ class KernelWork:
 
 @dataclass(frozen=True)
 class Case:
+    """One op at one shape. reference: plain PyTorch, which also gives the true values in float64."""
+
     op: str
     preset: str
     shape: str
@@ -62,13 +64,13 @@ class Case:
     dtype: torch.dtype
     leaves: Sequence[Tensor]
     reference: Function
-    contenders: dict[str, Function]
+    implementations: dict[str, Function]
     work: KernelWork
 
 
 @dataclass(frozen=True)
 class KernelSetting:
-    """Where and how large: what every builder below is given."""
+    """Shape, dtype and device of a case, and its random tensors."""
 
     config: ModelConfig
     tokens: int
@@ -79,7 +81,7 @@ class KernelSetting:
 
     @property
     def bytes(self) -> int:
-        """Of one activation."""
+        """Bytes of one activation."""
         return self.dtype.itemsize
 
     def activation(self, *shape: int, scale: float = 1.0) -> Tensor:
@@ -93,14 +95,14 @@ Parts = tuple[str, Sequence[Tensor], Function, dict[str, Function], KernelWork]
 
 
 def norm_work(s: KernelSetting, addends: int) -> KernelWork:
-    """Bytes of one RMSNorm of N rows of C. Forward: each addend and y, and the sum where there are two. Backward: x or
-    the sum, dy, the sum's gradient where there is one, and dx, which both addends share."""
+    """Bytes of one RMSNorm of N rows of C. Forward: each addend and y, and the sum of two addends. Backward: x or the
+    sum, dy, the sum's gradient if there is a sum, and dx, which both addends share."""
     row = s.tokens * s.config.hidden_size * s.bytes
     return KernelWork("GB/s", 2 * addends * row, (2 + addends) * row)
 
 
 def rope_work(s: KernelSetting, normed: bool) -> KernelWork:
-    """Bytes of N tokens of (H + 2 G) heads of D: read and written once; the norm's backward reads q and k once more."""
+    """Bytes of N tokens of (H + 2 G) heads of D, read and written once; the norm's backward reads q and k again."""
     heads, groups = s.config.num_attention_heads, s.config.num_key_value_heads
     head = s.tokens * s.config.head_dim * s.bytes
     packed = (heads + 2 * groups) * head
@@ -108,20 +110,20 @@ def rope_work(s: KernelSetting, normed: bool) -> KernelWork:
 
 
 def swiglu_work(s: KernelSetting) -> KernelWork:
-    """Bytes: gate, up and y forward; those three, dgate and dup backward."""
+    """Bytes. Forward: gate, up and y. Backward: the same three, dgate and dup."""
     half = s.tokens * s.config.intermediate_size * s.bytes
     return KernelWork("GB/s", 3 * half, 5 * half)
 
 
 def head_work(s: KernelSetting, teacher: bool = False, split: bool = False) -> KernelWork:
-    """Operations of [N, C] x [C, V]: one product forward (two with a teacher), two backward. Recomputation earns
-    nothing."""
+    """Operations of [N, C] x [C, V]: one product forward (two with a teacher), two backward. Recomputation does not
+    count."""
     product = 2 * s.tokens * s.config.hidden_size * s.config.vocab_size
     return KernelWork("TFLOP/s", product * (1 + teacher), 2 * product, split)
 
 
 def moe_work(s: KernelSetting) -> KernelWork:
-    """Operations of K experts of three C x I matrices for each token; twice that backward."""
+    """Operations of K experts with three C x I matrices for each token; twice as many backward."""
     c = s.config
     forward = 6 * s.tokens * c.num_experts_per_tok * c.hidden_size * c.moe_intermediate_size
     return KernelWork("TFLOP/s", forward, 2 * forward)
@@ -130,25 +132,25 @@ def moe_work(s: KernelSetting) -> KernelWork:
 def _rms_norm(s: KernelSetting) -> Parts:
     size, eps = s.config.hidden_size, s.config.rms_norm_eps
     leaves = s.activation(s.tokens, size), s.parameter(size, mean=1.0)
-    native = partial(peers.native_rms_norm, eps=eps)
-    contenders: dict[str, Function] = {
+    native = partial(others.native_rms_norm, eps=eps)
+    implementations: dict[str, Function] = {
         "minimind": partial(rms_norm if s.kernels else rms_norm_ref, eps=eps),
         "native": native,
-        "liger": partial(peers.liger_rms_norm, eps=eps),
+        "liger": partial(others.liger_rms_norm, eps=eps),
     }
-    return f"C {size}", leaves, partial(rms_norm_ref, eps=eps), contenders, norm_work(s, 1)
+    return f"C {size}", leaves, partial(rms_norm_ref, eps=eps), implementations, norm_work(s, 1)
 
 
 def _add_rms_norm(s: KernelSetting) -> Parts:
     size, eps = s.config.hidden_size, s.config.rms_norm_eps
     leaves = s.activation(s.tokens, size), s.activation(s.tokens, size), s.parameter(size, mean=1.0)
-    native = partial(peers.native_add_rms_norm, eps=eps)
-    contenders: dict[str, Function] = {
+    native = partial(others.native_add_rms_norm, eps=eps)
+    implementations: dict[str, Function] = {
         "minimind": partial(add_rms_norm if s.kernels else add_rms_norm_ref, eps=eps),
         "native": native,
-        "liger": partial(peers.liger_add_rms_norm, eps=eps),
+        "liger": partial(others.liger_add_rms_norm, eps=eps),
     }
-    return f"C {size}", leaves, partial(add_rms_norm_ref, eps=eps), contenders, norm_work(s, 2)
+    return f"C {size}", leaves, partial(add_rms_norm_ref, eps=eps), implementations, norm_work(s, 2)
 
 
 def _rope(s: KernelSetting, normed: bool) -> Parts:
@@ -166,24 +168,27 @@ def _rope(s: KernelSetting, normed: bool) -> Parts:
         return rope_ref(qkv, cos, sin, ids, heads, groups, q, k, eps)
 
     def native(qkv: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-        return peers.native_rope(qkv, cos, sin, ids, heads, groups, q, k, eps)
+        return others.native_rope(qkv, cos, sin, ids, heads, groups, q, k, eps)
 
     def ours(qkv: Tensor, q: Tensor | None = None, k: Tensor | None = None) -> tuple[Tensor, ...]:
         return rope(qkv, cos, sin, ids, heads, groups, q, k, eps)
 
     def liger(qkv: Tensor, q: Tensor | None = None, k: Tensor | None = None) -> tuple[Tensor, ...]:
-        return peers.liger_rope(qkv, wide_cos, wide_sin, heads, groups, q, k, eps)
+        return others.liger_rope(qkv, wide_cos, wide_sin, heads, groups, q, k, eps)
 
-    contenders: dict[str, Function] = {"minimind": ours if s.kernels else reference, "liger": liger}
+    implementations: dict[str, Function] = {"minimind": ours if s.kernels else reference, "liger": liger}
     if normed:
-        contenders["native"] = native
-    return f"D {size}, {heads}/{groups} heads", leaves, reference, contenders, rope_work(s, normed)
+        implementations["native"] = native
+    return f"D {size}, {heads}/{groups} heads", leaves, reference, implementations, rope_work(s, normed)
 
 
 def _swiglu(s: KernelSetting) -> Parts:
     size = s.config.intermediate_size
-    contenders: dict[str, Function] = {"minimind": swiglu if s.kernels else swiglu_ref, "liger": peers.liger_swiglu}
-    return f"I {size}", [s.activation(s.tokens, 2 * size)], swiglu_ref, contenders, swiglu_work(s)
+    implementations: dict[str, Function] = {
+        "minimind": swiglu if s.kernels else swiglu_ref,
+        "liger": others.liger_swiglu,
+    }
+    return f"I {size}", [s.activation(s.tokens, 2 * size)], swiglu_ref, implementations, swiglu_work(s)
 
 
 def _head(s: KernelSetting) -> tuple[str, list[Tensor], Tensor]:
@@ -195,31 +200,31 @@ def _head(s: KernelSetting) -> tuple[str, list[Tensor], Tensor]:
 
 def _linear_cross_entropy(s: KernelSetting) -> Parts:
     shape, leaves, targets = _head(s)
-    contenders: dict[str, Function] = {
+    implementations: dict[str, Function] = {
         "minimind": partial(linear_cross_entropy, targets=targets, kernels=s.kernels),
-        "native": partial(peers.native_linear_cross_entropy, targets=targets),
-        "liger": partial(peers.liger_linear_cross_entropy, targets=targets),
+        "native": partial(others.native_linear_cross_entropy, targets=targets),
+        "liger": partial(others.liger_linear_cross_entropy, targets=targets),
     }
     reference = partial(linear_cross_entropy_ref, targets=targets)
-    return shape, leaves, reference, contenders, head_work(s)
+    return shape, leaves, reference, implementations, head_work(s)
 
 
 def _linear_log_probs(s: KernelSetting) -> Parts:
     shape, leaves, targets = _head(s)
-    contenders: dict[str, Function] = {
+    implementations: dict[str, Function] = {
         "minimind": lambda x, weight: linear_log_probs(x, weight, targets, kernels=s.kernels)[0],
-        "native": partial(peers.native_linear_log_probs, targets=targets),
-        "liger": partial(peers.liger_linear_log_probs, targets=targets),
+        "native": partial(others.native_linear_log_probs, targets=targets),
+        "liger": partial(others.liger_linear_log_probs, targets=targets),
     }
 
     def reference(x: Tensor, weight: Tensor) -> Tensor:
         return linear_log_probs_ref(x, weight, targets)[0]
 
-    return shape, leaves, reference, contenders, head_work(s, split=True)
+    return shape, leaves, reference, implementations, head_work(s, split=True)
 
 
 def _linear_distillation(s: KernelSetting) -> Parts:
-    """From a teacher of the same size, forward KL."""
+    """Forward KL from a teacher of the same size."""
     (shape, leaves, _), (_, (teacher_x, teacher_weight), _) = _head(s), _head(s)
 
     def reference(x: Tensor, weight: Tensor) -> Tensor:
@@ -231,14 +236,14 @@ def _linear_distillation(s: KernelSetting) -> Parts:
         return linear_distillation(x, weight, *teacher, temperature=TEMPERATURE, kernels=s.kernels)
 
     def liger(x: Tensor, weight: Tensor) -> Tensor:
-        return peers.liger_linear_distillation(x, weight, teacher_x, teacher_weight, TEMPERATURE)
+        return others.liger_linear_distillation(x, weight, teacher_x, teacher_weight, TEMPERATURE)
 
-    contenders: dict[str, Function] = {"minimind": ours, "liger": liger}
-    return shape, leaves, reference, contenders, head_work(s, teacher=True)
+    implementations: dict[str, Function] = {"minimind": ours, "liger": liger}
+    return shape, leaves, reference, implementations, head_work(s, teacher=True)
 
 
 def _moe(s: KernelSetting) -> Parts:
-    """From the router's logits to the layer's output, sorting included. The eager form is upstream's loop."""
+    """From the router's logits to the layer's output, including the sorting. The eager form is upstream's loop."""
     c = s.config
     experts, top_k, inter = c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size
     normalize = c.norm_topk_prob
@@ -250,20 +255,20 @@ def _moe(s: KernelSetting) -> Parts:
     ]
 
     def reference(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        return moe_experts_ref(x, gate_up, down, *peers.choose(logits, top_k, normalize))
+        return moe_experts_ref(x, gate_up, down, *others.choose(logits, top_k, normalize))
 
     def ours(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        found = route(logits, top_k, normalize)
-        return moe_experts(x, gate_up, down, found.gates, found.order, found.offsets)
+        routing = route(logits, top_k, normalize)
+        return moe_experts(x, gate_up, down, routing.gates, routing.order, routing.offsets)
 
-    native = partial(peers.native_moe, top_k=top_k, normalize=normalize)
-    contenders: dict[str, Function] = {
+    native = partial(others.native_moe, top_k=top_k, normalize=normalize)
+    implementations: dict[str, Function] = {
         "minimind": ours if s.kernels else native,
         "native": native,
-        "liger": partial(peers.liger_moe, top_k=top_k, normalize=normalize),
+        "liger": partial(others.liger_moe, top_k=top_k, normalize=normalize),
     }
     shape = f"C {c.hidden_size}, I {inter}, {experts} experts, top {top_k}"
-    return shape, leaves, reference, contenders, moe_work(s)
+    return shape, leaves, reference, implementations, moe_work(s)
 
 
 BUILDERS: dict[str, Callable[[KernelSetting], Parts]] = {
@@ -280,7 +285,7 @@ BUILDERS: dict[str, Callable[[KernelSetting], Parts]] = {
 
 
 def applies(op: str, config: ModelConfig) -> bool:
-    """Whether a model of this shape calls the op."""
+    """Whether a model of this shape uses the op."""
     if op in ("rope", "rope_qk_norm"):
         return config.qk_norm == (op == "rope_qk_norm")
     return bool(config.num_experts) if op == "moe" else True
@@ -295,18 +300,19 @@ def build(
     compiled: bool = True,
     kernels: bool | None = None,
 ) -> Case:
-    """The case on `device`, with every contender that this machine has. kernels: None for Triton on a GPU alone."""
+    """The case on `device`, with every implementation that can run here. kernels: whether ours are the Triton kernels;
+    None: on a GPU."""
     cuda = device.type == "cuda"
     setting = KernelSetting(ModelConfig.preset(preset), tokens, dtype, device, cuda if kernels is None else kernels)
-    shape, leaves, reference, contenders, work = BUILDERS[op](setting)
-    if not cuda:  # the fused forms are PyTorch's own there, and Liger has none
-        contenders = {"minimind": contenders["minimind"]}
-    elif not peers.has_liger():
-        contenders.pop("liger")
-    if op.startswith("linear") and not peers.has_native_head():
-        contenders.pop("native", None)
-    contenders["eager"] = reference
+    shape, leaves, reference, implementations, work = BUILDERS[op](setting)
+    if not cuda:  # ours is PyTorch's fused form there, and Liger has none
+        implementations = {"minimind": implementations["minimind"]}
+    elif not others.has_liger():
+        implementations.pop("liger")
+    if op.startswith("linear") and not others.has_native_head():
+        implementations.pop("native", None)
+    implementations["eager"] = reference
     if compiled:
-        contenders["compiled"] = torch.compile(reference, dynamic=False)
+        implementations["compiled"] = torch.compile(reference, dynamic=False)
     ready = [leaf.requires_grad_() for leaf in leaves]
-    return Case(op, preset, shape, tokens, dtype, ready, reference, contenders, work)
+    return Case(op, preset, shape, tokens, dtype, ready, reference, implementations, work)

@@ -1,7 +1,7 @@
-"""What our ops are timed against, beside plain PyTorch: the forms that PyTorch itself ships fused, and Liger-Kernel.
+"""The implementations that our ops are compared with, beside plain PyTorch: PyTorch's fused functions and Liger-Kernel.
 
-All take what the model has, the packed projection and float32 weights. Liger's functions are found by name in whatever
-version is installed, and are asked for by keyword.
+All take the model's own tensors: packed projections and float32 weights. Liger's functions are looked up by name in the
+installed version, and their options are passed by keyword.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def native_rope(
 
 def native_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     options: dict[str, Any] = {}
-    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # the form in chunks; without it, the full logits
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # the chunked form; the default computes the full logits
         options["options"] = torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(x, weight.to(x.dtype), targets, reduction="sum", **options)
 
@@ -50,14 +50,14 @@ def native_linear_log_probs(x: Tensor, weight: Tensor, targets: Tensor) -> Tenso
 
 
 def choose(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """(gates, expert ids int64) by topk, as upstream's router does; route_ref sorts, for the sake of ties."""
+    """(gates, expert ids int64) by topk, as in upstream's router; route_ref sorts instead, to break ties."""
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
     gates, ids = scores.topk(top_k, dim=-1)
     return gates / (gates.sum(dim=-1, keepdim=True) + 1e-20) if normalize else gates, ids
 
 
 def native_moe(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, top_k: int, normalize: bool) -> Tensor:
-    """Copies sorted by expert, each projection one F.grouped_mm: no loop over experts."""
+    """Tokens sorted by expert, one F.grouped_mm for each projection, no loop over experts."""
     gates, expert_ids = choose(logits, top_k, normalize)
     flat = expert_ids.flatten()
     order = flat.argsort(stable=True)
@@ -72,7 +72,7 @@ def native_moe(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, top_k: 
 
 
 def has_native_head() -> bool:
-    """torch 2.11 has none."""
+    """Whether this torch has F.linear_cross_entropy; 2.11 has not."""
     return hasattr(F, "linear_cross_entropy")
 
 
@@ -81,14 +81,14 @@ def has_liger() -> bool:
 
 
 def _liger(function: str, *inputs: Any, **options: Any) -> Any:
-    """Apply the autograd function of this name; options go where its signature has them."""
-    found = getattr(importlib.import_module("liger_kernel.ops"), function)
-    parameters = list(inspect.signature(found.forward).parameters.values())[1 + len(inputs) :]
+    """Apply the autograd function of this name, with options at their places in its signature."""
+    autograd_function = getattr(importlib.import_module("liger_kernel.ops"), function)
+    parameters = list(inspect.signature(autograd_function.forward).parameters.values())[1 + len(inputs) :]
     last = max((i for i, p in enumerate(parameters) if p.name in options), default=-1)
     missing = options.keys() - {p.name for p in parameters}
     if missing:
         raise TypeError(f"{function} takes no {', '.join(sorted(missing))}")
-    return found.apply(*inputs, *(options.get(p.name, p.default) for p in parameters[: last + 1]))
+    return autograd_function.apply(*inputs, *(options.get(p.name, p.default) for p in parameters[: last + 1]))
 
 
 def liger_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -103,7 +103,7 @@ def liger_rope(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int,
     q_weight: Tensor | None, k_weight: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """cos and sin float32 [1, T, D], gathered and doubled beforehand: in a model once for all layers."""
+    """cos, sin float32 [1, T, D], gathered and doubled beforehand, since a model does that once for all layers."""
     q, k, v = qkv.unflatten(-1, (heads + 2 * groups, -1)).split((heads, groups, groups), dim=-2)
     if q_weight is not None and k_weight is not None:
         q, k = liger_rms_norm(q, q_weight, eps), liger_rms_norm(k, k_weight, eps)
@@ -112,7 +112,7 @@ def liger_rope(
 
 
 def liger_swiglu(gate_up: Tensor) -> Tensor:
-    """In the form for a packed projection, where this version has it."""
+    """Liger's form for a packed projection, if this version has it."""
     if hasattr(importlib.import_module("liger_kernel.ops"), "LigerFusedGateUpSiLUMulFunction"):
         return _liger("LigerFusedGateUpSiLUMulFunction", gate_up)
     return _liger("LigerSiLUMulFunction", *gate_up.chunk(2, dim=-1))
@@ -143,7 +143,7 @@ def liger_linear_log_probs(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor
 def liger_linear_distillation(
     x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor, temperature: float
 ) -> Tensor:
-    """KL(teacher || student) is its beta of 0; it takes the mean over tokens."""
+    """KL(teacher || student), summed: Liger's beta is 0 for it, and Liger takes the mean over tokens."""
     mean = _liger(
         "LigerFusedLinearJSDFunction", x, weight.to(x.dtype), teacher_x, teacher_weight.to(x.dtype),
         jsd_beta=0.0, temperature=temperature,

@@ -1,5 +1,5 @@
-"""The numerics contract, as a gate before the clock: against float64 truth a contender's error is at most twice that of
-plain PyTorch in the same dtype, for every output and every gradient (tests/kernels/contract.py holds ours to it)."""
+"""The numerics contract, checked before an implementation is timed: compared with float64, its error is at most twice
+that of plain PyTorch in the same dtype, for every output and gradient (as in tests/kernels/contract.py)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PARITY_TOKENS = 256
 
 
 def worst_ratio(function: Function, reference: Function, leaves: Sequence[Tensor]) -> float:
-    """The largest error of any output or gradient of `function`, over what the contract calls 1: plain PyTorch's
-    error plus rounding. At most ALLOWED passes. inf where a number is not finite or a shape is not the reference's."""
+    """The largest error of any output or gradient of `function`, over plain PyTorch's error plus rounding. At most
+    ALLOWED passes. inf if a number is not finite or a shape differs from the reference's."""
     truths = _results(reference, leaves, torch.float64)
     plains = _results(reference, leaves, None)
-    mine = _results(function, leaves, None)
+    values = _results(function, leaves, None)
     ratios = []
-    for value, plain, truth in zip(mine, plains, truths, strict=True):
+    for value, plain, truth in zip(values, plains, truths, strict=True):
         if value.shape != truth.shape or not value.isfinite().all():
             return float("inf")
         rounding = 2 * torch.finfo(torch.float32).eps * (1 + _largest(truth))
@@ -30,7 +30,7 @@ def worst_ratio(function: Function, reference: Function, leaves: Sequence[Tensor
 
 
 def _results(function: Function, leaves: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
-    """Outputs and gradients, on copies of the leaves: a contender may write into what it is given."""
+    """Outputs and gradients, on copies of the leaves: an implementation may overwrite its inputs."""
     copies = [leaf.detach().clone().to(dtype or leaf.dtype).requires_grad_() for leaf in leaves]
     result = function(*copies)
     outputs = [result] if isinstance(result, Tensor) else list(result)
@@ -43,7 +43,7 @@ def _results(function: Function, leaves: Sequence[Tensor], dtype: torch.dtype | 
 
 
 def _seed(out: Tensor, number: int, dtype: torch.dtype) -> Tensor:
-    """The same for every contender and for the truth: rounded to the activations' dtype."""
+    """A gradient of this output, the same for every implementation: rounded to the activations' dtype."""
     generator = torch.Generator().manual_seed(number)
     return torch.randn(out.shape, generator=generator).to(out.device).to(dtype).to(out.dtype)
 

@@ -1,9 +1,8 @@
-"""A search for tile sizes on the GPU at hand: opt-in, its result is a table entry for a person to paste."""
+"""Search for faster tile sizes on this GPU. The result is a table entry for a person to paste."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import importlib
 import math
 import time
@@ -16,14 +15,12 @@ from unittest import mock
 import torch
 from rich.console import Console
 
-from bench.common.timing import first_line, measure, step_of
+from bench.common.record import Row, append, as_dicts, check_columns, stamp
+from bench.common.timing import first_line, pass_step, time_in_turns
 from bench.operators.cases import Case, applies, build
 from bench.operators.parity import ALLOWED, PARITY_TOKENS, worst_ratio
-from bench.operators.report import append, check_columns, columns_of
 from minimind.config import PRESETS
 from minimind.kernels.triton_support import architecture
-from minimind.training.run_folder import versions
-from minimind.utils.device import describe_device
 
 TABLES = {  # op -> the tables its kernels read, as (module of minimind.kernels, name)
     "rms_norm": [("rms_norm", "CONFIGS")],
@@ -39,16 +36,13 @@ TABLES = {  # op -> the tables its kernels read, as (module of minimind.kernels,
 FLOAT_TABLES = TABLES | {"moe": [("grouped_gemm", "FLOAT_CONFIGS"), ("moe_routing", "CONFIGS")]}
 GAIN = 0.98  # a candidate is taken from 2% on; less is noise
 RUNS = 30
-LONGEST = 180.0  # seconds of one table's search; each candidate is compiled anew
+LONGEST = 180.0  # seconds of a table's search, in which every candidate is compiled
 
 
 @dataclass(frozen=True)
-class TuningRow:
-    """The best entry found for one table. ratio: of its time to the present entry's."""
+class TuningRow(Row):
+    """The best entry found for one table. ratio: its time over that of the current entry."""
 
-    date: str
-    commit: str | None
-    device: str
     torch: str | None
     triton: str | None
     op: str
@@ -58,17 +52,14 @@ class TuningRow:
     ratio: float
 
 
-COLUMNS = columns_of(TuningRow)
-
-
 def places(config: Any) -> list[tuple[str, ...]]:
-    """The paths of all numbers in a frozen dataclass and those it holds."""
-    found = []
+    """The paths of all numbers in a frozen dataclass, including nested ones."""
+    paths = []
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         inner = places(value) if dataclasses.is_dataclass(value) else [()]
-        found += [(item.name, *rest) for rest in inner]
-    return found
+        paths += [(item.name, *rest) for rest in inner]
+    return paths
 
 
 def replaced(config: Any, place: tuple[str, ...], change: Callable[[int], int]) -> Any:
@@ -79,7 +70,8 @@ def replaced(config: Any, place: tuple[str, ...], change: Callable[[int], int]) 
 
 
 def changes(place: tuple[str, ...]) -> list[Callable[[int], int]]:
-    """Half and double; of stages one fewer and one more. Never below 1, and never more than 16 warps."""
+    """Functions that halve and double the number; for stages, take one fewer and one more. At least 1, at most 16
+    warps."""
     if place[-1] == "num_stages":
         return [lambda n: max(1, n - 1), lambda n: n + 1]
     most = 16 if place[-1] == "num_warps" else 2**30
@@ -90,15 +82,15 @@ def main(
     op: str, presets: Sequence[str], tokens: Sequence[int] | None, dtype: torch.dtype, device: torch.device,
     folder: Path, console: Console,
 ) -> dict[str, Any]:  # fmt: skip
-    """Change one number of each table's entry after another, and keep what is faster. Adds a row for every table to
-    tuning.csv in `folder`."""
+    """Change the numbers of each table's entry one after another, and keep those that are faster. A row for every table
+    is added to tuning.csv in `folder`."""
     if op not in TABLES:
         raise ValueError(f"--tune {op}: unknown; choose from {', '.join(TABLES)}")
     if device.type != "cuda":
-        raise ValueError(f"--tune {op}: tile sizes are tuned on a CUDA GPU, and the device is {device}")
+        raise ValueError(f"--tune {op}: needs a CUDA GPU; the device is {device}")
     wanted = [p for p in presets if applies(op, PRESETS[p])]
     if not wanted:
-        raise ValueError(f"--tune {op}: no model among --presets calls it")
+        raise ValueError(f"--tune {op}: no model among --presets uses it")
     arch = architecture(device)
     search = _Search(
         [build(op, p, n, dtype, device, compiled=False) for p in wanted for n in tokens or (16384,)],
@@ -107,27 +99,25 @@ def main(
         device,
         console,
     )
-    found = versions(describe_device(device))
-    stamp = {name: found[name] for name in ("device", "commit", "torch", "triton")}
-    stamp["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    check_columns(folder / "tuning.csv", COLUMNS)
+    columns = stamp(device, "torch", "triton")
+    check_columns(folder / "tuning.csv", TuningRow)
     rows = []
     for module, attribute in (FLOAT_TABLES if dtype == torch.float32 else TABLES)[op]:
         table = getattr(importlib.import_module(f"minimind.kernels.{module}"), attribute)
         best, ratio = search.run(table)
         name, entry = f"kernels/{module}.py {attribute}", f"{arch}: {best},"
         rows.append(
-            TuningRow(**stamp, op=op, dtype=str(dtype).removeprefix("torch."), table=name, entry=entry, ratio=ratio)
+            TuningRow(**columns, op=op, dtype=str(dtype).removeprefix("torch."), table=name, entry=entry, ratio=ratio)
         )
         append(folder / "tuning.csv", rows[-1:])
         console.print(f"{name}, {ratio:.3f} of the time before:", highlight=False)
         console.print(f"    {entry}", highlight=False, soft_wrap=True)
-    return {"csv": str(folder / "tuning.csv"), "rows": [dataclasses.asdict(row) for row in rows]}
+    return {"csv": str(folder / "tuning.csv"), "rows": as_dicts(rows)}
 
 
 @dataclass(frozen=True)
 class _Search:
-    """cases are timed; checked, the same with few tokens, are held to the contract first."""
+    """cases: timed. checked: the same with few tokens, held to the numerics contract first."""
 
     cases: Sequence[Case]
     checked: Sequence[Case]
@@ -136,12 +126,12 @@ class _Search:
     console: Console
 
     def run(self, table: dict[int, Any]) -> tuple[Any, float]:
-        """(the best entry found within LONGEST, its time over the present entry's)"""
+        """(the best entry found within LONGEST, its time over the current entry's)"""
         end = time.monotonic() + LONGEST
         best = table[max(a for a in table if a <= self.arch)]
         first = self.seconds(table, best)
         if isinstance(first, str):
-            raise ValueError(f"--tune: the present entry {best} does not run here: {first}")
+            raise ValueError(f"--tune: the current entry {best} does not run here: {first}")
         taken = first
         for place in places(best):
             for change in changes(place):
@@ -162,19 +152,19 @@ class _Search:
         return best, taken / first
 
     def seconds(self, table: dict[int, Any], config: Any) -> float | str:
-        """Geometric mean over the cases of forward and backward with this entry, or why it will not do."""
+        """Geometric mean over the cases of the seconds of forward and backward with this entry, or why it fails."""
         logs = []
         with mock.patch.dict(table, {self.arch: config}):
             try:
                 for case in self.checked:
-                    if worst_ratio(case.contenders["minimind"], case.reference, case.leaves) > ALLOWED:
-                        return "breaks the contract"
+                    if worst_ratio(case.implementations["minimind"], case.reference, case.leaves) > ALLOWED:
+                        return "its error is too large"
                 for case in self.cases:
-                    step = step_of("both", case.contenders["minimind"], case.leaves)
-                    found = measure({"minimind": step}, self.device, RUNS)["minimind"]
-                    if isinstance(found, str):
-                        return found
-                    logs.append(math.log(found.median))
-            except Exception as problem:  # too large for the card, most likely: a finding
+                    step = pass_step("both", case.implementations["minimind"], case.leaves)
+                    timing = time_in_turns({"minimind": step}, self.device, RUNS)["minimind"]
+                    if isinstance(timing, str):
+                        return timing
+                    logs.append(math.log(timing.median))
+            except Exception as problem:  # most likely too large for the GPU, which is a result
                 return first_line(problem)
         return math.exp(sum(logs) / len(logs))

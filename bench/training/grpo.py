@@ -1,14 +1,14 @@
-"""The GRPO steps that bench/rl.py times: one algorithm, the same model, prompts, reward and optimizer, done two ways.
+"""The GRPO steps that bench/rl.py compares: one algorithm, model, prompt set, reward and optimizer, implemented twice.
 
-ours         this project's: answers by the engine on the live weights, an answer and its prompt as a packed document,
-             log-probabilities without logits; the precision that training takes on this device
+ours         this project's step: the engine answers with the live weights, an answer and its prompt form a packed
+             document, log-probabilities are computed without logits; the precision in which this device trains
 ours-fp32    the same in float32
-naive        as upstream MiniMind does it, in this project's plain model: float32; prompts padded on the left, every
-             answer's prompt computed anew, keys and values grown by torch.cat, a step for all answers until the last
-             has ended; log_softmax of the whole logits of prompts and answers for policy and reference
+naive        upstream MiniMind's step with this project's plain model: float32, prompts padded on the left, the prompt
+             computed anew for every answer, keys and values grown by torch.cat, all answers decoded until the last has
+             ended, log_softmax of the full logits of prompts and answers for policy and reference
 
-Every step is one update on one rollout: the ratio is 1, so that nobody scores an old policy. A contender's first step
-tells what it thinks its answers' log-probabilities are, for the judge.
+Every step is one update on one rollout, so the probability ratio is 1 and no old policy is scored. A step returns the
+log-probabilities that the implementation computed for some of its answers, so that they can be checked.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.common.timing import peak_mib, synchronize
+from bench.common.worker import Handler
 from minimind import ops
 from minimind.config import ModelConfig
 from minimind.data.prompts import Prompt, PromptSet
@@ -48,7 +50,7 @@ BETA, RATE = 0.04, 1e-6
 
 @dataclass(frozen=True)
 class RolloutSetting:
-    """folder: the model; prompts: token ids of each; samples of each, of exactly `new` tokens."""
+    """folder: the model. prompts: their token ids. samples: answers to each prompt, of exactly `new` tokens."""
 
     folder: Path
     prompts: list[list[int]]
@@ -64,8 +66,8 @@ class RolloutSetting:
 
 @dataclass
 class RolloutStep:
-    """Seconds of the parts of a step; answers, each its prompt's ids and its own, and what the contender takes for the
-    log-probabilities of its tokens, of a few."""
+    """seconds: of each part of the step. answers: for some answers, the ids of the prompt, the ids of the answer and
+    their log-probabilities."""
 
     seconds: dict[str, float] = field(default_factory=lambda: {"rollout": 0.0, "reward": 0.0, "train": 0.0})
     answers: list[tuple[list[int], list[int], list[float]]] = field(default_factory=list)
@@ -74,15 +76,14 @@ class RolloutStep:
     def part(self, name: str, device: torch.device) -> Iterator[None]:
         began = time.perf_counter()
         yield
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         self.seconds[name] += time.perf_counter() - began
 
 
-Contender = Callable[[int], RolloutStep]
+Implementation = Callable[[int], RolloutStep]  # seed -> one step
 
 
-def ours(s: RolloutSetting, dtype: torch.dtype | None) -> Contender:
+def ours(s: RolloutSetting, dtype: torch.dtype | None) -> Implementation:
     tokenizer, model = load_tokenizer(), load_model(s.folder, device=s.device)
     model.compute_dtype = dtype or choose_precision(s.device).compute_dtype
     frozen = Replica(load_model(s.folder, device=s.device), model.compute_dtype).model
@@ -96,14 +97,14 @@ def ours(s: RolloutSetting, dtype: torch.dtype | None) -> Contender:
     rewards, objective = reward(), with_kl(clip, BETA)
 
     def step(seed: int) -> RolloutStep:
-        turn = RolloutStep()
+        result = RolloutStep()
         model.eval()
-        with turn.part("rollout", s.device):
+        with result.part("rollout", s.device):
             drawn = [DrawnPrompt(i, i) for i in range(len(s.prompts))]
             answers = sampler.sample(data, drawn, RolloutOptions(s.samples, s.new, seed=seed, ignore_eos=True))
-        with turn.part("reward", s.device):
+        with result.part("reward", s.device):
             score(rewards, data, answers)
-        with turn.part("train", s.device):
+        with result.part("train", s.device):
             for a, log_probs in zip(answers, scored_again(frozen, answers, shape), strict=True):
                 a.reference = log_probs
             give_advantages(answers)
@@ -116,8 +117,8 @@ def ours(s: RolloutSetting, dtype: torch.dtype | None) -> Contender:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        turn.answers = [(a.prompt_ids.tolist(), a.ids.tolist(), a.log_probs.tolist()) for a in answers[:4]]
-        return turn
+        result.answers = [(a.prompt_ids.tolist(), a.ids.tolist(), a.log_probs.tolist()) for a in answers[:4]]
+        return result
 
     return step
 
@@ -125,17 +126,17 @@ def ours(s: RolloutSetting, dtype: torch.dtype | None) -> Contender:
 def give_advantages(answers: list[Answer]) -> None:
     groups = torch.tensor([a.number for a in answers])
     rewards = torch.tensor([a.reward for a in answers], dtype=torch.float64)
-    found = group_advantages(rewards, groups, int(groups.max()) + 1)
-    for a, value in zip(answers, found.tolist(), strict=True):
+    advantages = group_advantages(rewards, groups, int(groups.max()) + 1)
+    for a, value in zip(answers, advantages.tolist(), strict=True):
         a.advantages = np.full(len(a.ids), value, np.float32)
 
 
 def reward() -> Rewards:
-    """Cheap, and different for every answer."""
+    """A cheap reward that differs between answers."""
     return parse_rewards(["repetition"])
 
 
-def naive(s: RolloutSetting) -> Contender:
+def naive(s: RolloutSetting) -> Implementation:
     ops.set_mode("reference")
     tokenizer, model = load_tokenizer(), load_model(s.folder, device=s.device)
     frozen = load_model(s.folder, device=s.device).requires_grad_(False)
@@ -144,21 +145,21 @@ def naive(s: RolloutSetting) -> Contender:
     groups = torch.arange(len(s.prompts)).repeat_interleave(s.samples)
 
     def step(seed: int) -> RolloutStep:
-        turn = RolloutStep()
+        result = RolloutStep()
         ids, mask = left_padded(s)
-        with turn.part("rollout", s.device):
+        with result.part("rollout", s.device):
             torch.manual_seed(seed)
             with torch.no_grad():
                 ids = naive_generate(model.eval(), ids, mask, s.new)
-        said = ids[:, mask.shape[1] :]
-        with turn.part("reward", s.device):
-            samples = [Sample([], tokenizer.decode(row), row) for row in said.tolist()]
+        answers = ids[:, mask.shape[1] :]
+        with result.part("reward", s.device):
+            samples = [Sample([], tokenizer.decode(row), row) for row in answers.tolist()]
             advantages = group_advantages(torch.tensor(rewards(samples).total), groups, len(s.prompts))
-        with turn.part("train", s.device):
-            whole = torch.cat((mask, mask.new_ones(said.shape)), dim=1)
-            log_probs = naive_log_probs(model.train(), ids, whole, s.new)
+        with result.part("train", s.device):
+            full_mask = torch.cat((mask, mask.new_ones(answers.shape)), dim=1)
+            log_probs = naive_log_probs(model.train(), ids, full_mask, s.new)
             with torch.no_grad():
-                reference = naive_log_probs(frozen, ids, whole, s.new)
+                reference = naive_log_probs(frozen, ids, full_mask, s.new)
             x = reference - log_probs
             gain = (log_probs - log_probs.detach()).exp() * advantages.to(log_probs)[:, None]
             loss = -(gain - BETA * (x.exp() - x - 1)).mean()
@@ -166,15 +167,15 @@ def naive(s: RolloutSetting) -> Contender:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        rows = zip(s.prompts[:1] * 4, said.tolist(), log_probs.tolist(), strict=False)
-        turn.answers = list(rows)[: min(4, s.samples)]
-        return turn
+        rows = zip(s.prompts[:1] * 4, answers.tolist(), log_probs.tolist(), strict=False)
+        result.answers = list(rows)[: min(4, s.samples)]
+        return result
 
     return step
 
 
 def left_padded(s: RolloutSetting) -> tuple[Tensor, Tensor]:
-    """(ids, mask) int64 [prompts x samples, longest prompt], every prompt as often as it has answers."""
+    """(ids, mask) int64 [prompts x samples, longest prompt]; every prompt is repeated for each of its answers."""
     longest = max(map(len, s.prompts))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in s.prompts], device=s.device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in s.prompts], device=s.device)
@@ -182,13 +183,13 @@ def left_padded(s: RolloutSetting) -> tuple[Tensor, Tensor]:
 
 
 def naive_log_probs(model: Model, ids: Tensor, mask: Tensor, new: int) -> Tensor:
-    """[B, new]: log_softmax of whole logits, as upstream gathers them."""
+    """[B, new]: gathered from the log_softmax of the full logits, as upstream does it."""
     logits = model(ids, attention_mask=mask).logits[:, :-1]
     return logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)[:, -new:]
 
 
 def naive_generate(model: Model, ids: Tensor, mask: Tensor, new: int) -> Tensor:
-    """`ids` [B, T] behind their padding -> [B, T + new], sampled at temperature 1."""
+    """ids [B, T], padded on the left -> [B, T + new], sampled at temperature 1."""
     table = rope_cos_sin(model.config, torch.arange(ids.shape[1] + new, device=ids.device))
     past: list[tuple[Tensor, Tensor] | None] = [None] * len(model.layers)
     inputs = ids
@@ -200,13 +201,13 @@ def naive_generate(model: Model, ids: Tensor, mask: Tensor, new: int) -> Tensor:
 
 
 def _forward(model: Model, ids: Tensor, mask: Tensor, past: list, table: tuple[Tensor, Tensor]) -> Tensor:
-    """ids [B, T], the last T of `mask` [B, S]'s positions -> logits [B, V] of the next token."""
+    """ids [B, T] at the last T positions of mask [B, S] -> logits [B, V] of the next token."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    seen = mask[:, None, None, :].bool()
+    visible = mask[:, None, None, :].bool()
     if ids.shape[1] > 1:
         square = torch.ones(ids.shape[1], mask.shape[1], dtype=torch.bool, device=ids.device)
-        seen = seen & square.tril(mask.shape[1] - ids.shape[1])
-    bias = torch.zeros(seen.shape, device=ids.device).masked_fill(~seen, -1e9)
+        visible = visible & square.tril(mask.shape[1] - ids.shape[1])
+    bias = torch.zeros(visible.shape, device=ids.device).masked_fill(~visible, -1e9)
     x, delta = model.embed_tokens(ids), None
     for index, block in enumerate(model.layers):
         layer: Any = block
@@ -237,8 +238,15 @@ def _attention(
     return layer.o_proj((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
 
 
-PEERS: dict[str, Callable[[RolloutSetting], Contender]] = {
+IMPLEMENTATIONS: dict[str, Callable[[RolloutSetting], Implementation]] = {
     "ours": partial(ours, dtype=None),
     "ours-fp32": partial(ours, dtype=torch.float32),
     "naive": naive,
 }
+
+
+def start(name: str, setting: RolloutSetting) -> Handler:
+    """In a process of its own: a seed -> its RolloutStep; None -> the peak memory in MiB."""
+    torch.set_num_threads(setting.threads)
+    step = IMPLEMENTATIONS[name](setting)
+    return lambda seed: peak_mib(setting.device) if seed is None else step(seed)

@@ -1,19 +1,19 @@
-"""The training steps that bench/throughput.py drives, each as its own project would run it at its best.
+"""The training steps that bench/throughput.py compares, each as its own project would run it at its best.
 
-ours            train/STAGE.py --compile --fused: packed rows, the device's precision, no logits, fused AdamW; dpo's
-                reference is worked out before the first step, as train/dpo.py does once for a data set (`once` says
-                what that cost for the batch of a step)
+ours            train/STAGE.py --compile --fused: packed rows, the device's precision, no logits, fused AdamW; for dpo,
+                the reference's log-probabilities are computed before the first step, as train/dpo.py does once for a
+                data set (`once` is the time that this takes for a step's batch)
 ours-muon       the same with Muon for the matrices, the default of train/pretrain.py
 ours-eager      ours without --compile
-eager           this project's plain PyTorch model on the same packed rows and in the same precision, full logits
-compile         that under torch.compile
+eager           this project's plain PyTorch model on the same packed rows, in the same precision, with full logits
+compile         the same under torch.compile
 upstream-style  the plain model as upstream MiniMind trains it (bench/training/stages.py): one sequence a row, padded to
                 --seq-len, full logits, mean over unmasked tokens, plain AdamW; bf16 autocast on a GPU, float32 on a CPU
-upstream-bf16   the same under bf16 autocast on a CPU, where upstream has none
+upstream-bf16   the same under bf16 autocast on a CPU, which upstream does not do
 hf              transformers' LlamaForCausalLM on such rows: float32 weights under bf16 autocast, SDPA, torch.compile,
                 fused AdamW
-hf-bf16         the same with weights, gradients and AdamW in bf16: faster, and not the same training
-liger           hf with Liger-Kernel's RMSNorm, RoPE, SwiGLU and fused cross-entropy (a GPU only)
+hf-bf16         the same with weights, gradients and AdamW in bf16: faster, but not the same training
+liger           hf with Liger-Kernel's RMSNorm, RoPE, SwiGLU and fused cross-entropy (GPU only)
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from minimind.training.optim import OptimizerName, build_optimizers
 from minimind.training.stages.pairs import to_device as pairs_to_device
 from minimind.utils.device import choose_precision
 
-ONE_SEQUENCE_A_ROW = ("pretrain", "sft", "reason")  # what a stock causal model can be driven through
-NO_REFERENCE = ("pretrain", "sft", "reason", "lora")
+CAUSAL_STAGES = ("pretrain", "sft", "reason")  # a causal model of another library can train these
+PLAIN_STAGES = ("pretrain", "sft", "reason", "lora")  # those without a second model
 
 
 @dataclass(frozen=True)
 class ThroughputSetting:
-    """rows x seq_len: of upstream's batch; ours has as many positions. steps: how many will be asked for in all."""
+    """rows x seq_len: size of upstream's batch; ours has as many positions. steps: number of steps of a run."""
 
     stage: str
     preset: str
@@ -76,10 +76,10 @@ class ThroughputSetting:
 
 
 @dataclass
-class Contender:
-    """step() trains once and returns how many positions of its batch were no padding; loading: seconds spent so far on
-    waiting for data; compiled: whether torch.compile is in it; once: seconds a step that a run spends but once for its
-    data, before the first step; attention: whose."""
+class Implementation:
+    """step() trains once and returns the number of positions of its batch that are not padding. compiled: whether it
+    uses torch.compile. loading: seconds spent so far on waiting for data. once: seconds for a step's batch of work that
+    is done once for the data set. attention: the name of its implementation."""
 
     step: Callable[[], int]
     compiled: bool = False
@@ -97,22 +97,22 @@ class Contender:
 StepLoss = Callable[[Model, Any], Any]  # (loss, auxiliary loss, ...)
 
 
-def ours(s: ThroughputSetting, compiled: bool) -> Contender:
+def ours(s: ThroughputSetting, compiled: bool) -> Implementation:
     ops.set_mode("fused")
     model, kind = s.kind.prepare(_model(s)), s.kind
     attention = _attention(s, model)
     trained = compile_model(model) if compiled else model
     optimizer = build_optimizers(model, s.optimizer, 1e-4, 0.1)
     loss_of: StepLoss = next_token_loss
-    place, once = None, None
+    to_device, once = None, None
     if kind.pairs:
-        loss_of, place, once = _preferences(s, model)
+        loss_of, to_device, once = _preferences(s, model)
     elif kind.teacher is not None:
         loss_of = _distillation(s, compiled)
-    batches = DeviceBatches(kind.loader(s.corpus, s.rows, s.seq_len), s.device, place)
+    batches = DeviceBatches(kind.loader(s.corpus, s.rows, s.seq_len), s.device, to_device)
 
     def step() -> int:
-        with me.waits_for_data():
+        with implementation.waits_for_data():
             batch = batches.next_batch()
         real = _real(batches)
         loss, aux, *_ = loss_of(trained, batch)
@@ -123,12 +123,12 @@ def ours(s: ThroughputSetting, compiled: bool) -> Contender:
         optimizer.zero_grad()
         return real
 
-    me = Contender(step, compiled, once=once, attention=attention)
-    return me
+    implementation = Implementation(step, compiled, once=once, attention=attention)
+    return implementation
 
 
 def _attention(s: ThroughputSetting, model: Model) -> str:
-    """Taken as a run takes it."""
+    """Choose the attention as a run does; its name."""
     c, dtype = model.config, choose_precision(s.device).compute_dtype
     varlen.choose("auto", s.device, varlen.Heads(c.num_attention_heads, c.num_key_value_heads, c.head_dim, dtype))
     return attention_name(s.device, dtype, fused=True)
@@ -137,13 +137,14 @@ def _attention(s: ThroughputSetting, model: Model) -> str:
 def _distillation(s: ThroughputSetting, compiled: bool) -> StepLoss:
     teacher = frozen_model(s.kind, s.preset, s.device, choose_precision(s.device).compute_dtype)
     assert teacher is not None
-    taught = compile_model(teacher) if compiled else teacher
-    return lambda model, batch: distillation_loss(model, taught, batch, Distillation(alpha=ALPHA))
+    compiled_teacher = compile_model(teacher) if compiled else teacher
+    return lambda model, batch: distillation_loss(model, compiled_teacher, batch, Distillation(alpha=ALPHA))
 
 
 @torch.no_grad()
 def _preferences(s: ThroughputSetting, model: Model) -> tuple[StepLoss, Any, float]:
-    """(loss, the batches' place on the device, seconds a step of the reference), which is `model` as it is now."""
+    """(loss, function that moves a batch to the device, seconds of the reference for a batch). The reference is `model`
+    as it is now."""
     loader = s.kind.loader(s.corpus, s.rows, s.seq_len)
     scores = np.zeros((s.corpus.num_documents, 2))
     model.eval()
@@ -163,7 +164,7 @@ def _preferences(s: ThroughputSetting, model: Model) -> tuple[StepLoss, Any, flo
     )
 
 
-def plain(s: ThroughputSetting, compiled: bool) -> Contender:
+def plain(s: ThroughputSetting, compiled: bool) -> Implementation:
     ops.set_mode("reference")
     model = s.kind.prepare(_model(s))
     trained = compile_model(model) if compiled else model
@@ -171,7 +172,7 @@ def plain(s: ThroughputSetting, compiled: bool) -> Contender:
     batches = DeviceBatches(s.kind.loader(s.corpus, s.rows, s.seq_len), s.device)
 
     def step() -> int:
-        with me.waits_for_data():
+        with implementation.waits_for_data():
             batch = batches.next_batch()
         real = _real(batches)
         out = trained(batch.input_ids, cu_seqlens=batch.cu_seqlens, attention_mask=batch.targets.ne(-100))
@@ -185,11 +186,11 @@ def plain(s: ThroughputSetting, compiled: bool) -> Contender:
         optimizer.zero_grad()
         return real
 
-    me = Contender(step, compiled, attention="masked")
-    return me
+    implementation = Implementation(step, compiled, attention="masked")
+    return implementation
 
 
-def upstream_style(s: ThroughputSetting, autocast: bool) -> Contender:
+def upstream_style(s: ThroughputSetting, autocast: bool) -> Implementation:
     ops.set_mode("reference")
     torch.manual_seed(0)
     model = s.kind.prepare(Model(ModelConfig.preset(s.preset)).to(s.device))
@@ -198,7 +199,7 @@ def upstream_style(s: ThroughputSetting, autocast: bool) -> Contender:
     batches = padded_batches(s.kind, s.corpus, s.rows, s.seq_len, s.device)
 
     def step() -> int:
-        with me.waits_for_data():
+        with implementation.waits_for_data():
             batch = next(batches)
         with torch.autocast(s.device.type, torch.bfloat16, enabled=autocast):
             loss = upstream_loss(s.kind, model, frozen, batch)
@@ -208,20 +209,20 @@ def upstream_style(s: ThroughputSetting, autocast: bool) -> Contender:
         optimizer.zero_grad(set_to_none=True)
         return batch.real
 
-    me = Contender(step)
-    return me
+    implementation = Implementation(step)
+    return implementation
 
 
-def hf(s: ThroughputSetting, pure: bool = False, liger: bool = False) -> Contender:
+def hf(s: ThroughputSetting, pure: bool = False, liger: bool = False) -> Implementation:
     model = _llama(s, liger).to(s.device, torch.bfloat16 if pure else torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batches = padded_batches(s.kind, s.corpus, s.rows, s.seq_len, s.device)
     autocast = torch.autocast(s.device.type, torch.bfloat16, enabled=not pure)
-    # Liger's loss takes the labels and never makes the logits; it is not meant for torch.compile
+    # Liger's loss takes the labels and never computes logits; it is not meant for torch.compile
     trained = model if liger else torch.compile(model)
 
     def step() -> int:
-        with me.waits_for_data():
+        with implementation.waits_for_data():
             batch = next(batches)
         labels = batch.targets.masked_fill(batch.weights == 0, -100)
         with autocast:
@@ -236,11 +237,11 @@ def hf(s: ThroughputSetting, pure: bool = False, liger: bool = False) -> Contend
         optimizer.zero_grad()
         return batch.real
 
-    me = Contender(step, not liger)
-    return me
+    implementation = Implementation(step, not liger)
+    return implementation
 
 
-MAKERS: dict[str, Callable[[ThroughputSetting], Contender]] = {
+IMPLEMENTATIONS: dict[str, Callable[[ThroughputSetting], Implementation]] = {
     "ours": lambda s: ours(s, True),
     "ours-muon": lambda s: ours(dataclasses.replace(s, optimizer="muon"), True),
     "ours-eager": lambda s: ours(s, False),
@@ -255,27 +256,27 @@ MAKERS: dict[str, Callable[[ThroughputSetting], Contender]] = {
 
 
 def optimizer_of(name: str, s: ThroughputSetting) -> OptimizerName:
-    """Which one this contender has."""
+    """The optimizer of this implementation."""
     if name == "ours-muon":
         return "muon"
     return s.optimizer if name.startswith("ours") else "adamw"
 
 
 def why_not(name: str, stage: str, preset: str, device: torch.device) -> str | None:
-    """None if this contender can run here, else one short reason."""
+    """None if this implementation can run here, else one short reason."""
     if name == "ours-muon" and stage == "lora":
         return "adapters are trained with adamw"
-    if name in ("eager", "compile") and stage not in NO_REFERENCE:
-        return f"there is no plain form of {stage} on packed rows"
+    if name in ("eager", "compile") and stage not in PLAIN_STAGES:
+        return f"no plain form of {stage} exists for packed rows"
     if name == "upstream-bf16" and device.type == "cuda":
-        return "upstream-style is in bf16 on a GPU"
+        return "on a GPU, upstream-style computes in bf16 already"
     if name.startswith(("hf", "liger")):
-        if stage not in ONE_SEQUENCE_A_ROW:
-            return f"LlamaForCausalLM alone does not do {stage}"
+        if stage not in CAUSAL_STAGES:
+            return f"LlamaForCausalLM alone cannot train {stage}"
         if importlib.util.find_spec("transformers") is None:
             return "transformers is not installed"
         if ModelConfig.preset(preset).num_experts or ModelConfig.preset(preset).qk_norm:
-            return f"LlamaForCausalLM is no model of {preset}'s shape"
+            return f"LlamaForCausalLM cannot have the shape of {preset}"
     if name == "liger" and device.type != "cuda":
         return "Liger-Kernel needs a GPU"
     if name == "liger" and importlib.util.find_spec("liger_kernel") is None:
@@ -291,12 +292,12 @@ def _model(s: ThroughputSetting) -> Model:
 
 
 def _real(batches: DeviceBatches) -> int:
-    """Positions of the newest batch that are no padding, which is token 0: no document holds it. Those of a prompt that
-    both sides of a pair share count in both, as upstream computes them."""
+    """Positions of the newest batch that are not padding, which is token 0 and occurs in no document. A prompt that
+    both sides of a pair share counts twice, as upstream computes it twice."""
     host = batches.host
     assert host is not None
-    twice = host.shared if isinstance(host, PairBatch) else 0
-    return int(np.count_nonzero(host.input_ids)) + twice
+    shared = host.shared if isinstance(host, PairBatch) else 0
+    return int(np.count_nonzero(host.input_ids)) + shared
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

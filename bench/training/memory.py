@@ -1,7 +1,7 @@
-"""Memory of tokenizing and loading against the size of the corpus: made-up text, a process of its own, its RSS.
+"""Measure the memory of a process that tokenizes generated text and then loads batches, for bench/loader.py --grow.
 
-Used by bench/loader.py --grow. As a script it is that process, which imports no torch: it tokenizes FILE into CACHE,
-then loads batches, and says on stdout, one JSON object a line, when each began.
+As a script, this file is that process, which imports no torch: it tokenizes FILE into CACHE, then loads batches. A line
+of JSON on stdout marks the end of each part.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from minimind.data import PackedLoader, expand_paths, open_corpus, read_document
 from minimind.tokenization import load_tokenizer
 from minimind.utils.progress import ByteProgress, say
 
-SPARE = 3  # times the size of the text that must be free: the text, its tokens, and as much again
+SPARE = 3  # free space over the size of the text: for the text, its tokens, and as much again
 SAMPLE_SECONDS = 0.05
 _POOL_BYTES = 8 << 20
-_DOCUMENTS = 20_000  # written at a time
+_DOCUMENTS = 20_000  # generated at a time
 
 
 @dataclass
 class MemoryUse:
-    """Memory over time, MiB: anonymous pages, which are the process' own, and mapped ones of files, which the system
-    may take back at any time. Seconds from the start; loading_from: where tokenizing ended."""
+    """Memory over time in MiB. anonymous: the process' own pages; mapped: pages of files, which the system can take
+    back. seconds: since the start; loading_from: when tokenizing ended."""
 
     text_bytes: int
     seconds: list[float] = field(default_factory=list)
     anonymous: list[float] = field(default_factory=list)
     mapped: list[float] = field(default_factory=list)
     loading_from: float = 0.0
-    found: dict[str, Any] = field(default_factory=dict)  # documents, tokens, batches, tokens_per_second
+    counts: dict[str, Any] = field(default_factory=dict)  # documents, tokens, batches, tokens_per_second
 
     def peak(self, loading: bool) -> float:
-        """The most anonymous memory while tokenizing or while loading."""
+        """The peak of anonymous memory while tokenizing or while loading."""
         pairs = zip(self.seconds, self.anonymous, strict=True)
         return max((value for at, value in pairs if (at >= self.loading_from) == loading), default=0.0)
 
@@ -61,20 +61,20 @@ class MemoryUse:
 
 
 def sentences_of(paths: Sequence[str | Path]) -> list[str]:
-    """Sentences of the first 8 MiB of the documents in `paths`, as they stand within a JSON string."""
-    texts, held = [], 0
+    """The sentences of the first 8 MiB of documents in `paths`, escaped for a JSON string."""
+    texts, size = [], 0
     for path in expand_paths(paths):
         for document in read_documents(path):
             texts.append(document.text)
-            held += document.num_bytes
-            if held >= _POOL_BYTES:
+            size += document.num_bytes
+            if size >= _POOL_BYTES:
                 break
-    found = (s for text in texts for s in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n\n+", text))
-    return [json.dumps(s, ensure_ascii=False)[1:-1] for s in found if s and not s.isspace()]
+    sentences = (s for text in texts for s in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n\n+", text))
+    return [json.dumps(s, ensure_ascii=False)[1:-1] for s in sentences if s and not s.isspace()]
 
 
 def write_text(path: Path, size: int, sentences: Sequence[str], console: Console, seed: int = 0) -> None:
-    """A jsonl of `size` bytes or a little more: documents of 1 to some 40 sentences, drawn at random."""
+    """Write a jsonl file of about `size` bytes: documents of 1 to about 40 random sentences."""
     rng = np.random.default_rng(seed)
     with path.open("w", encoding="utf-8") as file, ByteProgress(console, "writing text", size) as shown:
         while (done := file.tell()) < size:
@@ -94,10 +94,12 @@ def _lines(rng: np.random.Generator, sentences: Sequence[str]) -> Iterator[str]:
         place += count
 
 
-def measure(sizes: Sequence[int], sources: Sequence[str | Path], seconds: float, console: Console) -> list[MemoryUse]:
-    """Make a corpus of each of `sizes` bytes, tokenize it, load batches for `seconds`, remove it.
+def measure_memory(
+    sizes: Sequence[int], sources: Sequence[str | Path], seconds: float, console: Console
+) -> list[MemoryUse]:
+    """Generate a corpus of each of `sizes` bytes, tokenize it, load batches for `seconds`, remove it.
 
-    Raises ValueError without /proc, without room for the largest, and when the process dies.
+    Raises ValueError without /proc, without space for the largest corpus, and if the process fails.
     """
     if not Path("/proc/self/status").exists():
         raise ValueError("--grow reads the memory of a process from /proc: run it on Linux")
@@ -106,7 +108,7 @@ def measure(sizes: Sequence[int], sources: Sequence[str | Path], seconds: float,
         if free < SPARE * max(sizes):
             raise ValueError(
                 f"--grow: {SPARE * max(sizes) / 1e9:,.1f} GB must be free in {Path(name).parent}, {free / 1e9:,.1f} "
-                "are; give a smaller size, or name a roomier folder with $TMPDIR"
+                "are; give a smaller size, or name another folder with $TMPDIR"
             )
         sentences = sentences_of(sources)
         usages = []
@@ -122,7 +124,7 @@ def _measure(folder: Path, size: int, sentences: Sequence[str], seconds: float, 
     write_text(text, size, sentences, console)
     usage = MemoryUse(text.stat().st_size)
     command = [sys.executable, __file__, str(text), str(folder / "cache"), str(seconds)]
-    # a session of its own: what it starts is counted with it, and ends with it
+    # a session of its own, so that its children are measured and killed with it
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as child:
         try:
             start = time.monotonic()
@@ -136,7 +138,7 @@ def _measure(folder: Path, size: int, sentences: Sequence[str], seconds: float, 
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
     shutil.rmtree(folder)
-    if child.returncode or not usage.found:
+    if child.returncode or not usage.counts:
         raise ValueError(f"--grow: tokenizing {size:,} bytes ended with status {child.returncode}; see above")
     return usage
 
@@ -144,10 +146,10 @@ def _measure(folder: Path, size: int, sentences: Sequence[str], seconds: float, 
 def _listen(child: subprocess.Popen[str], usage: MemoryUse, start: float) -> None:
     assert child.stdout is not None
     for line in child.stdout:
-        said = json.loads(line)
-        if said.pop("phase") == "loading":
+        message = json.loads(line)
+        if message.pop("phase") == "loading":
             usage.loading_from = time.monotonic() - start
-        usage.found |= said
+        usage.counts |= message
 
 
 def _sample(session: int, usage: MemoryUse, at: float) -> None:
@@ -157,7 +159,7 @@ def _sample(session: int, usage: MemoryUse, at: float) -> None:
             if int((folder / "stat").read_text().rpartition(")")[2].split()[3]) != session:
                 continue
             lines = (folder / "status").read_text().splitlines()
-        except (OSError, ValueError, IndexError):  # it ended between two looks
+        except (OSError, ValueError, IndexError):  # it has ended meanwhile
             continue
         for line in lines:
             name, _, value = line.partition(":")
@@ -170,7 +172,7 @@ def _sample(session: int, usage: MemoryUse, at: float) -> None:
 
 
 def tokenize_and_load(path: str, cache: str, seconds: float) -> None:
-    """What is measured: batches of 64 x 512 tokens for `seconds` once the file is tokenized."""
+    """The measured work: tokenize the file, then load batches of 64 x 512 tokens for `seconds`."""
     corpus = open_corpus([path], load_tokenizer(), cache)
     counts = {"documents": corpus.num_documents, "tokens": corpus.num_tokens}
     print(json.dumps({"phase": "loading", **counts}), flush=True)

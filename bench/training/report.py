@@ -1,37 +1,33 @@
-"""What bench/throughput.py leaves behind: rows of a CSV, a table and a picture."""
+"""The rows, the table and the picture of bench/throughput.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-from bench.operators.report import columns_of
+from bench.common.plots import bars, plt, save
+from bench.common.record import Row
 from bench.training.stages import Padding
 from minimind.utils.display import caption
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 
 @dataclass(frozen=True)
-class ThroughputRow:
-    """One contender. tokens_per_second counts real tokens, positions_per_second padding too, whose share is `padding`;
-    p20 and p80 are what 20 and 80 of a hundred steps stay below. rows, seq_len: of upstream's batch. peak_mib:
-    allocated, or resident on a CPU, compilation included (bench/common/timing.py). utilisation: the model's operations over
-    what one large product of this device reaches. loader_share: of the time, spent waiting for data. once_seconds: for
-    the batch of a step, what is done once for the data before the first step, and is not in the step's time.
-    attention: whose, as minimind.ops.attention.attention_name says; sdpa: PyTorch's on rows of one sequence, the
-    kernels that it chose itself. Empty in rows from before it was noted."""
+class ThroughputRow(Row):
+    """One implementation.
 
-    date: str
-    commit: str | None
-    device: str
+    rows, seq_len: size of upstream's batch. tokens_per_second: without padding; positions_per_second: with it; padding:
+    its share. step_seconds: the median, with its 20th and 80th percentile. peak_mib: allocated on a GPU, resident on a
+    CPU, compilation included. utilisation: the model's operations per second over those of one large product on this
+    device. loader_share: share of the time spent waiting for data. once_seconds: time for a step's batch of work that
+    is done once for the data set, before the first step, and is not part of the step's time. attention: the
+    implementation, as minimind.ops.attention.attention_name names it, or sdpa, PyTorch's own choice for rows of one
+    sequence; empty in rows from before it was recorded.
+    """
+
     torch: str | None
     triton: str | None
     stage: str
@@ -59,9 +55,6 @@ class ThroughputRow:
     once_seconds: float | None
 
 
-COLUMNS = columns_of(ThroughputRow)
-
-
 def _ratio(value: float | None, base: float | None) -> str:
     return "" if value is None or base is None else f"{value / base:.2f}"
 
@@ -70,7 +63,7 @@ def _text(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-# Columns of the table: heading, and the cell of a row beside the one that ratios are against.
+# Columns of the table: the heading, and the cell of a row given the row that ratios are against.
 _CELLS: tuple[tuple[str, Callable[[ThroughputRow, ThroughputRow], str]], ...] = (
     ("", lambda row, base: row.peer),
     ("attention", lambda row, base: row.attention),
@@ -92,13 +85,13 @@ _CELLS: tuple[tuple[str, Callable[[ThroughputRow, ThroughputRow], str]], ...] = 
 
 
 def show(rows: Sequence[ThroughputRow], padding: Padding, console: Console) -> None:
-    """One stage and preset; ratios against the last row. padding: of all its data."""
+    """A table of one stage and preset; ratios are against the last row. padding: counted over all of its data."""
     first, base = rows[0], rows[-1]
     table = Table(
         title=f"{first.stage}, {first.preset}, {first.rows} x {first.seq_len}, {first.data}, {first.device}",
-        caption=f"ratios against {base.peer}; real: no padding. Of all of {first.data}, rows of one sequence are "
-        f"{padding.padded:.1%} padding, packed ones {padding.packed:.1%}: at equal positions/s worth "
-        f"{(1 - padding.packed) / (1 - padding.padded):.2f} in real tokens/s",
+        caption=f"ratios against {base.peer}; real: without padding. Over all of {first.data}, rows of one sequence "
+        f"are {padding.padded:.1%} padding and packed rows {padding.packed:.1%}: at equal positions/s, packing gives "
+        f"{(1 - padding.packed) / (1 - padding.padded):.2f} times the real tokens/s",
     )
     columns = []
     for heading, cell in _CELLS:
@@ -115,17 +108,18 @@ def show(rows: Sequence[ThroughputRow], padding: Padding, console: Console) -> N
             rate = row.tokens_per_second / (1 + share)
             ratio = rate / base.tokens_per_second
             console.print(
-                f"{row.peer}: the reference is worked out once for the data, {share:.0%} of a step for each batch; "
-                f"with it, a single pass has {rate:,.0f} real tokens/s, {ratio:.2f} of {base.peer}",
+                f"{row.peer}: the reference's log-probabilities are computed once for the data set, which takes "
+                f"{share:.0%} of a step for each batch; with that, a single pass over the data reaches {rate:,.0f} "
+                f"real tokens/s, {ratio:.2f} times {base.peer}",
                 highlight=False,
                 soft_wrap=True,
             )
 
 
 def plot(rows: Sequence[ThroughputRow], path: Path) -> None:
-    """Real tokens/s, positions/s and peak memory of every contender, a row of panels for each stage and preset."""
+    """Real tokens/s, positions/s and peak memory; a row of panels for each stage and preset."""
     groups = list(dict.fromkeys((row.stage, row.preset) for row in rows))
-    found = {group: [row for row in rows if (row.stage, row.preset) == group] for group in groups}
+    rows_of = {group: [row for row in rows if (row.stage, row.preset) == group] for group in groups}
     figure, axes = plt.subplots(
         len(groups),
         3,
@@ -133,7 +127,7 @@ def plot(rows: Sequence[ThroughputRow], path: Path) -> None:
         squeeze=False,
         layout="constrained",
         sharey="row",
-        gridspec_kw={"height_ratios": [len(found[group]) for group in groups]},
+        gridspec_kw={"height_ratios": [len(rows_of[group]) for group in groups]},
     )
     panels = (
         ("real tokens/s", lambda r: r.tokens_per_second, "#1b6ca8"),
@@ -141,27 +135,11 @@ def plot(rows: Sequence[ThroughputRow], path: Path) -> None:
         ("peak memory, MiB", lambda r: r.peak_mib or 0.0, "#8c8c8c"),
     )
     for (stage, preset), line in zip(groups, axes, strict=True):
-        here = found[stage, preset]
+        here = rows_of[stage, preset]
         for axis, (title, value, colour) in zip(line, panels, strict=True):
-            _bars(axis, [value(row) for row in here], [row.peer for row in here], colour)
-            axis.set_title(title, fontsize=9, loc="left")
+            bars(axis, title, [value(row) for row in here], [row.peer for row in here], colour)
         line[0].set_ylabel(f"{stage}\n{preset}", fontsize=9, fontweight="bold")
         line[0].invert_yaxis()
     first = rows[0]
     data = ", ".join(dict.fromkeys(f"{row.stage} {row.rows} x {row.seq_len} of {caption(row.data)}" for row in rows))
-    figure.suptitle(f"{data}; {first.device}, {first.commit}", fontsize=9, x=0.01, ha="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def _bars(axis: Any, values: Sequence[float], names: Sequence[str], colour: str) -> None:
-    """Each with its value, and its ratio to the last."""
-    axis.barh(range(len(values)), values, 0.7, color=colour)
-    for y, value in enumerate(values):
-        ratio = f", {value / values[-1]:.2f}x" if values[-1] else ""
-        axis.text(value + 0.01 * max(values), y, f"{value:,.0f}{ratio}", va="center", fontsize=8)
-    axis.set_yticks(range(len(names)), names, fontsize=9)
-    axis.set_xlim(0, 1.35 * max(*values, 1e-9))
-    axis.tick_params(axis="x", labelsize=7)
-    axis.spines[["top", "right"]].set_visible(False)
+    save(figure, path, f"{data}; {first.device}, {first.commit}")

@@ -1,16 +1,16 @@
-"""The stages whose training steps bench/throughput.py measures: their data, their batches, and what a step minimises.
+"""The stages that bench/throughput.py measures: their data, their batches and their losses.
 
-Each in two forms. Ours is that of train/STAGE.py: packed rows, no logits. Upstream's is what MiniMind's scripts do:
-each sequence a row of its own, cut or padded to max_seq_len, all logits, and
+Each stage has two forms. Ours is that of train/STAGE.py: packed rows, no logits. Upstream's form follows MiniMind's
+scripts: each sequence has a row of its own, cut or padded to max_seq_len, all logits are computed, and the loss is
 
-    pretrain, sft, lora, reason   cross-entropy of every position, of which the mask keeps some
-    distill                       the same, and KL(teacher || student) of the positions that the mask keeps
-    dpo                           log_softmax over the whole vocabulary, of the policy and, in every step, of the
-                                  reference; two rows a pair, so that ours packs pairs into rows twice as long, what
-                                  both sides begin with once
+    pretrain, sft, lora, reason   cross-entropy of every position, then masked
+    distill                       the same, plus KL(teacher || student) of the unmasked positions
+    dpo                           log_softmax over the vocabulary for the policy and, in every step, the reference; a
+                                  pair takes two rows (ours packs pairs into rows twice as long, with the prompt that
+                                  both sides share once)
 
-seq_len is upstream's max_seq_len for that stage in its scripts of 2025 for minimind2-small (older ones have 512 for
-SFT), but for pretraining, where both sides take 512 instead of its 340.
+seq_len is upstream's max_seq_len for the stage in its scripts of 2025 for minimind2-small (older ones have 512 for
+SFT); for pretraining, both sides take 512 instead of upstream's 340.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from minimind.modeling import Model
 from minimind.tokenization import ChatEncoder, load_tokenizer
 from minimind.tokenization.reasoning import ReasoningEncoder
 
-TEACHER = "minimind2"  # of distill: what upstream's script has
+TEACHER = "minimind2"  # of distill, as in upstream's script
 LORA = LoRAConfig(rank=8, targets=("q_proj", "o_proj"))  # upstream adapts the square matrices
 MARKER_WEIGHT = 10.0  # of reason
 BETA, ALPHA = 0.1, 0.5  # of dpo; the data's share in distill
@@ -50,8 +50,9 @@ BETA, ALPHA = 0.1, 0.5  # of dpo; the data's share in distill
 
 @dataclass(frozen=True)
 class StageBenchmark:
-    """seq_len: of upstream's rows. open(paths, console) -> the corpus, of the built-in data where there are no paths.
-    marker_weight: of reasoning markers in the loss; adapter: what is trained, where that is not the whole model."""
+    """seq_len: length of upstream's rows. open(paths, console): the corpus; without paths, of the built-in data.
+    marker_weight: weight of reasoning markers in the loss. adapter: the trained part, None for the whole model. pairs:
+    whether documents are preference pairs."""
 
     seq_len: int
     open: Callable[[Sequence[str], Console], Corpus]
@@ -61,7 +62,7 @@ class StageBenchmark:
     teacher: str | None = None
 
     def loader(self, corpus: Corpus, rows: int, seq_len: int) -> PackedLoader:
-        """Packed rows: as many positions a batch as `rows` of upstream's with `seq_len`."""
+        """Packed batches with as many positions as `rows` x `seq_len`."""
         if self.pairs:
             return PairLoader(corpus, 2 * seq_len, rows // 2, seed=0, share=True)
         return PackedLoader(corpus, seq_len, rows, seed=0, marker_weight=self.marker_weight)
@@ -103,8 +104,8 @@ STAGES: dict[str, StageBenchmark] = {
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """inputs, targets int64 [B, T], weights float32 [B, T], 0 where upstream's mask is; real: (input, target) positions
-    that are no padding. Of pairs the first half of the rows is the chosen side."""
+    """inputs, targets int64 [B, T]; weights float32 [B, T], 0 at positions that upstream masks; real: the number of
+    positions that are not padding. For pairs, the first half of the rows are the chosen answers."""
 
     inputs: Tensor
     targets: Tensor
@@ -115,7 +116,7 @@ class PaddedBatch:
 def padded_batches(
     stage: StageBenchmark, corpus: Corpus, rows: int, seq_len: int, device: torch.device
 ) -> Iterator[PaddedBatch]:
-    """Upstream's batches, without end."""
+    """Upstream's batches, endlessly."""
     source = _sequences(stage, corpus)
     while True:
         ids = np.zeros((rows, seq_len + 1), np.int64)
@@ -133,7 +134,7 @@ def padded_batches(
 
 
 def _sequences(stage: StageBenchmark, corpus: Corpus) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, weight in the loss of each) of the documents, or of both sides of the pairs, in a random order."""
+    """Endlessly, the tokens of a document and their weights in the loss, in random order; for pairs, of each side."""
     order = np.random.default_rng(0).permutation(corpus.num_documents)
     while True:
         for i in order.tolist():
@@ -151,14 +152,14 @@ def _sequences(stage: StageBenchmark, corpus: Corpus) -> Iterator[tuple[np.ndarr
 
 @dataclass(frozen=True)
 class Padding:
-    """Shares of positions that are padding over a whole pass: in upstream's rows, and in packed ones."""
+    """The share of padding over a whole pass, in upstream's rows and in packed rows."""
 
     padded: float
     packed: float
 
 
 def padding_of(stage: StageBenchmark, corpus: Corpus, rows: int, seq_len: int) -> Padding:
-    """Counted, not estimated, but for the packed share, which is that of the loader's first window."""
+    """Counted over all documents; the packed share is that of the loader's first window."""
     lengths = corpus.lengths(np.arange(corpus.num_documents))
     if stage.pairs:
         sides = [int(np.flatnonzero(corpus.codes(i) & SIDE)[0]) for i in range(corpus.num_documents)]
@@ -167,11 +168,11 @@ def padding_of(stage: StageBenchmark, corpus: Corpus, rows: int, seq_len: int) -
     return Padding(1 - float(filled), 1 - stage.loader(corpus, rows, seq_len).fill)
 
 
-Logits = Callable[[Tensor], Any]  # input ids -> what has logits [B, T, V] and aux_loss
+Logits = Callable[[Tensor], Any]  # input ids -> an object with logits [B, T, V] and aux_loss
 
 
 def upstream_loss(stage: StageBenchmark, model: Logits, frozen: Logits | None, batch: PaddedBatch) -> Tensor:
-    """What upstream's script of this stage minimises; frozen: the teacher or the reference model."""
+    """The loss in upstream's script of this stage. frozen: the teacher or the reference model."""
     if stage.pairs:
         return _dpo(model, frozen, batch)
     out = model(batch.inputs)
@@ -181,18 +182,18 @@ def upstream_loss(stage: StageBenchmark, model: Logits, frozen: Logits | None, b
     if frozen is None:
         return loss
     with torch.no_grad():
-        taught = frozen(batch.inputs).logits.flatten(0, 1)[weights > 0].float().softmax(-1)
-    told = logits[weights > 0].log_softmax(-1)
-    return ALPHA * loss + (1 - ALPHA) * F.kl_div(told, taught, reduction="batchmean")
+        teacher = frozen(batch.inputs).logits.flatten(0, 1)[weights > 0].float().softmax(-1)
+    student = logits[weights > 0].log_softmax(-1)
+    return ALPHA * loss + (1 - ALPHA) * F.kl_div(student, teacher, reduction="batchmean")
 
 
 def _dpo(model: Logits, frozen: Logits | None, batch: PaddedBatch) -> Tensor:
     assert frozen is not None
 
     def score(out: Any) -> tuple[Tensor, ...]:
-        every = F.log_softmax(out.logits.float(), dim=-1)
-        chosen = every.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)
-        return (chosen * batch.weights).sum(1).chunk(2)
+        log_probs = F.log_softmax(out.logits.float(), dim=-1)
+        log_probs = log_probs.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)
+        return (log_probs * batch.weights).sum(1).chunk(2)
 
     with torch.no_grad():
         reference = score(frozen(batch.inputs))
@@ -203,8 +204,8 @@ def _dpo(model: Logits, frozen: Logits | None, batch: PaddedBatch) -> Tensor:
 
 
 def frozen_model(stage: StageBenchmark, preset: str, device: torch.device, dtype: torch.dtype | None) -> Model | None:
-    """The teacher, or the reference, which is the model as it begins; computing in `dtype`, that of its weights if
-    None."""
+    """The teacher, or the reference, a copy of the new model; None if the stage has neither. dtype: of its
+    computations, None for that of its weights."""
     if not stage.pairs and stage.teacher is None:
         return None
     torch.manual_seed(0)

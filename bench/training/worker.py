@@ -1,26 +1,26 @@
-"""A contender of bench/throughput.py in a process of its own: its memory is its own, and so are its threads."""
+"""The process of one implementation that bench/throughput.py measures."""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import resource
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from bench.common.timing import peak_mib, start_deaf
-from bench.training.implementations import MAKERS, ThroughputSetting
+from bench.common.timing import peak_mib, synchronize
+from bench.common.worker import Handler
+from bench.training.implementations import IMPLEMENTATIONS, Implementation, ThroughputSetting
 
 
 @dataclass(frozen=True)
-class WorkerStep:
-    """seconds of the wall clock; busy and kernel: processor seconds of all threads, and those of them in the kernel;
-    faults: pages that the kernel had to give; real: positions that were no padding."""
+class StepCost:
+    """What a training step took. seconds: wall clock; busy, kernel: processor seconds of all threads, and of them those
+    inside the operating system; faults: page faults; real: positions without padding."""
 
     seconds: float
     busy: float
@@ -29,71 +29,67 @@ class WorkerStep:
     real: int
 
 
-def work(name: str, setting: ThroughputSetting, pipe: Connection) -> None:
-    """Told a number of steps and whether they count, answers with the Steps; told None, with what else it knows."""
-    contender = MAKERS[name](setting)
-    pipe.send("ready")
-    while (told := pipe.recv()) is not None:
-        count, counts = told
-        with _turn(contender, setting.device):
-            loading = contender.loading
-            steps = [_timed(contender.step, setting.device) for _ in range(count)]
+def start(name: str, setting: ThroughputSetting) -> Handler:
+    """(steps, whether they count) -> a StepCost for each; None -> the other columns of the row."""
+    implementation = IMPLEMENTATIONS[name](setting)
+
+    def answer(request: tuple[int, bool] | None) -> Any:
+        if request is None:
+            return _totals(implementation, setting.device)
+        steps, counts = request
+        with _turn(implementation, setting.device):
+            loading = implementation.loading
+            costs = [_timed(implementation.step, setting.device) for _ in range(steps)]
             if not counts:
-                contender.loading = loading
-        pipe.send(steps)
-    pipe.send(_rest(contender, setting.device))
+                implementation.loading = loading
+        return costs
+
+    return answer
 
 
 @contextlib.contextmanager
-def _turn(contender: Any, device: torch.device) -> Iterator[None]:
-    """A turn on a GPU that all contenders share: what the allocator holds in reserve goes back at its end, for the next
-    one's activations, and an uncounted step fetches it again at the next beginning."""
+def _turn(implementation: Implementation, device: torch.device) -> Iterator[None]:
+    """One turn on a GPU that all implementations share: afterwards the allocator's reserve is freed for the next one,
+    and an uncounted step at the beginning allocates it again."""
     if device.type == "cuda":
-        loading = contender.loading
-        contender.step()
-        contender.loading = loading
+        loading = implementation.loading
+        implementation.step()
+        implementation.loading = loading
     yield
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _timed(step: Any, device: torch.device) -> WorkerStep:
-    _wait(device)
+def _timed(step: Callable[[], int], device: torch.device) -> StepCost:
+    synchronize(device)
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     real = step()
-    _wait(device)
+    synchronize(device)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
     kernel = after.ru_stime - before.ru_stime
     busy = after.ru_utime - before.ru_utime + kernel
-    return WorkerStep(seconds, busy, kernel, after.ru_minflt - before.ru_minflt, real)
+    return StepCost(seconds, busy, kernel, after.ru_minflt - before.ru_minflt, real)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _rest(contender: Any, device: torch.device) -> dict[str, Any]:
-    rest = {
-        "loading": contender.loading,
-        "once": contender.once,
+def _totals(implementation: Implementation, device: torch.device) -> dict[str, Any]:
+    totals = {
+        "loading": implementation.loading,
+        "once": implementation.once,
         "peak_mib": peak_mib(device),
-        "attention": contender.attention,
+        "attention": implementation.attention,
     }
     if device.type == "cuda":
-        rest["reserved_mib"] = torch.cuda.max_memory_reserved(device) / 2**20
-        rest["host_syncs"] = _count_syncs(contender.step)
-    if contender.compiled:
+        totals["reserved_mib"] = torch.cuda.max_memory_reserved(device) / 2**20
+        totals["host_syncs"] = _count_syncs(implementation.step)
+    if implementation.compiled:
         counters = torch._dynamo.utils.counters
-        rest["graph_breaks"] = sum(counters["graph_break"].values())
-        rest["graphs"] = counters["stats"]["unique_graphs"]
-    return rest
+        totals["graph_breaks"] = sum(counters["graph_break"].values())
+        totals["graphs"] = counters["stats"]["unique_graphs"]
+    return totals
 
 
-def _count_syncs(step: Any) -> int:
+def _count_syncs(step: Callable[[], int]) -> int:
     """How often the host waits for the device in one step."""
-    import warnings
-
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -102,37 +98,3 @@ def _count_syncs(step: Any) -> int:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchronizing" in str(w.message) for w in caught)
-
-
-class ThroughputWorker:
-    """That process, as this one sees it. Raises ValueError where it died."""
-
-    def __init__(self, name: str, setting: ThroughputSetting) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.name = name
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(name, setting, theirs), daemon=True)
-        start_deaf(self.process)
-        theirs.close()  # so that a dead worker is an end of file here
-        self.steps: list[WorkerStep] = []
-        self._recv()
-
-    def run(self, steps: int, counts: bool) -> None:
-        self.pipe.send((steps, counts))
-        taken = self._recv()
-        if counts:
-            self.steps += taken
-
-    def finish(self) -> dict[str, Any]:
-        self.pipe.send(None)
-        rest = self._recv()
-        self.process.join()
-        return rest
-
-    def _recv(self) -> Any:
-        try:
-            return self.pipe.recv()
-        except EOFError:
-            raise ValueError(
-                f"--peer {self.name}: its process died (see above); if memory ran out, use fewer --rows or peers"
-            ) from None
