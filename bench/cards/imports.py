@@ -1,8 +1,8 @@
-"""Import every module that is named, say which cannot be, and what this machine is.
+"""Import modules, report those that cannot be imported, and describe this machine.
 
     python bench/cards/imports.py bench.kernels train.pretrain transformers
 
-The exit status is 1 where one is missing.
+The exit status is 1 if a module cannot be imported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def missing(names: list[str]) -> list[str]:
     for name in names:
         try:
             importlib.import_module(name)
-        except BaseException as problem:  # a test module may skip itself, which is no Exception
+        except BaseException as problem:  # a test module may skip itself, which raises no Exception
             if type(problem).__name__ != "Skipped":
                 lines.append(f"{name}: {first_line(problem)}")
     return lines
@@ -35,12 +35,11 @@ def missing(names: list[str]) -> list[str]:
 def main(names: list[str]) -> int:
     """The exit status."""
     lines = missing(names)
-    device = choose_device("auto")
-    found = versions(describe_device(device))
+    installed = versions(describe_device(choose_device("auto")))
     print(native.report())
     print("\n".join(lines) if lines else "every module can be imported")
-    said = ", ".join(f"{name} {found[name]}" for name in ("commit", "python", "torch", "triton"))
-    print(f"{len(names) - len(lines)} of {len(names)} modules; {found['device']}; {said}")
+    packages = ", ".join(f"{name} {installed[name]}" for name in ("commit", "python", "torch", "triton"))
+    print(f"{len(names) - len(lines)} of {len(names)} modules; {installed['device']}; {packages}")
     return 1 if lines else 0
 
 

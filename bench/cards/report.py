@@ -1,4 +1,4 @@
-"""What is left of a session on a card: a line for each question, a table of them, and all files in one archive."""
+"""The results of bench/card.py: a line for each task, a table of the lines, and an archive of all files."""
 
 from __future__ import annotations
 
@@ -14,38 +14,37 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.cards.running import last_line
 from bench.report.rows import markdown
 from minimind.utils.files import write_atomically
 
-LARGEST = 6 << 20  # bytes of a file: weights stay behind, logs, rows and traces do not
+LARGEST = 6 << 20  # bytes of a file in the archive: logs, rows and traces, but no weights
 TABLE = "card.md"
-HEAD = ("question", "state", "seconds", "what it said last")
+HEAD = ("task", "state", "seconds", "result")
 
 
-def said(log: Path, telling: Sequence[str] = ()) -> str:
-    """One line: the last ones with the words of `telling`; the figures of the rows where a benchmark ended with its
-    JSON; else the last line of the output."""
+def result_line(log: Path, telling: Sequence[str] = ()) -> str:
+    """A task's result in one line: the last lines with the words of `telling`; or the figures of the rows, if a
+    benchmark ended with its JSON; or the last line of the output."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    found = [next((line.strip() for line in reversed(lines) if words in line), "") for words in telling]
-    if any(found):
-        return "; ".join(filter(None, found))[:300]
+    matches = [next((line.strip() for line in reversed(lines) if words in line), "") for words in telling]
+    if any(matches):
+        return "; ".join(filter(None, matches))[:300]
     for line in reversed(lines):
         with suppress(ValueError, AttributeError):
             rows = json.loads(line).get("rows") if line.startswith("{") else None
             if rows:
                 return "; ".join((figures(rows), *left_out(lines)))[:300]
-    return last_line(log)
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
 
 
 def left_out(lines: Sequence[str]) -> list[str]:
-    """Contenders that could not run there: a table without them would not say so."""
-    found = [re.search(r"\bwithout ([\w.-]+): ", line) for line in lines]
-    return [f"without {match[1]}" for match in found if match]
+    """The implementations that could not run; the rows do not have them."""
+    matches = [re.search(r"\bwithout ([\w.-]+): ", line) for line in lines]
+    return [f"without {match[1]}" for match in matches if match]
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> str:
-    """Of kernels, how many times as long as ours each contender takes, forward and backward; of others, their rate."""
+    """For kernels, the time of each implementation over ours, forward and backward; for others, the rate."""
     parts = []
     for row in rows:
         name, status = row.get("peer") or row.get("contender"), row.get("status", "ok")
@@ -60,12 +59,13 @@ def figures(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def lines_of(state: dict[str, dict[str, Any]], names: Sequence[str]) -> list[tuple[str, str, str, str]]:
-    found = []
+    """(name, state, seconds, result) of each task."""
+    lines = []
     for name in names:
         entry = state[name]
         seconds = "" if entry.get("seconds") is None else f"{entry['seconds']:.0f}"
-        found.append((name, entry["state"], seconds, entry.get("said", "")))
-    return found
+        lines.append((name, entry["state"], seconds, entry.get("said", "")))
+    return lines
 
 
 def show(lines: Sequence[tuple[str, ...]], console: Console) -> None:
@@ -82,26 +82,26 @@ def write_table(path: Path, lines: Sequence[tuple[str, ...]]) -> None:
 
 
 def pack(folder: Path, archive: Path) -> list[str]:
-    """All files of `folder` into `archive`, whole or not at all; returns the names of those too large for it."""
-    buffer, left_out = io.BytesIO(), []
+    """Write all files of `folder` into `archive` at once; return the names of those that are too large for it."""
+    buffer, too_large = io.BytesIO(), []
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=3) as tar:
         for path in sorted(folder.rglob("*")):
-            with suppress(OSError):  # a question may remove its own files meanwhile
+            with suppress(OSError):  # a running task may remove its files
                 if not path.is_file():
                     continue
                 name = str(path.relative_to(folder))
                 if path.stat().st_size > LARGEST:
-                    left_out.append(name)
+                    too_large.append(name)
                     continue
-                data = path.read_bytes()  # first, as it may grow
+                data = path.read_bytes()  # before its size, since it may grow
                 entry = tarfile.TarInfo(name)
                 entry.size, entry.mtime = len(data), int(path.stat().st_mtime)
                 tar.addfile(entry, io.BytesIO(data))
     write_atomically(archive, buffer.getvalue())
-    return left_out
+    return too_large
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """What an earlier session left."""
+    """Restore the files of an earlier call."""
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")

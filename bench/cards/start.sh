@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Lies in the folder that bench/card_pack.py makes, and runs bench/card.py from it on a machine without a network.
+# Runs bench/card.py on a machine without a network, from the folder that bench/card_pack.py makes.
 #
 #   bash start.sh --minutes 9 --out DIR
 #
-# $PYTHON names the interpreter that has PyTorch, python3 by default; $CARD_PLACE where source and results lie.
+# $PYTHON: the interpreter with PyTorch, python3 by default. $CARD_PLACE: the folder of the source and the results.
 set -euo pipefail
 
 pack=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -19,7 +19,7 @@ if [[ ! -e $place/$commit ]]; then
     touch "$place/$commit"
 fi
 export PYTHONPATH=$place/source:$place/site MINIMIND_COMMIT=$commit MINIMIND_CACHE=$place/cache
-export PATH=$PATH:/usr/local/cuda/bin # of compute-sanitizer, where it is no one's default
+export PATH=$PATH:/usr/local/cuda/bin # for compute-sanitizer
 mkdir -p "$MINIMIND_CACHE"
 cp -r "$pack/tokens" "$MINIMIND_CACHE/"
 exec "$python" "$place/source/bench/card.py" --data "$pack/text.jsonl.zst" --work "$place/work" "$@"

@@ -1,6 +1,6 @@
-"""From held-out losses over rates to the best rate, and from best rates to a rule: c width^a depth^b tokens^g batch^h.
+"""Fit the best rate to held-out losses over rates, and a rule to best rates: c width^a depth^b tokens^g batch^h.
 
-Logarithms are to the base 2, so that an error of 1 is a factor of two.
+Logarithms have base 2, so that an error of 1 is a factor of two.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import numpy as np
 
 from bench.rates.runs import Point, TransferRow
 
-Losses = Mapping[float, float]  # held-out loss, infinite where a run diverged, by rate
-MOST = 9  # rates of a scan: a loss without a minimum within 2^8 has none
-NOISE = 0.01  # nats between runs that differ in nothing but rounding and luck, where no two seeds tell
+Losses = Mapping[float, float]  # rate -> held-out loss, infinite if the run diverged
+MAX_RATES = 9  # of a scan: a loss without a minimum within a factor of 2^8 has none
+NOISE = 0.01  # standard deviation of a loss in nats, unless two seeds show it
 REFERENCE = {"width": 256, "depth": 4, "tokens": 204_800, "batch_tokens": 4096}
 DRAWS = 400
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """log_rate: where the parabola is lowest; error: its standard error; loss there; curvature: by how much the loss
-    is higher a factor of two away; rates: how many it goes through."""
+    """The minimum of a scan's parabola. log_rate: its place, with the standard error; loss: at the minimum; curvature:
+    the loss a factor of two away minus that at the minimum; rates: the number of fitted rates."""
 
     point: Point
     log_rate: float
@@ -39,7 +39,7 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Term:
-    """Of a rule: how many powers of two the best rate moves when `name` doubles."""
+    """A factor of a rule. exponent: by how many powers of two the best rate moves if `name` doubles."""
 
     name: str
     exponent: float
@@ -48,8 +48,8 @@ class Term:
 
 @dataclass(frozen=True)
 class Rule:
-    """rate at REFERENCE, the mean over corpora, and its error in powers of two; terms: those that the data support;
-    dropped: those they do not, as they were when they went; spread: of the optima about the rule."""
+    """rate: at REFERENCE, the mean over corpora; error: in powers of two; terms: supported by the data; dropped: not
+    supported, with the last estimate; spread: of the optima about the rule; points: the number of optima."""
 
     rate: float
     error: float
@@ -64,36 +64,38 @@ class Rule:
 
 
 def by_point(rows: Sequence[TransferRow]) -> dict[Point, dict[float, float]]:
-    found: dict[Point, dict[float, float]] = {}
+    """Scan -> rate -> held-out loss."""
+    scans: dict[Point, dict[float, float]] = {}
     for row in rows:
-        found.setdefault(row.point, {})[row.rate] = row.loss
-    return found
+        scans.setdefault(row.point, {})[row.rate] = row.loss
+    return scans
 
 
 def next_rate(losses: Losses, start: float) -> float | None:
-    """What to try next on a grid of factors of two: until the lowest loss has a higher one on either side."""
+    """The next rate to try on a grid of factors of two; None once the lowest loss has a higher one on either side."""
     if not losses:
         return start
-    if len(losses) >= MOST:
+    if len(losses) >= MAX_RATES:
         return None
     best = min(losses, key=losses.__getitem__)
     if math.isinf(losses[best]):
         return min(losses) / 2
-    return next((rate for rate in (best * 2, best / 2) if _of(losses, rate) is None), None)
+    return next((rate for rate in (best * 2, best / 2) if _loss_at(losses, rate) is None), None)
 
 
-def _of(losses: Losses, rate: float) -> float | None:
-    """The loss at this rate, rounding aside."""
+def _loss_at(losses: Losses, rate: float) -> float | None:
+    """The loss at this rate, up to rounding of the rate."""
     return next((loss for known, loss in losses.items() if math.isclose(known, rate, rel_tol=1e-3)), None)
 
 
 def optimum(point: Point, losses: Losses, noise: float = NOISE, draws: int = DRAWS) -> Optimum | None:
-    """Of a parabola in log rate through the lowest loss, its neighbours, and up to two others that are no higher than
-    these. None where the lowest has not two neighbours. error: of draws with `noise` on every loss."""
-    chosen = _lowest(losses)
-    if chosen is None:
+    """The minimum of a parabola in log rate through the lowest loss, its neighbours, and up to two more losses that are
+    not higher than these. None if the lowest has fewer than two neighbours. The error is that of draws with `noise` on
+    every loss."""
+    lowest = _lowest(losses)
+    if lowest is None:
         return None
-    x, y = np.log2(list(chosen)), np.array(list(chosen.values()))
+    x, y = np.log2(list(lowest)), np.array(list(lowest.values()))
     moved = y + np.random.default_rng(0).normal(0, noise, (draws, len(y)))
     curvature, vertex, height = (float(values[0]) for values in _parabolas(x, y[None]))
     error = float(np.std(_parabolas(x, moved)[1], ddof=1))
@@ -115,8 +117,8 @@ def _lowest(losses: Losses) -> dict[float, float] | None:
 
 
 def _parabolas(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x [rates], y [n, rates] -> (curvature, vertex, height) [n] of least squares parabolas. The vertex lies within a
-    factor of two of x, and at the lowest y where noise has bent the parabola the other way round."""
+    """x [rates], y [n, rates] -> (curvature, vertex, height) [n] of least squares parabolas. The vertex is kept within
+    a factor of two of x; it is at the lowest y if noise has turned the parabola upside down."""
     middle = x.mean()
     powers = np.stack([(x - middle) ** 2, x - middle, np.ones_like(x)], axis=1)
     a, b, c = np.linalg.pinv(powers) @ y.T
@@ -127,14 +129,14 @@ def _parabolas(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
 
 
 def noise_of(rows: Sequence[TransferRow]) -> float | None:
-    """Standard deviation of a loss between runs of two seeds, what all rates of a seed share left out; None where no
-    two seeds have three rates in common. Only rates within a factor of two of the best."""
+    """Standard deviation of a loss between two seeds, without the offset that all rates of a seed share; None if no two
+    seeds have three rates in common. Only rates within a factor of two of the best count."""
     scans = by_point(rows)
     squares, degrees = 0.0, 0
     for point, losses in scans.items():
         other = scans.get(replace(point, seed=1), {}) if point.seed != 1 else {}
-        chosen = _lowest(losses) or {}
-        gaps = [loss - o for rate, loss in chosen.items() if (o := _of(other, rate)) is not None]
+        lowest = _lowest(losses) or {}
+        gaps = [loss - o for rate, loss in lowest.items() if (o := _loss_at(other, rate)) is not None]
         if len(gaps) >= 3 and all(map(math.isfinite, gaps)):
             squares += float(np.var(gaps)) * len(gaps) / 2
             degrees += len(gaps) - 1
@@ -142,16 +144,16 @@ def noise_of(rows: Sequence[TransferRow]) -> float | None:
 
 
 def optima_of(rows: Sequence[TransferRow]) -> list[Optimum]:
-    """Of every scan that has one."""
+    """The optima of all scans that have one."""
     noise = noise_of(rows) or NOISE
-    found = (optimum(point, losses, noise) for point, losses in by_point(rows).items())
-    return [one for one in found if one is not None]
+    optima = (optimum(point, losses, noise) for point, losses in by_point(rows).items())
+    return [one for one in optima if one is not None]
 
 
 def fit(optima: Sequence[Optimum], seed: int = 0) -> Rule:
-    """Least squares over the optima's logarithms; terms less than two standard errors from 0 are dropped, one after
-    another, the least sure first. Errors: of draws of the optima with replacement, each moved by its own error.
-    Raises ValueError where there are too few."""
+    """Least squares over the optima's logarithms. Terms less than two standard errors from 0 are dropped one after
+    another, the least certain first. The errors come from draws of the optima with replacement, each moved by its own
+    error. Raises ValueError if there are too few optima."""
     names = [n for n in REFERENCE if len({getattr(o.point, n) for o in optima}) > 1]
     dropped: list[Term] = []
     while True:
@@ -176,7 +178,7 @@ def _size(point: Point, name: str) -> float:
 
 
 def _design(optima: Sequence[Optimum], names: Sequence[str]) -> np.ndarray:
-    """[optima, 1 + names + corpora - 1]: the corpora's own constants add up to 0."""
+    """[optima, 1 + names + corpora - 1]: each corpus has a constant of its own, and these add up to 0."""
     corpora = sorted({o.point.corpus for o in optima})
     rows = []
     for o in optima:
@@ -191,14 +193,14 @@ def _solve(optima: Sequence[Optimum], log_rates: Sequence[float], names: Sequenc
 
 def _errors(optima: Sequence[Optimum], names: Sequence[str], generator: np.random.Generator) -> np.ndarray:
     columns = _design(optima, names).shape[1]
-    found: list[np.ndarray] = []
+    draws: list[np.ndarray] = []
     for _ in range(50 * DRAWS):
         drawn = [optima[i] for i in generator.integers(0, len(optima), len(optima))]
         design = _design(drawn, names)
         if design.shape[1] == columns and np.linalg.matrix_rank(design) == columns:
-            found.append(_solve(drawn, [generator.normal(o.log_rate, o.error) for o in drawn], names))
-        if len(found) == DRAWS:
+            draws.append(_solve(drawn, [generator.normal(o.log_rate, o.error) for o in drawn], names))
+        if len(draws) == DRAWS:
             break
-    if len(found) < 2:
-        raise ValueError("too few optima that differ for the error of a rule")
-    return np.std(found, axis=0, ddof=1)
+    if len(draws) < 2:
+        raise ValueError("too few different optima for the error of a rule")
+    return np.std(draws, axis=0, ddof=1)

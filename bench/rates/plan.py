@@ -1,4 +1,4 @@
-"""What bench/transfer.py runs, in which order, and the processes that share it."""
+"""The scans of bench/transfer.py in order, and the loop that runs them, which several processes can share."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from bench.rates.fit import Optimum, by_point, next_rate, optima_of
 from bench.rates.runs import Point, read, train, write
 from minimind.utils.display import duration
 
-# Where nothing is known yet: what the scripts took for nano before there was a rule, AdamW's from bench/optimizers.py.
+# First rates: what the scripts used for nano before there was a rule; AdamW's from bench/optimizers.py.
 FIRST = {("pretrain", "muon"): 4e-3, ("pretrain", "adamw"): 8e-3, ("sft", "muon"): 2e-3, ("sft", "adamw"): 1e-3}
-CHATS = "conversations"  # the built-in ones, for SFT
+CHATS = "conversations"  # the corpus of SFT: the built-in conversations
 
 
 class OutOfTimeError(Exception):
-    """The minutes for new runs are over."""
+    """The time for new runs is over."""
 
 
 def planned(
     corpora: Sequence[str], widths: Sequence[int], tokens: int, only: Sequence[str] = ()
 ) -> list[tuple[str, Point]]:
-    """(name, scan), the most telling first, so that a campaign that is cut off has found something. only: names. Raises
-    ValueError where there is no such name."""
+    """(name, scan), the most informative first, so that an interrupted sweep has a result. only: names of scans. Raises
+    ValueError for an unknown name."""
     first, second, n = corpora[0], corpora[-1], tokens
     narrow, wide, widest = widths[0], widths[min(2, len(widths) - 1)], widths[-1]
     base = Point(first, narrow, 4, n)
@@ -67,12 +67,12 @@ def planned(
 
 
 def start_of(point: Point, optima: Sequence[Optimum]) -> float:
-    """On the grid, the best rate of the scan that differs least from this one, or what was taken before."""
+    """The first rate of a scan: on the grid, the best rate of the most similar scan, or else the first rate."""
     first = FIRST[point.stage, point.optimizer]
-    alike = [o for o in optima if (o.point.stage, o.point.optimizer) == (point.stage, point.optimizer)]
-    if not alike:
+    similar = [o for o in optima if (o.point.stage, o.point.optimizer) == (point.stage, point.optimizer)]
+    if not similar:
         return first
-    nearest = min(alike, key=lambda o: _distance(o.point, point))
+    nearest = min(similar, key=lambda o: _distance(o.point, point))
     return first * 2.0 ** round(nearest.log_rate - math.log2(first))
 
 
@@ -82,24 +82,25 @@ def _distance(a: Point, b: Point) -> float:
 
 
 class Sweep:
-    """The scans of one process; several share `table` and `work`."""
+    """Runs scans in this process. Several processes can share `table` and `work`."""
 
     def __init__(
         self, table: Path, work: Path, find: Callable[[str], str], console: Console, minutes: float | None = None
     ) -> None:
-        """find: the path of a corpus."""
+        """find: corpus -> the path of its file."""
         self.table, self.work, self.find, self.console = table, work, find, console
         self.began = time.monotonic()
         self.ends = math.inf if minutes is None else self.began + 60 * minutes
-        self.done = 0.0  # operations of the runs here
+        self.done = 0.0  # operations of this process's runs
 
     def scans(self, plan: Sequence[tuple[str, Point]]) -> None:
+        """Run every scan that no other process is running."""
         for number, (name, point) in enumerate(plan):
             lock = FileLock(self.work / f"{point.name}.lock")
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                self.say(f"{name}: {point}: another process is at it")
+                self.say(f"{name}: {point}: another process is running it")
                 continue
             with lock:
                 while (rate := self._next(point)) is not None:
@@ -107,7 +108,7 @@ class Sweep:
                     self._run(f"{name}, scan {number + 1} of {len(plan)}", point, rate, left)
 
     def runs(self, point: Point, rates: Sequence[float]) -> None:
-        """These rates and no others."""
+        """Run these rates."""
         for number, rate in enumerate(rates):
             known = by_point(read(self.table)).get(point, {})
             with FileLock(self.work / f"{point.name}-{rate:g}.lock"):
@@ -126,11 +127,11 @@ class Sweep:
         row = train(point, rate, self.find(point.corpus), self.work)
         write(self.table, row)
         self.done += point.flops
-        loss = "the loss became infinite" if row.heldout_loss is None else f"{row.heldout_loss:.4f} nats per token"
+        loss = "the loss diverged" if row.heldout_loss is None else f"{row.heldout_loss:.4f} nats per token"
         self.say(f"  {loss} in {duration(row.seconds)}")
 
     def _eta(self, left: Sequence[Point]) -> str:
-        """At the speed so far, three and a half rates for each scan that is not begun."""
+        """Remaining time at the speed so far, with three and a half rates for each scan that has not begun."""
         if not self.done:
             return ""
         known = by_point(read(self.table))

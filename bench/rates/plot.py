@@ -1,4 +1,4 @@
-"""The picture of docs/training.md: held-out loss over the rate, and the best rates with the rule through them."""
+"""The picture of bench/transfer.py: held-out loss over the rate, and the best rates with the rule through them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from typing import Any
 
 import numpy as np
 
+from bench.common.plots import hide_frame, plt, save
 from bench.rates.fit import REFERENCE, Optimum, Rule, by_point, fit, optima_of
 from bench.rates.runs import Point, TransferRow
-from minimind.utils.display import pyplot
 
-RATES = [1e-3 * 2**k for k in range(-6, 9)]  # of the grid, where the axes have their ticks
+RATES = [1e-3 * 2**k for k in range(-6, 9)]  # of the grid: the ticks of the axes
 LABELS = {"width": "width", "depth": "layers", "tokens": "tokens", "batch_tokens": "tokens a step"}
 OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}
 
 
 def plot(rows: Sequence[TransferRow], path: Path) -> None:
-    """A row of panels for each optimizer: the losses of the scan over widths, and the best rates by each size. Raises
-    ValueError where there is no scan yet."""
-    plt = pyplot()
+    """A row of panels for each optimizer: the losses of the scan over widths, and the best rates over each size. Raises
+    ValueError if there are no scans."""
     usual = [
         r
         for r in rows
@@ -31,35 +30,33 @@ def plot(rows: Sequence[TransferRow], path: Path) -> None:
     optima = optima_of(usual)
     shown = [name for name in OPTIMIZERS if any(o.point.optimizer == name for o in optima)]
     if not shown:
-        raise ValueError("there are no scans with a best rate yet; run bench/transfer.py first")
+        raise ValueError("no scan has a best rate; run bench/transfer.py first")
     columns = 1 + len(LABELS)
     figure, axes = plt.subplots(
         len(shown), columns, figsize=(3.1 * columns, 3.1 * len(shown)), squeeze=False, layout="constrained"
     )
     for line, name in zip(axes, shown, strict=True):
-        mine = [o for o in optima if o.point.optimizer == name]
-        first = mine[0].point.corpus
+        group = [o for o in optima if o.point.optimizer == name]
+        first = group[0].point.corpus
         _losses(line[0], [r for r in usual if r.point.optimizer == name and _of_widths(r.point, first)])
         line[0].set_title(f"{OPTIMIZERS[name]}: held-out loss over the peak rate", fontsize=9)
         try:
-            rule = fit(mine)
+            rule = fit(group)
         except ValueError:
             rule = None
         for axis, (size, label) in zip(line[1:], LABELS.items(), strict=True):
-            _best(axis, mine, size, rule)
+            _best(axis, group, size, rule)
             axis.set_xlabel(label, fontsize=8)
         line[1].set_ylabel("best peak rate", fontsize=8)
-        low = min(o.log_rate - o.error for o in mine) - 0.3
-        high = max(o.log_rate + o.error for o in mine) + 0.3
+        low = min(o.log_rate - o.error for o in group) - 0.3
+        high = max(o.log_rate + o.error for o in group) + 0.3
         for axis in line[1:]:
             axis.set_ylim(2**low, 2**high)
             _rate_axis(axis, "y")
     for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
+        hide_frame(axis)
         axis.tick_params(labelsize=7, which="both")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path, dpi=110)
 
 
 def _of_widths(point: Point, corpus: str) -> bool:
@@ -68,7 +65,7 @@ def _of_widths(point: Point, corpus: str) -> bool:
 
 
 def _losses(axis: Any, rows: Sequence[TransferRow]) -> None:
-    """A line a width, with its parabola and the best rate."""
+    """The losses of each width, with its parabola and best rate."""
     best = {o.point: o for o in optima_of(rows)}
     for number, (point, losses) in enumerate(sorted(by_point(rows).items(), key=lambda item: item[0].width)):
         known = {rate: loss for rate, loss in sorted(losses.items()) if math.isfinite(loss)}
@@ -85,7 +82,7 @@ def _losses(axis: Any, rows: Sequence[TransferRow]) -> None:
 
 
 def _rate_axis(axis: Any, which: str) -> None:
-    """Logarithmic, with ticks at the grid's rates."""
+    """Make an axis logarithmic, with ticks at the grid's rates."""
     axis.set(**{f"{which}scale": "log"})
     low, high = axis.get_xlim() if which == "x" else axis.get_ylim()
     shown = [rate for rate in RATES if low <= rate <= high]
@@ -96,22 +93,22 @@ def _rate_axis(axis: Any, which: str) -> None:
 
 
 def _best(axis: Any, optima: Sequence[Optimum], size: str, rule: Rule | None) -> None:
-    """The scans that differ from the usual in `size` alone, and the rule along it."""
+    """The scans that differ only in `size`, and the rule over it."""
     others = [name for name in REFERENCE if name != size]
     shown = _lines(optima, others, size)
-    for number, ((corpus, fixed), mine) in enumerate(shown.items()):
+    for number, ((corpus, fixed), line) in enumerate(shown.items()):
         at = dict(zip(others, fixed, strict=True))
-        x = [getattr(o.point, size) for o in mine]
-        y = [o.rate for o in mine]
-        error = [[o.rate * (1 - 2**-o.error) for o in mine], [o.rate * (2**o.error - 1) for o in mine]]
+        x = [getattr(o.point, size) for o in line]
+        y = [o.rate for o in line]
+        error = [[o.rate * (1 - 2**-o.error) for o in line], [o.rate * (2**o.error - 1) for o in line]]
         label = ", ".join([corpus, *(f"{LABELS[n]} {v:,}" for n, v in at.items() if v != REFERENCE[n])])
         axis.errorbar(x, y, error, fmt="o", color=f"C{number}", markersize=4, linewidth=1, label=label)
         if rule is not None:
             curve = [2.0**v for v in np.linspace(math.log2(min(x)), math.log2(max(x)), 20)]
             sizes: list[dict[str, Any]] = [{size: value} for value in curve]
-            rates = [rule(replace(mine[0].point, **changed)) for changed in sizes]
+            rates = [rule(replace(line[0].point, **changed)) for changed in sizes]
             axis.plot(curve, rates, color=f"C{number}", linewidth=1)
-    ticks = sorted({getattr(o.point, size) for mine in shown.values() for o in mine})
+    ticks = sorted({getattr(o.point, size) for line in shown.values() for o in line})
     axis.set(xscale="log", xticks=ticks, xticklabels=[f"{value:,}" for value in ticks])
     axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     if shown:
@@ -121,7 +118,7 @@ def _best(axis: Any, optima: Sequence[Optimum], size: str, rule: Rule | None) ->
 def _lines(
     optima: Sequence[Optimum], others: Sequence[str], size: str
 ) -> dict[tuple[str, tuple[int, ...]], list[Optimum]]:
-    """Scans by corpus and their other sizes, where `size` takes two values or more."""
+    """(corpus, other sizes) -> scans, if `size` has at least two values among them."""
     groups: dict[tuple[str, tuple[int, ...]], list[Optimum]] = {}
     for one in optima:
         key = one.point.corpus, tuple(getattr(one.point, name) for name in others)

@@ -1,14 +1,12 @@
-"""One training run of bench/transfer.py: what it is, how it is done, and the row it leaves in transfer.jsonl."""
+"""One training run of bench/transfer.py: its settings, its training, and its row in transfer.jsonl."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import math
 import shutil
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
+from bench.common.record import columns_of, now
 from minimind.config import ModelConfig
 from minimind.data import PackedLoader, builtin_conversations
 from minimind.modeling import Model
@@ -33,14 +32,14 @@ from minimind.training.trainer import NonFiniteLossError
 from minimind.utils.device import choose_device, choose_precision
 
 StageName = Literal["pretrain", "sft"]
-HELDOUT = 32_768  # tokens that a run is measured on, the same for all of a corpus
-BASE_RATE = 4e-3  # at which the models are pretrained that SFT begins with
+HELDOUT = 32_768  # held-out tokens, the same for all runs of a corpus
+BASE_RATE = 4e-3  # peak rate of the pretraining before SFT
 
 
 @dataclass(frozen=True)
 class Point:
-    """A run but for its peak rate. tokens: trained on; batch_tokens: of a step; embedding: its rate as a multiple;
-    warmup: share of the steps; preset: a shape that is not of the family, "" for one that is."""
+    """The settings of a run, except its peak rate. tokens: of the run; batch_tokens: of a step; embedding: the
+    embedding's rate over the others'; warmup: share of the steps; preset: a shape outside the family, or ""."""
 
     corpus: str
     width: int
@@ -60,7 +59,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Of a folder."""
+        """A name for the run's folder."""
         return "-".join(str(value) for value in dataclasses.astuple(self) if value != "")
 
     def __str__(self) -> str:
@@ -74,14 +73,14 @@ class Point:
 
     @property
     def flops(self) -> float:
-        """Of a run."""
+        """Floating-point operations of the run."""
         return _flops_per_token(self.config) * self.tokens
 
 
 @dataclass(frozen=True)
 class TransferRow:
-    """A finished run; heldout_loss in nats per token, None where the loss became infinite. seconds: since its last
-    start, on a machine that may have been busy with other things as well."""
+    """A finished run. heldout_loss: nats per token, None if the loss diverged. seconds: since its last start, on a
+    machine that may have done other work as well."""
 
     point: Point
     rate: float
@@ -98,7 +97,7 @@ class TransferRow:
 
 
 def family(width: int, depth: int) -> ModelConfig:
-    """The shapes that nano belongs to: heads of 32, two for keys and values, queries and keys normalised."""
+    """A shape of nano's family: heads of 32, two key/value heads, normalised queries and keys."""
     if width % 64:
         raise ValueError(f"--widths {width}: must be a multiple of 64, two heads of 32")
     return ModelConfig(
@@ -120,8 +119,8 @@ def _flops_per_token(config: ModelConfig) -> int:
 
 
 def train(point: Point, rate: float, data: str, work: Path) -> TransferRow:
-    """The run to its end; one that was cut off goes on from its last checkpoint under `work`. Raises KeyboardInterrupt
-    where it was told to stop."""
+    """Train the run to its end; an interrupted one continues from its last checkpoint under `work`. Raises
+    KeyboardInterrupt if it is stopped."""
     folder = work / f"{point.name}-{rate:g}"
     base = _base(point, data, work) if point.stage == "sft" else None
     started = time.perf_counter()
@@ -133,7 +132,7 @@ def train(point: Point, rate: float, data: str, work: Path) -> TransferRow:
     start = json.loads((folder / "versions.json").read_text(encoding="utf-8"))["starts"][-1]
     shutil.rmtree(folder)
     about = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "commit": start["commit"],
         "device": start["device"].partition(";")[0],
         "torch": start["torch"],
@@ -145,7 +144,7 @@ def train(point: Point, rate: float, data: str, work: Path) -> TransferRow:
 
 
 def _base(point: Point, data: str, work: Path) -> Path:
-    """The pretrained model that SFT of `point` begins with."""
+    """The folder of the pretrained model from which SFT of `point` starts."""
     base = Point("builtin", point.width, point.depth, point.tokens)
     folder = work / f"base-{base.name}"
     if not (folder / "finished").exists():
@@ -154,7 +153,7 @@ def _base(point: Point, data: str, work: Path) -> Path:
 
 
 def _fit(point: Point, rate: float, data: str, folder: Path, base: Path | None) -> dict[str, Any]:
-    """The held-out figures at the end of a run in `folder`."""
+    """Train in `folder`; the held-out figures at the end."""
     job = Job.begin(point.stage, _args(point, rate, data, folder, base), Console(quiet=True))
     if base is None:
         config = dataclasses.replace(point.config, vocab_size=job.tokenizer.vocab_size)
@@ -201,16 +200,16 @@ def _open(job: Job, point: Point) -> DataSplit:
 
 
 def write(path: Path, row: TransferRow) -> None:
-    """Add it at the end."""
-    found = dataclasses.asdict(row)
-    line = {**found.pop("about"), **found.pop("point"), **found}
+    """Add a row to the end of the file."""
+    values = dataclasses.asdict(row)
+    line = {**values.pop("about"), **values.pop("point"), **values}
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def read(path: Path) -> list[TransferRow]:
-    """Of a file that `write` has made, or that is not there. Raises ValueError on another's."""
+    """The rows of a file; none if it does not exist. Raises ValueError if `write` did not write it."""
     if not path.exists():
         return []
     rows = []
@@ -219,16 +218,12 @@ def read(path: Path) -> list[TransferRow]:
             rows.append(_row(json.loads(line)))
         except (ValueError, TypeError) as problem:
             raise ValueError(
-                f"{path}:{number}: not a run of this version ({problem}); name another folder with --out"
+                f"{path}:{number}: not a row of this version ({problem}); name another folder with --out"
             ) from None
     return rows
 
 
 def _row(values: dict[str, Any]) -> TransferRow:
-    point = Point(**{key: values.pop(key) for key in _names(Point) if key in values})
-    mine = {key: values.pop(key) for key in _names(TransferRow) if key in values}
-    return TransferRow(point=point, about=values, **mine)
-
-
-def _names(kind: Any) -> Iterable[str]:
-    return [f.name for f in dataclasses.fields(kind)]
+    point = Point(**{key: values.pop(key) for key in columns_of(Point) if key in values})
+    fields = {key: values.pop(key) for key in columns_of(TransferRow) if key in values}
+    return TransferRow(point=point, about=values, **fields)

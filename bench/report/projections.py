@@ -1,4 +1,4 @@
-"""Of docs/PERFORMANCE.md: what is arithmetic, not measurement: hours of MiniMind-Zero, the kernels' default tiles."""
+"""The parts of docs/PERFORMANCE.md that are computed, not measured: MiniMind-Zero's hours, the default tiles."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bench import projection
 from bench.operators.tuning import TABLES
 from bench.report.rows import Device, Row, find, markdown, number, rows_of
 
-CARDS = {86: "RTX 3090", 89: "RTX 4090", 90: "H100"}  # one of each architecture that most people meet
+CARDS = {86: "RTX 3090", 89: "RTX 4090", 90: "H100"}  # a common GPU of each architecture
 
 
 def minimind_zero(devices: Sequence[Device], counts: Path = projection.COUNTS) -> str:
-    """The projection with its arithmetic, and what measured rates of a card come to."""
+    """The projection with its arithmetic, and the hours at measured rates of a GPU."""
     per_token = _bytes_per_token(counts)
     tokens = {name: projection.zero_tokens(ratios) for name, ratios in per_token.items()}
     flops = projection.zero_flops()
@@ -69,7 +69,7 @@ def _hours_table(total: dict[str, float], flops: int) -> str:
 
 
 def _measured(devices: Sequence[Device], tokens: dict[str, float]) -> list[str]:
-    """Hours at the real tokens/s of cards that measured both stages."""
+    """Hours at the real tokens/s of the GPUs that measured both stages."""
     lines = []
     for device in (d for d in devices if not d.is_cpu):
         ours = {"preset": projection.ZERO_MODEL, "peer": "ours"}
@@ -79,7 +79,7 @@ def _measured(devices: Sequence[Device], tokens: dict[str, float]) -> list[str]:
         if len(hours) == len(tokens):
             parts = ", ".join(f"{stage} {hours[stage]:.2f} h at {rates[stage]:,.0f} tokens/s" for stage in tokens)
             lines.append(f"At the rates measured on {device.name}: {parts}; {sum(hours.values()):.2f} h in all.")
-    return lines or ["At measured rates of a card: not measured, needs a card (`python bench/campaign.py`)."]
+    return lines or ["At measured rates of a card: not measured, needs a card (`python bench/card.py`)."]
 
 
 def _bytes_per_token(counts: Path) -> dict[str, dict[str, float]]:
@@ -99,7 +99,7 @@ def _newest(counts: Path) -> list[Row]:
 
 
 def default_tiles(devices: Sequence[Device], resources: Path) -> str:
-    """Every table of tile sizes, as each architecture takes it, and where its entry comes from."""
+    """Every table of tile sizes with the entry of each architecture and its origin."""
     tuned = {(r["table"], r["entry"].split(":")[0]) for d in devices for r in d.tables["tuning"]}
     body = []
     for module, attribute in dict.fromkeys(pair for pairs in TABLES.values() for pair in pairs):
@@ -127,7 +127,7 @@ def default_tiles(devices: Sequence[Device], resources: Path) -> str:
 
 
 def _parts(config: object) -> list[str]:
-    """`name: number` of all that an entry holds, a line for each kernel of its own."""
+    """The names and numbers of an entry, a line for each nested config."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
     nested = {name: value for name, value in fields.items() if dataclasses.is_dataclass(value)}
     if nested:
@@ -136,7 +136,7 @@ def _parts(config: object) -> list[str]:
 
 
 def _needs(resources: Path) -> str:
-    """A line for each kernel and the architectures on which it needs the same."""
+    """A line for each kernel and the architectures on which its resources are the same."""
     rows = json.loads(resources.read_text(encoding="utf-8"))
     groups: dict[tuple[str, ...], list[int]] = {}
     for kernel, arch in sorted({(r["kernel"].lstrip("_"), r["arch"]) for r in rows}):

@@ -1,4 +1,4 @@
-"""The table of measured results in README.md and README_zh.md, made from the committed rows."""
+"""The tables of measured results in README.md and README_zh.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Words = tuple[str, str]  # English, Chinese
 
 @dataclass(frozen=True)
 class Result:
-    """A line of the table: `column` of ours and of a peer in the newest run of `table` with the cells `wanted`."""
+    """A line of the table: `column` of ours and of a peer, in the newest run of `table` with the cells `wanted`."""
 
     words: Words
     table: str
@@ -45,10 +45,10 @@ MODEL_COLUMN = {"throughput": "preset", "rl": "model", "decode": "model"}
 
 
 def blocks(devices: Sequence[Device]) -> dict[str, Words]:
-    """Name of a block -> its text in both languages. ValueError where rows that the README shows are missing."""
+    """Name of a block -> its text in both languages. ValueError if rows that the README shows are missing."""
     device = next((d for d in devices if d.folder.name == SHOWN), None)
     if device is None:
-        raise ValueError(f"bench/results/{SHOWN} has no rows, and the README shows them")
+        raise ValueError(f"bench/results/{SHOWN} has no rows, but the README shows them")
     makers: dict[str, Callable[[int], str]] = {
         "results": lambda language: results(device, language),
         "cards": lambda language: cards([d for d in devices if not d.is_cpu], language),
@@ -65,17 +65,14 @@ def results(device: Device, language: int) -> str:
     for result in RESULTS:
         run = _run(device, result)
         ours, other = _one(run, "ours"), _one(run, result.peer)
-        mine, theirs = float(ours[result.column]), float(other[result.column])
-        form = ".2f" if mine < 10 * theirs else ".1f"
-        times = f"{mine / theirs:{form}}x"
-        lines.append(
-            f"| {result.words[language]} | {mine:,.0f} | {times} | {theirs:,.0f}, {result.against[language]} |"
-        )
+        value, base = float(ours[result.column]), float(other[result.column])
+        times = f"{value / base:{'.2f' if value < 10 * base else '.1f'}}x"
+        lines.append(f"| {result.words[language]} | {value:,.0f} | {times} | {base:,.0f}, {result.against[language]} |")
     return "\n".join(lines)
 
 
 def cards(gpus: Sequence[Device], language: int) -> str:
-    """A line for each GPU, or that there is none."""
+    """A table with a line for each GPU, or a sentence if there is none."""
     page = "[docs/PERFORMANCE.md](docs/PERFORMANCE.md)"
     if not gpus:
         return (
@@ -101,15 +98,15 @@ def cards(gpus: Sequence[Device], language: int) -> str:
             times = ratio(rate, number(other, "tokens_per_second"))
             cells += ["" if rate is None else f"{rate:,.0f}", "" if times is None else f"{times:.1f}x"]
         lines.append(f"| {' | '.join(cells)} |")
-    said = (
+    note = (
         f"`minimind2-small` against upstream's way and the naive loop; {page} has the rest.",
         f"`minimind2-small`，与上游做法及朴素循环相比；其余见 {page}。",
     )
-    return "\n".join([*lines, "", said[language]])
+    return "\n".join([*lines, "", note[language]])
 
 
 def _run(device: Device, result: Result) -> list[Row]:
-    """The rows of the newest run that the result is of."""
+    """The rows of the newest run with this result."""
     wanted = {MODEL_COLUMN[result.table]: "minimind2-small", **result.wanted}
     newest = find(device.tables[result.table], **wanted)
     if newest is None:

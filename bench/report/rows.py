@@ -1,4 +1,4 @@
-"""The committed rows of bench/results/DEVICE, read back for the pages that are made of them."""
+"""Read the committed rows of bench/results/DEVICE, for the pages that are made from them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "results"
+from bench.common.record import RESULTS
+
 TABLES = ("throughput", "rl", "decode", "decode_attention", "serving", "end_to_end", "kernels", "optimizers", "loader",
           "memory", "tuning")  # fmt: skip
-RUN = {  # what two rows of one contender have in common where the newer replaces the older
+RUN = {  # columns that are equal in two rows of one implementation if the newer replaces the older
     "throughput": ("stage", "preset", "data", "rows", "seq_len"),
     "rl": ("model", "prompts", "samples", "prompt", "new"),
     "decode": ("model", "weights", "prompt", "new", "batch"),
     "kernels": ("op", "shape", "tokens", "dtype", "phase"),
     "decode_attention": ("op", "shape", "tokens", "dtype", "phase"),
 }
-BASE = {"throughput": "upstream-style", "rl": "naive", "decode": "naive"}  # what ratios are against
+BASE = {"throughput": "upstream-style", "rl": "naive", "decode": "naive"}  # ratios are against these
 Row = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Device:
-    """tables: the rows of each CSV, oldest first; state: campaign.json, what became of each slice."""
+    """tables: the rows of each CSV, oldest first. state: card.json of bench/card.py, the outcome of each task."""
 
     folder: Path
     tables: dict[str, list[Row]]
@@ -40,11 +41,11 @@ class Device:
 
     @property
     def is_cpu(self) -> bool:
-        """By its name, which of a CPU counts the threads (minimind/utils/device.py)."""
+        """The name of a CPU has its number of threads (minimind/utils/device.py)."""
         return re.search(r", \d+ threads", self.name) is not None
 
     def runs(self, table: str) -> list[list[Row]]:
-        """The newest row of every contender, in groups that measured the same thing."""
+        """The newest row of every implementation, in groups that measured the same thing."""
         groups: dict[tuple[str, ...], dict[str, Row]] = {}
         name = "contender" if table in ("kernels", "decode_attention") else "peer"
         for row in self.tables[table]:
@@ -54,7 +55,7 @@ class Device:
         return [list(group.values()) for group in groups.values()]
 
     def base_of(self, table: str, row: Row) -> Row | None:
-        """The contender that ratios are against, in the run in which `row` was measured."""
+        """The row of the same run that ratios are against."""
         same = (*RUN[table], "date", "commit")
         for other in self.tables[table]:
             if other["peer"] == BASE[table] and all(other[key] == row[key] for key in same):
@@ -63,7 +64,7 @@ class Device:
 
 
 def number(row: Row | None, column: str) -> float | None:
-    """The cell as a number; None where there is no row, or nothing in the cell."""
+    """The cell as a number; None if there is no row or the cell is empty."""
     return float(row[column]) if row is not None and row.get(column) else None
 
 
@@ -72,24 +73,25 @@ def ratio(a: float | None, b: float | None) -> float | None:
 
 
 def rows_of(path: Path) -> list[Row]:
+    """The rows of a CSV file; none if it does not exist."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def device_of(folder: Path, state: dict[str, dict[str, Any]] | None = None) -> Device:
-    record = folder / "campaign.json"
-    if state is None:
-        state = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+def device_of(folder: Path) -> Device:
+    """The device of a folder of bench/results."""
+    record = folder / "card.json"
+    state = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     return Device(folder, {name: rows_of(folder / f"{name}.csv") for name in TABLES}, state)
 
 
 def devices(results: Path = RESULTS) -> list[Device]:
-    """GPUs first, each kind by name."""
-    found = [device_of(folder) for folder in sorted(results.iterdir()) if folder.is_dir()]
-    kept = [device for device in found if any(device.tables.values())]
-    return sorted(kept, key=lambda device: (device.is_cpu, device.name))
+    """All devices with rows, GPUs first, then by name."""
+    every = [device_of(folder) for folder in sorted(results.iterdir()) if folder.is_dir()]
+    with_rows = [device for device in every if any(device.tables.values())]
+    return sorted(with_rows, key=lambda device: (device.is_cpu, device.name))
 
 
 def find(rows: Sequence[Row], /, **wanted: str) -> Row | None:
@@ -98,9 +100,11 @@ def find(rows: Sequence[Row], /, **wanted: str) -> Row | None:
 
 
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table."""
     lines = [head, ("---",) * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def text(value: float | None, form: str = ",.0f", unit: str = "") -> str:
+    """A cell of a table; empty for None."""
     return "" if value is None else format(value, form) + unit

@@ -1,39 +1,28 @@
-"""Tables of what a device answered: docs/PERFORMANCE.md has them for every device, campaign.md for its own."""
+"""The tables of a device's rows in docs/PERFORMANCE.md."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-from bench.report.rows import Device, Row, device_of, markdown, number, ratio, text
-
-
-def device_report(folder: Path, stamp: dict[str, Any], state: dict[str, dict[str, Any]]) -> str:
-    """campaign.md: what became of each slice, and the tables."""
-    device = device_of(folder, state)
-    parts = [
-        f"# {stamp['device']}",
-        f"torch {stamp['torch']}, triton {stamp['triton']}, Python {stamp['python']}. Written by bench/campaign.py: "
-        "every number is measured on this device at the commit beside it.",
-        *sections(device, "##"),
-    ]
-    return "\n\n".join(parts) + "\n"
+from bench.report.rows import Device, Row, markdown, number, ratio, text
 
 
 def sections(device: Device, mark: str) -> list[str]:
-    """A heading, a table and what it says, of every kind of measurement that was made. mark: of a heading."""
-    found = []
+    """A heading, a table and a note for every kind of measurement of this device. mark: of a heading."""
+    parts = []
     for title, make in SECTIONS:
         body = make(device)
         if body:
-            found += [f"{mark} {title}", body]
-    return found
+            parts += [f"{mark} {title}", body]
+    return parts
 
 
-def slices(device: Device) -> str:
-    rows = [(name, s["status"], f"{s['seconds']:g}", s["commit"]) for name, s in device.state.items()]
-    return markdown(("slice", "outcome", "seconds", "commit"), rows) if rows else ""
+def tasks(device: Device) -> str:
+    body = [
+        (name, entry["state"], f"{entry.get('seconds', '')}", entry.get("commit", ""))
+        for name, entry in device.state.items()
+    ]
+    return markdown(("task", "outcome", "seconds", "commit"), body) if body else ""
 
 
 def training(device: Device) -> str:
@@ -183,7 +172,7 @@ def tuned(device: Device) -> str:
 
 
 SECTIONS: tuple[tuple[str, Callable[[Device], str]], ...] = (
-    ("Slices of the campaign", slices), ("Training steps", training), ("GRPO steps", rl), ("Decoding", decoding),
+    ("Tasks of bench/card.py", tasks), ("Training steps", training), ("GRPO steps", rl), ("Decoding", decoding),
     ("Attention of a decoding step", attention), ("Server", serving), ("Pretraining and SFT to their end", end_to_end),
     ("Ops", kernels), ("Tuning", tuned), ("Optimizers", optimizers), ("Data", data),
 )  # fmt: skip

@@ -1,7 +1,7 @@
-"""What this project set out to reach, and whether the committed rows reach it.
+"""The targets of this project, and whether the committed rows meet them.
 
-A target that was measured and missed has its reason here, or bench/performance.py fails; one that no row answers says
-what it needs.
+A target that was measured and missed must have its reason here, or bench/performance.py fails. A target without rows
+says what it needs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from bench.cards.tasks import SANITIZERS
 from bench.report.rows import Device, Row, find, markdown, number, ratio
 
 Measure = Callable[[Device], float | None]
@@ -18,8 +19,8 @@ UNEXPLAINED = "not explained yet; give its reason in bench/report/targets.py"
 
 @dataclass(frozen=True)
 class Target:
-    """what: in words, the bound left out; measure: its figure from a device's rows, None where they do not have it;
-    reason: why it was missed, with the next step."""
+    """what: a description without the bound. measure: the figure from a device's rows, None if they do not have it.
+    reason: why it was missed, and the next step."""
 
     what: str
     bound: float
@@ -37,7 +38,7 @@ class Target:
 
 
 def step(column: str, ours: str, theirs: str, preset: str = "minimind2-small", stage: str = "pretrain") -> Measure:
-    """`column` of one contender over another's in the newest run in which both took part."""
+    """`column` of one implementation over that of another, in the newest run of both."""
 
     def measure(device: Device) -> float | None:
         rows = [r for r in device.tables["throughput"] if r["stage"] == stage and r["preset"] == preset]
@@ -47,7 +48,7 @@ def step(column: str, ours: str, theirs: str, preset: str = "minimind2-small", s
 
 
 def one_pass(device: Device) -> float | None:
-    """DPO's real tokens/s over upstream's, the reference's single pass counted."""
+    """DPO's real tokens/s over upstream's, including the reference's single pass."""
     rows = [r for r in device.tables["throughput"] if r["stage"] == "dpo"]
     ours = find(rows, peer="ours")
     faster = _in_one_run(rows, "tokens_per_second", "ours", "upstream-style")
@@ -56,22 +57,22 @@ def one_pass(device: Device) -> float | None:
 
 
 def decoding(ours: str, theirs: str, batch: int) -> Measure:
-    """Tokens/s at one batch size; theirs may end in *: the fastest of those."""
+    """Tokens/s of ours over theirs at one batch size. theirs may end in *, for the fastest with this beginning."""
 
     def measure(device: Device) -> float | None:
         rows = [r for r in device.tables["decode"] if r["batch"] == str(batch) and r["model"] == "minimind2-small"]
-        mine = find(rows, peer=ours)
-        if mine is None:
+        newest = find(rows, peer=ours)
+        if newest is None:
             return None
-        run = [r for r in rows if r["date"] == mine["date"]]
+        run = [r for r in rows if r["date"] == newest["date"]]
         rates = [number(r, "tokens_per_second") or 0.0 for r in run if _named(r["peer"], theirs)]
-        return ratio(number(mine, "tokens_per_second"), max(rates, default=None))
+        return ratio(number(newest, "tokens_per_second"), max(rates, default=None))
 
     return measure
 
 
 def batched(peer: str, batch: int) -> Measure:
-    """Tokens/s of `batch` sequences over one's."""
+    """Tokens/s of `batch` sequences over those of one."""
 
     def measure(device: Device) -> float | None:
         rows = [r for r in device.tables["decode"] if r["peer"] == peer and r["model"] == "minimind2-small"]
@@ -90,7 +91,7 @@ def grpo(column: str, model: str) -> Measure:
 
 
 def cell(table: str, column: str, over: str | None = None) -> Measure:
-    """One column of the newest row, over another's."""
+    """A column of the newest row, or its ratio to another column."""
 
     def measure(device: Device) -> float | None:
         row = device.tables[table][-1] if device.tables[table] else None
@@ -100,7 +101,7 @@ def cell(table: str, column: str, over: str | None = None) -> Measure:
 
 
 def op_ratio(ops: Iterable[str], others: Iterable[str]) -> Measure:
-    """The least time of `others` over ours, forward and backward, over every shape at 65,536 tokens."""
+    """The smallest ratio of the others' time to ours, forward and backward, over all shapes at 65,536 tokens."""
     return lambda device: _least(device, ops, others, "ratio")
 
 
@@ -121,18 +122,18 @@ def utilisation(preset: str) -> Measure:
 
 
 def loader_lead(device: Device) -> float | None:
-    """The loader's rate over what the fastest training step takes."""
+    """The loader's rate over that of the fastest training step."""
     loaded = [number(r, "tokens_per_second") or 0.0 for r in device.tables["loader"]]
-    taken = [number(r, "tokens_per_second") or 0.0 for r in device.tables["throughput"] if r["peer"] == "ours"]
-    return ratio(max(loaded, default=None), max(taken, default=None))
+    trained = [number(r, "tokens_per_second") or 0.0 for r in device.tables["throughput"] if r["peer"] == "ours"]
+    return ratio(max(loaded, default=None), max(trained, default=None))
 
 
 def failed(*kinds: str) -> Measure:
-    """How many of the campaign's slices of these kinds have not passed."""
+    """How many tasks whose names begin with one of these words are not done."""
 
     def measure(device: Device) -> float | None:
-        outcomes = [entry["status"] for name, entry in device.state.items() if name.split()[0] in kinds]
-        return float(sum(outcome != "passed" for outcome in outcomes)) if outcomes else None
+        outcomes = [entry["state"] for name, entry in device.state.items() if name.split()[0] in kinds]
+        return float(sum(outcome != "done" for outcome in outcomes)) if outcomes else None
 
     return measure
 
@@ -142,18 +143,18 @@ def _named(peer: str, wanted: str) -> bool:
 
 
 def _in_one_run(rows: list[Row], column: str, ours: str, theirs: str) -> float | None:
-    for mine in reversed([r for r in rows if r["peer"] == ours]):
-        other = find([r for r in rows if r["date"] == mine["date"]], peer=theirs)
-        if other is not None and (found := ratio(number(mine, column), number(other, column))) is not None:
-            return found
+    for row in reversed([r for r in rows if r["peer"] == ours]):
+        other = find([r for r in rows if r["date"] == row["date"]], peer=theirs)
+        if other is not None and (value := ratio(number(row, column), number(other, column))) is not None:
+            return value
     return None
 
 
-def _least(device: Device, ops: Iterable[str], contenders: Iterable[str], column: str) -> float | None:
-    ops, contenders = tuple(ops), tuple(contenders)
+def _least(device: Device, ops: Iterable[str], implementations: Iterable[str], column: str) -> float | None:
+    ops, implementations = tuple(ops), tuple(implementations)
     groups = device.runs("kernels")
     rows = [r for g in groups for r in g if r["phase"] == "both" and r["tokens"] == "65536" and r["op"] in ops]
-    values = [number(r, column) for r in rows if r["contender"] in contenders]
+    values = [number(r, column) for r in rows if r["contender"] in implementations]
     return min((value for value in values if value is not None), default=None)
 
 
@@ -190,8 +191,8 @@ CPU = (
 
 _HALF = "minimind2-small", "minimind2", "minimind2-moe"
 GPU = (
-    Target("parity: slices that failed", 0, failed("parity"), True, form=".0f", unit=""),
-    Target("compute-sanitizer: slices that failed", 0, failed("sanitizer"), True, form=".0f", unit=""),
+    Target("parity: tasks that failed", 0, failed("parity"), True, form=".0f", unit=""),
+    Target("compute-sanitizer: tasks that failed", 0, failed(*SANITIZERS), True, form=".0f", unit=""),
     Target("RMSNorm, RoPE and SwiGLU, share of a copy's bandwidth, the worst of them", 0.85, op_share, form=".0%",
            unit=""),
     Target("RMSNorm, RoPE and SwiGLU against the faster of torch.compile and Liger, the worst of them", 1.0,
@@ -223,10 +224,10 @@ def judged(targets: Iterable[Target], device: Device | None) -> list[tuple[Targe
     return [(target, None if device is None else target.measure(device)) for target in targets]
 
 
-def table(found: Iterable[tuple[Target, float | None]], missing: str) -> str:
-    """Markdown. missing: what is said of a target that nobody measured."""
+def table(results: Iterable[tuple[Target, float | None]], missing: str) -> str:
+    """A table in Markdown. missing: the verdict on a target without a measurement."""
     body = []
-    for target, value in found:
+    for target, value in results:
         wanted = f"{'at most' if target.at_most else 'at least'} {target.text(target.bound)}"
         if value is None:
             verdict = missing
