@@ -162,32 +162,33 @@ def size_of(messages: list[Message]) -> int:
 
 
 def page(plans: list[dict[str, Any]]) -> str:
-    """docs/plans.md."""
+    """The text of docs/plans.md."""
     cards = ", ".join(f"{card['name']} {card['utilisation']:.0%}" for card in plans[0]["cards"])
     parts = (
-        "# What upstream's files would take",
+        "# Training plans for upstream's files",
         fill(
-            "Made by `python bench/plans.py --samples FOLDER`, which asks every stage for its `--plan` "
-            "([docs/training.md](training.md)) with the defaults that it would have on a GPU. Nothing here was trained "
-            "or timed. The files are not here: rows of the same formats, and of the lengths that upstream tells, were "
-            "stretched to the files' sizes, so that tokens are right as far as those rows are like the files'; ± is "
-            "two standard errors of the rows at hand alone.",
+            "Written by `python bench/plans.py --samples FOLDER`, which runs every stage with `--plan` "
+            "([docs/training.md](training.md)) and the defaults that it has on a GPU. Nothing was trained or timed. "
+            "Upstream's files were not used: sample rows of the same formats, with the lengths that upstream "
+            "describes, were scaled to the files' sizes. The numbers of tokens are right as far as these rows resemble "
+            "the files; ± is two standard errors of the sample alone.",
             120,
         ),
         "## The data",
         markdown(
             (
-                "file", "size", "rows read", "stage", "documents", "tokens a pass", "of one: p50 / p95 / p99 / longest",
+                "file", "size", "rows read", "stage", "documents", "tokens a pass",
+                "tokens a document: p50 / p95 / p99 / longest",
                 "--seq-len", "cut", "left out",
             ),
             [data_row(p) for p in plans if p["preset"] == plans[0]["preset"]],
         ),
         "## The runs",
         fill(
-            "Times are projected from the model's operations at an assumed share of each card's bf16 rate: "
-            f"{cards}. Memory is that of a 24 GB card, with as many tokens at once as fit there. Of reinforcement "
-            "learning all are bounds: every answer as long as the limit allows, decoding at 60% of the card's memory "
-            "bandwidth; the reward model's time is not counted.",
+            "Times are projected from the model's operations at an assumed share of each GPU's bf16 rate: "
+            f"{cards}. Memory is that on a 24 GB GPU, with as many tokens at once as fit. For reinforcement learning, "
+            "the times assume that every answer has the maximum length and that decoding reaches 60% of the GPU's "
+            "memory bandwidth; the reward model's time is not included.",
             120,
         ),
         markdown(
@@ -197,7 +198,7 @@ def page(plans: list[dict[str, Any]]) -> str:
             ),
             [run_row(p) for p in plans],
         ),
-        "## What was chosen, and why",
+        "## The choices and their reasons",
         "\n".join(f"- {p['file']}, {p['stage']}: {'; '.join(chosen(p))}" for p in plans if chosen(p)),
     )  # fmt: skip
     return "\n\n".join(parts) + "\n"
