@@ -256,7 +256,7 @@ def test_projections_by_hand(capsys):
     both = [row(tokens_per_second=1e5), row(stage="sft", tokens_per_second=5e4)]
     hours = projection.headline(both, corpus, Console())["hours"]
     assert hours["sft"] / hours["pretrain"] == pytest.approx(2 * 1.2 / 1.6)
-    with pytest.raises(ValueError, match="--peer ours"):
+    with pytest.raises(ValueError, match="--peer must include ours"):
         projection.headline([row(peer="hf")], corpus, Console())
 
 
