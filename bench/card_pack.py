@@ -61,12 +61,12 @@ while todo:
         continue
     seen.add(key)
     try:
-        found = metadata.distribution(name)
+        package = metadata.distribution(name)
     except metadata.PackageNotFoundError:
         continue
-    todo += [need for need in found.requires or [] if "extra ==" not in need]
-    tops = {str(file).split("/")[0] for file in found.files or []} - {"..", "__pycache__"}
-    paths |= {str(found.locate_file(top)) for top in tops}
+    todo += [need for need in package.requires or [] if "extra ==" not in need]
+    tops = {str(file).split("/")[0] for file in package.files or []} - {"..", "__pycache__"}
+    paths |= {str(package.locate_file(top)) for top in tops}
 print(json.dumps(sorted(paths)))
 """
 

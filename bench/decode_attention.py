@@ -2,11 +2,11 @@
 
     python bench/decode_attention.py [--preset minimind2-small] [--batch 1 16 64] [--context 512 4096]
 
-minimind    minimind.inference.decode.ops.decode_attention, native
-eager       plain PyTorch: gathers the pages, then scaled_dot_product_attention
-dense       scaled_dot_product_attention on a contiguous cache: an easier task, and PyTorch's best
-varlen      PyTorch's varlen_attn with a block table (GPU, torch >= 2.12)
-flash-attn  flash_attn_with_kvcache (GPU, the flash-attn package)
+    minimind    minimind.inference.decode.ops.decode_attention, native
+    eager       plain PyTorch: gathers the pages, then scaled_dot_product_attention
+    dense       scaled_dot_product_attention on a contiguous cache: an easier task, and PyTorch's best
+    varlen      PyTorch's varlen_attn with a block table (GPU, torch >= 2.12)
+    flash-attn  flash_attn_with_kvcache (GPU, the flash-attn package)
 
 An implementation is timed only if its error against float64 is at most twice that of `eager` in the same dtype. The
 rate is that of reading keys and values. The caches of several layers take turns, so that they are not read from the

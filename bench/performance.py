@@ -130,13 +130,13 @@ def _tasks() -> str:
     return "```text\n" + "\n".join(lines) + "\n```"
 
 
-def _tiles(found: Sequence[Device]) -> str:
+def _tiles(every: Sequence[Device]) -> str:
     head = (
         "Chosen for sm_80 and newer from the resource report and arithmetic; an entry for sm_90 where its shared "
         "memory holds larger tiles of a matrix product. None is measured until a row of tuning.csv says so: "
         "`python bench/kernels.py --tune OP` on a card."
     )
-    return f"{head}\n\n{default_tiles(found, RESOURCES)}"
+    return f"{head}\n\n{default_tiles(every, RESOURCES)}"
 
 
 def with_blocks(text: str, texts: dict[str, str], name: str) -> str:

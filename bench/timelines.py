@@ -2,8 +2,8 @@
 
     python bench/timelines.py [--what train decode] [--preset minimind2-small] [--data FILE...]
 
-train    three steps of train/pretrain.py --profile with AdamW, not compiled: compiled graphs have no blocks to show
-decode   three greedy steps of the engine with --batch sequences, with the engine's parts as spans
+    train    three steps of train/pretrain.py --profile with AdamW, not compiled: compiled graphs have no blocks to show
+    decode   three greedy steps of the engine with --batch sequences, with the engine's parts as spans
 
 The pictures are timeline-train.png and timeline-decode.png in --out, with the table beside each as .txt. Recording
 slows the steps down, so their times can only be compared with each other.

@@ -134,7 +134,7 @@ class CorpusFiles:
         self.paths = {Path(entry).name.split(".")[0]: entry for entry in data}
         missing = next((p for p in data if p != "builtin" and not Path(p).is_file()), None)
         if missing is not None:
-            raise ValueError(f"--data {missing}: no such file; check the path given")
+            raise ValueError(f"--data {missing}: no such file")
 
     def find(self, corpus: str) -> str:
         """The path of a corpus; for SFT, of the text on which its models are pretrained."""

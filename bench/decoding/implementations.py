@@ -163,12 +163,12 @@ def naive_forward(
 
 def _naive_attention(attention: Any, x: Tensor, positions: Tensor, table: Any, past: list, index: int) -> Tensor:
     weights = (None, None) if attention.q_norm is None else (attention.q_norm.weight, attention.k_norm.weight)
-    qkv, heads, groups = attention.qkv_proj(x), attention.heads, attention.groups
-    q, k, v = ops.rope(qkv, table[0], table[1], positions, heads, groups, weights[0], weights[1], attention.eps)
+    qkv, heads, kv_heads = attention.qkv_proj(x), attention.heads, attention.groups
+    q, k, v = ops.rope(qkv, table[0], table[1], positions, heads, kv_heads, weights[0], weights[1], attention.eps)
     if past[index] is not None:
         k, v = torch.cat((past[index][0], k), dim=1), torch.cat((past[index][1], v), dim=1)
     past[index] = k, v
-    repeats = heads // groups
+    repeats = heads // kv_heads
     q = q.transpose(1, 2)
     k, v = (t.repeat_interleave(repeats, dim=2).transpose(1, 2) for t in (k, v))
     if x.shape[1] > 1:

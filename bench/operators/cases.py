@@ -103,10 +103,10 @@ def norm_work(s: KernelSetting, addends: int) -> KernelWork:
 
 def rope_work(s: KernelSetting, normed: bool) -> KernelWork:
     """Bytes of N tokens of (H + 2 G) heads of D, read and written once; the norm's backward reads q and k again."""
-    heads, groups = s.config.num_attention_heads, s.config.num_key_value_heads
+    heads, kv_heads = s.config.num_attention_heads, s.config.num_key_value_heads
     head = s.tokens * s.config.head_dim * s.bytes
-    packed = (heads + 2 * groups) * head
-    return KernelWork("GB/s", 2 * packed, 2 * packed + (heads + groups) * head * normed)
+    packed = (heads + 2 * kv_heads) * head
+    return KernelWork("GB/s", 2 * packed, 2 * packed + (heads + kv_heads) * head * normed)
 
 
 def swiglu_work(s: KernelSetting) -> KernelWork:
@@ -155,8 +155,8 @@ def _add_rms_norm(s: KernelSetting) -> Parts:
 
 def _rope(s: KernelSetting, normed: bool) -> Parts:
     c = s.config
-    heads, groups, size = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    leaves = [s.activation(1, s.tokens, (heads + 2 * groups) * size)]
+    heads, kv_heads, size = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+    leaves = [s.activation(1, s.tokens, (heads + 2 * kv_heads) * size)]
     if normed:
         leaves += [s.parameter(size, mean=1.0), s.parameter(size, mean=1.0)]
     ids = (torch.arange(s.tokens, device=s.device) % DOCUMENT).unsqueeze(0)
@@ -165,21 +165,21 @@ def _rope(s: KernelSetting, normed: bool) -> Parts:
     eps = c.rms_norm_eps
 
     def reference(qkv: Tensor, q: Tensor | None = None, k: Tensor | None = None) -> tuple[Tensor, ...]:
-        return rope_ref(qkv, cos, sin, ids, heads, groups, q, k, eps)
+        return rope_ref(qkv, cos, sin, ids, heads, kv_heads, q, k, eps)
 
     def native(qkv: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-        return others.native_rope(qkv, cos, sin, ids, heads, groups, q, k, eps)
+        return others.native_rope(qkv, cos, sin, ids, heads, kv_heads, q, k, eps)
 
     def ours(qkv: Tensor, q: Tensor | None = None, k: Tensor | None = None) -> tuple[Tensor, ...]:
-        return rope(qkv, cos, sin, ids, heads, groups, q, k, eps)
+        return rope(qkv, cos, sin, ids, heads, kv_heads, q, k, eps)
 
     def liger(qkv: Tensor, q: Tensor | None = None, k: Tensor | None = None) -> tuple[Tensor, ...]:
-        return others.liger_rope(qkv, wide_cos, wide_sin, heads, groups, q, k, eps)
+        return others.liger_rope(qkv, wide_cos, wide_sin, heads, kv_heads, q, k, eps)
 
     implementations: dict[str, Function] = {"minimind": ours if s.kernels else reference, "liger": liger}
     if normed:
         implementations["native"] = native
-    return f"D {size}, {heads}/{groups} heads", leaves, reference, implementations, rope_work(s, normed)
+    return f"D {size}, {heads}/{kv_heads} heads", leaves, reference, implementations, rope_work(s, normed)
 
 
 def _swiglu(s: KernelSetting) -> Parts:

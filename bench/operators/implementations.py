@@ -30,12 +30,12 @@ def native_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float)
 
 
 def native_rope(
-    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, heads: int, groups: int,
+    qkv: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor, heads: int, kv_heads: int,
     q_weight: Tensor, k_weight: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v = qkv.unflatten(-1, (heads + 2 * groups, -1)).split((heads, groups, groups), dim=-2)
+    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=-2)
     q, k = native_rms_norm(q, q_weight, eps), native_rms_norm(k, k_weight, eps)
-    return rope_ref(torch.cat((q, k, v), dim=-2).flatten(-2), cos, sin, position_ids, heads, groups)
+    return rope_ref(torch.cat((q, k, v), dim=-2).flatten(-2), cos, sin, position_ids, heads, kv_heads)
 
 
 def native_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -100,11 +100,11 @@ def liger_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
 
 
 def liger_rope(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int,
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int,
     q_weight: Tensor | None, k_weight: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """cos, sin float32 [1, T, D], gathered and doubled beforehand, since a model does that once for all layers."""
-    q, k, v = qkv.unflatten(-1, (heads + 2 * groups, -1)).split((heads, groups, groups), dim=-2)
+    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=-2)
     if q_weight is not None and k_weight is not None:
         q, k = liger_rms_norm(q, q_weight, eps), liger_rms_norm(k, k_weight, eps)
     q, k = _liger("LigerRopeFunction", q.transpose(1, 2), k.transpose(1, 2), cos, sin)

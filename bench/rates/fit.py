@@ -85,7 +85,7 @@ def next_rate(losses: Losses, start: float) -> float | None:
 
 def _loss_at(losses: Losses, rate: float) -> float | None:
     """The loss at this rate, up to rounding of the rate."""
-    return next((loss for known, loss in losses.items() if math.isclose(known, rate, rel_tol=1e-3)), None)
+    return next((loss for other, loss in losses.items() if math.isclose(other, rate, rel_tol=1e-3)), None)
 
 
 def optimum(point: Point, losses: Losses, noise: float = NOISE, draws: int = DRAWS) -> Optimum | None:

@@ -110,9 +110,9 @@ class Sweep:
     def runs(self, point: Point, rates: Sequence[float]) -> None:
         """Run these rates."""
         for number, rate in enumerate(rates):
-            known = by_point(read(self.table)).get(point, {})
+            losses = by_point(read(self.table)).get(point, {})
             with FileLock(self.work / f"{point.name}-{rate:g}.lock"):
-                if not any(math.isclose(rate, r, rel_tol=1e-3) for r in known):
+                if not any(math.isclose(rate, r, rel_tol=1e-3) for r in losses):
                     self._run("check", point, rate, [point] * (len(rates) - number))
 
     def _next(self, point: Point) -> float | None:
@@ -134,8 +134,8 @@ class Sweep:
         """Remaining time at the speed so far, with three and a half rates for each scan that has not begun."""
         if not self.done:
             return ""
-        known = by_point(read(self.table))
-        operations = sum(max(0.5, 3.5 - len(known.get(p, {}))) * p.flops for p in left)
+        scans = by_point(read(self.table))
+        operations = sum(max(0.5, 3.5 - len(scans.get(p, {}))) * p.flops for p in left)
         return f"; about {duration(operations * (time.monotonic() - self.began) / self.done)} left"
 
     def say(self, line: str) -> None:

@@ -68,8 +68,8 @@ def _losses(axis: Any, rows: Sequence[TransferRow]) -> None:
     """The losses of each width, with its parabola and best rate."""
     best = {o.point: o for o in optima_of(rows)}
     for number, (point, losses) in enumerate(sorted(by_point(rows).items(), key=lambda item: item[0].width)):
-        known = {rate: loss for rate, loss in sorted(losses.items()) if math.isfinite(loss)}
-        axis.plot(list(known), list(known.values()), "o", color=f"C{number}", markersize=4)
+        finite = {rate: loss for rate, loss in sorted(losses.items()) if math.isfinite(loss)}
+        axis.plot(list(finite), list(finite.values()), "o", color=f"C{number}", markersize=4)
         if (one := best.get(point)) is not None:
             x = np.linspace(one.log_rate - 1.5, one.log_rate + 1.5, 50)
             y = one.loss + one.curvature * (x - one.log_rate) ** 2

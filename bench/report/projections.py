@@ -105,7 +105,7 @@ def default_tiles(devices: Sequence[Device], resources: Path) -> str:
     for module, attribute in dict.fromkeys(pair for pairs in TABLES.values() for pair in pairs):
         table = getattr(importlib.import_module(f"minimind.kernels.{module}"), attribute)
         name = f"kernels/{module}.py {attribute}"
-        entries = {arch: max(known for known in table if known <= arch) for arch in CARDS}
+        entries = {arch: max(other for other in table if other <= arch) for arch in CARDS}
         for entry in dict.fromkeys(entries.values()):
             archs = [arch for arch, taken in entries.items() if taken == entry]
             searched = [arch for arch in archs if (name, str(arch)) in tuned]
