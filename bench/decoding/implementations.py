@@ -28,8 +28,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from bench.common.models import transformers_model
+from bench.common.naive import KeyValues, hidden_states
 from bench.common.timing import peak_mib, synchronize
 from bench.common.worker import Handler
 from bench.decoding.llama_cpp import LlamaCpp
@@ -39,7 +42,7 @@ from minimind.inference.decode.cache_dtype import FLOAT8
 from minimind.inference.decode.ops import Backend
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams
-from minimind.modeling import Model, MoE
+from minimind.modeling import Model
 from minimind.ops import native
 from minimind.rope import rope_cos_sin
 from minimind.weights import load_model
@@ -132,7 +135,7 @@ def naive(s: DecodeSetting) -> Decoder:
 
     def run(prompts: Tensor) -> Generation:
         watch = Stopwatch(s.device)
-        past: list[tuple[Tensor, Tensor] | None] = [None] * len(model.layers)
+        past: KeyValues = [None] * len(model.layers)
         ids = inputs = prompts.to(s.device)
         for _ in range(s.new):
             inputs = naive_forward(model, inputs, past, table)[:, -1].argmax(dim=-1, keepdim=True)
@@ -143,39 +146,11 @@ def naive(s: DecodeSetting) -> Decoder:
     return run
 
 
-def naive_forward(
-    model: Model, ids: Tensor, past: list[tuple[Tensor, Tensor] | None], table: tuple[Tensor, Tensor]
-) -> Tensor:
-    """ids int64 [B, T] that follow the tokens in `past` -> logits [B, T, V]. Their keys and values are added to
-    `past`."""
-    seen = 0 if past[0] is None else past[0][0].shape[1]
-    positions = torch.arange(seen, seen + ids.shape[1], device=ids.device).unsqueeze(0)
-    x, delta = model.embed_tokens(ids), None
-    for index, block in enumerate(model.layers):
-        layer: Any = block
-        normed, x = layer.input_layernorm(x, delta)
-        normed, x = layer.post_attention_layernorm(
-            x, _naive_attention(layer.self_attn, normed, positions, table, past, index)
-        )
-        delta = layer.mlp(normed)[0] if isinstance(layer.mlp, MoE) else layer.mlp(normed)
-    return model.norm(x, delta)[0] @ model.head_weight.t()
-
-
-def _naive_attention(attention: Any, x: Tensor, positions: Tensor, table: Any, past: list, index: int) -> Tensor:
-    weights = (None, None) if attention.q_norm is None else (attention.q_norm.weight, attention.k_norm.weight)
-    qkv, heads, kv_heads = attention.qkv_proj(x), attention.heads, attention.groups
-    q, k, v = ops.rope(qkv, table[0], table[1], positions, heads, kv_heads, weights[0], weights[1], attention.eps)
-    if past[index] is not None:
-        k, v = torch.cat((past[index][0], k), dim=1), torch.cat((past[index][1], v), dim=1)
-    past[index] = k, v
-    repeats = heads // kv_heads
-    q = q.transpose(1, 2)
-    k, v = (t.repeat_interleave(repeats, dim=2).transpose(1, 2) for t in (k, v))
-    if x.shape[1] > 1:
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    else:
-        out = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
-    return attention.o_proj(out.transpose(1, 2).flatten(2))
+def naive_forward(model: Model, ids: Tensor, past: KeyValues, table: tuple[Tensor, Tensor]) -> Tensor:
+    """ids int64 [B, T] that follow the tokens in `past` -> logits [B, T, V]."""
+    length = 0 if past[0] is None else past[0][0].shape[1]
+    positions = torch.arange(length, length + ids.shape[1], device=ids.device).unsqueeze(0)
+    return hidden_states(model, ids, past, table, positions) @ model.head_weight.t()
 
 
 def hf(s: DecodeSetting, dtype: torch.dtype, static: bool) -> Decoder:
@@ -212,18 +187,8 @@ def hf(s: DecodeSetting, dtype: torch.dtype, static: bool) -> Decoder:
 
 
 def hf_model(folder: Path, dtype: torch.dtype) -> Any:
-    """transformers' Llama, or its Qwen3 for a model with QK-norm, with the weights of `folder`."""
-    from safetensors.torch import load_file
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-
-    c = ModelConfig.from_json(folder / "config.json")
-    names = (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
-        "intermediate_size", "vocab_size", "tie_word_embeddings", "max_position_embeddings",
-    )  # fmt: skip
-    shape: dict[str, Any] = {name: getattr(c, name) for name in names}
-    shape["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta}
-    model: Any = Qwen3ForCausalLM(Qwen3Config(**shape)) if c.qk_norm else LlamaForCausalLM(LlamaConfig(**shape))
+    """transformers' model of this shape, with the weights of `folder`."""
+    model = transformers_model(ModelConfig.from_json(folder / "config.json"))
     keys = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     different = set(keys.missing_keys) - {"lm_head.weight"} | set(keys.unexpected_keys)
     if different:

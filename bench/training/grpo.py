@@ -19,12 +19,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bench.common.naive import KeyValues, hidden_states
 from bench.common.timing import peak_mib, synchronize
 from bench.common.worker import Handler
 from minimind import ops
@@ -191,16 +191,16 @@ def naive_log_probs(model: Model, ids: Tensor, mask: Tensor, new: int) -> Tensor
 def naive_generate(model: Model, ids: Tensor, mask: Tensor, new: int) -> Tensor:
     """ids [B, T], padded on the left -> [B, T + new], sampled at temperature 1."""
     table = rope_cos_sin(model.config, torch.arange(ids.shape[1] + new, device=ids.device))
-    past: list[tuple[Tensor, Tensor] | None] = [None] * len(model.layers)
+    past: KeyValues = [None] * len(model.layers)
     inputs = ids
     for _ in range(new):
-        logits = _forward(model, inputs, mask, past, table)
+        logits = _next_logits(model, inputs, mask, past, table)
         inputs = torch.multinomial(logits.softmax(-1), 1)
         ids, mask = torch.cat((ids, inputs), dim=1), torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
     return ids
 
 
-def _forward(model: Model, ids: Tensor, mask: Tensor, past: list, table: tuple[Tensor, Tensor]) -> Tensor:
+def _next_logits(model: Model, ids: Tensor, mask: Tensor, past: KeyValues, table: tuple[Tensor, Tensor]) -> Tensor:
     """ids [B, T] at the last T positions of mask [B, S] -> logits [B, V] of the next token."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     visible = mask[:, None, None, :].bool()
@@ -208,34 +208,7 @@ def _forward(model: Model, ids: Tensor, mask: Tensor, past: list, table: tuple[T
         square = torch.ones(ids.shape[1], mask.shape[1], dtype=torch.bool, device=ids.device)
         visible = visible & square.tril(mask.shape[1] - ids.shape[1])
     bias = torch.zeros(visible.shape, device=ids.device).masked_fill(~visible, -1e9)
-    x, delta = model.embed_tokens(ids), None
-    for index, block in enumerate(model.layers):
-        layer: Any = block
-        normed, x = layer.input_layernorm(x, delta)
-        normed, x = layer.post_attention_layernorm(
-            x, _attention(layer.self_attn, normed, positions, bias, table, past, index)
-        )
-        delta = layer.mlp(normed)
-    x, _ = model.norm(x, delta)
-    return x[:, -1] @ model.head_weight.t()
-
-
-def _attention(
-    layer: Any, x: Tensor, positions: Tensor, bias: Tensor, table: tuple[Tensor, Tensor], past: list, index: int
-) -> Tensor:
-    norms: tuple[Any, Any] = (None, None)
-    if layer.q_norm is not None:
-        norms = layer.q_norm.weight, layer.k_norm.weight
-    q, k, v = ops.rope(
-        layer.qkv_proj(x), table[0], table[1], positions, layer.heads, layer.groups, norms[0], norms[1], layer.eps
-    )
-    if past[index] is not None:
-        k, v = torch.cat((past[index][0], k), dim=1), torch.cat((past[index][1], v), dim=1)
-    past[index] = k, v
-    repeats = layer.heads // layer.groups
-    k, v = (t.repeat_interleave(repeats, dim=2).transpose(1, 2) for t in (k, v))
-    scores = q.transpose(1, 2) @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias
-    return layer.o_proj((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
+    return hidden_states(model, ids, past, table, positions, bias)[:, -1] @ model.head_weight.t()
 
 
 IMPLEMENTATIONS: dict[str, Callable[[RolloutSetting], Implementation]] = {

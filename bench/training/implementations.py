@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bench.common.models import transformers_model
 from bench.training.stages import ALPHA, BETA, STAGES, StageBenchmark, frozen_model, padded_batches, upstream_loss
 from minimind import ops
 from minimind.config import ModelConfig
@@ -305,18 +306,9 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _llama(s: ThroughputSetting, liger: bool) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     if liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    c = ModelConfig.preset(s.preset)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=c.hidden_size, num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, intermediate_size=c.intermediate_size,
-        vocab_size=c.vocab_size, tie_word_embeddings=True, max_position_embeddings=c.max_position_embeddings,
-        rms_norm_eps=c.rms_norm_eps,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return transformers_model(ModelConfig.preset(s.preset))
