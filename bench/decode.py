@@ -95,7 +95,7 @@ def main(args: Args) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="minimind-decode-") as place:
         _save(model, Path(place), names)
         judge = Judge(model.float())
-        bandwidths = {
+        bandwidths: dict[str, float] = {
             width: read_bandwidth(int(model.num_parameters() * BYTES[width]), device, 0.5)
             for width in dict.fromkeys(IMPLEMENTATIONS[name].width for name in names)
         }

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +135,12 @@ def measure(args: Args, setting: RolloutSetting) -> dict[str, dict[str, Any]]:
         if ratio > 2:
             drop(name, f"its log-probabilities are not the model's: error ratio {ratio:.3g}, above 2", "refused")
 
+    def step(seed: int, name: str) -> None:
+        steps[name].append(workers[name].ask(seed))
+
     take_turn(workers, 0, check, drop)
     for turn in range(1, args.turns + 1):
-        take_turn(workers, turn, lambda name, seed=turn: steps[name].append(workers[name].ask(seed)), drop)
+        take_turn(workers, turn, partial(step, turn), drop)
 
     def finish(name: str) -> None:
         results[name] |= summary(steps[name], setting) | {"peak_mib": workers[name].ask(None)}

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class Comparison:
             count = min(turn_steps, steps - done)
             if not count or not self.workers:
                 break
-            take_turn(self.workers, turn, lambda name, count=count: self._step(name, count), self._drop)
+            take_turn(self.workers, turn, partial(self._step, count), self._drop)
             done += count
             left = duration((time.perf_counter() - began) / done * (steps - done))
             self._say(f"{done}/{steps} steps of each, ETA {left}")
@@ -145,7 +146,7 @@ class Comparison:
             graph_breaks=totals.get("graph_breaks"), padding=1 - real / positions, once_seconds=totals["once"],
         )  # fmt: skip
 
-    def _step(self, name: str, count: int) -> None:
+    def _step(self, count: int, name: str) -> None:
         self.costs[name] += self.workers[name].ask((count, True))
 
     def _drop(self, name: str, reason: str) -> None:

@@ -258,7 +258,7 @@ def _training(s: CardSetting) -> list[BenchmarkTask]:
         data = ("--data", *s.chats) if s.chats and stage in ("sft", "distill") else ()
         # as many positions as the text rows of 512, in an even number of rows
         rows = str(2 * max(1, round(text_rows * 512 / seq_len / 2)))
-        size = ("--rows", rows, "--steps", "30", "--warmup", "10")
+        size: tuple[str, ...] = ("--rows", rows, "--steps", "30", "--warmup", "10")
         if s.rehearse:
             size = ("--rows", "2", "--seq-len", "256", "--steps", "1", "--warmup", "1")
         flags = ("--stage", stage, "--preset", s.preset, "--peer", *peers, *size, *data, *s.rows)
@@ -268,10 +268,10 @@ def _training(s: CardSetting) -> list[BenchmarkTask]:
 
 def _attention(s: CardSetting) -> list[BenchmarkTask]:
     """The float64 reference of the longest takes 13 GB."""
-    sizes = {"attention of decoding": (("1", "16", "64"), ("512", "4096"))}
-    if s.rehearse:
-        sizes = {"attention of decoding": (("1",), ("64",))}
-    else:
+    sizes: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+        "attention of decoding": (("1",), ("64",)) if s.rehearse else (("1", "16", "64"), ("512", "4096"))
+    }
+    if not s.rehearse:
         sizes["attention of decoding, long"] = (("1", "16"), ("32768",))
     return [
         _bench(15, name, 1.5, "decode_attention", "--batch", *batches, "--context", *contexts, *s.rows)

@@ -44,8 +44,9 @@ def _attention(
     past: KeyValues,
     index: int,
 ) -> Tensor:
-    norms = (None, None) if layer.q_norm is None else (layer.q_norm.weight, layer.k_norm.weight)
-    q, k, v = ops.rope(layer.qkv_proj(x), *table, positions, layer.heads, layer.groups, *norms, layer.eps)
+    q_gain, k_gain = (None, None) if layer.q_norm is None else (layer.q_norm.weight, layer.k_norm.weight)
+    cos, sin = table
+    q, k, v = ops.rope(layer.qkv_proj(x), cos, sin, positions, layer.heads, layer.groups, q_gain, k_gain, layer.eps)
     if (earlier := past[index]) is not None:
         k, v = torch.cat((earlier[0], k), dim=1), torch.cat((earlier[1], v), dim=1)
     past[index] = k, v
