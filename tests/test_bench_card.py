@@ -150,6 +150,10 @@ def test_the_result_of_a_task(tmp_path):
     ]
     log.write_text(json.dumps({"rows": times}))
     assert card_report.result_line(log) == "rope liger 1.50x"
+    log.write_text(json.dumps({"rows": [{"stage": "sft", "tokens_per_second": 7.0}]}))
+    assert card_report.result_line(log) == "sft 7/s"
+    log.write_text(json.dumps({"model": "nano", "tokens_per_second": 8.0, "lost": 0}))
+    assert card_report.result_line(log) == "nano 8/s", "one row by itself, as bench/serving.py prints it"
     log.write_text("step 1 loss 9\nstep 2 loss 8\nheld-out 7\nfinished\n")
     assert card_report.result_line(log, ("step", "held-out", "never")) == "step 2 loss 8; held-out 7"
     assert card_report.result_line(log, ("never",)) == "finished"

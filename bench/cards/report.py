@@ -31,7 +31,8 @@ def result_line(log: Path, telling: Sequence[str] = ()) -> str:
         return "; ".join(filter(None, matches))[:300]
     for line in reversed(lines):
         with suppress(ValueError, AttributeError):
-            rows = json.loads(line).get("rows") if line.startswith("{") else None
+            result = json.loads(line) if line.startswith("{") else {}
+            rows = result.get("rows") or ([result] if "tokens_per_second" in result else [])
             if rows:
                 return "; ".join((figures(rows), *left_out(lines)))[:300]
     return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
@@ -47,12 +48,13 @@ def figures(rows: Sequence[dict[str, Any]]) -> str:
     """For kernels, the time of each implementation over ours, forward and backward; for others, the rate."""
     parts = []
     for row in rows:
-        name, status = row.get("peer") or row.get("contender"), row.get("status", "ok")
+        name = row.get("peer") or row.get("contender") or row.get("stage") or row.get("model") or ""
+        status = row.get("status", "ok")
         if status != "ok":
             parts.append(f"{row.get('op', '')} {name} {status}".strip())
         elif "contender" not in row:
             rate = row.get("positions_per_second") or row.get("tokens_per_second") or 0.0
-            parts.append(f"{name} {rate:,.0f}/s")
+            parts.append(f"{name} {rate:,.0f}/s".strip())
         elif row["phase"] == "both" and row.get("ratio") and name != "minimind":
             parts.append(f"{row['op']} {name} {row['ratio']:.2f}x")
     return "; ".join(dict.fromkeys(parts))
