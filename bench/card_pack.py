@@ -1,12 +1,12 @@
-"""One folder with all that a card's machine without a network needs for bench/card.py.
+"""Make a folder with everything that bench/card.py needs on a GPU machine without a network.
 
     python bench/card_pack.py [--out build/card-pack] [--data FILE] [--check PYTHON]
-    bash build/card-pack/start.sh --minutes 9 --out DIR           there
+    bash build/card-pack/start.sh --minutes 9 --out DIR           on that machine
 
-The machine is taken to have Python 3.12 on x86-64, PyTorch, Triton, transformers and what PRESENT names. The folder
-holds wheels of the rest, the committed source with the native operators as they were built here, the commit's name,
-text to train on and its tokens. --check runs it as such a machine would: in a fresh environment that sees of PYTHON's
-packages only those of PRESENT, without a package index.
+The machine must have Python 3.12 on x86-64 and the packages of PRESENT, PyTorch among them. The folder has wheels of
+the other packages, the committed source with the native operators built here, the name of the commit, and text to train
+on with its tokens. --check rehearses in a fresh environment that has only the packages of PRESENT, taken from PYTHON,
+and no package index.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ if __name__ == "__main__":
 import zstandard
 from rich.console import Console
 
-from bench.card_questions import OF_A_CARD
+from bench.cards.tasks import GPU_MODULES
+from bench.common.command import run
+from bench.common.record import ROOT
 from minimind.data import builtin_corpus, open_corpus
 from minimind.data.reader import read_documents
 from minimind.ops.native_build import PARTS, REPORT, library_name, source_hash
 from minimind.tokenization import load_tokenizer
-from minimind.utils.startup import command_line
 
-ROOT = Path(__file__).parents[1]
-LARGEST = 60  # MB
+LARGEST = 60  # MB of the folder
 WHEELS = (
     "annotated_doc", "annotated_types", "docstring_parser", "fastapi", "liger-kernel", "llguidance",
     "opentelemetry-api", "prometheus_client", "pydantic", "pydantic_core", "starlette", "typeguard",
@@ -48,8 +48,8 @@ PRESENT = (
     "pytest-xdist", "rich", "safetensors", "tokenizers", "httpx", "anyio", "click", "h11", "setuptools",
 )  # fmt: skip
 PLATFORMS = ("manylinux_2_31_x86_64", "manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
-LEFT_OUT = ("docs", "bench/results")  # of the source: nothing there runs
-# Run by the interpreter of --check: what PRESENT and its needs consist of, as top-level paths.
+LEFT_OUT = ("docs", "bench/results")  # folders of the source without code
+# Run by the interpreter of --check: prints the top-level paths of the packages of PRESENT and their requirements.
 CLOSURE = """
 import json, re, sys
 from importlib import metadata
@@ -61,12 +61,12 @@ while todo:
         continue
     seen.add(key)
     try:
-        found = metadata.distribution(name)
+        package = metadata.distribution(name)
     except metadata.PackageNotFoundError:
         continue
-    todo += [need for need in found.requires or [] if "extra ==" not in need]
-    tops = {str(file).split("/")[0] for file in found.files or []} - {"..", "__pycache__"}
-    paths |= {str(found.locate_file(top)) for top in tops}
+    todo += [need for need in package.requires or [] if "extra ==" not in need]
+    tops = {str(file).split("/")[0] for file in package.files or []} - {"..", "__pycache__"}
+    paths |= {str(package.locate_file(top)) for top in tops}
 print(json.dumps(sorted(paths)))
 """
 
@@ -76,13 +76,13 @@ class Args:
     """Make the folder."""
 
     out: str = "build/card-pack"
-    """The folder; one that is there is made anew."""
+    """The folder; an existing one is replaced."""
     data: str | None = None
-    """A file of text, as of train/pretrain.py; None takes the built-in corpus."""
+    """A file of text, as in train/pretrain.py; None: the built-in corpus."""
     megabytes: float = 12.0
-    """Of its text, at most: its first documents."""
+    """Megabytes of text to take, its first documents."""
     check: str | None = None
-    """A Python 3.12 that has PyTorch: rehearse from the folder in a fresh environment, which takes minutes."""
+    """A Python 3.12 with PyTorch, to rehearse from the folder in a fresh environment, which takes minutes."""
 
 
 def main(args: Args) -> int:
@@ -93,25 +93,25 @@ def main(args: Args) -> int:
     libraries = built_libraries()
     if out.exists():
         if not (out / "start.sh").exists():
-            raise ValueError(f"--out {out}: not a folder that this made; name another")
+            raise ValueError(f"--out {out}: exists and was not made by this command; name another folder")
         shutil.rmtree(out)
     out.mkdir(parents=True)
     (out / "commit").write_text(commit + "\n", encoding="utf-8")
-    shutil.copy(ROOT / "bench" / "card_start.sh", out / "start.sh")
+    shutil.copy(ROOT / "bench" / "cards" / "start.sh", out / "start.sh")
     write_source(out / "source.tar.gz", libraries)
     download(out / "wheels")
     write_text(args, out, console)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) / 1e6
     console.print(f"{out}: {size:.1f} MB, commit {commit}", highlight=False, soft_wrap=True)
     if size > LARGEST:
-        raise ValueError(f"{out}: {size:.0f} MB, above {LARGEST}; take less text with --megabytes")
+        raise ValueError(f"{out}: {size:.0f} MB, larger than {LARGEST}; take less text with --megabytes")
     return 0 if args.check is None else check(out, args.check)
 
 
 def clean_commit() -> str:
-    """ValueError where the working tree is not what the commit says."""
+    """The name of the commit. ValueError if the working tree differs from it."""
     if git("status", "--porcelain", "--untracked-files=no"):
-        raise ValueError("there are changes that are not committed, and the commit is what travels; commit them")
+        raise ValueError("there are uncommitted changes, and only the commit is packed; commit them")
     return git("describe", "--always", "--abbrev=12").decode().strip()
 
 
@@ -123,18 +123,18 @@ def git(*command: str) -> bytes:
 
 
 def built_libraries(package: Path = ROOT / "minimind") -> list[Path]:
-    """The native operators and their report. ValueError unless all were built from this very source."""
+    """The native operators and their report. ValueError unless all were built from this source."""
     record = package / REPORT
     report = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     for part in PARTS:
-        there = (package / library_name(part)).exists()
-        if not there or report.get(part, {}).get("sources") != source_hash(ROOT, part):
+        exists = (package / library_name(part)).exists()
+        if not exists or report.get(part, {}).get("sources") != source_hash(ROOT, part):
             raise ValueError(f"{library_name(part)} is not built from this source: python minimind/ops/native_build.py")
     return [record, *(package / library_name(part) for part in PARTS)]
 
 
 def write_source(path: Path, libraries: Sequence[Path]) -> None:
-    """What is committed but LEFT_OUT, and the libraries in minimind/."""
+    """Pack the committed files except LEFT_OUT, and the libraries in minimind/."""
     left_out = (f":(exclude){folder}" for folder in LEFT_OUT)
     committed = io.BytesIO(git("archive", "--format=tar", "HEAD", "--", ".", *left_out))
     with tarfile.open(fileobj=committed) as source, tarfile.open(path, "w:gz") as target:
@@ -151,7 +151,7 @@ def anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def download(folder: Path) -> None:
-    """WHEELS, of the versions in constraints.txt, for Python 3.12 on x86-64."""
+    """Download WHEELS in the versions of constraints.txt, for Python 3.12 on x86-64."""
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
@@ -163,7 +163,7 @@ def download(folder: Path) -> None:
 
 
 def write_text(args: Args, out: Path, console: Console) -> None:
-    """text.jsonl.zst and its tokens, which are found again by the file's content."""
+    """Write text.jsonl.zst and its tokens, which the loader finds by the file's content."""
     source = Path(args.data) if args.data else builtin_corpus(None, console)
     rows, left = [], int(args.megabytes * 1e6)
     for document in read_documents(source):
@@ -183,22 +183,24 @@ def check(pack: Path, python: str) -> int:
     with tempfile.TemporaryDirectory(prefix="minimind-card-check-") as folder:
         place = Path(folder)
         subprocess.run([python, "-m", "venv", str(place / "env")], check=True)
-        there = place / "env" / "bin" / "python"
+        interpreter = place / "env" / "bin" / "python"
         link_present(python, place / "present")
-        ask = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
-        site = Path(subprocess.run([there, "-c", ask], capture_output=True, text=True, check=True).stdout.strip())
+        query = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+        site = Path(
+            subprocess.run([interpreter, "-c", query], capture_output=True, text=True, check=True).stdout.strip()
+        )
         (site / "present.pth").write_text(f"{place / 'present'}\n", encoding="utf-8")
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        environment |= {"PYTHON": str(there), "CARD_PLACE": str(place / "card"), "PIP_NO_INDEX": "1"}
+        environment |= {"PYTHON": str(interpreter), "CARD_PLACE": str(place / "card"), "PIP_NO_INDEX": "1"}
         flags = ("--rehearse", "--minutes", "60", "--out", str(place / "out"))
         rehearsed = subprocess.run(["bash", str(pack / "start.sh"), *flags], cwd=place, env=environment)
         environment["PYTHONPATH"] = str(place / "card" / "site")
-        late = subprocess.run([there, "-c", f"import {', '.join(OF_A_CARD)}"], cwd=place, env=environment)
-        return rehearsed.returncode or late.returncode
+        imported = subprocess.run([interpreter, "-c", f"import {', '.join(GPU_MODULES)}"], cwd=place, env=environment)
+        return rehearsed.returncode or imported.returncode
 
 
 def link_present(python: str, folder: Path) -> None:
-    """Links to what PRESENT and its needs consist of in that interpreter's packages."""
+    """Link the packages of PRESENT and their requirements from that interpreter into `folder`."""
     answer = subprocess.run([python, "-c", CLOSURE, *PRESENT], capture_output=True, text=True, check=True)
     folder.mkdir()
     for path in map(Path, json.loads(answer.stdout)):
@@ -206,10 +208,4 @@ def link_present(python: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        status = main(command_line(Args, __doc__))
-    except (ValueError, OSError, subprocess.CalledProcessError) as problem:
-        raise SystemExit(f"error: {problem}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    raise SystemExit(status)
+    run(main, Args, __doc__)

@@ -1,24 +1,22 @@
-"""The attention of one decoding step over a paged cache, beside its peers: the operator alone.
+"""Compare the attention of one decoding step over a paged cache with other implementations of it.
 
     python bench/decode_attention.py [--preset minimind2-small] [--batch 1 16 64] [--context 512 4096]
 
-minimind    torch.ops.minimind.decode_attention
-eager       plain PyTorch: pages gathered, then scaled_dot_product_attention
-dense       scaled_dot_product_attention on a cache that needs no gathering: not the same task, the best PyTorch has
-varlen      PyTorch's varlen_attn with a block table (a GPU, torch >= 2.12)
-flash-attn  flash_attn_with_kvcache (a GPU, the flash-attn package)
+    minimind    torch.ops.minimind.decode_attention
+    eager       plain PyTorch: gathers the pages, then scaled_dot_product_attention
+    dense       scaled_dot_product_attention on a contiguous cache: an easier task, and PyTorch's best
+    varlen      PyTorch's varlen_attn with a block table (GPU, torch >= 2.12)
+    flash-attn  flash_attn_with_kvcache (GPU, the flash-attn package)
 
-A contender is timed only when its error against float64 is at most twice that of `eager` in the same dtype. The rate is
-that of keys and values read; caches of several layers take turns, so that they do not come from the cache of the
-processor. Rows are added to decode_attention.csv in --out; the last line of stdout is JSON.
+An implementation is timed only if its error against float64 is at most twice that of `eager` in the same dtype. The
+rate is that of reading keys and values. The caches of several layers take turns, so that they are not read from the
+processor's cache. Rows are added to decode_attention.csv in --out; the last line of stdout is JSON.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,45 +28,45 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 
-from bench.kernel_report import KernelRow, append, check_columns, show, slug
-from bench.timing import Step, Timing, first_line, limits, measure
+from bench.common.command import check_at_least, check_choices, run, table_console
+from bench.common.record import append, as_dicts, check_columns, results_folder, stamp
+from bench.common.timing import Step, Timing, first_line, limits, time_in_turns
+from bench.operators.report import KernelRow, show
 from minimind.config import PRESETS, ModelConfig
 from minimind.ops import native
 from minimind.ops.varlen import PAGED, varlen_attn
-from minimind.training.run_folder import versions
-from minimind.utils.device import choose_device, choose_precision, describe_device
-from minimind.utils.startup import command_line
+from minimind.utils.device import choose_device, choose_precision
 
-PAGE = {"cpu": 16, "cuda": 256}  # tokens; flash-attn's paged form takes multiples of 256 only
+PAGE = {"cpu": 16, "cuda": 256}  # tokens; flash-attn's pages must be multiples of 256
 
 
 @dataclass(frozen=True)
 class Args:
-    """Measure the attention operator of decoding."""
+    """Compare implementations of decoding's attention."""
 
     preset: tuple[str, ...] = ("minimind2-small", "minimind3")
-    """Shapes of the heads."""
+    """Presets whose head shapes are timed."""
     batch: tuple[int, ...] = (1, 16, 64)
     """Sequences."""
     context: tuple[int, ...] = (512, 4096)
-    """Tokens in the cache of each."""
+    """Tokens in the cache of each sequence."""
     max_context: int | None = None
-    """Tokens that our block table has room for, more than --context. They should cost nothing; rows name them."""
+    """Tokens that our block table has room for, more than --context. They should cost nothing; their rows are
+    marked."""
     repeat: int = 50
-    """Timed runs of each contender."""
+    """Timed runs of each implementation."""
     device: str = "auto"
     """auto, cpu, cuda."""
     out: str | None = None
-    """Folder for the rows; None for bench/results/DEVICE."""
+    """Folder of the rows; None: bench/results/DEVICE."""
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """q [B, H, D]; key, value [L, P, S, G, D], L layers' caches; table int32 [B, pages]; lengths int32 [B], all of them
-    `context`; room: the table with more columns; arrivals int32 [B H], zeros."""
+    """q [B, H, D]; key, value [L, P, S, G, D], the caches of L layers with P pages of S tokens; table int32 [B, pages];
+    lengths int32 [B], all equal to `context`; room: the table with additional columns; arrivals int32 [B H], zeros."""
 
     q: Tensor
     key: Tensor
@@ -92,7 +90,7 @@ class AttentionCase:
         return dataclasses.replace(self, **moved)
 
 
-Contender = Callable[[AttentionCase, int], Tensor]  # case, layer -> [B, H, D]
+Implementation = Callable[[AttentionCase, int], Tensor]  # case, layer -> [B, H, D]
 
 
 def make_case(
@@ -103,8 +101,7 @@ def make_case(
     dtype: torch.dtype,
     max_context: int | None = None,
 ) -> AttentionCase:
-    """Pages of a sequence lie scattered, as they do after requests have come and gone. Enough layers that together they
-    are 64 MiB, at most 8."""
+    """The pages of a sequence are scattered, as after many requests. Enough layers for 64 MiB of cache, at most 8."""
     size, heads, dim = PAGE[device.type], config.num_key_value_heads, config.head_dim
     pages = -(-context // size)
     generator = torch.Generator(device).manual_seed(0)
@@ -133,13 +130,13 @@ def eager(case: AttentionCase, layer: int) -> Tensor:
 
 
 def dense(case: AttentionCase, layer: int) -> Tensor:
-    """The cache read in the order in which it lies: other numbers, the same work."""
+    """The cache read in its order in memory: other numbers, the same work."""
     batch = case.q.shape[0]
     return _sdpa(case, *(t[layer].view(batch, -1, *t.shape[3:]) for t in (case.key, case.value)))
 
 
 def _sdpa(case: AttentionCase, k: Tensor, v: Tensor) -> Tensor:
-    """All lengths are equal here, which spares it a mask."""
+    """Needs no mask, since all lengths are equal."""
     k, v = (t[:, : case.context].transpose(1, 2) for t in (k, v))
     return F.scaled_dot_product_attention(case.q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
 
@@ -149,8 +146,8 @@ def varlen(case: AttentionCase, layer: int) -> Tensor:
     bounds = torch.arange(batch + 1, dtype=torch.int32, device=case.q.device)
     longest = case.table.shape[1] * case.key.shape[2]
     options: dict[str, Any] = {"enable_gqa": True, "seqused_k": case.lengths, "block_table": case.table}
-    found = varlen_attn(case.q, case.key[layer], case.value[layer], bounds, cast(Tensor, None), 1, longest, **options)
-    return cast(Tensor, found)
+    keys, values = case.key[layer], case.value[layer]
+    return cast(Tensor, varlen_attn(case.q, keys, values, bounds, cast(Tensor, None), 1, longest, **options))
 
 
 def flash(case: AttentionCase, layer: int) -> Tensor:
@@ -166,7 +163,7 @@ def flash(case: AttentionCase, layer: int) -> Tensor:
     )[:, 0]
 
 
-CONTENDERS: dict[str, Contender] = {
+IMPLEMENTATIONS: dict[str, Implementation] = {
     "minimind": ours,
     "eager": eager,
     "dense": dense,
@@ -176,40 +173,40 @@ CONTENDERS: dict[str, Contender] = {
 
 
 def why_not(name: str, device: torch.device) -> str | None:
-    """None if this contender can run here, else one short reason."""
+    """None if this implementation can run here, else one short reason."""
     if name == "minimind":
         return native.why_not(device)
     if name in ("varlen", "flash-attn") and device.type != "cuda":
-        return "it needs a GPU"
+        return "needs a GPU"
     if name == "varlen" and not PAGED:
-        return "this torch has no paged form"
+        return "this torch has no paged varlen_attn"
     if name == "flash-attn" and importlib.util.find_spec("flash_attn") is None:
         return "flash-attn is not installed"
     return None
 
 
 def error_ratio(name: str, case: AttentionCase) -> float:
-    """Largest error against float64, over eager's in the same dtype plus rounding."""
+    """The largest error against float64, over eager's in the same dtype plus rounding."""
     truth = eager(case.to(torch.float64), 0)
     plain = (eager(case, 0).double() - truth).abs().max()
-    mine = CONTENDERS[name](case, 0)
-    if mine.shape != truth.shape or not mine.isfinite().all():
+    result = IMPLEMENTATIONS[name](case, 0)
+    if result.shape != truth.shape or not result.isfinite().all():
         return float("inf")
-    error = (mine.double() - truth).abs().max()
+    error = (result.double() - truth).abs().max()
     return float(error / (plain + 2 * torch.finfo(torch.float32).eps * (1 + truth.abs().max())))
 
 
-def run(case: AttentionCase, repeat: int, blank: KernelRow, limit: float | None) -> list[KernelRow]:
-    """A row for every contender that can run here; `blank` has what they share. limit: GB/s that this device copies."""
+def compare(case: AttentionCase, repeat: int, blank: KernelRow, limit: float | None) -> list[KernelRow]:
+    """A row for every implementation that can run here. blank: their common columns. limit: GB/s of a large copy."""
     rows, steps = {}, {}
     layers = case.key.shape[0]
-    for name, contender in CONTENDERS.items():
+    for name, implementation in IMPLEMENTATIONS.items():
         if why_not(name, case.q.device) is not None:
             continue
         row = dataclasses.replace(blank, contender=name)
         try:
             ratio = 0.0 if name == "dense" else error_ratio(name, case)
-        except Exception as problem:  # a peer that fails is a row that says so
+        except Exception as problem:  # an implementation that fails gets a row that says so
             rows[name] = dataclasses.replace(row, status="failed", reason=first_line(problem))
             continue
         if ratio > 2:
@@ -217,8 +214,8 @@ def run(case: AttentionCase, repeat: int, blank: KernelRow, limit: float | None)
             rows[name] = dataclasses.replace(row, status="refused", reason=reason, error_ratio=ratio)
         else:
             rows[name] = dataclasses.replace(row, error_ratio=None if name == "dense" else ratio)
-            steps[name] = _all_layers(contender, case, layers)
-    timed = measure(steps, case.q.device, repeat)
+            steps[name] = _all_layers(implementation, case, layers)
+    timed = time_in_turns(steps, case.q.device, repeat)
     base = timed.get("minimind")
     for name, timing in timed.items():
         if not isinstance(timing, Timing):
@@ -234,30 +231,23 @@ def run(case: AttentionCase, repeat: int, blank: KernelRow, limit: float | None)
     return list(rows.values())
 
 
-def _all_layers(contender: Contender, case: AttentionCase, layers: int) -> Step:
-    return Step(lambda: None, lambda _: [contender(case, layer) for layer in range(layers)])
+def _all_layers(implementation: Implementation, case: AttentionCase, layers: int) -> Step:
+    return Step(lambda: None, lambda _: [implementation(case, layer) for layer in range(layers)])
 
 
 def main(args: Args) -> dict[str, Any]:
-    for flag, values in (("batch", args.batch), ("context", args.context), ("repeat", (args.repeat,))):
-        for value in values or (0,):
-            if value < 1:
-                raise ValueError(f"--{flag} {value}: counts from 1")
-    for name in args.preset:
-        if name not in PRESETS:
-            raise ValueError(f"--preset {name}: unknown; choose from {', '.join(PRESETS)}")
+    check_at_least(1, batch=args.batch, context=args.context, repeat=args.repeat)
+    check_choices("preset", args.preset, PRESETS)
     if args.max_context is not None and args.max_context < max(args.context):
         raise ValueError(f"--max-context {args.max_context}: less than --context {max(args.context)}")
     device = choose_device(args.device)
     dtype = choose_precision(device).compute_dtype
-    found = versions(describe_device(device))
-    stamp = {name: found[name] for name in ("device", "commit", "torch", "triton")}
-    stamp["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    folder = Path(args.out) if args.out else Path(__file__).parent / "results" / slug(stamp["device"])
+    columns = stamp(device, "torch", "triton")
+    folder = results_folder(args.out, columns["device"])
     table = folder / "decode_attention.csv"
-    check_columns(table)
+    check_columns(table, KernelRow)
     limit = limits(device, dtype)["GB/s"] if device.type == "cuda" else None
-    for name in CONTENDERS:
+    for name in IMPLEMENTATIONS:
         if (reason := why_not(name, device)) is not None:
             print(f"without {name}: {reason}", file=sys.stderr)
     rows: list[KernelRow] = []
@@ -268,23 +258,17 @@ def main(args: Args) -> dict[str, Any]:
                 case = make_case(config, batch, context, device, dtype, args.max_context)
                 room = "" if args.max_context is None else f" room={args.max_context}"
                 blank = KernelRow(
-                    **stamp, liger=None, op="decode_attention", preset=preset, tokens=context,
+                    **columns, liger=None, op="decode_attention", preset=preset, tokens=context,
                     shape=f"B={batch} H={config.num_attention_heads} G={config.num_key_value_heads} "
                     f"D={config.head_dim}{room}", dtype=str(dtype).removeprefix("torch."), phase="forward",
                     contender="", status="ok",
                 )  # fmt: skip
-                new = run(case, args.repeat, blank, limit)
+                new = compare(case, args.repeat, blank, limit)
                 append(table, new)
-                show(new, Console(width=None if sys.stdout.isatty() else 120))
+                show(new, table_console())
                 rows += new
-    return {"csv": str(table), "rows": [dataclasses.asdict(row) for row in rows]}
+    return {"csv": str(table), "rows": as_dicts(rows)}
 
 
 if __name__ == "__main__":
-    try:
-        outcome = main(command_line(Args, __doc__))
-    except (ValueError, OSError) as problem:
-        raise SystemExit(f"error: {problem}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    print(json.dumps(outcome))
+    run(main, Args, __doc__)

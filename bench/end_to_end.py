@@ -1,15 +1,13 @@
-"""Pretraining and SFT as a user runs them, from text to a model that answers: how long each took and what came of it.
+"""Run pretraining and SFT as a user does, from text to a model that answers: how long each takes, how good it gets.
 
     python bench/end_to_end.py [--preset minimind2-small] [--data FILE...] [--chats FILE...] [--no-compile]
 
-train/pretrain.py and then train/sft.py run with their defaults, one after the other, in a temporary folder. Rows are
-added to end_to_end.csv in --out; the losses are drawn beside it. The last line of stdout is JSON.
+train/pretrain.py and then train/sft.py run with their defaults in a temporary folder. Rows are added to end_to_end.csv
+in --out, and the losses are drawn beside it. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 import json
 import shutil
 import subprocess
@@ -25,48 +23,45 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
 
-from bench.kernel_report import append, check_columns, columns_of, slug
+from bench.common.command import check_at_least, check_choices, run
+from bench.common.record import ROOT, Row, append, as_dicts, check_columns, results_folder, stamp
 from minimind.config import PRESETS
 from minimind.training.metrics import read_metrics
-from minimind.training.run_folder import versions
-from minimind.utils.device import choose_device, describe_device
-from minimind.utils.startup import command_line
-
-ROOT = Path(__file__).parents[1]
+from minimind.utils.device import choose_device
 
 
 @dataclass(frozen=True)
 class Args:
-    """Time pretraining and SFT to their end."""
+    """Time pretraining and SFT from beginning to end."""
 
     preset: str = "minimind2-small"
     """Shape of the model."""
     data: tuple[str, ...] = ()
-    """Of pretraining; None takes the built-in corpus."""
+    """Files for pretraining; None: the built-in corpus."""
     chats: tuple[str, ...] = ()
-    """Of SFT; None takes the built-in conversations."""
+    """Files for SFT; None: the built-in conversations."""
     tokens: int | None = None
-    """Of pretraining; None for one pass."""
+    """Tokens of pretraining; None: one pass over the data."""
     chat_tokens: int | None = None
-    """Of SFT; None for three passes."""
+    """Tokens of SFT; None: three passes over the data."""
     compile: bool = True
     """Train with --compile."""
     device: str = "auto"
     """auto, cpu, cuda."""
     out: str | None = None
-    """Folder for the rows and the pictures; None for bench/results/DEVICE."""
+    """Folder of the rows and the pictures; None: bench/results/DEVICE."""
 
 
 @dataclass(frozen=True)
-class StageRow:
-    """One stage. tokens: positions trained on, padding (about 1%) included; seconds: of its training steps alone;
-    wall_seconds: of the whole command, tokenizing, compiling, evaluating and saving included. Losses: held out, nats
-    per token and at the end bits per byte. correct: share of held-out questions answered to the letter, after SFT.
-    attention: whose it trained with, as minimind.ops.attention.attention_name says."""
+class StageRow(Row):
+    """One stage.
 
-    date: str
-    commit: str | None
-    device: str
+    tokens: positions trained on, including about 1% padding. seconds: of the training steps alone; wall_seconds: of the
+    whole command, which also tokenizes, compiles, evaluates and saves. heldout_before, heldout_after: held-out loss in
+    nats per token; heldout_bpb: at the end in bits per byte. correct: share of held-out questions with an exactly right
+    answer after SFT. attention: the implementation, as minimind.ops.attention.attention_name names it.
+    """
+
     torch: str | None
     stage: str
     preset: str
@@ -83,40 +78,35 @@ class StageRow:
     correct: float | None
 
 
-COLUMNS = columns_of(StageRow)
-
-
 def main(args: Args) -> dict[str, Any]:
-    if args.preset not in PRESETS:
-        raise ValueError(f"--preset {args.preset}: unknown; choose from {', '.join(PRESETS)}")
-    for flag, count in (("tokens", args.tokens), ("chat-tokens", args.chat_tokens)):
-        if count is not None and count < 1:
-            raise ValueError(f"--{flag} {count}: counts from 1")
-    found = versions(describe_device(choose_device(args.device)))
-    folder = Path(args.out) if args.out else Path(__file__).parent / "results" / slug(found["device"])
-    check_columns(folder / "end_to_end.csv", COLUMNS)
-    stamp = {name: found[name] for name in ("commit", "device", "torch")}
-    stamp["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    check_choices("preset", [args.preset], PRESETS)
+    check_at_least(1, tokens=args.tokens, chat_tokens=args.chat_tokens)
+    columns = stamp(choose_device(args.device), "torch")
+    folder = results_folder(args.out, columns["device"])
+    table = folder / "end_to_end.csv"
+    check_columns(table, StageRow)
     rows = []
     with tempfile.TemporaryDirectory(prefix="minimind-end-to-end-") as place:
-        pretrained, taught = Path(place) / "pretrain", Path(place) / "sft"
+        pretrained, tuned = Path(place) / "pretrain", Path(place) / "sft"
         for stage, out, data, tokens, flags in (
-            ("pretrain", pretrained, args.data, args.tokens, ("--preset", args.preset)),
-            ("sft", taught, args.chats, args.chat_tokens, ("--from", str(pretrained))),
+            ("pretrain", pretrained, args.data, args.tokens, ["--preset", args.preset]),
+            ("sft", tuned, args.chats, args.chat_tokens, ["--from", str(pretrained)]),
         ):
-            given = [*flags, *(("--data", *data) if data else ())]
-            given += [] if tokens is None else ["--tokens", str(tokens)]
-            wall = train(args, stage, out, given)
+            flags += ["--data", *data] if data else []
+            flags += [] if tokens is None else ["--tokens", str(tokens)]
+            seconds = train(args, stage, out, flags)
             name = "+".join(Path(path).name for path in data) or "built-in"
-            row = StageRow(**stamp, stage=stage, preset=args.preset, data=name, wall_seconds=wall, **outcome(out))
-            append(folder / "end_to_end.csv", [row])
-            shutil.copy(out / "loss.png", folder / f"end-to-end-{stage}-{stamp['commit'] or 'unknown'}.png")
-            rows.append(dataclasses.asdict(row))
-    return {"csv": str(folder / "end_to_end.csv"), "rows": rows}
+            row = StageRow(
+                **columns, stage=stage, preset=args.preset, data=name, wall_seconds=seconds, **run_figures(out)
+            )
+            append(table, [row])
+            shutil.copy(out / "loss.png", folder / f"end-to-end-{stage}-{columns['commit'] or 'unknown'}.png")
+            rows.append(row)
+    return {"csv": str(table), "rows": as_dicts(rows)}
 
 
 def train(args: Args, stage: str, out: Path, flags: Sequence[str]) -> float:
-    """Seconds of the whole command. ValueError, after its own words, where it failed."""
+    """Run the stage's script; seconds of the whole command. ValueError if it fails, after its own messages."""
     command = [sys.executable, str(ROOT / "train" / f"{stage}.py"), "--out", str(out), "--device", args.device, *flags]
     command += ["--compile"] if args.compile else []
     start = time.perf_counter()
@@ -126,10 +116,10 @@ def train(args: Args, stage: str, out: Path, flags: Sequence[str]) -> float:
     return time.perf_counter() - start
 
 
-def outcome(run: Path) -> dict[str, Any]:
-    """What Row holds of a finished run, from its metrics and versions."""
-    start = json.loads((run / "versions.json").read_text(encoding="utf-8"))["starts"][-1]
-    rows = read_metrics(run / "metrics.jsonl")
+def run_figures(folder: Path) -> dict[str, Any]:
+    """Columns of StageRow, from the metrics and versions of a finished run."""
+    start = json.loads((folder / "versions.json").read_text(encoding="utf-8"))["starts"][-1]
+    rows = read_metrics(folder / "metrics.jsonl")
     steps = [row for row in rows if row["kind"] == "train"]
     evals = [row for row in rows if row["kind"] == "eval"]
     seconds, tokens = steps[-1]["time"]["seconds"], steps[-1]["tokens"]
@@ -143,10 +133,4 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        result = main(command_line(Args, __doc__))
-    except (ValueError, OSError) as problem:
-        raise SystemExit(f"error: {problem}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    print(json.dumps(result))
+    run(main, Args, __doc__)

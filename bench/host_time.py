@@ -1,17 +1,17 @@
-"""The host's time in one compiled step: how long Python and the dispatcher take to launch what a card computes.
+"""Measure the host's time in one compiled step: how long Python and the dispatcher take to launch a GPU's work.
 
     python bench/host_time.py [--preset minimind2-small minimind2 minimind2-moe] [--runs 60] [--turns 5]
 
-No GPU is needed and none is used: bench/host_stub.py runs the code that torch.compile generates, with kernels that do
-nothing. Two forms take turns, each in a process of its own: `operator`, in which generated code calls our operators,
-and `launch`, in which torch.compile looked into them and launches their kernels itself (kernels/triton_support.py,
-kernel_op), as it does on a GPU. Of each the model's forward and backward, and of every op what one more call of it
-adds.
+No GPU is needed or used: bench/compilation/host_stub.py runs the code that torch.compile generates, with kernels that
+do nothing. Two forms take turns, each in a process of its own: in `operator`, the generated code calls our operators;
+in `launch`, torch.compile has looked into them and launches their kernels itself, as on a GPU (kernel_op in
+kernels/triton_support.py). For each form, the model's forward and backward pass are timed, and the time that one more
+call of each op adds.
 
-Not counted: what the driver takes for a launch and CUDA's allocator for a tensor, cuBLAS for choosing a product's
-kernel, and flash attention below its Python operator; all four are the same in both forms. Nor the loss, clipping and
-the optimizer, which run as they are, uncompiled. So a step takes a card's host longer than is shown, and the difference
-of the forms is what counts. The least of all runs is shown: what the work takes where nothing interrupts it.
+The driver's part of a launch, CUDA's allocator, cuBLAS's choice of a kernel and flash attention below its Python
+operator are not measured; they are the same in both forms. The loss, clipping and the optimizer are not either, since
+they run uncompiled. A step therefore takes a GPU's host longer than shown, and only the difference of the forms counts.
+The smallest time of all runs is shown, when nothing interrupts the work.
 
 Rows are added to host_time.csv in --out. The last line of stdout is JSON.
 """
@@ -19,8 +19,6 @@ Rows are added to host_time.csv in --out. The last line of stdout is JSON.
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -35,41 +33,39 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.host_worker import CALLS, OPS, HostWorker, workers
-from bench.kernel_report import append, check_columns, columns_of, slug
+from bench.common.command import check_at_least, check_choices, run, table_console
+from bench.common.record import Row, append, as_dicts, check_columns, results_folder, stamp
+from bench.common.worker import ImplementationError, Worker
+from bench.compilation.host_cases import CALLS, OPS, start
 from minimind.config import PRESETS
-from minimind.utils.device import describe_device
-from minimind.utils.startup import command_line
 
+FORMS = {"operator": False, "launch": True}  # form -> whether torch.compile looks into our operators
 Seconds = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Args:
-    """Time what the host does in a compiled step."""
+    """Time the host in a compiled step."""
 
     preset: tuple[str, ...] = ("minimind2-small", "minimind2", "minimind2-moe")
-    """Models, with an eighth of their widths; the first is the one whose ops are timed apart."""
+    """Models, with an eighth of their widths; the ops of the first are timed one by one."""
     op: tuple[str, ...] = OPS
-    """Ops that are timed apart."""
+    """Ops that are timed one by one."""
     runs: int = 60
     """Timed runs of each form in a turn."""
     turns: int = 5
-    """Turns."""
+    """Turns of each form."""
     arch: int = 90
-    """Compute capability of the card that is pretended, as 86 for 8.6."""
+    """Compute capability of the imitated GPU, such as 86 for 8.6."""
     out: str | None = None
-    """Folder for the rows; None for bench/results/DEVICE."""
+    """Folder of the rows; None: bench/results/DEVICE."""
 
 
 @dataclass(frozen=True)
-class HostTimeRow:
-    """what: a preset, or an op of the first. Microseconds of the host, the least of all runs and the median; launches
-    of our kernels in forward and backward together."""
+class HostTimeRow(Row):
+    """One form. what: a preset, or an op of the first preset. Times: microseconds of the host, the smallest and the
+    median of all runs. launches: of our kernels in forward and backward together."""
 
-    date: str
-    commit: str | None
-    device: str
     torch: str | None
     triton: str | None
     arch: int
@@ -87,26 +83,26 @@ class HostTimeRow:
         return self.forward_us + self.backward_us
 
 
-def measure(name: str, args: Args, forms: dict[str, HostWorker]) -> dict[str, tuple[int, Seconds]]:
-    """Form -> (launches, seconds), the forms taking turns."""
-    launches = {form: worker.ask(name, 0) for form, worker in forms.items()}
-    seconds: dict[str, Seconds] = {form: [] for form in forms}
+def time_forms(case: str, args: Args, workers: dict[str, Worker]) -> dict[str, tuple[int, Seconds]]:
+    """Form -> (launches, seconds of every run), the forms taking turns."""
+    launches = {form: worker.ask((case, 0)) for form, worker in workers.items()}
+    seconds: dict[str, Seconds] = {form: [] for form in workers}
     for _ in range(args.turns):
-        for form, worker in forms.items():
-            seconds[form] += worker.ask(name, args.runs)
-    return {form: (launches[form], seconds[form]) for form in forms}
+        for form, worker in workers.items():
+            seconds[form] += worker.ask((case, args.runs))
+    return {form: (launches[form], seconds[form]) for form in workers}
 
 
-def row_of(what: str, form: str, launches: int, seconds: Seconds, stamp: dict[str, Any]) -> HostTimeRow:
+def row_of(what: str, form: str, launches: int, seconds: Seconds, columns: dict[str, Any]) -> HostTimeRow:
     passes = list(zip(*seconds, strict=True))
     least = [min(times) * 1e6 for times in passes]
     medians = [statistics.median(times) * 1e6 for times in passes]
-    return HostTimeRow(**stamp, what=what, form=form, launches=launches, forward_us=least[0], backward_us=least[1],
+    return HostTimeRow(**columns, what=what, form=form, launches=launches, forward_us=least[0], backward_us=least[1],
                forward_median_us=medians[0], backward_median_us=medians[1], runs=len(seconds))  # fmt: skip
 
 
 def one_more(few: HostTimeRow, many: HostTimeRow, what: str) -> HostTimeRow:
-    """What one more call of an op takes, of rows with CALLS of them."""
+    """The time of one more call of an op, from the rows of graphs with CALLS[0] and CALLS[1] calls."""
     more = CALLS[1] - CALLS[0]
     columns = ("forward_us", "backward_us", "forward_median_us", "backward_median_us")
     each = {name: (getattr(many, name) - getattr(few, name)) / more for name in columns}
@@ -125,47 +121,40 @@ def show(rows: Sequence[HostTimeRow], console: Console) -> None:
     console.print(table)
 
 
-def main(args: Args) -> list[HostTimeRow]:
-    for name, given, known in (("preset", args.preset, tuple(PRESETS)), ("op", args.op, OPS)):
-        for value in given:
-            if value not in known:
-                raise ValueError(f"--{name} {value}: unknown; choose from {', '.join(known)}")
-    if min(args.runs, args.turns) < 1:
-        raise ValueError("--runs and --turns count from 1")
-    from minimind.training.run_folder import (
-        versions,
-    )  # imports the operators, which the workers must not at their start
-
+def main(args: Args) -> list[dict[str, Any]]:
+    check_choices("preset", args.preset, PRESETS)
+    check_choices("op", args.op, OPS)
+    check_at_least(1, runs=args.runs, turns=args.turns)
     console = Console(stderr=True)
-    found = versions(describe_device(torch.device("cpu")))
-    stamp: dict[str, Any] = {name: found[name] for name in ("device", "commit", "torch", "triton")}
-    stamp |= {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "arch": args.arch}
-    folder = Path(args.out) if args.out else Path(__file__).parent / "results" / slug(stamp["device"])
-    check_columns(folder / "host_time.csv", columns_of(HostTimeRow))
+    columns = stamp(torch.device("cpu"), "torch", "triton") | {"arch": args.arch}
+    table = results_folder(args.out, columns["device"]) / "host_time.csv"
+    check_columns(table, HostTimeRow)
     rows: list[HostTimeRow] = []
+    workers = {form: Worker(start, visible, args.arch) for form, visible in FORMS.items()}
+    try:
+        for case in (*args.preset, *args.op):
+            console.print(f"{case}: compiling, then timing", highlight=False)
+            new = _rows(case, args, workers, columns)
+            append(table, new)
+            rows += new
+    except ImplementationError as problem:
+        raise ValueError(f"{case}: {problem}") from None
+    finally:
+        for worker in workers.values():
+            worker.close()
+    show(rows, table_console())
+    return as_dicts(rows)
 
-    def keep(new: list[HostTimeRow]) -> list[HostTimeRow]:
-        append(folder / "host_time.csv", new)
-        return new
 
-    with workers(args.arch) as forms:
-        for preset in args.preset:
-            console.print(f"{preset}: compiling, then timing", highlight=False)
-            taken = measure(preset, args, forms)
-            rows += keep([row_of(preset, form, *taken[form], stamp) for form in forms])
-        for op in args.op:
-            console.print(f"{op}: compiling, then timing", highlight=False)
-            few, many = (measure(f"{op} {args.preset[0]} {calls}", args, forms) for calls in CALLS)
-            pairs = [[row_of(op, form, *taken[form], stamp) for taken in (few, many)] for form in forms]
-            rows += keep([one_more(first, last, f"{op}, one more call") for first, last in pairs])
-    show(rows, Console(width=None if sys.stdout.isatty() else 120))
-    return rows
+def _rows(case: str, args: Args, workers: dict[str, Worker], columns: dict[str, Any]) -> list[HostTimeRow]:
+    """A row for each form of a preset or an op."""
+    if case in PRESETS:
+        times = time_forms(case, args, workers)
+        return [row_of(case, form, *times[form], columns) for form in workers]
+    few, many = (time_forms(f"{case} {args.preset[0]} {calls}", args, workers) for calls in CALLS)
+    pairs = [[row_of(case, form, *times[form], columns) for times in (few, many)] for form in workers]
+    return [one_more(first, last, f"{case}, one more call") for first, last in pairs]
 
 
 if __name__ == "__main__":
-    try:
-        print(json.dumps([dataclasses.asdict(row) for row in main(command_line(Args, __doc__))]))
-    except (ValueError, OSError) as problem:
-        raise SystemExit(f"error: {problem}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run(main, Args, __doc__)

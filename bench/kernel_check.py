@@ -1,10 +1,10 @@
-"""Every Triton op once, forward and backward, on few tokens, held to the numerics contract and not timed.
+"""Run every Triton op once, forward and backward, on few tokens, and check its results; nothing is timed.
 
     compute-sanitizer --tool memcheck python bench/kernel_check.py [--ops rope moe] [--device auto]
     TRITON_INTERPRET=1 python bench/kernel_check.py --device cpu        # in Triton's interpreter
 
-Short enough to run under compute-sanitizer, which bench/campaign.py does with each of its tools. The exit status is 1
-if a result breaks the contract (bench/parity.py); what tests/kernels asks of the ops is more.
+Short enough to run under compute-sanitizer, as bench/card.py does. The exit status is 1 if an error is larger than the
+numerics contract allows (bench/operators/parity.py). tests/kernels tests the ops more thoroughly.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ if __name__ == "__main__":
 
 import torch
 
-from bench.kernel_cases import BUILDERS, Case, applies, build
-from bench.parity import ALLOWED, worst_ratio
+from bench.common.command import check_choices, run
+from bench.operators.cases import BUILDERS, Case, applies, build
+from bench.operators.parity import ALLOWED, worst_ratio
 from minimind.config import PRESETS
 from minimind.kernels.triton_support import why_no_triton
 from minimind.utils.device import choose_device, choose_precision
-from minimind.utils.startup import command_line
 
 TOKENS = 77  # no multiple of any tile
 
 
 @dataclass(frozen=True)
 class Args:
-    """Run every op's kernels and compare."""
+    """Check every op's kernels."""
 
     ops: tuple[str, ...] = tuple(BUILDERS)
-    """Which ops."""
+    """Ops to check."""
     device: str = "auto"
     """auto, cpu, cuda."""
 
 
 def cases(args: Args, device: torch.device) -> Iterator[Case]:
-    """Of the different shapes among the presets. In float32 on a CPU: the interpreter does not round to bfloat16."""
+    """Every different shape among the presets; in float32 on a CPU, since the interpreter does not round to bf16."""
     dtype = choose_precision(device).compute_dtype if device.type == "cuda" else torch.float32
     for op in args.ops:
         seen = set()
@@ -56,14 +56,12 @@ def cases(args: Args, device: torch.device) -> Iterator[Case]:
 def main(args: Args) -> int:
     """The exit status."""
     device = choose_device(args.device)
-    for op in args.ops:
-        if op not in BUILDERS:
-            raise ValueError(f"--ops {op}: unknown; choose from {', '.join(BUILDERS)}")
+    check_choices("ops", args.ops, BUILDERS)
     if (reason := why_no_triton(device)) is not None:
         raise ValueError(f"--device {device}: {reason}; on a CPU set TRITON_INTERPRET=1")
     wrong = 0
     for case in cases(args, device):
-        ratio = worst_ratio(case.contenders["minimind"], case.reference, case.leaves)
+        ratio = worst_ratio(case.implementations["minimind"], case.reference, case.leaves)
         wrong += ratio > ALLOWED
         verdict = "" if ratio <= ALLOWED else f", and {ALLOWED:g} is allowed"
         print(f"{case.op}, {case.shape}: error {ratio:.2g} times plain PyTorch's{verdict}", flush=True)
@@ -72,10 +70,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        status = main(command_line(Args, __doc__))
-    except (ValueError, OSError) as problem:
-        raise SystemExit(f"error: {problem}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    raise SystemExit(status)
+    run(main, Args, __doc__)

@@ -1,10 +1,10 @@
-"""Every kernel against eager PyTorch, torch.compile, Liger-Kernel and PyTorch's own fused forms, side by side.
+"""Compare every kernel with eager PyTorch, torch.compile, PyTorch's own fused functions and Liger-Kernel.
 
     python bench/kernels.py [--ops rms_norm moe] [--presets minimind2] [--tokens 16384 65536] [--out DIR] [--tune OP]
 
-Contenders take turns on the presets' own shapes (bench/kernel_cases.py); one whose numbers break the contract that our
-kernels are held to (bench/parity.py) is refused, not timed. On a machine without a GPU the PyTorch forms that ops
-takes on a CPU are timed against plain PyTorch instead, on fewer tokens.
+The implementations take turns on the presets' own shapes (bench/operators/cases.py). One whose error is larger than the
+numerics contract allows (bench/operators/parity.py) is refused and not timed. Without a GPU, the PyTorch forms that
+minimind.ops uses on a CPU are compared with plain PyTorch instead, on fewer tokens.
 
 Rows are added to kernels.csv in --out, and kernels-COMMIT.png is drawn beside it. The last line of stdout is JSON.
 """
@@ -12,13 +12,10 @@ Rows are added to kernels.csv in --out, and kernels-COMMIT.png is drawn beside i
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,54 +23,53 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
 import torch
-from rich.console import Console
 
-from bench import tuning
-from bench.kernel_cases import BUILDERS, Case, applies, build
-from bench.kernel_report import KernelRow, append, check_columns, plot, show, slug
-from bench.parity import ALLOWED, PARITY_TOKENS, worst_ratio
-from bench.timing import PASSES, Timing, first_line, limits, measure, step_of
+from bench.common.command import check_at_least, check_choices, run, table_console
+from bench.common.record import append, as_dicts, check_columns, package_version, results_folder, stamp
+from bench.common.timing import PASSES, Timing, first_line, limits, pass_step, time_in_turns
+from bench.operators import tuning
+from bench.operators.cases import BUILDERS, Case, applies, build
+from bench.operators.parity import ALLOWED, PARITY_TOKENS, worst_ratio
+from bench.operators.report import KernelRow, plot, show
 from minimind.config import PRESETS
 from minimind.kernels.triton_support import why_no_triton
-from minimind.training.run_folder import versions
 from minimind.utils.device import choose_device, choose_precision, describe_device
-from minimind.utils.startup import command_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Args:
-    """Time every kernel against its peers."""
+    """Compare every kernel with other implementations."""
 
     ops: tuple[str, ...] = tuple(BUILDERS)
-    """Which ops."""
+    """Ops to compare."""
     presets: tuple[str, ...] | None = None
-    """Whose shapes; one that an earlier preset has too is timed once. None for all but nano, or for
-    minimind2-small and minimind3-moe on a CPU."""
+    """Presets whose shapes are timed; equal shapes are timed once. None: all but nano, or minimind2-small and
+    minimind3-moe on a CPU."""
     tokens: tuple[int, ...] | None = None
-    """Tokens in a batch; None for 16384 and 65536, or 1024 on a CPU."""
+    """Tokens in a batch; None: 16384 and 65536, or 1024 on a CPU."""
     dtype: str = "auto"
-    """Of activations: bf16, fp16, fp32; auto takes what this device trains in. Weights are float32."""
+    """Type of the activations: bf16, fp16, fp32; auto: the one in which this device trains. Weights are float32."""
     device: str = "auto"
     """auto, cpu, cuda."""
     repeat: int | None = None
-    """Timed runs of each contender in each pass; None for 100; on a CPU for 3 of a matrix product, 15 of others."""
+    """Timed runs of each implementation in each pass; None: 100, or on a CPU 3 of matrix products and 15 of others."""
     out: str | None = None
-    """Folder for the rows and the picture; None for bench/results/DEVICE."""
+    """Folder of the rows and the picture; None: bench/results/DEVICE."""
     tune: str | None = None
-    """Search tile sizes for this op instead, and print the best as a table entry to paste (rows: tuning.csv)."""
+    """Search faster tile sizes for this op instead, and print the best as a table entry to paste (rows: tuning.csv)."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all rows of a run share."""
+    """The settings that all rows of a run share."""
 
     device: torch.device
     dtype: torch.dtype
     repeat: int | None
-    limits: dict[str, float]  # what the device reaches, by unit; of a CPU, whose caches blur it, nothing
-    stamp: dict[str, Any]  # date, commit, device, versions
+    limits: dict[str, float]  # rates that the device reaches, by unit; empty for a CPU, whose caches blur them
+    columns: dict[str, Any]  # date, commit, device, versions
 
     def runs(self, case: Case) -> int:
         if self.repeat is not None or self.device.type == "cuda":
@@ -81,16 +77,17 @@ class Bench:
         return 3 if case.work.unit == "TFLOP/s" else 15
 
     def rows(self, case: Case, small: Case) -> list[KernelRow]:
-        """Every contender in every pass. small: the same case with few tokens, where the contract is checked."""
-        checked = {name: _parity(small, name) for name in case.contenders}
+        """A row for every implementation in every pass. small: the same case with few tokens, for the numerics
+        check."""
+        checked = {name: _parity(small, name) for name in case.implementations}
         rows = []
         for which in PASSES:
             steps = {
-                name: step_of(which, case.contenders[name], case.leaves)
+                name: pass_step(which, case.implementations[name], case.leaves)
                 for name, error in checked.items()
                 if isinstance(error, float) and error <= ALLOWED
             }
-            timed = measure(steps, self.device, self.runs(case))
+            timed = time_in_turns(steps, self.device, self.runs(case))
             ours = timed.get("minimind")
             for name, error in checked.items():
                 blank = self._row(case, which, name, error)
@@ -101,11 +98,11 @@ class Bench:
         if isinstance(error, str):
             status, reason = "failed", error
         elif math.isinf(error):
-            status, reason = "refused", "numbers that are not finite, or another shape than plain PyTorch's"
+            status, reason = "refused", "its results are not finite, or differ in shape from plain PyTorch's"
         else:
             status, reason = "refused", f"error {error:.3g} times plain PyTorch's; {ALLOWED:g} is allowed"
         return KernelRow(
-            **self.stamp,
+            **self.columns,
             op=case.op, preset=case.preset, shape=case.shape, tokens=case.tokens,
             dtype=str(case.dtype).removeprefix("torch."), phase=which, contender=name, status=status, reason=reason,
             error_ratio=error if isinstance(error, float) and math.isfinite(error) else None,
@@ -114,7 +111,7 @@ class Bench:
     def _timed(self, row: KernelRow, case: Case, timing: Timing | str, ours: Timing | str | None) -> KernelRow:
         if isinstance(timing, str):
             return dataclasses.replace(row, status="failed", reason=timing)
-        work = case.work.of(row.phase)  # type: ignore[arg-type]
+        work = case.work.of_pass(row.phase)  # type: ignore[arg-type]
         scale = {"GB/s": 1e9, "TFLOP/s": 1e12}[case.work.unit]
         rate = None if work is None else work / timing.median / scale
         limit = self.limits.get(case.work.unit)
@@ -130,8 +127,8 @@ class Bench:
 
 def _parity(case: Case, name: str) -> float | str:
     try:
-        return worst_ratio(case.contenders[name], case.reference, case.leaves)
-    except Exception as problem:  # a peer that cannot run is a row that says so
+        return worst_ratio(case.implementations[name], case.reference, case.leaves)
+    except Exception as problem:  # an implementation that cannot run gets a row that says so
         return first_line(problem)
 
 
@@ -144,28 +141,19 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def open_bench(args: Args) -> Bench:
-    """Check the arguments, then measure what the device can do."""
-    for flag, given, known in (("ops", args.ops, BUILDERS), ("presets", args.presets or (), PRESETS)):
-        for value in given:
-            if value not in known:
-                raise ValueError(f"--{flag} {value}: unknown; choose from {', '.join(known)}")
-    if min((*(args.tokens or (1,)), 1 if args.repeat is None else args.repeat)) < 1:
-        raise ValueError("--tokens and --repeat count from 1")
+    """Check the arguments, then measure the rates that the device reaches."""
+    check_choices("ops", args.ops, BUILDERS)
+    check_choices("presets", args.presets or (), PRESETS)
+    check_at_least(1, tokens=args.tokens, repeat=args.repeat)
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     reason = why_no_triton(device)
     if device.type == "cuda" and reason is not None:
-        raise ValueError(f"--device {device}: {reason}; use --device cpu to time PyTorch's forms")
+        raise ValueError(f"--device {device}: {reason}; use --device cpu to time the PyTorch forms")
     if device.index is not None:
         torch.cuda.set_device(device)  # events are recorded there
-    found = versions(describe_device(device))
-    stamp = {name: found[name] for name in ("device", "commit", "torch", "triton")}
-    stamp["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    try:
-        stamp["liger"] = metadata.version("liger-kernel")
-    except metadata.PackageNotFoundError:
-        stamp["liger"] = None
-    return Bench(device, dtype, args.repeat, limits(device, dtype) if device.type == "cuda" else {}, stamp)
+    columns = stamp(device, "torch", "triton") | {"liger": package_version("liger-kernel")}
+    return Bench(device, dtype, args.repeat, limits(device, dtype) if device.type == "cuda" else {}, columns)
 
 
 def presets_of(args: Args, device: torch.device) -> tuple[str, ...]:
@@ -177,7 +165,7 @@ def presets_of(args: Args, device: torch.device) -> tuple[str, ...]:
 
 
 def cases(args: Args, bench: Bench) -> Iterator[tuple[Case, Case]]:
-    """Every different (case, the same with few tokens)."""
+    """Every different case, and the same with few tokens."""
     cuda = bench.device.type == "cuda"
     for op in args.ops:
         seen = set()
@@ -185,56 +173,41 @@ def cases(args: Args, bench: Bench) -> Iterator[tuple[Case, Case]]:
             for tokens in args.tokens or ((16384, 65536) if cuda else (1024,)):
                 if not applies(op, PRESETS[preset]):
                     continue
-                torch.compiler.reset()  # past eight shapes of one function it would run uncompiled, unsaid
+                torch.compiler.reset()  # after eight shapes of a function it would silently run uncompiled
                 case = build(op, preset, tokens, bench.dtype, bench.device, compiled=cuda)
                 if (case.shape, tokens) not in seen:
                     seen.add((case.shape, tokens))
                     yield case, build(op, preset, PARITY_TOKENS, bench.dtype, bench.device, compiled=cuda)
 
 
-def folder_of(args: Args, device: str) -> Path:
-    return Path(args.out) if args.out else Path(__file__).parent / "results" / slug(device)
-
-
 def main(args: Args) -> dict[str, Any]:
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = table_console()
     if args.tune is not None:
         device = choose_device(args.device)
         dtype = choose_dtype(args.dtype, device)
-        presets, folder = presets_of(args, device), folder_of(args, describe_device(device))
+        presets, folder = presets_of(args, device), results_folder(args.out, describe_device(device))
         return tuning.main(args.tune, presets, args.tokens, dtype, device, folder, console)
     bench = open_bench(args)
-    folder = folder_of(args, bench.stamp["device"])
-    what = f"-{args.ops[0]}" if len(args.ops) == 1 else ""
-    table, picture = (folder / "kernels.csv", folder / f"kernels{what}-{bench.stamp['commit'] or 'unknown'}.png")
-    check_columns(table)
+    folder = results_folder(args.out, bench.columns["device"])
+    suffix = f"-{args.ops[0]}" if len(args.ops) == 1 else ""
+    table, picture = (folder / "kernels.csv", folder / f"kernels{suffix}-{bench.columns['commit'] or 'unknown'}.png")
+    check_columns(table, KernelRow)
     if bench.device.type == "cpu":
-        console.print("no GPU: timing the PyTorch forms that ops takes on a CPU, not the Triton kernels")
+        console.print("no GPU: timing the PyTorch forms that minimind.ops uses on a CPU, not the Triton kernels")
     else:
         reached = ", ".join(f"{value:,.4g} {unit}" for unit, value in bench.limits.items())
-        console.print(f"{bench.stamp['device']}: one large copy and one large product reach {reached}")
+        console.print(f"{bench.columns['device']}: a large copy and a large product reach {reached}")
     rows: list[KernelRow] = []
     for case, small in cases(args, bench):
-        found = bench.rows(case, small)
-        append(table, found)
-        show(found, console)
-        rows += found
+        new = bench.rows(case, small)
+        append(table, new)
+        show(new, console)
+        rows += new
     if not rows:
-        raise ValueError(f"--ops {' '.join(args.ops)}: no model among --presets calls them")
+        raise ValueError(f"--ops {' '.join(args.ops)}: no model among --presets uses them")
     plot(rows, picture)
-    return {
-        "csv": str(table),
-        "png": str(picture),
-        "limits": bench.limits,
-        "rows": [dataclasses.asdict(row) for row in rows],
-    }
+    return {"csv": str(table), "png": str(picture), "limits": bench.limits, "rows": as_dicts(rows)}
 
 
 if __name__ == "__main__":
-    try:
-        outcome = main(command_line(Args, __doc__))
-    except (ValueError, OSError) as problem:
-        raise SystemExit(f"error: {problem}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    print(json.dumps(outcome))
+    run(main, Args, __doc__)

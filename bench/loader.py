@@ -1,17 +1,14 @@
-"""Tokens per second of the packed loader, and its memory against the size of the corpus.
+"""Measure the packed loader: its tokens per second, or its memory against the size of the corpus.
 
     python bench/loader.py [--data FILE...] [--seconds 5]     # batches of several shapes from the token cache
-    python bench/loader.py --grow 2                           # memory for 2 GiB of made-up text and an eighth of it
+    python bench/loader.py --grow 2                           # memory for 2 GiB of generated text and an eighth of it
 
-The first adds rows to loader.csv in bench/results/DEVICE; the second, which needs 6 GiB of disk for a while, to
-memory.csv, and draws memory-COMMIT.png beside it. The last line of stdout is JSON.
+The first adds rows to loader.csv in --out. The second needs 6 GiB of disk space for a while; it adds rows to memory.csv
+and draws memory-COMMIT.png beside it. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import json
 import statistics
 import sys
 import time
@@ -28,13 +25,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.kernel_report import append, check_columns, columns_of, plt, slug
-from bench.memory import MemoryUse, measure
+from bench.common.command import run, table_console
+from bench.common.plots import hide_frame, plt, save
+from bench.common.record import Row, append, as_dicts, check_columns, results_folder, stamp
+from bench.training.memory import MemoryUse, measure_memory
 from minimind.data import Corpus, PackedLoader, builtin_corpus, open_corpus
 from minimind.tokenization import load_tokenizer
-from minimind.training.run_folder import versions
-from minimind.utils.device import describe_device
-from minimind.utils.startup import command_line
 
 SHAPES = ((1, 512), (8, 512), (128, 512), (32, 2048), (8, 8192))  # rows, tokens in a row
 SMALLER = 8  # --grow compares a corpus with one this many times smaller
@@ -42,27 +38,24 @@ SMALLER = 8  # --grow compares a corpus with one this many times smaller
 
 @dataclass(frozen=True)
 class Args:
-    """Time the loader, or measure its memory with --grow."""
+    """Measure the loader's speed, or with --grow its memory."""
 
     data: tuple[str, ...] = ()
-    """As in train/pretrain.py; None takes the built-in corpus. --grow draws its sentences from it."""
+    """Files as in train/pretrain.py; None: the built-in corpus. --grow takes its sentences from them."""
     seconds: float = 5.0
-    """Of loading: for every shape, or at each size of --grow."""
+    """Seconds of loading, for every shape or for each size of --grow."""
     grow: float | None = None
-    """GiB of text to make, tokenize and load, in a temporary folder ($TMPDIR chooses where); three times as much
-    must be free."""
+    """GiB of text to generate, tokenize and load, in a temporary folder ($TMPDIR), which needs three times the
+    space."""
     out: str | None = None
-    """Folder for the rows and the picture; None for bench/results/DEVICE."""
+    """Folder of the rows and the picture; None: bench/results/DEVICE."""
 
 
 @dataclass(frozen=True)
-class LoaderRow:
-    """One batch shape. tokens_per_second: (input, target) pairs; padding counts for nothing. fill: the share of
-    positions that hold tokens. A batch of `slowest_ms` is one that packs the next window of documents."""
+class LoaderRow(Row):
+    """One batch shape. tokens_per_second: (input, target) pairs without padding. fill: the share of positions with
+    tokens. slowest_ms: the time of a batch for which the next window of documents is packed."""
 
-    date: str
-    commit: str | None
-    device: str
     numpy: str | None
     documents: int
     tokens: int
@@ -76,13 +69,10 @@ class LoaderRow:
 
 
 @dataclass(frozen=True)
-class MemoryRow:
-    """One corpus size. Peaks in MiB: of anonymous memory while tokenizing and while loading, and of RSS, which counts
-    the mapped pages of the token cache as well."""
+class MemoryRow(Row):
+    """One corpus size. Peaks in MiB: of anonymous memory while tokenizing and while loading, and of the resident set,
+    which includes the mapped pages of the token cache."""
 
-    date: str
-    commit: str | None
-    device: str
     numpy: str | None
     text_mib: float
     documents: int
@@ -101,65 +91,63 @@ def main(args: Args) -> dict[str, Any]:
         raise ValueError(f"--seconds {args.seconds:g}: must be above 0")
     if args.grow is not None and args.grow <= 0:
         raise ValueError(f"--grow {args.grow:g}: must be above 0")
-    found = versions(describe_device(torch.device("cpu")))
-    stamp = {name: found[name] for name in ("device", "commit", "numpy")}
-    stamp["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    folder = Path(args.out) if args.out else Path(__file__).parent / "results" / slug(stamp["device"])
+    columns = stamp(torch.device("cpu"), "numpy")
+    folder = results_folder(args.out, columns["device"])
     sources = list(args.data) or [str(builtin_corpus(console=console))]
     if args.grow is None:
-        return _speed(folder / "loader.csv", stamp, open_corpus(sources, load_tokenizer()), args.seconds)
+        return _speed(folder / "loader.csv", columns, open_corpus(sources, load_tokenizer()), args.seconds)
     table = folder / "memory.csv"
-    check_columns(table, columns_of(MemoryRow))
+    check_columns(table, MemoryRow)
     size = int(args.grow * 2**30)
-    usages = measure((size // SMALLER, size), sources, args.seconds, console)
-    rows = [_memory_row(stamp, usage) for usage in usages]
+    usages = measure_memory((size // SMALLER, size), sources, args.seconds, console)
+    rows = [_memory_row(columns, usage) for usage in usages]
     append(table, rows)
-    picture = folder / f"memory-{stamp['commit'] or 'unknown'}.png"
-    plot_memory(usages, picture, f"{stamp['device']}, {stamp['commit']}")
+    picture = folder / f"memory-{columns['commit'] or 'unknown'}.png"
+    plot_memory(usages, picture, f"{columns['device']}, {columns['commit']}")
     show_memory(rows)
-    return {"csv": str(table), "png": str(picture), "rows": [dataclasses.asdict(row) for row in rows]}
+    return {"csv": str(table), "png": str(picture), "rows": as_dicts(rows)}
 
 
-def _speed(path: Path, stamp: dict[str, Any], corpus: Corpus, seconds: float) -> dict[str, Any]:
-    check_columns(path, columns_of(LoaderRow))
+def _speed(path: Path, columns: dict[str, Any], corpus: Corpus, seconds: float) -> dict[str, Any]:
+    check_columns(path, LoaderRow)
     table = Table(title=f"{corpus.num_documents:,} documents, {corpus.num_tokens:,} tokens")
     for column in ("batch", "tokens/s", "median ms", "slowest ms", "filled"):
         table.add_column(column, justify="right")
     rows = []
     for shape in SHAPES:
-        row = time_loader(stamp, corpus, *shape, seconds)
+        row = time_loader(columns, corpus, *shape, seconds)
         rows.append(row)
         times = f"{row.median_ms:.2f}", f"{row.slowest_ms:,.0f}", f"{row.fill:.1%}"
         table.add_row(f"{row.rows} x {row.seq_len}", f"{row.tokens_per_second:,.0f}", *times)
     append(path, rows)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    return {"csv": str(path), "rows": [dataclasses.asdict(row) for row in rows]}
+    table_console().print(table)
+    return {"csv": str(path), "rows": as_dicts(rows)}
 
 
-def time_loader(stamp: dict[str, Any], corpus: Corpus, rows: int, seq_len: int, seconds: float) -> LoaderRow:
-    """Batches of rows x seq_len for `seconds`, the packing of windows included."""
+def time_loader(columns: dict[str, Any], corpus: Corpus, rows: int, seq_len: int, seconds: float) -> LoaderRow:
+    """Load batches of rows x seq_len for `seconds`, which includes packing the windows."""
     loader = PackedLoader(corpus, seq_len, rows)
-    taken: list[float] = []
+    times: list[float] = []
     tokens, start = 0, time.perf_counter()
-    while not taken or time.perf_counter() - start < seconds:
+    while not times or time.perf_counter() - start < seconds:
         began = time.perf_counter()
         tokens += loader.next_batch().num_targets
-        taken.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - began)
     return LoaderRow(
-        **stamp,
-        documents=corpus.num_documents, tokens=corpus.num_tokens, rows=rows, seq_len=seq_len, batches=len(taken),
-        tokens_per_second=tokens / sum(taken), median_ms=statistics.median(taken) * 1e3, slowest_ms=max(taken) * 1e3,
-        fill=tokens / (len(taken) * rows * seq_len),
+        **columns,
+        documents=corpus.num_documents, tokens=corpus.num_tokens, rows=rows, seq_len=seq_len, batches=len(times),
+        tokens_per_second=tokens / sum(times), median_ms=statistics.median(times) * 1e3, slowest_ms=max(times) * 1e3,
+        fill=tokens / (len(times) * rows * seq_len),
     )  # fmt: skip
 
 
-def _memory_row(stamp: dict[str, Any], usage: MemoryUse) -> MemoryRow:
+def _memory_row(columns: dict[str, Any], usage: MemoryUse) -> MemoryRow:
     return MemoryRow(
-        **stamp,
-        text_mib=usage.text_bytes / 2**20, documents=usage.found["documents"], tokens=usage.found["tokens"],
+        **columns,
+        text_mib=usage.text_bytes / 2**20, documents=usage.counts["documents"], tokens=usage.counts["tokens"],
         tokenize_seconds=usage.loading_from, tokenize_mb_per_second=usage.text_bytes / 1e6 / usage.loading_from,
         tokenize_peak_mib=usage.peak(loading=False), load_peak_mib=usage.peak(loading=True),
-        load_tokens_per_second=usage.found["tokens_per_second"], rss_peak_mib=usage.peak_rss,
+        load_tokens_per_second=usage.counts["tokens_per_second"], rss_peak_mib=usage.peak_rss,
     )  # fmt: skip
 
 
@@ -171,11 +159,11 @@ def show_memory(rows: Sequence[MemoryRow]) -> None:
         speeds = f"{row.tokenize_mb_per_second:.2f}", f"{row.load_tokens_per_second:,.0f}"
         peaks = f"{row.tokenize_peak_mib:,.0f}", f"{row.load_peak_mib:,.0f}", f"{row.rss_peak_mib:,.0f}"
         table.add_row(f"{row.text_mib:,.0f}", f"{row.tokens:,}", speeds[0], peaks[0], speeds[1], peaks[1], peaks[2])
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    table_console().print(table)
 
 
 def plot_memory(usages: Sequence[MemoryUse], path: Path, title: str) -> None:
-    """Memory while tokenizing, over the share of its time, and while loading; one colour a size."""
+    """Memory while tokenizing, over the share of the time, and while loading; a colour for each size."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for usage, colour in zip(usages, ("#d98324", "#1b6ca8"), strict=True):
         rows = np.array([usage.seconds, usage.anonymous, usage.mapped])
@@ -190,19 +178,10 @@ def plot_memory(usages: Sequence[MemoryUse], path: Path, title: str) -> None:
         axis.set_ylim(0, 1.6 * axis.get_ylim()[1])  # room for the legend
         axis.legend(fontsize=8, frameon=False, loc="upper left")
         axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        hide_frame(axis)
     axes[0].set_ylabel("MiB", fontsize=9)
-    figure.suptitle(title, fontsize=9, x=0.01, ha="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path, title)
 
 
 if __name__ == "__main__":
-    try:
-        outcome = main(command_line(Args, __doc__))
-    except (ValueError, OSError) as problem:
-        raise SystemExit(f"error: {problem}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    print(json.dumps(outcome))
+    run(main, Args, __doc__)

@@ -1,9 +1,9 @@
-"""The native operators of decoding, once each on small shapes of every kernel, against the reference.
+"""Run the native operators of decoding on small shapes that reach every kernel, and compare with the reference.
 
     compute-sanitizer --tool racecheck python bench/native_check.py [--device auto]
 
-Short enough to run under compute-sanitizer, which bench/campaign.py does with each of its tools. The exit status is 1
-if a result is wrong; what tests/ asks of the operators is more.
+Short enough to run under compute-sanitizer, as bench/card.py does. The exit status is 1 if a result is wrong.
+tests/csrc tests the operators more thoroughly.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from bench.common.command import run
 from minimind.config import ModelConfig
 from minimind.inference.batch import DecodeBatch
 from minimind.inference.decode.kv_cache import PagedCache
@@ -31,7 +32,6 @@ from minimind.modeling import Model
 from minimind.ops import native
 from minimind.rope import rope_cos_sin
 from minimind.utils.device import choose_device
-from minimind.utils.startup import command_line
 
 FP8 = torch.float8_e4m3fn
 PAGE = 16
@@ -69,15 +69,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Args:
-    """Run every native operator and compare."""
+    """Check every native operator."""
 
     device: str = "auto"
     """auto, cpu, cuda."""
 
 
 def both(case: Case, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """(native, reference) of every result and of every argument, since some are changed, on the CPU. The reference runs
-    on the CPU, so that a sanitizer sees only our kernels and PyTorch's copies."""
+    """(native, reference) of every result, and of every argument since some are changed in place, on the CPU. The
+    reference is computed on the CPU too, so that a sanitizer sees only our kernels and PyTorch's copies."""
     results = []
     for operator, place in ((case.native, device), (case.reference, torch.device("cpu"))):
         args = case.make(place)
@@ -88,7 +88,7 @@ def both(case: Case, device: torch.device) -> list[tuple[Tensor, Tensor]]:
 
 
 def wrong(pairs: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> list[str]:
-    """Differences beyond 4 units in the last place of the largest number, both sides having rounded."""
+    """A line for each tensor that differs by more than 4 units in the last place of the largest number."""
     lines = []
     for i, pair in enumerate(pairs):
         # rows of a cache that belong to no sequence are NaN on both sides
@@ -127,7 +127,7 @@ def append(dtype: torch.dtype, cache: torch.dtype, dim: int, device: torch.devic
 def whole_step(
     dtype: torch.dtype, cache: torch.dtype, dim: int, qk_norm: bool, lengths: tuple[int, ...], device: torch.device
 ) -> Any:
-    """The cache's older tokens are noise. One layer: what a second makes of rounding is not what is asked here."""
+    """One layer, since a second would amplify rounding. The cache's older tokens are noise."""
     torch.manual_seed(0)
     config = ModelConfig(
         hidden_size=72, num_hidden_layers=1, intermediate_size=264, vocab_size=45, num_attention_heads=4,
@@ -199,22 +199,16 @@ def cases() -> Iterator[Case]:
 
 def main(args: Args) -> int:
     """The exit status."""
-    device, found = choose_device(args.device), []
+    device, errors = choose_device(args.device), []
     if missing := native.why_not(device):
         raise ValueError(f"--device {device}: no native operators: {missing}")
     for case in cases():
-        found += [f"{case.name}: {line}" for line in wrong(both(case, device), case.dtype)]
-    for line in found:
+        errors += [f"{case.name}: {line}" for line in wrong(both(case, device), case.dtype)]
+    for line in errors:
         print(line)
-    print(f"{len(found)} wrong results")
-    return 1 if found else 0
+    print(f"{len(errors)} wrong results")
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":
-    try:
-        status = main(command_line(Args, __doc__))
-    except (ValueError, OSError) as problem:
-        raise SystemExit(f"error: {problem}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    raise SystemExit(status)
+    run(main, Args, __doc__)

@@ -1,10 +1,10 @@
-"""docs/PERFORMANCE.md, and the tables of README.md and README_zh.md, from the committed rows of bench/results.
+"""Write docs/PERFORMANCE.md and the tables of README.md and README_zh.md from the committed rows of bench/results.
 
     python bench/performance.py [--check]
 
-No figure on those pages is typed: the README's stand between markers, the rest of it is left alone. --check writes
-nothing and fails where a page is not what the rows say. The exit status is 1 then, and where a target was missed whose
-reason nobody has given (bench/performance_targets.py).
+No figure on those pages is typed. In the READMEs, only the text between markers is replaced. --check writes nothing.
+The exit status is 1 if --check finds a page that differs from the rows, or if a missed target has no reason
+(bench/report/targets.py).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
 
 
-from bench.campaign_slices import slices
-from bench.performance_projection import default_tiles, minimind_zero
-from bench.performance_readme import blocks
-from bench.performance_rows import RESULTS, Device, devices
-from bench.performance_tables import sections
-from bench.performance_targets import CPU, GPU, NEEDS_CARD, UNEXPLAINED, judged, table
-from minimind.utils.startup import command_line
+from bench.cards.tasks import CardSetting, tasks
+from bench.common.command import run
+from bench.common.record import RESULTS, ROOT
+from bench.report.projections import default_tiles, minimind_zero
+from bench.report.readme import blocks
+from bench.report.rows import Device, devices
+from bench.report.tables import sections
+from bench.report.targets import CPU, GPU, NEEDS_CARD, UNEXPLAINED, judged, table
 
-ROOT = Path(__file__).parents[1]
 PAGE = "docs/PERFORMANCE.md"
 READMES = "README.md", "README_zh.md"
 RESOURCES = RESULTS / "resources.json"  # python bench/resources.py --arch 86 89 90 --dtype bf16 --json it
@@ -37,50 +37,43 @@ Nobody has run this project on a GPU yet. On a machine that has one, with CUDA's
 
 ```bash
 pip install -e '.[gpu,serve,dev]' liger-kernel pytest-xdist     # builds csrc/ for sm_80, 86, 89 and 90
-python bench/campaign.py --smoke                                # every command at its smallest; rows are thrown away
-python bench/campaign.py                                        # all of it; run it again after any interruption
+python bench/card.py --rehearse --all --minutes 60              # every command on a CPU, with the smallest sizes
+python bench/card.py --all                                      # all of it; run it again after any interruption
+cp build/card/work/card.json build/card/work/rows/* bench/results/DEVICE        # DEVICE: a name of the GPU
 python bench/performance.py                                     # these pages, with the new rows
 git add bench/results docs README.md README_zh.md && git commit
 ```
 
-`--data FILE... --chats FILE...` trains the end-to-end run and the throughput slices on real text instead of the
-built-in one (`minimind data download pretrain_hq sft_mini_512`). Where a card is lent for minutes at a time,
-`--minutes 9` ends before ten are over: slices are begun in the order below while their estimate fits, what is cut off
-is run again, and what passed at the commit is not. A slice that fails stops no other, and is named at the end with the
-last line of its log.
+`--data FILE... --chats FILE...` trains on real text instead of the built-in one (`minimind data download pretrain_hq
+sft_mini_512`). Tasks run in the order below while their estimates fit `--minutes`. Each is a process of its own and is
+stopped after twice its estimate; a task that fails stops no other, and is in the table at the end with the last line of
+its log. A task that is done is not repeated. Without `--all`, only the tasks for a quarter of an hour run.
 
-### A quarter of an hour of a card without a network
+### A quarter of an hour of a GPU without a network
 
-`bench/card.py` asks the most valuable questions first: does it import, are the kernels right, does pretraining run, how
-fast are training and decoding, then peers, sanitizers and GRPO (bench/card_questions.py). Each is a process of its own,
-cut off after twice its estimate; none needs another's success. `bench/card_pack.py` makes the folder that travels: the
-committed source, the native operators as they are built here, wheels of what a machine with Python 3.12, PyTorch,
-Triton and transformers lacks, and text with its tokens (33 MB in all).
+`bench/card.py` runs the most valuable tasks first: does it import, are the kernels right, does pretraining run, how
+fast are training and decoding, then other implementations, sanitizers and GRPO (bench/cards/tasks.py).
+`bench/card_pack.py` makes a folder to copy to that machine: the committed source, the native operators built here,
+wheels of the packages that a machine with Python 3.12, PyTorch, Triton and transformers lacks, and text with its tokens
+(33 MB in all).
 
 ```bash
-# where there is a network; the working tree must be committed and the native operators built
-python bench/card.py --rehearse --minutes 60                # every question on a CPU, as small as it goes: minutes
+# with a network; the working tree must be committed and the native operators built
+python bench/card.py --rehearse --minutes 60                # every task on a CPU, with the smallest sizes: minutes
 python bench/card_pack.py --check PYTHON                    # build/card-pack, rehearsed in a fresh Python 3.12 with
-                                                            # no index and PYTHON's PyTorch and its company alone
-# on the card
+                                                            # no index and only PYTHON's PyTorch and its requirements
+# on the GPU machine
 bash card-pack/start.sh --minutes 9 --out results
-bash card-pack/start.sh --minutes 4 --before results/card.tar.gz --out results      # later, or on another card
+bash card-pack/start.sh --minutes 4 --before results/card.tar.gz --out results      # later, or on another GPU
 ```
 
-`results/card.tar.gz` is written anew after every question and every 20 seconds, so that a cut leaves what was done:
-logs, rows, profiles, and a table of what became of each question (`card.md`). The second call asks what is not done,
-first what was not tried at its commit; `--part 3 4` and `--only NAME` choose. Where the machine stays, `--before` is
-not needed. The archive's `rows/` belongs into bench/results/DEVICE. The campaign runs there as well, once `start.sh`
-has unpacked the source and the wheels:
+`results/card.tar.gz` is written after every task and every 20 seconds, so that an interruption loses little: logs,
+rows, profiles, and a table of the outcome of each task (`card.md`). The second call runs the tasks that are not done,
+first those that have not been tried at its commit; `--part 3 4` and `--only NAME` select. If the machine stays,
+`--before` is not needed. The archive's `card.json` and `rows/` belong in bench/results/DEVICE.
 
-```bash
-cd /tmp/minimind-card/source
-export PYTHONPATH=$PWD:/tmp/minimind-card/site MINIMIND_COMMIT=...      # what card-pack/commit says
-python bench/campaign.py --minutes 9; tar czf results.tgz bench/results
-```
-
-`bench/profile.sh` adds what nsys and ncu see. Still by hand, and in no slice: two GPUs (`torchrun --nproc-per-node 2
-train/pretrain.py`, docs/scaling.md), vLLM (docs/export/vllm.md)."""
+`bench/profile.sh` adds the views of nsys and ncu. Two GPUs (`torchrun --nproc-per-node 2 train/pretrain.py`,
+docs/scaling.md) and vLLM (docs/export/vllm.md) are not among the tasks."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +81,12 @@ class Args:
     """Write the pages."""
 
     check: bool = False
-    """Write nothing; fail where a page is not what the rows say."""
+    """Write nothing; fail if a page differs from the rows."""
 
 
-def page(found: Sequence[Device]) -> str:
+def page(every: Sequence[Device]) -> str:
     """docs/PERFORMANCE.md."""
-    cpus, gpus = [d for d in found if d.is_cpu], [d for d in found if not d.is_cpu]
+    cpus, gpus = [d for d in every if d.is_cpu], [d for d in every if not d.is_cpu]
     parts = [
         "# Performance",
         "Written by `python bench/performance.py` from the rows under bench/results/: no figure here is typed. "
@@ -106,17 +99,17 @@ def page(found: Sequence[Device]) -> str:
     ]
     if not gpus:
         parts += ["On a GPU:", table(judged(GPU, None), NEEDS_CARD)]
-    parts += ["## Commands that remain to be run on a card", REMAINING, _slices()]
-    parts += ["## Projected: time and cost of MiniMind-Zero", minimind_zero(found)]
-    parts += ["## Default tile sizes by architecture", _tiles(found)]
+    parts += ["## Commands that remain to be run on a card", REMAINING, _tasks()]
+    parts += ["## Projected: time and cost of MiniMind-Zero", minimind_zero(every)]
+    parts += ["## Default tile sizes by architecture", _tiles(every)]
     parts += ["## Measured"]
-    for device in found:
+    for device in every:
         parts += [f"### {device.name}", f"bench/results/{device.folder.name}", *sections(device, "####")]
     return "\n\n".join(map(_wrapped, parts)) + "\n"
 
 
 def _wrapped(part: str) -> str:
-    """Paragraphs in lines; tables, headings and code as they are."""
+    """Wrap paragraphs; leave tables, headings and code as they are."""
     fenced = part.split("```")
     for i in range(0, len(fenced), 2):
         paragraphs = fenced[i].split("\n\n")
@@ -127,25 +120,28 @@ def _wrapped(part: str) -> str:
     return "```".join(fenced)
 
 
-def _slices() -> str:
-    lines = [f"{piece.minutes:4g} min  {piece.name}" for piece in slices(cuda=True)]
-    total = sum(piece.minutes for piece in slices(cuda=True))
-    lines.append(f"{total:4g} min  in all, estimated for an H100 and not measured")
+def _tasks() -> str:
+    setting = CardSetting(False, Path())
+    quick, every = tasks(setting), tasks(setting, everything=True)
+    lines = [f"{task.minutes:4g} min  {task.name}" for task in every]
+    lines.insert(len(quick), "          with --all:")
+    minutes, all_minutes = (sum(task.minutes for task in group) for group in (quick, every))
+    lines.append(f"{minutes:4.3g} min  in all, {all_minutes:g} with --all, estimated for an H200 and not measured")
     return "```text\n" + "\n".join(lines) + "\n```"
 
 
-def _tiles(found: Sequence[Device]) -> str:
+def _tiles(every: Sequence[Device]) -> str:
     head = (
         "Chosen for sm_80 and newer from the resource report and arithmetic; an entry for sm_90 where its shared "
         "memory holds larger tiles of a matrix product. None is measured until a row of tuning.csv says so: "
         "`python bench/kernels.py --tune OP` on a card."
     )
-    return f"{head}\n\n{default_tiles(found, RESOURCES)}"
+    return f"{head}\n\n{default_tiles(every, RESOURCES)}"
 
 
 def with_blocks(text: str, texts: dict[str, str], name: str) -> str:
-    """A README with what stands between its markers replaced. ValueError for a marker without its block, or the other
-    way round."""
+    """A README with the text between its markers replaced. ValueError for a marker without a block or a block without
+    markers."""
     for block, content in texts.items():
         begin, end = f"<!-- generated: {block} -->", f"<!-- end: {block} -->"
         if text.count(begin) != 1 or text.count(end) != 1:
@@ -154,34 +150,35 @@ def with_blocks(text: str, texts: dict[str, str], name: str) -> str:
         text = f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
     unknown = set(re.findall(r"<!-- generated: (\w+) -->", text)) - texts.keys()
     if unknown:
-        raise ValueError(f"{name}: nothing makes the block {', '.join(sorted(unknown))}")
+        raise ValueError(f"{name}: no code makes the block {', '.join(sorted(unknown))}")
     return text
 
 
 def pages(root: Path = ROOT) -> dict[Path, str]:
-    """Every page as the rows have it."""
-    found = devices()
-    made = {root / PAGE: page(found)}
-    texts = blocks(found)
+    """Path -> text of every page."""
+    every = devices()
+    texts_of = {root / PAGE: page(every)}
+    texts = blocks(every)
     for language, name in enumerate(READMES):
         path = root / name
         own = {block: words[language] for block, words in texts.items()}
-        made[path] = with_blocks(path.read_text(encoding="utf-8"), own, name)
-    return made
+        texts_of[path] = with_blocks(path.read_text(encoding="utf-8"), own, name)
+    return texts_of
 
 
 def main(args: Args) -> int:
     """The exit status."""
-    made, wrong = pages(), []
-    for path, text in made.items():
+    texts, wrong = pages(), []
+    for path, text in texts.items():
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
         if args.check:
-            wrong.append(f"{path.relative_to(ROOT)}: not what bench/results says; run python bench/performance.py")
+            name = path.relative_to(ROOT)
+            wrong.append(f"{name}: differs from the rows of bench/results; run python bench/performance.py")
         else:
             path.write_text(text, encoding="utf-8")
             print(f"wrote {path.relative_to(ROOT)}")
-    missed = made[ROOT / PAGE].count(UNEXPLAINED)
+    missed = texts[ROOT / PAGE].count(UNEXPLAINED)
     if missed:
         wrong.append(f"{missed} targets were missed and {UNEXPLAINED}")
     for line in wrong:
@@ -190,10 +187,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        status = main(command_line(Args, __doc__))
-    except (ValueError, OSError) as problem:
-        raise SystemExit(f"error: {problem}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    raise SystemExit(status)
+    run(main, Args, __doc__)

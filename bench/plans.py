@@ -1,10 +1,10 @@
-"""What upstream's files would take: the plan of each stage, of rows like theirs stretched to their sizes.
+"""Plan the training runs for upstream's files, from sample rows scaled to the files' sizes.
 
     python bench/plans.py --samples FOLDER
 
-FOLDER holds some rows of upstream's formats: sft.jsonl, dpo.jsonl and rlaif.jsonl. Rows of the other files are made of
-these by what upstream's README says of them (`MADE`). Nothing is trained, and no time is measured. The plans go to
-bench/results/plans.json, their tables to docs/plans.md.
+FOLDER holds sample rows in upstream's formats: sft.jsonl, dpo.jsonl and rlaif.jsonl. Rows of the other files are made
+from them as upstream's README describes those files (`MADE`). Nothing is trained and no time is measured. The plans are
+written to bench/results/plans.json, their tables to docs/plans.md.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ if __name__ == "__main__":
 
 from rich.console import Console
 
-from bench.performance_rows import markdown
+from bench.common.command import run
+from bench.common.record import RESULTS, ROOT
+from bench.report.rows import markdown
 from minimind.training.plan import spell_count, spell_hours, survey
 from minimind.utils.display import say
-from minimind.utils.startup import command_line
 
-ROOT = Path(__file__).parents[1]
 PRESETS = ("minimind2-small", "minimind2")
 Message = dict[str, str]
 
 
 @dataclass(frozen=True)
 class File:
-    """One of upstream's: its stage here, its size, what its rows are made of and by, further flags."""
+    """One of upstream's files: its stage, its size, the sample file and the way of making rows, and flags of the
+    stage."""
 
     name: str
     stage: str
@@ -47,7 +48,7 @@ class File:
     flags: dict[str, Any] = field(default_factory=dict)
 
 
-# Sizes as upstream's README had them when these files were current (2025); dpo.jsonl came in two.
+# Sizes from upstream's README when these files were current (2025); dpo.jsonl had two versions.
 FILES = (
     File("pretrain_hq.jsonl", "pretrain", 1.6, "sft.jsonl", "texts of up to 512 characters"),
     File("sft_mini_512.jsonl", "sft", 1.2, "sft.jsonl"),
@@ -65,43 +66,43 @@ FILES = (
 
 @dataclass(frozen=True)
 class Args:
-    """Plan what upstream's files would take."""
+    """Plan the training runs for upstream's files."""
 
     samples: str
-    """A folder with sft.jsonl, dpo.jsonl and rlaif.jsonl."""
+    """Folder with sft.jsonl, dpo.jsonl and rlaif.jsonl."""
     preset: tuple[str, ...] = PRESETS
     """Model shapes."""
     cache_dir: str | None = None
-    """Where tokenized data is kept. None: $MINIMIND_CACHE or ~/.cache/minimind."""
-    results: str = str(Path(__file__).parent / "results" / "plans.json")
-    """Where the figures go."""
+    """Folder of tokenized data; None: $MINIMIND_CACHE or ~/.cache/minimind."""
+    results: str = str(RESULTS / "plans.json")
+    """File of the plans."""
     page: str = str(ROOT / "docs" / "plans.md")
-    """Where the tables go."""
+    """File of the tables."""
 
 
-def main(args: Args, console: Console) -> list[dict[str, Any]]:
-    found = []
+def main(args: Args, console: Console | None = None) -> None:
+    console = console or Console(stderr=True)
+    plans = []
     with TemporaryDirectory(prefix="minimind-plans-") as folder:
         for file in FILES:
             data = make(file, Path(args.samples), Path(folder))
             for preset in args.preset:
                 say(console, f"planning {file.stage} of {file.name}, {preset}")
-                found.append({"file": file.name, "made": file.made} | plan(file, data, preset, args.cache_dir))
-    Path(args.results).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    Path(args.page).write_text(page(found), encoding="utf-8")
-    return found
+                plans.append({"file": file.name, "made": file.made} | plan(file, data, preset, args.cache_dir))
+    Path(args.results).write_text(json.dumps(plans, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    Path(args.page).write_text(page(plans), encoding="utf-8")
 
 
 def plan(file: File, data: Path, preset: str, cache_dir: str | None) -> dict[str, Any]:
-    """Its figures, with a GPU's defaults."""
+    """The figures of a stage's --plan, with the defaults that it has on a GPU."""
     names = runpy.run_path(str(ROOT / "train" / f"{file.stage}.py"))
-    flags = {"plan": True, "plan_gb": file.gigabytes, "plan_gpu": True, "plan_measure": False}
-    told = {"data": (str(data),), "preset": preset, "cache_dir": cache_dir, "device": "cpu", **file.flags}
-    return survey(names["main"], names["Args"](**flags, **told)).figures()
+    flags: dict[str, Any] = {"plan": True, "plan_gb": file.gigabytes, "plan_gpu": True, "plan_measure": False}
+    flags |= {"data": (str(data),), "preset": preset, "cache_dir": cache_dir, "device": "cpu", **file.flags}
+    return survey(names["main"], names["Args"](**flags)).figures()
 
 
 def make(file: File, samples: Path, folder: Path) -> Path:
-    """A file of rows such as `file` has."""
+    """A data file with rows like those of `file`."""
     source = samples / file.source
     if file.made not in MADE:
         return source
@@ -115,34 +116,36 @@ def make(file: File, samples: Path, folder: Path) -> Path:
 
 
 def texts(conversations: list[list[Message]]) -> Iterator[dict[str, Any]]:
-    """What is said in conversations one after the other, joined while it has at most 512 characters."""
+    """Texts of up to 512 characters, joined from the messages of consecutive conversations."""
     for messages in joined(conversations, 512):
         yield {"text": "\n".join(m["content"] for m in messages)}
 
 
 def longer(conversations: list[list[Message]]) -> Iterator[dict[str, Any]]:
-    """Conversations one after the other, joined while they have at most 2,048 characters."""
+    """Conversations of up to 2,048 characters, joined from consecutive ones."""
     for messages in joined(conversations, 2048):
         yield {"conversations": messages}
 
 
-def joined(conversations: list[list[Message]], most: int) -> Iterator[list[Message]]:
-    held: list[Message] = []
+def joined(conversations: list[list[Message]], limit: int) -> Iterator[list[Message]]:
+    """Consecutive conversations joined as long as they have at most `limit` characters."""
+    current: list[Message] = []
     for messages in conversations:
-        if held and size_of(held) + size_of(messages) > most:
-            yield held
-            held = []
-        held = held + messages
-    yield held
+        if current and size_of(current) + size_of(messages) > limit:
+            yield current
+            current = []
+        current = current + messages
+    yield current
 
 
 def thoughts(conversations: list[list[Message]]) -> Iterator[dict[str, Any]]:
-    """A first exchange with the next conversation's first answer as its reasoning, of up to 1,024 characters in all."""
+    """The first exchange of a conversation with the next one's first answer as its reasoning, up to 1,024
+    characters."""
     for messages, others in pairwise(conversations):
         question, answer, thought = messages[0], messages[1], others[1]
         if size_of([question, answer, thought]) <= 1024:
-            said = f"<think>\n{thought['content']}\n</think>\n<answer>\n{answer['content']}\n</answer>"
-            yield {"conversations": [question, {"role": "assistant", "content": said}]}
+            content = f"<think>\n{thought['content']}\n</think>\n<answer>\n{answer['content']}\n</answer>"
+            yield {"conversations": [question, {"role": "assistant", "content": content}]}
 
 
 MADE: dict[str, Callable[[list[list[Message]]], Iterator[dict[str, Any]]]] = {
@@ -153,37 +156,38 @@ MADE: dict[str, Callable[[list[list[Message]]], Iterator[dict[str, Any]]]] = {
 
 
 def size_of(messages: list[Message]) -> int:
-    """Characters."""
+    """Characters of all messages."""
     return sum(len(m["content"]) for m in messages)
 
 
 def page(plans: list[dict[str, Any]]) -> str:
-    """docs/plans.md."""
+    """The text of docs/plans.md."""
     cards = ", ".join(f"{card['name']} {card['utilisation']:.0%}" for card in plans[0]["cards"])
     parts = (
-        "# What upstream's files would take",
+        "# Training plans for upstream's files",
         fill(
-            "Made by `python bench/plans.py --samples FOLDER`, which asks every stage for its `--plan` "
-            "([docs/training.md](training.md)) with the defaults that it would have on a GPU. Nothing here was trained "
-            "or timed. The files are not here: rows of the same formats, and of the lengths that upstream tells, were "
-            "stretched to the files' sizes, so that tokens are right as far as those rows are like the files'; ± is "
-            "two standard errors of the rows at hand alone.",
+            "Written by `python bench/plans.py --samples FOLDER`, which runs every stage with `--plan` "
+            "([docs/training.md](training.md)) and the defaults that it has on a GPU. Nothing was trained or timed. "
+            "Upstream's files were not used: sample rows of the same formats, with the lengths that upstream "
+            "describes, were scaled to the files' sizes. The numbers of tokens are right as far as these rows resemble "
+            "the files; ± is two standard errors of the sample alone.",
             120,
         ),
         "## The data",
         markdown(
             (
-                "file", "size", "rows read", "stage", "documents", "tokens a pass", "of one: p50 / p95 / p99 / longest",
+                "file", "size", "rows read", "stage", "documents", "tokens a pass",
+                "tokens a document: p50 / p95 / p99 / longest",
                 "--seq-len", "cut", "left out",
             ),
             [data_row(p) for p in plans if p["preset"] == plans[0]["preset"]],
         ),
         "## The runs",
         fill(
-            "Times are projected from the model's operations at an assumed share of each card's bf16 rate: "
-            f"{cards}. Memory is that of a 24 GB card, with as many tokens at once as fit there. Of reinforcement "
-            "learning all are bounds: every answer as long as the limit allows, decoding at 60% of the card's memory "
-            "bandwidth; the reward model's time is not counted.",
+            "Times are projected from the model's operations at an assumed share of each GPU's bf16 rate: "
+            f"{cards}. Memory is that on a 24 GB GPU, with as many tokens at once as fit. For reinforcement learning, "
+            "the times assume that every answer has the maximum length and that decoding reaches 60% of the GPU's "
+            "memory bandwidth; the reward model's time is not included.",
             120,
         ),
         markdown(
@@ -193,7 +197,7 @@ def page(plans: list[dict[str, Any]]) -> str:
             ),
             [run_row(p) for p in plans],
         ),
-        "## What was chosen, and why",
+        "## The choices and their reasons",
         "\n".join(f"- {p['file']}, {p['stage']}: {'; '.join(chosen(p))}" for p in plans if chosen(p)),
     )  # fmt: skip
     return "\n\n".join(parts) + "\n"
@@ -223,16 +227,11 @@ def run_row(p: dict[str, Any]) -> tuple[str, ...]:
 
 
 def chosen(p: dict[str, Any]) -> list[str]:
-    """What the data decided, of the first preset alone: it is the same for the others."""
+    """Notes about flags that the data decided; only for the first preset, since the others have the same."""
     if p["preset"] != PRESETS[0]:
         return []
     return [note for note in p["notes"] if note.startswith("--")]
 
 
 if __name__ == "__main__":
-    try:
-        main(command_line(Args, __doc__), Console(stderr=True))
-    except (ValueError, OSError) as problem:
-        raise SystemExit(f"error: {problem}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run(main, Args, __doc__)

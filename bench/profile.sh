@@ -6,11 +6,11 @@ usage() {
     cat <<'TEXT'
 usage: bench/profile.sh [--out NAME] [--ncu REGEX [--launches N]] [flags of train/pretrain.py]
 
-Records training steps 3 to 5, so neither compilation nor warm-up, and then ends the run.
+Records training steps 3 to 5, after compilation and warm-up, and then ends the run.
 
-  --out NAME      report file without its extension; profile-nsys or profile-ncu by default
-  --ncu REGEX     Nsight Compute instead of Nsight Systems: every counter of the kernels whose name matches
-  --launches N    how many of their launches; 5 by default, each is repeated some dozens of times
+  --out NAME      report file without extension; profile-nsys or profile-ncu by default
+  --ncu REGEX     use Nsight Compute instead of Nsight Systems: all counters of the kernels whose name matches
+  --launches N    number of launches to record, 5 by default; ncu repeats each several dozen times
   --help          this text
 
 $PYTHON names the interpreter; python by default. Examples:
@@ -30,7 +30,7 @@ need() {
         fail "$1 is not on PATH: install NVIDIA $2; \`python train/pretrain.py --profile\` works everywhere"
 }
 
-value() { # of flag $1, given the rest of the arguments
+value() { # the value of flag $1, from the rest of the arguments
     [[ $# -ge 2 ]] || fail "$1 needs a value; see --help"
     echo "$2"
 }
@@ -52,7 +52,7 @@ export MINIMIND_NVTX=1 # spans become NVTX ranges, and the recorded steps a cuda
 if [[ -n $kernels ]]; then
     need ncu "Nsight Compute"
     out=${out:-profile-ncu}
-    # --kill: the counted launches are all that is wanted of the run
+    # --kill: end the run after these launches
     ncu --profile-from-start off --target-processes all --nvtx --set full --kernel-name "regex:$kernels" \
         --launch-count "$launches" --kill yes --force-overwrite --export "$out" "${train[@]}" || status=$?
     [[ -f $out.ncu-rep ]] ||
@@ -61,7 +61,7 @@ if [[ -n $kernels ]]; then
 else
     need nsys "Nsight Systems"
     out=${out:-profile-nsys}
-    # node: the kernels inside a CUDA graph one by one. SIGTERM: the trainer ends after its step
+    # node: trace the kernels in a CUDA graph one by one. SIGTERM: the trainer ends after its step
     nsys profile --trace=cuda,nvtx,osrt --sample=none --cpuctxsw=none --cuda-graph-trace=node \
         --capture-range=cudaProfilerApi --capture-range-end=stop-shutdown --kill=sigterm \
         --force-overwrite=true --output="$out" "${train[@]}" || status=$?

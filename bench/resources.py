@@ -1,14 +1,14 @@
-"""Registers, spills, shared memory and occupancy of every kernel, on cards that need not be here.
+"""Report registers, spills, shared memory and occupancy of every kernel, for GPUs that this machine need not have.
 
     python bench/resources.py [--arch 80 86 89 90 120] [--dtype bf16 fp32] [--only moe rope]
                               [--json FILE] [--jobs N] [--native also|only|none]
 
-Each public op is called forward and backward at the presets' widths; its launches are caught and compiled for each
-architecture as Triton's JIT would compile them (bench/capture.py, bench/compiling.py). So is what whole runs launch,
-whose variants of each kernel are counted (bench/run_shapes.py); in the JSON file these cases begin with "run, ". Where
-nvcc is on PATH, so are the kernels of csrc/cuda (bench/native_resources.py). Nothing is launched and no GPU is needed.
-The exit status is 1 if a kernel spills, needs more shared memory than the card has, multiplies 16-bit matrices without
-tensor cores, or does not compile.
+Every public op is called forward and backward at the presets' widths, and parts of whole runs are executed. Their
+launches are captured (bench/compilation/capture.py) and compiled for each architecture as Triton's JIT would compile
+them (bench/compilation/compiling.py). The cases of runs, whose names begin with "run, ", also show how many variants of
+a kernel a run compiles (bench/compilation/run_cases.py). If nvcc is on PATH, the kernels of csrc/cuda are compiled too
+(bench/compilation/native_resources.py). Nothing is launched and no GPU is needed. The exit status is 1 if a kernel
+spills, needs more shared memory than the GPU has, multiplies 16-bit matrices without tensor cores, or does not compile.
 """
 
 from __future__ import annotations
@@ -26,64 +26,63 @@ from typing import Any, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])  # `bench`, and no `kernels` for transformers to find
-    os.environ.pop("TRITON_INTERPRET", None)  # compiled is what is asked for
+    os.environ.pop("TRITON_INTERPRET", None)  # the kernels are to be compiled
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bench import native_resources, run_shapes
-from bench.capture import Compilation, capture
-from bench.capture_cases import cases
-from bench.compiling import Resources, compile_one
-from bench.occupancy import CARDS
-from minimind.utils.startup import command_line
+from bench.common.command import check_choices, run, table_console
+from bench.compilation import native_resources
+from bench.compilation.capture import Compilation, capture
+from bench.compilation.compiling import Resources, compile_one
+from bench.compilation.occupancy import CARDS
+from bench.compilation.op_cases import cases
+from bench.compilation.run_cases import variants
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Args:
-    """Compile every kernel for every card and report what it needs."""
+    """Compile every kernel for every GPU and report its resources."""
 
     arch: tuple[int, ...] = tuple(CARDS)
-    """Compute capabilities, as 86 for 8.6."""
+    """Compute capabilities, such as 86 for 8.6."""
     dtype: tuple[str, ...] = ("bf16", "fp32")
-    """Of the activations: bf16, fp16, fp32. Weights are float32."""
+    """Types of the activations: bf16, fp16, fp32. Weights are float32."""
     only: tuple[str, ...] = ("",)
-    """Only the cases with one of these in their name, as in the table."""
+    """Only the cases whose name in the table contains one of these."""
     json: str | None = None
     """Also write the rows to this file."""
     jobs: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     """Compilations at a time."""
     native: Literal["also", "only", "none"] = "also"
-    """The kernels of csrc/cuda, all of them whatever --dtype and --only say."""
+    """Whether to compile the kernels of csrc/cuda; --dtype and --only do not select among them."""
 
 
 def check(args: Args) -> None:
-    for name, given, known in (("arch", args.arch, tuple(CARDS)), ("dtype", args.dtype, tuple(DTYPES))):
-        for value in given:
-            if value not in known:
-                raise ValueError(f"--{name} {value}: unknown; choose from {', '.join(map(str, known))}")
+    check_choices("arch", args.arch, CARDS)
+    check_choices("dtype", args.dtype, DTYPES)
 
 
-def find(args: Args) -> list[Compilation]:
-    """Every compilation that the cases need."""
+def capture_all(args: Args) -> list[Compilation]:
+    """Every different compilation that the cases need."""
     check(args)
-    wanted = {dtype: cases(DTYPES[dtype], args.only) for dtype in args.dtype}
-    if not any(wanted.values()):
+    selected = {dtype: cases(DTYPES[dtype], args.only) for dtype in args.dtype}
+    if not any(selected.values()):
         raise ValueError(f"--only {' '.join(args.only)}: no case has this in its name")
-    found: dict[str, Compilation] = {}
+    compilations: dict[str, Compilation] = {}
     for arch in args.arch:
         for dtype in args.dtype:
-            for compilation in capture(wanted[dtype], arch, dtype):
-                found.setdefault(compilation.key, compilation)
-    return list(found.values())
+            for compilation in capture(selected[dtype], arch, dtype):
+                compilations.setdefault(compilation.key, compilation)
+    return list(compilations.values())
 
 
 def compile_all(compilations: Sequence[Compilation], jobs: int) -> list[Resources | str]:
-    """What each needs, or why it did not compile, in their order."""
+    """The resources of each, or why it did not compile, in the same order."""
     results: dict[int, Resources | str] = {}
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -93,7 +92,7 @@ def compile_all(compilations: Sequence[Compilation], jobs: int) -> list[Resource
                 results[i] = compile_one(compilation)
                 progress.advance(task)
         else:
-            context = multiprocessing.get_context("spawn")  # fork would copy PyTorch's threads half alive
+            context = multiprocessing.get_context("spawn")  # a fork would break PyTorch's threads
             with ProcessPoolExecutor(min(jobs, len(compilations)), mp_context=context) as pool:
                 futures = {pool.submit(compile_one, c): i for i, c in enumerate(compilations)}
                 for future in as_completed(futures):
@@ -103,12 +102,12 @@ def compile_all(compilations: Sequence[Compilation], jobs: int) -> list[Resource
 
 
 def problems(compilations: Sequence[Compilation], results: Sequence[Resources | str]) -> list[str]:
-    """One line for everything that must not ship."""
+    """A line for each reason why a kernel must not ship."""
     lines = []
     for job, result in zip(compilations, results, strict=True):
-        found = [f"does not compile: {result}"] if isinstance(result, str) else result.problems
+        reasons = [f"does not compile: {result}"] if isinstance(result, str) else result.problems
         name = f"{job.kernel.lstrip('_')} ({job.case}, {job.dtype}) on sm_{job.arch}"
-        lines += [f"{name}: {problem}" for problem in found]
+        lines += [f"{name}: {reason}" for reason in reasons]
     return lines
 
 
@@ -147,14 +146,15 @@ def as_rows(compilations: Sequence[Compilation], results: Sequence[Resources | s
     return rows
 
 
-def measure_native(args: Args, console: Console) -> list[Resources]:
-    """Of csrc/cuda. ValueError where only they are wanted and cannot be compiled; a line where they are left out."""
+def compile_native(args: Args, console: Console) -> list[Resources]:
+    """The resources of the kernels of csrc/cuda. If they cannot be compiled, a line says so, or a ValueError with
+    --native only."""
     if args.native == "none":
         return []
     check(args)
     reason = native_resources.why_not()
     if reason is None:
-        return native_resources.measure(args.arch, args.jobs)
+        return native_resources.compile_all(args.arch, args.jobs)
     if args.native == "only":
         raise ValueError(f"--native only: {reason}")
     console.print(reason, highlight=False)
@@ -167,29 +167,23 @@ def native_problems(rows: Sequence[Resources]) -> list[str]:
 
 def main(args: Args) -> int:
     """The exit status."""
-    compilations = [] if args.native == "only" else find(args)
+    compilations = [] if args.native == "only" else capture_all(args)
     results = compile_all(compilations, args.jobs) if compilations else []
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    native = measure_native(args, console)
+    console = table_console(160)
+    native = compile_native(args, console)
     show([*results, *native], console)
-    found = problems(compilations, results) + native_problems(native)
-    counts = ", ".join(f"{name} {count}" for name, count in run_shapes.variants(compilations).items())
+    reasons = problems(compilations, results) + native_problems(native)
+    counts = ", ".join(f"{name} {count}" for name, count in variants(compilations).items())
     if counts:
         console.print(f"variants that a run compiles: {counts}", highlight=False, soft_wrap=True)
-    for line in found:
+    for line in reasons:
         console.print(f"[red]{line}", highlight=False, soft_wrap=True)
-    console.print(f"{len(results) + len(native)} kernels compiled, {len(found)} problems")
+    console.print(f"{len(results) + len(native)} kernels compiled, {len(reasons)} problems")
     if args.json:
         rows = as_rows(compilations, results) + [dataclasses.asdict(row) for row in native]
         Path(args.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    return 1 if found else 0
+    return 1 if reasons else 0
 
 
 if __name__ == "__main__":
-    try:
-        status = main(command_line(Args, __doc__))
-    except (ValueError, OSError) as problem:
-        raise SystemExit(f"error: {problem}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    raise SystemExit(status)
+    run(main, Args, __doc__)

@@ -1,27 +1,24 @@
-"""The whole GRPO step, answers to update, beside the same algorithm done as upstream MiniMind does it.
+"""Compare whole GRPO steps, from answers to update: ours and the same algorithm as upstream MiniMind runs it.
 
     python bench/rl.py [--preset nano] [--prompts 8 --samples 8 --prompt 128 --new 128] [--peer ours naive]
 
-Each contender (bench/rl_peers.py) lives in a process of its own, so that its memory is its own; they take turns, one
-step each, so that a machine whose speed drifts slows all of them alike. Log-probabilities of its first step's answers
-must be within twice what plain PyTorch in its precision is off, of a float64 model, or it is not timed. Prompts are of
-half to all of --prompt tokens; every answer has exactly --new, which spares the padded batch its waiting. Weights are
-random: speed does not depend on them.
+Each implementation (bench/training/grpo.py) runs in a process of its own, so that its memory is its own; they take
+turns, one step each. An implementation is timed only if the log-probabilities of its first step's answers are right:
+compared with a float64 model, they may be wrong by twice the error of plain PyTorch in the same precision. Prompts have
+between half of --prompt and --prompt tokens. Every answer has exactly --new tokens, so that the padded batch loses no
+time waiting. Weights are random, since speed does not depend on them.
 
 Rows are added to rl.csv in --out. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +29,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.decode import random_model
-from bench.kernel_report import append, check_columns, columns_of, slug
-from bench.rl_peers import PEERS, RolloutSetting, RolloutStep
-from bench.timing import first_line, peak_mib, start_deaf
+from bench.common.command import check_at_least, check_choices, run, table_console
+from bench.common.models import random_model
+from bench.common.record import Row, append, as_dicts, check_columns, results_folder, stamp
+from bench.common.timing import spread
+from bench.common.worker import Worker, take_turn
+from bench.training.grpo import IMPLEMENTATIONS, RolloutSetting, RolloutStep, start
 from minimind.config import PRESETS, ModelConfig
 from minimind.modeling import Model
-from minimind.training.run_folder import versions
-from minimind.utils.device import choose_device, choose_precision, describe_device
-from minimind.utils.startup import command_line
+from minimind.utils.device import choose_device, choose_precision
 from minimind.weights import load_model, save_weights
 
 PARTS = ("rollout", "reward", "train")
@@ -48,39 +45,39 @@ PARTS = ("rollout", "reward", "train")
 
 @dataclass(frozen=True)
 class Args:
-    """Measure a GRPO step against upstream's way of it."""
+    """Compare GRPO steps."""
 
     preset: str = "nano"
-    """Shape of the model, with random weights; a dense one."""
-    peer: tuple[str, ...] = tuple(PEERS)
-    """Who takes part; ratios are against the last."""
+    """Shape of the model, a dense one, with random weights."""
+    peer: tuple[str, ...] = tuple(IMPLEMENTATIONS)
+    """Implementations to compare; ratios are against the last."""
     prompts: int = 8
     """Prompts of a step."""
     samples: int = 8
     """Answers to each."""
     prompt: int = 128
-    """Tokens of the longest prompt; the shortest has half."""
+    """Tokens of the longest prompt; the shortest has half as many."""
     new: int = 128
     """Tokens of every answer."""
     turns: int = 3
-    """Timed steps of each."""
+    """Timed steps of each implementation."""
     threads: int | None = None
-    """Of every contender; None: as many as PyTorch takes."""
+    """Threads of each implementation; None: PyTorch's default."""
     device: str = "auto"
     """auto, cpu, cuda."""
     out: str | None = None
-    """Folder for the rows; None for bench/results/DEVICE."""
+    """Folder of the rows; None: bench/results/DEVICE."""
 
 
 @dataclass(frozen=True)
-class RolloutRow:
-    """One contender. status: ok; refused, its log-probabilities are not the model's; failed, and `reason`. Seconds of a
-    step and of its parts: medians over turns; p20, p80: what 20 and 80 of a hundred steps stay below.
-    tokens_per_second: of answers, over the whole step. error_ratio: 2 or less passes."""
+class RolloutRow(Row):
+    """One implementation.
 
-    date: str
-    commit: str | None
-    device: str
+    status: ok; refused (its log-probabilities are not the model's) or failed, with the reason. seconds: of a step, with
+    the 20th and 80th percentile; rollout, reward, train: of its parts; all are medians over the turns.
+    tokens_per_second: tokens of the answers over the whole step's time. error_ratio: 2 or less passes.
+    """
+
     threads: int
     torch: str | None
     model: str
@@ -103,146 +100,95 @@ class RolloutRow:
     error_ratio: float | None = None
 
 
-COLUMNS = columns_of(RolloutRow)
-
-
 def main(args: Args) -> dict[str, Any]:
     device, threads = _check(args), args.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    found = versions(describe_device(device))
-    folder = Path(args.out) if args.out else Path(__file__).parent / "results" / slug(str(found["device"]))
-    table = folder / "rl.csv"
-    check_columns(table, COLUMNS)
-    stamp = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": found["commit"], "device": found["device"], "threads": threads, "torch": found["torch"],
-        "model": args.preset, "prompts": args.prompts, "samples": args.samples, "prompt": args.prompt,
-        "new": args.new,
+    columns = stamp(device, "torch") | {
+        "threads": threads, "model": args.preset, "prompts": args.prompts, "samples": args.samples,
+        "prompt": args.prompt, "new": args.new,
     }  # fmt: skip
+    folder = results_folder(args.out, columns["device"])
+    check_columns(folder / "rl.csv", RolloutRow)
     with tempfile.TemporaryDirectory(prefix="minimind-rl-") as place:
         model = random_model(ModelConfig.preset(args.preset))
         save_weights(model, Path(place))
         prompts = _prompts(args, model.config.vocab_size)
         setting = RolloutSetting(Path(place), prompts, args.samples, args.new, threads, device)
-        rows = [RolloutRow(**stamp, peer=name, **fields) for name, fields in measure(args, setting).items()]
-    append(table, rows)
-    show(rows, Console(width=None if sys.stdout.isatty() else 120))
-    return {"csv": str(table), "rows": [dataclasses.asdict(row) for row in rows]}
+        rows = [RolloutRow(**columns, peer=name, **fields) for name, fields in measure(args, setting).items()]
+    append(folder / "rl.csv", rows)
+    show(rows, table_console())
+    return {"csv": str(folder / "rl.csv"), "rows": as_dicts(rows)}
 
 
 def measure(args: Args, setting: RolloutSetting) -> dict[str, dict[str, Any]]:
-    """What Row holds of every contender."""
+    """The columns of RolloutRow for every implementation."""
     results: dict[str, dict[str, Any]] = {name: {} for name in args.peer}
-    workers = {name: RolloutWorker(name, setting) for name in args.peer}
-    turns: dict[str, list[RolloutStep]] = {name: [] for name in args.peer}
-    for turn in range(args.turns + 1):
-        names = list(workers)
-        for name in names[turn % max(1, len(names)) :] + names[: turn % max(1, len(names))]:
-            try:
-                done = workers[name].step(turn)
-            except ContenderError as problem:
-                results[name] = {"status": "failed", "reason": str(problem)}
-                workers.pop(name)
-                continue
-            if turn:
-                turns[name].append(done)
-                continue
-            ratio = results[name]["error_ratio"] = error_ratio(setting, done, name)
-            if ratio > 2:
-                reason = f"its log-probabilities are not the model's: error ratio {ratio:.3g}, above 2"
-                results[name] |= {"status": "refused", "reason": reason}
-                workers.pop(name).process.terminate()
-    for name, worker in workers.items():
-        results[name] |= summary(turns[name], setting) | {"peak_mib": worker.finish()}
+    workers = {name: Worker(start, name, setting) for name in args.peer}
+    steps: dict[str, list[RolloutStep]] = {name: [] for name in args.peer}
+
+    def drop(name: str, reason: str, status: str = "failed") -> None:
+        results[name] |= {"status": status, "reason": reason}
+        workers.pop(name).close()
+
+    def check(name: str) -> None:
+        ratio = results[name]["error_ratio"] = error_ratio(setting, workers[name].ask(0), name)
+        if ratio > 2:
+            drop(name, f"its log-probabilities are not the model's: error ratio {ratio:.3g}, above 2", "refused")
+
+    def step(seed: int, name: str) -> None:
+        steps[name].append(workers[name].ask(seed))
+
+    take_turn(workers, 0, check, drop)
+    for turn in range(1, args.turns + 1):
+        take_turn(workers, turn, partial(step, turn), drop)
+
+    def finish(name: str) -> None:
+        results[name] |= summary(steps[name], setting) | {"peak_mib": workers[name].ask(None)}
+        workers.pop(name).close()
+
+    take_turn(workers, 0, finish, drop)
     return results
 
 
-def summary(turns: list[RolloutStep], setting: RolloutSetting) -> dict[str, Any]:
-    seconds = [sum(turn.seconds.values()) for turn in turns]
-    quintiles = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else seconds * 4
-    median = statistics.median(seconds)
+def summary(steps: Sequence[RolloutStep], setting: RolloutSetting) -> dict[str, Any]:
+    """Columns of RolloutRow for one implementation's steps."""
+    median, p20, p80 = spread([sum(step.seconds.values()) for step in steps])
     answers = len(setting.prompts) * setting.samples
     return {
-        "turns": len(turns),
+        "turns": len(steps),
         "seconds": median,
-        "p20": quintiles[0],
-        "p80": quintiles[-1],
-        **{name: statistics.median(turn.seconds[name] for turn in turns) for name in PARTS},
+        "p20": p20,
+        "p80": p80,
+        **{name: statistics.median(step.seconds[name] for step in steps) for name in PARTS},
         "tokens_per_second": answers * setting.new / median,
     }
 
 
-def error_ratio(setting: RolloutSetting, turn: RolloutStep, name: str) -> float:
-    """The largest error of the contender's log-probabilities over that of plain PyTorch in its precision."""
+def error_ratio(setting: RolloutSetting, step: RolloutStep, name: str) -> float:
+    """The largest error of the implementation's log-probabilities over that of plain PyTorch in its precision."""
     dtype = torch.float32 if name != "ours" else choose_precision(setting.device).compute_dtype
     model = load_model(setting.folder)
-    found = plain = 0.0
-    for prompt, ids, log_probs in turn.answers:
+    error = plain_error = 0.0
+    for prompt, ids, log_probs in step.answers:
         truth = _log_probs(model.double(), None, prompt, ids)
-        same = _log_probs(model.float(), dtype, prompt, ids)
+        plain = _log_probs(model.float(), dtype, prompt, ids)
         own = torch.tensor(log_probs, dtype=torch.float64)
-        found = max(found, (own - truth).abs().max().item())
-        plain = max(plain, (same - truth).abs().max().item())
-    return found / (plain + torch.finfo(torch.float32).eps)
+        error = max(error, (own - truth).abs().max().item())
+        plain_error = max(plain_error, (plain - truth).abs().max().item())
+    return error / (plain_error + torch.finfo(torch.float32).eps)
 
 
 @torch.no_grad()
 def _log_probs(model: Model, dtype: torch.dtype | None, prompt: list[int], ids: list[int]) -> torch.Tensor:
-    """float64 [len(ids)]: from whole logits."""
+    """float64 [len(ids)], computed from the full logits."""
     model.compute_dtype = dtype
     logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
     wide = logits if dtype is None else logits.float()
     return wide.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].double()
 
 
-class ContenderError(Exception):
-    """A contender died; the message is the first line of what it said."""
-
-
-class RolloutWorker:
-    """A contender's process."""
-
-    def __init__(self, name: str, setting: RolloutSetting) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(name, setting, theirs), daemon=True)
-        start_deaf(self.process)
-        theirs.close()  # so that a dead worker is an end of file here
-
-    def step(self, seed: int) -> RolloutStep:
-        return self._ask(seed)
-
-    def finish(self) -> float | None:
-        """Its peak memory in MiB."""
-        return self._ask(None)
-
-    def _ask(self, what: int | None) -> Any:
-        try:
-            self.pipe.send(what)
-            answer = self.pipe.recv()
-        except (EOFError, BrokenPipeError):
-            raise ContenderError("its process died; if memory ran out, take fewer answers") from None
-        if isinstance(answer, ContenderError):
-            raise answer
-        return answer
-
-
-def work(name: str, setting: RolloutSetting, pipe: Connection) -> None:
-    """Given a seed, answers with a Turn; given None, with its peak memory in MiB."""
-    torch.set_num_threads(setting.threads)
-    try:
-        step = PEERS[name](setting)
-        while (seed := pipe.recv()) is not None:
-            pipe.send(step(seed))
-        pipe.send(peak_mib(setting.device))
-    except EOFError:  # the one who asked is gone
-        return
-    except Exception as problem:  # a contender that dies is a result, not the end of the run
-        pipe.send(ContenderError(first_line(problem)))
-
-
 def show(rows: list[RolloutRow], console: Console) -> None:
-    """Ratios against the last row that was timed."""
+    """A table; ratios are against the last row that was timed."""
     first, base = rows[0], next((row for row in reversed(rows) if row.seconds), None)
     table = Table(
         title=f"GRPO step, {first.model}: {first.prompts} x {first.samples} answers of {first.new} tokens, "
@@ -270,24 +216,14 @@ def _prompts(args: Args, vocab: int) -> list[list[int]]:
 
 
 def _check(args: Args) -> torch.device:
-    if args.preset not in PRESETS:
-        raise ValueError(f"--preset {args.preset}: unknown; choose from {', '.join(PRESETS)}")
+    check_choices("preset", [args.preset], PRESETS)
     if ModelConfig.preset(args.preset).num_experts:
-        raise ValueError(f"--preset {args.preset}: the naive contender knows dense models alone")
-    for name in args.peer:
-        if name not in PEERS:
-            raise ValueError(f"--peer {name}: unknown; choose from {', '.join(PEERS)}")
-    for flag in ("prompts", "samples", "prompt", "new", "turns"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: counts from 1")
+        raise ValueError(f"--preset {args.preset}: must be a dense model; the naive implementation has no experts")
+    check_choices("peer", args.peer, IMPLEMENTATIONS)
+    sizes = {name: getattr(args, name) for name in ("prompts", "samples", "prompt", "new", "turns")}
+    check_at_least(1, **sizes)
     return choose_device(args.device)
 
 
 if __name__ == "__main__":
-    try:
-        outcome = main(command_line(Args, __doc__))
-    except (ValueError, OSError) as problem:
-        raise SystemExit(f"error: {problem}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    print(json.dumps(outcome))
+    run(main, Args, __doc__)

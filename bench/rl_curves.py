@@ -1,4 +1,4 @@
-"""One picture of runs that differ in their seed: what their held-out rewards became, and what rollouts gave.
+"""Draw the rewards of several reinforcement learning runs, which differ in their seed, in one picture.
 
 python bench/rl_curves.py runs/grpo-1 runs/grpo-2 runs/grpo-3 --out docs/grpo.png
 """
@@ -14,15 +14,12 @@ from typing import Annotated
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
 
-import matplotlib
 import tyro
 
+from bench.common.command import run as run_command
+from bench.common.plots import plt, save
 from minimind.training.metrics import read_metrics, smooth
 from minimind.utils.display import caption
-from minimind.utils.startup import command_line
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 @dataclass(frozen=True)
@@ -30,20 +27,20 @@ class Args:
     """Draw runs of train/grpo.py, ppo.py or spo.py together."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Their folders."""
+    """The runs' folders."""
     out: Path = Path("rl.png")
-    """The picture."""
+    """File of the picture."""
 
 
 def main(args: Args) -> None:
-    """ValueError names a folder that holds no such run."""
+    """ValueError names a folder without such a run."""
     if not args.runs:
-        raise ValueError("RUNS: name folders of train/grpo.py, ppo.py or spo.py")
+        raise ValueError("RUNS: name folders of runs of train/grpo.py, ppo.py or spo.py")
     figure, (held, rolled, spread) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for number, run in enumerate(args.runs):
         config = run / "config.json"
         if not config.is_file():
-            raise ValueError(f"{run}: no run of train/grpo.py, ppo.py or spo.py")
+            raise ValueError(f"{run}: not a run folder; name runs of train/grpo.py, ppo.py or spo.py")
         saved = json.loads(config.read_text(encoding="utf-8"))
         rows = read_metrics(run / "metrics.jsonl")
         evals = [row for row in rows if row["kind"] == "eval"]
@@ -59,7 +56,7 @@ def main(args: Args) -> None:
         rolled.plot(steps, smooth(rewards), color=colour)
         spread.plot(steps, [row["entropy"] for row in rollouts], color=colour)
     for axes, title in (
-        (held, "held-out reward (dotted: of the likeliest answers)"),
+        (held, "held-out reward (dotted: of greedy answers)"),
         (rolled, "reward of the rollouts"),
         (spread, "entropy of a token, nats"),
     ):
@@ -69,15 +66,8 @@ def main(args: Args) -> None:
     held.set_ylim(0, 1)
     held.legend()
     figure.suptitle(caption(f"train/{saved['stage']}.py, {saved['args']['data'] or 'the built-in sums'}"))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=110)
-    plt.close(figure)
+    save(figure, args.out, dpi=110)
 
 
 if __name__ == "__main__":
-    try:
-        main(command_line(Args, __doc__))
-    except (ValueError, OSError) as problem:
-        raise SystemExit(f"error: {problem}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    run_command(main, Args, __doc__)

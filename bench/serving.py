@@ -1,21 +1,20 @@
-"""The server under load: many clients stream answers at once, and every answer is checked.
+"""Measure the server under load: many clients stream answers at once, and every answer is checked.
 
     python bench/serving.py [--preset nano | --model FOLDER] [--clients 64] [--seconds 60]
 
-Each client asks one prompt after the other and reads the stream to its end. An answer must be, to the last character,
-the one that its prompt gets alone in an engine; that is why the server computes in float32, where the two are the same
-(in bfloat16 a batch of another size rounds otherwise, and one answer in some fifty takes another word somewhere).
-Clients and server share the machine. Speed does not depend on the weights: a preset's are random.
+Each client sends one prompt after another and reads each answer's stream to its end. An answer must equal, to the last
+character, the one that its prompt gets alone in an engine. Therefore the server computes in float32, where the two are
+the same; in bfloat16, a batch of another size rounds differently, which changes a word in about one of fifty answers.
+Clients and server share the machine. Speed does not depend on the weights: those of a preset are random.
 
-A row is added to serving.csv in --out, and a picture is drawn beside it. The last line of stdout is JSON; the exit
-status is 1 where an answer was lost or mixed up.
+A row is added to serving.csv in --out, and a picture is drawn beside it. The last line of stdout is JSON. The exit
+status is 1 if an answer was lost or mixed up.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import datetime
 import itertools
 import json
 import os
@@ -38,20 +37,17 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from bench.decode import random_model
-from bench.kernel_report import append, check_columns, slug
-from bench.serving_report import COLUMNS, ServingRow, plot
+from bench.common.command import check_at_least, check_choices, run
+from bench.common.models import random_model
+from bench.common.plots import hide_frame, plt, save
+from bench.common.record import ROOT, Row, append, check_columns, results_folder, stamp
 from minimind.config import PRESETS, ModelConfig
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams
 from minimind.modeling import Model
 from minimind.tokenization import load_tokenizer
-from minimind.training.run_folder import versions
-from minimind.utils.device import choose_device, describe_device
-from minimind.utils.startup import command_line
+from minimind.utils.device import choose_device
 from minimind.weights import load_model, save_weights
-
-ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -63,37 +59,71 @@ class Args:
     model: str | None = None
     """A run folder or checkpoint instead of --preset."""
     clients: int = 64
-    """Streams at a time."""
+    """Clients that stream at the same time."""
     seconds: float = 60.0
-    """No request begins later; those that run are read to their end."""
+    """Time in which requests begin; the last ones are read to their end."""
     max_batch: int = 32
-    """Of the server."""
+    """The server's --max-batch."""
     prompt: int = 96
-    """Longest prompt, tokens; the shortest has 8."""
+    """Tokens of the longest prompt; the shortest has 8."""
     new: int = 96
-    """Longest answer, tokens; the shortest has 16."""
+    """Tokens of the longest answer; the shortest has 16."""
     prompts: int = 2
-    """Different ones of each client."""
+    """Different prompts of each client."""
     threads: int | None = None
-    """Of the server; None: as many as PyTorch takes."""
+    """Threads of the server; None: PyTorch's default."""
     device: str = "auto"
     """auto, cpu, cuda."""
     out: str | None = None
-    """Folder for the row and the picture; None for bench/results/DEVICE."""
+    """Folder of the row and the picture; None: bench/results/DEVICE."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """A prompt, how many tokens to ask for, and the text that must come."""
+class CheckedPrompt:
+    """A prompt, the number of tokens to request, and the expected text."""
 
-    prompt: list[int]
+    ids: list[int]
     new: int
     expected: str
 
 
+@dataclass(frozen=True)
+class ServingRow(Row):
+    """One run.
+
+    seconds: of the load. ttft: seconds from a request to its first text; tpot: seconds between two pieces of its text.
+    requests: all of them; lost: those that broke off or failed; mixed: those whose answer differs from the one that
+    their prompt gets alone. rss: MiB of the server after a quarter of the time and at the end. client_cpu: processors
+    that the clients took from the server.
+    """
+
+    threads: int
+    torch: str | None
+    model: str
+    weights: str
+    dtype: str
+    clients: int
+    max_batch: int
+    prompt: int
+    new: int
+    seconds: float
+    requests: int
+    lost: int
+    mixed: int
+    tokens: int
+    tokens_per_second: float
+    ttft_p50: float
+    ttft_p99: float
+    tpot_p50: float
+    tpot_p99: float
+    rss_quarter: float | None
+    rss_end: float | None
+    client_cpu: float
+
+
 @dataclass
-class Log:
-    """What the clients saw, in seconds since the start."""
+class LoadLog:
+    """The clients' observations, in seconds since the start. rss: (time, MiB of the server)."""
 
     start: float = field(default_factory=time.perf_counter)
     ttft: list[float] = field(default_factory=list)
@@ -114,62 +144,66 @@ def main(args: Args) -> dict[str, Any]:
     device = _check(args)
     threads = args.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    found = versions(describe_device(device))
-    folder = Path(args.out) if args.out else ROOT / "bench" / "results" / slug(str(found["device"]))
-    check_columns(folder / "serving.csv", COLUMNS)
+    columns = stamp(device, "torch")
+    folder = results_folder(args.out, columns["device"])
+    check_columns(folder / "serving.csv", ServingRow)
     model = load_model(args.model) if args.model else random_model(ModelConfig.preset(args.preset))
-    tasks = make_tasks(model.to(device), args)
-    console.print(f"{len(tasks)} prompts and the answers they get alone", highlight=False)
+    prompts = make_prompts(model.to(device), args)
+    console.print(f"{len(prompts)} prompts and the answers that each gets alone", highlight=False)
     with tempfile.TemporaryDirectory(prefix="minimind-serving-") as place:
         save_weights(model, Path(place))
         load_tokenizer().save(place)
         with server(args, Path(place), threads) as (url, process):
             cpu = time.process_time()
-            log = asyncio.run(load(url, process, args, tasks))
+            log = asyncio.run(load(url, process, args, prompts))
             cpu = time.process_time() - cpu
-            left = _left(url)
-    if left:
-        raise RuntimeError(f"{left:g} samples are still in the server, and nobody waits for them")
+            unfinished = _unfinished(url)
+    if unfinished:
+        raise RuntimeError(f"the server still has {unfinished:g} requests, although all clients have ended")
     row = ServingRow(
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        commit=found["commit"], device=found["device"], threads=threads, torch=found["torch"],
-        model=Path(args.model).name if args.model else args.preset,
+        **columns, threads=threads, model=Path(args.model).name if args.model else args.preset,
         weights="trained" if args.model else "random weights", dtype="fp32", clients=args.clients,
         max_batch=args.max_batch, prompt=args.prompt, new=args.new, client_cpu=cpu / log.now(), **summary(log),
     )  # fmt: skip
     append(folder / "serving.csv", [row])
-    picture = folder / f"serving-{found['commit'] or 'unknown'}.png"
-    plot(row, log.ttft, log.pieces_at, log.rss, picture)
+    picture = folder / f"serving-{columns['commit'] or 'unknown'}.png"
+    plot(row, log, picture)
     return {"csv": str(folder / "serving.csv"), "png": str(picture), **dataclasses.asdict(row)}
 
 
-def make_tasks(model: Model, args: Args) -> list[Task]:
-    """Prompts of random tokens whose answers, each computed alone, are unlike each other. ValueError where a model has
-    not that many to give."""
+def failure(outcome: dict[str, Any]) -> str:
+    """Empty if every answer was right."""
+    wrong = outcome["lost"] or outcome["mixed"]
+    return f"{outcome['lost']} answers were lost and {outcome['mixed']} mixed up" if wrong else ""
+
+
+def make_prompts(model: Model, args: Args) -> list[CheckedPrompt]:
+    """Prompts of random tokens with the answers that each gets alone, all different. ValueError if the model does not
+    give that many different answers."""
     rng = np.random.default_rng(0)
-    wanted, vocab = args.clients * args.prompts, model.config.vocab_size
+    count, vocab = args.clients * args.prompts, model.config.vocab_size
     engine = Engine(model, load_tokenizer(), dtype=torch.float32, max_batch=1, prefix_cache=False, kv_tokens=4096)
     requests = [
         Request(
             rng.integers(16, vocab, int(rng.integers(8, args.prompt + 1))).tolist(),
             SamplingParams(int(rng.integers(16, args.new + 1)), temperature=0),
         )
-        for _ in range(wanted * 3 // 2)
+        for _ in range(count * 3 // 2)
     ]
-    tasks: dict[str, Task] = {}
+    prompts: dict[str, CheckedPrompt] = {}
     for request, output in zip(requests, engine.generate(requests), strict=True):
         new = request.params.max_new_tokens
         if output.text and new:
-            tasks[output.text] = Task(list(request.prompt), new, output.text)  # type: ignore[arg-type]
-    if len(tasks) < wanted:
-        raise ValueError(f"the model gives {len(tasks)} different answers, {wanted} are needed; use fewer --clients")
-    return list(tasks.values())[:wanted]
+            prompts[output.text] = CheckedPrompt(list(request.prompt), new, output.text)  # type: ignore[arg-type]
+    if len(prompts) < count:
+        raise ValueError(f"the model gives {len(prompts)} different answers, {count} are needed; use fewer --clients")
+    return list(prompts.values())[:count]
 
 
 @contextmanager
 def server(args: Args, folder: Path, threads: int) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`minimind serve` in a process of its own: (url, process)."""
-    cache = 2 * args.max_batch * (args.prompt + args.new)  # soon in use all over: memory then stands still
+    cache = 2 * args.max_batch * (args.prompt + args.new)  # soon all in use, so that memory stays constant
     flags = {
         "model": folder, "port": 0, "dtype": "fp32", "device": args.device, "max-batch": args.max_batch,
         "max-queue": args.clients, "kv-tokens": cache,
@@ -181,36 +215,37 @@ def server(args: Args, folder: Path, threads: int) -> Iterator[tuple[str, subpro
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder)
     try:
         assert process.stdout is not None
-        found = re.search(r" at (http://\S+)/v1", process.stdout.readline())
-        if found is None:
+        address = re.search(r" at (http://\S+)/v1", process.stdout.readline())
+        if address is None:
             raise ValueError(f"the server did not start: exit status {process.wait()}")
-        yield found[1], process
+        yield address[1], process
     finally:
         process.terminate()
         process.wait()
 
 
-async def load(url: str, process: subprocess.Popen[str], args: Args, tasks: list[Task]) -> Log:
+async def load(url: str, process: subprocess.Popen[str], args: Args, prompts: list[CheckedPrompt]) -> LoadLog:
+    """Run all clients until their time is over."""
     limits = httpx.Limits(max_connections=args.clients + 1, max_keepalive_connections=args.clients + 1)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits, trust_env=False) as client:
         name = (await client.get("/v1/models")).json()["data"][0]["id"]
-        log = Log()
+        log = LoadLog()
         watcher = asyncio.create_task(_watch(process.pid, log))
 
-        async def one(number: int) -> None:
-            for task in itertools.cycle(tasks[number :: args.clients]):
+        async def run_client(number: int) -> None:
+            for prompt in itertools.cycle(prompts[number :: args.clients]):
                 if log.now() >= args.seconds:
                     return
-                await ask(client, name, task, log)
+                await ask(client, name, prompt, log)
 
-        await asyncio.gather(*(one(number) for number in range(args.clients)))
+        await asyncio.gather(*(run_client(number) for number in range(args.clients)))
         watcher.cancel()
     return log
 
 
-async def ask(client: httpx.AsyncClient, name: str, task: Task, log: Log) -> None:
-    """One answer, streamed; the log takes up what came of it."""
-    body = {"model": name, "prompt": task.prompt, "max_tokens": task.new, "temperature": 0, "stream": True,
+async def ask(client: httpx.AsyncClient, name: str, prompt: CheckedPrompt, log: LoadLog) -> None:
+    """Stream one answer, and add it to the log."""
+    body = {"model": name, "prompt": prompt.ids, "max_tokens": prompt.new, "temperature": 0, "stream": True,
             "stream_options": {"include_usage": True}}  # fmt: skip
     start = last = log.now()
     pieces: list[str] = []
@@ -236,13 +271,13 @@ async def ask(client: httpx.AsyncClient, name: str, task: Task, log: Log) -> Non
         done = False
     log.tokens += tokens
     log.lost += not done or reason not in ("stop", "length")
-    log.mixed += done and "".join(pieces) != task.expected
+    log.mixed += done and "".join(pieces) != prompt.expected
 
 
-def summary(log: Log) -> dict[str, Any]:
+def summary(log: LoadLog) -> dict[str, Any]:
     seconds = log.now()
     if not log.ttft or not log.gaps:
-        raise ValueError("no answer came: is --seconds too short?")
+        raise ValueError("no answer came; give more --seconds")
     ttft, gaps = (np.percentile(values, (50, 99)).tolist() for values in (log.ttft, log.gaps))
     quarter = next((mib for at, mib in log.rss if at >= seconds / 4), None)
     return {
@@ -252,8 +287,8 @@ def summary(log: Log) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def _watch(pid: int, log: Log) -> None:
-    """The server's resident memory, where /proc tells it."""
+async def _watch(pid: int, log: LoadLog) -> None:
+    """Record the server's resident memory, if /proc exists."""
     statm = Path(f"/proc/{pid}/statm")
     while statm.exists():
         pages = int(statm.read_text().split()[1])
@@ -261,32 +296,45 @@ async def _watch(pid: int, log: Log) -> None:
         await asyncio.sleep(0.5)
 
 
-def _left(url: str) -> float:
-    """Samples in the queue and in the batch."""
-    found = re.findall(
-        r"^minimind_requests_(?:waiting|running) (\S+)", httpx.get(f"{url}/metrics", trust_env=False).text, re.MULTILINE
-    )
-    return sum(map(float, found))
+def _unfinished(url: str) -> float:
+    """Requests in the server's queue and batch."""
+    metrics = httpx.get(f"{url}/metrics", trust_env=False).text
+    counts = re.findall(r"^minimind_requests_(?:waiting|running) (\S+)", metrics, re.MULTILINE)
+    return sum(map(float, counts))
 
 
 def _check(args: Args) -> torch.device:
-    if args.preset not in PRESETS:
-        raise ValueError(f"--preset {args.preset}: unknown; choose from {', '.join(PRESETS)}")
+    check_choices("preset", [args.preset], PRESETS)
     if not 0 < args.seconds < float("inf"):
-        raise ValueError(f"--seconds {args.seconds:g}: a number above 0")
-    for flag, value, least in (("clients", args.clients, 1), ("prompts", args.prompts, 1), ("prompt", args.prompt, 8),
-                               ("new", args.new, 16), ("threads", args.threads or 1, 1)):  # fmt: skip
-        if value < least:
-            raise ValueError(f"--{flag} {value}: at least {least}")
+        raise ValueError(f"--seconds {args.seconds:g}: must be above 0")
+    check_at_least(1, clients=args.clients, prompts=args.prompts, threads=args.threads)
+    check_at_least(8, prompt=args.prompt)
+    check_at_least(16, new=args.new)
     return choose_device(args.device)
 
 
+def plot(row: ServingRow, log: LoadLog, path: Path) -> None:
+    """Distribution of the time to the first text, pieces of text per second, and the server's memory."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    left.plot(np.sort(log.ttft) * 1e3, np.linspace(0, 100, len(log.ttft)), color="#1b6ca8")
+    for share, value, side in ((50, row.ttft_p50, "left"), (99, row.ttft_p99, "right")):
+        left.plot(1e3 * value, share, "o", color="#d98324", markersize=5)
+        left.text(1e3 * value, share - 8, f" p{share}: {1e3 * value:,.0f} ms ", ha=side, fontsize=8)
+    left.set(title="requests whose first text came within, %", xlabel="ms")
+    counts, edges = np.histogram(log.pieces_at, bins=np.arange(0, max(log.pieces_at) + 1, 1.0))
+    middle.plot(edges[:-1], counts, color="#5aa469")
+    middle.set(title="pieces of text a second, all clients", xlabel="seconds", ylim=(0, None))
+    if log.rss:
+        right.plot(*zip(*log.rss, strict=True), color="#a05195")
+    right.set(title="memory of the server, MiB", xlabel="seconds", ylim=(0, None))
+    for axis in (left, middle, right):
+        hide_frame(axis)
+        axis.title.set_fontsize(9)
+        axis.tick_params(labelsize=8)
+    answers = f"{row.requests:,} answers, {row.lost} lost, {row.mixed} mixed, {row.tokens_per_second:,.0f} tokens/s"
+    setting = f"{row.model} ({row.weights}), {row.dtype}, {row.device}, {row.commit}"
+    save(figure, path, f"{row.clients} streaming clients for {row.seconds:.0f} s: {answers}; {setting}")
+
+
 if __name__ == "__main__":
-    try:
-        outcome = main(command_line(Args, __doc__))
-    except (ValueError, OSError) as problem:
-        raise SystemExit(f"error: {problem}") from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    print(json.dumps(outcome))
-    raise SystemExit(int(outcome["lost"] > 0 or outcome["mixed"] > 0))
+    run(main, Args, __doc__, failure)

@@ -58,7 +58,7 @@ def greedy(path: str, prompts: list[list[int]], new: int) -> list[list[int]]:
     """Tokens that follow each prompt, all prompts of one length; keys and values in float32."""
     import numpy as np
 
-    from bench.llama_cpp_decoder import LlamaCpp
+    from bench.decoding.llama_cpp import LlamaCpp
 
     decoder = LlamaCpp(Path(path), len(prompts), len(prompts[0]) + new, 1, True)
     tokens = [decoder.prefill(np.array(prompts))]

@@ -1396,7 +1396,7 @@ MUTATIONS = (
     # bench
     Mutation(
         "a scan of rates ends without a higher loss below its lowest",
-        "bench/transfer_fit.py",
+        "bench/rates/fit.py",
         "for rate in (best * 2, best / 2) if",
         "for rate in (best * 2,) if",
         "tests/test_bench_transfer.py::test_scan_ends_with_the_lowest_between_two",

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +31,7 @@ def test_weights_and_averages_are_measured_and_written(tmp_path, monkeypatch):
     data.write_text("".join(json.dumps({"text": f"line {i} of many " * 9}) + "\n" for i in range(60)))
     args = Args((str(data),), tokens=256 * 12, seeds=(1,), schedules=("constant", "wsd"), spans=(0.01, 0.5), evals=2,
                 out=str(tmp_path))  # fmt: skip
-    with main(args).open(newline="") as file:
+    with Path(main(args)["csv"]).open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 2 * 3 and {r["step"] for r in rows} == {"6", "12"}
     ends = {(r["schedule"], float(r["span"])): float(r["heldout_loss"]) for r in rows if r["step"] == "12"}

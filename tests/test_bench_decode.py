@@ -1,4 +1,4 @@
-"""bench/decode.py on a CPU and a tiny model: who is let through, what is counted, written and refused."""
+"""bench/decode.py on a CPU and a tiny model: which decoders pass, what is counted, written and refused."""
 
 import csv
 import inspect
@@ -14,12 +14,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import decode_attention, decode_peers
-from bench.bandwidth import read_bandwidth
-from bench.decode import Args, main, random_model, step_bytes, summary
-from bench.decode_check import Judge, round_q8, rounded_logits
-from bench.decode_peers import PEERS, DecodeSetting, Generation, naive, naive_forward, why_not
-from bench.decode_report import COLUMNS, DecodeRow, plot, show
+from bench import decode_attention
+from bench.common.models import random_model
+from bench.common.record import columns_of
+from bench.common.timing import read_bandwidth
+from bench.common.worker import ImplementationError
+from bench.decode import Args, main, step_bytes, summary
+from bench.decoding import implementations
+from bench.decoding.implementations import IMPLEMENTATIONS, DecodeSetting, Generation, naive, naive_forward, why_not
+from bench.decoding.judge import Judge, round_q8, rounded_logits
+from bench.decoding.report import DecodeRow, plot, show
 from minimind import ModelConfig, ops
 from minimind.inference.decode.kv_cache import FLOAT8
 from minimind.modeling import Model
@@ -77,14 +81,14 @@ def test_rounding_explains_narrow_decoders_but_no_more(width, dtype):
 def test_a_float8_cache_is_judged_by_a_float8_caches_rounding(tmp_path):
     model, prompts = random_model(SMALL), prompts_of(4, 9)
     save_weights(model, tmp_path)
-    decode = decode_peers.ours(DecodeSetting(tmp_path, 4, 9, 40, 1, CPU), torch.float32, "reference", FLOAT8)
+    decode = implementations.ours(DecodeSetting(tmp_path, 4, 9, 40, 1, CPU), torch.float32, "reference", FLOAT8)
     judge, tokens = Judge(model), decode(prompts).tokens
     verdict = judge.judge(prompts, tokens, "fp32", float8_cache=True)
     assert verdict.passed and verdict.error > 1e-3
     assert not judge.judge(prompts, tokens, "fp32").passed, "the cache was not rounded at all"
     stale = greedy(random_model(SMALL, seed=1), prompts, 40)
     assert not judge.judge(prompts, stale, "fp32", float8_cache=True).passed
-    assert [name for name, peer in PEERS.items() if peer.kv_bytes == 1] == ["ours-fp8"]
+    assert [name for name, peer in IMPLEMENTATIONS.items() if peer.kv_bytes == 1] == ["ours-fp8"]
 
 
 def test_q8_rounding_is_that_of_the_file_format():
@@ -130,7 +134,7 @@ def test_the_naive_decoder_is_greedy(tmp_path):
 def test_the_engine_is_driven_to_the_end_of_every_row(tmp_path, max_context):
     model, prompts = random_model(SMALL), prompts_of(5, 9)
     save_weights(model, tmp_path)
-    decode = decode_peers.ours(DecodeSetting(tmp_path, 5, 9, 15, 1, CPU, max_context), torch.float32, "reference")
+    decode = implementations.ours(DecodeSetting(tmp_path, 5, 9, 15, 1, CPU, max_context), torch.float32, "reference")
     for _ in range(2):
         generation = decode(prompts)
         assert generation.tokens == greedy(model, prompts, 15)
@@ -166,7 +170,7 @@ def test_bandwidth_is_positive_and_finite():
 
 
 def row(**changes) -> DecodeRow:
-    values = dict.fromkeys(COLUMNS) | {
+    values = dict.fromkeys(columns_of(DecodeRow)) | {
         "device": "card", "threads": 2, "model": "m", "weights": "random weights", "peer": "ours", "width": "bf16",
         "batch": 1, "prompt": 8, "new": 8, "status": "ok", "reason": "", "ttft": 0.01, "tpot": 0.001, "p20": 0.0009,
         "p80": 0.0012, "tokens_per_second": 1000.0, "share": 0.5, "kv_bytes_per_token": 4096, "error_ratio": 0.5,
@@ -192,10 +196,10 @@ def test_table_and_picture(tmp_path):
     [
         ({"peer": ("theirs",)}, "--peer theirs: unknown; choose from ours, "),
         ({"preset": "gpt5"}, "--preset gpt5: unknown"),
-        ({"batch": (0,)}, "--batch 0: counts from 1"),
-        ({"prompt": 0}, "--prompt 0: counts from 1"),
-        ({"turns": 0}, "--turns 0: counts from 1"),
-        ({"new": 1}, "--new 1: at least 2"),
+        ({"batch": (0,)}, "--batch 0: must be at least 1"),
+        ({"prompt": 0}, "--prompt 0: must be at least 1"),
+        ({"turns": 0}, "--turns 0: must be at least 1"),
+        ({"new": 1}, "--new 1: must be at least 2"),
         ({"max_context": 255}, "--max-context 255: --prompt and --new need 256"),
         ({"device": "abacus"}, "--device abacus"),
     ],
@@ -217,8 +221,8 @@ def test_who_cannot_run_says_why():
 
 
 def test_every_peer_is_described():
-    text = inspect.cleandoc(decode_peers.__doc__ or "")
-    for name in PEERS:
+    text = inspect.cleandoc(implementations.__doc__ or "")
+    for name in IMPLEMENTATIONS:
         assert re.search(rf"(?m)(^|[\s,]){re.escape(name)}([\s,]|$)", text), name
 
 
@@ -249,28 +253,28 @@ def test_a_run_of_the_script(tmp_path):
 def test_a_decoder_that_writes_nonsense_is_refused(tmp_path, monkeypatch):
     """In this process, with workers replaced: only what passes the gate is timed."""
     from bench import decode
-    from bench.decode_worker import DecoderError
 
-    class Fake:
-        def __init__(self, name: str, setting: DecodeSetting) -> None:
-            self.name, self.setting, self.turns, self.peak_mib = name, setting, [], 1.0
-            self.process = type("P", (), {"terminate": staticmethod(lambda: None)})()
+    class FakeWorker:
+        def __init__(self, start, name: str, setting: DecodeSetting) -> None:
+            self.name, self.setting = name, setting
 
-        def ready(self) -> None:
+        def wait_until_ready(self) -> None:
             if self.name == "hf-dynamic":
-                raise DecoderError("out of memory")
+                raise ImplementationError("out of memory")
 
-        def run(self, prompts: torch.Tensor) -> Generation:
-            tokens = greedy(random_model(ModelConfig.preset("nano")), prompts, self.setting.new)
+        def ask(self, prompts: list[list[int]] | None) -> Generation | float:
+            if prompts is None:
+                return 1.0
+            tokens = greedy(random_model(ModelConfig.preset("nano")), torch.tensor(prompts), self.setting.new)
             if self.name == "ours-reference":
                 tokens[-1][-1] = 17
             stamps = [(0.5 + i, len(tokens)) for i in range(self.setting.new)]
             return Generation(tokens, stamps, [0.5] * len(tokens))
 
-        def finish(self) -> None:
+        def close(self) -> None:
             pass
 
-    monkeypatch.setattr(decode, "DecodeWorker", Fake)
+    monkeypatch.setattr(decode, "Worker", FakeWorker)
     args = Args(preset="nano", peer=("ours-reference", "hf-dynamic", "naive"), batch=(2,), prompt=5, new=4, turns=2,
                 device="cpu", out=str(tmp_path))  # fmt: skip
     monkeypatch.setattr(decode, "why_not", lambda *_: None)
@@ -280,7 +284,7 @@ def test_a_decoder_that_writes_nonsense_is_refused(tmp_path, monkeypatch):
     assert good["status"] == "ok" and good["tpot"] == 1.0 and good["turns"] == 2
 
 
-def test_attention_contenders_agree(tmp_path):
+def test_attention_implementations_agree(tmp_path):
     case = decode_attention.make_case(ModelConfig.preset("minimind2-small"), 3, 37, CPU, torch.float32)
     assert case.table.unique().numel() == case.table.numel() == 3 * 3
     truth = decode_attention.eager(case.to(torch.float64), 0)

@@ -26,24 +26,25 @@ def test_both_forms_are_shown_beside_each_other(capsys):
         for form, a, b in (("operator", 1.5e-3, 1.5e-3), ("launch", 0.4e-3, 0.6e-3))
     ]
     show(rows, Console(width=120))
-    said = capsys.readouterr().out
-    assert "1,500.0" in said and "3.00" in said and said.count("34") == 2
+    output = capsys.readouterr().out
+    assert "1,500.0" in output and "3.00" in output and output.count("34") == 2
 
 
-def test_turns_are_taken_by_the_forms():
+def test_the_forms_take_turns():
     asked = []
 
-    class Fake:
+    class FakeWorker:
         def __init__(self, form):
             self.form = form
 
-        def ask(self, name, runs):
+        def ask(self, request):
+            _, runs = request
             asked.append((self.form, runs))
             return [(1.0, 2.0)] * runs if runs else 7
 
-    forms = {"operator": Fake("operator"), "launch": Fake("launch")}
-    found = host_time.measure("nano", Args(runs=2, turns=2), forms)
-    assert found["launch"] == (7, [(1.0, 2.0)] * 4)
+    forms = {"operator": FakeWorker("operator"), "launch": FakeWorker("launch")}
+    times = host_time.time_forms("nano", Args(runs=2, turns=2), forms)
+    assert times["launch"] == (7, [(1.0, 2.0)] * 4)
     assert asked[2:] == [("operator", 2), ("launch", 2)] * 2
 
 
@@ -52,7 +53,7 @@ def test_turns_are_taken_by_the_forms():
     [
         ({"preset": ("huge",)}, "--preset huge: unknown; choose from nano"),
         ({"op": ("attention",)}, "--op attention: unknown; choose from rms_norm"),
-        ({"runs": 0}, "--runs and --turns count from 1"),
+        ({"runs": 0}, "--runs 0: must be at least 1"),
     ],
 )
 def test_bad_arguments(given, message):

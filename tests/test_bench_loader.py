@@ -1,4 +1,4 @@
-"""bench/loader.py on a small file: what is measured, written and refused."""
+"""bench/loader.py on a small file: its figures, its rows, and the flags that it refuses."""
 
 import csv
 import json
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bench import loader, memory
+from bench import loader
+from bench.training import memory
 from minimind.data import read_documents
 from tests.data.fake import QUIET, write_jsonl
 
@@ -84,24 +85,24 @@ def test_grow_by_a_few_megabytes(data, tmp_path):
     assert not any(path.name.startswith("minimind-grow") for path in scratch.iterdir())
 
 
-def test_no_room(data, monkeypatch):
+def test_too_little_disk_space(data, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: usage._replace(free=5_000_000))
     with pytest.raises(ValueError, match=r"--grow: 0\.0 GB must be free in .* are; give a smaller size") as caught:
-        memory.measure((1 << 20, 1 << 21), [data], 1.0, QUIET)
+        memory.measure_memory((1 << 20, 1 << 21), [data], 1.0, QUIET)
     assert "\n" not in str(caught.value)
 
 
 def test_a_process_that_dies(data, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "__file__", str(tmp_path / "missing.py"))
     with pytest.raises(ValueError, match=r"--grow: tokenizing .* bytes ended with status 2"):
-        memory.measure((10_000,), [data], 0.1, Console(quiet=True))
+        memory.measure_memory((10_000,), [data], 0.1, Console(quiet=True))
 
 
-@pytest.mark.parametrize("given", [{"seconds": 0.0}, {"grow": 0.0}, {"grow": -1.0}])
-def test_bad_arguments(given):
+@pytest.mark.parametrize("flags", [{"seconds": 0.0}, {"grow": 0.0}, {"grow": -1.0}])
+def test_bad_arguments(flags):
     with pytest.raises(ValueError, match="must be above 0"):
-        loader.main(loader.Args(**given))
+        loader.main(loader.Args(**flags))
 
 
 def test_peaks():

@@ -1,4 +1,4 @@
-"""bench/optimizers.py: the target and the tokens to it by hand, and the command with runs that are there already."""
+"""bench/optimizers.py: the target and the tokens to it by hand, and the command with finished runs."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ def test_target_is_what_the_worse_optimizer_reaches_at_its_best_rate():
 
 
 def write(run: Run, losses: dict[int, float]) -> None:
-    """A finished run's folder as far as it is read."""
+    """The files of a finished run that the benchmark reads."""
     run.folder.mkdir(parents=True)
     rows = [{"kind": "train", "step": 1, "loss": 1.0}]
     rows += [
@@ -53,7 +53,6 @@ def write(run: Run, losses: dict[int, float]) -> None:
 def test_finished_runs_are_compared_and_not_repeated(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(optimizers.subprocess, "run", lambda *_, **__: pytest.fail("a finished run was started"))
-    monkeypatch.setattr(optimizers, "versions", lambda device: {"device": device})
     data = tmp_path / "poems.jsonl"
     data.write_text("".join(json.dumps({"text": "a line " * (i + 3)}) + "\n" for i in range(30)))
     args = Args(data=(str(data),), seeds=(1, 2), adamw_lr=(8e-3,), runs=str(tmp_path / "runs"), out=str(tmp_path))
@@ -75,24 +74,24 @@ def test_finished_runs_are_compared_and_not_repeated(tmp_path, monkeypatch, caps
 
 
 def test_flags_of_a_run(tmp_path, monkeypatch):
-    """train/pretrain.py is told all that makes the run, and one that fails is an error with its log."""
-    told: list[str] = []
+    """train/pretrain.py gets every setting of the run; a failed run is an error that names its log."""
+    words: list[str] = []
 
     def call(command, **_):
-        told.extend(command)
-        return type("Done", (), {"returncode": 0 if len(told) < 30 else 2})()
+        words.extend(command)
+        return type("Done", (), {"returncode": 0 if len(words) < 30 else 2})()
 
     monkeypatch.setattr(optimizers.subprocess, "run", call)
     args = Args(tokens=5000, runs=str(tmp_path))
     one = replace(planned(args, ["/data/poems.jsonl"])[0], seed=7)
     train(one, args, 0.25)
-    given = dict(zip(told[2::2], told[3::2], strict=True))
-    assert given["--optimizer"] == "muon" and given["--lr"] == "0.004" and given["--seed"] == "7"
-    assert given["--heldout"] == "0.25" and int(given["--eval-tokens"]) > 1e9 and given["--tokens"] == "5000"
+    flags = dict(zip(words[2::2], words[3::2], strict=True))
+    assert flags["--optimizer"] == "muon" and flags["--lr"] == "0.004" and flags["--seed"] == "7"
+    assert flags["--heldout"] == "0.25" and int(flags["--eval-tokens"]) > 1e9 and flags["--tokens"] == "5000"
     with pytest.raises(ValueError, match=r"ended with status 2; see the end of .*poems-nano-5000-muon-0.004-seed1.log"):
         train(planned(args, ["/data/poems.jsonl"])[0], args, 0.25)
 
 
 def test_rows_need_a_rate(tmp_path):
-    with pytest.raises(ValueError, match="name at least one"):
+    with pytest.raises(ValueError, match="--seeds needs a value"):
         main(Args(muon_lr=(), adamw_lr=(), out=str(tmp_path)))

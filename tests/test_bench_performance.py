@@ -1,19 +1,20 @@
-"""bench/performance.py: the committed pages are what the committed rows say, and say what is missing."""
+"""bench/performance.py: the committed pages follow from the committed rows, and name what is missing."""
 
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 
 import pytest
 
 from bench import performance, projection
 from bench.performance import with_blocks
-from bench.performance_projection import default_tiles, minimind_zero
-from bench.performance_readme import SHOWN, blocks
-from bench.performance_rows import RESULTS, Device, device_of, devices, find
-from bench.performance_tables import device_report, sections
-from bench.performance_targets import CPU, GPU, NEEDS_CARD, UNEXPLAINED, Target, judged, step, table
+from bench.report.projections import default_tiles, minimind_zero
+from bench.report.readme import SHOWN, blocks
+from bench.report.rows import RESULTS, Device, device_of, devices, find
+from bench.report.tables import sections
+from bench.report.targets import CPU, GPU, NEEDS_CARD, UNEXPLAINED, Target, failed, judged, step, table
 
 
 def write(folder, name: str, rows: list[dict]) -> None:
@@ -46,7 +47,7 @@ def card(tmp_path) -> Device:
     return device_of(tmp_path / "card")
 
 
-def test_the_committed_pages_are_what_the_rows_say():
+def test_the_committed_pages_follow_from_the_rows():
     for path, text in performance.pages().items():
         assert path.read_text(encoding="utf-8") == text, "run python bench/performance.py"
         assert UNEXPLAINED not in text
@@ -90,19 +91,19 @@ def test_met_missed_and_not_measured(card):
     assert lines[1].endswith("at most 0.50x | 0.60x | **missed**: It leaks. |")
     assert lines[2].endswith(f"**missed**: {UNEXPLAINED} |")
     assert lines[3].endswith(f"|  | {NEEDS_CARD} |")
-    found = {target.what: value for target, value in judged(GPU, card)}
-    assert found["minimind2-small, model FLOP utilisation"] == pytest.approx(0.41)
-    assert found["decoding, 64 sequences over one"] is None
+    values = {target.what: value for target, value in judged(GPU, card)}
+    assert values["minimind2-small, model FLOP utilisation"] == pytest.approx(0.41)
+    assert values["decoding, 64 sequences over one"] is None
 
 
-def test_a_card_changes_the_pages(card):
-    found = [card, device_of(RESULTS / SHOWN)]
-    page = performance.page(found)
+def test_rows_of_a_gpu_change_the_pages(card):
+    every = [card, device_of(RESULTS / SHOWN)]
+    page = performance.page(every)
     assert "On NVIDIA H100, 80 GiB:" in page and UNEXPLAINED not in page
     assert NEEDS_CARD not in page and "not measured here" in page
-    english, chinese = blocks(found)["cards"]
+    english, chinese = blocks(every)["cards"]
     assert "| NVIDIA H100, 80 GiB | 300 | 5.0x |  |  |" in english and "| 300 | 5.0x |" in chinese
-    assert "No GPU" in blocks(found[1:])["cards"][0]
+    assert "No GPU" in blocks(every[1:])["cards"][0]
 
 
 def test_markers(tmp_path):
@@ -112,7 +113,7 @@ def test_markers(tmp_path):
     assert with_blocks(new, {"x": "new"}, "README.md") == new
     with pytest.raises(ValueError, match=r"README\.md: needs <!-- generated: y -->"):
         with_blocks(text, {"x": "1", "y": "2"}, "README.md")
-    with pytest.raises(ValueError, match="nothing makes the block x"):
+    with pytest.raises(ValueError, match="no code makes the block x"):
         with_blocks(text, {}, "README.md")
 
 
@@ -145,11 +146,17 @@ def test_every_table_of_tiles_is_shown():
     assert rows, "resources.json is empty; python bench/resources.py --json"
 
 
-def test_the_summary_of_a_campaign(card):
-    stamp = {"device": "card", "torch": "2", "triton": "3", "python": "3.12"}
-    state = {"kernels moe": {"status": "passed", "seconds": 3.0, "commit": "abc"}}
-    text = device_report(card.folder, stamp, state)
-    assert "| kernels moe | passed | 3 | abc |" in text and "## Training steps" in text
+def test_the_tasks_of_a_gpu(card):
+    state = {
+        "parity of kernels": {"state": "done", "seconds": 3.0, "commit": "abc"},
+        "parity of native operators": {"state": "failed 1", "seconds": 2.0, "commit": "abc"},
+        "grpo": {"state": "not reached"},
+    }
+    (card.folder / "card.json").write_text(json.dumps(state))
+    device = device_of(card.folder)
+    text = "\n".join(sections(device, "##"))
+    assert "| parity of kernels | done | 3.0 | abc |" in text and "| grpo | not reached |  |  |" in text
+    assert failed("parity")(device) == 1 and failed("grpo")(device) == 1 and failed("memcheck")(card) is None
 
 
 def test_missing_rows_are_named(tmp_path):

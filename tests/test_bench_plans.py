@@ -1,4 +1,4 @@
-"""bench/plans.py: rows of the lengths that upstream tells, and the page that is committed."""
+"""bench/plans.py: the lengths of the rows, every plan, and the committed page."""
 
 import json
 from itertools import pairwise
@@ -32,31 +32,31 @@ def samples(tmp_path_factory) -> Path:
 
 def test_rows_are_as_long_as_upstreams(samples):
     rows = [json.loads(line)["conversations"] for line in (samples / "sft.jsonl").read_text().splitlines()]
-    said = [m["content"] for messages in rows for m in messages]
+    contents = [m["content"] for messages in rows for m in messages]
     texts = [row["text"] for row in plans.texts(rows)]
-    assert "\n".join(texts) == "\n".join(said) and 300 < max(map(len, texts)) <= 512 + 20  # line ends between
+    assert "\n".join(texts) == "\n".join(contents) and 300 < max(map(len, texts)) <= 512 + 20  # line ends between
     longer = [row["conversations"] for row in plans.longer(rows)]
-    assert [m["content"] for messages in longer for m in messages] == said
+    assert [m["content"] for messages in longer for m in messages] == contents
     assert 1500 < max(map(plans.size_of, longer)) <= 2048
     thoughts = [row["conversations"] for row in plans.thoughts(rows)]
     assert all(messages[1]["content"].startswith("<think>\nanswer") for messages in thoughts)
 
 
-def test_every_file_is_planned_and_told(samples, tmp_path, monkeypatch):
+def test_every_file_is_planned_and_described(samples, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "SAMPLE_BYTES", 1 << 16)
     monkeypatch.setattr(plans, "PRESETS", ("nano",))
     args = plans.Args(
         str(samples), ("nano",), str(tmp_path / "cache"), str(tmp_path / "r.json"), str(tmp_path / "p.md")
     )
-    found = plans.main(args, plans.Console(quiet=True))
-    assert [(p["file"], p["stage"]) for p in found] == [(f.name, f.stage) for f in plans.FILES]
+    plans.main(args, plans.Console(quiet=True))
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert [(p["file"], p["stage"]) for p in written] == [(f.name, f.stage) for f in plans.FILES]
     text = (tmp_path / "p.md").read_text(encoding="utf-8")
-    assert json.loads((tmp_path / "r.json").read_text()) == json.loads(json.dumps(found))
-    assert text == plans.page(found) and text.count("| rlaif-mini.jsonl |") == 6
+    assert text == plans.page(written) and text.count("| rlaif-mini.jsonl |") == 6
     assert "| sft_2048.jsonl | 9 GB | conversations of up to 2048 characters | sft |" in text
     assert "- dpo.jsonl, dpo: " in text and "--epochs 1: upstream's" in text
 
 
-def test_the_committed_page_is_of_the_committed_figures():
+def test_the_committed_page_follows_from_the_committed_figures():
     figures = json.loads((ROOT / "bench" / "results" / "plans.json").read_text(encoding="utf-8"))
     assert (ROOT / "docs" / "plans.md").read_text(encoding="utf-8") == plans.page(figures)

@@ -1,4 +1,4 @@
-"""bench/rl.py on a CPU and a tiny model: that its contenders do one thing, what is refused and written."""
+"""bench/rl.py on a CPU and a tiny model: its implementations agree, wrong results are refused, rows are written."""
 
 from __future__ import annotations
 
@@ -17,9 +17,17 @@ import torch
 from rich.console import Console
 
 from bench import rl
-from bench.decode import random_model
-from bench.rl import COLUMNS, PARTS, Args, RolloutRow, error_ratio, main, show, summary
-from bench.rl_peers import PEERS, RolloutSetting, RolloutStep, left_padded, naive_generate, naive_log_probs
+from bench.common.models import random_model
+from bench.common.record import columns_of
+from bench.rl import PARTS, Args, RolloutRow, error_ratio, main, show, summary
+from bench.training.grpo import (
+    IMPLEMENTATIONS,
+    RolloutSetting,
+    RolloutStep,
+    left_padded,
+    naive_generate,
+    naive_log_probs,
+)
 from minimind import ModelConfig, ops
 from minimind.config import PRESETS
 from minimind.weights import save_weights
@@ -50,19 +58,19 @@ def test_naive_sampling_behind_padding_is_the_models(setting):
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "multinomial", record)
         whole = naive_generate(model, ids, mask, 5)
-        said = whole[:, 9:]
-        batched = naive_log_probs(model, whole, torch.cat((mask, mask.new_ones(said.shape)), 1), 5)
+        answers = whole[:, 9:]
+        batched = naive_log_probs(model, whole, torch.cat((mask, mask.new_ones(answers.shape)), 1), 5)
         for row in range(6):
             prompt = setting.prompts[row // 2]
-            both = torch.cat((torch.tensor(prompt), said[row]))[None]
+            both = torch.cat((torch.tensor(prompt), answers[row]))[None]
             alone = model(both).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             torch.testing.assert_close(torch.stack([p[row] for p in drawn]), alone)
-            torch.testing.assert_close(batched[row], alone.gather(1, said[row][:, None])[:, 0])
+            torch.testing.assert_close(batched[row], alone.gather(1, answers[row][:, None])[:, 0])
 
 
-@pytest.mark.parametrize("name", PEERS)
-def test_contenders_score_their_answers_as_the_model_does(name, setting):
-    turn = PEERS[name](setting)(0)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_implementations_score_their_answers_as_the_model_does(name, setting):
+    turn = IMPLEMENTATIONS[name](setting)(0)
     assert set(turn.seconds) == set(PARTS) and all(value > 0 for value in turn.seconds.values())
     for prompt, ids, log_probs in turn.answers:
         assert prompt in setting.prompts and len(ids) == len(log_probs) == 5
@@ -72,29 +80,35 @@ def test_contenders_score_their_answers_as_the_model_does(name, setting):
     assert error_ratio(setting, wrong, name) > 2
 
 
+class InProcess:
+    """A worker without a process."""
+
+    def __init__(self, start, *arguments):
+        self.ask = start(*arguments)
+
+    def close(self) -> None:
+        pass
+
+
 def test_rows_table_and_last_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(PRESETS, "nano", SMALL)
-    monkeypatch.setattr(
-        rl.RolloutWorker, "__init__", lambda self, name, setting: setattr(self, "run", PEERS[name](setting))
-    )
-    monkeypatch.setattr(rl.RolloutWorker, "step", lambda self, seed: self.run(seed))
-    monkeypatch.setattr(rl.RolloutWorker, "finish", lambda self: 100.0)
+    monkeypatch.setattr(rl, "Worker", InProcess)
     args = Args(prompts=2, samples=2, prompt=6, new=4, turns=2, threads=1, device="cpu", out=str(tmp_path))
-    found = main(args)
-    json.dumps(found)
-    rows = list(csv.DictReader(Path(found["csv"]).read_text().splitlines()))
-    assert list(rows[0]) == COLUMNS and [row["peer"] for row in rows] == list(PEERS)
-    for row in found["rows"]:
-        assert row["status"] == "ok" and row["turns"] == 2 and row["peak_mib"] == 100
+    result = main(args)
+    json.dumps(result)
+    rows = list(csv.DictReader(Path(result["csv"]).read_text().splitlines()))
+    assert list(rows[0]) == columns_of(RolloutRow) and [row["peer"] for row in rows] == list(IMPLEMENTATIONS)
+    for row in result["rows"]:
+        assert row["status"] == "ok" and row["turns"] == 2 and row["peak_mib"] > 0
         assert row["tokens_per_second"] == pytest.approx(2 * 2 * 4 / row["seconds"])
     assert "naive" in capsys.readouterr().out
 
 
-def test_a_turns_time_is_that_of_its_parts(setting):
+def test_a_steps_time_is_the_sum_of_its_parts(setting):
     turns = [RolloutStep({"rollout": 1.0 * i, "reward": 0.0, "train": 2.0}) for i in (1, 2, 9)]
-    found = summary(turns, setting)
-    assert (found["seconds"], found["rollout"], found["train"]) == (4, 2, 2)
-    assert found["tokens_per_second"] == 6 * 5 / 4
+    columns = summary(turns, setting)
+    assert (columns["seconds"], columns["rollout"], columns["train"]) == (4, 2, 2)
+    assert columns["tokens_per_second"] == 6 * 5 / 4
     row = RolloutRow("", None, "", 1, None, "nano", "ours", 1, 1, 1, 1, seconds=1.0, p20=1, p80=1, rollout=0.5,
                      reward=0.1, train=0.4, tokens_per_second=1, error_ratio=1)  # fmt: skip
     console = Console(record=True, width=120)
@@ -106,9 +120,9 @@ def test_a_turns_time_is_that_of_its_parts(setting):
     ("flags", "message"),
     [
         ({"preset": "nana"}, "--preset nana: unknown"),
-        ({"preset": "minimind2-moe"}, "--preset minimind2-moe: the naive contender knows dense models"),
+        ({"preset": "minimind2-moe"}, "--preset minimind2-moe: must be a dense model"),
         ({"peer": ("trl",)}, "--peer trl: unknown; choose from ours"),
-        ({"new": 0}, "--new 0: counts from 1"),
+        ({"new": 0}, "--new 0: must be at least 1"),
     ],
 )
 def test_errors(flags, message):
@@ -134,8 +148,8 @@ def test_ctrl_c_is_no_traceback(tmp_path):
             assert bench.poll() is None
             time.sleep(0.001)
         os.killpg(bench.pid, signal.SIGINT)
-        said = bench.communicate(timeout=60)[0].decode()
-    assert bench.returncode == 130 and "Traceback" not in said, said
+        output = bench.communicate(timeout=60)[0].decode()
+    assert bench.returncode == 130 and "Traceback" not in output, output
     end = time.monotonic() + 20
     while any(Path(f"/proc/{child}").exists() for child in children):
         assert time.monotonic() < end, "a worker outlives the benchmark"

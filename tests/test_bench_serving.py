@@ -1,4 +1,4 @@
-"""bench/serving.py on a tiny load: what is counted, what is found out, what is written."""
+"""bench/serving.py on a tiny load: its counts, its checks and its row."""
 
 import asyncio
 import csv
@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from bench.serving_report import COLUMNS
+from bench.common.record import columns_of
 from minimind import ModelConfig, load_tokenizer
 from minimind.weights import save_weights
 
@@ -36,11 +36,11 @@ USAGE = json.dumps({"choices": [], "usage": {"completion_tokens": 7}})
     ],
 )
 def test_what_is_lost_and_mixed_is_counted(content, status, lost, mixed):
-    async def run() -> serving.Log:
-        log = serving.Log()
+    async def run() -> serving.LoadLog:
+        log = serving.LoadLog()
         transport = serving.httpx.MockTransport(lambda request: serving.httpx.Response(status, content=content))
         async with serving.httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            await serving.ask(client, "x", serving.Task([1], 7, "ab"), log)
+            await serving.ask(client, "x", serving.CheckedPrompt([1], 7, "ab"), log)
         return log
 
     log = asyncio.run(run())
@@ -49,9 +49,9 @@ def test_what_is_lost_and_mixed_is_counted(content, status, lost, mixed):
         assert log.tokens == 7 and len(log.ttft) == 1 and len(log.gaps) == 1
 
 
-def test_a_load_that_brought_nothing_is_no_result():
+def test_a_load_without_an_answer_is_an_error():
     with pytest.raises(ValueError, match="no answer came"):
-        serving.summary(serving.Log())
+        serving.summary(serving.LoadLog())
 
 
 @pytest.mark.heavy
@@ -70,7 +70,7 @@ def test_a_short_run(tmp_path):
     assert 0 < result["ttft_p50"] <= result["ttft_p99"] and result["tokens_per_second"] > 0
     with (tmp_path / "out" / "serving.csv").open(encoding="utf-8", newline="") as file:
         (row,) = csv.DictReader(file)
-    assert list(row) == COLUMNS and int(row["requests"]) == result["requests"]
+    assert list(row) == columns_of(serving.ServingRow) and int(row["requests"]) == result["requests"]
     assert len(list((tmp_path / "out").glob("serving-*.png"))) == 1
     for wrong in ({"preset": "tiny"}, {"clients": 0}, {"new": 3}):
         with pytest.raises(ValueError, match=f"--{next(iter(wrong))}"):

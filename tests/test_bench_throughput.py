@@ -9,18 +9,22 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from bench import contenders, projection
-from bench.contenders import MAKERS, why_not
-from bench.stages import ALPHA, BETA, STAGES, Padding, padded_batches, padding_of, upstream_loss
+from bench import projection, throughput
+from bench.common.record import columns_of
+from bench.common.worker import ImplementationError
 from bench.throughput import Args, data_of, main, slow_step
-from bench.throughput_report import COLUMNS, ThroughputRow, plot, show
-from bench.throughput_worker import WorkerStep
+from bench.training import implementations
+from bench.training.implementations import IMPLEMENTATIONS, Implementation, why_not
+from bench.training.report import ThroughputRow, plot, show
+from bench.training.stages import ALPHA, BETA, STAGES, Padding, padded_batches, padding_of, upstream_loss
+from bench.training.worker import StepCost, _turn
 from minimind import ModelConfig, ops
 from minimind.modeling import Model
 from minimind.objectives.next_token import Distillation, distillation_loss, next_token_loss
@@ -60,7 +64,7 @@ def pairs(tmp_path_factory) -> Path:
 
 
 def row(**changes) -> ThroughputRow:
-    values = dict.fromkeys(COLUMNS) | {
+    values = dict.fromkeys(columns_of(ThroughputRow)) | {
         "device": "card", "stage": "pretrain", "preset": "minimind2-small", "data": "d", "rows": 8, "seq_len": 512,
         "peer": "ours", "steps": 3, "tokens_per_second": 1000.0, "positions_per_second": 2000.0, "step_seconds": 1.0,
         "p20": 0.9, "p80": 1.1, "peak_mib": 100.0, "loader_share": 0.01, "optimizer": "adamw", "date": "today",
@@ -152,14 +156,16 @@ def test_upstreams_loss_is_ours(stage, chats, pairs, tmp_path, monkeypatch):
     theirs = upstream_loss(kind, model, frozen, padded)
     with ops.using("reference"):
         if kind.pairs:
-            told, _ = pair_log_probs(other, batch)
-            given = dataclasses.replace(batch, reference_chosen=told.chosen, reference_rejected=told.rejected)
-            mine, _, _ = preference_loss(model, given, partial(dpo, beta=BETA))
+            reference, _ = pair_log_probs(other, batch)
+            scored = dataclasses.replace(
+                batch, reference_chosen=reference.chosen, reference_rejected=reference.rejected
+            )
+            own, _, _ = preference_loss(model, scored, partial(dpo, beta=BETA))
         elif kind.teacher:
-            mine, _ = distillation_loss(model, other, batch, Distillation(alpha=ALPHA))
+            own, _ = distillation_loss(model, other, batch, Distillation(alpha=ALPHA))
         else:
-            mine, *_ = next_token_loss(model, batch)
-    assert theirs.item() == pytest.approx(mine.item() / batch.global_weight, rel=1e-5)
+            own, *_ = next_token_loss(model, batch)
+    assert theirs.item() == pytest.approx(own.item() / batch.global_weight, rel=1e-5)
 
 
 def test_peak_memory_is_this_process_own():
@@ -167,7 +173,7 @@ def test_peak_memory_is_this_process_own():
     code = """
 import resource, subprocess, sys
 held = bytearray(b"x" * (600 << 20))
-child = "import torch; from bench.timing import peak_mib; print(peak_mib(torch.device('cpu')))"
+child = "import torch; from bench.common.timing import peak_mib; print(peak_mib(torch.device('cpu')))"
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, flush=True)
 subprocess.run([sys.executable, "-c", child], check=True)
 """
@@ -177,8 +183,8 @@ subprocess.run([sys.executable, "-c", child], check=True)
     assert parent > 600 and 100 < child < 550
 
 
-def test_a_slow_step_is_told():
-    steps = [WorkerStep(1.0, 2.0, 0.1, 10, 5)] * 4 + [WorkerStep(3.0, 2.5, 0.6, 1000, 5)]
+def test_a_slow_step_is_explained():
+    steps = [StepCost(1.0, 2.0, 0.1, 10, 5)] * 4 + [StepCost(3.0, 2.5, 0.6, 1000, 5)]
     assert slow_step(steps[:4]) is None
     line = slow_step(steps) or ""
     assert "step 5 took 3 s instead of 1" in line and "0.6 of them in the kernel, 1,000 page faults" in line
@@ -194,23 +200,23 @@ def test_ours_has_a_row_with_each_optimizer(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    "flags, message",
     [
         ({"peer": ("theirs",)}, "--peer theirs: unknown; choose from ours, "),
         ({"preset": ("nano,gpt5",)}, "--preset gpt5: unknown"),
         ({"stage": ("sft,ppo",)}, "--stage ppo: unknown; choose from pretrain"),
-        ({"steps": 0}, "--steps 0: counts from 1"),
-        ({"seq_len": 0}, "--seq-len 0: counts from 1"),
-        ({"project": True, "device": "cpu"}, "--project: a CPU's figures"),
+        ({"steps": 0}, "--steps 0: must be at least 1"),
+        ({"seq_len": 0}, "--seq-len 0: must be at least 1"),
+        ({"project": True, "device": "cpu"}, "--project: needs a GPU"),
         ({"headline": True, "stage": ("sft",)}, "--headline: needs --stage pretrain"),
-        ({"stage": ("sft,dpo",), "data": ("a.jsonl",)}, "--data a.jsonl: .* say whose: sft=a.jsonl"),
-        ({"stage": ("sft",), "data": ("dpo=a.jsonl",)}, "--data dpo=a.jsonl: --stage has no dpo"),
+        ({"stage": ("sft,dpo",), "data": ("a.jsonl",)}, "--data a.jsonl: .* name the stage: sft=a.jsonl"),
+        ({"stage": ("sft",), "data": ("dpo=a.jsonl",)}, "--data dpo=a.jsonl: --stage does not name dpo"),
         ({"stage": ("lora",), "optimizer": "muon"}, "--optimizer muon: adapters"),
     ],
 )
-def test_bad_arguments(given, message):
+def test_bad_arguments(flags, message):
     with pytest.raises(ValueError, match=message):
-        main(Args(**given))
+        main(Args(**flags))
 
 
 def test_each_stage_has_its_files():
@@ -222,16 +228,16 @@ def test_each_stage_has_its_files():
 def test_who_cannot_run_says_why():
     cpu = torch.device("cpu")
     assert why_not("liger", "pretrain", "minimind2-small", cpu) == "Liger-Kernel needs a GPU"
-    assert "no model of minimind3's shape" in (why_not("hf", "sft", "minimind3", cpu) or "")
-    assert "does not do dpo" in (why_not("hf", "dpo", "minimind2-small", cpu) or "")
+    assert "cannot have the shape of minimind3" in (why_not("hf", "sft", "minimind3", cpu) or "")
+    assert "cannot train dpo" in (why_not("hf", "dpo", "minimind2-small", cpu) or "")
     assert "no plain form of dpo" in (why_not("compile", "dpo", "minimind2-small", cpu) or "")
-    assert "bf16 on a GPU" in (why_not("upstream-bf16", "sft", "minimind2", torch.device("cuda")) or "")
+    assert "in bf16 already" in (why_not("upstream-bf16", "sft", "minimind2", torch.device("cuda")) or "")
     assert all(why_not("ours", stage, "minimind3-moe", cpu) is None for stage in STAGES)
 
 
-def test_every_contender_is_described():
-    text = inspect.cleandoc(contenders.__doc__ or "")
-    for name in MAKERS:
+def test_every_implementation_is_described():
+    text = inspect.cleandoc(implementations.__doc__ or "")
+    for name in IMPLEMENTATIONS:
         assert f"\n{name} " in text
 
 
@@ -240,8 +246,8 @@ def test_projections_by_hand(capsys):
     flops = 154.9e6 + 8 * 8 * 64 * 2 * 512 * 3  # 6 for each weight of a matrix, and half of the scores' square
     assert first["positions_per_second"] == pytest.approx(0.5 * 71e12 / flops, rel=0.01)
     assert second["card"] == "RTX 4090" and second["attention"] == "flash3"
-    said = capsys.readouterr().out
-    assert "projected, not measured" in said and said.count("attention as here (flash3)") == 2
+    output = capsys.readouterr().out
+    assert "projected, not measured" in output and output.count("attention as here (flash3)") == 2
     corpus = type("Fake", (), {"num_bytes": 3000, "num_tokens": 1000})()
     found = projection.headline([row(tokens_per_second=1e5)], corpus, Console())
     assert found["total_hours"] == pytest.approx(2.8e9 / 3 / 1e5 / 3600)
@@ -249,17 +255,60 @@ def test_projections_by_hand(capsys):
     both = [row(tokens_per_second=1e5), row(stage="sft", tokens_per_second=5e4)]
     hours = projection.headline(both, corpus, Console())["hours"]
     assert hours["sft"] / hours["pretrain"] == pytest.approx(2 * 1.2 / 1.6)
-    with pytest.raises(ValueError, match="--peer ours"):
+    with pytest.raises(ValueError, match="--peer must include ours"):
         projection.headline([row(peer="hf")], corpus, Console())
 
 
-def test_the_table_says_whose_attention(capsys):
+def test_the_table_names_the_attention(capsys):
     show([row(), row(peer="hf", attention="sdpa")], Padding(0.5, 0.1), Console(width=200))
-    said = capsys.readouterr().out
-    assert "attention" in said and "flash3" in said and "sdpa" in said
+    output = capsys.readouterr().out
+    assert "attention" in output and "flash3" in output and "sdpa" in output
 
 
 def test_a_picture_of_several_presets(tmp_path):
     rows = [row(), row(peer="hf"), row(preset="minimind2", peer="hf"), row(stage="dpo", peak_mib=None)]
     plot(rows, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000
+
+
+def test_an_implementation_that_fails_takes_no_other_along(monkeypatch):
+    class FakeWorker:
+        def __init__(self, start, name, setting):
+            self.name, self.steps = name, 0
+
+        def ask(self, request):
+            count, counts = request
+            self.steps += count * counts
+            if self.name == "at once" or (self.name == "later" and self.steps > 2):
+                raise ImplementationError("its process died")
+            return [StepCost(1.0, 1.0, 0.0, 0, 8)] * count
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(throughput, "Worker", FakeWorker)
+    comparison = throughput.Comparison(SimpleNamespace(stage="sft", preset="nano"), Console(quiet=True))
+    comparison.run(["at once", "well", "later"], warmup=3, steps=6, turn_steps=2)
+    assert list(comparison.workers) == ["well"] and len(comparison.costs["well"]) == 6
+    assert comparison.failures == [f"sft, nano: --peer {name}: its process died" for name in ("at once", "later")]
+
+
+def test_implementations_on_one_gpu_leave_memory_to_each_other(monkeypatch):
+    """Together they need more than a GPU may have: a turn frees its memory, and begins with a step that does not
+    count."""
+    events: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("emptied"))
+
+    def step() -> int:
+        implementation.loading += 1.0
+        events.append("step")
+        return 1
+
+    implementation = Implementation(step)
+    with _turn(implementation, torch.device("cuda")):
+        assert events == ["step"] and implementation.loading == 0
+        implementation.step()
+    assert events == ["step", "step", "emptied"] and implementation.loading == 1
+    with _turn(implementation, torch.device("cpu")):
+        pass
+    assert len(events) == 3

@@ -1,4 +1,4 @@
-"""bench/transfer.py: parabolas and rules that are known beforehand, scans by hand, and runs that are not repeated."""
+"""bench/transfer.py: parabolas and rules with known answers, scans by hand, and runs that are not repeated."""
 
 import json
 import math
@@ -9,12 +9,13 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from bench import transfer, transfer_plan
+from bench import transfer
+from bench.rates import plan as transfer_plan
+from bench.rates.fit import NOISE, Optimum, fit, next_rate, noise_of, optimum
+from bench.rates.plan import OutOfTimeError, Sweep, planned, start_of
+from bench.rates.plot import plot
+from bench.rates.runs import Point, TransferRow, family, read, train, write
 from bench.transfer import Args
-from bench.transfer_fit import NOISE, Optimum, fit, next_rate, noise_of, optimum
-from bench.transfer_plan import OutOfTimeError, Sweep, planned, start_of
-from bench.transfer_plot import plot
-from bench.transfer_runs import Point, TransferRow, family, read, train, write
 from minimind.config import PRESETS
 from minimind.training.metrics import read_metrics
 from train import pretrain
@@ -151,7 +152,7 @@ def test_rows_are_read_as_they_were_written(tmp_path):
         write(path, row)
     assert read(path) == kept and kept[-1].loss == math.inf
     path.write_text(path.read_text() + '{"rate": 1}\n')
-    with pytest.raises(ValueError, match=r"transfer.jsonl:5: not a run of this version"):
+    with pytest.raises(ValueError, match=r"transfer.jsonl:5: not a row of this version"):
         read(path)
 
 
@@ -238,7 +239,7 @@ def test_picture_and_table_of_the_rows(campaign, tmp_path, monkeypatch, capsys):
     assert (term["name"], term["exponent"]) == ("width", pytest.approx(-0.5))
     shown = capsys.readouterr().out
     assert "pretrain muon: 2.83e-03" in shown and "width^(-0.50" in shown
-    with pytest.raises(ValueError, match="no scans with a best rate"):
+    with pytest.raises(ValueError, match="no scan has a best rate"):
         plot([], tmp_path / "none.png")
 
 
@@ -247,7 +248,7 @@ def test_check_takes_the_rule_and_its_neighbours(campaign, tmp_path):
     data = tmp_path / "poems.jsonl"
     data.write_text("{}\n")
     args = Args(data=(str(data),), check=True, out=str(tmp_path), work=str(tmp_path / "work"))
-    with pytest.raises(ValueError, match="there is no rule yet"):
+    with pytest.raises(ValueError, match="needs a rule"):
         transfer.main(args)
     make().scans(planned(("poems",), (128, 256, 512), 204_800, ("tokens", "width", "seed")))
     state["runs"].clear()

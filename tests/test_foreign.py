@@ -10,8 +10,8 @@ import time
 import pytest
 
 from bench import decode
+from bench.common.worker import ImplementationError, Worker
 from bench.decode import Args
-from bench.decode_worker import DecoderError, DecodeWorker
 from minimind.export import gguf
 from tests import foreign
 
@@ -48,16 +48,21 @@ def test_a_crashing_quantizer_is_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.heavy
 def test_a_crashing_decoder_is_a_row_and_the_others_go_on(tmp_path, monkeypatch, capfd):
-    crashed: list[DecodeWorker] = []
+    crashed: list[Worker] = []
 
-    class Crashing(DecodeWorker):
-        def run(self, prompts):
+    class Crashing(Worker):
+        def __init__(self, start, name, setting):
+            super().__init__(start, name, setting)
+            self.name = name
+
+        def ask(self, request):
             if self.name == "naive":
                 crashed.append(self)
+                self.wait_until_ready()
                 os.kill(self.process.pid or 0, signal.SIGSEGV)
-            return super().run(prompts)
+            return super().ask(request)
 
-    monkeypatch.setattr(decode, "DecodeWorker", Crashing)
+    monkeypatch.setattr(decode, "Worker", Crashing)
     arguments = Args(
         preset="nano", peer=("naive", "ours-reference"), batch=(1,), prompt=4, new=3, turns=1, threads=1,
         device="cpu", out=str(tmp_path),
@@ -66,5 +71,5 @@ def test_a_crashing_decoder_is_a_row_and_the_others_go_on(tmp_path, monkeypatch,
     assert dead["status"] == "failed" and dead["reason"] == "died by SIGSEGV" and dead["tpot"] is None
     assert good["status"] == "ok" and good["turns"] == 1
     assert "batch 1: naive failed: died by SIGSEGV" in capfd.readouterr().err
-    with pytest.raises(DecoderError, match=r"^died by SIGSEGV$"):  # also where it died between its turns
-        crashed[0].finish()
+    with pytest.raises(ImplementationError, match=r"^died by SIGSEGV$"):  # also after its turn
+        Worker.ask(crashed[0], None)

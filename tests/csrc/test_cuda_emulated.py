@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import native_resources
-from bench.occupancy import CARDS
+from bench.compilation import native_resources
+from bench.compilation.occupancy import CARDS
 from minimind.inference.decode.reference import decode_attention_ref, rope_append_kv_ref, sample_ref, uniform
 from tests.csrc import emulated
 

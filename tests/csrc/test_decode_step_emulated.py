@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import native_resources
+from bench.compilation import native_resources
 from minimind.config import ModelConfig
 from minimind.inference.decode.step import DecodeWeights
 from minimind.modeling import Model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bench.decode_check import Judge
+from bench.decoding.judge import Judge
 from minimind import ModelConfig, load_model, load_tokenizer, ops, rope
 from minimind.config import PRESETS
 from minimind.export.hf import export_hf, hf_config

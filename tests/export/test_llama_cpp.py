@@ -6,7 +6,7 @@ import importlib.util
 import pytest
 import torch
 
-from bench.decode_check import Judge
+from bench.decoding.judge import Judge
 from minimind import ModelConfig, load_tokenizer
 from minimind.export.gguf import export_gguf, quantize
 from minimind.inference.generate import generate

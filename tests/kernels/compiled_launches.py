@@ -15,8 +15,8 @@ from unittest import mock
 import torch
 
 os.environ.pop("TRITON_INTERPRET", None)
-from bench import host_stub
-from bench.capture import pretending
+from bench.compilation import host_stub
+from bench.compilation.capture import pretending
 from minimind.kernels import triton_support
 
 host_stub.import_ops(visible=True)

@@ -1,4 +1,4 @@
-"""bench/kernels.py on a CPU and few tokens: the gate, the formulas, what is written."""
+"""bench/kernels.py on a CPU and few tokens: the numerics check, the formulas, the rows."""
 
 import csv
 import dataclasses
@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import kernels, peers, tuning
-from bench.kernel_cases import (
+from bench import kernels
+from bench.common.record import append, columns_of, slug
+from bench.common.timing import PASSES, Step, pass_step, time_in_turns
+from bench.operators import implementations, tuning
+from bench.operators.cases import (
     BUILDERS,
     KernelSetting,
     applies,
@@ -23,9 +26,8 @@ from bench.kernel_cases import (
     rope_work,
     swiglu_work,
 )
-from bench.kernel_report import COLUMNS, KernelRow, append, plot, slug
-from bench.parity import ALLOWED, worst_ratio
-from bench.timing import PASSES, Step, measure, step_of
+from bench.operators.parity import ALLOWED, worst_ratio
+from bench.operators.report import KernelRow, plot
 from minimind.config import PRESETS, ModelConfig
 from tests.kernels.contract import DEVICE
 
@@ -63,23 +65,23 @@ def row(**changes) -> KernelRow:
 @pytest.mark.parametrize("op", BUILDERS)
 def test_our_kernels_pass_the_gate(op, dtype):
     case = build(op, preset_of(op), 40, dtype, DEVICE, compiled=False, kernels=True)
-    assert worst_ratio(case.contenders["minimind"], case.reference, case.leaves) <= ALLOWED
+    assert worst_ratio(case.implementations["minimind"], case.reference, case.leaves) <= ALLOWED
 
 
 @pytest.mark.parametrize("op", BUILDERS)
 def test_cpu_forms_pass_the_gate(op):
     case = build(op, preset_of(op), 40, torch.float32, CPU, compiled=False)
-    assert list(case.contenders) == ["minimind", "eager"]
-    assert worst_ratio(case.contenders["minimind"], case.reference, case.leaves) <= ALLOWED
+    assert list(case.implementations) == ["minimind", "eager"]
+    assert worst_ratio(case.implementations["minimind"], case.reference, case.leaves) <= ALLOWED
 
 
-@pytest.mark.skipif(not peers.has_native_head(), reason="this PyTorch has no F.linear_cross_entropy")
+@pytest.mark.skipif(not implementations.has_native_head(), reason="this PyTorch has no F.linear_cross_entropy")
 def test_pytorchs_fused_forms_agree():
     x, targets = torch.randn(30, 48, requires_grad=True), torch.randint(0, 131, (30,))
     weight = torch.randn(131, 48, requires_grad=True)
     for native, reference in (
-        (peers.native_linear_cross_entropy, kernels_reference("linear_cross_entropy")),
-        (peers.native_linear_log_probs, kernels_reference("linear_log_probs")),
+        (implementations.native_linear_cross_entropy, kernels_reference("linear_cross_entropy")),
+        (implementations.native_linear_log_probs, kernels_reference("linear_log_probs")),
     ):
         ratio = worst_ratio(
             lambda a, b, f=native: f(a, b, targets), lambda a, b, f=reference: f(a, b, targets), [x, weight]
@@ -96,7 +98,7 @@ def kernels_reference(name: str):
     return lambda x, weight, targets: linear_log_probs_ref(x, weight, targets)[0]
 
 
-def test_a_wrong_contender_is_refused_and_a_dead_one_fails():
+def test_a_wrong_implementation_is_refused_and_a_failing_one_is_a_row():
     def dead(gate_up):
         raise NotImplementedError("not on this card\nat all")
 
@@ -104,8 +106,8 @@ def test_a_wrong_contender_is_refused_and_a_dead_one_fails():
     wrong_value = lambda gate_up: 1.001 * case.reference(gate_up)  # noqa: E731
     wrong_gradient = lambda gate_up: _Tripled.apply(case.reference(gate_up))  # noqa: E731
     gone = lambda gate_up: case.reference(gate_up) * float("nan")  # noqa: E731
-    found = {"wrong": wrong_value, "gradient": wrong_gradient, "gone": gone, "dead": dead}
-    case = dataclasses.replace(case, contenders=case.contenders | found)
+    others = {"wrong": wrong_value, "gradient": wrong_gradient, "gone": gone, "dead": dead}
+    case = dataclasses.replace(case, implementations=case.implementations | others)
     rows = {(r.contender, r.phase): r for r in bench().rows(case, case)}
     assert len(rows) == 6 * len(PASSES)
     for which in PASSES:
@@ -134,7 +136,7 @@ class _Tripled(torch.autograd.Function):
         return 3 * grads[0]
 
 
-def test_a_contender_that_dies_in_its_turn_does_not_stop_the_others():
+def test_an_implementation_that_fails_in_its_turn_does_not_stop_the_others():
     turns = []
 
     def mortal(_):
@@ -142,9 +144,9 @@ def test_a_contender_that_dies_in_its_turn_does_not_stop_the_others():
         if len(turns) == 3:
             raise RuntimeError("out of memory")
 
-    found = measure({"mortal": Step(lambda: None, mortal), "fine": Step(lambda: None, lambda _: None)}, CPU, 4)
-    assert found["mortal"] == "RuntimeError: out of memory" and len(turns) == 3
-    assert found["fine"].runs == 4
+    timings = time_in_turns({"mortal": Step(lambda: None, mortal), "fine": Step(lambda: None, lambda _: None)}, CPU, 4)
+    assert timings["mortal"] == "RuntimeError: out of memory" and len(turns) == 3
+    assert timings["fine"].runs == 4
 
 
 def test_only_run_is_timed_and_every_backward_has_its_forward():
@@ -156,12 +158,12 @@ def test_only_run_is_timed_and_every_backward_has_its_forward():
 
     x = torch.randn(3, requires_grad=True)
     for which, expected in (("forward", ["forward"]), ("both", ["forward", "backward"])):
-        step = step_of(which, function, [x])
+        step = pass_step(which, function, [x])
         state = step.prepare()
         calls.clear()
         step.run(state)
         assert calls == expected
-    step = step_of("backward", function, [x])
+    step = pass_step("backward", function, [x])
     for _ in range(2):
         calls.clear()
         state = step.prepare()
@@ -189,16 +191,16 @@ def test_work_by_hand():
     small = setting("minimind2-small")
     assert norm_work(small, 1).forward == 2 * 10 * 512 * 2  # x in, y out, two bytes each
     assert norm_work(small, 1).backward == 3 * 10 * 512 * 2
-    assert norm_work(small, 2).of("both") == (4 + 4) * 10 * 512 * 2
+    assert norm_work(small, 2).of_pass("both") == (4 + 4) * 10 * 512 * 2
     assert rope_work(small, False).forward == 2 * 10 * 12 * 64 * 2
     assert rope_work(setting("minimind3"), True).backward == (2 * 16 + 12) * 10 * 96 * 2
-    assert swiglu_work(small).of("both") == 8 * 10 * 1408 * 2
+    assert swiglu_work(small).of_pass("both") == 8 * 10 * 1408 * 2
     assert head_work(small).forward == 65_536_000  # 2 x 10 x 512 x 6400
-    assert head_work(small).of("both") == 196_608_000
-    assert head_work(small).of("backward") is None  # the gradient was made before
-    assert head_work(small, split=True).of("backward") == 131_072_000
-    assert head_work(small, teacher=True).of("both") == 262_144_000
-    assert moe_work(setting("minimind2-moe")).of("both") == 18 * 10 * 2 * 640 * 1728
+    assert head_work(small).of_pass("both") == 196_608_000
+    assert head_work(small).of_pass("backward") is None  # the gradient was made before
+    assert head_work(small, split=True).of_pass("backward") == 131_072_000
+    assert head_work(small, teacher=True).of_pass("both") == 262_144_000
+    assert moe_work(setting("minimind2-moe")).of_pass("both") == 18 * 10 * 2 * 640 * 1728
 
 
 def test_rates_and_shares():
@@ -223,7 +225,7 @@ def test_rows_are_added_never_rewritten(tmp_path):
 
 def test_changed_columns_are_an_error_that_names_the_file(tmp_path):
     path = tmp_path / "kernels.csv"
-    path.write_text(",".join(COLUMNS[:-1]) + "\n", encoding="utf-8")
+    path.write_text(",".join(columns_of(KernelRow)[:-1]) + "\n", encoding="utf-8")
     for write in (lambda: append(path, [row()]), lambda: kernels.main(kernels.Args(device="cpu", out=str(tmp_path)))):
         with pytest.raises(ValueError, match=r"kernels\.csv: its columns .*error_ratio"):
             write()
@@ -273,21 +275,21 @@ def test_last_line_is_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    "flags, message",
     [
         ({"ops": ("softmax",)}, "--ops softmax: unknown; choose from rms_norm"),
         ({"presets": ("gpt5",)}, "--presets gpt5: unknown"),
         ({"dtype": "int8"}, "--dtype int8: unknown; choose from auto, bf16"),
-        ({"tokens": (0,)}, "count from 1"),
-        ({"repeat": 0}, "count from 1"),
+        ({"tokens": (0,)}, "--tokens 0: must be at least 1"),
+        ({"repeat": 0}, "--repeat 0: must be at least 1"),
         ({"ops": ("moe",), "presets": ("minimind2",)}, "no model among --presets"),
-        ({"tune": "rms_norm"}, "--tune rms_norm: tile sizes are tuned on a CUDA GPU"),
+        ({"tune": "rms_norm"}, "--tune rms_norm: needs a CUDA GPU"),
         ({"tune": "softmax"}, "--tune softmax: unknown"),
     ],
 )
-def test_bad_arguments(given, message, tmp_path):
+def test_bad_arguments(flags, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
-        kernels.main(kernels.Args(**({"device": "cpu", "out": str(tmp_path)} | given)))
+        kernels.main(kernels.Args(**({"device": "cpu", "out": str(tmp_path)} | flags)))
     assert "\n" not in str(caught.value)
 
 

@@ -13,18 +13,18 @@ ROOT = Path(__file__).parents[2]
 OF_A_STEP = """
 import sys
 
-from bench import host_stub, host_worker
-from bench.compiling import compile_one
+from bench.compilation import host_cases, host_stub
+from bench.compilation.compiling import compile_one
 
 visible = sys.argv[1] == "launch"
 host_stub.import_ops(visible)
 with host_stub.stubbed(86) as found:
-    case = host_worker._make(sys.argv[2])
+    case = host_cases._make(sys.argv[2])
     case()
     found.launches = found.by_operators = 0
     case()
     print(found.launches, found.by_operators)
-    asked = host_stub.compilations(found, 86, "bf16")
+    asked = host_stub.requested_compilations(found, 86, "bf16")
 for job in asked:
     made = compile_one(job)
     problems = [made] if isinstance(made, str) else made.problems
@@ -35,7 +35,7 @@ print(" ".join(sorted({job.kernel for job in asked})))
 OF_ANY_SIZE = """
 import torch._dynamo.testing
 
-from bench import host_stub
+from bench.compilation import host_stub
 
 host_stub.import_ops(visible=True)
 from tests.kernels.contract import run

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.occupancy import CARDS, Occupancy, occupancy
+from bench.compilation.occupancy import CARDS, Occupancy, occupancy
 
 ROOT = Path(__file__).parents[2]
 NATIVE = ROOT / "csrc/cuda"
@@ -24,7 +24,7 @@ import sys
 import torch
 
 from bench import resources
-from bench.capture import capture
+from bench.compilation.capture import capture
 from minimind.kernels.triton_support import jit, launch, tl
 
 
@@ -39,7 +39,7 @@ def run():
     launch(_spilling_kernel, (1,), torch.ones(1), torch.ones(1), SIZE=8192, num_warps=1)
 
 
-resources.find = lambda args: capture({"control": run}, 86, "fp32")
+resources.capture_all = lambda args: capture({"control": run}, 86, "fp32")
 sys.exit(resources.main(resources.Args(json=sys.argv[1], jobs=1, native="none")))
 """
 
@@ -49,12 +49,12 @@ import sys
 
 import torch
 
-from bench import capture, capture_cases
+from bench.compilation import capture, op_cases
 
 
 def compilations(tokens):
-    capture_cases.TOKENS = tokens
-    found = capture.capture(capture_cases.cases(torch.bfloat16, sys.argv[1:]), 86, "bf16")
+    op_cases.TOKENS = tokens
+    found = capture.capture(op_cases.cases(torch.bfloat16, sys.argv[1:]), 86, "bf16")
     return {c.key: f"{c.kernel} ({c.case})" for c in found}
 
 
@@ -69,16 +69,16 @@ for tokens in (1, 2, 97, 2064):
 FOR_MANY_LENGTHS = """
 import torch
 
-from bench import run_shapes
-from bench.capture import capture
+from bench.compilation import run_cases
+from bench.compilation.capture import capture
 
 few, many = (
-    capture(run_shapes.cases(torch.bfloat16, lengths), 90, "bf16") for lengths in (run_shapes.FEW, run_shapes.MANY)
+    capture(run_cases.cases(torch.bfloat16, lengths), 90, "bf16") for lengths in (run_cases.FEW, run_cases.MANY)
 )
 for key, name in ({c.key: f"{c.kernel} ({c.case})" for c in many}).items():
     if key not in {c.key for c in few}:
         print(f"{name} is compiled anew for some length")
-for kernel, count in run_shapes.variants(many).items():
+for kernel, count in run_cases.variants(many).items():
     if count > 3:
         print(f"{kernel} has {count} variants")
 """
@@ -91,9 +91,9 @@ import sys
 
 import torch
 
-from bench import capture, capture_cases, compiling
+from bench.compilation import capture, compiling, op_cases
 
-found = {c.kernel: c for c in capture.capture(capture_cases.cases(torch.bfloat16, sys.argv[1:]), 86, "bf16")}
+found = {c.kernel: c for c in capture.capture(op_cases.cases(torch.bfloat16, sys.argv[1:]), 86, "bf16")}
 for kernel, job in sorted(found.items()):
     if "fp32" in job.signature.values():
         wide = {name: "fp64" if kind == "fp32" else kind for name, kind in job.signature.items()}
@@ -235,8 +235,8 @@ def test_a_spill_is_reported(tmp_path):
     assert f"spills {row['spilled']} bytes" in result.stdout
 
 
-def test_problems_that_must_not_ship():
-    compiling = pytest.importorskip("bench.compiling")
+def test_what_must_not_ship():
+    compiling = pytest.importorskip("bench.compilation.compiling")
     fine = compiling.Resources(
         "case", "bf16", 86, "module", "kernel", 8, 3, 128, 0, 0, 99 * 1024, 1, 0.17, "shared", True, 64, 0, 0
     )
@@ -284,7 +284,7 @@ def test_occupancy(arch, warps, registers, shared, expected):
 def test_bad_arguments(given, message):
     resources = pytest.importorskip("bench.resources")
     with pytest.raises(ValueError, match=message):
-        resources.find(resources.Args(**given))
+        resources.capture_all(resources.Args(**given))
 
 
 def test_a_bad_argument_is_one_line():

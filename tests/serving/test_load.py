@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from bench.decode import random_model
+from bench.common.models import random_model
 from minimind import ModelConfig
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams

@@ -1,0 +1,123 @@
+"""The tables of measured results in README.md and README_zh.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from bench.report.rows import Device, Row, find, number, ratio
+
+SHOWN = "amd-epyc-2-threads-avx512"  # the machine whose figures the README shows
+POEMS = {"stage": "pretrain", "data": "pretrain_zh_tang.jsonl", "rows": "8", "seq_len": "512"}
+Words = tuple[str, str]  # English, Chinese
+
+
+@dataclass(frozen=True)
+class Result:
+    """A line of the table: `column` of ours and of a peer, in the newest run of `table` with the cells `wanted`."""
+
+    words: Words
+    table: str
+    wanted: dict[str, str]
+    column: str
+    peer: str
+    against: Words
+
+
+UPSTREAM = ("upstream's way", "上游的做法")
+NAIVE = ("upstream's `generate`", "上游的 `generate`")
+LLAMA_CPP = ("llama.cpp", "llama.cpp")
+RESULTS = (
+    Result(("pretraining, tokens/s", "预训练，token/s"),
+           "throughput", POEMS, "tokens_per_second", "upstream-style", UPSTREAM),
+    Result(("the same, positions/s, padding counted", "同上，位置/s（计入填充）"),
+           "throughput", POEMS, "positions_per_second", "upstream-style", UPSTREAM),
+    Result(("the same, peak memory in MiB", "同上，峰值内存（MiB）"),
+           "throughput", POEMS, "peak_mib", "upstream-style", UPSTREAM),
+    Result(("GRPO with its rollouts, tokens/s", "GRPO（含采样），token/s"),
+           "rl", {}, "tokens_per_second", "naive", UPSTREAM),
+    Result(("decoding one sequence in bf16, tokens/s", "bf16 解码，单序列，token/s"),
+           "decode", {"batch": "1"}, "tokens_per_second", "llama.cpp-bf16", LLAMA_CPP),
+    Result(("decoding sixteen, tokens/s", "解码十六条序列，token/s"),
+           "decode", {"batch": "16"}, "tokens_per_second", "llama.cpp-bf16", LLAMA_CPP),
+)  # fmt: skip
+MODEL_COLUMN = {"throughput": "preset", "rl": "model", "decode": "model"}
+
+
+def blocks(devices: Sequence[Device]) -> dict[str, Words]:
+    """Name of a block -> its text in both languages. ValueError if rows that the README shows are missing."""
+    device = next((d for d in devices if d.folder.name == SHOWN), None)
+    if device is None:
+        raise ValueError(f"bench/results/{SHOWN} has no rows, but the README shows them")
+    makers: dict[str, Callable[[int], str]] = {
+        "results": lambda language: results(device, language),
+        "cards": lambda language: cards([d for d in devices if not d.is_cpu], language),
+    }
+    return {name: (make(0), make(1)) for name, make in makers.items()}
+
+
+def results(device: Device, language: int) -> str:
+    head = (
+        "| `minimind2-small` on two cores of an AMD EPYC (Zen 4) | ours | | other |",
+        "| `minimind2-small`，AMD EPYC（Zen 4）的两个核心 | 本项目 | | 对照 |",
+    )
+    lines = [head[language], "|---|---|---|---|"]
+    for result in RESULTS:
+        run = _run(device, result)
+        ours, other = _one(run, "ours"), _one(run, result.peer)
+        value, base = float(ours[result.column]), float(other[result.column])
+        times = f"{value / base:{'.2f' if value < 10 * base else '.1f'}}x"
+        lines.append(f"| {result.words[language]} | {value:,.0f} | {times} | {base:,.0f}, {result.against[language]} |")
+    return "\n".join(lines)
+
+
+def cards(gpus: Sequence[Device], language: int) -> str:
+    """A table with a line for each GPU, or a sentence if there is none."""
+    page = "[docs/PERFORMANCE.md](docs/PERFORMANCE.md)"
+    if not gpus:
+        return (
+            f"No GPU has been measured yet. {page} has every row, what was missed and why,\nprojections "
+            "(marked so), and the commands that remain to be run on a card.",
+            f"尚未在任何 GPU 上测量。{page} 列出每一行测量结果、未达到的目标与原因、推算（均已注明），"
+            "以及仍需在显卡上运行的命令。",
+        )[language]
+    head = (
+        "| card | pretraining, tokens/s | | decoding, tokens/s | |",
+        "| 显卡 | 预训练，token/s | | 解码，token/s | |",
+    )
+    lines = [head[language], "|---|---|---|---|---|"]
+    for device in gpus:
+        cells = [device.name]
+        for table, wanted in (
+            ("throughput", {"stage": "pretrain", "preset": "minimind2-small"}),
+            ("decode", {"model": "minimind2-small", "batch": "1"}),
+        ):
+            ours = find(device.tables[table], peer="ours", **wanted)
+            other = None if ours is None else device.base_of(table, ours)
+            rate = number(ours, "tokens_per_second")
+            times = ratio(rate, number(other, "tokens_per_second"))
+            cells += ["" if rate is None else f"{rate:,.0f}", "" if times is None else f"{times:.1f}x"]
+        lines.append(f"| {' | '.join(cells)} |")
+    note = (
+        f"`minimind2-small` against upstream's way and the naive loop; {page} has the rest.",
+        f"`minimind2-small`，与上游做法及朴素循环相比；其余见 {page}。",
+    )
+    return "\n".join([*lines, "", note[language]])
+
+
+def _run(device: Device, result: Result) -> list[Row]:
+    """The rows of the newest run with this result."""
+    wanted = {MODEL_COLUMN[result.table]: "minimind2-small", **result.wanted}
+    newest = find(device.tables[result.table], **wanted)
+    if newest is None:
+        cells = ", ".join(wanted.values())
+        raise ValueError(f"{device.folder / result.table}.csv: no row with {cells}, which the README shows")
+    same = {**wanted, "date": newest["date"]}
+    return [r for r in device.tables[result.table] if all(r[key] == value for key, value in same.items())]
+
+
+def _one(run: Sequence[Row], peer: str) -> Row:
+    row = find(run, peer=peer)
+    if row is None:
+        raise ValueError(f"the run of {run[0]['date']} has no {peer}, which the README shows; measure it with --peer")
+    return row
