@@ -1,4 +1,4 @@
-"""Text to batches: read files, tokenize once into a memory-mapped cache, pack, load."""
+"""Turn text into batches: read files, tokenize them once into a memory-mapped cache, pack rows, and load batches."""
 
 from minimind.data.builtin.chat import builtin_conversations
 from minimind.data.builtin.docstrings import builtin_corpus

@@ -15,7 +15,15 @@ from typing import Any, ParamSpec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-_LINE_SECONDS = 5.0
+P = ParamSpec("P")
+
+_LINE_SECONDS = 5.0  # between progress lines of bytes
+_PLAIN_SECONDS = 10.0  # between progress lines of steps
+# Fonts with Chinese characters on Linux, macOS and Windows: titles may have names of data files.
+_CHINESE = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "PingFang SC",
+            "Microsoft YaHei", "SimHei")  # fmt: skip
+_IDEOGRAPH = re.compile(r"[\u2e80-\ud7ff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
+_WIDEST = 90  # characters of a title
 
 
 def say(console: Console, text: str) -> None:
@@ -67,16 +75,6 @@ class ByteProgress:
         left = (self._total - done) / speed
         sizes = f"{done / 1e6:,.1f} of {self._total / 1e6:,.1f} MB"
         return f"{self._title}: {sizes}, {speed / 1e6:,.2f} MB/s, {left:,.0f} s left"
-
-
-P = ParamSpec("P")
-
-_PLAIN_SECONDS = 10.0
-# Fonts with Chinese characters on Linux, macOS and Windows: titles may have names of data files.
-_CHINESE = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "PingFang SC",
-            "Microsoft YaHei", "SimHei")  # fmt: skip
-_IDEOGRAPH = re.compile(r"[\u2e80-\ud7ff\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff]")
-_WIDEST = 90  # characters of a title
 
 
 class Display:

@@ -11,6 +11,10 @@ import types
 from collections.abc import Sequence
 from typing import TypeVar
 
+Flags = TypeVar("Flags")
+
+_TEXT_FLAGS = ("--prompt", "--system")  # these take a text, not a path
+
 
 def leave_on_interrupt() -> None:
     """Let Ctrl-C end the process at once, with status 130, until `started` is called.
@@ -30,11 +34,6 @@ def started() -> None:
 
 def _leave(number: int, frame: types.FrameType | None) -> None:
     os._exit(128 + number)
-
-
-Flags = TypeVar("Flags")
-
-_TEXT_FLAGS = ("--prompt", "--system")  # these take a text, not a path
 
 
 def prepare_output() -> None:

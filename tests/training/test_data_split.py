@@ -178,7 +178,7 @@ def test_a_run_of_an_earlier_version_still_drops_unknown_fields(origin, tmp_path
     out.mkdir()
     (out / "config.json").write_text(json.dumps(config))
     data.write_text(data.read_text().replace('{"conv', '{"images": 1, "conv'))
-    with pytest.raises(ValueError, match=r'data\.jsonl:1: field "images" is not known'):
+    with pytest.raises(ValueError, match=r'data\.jsonl:1: field "images" is unknown'):
         call(SFT, out=str(tmp_path / "newer"), seq_len=128, batch_tokens=512, **flags)
     call(SFT, out=str(out), seq_len=128, batch_tokens=512, **flags)
 
