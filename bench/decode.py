@@ -101,7 +101,7 @@ def main(args: Args) -> dict[str, Any]:
         }
         for batch in args.batch:
             setting = DecodeSetting(Path(place), batch, args.prompt, args.new, threads, device, args.max_context)
-            comparison = Comparison(setting, judge, console)
+            comparison = DecodeComparison(setting, judge, console)
             comparison.run(names, args.turns)
             new = comparison.rows(names, bandwidths, columns)
             append(folder / "decode.csv", new)
@@ -114,7 +114,7 @@ def main(args: Args) -> dict[str, Any]:
 
 
 @dataclass
-class Comparison:
+class DecodeComparison:
     """The decoders at one batch size: started and checked one after another, then timed in turns."""
 
     setting: DecodeSetting

@@ -87,7 +87,7 @@ class Args:
 
 
 @dataclass
-class Comparison:
+class TrainingComparison:
     """The implementations of one stage and preset: started one after another, then timed in turns."""
 
     setting: ThroughputSetting
@@ -197,7 +197,7 @@ def main(args: Args) -> dict[str, Any]:
         setting = _setting(args, stage, preset, corpora[stage], device)
         names = _runnable(args.peer, setting, console)
         paddings[stage] = padding_of(setting.kind, setting.corpus, setting.rows, setting.seq_len)
-        comparison = Comparison(setting, console)
+        comparison = TrainingComparison(setting, console)
         comparison.run(names, args.warmup, args.steps, args.turn)
         data = "+".join(Path(path).name for path in data_of(args, stage)) or "built-in"
         new = comparison.rows(limit, columns | {"data": data})

@@ -15,7 +15,7 @@ def row(schedule: str, seed: int, step: int, span: float, loss: float) -> Averag
     return AveragingRow("", None, "", "", "poems", "nano", schedule, 4e-3, seed, 10, step, span, 100, loss)
 
 
-def test_gains_are_of_the_end_of_a_run_of_one_seed_and_schedule():
+def test_gains_compare_the_ends_of_runs_with_one_seed_and_schedule():
     rows = [row("wsd", 1, 5, 0.0, 9.0), row("wsd", 1, 5, 0.1, 1.0), row("wsd", 1, 10, 0.0, 4.0),
             row("wsd", 1, 10, 0.1, 3.75), row("wsd", 2, 10, 0.0, 4.5), row("wsd", 2, 10, 0.1, 4.75),
             row("constant", 1, 10, 0.0, 5.0), row("constant", 1, 10, 0.2, 4.0)]  # fmt: skip
@@ -40,6 +40,6 @@ def test_weights_and_averages_are_measured_and_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{"spans": (0.0,)}, {"seeds": ()}, {"tokens": 100}])
-def test_what_no_run_can_use_is_refused(changes, tmp_path):
+def test_unusable_flags_are_refused(changes, tmp_path):
     with pytest.raises(ValueError, match=r"--seeds|--tokens"):
         main(Args(out=str(tmp_path), **changes))

@@ -227,7 +227,7 @@ def test_a_module_that_is_missing_is_named(capsys):
     assert card_imports.main(["json"]) == 0
 
 
-def test_a_pack_refuses_what_is_not_built_or_not_committed(tmp_path, monkeypatch):
+def test_a_pack_needs_built_libraries_and_a_clean_commit(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"_native_cpu\.so is not built from this source"):
         card_pack.built_libraries(tmp_path)
     report = {part: {"sources": card_pack.source_hash(ROOT, part)} for part in ("cpu", "cuda")}
@@ -253,7 +253,7 @@ def test_a_packs_source_holds_the_libraries_and_no_pages(tmp_path, monkeypatch):
     assert ":(exclude)docs" in commands[0]
 
 
-def test_a_packs_text_is_found_tokenized(tmp_path):
+def test_a_packs_text_needs_no_tokenizing(tmp_path):
     from minimind.data import open_corpus
     from minimind.tokenization import load_tokenizer
 

@@ -67,7 +67,7 @@ def test_the_judge_lets_the_greedy_continuation_through_and_nothing_else():
 
 
 @pytest.mark.parametrize("width, dtype", [("bf16", torch.bfloat16), ("f16", torch.float16)])
-def test_rounding_explains_narrow_decoders_but_no_more(width, dtype):
+def test_the_judge_allows_a_narrow_decoder_its_rounding_and_no_more(width, dtype):
     import copy
 
     model, prompts = random_model(SMALL), prompts_of(4, 9)
@@ -78,7 +78,7 @@ def test_rounding_explains_narrow_decoders_but_no_more(width, dtype):
     assert not Judge(model).judge(prompts, stale, width).passed
 
 
-def test_a_float8_cache_is_judged_by_a_float8_caches_rounding(tmp_path):
+def test_the_judge_allows_a_float8_cache_its_rounding(tmp_path):
     model, prompts = random_model(SMALL), prompts_of(4, 9)
     save_weights(model, tmp_path)
     decode = implementations.ours(DecodeSetting(tmp_path, 4, 9, 40, 1, CPU), torch.float32, "reference", FLOAT8)
@@ -91,7 +91,7 @@ def test_a_float8_cache_is_judged_by_a_float8_caches_rounding(tmp_path):
     assert [name for name, peer in IMPLEMENTATIONS.items() if peer.kv_bytes == 1] == ["ours-fp8"]
 
 
-def test_q8_rounding_is_that_of_the_file_format():
+def test_q8_rounding_equals_the_file_formats():
     gguf = pytest.importorskip("gguf", reason="install minimind[export]: needs gguf")
     x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
     x[0] = 0
@@ -141,7 +141,7 @@ def test_the_engine_is_driven_to_the_end_of_every_row(tmp_path, max_context):
         assert sum(count for _, count in generation.stamps) == 5 * 15 and len(generation.first) == 5
 
 
-def test_what_the_steps_come_to():
+def test_the_summary_of_steps():
     setting = DecodeSetting(Path(), 2, 8, 4, 1, CPU)
     # the second row joins at 3 s; the first ends a step before it: two whole steps, of 1 and 3 s
     turn = Generation([[1] * 4, [1] * 4], [(1.0, 1), (3.0, 2), (4.0, 2), (7.0, 2), (8.0, 1)], [1.0, 3.0])
@@ -209,7 +209,7 @@ def test_bad_arguments(given, message):
         main(Args(**given))
 
 
-def test_who_cannot_run_says_why():
+def test_an_implementation_that_cannot_run_has_a_reason():
     moe = ModelConfig.preset("minimind2-moe")
     assert "dense models only" in (why_not("hf-dynamic", moe, CPU) or "")
     assert why_not("naive", moe, CPU) is None and why_not("ours-reference", moe, CPU) is None
@@ -251,7 +251,7 @@ def test_a_run_of_the_script(tmp_path):
 
 @pytest.mark.heavy
 def test_a_decoder_that_writes_nonsense_is_refused(tmp_path, monkeypatch):
-    """In this process, with workers replaced: only what passes the gate is timed."""
+    """In this process, with workers replaced: only a decoder that passes the check is timed."""
     from bench import decode
 
     class FakeWorker:

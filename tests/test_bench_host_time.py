@@ -20,7 +20,7 @@ def test_one_more_call_is_the_difference_of_two_graphs():
     assert each.launches == 2 and each.what == "swiglu, one more call"
 
 
-def test_both_forms_are_shown_beside_each_other(capsys):
+def test_the_table_shows_both_forms(capsys):
     rows = [
         row_of("nano", form, 34, [(a, b)], STAMP)
         for form, a, b in (("operator", 1.5e-3, 1.5e-3), ("launch", 0.4e-3, 0.6e-3))

@@ -28,7 +28,7 @@ RUNS = [run("muon", 4e-3, 1, 3.0), run("muon", 4e-3, 2, 3.2), run("adamw", 4e-3,
         run("adamw", 8e-3, 1, 3.9), run("adamw", 8e-3, 2, 4.1)]  # fmt: skip
 
 
-def test_target_is_what_the_worse_optimizer_reaches_at_its_best_rate():
+def test_the_target_is_the_worse_optimizers_loss_at_its_best_rate():
     assert best_settings(RUNS) == [("muon", 4e-3), ("adamw", 8e-3)]
     assert best_settings([replace(r, lr=1 - r.lr) for r in RUNS]) == [("muon", 0.996), ("adamw", 0.992)]
     assert target_of(RUNS) == 4.1

@@ -53,13 +53,13 @@ def test_the_committed_pages_follow_from_the_rows():
         assert UNEXPLAINED not in text
 
 
-def test_every_measured_target_is_answered_by_the_machine_that_the_readme_shows():
+def test_the_readmes_machine_has_a_figure_for_every_cpu_target():
     device = device_of(RESULTS / SHOWN)
     assert all(value is not None for _, value in judged(CPU, device))
     assert device.is_cpu and not any(d.is_cpu for d in devices() if "nvidia" in d.folder.name)
 
 
-def test_ratios_are_of_one_run(card):
+def test_ratios_compare_rows_of_one_run(card):
     assert step("positions_per_second", "ours", "upstream-style")(card) == pytest.approx(3.2)
     assert step("positions_per_second", "ours", "compile")(card) is None, "they did not take turns"
     (group,) = card.runs("throughput")

@@ -42,8 +42,8 @@ def setting(tmp_path) -> RolloutSetting:
     return RolloutSetting(tmp_path / "model", prompts, 2, 5, 1, torch.device("cpu"))
 
 
-def test_naive_sampling_behind_padding_is_the_models(setting):
-    """Every sampled token is as likely, one prompt at a time and unpadded, as in the padded batch."""
+def test_naive_sampling_after_padding_follows_the_model(setting):
+    """Every sampled token has the same probability in the padded batch as alone and unpadded."""
     ops.set_mode("reference")
     model = random_model(SMALL).double()
     ids, mask = left_padded(setting)
@@ -132,7 +132,7 @@ def test_errors(flags, message):
 
 @pytest.mark.heavy
 def test_ctrl_c_is_no_traceback(tmp_path):
-    """A terminal sends it to the workers too."""
+    """A terminal sends Ctrl-C to the workers too."""
     command = [sys.executable, rl.__file__, "--preset", "nano", "--peer", "ours", "--out", str(tmp_path)]
     with subprocess.Popen(
         command,

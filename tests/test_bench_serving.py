@@ -35,7 +35,7 @@ USAGE = json.dumps({"choices": [], "usage": {"completion_tokens": 7}})
         (b"{}", 500, 1, 0),
     ],
 )
-def test_what_is_lost_and_mixed_is_counted(content, status, lost, mixed):
+def test_lost_and_mixed_answers_are_counted(content, status, lost, mixed):
     async def run() -> serving.LoadLog:
         log = serving.LoadLog()
         transport = serving.httpx.MockTransport(lambda request: serving.httpx.Response(status, content=content))

@@ -140,8 +140,8 @@ def test_padding_by_hand(data, pairs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", ["sft", "reason", "distill", "dpo"])
-def test_upstreams_loss_is_ours(stage, chats, pairs, tmp_path, monkeypatch):
-    """Upstream's way over padded rows and ours over packed ones minimise one loss, but for distill's two means."""
+def test_upstreams_loss_equals_ours(stage, chats, pairs, tmp_path, monkeypatch):
+    """Upstream's loss over padded rows equals ours over packed rows, apart from the two means of distill."""
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path))
     kind = STAGES[stage]
     corpus = kind.open([str(pairs if kind.pairs else chats)], Console(quiet=True))
@@ -168,8 +168,8 @@ def test_upstreams_loss_is_ours(stage, chats, pairs, tmp_path, monkeypatch):
     assert theirs.item() == pytest.approx(own.item() / batch.global_weight, rel=1e-5)
 
 
-def test_peak_memory_is_this_process_own():
-    """A child that touches little says little, whatever its parent held: ru_maxrss would hand that on."""
+def test_peak_memory_excludes_the_parents():
+    """A small child reports little memory although its parent has much; ru_maxrss would be inherited."""
     code = """
 import resource, subprocess, sys
 held = bytearray(b"x" * (600 << 20))
@@ -225,7 +225,7 @@ def test_each_stage_has_its_files():
     assert data_of(Args(data=("x=1.jsonl",)), "pretrain") == ["x=1.jsonl"]
 
 
-def test_who_cannot_run_says_why():
+def test_an_implementation_that_cannot_run_has_a_reason():
     cpu = torch.device("cpu")
     assert why_not("liger", "pretrain", "minimind2-small", cpu) == "Liger-Kernel needs a GPU"
     assert "cannot have the shape of minimind3" in (why_not("hf", "sft", "minimind3", cpu) or "")
@@ -287,7 +287,7 @@ def test_an_implementation_that_fails_takes_no_other_along(monkeypatch):
             pass
 
     monkeypatch.setattr(throughput, "Worker", FakeWorker)
-    comparison = throughput.Comparison(SimpleNamespace(stage="sft", preset="nano"), Console(quiet=True))
+    comparison = throughput.TrainingComparison(SimpleNamespace(stage="sft", preset="nano"), Console(quiet=True))
     comparison.run(["at once", "well", "later"], warmup=3, steps=6, turn_steps=2)
     assert list(comparison.workers) == ["well"] and len(comparison.costs["well"]) == 6
     assert comparison.failures == [f"sft, nano: --peer {name}: its process died" for name in ("at once", "later")]

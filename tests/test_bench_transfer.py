@@ -48,13 +48,13 @@ def test_error_of_the_best_rate_is_that_of_its_losses():
     assert found.error == pytest.approx(0.002 / (2 * math.sqrt(2) * 0.05), rel=4 / math.sqrt(2 * 4000))
 
 
-def test_no_best_rate_where_the_lowest_loss_is_at_an_end():
+def test_a_lowest_loss_at_an_end_gives_no_best_rate():
     assert optimum(POINT, losses(4e-3, (4e-3, 8e-3, 16e-3))) is None
     assert optimum(POINT, losses(4e-3, (2e-3, 4e-3))) is None
     assert optimum(POINT, {**losses(4e-3, (2e-3, 4e-3)), 8e-3: math.inf}) is None
 
 
-def test_a_steep_loss_far_off_moves_no_best_rate():
+def test_a_steep_loss_far_away_does_not_move_the_best_rate():
     near = losses(4.4e-3, (2e-3, 4e-3, 8e-3))
     assert optimum(POINT, {**near, 16e-3: 9.0, 1e-3: 8.0}, noise=0.0).rate == pytest.approx(4.4e-3)
 
@@ -67,7 +67,7 @@ def test_scan_ends_with_the_lowest_between_two(start, best):
     assert len(known) <= 3 + abs(math.log2(start / best)) + 1
 
 
-def test_scan_comes_back_from_where_losses_are_infinite():
+def test_a_scan_returns_from_infinite_losses():
     known = walk(POINT, lambda rate: math.inf if rate > 9e-3 else losses(3e-3, (rate,))[rate], 64e-3)
     assert optimum(POINT, known, noise=0.0).rate == pytest.approx(3e-3)
 
@@ -107,7 +107,8 @@ def test_rule_is_found_again():
 
 
 def test_terms_within_the_noise_are_dropped_and_others_kept():
-    """Best rates with an error of 0.15: no depth in the truth, and a width's exponent that is far above its error."""
+    """Best rates with an error of 0.15: the true rule has no depth, and its exponent of the width is far above the
+    error."""
     kept = []
     for seed in range(8):
         generator = np.random.default_rng(seed)
@@ -130,7 +131,7 @@ def rows(point: Point, best: float, shift=(0.0, 0.0, 0.0)) -> list[TransferRow]:
     return [TransferRow(point, r, found[r] + s, 1.0, 1000, 50, 1.0) for r, s in zip(rates, shift, strict=True)]
 
 
-def test_noise_is_what_two_seeds_do_not_share():
+def test_noise_is_the_difference_that_two_seeds_do_not_share():
     first = rows(POINT, 4e-3)
     assert noise_of(first) is None
     second = rows(replace(POINT, seed=2), 4e-3, (0.51, 0.49, 0.5))
@@ -157,8 +158,8 @@ def test_rows_are_read_as_they_were_written(tmp_path):
 
 
 @pytest.fixture
-def campaign(tmp_path, monkeypatch):
-    """A campaign whose runs take no time; `runs` are those that were begun, `limit` after how many one is cut off."""
+def sweep(tmp_path, monkeypatch):
+    """A sweep whose runs take no time. runs: those that began; limit: the number after which one is interrupted."""
     state = {"runs": [], "limit": math.inf}
 
     def fake(point, rate, data, work):
@@ -178,8 +179,8 @@ def campaign(tmp_path, monkeypatch):
     return make, state
 
 
-def test_what_was_cut_off_goes_on_and_nothing_is_repeated(campaign, tmp_path):
-    make, state = campaign
+def test_an_interrupted_sweep_continues_and_repeats_nothing(sweep, tmp_path):
+    make, state = sweep
     plan = planned(("poems",), (128, 256), 204_800, ("tokens", "width"))
     make().scans(plan)
     whole = read(tmp_path / "transfer.jsonl")
@@ -198,8 +199,8 @@ def test_what_was_cut_off_goes_on_and_nothing_is_repeated(campaign, tmp_path):
     assert read(tmp_path / "transfer.jsonl") == whole
 
 
-def test_scans_of_another_process_are_left_to_it(campaign, tmp_path):
-    make, state = campaign
+def test_scans_of_another_process_are_skipped(sweep, tmp_path):
+    make, state = sweep
     plan = planned(("poems",), (128, 256), 204_800, ("tokens", "width"))
     mine = make()
     with FileLock(tmp_path / "work" / f"{plan[0][1].name}.lock"):
@@ -207,14 +208,14 @@ def test_scans_of_another_process_are_left_to_it(campaign, tmp_path):
     assert {p for p, _ in state["runs"]} == {p for _, p in plan[1:]}
 
 
-def test_minutes_bound_what_is_begun(campaign):
-    make, state = campaign
+def test_no_run_begins_after_the_minutes(sweep):
+    make, state = sweep
     with pytest.raises(OutOfTimeError):
         make(minutes=0).scans(planned(("poems",), (128,), 204_800, ("tokens",)))
     assert state["runs"] == []
 
 
-def test_scan_begins_where_the_one_like_it_was_best():
+def test_a_scan_begins_at_the_best_rate_of_the_most_similar_scan():
     optima = [made(POINT, math.log2(4.4e-3)), made(replace(POINT, width=512), math.log2(1.1e-3))]
     assert start_of(replace(POINT, width=384), optima) == pytest.approx(1e-3)
     assert start_of(replace(POINT, tokens=409_600), optima) == pytest.approx(4e-3)
@@ -229,8 +230,8 @@ def test_plan_names_no_scan_twice_and_refuses_unknown_names():
         planned(("poems",), (128,), 204_800, ("depths",))
 
 
-def test_picture_and_table_of_the_rows(campaign, tmp_path, monkeypatch, capsys):
-    make, _ = campaign
+def test_picture_and_table_of_the_rows(sweep, tmp_path, monkeypatch, capsys):
+    make, _ = sweep
     make().scans(planned(("poems",), (128, 256, 512), 204_800, ("tokens", "width", "seed", "adamw")))
     monkeypatch.setattr(transfer, "PICTURE", tmp_path / "transfer.png")
     outcome = transfer.main(Args(plot=True, out=str(tmp_path)))
@@ -243,8 +244,8 @@ def test_picture_and_table_of_the_rows(campaign, tmp_path, monkeypatch, capsys):
         plot([], tmp_path / "none.png")
 
 
-def test_check_takes_the_rule_and_its_neighbours(campaign, tmp_path):
-    make, state = campaign
+def test_check_takes_the_rule_and_its_neighbours(sweep, tmp_path):
+    make, state = sweep
     data = tmp_path / "poems.jsonl"
     data.write_text("{}\n")
     args = Args(data=(str(data),), check=True, out=str(tmp_path), work=str(tmp_path / "work"))
@@ -278,7 +279,7 @@ def test_a_run_is_that_of_the_script(tmp_path, monkeypatch):
 
 
 @pytest.mark.heavy
-def test_sft_begins_with_a_model_that_is_pretrained_once(tmp_path, monkeypatch):
+def test_scans_of_sft_share_one_pretrained_model(tmp_path, monkeypatch):
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "text.jsonl"
     data.write_text("".join(json.dumps({"text": f"Some text, number {i}. " * 9}) + "\n" for i in range(60)))
@@ -293,7 +294,7 @@ def test_sft_begins_with_a_model_that_is_pretrained_once(tmp_path, monkeypatch):
     assert again.loss == first.loss != other.loss
 
 
-def test_noise_is_assumed_where_no_two_seeds_tell():
+def test_noise_is_assumed_without_two_seeds():
     assert (
         optimum(POINT, losses(4e-3, (2e-3, 4e-3, 8e-3))).error
         == optimum(POINT, losses(4e-3, (2e-3, 4e-3, 8e-3)), NOISE).error

@@ -63,13 +63,13 @@ def row(**changes) -> KernelRow:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", BUILDERS)
-def test_our_kernels_pass_the_gate(op, dtype):
+def test_our_kernels_pass_the_numerics_check(op, dtype):
     case = build(op, preset_of(op), 40, dtype, DEVICE, compiled=False, kernels=True)
     assert worst_ratio(case.implementations["minimind"], case.reference, case.leaves) <= ALLOWED
 
 
 @pytest.mark.parametrize("op", BUILDERS)
-def test_cpu_forms_pass_the_gate(op):
+def test_cpu_forms_pass_the_numerics_check(op):
     case = build(op, preset_of(op), 40, torch.float32, CPU, compiled=False)
     assert list(case.implementations) == ["minimind", "eager"]
     assert worst_ratio(case.implementations["minimind"], case.reference, case.leaves) <= ALLOWED
@@ -149,7 +149,7 @@ def test_an_implementation_that_fails_in_its_turn_does_not_stop_the_others():
     assert timings["fine"].runs == 4
 
 
-def test_only_run_is_timed_and_every_backward_has_its_forward():
+def test_every_backward_pass_has_an_untimed_forward_pass():
     calls = []
 
     def function(x):
@@ -305,7 +305,7 @@ def test_tuning_reaches_every_number_of_every_table():
                     assert type(smaller) is type(larger) is type(entry)
 
 
-def test_tuning_keeps_what_is_faster(monkeypatch):
+def test_tuning_keeps_faster_entries(monkeypatch):
     @dataclasses.dataclass(frozen=True)
     class Config:
         elements: int
