@@ -58,7 +58,7 @@ def test_there_is_one_openmp_runtime_and_it_is_torchs():
 
 def test_the_report_says_what_was_built_and_what_is_missing(tmp_path, monkeypatch):
     answer = subprocess.run(
-        [sys.executable, "-m", "minimind.ops.native"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "minimind.ops"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     cpp, cuda = answer.stdout.splitlines()
     info = native.build_info()
