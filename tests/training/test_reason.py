@@ -203,7 +203,7 @@ def test_figures_are_those_of_what_was_written(monkeypatch):
         replies[0] += tokenizer.encode("!") * (longest - len(replies[0])) if mode == "on" else []
         return replies
 
-    monkeypatch.setattr("minimind.training.stages.reasoning.answer", answer)
+    monkeypatch.setattr("minimind.training.stages.answers.answer", answer)
     figures = reasoning_figures(Model(TINY), tokenizer, ReasoningQuestions(asked, []))
     assert figures == {
         "auto_format": 0.75,
