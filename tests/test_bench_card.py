@@ -150,6 +150,9 @@ def test_the_result_of_a_task(tmp_path):
     ]
     log.write_text(json.dumps({"rows": times}))
     assert card_report.result_line(log) == "rope liger 1.50x"
+    decoding = {"op": "decode_attention", "contender": "eager", "phase": "forward", "ratio": 2.0, "status": "ok"}
+    log.write_text(json.dumps({"rows": [decoding]}))
+    assert card_report.result_line(log) == "decode_attention eager 2.00x", "it has no other pass"
     log.write_text(json.dumps({"rows": [{"stage": "sft", "tokens_per_second": 7.0}]}))
     assert card_report.result_line(log) == "sft 7/s"
     log.write_text(json.dumps({"model": "nano", "tokens_per_second": 8.0, "lost": 0}))

@@ -55,7 +55,7 @@ def figures(rows: Sequence[dict[str, Any]]) -> str:
         elif "contender" not in row:
             rate = row.get("positions_per_second") or row.get("tokens_per_second") or 0.0
             parts.append(f"{name} {rate:,.0f}/s".strip())
-        elif row["phase"] == "both" and row.get("ratio") and name != "minimind":
+        elif (row["phase"] == "both" or row["op"] == "decode_attention") and row.get("ratio") and name != "minimind":
             parts.append(f"{row['op']} {name} {row['ratio']:.2f}x")
     return "; ".join(dict.fromkeys(parts))
 

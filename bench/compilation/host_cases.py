@@ -18,6 +18,7 @@ from bench.compilation import host_stub
 TOKENS = 64
 SHRINK = 8  # the presets' widths are divided by it: no kernel runs, but allocating memory takes time
 CALLS = (1, 9)  # calls of an op in two graphs; their difference is the time of eight calls
+_STUBS = contextlib.ExitStack()  # left when the process ends
 Case = Callable[[], tuple[float, float]]  # -> seconds of the host in one forward and one backward pass
 
 
@@ -26,7 +27,7 @@ def start(visible: bool, arch: int) -> Handler:
     case and return how many of our kernels it launches. visible: whether torch.compile looks into our operators."""
     host_stub.import_ops(visible)
     torch.set_num_threads(1)
-    counts = contextlib.ExitStack().enter_context(host_stub.stubbed(arch))  # until the process ends
+    counts = _STUBS.enter_context(host_stub.stubbed(arch))
     cases: dict[str, Case] = {}
 
     def answer(request: tuple[str, int]) -> Any:
