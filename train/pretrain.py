@@ -18,14 +18,14 @@ from rich.console import Console
 
 from minimind.data import PackedLoader, builtin_corpus
 from minimind.objectives.next_token import next_token_loss
-from minimind.training.arguments import StageArgs
+from minimind.training.arguments import StageArgs, pretraining_lr
 from minimind.training.data_split import NamedFiles, all_losses, open_split, read_texts
 from minimind.training.evaluation import describe_batch
 from minimind.training.job import Job, run_script
 from minimind.training.stages.answers import continue_texts
 from minimind.training.trainer import Stage
 
-# Peak rates by preset; nano was tuned (docs/LOG.md), the others are not yet.
+# Peak rates with AdamW, and of earlier versions with Muon; by preset.
 PEAK_LR = {"nano": 4e-3, "minimind2-small": 2e-3}
 
 
@@ -46,11 +46,13 @@ class Args(StageArgs):
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when training was interrupted. Raises ValueError, in one line, for bad input."""
     job = Job.begin("pretrain", args, console)
+    usual_lr = job.legacy["lr"] = PEAK_LR.get(job.initial.preset, 1e-3)
     builtin = () if args.data else (builtin_corpus(args.cache_dir, console),)
     files = NamedFiles.from_flags(args.data, args.heldout_data, builtin)
     split = open_split(job, files, partial(read_texts, job))
     train, heldout = split.train, split.heldout
     plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=split.mixture))
+    lr = job.settle("lr", lambda: pretraining_lr(job.args.optimizer, job.config, plan.steps, usual_lr))
     job.open_run()
     model, trained = job.build_model()
     stage = Stage(
@@ -59,7 +61,7 @@ def main(args: Args, console: Console) -> bool:
         sample=lambda: continue_texts(job.parallel.whole(model), job.tokenizer, heldout or train),
         describe=lambda batch: describe_batch(batch, train, job.tokenizer),
         data_fingerprint=f"{split.whole.identity:016x}",
-        peak_lr=PEAK_LR.get(job.initial.preset, 1e-3),
+        peak_lr=lr,
     )
     size = f"data: {train.num_documents:,} documents, {plan.loader.tokens_per_epoch:,} tokens to train on"
     held = f"; held out {heldout.num_documents:,} documents" if heldout else ""

@@ -1,4 +1,4 @@
-"""Fit the best rate to held-out losses over rates, and a rule to best rates: c width^a depth^b tokens^g batch^h.
+"""Fit the best rate to held-out losses over rates, and a rule to best rates: c width^a depth^b steps^g batch^h.
 
 Logarithms have base 2, so that an error of 1 is a factor of two.
 """
@@ -16,7 +16,7 @@ from bench.rates.runs import Point, TransferRow
 Losses = Mapping[float, float]  # rate -> held-out loss, infinite if the run diverged
 MAX_RATES = 9  # of a scan: a loss without a minimum within a factor of 2^8 has none
 NOISE = 0.01  # standard deviation of a loss in nats, unless two seeds show it
-REFERENCE = {"width": 256, "depth": 4, "tokens": 204_800, "batch_tokens": 4096}
+REFERENCE = {"width": 256, "depth": 4, "steps": 50, "batch_tokens": 4096}
 DRAWS = 400
 
 
@@ -150,26 +150,22 @@ def optima_of(rows: Sequence[TransferRow]) -> list[Optimum]:
     return [one for one in optima if one is not None]
 
 
-def fit(optima: Sequence[Optimum], seed: int = 0) -> Rule:
+def fit(optima: Sequence[Optimum]) -> Rule:
     """Least squares over the optima's logarithms. Terms less than two standard errors from 0 are dropped one after
-    another, the least certain first. The errors come from draws of the optima with replacement, each moved by its own
-    error. Raises ValueError if there are too few optima."""
+    another, the least certain first. The standard errors follow from the optima's spread about the rule, which contains
+    the errors of the scans. Raises ValueError if there are too few optima."""
     names = [n for n in REFERENCE if len({getattr(o.point, n) for o in optima}) > 1]
     dropped: list[Term] = []
     while True:
         if len(optima) < len(names) + 2:
             raise ValueError(f"{len(optima)} optima are too few for a rule of {', '.join(names) or 'a constant'}")
-        values = _solve(optima, [o.log_rate for o in optima], names)
-        errors = _errors(optima, names, np.random.default_rng(seed))
+        values, errors, spread = _least_squares(optima, names)
         terms = [Term(n, float(values[i + 1]), float(errors[i + 1])) for i, n in enumerate(names)]
         weakest = min(terms, key=lambda t: abs(t.exponent) / max(t.error, 1e-9), default=None)
         if weakest is None or abs(weakest.exponent) >= 2 * weakest.error:
             break
         names.remove(weakest.name)
         dropped.append(weakest)
-    residuals = [o.log_rate for o in optima] - _design(optima, names) @ values
-    degrees = max(1, len(optima) - len(values))
-    spread = math.sqrt(float(residuals @ residuals) / degrees)
     return Rule(2.0 ** float(values[0]), float(errors[0]), tuple(terms), tuple(dropped), spread, len(optima))
 
 
@@ -187,20 +183,10 @@ def _design(optima: Sequence[Optimum], names: Sequence[str]) -> np.ndarray:
     return np.array(rows)
 
 
-def _solve(optima: Sequence[Optimum], log_rates: Sequence[float], names: Sequence[str]) -> np.ndarray:
-    return np.linalg.lstsq(_design(optima, names), np.array(log_rates), rcond=None)[0]
-
-
-def _errors(optima: Sequence[Optimum], names: Sequence[str], generator: np.random.Generator) -> np.ndarray:
-    columns = _design(optima, names).shape[1]
-    draws: list[np.ndarray] = []
-    for _ in range(50 * DRAWS):
-        drawn = [optima[i] for i in generator.integers(0, len(optima), len(optima))]
-        design = _design(drawn, names)
-        if design.shape[1] == columns and np.linalg.matrix_rank(design) == columns:
-            draws.append(_solve(drawn, [generator.normal(o.log_rate, o.error) for o in drawn], names))
-        if len(draws) == DRAWS:
-            break
-    if len(draws) < 2:
-        raise ValueError("too few different optima for the error of a rule")
-    return np.std(draws, axis=0, ddof=1)
+def _least_squares(optima: Sequence[Optimum], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, float]:
+    """(coefficients and their standard errors [columns of the design], spread of the optima about them)"""
+    design, log_rates = _design(optima, names), np.array([o.log_rate for o in optima])
+    values = np.linalg.lstsq(design, log_rates, rcond=None)[0]
+    residuals = log_rates - design @ values
+    spread = math.sqrt(float(residuals @ residuals) / max(1, len(optima) - len(values)))
+    return values, spread * np.sqrt(np.diag(np.linalg.pinv(design.T @ design))), spread

@@ -15,7 +15,7 @@ from bench.rates.fit import REFERENCE, Optimum, Rule, by_point, fit, optima_of
 from bench.rates.runs import Point, TransferRow
 
 RATES = [1e-3 * 2**k for k in range(-6, 9)]  # of the grid: the ticks of the axes
-LABELS = {"width": "width", "depth": "layers", "tokens": "tokens", "batch_tokens": "tokens a step"}
+LABELS = {"width": "width", "depth": "layers", "steps": "steps", "batch_tokens": "tokens a step"}
 OPTIMIZERS = {"muon": "Muon", "adamw": "AdamW"}
 
 
@@ -105,14 +105,24 @@ def _best(axis: Any, optima: Sequence[Optimum], size: str, rule: Rule | None) ->
         axis.errorbar(x, y, error, fmt="o", color=f"C{number}", markersize=4, linewidth=1, label=label)
         if rule is not None:
             curve = [2.0**v for v in np.linspace(math.log2(min(x)), math.log2(max(x)), 20)]
-            sizes: list[dict[str, Any]] = [{size: value} for value in curve]
-            rates = [rule(replace(line[0].point, **changed)) for changed in sizes]
-            axis.plot(curve, rates, color=f"C{number}", linewidth=1)
+            axis.plot(
+                curve, [rule(_resized(line[0].point, size, value)) for value in curve], color=f"C{number}", linewidth=1
+            )
     ticks = sorted({getattr(o.point, size) for line in shown.values() for o in line})
     axis.set(xscale="log", xticks=ticks, xticklabels=[f"{value:,}" for value in ticks])
     axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     if shown:
         axis.legend(fontsize=6, frameon=False)
+
+
+def _resized(point: Point, size: str, value: float) -> Point:
+    """`point` with one of the sizes of a rule changed, the others kept."""
+    changed: dict[str, Any] = {size: value}
+    if size == "steps":
+        changed = {"tokens": round(value * point.batch_tokens)}
+    elif size == "batch_tokens":
+        changed["tokens"] = round(value * point.steps)
+    return replace(point, **changed)
 
 
 def _lines(

@@ -58,6 +58,10 @@ class Point:
         return ModelConfig.preset(self.preset) if self.preset else family(self.width, self.depth)
 
     @property
+    def steps(self) -> int:
+        return math.ceil(self.tokens / self.batch_tokens)
+
+    @property
     def name(self) -> str:
         """A name for the run's folder."""
         return "-".join(str(value) for value in dataclasses.astuple(self) if value != "")

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from minimind.config import ModelConfig
 from minimind.data.mixture import parse_part
 from minimind.ops.varlen import AttentionName
 from minimind.training.metrics import TrackerName
@@ -66,7 +67,7 @@ class StageArgs:
     tokens (docs/LOG.md) at a quarter more time per step; adamw: AdamW for all. None: muon for random weights, the
     optimizer of the run that --from names, adamw for other weights."""
     lr: float | None = None
-    """Peak learning rate. None: the preset's."""
+    """Peak learning rate. None: the stage's (docs/rates.md)."""
     schedule: ScheduleName = "cosine"
     """Learning rate after the warm-up: cosine, wsd (flat, then a cooldown) or constant."""
     warmup: float = 0.02
@@ -312,6 +313,29 @@ def default_epochs(stage: str, builtin: bool, tokens: int) -> tuple[float, str]:
         f"--epochs {epochs:g}: a pass has only {tokens:,} tokens; a run should see at least {rule.least:,}, in at most "
         f"{MOST * rule.files:g} passes"
     )
+
+
+# The rule that bench/transfer.py fitted to pretraining with Muon (docs/rates.md). Outside the sizes it was fitted to it is
+# extrapolated to wider and deeper models only.
+_RULE_LR, _WIDTH, _DEPTH, _RULE_STEPS = 7.8e-3, (256, -1.07), (4, -0.40), (50, -0.52)
+_MIN_WIDTH, _MIN_DEPTH, _MIN_STEPS, _MAX_STEPS = 128, 2, 50, 250
+
+
+def pretraining_lr(
+    optimizer: OptimizerName | None, config: ModelConfig, steps: int, otherwise: float
+) -> tuple[float, str]:
+    """(peak rate of pretraining, the reason in one line). otherwise: the rate for AdamW, which has no rule."""
+    if optimizer != "muon":
+        return otherwise, ""
+    rate = _RULE_LR
+    for size, least, (reference, exponent) in (
+        (config.hidden_size, _MIN_WIDTH, _WIDTH),
+        (config.num_hidden_layers, _MIN_DEPTH, _DEPTH),
+        (min(steps, _MAX_STEPS), _MIN_STEPS, _RULE_STEPS),
+    ):
+        rate *= (max(size, least) / reference) ** exponent
+    rate = float(f"{rate:.2g}")
+    return rate, f"--lr {rate:g}: the rule for this width, depth and number of steps (docs/rates.md)"
 
 
 def default_optimizer(weights: Path | None, adapter: bool = False) -> tuple[OptimizerName, str]:

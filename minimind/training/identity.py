@@ -39,7 +39,7 @@ _FREE = {
 _MEASURES_BEST = {"eval_prompts", "eval_tokens"}
 _LENGTH = {"tokens", "epochs", "rollouts"}
 # Flags that became optional later than others: runs with a "chosen" part may still give them a value.
-_LATER = {"epochs", "optimizer"}
+_LATER = {"epochs", "lr", "optimizer"}
 _HISTORY = {"legs", "lengthens"}  # keys of config.json about how a run began, which no flag repeats
 # Flags that name contents, and the keys in config.json that identify these.
 _NAMES: dict[str, tuple[str, ...]] = {
@@ -70,7 +70,7 @@ class Defaults:
                 continue
             if name not in now:
                 chosen[name] = value
-            elif now[name] == self.flags.get(name) and before.get(name, value) == value:
+            elif now[name] == self.flags.get(name) and before.get(name) in (None, value):
                 args[name], chosen[name] = now[name], value
         later: dict[str, Any] = {name: new[name] for name in ("tokenizer", "references") if name in new}
         return {**later, **old, "args": args, "chosen": chosen}

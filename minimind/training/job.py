@@ -114,6 +114,7 @@ class Job:
     make_loader: Callable[..., EpochLoader] = field(init=False, repr=False)
     run: RunFolder = field(init=False)
     state: dict[str, Any] = field(init=False)  # the trainer's state in the checkpoint
+    legacy: dict[str, Any] = field(default_factory=dict)  # as StageArgs.legacy, what is known only with the model
     references: dict[str, str] = field(default_factory=dict)  # fingerprints of other models that the run learns from
     count_steps: Callable[[dict[str, Any]], int] = field(init=False, repr=False)  # (flags of a run's length) -> steps
 
@@ -370,7 +371,7 @@ class Job:
 
     @property
     def _defaults(self) -> Defaults:
-        return Defaults(type(self.flags)().saved(), self.flags.legacy)
+        return Defaults(type(self.flags)().saved(), self.flags.legacy | self.legacy)
 
     def _identity(self) -> dict[str, Any]:
         """The configuration that distinguishes this run from others."""

@@ -5,7 +5,8 @@ import runpy
 
 import pytest
 
-from minimind.training.arguments import MOST, PASSES, StageArgs, default_epochs, default_optimizer
+from minimind.config import PRESETS, ModelConfig
+from minimind.training.arguments import MOST, PASSES, StageArgs, default_epochs, default_optimizer, pretraining_lr
 from tests.training.runs import SCRIPT
 
 # What the flags' defaults were before the data decided: unfinished runs go on with them.
@@ -41,6 +42,19 @@ def test_files_get_upstreams_passes_and_small_ones_more(stage, tokens, expected)
     epochs, reason = default_epochs(stage, False, tokens)
     assert epochs == expected and epochs <= MOST * PASSES[stage].files
     assert stage == "pretrain" or f"--epochs {expected}: " in reason
+
+
+def test_the_rate_of_pretraining_follows_the_size_of_model_and_run():
+    small, reason = pretraining_lr("muon", PRESETS["minimind2-small"], 50, 1.0)
+    assert (
+        small == 2.8e-3 and reason == "--lr 0.0028: the rule for this width, depth and number of steps (docs/rates.md)"
+    )
+    rates = [pretraining_lr("muon", PRESETS["nano"], steps, 1.0)[0] for steps in (1, 50, 150, 250, 10**6)]
+    assert rates == [1.1e-2, 1.1e-2, 6.0e-3, 4.6e-3, 4.6e-3]
+    tiny = ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    least = ModelConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    assert pretraining_lr("muon", tiny, 50, 1.0) == pretraining_lr("muon", least, 50, 1.0)
+    assert pretraining_lr("adamw", PRESETS["nano"], 50, 4e-3) == (4e-3, "")
 
 
 def test_the_optimizer_follows_the_weights(tmp_path):
