@@ -315,8 +315,8 @@ def default_epochs(stage: str, builtin: bool, tokens: int) -> tuple[float, str]:
     )
 
 
-# The rule that bench/transfer.py fitted to pretraining with Muon (docs/rates.md). Outside the sizes that were measured it
-# is extrapolated to wider and deeper models only.
+# The rule that bench/transfer.py fitted to pretraining with Muon (docs/rates.md). Outside the measured sizes it is
+# extrapolated to wider and deeper models only.
 _RULE_LR, _WIDTH, _DEPTH, _RULE_STEPS = 7.8e-3, (256, -1.07), (4, -0.40), (50, -0.52)
 _MIN_WIDTH, _MIN_DEPTH, _MIN_STEPS, _MAX_STEPS = 128, 2, 50, 250
 
