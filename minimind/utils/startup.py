@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import re
@@ -9,7 +10,7 @@ import signal
 import sys
 import types
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 Flags = TypeVar("Flags")
 
@@ -54,7 +55,29 @@ def command_line(flags: type[Flags], description: str | None) -> Flags:
         sys.exit(2)
     import tyro  # slow to import, and `minimind` without arguments does not need it
 
-    return tyro.cli(flags, description=description, args=arguments)
+    _reflow_help(flags)
+    try:
+        return tyro.cli(flags, description=description, args=arguments)
+    except BrokenPipeError:  # --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
+        sys.exit(0)
+
+
+def _reflow_help(flags: type) -> None:
+    """Join the lines of each flag's docstring into one paragraph. tyro does so only for lines without indentation."""
+    import tyro
+    from docstring_parser import parse_from_object
+
+    for owner in flags.__mro__:
+        if not dataclasses.is_dataclass(owner) or "_reflowed" in owner.__dict__:
+            continue
+        annotations = owner.__annotations__
+        for field in parse_from_object(owner).params:
+            if field.arg_name in annotations and field.description:
+                paragraphs = re.split(r"\n\s*\n", field.description)
+                text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+                annotations[field.arg_name] = Annotated[annotations[field.arg_name], tyro.conf.arg(help=text)]
+        owner._reflowed = True  # type: ignore[attr-defined]
 
 
 def with_home(arguments: Sequence[str]) -> list[str]:

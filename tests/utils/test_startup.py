@@ -143,3 +143,23 @@ def test_the_command_without_arguments_imports_nothing_heavy():
     code = "import sys, minimind.cli; print([m for m in ('numpy', 'torch', 'rich') if m in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert answer.stdout == "[]\n", answer.stderr
+
+
+def test_help_fills_its_lines():
+    """The line breaks of an indented docstring are those of the source."""
+    code = (
+        "from train.pretrain import Args; from minimind.utils.startup import command_line; command_line(Args, 'Words.')"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    line = next(line for line in answer.stdout.splitlines() if "twice as many" in line)  # where the source breaks
+    assert "of its rows" in line
+
+
+def test_help_into_a_closed_pipe_is_no_traceback():
+    command = f"{shlex.quote(sys.executable)} train/pretrain.py --help | true"
+    answer = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (answer.returncode, answer.stderr) == (0, "")
