@@ -57,7 +57,7 @@ VOCABULARIES = (33, 6400, 30_000)  # the last does not fit the shared memory of 
 
 
 @dataclass(frozen=True)
-class Case:
+class NativeCase:
     """dtype: of the coarsest numbers. make: the arguments of both operators on a device."""
 
     name: str
@@ -75,7 +75,7 @@ class Args:
     """auto, cpu, cuda."""
 
 
-def both(case: Case, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+def both(case: NativeCase, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """(native, reference) of every result, and of every argument since some are changed in place, on the CPU. The
     reference is computed on the CPU too, so that a sanitizer sees only our kernels and PyTorch's copies."""
     results = []
@@ -178,23 +178,23 @@ def choices(vocabulary: int, device: torch.device) -> Any:
     )  # fmt: skip
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[NativeCase]:
     ops = torch.ops.minimind
     for dtype, cache, dim, lengths in ATTENTION:
         name = f"decode_attention, {dtype} over {cache}, heads of {dim}"
         make = functools.partial(attention, dtype, cache, dim, lengths)
-        yield Case(name, dtype, ops.decode_attention, decode_attention_ref, make)
+        yield NativeCase(name, dtype, ops.decode_attention, decode_attention_ref, make)
     for dtype, cache, dim in APPEND:
         name = f"rope_append_kv, {dtype} to {cache}, heads of {dim}"
         make = functools.partial(append, dtype, cache, dim)
-        yield Case(name, dtype, ops.rope_append_kv, rope_append_kv_ref, make)
+        yield NativeCase(name, dtype, ops.rope_append_kv, rope_append_kv_ref, make)
     for weights, cache, dim, qk_norm, rows in STEPS:
         name = f"decode_step, {weights} over {cache}, heads of {dim}, {len(rows)} rows"
         make = functools.partial(whole_step, weights, cache, dim, qk_norm, rows)
-        yield Case(name, torch.bfloat16, native_step, step_by_layers, make)
+        yield NativeCase(name, torch.bfloat16, native_step, step_by_layers, make)
     for vocabulary in VOCABULARIES:
         make = functools.partial(choices, vocabulary)
-        yield Case(f"sample from {vocabulary} tokens", torch.float32, ops.sample, sample_ref, make)
+        yield NativeCase(f"sample from {vocabulary} tokens", torch.float32, ops.sample, sample_ref, make)
 
 
 def main(args: Args) -> int:

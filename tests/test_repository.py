@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -105,6 +106,17 @@ def test_arrows_point_one_way():
     wanted = {name: set(allowed.split()) for name, allowed in ARROWS.items()}
     assert {name: names - {"__version__"} for name, names in found.items()} == wanted
     list(TopologicalSorter(wanted).static_order())  # CycleError: a circle
+
+
+def test_no_two_classes_have_one_name():
+    names = Counter(
+        node.name
+        for folder in ("minimind", "kernels", "train", "bench")
+        for file in (ROOT / folder).rglob("*.py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and node.name != "Args"  # the flags of a command
+    )
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_readme_names_commands_that_exist():
