@@ -46,12 +46,12 @@ def _attention(
 ) -> Tensor:
     q_gain, k_gain = (None, None) if layer.q_norm is None else (layer.q_norm.weight, layer.k_norm.weight)
     cos, sin = table
-    q, k, v = ops.rope(layer.qkv_proj(x), cos, sin, positions, layer.heads, layer.groups, q_gain, k_gain, layer.eps)
+    q, k, v = ops.rope(layer.qkv_proj(x), cos, sin, positions, layer.heads, layer.kv_heads, q_gain, k_gain, layer.eps)
     if (earlier := past[index]) is not None:
         k, v = torch.cat((earlier[0], k), dim=1), torch.cat((earlier[1], v), dim=1)
     past[index] = k, v
     q = q.transpose(1, 2)
-    k, v = (t.repeat_interleave(layer.heads // layer.groups, dim=2).transpose(1, 2) for t in (k, v))
+    k, v = (t.repeat_interleave(layer.heads // layer.kv_heads, dim=2).transpose(1, 2) for t in (k, v))
     if bias is None and x.shape[1] > 1:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     else:

@@ -187,7 +187,7 @@ def test_native_kernels_need_nvcc(monkeypatch):
     monkeypatch.delenv("CUDA_HOME", raising=False)
     result = run("bench/resources.py", "--native", "only")
     assert result.returncode == 1
-    assert "error: --native only: csrc/cuda is left out: nvcc" in result.stderr
+    assert "error: --native only: the kernels of csrc/cuda are not compiled: nvcc" in result.stderr
 
 
 @pytest.mark.slow
