@@ -15,7 +15,7 @@ from minimind.apps.zero.planning import StagePlan
 from minimind.apps.zero.results import Curve, Results, Sample
 from minimind.apps.zero.stages import STAGES, shown
 from minimind.apps.zero.state import State
-from minimind.apps.zero.story import commands, results_text, spell
+from minimind.apps.zero.story import commands, name_of, results_text, spell
 from minimind.apps.zero.style import STYLE
 from minimind.training.cards import CARDS
 from minimind.utils.display import duration
@@ -111,20 +111,26 @@ def _times(state: State, price: float | None) -> str:
 
 def _table(state: State, found: Iterable[tuple[StagePlan, Results | None]], price: float | None) -> str:
     head = ["stage", "tokens", "steps", "tokens/s", "time", "planned", *(["cost"] if price is not None else []),
-            "held out, before and after"]  # fmt: skip
+            "held-out loss", "right or rewarded", ""]  # fmt: skip
     rows = []
     for plan, results in found:
         spent = state.seconds.get(plan.name, 0.0)
         money = [f"{spent / 3600 * price:.2f}"] if price is not None else []
         if results is None:
-            rows.append([plan.name, "", "", "", "", duration(plan.seconds), *(["" for _ in money]), "not begun"])
+            rows.append([plan.name, "", "", "", "", duration(plan.seconds), *money, "", "", "not begun"])
             continue
         steps = results.train[-1]["step"] if results.train else 0
-        told = "; ".join(spell(key, *values) for key, values in results.figures().items())
+        figures = results.figures()
+        right = "heldout_exact" if "heldout_exact" in figures else "heldout_greedy_reward"
+        main = [spell(key, *figures[key]) if key in figures else "" for key in ("heldout_loss", right)]
         numbers = [f"{results.tokens:,}", f"{steps:,}", f"{results.rate:,.0f}", duration(spent), duration(plan.seconds)]
-        rows.append([plan.name, *numbers, *money, told if results.finished else f"not finished; {told}"])
-    last = len(head) - 1
-    kinds = ["", *(' class="n"' for _ in range(last - 1)), ""]
+        rows.append([plan.name, *numbers, *money, *main, "" if results.finished else "not finished"])
+    return table(head, rows)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """The first column to the left, the others, which are numbers, to the right."""
+    kinds = ["", *(' class="n"' for _ in head[1:])]
     cells = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, head, strict=True))
     body = "".join(
         "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) + "</tr>"
@@ -143,11 +149,13 @@ def _stage(state: State, plan: StagePlan, results: Results) -> str:
         line_chart("Speed", "tokens a second", "minutes of training", [Curve("training", speed)] if speed else []),
         _utilisation(plan, results, speed),
     ]
-    command = shown(state.command(plan.name))
+    figures = [[name_of(key), *spell(key, *values).split(" → ")] for key, values in results.figures().items()]
     return (
         f"<h2>{escape(plan.name)}: {escape(STAGES[plan.name].what)}</h2>"
-        f"<pre>{escape(command)}</pre>"
-        f'<div class="charts">{"".join(charts)}</div>' + _samples(results.samples)
+        f"<pre>{escape(shown(state.command(plan.name)))}</pre>"
+        f'<div class="charts">{"".join(charts)}</div>'
+        + (table(["held out", "before", "after"], figures) if figures else "")
+        + _samples(results.samples)
     )
 
 
@@ -160,10 +168,10 @@ def _utilisation(plan: StagePlan, results: Results, speed: list[tuple[float, flo
     if card is not None:
         share = [(x, rate * plan.flops_per_token / (card.tflops * 1e12)) for x, rate in speed]
         unit = f"share of the {card.tflops:g} bf16 TFLOP/s of {card.name}"
-        return line_chart("Utilisation", unit, "minutes of training", [Curve("model operations", share)], 1.0)
+        return line_chart("Utilisation", unit, "minutes of training", [Curve("model's operations", share)], 1.0)
     work = [(x, rate * plan.flops_per_token / 1e9) for x, rate in speed]
-    return line_chart("Arithmetic", "GFLOP a second of the model's own operations", "minutes of training",
-                      [Curve("training", work)])  # fmt: skip
+    unit = "GFLOP a second (this device's peak is not known)"
+    return line_chart("Utilisation", unit, "minutes of training", [Curve("model's operations", work)])
 
 
 def _samples(samples: list[Sample]) -> str:

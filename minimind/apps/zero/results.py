@@ -20,6 +20,7 @@ _SHARES = {
     "ranking": "chosen answer likelier",
 }
 _POINTS = 400  # of a curve: more than a screen shows
+_LINES = 5  # that a chart keeps apart
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,10 @@ class Results:
         return [curve for curve in curves if curve.points]
 
     def shares(self) -> list[Curve]:
-        """Shares of held-out answers that are right, in the format, preferred."""
-        keys = sorted({key for row in self.evals for key in row if _SHARE.match(key)})
+        """Shares of held-out answers that are right, in the format, preferred; where there are many, of right ones."""
+        keys = sorted({key for row in self.evals for key in row if is_share(key)})
+        if len(keys) > _LINES:
+            keys = [key for key in keys if key.endswith("exact")]
         return [Curve(share_name(key), self._measured(key), dots=True) for key in keys]
 
     def rewards(self) -> list[Curve]:
@@ -119,7 +122,7 @@ class Results:
         """(before, after) of every held-out loss, share and reward."""
         found: dict[str, tuple[float, float]] = {}
         for key in dict.fromkeys(key for row in self.evals for key in row):
-            if _SHARE.match(key) or key in ("heldout_reward", "heldout_greedy_reward") or key.endswith("heldout_loss"):
+            if is_share(key) or key in ("heldout_reward", "heldout_greedy_reward") or key.endswith("heldout_loss"):
                 values = [row[key] for row in self.evals if key in row]
                 found[key] = values[0], values[-1]
         return found
@@ -136,6 +139,11 @@ def rows_of(file: Path) -> Iterable[dict[str, Any]]:
             continue
         if isinstance(row, dict):
             yield row
+
+
+def is_share(key: str) -> bool:
+    """Whether a held-out figure of this name lies between 0 and 1, higher being better."""
+    return _SHARE.match(key) is not None
 
 
 def share_name(key: str) -> str:
@@ -194,9 +202,10 @@ def _pair(before: str, after: str) -> Sample:
 
 
 def _answer(text: str) -> tuple[str, str]:
-    """(the answer, what stands in brackets behind it)."""
+    """(the answer, what the data say in brackets behind it; a reward there is the answer's own)."""
     answer, mark, rest = text.rpartition("  [")
-    return (answer, rest.removesuffix("]")) if mark and rest.endswith("]") else (text, "")
+    known = mark and rest.endswith("]") and not rest.startswith("reward ")
+    return (answer, rest.removesuffix("]")) if known else (text, "")
 
 
 def unescaped(text: str) -> str:

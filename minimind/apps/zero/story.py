@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minimind.apps.zero.results import Results, share_name
+from minimind.apps.zero.results import Results, is_share, share_name
 from minimind.apps.zero.state import State
 from minimind.utils.display import duration
 
@@ -18,7 +18,7 @@ def closing_lines(state: State, page: Path | None, status: int) -> list[str]:
     for stage in state.plan.stages:
         found = Results.of(state.folder / stage.name)
         if found is not None and found.finished:
-            told = "; ".join(spell(key, *values) for key, values in found.figures().items())
+            told = "; ".join(f"{name_of(key)} {spell(key, *values)}" for key, values in found.figures().items())
             lines.append(f"{stage.name}: {duration(state.seconds.get(stage.name, 0.0))}; {told}")
     if status == 2:
         lines.append(f"stopped by the error above; {state.folder / 'zero.log'} has all lines. Mend it, and the same "
@@ -32,13 +32,14 @@ def closing_lines(state: State, page: Path | None, status: int) -> list[str]:
     return lines
 
 
+def name_of(key: str) -> str:
+    """A held-out figure in words."""
+    return share_name(key) if is_share(key) else key.replace("heldout", "held-out").replace("_", " ")
+
+
 def spell(key: str, before: float, after: float) -> str:
     """A held-out figure before and after a stage."""
-    if key.endswith("loss"):
-        return f"held-out loss {before:.3f} -> {after:.3f}"
-    if key.endswith("reward"):
-        return f"{key.replace('heldout', 'held-out').replace('_', ' ')} {before:.3f} -> {after:.3f}"
-    return f"{share_name(key)} {before:.1%} -> {after:.1%}"
+    return f"{before:.1%} → {after:.1%}" if is_share(key) else f"{before:.3f} → {after:.3f}"
 
 
 def model_folder(state: State) -> Path:

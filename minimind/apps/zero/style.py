@@ -31,12 +31,12 @@ table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:t
 th{font-weight:600;color:var(--soft);text-align:left;font-size:.8125rem}
 th,td{padding:7px 12px 7px 0;border-bottom:1px solid var(--rule);vertical-align:top}
 td.n,th.n{text-align:right;white-space:nowrap}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,320px),1fr));gap:16px;margin:12px 0}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:16px;margin:12px 0}
 figure.chart{margin:0;background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:12px 14px 8px;
-min-width:0}
+min-width:0;display:flex;flex-direction:column}
 figcaption{font-weight:600;font-size:.9375rem;margin-bottom:4px}
 figcaption small{font-weight:400}
-.plot{display:grid;grid-template:200px 22px/46px 1fr}
+.plot{margin-top:auto;display:grid;grid-template:200px 22px/46px 1fr}
 .plot svg{width:100%;height:100%;overflow:visible;display:block}
 .plot .y,.plot .x{position:relative;font-size:.75rem;color:var(--soft);font-variant-numeric:tabular-nums}
 .plot .y span{position:absolute;right:8px;transform:translateY(50%)}
