@@ -85,10 +85,10 @@ class Plan:
         cards = list(self.stages[0].cards)
         rows = [["stage", "tokens", "passes", "steps", "here", *cards, "a GPU's memory"]]
         for stage in self.stages:
-            there = [duration(stage.cards[card]) for card in cards]
+            there = [_short(stage.cards[card]) for card in cards]
             length = [f"{stage.tokens:,}", f"{stage.passes:.3g}", f"{stage.steps:,}"]
             rows.append([stage.name, *length, duration(stage.seconds), *there, f"{stage.memory / 2**30:.1f} GiB"])
-        sums = [duration(sum(stage.cards[card] for stage in self.stages)) for card in cards]
+        sums = [_short(sum(stage.cards[card] for stage in self.stages)) for card in cards]
         rows.append(["all", "", "", "", duration(self.seconds), *sums, ""])
         money = [] if price is None else [f"cost here: about {self.seconds / 3600 * price:.2f} at {price:g} an hour"]
         return [
@@ -268,6 +268,10 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
         .rstrip()
         for row in rows
     ]  # fmt: skip
+
+
+def _short(seconds: float) -> str:
+    return duration(seconds) if seconds >= 1 else "<1s"
 
 
 def _per_token(found: Mapping[str, Any]) -> float:

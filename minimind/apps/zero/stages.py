@@ -69,7 +69,10 @@ class Recipe:
             files[name] = (*files.get(name, ()), file)
         flags: dict[str, tuple[str, ...]] = {}
         for name, text in (_split("--flags", entry, "'--lr 1e-4'") for entry in extra):
-            flags[name] = (*flags.get(name, ()), *shlex.split(text))
+            try:
+                flags[name] = (*flags.get(name, ()), *shlex.split(text))
+            except ValueError as problem:
+                raise ValueError(f"--flags {name}={text}: not as a shell reads flags ({problem})") from None
         alone = set(names) == {"grpo"} and origin is not None
         wanted = {*names, *({"sums"} if "grpo" in names and not files.get("grpo") and not alone else ())}
         for flag, given in (("--data", files), ("--flags", flags)):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind.apps.zero.results import Results, is_share, share_name
+from minimind.apps.zero.stages import script, shown
 from minimind.apps.zero.state import State
 from minimind.utils.display import duration
 
@@ -57,8 +58,11 @@ def commands(state: State) -> list[tuple[str, str]]:
         (f"minimind serve --model {model}", "serve it as OpenAI's API does"),
         (f"minimind export --model {model} --to gguf --out model.gguf", "for llama.cpp, LM Studio, ollama"),
         (f"minimind export --model {model} --to hf --out model", "for transformers, vLLM, trl"),
-        (f"python train/dpo.py --from {model} --data pairs.jsonl", "teach it your preferences"),
-        (f"python train/grpo.py --from {model} --data prompts.jsonl --reward exact", "reinforcement learning"),
+        (f"{shown([str(script('dpo'))])} --from {model} --data pairs.jsonl", "teach it your preferences"),
+        (
+            f"{shown([str(script('grpo'))])} --from {model} --data prompts.jsonl --reward exact",
+            "reinforcement learning",
+        ),
     ]
 
 
