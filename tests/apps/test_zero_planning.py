@@ -34,8 +34,9 @@ def found(tokens: int, seconds: float, preset: str = "nano", a_pass: int | None 
         "measured_hours": seconds / 3600,
         "micro_tokens": 4096,
         "flops_per_token": 17e6,
+        "flops": 17e6 * tokens,
         "device": "a CPU",
-        "cards": [{"name": "A", "hours": 0.5, "micro_tokens": 4096, "bytes": 1 << 30}],
+        "cards": [{"name": "A", "hours": 0.5, "utilisation": 0.4, "micro_tokens": 4096, "bytes": 1 << 30}],
     }
 
 

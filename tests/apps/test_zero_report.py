@@ -48,7 +48,7 @@ class Page(HTMLParser):
 
 
 def planned(name: str) -> StagePlan:
-    return StagePlan(name, (), "nano", 2_800_000, 8192, 2, 1.0, 60.0, 1 << 30, {"A": 1.0}, 17e6, False)
+    return StagePlan(name, (), "nano", 2_800_000, 8192, 2, 1.0, 60.0, 1 << 30, {"A": 1.0}, {"A": 1e12}, 17e6, False)
 
 
 def state(folder: Path, *names: str) -> State:
@@ -111,6 +111,14 @@ def test_a_page_about_what_there_is(tmp_path):
     assert "not finished" in text and "not begun" in text
     write_stage(tmp_path / "sft", SAMPLES, [], finished=False)
     Page(html(state(tmp_path, "pretrain", "sft")))
+
+
+def test_utilisation_is_a_share_of_a_known_card_and_else_what_was_computed(tmp_path):
+    write_stage(tmp_path / "pretrain", "", rows())
+    assert "peak is not known" in html(state(tmp_path, "pretrain"))
+    (tmp_path / "pretrain" / "versions.json").write_text(json.dumps({"starts": [{"device": "NVIDIA A, 24 GiB"}]}))
+    page = html(state(tmp_path, "pretrain"))
+    assert "share of the 1 bf16 TFLOP/s of A" in page and "<b>1.7%</b>" in page  # 1005 tokens/s of 17 MFLOP
 
 
 def test_reinforcement_learning_shows_rewards_and_no_loss(tmp_path):

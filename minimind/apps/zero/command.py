@@ -25,8 +25,7 @@ from minimind.apps.zero.running import Clock, View, run_stage, was_stopped
 from minimind.apps.zero.stages import STAGES, Recipe, StageName, shown
 from minimind.apps.zero.state import State, alone_in
 from minimind.apps.zero.story import closing_lines
-from minimind.utils.display import duration
-from minimind.utils.progress import say
+from minimind.utils.display import duration, say
 
 PresetName = Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "minimind3", "minimind3-moe"]
 

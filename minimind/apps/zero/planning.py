@@ -20,8 +20,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from minimind.apps.zero.stages import STAGES, Recipe, interpreter
-from minimind.utils.display import duration
-from minimind.utils.progress import say
+from minimind.utils.display import duration, say
 
 BudgetName = Literal["5min", "30min", "2h", "full"]
 SECONDS = {"5min": 300.0, "30min": 1800.0, "2h": 7200.0, "full": math.inf}
@@ -42,7 +41,7 @@ _HELD_OUT = 0.05
 class StagePlan:
     """flags: that set its length, none where its data do; tokens, steps, passes: of the run; seconds: on this device,
     projected, with its start and its evaluations; memory: bytes of a step on a GPU, projected; cards: seconds on each,
-    projected; shortened: whether it learns from less than it would."""
+    projected; peaks: FLOP/s of each in bf16; shortened: whether it learns from less than it would."""
 
     name: str
     flags: tuple[str, ...]
@@ -54,6 +53,7 @@ class StagePlan:
     seconds: float
     memory: int
     cards: dict[str, float]
+    peaks: dict[str, float]
     flops_per_token: float
     shortened: bool
 
@@ -211,6 +211,7 @@ class Draft:
             part = 1.0
         own = self.whole / self.most
         card = {c["name"]: c["hours"] * 3600 * part for c in found["cards"]}
+        peaks = {c["name"]: found["flops"] / (c["utilisation"] * c["hours"] * 3600) for c in found["cards"]}
         like_here = min(found["cards"], key=lambda c: abs(c["micro_tokens"] - found["micro_tokens"]))
         return StagePlan(
             name=self.name,
@@ -223,6 +224,7 @@ class Draft:
             seconds=self.overhead + own * part,
             memory=like_here["bytes"],
             cards=card,
+            peaks=peaks,
             flops_per_token=found["flops_per_token"],
             shortened=part < 1,
         )

@@ -17,7 +17,6 @@ from minimind.apps.zero.stages import STAGES, shown
 from minimind.apps.zero.state import State
 from minimind.apps.zero.story import commands, name_of, results_text, spell
 from minimind.apps.zero.style import STYLE
-from minimind.training.cards import CARDS
 from minimind.utils.display import duration
 from minimind.utils.files import write_atomically
 
@@ -164,10 +163,10 @@ def _utilisation(plan: StagePlan, results: Results, speed: list[tuple[float, flo
     if not speed or results.rollouts:
         return ""
     device = results.starts[-1].get("device", "") if results.starts else ""
-    card = next((c for c in CARDS if re.sub(r" (SXM|80 GB)", "", c.name) in device), None)
+    card = next((name for name in plan.peaks if re.sub(r" (SXM|80 GB)", "", name) in device), None)
     if card is not None:
-        share = [(x, rate * plan.flops_per_token / (card.tflops * 1e12)) for x, rate in speed]
-        unit = f"share of the {card.tflops:g} bf16 TFLOP/s of {card.name}"
+        share = [(x, rate * plan.flops_per_token / plan.peaks[card]) for x, rate in speed]
+        unit = f"share of the {plan.peaks[card] / 1e12:.0f} bf16 TFLOP/s of {card}"
         return line_chart("Utilisation", unit, "minutes of training", [Curve("model's operations", share)], 1.0)
     work = [(x, rate * plan.flops_per_token / 1e9) for x, rate in speed]
     unit = "GFLOP a second (this device's peak is not known)"

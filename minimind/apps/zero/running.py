@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from minimind.apps.zero.stages import interpreter
-from minimind.utils.display import duration
-from minimind.utils.progress import say
+from minimind.utils.display import duration, say
 
 _STEP = re.compile(r"step ([\d,]+)/([\d,]+)  (.*)")  # as minimind.utils.display.Display writes it
 _STOPPED = 130
