@@ -10,6 +10,7 @@ from rich.console import Console
 
 from minimind import ModelConfig
 from minimind.apps.zero import planning
+from minimind.apps.zero.command import Args
 from minimind.apps.zero.planning import LADDER, Plan, choose_preset, draft, make_plan, share_out
 from minimind.apps.zero.stages import STAGES, Recipe, script
 from minimind.modeling import Model
@@ -65,6 +66,7 @@ def test_a_model_of_the_users_is_gone_on_with(tmp_path):
     asked = recipe("sft", "dpo", origin="mine")
     assert asked.flags("sft", None, tmp_path) == ["--from", "mine"]
     assert asked.flags("dpo", None, tmp_path) == ["--from", str(tmp_path / "sft")]
+    assert asked.flags("dpo", None, None) == ["--from", "mine"]  # in a plan, for its shape
     assert recipe("grpo", origin="mine").names == ("grpo",)
 
 
@@ -82,6 +84,19 @@ def test_a_model_of_the_users_is_gone_on_with(tmp_path):
 def test_what_does_not_fit_is_refused_in_one_line(names, more, message):
     with pytest.raises(ValueError, match=message):
         recipe(*names, **more)
+
+
+def test_a_shape_is_said_once():
+    with pytest.raises(ValueError, match="--preset nano: mine has a shape of its own"):
+        Args(from_="mine", preset="nano").recipe()
+
+
+def test_stages_by_budget_and_data():
+    assert Args().recipe().names == ("pretrain", "sft")
+    assert Args(budget="2h").recipe().names == ("pretrain", "sft", "reason", "dpo", "sums", "grpo")
+    assert Args(budget="2h", data=("dpo=f",)).recipe().names == ("pretrain", "sft", "dpo")
+    assert Args(from_="mine").recipe().names == ("sft",)
+    assert Args(device="cpu", cache_dir="c").recipe().common == ("--evals", "4", "--device", "cpu", "--cache-dir", "c")
 
 
 def test_flags_of_one_stage_reach_it_alone(tmp_path):

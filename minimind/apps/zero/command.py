@@ -10,6 +10,7 @@ Stages run one after another, each as its script in train/ does, each into a fol
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from dataclasses import dataclass
@@ -75,10 +76,15 @@ class Args:
         if not names:
             named = {entry.partition("=")[0] for entry in self.data} & STAGES.keys()
             names = [*named, *([] if self.from_ else ["pretrain"]), "sft", *([] if named else MORE[self.budget])]
-        common = ["--evals", str(self.evals)]
-        common += [] if self.device == "auto" else ["--device", self.device]
-        common += [] if self.cache_dir is None else ["--cache-dir", self.cache_dir]
-        return Recipe.of(names, self.data, self.from_, self.flags, common)
+        if self.preset is not None and self.from_ is not None:
+            raise ValueError(f"--preset {self.preset}: {self.from_} has a shape of its own; drop --preset")
+        return Recipe.of(names, self.data, self.from_, self.flags, self.common())
+
+    def common(self) -> tuple[str, ...]:
+        """Flags of every stage, which may differ from start to start."""
+        device = () if self.device == "auto" else ("--device", self.device)
+        cache = () if self.cache_dir is None else ("--cache-dir", self.cache_dir)
+        return "--evals", str(self.evals), *device, *cache
 
     def asked(self) -> dict[str, Any]:
         """The flags that another start must repeat."""
@@ -100,8 +106,9 @@ def main(args: Args) -> int:
         return 0
     with alone_in(args.folder):
         state = State.open(args.folder, args.asked())
-        if state.plan is None:
+        if state.recipe is None:
             state.recipe, state.plan = planned(args, recipe, console)
+        state.recipe = dataclasses.replace(state.recipe, common=args.common())
         state.starts.append(time.time())
         state.write()
         return run(state, args.price, console)

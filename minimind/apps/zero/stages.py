@@ -95,12 +95,12 @@ class Recipe:
 
     def flags(self, name: str, preset: str | None, out: Path | None) -> list[str]:
         """Of the stage's script but for its length. out: the folder of all stages; None in a plan, where nothing is
-        there yet to go on from."""
+        there yet to go on from, and the model is one of the same shape."""
         found: list[str] = []
         before = self.before(name)
         if before is not None and out is not None:
             found += ["--from", str(out / before)]
-        elif before is None and self.origin is not None and name != "sums":
+        elif self.origin is not None and "sums" not in (name, before):
             found += ["--from", self.origin]
         elif preset is not None:
             found += ["--preset", preset]

@@ -40,7 +40,7 @@ class State:
         found = read_json(folder / NAME)
         if found is None:
             if (folder / NAME).exists():
-                raise ValueError(f"{folder / NAME}: damaged; remove it and the run is planned anew, its stages go on")
+                raise ValueError(f"{folder / NAME}: damaged; put it back, or name another folder with --out")
             if folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir()):
                 raise ValueError(f"--out {folder}: not empty and not of minimind zero; name another folder")
             return State(folder, asked)
