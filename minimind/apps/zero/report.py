@@ -80,10 +80,10 @@ def _tiles(state: State, begun: list[tuple[StagePlan, Results]], price: float | 
     tiles = [(duration(spent), "in all"), (_count(sum(r.tokens for _, r in begun)), "tokens trained on")]
     for plan, results in begun:
         figures = results.figures()
-        for key in ("heldout_exact", "heldout_greedy_reward"):
+        for key in ("heldout_exact", "heldout_reward"):
             if key in figures:
                 text = f"{figures[key][1]:.1%}" if key == "heldout_exact" else f"{figures[key][1]:.2f}"
-                what = "answers right to the letter" if key == "heldout_exact" else "reward of greedy answers"
+                what = "answers right to the letter" if key == "heldout_exact" else "reward of sampled answers"
                 tiles.append((text, f"held-out {what}, {plan.name}"))
         if plan.name == "pretrain" and "heldout_loss" in figures:
             tiles.append((f"{figures['heldout_loss'][1]:.3f}", "held-out loss of pretraining, nats a token"))
@@ -120,7 +120,7 @@ def _table(state: State, found: Iterable[tuple[StagePlan, Results | None]], pric
             continue
         steps = results.train[-1]["step"] if results.train else 0
         figures = results.figures()
-        right = "heldout_exact" if "heldout_exact" in figures else "heldout_greedy_reward"
+        right = "heldout_exact" if "heldout_exact" in figures else "heldout_reward"
         main = [spell(key, *figures[key]) if key in figures else "" for key in ("heldout_loss", right)]
         numbers = [f"{results.tokens:,}", f"{steps:,}", f"{results.rate:,.0f}", duration(spent), duration(plan.seconds)]
         rows.append([plan.name, *numbers, *money, *main, "" if results.finished else "not finished"])

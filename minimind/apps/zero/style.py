@@ -36,7 +36,7 @@ figure.chart{margin:0;background:var(--card);border:1px solid var(--rule);border
 min-width:0;display:flex;flex-direction:column}
 figcaption{font-weight:600;font-size:.9375rem;margin-bottom:4px}
 figcaption small{font-weight:400}
-.plot{margin-top:auto;display:grid;grid-template:200px 22px/46px 1fr}
+.plot{margin-top:auto;padding-top:8px;display:grid;grid-template:200px 22px/46px 1fr}
 .plot svg{width:100%;height:100%;overflow:visible;display:block}
 .plot .y,.plot .x{position:relative;font-size:.75rem;color:var(--soft);font-variant-numeric:tabular-nums}
 .plot .y span{position:absolute;right:8px;transform:translateY(50%)}
