@@ -12,7 +12,7 @@ from minimind.apps.zero.charts import bounds, line_chart, number, ticks
 from minimind.apps.zero.planning import Plan, StagePlan
 from minimind.apps.zero.report import html, write_report
 from minimind.apps.zero.results import Curve, Results, read_samples, smoothed, thinned
-from minimind.apps.zero.stages import Recipe
+from minimind.apps.zero.stages import Chain
 from minimind.apps.zero.state import State
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "path"}
@@ -53,7 +53,7 @@ def planned(name: str) -> StagePlan:
 
 def state(folder: Path, *names: str) -> State:
     plan = Plan("5min", "nano", "a CPU", tuple(map(planned, names)), ("preset nano: as a test says",))
-    return State(folder, {}, Recipe.of(names, (), None, (), ()), plan, {name: 61.0 for name in names}, [0.0])
+    return State(folder, {}, Chain.of(names, (), None, (), ()), plan, {name: 61.0 for name in names}, [0.0])
 
 
 def write_stage(folder: Path, samples: str, rows: list[dict], finished: bool = True) -> None:

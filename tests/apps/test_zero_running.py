@@ -13,16 +13,16 @@ import pytest
 from rich.console import Console
 
 from minimind.apps.zero import running
-from minimind.apps.zero.running import Clock, View, run_stage, was_stopped
+from minimind.apps.zero.running import Clock, StageView, run_stage, was_stopped
 from minimind.apps.zero.state import State, alone_in
 
 ROOT = Path(__file__).parents[2]
 posix = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 
 
-def view() -> tuple[View, io.StringIO]:
+def view() -> tuple[StageView, io.StringIO]:
     shown = io.StringIO()
-    return View(Console(file=shown, width=200), "sft 2/3", Clock(own=100.0, later=50.0)), shown
+    return StageView(Console(file=shown, width=200), "sft 2/3", Clock(own=100.0, later=50.0)), shown
 
 
 def run(script: Path, tmp_path: Path, *flags: str) -> tuple[int, str, float]:

@@ -22,8 +22,8 @@ from rich.console import Console
 
 from minimind.apps.zero.planning import MORE, BudgetName, Plan, make_plan
 from minimind.apps.zero.report import write_report
-from minimind.apps.zero.running import Clock, View, run_stage, was_stopped
-from minimind.apps.zero.stages import STAGES, Recipe, StageName, shown
+from minimind.apps.zero.running import Clock, StageView, run_stage, was_stopped
+from minimind.apps.zero.stages import STAGES, Chain, StageName, shown
 from minimind.apps.zero.state import State, alone_in
 from minimind.apps.zero.story import closing_lines
 from minimind.utils.display import duration, say
@@ -70,7 +70,7 @@ class Args:
         """Measurements of a stage on the way."""
         return 4 if self.budget == "5min" else 10
 
-    def recipe(self) -> Recipe:
+    def chain(self) -> Chain:
         """Raises ValueError, one line that names the flag."""
         names: list[str] = list(self.stages)
         if not names:
@@ -78,7 +78,7 @@ class Args:
             names = [*named, *([] if self.from_ else ["pretrain"]), "sft", *([] if named else MORE[self.budget])]
         if self.preset is not None and self.from_ is not None:
             raise ValueError(f"--preset {self.preset}: {self.from_} has a shape of its own; drop --preset")
-        return Recipe.of(names, self.data, self.from_, self.flags, self.common())
+        return Chain.of(names, self.data, self.from_, self.flags, self.common())
 
     def common(self) -> tuple[str, ...]:
         """Flags of every stage, which may differ from start to start."""
@@ -99,28 +99,28 @@ def main(args: Args) -> int:
     console = Console()
     if args.price is not None and not 0 <= args.price < float("inf"):
         raise ValueError(f"--price {args.price:g}: 0 or more for an hour")
-    recipe = args.recipe()
+    chain = args.chain()
     if args.plan:
-        for line in planned(args, recipe, console)[1].lines(args.price):
+        for line in planned(args, chain, console)[1].lines(args.price):
             say(console, line)
         return 0
     with alone_in(args.folder):
         state = State.open(args.folder, args.asked())
-        if state.recipe is None:
-            state.recipe, state.plan = planned(args, recipe, console)
-        state.recipe = dataclasses.replace(state.recipe, common=args.common())
+        if state.chain is None:
+            state.chain, state.plan = planned(args, chain, console)
+        state.chain = dataclasses.replace(state.chain, common=args.common())
         state.starts.append(time.time())
         state.write()
         return run(state, args.price, console)
 
 
-def planned(args: Args, recipe: Recipe, console: Console) -> tuple[Recipe, Plan]:
-    return make_plan(args.budget, recipe, bool(args.stages), args.preset, args.evals, console)
+def planned(args: Args, chain: Chain, console: Console) -> tuple[Chain, Plan]:
+    return make_plan(args.budget, chain, bool(args.stages), args.preset, args.evals, console)
 
 
 def run(state: State, price: float | None, console: Console) -> int:
     """Train what is not finished yet and write the report, also about what there is when it is interrupted."""
-    assert state.recipe is not None and state.plan is not None
+    assert state.chain is not None and state.plan is not None
     for line in state.plan.lines(price):
         say(console, line)
     status = 0
@@ -141,14 +141,14 @@ def run(state: State, price: float | None, console: Console) -> int:
 
 def run_one(state: State, number: int, console: Console) -> int:
     """Train stage `number`: 0 done, 130 interrupted, 2 failed."""
-    assert state.recipe is not None and state.plan is not None
+    assert state.chain is not None and state.plan is not None
     stages = state.plan.stages
     name, left = stages[number].name, [s for s in stages[number:] if not state.finished(s.name)]
     out = state.folder / name
     command = state.command(name)
     say(console, f"stage {number + 1} of {len(stages)}, {name}, {STAGES[name].what}: {shown(command)}")
     clock = Clock(stages[number].seconds, sum(s.seconds for s in left[1:]))
-    view = View(console, f"{name} {number + 1}/{len(stages)}", clock)
+    view = StageView(console, f"{name} {number + 1}/{len(stages)}", clock)
     status = run_stage(command, out, state.folder / "zero.log", view, console, lambda s: state.spend(name, s))
     if status == 0 and state.finished(name):
         return 0

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from minimind.apps.zero.stages import STAGES, Recipe, interpreter
+from minimind.apps.zero.stages import STAGES, Chain, interpreter
 from minimind.utils.display import duration, say
 
 BudgetName = Literal["5min", "30min", "2h", "full"]
@@ -107,8 +107,8 @@ Ask = Callable[[str, str | None], dict[str, Any]]
 
 
 def make_plan(
-    budget: BudgetName, recipe: Recipe, chosen: bool, preset: str | None, evals: int, console: Console
-) -> tuple[Recipe, Plan]:
+    budget: BudgetName, chain: Chain, chosen: bool, preset: str | None, evals: int, console: Console
+) -> tuple[Chain, Plan]:
     """(what is run, its plan). chosen: whether the user named the stages; else those that do not fit are left out.
     evals: measurements of each stage on the way. Raises ValueError with a script's own line."""
     began = time.monotonic()
@@ -117,41 +117,41 @@ def make_plan(
     def ask(name: str, shape: str | None) -> dict[str, Any]:
         if (name, shape) not in known:
             say(console, f"measuring a step of {name}" + (f" of {shape}" if shape else ""))
-            known[name, shape] = ask_script(recipe, name, shape)
+            known[name, shape] = ask_script(chain, name, shape)
         return known[name, shape]
 
     notes: list[str] = []
-    if preset is None and recipe.origin is None:
-        preset, why = choose_preset(SECONDS[budget], recipe, ask)
+    if preset is None and chain.origin is None:
+        preset, why = choose_preset(SECONDS[budget], chain, ask)
         notes.append(why)
     left = SECONDS[budget]
     while True:
-        drafts = [draft(recipe, name, ask(name, preset), budget, evals) for name in recipe.names]
+        drafts = [draft(chain, name, ask(name, preset), budget, evals) for name in chain.names]
         left = SECONDS[budget] - (time.monotonic() - began)
         least = sum(d.overhead + d.least for d in drafts)
-        optional = [n for n in recipe.names if n not in ("pretrain", "sft", "sums")]
+        optional = [n for n in chain.names if n not in ("pretrain", "sft", "sums")]
         if chosen or least <= left or not optional:
             break
         notes.append(f"{optional[-1]}: left out, as there is no time for it; --stages asks for it all the same")
-        names = [n for n in recipe.names if n not in (optional[-1], "sums")]
-        recipe = dataclasses.replace(recipe, names=tuple(names))
+        names = [n for n in chain.names if n not in (optional[-1], "sums")]
+        chain = dataclasses.replace(chain, names=tuple(names))
     if least > left:
         notes.append(
             f"this device needs about {duration(least)} for the least that is worth it: more than the budget, and taken"
         )
     seconds = share_out(drafts, left)
     stages = tuple(d.cut(time_of) for d, time_of in zip(drafts, seconds, strict=True))
-    device = str(ask(recipe.names[0], preset)["device"])
-    return recipe, Plan(budget, preset, device, stages, tuple(notes))
+    device = str(ask(chain.names[0], preset)["device"])
+    return chain, Plan(budget, preset, device, stages, tuple(notes))
 
 
-def ask_script(recipe: Recipe, name: str, preset: str | None) -> dict[str, Any]:
+def ask_script(chain: Chain, name: str, preset: str | None) -> dict[str, Any]:
     """What the stage's script writes under --plan."""
     with TemporaryDirectory(prefix="minimind-zero-") as folder:
         file = Path(folder) / "plan.json"
-        flags = [*recipe.flags(name, preset, None), "--plan", "--plan-json", str(file)]
+        flags = [*chain.flags(name, preset, None), "--plan", "--plan-json", str(file)]
         answer = subprocess.run(
-            interpreter(recipe.command(name, flags)), stdin=subprocess.DEVNULL, capture_output=True, text=True
+            interpreter(chain.command(name, flags)), stdin=subprocess.DEVNULL, capture_output=True, text=True
         )
         if answer.returncode or not file.exists():
             told = (answer.stdout + answer.stderr).strip().splitlines() or ["it said nothing"]
@@ -159,14 +159,14 @@ def ask_script(recipe: Recipe, name: str, preset: str | None) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
 
 
-def choose_preset(budget: float, recipe: Recipe, ask: Ask) -> tuple[str, str]:
+def choose_preset(budget: float, chain: Chain, ask: Ask) -> tuple[str, str]:
     """(the largest preset that the time and the text are enough for, the reason in one line)."""
     if math.isinf(budget):
-        if recipe.builtin(recipe.names[0]):
+        if chain.builtin(chain.names[0]):
             return "nano", "preset nano: the built-in data are small; --preset sets another"
         return "minimind2-small", "preset minimind2-small: upstream's for a whole run; --preset sets another"
-    first = recipe.names[0]
-    share = STAGES[first].weight / sum(STAGES[name].weight for name in recipe.names)
+    first = chain.names[0]
+    share = STAGES[first].weight / sum(STAGES[name].weight for name in chain.names)
     name, size = LADDER[0]
     for larger, parameters in LADDER[1:]:
         smaller, wanted = ask(first, name), BEST_TOKENS / (parameters / size) * parameters
@@ -230,15 +230,15 @@ class Draft:
         )
 
 
-def draft(recipe: Recipe, name: str, found: dict[str, Any], budget: BudgetName, evals: int) -> Draft:
+def draft(chain: Chain, name: str, found: dict[str, Any], budget: BudgetName, evals: int) -> Draft:
     own = found["measured_hours"] * 3600
     length = {STAGES[name].length, "--epochs", "--tokens", "--rollouts"}
-    rigid = bool(length & set(recipe.extra.get(name, ()))) or name == "sums" or budget == "full"
+    rigid = bool(length & set(chain.extra.get(name, ()))) or name == "sums" or budget == "full"
     most = PASSES if name == "pretrain" and not rigid else 1.0
     least = 0.0
-    if rigid or (recipe.builtin(name) and name != "pretrain"):
+    if rigid or (chain.builtin(name) and name != "pretrain"):
         least = own  # short, and with less of it there is nothing to see
-    elif recipe.builtin(name):
+    elif chain.builtin(name):
         least = own * min(1.0, LEAST / found["tokens"])
     held = _HELD_OUT * found["data"]["tokens"]
     scored = (evals + 1) * min(held, _EVAL_TOKENS) + min(held, 1e6)

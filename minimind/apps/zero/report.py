@@ -12,7 +12,7 @@ from typing import Any
 
 from minimind.apps.zero.charts import line_chart
 from minimind.apps.zero.planning import StagePlan
-from minimind.apps.zero.results import Curve, Results, Sample
+from minimind.apps.zero.results import Curve, Results, SamplePair
 from minimind.apps.zero.stages import STAGES, shown
 from minimind.apps.zero.state import State
 from minimind.apps.zero.story import commands, name_of, results_text, spell
@@ -40,13 +40,13 @@ def write_report(state: State, price: float | None) -> Path | None:
 
 
 def html(state: State, price: float | None = None) -> str:
-    assert state.plan is not None and state.recipe is not None
+    assert state.plan is not None and state.chain is not None
     found = [(plan, Results.of(state.folder / plan.name)) for plan in state.plan.stages]
     begun = [(plan, results) for plan, results in found if results is not None]
     first = state.plan.stages[0]
     title = f"{first.preset}, {first.parameters / 1e6:.1f}M parameters, from nothing"
-    if state.recipe.origin is not None:
-        title = f"{first.preset}, {first.parameters / 1e6:.1f}M parameters, from {state.recipe.origin}"
+    if state.chain.origin is not None:
+        title = f"{first.preset}, {first.parameters / 1e6:.1f}M parameters, from {state.chain.origin}"
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{escape(_subtitle(state, [r for _, r in begun]))}</p>',
@@ -173,13 +173,13 @@ def _utilisation(plan: StagePlan, results: Results, speed: list[tuple[float, flo
     return line_chart("Utilisation", unit, "minutes of training", [Curve("model's operations", work)])
 
 
-def _samples(samples: list[Sample]) -> str:
+def _samples(samples: list[SamplePair]) -> str:
     if not samples:
         return ""
     return f'<h3>Before and after</h3><div class="samples">{"".join(map(_sample, samples[:_SAMPLES]))}</div>'
 
 
-def _sample(sample: Sample) -> str:
+def _sample(sample: SamplePair) -> str:
     right = sample.wanted and sample.after.strip() == sample.wanted.strip()
     rows = [("before", sample.before, ""), ("after", sample.after, " right" if right else "")]
     if sample.wanted:
@@ -191,7 +191,7 @@ def _sample(sample: Sample) -> str:
 
 def _card(state: State, begun: list[tuple[StagePlan, Results]]) -> str:
     """The model card: shape, data, training, what it is not for."""
-    assert state.recipe is not None and state.plan is not None
+    assert state.chain is not None and state.plan is not None
     if not begun:
         return ""
     plan, results = begun[0]
@@ -206,7 +206,7 @@ def _card(state: State, begun: list[tuple[StagePlan, Results]]) -> str:
         ("tokenizer", str(results.config.get("tokenizer", ""))[:16]),
     ]
     for stage, found in begun:
-        data = " ".join(state.recipe.data.get(stage.name, ())) or "what is built in"
+        data = " ".join(state.chain.data.get(stage.name, ())) or "what is built in"
         passes = f"{stage.passes:.2g} passes" if stage.passes else ""
         cut = ", shortened to fit the budget" if stage.shortened else ""
         rows.append((stage.name, f"{data}; {found.tokens:,} tokens, {passes}{cut}; seed {_seed(found)}"))

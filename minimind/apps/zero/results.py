@@ -34,7 +34,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SamplePair:
     """What the model makes of one prompt before and after; wanted: the answer of the data, empty where it has none."""
 
     prompt: str
@@ -54,7 +54,7 @@ class Results:
     train: list[dict[str, Any]] = field(default_factory=list)
     evals: list[dict[str, Any]] = field(default_factory=list)
     rollouts: list[dict[str, Any]] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[SamplePair] = field(default_factory=list)
 
     @staticmethod
     def of(folder: Path) -> Results | None:
@@ -171,7 +171,7 @@ def thinned(points: Sequence[tuple[float, float]], most: int = _POINTS) -> list[
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
-def read_samples(file: Path) -> list[Sample]:
+def read_samples(file: Path) -> list[SamplePair]:
     """The first and the newest block of a run's samples.txt, prompt by prompt."""
     if not file.exists():
         return []
@@ -182,7 +182,7 @@ def read_samples(file: Path) -> list[Sample]:
     return [_pair(before, after) for before, after in zip(blocks[0], blocks[-1], strict=False) if before and after]
 
 
-def _pair(before: str, after: str) -> Sample:
+def _pair(before: str, after: str) -> SamplePair:
     """Two lines of samples.txt about one prompt, taken apart where what both begin with ends."""
     same = 0
     for a, b in zip(before, after, strict=False):
@@ -198,7 +198,7 @@ def _pair(before: str, after: str) -> Sample:
         cut = 0
     prompt = before[:cut].removesuffix("| assistant: ").removesuffix(" | ").strip()
     (first, wanted), (second, _) = _answer(before[cut:]), _answer(after[cut:])
-    return Sample(unescaped(prompt), unescaped(first), unescaped(second), unescaped(wanted))
+    return SamplePair(unescaped(prompt), unescaped(first), unescaped(second), unescaped(wanted))
 
 
 def _answer(text: str) -> tuple[str, str]:

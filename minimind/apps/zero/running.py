@@ -47,7 +47,7 @@ class Clock:
         return here + self.later * pace
 
 
-class View:
+class StageView:
     """Passes a stage's lines on: its steps as a bar in a terminal, elsewhere as lines with the time that is left."""
 
     def __init__(self, console: Console, title: str, clock: Clock) -> None:
@@ -78,7 +78,7 @@ class View:
 
 
 def run_stage(
-    command: Sequence[str], out: Path, log: Path, view: View, console: Console, spend: Callable[[float], None]
+    command: Sequence[str], out: Path, log: Path, view: StageView, console: Console, spend: Callable[[float], None]
 ) -> int:
     """The exit status of the script. Its lines go to `view` and to the file `log`; spend(seconds) is called with the
     time it takes. SIGINT and SIGTERM are passed on to it, and it saves."""

@@ -18,7 +18,7 @@ _WEAK = ("--data", ARITHMETIC, "--epochs", "1", "--seq-len", "256", "--batch-tok
 
 
 @dataclass(frozen=True)
-class Stage:
+class ScriptStage:
     """name: of its folder; script: of train/; after: it goes on from the last of these that is run, and from random
     weights where none can be; length: the flag that shortens it, of which `usual` is the default where that is a
     number; weight: its share of a budget that is too small for all; flags: what it always gets."""
@@ -36,20 +36,20 @@ class Stage:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("pretrain", "pretrain", "learns language from text", (), 6),
-        Stage("sft", "sft", "learns to answer from conversations", ("pretrain",), 3),
-        Stage("reason", "reason", "learns to think before it answers", ("pretrain", "sft"), 2),
-        Stage("dpo", "dpo", "learns which of two answers is preferred", ("pretrain", "sft", "reason"), 1),
+        ScriptStage("pretrain", "pretrain", "learns language from text", (), 6),
+        ScriptStage("sft", "sft", "learns to answer from conversations", ("pretrain",), 3),
+        ScriptStage("reason", "reason", "learns to think before it answers", ("pretrain", "sft"), 2),
+        ScriptStage("dpo", "dpo", "learns which of two answers is preferred", ("pretrain", "sft", "reason"), 1),
         # no chat model has met the built-in sums: GRPO begins there with one that was taught them badly
-        Stage("sums", "sft", "learns sums, most of them wrong, for GRPO to mend", (), 1, flags=_WEAK),
-        Stage("grpo", "grpo", "learns from rewards for its answers", ("pretrain", "sft", "reason", "dpo", "sums"), 2,
-              "--rollouts", 120),
+        ScriptStage("sums", "sft", "learns sums, most of them wrong, for GRPO to mend", (), 1, flags=_WEAK),
+        ScriptStage("grpo", "grpo", "learns from rewards for its answers",
+                    ("pretrain", "sft", "reason", "dpo", "sums"), 2, "--rollouts", 120),
     )
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Chain:
     """What is asked of the stages. names: those to run, in their order; data: files of each stage, none for what is
     built in; origin: weights that the first stage begins with; extra: further flags of each stage; common: of all."""
 
@@ -62,7 +62,7 @@ class Recipe:
     @staticmethod
     def of(
         names: Sequence[str], data: Sequence[str], origin: str | None, extra: Sequence[str], common: Sequence[str]
-    ) -> Recipe:
+    ) -> Chain:
         """ValueError, one line, names the flag that does not fit."""
         files: dict[str, tuple[str, ...]] = {}
         for name, file in (_split("--data", entry, "FILE") for entry in data):
@@ -83,7 +83,7 @@ class Recipe:
             raise ValueError(f"--from {origin}: pretraining begins with nothing; name the later --stages alone")
         if ordered[0] not in ("pretrain", "sums") and origin is None:
             raise ValueError(f"--stages {' '.join(names)}: {ordered[0]} needs a model; name it with --from")
-        return Recipe(ordered, files, origin, flags, tuple(common))
+        return Chain(ordered, files, origin, flags, tuple(common))
 
     def builtin(self, name: str) -> bool:
         """Whether the stage learns from what comes with the program."""

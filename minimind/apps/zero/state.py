@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from minimind.apps.zero.planning import Plan
-from minimind.apps.zero.stages import Recipe
+from minimind.apps.zero.stages import Chain
 from minimind.utils.files import read_json, write_json
 
 NAME = "zero.json"
@@ -23,12 +23,12 @@ _HEARTBEAT = 5.0  # seconds between notes of the time that a stage has taken: wh
 
 @dataclass
 class State:
-    """asked: the flags that the folder stands for; recipe, plan: what they came to at the first start, None before
+    """asked: the flags that the folder stands for; chain, plan: what they came to at the first start, None before
     that; seconds: spent on each stage so far, over all starts; starts: when each was, as Unix time."""
 
     folder: Path
     asked: dict[str, Any]
-    recipe: Recipe | None = None
+    chain: Chain | None = None
     plan: Plan | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     starts: list[float] = field(default_factory=list)
@@ -53,19 +53,19 @@ class State:
 
     @staticmethod
     def of(folder: Path, found: Mapping[str, Any]) -> State:
-        recipe = found["recipe"]
+        chain = found["chain"]
         for part in ("data", "extra"):
-            recipe[part] = {name: tuple(values) for name, values in recipe[part].items()}
-        made = Recipe(**{**recipe, "names": tuple(recipe["names"]), "common": tuple(recipe["common"])})
+            chain[part] = {name: tuple(values) for name, values in chain[part].items()}
+        made = Chain(**{**chain, "names": tuple(chain["names"]), "common": tuple(chain["common"])})
         return State(folder, found["asked"], made, Plan.of(found["plan"]), found["seconds"], found["starts"])
 
     def write(self) -> None:
-        assert self.recipe is not None and self.plan is not None
+        assert self.chain is not None and self.plan is not None
         write_json(
             self.folder / NAME,
             {
                 "asked": self.asked,
-                "recipe": dataclasses.asdict(self.recipe),
+                "chain": dataclasses.asdict(self.chain),
                 "plan": dataclasses.asdict(self.plan),
                 "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
                 "starts": self.starts,
@@ -81,10 +81,10 @@ class State:
 
     def command(self, stage: str) -> list[str]:
         """The script of a stage with the flags that it is run with; it can be repeated by hand."""
-        assert self.recipe is not None and self.plan is not None
+        assert self.chain is not None and self.plan is not None
         planned = self.plan.stage(stage)
-        flags = [*self.recipe.flags(stage, planned.preset, self.folder), *planned.flags]
-        return self.recipe.command(stage, [*flags, "--out", str(self.folder / stage)])
+        flags = [*self.chain.flags(stage, planned.preset, self.folder), *planned.flags]
+        return self.chain.command(stage, [*flags, "--out", str(self.folder / stage)])
 
     def finished(self, stage: str) -> bool:
         return (self.folder / stage / "finished").exists()

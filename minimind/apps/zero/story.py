@@ -45,8 +45,8 @@ def spell(key: str, before: float, after: float) -> str:
 
 def model_folder(state: State) -> Path:
     """The run to talk to, or until there is one the newest that began."""
-    assert state.recipe is not None
-    return state.folder / state.recipe.answers()
+    assert state.chain is not None
+    return state.folder / state.chain.answers()
 
 
 def commands(state: State) -> list[tuple[str, str]]:
