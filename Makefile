@@ -1,4 +1,4 @@
-# make demo   from nothing to a model that answers, in minutes, on any machine
+# make demo   from nothing to a model that answers, in minutes, on any machine; make zero ARGS='--budget 2h': in more
 # make test   the test suite, in minutes; make test-all: with the heavy tests too, as CI does
 # make test-processors   the numeric tests as other processors would run them; ONLY='with_avx2 or threads_3'
 # make lint: ruff and mypy; make venv: the environment alone
@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 # a process for each core; whole files, since tests of a file share what is made once. Timing is bench/regression's.
 PYTEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile -p no:benchmark
 
-.PHONY: demo test test-heavy test-all test-processors lint venv clean
+.PHONY: demo zero test test-heavy test-all test-processors lint venv clean
 
 venv: $(VENV)/installed
 
@@ -18,15 +18,12 @@ $(VENV)/installed: setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*.* c
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: runs/demo-sft/finished
-	@echo 'talk to it: $(VENV)/bin/minimind chat; rm -r runs/demo-* and it is trained anew'
+# both go on where they were interrupted; `minimind zero --help` has the flags for ARGS
+demo: venv
+	$(RUN) -m minimind demo
 
-# an interrupted run goes on where it was; a finished one is not repeated
-runs/demo-pretrain/finished: | venv
-	$(RUN) train/pretrain.py --tokens 700_000 --evals 4 --out runs/demo-pretrain
-
-runs/demo-sft/finished: runs/demo-pretrain/finished
-	$(RUN) train/sft.py --from runs/demo-pretrain --evals 4 --out runs/demo-sft
+zero: venv
+	$(RUN) -m minimind zero $(ARGS)
 
 test: venv
 	$(PYTEST) tests/

@@ -1,4 +1,5 @@
-"""Packaging: the library `minimind`, with the Triton kernels of ./kernels mapped to `minimind.kernels`.
+"""Packaging: the library `minimind`, with the Triton kernels of ./kernels mapped to `minimind.kernels` and the stages'
+scripts of ./train to `minimind.train`, where `minimind zero` finds them.
 
 kernels/ has no __init__.py on purpose: with one, `import kernels` would work from the repository root and
 transformers' probe for its optional package of that name would find ours.
@@ -65,6 +66,7 @@ setup(
     packages=[
         "minimind",
         "minimind.apps",
+        "minimind.apps.zero",
         "minimind.data",
         "minimind.data.builtin",
         "minimind.evaluation",
@@ -77,13 +79,14 @@ setup(
         "minimind.rewards",
         "minimind.serving",
         "minimind.tokenization",
+        "minimind.train",
         "minimind.training",
         "minimind.training.profiling",
         "minimind.training.rl",
         "minimind.training.stages",
         "minimind.utils",
     ],
-    package_dir={"minimind": "minimind", "minimind.kernels": "kernels"},
+    package_dir={"minimind": "minimind", "minimind.kernels": "kernels", "minimind.train": "train"},
     ext_modules=[Extension("minimind._native", sources=[])],
     cmdclass={"build_ext": NativeBuild, "bdist_wheel": PlatformWheel},
     setup_requires=build_tools(),

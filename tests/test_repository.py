@@ -63,6 +63,7 @@ ARROWS = {
     "inference": "config inference/decode lora lora_files modeling ops rope tokenization utils weights",
     "evaluation": "config data inference inference/decode modeling ops tokenization utils",
     "apps": "inference tokenization",
+    "apps/zero": "utils",
     "serving": "inference tokenization",
     "export": "config inference lora lora_files modeling tokenization weights",
     "training/profiling": "utils",

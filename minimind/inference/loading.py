@@ -172,9 +172,10 @@ def _stage_of(path: Path) -> str | None:
 
 
 def _newest_run() -> Path:
-    runs = [folder.parent for folder in Path("runs").glob("*/checkpoints") if any(folder.glob("step-*"))]
+    folders = [*Path("runs").glob("*/checkpoints"), *Path("runs").glob("*/*/checkpoints")]  # and of minimind zero
+    runs = [folder.parent for folder in folders if any(folder.glob("step-*"))]
     if not runs:
-        raise ValueError("--model: name one, since there is no run under runs/ (make demo trains a small model)")
+        raise ValueError("--model: name one, since there is no run under runs/ (minimind demo trains a small model)")
     return max(runs, key=lambda folder: (folder / "checkpoints").stat().st_mtime)
 
 

@@ -139,7 +139,8 @@ def newest_finished(stage: str, root: Path = Path("runs"), data: Sequence[str] |
         is_task = any(name.startswith("builtin:") for name in trained_on)
         return config.get("stage") == stage and (not is_task if data is None else trained_on == list(data))
 
-    ended = [(flag.stat().st_mtime_ns, flag.parent) for flag in root.glob("*/finished")]
+    flags = [*root.glob("*/finished"), *root.glob("*/*/finished")]  # and the stages of minimind zero
+    ended = [(flag.stat().st_mtime_ns, flag.parent) for flag in flags]
     runs = [path for _, path in sorted(ended) if fits(read_config(path))]
     if not runs:
         raise ValueError(

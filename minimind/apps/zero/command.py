@@ -1,0 +1,155 @@
+"""From nothing to a chat model and a page about it, in one command: `minimind zero`.
+
+    minimind zero --budget 5min                                  what `minimind demo` does: nothing is downloaded
+    minimind zero --budget full --data pretrain=pretrain_hq.jsonl sft=sft_mini_512.jsonl
+    minimind zero --budget 2h --plan                             what it would do, without doing it
+
+Stages run one after another, each as its script in train/ does, each into a folder of its own under --out; then
+--out/report/index.html shows what became of them. The same command goes on after any interruption.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from minimind.apps.zero.planning import MORE, BudgetName, Plan, make_plan
+from minimind.apps.zero.report import write_report
+from minimind.apps.zero.running import Clock, StageView, run_stage, was_stopped
+from minimind.apps.zero.stages import STAGES, Chain, StageName, shown
+from minimind.apps.zero.state import State, alone_in
+from minimind.apps.zero.story import closing_lines
+from minimind.utils.display import duration, say
+
+PresetName = Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "minimind3", "minimind3-moe"]
+
+
+@dataclass(frozen=True)
+class Args:
+    """From nothing to a chat model. Every default works."""
+
+    budget: BudgetName = "5min"
+    """How long it may take on this device, which is measured first: preset, stages and tokens follow from it. full: no
+    limit, all of the data, as upstream's Zero run."""
+    stages: tuple[StageName, ...] = ()
+    """Which stages. None: pretrain and sft, those that --data names, and with a larger budget and built-in data more
+    (docs/zero.md)."""
+    data: tuple[str, ...] = ()
+    """STAGE=FILE ..., what that stage learns from, a file, a folder or a glob as its script takes them; name a stage
+    again for a further file. None: what is built in, for every stage that has none."""
+    preset: PresetName | None = None
+    """Model shape. None: by the budget."""
+    from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """Weights that the first stage begins with, where that is not pretrain: a run, a Hugging Face folder."""
+    flags: tuple[str, ...] = ()
+    """STAGE='--flag value ...', further flags of a stage's script."""
+    price: float | None = None
+    """What an hour of this device costs, in any currency: for the costs in the plan and the report."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    cache_dir: str | None = None
+    """Where tokenized data is kept. None: $MINIMIND_CACHE or ~/.cache/minimind."""
+    plan: bool = False
+    """Say what would be done: stages, tokens, hours, memory and cost, without training and without a folder."""
+    out: str | None = None
+    """Folder of all stages. None: runs/zero-BUDGET."""
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out or f"runs/zero-{self.budget}").expanduser()
+
+    @property
+    def evals(self) -> int:
+        """Measurements of a stage on the way."""
+        return 4 if self.budget == "5min" else 10
+
+    def chain(self) -> Chain:
+        """Raises ValueError, one line that names the flag."""
+        names: list[str] = list(self.stages)
+        if not names:
+            named = {entry.partition("=")[0] for entry in self.data} & STAGES.keys()
+            names = [*named, *([] if self.from_ else ["pretrain"]), "sft", *([] if named else MORE[self.budget])]
+        if self.preset is not None and self.from_ is not None:
+            raise ValueError(f"--preset {self.preset}: {self.from_} has a shape of its own; drop --preset")
+        return Chain.of(names, self.data, self.from_, self.flags, self.common())
+
+    def common(self) -> tuple[str, ...]:
+        """Flags of every stage, which may differ from start to start."""
+        device = () if self.device == "auto" else ("--device", self.device)
+        cache = () if self.cache_dir is None else ("--cache-dir", self.cache_dir)
+        return "--evals", str(self.evals), *device, *cache
+
+    def asked(self) -> dict[str, Any]:
+        """The flags that another start must repeat."""
+        files = [f"{name}={os.path.abspath(os.path.expanduser(file))}" for name, _, file in
+                 (entry.partition("=") for entry in self.data)]  # fmt: skip
+        origin = None if self.from_ is None else os.path.abspath(os.path.expanduser(self.from_))
+        return {"budget": self.budget, "stages": list(self.stages), "data": files, "preset": self.preset,
+                "from": origin, "flags": list(self.flags)}  # fmt: skip
+
+
+def main(args: Args) -> int:
+    console = Console()
+    if args.price is not None and not 0 <= args.price < float("inf"):
+        raise ValueError(f"--price {args.price:g}: 0 or more for an hour")
+    chain = args.chain()
+    if args.plan:
+        for line in planned(args, chain, console)[1].lines(args.price):
+            say(console, line)
+        return 0
+    with alone_in(args.folder):
+        state = State.open(args.folder, args.asked())
+        if state.chain is None:
+            state.chain, state.plan = planned(args, chain, console)
+        state.chain = dataclasses.replace(state.chain, common=args.common())
+        state.starts.append(time.time())
+        state.write()
+        return run(state, args.price, console)
+
+
+def planned(args: Args, chain: Chain, console: Console) -> tuple[Chain, Plan]:
+    return make_plan(args.budget, chain, bool(args.stages), args.preset, args.evals, console)
+
+
+def run(state: State, price: float | None, console: Console) -> int:
+    """Train what is not finished yet and write the report, also about what there is when it is interrupted."""
+    assert state.chain is not None and state.plan is not None
+    for line in state.plan.lines(price):
+        say(console, line)
+    status = 0
+    for number, planned in enumerate(state.plan.stages):
+        if state.finished(planned.name):
+            say(console, f"{planned.name}: finished before, {duration(state.seconds.get(planned.name, 0.0))}")
+            continue
+        status = run_one(state, number, console)
+        state.write()
+        write_report(state, price)
+        if status:
+            break
+    page = write_report(state, price)
+    for line in closing_lines(state, page, status):
+        say(console, line)
+    return status
+
+
+def run_one(state: State, number: int, console: Console) -> int:
+    """Train stage `number`: 0 done, 130 interrupted, 2 failed."""
+    assert state.chain is not None and state.plan is not None
+    stages = state.plan.stages
+    name, left = stages[number].name, [s for s in stages[number:] if not state.finished(s.name)]
+    out = state.folder / name
+    command = state.command(name)
+    say(console, f"stage {number + 1} of {len(stages)}, {name}, {STAGES[name].what}: {shown(command)}")
+    clock = Clock(stages[number].seconds, sum(s.seconds for s in left[1:]))
+    view = StageView(console, f"{name} {number + 1}/{len(stages)}", clock)
+    status = run_stage(command, out, state.folder / "zero.log", view, console, lambda s: state.spend(name, s))
+    if status == 0 and state.finished(name):
+        return 0
+    return 130 if was_stopped(status) else 2

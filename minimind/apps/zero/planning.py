@@ -1,0 +1,288 @@
+"""What a budget of time comes to: preset, stages, and the tokens of each, from a step of each stage on this device.
+
+Every stage's script says by --plan what it would do and how long, measured here on a step or two. Where all of it does
+not fit, each stage gets its share of the time, but no less than what its built-in data need to show anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from rich.console import Console
+
+from minimind.apps.zero.stages import STAGES, Chain, interpreter
+from minimind.utils.display import duration, say
+
+BudgetName = Literal["5min", "30min", "2h", "full"]
+SECONDS = {"5min": 300.0, "30min": 1800.0, "2h": 7200.0, "full": math.inf}
+# What a budget adds to pretraining and SFT where neither --stages nor --data say, while there is time for it.
+MORE = {"5min": (), "30min": ("dpo",), "2h": ("reason", "dpo", "grpo"), "full": ()}
+PASSES = 4  # over a text, up to which a repeated token is worth nearly a new one (arXiv 2305.16264)
+LEAST = 700_000  # tokens of built-in text, after which SFT came to 99% of its held-out questions (docs/LOG.md)
+# Presets by size. For one amount of compute 20 tokens a parameter are best (arXiv 2203.15556); of two presets the
+# larger is nearer to that, on a scale of ratios, where it gets more than 20 divided by how many times as large it is.
+LADDER = (("nano", 2.8e6), ("minimind2-small", 25.8e6), ("minimind2", 104e6))
+BEST_TOKENS = 20.0
+START = 6.0  # seconds until a script trains, and to save and draw at its end
+_EVAL_TOKENS = 65536  # of an evaluation on the way, as StageArgs has it
+_HELD_OUT = 0.05
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """flags: that set its length, none where its data do; tokens, steps, passes: of the run; seconds: on this device,
+    projected, with its start and its evaluations; memory: bytes of a step on a GPU, projected; cards: seconds on each,
+    projected; peaks: FLOP/s of each in bf16; shortened: whether it learns from less than it would."""
+
+    name: str
+    flags: tuple[str, ...]
+    preset: str
+    parameters: int
+    tokens: int
+    steps: int
+    passes: float
+    seconds: float
+    memory: int
+    cards: dict[str, float]
+    peaks: dict[str, float]
+    flops_per_token: float
+    shortened: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """budget: its name; device: what was measured; notes: why it is so, a line each."""
+
+    budget: str
+    preset: str | None
+    device: str
+    stages: tuple[StagePlan, ...]
+    notes: tuple[str, ...]
+
+    @staticmethod
+    def of(found: Mapping[str, Any]) -> Plan:
+        """From the plain values of dataclasses.asdict, as JSON brings them back."""
+        stages = [StagePlan(**{**stage, "flags": tuple(stage["flags"])}) for stage in found["stages"]]
+        return Plan(**{**found, "stages": tuple(stages), "notes": tuple(found["notes"])})
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    def stage(self, name: str) -> StagePlan:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def lines(self, price: float | None = None) -> list[str]:
+        cards = list(self.stages[0].cards)
+        rows = [["stage", "tokens", "passes", "steps", "here", *cards, "a GPU's memory"]]
+        for stage in self.stages:
+            there = [_short(stage.cards[card]) for card in cards]
+            length = [f"{stage.tokens:,}", f"{stage.passes:.3g}", f"{stage.steps:,}"]
+            rows.append([stage.name, *length, duration(stage.seconds), *there, f"{stage.memory / 2**30:.1f} GiB"])
+        sums = [_short(sum(stage.cards[card] for stage in self.stages)) for card in cards]
+        rows.append(["all", "", "", "", duration(self.seconds), *sums, ""])
+        money = [] if price is None else [f"cost here: about {self.seconds / 3600 * price:.2f} at {price:g} an hour"]
+        return [
+            f"plan of --budget {self.budget}: {', '.join(stage.name for stage in self.stages)}; "
+            f"{self.stages[0].preset}, {self.stages[0].parameters / 1e6:.1f}M parameters",
+            *self.notes,
+            *columns(rows),
+            f"here: {self.device}; projected from a measured step of each stage, with starts and evaluations",
+            "cards and memory: projected, not measured, from the model's operations and a share of the card's bf16 "
+            "rate that a step is assumed to reach (docs/plans.md)",
+            *money,
+        ]
+
+
+Ask = Callable[[str, str | None], dict[str, Any]]
+
+
+def make_plan(
+    budget: BudgetName, chain: Chain, chosen: bool, preset: str | None, evals: int, console: Console
+) -> tuple[Chain, Plan]:
+    """(what is run, its plan). chosen: whether the user named the stages; else those that do not fit are left out.
+    evals: measurements of each stage on the way. Raises ValueError with a script's own line."""
+    began = time.monotonic()
+    known: dict[tuple[str, str | None], dict[str, Any]] = {}
+
+    def ask(name: str, shape: str | None) -> dict[str, Any]:
+        if (name, shape) not in known:
+            say(console, f"measuring a step of {name}" + (f" of {shape}" if shape else ""))
+            known[name, shape] = ask_script(chain, name, shape)
+        return known[name, shape]
+
+    notes: list[str] = []
+    if preset is None and chain.origin is None:
+        preset, why = choose_preset(SECONDS[budget], chain, ask)
+        notes.append(why)
+    left = SECONDS[budget]
+    while True:
+        drafts = [draft(chain, name, ask(name, preset), budget, evals) for name in chain.names]
+        left = SECONDS[budget] - (time.monotonic() - began)
+        least = sum(d.overhead + d.least for d in drafts)
+        optional = [n for n in chain.names if n not in ("pretrain", "sft", "sums")]
+        if chosen or least <= left or not optional:
+            break
+        notes.append(f"{optional[-1]}: left out, as there is no time for it; --stages asks for it all the same")
+        names = [n for n in chain.names if n not in (optional[-1], "sums")]
+        chain = dataclasses.replace(chain, names=tuple(names))
+    if least > left:
+        notes.append(
+            f"this device needs about {duration(least)} for the least that is worth it: more than the budget, and taken"
+        )
+    seconds = share_out(drafts, left)
+    stages = tuple(d.cut(time_of) for d, time_of in zip(drafts, seconds, strict=True))
+    device = str(ask(chain.names[0], preset)["device"])
+    return chain, Plan(budget, preset, device, stages, tuple(notes))
+
+
+def ask_script(chain: Chain, name: str, preset: str | None) -> dict[str, Any]:
+    """What the stage's script writes under --plan."""
+    with TemporaryDirectory(prefix="minimind-zero-") as folder:
+        file = Path(folder) / "plan.json"
+        flags = [*chain.flags(name, preset, None), "--plan", "--plan-json", str(file)]
+        answer = subprocess.run(
+            interpreter(chain.command(name, flags)), stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+        if answer.returncode or not file.exists():
+            told = (answer.stdout + answer.stderr).strip().splitlines() or ["it said nothing"]
+            raise ValueError(f"{name}: {told[-1].removeprefix('error: ')}")
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+def choose_preset(budget: float, chain: Chain, ask: Ask) -> tuple[str, str]:
+    """(the largest preset that the time and the text are enough for, the reason in one line)."""
+    if math.isinf(budget):
+        if chain.builtin(chain.names[0]):
+            return "nano", "preset nano: the built-in data are small; --preset sets another"
+        return "minimind2-small", "preset minimind2-small: upstream's for a whole run; --preset sets another"
+    first = chain.names[0]
+    share = STAGES[first].weight / sum(STAGES[name].weight for name in chain.names)
+    name, size = LADDER[0]
+    for larger, parameters in LADDER[1:]:
+        smaller, wanted = ask(first, name), BEST_TOKENS / (parameters / size) * parameters
+        text = PASSES * smaller["data"]["tokens"]
+        affordable = share * budget / (_per_token(smaller) * parameters / size)
+        if min(text, affordable) >= wanted:  # by what is known so far; now by a step of its own
+            affordable = share * budget / _per_token(ask(first, larger))
+        if min(text, affordable) < wanted:
+            what, enough = ("time", affordable) if affordable < text else ("text", text)
+            return name, (
+                f"preset {name}: for {larger} there is {what} for {enough / 1e6:,.1f}M tokens, and below "
+                f"{wanted / 1e6:,.0f}M the smaller one learns more; --preset sets another"
+            )
+        name, size = larger, parameters
+    return name, f"preset {name}: the largest that a budget takes; --preset sets another"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A stage before its length is known. whole, least: seconds of training for all it could use, and for what it must
+    have; overhead: seconds beside that, whatever its length; most: as many times its own length as `whole` stands for;
+    rigid: its length is not touched."""
+
+    name: str
+    found: dict[str, Any]
+    whole: float
+    least: float
+    overhead: float
+    most: float
+    rigid: bool
+
+    def cut(self, seconds: float) -> StagePlan:
+        """With so many seconds to train for."""
+        found, stage = self.found, STAGES[self.name]
+        part = self.most * min(1.0, seconds / self.whole) if self.whole else self.most
+        usual = stage.usual or found["tokens"]
+        length = _round_down(part * usual)
+        flags: tuple[str, ...] = ()
+        if not self.rigid and length != usual and part != 1.0:
+            flags, part = (stage.length, str(length)), length / usual
+        else:
+            part = 1.0
+        own = self.whole / self.most
+        card = {c["name"]: c["hours"] * 3600 * part for c in found["cards"]}
+        peaks = {c["name"]: found["flops"] / (c["utilisation"] * c["hours"] * 3600) for c in found["cards"]}
+        like_here = min(found["cards"], key=lambda c: abs(c["micro_tokens"] - found["micro_tokens"]))
+        return StagePlan(
+            name=self.name,
+            flags=flags,
+            preset=found["preset"],
+            parameters=found["parameters"],
+            tokens=round(found["tokens"] * part),
+            steps=max(1, math.ceil(found["steps"] * part)),
+            passes=found["epochs"] * part,
+            seconds=self.overhead + own * part,
+            memory=like_here["bytes"],
+            cards=card,
+            peaks=peaks,
+            flops_per_token=found["flops_per_token"],
+            shortened=part < 1,
+        )
+
+
+def draft(chain: Chain, name: str, found: dict[str, Any], budget: BudgetName, evals: int) -> Draft:
+    own = found["measured_hours"] * 3600
+    length = {STAGES[name].length, "--epochs", "--tokens", "--rollouts"}
+    rigid = bool(length & set(chain.extra.get(name, ()))) or name == "sums" or budget == "full"
+    most = PASSES if name == "pretrain" and not rigid else 1.0
+    least = 0.0
+    if rigid or (chain.builtin(name) and name != "pretrain"):
+        least = own  # short, and with less of it there is nothing to see
+    elif chain.builtin(name):
+        least = own * min(1.0, LEAST / found["tokens"])
+    held = _HELD_OUT * found["data"]["tokens"]
+    scored = (evals + 1) * min(held, _EVAL_TOKENS) + min(held, 1e6)
+    return Draft(name, found, own * most, least, START + scored * _per_token(found) / 3, most, rigid)
+
+
+def share_out(drafts: Sequence[Draft], seconds: float) -> list[float]:
+    """Seconds of training for each stage: all it can use where that fits, else in proportion to the stages' weights, no
+    less than the least of each and no more than it can use."""
+    room = seconds - sum(d.overhead for d in drafts)
+
+    def given(level: float) -> list[float]:
+        return [min(d.whole, max(d.least, level * STAGES[d.name].weight)) for d in drafts]
+
+    low, high = 0.0, max((d.whole / STAGES[d.name].weight for d in drafts), default=0.0)
+    if sum(given(high)) <= room:
+        return given(high)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(given(middle)) <= room else (low, middle)
+    return given(low)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        .rstrip()
+        for row in rows
+    ]  # fmt: skip
+
+
+def _short(seconds: float) -> str:
+    return duration(seconds) if seconds >= 1 else "<1s"
+
+
+def _per_token(found: Mapping[str, Any]) -> float:
+    """Seconds, updates and all."""
+    return found["measured_hours"] * 3600 / max(1, found["tokens"])
+
+
+def _round_down(number: float) -> int:
+    """To two digits."""
+    whole = max(1, int(number))
+    unit = 10 ** max(0, len(str(whole)) - 2)
+    return whole // unit * unit

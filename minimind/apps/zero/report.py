@@ -1,0 +1,245 @@
+"""report/index.html: what became of every stage, on one page that needs no other file and no network."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from minimind.apps.zero.charts import line_chart
+from minimind.apps.zero.planning import StagePlan
+from minimind.apps.zero.results import Curve, Results, SamplePair
+from minimind.apps.zero.stages import STAGES, shown
+from minimind.apps.zero.state import State
+from minimind.apps.zero.story import commands, name_of, results_text, spell
+from minimind.apps.zero.style import STYLE
+from minimind.utils.display import duration
+from minimind.utils.files import write_atomically
+
+_SAMPLES = 6  # of a stage
+# What versions.json holds beside the names of packages.
+_MACHINE = ("python", "torch", "triton", "numpy", "tokenizers", "safetensors", "platform", "commit", "attention")
+
+
+def write_report(state: State, price: float | None) -> Path | None:
+    """Write report/index.html and results.json from what the stages' folders hold by now. The page; None, and a line
+    on standard error, where that fails: it is decoration and ends no run."""
+    page = state.folder / "report" / "index.html"
+    try:
+        page.parent.mkdir(exist_ok=True)
+        write_atomically(state.folder / "results.json", results_text(state).encode())
+        write_atomically(page, html(state, price).encode("utf-8", errors="replace"))
+    except Exception as problem:
+        print(f"{page}: not written ({type(problem).__name__}: {problem})", file=sys.stderr)
+        return None
+    return page
+
+
+def html(state: State, price: float | None = None) -> str:
+    assert state.plan is not None and state.chain is not None
+    found = [(plan, Results.of(state.folder / plan.name)) for plan in state.plan.stages]
+    begun = [(plan, results) for plan, results in found if results is not None]
+    first = state.plan.stages[0]
+    title = f"{first.preset}, {first.parameters / 1e6:.1f}M parameters, from nothing"
+    if state.chain.origin is not None:
+        title = f"{first.preset}, {first.parameters / 1e6:.1f}M parameters, from {state.chain.origin}"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="soft">{escape(_subtitle(state, [r for _, r in begun]))}</p>',
+        _tiles(state, begun, price),
+        _times(state, price),
+        _table(state, found, price),
+        *(_stage(state, plan, results) for plan, results in begun),
+        _card(state, begun),
+        _versions(begun),
+        _go_on(state),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _subtitle(state: State, results: list[Results]) -> str:
+    assert state.plan is not None
+    done = sum(r.finished for r in results)
+    where = "finished" if done == len(state.plan.stages) else f"{done} of {len(state.plan.stages)} stages finished"
+    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(state.starts[-1])) if state.starts else ""
+    return f"minimind zero --budget {state.plan.budget} on {state.plan.device}; {where}; {day}"
+
+
+def _tiles(state: State, begun: list[tuple[StagePlan, Results]], price: float | None) -> str:
+    spent = sum(state.seconds.values())
+    tiles = [(duration(spent), "in all"), (_count(sum(r.tokens for _, r in begun)), "tokens trained on")]
+    for plan, results in begun:
+        figures = results.figures()
+        for key in ("heldout_exact", "heldout_reward"):
+            if key in figures:
+                text = f"{figures[key][1]:.1%}" if key == "heldout_exact" else f"{figures[key][1]:.2f}"
+                what = "answers right to the letter" if key == "heldout_exact" else "reward of sampled answers"
+                tiles.append((text, f"held-out {what}, {plan.name}"))
+        if plan.name == "pretrain" and "heldout_loss" in figures:
+            tiles.append((f"{figures['heldout_loss'][1]:.3f}", "held-out loss of pretraining, nats a token"))
+    if price is not None:
+        tiles.append((f"{spent / 3600 * price:.2f}", f"cost, at {price:g} an hour"))
+    cells = "".join(f'<div class="tile"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for v, k in tiles)
+    return f'<div class="tiles">{cells}</div>'
+
+
+def _times(state: State, price: float | None) -> str:
+    """A bar of the time of each stage."""
+    assert state.plan is not None
+    spent = [(s.name, state.seconds.get(s.name, 0.0)) for s in state.plan.stages]
+    if not any(seconds for _, seconds in spent):
+        return ""
+    bar = "".join(f'<i class="c{i % 6}" style="flex:{max(seconds, 0.01):.2f}"></i>' for i, (_, seconds) in
+                  enumerate(spent))  # fmt: skip
+    legend = "".join(
+        f'<li><i class="c{i % 6}"></i>{escape(name)} <b>{duration(seconds)}</b></li>'
+        for i, (name, seconds) in enumerate(spent)
+    )
+    return f'<div class="bar" aria-hidden="true">{bar}</div><ul class="legend">{legend}</ul>'
+
+
+def _table(state: State, found: Iterable[tuple[StagePlan, Results | None]], price: float | None) -> str:
+    head = ["stage", "tokens", "steps", "tokens/s", "time", "planned", *(["cost"] if price is not None else []),
+            "held-out loss", "right or rewarded", ""]  # fmt: skip
+    rows = []
+    for plan, results in found:
+        spent = state.seconds.get(plan.name, 0.0)
+        money = [f"{spent / 3600 * price:.2f}"] if price is not None else []
+        if results is None:
+            rows.append([plan.name, "", "", "", "", duration(plan.seconds), *money, "", "", "not begun"])
+            continue
+        steps = results.train[-1]["step"] if results.train else 0
+        figures = results.figures()
+        right = "heldout_exact" if "heldout_exact" in figures else "heldout_reward"
+        main = [spell(key, *figures[key]) if key in figures else "" for key in ("heldout_loss", right)]
+        numbers = [f"{results.tokens:,}", f"{steps:,}", f"{results.rate:,.0f}", duration(spent), duration(plan.seconds)]
+        rows.append([plan.name, *numbers, *money, *main, "" if results.finished else "not finished"])
+    return table(head, rows)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """The first column to the left, the others, which are numbers, to the right."""
+    kinds = ["", *(' class="n"' for _ in head[1:])]
+    cells = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, head, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _stage(state: State, plan: StagePlan, results: Results) -> str:
+    unit = "per pair" if plan.name == "dpo" else "nats a token"
+    speed = results.speed()
+    charts = [
+        line_chart("Loss", unit, "millions of tokens", results.losses()),
+        line_chart("Held-out answers", "share", "millions of tokens", results.shares(), 1.0),
+        line_chart("Reward", "of an answer", "steps", results.rewards()),
+        line_chart("Speed", "tokens a second", "minutes of training", [Curve("training", speed)] if speed else []),
+        _utilisation(plan, results, speed),
+    ]
+    figures = [[name_of(key), *spell(key, *values).split(" → ")] for key, values in results.figures().items()]
+    return (
+        f"<h2>{escape(plan.name)}: {escape(STAGES[plan.name].what)}</h2>"
+        f"<pre>{escape(shown(state.command(plan.name)))}</pre>"
+        f'<div class="charts">{"".join(charts)}</div>'
+        + (table(["held out", "before", "after"], figures) if figures else "")
+        + _samples(results.samples)
+    )
+
+
+def _utilisation(plan: StagePlan, results: Results, speed: list[tuple[float, float]]) -> str:
+    """The model's operations a second, of a known card as a share of what it can do; without those of sampling."""
+    if not speed or results.rollouts:
+        return ""
+    device = results.starts[-1].get("device", "") if results.starts else ""
+    card = next((name for name in plan.peaks if re.sub(r" (SXM|80 GB)", "", name) in device), None)
+    if card is not None:
+        share = [(x, rate * plan.flops_per_token / plan.peaks[card]) for x, rate in speed]
+        unit = f"share of the {plan.peaks[card] / 1e12:.0f} bf16 TFLOP/s of {card}"
+        return line_chart("Utilisation", unit, "minutes of training", [Curve("model's operations", share)], 1.0)
+    work = [(x, rate * plan.flops_per_token / 1e9) for x, rate in speed]
+    unit = "GFLOP a second (this device's peak is not known)"
+    return line_chart("Utilisation", unit, "minutes of training", [Curve("model's operations", work)])
+
+
+def _samples(samples: list[SamplePair]) -> str:
+    if not samples:
+        return ""
+    return f'<h3>Before and after</h3><div class="samples">{"".join(map(_sample, samples[:_SAMPLES]))}</div>'
+
+
+def _sample(sample: SamplePair) -> str:
+    right = sample.wanted and sample.after.strip() == sample.wanted.strip()
+    rows = [("before", sample.before, ""), ("after", sample.after, " right" if right else "")]
+    if sample.wanted:
+        rows.append(("wanted", sample.wanted, ""))
+    body = "".join(f'<dt>{k}</dt><dd class="text{c}">{escape(v.strip()) or "&nbsp;"}</dd>' for k, v, c in rows)
+    prompt = f'<p class="prompt text">{escape(sample.prompt)}</p>' if sample.prompt else ""
+    return f'<div class="sample">{prompt}<dl>{body}</dl></div>'
+
+
+def _card(state: State, begun: list[tuple[StagePlan, Results]]) -> str:
+    """The model card: shape, data, training, what it is not for."""
+    assert state.chain is not None and state.plan is not None
+    if not begun:
+        return ""
+    plan, results = begun[0]
+    shape = results.config.get("model", {})
+    names = [("hidden_size", "width"), ("num_hidden_layers", "layers"), ("num_attention_heads", "query heads"),
+             ("num_key_value_heads", "key/value heads"), ("head_dim", "head size"), ("intermediate_size", "FFN"),
+             ("vocab_size", "vocabulary"), ("num_experts", "experts"),
+             ("max_position_embeddings", "positions")]  # fmt: skip
+    rows: list[tuple[str, str]] = [
+        ("model", f"{plan.preset}, {plan.parameters:,} parameters"),
+        ("shape", ", ".join(f"{label} {shape[key]}" for key, label in names if shape.get(key))),
+        ("tokenizer", str(results.config.get("tokenizer", ""))[:16]),
+    ]
+    for stage, found in begun:
+        data = " ".join(state.chain.data.get(stage.name, ())) or "what is built in"
+        passes = f"{stage.passes:.2g} passes" if stage.passes else ""
+        cut = ", shortened to fit the budget" if stage.shortened else ""
+        rows.append((stage.name, f"{data}; {found.tokens:,} tokens, {passes}{cut}; seed {_seed(found)}"))
+    rows += [("why so", note) for note in state.plan.notes]
+    rows.append(
+        ("limits", "a model of this size repeats what its data say, knows little else and checks nothing; held-out "
+         "figures are of data like its own")
+    )  # fmt: skip
+    body = "".join(f'<tr><th>{escape(k)}</th><td class="text">{escape(v)}</td></tr>' for k, v in rows if v)
+    return f"<h2>Model card</h2><table>{body}</table>"
+
+
+def _seed(results: Results) -> Any:
+    return results.config.get("args", {}).get("seed", "?")
+
+
+def _versions(begun: list[tuple[StagePlan, Results]]) -> str:
+    """What each stage ran with; of a resumed one, its newest start, and how many there were."""
+    rows = []
+    for plan, results in begun:
+        if not results.starts:
+            continue
+        newest = results.starts[-1]
+        told = ", ".join(f"{name} {newest[name]}" for name in _MACHINE if newest.get(name))
+        rows.append((plan.name, f"{newest.get('device', '')}; {told}; starts: {len(results.starts)}"))
+    body = "".join(f'<tr><th>{escape(k)}</th><td class="text">{escape(v)}</td></tr>' for k, v in rows)
+    return f"<h2>Versions</h2><table>{body}</table>" if rows else ""
+
+
+def _go_on(state: State) -> str:
+    lines = "".join(f'<p class="soft">{escape(what)}</p><pre>{escape(line)}</pre>' for line, what in commands(state))
+    return f"<h2>Go on</h2>{lines}"
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e6:,.2f}M" if number >= 1e6 else f"{number:,.0f}"

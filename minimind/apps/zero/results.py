@@ -1,0 +1,212 @@
+"""What the stages' folders say: curves, figures, samples. All of it as it is, also of a run that was killed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minimind.utils.files import read_json
+
+# Held-out figures by the ends of their names: what is a share of right answers, what a reward.
+_SHARE = re.compile(r"(.*?)_?(exact|format|accuracy|ranking)$")
+_SHARES = {
+    "exact": "answers right to the letter",
+    "format": "answers in the format",
+    "accuracy": "chosen answer rewarded more",
+    "ranking": "chosen answer likelier",
+}
+_POINTS = 400  # of a curve: more than a screen shows
+_LINES = 5  # that a chart keeps apart
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a chart. points: (x, y) in order; dots: whether each point is a measurement of its own."""
+
+    name: str
+    points: list[tuple[float, float]]
+    dots: bool = False
+    faint: bool = False
+
+
+@dataclass(frozen=True)
+class SamplePair:
+    """What the model makes of one prompt before and after; wanted: the answer of the data, empty where it has none."""
+
+    prompt: str
+    before: str
+    after: str
+    wanted: str = ""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Of one stage's folder. config: config.json; starts: versions.json; train, evals, rollouts: rows of metrics.jsonl
+    by kind."""
+
+    folder: Path
+    config: dict[str, Any]
+    starts: list[dict[str, Any]]
+    train: list[dict[str, Any]] = field(default_factory=list)
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    rollouts: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[SamplePair] = field(default_factory=list)
+
+    @staticmethod
+    def of(folder: Path) -> Results | None:
+        """None where the stage has not begun."""
+        config = read_json(folder / "config.json")
+        if config is None:
+            return None
+        starts = (read_json(folder / "versions.json") or {}).get("starts", [])
+        rows = list(rows_of(folder / "metrics.jsonl"))
+        kinds = {kind: [row for row in rows if row.get("kind") == kind] for kind in ("train", "eval", "rollout")}
+        samples = read_samples(folder / "samples.txt")
+        return Results(folder, config, starts, kinds["train"], kinds["eval"], kinds["rollout"], samples)
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "finished").exists()
+
+    @property
+    def tokens(self) -> int:
+        return int(self.train[-1]["tokens"]) if self.train else 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second over all of its training."""
+        seconds = self.train[-1]["time"]["seconds"] if self.train else 0.0
+        return self.tokens / seconds if seconds else 0.0
+
+    def losses(self) -> list[Curve]:
+        """Training and held-out loss over millions of tokens."""
+        train = [(row["tokens"] / 1e6, row["loss"]) for row in self.train]
+        curves = [Curve("training", thinned(train), faint=True), Curve("training, smoothed", thinned(smoothed(train)))]
+        if self.rollouts:  # a policy's loss is no measure of anything
+            curves = []
+        names = sorted(
+            {key for row in self.evals for key in row if key.startswith("heldout") and key.endswith("_loss")}
+        )
+        for key in names:
+            name = key.removeprefix("heldout").removesuffix("_loss").strip("_")
+            curves.append(Curve(f"held-out {name}".strip(), self._measured(key), dots=True))
+        return [curve for curve in curves if curve.points]
+
+    def shares(self) -> list[Curve]:
+        """Shares of held-out answers that are right, in the format, preferred; where there are many, of right ones."""
+        keys = sorted({key for row in self.evals for key in row if is_share(key)})
+        if len(keys) > _LINES:
+            keys = [key for key in keys if key.endswith("exact")]
+        return [Curve(share_name(key), self._measured(key), dots=True) for key in keys]
+
+    def rewards(self) -> list[Curve]:
+        """Of rollouts, and held-out ones."""
+        curves = [Curve("of rollouts", thinned([(row["step"], row["reward"]) for row in self.rollouts]))]
+        for key, name in (("heldout_reward", "held-out, sampled"), ("heldout_greedy_reward", "held-out, greedy")):
+            curves.append(Curve(name, [(row["step"], row[key]) for row in self.evals if key in row], dots=True))
+        return [curve for curve in curves if curve.points]
+
+    def speed(self) -> list[tuple[float, float]]:
+        """(minutes of training, tokens a second), a point for each time that was measured."""
+        found = {row["time"]["seconds"]: row["time"]["tokens_per_second"] for row in self.train}
+        return thinned([(seconds / 60, rate) for seconds, rate in found.items()])
+
+    def _measured(self, key: str) -> list[tuple[float, float]]:
+        return [(row["tokens"] / 1e6, row[key]) for row in self.evals if key in row]
+
+    def figures(self) -> dict[str, tuple[float, float]]:
+        """(before, after) of every held-out loss, share and reward."""
+        found: dict[str, tuple[float, float]] = {}
+        for key in dict.fromkeys(key for row in self.evals for key in row):
+            if is_share(key) or key in ("heldout_reward", "heldout_greedy_reward") or key.endswith("heldout_loss"):
+                values = [row[key] for row in self.evals if key in row]
+                found[key] = values[0], values[-1]
+        return found
+
+
+def rows_of(file: Path) -> Iterable[dict[str, Any]]:
+    """The whole rows: a process that was killed may have left a part of one."""
+    if not file.exists():
+        return
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def is_share(key: str) -> bool:
+    """Whether a held-out figure of this name lies between 0 and 1, higher being better."""
+    return _SHARE.match(key) is not None
+
+
+def share_name(key: str) -> str:
+    """'answers right to the letter' for heldout_exact; what stands before is named with it."""
+    found = _SHARE.match(key)
+    assert found is not None
+    of = found[1].removeprefix("heldout").strip("_").replace("_", " ")
+    return f"{of}: {_SHARES[found[2]]}" if of else _SHARES[found[2]]
+
+
+def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """A moving average over about 2% of the points, its start corrected."""
+    decay, mean, weight, found = 1 - 1 / max(2, len(points) / 50), 0.0, 0.0, []
+    for x, y in points:
+        if y == y and abs(y) != float("inf"):
+            mean, weight = decay * mean + (1 - decay) * y, decay * weight + (1 - decay)
+            found.append((x, mean / weight))
+    return found
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int = _POINTS) -> list[tuple[float, float]]:
+    """At most `most` of the points, evenly, with the last."""
+    if len(points) <= most:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
+
+
+def read_samples(file: Path) -> list[SamplePair]:
+    """The first and the newest block of a run's samples.txt, prompt by prompt."""
+    if not file.exists():
+        return []
+    text = file.read_text(encoding="utf-8", errors="replace")
+    blocks = [block.partition("\n")[2].strip("\n").splitlines() for block in re.split(r"^=== ", text, flags=re.M)[1:]]
+    if not blocks:
+        return []
+    return [_pair(before, after) for before, after in zip(blocks[0], blocks[-1], strict=False) if before and after]
+
+
+def _pair(before: str, after: str) -> SamplePair:
+    """Two lines of samples.txt about one prompt, taken apart where what both begin with ends."""
+    same = 0
+    for a, b in zip(before, after, strict=False):
+        if a != b:
+            break
+        same += 1
+    begin = before[:same]
+    for mark in ("| assistant: ", "assistant: ", " | "):
+        if (at := begin.rfind(mark)) >= 0:
+            cut = at + len(mark)
+            break
+    else:
+        cut = 0
+    prompt = before[:cut].removesuffix("| assistant: ").removesuffix(" | ").strip()
+    (first, wanted), (second, _) = _answer(before[cut:]), _answer(after[cut:])
+    return SamplePair(unescaped(prompt), unescaped(first), unescaped(second), unescaped(wanted))
+
+
+def _answer(text: str) -> tuple[str, str]:
+    """(the answer, what the data say in brackets behind it; a reward there is the answer's own)."""
+    answer, mark, rest = text.rpartition("  [")
+    known = mark and rest.endswith("]") and not rest.startswith("reward ")
+    return (answer, rest.removesuffix("]")) if known else (text, "")
+
+
+def unescaped(text: str) -> str:
+    return text.replace("\\n", "\n")

@@ -1,0 +1,148 @@
+"""`minimind zero` as a user runs it, on a toy: to its end, killed on the way, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from minimind.training.checkpoint import list_checkpoints
+from tests.apps.test_zero_report import Page
+from tests.training.runs import ONE_THREAD, last_step, reproducible
+
+pytestmark = pytest.mark.heavy
+STAGES = "pretrain", "sft"
+FLAGS = "--seq-len 64 --batch-tokens 512 --save-every 2 --log-every 1"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("zero")
+    texts = [{"text": f"The number after {i} is {i + 1}, and a cat sat on mat {i}."} for i in range(200)]
+    turns = [("user", "What is after {}?"), ("assistant", "It is {}.")]
+    chats = [
+        {"conversations": [{"role": r, "content": c.format(i + n)} for n, (r, c) in enumerate(turns)]}
+        for i in range(200)
+    ]
+    for name, found in (("text", texts), ("chat", chats)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    return folder
+
+
+def command(place: Path, out: str, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "minimind", "zero", "--preset", "nano", "--out", str(place / out),
+        "--data", f"pretrain={place / 'text.jsonl'}", f"sft={place / 'chat.jsonl'}",
+        "--cache-dir", str(place / "cache"),
+        "--flags", f"pretrain={FLAGS} --tokens 8192", f"sft={FLAGS} --epochs 2 --eval-questions 4", *more,
+    ]  # fmt: skip
+
+
+def finish(arguments: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(arguments, env=ONE_THREAD, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def unbroken(place) -> Path:
+    answer = finish(command(place, "unbroken"))
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    for told in ("stage 1 of 2, pretrain", "stage 2 of 2, sft", "all stages", "answers right to the letter"):
+        assert told in answer.stdout, told
+    return place / "unbroken"
+
+
+def test_it_ends_with_a_model_and_a_page(unbroken):
+    figures = json.loads((unbroken / "results.json").read_text())
+    assert all(figures[name]["finished"] and figures[name]["tokens"] > 0 for name in STAGES)
+    assert figures["pretrain"]["after"]["heldout_loss"] < figures["pretrain"]["before"]["heldout_loss"]
+    page = Page((unbroken / "report" / "index.html").read_text(encoding="utf-8"))
+    assert "What is after" in " ".join(page.text) and "svg" in page.tags and not page.addresses
+    assert json.loads((unbroken / "sft" / "config.json").read_text())["weights"].startswith("step-")
+
+
+def test_a_finished_one_is_left_alone_and_other_flags_are_refused(place, unbroken):
+    before = {file: file.stat().st_mtime_ns for file in unbroken.glob("*/checkpoints/*/*")}
+    answer = finish(command(place, "unbroken"))
+    assert answer.returncode == 0 and "sft: finished before" in answer.stdout
+    assert before == {file: file.stat().st_mtime_ns for file in unbroken.glob("*/checkpoints/*/*")}
+    answer = finish(command(place, "unbroken", "--budget", "2h"))
+    assert answer.returncode == 2
+    assert answer.stderr.splitlines()[-1].endswith(
+        "begun with --budget 5min (now 2h); repeat that command or name another folder"
+    )
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(arguments, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(what, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while not what():
+        assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+        time.sleep(0.002)
+
+
+def kill_when(what, arguments: list[str]) -> None:
+    process = start(arguments)
+    wait_for(what, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
+def test_killed_anywhere_the_same_command_goes_on(place, unbroken):
+    """Before the first stage, twice in it, between the two, in the second: the curves and the weights are those of one
+    that was left alone. The stage of a killed one stops by itself."""
+    out, arguments = place / "killed", command(place, "killed")
+    kill_when(lambda: (out / "zero.json").exists(), arguments)
+    kill_when(lambda: last_step(out / "pretrain") >= 3, arguments)
+    with FileLock(out / "pretrain" / ".lock").acquire(timeout=120):
+        assert not (out / "pretrain" / "finished").exists(), "the stage trained on when nobody waited for it"
+    kill_when(lambda: last_step(out / "pretrain") >= 9, arguments)
+    kill_when(lambda: (out / "pretrain" / "finished").exists(), arguments)
+    kill_when(lambda: last_step(out / "sft") >= 2, arguments)
+    answer = finish(arguments)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "pretrain: finished before" in answer.stdout and "continuing after step" in answer.stdout
+    for name in STAGES:
+        assert reproducible(out / name) == reproducible(unbroken / name)
+        ours, theirs = (list_checkpoints(folder / name)[-1] for folder in (out, unbroken))
+        assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+    assert len(json.loads((out / "zero.json").read_text())["starts"]) == 6
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+def test_ctrl_c_saves_and_leaves_a_page_about_what_there_is(place):
+    out, arguments = place / "stopped", command(place, "stopped")
+    process = start(arguments)
+    wait_for(lambda: last_step(out / "pretrain") >= 3, process)
+    second = finish(arguments)
+    assert second.returncode == 2 and "another minimind zero works in it" in second.stderr
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, text
+    assert "saved; the same command continues" in text and "interrupted; the same command goes on" in text
+    assert "0 of 2 stages finished" in (out / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_plan_trains_nothing(place):
+    answer = finish(command(place, "planned", "--plan", "--price", "3"))
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert "plan of --budget 5min: pretrain, sft" in answer.stdout and "cost here" in answer.stdout
+    assert not (place / "planned").exists()
+
+
+def test_what_a_stage_refuses_is_told_in_its_own_line(place):
+    (place / "empty.jsonl").write_text("")
+    answer = finish(command(place, "bad", "--data", f"pretrain={place / 'empty.jsonl'}"))
+    assert answer.returncode == 2 and "error: pretrain: " in answer.stderr
+    assert not (place / "bad" / "zero.json").exists()
