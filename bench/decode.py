@@ -45,7 +45,7 @@ from minimind.utils.device import choose_device
 from minimind.utils.display import duration
 from minimind.weights import load_model, save_weights
 
-BYTES: dict[str, float] = {"fp32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32}
+BYTES: dict[str, float] = {"fp32": 4.0, "bf16": 2.0, "f16": 2.0, "q8_0": 34 / 32, "int8": 1.0}
 
 
 @dataclass(frozen=True)

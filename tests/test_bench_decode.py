@@ -30,6 +30,7 @@ from minimind.modeling import Model
 from minimind.ops import native
 from minimind.rope import rope_cos_sin
 from minimind.weights import save_weights
+from tests.inference.decode.cases import needs_native
 from tests.inference.small import VARIANTS
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +90,19 @@ def test_the_judge_allows_a_float8_cache_its_rounding(tmp_path):
     stale = greedy(random_model(SMALL, seed=1), prompts, 40)
     assert not judge.judge(prompts, stale, "fp32", float8_cache=True).passed
     assert [name for name, peer in IMPLEMENTATIONS.items() if peer.kv_bytes == 1] == ["ours-fp8"]
+
+
+@needs_native
+def test_the_judge_allows_8_bit_weights_their_rounding(tmp_path):
+    model, prompts = random_model(SMALL), prompts_of(4, 9)
+    save_weights(model, tmp_path)
+    with torch.inference_mode():
+        decode = IMPLEMENTATIONS["ours-int8"].make(DecodeSetting(tmp_path, 4, 9, 40, 1, CPU))
+        judge, tokens = Judge(model), decode(prompts).tokens
+    verdict = judge.judge(prompts, tokens, "int8")
+    assert verdict.passed and verdict.error > 1e-3
+    assert not judge.judge(prompts, greedy(random_model(SMALL, seed=1), prompts, 40), "int8").passed
+    assert why_not("ours-int8", model.config, torch.device("cuda")) == "8-bit weights need a CPU"
 
 
 def test_q8_rounding_equals_the_file_formats():

@@ -1,7 +1,8 @@
 """The greedy decoders that bench/decode.py compares, each with its best settings, all on the same weights.
 
 ours            this project's engine, native ops, bf16 weights and cache
-ours-fp8        the same with a float8 cache
+ours-int8       the same with 8-bit weights
+ours-fp8        the same as ours with a float8 cache
 ours-fp32       the same in float32
 ours-reference  the engine without native ops: plain PyTorch, bf16
 naive           this project's plain model with upstream's generate loop: float32, keys and values grown by torch.cat at
@@ -47,7 +48,7 @@ from minimind.ops import native
 from minimind.rope import rope_cos_sin
 from minimind.weights import load_model
 
-Width = Literal["fp32", "bf16", "f16", "q8_0"]
+Width = Literal["fp32", "bf16", "f16", "q8_0", "int8"]
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,17 @@ class Stopwatch:
 
 
 def ours(
-    s: DecodeSetting, dtype: torch.dtype, backend: Backend = "native", kv_dtype: torch.dtype | None = None
+    s: DecodeSetting,
+    dtype: torch.dtype,
+    backend: Backend = "native",
+    kv_dtype: torch.dtype | None = None,
+    weights_dtype: torch.dtype | None = None,
 ) -> Decoder:
     room = s.batch * 256 * -(-(s.prompt + s.new) // 256)  # whole pages for every row, whatever their size
     engine = Engine(
-        load_model(s.folder, device=s.device), None, dtype=dtype, kv_dtype=kv_dtype, backend=backend,
-        max_batch=s.batch, max_context=s.max_context or s.prompt + s.new, kv_tokens=room, prefix_cache=False,
+        load_model(s.folder, device=s.device), None, dtype=dtype, kv_dtype=kv_dtype, weights_dtype=weights_dtype,
+        backend=backend, max_batch=s.batch, max_context=s.max_context or s.prompt + s.new, kv_tokens=room,
+        prefix_cache=False,
     )  # fmt: skip
     params = SamplingParams(max_new_tokens=s.new, temperature=0.0, ignore_eos=True)
 
@@ -224,6 +230,7 @@ class DecoderImplementation:
 
 IMPLEMENTATIONS: dict[str, DecoderImplementation] = {
     "ours": DecoderImplementation(lambda s: ours(s, torch.bfloat16), "bf16", 2),
+    "ours-int8": DecoderImplementation(lambda s: ours(s, torch.bfloat16, weights_dtype=torch.int8), "int8", 2),
     "ours-fp8": DecoderImplementation(lambda s: ours(s, torch.bfloat16, kv_dtype=FLOAT8), "bf16", 1),
     "ours-fp32": DecoderImplementation(lambda s: ours(s, torch.float32), "fp32", 4),
     "ours-reference": DecoderImplementation(lambda s: ours(s, torch.bfloat16, "reference"), "bf16", 2),
@@ -268,6 +275,8 @@ def why_not(name: str, config: ModelConfig, device: torch.device) -> str | None:
             return "llama-cpp-python is not installed"
         if device.type != "cpu":
             return "built for the CPU only"
-    if name in ("ours", "ours-fp8", "ours-fp32"):
+    if name == "ours-int8" and device.type != "cpu":
+        return "8-bit weights need a CPU"
+    if name in ("ours", "ours-int8", "ours-fp8", "ours-fp32"):
         return native.why_not(device)
     return None

@@ -7,7 +7,8 @@ decoder's error may be twice that, so a decoder passes if (best - chosen) / (2 e
 ties in the last digits.
 
 With a float8 cache, e is measured with keys and values rounded as the engine's cache rounds them; for q8_0, with the
-weights and the inputs of every product in blocks of 32 integers with one scale, as in llama.cpp.
+weights and the inputs of every product in blocks of 32 integers with one scale, as in llama.cpp; for int8, with both
+rounded as in our decoding with 8-bit weights, and a bfloat16 cache.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from bench.decoding.implementations import Width
 from minimind import ops
+from minimind.inference.decode.int8 import rounded_weights
 from minimind.inference.decode.kv_cache import FLOAT8, rounded_cache
 from minimind.modeling import Linear, Model
 
@@ -88,6 +90,9 @@ def rounded_logits(model: Model, ids: Tensor, width: Width, float8_cache: bool =
         model = _with_q8_weights(model)
         hidden = model(ids, return_logits=False).hidden_states
         return round_q8(hidden) @ model.head_weight.t()
+    if width == "int8":
+        with rounded_cache(model, torch.bfloat16), rounded_weights(model):
+            return model(ids).logits
     model = copy.deepcopy(model).to(_DTYPES[width])
     with rounded_cache(model, FLOAT8 if float8_cache else _DTYPES[width]):
         return model(ids).logits

@@ -17,6 +17,9 @@ struct fp16 {
 struct fp8 {  // e4m3fn: no infinity, largest number 448
   uint8_t bits;
 };
+struct q8 {  // an integer of -127..127, which its row's scale makes a weight
+  int8_t value;
+};
 
 enum class Type : int { float32, bfloat16, float16, float8 };  // in the order of ops.h
 
@@ -71,6 +74,9 @@ struct AttentionCall {
 constexpr int64_t kBlock = 16, kPackedK = 4;
 constexpr int64_t blocks_of(int64_t rows) { return (rows + kBlock - 1) / kBlock; }
 constexpr int64_t packed_k(int64_t k) { return (k + kPackedK - 1) / kPackedK * kPackedK; }
+// Of 8-bit weights, K is padded to whole groups of the activations' (int8.h).
+constexpr int kGroup = 64;
+constexpr int64_t packed_k8(int64_t k) { return (k + kGroup - 1) / kGroup * kGroup; }
 
 struct Layer {  // matrices packed
   const float *input_norm, *post_norm, *q_norm, *k_norm, *router;
@@ -84,10 +90,11 @@ struct Step {
   Tables tables;
   Cache cache;           // of layer 0; the next ones lie layer_stride numbers apart, their scales `groups` apart
   int64_t layer_stride;
-  const void *embedding, *head;  // [V, C], the head packed
+  const void *embedding, *head;  // [V, C] of `type`, the head packed
   const float* final_norm;
   const Layer* layers;
-  Type type;  // of the matrices
+  Type type;      // of the matrices
+  bool quantized;  // but the embedding: 8 bits
   int64_t batch, vocab, hidden, expert_inner, shared_inner;  // the last two with their padding
   int num_layers, experts, experts_per_token, shared_experts, threads;
   bool normalize_gates;

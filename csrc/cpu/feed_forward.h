@@ -10,8 +10,8 @@ namespace minimind::cpu::MINIMIND_ISA {
 // its up rows. Whole blocks are written: rows of padding give zeros. work: kBlock * batch floats.
 template <class T>
 inline void gate_up(const T* w, int64_t k_size, int64_t begin, int64_t end, Rows<const Activation<T>> x, int64_t batch,
-                    Rows<Activation<T>> out, float* work) {
-  const int64_t size = kBlock * k_size;
+                    Rows<Waiting<T>> out, float* work) {
+  const int64_t size = block_size<T>(k_size);
   for (int64_t i = begin; i < end; ++i) {
     multiply_block(w + 2 * i * size, k_size, x, batch, [&](int64_t b, const Floats* gates) {
       for (int v = 0; v < kVectors; ++v) store(work + b * kBlock + v * kWidth, gates[v]);

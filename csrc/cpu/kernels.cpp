@@ -50,9 +50,13 @@ void run_step(const Step& s) {
   parallel(s.threads, [&](const Team& team) { StepRunner<T>{s, buffers, team}.run(); });
 }
 
-void decode_step(const Step& s) { s.type == Type::float32 ? run_step<float>(s) : run_step<bf16>(s); }
+void decode_step(const Step& s) {
+  if (s.quantized) return run_step<q8>(s);
+  s.type == Type::float32 ? run_step<float>(s) : run_step<bf16>(s);
+}
 
 size_t step_scratch(const Step& s) {
+  if (s.quantized) return Buffers<q8>(s, nullptr).bytes;
   return s.type == Type::float32 ? Buffers<float>(s, nullptr).bytes : Buffers<bf16>(s, nullptr).bytes;
 }
 

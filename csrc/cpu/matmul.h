@@ -2,22 +2,30 @@
 // rows are a block; in it, what one instruction takes of them lies side by side, so the lanes of a register are outputs:
 // no sums across lanes, and a thread's share of the weights is one stretch of memory, read once, in order.
 //
-//   float32   [N / 16, K, 16]          bfloat16   [N / 16, K / 2, 16, 2]
+//   float32   [N / 16, K, 16]          bfloat16   [N / 16, K / 2, 16, 2]          8 bits   int8.h
 //
-// N and K are padded with zeros, to 16 and to 4. An output is the sum of two accumulators, each filled along K in one
+// N and K are padded with zeros, to 16 and to 4, K of 8 bits to 64. An output is the sum of two accumulators, each filled along K in one
 // order, so it does not depend on the tile that computes it: not on the batch, not on the number of threads.
 #pragma once
 
-#include "vec.h"
+#include "int8.h"
 
 namespace minimind::cpu::MINIMIND_ISA {
 
-constexpr int kVectors = kBlock / kWidth;  // of a block
+// Activation rows of a tile, for weights of type T.
+template <class T>
+constexpr bool kIs8Bit = sizeof(T) == 1;
 #if defined(__AVX512F__)
-constexpr int kBatch = 8;  // activation rows of a tile: 16 accumulators of 32 registers
-#elif defined(__AVX2__) || defined(__aarch64__)
-constexpr int kBatch = 2;  // 8 of 16, or 16 of 32
+template <class T>
+constexpr int kBatch = 8;  // 16 accumulators of 32 registers
+#elif defined(__AVX2__)
+template <class T>
+constexpr int kBatch = kIs8Bit<T> ? 4 : 2;  // 8 of 16
+#elif defined(__aarch64__)
+template <class T>
+constexpr int kBatch = 2;  // 16 of 32
 #else
+template <class T>
 constexpr int kBatch = 1;
 #endif
 
@@ -65,17 +73,37 @@ struct Packed<bf16, bf16> {  // pairs k, k + 1 and k + 2, k + 3
 };
 #endif
 
-// A core has more misses under way when it is told what comes next. Into L2, which can wait for more lines than L1.
-constexpr int kAhead = 8192;  // bytes
+// Of a matrix [N, K] of type T: K with its padding; numbers of a block; how many Activation<T> a row of activations has.
+template <class T>
+constexpr int64_t padded(int64_t k) {
+  return kIs8Bit<T> ? packed_k8(k) : packed_k(k);
+}
+template <class T>
+constexpr int64_t block_size(int64_t k_size) {
+  return kBlock * (kIs8Bit<T> ? k_size + static_cast<int64_t>(sizeof(float)) : k_size);
+}
+template <class T>
+constexpr int64_t row_size(int64_t k_size) {
+  return kIs8Bit<T> ? k_size / kGroup : k_size;
+}
 
-// One block times rows x[0..B): emit(b, its kVectors vectors of sums). k_size: with its padding. kStream: the block comes
-// from memory, not from a cache.
+// How results wait for the product that they are factors of: 8 bits come from whole groups, so from float32.
+template <class T>
+struct WaitingOf {
+  using Type = Activation<T>;
+};
+template <>
+struct WaitingOf<q8> {
+  using Type = float;
+};
+template <class T>
+using Waiting = typename WaitingOf<T>::Type;
+
+// The sums of one block times B rows: emit(b, its kVectors vectors).
 template <int B, bool kStream, class T, class A, class Emit>
-MINIMIND_INLINE void tile_of_block(const T* block, int64_t k_size, Rows<const A> x, int64_t first, Emit emit) {
+MINIMIND_INLINE void multiply_floats(const T* block, int64_t k_size, const A* const (&rows)[B], Emit emit) {
   using P = Packed<T, A>;
   constexpr int kBytes = P::kStep * kBlock * static_cast<int>(sizeof(T));
-  const A* rows[B];
-  for (int b = 0; b < B; ++b) rows[b] = x[first + b];
   Floats sums[2][kVectors][B] = {};
   for (int64_t k = 0; k < k_size; k += P::kStep) {
     if constexpr (kStream)
@@ -96,7 +124,22 @@ MINIMIND_INLINE void tile_of_block(const T* block, int64_t k_size, Rows<const A>
     Floats out[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) out[v] = sums[0][v][b] + sums[1][v][b];
-    emit(first + b, out);
+    emit(b, out);
+  }
+}
+
+// One block times rows x[0..B): emit(b, its kVectors vectors of sums). k_size: with its padding. kStream: the block comes
+// from memory, not from a cache.
+template <int B, bool kStream, class T, class A, class Emit>
+MINIMIND_INLINE void tile_of_block(const T* block, int64_t k_size, Rows<const A> x, int64_t first, Emit emit) {
+  const A* rows[B];
+  for (int b = 0; b < B; ++b) rows[b] = x[first + b];
+  if constexpr (kIs8Bit<T>) {
+    Floats out[B][kVectors];
+    multiply_integers<B, kStream>(block, k_size, rows, out);
+    for (int b = 0; b < B; ++b) emit(first + b, out[b]);
+  } else {
+    multiply_floats<B, kStream>(block, k_size, rows, [&](int b, const Floats* out) { emit(first + b, out); });
   }
 }
 
@@ -112,11 +155,12 @@ MINIMIND_INLINE void last_tile(const T* block, int64_t k_size, Rows<const A> x, 
 // One block times all `batch` rows of x.
 template <class T, class A, class Emit>
 MINIMIND_INLINE void multiply_block(const T* block, int64_t k_size, Rows<const A> x, int64_t batch, Emit emit) {
-  if (batch < kBatch) return last_tile<kBatch - 1, true>(block, k_size, x, 0, batch, emit);
-  tile_of_block<kBatch, true>(block, k_size, x, 0, emit);
-  int64_t b = kBatch;
-  for (; b + kBatch <= batch; b += kBatch) tile_of_block<kBatch, false>(block, k_size, x, b, emit);
-  last_tile<kBatch - 1, false>(block, k_size, x, b, batch - b, emit);
+  constexpr int kRows = kBatch<T>;
+  if (batch < kRows) return last_tile<kRows - 1, true>(block, k_size, x, 0, batch, emit);
+  tile_of_block<kRows, true>(block, k_size, x, 0, emit);
+  int64_t b = kRows;
+  for (; b + kRows <= batch; b += kRows) tile_of_block<kRows, false>(block, k_size, x, b, emit);
+  last_tile<kRows - 1, false>(block, k_size, x, b, batch - b, emit);
 }
 
 // out[b][n] = w[n] . x[b] for the blocks of rows in [begin, end) of w, which has n_size rows.
@@ -125,7 +169,7 @@ inline void matmul(const T* w, int64_t k_size, int64_t n_size, int64_t begin, in
                    Rows<float> out) {
   for (int64_t i = begin; i < end; ++i) {
     const int64_t n = i * kBlock, count = n_size - n;
-    multiply_block(w + n * k_size, k_size, x, batch, [&](int64_t b, const Floats* sums) {
+    multiply_block(w + i * block_size<T>(k_size), k_size, x, batch, [&](int64_t b, const Floats* sums) {
       float* to = out[b] + n;
       if (count >= kBlock)
         for (int v = 0; v < kVectors; ++v) store(to + v * kWidth, sums[v]);

@@ -227,7 +227,7 @@ std::tuple<Tensor, Tensor> sample(const Tensor& logits, const Tensor& temperatur
 // The weights of the schema's list, taken in order and checked.
 struct WeightReader {
   const TensorList& list;
-  Dtype matrix;
+  Dtype packed_dtype;  // int32: 8 bits, four in each; a row of scales comes last (int8.h)
   size_t at = 0;
 
   const Tensor& next(const char* what, Dtype dtype, const std::vector<int64_t>& sizes) {
@@ -237,13 +237,14 @@ struct WeightReader {
     return list[at++];
   }
   const float* norm(const char* what, int64_t n) { return next(what, Dtype::float32, {n}).data<const float>(); }
+  bool quantized() const { return packed_dtype == Dtype::int32; }
   // Packed rows (cpu/matmul.h) of k numbers, or of any number if k is 0; shape: all that comes before them.
   const Tensor& packed(const char* what, std::vector<int64_t> shape, int64_t k) {
-    const int64_t number = k == 0 ? -1 : packed_k(k);
-    const bool pairs = matrix == Dtype::bfloat16;
-    shape.insert(shape.end(), {pairs && k != 0 ? number / 2 : number, kBlock});
+    const bool pairs = packed_dtype == Dtype::bfloat16;
+    const int64_t size = quantized() ? packed_k8(k) / 4 + 1 : packed_k(k) / (pairs ? 2 : 1);
+    shape.insert(shape.end(), {k == 0 ? -1 : size, kBlock});
     if (pairs) shape.push_back(2);
-    return next(what, matrix, shape);
+    return next(what, packed_dtype, shape);
   }
   struct FeedForward {
     const void *gate_up, *down;
@@ -255,8 +256,10 @@ struct WeightReader {
     std::vector<int64_t> up = outer, lower = outer;
     up.insert(up.end(), {-1, 2}), lower.push_back(blocks_of(hidden));
     const Tensor &gate_up = packed("gate_up", up, hidden), &down = packed("down", lower, 0);
-    const int64_t inner = down.size(dims + 1) * (matrix == Dtype::bfloat16 ? 2 : 1);
-    MINIMIND_CHECK(inner % kPackedK == 0 && gate_up.size(dims) == blocks_of(inner), "gate_up and down: sizes disagree");
+    const int64_t size = down.size(dims + 1), blocks = gate_up.size(dims);
+    const int64_t inner = quantized() ? kBlock * blocks : size * (packed_dtype == Dtype::bfloat16 ? 2 : 1);
+    const bool agree = quantized() ? size == packed_k8(inner) / 4 + 1 : inner % kPackedK == 0 && blocks == blocks_of(inner);
+    MINIMIND_CHECK(agree, "gate_up and down: sizes disagree");
     return {gate_up.data(), down.data(), inner};
   }
 };
@@ -267,7 +270,7 @@ Tensor decode_step(const Tensor& tokens, const Tensor& positions, const Tensor& 
                    int64_t experts_per_token, int64_t shared_experts, bool normalize_gates, double eps,
                    const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
   check("tokens", tokens, Dtype::int64, {-1});
-  MINIMIND_CHECK(!weights.empty(), "weights is empty");
+  MINIMIND_CHECK(weights.size() > 2, "weights: ", weights.size(), " tensors, but head is still to come");
   const Dtype matrix = weights[0].dtype();
   MINIMIND_CHECK(matrix == Dtype::float32 || matrix == Dtype::bfloat16, "weights: ", name(matrix), " is not supported");
   MINIMIND_CHECK(experts == 0 || (experts_per_token > 0 && experts_per_token <= experts), "experts_per_token=",
@@ -277,7 +280,8 @@ Tensor decode_step(const Tensor& tokens, const Tensor& positions, const Tensor& 
   const Rope rope = rope_of(cos, sin, positions, slots, cache, batch, heads, eps);
   const Tables tables = tables_of(block_table, lengths, cache, batch);
 
-  WeightReader reader{weights, matrix};
+  const bool quantized = weights[2].dtype() == Dtype::int32;
+  WeightReader reader{weights, quantized ? Dtype::int32 : matrix};
   const Tensor& embedding = reader.next("embedding", matrix, {-1, -1});
   const int64_t vocab = embedding.size(0), hidden = embedding.size(1);
   const int64_t inside = heads * cache.head_dim, qkv = inside + 2 * cache.groups * int64_t{cache.head_dim};
@@ -325,6 +329,7 @@ Tensor decode_step(const Tensor& tokens, const Tensor& positions, const Tensor& 
   step.final_norm = final_norm;
   step.layers = table.data();
   step.type = type_of(embedding);
+  step.quantized = quantized;
   step.batch = batch, step.vocab = vocab, step.hidden = hidden;
   step.expert_inner = expert_inner, step.shared_inner = shared_inner;
   step.num_layers = static_cast<int>(layers), step.experts = static_cast<int>(experts);

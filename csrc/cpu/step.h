@@ -16,9 +16,11 @@ namespace minimind::cpu::MINIMIND_ISA {
 template <class T>
 struct Buffers {
   int64_t qkv_size, heads_size, copies;       // copies: rows of the feed-forward, B for each choice and shared expert
-  int64_t normed_row, attended_row, hidden_row;  // as long as the padded weights' rows
+  int64_t normed_k, attended_k, hidden_k;     // as long as the padded weights' rows
+  int64_t normed_row, attended_row, hidden_row;  // numbers of Activation<T>
   float *x, *qkv, *delta, *made, *gates, *partial, *work;
   Activation<T>*normed, *attended, *hidden;
+  Waiting<T>*attended_wide, *hidden_wide;  // rows attended_k and hidden_k long; the same memory if it is the same type
   int32_t *chosen, *sorting;
   int64_t *counters, work_size, sorting_size;  // of one thread
   size_t bytes;
@@ -28,8 +30,9 @@ struct Buffers {
     qkv_size = heads_size + 2 * static_cast<int64_t>(s.cache.groups) * s.cache.head_dim;
     const int64_t choices = s.batch * s.experts_per_token;
     copies = choices + s.batch * s.shared_experts;
-    normed_row = packed_k(s.hidden), attended_row = packed_k(heads_size);
-    hidden_row = kBlock * blocks_of(s.expert_inner > s.shared_inner ? s.expert_inner : s.shared_inner);
+    normed_k = padded<T>(s.hidden), attended_k = padded<T>(heads_size);
+    hidden_k = padded<T>(kBlock * blocks_of(s.expert_inner > s.shared_inner ? s.expert_inner : s.shared_inner));
+    normed_row = row_size<T>(normed_k), attended_row = row_size<T>(attended_k), hidden_row = row_size<T>(hidden_k);
     work_size = s.hidden + s.experts + kBlock * s.batch;
     sorting_size = s.experts + 1 + 2 * choices;
     char* at = memory;
@@ -47,6 +50,12 @@ struct Buffers {
     take(normed, s.batch * normed_row);
     take(attended, s.batch * attended_row);
     take(hidden, copies * hidden_row);
+    if constexpr (kIs8Bit<T>) {
+      take(attended_wide, s.batch * attended_k);
+      take(hidden_wide, copies * hidden_k);
+    } else {
+      attended_wide = attended, hidden_wide = hidden;
+    }
     take(chosen, choices);
     take(sorting, sorting_size * s.threads);
     take(counters, s.num_layers);
@@ -68,10 +77,10 @@ struct StepRunner {
       const Layer& layer = s.layers[l];
       add_and_norm(layer.input_norm, [&](int64_t b, float* x) { l == 0 ? embed(b, x) : add_made(b, x); });
       team.sync();
-      project(layer.qkv, m.normed, m.normed_row, m.qkv_size, m.qkv);
+      project(layer.qkv, m.normed, m.normed_k, m.qkv_size, m.qkv);
       team.sync();
       attention(l);
-      project(layer.o, m.attended, m.attended_row, s.hidden, m.delta);
+      project(layer.o, m.attended, m.attended_k, s.hidden, m.delta);
       team.sync();
       add_and_norm(layer.post_norm, [&](int64_t b, float* x) { add(x, m.delta + b * s.hidden, 1); }, layer.router);
       team.sync();
@@ -79,7 +88,7 @@ struct StepRunner {
     }
     add_and_norm(s.final_norm, [&](int64_t b, float* x) { add_made(b, x); });
     team.sync();
-    const Range mine = project(s.head, m.normed, m.normed_row, s.vocab, s.logits);
+    const Range mine = project(s.head, m.normed, m.normed_k, s.vocab, s.logits);
     for (int64_t b = 0; b < s.batch; ++b)
       if (s.tables.lengths[b] <= 0) zero(s.logits + b * s.vocab, mine);
   }
@@ -89,6 +98,7 @@ struct StepRunner {
     for (int64_t i = range.begin; i < range.end; ++i) row[i] = N{};
   }
   void clear_padding() const {
+    if constexpr (kIs8Bit<T>) return;  // its groups are always written whole
     const Range mine = team.share(s.batch);
     for (int64_t b = mine.begin; b < mine.end; ++b) {
       zero(m.normed + b * m.normed_row, {s.hidden, m.normed_row});
@@ -97,7 +107,7 @@ struct StepRunner {
   }
 
   void embed(int64_t b, float* x) const {
-    widen_row(static_cast<const T*>(s.embedding) + s.tokens[b] * s.hidden, x, static_cast<int>(s.hidden));
+    load_row(s.type, s.embedding, s.tokens[b] * s.hidden, x, static_cast<int>(s.hidden));
   }
   void add(float* __restrict x, const float* __restrict delta, float factor) const {
     for (int64_t i = 0; i < s.hidden; ++i) x[i] += factor * delta[i];
@@ -128,6 +138,14 @@ struct StepRunner {
   }
 
   static void to_activations(const float* from, Activation<T>* to, int64_t n) {
+    if constexpr (kIs8Bit<T>) {
+      for (int64_t i = 0; i * kGroup < n; ++i) quantize(from + i * kGroup, n - i * kGroup, to[i]);
+    } else {
+      round_row(from, to, n);
+    }
+  }
+  template <class A>
+  static void round_row(const float* from, A* to, int64_t n) {
     int64_t i = 0;
     for (; i + kWidth <= n; i += kWidth) store(to + i, as_factor<T>(load(from + i)));
     if (i < n) store_some(to + i, as_factor<T>(load_some(from + i, n - i)), n - i);
@@ -139,10 +157,23 @@ struct StepRunner {
     choose_experts(logits, s.experts, s.experts_per_token, s.normalize_gates, m.gates + at, m.chosen + at);
   }
 
+  // What the team has made of rows, `from` [rows, from_row] with n numbers in each, as factors of the next product.
+  void finish_rows(const Waiting<T>* from, int64_t from_row, int64_t rows, int64_t n, Activation<T>* to,
+                   int64_t to_row) const {
+    if constexpr (kIs8Bit<T>) {
+      const int64_t groups = packed_k8(n) / kGroup;
+      const Range mine = team.share(rows * groups);
+      for (int64_t i = mine.begin; i < mine.end; ++i) {
+        const int64_t row = i / groups, group = i % groups, first = group * kGroup;
+        quantize(from + row * from_row + first, n - first, to[row * to_row + group]);
+      }
+    }
+  }
+
   // out [B, N] = x [B, K] . w [N, K], by the whole team; returns this thread's share of N.
   Range project(const void* w, const Activation<T>* x, int64_t k_size, int64_t n, float* out) const {
     const Range mine = team.share(blocks_of(n));
-    const Rows<const Activation<T>> rows{x, k_size};
+    const Rows<const Activation<T>> rows{x, row_size<T>(k_size)};
     matmul(static_cast<const T*>(w), k_size, n, mine.begin, mine.end, rows, s.batch, Rows<float>{out, n});
     return {mine.begin * kBlock, mine.end * kBlock < n ? mine.end * kBlock : n};
   }
@@ -161,8 +192,12 @@ struct StepRunner {
     team.sync();
     const Attention a{cache, s.tables, m.qkv, m.qkv_size, s.batch, s.rope.heads, s.attention_scale, m.partial};
     attend(a, team, m.counters + l, [&](int64_t b, int64_t head, const float* row) {
-      to_activations(row, m.attended + b * m.attended_row + head * dim, dim);
+      round_row(row, m.attended_wide + b * m.attended_k + head * dim, dim);
     });
+    if constexpr (kIs8Bit<T>) {
+      finish_rows(m.attended_wide, m.attended_k, s.batch, m.heads_size, m.attended, m.attended_row);
+      team.sync();
+    }
   }
 
   void feed_forward(const Layer& layer) const {
@@ -176,21 +211,28 @@ struct StepRunner {
         return {layer.shared[2 * i], layer.shared[2 * i + 1], s.shared_inner, s.batch, nullptr, nullptr, first};
       }
       const auto *gate_ups = static_cast<const T*>(layer.gate_up), *downs = static_cast<const T*>(layer.down);
-      const int64_t up_size = 2 * kBlock * blocks_of(s.expert_inner) * m.normed_row;
-      const int64_t down_size = kBlock * blocks_of(s.hidden) * packed_k(s.expert_inner), begin = starts[e];
+      const int64_t up_size = 2 * blocks_of(s.expert_inner) * block_size<T>(m.normed_k);
+      const int64_t down_size = blocks_of(s.hidden) * block_size<T>(padded<T>(s.expert_inner)), begin = starts[e];
       return {gate_ups + e * up_size, downs + e * down_size, s.expert_inner, starts[e + 1] - begin,
               rows + begin,           sorted + begin,        0};
     };
     over_experts(expert, [](const Expert& e) { return blocks_of(e.inner); }, [&](const Expert& e, Range blocks) {
-      const Rows<Activation<T>> out{m.hidden + e.first_copy * m.hidden_row, m.hidden_row, e.out_rows};
+      const Rows<Waiting<T>> out{m.hidden_wide + e.first_copy * m.hidden_k, m.hidden_k, e.out_rows};
       const Rows<const Activation<T>> x{m.normed, m.normed_row, e.x_rows};
-      gate_up(static_cast<const T*>(e.gate_up), m.normed_row, blocks.begin, blocks.end, x, e.batch, out, work());
+      gate_up(static_cast<const T*>(e.gate_up), m.normed_k, blocks.begin, blocks.end, x, e.batch, out, work());
     });
     team.sync();
+    if constexpr (kIs8Bit<T>) {
+      const int64_t routed = s.batch * s.experts_per_token;
+      finish_rows(m.hidden_wide, m.hidden_k, routed, s.expert_inner, m.hidden, m.hidden_row);
+      finish_rows(m.hidden_wide + routed * m.hidden_k, m.hidden_k, m.copies - routed, s.shared_inner,
+                  m.hidden + routed * m.hidden_row, m.hidden_row);
+      team.sync();
+    }
     over_experts(expert, [&](const Expert&) { return blocks_of(s.hidden); }, [&](const Expert& e, Range blocks) {
       const Rows<const Activation<T>> x{m.hidden + e.first_copy * m.hidden_row, m.hidden_row, e.out_rows};
       const Rows<float> out{m.made + e.first_copy * s.hidden, s.hidden, e.out_rows};
-      matmul(static_cast<const T*>(e.down), packed_k(e.inner), s.hidden, blocks.begin, blocks.end, x, e.batch, out);
+      matmul(static_cast<const T*>(e.down), padded<T>(e.inner), s.hidden, blocks.begin, blocks.end, x, e.batch, out);
     });
     team.sync();
   }

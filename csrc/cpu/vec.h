@@ -21,6 +21,8 @@ constexpr int kWidth = 8;
 constexpr int kWidth = 4;
 #endif
 
+constexpr int kVectors = kBlock / kWidth;  // of a block of packed weights
+
 using Floats = float __attribute__((vector_size(4 * kWidth)));
 using Bits = uint32_t __attribute__((vector_size(4 * kWidth)));
 using Ints = int32_t __attribute__((vector_size(4 * kWidth)));
@@ -204,8 +206,11 @@ struct Product<bf16, bf16> {
 };
 #endif
 
+// A core has more misses under way when it is told what comes next. Into L2, which can wait for more lines than L1.
+constexpr int kAhead = 8192;  // bytes
+
 // How activations are kept for products with weights of type T: rounded to bfloat16 if the weights are, in 16 bits where
-// the processor multiplies those, else in float32.
+// the processor multiplies those, else in float32; of 8-bit weights see int8.h.
 template <class T>
 struct ActivationOf {
   using Type = float;

@@ -102,8 +102,8 @@ def open_session(args: Args) -> tuple[ChatSession, list[str]]:
     if reason and not args.raw:
         notes.append(f"this model continues your text instead of answering it: {reason}")
     engine = Engine(
-        loaded.model, loaded.tokenizer, dtype=loaded.dtype, kv_dtype=loaded.kv_dtype, backend=args.backend,
-        max_batch=1, seed=time.time_ns() % 2**31,
+        loaded.model, loaded.tokenizer, dtype=loaded.dtype, kv_dtype=loaded.kv_dtype,
+        weights_dtype=loaded.weights_dtype, backend=args.backend, max_batch=1, seed=time.time_ns() % 2**31,
     )  # fmt: skip
     notes.append(engine.describe())
     session = ChatSession(

@@ -3,7 +3,8 @@
 The text is one stream of tokens, cut into windows of each length. Every length scores the same tokens, each once, with
 the tokens before it in its window as context. Perplexity is exp of the mean of -log p; bits per byte do not depend on
 the tokenizer. The second half of every window is also reported alone, since only there the context is long. With
---kv-dtype fp8 every curve is measured again with keys and values rounded as in such a cache.
+--kv-dtype fp8 every curve is measured again with keys and values rounded as in such a cache; with --weights-dtype int8
+again with matrices and activations rounded as in decoding with 8-bit weights.
 
 Memory grows with the longest window, not with the text. The command prints a table and writes perplexity.json and
 perplexity.png to the run folder or --out.
@@ -34,13 +35,14 @@ from minimind.data import expand_paths, read_documents
 from minimind.data.formats import RowFormat
 from minimind.data.paths import find_files
 from minimind.data.reader import BadRows, Document
+from minimind.inference.decode.int8 import rounded_weights
 from minimind.inference.decode.kv_cache import rounded_cache
 from minimind.inference.loading import LoadedModel, ModelArgs, open_model, stretched
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.utils.display import Display, caption, decoration, duration, pyplot, say
 
-_COLOURS = ("#1b6ca8", "#d98324", "#5a9e6f", "#9467bd")
+_COLOURS = ("#1b6ca8", "#d98324", "#5a9e6f", "#9467bd", "#c44e52", "#7f7f7f")
 _MOST_NATS = 700.0  # exp of more is beyond float64
 BATCH_TOKENS = 8192  # tokens of windows that are scored together; a longer window is scored alone
 
@@ -123,6 +125,10 @@ def main(args: Args) -> int:
         with rounded_cache(loaded.model, loaded.kv_dtype):
             rounded = {f"{name}, cache in {args.kv_dtype}": config for name, config in curves.items()}
             scores += measure(loaded.model, loaded.tokenizer, ids[: scored + 1], lengths, rounded, console)
+    if loaded.weights_dtype is not None:
+        with rounded_cache(loaded.model, loaded.kv_dtype or loaded.dtype), rounded_weights(loaded.model):
+            rounded = {f"{name}, weights in {args.weights_dtype}": config for name, config in curves.items()}
+            scores += measure(loaded.model, loaded.tokenizer, ids[: scored + 1], lengths, rounded, console)
     show(scores, console)
     results = {"text": list(args.ppl), "scores": [dataclasses.asdict(score) for score in scores]}
     (folder / "perplexity.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -134,6 +140,8 @@ def main(args: Args) -> int:
 def _tasks(args: Args, console: Console) -> int:
     if args.ppl:
         raise ValueError("--ppl and --tasks: give one of them")
+    if args.weights_dtype != "auto":
+        raise ValueError(f"--weights-dtype {args.weights_dtype}: --tasks does not use it; --ppl measures the effect")
     if args.kv_dtype != "auto":
         raise ValueError(f"--kv-dtype {args.kv_dtype}: --tasks scores without a cache; --ppl measures the effect")
     for name, value, least in (("few-shot", args.few_shot, 0), ("limit", args.limit, 1)):

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from minimind.inference.batch import DecodeBatch, SampledStep, host_is_late, on_device
+from minimind.inference.decode.int8 import check_weights_dtype
 from minimind.inference.decode.kv_cache import PagedCache, cache_pages, check_kv_dtype
 from minimind.inference.request_state import Admission, RequestState, SequenceOutput, context_length, refused
 from minimind.inference.requests import Counters, Delta, EngineStats, Request, RequestOutput, TopLogProbs
@@ -48,6 +49,8 @@ class Engine:
     dtype: of activations: float32, bfloat16 or float16; None: the model's compute dtype.
     kv_dtype: of the cache: one of these or float8_e4m3fn, which halves bfloat16's memory (docs/decoding.md); None:
         dtype. The rounding of the cache affects prompts too.
+    weights_dtype: torch.int8 decodes with 8-bit weights, on a CPU with native operators (docs/decoding.md); None:
+        dtype. Prompts are computed in dtype in either case.
     kv_bytes, kv_tokens: the cache's size; give at most one. Neither: max_batch full contexts, but at most 512 MiB on a
         CPU and half of the free memory on a GPU. The cache is allocated at once and never grows.
     max_batch: most sequences that decode together.
@@ -71,6 +74,7 @@ class Engine:
         *,
         dtype: torch.dtype | None = None,
         kv_dtype: torch.dtype | None = None,
+        weights_dtype: torch.dtype | None = None,
         kv_bytes: int | None = None,
         kv_tokens: int | None = None,
         max_batch: int = 32,
@@ -96,6 +100,7 @@ class Engine:
             raise ValueError(f"dtype={dtype} must be torch.float32, torch.bfloat16 or torch.float16")
         kv_dtype = kv_dtype or dtype
         check_kv_dtype(kv_dtype, device)
+        check_weights_dtype(weights_dtype, device)
         context_pages = -(-max_context // page_size)
         useful_tokens = max_batch * context_pages * page_size
         token_bytes = model.kv_bytes_per_token(kv_dtype)
@@ -110,7 +115,8 @@ class Engine:
         self._replica = Replica(model, dtype, config)
         self._late = host_is_late(device)
         self._batch = DecodeBatch(max_batch, table_pages, page_size, config.num_tokens, device, self._late)
-        self._runner = Runner(self._replica, self._cache, self._batch, max_context, backend, self._late)
+        options = (max_context, backend, self._late, weights_dtype)
+        self._runner = Runner(self._replica, self._cache, self._batch, *options)
         self._unread: SampledStep | None = None  # the last step, whose tokens are not read yet
         self._requests: dict[str, RequestState] = {}
         self._arrivals = 0

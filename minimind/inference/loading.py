@@ -12,6 +12,7 @@ import torch
 import tyro
 
 from minimind.config import PRESETS, ModelConfig, YarnScaling
+from minimind.inference.decode.int8 import WeightsDTypeName, choose_weights_dtype
 from minimind.inference.decode.kv_cache import FLOAT8, KVDTypeName
 from minimind.lora import merge_adapter, remove_adapters
 from minimind.lora_files import CONFIG, adapter_folder, base_mismatch, find_base, load_adapter, names_base_only
@@ -57,13 +58,16 @@ class ModelArgs(WeightArgs):
     """Data type of the computation; auto: bf16 if the device supports it, else fp32."""
     kv_dtype: KVDTypeName = "auto"
     """Data type of the key/value cache; auto: as --dtype; fp8 takes half of bf16's memory (docs/decoding.md)."""
+    weights_dtype: WeightsDTypeName = "auto"
+    """Data type of the weights when a CPU decodes; auto: as --dtype; int8 is faster (docs/decoding.md)."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """A loaded model. model: float32, on its device. dtype: of the computation. kv_dtype: of the key/value cache.
-    stage: the training stage; None if its folder does not say. folder: for results; None for a single file. notes:
-    lines that the user should see. lora: folder of its adapter, or None."""
+    weights_dtype: of the weights when decoding, or None for dtype. stage: the training stage; None if its folder does
+    not say. folder: for results; None for a single file. notes: lines that the user should see. lora: folder of its
+    adapter, or None."""
 
     model: Model
     tokenizer: Tokenizer
@@ -73,6 +77,7 @@ class LoadedModel:
     notes: list[str]
     lora: Path | None = None
     kv_dtype: torch.dtype | None = None
+    weights_dtype: torch.dtype | None = None
 
 
 def open_model(args: ModelArgs) -> LoadedModel:
@@ -80,7 +85,8 @@ def open_model(args: ModelArgs) -> LoadedModel:
     device = choose_device(args.device)
     dtype = choose_precision(device).compute_dtype if args.dtype == "auto" else _DTYPES[args.dtype]
     kv_dtype = dtype if args.kv_dtype == "auto" else _DTYPES[args.kv_dtype]
-    return dataclasses.replace(open_weights(args, device, dtype), kv_dtype=kv_dtype)
+    weights_dtype = choose_weights_dtype(args.weights_dtype, device)
+    return dataclasses.replace(open_weights(args, device, dtype), kv_dtype=kv_dtype, weights_dtype=weights_dtype)
 
 
 def open_weights(

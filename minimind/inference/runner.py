@@ -131,8 +131,8 @@ class Replica:
 
 
 class Runner:
-    """Computes steps of `replica` over `cache` and `batch`. backend: see Engine. late: as in DecodeBatch. ValueError if
-    the backend does not exist or cannot be used."""
+    """Computes steps of `replica` over `cache` and `batch`. backend, weights_dtype: see Engine. late: see DecodeBatch.
+    ValueError if the backend does not exist or cannot be used, and for 8-bit weights without native decoding."""
 
     def __init__(
         self,
@@ -142,6 +142,7 @@ class Runner:
         max_context: int,
         backend: Backend,
         late: bool = False,
+        weights_dtype: torch.dtype | None = None,
     ) -> None:
         self._replica, self._cache, self._batch = replica, cache, batch
         self._device = cache.k.device
@@ -156,6 +157,10 @@ class Runner:
         heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         varlen.detect_grouped_heads(self._device, varlen.Heads(*heads, self._dtype))
         self._native, self._reason = backend != "reference" and missing is None, missing
+        if weights_dtype is not None and not self._native:
+            reason = missing or "the backend is 'reference'"
+            raise ValueError(f"8-bit weights need native decoding: {reason}; decode without them")
+        self._weights_dtype = weights_dtype
         self._rope, self._attention, self._sample = _native_ops() if self._native else _REFERENCE
         counters = torch.zeros(batch.max_batch * heads[0], dtype=torch.int32, device=self._device)
         self._arrivals = (counters,) if self._native else ()  # an argument of the native decode_attention
@@ -171,7 +176,8 @@ class Runner:
     def describe(self) -> str:
         """One line: which operators decode, and why."""
         if self._native:
-            return f"decoding: native ({native.build_info().summary(self._device)})"
+            weights = "" if self._weights_dtype is None else ", 8-bit weights"
+            return f"decoding: native ({native.build_info().summary(self._device)}{weights})"
         return f"decoding: reference (plain PyTorch){'' if self._reason is None else f': {self._reason}'}"
 
     @property
@@ -184,7 +190,7 @@ class Runner:
         """Follow Replica.refresh, which returned `moved`. New scales invalidate the content of a float8 cache."""
         self._cache.set_scales(self._model)
         if self._native:
-            self._weights = DecodeWeights.from_model(self._model, self._dtype)
+            self._weights = DecodeWeights.from_model(self._model, self._dtype, self._weights_dtype)
             self._operands = self._weights.operands(into=self._operands)
             on_cpu = self._device.type == "cpu"
             self._step_rows = self._batch.max_batch if on_cpu else self._weights.cuda_rows

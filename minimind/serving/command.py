@@ -95,8 +95,9 @@ def open_service(args: Args) -> tuple[Service, list[str]]:
     loaded = open_model(args)
     notes = loaded.notes
     engine = Engine(
-        loaded.model, loaded.tokenizer, dtype=loaded.dtype, kv_dtype=loaded.kv_dtype, backend=args.backend,
-        max_batch=args.max_batch, max_context=args.max_context, kv_tokens=args.kv_tokens, seed=time.time_ns() % 2**31,
+        loaded.model, loaded.tokenizer, dtype=loaded.dtype, kv_dtype=loaded.kv_dtype,
+        weights_dtype=loaded.weights_dtype, backend=args.backend, max_batch=args.max_batch,
+        max_context=args.max_context, kv_tokens=args.kv_tokens, seed=time.time_ns() % 2**31,
     )  # fmt: skip
     notes.append(engine.describe())
     if loaded.tokenizer.chat_template is None:

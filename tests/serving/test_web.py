@@ -188,7 +188,7 @@ def test_streamlit_options_exist_and_disable_its_questions():
 def test_the_server_gets_the_flags_of_the_model():
     command = server_command(Args(model="m", lora="l", yarn=4.0, port=1))
     assert command[4:] == ["--port", "0", "--model", "m", "--lora", "l", "--yarn", "4.0", "--device", "auto",
-                           "--dtype", "auto", "--kv-dtype", "auto"]  # fmt: skip
+                           "--dtype", "auto", "--kv-dtype", "auto", "--weights-dtype", "auto"]  # fmt: skip
     for flags, message in (
         ({"model": "m", "url": "u"}, "--url and --model: give one of them"),
         ({"url": "127.0.0.1:8998"}, "--url 127.0.0.1:8998: must be an address such as http://"),

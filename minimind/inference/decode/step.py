@@ -9,9 +9,10 @@ adjacent (csrc/cpu/matmul.h):
     float32   [N / 16, K, 16]          bfloat16   [N / 16, K / 2, 16, 2]
 
 N and K are padded with zeros to multiples of 16 and 4. A gate_up [2 I, K] becomes [I / 16, 2, ...]: a block of the
-gate, then the same block of the up projection. Dimensions before N, such as experts, stay. Packed matrices lie in huge
-pages: with pages of 4 KiB, an address is translated anew for every 64 lines read. In pages of 2 MiB a step of
-minimind2-small in bfloat16 took 2.65 instead of 3.0 ms on one core (Zen 4, in a virtual machine).
+gate, then the same block of the up projection. Dimensions before N, such as experts, stay. int8.py packs matrices of 8
+bits. Packed matrices lie in huge pages: with pages of 4 KiB, an address is translated anew for every 64 lines read. In
+pages of 2 MiB a step of minimind2-small in bfloat16 took 2.65 instead of 3.0 ms on one core (Zen 4, in a virtual
+machine).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind.inference.decode.int8 import check_weights_dtype, pack_int8, packed_int8_shape
 from minimind.modeling import MLP, Block, Model, MoE, RMSNorm
 
 CUDA_SHARED = 96 << 10  # bytes, as in csrc/cuda/matvec.cuh
@@ -42,6 +44,7 @@ class DecodeWeights:
 
     tensors: on a CPU, matrices in bfloat16 or float32, and norms and routers in float32; on a GPU, matrices in any
         dtype that computes, and norms as they are. They share the model's memory if it has these dtypes.
+    int8: the operands' matrices have 8 bits, except the embedding.
     """
 
     tensors: tuple[Tensor, ...]
@@ -53,11 +56,16 @@ class DecodeWeights:
     shared_experts: int
     normalize_gates: bool
     eps: float
+    int8: bool = False
 
     @staticmethod
-    def from_model(model: Model, dtype: torch.dtype | None = None) -> DecodeWeights:
-        """dtype: of the matrices, float32 or bfloat16, on a GPU also float16; None: the model's. ValueError for another
-        dtype on a CPU."""
+    def from_model(
+        model: Model, dtype: torch.dtype | None = None, weights_dtype: torch.dtype | None = None
+    ) -> DecodeWeights:
+        """dtype: of the matrices, float32 or bfloat16, on a GPU also float16; None: the model's. weights_dtype:
+        torch.int8 for 8-bit products on a CPU; None: dtype. ValueError for another dtype on a CPU, and for 8-bit
+        products on a GPU."""
+        check_weights_dtype(weights_dtype, model.device)
         config, on_cpu = model.config, model.device.type == "cpu"
         dtype = dtype or model.dtype
         if on_cpu and dtype not in (torch.float32, torch.bfloat16):
@@ -75,6 +83,7 @@ class DecodeWeights:
             config.num_shared_experts if config.num_experts else 0,
             config.norm_topk_prob,
             config.rms_norm_eps,
+            weights_dtype == torch.int8,
         )
 
     @property
@@ -113,8 +122,9 @@ class DecodeWeights:
         if into:
             room = [into[i] for i in matrices]
         else:
-            shapes = [packed_shape(self.tensors[i].shape, self.dtype, self.roles[i] == "gate_up") for i in matrices]
-            room = empty_in_huge_pages(shapes, self.dtype, self.tensors[0].device)
+            dtype = torch.int8 if self.int8 else self.dtype
+            shapes = [packed_shape(self.tensors[i].shape, dtype, self.roles[i] == "gate_up") for i in matrices]
+            room = empty_in_huge_pages(shapes, torch.int32 if self.int8 else dtype, self.tensors[0].device)
         operands = list(self.tensors)
         for i, out in zip(matrices, room, strict=True):
             operands[i] = pack_matrix(self.tensors[i], out, self.roles[i] == "gate_up")
@@ -171,9 +181,9 @@ def decode_step(
     sequences; the new token is the last of its sequence, and slots[b] is its row of the cache. A row's logits are
     bit-identical in any batch. RuntimeError, which names the argument, for what the operator does not take.
 
-    The arithmetic is float32, with two exceptions: on a CPU with bfloat16 weights, activations are rounded to bfloat16
-    before each product; on a GPU with 16-bit weights, queries are rounded to that dtype before attention over a cache
-    of that dtype or float8.
+    The arithmetic is float32, with two exceptions: on a CPU with bfloat16 or 8-bit weights, activations are rounded to
+    bfloat16 or 8 bits before each product; on a GPU with 16-bit weights, queries are rounded to that dtype before
+    attention over a cache of that dtype or float8.
     """
     return torch.ops.minimind.decode_step.default(
         tokens, positions, slots, page_table, lengths, cos, sin, operands, key_cache, value_cache,
@@ -182,7 +192,9 @@ def decode_step(
 
 
 def packed_shape(shape: torch.Size, dtype: torch.dtype, gate_up: bool = False) -> tuple[int, ...]:
-    """The shape of a packed matrix [..., N, K] of `dtype`, float32 or bfloat16."""
+    """The shape of a packed matrix [..., N, K] of `dtype`: float32, bfloat16, or int8, which is packed in int32."""
+    if dtype == torch.int8:
+        return packed_int8_shape(shape, gate_up)
     *outer, n, k = shape
     blocks = (-(-n // 2 // PACKED_ROWS), 2) if gate_up else (-(-n // PACKED_ROWS),)
     k = -(-k // PACKED_COLUMNS) * PACKED_COLUMNS
@@ -190,7 +202,10 @@ def packed_shape(shape: torch.Size, dtype: torch.dtype, gate_up: bool = False) -
 
 
 def pack_matrix(weight: Tensor, out: Tensor, gate_up: bool = False) -> Tensor:
-    """Pack weight [..., N, K], of any float dtype, into `out`, which has `packed_shape` and the target dtype."""
+    """Pack weight [..., N, K], of any float dtype, into `out`, which has `packed_shape` and the target dtype: int32 for
+    8 bits."""
+    if out.dtype == torch.int32:
+        return pack_int8(weight, out, gate_up)
     weight = weight.to(out.dtype)
     if gate_up:
         weight = weight.unflatten(-2, (2, -1))

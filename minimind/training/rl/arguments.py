@@ -9,6 +9,7 @@ from typing import Literal
 import tyro
 
 from minimind.data.formats import FormatName
+from minimind.inference.decode.int8 import WeightsDTypeName
 from minimind.rewards import RewardScale
 from minimind.training.adapters import AdapterArgs
 from minimind.training.arguments import FromFlag
@@ -68,6 +69,9 @@ class RolloutArgs(AdapterArgs):
     """Most tokens of an answer; longer ones are cut off. None: 8 for the built-in prompts, else 256."""
     temperature: float = 1.0
     """Temperature of sampling and of the trained distribution."""
+    weights_dtype: WeightsDTypeName = "auto"
+    """Data type of the weights when a CPU decodes answers; auto: that of the computation; int8 is faster. The answers'
+    probabilities are then those of the rounded weights; the metric drift_mean shows the difference."""
     minibatches: int | None = None
     """Optimizer steps in each pass over a rollout, each on a part of its answers. None: the algorithm's number."""
     inner_epochs: int = 1

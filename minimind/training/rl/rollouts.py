@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from minimind.data.packing import Permutation
 from minimind.data.prompts import PromptSet
@@ -74,14 +75,21 @@ class RolloutOptions:
 
 class Sampler:
     """Samples from the current weights of `model`. longest: tokens of the longest prompt; batch: answers that decode
-    together, of which `samples` share a prompt.
+    together, of which `samples` share a prompt. weights_dtype: see Engine.
 
     The engine shares the model's weights where it computes in their dtype. One cache serves all calls; it holds a batch
     of such answers, and fewer answers at a time where fewer share a prompt.
     """
 
     def __init__(
-        self, model: Model, tokenizer: Tokenizer, longest: int, max_new_tokens: int, batch: int, samples: int = 1
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        longest: int,
+        max_new_tokens: int,
+        batch: int,
+        samples: int = 1,
+        weights_dtype: torch.dtype | None = None,
     ) -> None:
         page = 64 if model.device.type == "cuda" else 16
         own = 1 + -(-max_new_tokens // page)  # the first page also holds the end of the prompt
@@ -93,6 +101,7 @@ class Sampler:
             max_batch=batch,
             max_context=longest + max_new_tokens,
             page_size=page,
+            weights_dtype=weights_dtype,
         )
 
     def sample(self, prompts: PromptSet, drawn: Sequence[DrawnPrompt], options: RolloutOptions) -> list[Answer]:

@@ -18,6 +18,7 @@ from rich.console import Console
 from minimind.config import ModelConfig
 from minimind.data.builtin.arithmetic import NAME, arithmetic_prompts
 from minimind.data.prompts import PromptSet, open_prompts
+from minimind.inference.decode.int8 import choose_weights_dtype
 from minimind.inference.request_state import derive_seed
 from minimind.inference.runner import Replica
 from minimind.lora import adapters_off
@@ -128,7 +129,9 @@ class RolloutStage:
         longest = max(len(p.ids) for s in (self.train, self.heldout) if s for p in s.prompts)
         share = -(-args.prompts // job.parallel.world_size)
         batch = min(_DECODE_BATCH, share * args.samples)
-        sampler = Sampler(self.model, job.tokenizer, longest, args.longest_answer, batch, args.samples)
+        weights_dtype = choose_weights_dtype(args.weights_dtype, job.device)
+        size = (longest, args.longest_answer, batch, args.samples)
+        sampler = Sampler(self.model, job.tokenizer, *size, weights_dtype)
         self.collector = Collector(
             model=self.model,
             sampler=sampler,

@@ -20,6 +20,7 @@ from minimind.training.rl.collector import Collector, chunks, log_probs_of, per_
 from minimind.training.rl.loader import DriftStop, Rollout, RolloutLoader, Shape, default_micro_batches, pack
 from minimind.training.rl.rollouts import Answer, DrawnPrompt, PromptStream, RolloutOptions, Sampler
 from minimind.value_head import ValueModel
+from tests.inference.decode.cases import needs_native
 from tests.inference.small import random_prompts, small_model, small_tokenizer
 
 SHAPE = Shape(minibatches=2, epochs=2, micro_batches=2, max_new_tokens=9)
@@ -75,6 +76,18 @@ def test_a_sample_is_a_function_of_weights_seed_and_number():
     ended = [a for a in answers if a.ended]
     assert all(a.ids[-1] == small_tokenizer().eos_token_id for a in ended)
     assert all(len(a.ids) == 9 for a in answers if not a.ended)
+
+
+@needs_native
+def test_8_bit_answers_carry_the_probabilities_of_the_rounded_weights():
+    model, options = small_model(), RolloutOptions(3, 9)
+    drawn = [DrawnPrompt(i, i) for i in range(12)]
+    answers = Sampler(model, small_tokenizer(), 20, 9, 64, 3, torch.int8).sample(prompt_set(), drawn, options)
+    trainer = np.concatenate(log_probs_of(model, answers, SHAPE))
+    drift = np.abs(np.concatenate([a.log_probs for a in answers]) - trainer)
+    assert 64 * np.finfo(np.float32).eps * np.abs(trainer).max() < drift.mean() < 0.05
+    with pytest.raises(ValueError, match="must be None or torch"):
+        Sampler(model, small_tokenizer(), 20, 9, 64, 3, torch.float16)
 
 
 def test_sampler_follows_the_weights():
