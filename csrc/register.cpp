@@ -1,6 +1,6 @@
 // The operators of the torch library `minimind`: their schema, once for every device. csrc/cpu and csrc/cuda implement
-// them; minimind/inference/decode/ops.py holds the plain-PyTorch reference, the shapes for tracing, and the public
-// functions, whose docstrings are the full documentation.
+// them; minimind/inference/decode/reference.py has the plain-PyTorch references, whose docstrings are the full
+// documentation, and minimind/ops/native.py the shapes for tracing.
 //
 // B sequences, N tokens, H query heads, G key/value heads, D head size, P pages of S tokens, L layers, V vocabulary.
 #include "ops.h"
@@ -26,7 +26,7 @@ const Library schema(nullptr, [](Library& m) {
       "Tensor presence_penalty, Tensor history, Tensor seeds, Tensor offsets) -> (Tensor tokens, Tensor log_probs)");
   // A whole step of the whole model: tokens int64 [B] -> logits float32 [B, V]; caches [L, P, S, G, D]. CUDA: of a dense
   // model, B up to 8. weights: embedding [V, C], final norm [C], head [V, C], then for each layer (on a CPU matrices but
-  // the embedding packed, as minimind/inference/decode/packed_weights.py does it)
+  // the embedding packed, as minimind/inference/decode/step.py does it)
   //   input norm [C], qkv [(H + 2 G) D, C], q norm [D], k norm [D] (with qk_norm), o [C, H D], post-attention norm [C],
   //   gate_up [2 I, C], down [C, I]                                                        (experts == 0)
   //   router [E, C], gate_up [E, 2 J, C], down [E, C, J], (gate_up, down) per shared expert  (experts > 0)

@@ -1,5 +1,5 @@
-// Products of packed weights [N, K] with a few activation rows [B, K] (minimind/inference/decode/packed_weights.py packs). Sixteen weight
-// rows are a block; in it, what one instruction takes of them lies side by side, so the lanes of a register are outputs:
+// Products of packed weights [N, K] with a few activation rows [B, K] (minimind/inference/decode/step.py packs). Sixteen
+// weight rows are a block; in it, what one instruction takes of them lies side by side, so the lanes of a register are outputs:
 // no sums across lanes, and a thread's share of the weights is one stretch of memory, read once, in order.
 //
 //   float32   [N / 16, K, 16]          bfloat16   [N / 16, K / 2, 16, 2]          8 bits   int8.h

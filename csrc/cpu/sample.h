@@ -1,4 +1,4 @@
-// Sampling of one row; minimind/inference/decode/sampling_reference.py defines every option.
+// Sampling of one row; minimind/inference/decode/reference.py defines every option.
 #pragma once
 
 #include "args.h"
