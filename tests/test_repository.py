@@ -59,6 +59,8 @@ ARROWS = {
     "data": "data/builtin tokenization utils",
     "objectives": "modeling ops utils value_head",
     "rewards": "tokenization utils value_head weights",
+    "environments": "inference rewards tokenization utils",
+    "environments/builtin": "data/builtin environments utils",
     "inference/decode": "config kernels modeling ops rope",
     "inference": "config inference/decode lora lora_files modeling ops rope tokenization utils weights",
     "evaluation": "config data inference inference/decode modeling ops tokenization utils",
@@ -71,7 +73,8 @@ ARROWS = {
     "value_head weights",
     "training/stages": "data data/builtin inference lora lora_files modeling objectives ops tokenization training "
     "utils value_head",
-    "training/rl": "config data data/builtin inference inference/decode lora lora_files modeling objectives rewards "
+    "training/rl": "config data data/builtin environments inference inference/decode lora lora_files modeling objectives "
+    "rewards "
     "tokenization training training/stages utils value_head weights",
     "cli": "utils",
     "__main__": "cli",

@@ -17,7 +17,7 @@ The parts of each --loss, which flags of their own can replace:
 
 The number of steps on a rollout (--minibatches) matters too: with a single one the ratio is 1 and no clip acts, so that
 grpo, dapo and cispo differ only in their means. The papers take 16 (dapo, cispo, and GRPO in DeepSeek-R1, 2501.12948),
-8 (dr_grpo) and 4 (gspo), of 512 to 8,192 answers. The defaults here are the same, with at least SMALLEST answers in
+8 (dr_grpo) and 4 (gspo), of 512 to 8,192 answers. The defaults here are the same, with at least 32 answers in
 each step. GRPO's first paper takes one step; four at a third of the rate learnt more (docs/LOG.md).
 
 Departures: the ratio is to the engine's log-probabilities at the time of sampling, so that the old policy need not be
@@ -36,115 +36,35 @@ if __name__ == "__main__":
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
 
-import numpy as np
-import torch
 from rich.console import Console
 
-from minimind.objectives.advantages import group_advantages, leave_one_out
 from minimind.objectives.policy import policy_loss
-from minimind.objectives.surrogates import ALGORITHMS, Algorithm, PolicyObjective, with_terms
 from minimind.training.job import run_script
-from minimind.training.rl.arguments import RolloutArgs
-from minimind.training.rl.rollouts import Answer
+from minimind.training.rl.groups import GroupArgs, bundle, describe, steps
 from minimind.training.rl.stage import RolloutStage
 from minimind.utils.display import say
 
 NANO_LR = 5e-5  # nano's peak learning rate, the best of a few; rl.stage.scaled_lr has the others
-SMALLEST = 32  # fewest answers of a step by default
 
 
 @dataclass(frozen=True)
-class Args(RolloutArgs):
+class Args(GroupArgs):
     """Learn from groups of answers. All defaults work."""
-
-    loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
-    """The algorithm; the flags below replace parts of it."""
-    advantage: Literal["group", "batch", "none", "loo"] | None = None
-    """Divisor of an answer's reward minus its group's mean: the standard deviation of the group or the batch, or none;
-    loo: none, with the mean of the other answers (RLOO). None: the algorithm's."""
-    aggregation: Literal["token", "sample", "constant"] | None = None
-    """Aggregation of token losses: the mean over all tokens (token), over the means of answers (sample), or over the
-    sums of answers divided by --max-new-tokens (constant). None: the algorithm's."""
-    clip_low: float | None = None
-    """The ratio has no gradient below 1 - clip_low that would lower it. None: the algorithm's."""
-    clip_high: float | None = None
-    """The ratio has no gradient above 1 + clip_high that would raise it. None: the algorithm's."""
-    beta: float | None = None
-    """Weight of the KL to the initial model; 0 keeps no copy of it. None: the algorithm's."""
-    entropy: float = 0.0
-    """Weight of an entropy bonus, which keeps answers varied."""
-    rescore: bool | None = None
-    """Compute the old log-probabilities with the trainer, by one more forward, instead of using the engine's. None: for
-    gspo, whose clip range is smaller than their difference in bf16."""
-    refills: int | None = None
-    """Replace prompts whose answers all have the same reward by others, up to this many times --prompts. None: 3 for
-    dapo, else 0."""
 
 
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when training was interrupted. Raises ValueError, in one line, for bad input."""
-    if args.samples < 2:
-        raise ValueError(f"--samples {args.samples}: an answer is compared with others to its prompt; take 2 or more")
+    args.check()
     if args.minibatches is None:
         args = dataclasses.replace(args, minibatches=steps(args))
     algorithm, beta = bundle(args)
-    refills = args.refills if args.refills is not None else 3 if args.loss == "dapo" else 0
     run = RolloutStage.begin("grpo", args, algorithm.aggregation, console)
-    if args.reward_norm == "running" and (args.advantage or algorithm.std) in ("group", "batch"):
+    if args.reward_norm == "running" and args.std in ("group", "batch"):
         say(console, "--reward-norm running: has no effect, as advantages are divided by their own deviation")
-    run.build(
-        partial(advantages, how=args.advantage or algorithm.std),
-        with_reference=beta > 0,
-        refills=refills,
-        rescore=args.loss == "gspo" if args.rescore is None else args.rescore,
-        mask=args.loss == "dapo",
-    )
+    run.build(**args.parts)
     loss = partial(policy_loss, run.trained, objective=algorithm.objective, entropy=args.entropy != 0)
     return run.fit(loss, NANO_LR, [describe(args, algorithm, beta)])
-
-
-def steps(args: Args) -> int:
-    """Steps in each pass over a rollout: as many as the paper takes, with at least SMALLEST answers in each."""
-    return max(1, min(ALGORITHMS[args.loss].minibatches, args.prompts * args.samples // SMALLEST))
-
-
-def bundle(args: Args) -> tuple[Algorithm, float]:
-    """(the algorithm, with the parts that flags replace; the weight of the KL)."""
-    paper = ALGORITHMS[args.loss]
-    bounds: dict[str, Any] = {"low": args.clip_low, "high": args.clip_high}
-    objective: PolicyObjective = partial(paper.objective, **{k: v for k, v in bounds.items() if v is not None})
-    beta = paper.kl if args.beta is None else args.beta
-    objective = with_terms(objective, beta, args.entropy)
-    return dataclasses.replace(
-        paper, objective=objective, aggregation=args.aggregation or paper.aggregation, kl=beta
-    ), beta
-
-
-def advantages(answers: list[Answer], how: Any) -> dict[str, float]:
-    """Give every token of an answer the answer's advantage over its group."""
-    rewards = torch.tensor([a.score for a in answers], dtype=torch.float64)
-    groups = torch.from_numpy(np.unique([a.number for a in answers], return_inverse=True)[1])
-    count = int(groups.max()) + 1
-    loo = how == "loo"
-    values = (leave_one_out if loo else partial(group_advantages, std=how))(rewards, groups, count)
-    for answer, value in zip(answers, values.tolist(), strict=True):
-        answer.advantages = np.full(len(answer.ids), value, np.float32)
-    return {}
-
-
-def describe(args: Args, algorithm: Algorithm, beta: float) -> str:
-    parts = [f"{args.loss}: advantages over {args.advantage or algorithm.std}, mean by {algorithm.aggregation}"]
-    parts.append(f"KL {beta:g}" if beta else "no reference model")
-    answers = args.prompts * args.samples // (args.minibatches or 1)
-    single = args.minibatches == args.inner_epochs == 1
-    acts = "which the clip does not act on" if single else "so that the clip acts"
-    parts.append(
-        f"{args.minibatches} steps on each pass, of {answers} answers each, {acts} "
-        f"(by default at most {algorithm.minibatches} steps, of {SMALLEST} answers or more)"
-    )
-    return ", ".join(parts)
 
 
 if __name__ == "__main__":

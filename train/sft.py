@@ -20,8 +20,10 @@ from typing import Any, cast
 from rich.console import Console
 
 from minimind.data import PackedLoader, builtin_conversations
-from minimind.data.builtin.arithmetic import NAME as WEAK
+from minimind.data.builtin.arithmetic import NAME as ARITHMETIC
 from minimind.data.builtin.arithmetic import weak_arithmetic
+from minimind.environments.builtin.tasks import NAME as AGENT
+from minimind.environments.builtin.tasks import weak_agent
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import FromFlag
@@ -33,6 +35,8 @@ from minimind.training.trainer import Stage
 
 # Peak rates by preset; not tuned yet.
 PEAK_LR = {"nano": 2e-3, "minimind2-small": 5e-4}
+# Built-in conversations of a weak model, which rewards are to improve, by their --data.
+WEAK = {ARITHMETIC: weak_arithmetic, AGENT: weak_agent}
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,13 @@ class Args(ChatArgs):
 
     from_: FromFlag = None
     """The pretrained model: a run folder, a Hugging Face folder, or an upstream .pth (with --preset and
-    --tokenizer). None: the newest finished run of train/pretrain.py under runs/; for builtin:arithmetic random
-    weights."""
+    --tokenizer). None: the newest finished run of train/pretrain.py under runs/; for builtin:arithmetic and
+    builtin:agent random weights."""
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [{"role": ..., "content": ...},
     ...]} rows. None: a few thousand built-in short conversations. builtin:arithmetic: sums whose answers are mostly
-    wrong, as a start for train/grpo.py, ppo.py and spo.py.
+    wrong, as a start for train/grpo.py, ppo.py and spo.py; builtin:agent: tasks with tools, a third of them solved,
+    as a start for train/agent.py.
     FILE:2 draws twice as many of its rows as FILE:1 (docs/data.md)."""
     epochs: float | None = None
     """Passes over the training data. None: 3 over the built-in conversations, 2 over others, more where they are few
@@ -59,11 +64,11 @@ class Args(ChatArgs):
 
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when training was interrupted. Raises ValueError, in one line, for bad input."""
-    weak = args.data == (WEAK,)
-    if args.from_ is None and not weak:
+    weak = WEAK.get(args.data[0]) if len(args.data) == 1 else None
+    if args.from_ is None and weak is None:
         args = dataclasses.replace(args, from_=from_newest(args, "pretrain"))
     job = Job.begin("sft", args, console)
-    make = weak_arithmetic if weak else builtin_conversations
+    make = weak or builtin_conversations
     data = () if weak else args.data
     builtin = () if data else make(args.cache_dir, console)
     split = open_chats(job, data, args.heldout_data, ChatEncoder(job.tokenizer), builtin)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,24 +24,17 @@ from minimind.rewards.rules import (
     repetition_reward,
     tools_reward,
 )
+from minimind.utils.importing import named_object
 
 
 def function_reward(path: str) -> Reward:
     """Import the function at "package.module:function", from the working directory or Python's path.
 
     It takes a list of `Sample`s and returns one number for each. ValueError if there is no such function."""
-    module_name, colon, name = path.partition(":")
-    if not colon or not module_name or not name:
-        raise ValueError(f"function={path}: write function=package.module:function")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may raise anything
-        raise ValueError(f"function={path}: cannot import {module_name} ({type(error).__name__}: {error})") from error
-    function = getattr(module, name, None)
+    function = named_object(path, "function", "function=")
     if not callable(function):
-        raise ValueError(f"function={path}: {module_name} has no function {name!r}")
+        module, _, name = path.partition(":")
+        raise ValueError(f"function={path}: {module} has no function {name!r}")
     return function
 
 

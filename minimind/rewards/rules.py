@@ -276,27 +276,34 @@ def _is_valid_call(text: str, tools: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def fits(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Whether a JSON value fits a schema, as far as tools use schemas: type, enum, properties, required,
-    additionalProperties and items. Other keywords are ignored. A property that the schema does not name is an error,
-    unless the schema allows additional ones."""
+    """Whether a JSON value fits a schema, as far as `misfit` reads it."""
+    return misfit(value, schema) is None
+
+
+def misfit(value: Any, schema: Mapping[str, Any], what: str = "it") -> str | None:
+    """How a JSON value, called `what`, misses a schema, as far as tools use schemas: type, enum, properties, required,
+    additionalProperties and items; None where it fits. Other keywords are ignored. A property that the schema does not
+    name is an error, unless the schema allows additional ones."""
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(_has_type(value, kind) for kind in kinds):
-        return False
+        return f"{what} must be of type {' or '.join(kinds)}"
     if "enum" in schema and value not in schema["enum"]:
-        return False
+        return f"{what} must be one of {', '.join(map(str, schema['enum']))}"
     if isinstance(value, list) and "items" in schema:
-        return all(fits(item, schema["items"]) for item in value)
+        return next((wrong for item in value if (wrong := misfit(item, schema["items"], f"each of {what}"))), None)
     if not isinstance(value, dict):
-        return True
-    if any(name not in value for name in schema.get("required", [])):
-        return False
+        return None
+    missing = [name for name in schema.get("required", []) if name not in value]
+    if missing:
+        return f"{what} lack {', '.join(missing)}"
     if "properties" not in schema:
-        return True
+        return None
     properties = schema["properties"]
     if set(value) - set(properties) and not schema.get("additionalProperties", False):
-        return False
-    return all(fits(item, properties[name]) for name, item in value.items() if name in properties)
+        return f"{what} may only hold {', '.join(properties)}"
+    known = [(name, item) for name, item in value.items() if name in properties]
+    return next((wrong for name, item in known if (wrong := misfit(item, properties[name], name))), None)
 
 
 def _has_type(value: Any, kind: str) -> bool:

@@ -132,6 +132,11 @@ class RolloutArgs(AdapterArgs):
             raise ValueError(f"--prompts {self.prompts}: fewer than the {world_size()} processes that share them")
 
     @property
+    def shared_rewards(self) -> tuple[str, ...]:
+        """The words of --reward that all stages know."""
+        return self.reward
+
+    @property
     def row_flags(self) -> str:
         return "--max-prompt and --max-new-tokens, together"
 

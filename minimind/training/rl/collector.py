@@ -12,21 +12,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import numpy as np
 import torch
 from rich.console import Console
 
 from minimind.data.prompts import PromptSet
+from minimind.inference.engine import Engine
 from minimind.modeling import Model
 from minimind.objectives.policy import token_log_probs
 from minimind.objectives.surrogates import kl_estimates
-from minimind.rewards import Rewards, RewardScale, Sample, Scores, SignalWatch, summary
+from minimind.rewards import Rewards, RewardScale, Scores, SignalWatch, summary
 from minimind.rewards.compose import Failures
 from minimind.training.parallel import Parallel
 from minimind.training.rl.loader import DriftStop, Rollout, Shape, pack
-from minimind.training.rl.rollouts import Answer, DrawnPrompt, RolloutOptions, Sampler
+from minimind.training.rl.rollouts import Answer, DrawnPrompt, RolloutOptions
 from minimind.utils.display import say
 
 _TOKENS = 8192  # of a forward without gradients
@@ -37,6 +38,14 @@ class Stream(Protocol):
     """A source of prompts."""
 
     def draw(self, first: int, count: int) -> list[DrawnPrompt]: ...
+
+
+class AnswerSource(Protocol):
+    """What answers prompts: Sampler, or a sampler of conversations with tools."""
+
+    engine: Engine
+
+    def sample(self, prompts: PromptSet, drawn: Sequence[DrawnPrompt], options: RolloutOptions) -> Sequence[Answer]: ...
 
 
 @dataclass
@@ -50,12 +59,13 @@ class Collector:
     before(answers of the previous rollout): called first, with the weights trained on these answers.
     scale: turns rewards into scores. stop: told of every new rollout. penalty: subtracted from the reward of an answer
       that was cut off; mask: whether the loss leaves such answers out.
+    figures_of(answers): further figures of a rollout.
     refills: how many prompts may replace those whose answers all have the same reward, as a multiple of `prompts`.
     rescore: use the trainer's log-probabilities of the answers, by one more forward, instead of the engine's.
     """
 
     model: Model
-    sampler: Sampler
+    sampler: AnswerSource
     data: PromptSet
     stream: Stream
     rewards: Rewards
@@ -71,6 +81,7 @@ class Collector:
     stop: DriftStop | None = None
     penalty: float = 0.0
     mask: bool = False
+    figures_of: Callable[[list[Answer]], dict[str, float]] = lambda answers: {}
     refills: int = 0
     rescore: bool = False
     console: Console = field(default_factory=Console)
@@ -186,9 +197,10 @@ class Collector:
         figures = summary(scores, groups) | {
             "answers": len(sampled),
             "drawn": len({a.number for a in sampled}) / self.prompts,
-            "length": np.mean([len(a.ids) for a in sampled]),
+            "length": np.mean([a.written for a in sampled]),
             "ended": np.mean([a.ended for a in sampled]),
             "entropy": -log_probs.mean(),  # an estimate: the tokens were sampled from the policy
+            **self.figures_of(sampled),
         }
         if kept and kept[0].reference is not None:
             reference = np.concatenate([a.reference for a in kept if a.reference is not None])
@@ -213,13 +225,7 @@ class Collector:
 def score(rewards: Rewards, data: PromptSet, answers: Sequence[Answer], penalty: float = 0.0) -> dict[str, Failures]:
     """Set the rewards of `answers`, less `penalty` for those cut off, and NaN for those to leave out. Returns the
     failures by reward."""
-    samples = []
-    for a in answers:
-        prompt = data[a.prompt]
-        ids, reason = a.ids.tolist(), cast(Any, "stop" if a.ended else "length")
-        text = prompt.opening + a.text
-        samples.append(Sample(prompt.messages, text, ids, reason, prompt.reference, prompt.metadata, prompt.thinking))
-    scores = rewards(samples)
+    scores = rewards([a.as_sample(data[a.prompt]) for a in answers])
     for i, a in enumerate(answers):
         a.reward = float(scores.total[i]) - (0.0 if a.ended else penalty)
         a.parts = {name: float(values[i]) for name, values in scores.parts.items()}
@@ -241,7 +247,7 @@ def log_probs_of(model: Model, answers: Sequence[Answer], shape: Shape) -> list[
 def per_answer(values: torch.Tensor, targets: torch.Tensor, answers: Sequence[Answer]) -> list[np.ndarray]:
     """float32 `values` [1, T] at the targets of packed `answers`, one array per answer."""
     picked = values.flatten()[targets.flatten() != -100].float().cpu().numpy()
-    return np.split(picked, np.cumsum([len(a.ids) for a in answers])[:-1])
+    return np.split(picked, np.cumsum([a.written for a in answers])[:-1])
 
 
 def chunks(answers: Sequence[Answer]) -> list[list[Answer]]:

@@ -149,7 +149,7 @@ def _measure(
         tokens.append(batch.input_ids.numel())
     model.zero_grad()
     rollout = batches.rollout
-    written = sum(len(a.ids) for a in rollout.answers)
+    written = sum(a.written for a in rollout.answers)
     per_answer_token = (rollout.seconds["rollout"] + rollout.seconds["prepare"]) / max(1, written)
     per_token = passes[1] / tokens[1]
     seconds = work.answers * work.answer * per_answer_token + work.tokens * per_token

@@ -109,7 +109,7 @@ class RolloutLoader:
         self._taken += 1
         self.host = [self.rollout.answers[i] for i in picked[self.parallel.rank :: self.parallel.world_size]]
         whole = [self.rollout.answers[i] for i in picked]
-        batch = pack(self.host, self.device, sum(len(a.ids) for a in whole), len(whole), self.shape)
+        batch = pack(self.host, self.device, sum(a.written for a in whole), len(whole), self.shape)
         self._clock = time.perf_counter()
         return batch
 
@@ -179,7 +179,7 @@ class RolloutLoader:
 def pack(answers: Sequence[Answer], device: torch.device, tokens: int, samples: int, shape: Shape) -> PolicyBatch:
     """One row of documents, a prompt and an answer each, padded to a multiple of MULTIPLE.
 
-    tokens, samples: the answers' tokens and the answers of all ranks in this batch.
+    tokens, samples: the tokens that the model wrote and the answers of all ranks in this batch.
     """
     lengths = np.array([len(a.prompt_ids) + len(a.ids) - 1 for a in answers], np.int64)
     ends = lengths.cumsum()
@@ -188,7 +188,7 @@ def pack(answers: Sequence[Answer], device: torch.device, tokens: int, samples: 
     for a, start, end in zip(answers, ends - lengths, ends, strict=True):
         ids[start:end] = np.concatenate((a.prompt_ids, a.ids))[: end - start]
         first = start + len(a.prompt_ids) - 1
-        targets[first : first + len(a.ids)] = a.ids
+        targets[first : first + len(a.ids)] = a.targets
     at = np.flatnonzero(targets != -100)
 
     def placed(name: str) -> Tensor | None:

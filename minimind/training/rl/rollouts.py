@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 
 from minimind.data.packing import Permutation
-from minimind.data.prompts import PromptSet
+from minimind.data.prompts import Prompt, PromptSet
 from minimind.inference.engine import Engine
 from minimind.inference.request_state import derive_seed
 from minimind.inference.requests import Completion, Request, SamplingParams
 from minimind.modeling import Model
+from minimind.rewards import Sample
 from minimind.tokenization import Tokenizer
 
 
@@ -34,12 +35,14 @@ class Answer:
     """One sampled answer.
 
     prompt, number: as in DrawnPrompt; sample: its index among the prompt's answers. prompt_ids, ids: int64; `ids` has
-    the end token if the model `ended` by itself. log_probs: float32, of each of `ids` under the distribution it was
-    sampled from. reward: the sum of all rewards, NaN where one failed and the answer is left out; score: the reward
-    clipped and normalised, from which is learnt. masked: whether the loss leaves the answer out.
+    the end token if the model `ended` by itself. sampled: which of `ids` the model wrote, the others being of tools;
+    None: all. log_probs: float32, of each token it wrote under the distribution it was sampled from. reward: the sum of
+    all rewards, NaN where one failed and the answer is left out; score: the reward clipped and normalised, from which
+    is learnt. masked: whether the loss leaves the answer out.
 
-    Set later, float32, one for each of `ids`: advantages; reference, log-probabilities under the initial model; values,
-    a critic's estimates for the states before the tokens; returns; room, how far a value may move from the old one.
+    Set later, float32, one for each token it wrote: advantages; reference, log-probabilities under the initial model;
+    values, a critic's estimates for the states before the tokens; returns; room, how far a value may move from the old
+    one.
     """
 
     prompt: int
@@ -59,6 +62,31 @@ class Answer:
     room: np.ndarray | None = None
     score: float = 0.0
     masked: bool = False
+    sampled: np.ndarray | None = None
+
+    @property
+    def written(self) -> int:
+        """The number of tokens that the model wrote; only these are learnt from."""
+        return len(self.ids) if self.sampled is None else int(self.sampled.sum())
+
+    @property
+    def targets(self) -> np.ndarray:
+        """`ids`, with -100 for those that the model did not write."""
+        return self.ids if self.sampled is None else np.where(self.sampled, self.ids, -100)
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Numbers of the tokens that the model wrote, placed at these among all of `ids`, with 0 elsewhere."""
+        if self.sampled is None:
+            return values
+        row = np.zeros(len(self.ids), values.dtype)
+        row[self.sampled] = values
+        return row
+
+    def as_sample(self, prompt: Prompt) -> Sample:
+        """The answer as rewards see it."""
+        ids, reason = self.ids.tolist(), cast(Any, "stop" if self.ended else "length")
+        text = prompt.opening + self.text
+        return Sample(prompt.messages, text, ids, reason, prompt.reference, prompt.metadata, prompt.thinking)
 
 
 @dataclass(frozen=True)
@@ -73,13 +101,34 @@ class RolloutOptions:
     ignore_eos: bool = False
 
 
-class Sampler:
-    """Samples from the current weights of `model`. longest: tokens of the longest prompt; batch: answers that decode
-    together, of which `samples` share a prompt. weights_dtype: see Engine.
+def rollout_engine(
+    model: Model,
+    tokenizer: Tokenizer,
+    longest: int,
+    max_new_tokens: int,
+    batch: int,
+    samples: int = 1,
+    weights_dtype: torch.dtype | None = None,
+) -> Engine:
+    """An engine on the weights of `model`, which it shares where it computes in their dtype. longest: tokens of the
+    longest prompt; batch: answers that decode together, of which `samples` share a prompt; weights_dtype: see Engine.
+    One cache serves all calls; it holds a batch of such answers, and fewer answers at a time where fewer share a
+    prompt."""
+    page = 64 if model.device.type == "cuda" else 16
+    own = 1 + -(-max_new_tokens // page)  # the first page also holds the end of the prompt
+    return Engine(
+        model,
+        tokenizer,
+        kv_tokens=(-(-batch // samples) * -(-longest // page) + batch * own) * page,
+        max_batch=batch,
+        max_context=longest + max_new_tokens,
+        page_size=page,
+        weights_dtype=weights_dtype,
+    )
 
-    The engine shares the model's weights where it computes in their dtype. One cache serves all calls; it holds a batch
-    of such answers, and fewer answers at a time where fewer share a prompt.
-    """
+
+class Sampler:
+    """Samples from the current weights of `model`; arguments as for `rollout_engine`."""
 
     def __init__(
         self,
@@ -91,18 +140,7 @@ class Sampler:
         samples: int = 1,
         weights_dtype: torch.dtype | None = None,
     ) -> None:
-        page = 64 if model.device.type == "cuda" else 16
-        own = 1 + -(-max_new_tokens // page)  # the first page also holds the end of the prompt
-        pages = -(-batch // samples) * -(-longest // page) + batch * own
-        self.engine = Engine(
-            model,
-            tokenizer,
-            kv_tokens=pages * page,
-            max_batch=batch,
-            max_context=longest + max_new_tokens,
-            page_size=page,
-            weights_dtype=weights_dtype,
-        )
+        self.engine = rollout_engine(model, tokenizer, longest, max_new_tokens, batch, samples, weights_dtype)
 
     def sample(self, prompts: PromptSet, drawn: Sequence[DrawnPrompt], options: RolloutOptions) -> list[Answer]:
         """options.samples answers to each prompt, in the order of `drawn`. Raises ValueError where the model cannot

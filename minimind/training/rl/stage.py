@@ -35,7 +35,7 @@ from minimind.training.metrics import Event
 from minimind.training.parallel import world_size
 from minimind.training.rl.actor_critic import CRITIC
 from minimind.training.rl.arguments import RolloutArgs
-from minimind.training.rl.collector import Collector, Stream, log_probs_of, score
+from minimind.training.rl.collector import AnswerSource, Collector, Stream, log_probs_of, score
 from minimind.training.rl.estimate import estimate_rollouts
 from minimind.training.rl.loader import DriftStop, RolloutLoader, Shape, default_micro_batches
 from minimind.training.rl.rollouts import Answer, DrawnPrompt, PromptStream, RolloutOptions, Sampler
@@ -47,13 +47,34 @@ from minimind.utils.display import say
 _DECODE_BATCH = 256  # most answers that decode together
 _HELD_OUT_SEED = 0x5EED  # different from the rollouts' seeds
 NANO_WIDTH = 192
-# Flags of train/sft.py that teach a model the weak version of the built-in task.
-WEAK_SFT = ("--data", NAME, "--epochs", "1", "--seq-len", "256", "--batch-tokens", "1024", "--evals", "2")
+
+
+@dataclass(frozen=True)
+class BuiltinTask:
+    """What a stage learns without --data. name: train/sft.py's --data of conversations of a weak model; prompts(cache
+    folder, console): paths of the (training, held-out) prompts; flags: further flags of train/sft.py."""
+
+    name: str
+    prompts: Callable[[str | None, Console], tuple[Path, Path]]
+    flags: tuple[str, ...]
+
+    @property
+    def weak_sft(self) -> list[str]:
+        """Flags of train/sft.py that teach a model the weak version of the task."""
+        return ["--data", self.name, *self.flags]
+
+
+ARITHMETIC = BuiltinTask(
+    NAME, arithmetic_prompts, ("--epochs", "1", "--seq-len", "256", "--batch-tokens", "1024", "--evals", "2")
+)
 
 
 @dataclass
 class RolloutStage:
-    """A run that learns from its own answers, on top of a `Job`: begin, build, fit."""
+    """A run that learns from its own answers, on top of a `Job`: begin, build, fit.
+
+    figures_of(answers, their prompts): further figures for metrics.jsonl; draw(metrics, run folder): further pictures.
+    """
 
     job: Job
     args: RolloutArgs
@@ -67,29 +88,34 @@ class RolloutStage:
     collector: Collector = field(init=False)
     stop: DriftStop | None = field(init=False, default=None)
     loader: RolloutLoader = field(init=False)
+    figures_of: Callable[[Sequence[Answer], PromptSet], dict[str, float]] = lambda answers, prompts: {}
+    draw: Callable[[Path, Path], Any] = lambda metrics, folder: None
 
     @staticmethod
-    def begin(stage: str, args: RolloutArgs, aggregation: Aggregation, console: Console) -> RolloutStage:
-        """Check the flags, open prompts and rewards, then the run folder."""
+    def begin(
+        stage: str,
+        args: RolloutArgs,
+        aggregation: Aggregation,
+        console: Console,
+        task: BuiltinTask = ARITHMETIC,
+        open_rewards: Callable[[RolloutArgs, PromptSet, torch.device], Rewards] | None = None,
+    ) -> RolloutStage:
+        """Check the flags, open prompts and rewards, then the run folder. open_rewards: None for those that --reward
+        names, or the number."""
         args.check()
-        args = dataclasses.replace(
-            args, from_=args.from_ or find_initial(args, console), seq_len=args.max_prompt + args.longest_answer
-        )
+        initial, row = args.from_ or find_initial(args, console, task), args.max_prompt + args.longest_answer
+        args = dataclasses.replace(args, from_=initial, seq_len=row)
         job = Job.begin(stage, args, console)
-        for folder, weights in model_weights(args.reward).items():
+        for folder, weights in model_weights(args.shared_rewards).items():
             job.add_reference(f"reward {folder}", weights)
         by_tail = job.settle("split", lambda: ("hash", "")) == "tail"
-        train, heldout = open_prompt_sets(args, job.tokenizer, console, by_tail)
+        train, heldout = open_prompt_sets(args, job.tokenizer, console, by_tail, task)
         if len(train) < args.prompts:
             job.notes.append(
                 f"little data: {len(train):,} prompts, fewer than --prompts {args.prompts} of a rollout, which uses "
                 f"each {args.prompts / len(train):.1f} times"
             )
-        if not args.reward and any(prompt.reference is None for prompt in train.prompts):
-            raise ValueError(
-                "--reward: not all prompts of --data have a reference answer; name what to reward, such as model=FOLDER"
-            )
-        rewards = parse_rewards(args.reward or ("number",), args.on_reward_error, job.device, args.trust_remote_code)
+        rewards = (open_rewards or _named_rewards)(args, train, job.device)
         adapter = AdapterSetup.from_args(job, args)
         minibatches = args.minibatches or 1
         job.count_steps = lambda flags: flags["rollouts"] * minibatches * args.inner_epochs
@@ -109,6 +135,7 @@ class RolloutStage:
         *,
         make: Callable[[Model], Model] | None = None,
         stream: Stream | None = None,
+        make_sampler: Callable[..., AnswerSource] | None = None,
         keepers: Mapping[str, Any] | None = None,
         with_reference: bool = False,
         annotate: Callable[[list[Answer]], None] | None = None,
@@ -118,8 +145,8 @@ class RolloutStage:
         mask: bool = False,
     ) -> None:
         """Build the model, the engine on its weights, and the loader of rollouts. make: builds the model to train from
-        the initial one; mask: the algorithm's default for --mask-truncated; Collector and RolloutLoader document the
-        rest.
+        the initial one; make_sampler(model, and what rollout_engine takes behind the tokenizer): None for a Sampler;
+        mask: the algorithm's default for --mask-truncated; Collector and RolloutLoader document the rest.
         """
         job, args = self.job, self.args
         self.model, self.trained = job.build_model(self.adapter.prepare, make)
@@ -131,7 +158,11 @@ class RolloutStage:
         batch = min(_DECODE_BATCH, share * args.samples)
         weights_dtype = choose_weights_dtype(args.weights_dtype, job.device)
         size = (longest, args.longest_answer, batch, args.samples)
-        sampler = Sampler(self.model, job.tokenizer, *size, weights_dtype)
+        sampler: AnswerSource
+        if make_sampler is None:
+            sampler = Sampler(self.model, job.tokenizer, *size, weights_dtype)
+        else:
+            sampler = make_sampler(self.model, *size, weights_dtype)
         self.collector = Collector(
             model=self.model,
             sampler=sampler,
@@ -150,6 +181,7 @@ class RolloutStage:
             stop=self.stop,
             penalty=args.truncation_penalty,
             mask=mask if args.mask_truncated is None else args.mask_truncated,
+            figures_of=lambda answers: self.figures_of(answers, self.train),
             refills=refills,
             rescore=rescore,
             console=job.console,
@@ -197,6 +229,7 @@ class RolloutStage:
                 say(job.console, f"reward {name} failed on {count:,} answers in all")
             if job.parallel.main and job.run.metrics.exists():
                 draw_curves(job.run.metrics, job.run.path / "rewards.png", job.run.path.name)
+                self.draw(job.run.metrics, job.run.path)
         return done
 
     def peak_lr(self, nano_lr: float) -> float:
@@ -252,10 +285,11 @@ class RolloutStage:
         figures = {
             "heldout_reward": mean_reward(sampled),
             "heldout_greedy_reward": mean_reward(greedy),
-            "heldout_length": float(np.mean([len(a.ids) for a in sampled])),
+            "heldout_length": float(np.mean([a.written for a in sampled])),
             "heldout_prompts": count,
             "heldout_dropped": int(sum(np.isnan(a.reward) for a in sampled)),
             "heldout_all": final,
+            **{f"heldout_{name}": value for name, value in self.figures_of(sampled, self.heldout).items()},
         }
         say(self.job.console, f"the likeliest answers' held-out reward is {figures['heldout_greedy_reward']:.4f}")
         return figures
@@ -282,6 +316,14 @@ class RolloutStage:
         return "\n".join(transcript(self.job.tokenizer, a) for a in answers)
 
 
+def _named_rewards(args: RolloutArgs, prompts: PromptSet, device: torch.device) -> Rewards:
+    if not args.reward and any(prompt.reference is None for prompt in prompts.prompts):
+        raise ValueError(
+            "--reward: not all prompts of --data have a reference answer; name what to reward, such as model=FOLDER"
+        )
+    return parse_rewards(args.reward or ("number",), args.on_reward_error, device, args.trust_remote_code)
+
+
 def scaled_lr(nano: float, config: ModelConfig) -> float:
     """The peak learning rate for a model, from `nano`, the one tuned on nano: in inverse proportion to the width, as
     AdamW's rate for hidden matrices transfers (Yang et al., 2203.03466)."""
@@ -303,14 +345,14 @@ def frozen(job: Job) -> Model:
 
 
 def open_prompt_sets(
-    args: RolloutArgs, tokenizer: Tokenizer, console: Console, by_tail: bool = False
+    args: RolloutArgs, tokenizer: Tokenizer, console: Console, by_tail: bool = False, task: BuiltinTask = ARITHMETIC
 ) -> tuple[PromptSet, PromptSet | None]:
-    """(training, held-out) prompts. by_tail: as in PromptSet.split."""
+    """(training, held-out) prompts, those of `task` without --data. by_tail: as in PromptSet.split."""
     encoder = ThinkingPrompts(tokenizer, args.thinking)
     data, heldout = list(args.data), list(args.heldout_data)
     form = named_form(args)
     if not data:
-        builtin = arithmetic_prompts(args.cache_dir, console)
+        builtin = task.prompts(args.cache_dir, console)
         data, heldout = [str(builtin[0])], heldout or [str(builtin[1])]
 
     def read(paths: list[str]) -> PromptSet:
@@ -321,23 +363,23 @@ def open_prompt_sets(
     return read(data).split(args.heldout, by_tail=by_tail)
 
 
-def find_initial(args: RolloutArgs, console: Console) -> str | None:
-    """The newest finished SFT run; for the built-in task one on its weak version, which is trained here if there is
+def find_initial(args: RolloutArgs, console: Console, task: BuiltinTask = ARITHMETIC) -> str | None:
+    """The newest finished SFT run; without --data one on the weak version of `task`, which is trained here if there is
     none. Under --plan None where there is none."""
     if args.data or args.plan:
         return from_newest(args, "sft")
     try:
-        return newest_finished("sft", data=(NAME,))
+        return newest_finished("sft", data=(task.name,))
     except ValueError:
         if world_size() > 1:
             raise ValueError(
                 f"--from: no model was taught the built-in task yet; first run `python train/sft.py "
-                f"{' '.join(WEAK_SFT)}`"
+                f"{' '.join(task.weak_sft)}`"
             ) from None
-    command = [sys.executable, str(Path(sys.argv[0]).with_name("sft.py")), *WEAK_SFT]
+    command = [sys.executable, str(Path(sys.argv[0]).with_name("sft.py")), *task.weak_sft]
     command += [] if args.cache_dir is None else ["--cache-dir", args.cache_dir]
     command += ["--device", args.device, "--precision", args.precision]
     say(console, f"no model was taught the built-in task yet: {' '.join(command[1:])}")
     if subprocess.run(command).returncode:
         raise ValueError(f"--from: {' '.join(command[1:])} did not finish; run it, or name a model")
-    return newest_finished("sft", data=(NAME,))
+    return newest_finished("sft", data=(task.name,))

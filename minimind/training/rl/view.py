@@ -49,10 +49,10 @@ def show_groups(console: Console, tokenizer: Tokenizer, answers: Sequence[Answer
 
 
 def _coloured(tokenizer: Tokenizer, answer: Answer, largest: float) -> Text:
-    advantages = np.zeros(len(answer.ids)) if answer.advantages is None else answer.advantages
+    advantages = np.zeros(answer.written) if answer.advantages is None else answer.advantages
     parts = "".join(f" {name} {value:.3g}" for name, value in answer.parts.items())
     line = Text(f"  reward {answer.reward:7.3f} advantage {advantages.mean():+7.3f} ({parts.strip()}) ")
-    for token, advantage in zip(answer.ids.tolist(), advantages.tolist(), strict=True):
+    for token, advantage in zip(answer.ids.tolist(), answer.spread(advantages).tolist(), strict=True):
         shade = round(55 + 200 * abs(advantage) / largest) if largest and advantage else 0
         colour = "default" if not shade else f"rgb(0,{shade},0)" if advantage > 0 else f"rgb({shade},0,0)"
         line.append(tokenizer.decode([token]).replace("\n", "\\n"), style=colour)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minimind.training.rl.stage import WEAK_SFT
+from minimind.training.rl.stage import ARITHMETIC
 from tests.training.runs import SCRIPT, rows_of
 
 STEPS = {"grpo": (4, 1), "ppo": (4, 2), "spo": (4, 1)}  # (steps, passes) on each rollout
@@ -44,7 +44,7 @@ def launch(script: str, folder: Path, *flags: str) -> None:
 def weak(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("weak")
     cache = str(folder / "cache")
-    launch("sft", folder / "sft", "--cache-dir", cache, *WEAK_SFT)
+    launch("sft", folder / "sft", "--cache-dir", cache, *ARITHMETIC.weak_sft)
     return folder / "sft", cache
 
 

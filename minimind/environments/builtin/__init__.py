@@ -1,0 +1,1 @@
+"""Tools and tasks that come with the program: deterministic, without a network."""

@@ -1,0 +1,101 @@
+"""Generated tasks: right, apart, and of one to three calls whose later ones need the earlier results."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from minimind import load_tokenizer
+from minimind.environments.builtin.kinds import KINDS
+from minimind.environments.builtin.kit import builtin_tools
+from minimind.environments.builtin.library import ELEMENTS, ELEMENTS_ZH, facts, search
+from minimind.environments.builtin.tasks import SLIPS, agent_prompts, tasks, weak_agent
+from minimind.environments.calls import read_calls
+from minimind.environments.running import ToolRunner
+from minimind.environments.tools import by_name
+from minimind.tokenization import ChatEncoder
+
+TRAIN, HELDOUT = tasks()
+TOOLS = by_name(builtin_tools())
+
+
+def test_tasks_of_every_kind_length_and_language():
+    for part, least in ((TRAIN, 12), (HELDOUT, 1)):
+        counts = Counter((task.kind, task.chinese) for task in part)
+        assert all(counts[kind.name, chinese] >= least for kind in KINDS for chinese in (False, True)), counts
+        lengths = Counter(len(task.case.steps) for task in part)
+        assert set(lengths) == {1, 2, 3} and min(lengths.values()) > len(part) / 8
+    assert len(HELDOUT) > 600 and len(TRAIN) > 6000
+
+
+def test_held_out_values_and_wordings_are_apart():
+    seen = {(task.kind, task.chinese, tuple(map(str, task.case.words)), task.case.answer) for task in TRAIN}
+    held = {(task.kind, task.chinese, tuple(map(str, task.case.words)), task.case.answer) for task in HELDOUT}
+    assert not seen & held
+    asked = [{task.question for task in part if not task.case.state} for part in (TRAIN, HELDOUT)]
+    assert not asked[0] & asked[1]
+    assert not any(task.new_wording for task in TRAIN)
+    assert 0.3 < sum(task.new_wording for task in HELDOUT) / len(HELDOUT) < 0.7
+    kinds = {kind.name: kind for kind in KINDS}
+    for task in (*TRAIN, *HELDOUT):
+        wordings = kinds[task.kind].chinese if task.chinese else kinds[task.kind].english
+        assert (task.question == wordings[-1].format(*task.case.words)) == task.new_wording
+
+
+def test_solutions_are_right_calls_that_lead_to_the_answer():
+    """Made again through the text that a model would write, and from the state that the task begins with."""
+    runner = ToolRunner(builtin_tools())
+    for task in (*TRAIN[::9], *HELDOUT):
+        offered = {name: TOOLS[name].parameters for name in task.tools}
+        state, said = json.loads(json.dumps(task.case.state)), ""
+        for step in task.case.steps:
+            text = f"<tool_call>\n{json.dumps(step.call, ensure_ascii=False)}\n</tool_call>"
+            (call,) = read_calls(text, offered)
+            said = runner.run(call, state).text
+            assert call.problem is None and said == step.result, task
+        assert task.case.answer in said
+        assert len(offered) == len({step.tool for step in task.case.steps}) + 1
+
+
+def test_later_calls_need_what_earlier_ones_gave():
+    """No later call of a task can be written from the question alone."""
+    for task in TRAIN:
+        if len(task.case.steps) > 1:
+            last, before = task.case.steps[-1], task.case.steps[:-1]
+            known = "".join(str(value) for value in last.arguments.values())
+            assert any(part in known for step in before for part in (step.result, *_numbers(step.result))), task
+
+
+def _numbers(text: str) -> list[str]:
+    return ["".join(c for c in word if c.isdigit()) for word in text.split() if any(map(str.isdigit, word))]
+
+
+def test_weak_conversations_are_right_for_a_third():
+    rows = [json.loads(line) for line in weak_agent()[0].read_text(encoding="utf-8").splitlines()]
+    encoder = ChatEncoder(load_tokenizer())
+    right = 0
+    for task, row in zip(TRAIN, rows, strict=True):
+        *_, last = row["conversations"]
+        right += task.case.answer in last["content"] and row == task.conversation()
+    assert right / len(rows) == pytest.approx(SLIPS.count(None) / len(SLIPS), abs=0.02)
+    for row in rows[:200]:
+        tools = [m for m in row["conversations"] if m["role"] == "tool"]
+        trained = "".join(piece.text for piece in encoder.pieces(row["conversations"]) if piece.trained)
+        assert trained.count("<|im_end|>") == len(tools) + 1 and "<tool_response>" not in trained
+
+
+def test_prompts_hold_what_rewards_need():
+    _, heldout = agent_prompts()
+    rows = [json.loads(line) for line in heldout.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == len(HELDOUT)
+    assert rows[0]["conversations"][-1] == {"role": "assistant", "content": ""}
+    assert {"reference", "calls", "kind", "state", "new_wording"} <= rows[0].keys()
+
+
+def test_every_fact_is_found_by_its_subject():
+    assert len(facts()) > 250 and len(set(facts())) == len(facts())
+    for number, (name, chinese) in enumerate(zip(ELEMENTS, ELEMENTS_ZH, strict=True), 1):
+        assert search(f"atomic number of {name}").startswith(f"The atomic number of {name} is {number}.")
+        assert search(f"{chinese}的原子序数").startswith(f"{chinese}的原子序数是{number}。")

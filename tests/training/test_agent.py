@@ -1,0 +1,123 @@
+"""train/agent.py: conversations with tools, from the flags to the run folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from minimind.weights import save_weights
+from tests.environments.agent import KNOWN, SYSTEM, TOKENIZER, agent
+from tests.training.runs import SCRIPT, assert_continues_to_the_bit, call, finish, rows_of
+
+AGENT = SCRIPT.with_name("agent.py")
+FLAGS = ["--rollouts", "3", "--prompts", "3", "--samples", "4", "--minibatches", "2", "--evals", "1", "--eval-prompts",
+         "3", "--save-every", "2", "--lr", "0.0003", "--precision", "fp32", "--max-new-tokens", "160"]  # fmt: skip
+ANSWERS = ("Hello", "5", "12", ["3", "1"])  # the last one as upstream's rows have it
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("origin")
+    save_weights(agent(), folder)
+    TOKENIZER.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for known, right in zip(KNOWN, ANSWERS, strict=True):
+            row = {"conversations": [*known[:2], {"role": "assistant", "content": ""}]}
+            calls = sum(len(message.get("tool_calls", ())) for message in known)
+            right = {"gt": right} if isinstance(right, list) else {"reference": right, "calls": calls}
+            file.write(json.dumps(row | right) + "\n")
+    return path
+
+
+def command(origin: Path, prompts: Path, out: Path, *extra: str) -> list[str]:
+    return [sys.executable, str(AGENT), "--from", str(origin), "--data", str(prompts), "--heldout-data", str(prompts),
+            "--out", str(out), *FLAGS, *extra]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(origin, prompts, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    text = finish(command(origin, prompts, out, "--show", "1"))
+    assert "reward: 1 answer + 0.2 calls + 0.1 frugal" in text and "tools: calculate, convert" in text
+    return out
+
+
+def test_a_run_leaves_figures_and_pictures_of_its_conversations(unbroken):
+    for picture in ("loss.png", "rewards.png", "agents.png"):
+        assert (unbroken / picture).read_bytes().startswith(b"\x89PNG")
+    assert "<tool_response>" in (unbroken / "samples.txt").read_text()
+    rows = rows_of(unbroken, "rollout")
+    assert len(rows) == 3
+    for row in rows:
+        assert row["answers"] == 12 and row["turns"] > 1 and 0.5 < row["success"] <= 1
+        parts = row["reward_answer"] + 0.2 * row["reward_calls"] + 0.1 * row["reward_frugal"]
+        assert row["reward"] == pytest.approx(parts) and row["drift_max"] < 2e-5
+        assert row["computed_tokens"] < row["found_tokens"] and row["ended_by_answer"] <= 12
+    (*_, last) = rows_of(unbroken, "eval")
+    assert {"heldout_success_0", "heldout_success_1", "heldout_success_2", "heldout_calls"} <= last.keys()
+
+
+def test_killed_inside_a_rollout_and_started_again_the_run_is_the_same_to_the_bit(unbroken, origin, prompts, tmp_path):
+    out = tmp_path / "killed"
+    assert_continues_to_the_bit(command(origin, prompts, out, "--show", "1"), out, unbroken, 3)
+
+
+def attempt(origin: Path, prompts: Path, out: Path, **flags) -> None:
+    settings = {"from_": str(origin), "data": (str(prompts),), "out": str(out), "rollouts": 1, "prompts": 2, **flags}
+    call(AGENT, **settings)
+
+
+def written(path: Path, **row) -> Path:
+    messages = [SYSTEM, {"role": "user", "content": "2+3?"}, {"role": "assistant", "content": ""}]
+    path.write_text((json.dumps({"conversations": messages, **row}) + "\n") * 3)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"samples": 1}, "--samples 1: an answer is compared with others to its prompt; take 2 or more"),
+        ({"turns": 0}, "--turns 0: must be above 0"),
+        ({"tools": ("gone.tools:ALL",)}, "--tools gone.tools:ALL: cannot import gone"),
+        ({"tools": ("upstream",)}, "--tools: a prompt of --data offers calculate, which there is no function for"),
+        ({"tools": ("tests.training.test_agent:calculate", "builtin")}, "--tools two tools are called calculate"),
+        ({"tools": ("tests.training.test_agent:OTHERS",)}, "offers calculate with expression; the function takes x"),
+        ({"reward": ("answer:none",)}, "--reward answer:none: the weight must be a finite number other than 0"),
+        ({"reward": ("letters",)}, "--reward letters: there is no reward 'letters'"),
+    ],
+)
+def test_errors_are_one_line(flags, message, origin, prompts, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        attempt(origin, prompts, tmp_path / "no", **flags)
+    assert "\n" not in str(error.value)
+
+
+def test_rows_without_an_answer_need_a_reward_that_asks_for_none(origin, tmp_path):
+    path = written(tmp_path / "prompts.jsonl")
+    with pytest.raises(ValueError, match='--reward: not all prompts of --data have a reference answer or "gt"'):
+        attempt(origin, path, tmp_path / "no")
+    attempt(origin, path, tmp_path / "out", reward=("calls:1",), heldout=0.0, samples=2)
+    (row,) = rows_of(tmp_path / "out", "rollout")
+    assert "success" not in row and row["reward"] == row["reward_calls"]
+
+
+def calculate(x: int) -> int:
+    """Another one."""
+    return x
+
+
+def look_up(item: str, column: str) -> str:
+    """Another one."""
+    return item + column
+
+
+OTHERS = [calculate, look_up]
