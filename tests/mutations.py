@@ -1152,6 +1152,63 @@ MUTATIONS = (
         "total += np.where",
         "tests/rewards/test_compose.py",
     ),
+    # environments, and what learns in them
+    Mutation(
+        "what tools said is trained on",
+        "minimind/training/rl/loader.py",
+        "targets[first : first + len(a.ids)] = a.targets",
+        "targets[first : first + len(a.ids)] = a.ids",
+        "tests/environments/test_episodes.py::test_results_of_tools_are_no_targets_and_get_no_gradient",
+    ),
+    Mutation(
+        "every token of a conversation counts as written",
+        "minimind/environments/episodes.py",
+        "episode.sampled += [False] * len(ids)",
+        "episode.sampled += [True] * len(ids)",
+        "tests/environments/test_episodes.py::test_conversations_are_those_that_the_template_renders",
+    ),
+    Mutation(
+        "a tool's words can end its turn",
+        "minimind/environments/turns.py",
+        "return name[0][0] + _GUARD + name[0][1:]",
+        "return name[0]",
+        "tests/environments/test_turns.py",
+    ),
+    Mutation(
+        "the token that ends a turn is left out",
+        "minimind/environments/episodes.py",
+        "here.episode.ids += here.drawn",
+        "here.episode.ids += here.drawn[:-1]",
+        "tests/environments/test_episodes.py::test_log_probabilities_are_the_trainers_over_whole_conversations",
+    ),
+    Mutation(
+        "samples of one prompt draw the same second turn",
+        "minimind/environments/episodes.py",
+        "(number << 32) + episode.sample",
+        "number << 32",
+        "tests/environments/test_episodes.py::test_the_samples_of_a_prompt_draw_their_own_turns",
+    ),
+    Mutation(
+        "made-up arguments are called",
+        "minimind/rewards/verifiers.py",
+        'if set(value) - set(properties) and not schema.get("additionalProperties", False):',
+        "if False:",
+        "tests/environments/test_tools.py",
+    ),
+    Mutation(
+        "an answer may list all that there is",
+        "minimind/environments/rewards.py",
+        "return len(text) <= len(reference) + _BESIDE and ",
+        "return ",
+        "tests/environments/test_rewards.py",
+    ),
+    Mutation(
+        "a held-out task is worded as a training task",
+        "minimind/environments/builtin/tasks.py",
+        "wording = wordings[-1] if new else",
+        "wording = wordings[0] if new else",
+        "tests/environments/test_tasks.py::test_held_out_values_and_wordings_are_apart",
+    ),
     # inference
     Mutation(
         "a prompt's last token is taken from the cache, so that nothing is drawn from it",

@@ -102,14 +102,17 @@ class Forced:
 
 
 class Scripted(EpisodeRunner):
-    """Says in every conversation what a script says, turn by turn, its last turn again and again."""
+    """Says in every conversation what a script says, turn by turn, its last turn again and again; free: that turn as
+    the model has it instead."""
 
-    def __init__(self, *args, script: Sequence[str]) -> None:
+    def __init__(self, *args, script: Sequence[str], free: bool = False) -> None:
         super().__init__(*args)
-        self.script = [[*TOKENIZER.encode(text), TOKENIZER.eos_token_id] for text in script]
+        self.script, self.free = [[*TOKENIZER.encode(text), TOKENIZER.eos_token_id] for text in script], free
 
     def _ask(self, name, ids, samples, seed, used):
         turn = int(name.split("/")[1]) - 1
+        if self.free and turn >= len(self.script):
+            return super()._ask(name, ids, samples, seed, used)
         words = self.script[min(turn, len(self.script) - 1)]
         room = min(self.limits.turn_tokens, self.limits.tokens - used)
         params = SamplingParams(room, seed=seed, n=samples)

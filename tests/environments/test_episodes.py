@@ -101,6 +101,16 @@ def test_what_runs_beside_a_conversation_does_not_change_it():
     assert [e.ids for e in other] != [e.ids for e in together]
 
 
+def test_the_samples_of_a_prompt_draw_their_own_turns():
+    """At a temperature at which a turn says anything: no two second turns are alike."""
+    first = call("calculate", expression="2+3")
+    one = runner(4, EpisodeLimits(turn_tokens=40), Scripted, script=[first], free=True)
+    episodes = one.run([start(0, KNOWN[1], 4)], EpisodeSampling(30.0))
+    later = [episode.turns[1].text for episode in episodes]
+    assert [episode.turns[0].text for episode in episodes] == [first] * 4
+    assert len(set(later)) == 4
+
+
 @pytest.fixture(scope="module")
 def strangers():
     with ToolRunner(user_tools(hostile.PATH), ToolLimits(seconds=0.5, characters=64)) as tools:
