@@ -63,8 +63,9 @@ ARROWS = {
     "environments/builtin": "data/builtin environments utils",
     "inference/decode": "config kernels modeling ops rope",
     "inference": "config inference/decode lora lora_files modeling ops rope tokenization utils weights",
-    "evaluation": "config data inference inference/decode modeling ops tokenization utils",
-    "apps": "inference tokenization",
+    "evaluation": "config data environments environments/builtin inference inference/decode modeling ops tokenization "
+    "utils",
+    "apps": "environments environments/builtin inference tokenization",
     "apps/zero": "utils",
     "serving": "inference tokenization",
     "export": "config inference lora lora_files modeling tokenization weights",
@@ -74,8 +75,7 @@ ARROWS = {
     "training/stages": "data data/builtin inference lora lora_files modeling objectives ops tokenization training "
     "utils value_head",
     "training/rl": "config data data/builtin environments inference inference/decode lora lora_files modeling objectives "
-    "rewards "
-    "tokenization training training/stages utils value_head weights",
+    "rewards tokenization training training/stages utils value_head weights",
     "cli": "utils",
     "__main__": "cli",
 }

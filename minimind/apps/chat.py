@@ -4,6 +4,7 @@
     minimind chat --model runs/sft-nano-builtin --system "Answer briefly."
     minimind chat --model pretrain_512.pth --preset minimind2-small --tokenizer FOLDER
     minimind chat --prompt "Why is the sky blue?"   one answer; text piped to standard input does the same
+    minimind chat --tools builtin                   run what the model calls, asking before each call
 
 A model that was only pretrained, or whose tokenizer has no chat template, continues the text instead of answering it.
 """
@@ -64,6 +65,10 @@ class Args(ModelArgs):
     """A value above 1 makes tokens that have occurred less likely."""
     seed: int | None = None
     """Seed of the sampling; the same seed gives the same answers. None: new answers each time."""
+    tools: tuple[str, ...] = ()
+    """Functions that the model may call, which then run: builtin, upstream, or package.module:NAME of your own."""
+    yes: bool = False
+    """With --tools: run calls without asking before each."""
     backend: Backend = "auto"
     """Decoding operators: native (compiled), reference (plain PyTorch), or auto: native if it is built."""
 
@@ -78,10 +83,25 @@ def main(args: Args) -> int:
     session, notes = open_session(args)
     for note in notes:
         print(note, file=sys.stderr)
-    if text is not None:
-        Terminal(session, sys.stdout, sys.stderr).say(text)
-        return 0
-    return Terminal(session, sys.stdout, sys.stdout).loop()
+    with _tools(session, args, sys.stderr if text is not None else sys.stdout) as session:
+        if text is not None:
+            Terminal(session, sys.stdout, sys.stderr).say(text)
+            return 0
+        return Terminal(session, sys.stdout, sys.stdout).loop()
+
+
+@contextmanager
+def _tools(session: ChatSession, args: Args, notices: TextIO) -> Iterator[ChatSession]:
+    """The session with the tools of --tools, where there are any."""
+    if not args.tools:
+        yield session
+        return
+    from minimind.apps.tools import asks, with_tools
+    from minimind.environments.builtin.kit import named_tools
+    from minimind.environments.running import ToolRunner
+
+    with ToolRunner(named_tools(args.tools)) as runner:
+        yield with_tools(session, runner, (lambda call: True) if args.yes else asks(notices))
 
 
 def open_session(args: Args) -> tuple[ChatSession, list[str]]:

@@ -35,7 +35,7 @@ class ToolTurns:
         end = text.rfind(self._eos)
         if end < 0:
             raise ValueError(f"chat template: an assistant's turn with a call does not end with {self._eos!r}")
-        self._before = text[: end + len(self._eos)]
+        self._before, self._behind = text[: end + len(self._eos)], text[end + len(self._eos) :]
         self.text(["?"])
 
     def holds_special(self, text: str) -> bool:
@@ -48,8 +48,34 @@ class ToolTurns:
 
     def ids(self, results: Sequence[str]) -> list[int]:
         """The same as token ids; `text` encoded, where no result spells a special token."""
+        return self._encoded(self._following(results))
+
+    def opening(self, system: str, tools: Sequence[Any]) -> list[int]:
+        """The beginning of a conversation: its system message, with the tools on offer."""
+        return self._encoded(self._render([{"role": "system", "content": self._guarded(system)}], tools=tools))
+
+    def question(self, text: str) -> list[int]:
+        """A user's message and the header of the assistant's turn, to stand behind `opening` or `closing`."""
+        system = {"role": "system", "content": "?"}
+        before = self._render([system])
+        whole = self._render([system, {"role": "user", "content": self._guarded(text)}], add_generation_prompt=True)
+        if not whole.startswith(before):
+            raise ValueError("chat template: it renders a system message differently once a question follows")
+        return self._encoded(whole[len(before) :])
+
+    def closing(self, ended: bool) -> list[int]:
+        """What stands behind an assistant's turn in front of the next question; ended: whether the turn's end token is
+        there already."""
+        return [*([] if ended else [self.tokenizer.eos_token_id]), *self._plain(self._behind)]
+
+    def _guarded(self, text: str) -> str:
+        """With a guard in the names of special tokens."""
+        return self._special.sub(_broken, text.replace(_GUARD, "\ufffd"))
+
+    def _encoded(self, text: str) -> list[int]:
+        """A guarded text as token ids."""
         found: list[int] = []
-        text, place = self._following(results), 0
+        place = 0
         for special in self._special.finditer(text):
             found += self._plain(text[place : special.start()])
             found.append(self.tokenizer.special_tokens[special.group()])
@@ -58,7 +84,7 @@ class ToolTurns:
 
     def _following(self, results: Sequence[str]) -> str:
         """With a guard in the names of special tokens that the results spell."""
-        guarded = [self._special.sub(_broken, result.replace(_GUARD, "\ufffd")) for result in results]
+        guarded = [self._guarded(result) for result in results]
         messages = [{"role": "tool", "content": result} for result in guarded]
         text = self._render([_ASKED, _CALLED, *messages], add_generation_prompt=True)
         if not text.startswith(self._before):

@@ -49,18 +49,24 @@ BATCH_TOKENS = 8192  # tokens of windows that are scored together; a longer wind
 
 @dataclass(frozen=True)
 class Args(ModelArgs):
-    """Perplexity of a model by context length, or benchmarks."""
+    """Perplexity of a model by context length, benchmarks, or tasks with tools."""
 
     tasks: tuple[str, ...] = ()
     """Run these benchmarks of lm-evaluation-harness instead; names separated by commas or spaces: ceval,cmmlu,mmlu."""
     few_shot: int | None = None
     """With --tasks: examples before each question. None: the task's own number."""
     limit: int | None = None
-    """With --tasks: at most this many questions of each task."""
+    """With --tasks: at most this many questions of each task; with --agent: of all tasks."""
     include: str | None = None
     """With --tasks: a folder with your own tasks, .yaml files and data."""
     chat: bool = False
     """With --tasks: put the questions into the chat template."""
+    agent: bool = False
+    """Let the model do tasks by calling tools instead, and count what it does by kind and number of calls."""
+    agent_data: tuple[str, ...] = ()
+    """With --agent: tasks as train/agent.py reads them. None: the held-out built-in ones."""
+    tools: tuple[str, ...] = ("builtin",)
+    """With --agent: functions behind the tools: builtin, upstream, or package.module:NAME of your own."""
     ppl: tuple[str, ...] = ()
     """Text that the model was not trained on: files, folders or globs of .txt and .jsonl, plain, .gz or .zst."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -72,7 +78,8 @@ class Args(ModelArgs):
     tokens: int = 65536
     """At most this many tokens are scored, from the beginning of the text."""
     out: str | None = None
-    """Folder for perplexity.json and perplexity.png, or tasks.json. None: the run folder, or the current folder."""
+    """Folder for perplexity.json and perplexity.png, tasks.json or agent.json. None: the run folder, or the current
+    folder."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,8 @@ class Score:
 def main(args: Args) -> int:
     """Measure and report; returns the exit status. ValueError, one line, for bad input."""
     console = Console()
+    if args.agent:
+        return _agent(args, console)
     if args.tasks:
         return _tasks(args, console)
     lengths = parse_contexts(args.context)
@@ -134,6 +143,21 @@ def main(args: Args) -> int:
     (folder / "perplexity.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     plot(scores, folder / "perplexity.png", ", ".join(Path(p).name for p in args.ppl))
     say(console, f"{folder / 'perplexity.png'}, {folder / 'perplexity.json'}")
+    return 0
+
+
+def _agent(args: Args, console: Console) -> int:
+    if args.ppl or args.tasks:
+        raise ValueError("--agent: goes with neither --ppl nor --tasks")
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: must be at least 1")
+    from minimind.evaluation.agents import evaluate_agent, report_agent
+
+    loaded = open_model(args)
+    folder = _folder(args, loaded)
+    for note in loaded.notes:
+        say(console, note)
+    report_agent(evaluate_agent(loaded, args.agent_data, args.tools, args.limit, console), folder, console)
     return 0
 
 

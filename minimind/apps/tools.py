@@ -1,0 +1,131 @@
+"""A chat in which the model's tools really run: `minimind chat --tools builtin`.
+
+As in training (minimind/environments/episodes.py) the tokens of the conversation are only appended to, so that what
+the model wrote stays as it wrote it, and a tool's words never read as special tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, fields
+from typing import Any, TextIO
+
+from minimind.apps.chat import THINK, ChatSession, printable
+from minimind.environments.calls import Call, read_calls
+from minimind.environments.running import ToolResult, ToolRunner
+from minimind.environments.turns import ToolTurns
+from minimind.inference.requests import Request
+
+TURNS = 8  # of the model to one question
+
+
+@dataclass
+class ToolSession(ChatSession):
+    """runner: runs the tools, all of which are on offer. allow(call): whether one may run."""
+
+    runner: ToolRunner = field(kw_only=True)
+    allow: Callable[[Call], bool] = field(kw_only=True)
+    _rounds: list[list[int]] = field(default_factory=list)  # token ids of questions with all that followed
+    _state: dict[str, Any] = field(default_factory=dict)
+
+    def reset(self) -> None:
+        super().reset()
+        self._rounds.clear()
+        self._state.clear()
+
+    def answer(self, text: str) -> Generator[str]:
+        """As in ChatSession, over several turns; calls and results are among the pieces."""
+        self.last, self.dropped, self.first_after = None, 0, 0.0
+        start = time.perf_counter()
+        turns = ToolTurns(self.tokenizer, self.thinking)
+        here = turns.question(text)
+        before = self._before(turns, len(here))
+        ended = False
+        try:
+            for _ in range(TURNS):
+                if self._opens_reasoning:
+                    yield f"{THINK}\n"
+                first, ended = len(here), False
+                yield from self._turn([*before, *here], here, start)
+                ended = self.last is not None and self.last.finish_reason == "stop"
+                said = self.tokenizer.decode(here[first:], skip_special_tokens=True)
+                calls = read_calls(said, self._offered) if ended else []
+                if not calls:
+                    break
+                results = []
+                for call in calls:
+                    results.append(self._run(call))
+                    yield f"\n[{results[-1].text}]\n"
+                here += turns.ids([result.text for result in results])
+                ended = False
+        except ValueError:
+            here.clear()
+            raise
+        finally:
+            if here:
+                self._rounds.append([*here, *turns.closing(ended)])
+
+    @property
+    def _offered(self) -> dict[str, Any]:
+        return {name: tool.parameters for name, tool in self.runner.tools.items()}
+
+    def _run(self, call: Call) -> ToolResult:
+        if call.problem is None and not self.allow(call):
+            return ToolResult("error: the user does not allow this call")
+        return self.runner.run(call, self._state)
+
+    def _turn(self, prompt: list[int], here: list[int], start: float) -> Generator[str]:
+        """Pieces of one turn, whose tokens are appended to `here`."""
+        deltas = self.engine.stream([Request(self._check_fits(prompt), self.params)])
+        try:
+            for delta in deltas:
+                self.last = delta.output or self.last
+                self.first_after = self.first_after or time.perf_counter() - start
+                if delta.finish_reason == "error":
+                    raise ValueError(self.last.error if self.last else "the engine refused the request")
+                here += delta.token_ids
+                if delta.text:
+                    yield delta.text
+        finally:
+            deltas.close()  # type: ignore[attr-defined]
+
+    def _before(self, turns: ToolTurns, question: int) -> list[int]:
+        """The system message and the rounds that fit beside a question of so many tokens and an answer."""
+        opening = turns.opening(self.system or "", [tool.schema for tool in self.runner.tools.values()])
+        if self.rounds is not None:
+            del self._rounds[: max(0, len(self._rounds) - self.rounds)]
+        longest = self.context - (self.params.max_new_tokens or 1) - len(opening) - question
+        while self._rounds and sum(map(len, self._rounds)) > longest:
+            self._rounds.pop(0)
+            self.dropped += 1
+        return [*opening, *(token for each in self._rounds for token in each)]
+
+
+def with_tools(session: ChatSession, runner: ToolRunner, allow: Callable[[Call], bool]) -> ToolSession:
+    """The session, not begun yet, with tools. ValueError where it only continues text."""
+    if session.raw:
+        raise ValueError("--tools: this model continues text and calls nothing; name one that was taught to answer")
+    given = {each.name: getattr(session, each.name) for each in fields(ChatSession)}
+    return ToolSession(**given, runner=runner, allow=allow)
+
+
+def asks(notices: TextIO) -> Callable[[Call], bool]:
+    """Whether a call may run, by what a person at the terminal says; where nobody can, it may not."""
+
+    def ask(call: Call) -> bool:
+        print(f"\nrun {printable(shown(call))}? [y/N] ", end="", file=notices, flush=True)
+        try:
+            return input().strip().lower() in ("y", "yes")
+        except EOFError:
+            print("no terminal to ask at: not run; --yes runs all calls", file=notices, flush=True)
+            return False
+
+    return ask
+
+
+def shown(call: Call) -> str:
+    """A call as a person reads it."""
+    arguments = ", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in call.arguments.items())
+    return f"{call.name}({arguments})"

@@ -1,0 +1,111 @@
+"""How often a model that calls tools does its task, by the kind of task and the calls it takes.
+
+    minimind evaluate --agent                                       held-out built-in tasks
+    minimind evaluate --agent --agent-data agent_rl.jsonl --tools upstream
+    minimind evaluate --agent --agent-data mine.jsonl --tools package.module:NAME
+
+Every task is one conversation in which the likeliest tokens are taken, all conversations advancing together over one
+engine (minimind/environments/episodes.py). Printed are a table and a few of the conversations that failed; agent.json
+in the run folder or --out has all figures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from minimind.data.prompts import PromptSet, open_prompts
+from minimind.environments.builtin.kit import named_tools
+from minimind.environments.builtin.tasks import agent_prompts
+from minimind.environments.episodes import EpisodeLimits, EpisodeRunner, EpisodeSampling
+from minimind.environments.prompts import check_tools, figures, is_checked, is_done, sample_of, start_of
+from minimind.environments.rewards import EpisodeSample, needed_calls
+from minimind.environments.running import ToolRunner
+from minimind.environments.turns import ToolTurns
+from minimind.inference.engine import Engine
+from minimind.inference.loading import LoadedModel
+from minimind.tokenization.reasoning import ThinkingPrompts
+from minimind.utils.display import say
+
+LIMITS = EpisodeLimits()
+_LONGEST = 8192  # tokens of a prompt
+_BATCH = 64  # conversations that go on at a time
+_FAILURES = 3  # conversations that are printed
+
+
+def evaluate_agent(
+    loaded: LoadedModel, data: Sequence[str], tools: Sequence[str], limit: int | None, console: Console
+) -> dict[str, Any]:
+    """{"success": ..., and what `figures` has, "kinds": {kind: {"tasks", "success"}}, "failures": [conversation]} of
+    the first `limit` tasks. ValueError, one line, for tasks or tools that cannot be used."""
+    prompts = _open(loaded, data, limit, console)
+    with ToolRunner(named_tools(tools)) as runner:
+        check_tools(prompts.prompts, runner)
+        samples = _converse(loaded, prompts, runner)
+    kinds: dict[str, list[float]] = {}
+    for sample in samples:
+        kinds.setdefault(str(sample.metadata.get("kind", "all")), []).append(float(is_done(sample)))
+    return figures(samples) | {
+        "tasks": len(samples),
+        "kinds": {kind: {"tasks": len(d), "success": sum(d) / len(d)} for kind, d in sorted(kinds.items())},
+        "failures": [_transcript(loaded, sample) for sample in samples if not is_done(sample)],
+    }
+
+
+def report_agent(evaluation: dict[str, Any], folder: Path, console: Console) -> None:
+    """Print the table and a few failures, and write agent.json."""
+    table = Table("tasks", "number", "success")
+    for kind, values in evaluation["kinds"].items():
+        table.add_row(kind, f"{values['tasks']:,}", f"{values['success']:.3f}")
+    names = sorted(name for name in evaluation if name.startswith("success_"))
+    for name in names:
+        of = name.removeprefix("success_").replace("_", " ")
+        table.add_row(f"of {of} calls" if of.isdigit() else of, "", f"{evaluation[name]:.3f}")
+    table.add_row("all", f"{evaluation['tasks']:,}", f"{evaluation['success']:.3f}")
+    console.print(table)
+    say(
+        console,
+        f"{evaluation['calls']:.2f} calls and {evaluation['turns']:.2f} turns a conversation; "
+        f"{evaluation['malformed_calls']:.3f} of the calls could not be run",
+    )
+    for failure in evaluation["failures"][:_FAILURES]:
+        say(console, f"failed: {failure}")
+    path = folder / "agent.json"
+    path.write_text(json.dumps(evaluation, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    say(console, str(path))
+
+
+def _open(loaded: LoadedModel, data: Sequence[str], limit: int | None, console: Console) -> PromptSet:
+    paths = list(data) or [str(agent_prompts(None, console)[1])]
+    prompts = open_prompts(paths, ThinkingPrompts(loaded.tokenizer, None), _LONGEST, console=console)
+    chosen = [prompt for prompt in prompts.prompts if is_checked(prompt)][:limit]
+    if not chosen:
+        raise ValueError('--agent-data: no row has a "reference" or a list "gt" to check an answer against')
+    return PromptSet(chosen, prompts.identity)
+
+
+def _converse(loaded: LoadedModel, prompts: PromptSet, tools: ToolRunner) -> list[EpisodeSample]:
+    longest = max(len(prompt.ids) for prompt in prompts.prompts)
+    context = min(longest + LIMITS.tokens, loaded.model.config.positions)
+    engine = Engine(
+        loaded.model, loaded.tokenizer, dtype=loaded.dtype, kv_dtype=loaded.kv_dtype, max_batch=_BATCH,
+        max_context=context,
+    )  # fmt: skip
+    turns = {None: ToolTurns(loaded.tokenizer)}
+    starts = [start_of(prompt, number) for number, prompt in enumerate(prompts.prompts)]
+    episodes = EpisodeRunner(engine, turns, tools, LIMITS).run(starts, EpisodeSampling(0.0))
+    return [sample_of(prompt, episode) for prompt, episode in zip(prompts.prompts, episodes, strict=True)]
+
+
+def _transcript(loaded: LoadedModel, sample: EpisodeSample) -> str:
+    """One line: the question, all that followed, and what would have been right."""
+    asked = next((str(m.get("content")) for m in reversed(sample.prompt) if m["role"] == "user"), "")
+    said = loaded.tokenizer.decode(sample.conversation.ids)
+    right = sample.reference if sample.reference is not None else sample.metadata.get("gt")
+    ended = f"ended by {sample.conversation.reason}, {needed_calls(sample)} calls needed, {right} right"
+    return f"{asked} | {said} | {ended}".replace("\n", "\\n")
