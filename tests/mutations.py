@@ -1190,7 +1190,7 @@ MUTATIONS = (
     ),
     Mutation(
         "made-up arguments are called",
-        "minimind/rewards/verifiers.py",
+        "minimind/rewards/rules.py",
         'if set(value) - set(properties) and not schema.get("additionalProperties", False):',
         "if False:",
         "tests/environments/test_tools.py",

@@ -55,12 +55,26 @@ KNOWN = [
 ]  # fmt: skip
 
 
+# The same questions, answered without a call, and wrong.
+GUESSED = [[*messages[:2], said("It is 9.")] for messages in KNOWN[1:3]]
+
+
 @functools.cache
 def agent() -> Model:
     """float32; sampled at temperature 1 it says what it knows nine times in ten or so."""
+    return taught(KNOWN)
+
+
+@functools.cache
+def doubtful_agent() -> Model:
+    """It calls its tools half of the time, and guesses else."""
+    return taught([*KNOWN[1:3], *GUESSED])
+
+
+def taught(conversations: Sequence[Sequence[dict]]) -> Model:
     torch.manual_seed(0)
     model = Model(ModelConfig(64, 2, 4, 2, 16, 128, TOKENIZER.vocab_size, qk_norm=True))
-    rows = [ENCODER.encode([ENCODER.pieces(messages)])[0] for messages in KNOWN]
+    rows = [ENCODER.encode([ENCODER.pieces(messages)])[0] for messages in conversations]
     ids = torch.from_numpy(np.concatenate([row.ids for row in rows]).astype(np.int64))
     targets = torch.where(torch.from_numpy(np.concatenate([row.trained for row in rows])), ids, -100)
     bounds = torch.tensor(np.cumsum([0, *(len(row.ids) for row in rows)]), dtype=torch.int32)
