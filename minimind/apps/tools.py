@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TextIO
 
 from minimind.apps.chat import THINK, ChatSession, printable
-from minimind.environments.calls import Call, read_calls
+from minimind.environments.calls import ParsedCall, read_calls
 from minimind.environments.running import ToolResult, ToolRunner
 from minimind.environments.turns import ToolTurns
 from minimind.inference.requests import Request
@@ -26,7 +26,7 @@ class ToolSession(ChatSession):
     """runner: runs the tools, all of which are on offer. allow(call): whether one may run."""
 
     runner: ToolRunner = field(kw_only=True)
-    allow: Callable[[Call], bool] = field(kw_only=True)
+    allow: Callable[[ParsedCall], bool] = field(kw_only=True)
     _rounds: list[list[int]] = field(default_factory=list)  # token ids of questions with all that followed
     _state: dict[str, Any] = field(default_factory=dict)
 
@@ -71,7 +71,7 @@ class ToolSession(ChatSession):
     def _offered(self) -> dict[str, Any]:
         return {name: tool.parameters for name, tool in self.runner.tools.items()}
 
-    def _run(self, call: Call) -> ToolResult:
+    def _run(self, call: ParsedCall) -> ToolResult:
         if call.problem is None and not self.allow(call):
             return ToolResult("error: the user does not allow this call")
         return self.runner.run(call, self._state)
@@ -103,7 +103,7 @@ class ToolSession(ChatSession):
         return [*opening, *(token for each in self._rounds for token in each)]
 
 
-def with_tools(session: ChatSession, runner: ToolRunner, allow: Callable[[Call], bool]) -> ToolSession:
+def with_tools(session: ChatSession, runner: ToolRunner, allow: Callable[[ParsedCall], bool]) -> ToolSession:
     """The session, not begun yet, with tools. ValueError where it only continues text."""
     if session.raw:
         raise ValueError("--tools: this model continues text and calls nothing; name one that was taught to answer")
@@ -111,10 +111,10 @@ def with_tools(session: ChatSession, runner: ToolRunner, allow: Callable[[Call],
     return ToolSession(**given, runner=runner, allow=allow)
 
 
-def asks(notices: TextIO) -> Callable[[Call], bool]:
+def asks(notices: TextIO) -> Callable[[ParsedCall], bool]:
     """Whether a call may run, by what a person at the terminal says; where nobody can, it may not."""
 
-    def ask(call: Call) -> bool:
+    def ask(call: ParsedCall) -> bool:
         print(f"\nrun {printable(shown(call))}? [y/N] ", end="", file=notices, flush=True)
         try:
             return input().strip().lower() in ("y", "yes")
@@ -125,7 +125,7 @@ def asks(notices: TextIO) -> Callable[[Call], bool]:
     return ask
 
 
-def shown(call: Call) -> str:
+def shown(call: ParsedCall) -> str:
     """A call as a person reads it."""
     arguments = ", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in call.arguments.items())
     return f"{call.name}({arguments})"

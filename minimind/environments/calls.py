@@ -16,7 +16,7 @@ _LONGEST = 60  # characters of what the model wrote that an error repeats
 
 
 @dataclass(frozen=True)
-class Call:
+class ParsedCall:
     """problem: why it cannot be run, and `error` that in words; None where it can."""
 
     name: str = ""
@@ -25,7 +25,7 @@ class Call:
     error: str = ""
 
 
-def read_calls(text: str, offered: Mapping[str, Mapping[str, Any]]) -> list[Call]:
+def read_calls(text: str, offered: Mapping[str, Mapping[str, Any]]) -> list[ParsedCall]:
     """The calls behind a reply's reasoning, in their order. offered: the JSON schema of each tool's arguments by its
     name. A mark that has no partner is a malformed call."""
     said = text.rpartition("</think>")[2]
@@ -41,7 +41,7 @@ def without_calls(text: str) -> str:
     return _CALL.sub("", text).strip()
 
 
-def _read(text: str, offered: Mapping[str, Mapping[str, Any]]) -> Call:
+def _read(text: str, offered: Mapping[str, Mapping[str, Any]]) -> ParsedCall:
     try:
         value = parse_json(text)
     except ValueError:
@@ -54,11 +54,11 @@ def _read(text: str, offered: Mapping[str, Mapping[str, Any]]) -> Call:
     wrong = misfit(arguments, {"type": "object"} | dict(offered[name]), "arguments")
     if wrong is not None:
         return _wrong("arguments", wrong, name)
-    return Call(name, arguments)
+    return ParsedCall(name, arguments)
 
 
-def _wrong(problem: Problem, error: str, name: str = "") -> Call:
-    return Call(name, {}, problem, f"error: {error}")
+def _wrong(problem: Problem, error: str, name: str = "") -> ParsedCall:
+    return ParsedCall(name, {}, problem, f"error: {error}")
 
 
 def _shown(text: str) -> str:

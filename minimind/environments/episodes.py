@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from minimind.environments.calls import Call, read_calls, without_calls
+from minimind.environments.calls import ParsedCall, read_calls, without_calls
 from minimind.environments.running import ToolResult, ToolRunner
 from minimind.environments.turns import ToolTurns
 from minimind.inference.engine import Engine
@@ -63,7 +63,7 @@ class Turn:
     """One turn of the assistant: its text with markup, its calls, and what came of those that were run."""
 
     text: str
-    calls: Sequence[Call] = ()
+    calls: Sequence[ParsedCall] = ()
     results: Sequence[ToolResult] = ()
 
 
@@ -89,7 +89,7 @@ class Episode:
         return without_calls(self.turns[-1].text) if self.reason == "answer" else ""
 
     @property
-    def calls(self) -> list[Call]:
+    def calls(self) -> list[ParsedCall]:
         return [call for turn in self.turns for call in turn.calls]
 
     @property
@@ -127,7 +127,7 @@ class _Open:
     episode: Episode
     drawn: list[int] = field(default_factory=list)
     text: str = ""
-    calls: list[Call] = field(default_factory=list)
+    calls: list[ParsedCall] = field(default_factory=list)
     results: list[ToolResult] = field(default_factory=list)
 
 

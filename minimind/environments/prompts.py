@@ -16,7 +16,7 @@ from minimind.rewards.rules import offered_tools
 _RIGHT = 1.0 - 1e-9  # how right an answer must be for its task to count as done
 
 
-class Prompt(Protocol):
+class TaskPrompt(Protocol):
     """What is needed of minimind.data.prompts.Prompt."""
 
     @property
@@ -31,14 +31,14 @@ class Prompt(Protocol):
     def thinking(self) -> bool | None: ...
 
 
-def start_of(prompt: Prompt, number: int, samples: int = 1) -> Start:
+def start_of(prompt: TaskPrompt, number: int, samples: int = 1) -> Start:
     """`samples` conversations that begin with a prompt; its "state" is the tools' at their beginning."""
     state = prompt.metadata.get("state")
     known = state if isinstance(state, dict) else {}
     return Start(number, prompt.ids, samples, offered_tools(prompt.messages), known, prompt.thinking)
 
 
-def sample_of(prompt: Prompt, episode: Episode) -> EpisodeSample:
+def sample_of(prompt: TaskPrompt, episode: Episode) -> EpisodeSample:
     """What rewards see of a conversation."""
     reason: Any = "stop" if episode.reason == "answer" else "length"
     return EpisodeSample(
@@ -47,7 +47,7 @@ def sample_of(prompt: Prompt, episode: Episode) -> EpisodeSample:
     )  # fmt: skip
 
 
-def is_checked(prompt: Prompt | EpisodeSample) -> bool:
+def is_checked(prompt: TaskPrompt | EpisodeSample) -> bool:
     """Whether there is something to check an answer against."""
     return prompt.reference is not None or bool(prompt.metadata.get("gt"))
 
@@ -57,7 +57,7 @@ def is_done(sample: EpisodeSample) -> bool:
     return rightness(sample) > _RIGHT
 
 
-def check_tools(prompts: Iterable[Prompt], tools: ToolRunner) -> None:
+def check_tools(prompts: Iterable[TaskPrompt], tools: ToolRunner) -> None:
     """ValueError, one line, where a prompt offers a tool that there is none for, or with arguments that it has not."""
     for prompt in prompts:
         for name, schema in offered_tools(prompt.messages).items():

@@ -18,8 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from minimind.environments.calls import Call, Problem
-from minimind.environments.tools import Tool, by_name
+from minimind.environments.calls import ParsedCall, Problem
+from minimind.environments.tools import ToolFunction, by_name
 from minimind.environments.worker import described
 
 _START = 60.0  # seconds in which a process must have imported the user's module
@@ -53,7 +53,7 @@ class ToolResult:
 @dataclass
 class _Task:
     ticket: Hashable
-    call: Call
+    call: ParsedCall
     state: dict[str, Any]
 
 
@@ -63,7 +63,7 @@ class ToolRunner:
     ValueError, one line, where two tools have one name or the user's cannot be imported.
     """
 
-    def __init__(self, tools: Sequence[Tool], limits: ToolLimits | None = None) -> None:
+    def __init__(self, tools: Sequence[ToolFunction], limits: ToolLimits | None = None) -> None:
         self.tools, self.limits = by_name(tools), limits or ToolLimits()
         self._paths = list(dict.fromkeys(tool.path for tool in tools if tool.path is not None))
         self._done: list[tuple[Hashable, ToolResult]] = []
@@ -88,7 +88,7 @@ class ToolRunner:
         """Whether `poll` has something to wait for or to deliver."""
         return bool(self._done or self._waiting or any(worker.task for worker in self._workers))
 
-    def submit(self, ticket: Hashable, call: Call, state: dict[str, Any]) -> None:
+    def submit(self, ticket: Hashable, call: ParsedCall, state: dict[str, Any]) -> None:
         """Run a call; `poll` tells the result under its ticket. state: the conversation's, changed when it is told. One
         that cannot be run has a result all the same: the error."""
         if call.problem is not None:
@@ -118,14 +118,14 @@ class ToolRunner:
                 worker.task = None
                 worker.restart()
 
-    def run(self, call: Call, state: dict[str, Any]) -> ToolResult:
+    def run(self, call: ParsedCall, state: dict[str, Any]) -> ToolResult:
         """One call to its end; nothing else may be running."""
         self.submit(None, call, state)
         while True:
             for _, result in self.poll(1.0):
                 return result
 
-    def _here(self, call: Call, state: dict[str, Any]) -> ToolResult:
+    def _here(self, call: ParsedCall, state: dict[str, Any]) -> ToolResult:
         start = time.perf_counter()
         try:
             text, problem = self.tools[call.name](call.arguments, state), None

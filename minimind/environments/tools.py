@@ -34,7 +34,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True)
-class Tool:
+class ToolFunction:
     """parameters: the JSON schema of the arguments, an object's. stateful: whether the function takes the state. path:
     "module:name" of the user's object that it is of, None for one of ours."""
 
@@ -56,7 +56,7 @@ class Tool:
         return as_text(self.function(**given))
 
 
-def tool_of(function: Callable[..., Any], path: str | None = None) -> Tool:
+def tool_of(function: Callable[..., Any], path: str | None = None) -> ToolFunction:
     """ValueError, one line, for a function that a model cannot be told how to call."""
     name = getattr(function, "__name__", "")
     if not _NAME.fullmatch(name):
@@ -84,10 +84,10 @@ def tool_of(function: Callable[..., Any], path: str | None = None) -> Tool:
         if parameter.default is parameter.empty:
             required.append(parameter.name)
     accepted = {"type": "object", "properties": properties, "required": required}
-    return Tool(name, described, accepted, function, hints.get(STATE) is dict and STATE in parameters, path)
+    return ToolFunction(name, described, accepted, function, hints.get(STATE) is dict and STATE in parameters, path)
 
 
-def user_tools(path: str) -> list[Tool]:
+def user_tools(path: str) -> list[ToolFunction]:
     """The tools of "package.module:name": a function, or a list or tuple of them. ValueError, one line, else."""
     found = named_object(path, "tool")
     functions = list(found) if isinstance(found, (list, tuple)) else [found]
@@ -99,9 +99,9 @@ def user_tools(path: str) -> list[Tool]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
+def by_name(tools: Sequence[ToolFunction]) -> dict[str, ToolFunction]:
     """ValueError where two tools have one name."""
-    found: dict[str, Tool] = {}
+    found: dict[str, ToolFunction] = {}
     for tool in tools:
         if tool.name in found:
             raise ValueError(f"two tools are called {tool.name}; rename one")

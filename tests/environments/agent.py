@@ -13,7 +13,7 @@ from minimind import ModelConfig, load_tokenizer
 from minimind.environments.builtin.kit import builtin_tools
 from minimind.environments.episodes import EpisodeLimits, EpisodeRunner, Start
 from minimind.environments.running import ToolRunner
-from minimind.environments.tools import Tool
+from minimind.environments.tools import ToolFunction
 from minimind.environments.turns import ToolTurns
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams
@@ -87,7 +87,7 @@ def taught(conversations: Sequence[Sequence[dict]]) -> Model:
     return model.eval()
 
 
-def start(number: int, messages: Sequence[dict], samples: int = 1, offered: Sequence[Tool] = ()) -> Start:
+def start(number: int, messages: Sequence[dict], samples: int = 1, offered: Sequence[ToolFunction] = ()) -> Start:
     """A conversation that begins as `messages` do, up to the assistant's first turn."""
     first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
     schemas = {tool.name: tool.parameters for tool in offered} or offered_tools(messages[:first])

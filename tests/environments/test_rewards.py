@@ -6,16 +6,16 @@ import math
 
 import pytest
 
-from minimind.environments.calls import Call
+from minimind.environments.calls import ParsedCall
 from minimind.environments.episodes import Episode, Start, Turn
 from minimind.environments.prompts import figures, is_done
 from minimind.environments.rewards import WEIGHTS, EpisodeSample, agent_rewards
 from minimind.environments.running import ToolResult
 
-RIGHT, WRONG = Call("f"), Call("", {}, "malformed", "error: no")
+RIGHT, WRONG = ParsedCall("f"), ParsedCall("", {}, "malformed", "error: no")
 
 
-def sample(text: str, made: list[Call] = [], reference: str | None = None, **metadata: object) -> EpisodeSample:  # noqa: B006
+def sample(text: str, made: list[ParsedCall] = [], reference: str | None = None, **metadata: object) -> EpisodeSample:  # noqa: B006
     turns = [Turn("", [call], [ToolResult("", call.problem)]) for call in made]
     episode = Episode(Start(0, [1]), 0, turns=[*turns, Turn(text)])
     return EpisodeSample([], text, [], "stop", reference, metadata, None, episode)

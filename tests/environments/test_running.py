@@ -7,7 +7,7 @@ import time
 import pytest
 
 from minimind.environments.builtin.kit import builtin_tools, named_tools
-from minimind.environments.calls import Call
+from minimind.environments.calls import ParsedCall
 from minimind.environments.running import ToolLimits, ToolRunner
 from minimind.environments.tools import user_tools
 from tests.environments import hostile
@@ -34,30 +34,30 @@ def strangers():
     ],
 )
 def test_hostile_tools_have_a_result(strangers, name, arguments, text, problem, cut):
-    result = strangers.run(Call(name, arguments), {})
+    result = strangers.run(ParsedCall(name, arguments), {})
     assert (result.text, result.problem, result.cut) == (text, problem, cut)
     assert result.seconds < 5
 
 
 def test_calls_that_are_none_have_a_result(strangers):
-    result = strangers.run(Call("gone", {}, "unknown", "error: there is no tool gone"), {})
+    result = strangers.run(ParsedCall("gone", {}, "unknown", "error: there is no tool gone"), {})
     assert (result.text, result.problem) == ("error: there is no tool gone", "unknown")
 
 
 def test_the_state_is_kept_where_the_tool_ends_well(strangers):
     state: dict = {}
-    assert [strangers.run(Call("counts", {}), state).text for _ in range(2)] == ["1", "2"]
-    strangers.run(Call("dies", {}), state)
+    assert [strangers.run(ParsedCall("counts", {}), state).text for _ in range(2)] == ["1", "2"]
+    strangers.run(ParsedCall("dies", {}), state)
     assert state == {"calls": 2}
 
 
 def test_two_calls_run_at_a_time(strangers):
-    strangers.run(Call("slow", {"seconds": 0.0}), {})
+    strangers.run(ParsedCall("slow", {"seconds": 0.0}), {})
     while not all(worker.ready for worker in strangers._workers):
         strangers._wait(1.0)
     start = time.monotonic()
     for ticket in range(2):
-        strangers.submit(ticket, Call("slow", {"seconds": 0.4}), {})
+        strangers.submit(ticket, ParsedCall("slow", {"seconds": 0.4}), {})
     done: list = []
     while strangers.busy:
         done += strangers.poll(1.0)
@@ -65,11 +65,11 @@ def test_two_calls_run_at_a_time(strangers):
 
 
 def test_what_is_stopped_is_never_told(strangers):
-    strangers.submit("old", Call("slow", {"seconds": 0.2}), {})
-    strangers.submit("older", Call("slow", {"seconds": 0.2}), {})
-    strangers.submit("oldest", Call("slow", {"seconds": 0.2}), {})
+    strangers.submit("old", ParsedCall("slow", {"seconds": 0.2}), {})
+    strangers.submit("older", ParsedCall("slow", {"seconds": 0.2}), {})
+    strangers.submit("oldest", ParsedCall("slow", {"seconds": 0.2}), {})
     strangers.stop()
-    assert not strangers.busy and strangers.run(Call("slow", {"seconds": 0.0}), {}).text == "done"
+    assert not strangers.busy and strangers.run(ParsedCall("slow", {"seconds": 0.0}), {}).text == "done"
 
 
 def test_tools_that_cannot_be_imported_are_one_line():
@@ -126,12 +126,12 @@ KIT = ToolRunner(builtin_tools())
     ],
 )  # fmt: skip
 def test_builtin_tools(name, arguments, text):
-    said = KIT.run(Call(name, arguments), {}).text
+    said = KIT.run(ParsedCall(name, arguments), {}).text
     assert said == text or (text.startswith("error: ") and said.startswith(text))
 
 
 def test_the_memory_is_the_conversations():
     state: dict = {}
-    assert KIT.run(Call("remember", {"name": "Anna", "value": "7"}), state).text == "kept"
-    assert KIT.run(Call("recall", {"name": "Anna"}), state).text == "7" and state == {"memory": {"Anna": "7"}}
-    assert KIT.run(Call("recall", {"name": "Anna"}), {}).problem == "raised"
+    assert KIT.run(ParsedCall("remember", {"name": "Anna", "value": "7"}), state).text == "kept"
+    assert KIT.run(ParsedCall("recall", {"name": "Anna"}), state).text == "7" and state == {"memory": {"Anna": "7"}}
+    assert KIT.run(ParsedCall("recall", {"name": "Anna"}), {}).problem == "raised"

@@ -29,7 +29,7 @@ _CONVERSIONS = (
 
 
 @dataclass(frozen=True)
-class Step:
+class SolutionStep:
     """A call, and what its tool says."""
 
     tool: str
@@ -42,139 +42,139 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Case:
+class TaskCase:
     """Drawn values: `words` fill the gaps of the wordings; steps lead to `answer`; state: the conversation's at its
     beginning."""
 
     words: Sequence[Any]
-    steps: Sequence[Step]
+    steps: Sequence[SolutionStep]
     answer: str
     state: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """draw(random, chinese) -> Case. english, chinese: wordings, the last one for held-out tasks."""
+    """draw(random, chinese) -> TaskCase. english, chinese: wordings, the last one for held-out tasks."""
 
     name: str
-    draw: Callable[[Random, bool], Case]
+    draw: Callable[[Random, bool], TaskCase]
     english: tuple[str, ...]
     chinese: tuple[str, ...]
 
 
-class Run:
+class Solution:
     """Calls of built-in tools in their order, as a right solution makes them."""
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
-        self.steps: list[Step] = []
+        self.steps: list[SolutionStep] = []
         self._state = json.loads(json.dumps(state or {}))
 
     def __call__(self, tool: str, **arguments: Any) -> str:
         said = _TOOLS[tool](arguments, self._state)
-        self.steps.append(Step(tool, arguments, said))
+        self.steps.append(SolutionStep(tool, arguments, said))
         return said
 
 
 _TOOLS = by_name(builtin_tools())
 
 
-def _calculation(random: Random, chinese: bool) -> Case:
+def _calculation(random: Random, chinese: bool) -> TaskCase:
     a, b, sign = random.randint(12, 99), random.randint(3, 99), random.choice("+-*")
-    run = Run()
-    return Case((a, sign, b), run.steps, run("calculate", expression=f"{a}{sign}{b}"))
+    solve = Solution()
+    return TaskCase((a, sign, b), solve.steps, solve("calculate", expression=f"{a}{sign}{b}"))
 
 
-def _conversion(random: Random, chinese: bool) -> Case:
+def _conversion(random: Random, chinese: bool) -> TaskCase:
     row, value = random.choice(_CONVERSIONS), random.randint(2, 99)
     unit, to = (row[1], row[3]) if chinese else (row[0], row[2])
-    run = Run()
-    return Case((value, unit, to), run.steps, run("convert", value=value, unit=unit, to=to))
+    solve = Solution()
+    return TaskCase((value, unit, to), solve.steps, solve("convert", value=value, unit=unit, to=to))
 
 
-def _later(random: Random, chinese: bool) -> Case:
-    run, day, days = Run(), _day(random), random.randint(2, 90)
-    return Case((day, days), run.steps, run("add_days", date=day, days=days))
+def _later(random: Random, chinese: bool) -> TaskCase:
+    solve, day, days = Solution(), _day(random), random.randint(2, 90)
+    return TaskCase((day, days), solve.steps, solve("add_days", date=day, days=days))
 
 
-def _weekday(random: Random, chinese: bool) -> Case:
-    run, day = Run(), _day(random)
-    return Case((day,), run.steps, run("weekday", date=day))
+def _weekday(random: Random, chinese: bool) -> TaskCase:
+    solve, day = Solution(), _day(random)
+    return TaskCase((day,), solve.steps, solve("weekday", date=day))
 
 
-def _memory(random: Random, chinese: bool) -> Case:
+def _memory(random: Random, chinese: bool) -> TaskCase:
     state, name = _remembered(random, chinese, lambda: str(random.randint(10, 999)))
-    run = Run(state)
-    return Case((name,), run.steps, run("recall", name=name), state)
+    solve = Solution(state)
+    return TaskCase((name,), solve.steps, solve("recall", name=name), state)
 
 
-def _price(random: Random, chinese: bool) -> Case:
-    run, item, column = Run(), _item(random, chinese), _column(random, chinese)
-    return Case((item, column), run.steps, run("look_up", item=item, column=column))
+def _price(random: Random, chinese: bool) -> TaskCase:
+    solve, item, column = Solution(), _item(random, chinese), _column(random, chinese)
+    return TaskCase((item, column), solve.steps, solve("look_up", item=item, column=column))
 
 
-def _element(random: Random, chinese: bool) -> Case:
-    run, number = Run(), random.randrange(len(ELEMENTS))
-    name = _searched(run, number, chinese)
-    return Case((name,), run.steps, str(number + 1))
+def _element(random: Random, chinese: bool) -> TaskCase:
+    solve, number = Solution(), random.randrange(len(ELEMENTS))
+    name = _searched(solve, number, chinese)
+    return TaskCase((name,), solve.steps, str(number + 1))
 
 
-def _mountain(random: Random, chinese: bool) -> Case:
-    run, row = Run(), random.choice(MOUNTAINS)
-    run("search", query=f"{row[1]}的高度" if chinese else f"height of {row[0]}")
-    return Case((row[chinese],), run.steps, str(row[2]))
+def _mountain(random: Random, chinese: bool) -> TaskCase:
+    solve, row = Solution(), random.choice(MOUNTAINS)
+    solve("search", query=f"{row[1]}的高度" if chinese else f"height of {row[0]}")
+    return TaskCase((row[chinese],), solve.steps, str(row[2]))
 
 
-def _cost(random: Random, chinese: bool) -> Case:
-    run, item, count = Run(), _item(random, chinese), random.randint(2, 30)
-    price = run("look_up", item=item, column=_PRICE[chinese])
-    return Case((count, item), run.steps, run("calculate", expression=f"{count}*{price}"))
+def _cost(random: Random, chinese: bool) -> TaskCase:
+    solve, item, count = Solution(), _item(random, chinese), random.randint(2, 30)
+    price = solve("look_up", item=item, column=_PRICE[chinese])
+    return TaskCase((count, item), solve.steps, solve("calculate", expression=f"{count}*{price}"))
 
 
-def _recalled_sum(random: Random, chinese: bool) -> Case:
+def _recalled_sum(random: Random, chinese: bool) -> TaskCase:
     state, name = _remembered(random, chinese, lambda: str(random.randint(10, 99)))
-    run, more = Run(state), random.randint(3, 99)
-    kept = run("recall", name=name)
-    return Case((name, more), run.steps, run("calculate", expression=f"{kept}+{more}"), state)
+    solve, more = Solution(state), random.randint(3, 99)
+    kept = solve("recall", name=name)
+    return TaskCase((name, more), solve.steps, solve("calculate", expression=f"{kept}+{more}"), state)
 
 
-def _later_weekday(random: Random, chinese: bool) -> Case:
-    run, day, days = Run(), _day(random), random.randint(2, 90)
-    later = run("add_days", date=day, days=days)
-    return Case((day, days), run.steps, run("weekday", date=later))
+def _later_weekday(random: Random, chinese: bool) -> TaskCase:
+    solve, day, days = Solution(), _day(random), random.randint(2, 90)
+    later = solve("add_days", date=day, days=days)
+    return TaskCase((day, days), solve.steps, solve("weekday", date=later))
 
 
-def _element_sum(random: Random, chinese: bool) -> Case:
-    run, number, more = Run(), random.randrange(len(ELEMENTS)), random.randint(2, 99)
-    name = _searched(run, number, chinese)
-    return Case((name, more), run.steps, run("calculate", expression=f"{number + 1}*{more}"))
+def _element_sum(random: Random, chinese: bool) -> TaskCase:
+    solve, number, more = Solution(), random.randrange(len(ELEMENTS)), random.randint(2, 99)
+    name = _searched(solve, number, chinese)
+    return TaskCase((name, more), solve.steps, solve("calculate", expression=f"{number + 1}*{more}"))
 
 
-def _river(random: Random, chinese: bool) -> Case:
-    run, row = Run(), random.choice(RIVERS)
-    run("search", query=f"{row[1]}的长度" if chinese else f"length of the {row[0]}")
+def _river(random: Random, chinese: bool) -> TaskCase:
+    solve, row = Solution(), random.choice(RIVERS)
+    solve("search", query=f"{row[1]}的长度" if chinese else f"length of the {row[0]}")
     unit, to = ("千米", "米") if chinese else ("km", "m")
-    return Case((row[chinese],), run.steps, run("convert", value=row[2], unit=unit, to=to))
+    return TaskCase((row[chinese],), solve.steps, solve("convert", value=row[2], unit=unit, to=to))
 
 
-def _two_items(random: Random, chinese: bool) -> Case:
-    run = Run()
+def _two_items(random: Random, chinese: bool) -> TaskCase:
+    solve = Solution()
     first, second = (row[chinese] for row in random.sample(GOODS, 2))
-    prices = [run("look_up", item=item, column=_PRICE[chinese]) for item in (first, second)]
-    return Case((first, second), run.steps, run("calculate", expression=f"{prices[0]}+{prices[1]}"))
+    prices = [solve("look_up", item=item, column=_PRICE[chinese]) for item in (first, second)]
+    return TaskCase((first, second), solve.steps, solve("calculate", expression=f"{prices[0]}+{prices[1]}"))
 
 
-def _stock_value(random: Random, chinese: bool) -> Case:
-    run, item = Run(), _item(random, chinese)
-    price = run("look_up", item=item, column=_PRICE[chinese])
-    stock = run("look_up", item=item, column="库存" if chinese else "stock")
-    return Case((item,), run.steps, run("calculate", expression=f"{price}*{stock}"))
+def _stock_value(random: Random, chinese: bool) -> TaskCase:
+    solve, item = Solution(), _item(random, chinese)
+    price = solve("look_up", item=item, column=_PRICE[chinese])
+    stock = solve("look_up", item=item, column="库存" if chinese else "stock")
+    return TaskCase((item,), solve.steps, solve("calculate", expression=f"{price}*{stock}"))
 
 
-def _wish(random: Random, chinese: bool) -> Case:
+def _wish(random: Random, chinese: bool) -> TaskCase:
     state, name = _remembered(random, chinese, lambda: _item(random, chinese))
-    run, count = Run(state), random.randint(2, 30)
-    price = run("look_up", item=run("recall", name=name), column=_PRICE[chinese])
-    return Case((name, count), run.steps, run("calculate", expression=f"{count}*{price}"), state)
+    solve, count = Solution(state), random.randint(2, 30)
+    price = solve("look_up", item=solve("recall", name=name), column=_PRICE[chinese])
+    return TaskCase((name, count), solve.steps, solve("calculate", expression=f"{count}*{price}"), state)
 
 
 _PRICE = ("price", "价格")
@@ -199,9 +199,9 @@ def _remembered(random: Random, chinese: bool, value: Callable[[], str]) -> tupl
     return {"memory": {name: value() for name in names}}, names[0]
 
 
-def _searched(run: Run, number: int, chinese: bool) -> str:
+def _searched(solve: Solution, number: int, chinese: bool) -> str:
     name = ELEMENTS_ZH[number] if chinese else ELEMENTS[number]
-    run("search", query=f"{name}的原子序数" if chinese else f"atomic number of {name}")
+    solve("search", query=f"{name}的原子序数" if chinese else f"atomic number of {name}")
     return name
 
 

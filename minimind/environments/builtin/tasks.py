@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from minimind.environments.builtin.kinds import KINDS, Case, Kind, Step
+from minimind.environments.builtin.kinds import KINDS, Kind, SolutionStep, TaskCase
 from minimind.environments.builtin.kit import builtin_tools
 from minimind.environments.tools import by_name
 from minimind.utils.display import say
@@ -42,7 +42,7 @@ class Task:
     kind: str
     chinese: bool
     question: str
-    case: Case
+    case: TaskCase
     tools: tuple[str, ...]
     new_wording: bool = False
 
@@ -116,7 +116,9 @@ def weak_agent(cache_dir: str | Path | None = None, console: Console | None = No
     )
 
 
-def _add(train: dict[str, Task], heldout: dict[str, Task], kind: Kind, case: Case, chinese: bool, number: int) -> None:
+def _add(
+    train: dict[str, Task], heldout: dict[str, Task], kind: Kind, case: TaskCase, chinese: bool, number: int
+) -> None:
     wordings = kind.chinese if chinese else kind.english
     held = _number(f"{kind.name} {case.words} {case.answer}") % _HELD_OUT == 0
     new = held and number % 2 == 0
@@ -138,7 +140,7 @@ def _slip(task: Task) -> str | None:
     return _GUESS if slip == _STOP and len(task.case.steps) == 1 else slip
 
 
-def _called(step: Step) -> dict[str, Any]:
+def _called(step: SolutionStep) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": [step.call]}
 
 
