@@ -74,8 +74,8 @@ ARROWS = {
     "value_head weights",
     "training/stages": "data data/builtin inference lora lora_files modeling objectives ops tokenization training "
     "utils value_head",
-    "training/rl": "config data data/builtin environments inference inference/decode lora lora_files modeling objectives "
-    "rewards tokenization training training/stages utils value_head weights",
+    "training/rl": "config data data/builtin environments inference inference/decode lora lora_files modeling "
+    "objectives rewards tokenization training training/stages utils value_head weights",
     "cli": "utils",
     "__main__": "cli",
 }

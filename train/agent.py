@@ -40,7 +40,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -123,23 +123,19 @@ def main(args: Args, console: Console) -> bool:
     if args.minibatches is None:
         args = dataclasses.replace(args, minibatches=steps(args))
     algorithm, beta = bundle(args)
-    limits = ToolLimits(args.tool_seconds, args.tool_characters, args.tool_workers)
-    with ToolRunner(named_tools(args.tools), limits) as tools:
+    bounds = ToolLimits(args.tool_seconds, args.tool_characters, args.tool_workers)
+    with ToolRunner(named_tools(args.tools), bounds) as tools:
         run = RolloutStage.begin("agent", args, algorithm.aggregation, console, TASK, conversation_rewards)
         check_tools([*run.train.prompts, *(run.heldout.prompts if run.heldout else ())], tools)
-        run.build(**args.parts, make_sampler=partial(_sampler, run, args, tools))
+        limits = EpisodeLimits(args.turns, args.turn_tokens, args.longest_answer, args.all_tool_seconds)
+
+        def sampler(model: Model, *size: Any) -> ConversationSampler:
+            return ConversationSampler(model, run.job.tokenizer, *size, tools=tools, limits=limits)
+
+        run.build(**args.parts, make_sampler=sampler)
         run.figures_of, run.draw = partial(_figures, run), draw_conversations
         loss = partial(policy_loss, run.trained, objective=algorithm.objective, entropy=args.entropy != 0)
         return run.fit(loss, NANO_LR, [describe(args, algorithm, beta), _described(args, tools)])
-
-
-def _sampler(
-    run: RolloutStage, args: Args, tools: ToolRunner, model: Model, longest: int, batch: int
-) -> ConversationSampler:
-    limits = EpisodeLimits(args.turns, args.turn_tokens, args.longest_answer, args.all_tool_seconds)
-    return ConversationSampler(
-        model, run.job.tokenizer, longest, args.longest_answer, batch, args.samples, tools, limits
-    )
 
 
 def _figures(run: RolloutStage, answers: Sequence[Answer], prompts: PromptSet) -> dict[str, float]:

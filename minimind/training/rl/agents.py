@@ -48,10 +48,12 @@ class ConversationSampler:
         tokens: int,
         batch: int,
         samples: int,
+        weights_dtype: torch.dtype | None,
+        *,
         tools: ToolRunner,
         limits: EpisodeLimits,
     ) -> None:
-        self.engine = rollout_engine(model, tokenizer, longest, tokens, batch, samples)
+        self.engine = rollout_engine(model, tokenizer, longest, tokens, batch, samples, weights_dtype)
         self.tokenizer, self.tools, self.limits = tokenizer, tools, limits
         self._turns: dict[bool | None, ToolTurns] = {}
         self._figures: dict[str, float] = {}
