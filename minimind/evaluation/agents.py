@@ -96,7 +96,7 @@ def _converse(loaded: LoadedModel, prompts: PromptSet, tools: ToolRunner) -> lis
         loaded.model, loaded.tokenizer, dtype=loaded.dtype, kv_dtype=loaded.kv_dtype, max_batch=_BATCH,
         max_context=context,
     )  # fmt: skip
-    turns = {None: ToolTurns(loaded.tokenizer)}
+    turns: dict[bool | None, ToolTurns] = {None: ToolTurns(loaded.tokenizer)}
     starts = [start_of(prompt, number) for number, prompt in enumerate(prompts.prompts)]
     episodes = EpisodeRunner(engine, turns, tools, LIMITS).run(starts, EpisodeSampling(0.0))
     return [sample_of(prompt, episode) for prompt, episode in zip(prompts.prompts, episodes, strict=True)]
