@@ -277,6 +277,13 @@ MUTATIONS = (
     ),
     # csrc/cpu
     Mutation(
+        "a group's sum of 8-bit products forgets that its weights were moved by 128",
+        "csrc/cpu/int8.h",
+        "to.offset = -128 * static_cast<int32_t>(sum);",
+        "to.offset = 0;",
+        "tests/csrc/test_int8_forms.py",
+    ),
+    Mutation(
         "top-k leaves one token more",
         "csrc/cpu/sample.cpp",
         "least = order[static_cast<size_t>(row.top_k) - 1];",
@@ -1237,6 +1244,13 @@ MUTATIONS = (
         "for page in reversed(pages):",
         "for page in pages:",
         "tests/inference/test_cache.py",
+    ),
+    Mutation(
+        "weights of 8 bits are rounded down",
+        "minimind/inference/decode/int8.py",
+        "return (x * inverse).round(), largest / LARGEST",
+        "return (x * inverse).floor(), largest / LARGEST",
+        "tests/inference/decode/test_int8.py",
     ),
     Mutation(
         "the bound of normed keys forgets how long a head is",
