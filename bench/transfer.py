@@ -39,7 +39,7 @@ from minimind.data.builtin.docstrings import builtin_corpus
 from minimind.utils.device import choose_device, describe_device
 from minimind.utils.files import cache_root, make_folder
 
-PICTURE = ROOT / "docs" / "images" / "transfer.png"
+PICTURE = ROOT / "docs" / "transfer.png"
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Args:
     fit: bool = False
     """Print the best rates and the rules; run nothing."""
     plot: bool = False
-    """Draw docs/images/transfer.png; run nothing."""
+    """Draw docs/transfer.png; run nothing."""
     check: bool = False
     """Instead of the scans, run --preset at half, once and twice the rule's rate on the first of --data."""
     preset: str = "minimind2-small"
