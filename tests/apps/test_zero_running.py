@@ -95,7 +95,11 @@ def test_a_signal_reaches_the_stage_once_and_spares_the_command(tmp_path, number
 
     mine.line = line  # type: ignore[method-assign]
     command = [str(tmp_path / "stage.py")]
-    status = run_stage(command, tmp_path / "run", tmp_path / "log", mine, Console(quiet=True), lambda _: None)
+    before = signal.signal(number, signal.default_int_handler)  # a job of a shell's background ignores SIGINT
+    try:
+        status = run_stage(command, tmp_path / "run", tmp_path / "log", mine, Console(quiet=True), lambda _: None)
+    finally:
+        signal.signal(number, before)
     assert was_stopped(status) and shown.getvalue() == "ready\nsaved\n"
 
 
