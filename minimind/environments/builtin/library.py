@@ -9,8 +9,8 @@ from functools import cache
 
 from minimind.data.builtin.facts import CAPITALS
 
-_SHOWN = 2  # facts that a search gives
-# In the order of their numbers; the Chinese names of the same ones, a character each.
+_MAX_RESULTS = 2  # facts returned by a search
+# By atomic number; in ELEMENTS_ZH each character is a name.
 _NAMES = """
 hydrogen helium lithium beryllium boron carbon nitrogen oxygen fluorine neon sodium magnesium aluminium silicon
 phosphorus sulfur chlorine argon potassium calcium scandium titanium vanadium chromium manganese iron cobalt nickel
@@ -46,42 +46,42 @@ RIVERS = (
 
 @cache
 def facts() -> tuple[str, ...]:
-    """All, a sentence each."""
-    found = []
+    """All facts, one sentence each."""
+    sentences = []
     for number, (name, chinese) in enumerate(zip(ELEMENTS, ELEMENTS_ZH, strict=True), 1):
-        found += [f"The atomic number of {name} is {number}.", f"{chinese}的原子序数是{number}。"]
+        sentences += [f"The atomic number of {name} is {number}.", f"{chinese}的原子序数是{number}。"]
     for name, chinese, height in MOUNTAINS:
-        found += [f"{name} is {height} metres high.", f"{chinese}高{height}米。"]
+        sentences += [f"{name} is {height} metres high.", f"{chinese}高{height}米。"]
     for name, chinese, length in RIVERS:
-        found += [f"The {name} is {length} kilometres long.", f"{chinese}长{length}千米。"]
+        sentences += [f"The {name} is {length} kilometres long.", f"{chinese}长{length}千米。"]
     for country, (capital, chinese, capital_zh) in CAPITALS.items():
-        found += [f"The capital of {country} is {capital}.", f"{chinese}的首都是{capital_zh}。"]
-    return tuple(found)
+        sentences += [f"The capital of {country} is {capital}.", f"{chinese}的首都是{capital_zh}。"]
+    return tuple(sentences)
 
 
 def search(query: str) -> str:
     """Facts about chemical elements, mountains, rivers and capitals."""
     words = Counter(_words(query))
     rarity, indexed = _index()
-    scores = [sum(rarity[word] for word in words if word in held) / math.sqrt(len(held)) for held in indexed]
-    best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:_SHOWN]
-    found = [facts()[i] for i in best if scores[i] > scores[best[0]] / 2]
-    if not found:
+    scores = [sum(rarity[word] for word in words if word in fact) / math.sqrt(len(fact)) for fact in indexed]
+    best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:_MAX_RESULTS]
+    results = [facts()[i] for i in best if scores[i] > scores[best[0]] / 2]
+    if not results:
         raise ValueError("nothing was found")
-    return "\n".join(found)
+    return "\n".join(results)
 
 
 @cache
 def _index() -> tuple[dict[str, float], list[frozenset[str]]]:
-    """How rare each word is, and the words of each fact."""
+    """The inverse document frequency of each word, and the words of each fact."""
     indexed = [frozenset(_words(fact)) for fact in facts()]
-    counts = Counter(word for held in indexed for word in held)
+    counts = Counter(word for words in indexed for word in words)
     return {word: math.log(len(indexed) / count) for word, count in counts.items()}, indexed
 
 
 def _words(text: str) -> list[str]:
-    """Latin words in lower case; of Chinese, each character and each pair of neighbours."""
-    found = re.findall(r"[a-z0-9]+", text.lower())
+    """Lower-case Latin words, single Chinese characters and Chinese character bigrams."""
+    words = re.findall(r"[a-z0-9]+", text.lower())
     for run in re.findall(r"[\u4e00-\u9fff]+", text):
-        found += [*run, *(run[i : i + 2] for i in range(len(run) - 1))]
-    return found
+        words += [*run, *(run[i : i + 2] for i in range(len(run) - 1))]
+    return words

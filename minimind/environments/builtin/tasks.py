@@ -1,11 +1,11 @@
-"""Tasks for agents, and conversations that show a weak one how they are done.
+"""Built-in tasks for agents, and conversations that train a weak agent on them.
 
-Held-out tasks have values that no training task has; half of them are worded as no training task is. The same on every
-machine: nothing here is random but by a seed.
+Held-out tasks have values that no training task has; half of them also have a wording that no training task has. All
+random choices are seeded, so the tasks are the same on every machine.
 
-The conversations are weak on purpose: a third of them is right, the others guess without a call, stop before the last
-one, call the same tool again, or write a call that is none. A model that learns from them can do the tasks and does not
-know that it should: that is left to rewards.
+A third of the conversations are right; the others guess without a call, stop before the last call, repeat a call, or
+write a malformed call. A model trained on them is able to do the tasks but often fails; reinforcement learning is to
+improve it.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from minimind.environments.tools import by_name
 from minimind.utils.display import say
 from minimind.utils.files import cache_root, make_folder, write_atomically
 
-NAME = "builtin:agent"  # what --data calls them
-_OF_KIND = 320  # tasks drawn of each kind and language
-_HELD_OUT = 10  # one case of so many
+NAME = "builtin:agent"  # the value of --data that selects these tasks
+_TASKS_PER_KIND = 320  # tasks drawn for each kind and language
+_HELD_OUT = 10  # one case in this many is held out
 _GUESS, _STOP, _REPEAT, _BROKEN = "guess", "stop", "repeat", "broken"
-SLIPS = (None, None, None, _GUESS, _GUESS, _STOP, _STOP, _BROKEN, _REPEAT)  # None: right
+SLIPS = (None, None, None, _GUESS, _GUESS, _STOP, _STOP, _BROKEN, _REPEAT)  # None: a correct conversation
 
 
 @dataclass(frozen=True)
 class Task:
-    """question, with `tools` on offer, a tool for each of the case's steps and one that is not needed. new_wording:
-    whether no training task is worded so."""
+    """A question and the names of the tools on offer: those that the case's steps use and one that is not needed.
+    new_wording: whether no training task has this wording."""
 
     kind: str
     chinese: bool
@@ -48,7 +48,7 @@ class Task:
 
     @property
     def row(self) -> dict[str, Any]:
-        """As a prompt of a .jsonl file."""
+        """The task as a prompt row of a .jsonl file."""
         messages = [self._system, {"role": "user", "content": self.question}, {"role": "assistant", "content": ""}]
         return {
             "conversations": messages,
@@ -60,14 +60,14 @@ class Task:
         }
 
     def conversation(self, slip: str | None = None) -> dict[str, Any]:
-        """Solved, or not quite, as `slip` has it."""
+        """The task as a conversation row: solved, or with the mistake `slip`."""
         messages = [self._system, {"role": "user", "content": self.question}]
         steps = list(self.case.steps)
         if slip == _GUESS:
             return {"conversations": [*messages, self._answer(_shifted(self.case.answer))]}
         if slip == _BROKEN:
-            said = f"<tool_call>\n{steps[0].tool} {json.dumps(dict(steps[0].arguments), ensure_ascii=False)}\n"
-            return {"conversations": [*messages, {"role": "assistant", "content": said + "</tool_call>"}]}
+            call = f"<tool_call>\n{steps[0].tool} {json.dumps(dict(steps[0].arguments), ensure_ascii=False)}\n"
+            return {"conversations": [*messages, {"role": "assistant", "content": call + "</tool_call>"}]}
         if slip == _STOP:
             steps.pop()
         if slip == _REPEAT:
@@ -83,32 +83,32 @@ class Task:
         return {"role": "system", "content": "", "tools": [schemas[name].schema for name in self.tools]}
 
     def _answer(self, answer: str) -> dict[str, Any]:
-        said = f"答案是{answer}。" if self.chinese else f"The answer is {answer}."
-        return {"role": "assistant", "content": said}
+        text = f"答案是{answer}。" if self.chinese else f"The answer is {answer}."
+        return {"role": "assistant", "content": text}
 
 
 @cache
 def tasks() -> tuple[tuple[Task, ...], tuple[Task, ...]]:
-    """(training, held-out), each in an order that a hash of the question decides."""
+    """(training, held-out), each sorted by a hash of the question."""
     train: dict[str, Task] = {}
     heldout: dict[str, Task] = {}
     for kind in KINDS:
         for chinese in (False, True):
             random = Random(f"{kind.name} {chinese}")
-            for number in range(_OF_KIND):
+            for number in range(_TASKS_PER_KIND):
                 _add(train, heldout, kind, kind.draw(random, chinese), chinese, number)
     return _ordered(train), _ordered(heldout)
 
 
 def agent_prompts(cache_dir: str | Path | None = None, console: Console | None = None) -> tuple[Path, Path]:
-    """(training, held-out) prompts as .jsonl files, each with its answer as "reference", written at the first call
-    under `cache_dir`. Raises ValueError when the folder cannot be written."""
+    """Paths of (training, held-out) prompts in .jsonl files under `cache_dir`, written at the first call. Each row has
+    its answer as "reference". Raises ValueError if the folder cannot be written."""
     train, heldout = ([task.row for task in part] for part in tasks())
     return _written("agent-train", train, cache_dir, console), _written("agent-heldout", heldout, cache_dir, console)
 
 
 def weak_agent(cache_dir: str | Path | None = None, console: Console | None = None) -> tuple[Path, Path]:
-    """(training, held-out) conversations of a weak agent; otherwise as `agent_prompts`."""
+    """Like `agent_prompts`, but for conversations of a weak agent."""
     train, heldout = ([task.conversation(_slip(task)) for task in part] for part in tasks())
     return (
         _written("weak-agent-train", train, cache_dir, console),
@@ -131,8 +131,8 @@ def _add(
     (heldout if held else train).setdefault(f"{question} {case.answer}", task)
 
 
-def _ordered(found: dict[str, Task]) -> tuple[Task, ...]:
-    return tuple(sorted(found.values(), key=lambda task: _number(task.question)))
+def _ordered(unordered: dict[str, Task]) -> tuple[Task, ...]:
+    return tuple(sorted(unordered.values(), key=lambda task: _number(task.question)))
 
 
 def _slip(task: Task) -> str | None:
@@ -145,7 +145,7 @@ def _called(step: SolutionStep) -> dict[str, Any]:
 
 
 def _shifted(answer: str) -> str:
-    """Another answer of the same look: every digit is the next one, or the word is one of a few."""
+    """A wrong answer of the same form: each digit plus 3 modulo 10, or another day of the week."""
     if answer[0].isalpha():
         return "Sunday" if answer != "Sunday" else "Monday"
     return "".join(str((int(c) + 3) % 10) if c.isdigit() else c for c in answer)
