@@ -1205,7 +1205,7 @@ MUTATIONS = (
     Mutation(
         "an answer may list all that there is",
         "minimind/environments/rewards.py",
-        "return len(text) <= len(reference) + _BESIDE and ",
+        "return len(text) <= len(reference) + _MAX_EXTRA and ",
         "return ",
         "tests/environments/test_rewards.py",
     ),

@@ -1,10 +1,10 @@
-"""What a conversation with tools is worth: its answer, its calls, and that none was needless. Each lies in 0..1.
+"""Rewards of a conversation with tools, each from 0 to 1.
 
-answer     the final answer is right: it holds the reference; of a row with "gt", as upstream's agent_rl.jsonl has
-           them, the share of these values that it holds
-calls      the share of its calls that are well-formed, of a tool on offer, with arguments that fit the schema; 0
-           where none was made and one is needed
-frugal     of right answers, the calls that are needed over those that were made
+answer     1 if the final answer matches the reference, else 0; for rows with a list "gt", as in upstream's
+           agent_rl.jsonl, the share of these values that the final answer contains
+calls      the share of calls that are well-formed, name a tool on offer and have arguments that fit the schema;
+           without any call, 1 if none is needed, else 0
+frugal     the answer reward times needed calls / calls made, where more calls were made than needed
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from minimind.rewards import Reward, RewardTerm, Sample
 from minimind.rewards.rules import last_number
 
 WEIGHTS = {"answer": 1.0, "calls": 0.2, "frugal": 0.1}
-_BESIDE = 80  # characters that an answer may have beside a reference that is no number: it is not to list them all
+_MAX_EXTRA = 80  # characters besides a reference that is not a number; an answer must not list all candidates
 
 
 @dataclass(frozen=True)
 class EpisodeSample(Sample):
-    """A prompt and a conversation that followed; text: its final answer."""
+    """A prompt and the conversation that continues it; text: the final answer."""
 
     episode: Episode | None = None
 
@@ -42,13 +42,13 @@ def agent_rewards(weights: dict[str, float]) -> list[RewardTerm]:
 
 
 def needed_calls(sample: Sample) -> int:
-    """Calls that the answer takes: the row's "calls", else as many as it has values in "gt"."""
-    said = sample.metadata.get("calls", len(_expected(sample)))
-    return said if isinstance(said, int) else 0
+    """Number of calls that the task needs: the row's "calls", else the number of its values in "gt"."""
+    count = sample.metadata.get("calls", len(_expected(sample)))
+    return count if isinstance(count, int) else 0
 
 
 def rightness(sample: Sample) -> float:
-    """Of the final answer. ValueError where the row has neither a reference nor "gt"."""
+    """The answer reward. Raises ValueError if the row has neither a reference nor "gt"."""
     expected = _expected(sample)
     if expected:
         return sum(_holds(sample.text, value) for value in expected) / len(expected)
@@ -94,30 +94,30 @@ def _episode(sample: Sample) -> Episode:
 
 
 def _expected(sample: Sample) -> list[Any]:
-    found = sample.metadata.get("gt") or []
-    return found if isinstance(found, list) else [found]
+    values = sample.metadata.get("gt") or []
+    return values if isinstance(values, list) else [values]
 
 
 def _is_answer(text: str, reference: str) -> bool:
-    """The last number of `text` is the reference, where that is one; else `text` holds it and little beside."""
+    """Whether the last number of `text` equals a numeric reference, or `text` contains another one and little else."""
     number = _number(reference)
     if number is not None:
         return last_number(text) == number
-    return len(text) <= len(reference) + _BESIDE and reference.strip().casefold() in text.casefold()
+    return len(text) <= len(reference) + _MAX_EXTRA and reference.strip().casefold() in text.casefold()
 
 
 def _holds(text: str, value: Any) -> bool:
-    """The text, or one of its numbers, is the value."""
-    wanted = str(value).strip()
-    if not wanted:
+    """Whether `text` contains the value, or a number equal to it."""
+    expected = str(value).strip()
+    if not expected:
         return False
-    number = _number(wanted)
+    number = _number(expected)
     words = text.replace(",", "").split() if number is not None else []
-    return wanted.casefold() in text.casefold() or any(last_number(word) == number for word in words)
+    return expected.casefold() in text.casefold() or any(last_number(word) == number for word in words)
 
 
 def _number(text: str) -> Fraction | None:
-    """Where a text is a number and nothing else."""
+    """The value of a text that is a number and nothing else, else None."""
     try:
         return Fraction(text.strip().replace(",", ""))
     except (ValueError, ZeroDivisionError):
