@@ -1,11 +1,11 @@
-"""How often a model that calls tools does its task, by the kind of task and the calls it takes.
+"""Measure how often a model with tools solves its tasks, by kind of task and number of calls needed.
 
     minimind evaluate --agent                                       held-out built-in tasks
     minimind evaluate --agent --agent-data agent_rl.jsonl --tools upstream
     minimind evaluate --agent --agent-data mine.jsonl --tools package.module:NAME
 
-Every task is one conversation in which the likeliest tokens are taken, all conversations advancing together over one
-engine (minimind/environments/episodes.py). Printed are a table and a few of the conversations that failed; agent.json
+Each task is one greedily decoded conversation; all conversations run concurrently on one engine
+(minimind/environments/episodes.py). The command prints a table and a few of the conversations that failed; agent.json
 in the run folder or --out has all figures.
 """
 
@@ -33,16 +33,16 @@ from minimind.tokenization.reasoning import ThinkingPrompts
 from minimind.utils.display import say
 
 LIMITS = EpisodeLimits()
-_LONGEST = 8192  # tokens of a prompt
-_BATCH = 64  # conversations that go on at a time
-_FAILURES = 3  # conversations that are printed
+_LONGEST = 8192  # maximum tokens of a prompt
+_BATCH = 64  # conversations decoded at a time
+_FAILURES = 3  # failed conversations to print
 
 
 def evaluate_agent(
     loaded: LoadedModel, data: Sequence[str], tools: Sequence[str], limit: int | None, console: Console
 ) -> dict[str, Any]:
-    """{"success": ..., and what `figures` has, "kinds": {kind: {"tasks", "success"}}, "failures": [conversation]} of
-    the first `limit` tasks. ValueError, one line, for tasks or tools that cannot be used."""
+    """Evaluate the first `limit` tasks. Return the values of `figures` and {"tasks": number, "kinds": {kind: {"tasks",
+    "success"}}, "failures": [transcript]}. Raises ValueError, one line, for unusable tasks or tools."""
     prompts = _open(loaded, data, limit, console)
     with ToolRunner(named_tools(tools)) as runner:
         check_tools(prompts.prompts, runner)
@@ -52,7 +52,7 @@ def evaluate_agent(
         kinds.setdefault(str(sample.metadata.get("kind", "all")), []).append(float(is_done(sample)))
     return figures(samples) | {
         "tasks": len(samples),
-        "kinds": {kind: {"tasks": len(d), "success": sum(d) / len(d)} for kind, d in sorted(kinds.items())},
+        "kinds": {kind: {"tasks": len(s), "success": sum(s) / len(s)} for kind, s in sorted(kinds.items())},
         "failures": [_transcript(loaded, sample) for sample in samples if not is_done(sample)],
     }
 
@@ -64,13 +64,13 @@ def report_agent(evaluation: dict[str, Any], folder: Path, console: Console) -> 
         table.add_row(kind, f"{values['tasks']:,}", f"{values['success']:.3f}")
     names = sorted(name for name in evaluation if name.startswith("success_"))
     for name in names:
-        of = name.removeprefix("success_").replace("_", " ")
-        table.add_row(f"of {of} calls" if of.isdigit() else of, "", f"{evaluation[name]:.3f}")
+        group = name.removeprefix("success_").replace("_", " ")
+        table.add_row(f"of {group} calls" if group.isdigit() else group, "", f"{evaluation[name]:.3f}")
     table.add_row("all", f"{evaluation['tasks']:,}", f"{evaluation['success']:.3f}")
     console.print(table)
     say(
         console,
-        f"{evaluation['calls']:.2f} calls and {evaluation['turns']:.2f} turns a conversation; "
+        f"{evaluation['calls']:.2f} calls and {evaluation['turns']:.2f} turns per conversation; "
         f"{evaluation['malformed_calls']:.3f} of the calls could not be run",
     )
     for failure in evaluation["failures"][:_FAILURES]:
@@ -103,9 +103,9 @@ def _converse(loaded: LoadedModel, prompts: PromptSet, tools: ToolRunner) -> lis
 
 
 def _transcript(loaded: LoadedModel, sample: EpisodeSample) -> str:
-    """One line: the question, all that followed, and what would have been right."""
-    asked = next((str(m.get("content")) for m in reversed(sample.prompt) if m["role"] == "user"), "")
-    said = loaded.tokenizer.decode(sample.conversation.ids)
-    right = sample.reference if sample.reference is not None else sample.metadata.get("gt")
-    ended = f"ended by {sample.conversation.reason}, {needed_calls(sample)} calls needed, {right} right"
-    return f"{asked} | {said} | {ended}".replace("\n", "\\n")
+    """One line: the question, the conversation after it, how it ended, and the expected answer."""
+    question = next((str(m.get("content")) for m in reversed(sample.prompt) if m["role"] == "user"), "")
+    continuation = loaded.tokenizer.decode(sample.conversation.ids)
+    expected = sample.reference if sample.reference is not None else sample.metadata.get("gt")
+    ended = f"ended by {sample.conversation.reason}, {needed_calls(sample)} calls needed, expected {expected}"
+    return f"{question} | {continuation} | {ended}".replace("\n", "\\n")

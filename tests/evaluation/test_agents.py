@@ -39,7 +39,7 @@ def test_success_is_told_by_kind_and_calls_with_what_failed(folder, tasks, tmp_p
     assert told["success"] == 0.75 and (told["success_0"], told["success_1"], told["success_2"]) == (1, 0.5, 1)
     assert told["kinds"]["kind 1"] == {"tasks": 2, "success": 0.5} and told["tasks"] == 4 and told["calls"] == 1
     (failure,) = told["failures"]
-    assert failure.startswith("2+3? | <tool_call>") and failure.endswith("ended by answer, 1 calls needed, 6 right")
+    assert failure.startswith("2+3? | <tool_call>") and failure.endswith("ended by answer, 1 calls needed, expected 6")
     assert "kind 2" in capsys.readouterr().out
 
 
