@@ -1,7 +1,7 @@
 """Tokenize one file into the arrays of a `TokenizedFile`, in parts, so that a build that was killed can resume.
 
 Data is appended and synced; then `progress.json` is replaced atomically. It says how much of the data is complete and
-where in the text to continue. An incomplete part behind that is cut off before more is written.
+where in the text to continue. A resumed build first truncates the files to the complete data.
 """
 
 import os
@@ -46,13 +46,13 @@ class Progress:
             bad = load_bad_rows(value.pop("bad"))
             progress = cls(position=Position(**value.pop("position")), bad=bad, **value)
             progress.weighted = weighted
-            whole = all(os.path.getsize(folder / name) >= size for name, size in progress.sizes().items())
+            complete = all(os.path.getsize(folder / name) >= size for name, size in progress.sizes().items())
         except (OSError, TypeError, KeyError):
             return cls(weighted=weighted)
-        return progress if whole else cls(weighted=weighted)
+        return progress if complete else cls(weighted=weighted)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
+        """Size of the complete data in each file, in bytes."""
         sizes = {TOKENS: self.tokens * TOKEN_BYTES, DOCUMENTS: (self.documents + 1) * ENTRY_BYTES}
         sizes |= {HASHES: self.documents * HASH_BYTES}
         return sizes | ({CODES: self.tokens} if self.weighted else {})
@@ -83,12 +83,12 @@ def build(
     try:
         with _Files(folder, progress) as files:
             title = f"tokenizing {path.name}"
-            with ByteProgress(console, title, total, progress.position.offset) as shown:
+            with ByteProgress(console, title, total, progress.position.offset) as progress_bar:
                 documents = recipe.read(path, on_bad_row, progress.position, progress.bad)
                 uncommitted = 0
                 for batch in _batches(documents, batch_bytes):
                     files.append(batch, _encoded(recipe, batch, path))
-                    shown.update(progress.position.offset)
+                    progress_bar.update(progress.position.offset)
                     uncommitted += sum(document.size for document in batch)
                     if uncommitted >= part_bytes:
                         files.commit()
@@ -96,7 +96,7 @@ def build(
             files.commit()
         if not progress.documents:
             raise ValueError(f"{path}: no document in this file{_all_bad(progress.bad)}")
-        sizes = {name: size for name, size in progress.sizes().items() if name != HASHES}  # can be rebuilt
+        sizes = {name: size for name, size in progress.sizes().items() if name != HASHES}  # hashes can be rebuilt
         meta = asdict(progress) | {"sizes": sizes, "source": path.name}
         write_json(folder / META, meta)
     except OSError as error:
@@ -169,7 +169,7 @@ class _Files:
 
 
 def _write(file: BinaryIO, array: np.ndarray) -> None:
-    """Write all of `array`; an unbuffered write may write only a part, such as on a disk that fills up."""
+    """Write all of `array`; one unbuffered write may write only a part, such as when the disk fills up."""
     data = memoryview(array.tobytes())
     while data:
         data = data[file.write(data) :]
@@ -177,8 +177,8 @@ def _write(file: BinaryIO, array: np.ndarray) -> None:
 
 def _open_at(path: Path, size: int) -> BinaryIO:
     if size == 0:
-        path.unlink(missing_ok=True)  # not truncated: another process may still have an old one mapped
-    file = open(path, "r+b" if size else "w+b", buffering=0)  # noqa: SIM115 - kept open
+        path.unlink(missing_ok=True)  # not truncated: another process may have the old file mapped
+    file = open(path, "r+b" if size else "w+b", buffering=0)  # noqa: SIM115 - the caller closes it
     file.truncate(size)
     file.seek(size)
     return file
@@ -198,7 +198,7 @@ def _batches(documents: Iterator[Document], batch_bytes: int) -> Iterator[list[D
 
 
 def _cut_back(folder: Path, weighted: bool) -> None:
-    """Free the disk space of an incomplete part."""
+    """Truncate the files to the complete data, to free disk space."""
     progress = Progress.load(folder, weighted)
     for name, size in progress.sizes().items():
         if progress.documents and (folder / name).exists():
@@ -208,7 +208,7 @@ def _cut_back(folder: Path, weighted: bool) -> None:
 
 
 def _bytes_needed(progress: Progress, total: int) -> int:
-    """Bytes still to be written: at the rate so far, or 1 for each byte of text."""
+    """Estimated bytes still to be written: per byte of text as many as so far, or 1 at the start."""
     done = progress.position.offset
     rate = sum(progress.sizes().values()) / done if done else 1.0
     return int(rate * max(total - done, 0)) + BATCH_BYTES

@@ -1,12 +1,12 @@
-"""Load packed batches of preference pairs: both answers are in one row, after one copy of their prompt or two.
+"""Load packed batches of preference pairs. A row holds both answers of a pair, and their prompt once or twice.
 
 With --share-prompts a row holds the common prefix of each pair once:
 
     prompt | chosen answer | rejected answer
 
 so that the model computes the prompt once, except in attention. This saves 25% of the tokens of 600 pairs of upstream's
-dpo.jsonl, and 43% of those of the built-in pairs. The last common token is repeated at the beginning of each answer,
-since its target differs.
+dpo.jsonl and 43% of those of the built-in pairs. The last common token is repeated at the beginning of each answer,
+since the token to predict after it differs.
 """
 
 from collections.abc import Iterator
@@ -28,8 +28,8 @@ from minimind.data.packing import Pieces, segments
 class PairBatch(Batch):
     """A Batch with three consecutive segments for each pair: shared prompt (maybe empty), chosen and rejected answer.
 
-    prompt, chosen, rejected: int64 [P], the numbers of these segments in cu_seqlens. pairs: int64 [P], the document
-    numbers. global_num_pairs: the pairs on all ranks, which is also global_weight. Positions of the rejected answer
+    prompt, chosen, rejected: int64 [P], the indices of these segments in cu_seqlens. pairs: int64 [P], the document
+    indices. global_num_pairs: the pairs on all ranks, which is also global_weight. Positions of the rejected answer
     continue from the end of the prompt. share: whether prompts are shared; shared: the tokens that sharing saves.
     """
 
@@ -45,10 +45,10 @@ class PairBatch(Batch):
 class PairLoader(PackedLoader):
     """A PackedLoader over the pairs of `open_preferences`; each pair lies in one row.
 
-    A pair longer than a row is left out (`left_out` counts them), since its sides may differ only at their ends;
-    `open_preferences` cuts prompts before. Raises ValueError if no pair fits.
+    A pair longer than a row is left out, not truncated, since its answers may differ only at their ends; `left_out`
+    counts such pairs. `open_preferences` has already cut long prompts. Raises ValueError if no pair fits.
 
-    share: store the prompt once; otherwise each side is complete.
+    share: store the prompt once per pair; otherwise once per answer.
     """
 
     _segments_per_piece = 3  # prompt, chosen, rejected
@@ -93,7 +93,7 @@ class PairLoader(PackedLoader):
 
     @property
     def saved(self) -> float:
-        """The share of the pairs' tokens that sharing saves."""
+        """Fraction of the tokens of all pairs that sharing prompts saves."""
         shared = self.shared[self.tokens <= self.seq_len].sum()
         return float(shared / (self.cuts.pairs + shared))
 
@@ -105,8 +105,8 @@ class PairLoader(PackedLoader):
 
     def _cut(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         tokens = self.tokens[documents]
-        which = np.flatnonzero(tokens <= self.seq_len)
-        return which, np.zeros_like(which), tokens[which], self.view.bytes_of(documents)[which]
+        fitting = np.flatnonzero(tokens <= self.seq_len)
+        return fitting, np.zeros_like(fitting), tokens[fitting], self.view.bytes_of(documents)[fitting]
 
     def _assemble(self, batch: Pieces) -> PairBatch:
         own = batch.rows(np.arange(self.rank, batch.num_rows, self.world_size))
@@ -116,30 +116,30 @@ class PairLoader(PackedLoader):
         shared = self.shared[own.document]
         bounds = np.sort(np.concatenate([whole.cu_seqlens, starts[0::2] + shared]))
         prompt = np.searchsorted(bounds, starts[0::2])
-        places = whole.position_ids.copy()
-        places.ravel()[:] += np.repeat(
+        positions = whole.position_ids.copy()
+        positions.ravel()[:] += np.repeat(
             np.bincount(prompt + 2, shared, len(bounds) - 1).astype(np.int64), np.diff(bounds)
         )
-        number = len(batch.document)
+        num_pairs = len(batch.document)
         return PairBatch(
             **vars(whole)
-            | {"cu_seqlens": bounds.astype(np.int32), "position_ids": places, "global_weight": float(number)},
+            | {"cu_seqlens": bounds.astype(np.int32), "position_ids": positions, "global_weight": float(num_pairs)},
             prompt=prompt,
             chosen=prompt + 1,
             rejected=prompt + 2,
             pairs=own.document,
-            global_num_pairs=number,
+            global_num_pairs=num_pairs,
             share=self.share,
             shared=int(shared.sum()),
         )
 
     def _apart(self, pairs: Pieces) -> Pieces:
         """Two pieces for each pair: the chosen side, and the rejected side after the shared prompt."""
-        which, address = pairs.document, pairs.address
-        middle, shared = self.middles[which], self.shared[which]
-        tail = self.lengths[which] - middle - shared - 1
+        document, address = pairs.document, pairs.address
+        middle, shared = self.middles[document], self.shared[document]
+        tail = self.lengths[document] - middle - shared - 1
         return Pieces(
-            which.repeat(2),
+            document.repeat(2),
             np.stack([address, address + middle + shared], 1).ravel(),
             np.stack([middle - 1, tail], 1).ravel(),
             np.stack([pairs.num_bytes, np.zeros_like(middle)], 1).ravel(),
@@ -148,7 +148,7 @@ class PairLoader(PackedLoader):
 
 
 def sides(view: Corpus, share: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens of the chosen side, tokens of the shared prompt): int64 [pairs]."""
+    """(tokens of the chosen side, tokens of the shared prompt), each int64 [pairs]."""
     middles, shared = np.zeros(view.num_documents, np.int64), np.zeros(view.num_documents, np.int64)
     for i in range(view.num_documents):
         codes = view.codes(i)

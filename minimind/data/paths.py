@@ -1,8 +1,8 @@
 """Expand files, folders and glob patterns, as --data takes them, into a list of data files.
 
 Links to folders are followed, except those that lead back to a folder that contains them. Hidden names (.git, .cache)
-are left out unless a pattern spells the dot. Every file is read once, under its first name: a link or another spelling
-of a path is the same file. Files that are left out or named twice are reported.
+are left out unless a pattern spells the dot. Every file is read once, under the first path
+given for it, even if links or other spellings of the path name it again. Files left out or named twice are reported.
 """
 
 import fnmatch
@@ -16,15 +16,15 @@ from rich.console import Console
 
 from minimind.utils.display import say
 
-EXTENSIONS = tuple(kind + packing for kind in (".jsonl", ".txt") for packing in ("", ".gz", ".zst"))
-_KNOWN = f"expected one of {' '.join(EXTENSIONS)}"
+EXTENSIONS = tuple(kind + compression for kind in (".jsonl", ".txt") for compression in ("", ".gz", ".zst"))
+_EXPECTED = f"expected one of {' '.join(EXTENSIONS)}"
 # Reasons for leaving out an entry.
 HIDDEN, OTHER, LOOP, UNREADABLE = "hidden", "of another kind", "leading back to its own folder", "unreadable"
 
 
 @dataclass
 class DataFiles:
-    """files: resolved path -> first name; twice: (further name, first name); left_out: reason -> entries."""
+    """files: resolved path -> first name; twice: (repeated name, first name); left_out: reason -> entries."""
 
     files: dict[Path, Path] = field(default_factory=dict)
     twice: list[tuple[Path, Path]] = field(default_factory=list)
@@ -43,7 +43,7 @@ class DataFiles:
         lines = []
         if self.left_out:
             parts = [f"{len(paths):,} {reason} ({next(iter(paths))})" for reason, paths in self.left_out.items()]
-            lines.append(f"not read: {', '.join(parts)}; {len(self.files):,} files are")
+            lines.append(f"not read: {', '.join(parts)}; {len(self.files):,} files read")
         if self.twice:
             again, first = self.twice[0]
             name = f"{again} again" if again == first else f"{again} is {first}"
@@ -52,7 +52,7 @@ class DataFiles:
 
 
 def expand_paths(patterns: Sequence[str | Path], console: Console | None = None) -> list[Path]:
-    """The files that files, folders and glob patterns name; `console` reports those left out or named twice.
+    """Expand files, folders and glob patterns into files; `console` reports files left out or named twice.
 
     The order is that of `patterns`, sorted within each. Raises ValueError if a pattern matches nothing, a folder cannot
     be read or has no data file, or a named file has an unknown extension.
@@ -65,7 +65,7 @@ def expand_paths(patterns: Sequence[str | Path], console: Console | None = None)
 
 
 def find_files(patterns: Sequence[str | Path]) -> DataFiles:
-    """Like `expand_paths`, but returns the reports with the files."""
+    """Like `expand_paths`, but returns the files and the reports instead of printing."""
     if isinstance(patterns, (str, Path)):
         patterns = [patterns]
     if not patterns:
@@ -79,11 +79,11 @@ def find_files(patterns: Sequence[str | Path]) -> DataFiles:
 
 def _expand_one(pattern: str, data: DataFiles) -> list[Path]:
     if not pattern:  # Path("") is the current folder
-        raise ValueError("an empty name among the data; give files, folders or glob patterns")
+        raise ValueError("an empty name in the data; give files, folders or glob patterns")
     path = Path(pattern).expanduser()
     if os.path.isfile(path):
         if not path.name.endswith(EXTENSIONS):
-            raise ValueError(f"{pattern}: unknown kind of file; {_KNOWN}")
+            raise ValueError(f"{pattern}: unknown kind of file; {_EXPECTED}")
         return [path]
     if os.path.isdir(path):
         try:
@@ -92,7 +92,7 @@ def _expand_one(pattern: str, data: DataFiles) -> list[Path]:
             raise ValueError(f"{pattern}: cannot be read ({error.strerror}); check its permissions") from None
         files = _data_files(_below(path, data), data)
         if not files:
-            raise ValueError(f"{pattern}: no data file in this folder; {_KNOWN}")
+            raise ValueError(f"{pattern}: no data file in this folder; {_EXPECTED}")
         return files
     matched = sorted(_matches(path, data))
     if not matched:
@@ -106,7 +106,7 @@ def _expand_one(pattern: str, data: DataFiles) -> list[Path]:
             entries |= dict.fromkeys(_below(match, data))
     files = _data_files(list(entries), data)
     if not files:
-        raise ValueError(f"{pattern}: matches no data file, only others such as {matched[0]}; {_KNOWN}")
+        raise ValueError(f"{pattern}: matches no data file, only other files such as {matched[0]}; {_EXPECTED}")
     return files
 
 
@@ -129,7 +129,7 @@ def _below(folder: Path, data: DataFiles) -> list[Path]:
 
 
 def _walk(folder: Path, data: DataFiles, hidden: bool = False, above: frozenset[Path] = frozenset()) -> Iterator[Path]:
-    """Yield every entry below `folder`, each folder before its content. above: the folders on the way here."""
+    """Yield every entry below `folder`, each folder before its content. above: the parent folders, resolved."""
     here = folder.resolve()
     above = above | {here, *here.parents}
     try:

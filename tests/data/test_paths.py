@@ -36,7 +36,7 @@ def test_paths_from_files_folders_and_globs(tmp_path):
     ("pattern", "message"),
     [
         ("x.csv", "x.csv: unknown kind of file; expected one of .jsonl .jsonl.gz .jsonl.zst .txt"),
-        ("*.csv", "*.csv: matches no data file, only others such as"),
+        ("*.csv", "*.csv: matches no data file, only other files such as"),
         ("none.txt", "none.txt: no such file, folder or match; check the path given"),
         ("no*", "no*: no such file, folder or match"),
         ("empty", "empty: no data file in this folder; expected one of"),
@@ -50,7 +50,7 @@ def test_paths_without_data(tmp_path, pattern, message):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="no data given"):
         expand_paths([])
-    with pytest.raises(ValueError, match="an empty name among the data"):
+    with pytest.raises(ValueError, match="an empty name in the data"):
         expand_paths([""])
 
 
@@ -89,10 +89,10 @@ def test_entries_left_out_are_reported_in_one_line(tree, pattern):
     files = expand_paths([pattern], console)
     (line,) = console.export_text().splitlines()
     if pattern == "data/**/*.txt":  # nothing else was asked for
-        assert line == "not read: 1 hidden (data/.git), 1 unreadable (data/gone.txt); 1 files are"
+        assert line == "not read: 1 hidden (data/.git), 1 unreadable (data/gone.txt); 1 files read"
         return
     assert len(files) == 3 and line == (
-        "not read: 1 hidden (data/.git), 1 unreadable (data/gone.txt), 1 of another kind (data/notes.md); 3 files are"
+        "not read: 1 hidden (data/.git), 1 unreadable (data/gone.txt), 1 of another kind (data/notes.md); 3 files read"
     )
     console = listening()
     expand_paths(["data/a.jsonl", "ext/*.jsonl"], console)
