@@ -218,7 +218,7 @@ def test_failing_rewards_are_counted_and_the_run_goes_on_or_stops(origin, prompt
     assert "\n" not in str(stopped.value)
     with pytest.raises(ValueError, match="no answer is left to learn from"):
         attempt(origin, prompts, tmp_path / "none", reward=broken, heldout=0)
-    with pytest.raises(ValueError, match="no held-out answer could be scored; mend the reward, or measure nothing"):
+    with pytest.raises(ValueError, match="no held-out answer could be scored; fix the reward, or turn evaluation off"):
         attempt(origin, prompts, tmp_path / "held", reward=broken)
     message = rf"--reward {TOY}one_for_all returned 1 value for \d+ samples: it must return a list of \d+ numbers"
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""A run of a reinforcement learning stage: its prompts, model and rewards, its training, evaluation and samples."""
+"""Run a reinforcement learning stage: open prompts, model and rewards, then train, evaluate and sample."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ from minimind.training.run_folder import newest_finished
 from minimind.training.trainer import Stage, StageLoss, TrainingPlan
 from minimind.utils.display import say
 
-_DECODE_BATCH = 256  # most answers that decode together
+_DECODE_BATCH = 256  # maximum number of answers decoded together
 _HELD_OUT_SEED = 0x5EED  # different from the rollouts' seeds
 NANO_WIDTH = 192
 
 
 @dataclass(frozen=True)
 class BuiltinTask:
-    """What a stage learns without --data. name: train/sft.py's --data of conversations of a weak model; prompts(cache
-    folder, console): paths of the (training, held-out) prompts; flags: further flags of train/sft.py."""
+    """The task of a stage without --data. name: the --data of train/sft.py with conversations of a weak model;
+    prompts(cache folder, console): paths of the (training, held-out) prompts; flags: further flags of train/sft.py."""
 
     name: str
     prompts: Callable[[str | None, Console], tuple[Path, Path]]
@@ -71,7 +71,7 @@ ARITHMETIC = BuiltinTask(
 
 @dataclass
 class RolloutStage:
-    """A run that learns from its own answers, on top of a `Job`: begin, build, fit.
+    """A run that trains on answers sampled from its model, on top of a `Job`; call begin, build, fit in this order.
 
     figures_of(answers, their prompts): further figures for metrics.jsonl; draw(metrics, run folder): further pictures.
     """
@@ -100,8 +100,8 @@ class RolloutStage:
         task: BuiltinTask = ARITHMETIC,
         open_rewards: Callable[[RolloutArgs, PromptSet, torch.device], Rewards] | None = None,
     ) -> RolloutStage:
-        """Check the flags, open prompts and rewards, then the run folder. open_rewards: None for those that --reward
-        names, or the number."""
+        """Check the flags and open the prompts, the rewards and the run folder. open_rewards: makes the rewards; None:
+        those named by --reward, by default `number`."""
         args.check()
         initial, row = args.from_ or find_initial(args, console, task), args.max_prompt + args.longest_answer
         args = dataclasses.replace(args, from_=initial, seq_len=row)
@@ -112,8 +112,8 @@ class RolloutStage:
         train, heldout = open_prompt_sets(args, job.tokenizer, console, by_tail, task)
         if len(train) < args.prompts:
             job.notes.append(
-                f"little data: {len(train):,} prompts, fewer than --prompts {args.prompts} of a rollout, which uses "
-                f"each {args.prompts / len(train):.1f} times"
+                f"little data: {len(train):,} prompts, fewer than the --prompts {args.prompts} of a rollout; "
+                f"a rollout uses each {args.prompts / len(train):.1f} times"
             )
         rewards = (open_rewards or _named_rewards)(args, train, job.device)
         adapter = AdapterSetup.from_args(job, args)
@@ -144,9 +144,9 @@ class RolloutStage:
         rescore: bool = False,
         mask: bool = False,
     ) -> None:
-        """Build the model, the engine on its weights, and the loader of rollouts. make: builds the model to train from
-        the initial one; make_sampler(model, and what rollout_engine takes behind the tokenizer): None for a Sampler;
-        mask: the algorithm's default for --mask-truncated; Collector and RolloutLoader document the rest.
+        """Build the model, the engine on its weights, and the rollout loader. make: builds the model to train from the
+        initial one; make_sampler(model, longest, max_new_tokens, batch, samples, weights_dtype), as in rollout_engine:
+        None for a Sampler; mask: the default for --mask-truncated; Collector and RolloutLoader document the rest.
         """
         job, args = self.job, self.args
         self.model, self.trained = job.build_model(self.adapter.prepare, make)
@@ -238,7 +238,7 @@ class RolloutStage:
 
     @staticmethod
     def _watched(loss: Callable[[Any], StageLoss], stop: DriftStop) -> Callable[[Any], StageLoss]:
-        """`loss`, which also shows `stop` the figures of every batch."""
+        """Wrap `loss` to also pass the figures of every batch to `stop`."""
 
         def watched(batch: Any) -> StageLoss:
             result = loss(batch)
@@ -250,9 +250,9 @@ class RolloutStage:
 
     def describe(self) -> list[str]:
         """Lines about the data and the sampling, printed at start."""
-        args, held = self.args, f"; held out {len(self.heldout)}" if self.heldout else ""
+        args, heldout = self.args, f"; held out {len(self.heldout)}" if self.heldout else ""
         return [
-            f"data: {len(self.train):,} prompts{held}; reward: {self.rewards}",
+            f"data: {len(self.train):,} prompts{heldout}; reward: {self.rewards}",
             f"rollouts: {args.prompts} prompts x {args.samples} answers of at most {args.longest_answer} tokens; "
             f"{self.shape.steps} steps on each; {self._cut_off()}",
             self.collector.sampler.engine.describe(),
@@ -260,9 +260,9 @@ class RolloutStage:
 
     def _cut_off(self) -> str:
         """How answers that were cut off are treated."""
-        fate = "left out of the loss" if self.collector.mask else "learnt from as it stands"
+        treatment = "left out of the loss" if self.collector.mask else "learnt from as it stands"
         penalty = self.args.truncation_penalty
-        return f"cut-off answers are {fate}" + (f", their reward less {penalty:g}" if penalty else "")
+        return f"cut-off answers are {treatment}" + (f", their reward less {penalty:g}" if penalty else "")
 
     def event(self) -> Event | None:
         """The event of a new rollout, or None; prints some of its answers with --show."""
@@ -275,7 +275,7 @@ class RolloutStage:
         return Event("rollout", figures, rollout.seconds, f"reward {figures.get('reward', 0.0):.3f}  ")
 
     def evaluate(self, final: bool) -> dict[str, Any]:
-        """Held-out rewards of answers sampled as in training, and of the likeliest answers."""
+        """Held-out rewards of answers sampled as in training, and of greedily decoded answers."""
         self.loader.pause()
         if self.heldout is None:
             return {}
@@ -291,18 +291,18 @@ class RolloutStage:
             "heldout_all": final,
             **{f"heldout_{name}": value for name, value in self.figures_of(sampled, self.heldout).items()},
         }
-        say(self.job.console, f"the likeliest answers' held-out reward is {figures['heldout_greedy_reward']:.4f}")
+        say(self.job.console, f"held-out reward with greedy decoding: {figures['heldout_greedy_reward']:.4f}")
         return figures
 
     def _answer_heldout(self, count: int, temperature: float) -> list[Answer]:
-        """A scored answer to each of the first `count` held-out prompts; all ranks get all answers."""
+        """Sample and score one answer to each of the first `count` held-out prompts; all ranks get all answers."""
         assert self.heldout is not None
         options = RolloutOptions(1, self.args.longest_answer, temperature, derive_seed(self.args.seed, _HELD_OUT_SEED))
         self.model.eval()
         return self.collector.answer(self.heldout, [DrawnPrompt(i, i) for i in range(count)], options)
 
     def sample(self) -> str:
-        """Answers to five prompts spread over the held-out ones, or the training ones."""
+        """Answers to five evenly spaced held-out prompts, or training prompts if none are held out."""
         self.loader.pause()
         if not self.job.parallel.main:
             return ""
@@ -319,22 +319,22 @@ class RolloutStage:
 def _named_rewards(args: RolloutArgs, prompts: PromptSet, device: torch.device) -> Rewards:
     if not args.reward and any(prompt.reference is None for prompt in prompts.prompts):
         raise ValueError(
-            "--reward: not all prompts of --data have a reference answer; name what to reward, such as model=FOLDER"
+            "--reward: not all prompts of --data have a reference answer; name a reward, such as model=FOLDER"
         )
     return parse_rewards(args.reward or ("number",), args.on_reward_error, device, args.trust_remote_code)
 
 
 def scaled_lr(nano: float, config: ModelConfig) -> float:
-    """The peak learning rate for a model, from `nano`, the one tuned on nano: in inverse proportion to the width, as
-    AdamW's rate for hidden matrices transfers (Yang et al., 2203.03466)."""
+    """Scale `nano`, the peak learning rate tuned on the nano preset, by 1 / width, as AdamW's rate for hidden matrices
+    transfers between widths (Yang et al., 2203.03466)."""
     return float(f"{nano * NANO_WIDTH / config.hidden_size:.2g}")
 
 
 def mean_reward(answers: Sequence[Answer]) -> float:
-    """Mean over the answers that have a reward. Raises ValueError where none has."""
+    """Mean over the answers that have a reward. Raises ValueError if none has."""
     rewards = [a.reward for a in answers if not np.isnan(a.reward)]
     if not rewards:
-        raise ValueError("no held-out answer could be scored; mend the reward, or measure nothing with --heldout 0")
+        raise ValueError("no held-out answer could be scored; fix the reward, or turn evaluation off with --heldout 0")
     return float(np.mean(rewards))
 
 
@@ -347,7 +347,7 @@ def frozen(job: Job) -> Model:
 def open_prompt_sets(
     args: RolloutArgs, tokenizer: Tokenizer, console: Console, by_tail: bool = False, task: BuiltinTask = ARITHMETIC
 ) -> tuple[PromptSet, PromptSet | None]:
-    """(training, held-out) prompts, those of `task` without --data. by_tail: as in PromptSet.split."""
+    """(training, held-out) prompts; without --data, those of `task`. by_tail: as in PromptSet.split."""
     encoder = ThinkingPrompts(tokenizer, args.thinking)
     data, heldout = list(args.data), list(args.heldout_data)
     form = named_form(args)
@@ -364,8 +364,8 @@ def open_prompt_sets(
 
 
 def find_initial(args: RolloutArgs, console: Console, task: BuiltinTask = ARITHMETIC) -> str | None:
-    """The newest finished SFT run; without --data one on the weak version of `task`, which is trained here if there is
-    none. Under --plan None where there is none."""
+    """The newest finished SFT run. Without --data: the newest on the weak version of `task`; trains one if none exists.
+    With --plan: any, or None if none exists."""
     if args.data or args.plan:
         return from_newest(args, "sft")
     try:
@@ -373,13 +373,13 @@ def find_initial(args: RolloutArgs, console: Console, task: BuiltinTask = ARITHM
     except ValueError:
         if world_size() > 1:
             raise ValueError(
-                f"--from: no model was taught the built-in task yet; first run `python train/sft.py "
+                f"--from: no model has been trained on the built-in task yet; first run `python train/sft.py "
                 f"{' '.join(task.weak_sft)}`"
             ) from None
     command = [sys.executable, str(Path(sys.argv[0]).with_name("sft.py")), *task.weak_sft]
     command += [] if args.cache_dir is None else ["--cache-dir", args.cache_dir]
     command += ["--device", args.device, "--precision", args.precision]
-    say(console, f"no model was taught the built-in task yet: {' '.join(command[1:])}")
+    say(console, f"no model has been trained on the built-in task yet: {' '.join(command[1:])}")
     if subprocess.run(command).returncode:
         raise ValueError(f"--from: {' '.join(command[1:])} did not finish; run it, or name a model")
     return newest_finished("sft", data=(task.name,))
