@@ -76,8 +76,8 @@ def cards(gpus: Sequence[Device], language: int) -> str:
     page = "[docs/PERFORMANCE.md](docs/PERFORMANCE.md)"
     if not gpus:
         return (
-            f"No GPU has been measured yet. {page} has every row, what was missed and why,\nprojections "
-            "(marked so), and the commands that remain to be run on a card.",
+            f"No GPU has been measured yet. {page} has every row, the missed targets and reasons,\nprojections "
+            "(marked as such), and the commands still to be run on a GPU.",
             f"尚未在任何 GPU 上测量。{page} 列出每一行测量结果、未达到的目标与原因、推算（均已注明），"
             "以及仍需在显卡上运行的命令。",
         )[language]
