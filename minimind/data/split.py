@@ -1,8 +1,8 @@
 """Split a corpus into training and held-out documents by a hash of their text, so that copies stay on one side.
 
 The documents with the lowest hashes are held out, up to the requested share of tokens. The choice does not depend on
-the order of the documents, the seed or the tokenizer, and the held-out part is a random sample. The split
-reads the hashes several times; memory is constant except for the indices of documents that are held out or left out.
+the order of the documents, the seed or the tokenizer, and the held-out part is a random sample. The split reads the
+hashes several times; memory is constant except for the indices of the documents that are held out or left out.
 """
 
 from collections.abc import Iterator, Sequence
