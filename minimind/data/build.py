@@ -208,7 +208,7 @@ def _cut_back(folder: Path, weighted: bool) -> None:
 
 
 def _bytes_needed(progress: Progress, total: int) -> int:
-    """Estimated bytes still to be written: per byte of text as many as so far, or 1 at the start."""
+    """Estimated bytes still to be written: remaining text x output bytes per byte of text so far (1 at the start)."""
     done = progress.position.offset
     rate = sum(progress.sizes().values()) / done if done else 1.0
     return int(rate * max(total - done, 0)) + BATCH_BYTES

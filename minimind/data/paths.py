@@ -1,8 +1,8 @@
 """Expand files, folders and glob patterns, as --data takes them, into a list of data files.
 
 Links to folders are followed, except those that lead back to a folder that contains them. Hidden names (.git, .cache)
-are left out unless a pattern spells the dot. Every file is read once, under the first path that
-names it, even if links or other spellings name it again. Files that are left out or named twice are reported.
+are left out unless a pattern spells the dot. Every file is read once, under the first path that names it, even if links
+or other spellings name it again. Files that are left out or named twice are reported.
 """
 
 import fnmatch

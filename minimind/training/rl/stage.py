@@ -262,7 +262,7 @@ class RolloutStage:
         """How answers that were cut off are treated."""
         treatment = "left out of the loss" if self.collector.mask else "learnt from as it stands"
         penalty = self.args.truncation_penalty
-        return f"cut-off answers are {treatment}" + (f", their reward less {penalty:g}" if penalty else "")
+        return f"cut-off answers are {treatment}" + (f", their reward is reduced by {penalty:g}" if penalty else "")
 
     def event(self) -> Event | None:
         """The event of a new rollout, or None; prints some of its answers with --show."""
