@@ -115,7 +115,7 @@ def _json(url: str, hub: HubName, repo: str) -> Any:
 
 CHUNK = 1 << 20
 ATTEMPTS = 5  # give up after this many in a row without a single byte
-PAUSE = 1.0  # seconds of waiting after the first of them; twice as long after the second, and so on
+PAUSE = 1.0  # seconds to wait before the next one, times their number so far
 BROKEN = (HTTPException, ConnectionError, TimeoutError, ssl.SSLError, urllib.error.URLError)
 _STAGES = {"pretrain": "pretrain", "sft": "sft", "dpo": "dpo", "r1_": "reason", "lora": "lora", "rlaif": "grpo"}
 

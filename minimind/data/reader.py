@@ -247,7 +247,7 @@ def _parts_of_lines(path: Path, start: Position, report: Report) -> Iterator[tup
 
 
 def _raw_parts(stream: IO[bytes], line: int, report: Report) -> Iterator[bytes]:
-    """Yield lines, longer ones in parts of 8 KiB. The end of a part depends only on its start."""
+    """Yield lines, longer ones in parts of at most 8 KiB. Where a part ends depends only on where it starts."""
     carry = b""
     while True:
         try:

@@ -110,7 +110,7 @@ def _times(state: State, price: float | None) -> str:
 
 def _table(state: State, stages: Iterable[tuple[StagePlan, Results | None]], price: float | None) -> str:
     head = ["stage", "tokens", "steps", "tokens/s", "time", "planned", *(["cost"] if price is not None else []),
-            "held-out loss", "right or rewarded", ""]  # fmt: skip
+            "held-out loss", "exact answers or reward", ""]  # fmt: skip
     rows = []
     for plan, results in stages:
         spent = state.seconds.get(plan.name, 0.0)
@@ -238,7 +238,7 @@ def _versions(begun: list[tuple[StagePlan, Results]]) -> str:
 
 def _go_on(state: State) -> str:
     lines = "".join(f'<p class="soft">{escape(what)}</p><pre>{escape(line)}</pre>' for line, what in commands(state))
-    return f"<h2>Go on</h2>{lines}"
+    return f"<h2>Next steps</h2>{lines}"
 
 
 def _count(number: float) -> str:

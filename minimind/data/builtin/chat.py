@@ -14,7 +14,7 @@ from rich.console import Console
 from minimind.data.builtin import Conversation, as_rows, exchange, shuffled, write_parts
 from minimind.data.builtin.facts import CAPITALS, Topic, topics
 
-# Texts around a question, which vary its wording.
+# Texts to put around a question, for other wordings.
 _OPENINGS = ("{}", "{}", "Hi! {}", "Hello. {}", "Please help me: {}", "Quick question: {}", "I forgot. {}",
              "{} Thanks!")  # fmt: skip
 _OPENINGS_ZH = ("{}", "{}", "你好！{}", "请问，{}", "想问一下：{}", "我忘了。{}", "{}谢谢！")
