@@ -1184,8 +1184,8 @@ MUTATIONS = (
     Mutation(
         "the token that ends a turn is left out",
         "minimind/environments/episodes.py",
-        "here.episode.ids += here.drawn",
-        "here.episode.ids += here.drawn[:-1]",
+        "turn.episode.ids += turn.drawn",
+        "turn.episode.ids += turn.drawn[:-1]",
         "tests/environments/test_episodes.py::test_log_probabilities_are_the_trainers_over_whole_conversations",
     ),
     Mutation(

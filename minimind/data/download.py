@@ -61,7 +61,7 @@ def list_files(hub: HubName, repo: str, endpoint: str | None = None) -> dict[str
 
 
 def open_url(url: str, headers: dict[str, str] | None = None) -> Any:
-    """The response. Follows redirects and uses the proxies of the environment."""
+    """Open `url`, following redirects and using the proxies of the environment. Returns the response."""
     request = urllib.request.Request(url, headers={"User-Agent": "minimind", **(headers or {})})
     return urllib.request.urlopen(request, timeout=TIMEOUT)
 
@@ -75,8 +75,8 @@ def _modelscope(repo: str, endpoint: str) -> dict[str, RemoteFile]:
     for entry in entries:
         if entry.get("Type") != "tree":
             name = entry["Path"]
-            place = urlencode({"Source": "SDK", "Revision": "master", "FilePath": name})
-            files[name] = RemoteFile(name, f"{base}?{place}", entry.get("Size"), entry.get("Sha256") or None)
+            query_of_file = urlencode({"Source": "SDK", "Revision": "master", "FilePath": name})
+            files[name] = RemoteFile(name, f"{base}?{query_of_file}", entry.get("Size"), entry.get("Sha256") or None)
     return files
 
 
@@ -86,9 +86,9 @@ def _huggingface(repo: str, endpoint: str) -> dict[str, RemoteFile]:
     files = {}
     for entry in _entries(listing, "huggingface"):
         if entry.get("type") == "file":
-            name, large = entry["path"], entry.get("lfs") or {}  # only files in LFS have a SHA-256
+            name, lfs = entry["path"], entry.get("lfs") or {}  # only files in LFS have a SHA-256
             url = f"{endpoint}/datasets/{quote(repo)}/resolve/main/{quote(name)}"
-            files[name] = RemoteFile(name, url, large.get("size", entry.get("size")), large.get("oid"))
+            files[name] = RemoteFile(name, url, lfs.get("size", entry.get("size")), lfs.get("oid"))
     return files
 
 
@@ -108,14 +108,14 @@ def _json(url: str, hub: HubName, repo: str) -> Any:
         if error.code in (401, 403, 404):
             raise ValueError(f"{hub}: there is no public data set {repo} (HTTP {error.code})") from None
         raise ValueError(f"{hub}: HTTP {error.code} for {repo}; try again, or --hub {OTHER_HUB[hub]}") from None
-    except (OSError, ValueError) as error:  # no network, a timeout, no JSON
+    except (OSError, ValueError) as error:  # no network, a timeout, invalid JSON
         reason = getattr(error, "reason", None) or error
         raise ValueError(f"{hub} does not answer ({reason}); try --hub {OTHER_HUB[hub]}, or --endpoint") from None
 
 
 CHUNK = 1 << 20
-ATTEMPTS = 5  # in a row without a single byte
-PAUSE = 1.0  # seconds after the first such attempt; two after the second, and so on
+ATTEMPTS = 5  # give up after this many in a row without a single byte
+PAUSE = 1.0  # seconds to wait before the next one, times their number so far
 BROKEN = (HTTPException, ConnectionError, TimeoutError, ssl.SSLError, urllib.error.URLError)
 _STAGES = {"pretrain": "pretrain", "sft": "sft", "dpo": "dpo", "r1_": "reason", "lora": "lora", "rlaif": "grpo"}
 
@@ -200,8 +200,8 @@ def _fetch(file: RemoteFile, partial: Path, console: Console) -> None:
     with ByteProgress(console, file.name, file.size, done) as progress:
         while file.size is None or done < file.size:
             try:
-                whole = _receive(file, partial, done, progress)
-                if whole and file.size is None:
+                complete = _receive(file, partial, done, progress)
+                if complete and file.size is None:
                     return
             except BROKEN as error:
                 if isinstance(error, urllib.error.HTTPError) and error.code < 500:
@@ -222,8 +222,8 @@ def _receive(file: RemoteFile, partial: Path, done: int, progress: ByteProgress)
     with open_url(file.url, {"Range": f"bytes={done}-"} if done else None) as response:
         resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {done}-")
         if response.status == 206 and not resumed:
-            raise HTTPException("it sends another range than the requested one")
-        done = done if resumed else 0  # the server sends the file from its beginning
+            raise HTTPException("the server sent a range that was not requested")
+        done = done if resumed else 0  # otherwise the server sends the whole file
         left = response.headers.get("Content-Length")
         end = None if left is None else done + int(left)
         with partial.open("ab" if resumed else "wb") as out:

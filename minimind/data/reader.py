@@ -1,6 +1,6 @@
 """Read rows and documents from .jsonl and .txt files, plain, gzipped (.gz) or Zstandard-compressed (.zst).
 
-Memory is one line of a .jsonl file or one 8 KiB piece of a .txt file. Every error is one line that names file:line.
+Memory holds one line of a .jsonl file or one 8 KiB piece of a .txt file. Every error is one line that names file:line.
 """
 
 import gzip
@@ -17,14 +17,14 @@ import zstandard
 from minimind.data.fields import kind_of
 from minimind.data.formats import AUTO, RowFormat
 
-MOST_BYTES = 1 << 26  # of a row, which takes up to twenty times its size in memory until it is tokenized
+MOST_BYTES = 1 << 26  # largest row; a row takes up to 20 times its size in memory until it is tokenized
 PIECE_BYTES = 1 << 13  # several training contexts; a 1 MB book has 130 pieces, so that 5% of it can be held out
 BOM = b"\xef\xbb\xbf"
 _FIRST_BAD_ROWS = 5
 _COMPRESSED_CHUNK = 1 << 14  # small, because 4 bytes of Zstandard can hold 128 KiB
 _SKIP_CHUNK = 1 << 20
 
-Report = Callable[[int, str], None]  # called with the line, from 1, and the reason: raises, or counts the row
+Report = Callable[[int, str], None]  # called with (line from 1, reason); raises or counts the row
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Document:
 
 @dataclass
 class BadRows:
-    """The rows that `on_bad_row="skip"` left out: their number, and line and reason of the first few."""
+    """The rows that `on_bad_row="skip"` left out: their number, and the line and reason of the first few."""
 
     count: int = 0
     first: list[tuple[int, str]] = field(default_factory=list)
@@ -81,9 +81,9 @@ def read_documents(
     """Yield the documents of `path`, from `start` on (the `end` of an earlier document).
 
     Each line of a .jsonl file is a document, {"text": str}; blank lines are skipped. A .txt file is cut at line ends
-    into pieces of at most 8 KiB, and a longer line between characters; the joined pieces are the file without its byte
-    order mark. A bad row raises ValueError naming file:line; if `on_bad_row` is "skip", it is added to `bad` instead.
-    An empty file has no documents.
+    into pieces of at most 8 KiB; a longer line is cut between characters. Joined, the pieces are the file without its
+    byte order mark. A bad row raises ValueError naming file:line; if `on_bad_row` is "skip", it is added to `bad`
+    instead. An empty file has no documents.
     """
     report = reporter(path, on_bad_row, bad)
     if _is_text(path):
@@ -154,7 +154,7 @@ def iter_rows(path: Path, start: Position, report: Report) -> Iterator[tuple[int
 
 
 def bad_row_error(path: Path | str, line: int, reason: str) -> ValueError:
-    """The error of a bad row, in one line and with the way out."""
+    """The error for a bad row, in one line that says how to go on."""
     return ValueError(f"{path}:{line}: {reason}; fix the row or pass --on-bad-row skip")
 
 
@@ -173,7 +173,7 @@ def reporter(path: Path | str, on_bad_row: str, bad: BadRows | None) -> Report:
 
 
 def reason_of(error: ValueError) -> str:
-    """The reason of a bad row, from the exception that it raised."""
+    """Why a row is bad, from the exception that it raised."""
     if isinstance(error, UnicodeEncodeError):
         unit = ord(error.object[error.start])
         return f"the text holds a lone surrogate (\\u{unit:04x}), which is not a character"
@@ -210,44 +210,44 @@ def _parse(body: bytes) -> dict[str, Any]:
 
 
 def _text_pieces(path: Path, start: Position, report: Report) -> Iterator[Document]:
-    """Yield pieces of at most 8 KiB from `start` on, which is the beginning or the end of an earlier piece.
+    """Yield pieces of at most 8 KiB from `start`, the file's beginning or the end of an earlier piece.
 
     A longer line is cut between characters. A line that is not UTF-8 is reported and left out.
     """
-    held: list[str] = []
-    held_bytes, first_line, place = 0, start.line + 1, start
+    parts: list[str] = []
+    size, first_line, piece_end = 0, start.line + 1, start
     for text, num_bytes, line, end in _parts_of_lines(path, start, report):
-        if held and held_bytes + num_bytes > PIECE_BYTES:
-            yield Document("".join(held), held_bytes, first_line, place)
-            held, held_bytes = [], 0
+        if parts and size + num_bytes > PIECE_BYTES:
+            yield Document("".join(parts), size, first_line, piece_end)
+            parts, size = [], 0
         if text:
-            first_line = first_line if held else line
-            held.append(text)
-            held_bytes += num_bytes
-        place = end
-    if held:
-        yield Document("".join(held), held_bytes, first_line, place)
+            first_line = first_line if parts else line
+            parts.append(text)
+            size += num_bytes
+        piece_end = end
+    if parts:
+        yield Document("".join(parts), size, first_line, piece_end)
 
 
 def _parts_of_lines(path: Path, start: Position, report: Report) -> Iterator[tuple[str, int, int, Position]]:
-    """Yield (text, its bytes, line from 1, position after it); the text of a reported part is empty."""
+    """Yield (text, its size in bytes, line from 1, position after it); the text of a reported part is empty."""
     line, offset = start.line, start.offset
     with open_stream(path, start.offset) as stream:
         for body in _raw_parts(stream, line, report):
-            here = line + 1
+            number = line + 1
             line, offset = line + body.endswith(b"\n"), offset + len(body)
             if offset == len(body):
                 body = body.removeprefix(BOM)
             try:
                 text = body.decode()
             except UnicodeDecodeError as error:
-                report(here, reason_of(error))
+                report(number, reason_of(error))
                 text, body = "", b""
-            yield text, len(body), here, Position(offset, line)
+            yield text, len(body), number, Position(offset, line)
 
 
 def _raw_parts(stream: IO[bytes], line: int, report: Report) -> Iterator[bytes]:
-    """Yield lines, longer ones in parts of 8 KiB. The end of a part depends only on its start."""
+    """Yield lines, longer ones in parts of at most 8 KiB. Where a part ends depends only on where it starts."""
     carry = b""
     while True:
         try:
@@ -333,7 +333,7 @@ class _Gzip(_Raw):
 
 
 class _Zstandard(_Raw):
-    """Follows the frames of a file: zstandard's own stream_reader takes a truncated frame for the end of the file."""
+    """Decompresses frame by frame: zstandard's own stream_reader takes a truncated frame for the end of the file."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "rb")  # noqa: SIM115 - close() does
@@ -372,7 +372,7 @@ class _Zstandard(_Raw):
 
 
 def decompressed_size(path: Path) -> int | None:
-    """Decompressed bytes of `path`, or None if its header or trailer (of a single frame) does not say."""
+    """Size of `path` in decompressed bytes, if it is a single frame; None if its header or trailer does not give it."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         if path.name.endswith(".gz"):

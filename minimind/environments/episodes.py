@@ -1,12 +1,11 @@
-"""Conversations in which a model calls tools, many at a time over one engine.
+"""Run conversations in which a model calls tools, many at a time in one engine.
 
     prompt -> turn -> its calls -> tools -> results appended -> turn -> ... -> a turn without a call: the answer
 
-All conversations advance together: the engine decodes those whose turn it is while the tools of others run. The tokens
-of a conversation are a list that only grows (turns.py), and its next turn is a request that begins with them: the
-engine finds the pages of what it has computed before (inference/cache.py), so that of a turn only what is new is
-computed, and the part of a page that was not full. Answers are the same whatever ran beside them, as the seed of a turn
-follows from the conversation's number alone.
+All conversations advance together: the engine decodes some while the tools of others run. Tokens are only appended to a
+conversation (turns.py), and each turn is a request that begins with all of them: the engine reuses the full pages of
+its cache (inference/cache.py) and computes only the new tokens and those of the last, partly filled page. Answers do
+not depend on what else runs: a turn's seed follows from the run's and the numbers of conversation, turn and sample.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from minimind.inference.request_state import derive_seed
 from minimind.inference.requests import Delta, EngineStats, Request, SamplingParams
 
 EndReason = Literal["answer", "turns", "tokens", "tool time"]
-_WAIT = 0.05  # seconds between looks at tools while no conversation decodes
+_WAIT = 0.05  # seconds to wait for tools at a time while no conversation decodes
 
 
 @dataclass(frozen=True)
 class EpisodeLimits:
-    """turns: of the assistant; turn_tokens: of one turn; tokens: of the whole conversation behind its prompt, results
-    included; tool_seconds: of all its calls together."""
+    """Limits of one conversation. turns: of the assistant; turn_tokens: sampled in one turn; tokens: after the prompt,
+    tool results included; tool_seconds: all its calls together."""
 
     turns: int = 6
     turn_tokens: int = 256
@@ -46,9 +45,9 @@ class EpisodeLimits:
 
 @dataclass(frozen=True)
 class Start:
-    """What a conversation begins with. number: which of all, for its seed; prompt: token ids; samples: conversations
-    that begin so; offered: the JSON schema of the arguments of each tool on offer; state: of the tools, copied;
-    thinking: whether the prompt asks for reasoning, as ToolTurns has it."""
+    """The start of a conversation. number: unique, for the seed; prompt: token ids; samples: conversations to sample
+    from it; offered: the JSON schema of each tool's arguments, by tool name; state: the tools' memory, which is copied;
+    thinking: whether the prompt asks for reasoning, as in ToolTurns."""
 
     number: int
     prompt: Sequence[int]
@@ -60,7 +59,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of the assistant: its text with markup, its calls, and what came of those that were run."""
+    """One turn of the assistant: its text with markup, its calls, and the results of those that were run."""
 
     text: str
     calls: Sequence[ParsedCall] = ()
@@ -69,8 +68,8 @@ class Turn:
 
 @dataclass(eq=False)
 class Episode:
-    """A conversation. ids: all tokens behind the prompt; sampled: which of them the model wrote; log_probs: of those
-    that it wrote, one each. reason: why it ended. markup: results that spelt special tokens."""
+    """A conversation. ids: all tokens after the prompt; sampled: for each id, whether the model wrote it; log_probs:
+    one for each sampled id; reason: why it ended; markup: number of results that spelt special tokens."""
 
     start: Start
     sample: int
@@ -85,7 +84,7 @@ class Episode:
 
     @property
     def answer(self) -> str:
-        """What the last turn says, if it ends the conversation as an answer; else nothing."""
+        """The text of the last turn if the conversation ended with an answer, else ""."""
         return without_calls(self.turns[-1].text) if self.reason == "answer" else ""
 
     @property
@@ -94,17 +93,17 @@ class Episode:
 
     @property
     def problems(self) -> Counter[str]:
-        """How many calls went wrong, by how, and how many results were cut or spelt special tokens."""
+        """Counts of failed calls by kind of failure, and of results that were cut or spelt special tokens."""
         results = [result for turn in self.turns for result in turn.results]
-        found = Counter[str](call.problem for call in self.calls if call.problem is not None)
-        found.update(r.problem for r in results if r.problem in ("raised", "timeout", "died"))
-        found["cut"], found["markup"] = sum(result.cut for result in results), self.markup
-        return +found
+        counts = Counter[str](call.problem for call in self.calls if call.problem is not None)
+        counts.update(r.problem for r in results if r.problem in ("raised", "timeout", "died"))
+        counts["cut"], counts["markup"] = sum(result.cut for result in results), self.markup
+        return +counts  # without zeros
 
 
 @dataclass(frozen=True)
 class EpisodeSampling:
-    """seed: of the run; with a conversation's number it decides what is drawn."""
+    """seed: the run's; a conversation's samples depend on it and on the conversation's number."""
 
     temperature: float = 1.0
     seed: int = 0
@@ -112,8 +111,8 @@ class EpisodeSampling:
 
 @dataclass
 class Counts:
-    """Prompt tokens of all turns since the runner was made: those that the engine computed, and those whose keys and
-    values it still had. sampled: tokens that the model wrote."""
+    """Tokens of all turns since the runner was made. computed: prompt tokens that the engine computed; found: prompt
+    tokens whose keys and values were cached; sampled: tokens that the model wrote."""
 
     computed: int = 0
     found: int = 0
@@ -121,8 +120,8 @@ class Counts:
 
 
 @dataclass
-class _Open:
-    """A conversation's turn as it comes. drawn: its tokens; calls and results: as far as they are run."""
+class _OpenTurn:
+    """An unfinished turn. drawn: its tokens so far; calls: all that it makes; results: of the calls run so far."""
 
     episode: Episode
     drawn: list[int] = field(default_factory=list)
@@ -131,12 +130,12 @@ class _Open:
     results: list[ToolResult] = field(default_factory=list)
 
 
-_Key = tuple[str, int]  # a request of the engine, and which of its samples
+_Key = tuple[str, int]  # (name of the engine's request, index of the sample)
 
 
 class EpisodeRunner:
-    """engine: nobody else's while `run` is on; its max_batch is how many conversations go on at a time. turns: by what
-    a prompt says of reasoning. tools: run what is called."""
+    """engine: used by nothing else during `run`; its max_batch limits how many conversations run at a time. turns: by
+    `Start.thinking`. tools: runs the calls."""
 
     def __init__(
         self,
@@ -149,12 +148,12 @@ class EpisodeRunner:
         self.counts = Counts()
         self._tokenizer = next(iter(turns.values())).tokenizer
         self._sampling = EpisodeSampling()
-        self._open: dict[_Key, _Open] = {}
+        self._open: dict[_Key, _OpenTurn] = {}
         self._ended: list[Episode] = []
 
     def run(self, starts: Sequence[Start], sampling: EpisodeSampling | None = None) -> list[Episode]:
-        """All to their end, in the order of `starts`, samples of one beside each other. Raises ValueError where the
-        engine refuses a prompt or its logits are not finite."""
+        """Run all conversations to their end. Returns them in the order of `starts`, the samples of a start together.
+        Raises ValueError if the engine refuses a prompt or its logits are not finite."""
         self._sampling, self._ended = sampling or EpisodeSampling(), []
         before = self.engine.stats()
         queue = list(reversed(starts))
@@ -170,63 +169,63 @@ class EpisodeRunner:
         return sorted(self._ended, key=lambda episode: (place[episode.start.number], episode.sample))
 
     def _advance(self) -> None:
-        """A step of the engine, and what tools have done meanwhile."""
+        """Run one step of the engine, and handle the tool results that have arrived."""
         if self.engine.has_work:
             for delta in self.engine.step():
-                self._hear(delta)
+                self._on_delta(delta)
         if self.tools.busy:
             for key, result in self.tools.poll(0.0 if self.engine.has_work else _WAIT):
-                self._answered(cast(_Key, key), result)
+                self._on_result(cast(_Key, key), result)
 
     def _begin(self, start: Start) -> None:
         name = f"{start.number}/1"
         for sample in range(start.samples):
-            self._open[name, sample] = _Open(Episode(start, sample, state=copy.deepcopy(dict(start.state))))
-        self._ask(name, start.prompt, start.samples, derive_seed(self._sampling.seed, start.number), 0)
+            self._open[name, sample] = _OpenTurn(Episode(start, sample, state=copy.deepcopy(dict(start.state))))
+        self._submit(name, start.prompt, start.samples, derive_seed(self._sampling.seed, start.number), 0)
 
-    def _ask(self, name: str, ids: Sequence[int], samples: int, seed: int, used: int) -> None:
-        """Let the engine go on behind `ids`, of which `used` are behind the prompt."""
+    def _submit(self, name: str, ids: Sequence[int], samples: int, seed: int, used: int) -> None:
+        """Ask the engine to continue `ids`, of which the last `used` come after the prompt."""
         room = min(self.limits.turn_tokens, self.limits.tokens - used, self.engine.max_context - len(ids))
         params = SamplingParams(max(1, room), self._sampling.temperature, seed=seed, n=samples)
         self.engine.submit(Request(ids, params, name))
 
-    def _hear(self, delta: Delta) -> None:
+    def _on_delta(self, delta: Delta) -> None:
         key = delta.id, delta.index
-        here = self._open[key]
-        here.drawn += delta.token_ids
-        here.episode.log_probs += delta.log_probs
+        turn = self._open[key]
+        turn.drawn += delta.token_ids
+        turn.episode.log_probs += delta.log_probs
         if delta.finish_reason == "error":
-            raise ValueError((delta.output and delta.output.error) or "the engine cannot go on with a conversation")
+            raise ValueError((delta.output and delta.output.error) or "the engine cannot continue a conversation")
         if delta.finish_reason is None:
             return
-        here.episode.ids += here.drawn
-        here.episode.sampled += [True] * len(here.drawn)
+        turn.episode.ids += turn.drawn
+        turn.episode.sampled += [True] * len(turn.drawn)
         if delta.finish_reason != "stop":
-            here.text = self._text(here.drawn)
+            turn.text = self._text(turn.drawn)
             return self._end(key, "tokens")
-        here.text = self._text(here.drawn[:-1])
-        here.calls = read_calls(here.text, here.episode.start.offered)
-        if not here.calls:
+        turn.text = self._text(turn.drawn[:-1])
+        turn.calls = read_calls(turn.text, turn.episode.start.offered)
+        if not turn.calls:
             self._end(key, "answer")
-        elif len(here.episode.turns) + 1 >= self.limits.turns:
+        elif len(turn.episode.turns) + 1 >= self.limits.turns:
             self._end(key, "turns")
         else:
-            self.tools.submit(key, here.calls[0], here.episode.state)
+            self.tools.submit(key, turn.calls[0], turn.episode.state)
 
-    def _answered(self, key: _Key, result: ToolResult) -> None:
-        """A call's result: on to the next call of the turn, or to the next turn."""
-        here = self._open[key]
-        here.results.append(result)
-        here.episode.tool_seconds += result.seconds
-        if here.episode.tool_seconds > self.limits.tool_seconds:
+    def _on_result(self, key: _Key, result: ToolResult) -> None:
+        """Record a call's result, and start the turn's next call or the next turn."""
+        turn = self._open[key]
+        turn.results.append(result)
+        turn.episode.tool_seconds += result.seconds
+        if turn.episode.tool_seconds > self.limits.tool_seconds:
             self._end(key, "tool time")
-        elif len(here.results) < len(here.calls):
-            self.tools.submit(key, here.calls[len(here.results)], here.episode.state)
+        elif len(turn.results) < len(turn.calls):
+            self.tools.submit(key, turn.calls[len(turn.results)], turn.episode.state)
         else:
-            self._go_on(key)
+            self._next_turn(key)
 
-    def _go_on(self, key: _Key) -> None:
-        """Append what the tools said, and ask for the next turn."""
+    def _next_turn(self, key: _Key) -> None:
+        """Append the tool results, and request the next turn."""
         episode, results = self._open[key].episode, [result.text for result in self._open[key].results]
         turns = self.turns[episode.start.thinking]
         episode.markup += sum(map(turns.holds_special, results))
@@ -237,11 +236,11 @@ class EpisodeRunner:
         self._close(key)
         episode.ids += ids
         episode.sampled += [False] * len(ids)
-        number, of = len(episode.turns) + 1, episode.start.number
-        name = f"{of}/{number}/{episode.sample}"
-        self._open[name, 0] = _Open(episode)
-        seed = derive_seed(derive_seed(self._sampling.seed, of), (number << 32) + episode.sample)
-        self._ask(name, [*prompt, *episode.ids], 1, seed, used)
+        number, conversation = len(episode.turns) + 1, episode.start.number
+        name = f"{conversation}/{number}/{episode.sample}"
+        self._open[name, 0] = _OpenTurn(episode)
+        seed = derive_seed(derive_seed(self._sampling.seed, conversation), (number << 32) + episode.sample)
+        self._submit(name, [*prompt, *episode.ids], 1, seed, used)
 
     def _end(self, key: _Key, reason: EndReason) -> None:
         episode = self._close(key)
@@ -249,26 +248,26 @@ class EpisodeRunner:
         self._ended.append(episode)
 
     def _close(self, key: _Key) -> Episode:
-        """The turn is over."""
-        here = self._open.pop(key)
-        here.episode.turns.append(Turn(here.text, here.calls, here.results))
-        return here.episode
+        """Add the finished turn to its episode."""
+        turn = self._open.pop(key)
+        turn.episode.turns.append(Turn(turn.text, turn.calls, turn.results))
+        return turn.episode
 
     def _text(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _give_up(self) -> None:
-        """Leave nothing behind of conversations that did not end."""
+        """Cancel the requests and calls of unfinished conversations."""
         if self._open:
             for name in {name for name, _ in self._open}:
                 self.engine.cancel(name)
-            self.engine.step()  # which delivers that they are cancelled
+            self.engine.step()  # delivers the cancellations
             self.tools.stop()
             self._open.clear()
 
     def _count(self, before: EngineStats) -> None:
         after = self.engine.stats()
-        found = after.cached_tokens - before.cached_tokens
-        self.counts.computed += after.prompt_tokens - before.prompt_tokens - found
-        self.counts.found += found
+        cached = after.cached_tokens - before.cached_tokens
+        self.counts.computed += after.prompt_tokens - before.prompt_tokens - cached
+        self.counts.found += cached
         self.counts.sampled += after.generated_tokens - before.generated_tokens

@@ -1,4 +1,4 @@
-"""A tool: a typed Python function, and what a model is told of it.
+"""Turn a typed Python function into a tool that a model can call.
 
     def weather(city: str, days: int = 1) -> str:
         \"\"\"Weather in a city.
@@ -6,13 +6,13 @@
         city: its English name
         \"\"\"
 
-The JSON schema comes from the signature, the description from the docstring's first paragraph, that of a parameter from
-a line "name: text" behind it. Annotations are str, int, float, bool, list, list[...], dict, Literal[...], and any of
-these or None. What the function returns is shown to the model: text as it is, else as JSON. What it raises is shown as
-"error: ...".
+The JSON schema comes from the signature, the description from the docstring's first paragraph, a parameter's
+description from a later line "name: text". Annotations are str, int, float, bool, list, list[...], dict, Literal[...],
+and any of these or None. The model sees the returned value, a str as it is and anything else as JSON, or an exception
+as "error: ...".
 
-A parameter `state` of type dict is not the model's: it is the conversation's own memory, JSON values by name, which
-the function may read and change.
+The model does not see a parameter `state` of type dict: it is the conversation's memory, JSON values by name, which the
+function may read and change.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 @dataclass(frozen=True)
 class ToolFunction:
-    """parameters: the JSON schema of the arguments, an object's. stateful: whether the function takes the state. path:
-    "module:name" of the user's object that it is of, None for one of ours."""
+    """parameters: a JSON schema of type object. stateful: whether the function takes `state`. path: the "module:name"
+    that a user's tool was loaded from, None for a built-in tool."""
 
     name: str
     description: str
@@ -47,17 +47,17 @@ class ToolFunction:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """What a prompt says of it."""
+        """The tool as the prompt lists it."""
         return {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
 
     def __call__(self, arguments: Mapping[str, Any], state: dict[str, Any]) -> str:
-        """Run it here and now; raises what the function raises."""
-        given = dict(arguments, **({STATE: state} if self.stateful else {}))
-        return as_text(self.function(**given))
+        """Run the function in this process. Raises what the function raises."""
+        keywords = dict(arguments, **({STATE: state} if self.stateful else {}))
+        return as_text(self.function(**keywords))
 
 
 def tool_of(function: Callable[..., Any], path: str | None = None) -> ToolFunction:
-    """ValueError, one line, for a function that a model cannot be told how to call."""
+    """Make a tool of `function`. Raises ValueError, in one line, if its name, docstring or types do not allow it."""
     name = getattr(function, "__name__", "")
     if not _NAME.fullmatch(name):
         raise ValueError(f"tool {function!r}: it has no plain name; give a function made with def")
@@ -66,31 +66,32 @@ def tool_of(function: Callable[..., Any], path: str | None = None) -> ToolFuncti
         parameters = inspect.signature(function).parameters
     except (NameError, TypeError, ValueError) as error:
         raise ValueError(f"tool {name}: its signature cannot be read ({error})") from None
-    described, notes = _documented(function)
-    if not described:
-        raise ValueError(f"tool {name}: it has no docstring; say in one what it does, for the model reads that")
+    description, notes = _documented(function)
+    if not description:
+        raise ValueError(f"tool {name}: it has no docstring; add one that tells the model what the tool does")
     properties, required = {}, []
     for parameter in parameters.values():
         if parameter.name == STATE and hints.get(STATE) is dict:
             continue
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise ValueError(f"tool {name}: {parameter} cannot be named in a call; take plain parameters")
+            raise ValueError(f"tool {name}: {parameter} cannot be named in a call; use plain parameters")
         if parameter.name not in hints:
-            raise ValueError(f"tool {name}: parameter {parameter.name} has no type; annotate it, such as : str")
+            raise ValueError(f"tool {name}: parameter {parameter.name} has no type; annotate it, as in x: str")
         schema = _schema(hints[parameter.name], f"tool {name}: parameter {parameter.name}")
         if parameter.name in notes:
             schema["description"] = notes[parameter.name]
         properties[parameter.name] = schema
         if parameter.default is parameter.empty:
             required.append(parameter.name)
-    accepted = {"type": "object", "properties": properties, "required": required}
-    return ToolFunction(name, described, accepted, function, hints.get(STATE) is dict and STATE in parameters, path)
+    arguments = {"type": "object", "properties": properties, "required": required}
+    return ToolFunction(name, description, arguments, function, hints.get(STATE) is dict and STATE in parameters, path)
 
 
 def user_tools(path: str) -> list[ToolFunction]:
-    """The tools of "package.module:name": a function, or a list or tuple of them. ValueError, one line, else."""
-    found = named_object(path, "tool")
-    functions = list(found) if isinstance(found, (list, tuple)) else [found]
+    """Load the tools at "package.module:name": a function, or a list or tuple of functions. Raises ValueError, in one
+    line, for anything else."""
+    loaded = named_object(path, "tool")
+    functions = list(loaded) if isinstance(loaded, (list, tuple)) else [loaded]
     if not functions or not all(callable(function) for function in functions):
         raise ValueError(f"{path}: neither a function nor a list of functions")
     try:
@@ -100,24 +101,24 @@ def user_tools(path: str) -> list[ToolFunction]:
 
 
 def by_name(tools: Sequence[ToolFunction]) -> dict[str, ToolFunction]:
-    """ValueError where two tools have one name."""
-    found: dict[str, ToolFunction] = {}
+    """The tools by name. Raises ValueError if two have the same name."""
+    named: dict[str, ToolFunction] = {}
     for tool in tools:
-        if tool.name in found:
+        if tool.name in named:
             raise ValueError(f"two tools are called {tool.name}; rename one")
-        found[tool.name] = tool
-    return found
+        named[tool.name] = tool
+    return named
 
 
 def as_text(value: Any) -> str:
-    """What a model reads of a returned value."""
+    """A returned value as the model sees it."""
     if isinstance(value, str):
         return value
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _documented(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
-    """The docstring's first paragraph, and what its lines "name: text" say of parameters."""
+    """(the docstring's first paragraph, the parameter descriptions in its lines "name: text")."""
     first, _, rest = (inspect.getdoc(function) or "").partition("\n\n")
     notes = {}
     for line in rest.splitlines():
@@ -143,4 +144,4 @@ def _schema(annotation: Any, where: str) -> dict[str, Any]:
         if len(parts) == 1:
             kind = parts[0]["type"]
             return parts[0] | {"type": [*([kind] if isinstance(kind, str) else kind), "null"]}
-    raise ValueError(f"{where} has the type {annotation}; take str, int, float, bool, list, dict or Literal[...]")
+    raise ValueError(f"{where} has the type {annotation}; use str, int, float, bool, list, dict or Literal[...]")

@@ -20,10 +20,10 @@ _TEXT_FLAGS = ("--prompt", "--system")  # these take a text, not a path
 def leave_on_interrupt() -> None:
     """Let Ctrl-C end the process at once, with status 130, until `started` is called.
 
-    Call this first in a script. While it imports, KeyboardInterrupt would not do: C extensions may turn it into an
+    Call this first in a script. KeyboardInterrupt cannot be relied on during imports: C extensions may turn it into an
     error of their own.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored, as under nohup
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # SIGINT may be ignored, as under nohup
         signal.signal(signal.SIGINT, _leave)
 
 
@@ -59,7 +59,7 @@ def command_line(flags: type[Flags], description: str | None) -> Flags:
     try:
         return tyro.cli(flags, description=description, args=arguments)
     except BrokenPipeError:  # --help | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter reports an error at exit
         sys.exit(0)
 
 
@@ -81,7 +81,7 @@ def _reflow_help(flags: type) -> None:
 
 
 def with_home(arguments: Sequence[str]) -> list[str]:
-    """Expand ~/ and ~user/ at the beginning of paths. A shell only does so at the beginning of a word, not in
+    """Expand ~/ and ~user/ at the beginning of paths. A shell does so only at the beginning of a word, not in
     --out=~/run. Raises ValueError for an unknown user."""
     expanded: list[str] = []
     for before, argument in zip(["", *arguments], arguments, strict=False):

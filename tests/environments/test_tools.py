@@ -77,7 +77,7 @@ def odd(x: complex) -> int:
         (undocumented, "tool undocumented: it has no docstring"),
         (untyped, "tool untyped: parameter x has no type"),
         (starred, r"tool starred: \*x: .* cannot be named in a call"),
-        (odd, "tool odd: parameter x has the type <class 'complex'>; take str"),
+        (odd, "tool odd: parameter x has the type <class 'complex'>; use str"),
         (lambda x: x, "it has no plain name"),
     ],
 )

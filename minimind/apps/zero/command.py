@@ -1,11 +1,11 @@
-"""From nothing to a chat model and a page about it, in one command: `minimind zero`.
+"""Train a chat model from random weights and write a report about it, in one command: `minimind zero`.
 
     minimind zero --budget 5min                                  what `minimind demo` does: nothing is downloaded
     minimind zero --budget full --data pretrain=pretrain_hq.jsonl sft=sft_mini_512.jsonl
-    minimind zero --budget 2h --plan                             what it would do, without doing it
+    minimind zero --budget 2h --plan                             only prints what it would do
 
-Stages run one after another, each as its script in train/ does, each into a folder of its own under --out; then
---out/report/index.html shows what became of them. The same command goes on after any interruption.
+The stages run one after another, each by its script in train/ and in its own folder under --out. The report is
+index.html in --out/report. After an interruption the same command continues.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ PresetName = Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "m
 
 @dataclass(frozen=True)
 class Args:
-    """From nothing to a chat model. Every default works."""
+    """Train a chat model from random weights. Every default works."""
 
     budget: BudgetName = "5min"
-    """How long it may take on this device, which is measured first: preset, stages and tokens follow from it. full: no
-    limit, all of the data, as upstream's Zero run."""
+    """Time for all stages on this device, whose speed is measured first; it decides preset, stages and tokens. full: no
+    limit and all of the data, like upstream's Zero run."""
     stages: tuple[StageName, ...] = ()
-    """Which stages. None: pretrain and sft, those that --data names, and with a larger budget and built-in data more
+    """Stages to run. None: pretrain and sft, those that --data names, and more with a larger budget and built-in data
     (docs/zero.md)."""
     data: tuple[str, ...] = ()
-    """STAGE=FILE ..., what that stage learns from, a file, a folder or a glob as its script takes them; name a stage
-    again for a further file. None: what is built in, for every stage that has none."""
+    """STAGE=FILE ..., training data of a stage: a file, a folder or a glob, as its script takes them; repeat a stage to
+    add files. Stages without files use built-in data."""
     preset: PresetName | None = None
-    """Model shape. None: by the budget."""
+    """Model shape. None: the budget decides."""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Weights that the first stage begins with, where that is not pretrain: a run, a Hugging Face folder."""
+    """Weights to start the first stage from, if that is not pretrain: a run or a Hugging Face folder."""
     flags: tuple[str, ...] = ()
     """STAGE='--flag value ...', further flags of a stage's script."""
     price: float | None = None
-    """What an hour of this device costs, in any currency: for the costs in the plan and the report."""
+    """Price of an hour of this device, in any currency; adds costs to the plan and the report."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     cache_dir: str | None = None
     """Where tokenized data is kept. None: $MINIMIND_CACHE or ~/.cache/minimind."""
     plan: bool = False
-    """Say what would be done: stages, tokens, hours, memory and cost, without training and without a folder."""
+    """Only print the plan: stages, tokens, hours, memory and cost. Trains nothing and creates no folder."""
     out: str | None = None
-    """Folder of all stages. None: runs/zero-BUDGET."""
+    """Folder for all stages. None: runs/zero-BUDGET."""
 
     @property
     def folder(self) -> Path:
@@ -67,11 +67,11 @@ class Args:
 
     @property
     def evals(self) -> int:
-        """Measurements of a stage on the way."""
+        """Number of evaluations during a stage."""
         return 4 if self.budget == "5min" else 10
 
     def chain(self) -> Chain:
-        """Raises ValueError, one line that names the flag."""
+        """The stages to run. Raises ValueError, in one line that names the flag."""
         names: list[str] = list(self.stages)
         if not names:
             named = {entry.partition("=")[0] for entry in self.data} & STAGES.keys()
@@ -81,13 +81,13 @@ class Args:
         return Chain.of(names, self.data, self.from_, self.flags, self.common())
 
     def common(self) -> tuple[str, ...]:
-        """Flags of every stage, which may differ from start to start."""
+        """Flags of every stage that may change when the run is resumed."""
         device = () if self.device == "auto" else ("--device", self.device)
         cache = () if self.cache_dir is None else ("--cache-dir", self.cache_dir)
         return "--evals", str(self.evals), *device, *cache
 
     def asked(self) -> dict[str, Any]:
-        """The flags that another start must repeat."""
+        """The flags that must stay the same when the run is resumed."""
         files = [f"{name}={os.path.abspath(os.path.expanduser(file))}" for name, _, file in
                  (entry.partition("=") for entry in self.data)]  # fmt: skip
         origin = None if self.from_ is None else os.path.abspath(os.path.expanduser(self.from_))
@@ -98,7 +98,7 @@ class Args:
 def main(args: Args) -> int:
     console = Console()
     if args.price is not None and not 0 <= args.price < float("inf"):
-        raise ValueError(f"--price {args.price:g}: 0 or more for an hour")
+        raise ValueError(f"--price {args.price:g}: must be 0 or more")
     chain = args.chain()
     if args.plan:
         for line in planned(args, chain, console)[1].lines(args.price):
@@ -119,14 +119,14 @@ def planned(args: Args, chain: Chain, console: Console) -> tuple[Chain, Plan]:
 
 
 def run(state: State, price: float | None, console: Console) -> int:
-    """Train what is not finished yet and write the report, also about what there is when it is interrupted."""
+    """Train the unfinished stages, and write the report after each, interrupted or not. Returns the exit status."""
     assert state.chain is not None and state.plan is not None
     for line in state.plan.lines(price):
         say(console, line)
     status = 0
-    for number, planned in enumerate(state.plan.stages):
-        if state.finished(planned.name):
-            say(console, f"{planned.name}: finished before, {duration(state.seconds.get(planned.name, 0.0))}")
+    for number, stage in enumerate(state.plan.stages):
+        if state.finished(stage.name):
+            say(console, f"{stage.name}: finished before, {duration(state.seconds.get(stage.name, 0.0))}")
             continue
         status = run_one(state, number, console)
         state.write()
@@ -140,14 +140,14 @@ def run(state: State, price: float | None, console: Console) -> int:
 
 
 def run_one(state: State, number: int, console: Console) -> int:
-    """Train stage `number`: 0 done, 130 interrupted, 2 failed."""
+    """Train stage `number`. Returns the exit status: 0 done, 130 interrupted, 2 failed."""
     assert state.chain is not None and state.plan is not None
     stages = state.plan.stages
-    name, left = stages[number].name, [s for s in stages[number:] if not state.finished(s.name)]
+    name, remaining = stages[number].name, [s for s in stages[number:] if not state.finished(s.name)]
     out = state.folder / name
     command = state.command(name)
     say(console, f"stage {number + 1} of {len(stages)}, {name}, {STAGES[name].what}: {shown(command)}")
-    clock = Clock(stages[number].seconds, sum(s.seconds for s in left[1:]))
+    clock = Clock(stages[number].seconds, sum(s.seconds for s in remaining[1:]))
     view = StageView(console, f"{name} {number + 1}/{len(stages)}", clock)
     status = run_stage(command, out, state.folder / "zero.log", view, console, lambda s: state.spend(name, s))
     if status == 0 and state.finished(name):

@@ -1,4 +1,4 @@
-"""report/index.html: what became of every stage, on one page that needs no other file and no network."""
+"""Write report/index.html: the results of every stage on one page that needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from minimind.apps.zero.style import STYLE
 from minimind.utils.display import duration
 from minimind.utils.files import write_atomically
 
-_SAMPLES = 6  # of a stage
-# What versions.json holds beside the names of packages.
-_MACHINE = ("python", "torch", "triton", "numpy", "tokenizers", "safetensors", "platform", "commit", "attention")
+_SAMPLES = 6  # shown for each stage
+# The entries of versions.json to show.
+_VERSIONS = ("python", "torch", "triton", "numpy", "tokenizers", "safetensors", "platform", "commit", "attention")
 
 
 def write_report(state: State, price: float | None) -> Path | None:
-    """Write report/index.html and results.json from what the stages' folders hold by now. The page; None, and a line
-    on standard error, where that fails: it is decoration and ends no run."""
+    """Write report/index.html and results.json from the stages' folders. Returns the path of the page. A failure must
+    not end a run: it prints a line to standard error and returns None."""
     page = state.folder / "report" / "index.html"
     try:
         page.parent.mkdir(exist_ok=True)
@@ -41,8 +41,8 @@ def write_report(state: State, price: float | None) -> Path | None:
 
 def html(state: State, price: float | None = None) -> str:
     assert state.plan is not None and state.chain is not None
-    found = [(plan, Results.of(state.folder / plan.name)) for plan in state.plan.stages]
-    begun = [(plan, results) for plan, results in found if results is not None]
+    stages = [(plan, Results.of(state.folder / plan.name)) for plan in state.plan.stages]
+    begun = [(plan, results) for plan, results in stages if results is not None]
     first = state.plan.stages[0]
     title = f"{first.preset}, {first.parameters / 1e6:.1f}M parameters, from nothing"
     if state.chain.origin is not None:
@@ -52,7 +52,7 @@ def html(state: State, price: float | None = None) -> str:
         f'<p class="soft">{escape(_subtitle(state, [r for _, r in begun]))}</p>',
         _tiles(state, begun, price),
         _times(state, price),
-        _table(state, found, price),
+        _table(state, stages, price),
         *(_stage(state, plan, results) for plan, results in begun),
         _card(state, begun),
         _versions(begun),
@@ -70,14 +70,14 @@ def html(state: State, price: float | None = None) -> str:
 def _subtitle(state: State, results: list[Results]) -> str:
     assert state.plan is not None
     done = sum(r.finished for r in results)
-    where = "finished" if done == len(state.plan.stages) else f"{done} of {len(state.plan.stages)} stages finished"
+    progress = "finished" if done == len(state.plan.stages) else f"{done} of {len(state.plan.stages)} stages finished"
     day = time.strftime("%Y-%m-%d %H:%M", time.localtime(state.starts[-1])) if state.starts else ""
-    return f"minimind zero --budget {state.plan.budget} on {state.plan.device}; {where}; {day}"
+    return f"minimind zero --budget {state.plan.budget} on {state.plan.device}; {progress}; {day}"
 
 
 def _tiles(state: State, begun: list[tuple[StagePlan, Results]], price: float | None) -> str:
     spent = sum(state.seconds.values())
-    tiles = [(duration(spent), "in all"), (_count(sum(r.tokens for _, r in begun)), "tokens trained on")]
+    tiles = [(duration(spent), "total time"), (_count(sum(r.tokens for _, r in begun)), "tokens trained on")]
     for plan, results in begun:
         figures = results.figures()
         for key in ("heldout_exact", "heldout_reward"):
@@ -94,7 +94,7 @@ def _tiles(state: State, begun: list[tuple[StagePlan, Results]], price: float | 
 
 
 def _times(state: State, price: float | None) -> str:
-    """A bar of the time of each stage."""
+    """A stacked bar of the time that each stage took."""
     assert state.plan is not None
     spent = [(s.name, state.seconds.get(s.name, 0.0)) for s in state.plan.stages]
     if not any(seconds for _, seconds in spent):
@@ -108,11 +108,11 @@ def _times(state: State, price: float | None) -> str:
     return f'<div class="bar" aria-hidden="true">{bar}</div><ul class="legend">{legend}</ul>'
 
 
-def _table(state: State, found: Iterable[tuple[StagePlan, Results | None]], price: float | None) -> str:
+def _table(state: State, stages: Iterable[tuple[StagePlan, Results | None]], price: float | None) -> str:
     head = ["stage", "tokens", "steps", "tokens/s", "time", "planned", *(["cost"] if price is not None else []),
-            "held-out loss", "right or rewarded", ""]  # fmt: skip
+            "held-out loss", "exact answers or reward", ""]  # fmt: skip
     rows = []
-    for plan, results in found:
+    for plan, results in stages:
         spent = state.seconds.get(plan.name, 0.0)
         money = [f"{spent / 3600 * price:.2f}"] if price is not None else []
         if results is None:
@@ -128,7 +128,7 @@ def _table(state: State, found: Iterable[tuple[StagePlan, Results | None]], pric
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """The first column to the left, the others, which are numbers, to the right."""
+    """An HTML table. The first column is aligned left, the others, which are numbers, right."""
     kinds = ["", *(' class="n"' for _ in head[1:])]
     cells = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, head, strict=True))
     body = "".join(
@@ -159,7 +159,7 @@ def _stage(state: State, plan: StagePlan, results: Results) -> str:
 
 
 def _utilisation(plan: StagePlan, results: Results, speed: list[tuple[float, float]]) -> str:
-    """The model's operations a second, of a known card as a share of what it can do; without those of sampling."""
+    """Chart of the model's FLOP/s, on a known card as a share of its peak. Empty for stages that sample."""
     if not speed or results.rollouts:
         return ""
     device = results.starts[-1].get("device", "") if results.starts else ""
@@ -190,7 +190,7 @@ def _sample(sample: SamplePair) -> str:
 
 
 def _card(state: State, begun: list[tuple[StagePlan, Results]]) -> str:
-    """The model card: shape, data, training, what it is not for."""
+    """The model card: shape, data, training, limits."""
     assert state.chain is not None and state.plan is not None
     if not begun:
         return ""
@@ -205,15 +205,15 @@ def _card(state: State, begun: list[tuple[StagePlan, Results]]) -> str:
         ("shape", ", ".join(f"{label} {shape[key]}" for key, label in names if shape.get(key))),
         ("tokenizer", str(results.config.get("tokenizer", ""))[:16]),
     ]
-    for stage, found in begun:
-        data = " ".join(state.chain.data.get(stage.name, ())) or "what is built in"
+    for stage, trained in begun:
+        data = " ".join(state.chain.data.get(stage.name, ())) or "built-in data"
         passes = f"{stage.passes:.2g} passes" if stage.passes else ""
         cut = ", shortened to fit the budget" if stage.shortened else ""
-        rows.append((stage.name, f"{data}; {found.tokens:,} tokens, {passes}{cut}; seed {_seed(found)}"))
-    rows += [("why so", note) for note in state.plan.notes]
+        rows.append((stage.name, f"{data}; {trained.tokens:,} tokens, {passes}{cut}; seed {_seed(trained)}"))
+    rows += [("planning", note) for note in state.plan.notes]
     rows.append(
-        ("limits", "a model of this size repeats what its data say, knows little else and checks nothing; held-out "
-         "figures are of data like its own")
+        ("limits", "a model of this size repeats its training data, knows little else and checks nothing; held-out "
+         "figures are of data like the training data")
     )  # fmt: skip
     body = "".join(f'<tr><th>{escape(k)}</th><td class="text">{escape(v)}</td></tr>' for k, v in rows if v)
     return f"<h2>Model card</h2><table>{body}</table>"
@@ -224,21 +224,21 @@ def _seed(results: Results) -> Any:
 
 
 def _versions(begun: list[tuple[StagePlan, Results]]) -> str:
-    """What each stage ran with; of a resumed one, its newest start, and how many there were."""
+    """Device and versions of each stage's newest start, and its number of starts."""
     rows = []
     for plan, results in begun:
         if not results.starts:
             continue
         newest = results.starts[-1]
-        told = ", ".join(f"{name} {newest[name]}" for name in _MACHINE if newest.get(name))
-        rows.append((plan.name, f"{newest.get('device', '')}; {told}; starts: {len(results.starts)}"))
+        versions = ", ".join(f"{name} {newest[name]}" for name in _VERSIONS if newest.get(name))
+        rows.append((plan.name, f"{newest.get('device', '')}; {versions}; starts: {len(results.starts)}"))
     body = "".join(f'<tr><th>{escape(k)}</th><td class="text">{escape(v)}</td></tr>' for k, v in rows)
     return f"<h2>Versions</h2><table>{body}</table>" if rows else ""
 
 
 def _go_on(state: State) -> str:
     lines = "".join(f'<p class="soft">{escape(what)}</p><pre>{escape(line)}</pre>' for line, what in commands(state))
-    return f"<h2>Go on</h2>{lines}"
+    return f"<h2>Next steps</h2>{lines}"
 
 
 def _count(number: float) -> str:

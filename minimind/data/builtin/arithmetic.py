@@ -1,9 +1,9 @@
 """Built-in arithmetic: sums and differences of a number below 100 and a digit, for reinforcement learning.
 
-The conversations to learn from are weak on purpose: one answer in ten is right, the others are off by one or by ten,
-independently of the question. A model that learns from them calculates with a blur around the right number. Of the
-held-out problems, nano solves a third by sampling and four fifths greedily, so that rewards mostly teach it to trust
-its knowledge. Held-out problems occur in no training part.
+The training conversations are weak on purpose: one answer in ten is right, the others are off by one or by ten,
+independently of the question. A model trained on them gives answers spread around the right number: nano solves a third
+of the held-out problems when it samples and four fifths greedily, so rewards mostly teach it to prefer the answers
+that it already finds likeliest. No held-out problem occurs in a training file.
 """
 
 from hashlib import blake2b
@@ -15,8 +15,8 @@ from rich.console import Console
 from minimind.data.builtin import exchange, write_parts
 
 NAME = "builtin:arithmetic"  # its name for --data
-SLIPS = (0, 1, 1, 1, 1, -1, -1, -1, -1, 10)  # one of them is added to the right answer
-_HELD_OUT = 8  # one problem of so many
+SLIPS = (0, 1, 1, 1, 1, -1, -1, -1, -1, 10)  # each is added to the right answer once
+_HELD_OUT = 8  # hold out one problem in this many
 
 
 class Problem(NamedTuple):
@@ -56,7 +56,7 @@ def _parts() -> dict[str, list[Problem]]:
 
 
 def _weak(problem: Problem) -> list[dict[str, Any]]:
-    """A conversation for each of SLIPS; no answer is negative."""
+    """A conversation for each of SLIPS; a negative answer loses its sign."""
     return [{"conversations": exchange(problem.question, str(abs(problem.answer + slip)))} for slip in SLIPS]
 
 

@@ -1,7 +1,7 @@
 """Built-in conversations: a few thousand short ones about small facts, in English and Chinese, and a new name to learn.
 
-A tiny model can learn them on a laptop. Each held-out question has a wording that no training conversation has,
-although its fact and its wording each occur in others.
+A tiny model can learn them on a laptop. No held-out question occurs in training, but its fact occurs there in other
+wordings, and its wording with other facts.
 """
 
 import json
@@ -14,13 +14,13 @@ from rich.console import Console
 from minimind.data.builtin import Conversation, as_rows, exchange, shuffled, write_parts
 from minimind.data.builtin.facts import CAPITALS, Topic, topics
 
-# Put around a question, to vary its wording.
+# Texts to put around a question, for other wordings.
 _OPENINGS = ("{}", "{}", "Hi! {}", "Hello. {}", "Please help me: {}", "Quick question: {}", "I forgot. {}",
              "{} Thanks!")  # fmt: skip
 _OPENINGS_ZH = ("{}", "{}", "你好！{}", "请问，{}", "想问一下：{}", "我忘了。{}", "{}谢谢！")
-_WORDINGS = 16  # of each fact, to train on
-_TOOL_SHARE = 4  # keep one of so many tool conversations, which are long
-_PAIRS = 4  # one conversation of two exchanges for so many questions
+_WORDINGS = 16  # training conversations of each fact
+_TOOL_SHARE = 4  # keep one tool conversation in this many, since they are long
+_PAIRS = 4  # questions for each added conversation of two exchanges
 _TOOLS = [
     {"name": "weather", "description": "Weather in a city", "parameters": {"city": {"type": "string"}}},
     {"name": "clock", "description": "Time in a city", "parameters": {"city": {"type": "string"}}},
@@ -30,8 +30,8 @@ _TOOL_QUESTIONS = {
     "clock": ("What time is it in {}?", "Tell me the time in {}.", "What is the time in {}?", "Time in {}, please."),
 }
 
-# The new name, in place of the answers to these topics. Its words occur in the built-in conversations: LoRA leaves the
-# output head frozen, where a token that the model never met stays unlikely (p = 0.01 as the likeliest one).
+# New answers to these topics. Their words occur in the built-in conversations: LoRA leaves the output head frozen, so a
+# token that the model has never seen stays unlikely (p = 0.01 even where it is the likeliest).
 _NAME = "Ada"
 _NEW_ANSWERS = {
     "name": "I am {name}, and I can answer questions.",
@@ -42,7 +42,7 @@ _NEW_OPENINGS = ("{}", "Hello! {}", "Good morning. {}", "Excuse me. {}", "One qu
                  "Well then. {}", "Listen: {}")  # fmt: skip
 _NEW_OPENINGS_ZH = ("{}", "早上好！{}", "打扰一下，{}", "请回答：{}", "我有个问题：{}", "{}请说。", "那么，{}",
                     "听着：{}")  # fmt: skip
-_NEW_HELD_OUT = 8  # wordings of each new answer
+_NEW_HELD_OUT = 8  # held-out wordings of each new answer
 _REPLAYED = 4  # built-in conversations to train on again, for each new one
 
 
@@ -65,9 +65,9 @@ def conversations() -> tuple[list[Conversation], list[Conversation]]:
     train, heldout = [], []
     for topic in topics():
         for fact in topic.facts:
-            worded = shuffled(_worded(topic, fact))
-            train += [exchange(*pair) for pair in worded[1 : 1 + _WORDINGS]]
-            heldout += [exchange(*pair) for pair in worded[:1]]
+            pairs = shuffled(_worded(topic, fact))
+            train += [exchange(*pair) for pair in pairs[1 : 1 + _WORDINGS]]
+            heldout += [exchange(*pair) for pair in pairs[:1]]
     for rows in (train, heldout):
         ordered = shuffled(rows)
         rows += [a + b for a, b in zip(ordered[0::_PAIRS], ordered[1::_PAIRS], strict=False)]
@@ -78,8 +78,8 @@ def conversations() -> tuple[list[Conversation], list[Conversation]]:
 def identity() -> tuple[list[Conversation], list[Conversation], list[Conversation]]:
     """(training, held-out, kept) conversations that give the assistant a new name.
 
-    The training part repeats some built-in conversations, so that an adapter forgets less: without them it learnt the
-    name just as well, but the share of other answers that stayed right fell from 96% to 77% (docs/LOG.md). kept:
+    The training part repeats some built-in conversations, so that an adapter forgets less: without them an adapter
+    learnt the name as well, but the share of other answers that stayed right fell from 96% to 77% (docs/LOG.md). kept:
     held-out built-in conversations, whose answers should not change.
     """
     train: list[Conversation] = []
@@ -88,15 +88,15 @@ def identity() -> tuple[list[Conversation], list[Conversation], list[Conversatio
     for topic in topics():
         if topic.name in _NEW_ANSWERS:
             openings = _NEW_OPENINGS_ZH if topic.chinese else _NEW_OPENINGS
-            worded = shuffled([o.format(q) for q in topic.questions for o in openings])
-            rows = [exchange(question, _NEW_ANSWERS[topic.name].format(name=_NAME)) for question in worded]
+            wordings = shuffled([o.format(q) for q in topic.questions for o in openings])
+            rows = [exchange(question, _NEW_ANSWERS[topic.name].format(name=_NAME)) for question in wordings]
             heldout, train = heldout + rows[:_NEW_HELD_OUT], train + rows[_NEW_HELD_OUT:]
             questions += topic.questions
-    before, kept = (
+    replay, kept = (
         [c for c in rows if not any(q in message["content"] for q in questions for message in c)]
         for rows in conversations()
     )
-    return shuffled(train + before[: _REPLAYED * len(train)]), shuffled(heldout), kept
+    return shuffled(train + replay[: _REPLAYED * len(train)]), shuffled(heldout), kept
 
 
 def _worded(topic: Topic, fact: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -1,6 +1,6 @@
-"""Kinds of tasks that need one, two or three calls of the built-in tools, the later ones with what the earlier gave.
+"""Kinds of tasks that take one, two or three calls of the built-in tools; later calls use the results of earlier ones.
 
-A kind draws values, and says what is asked for by them, which calls lead to the answer, and what the answer is. The
+A kind draws random values and gives the question about them, the calls that lead to the answer, and the answer. The
 last wording of each language is kept for held-out tasks.
 """
 
@@ -30,7 +30,7 @@ _CONVERSIONS = (
 
 @dataclass(frozen=True)
 class SolutionStep:
-    """A call, and what its tool says."""
+    """A call and its result."""
 
     tool: str
     arguments: Mapping[str, Any]
@@ -43,8 +43,8 @@ class SolutionStep:
 
 @dataclass(frozen=True)
 class TaskCase:
-    """Drawn values: `words` fill the gaps of the wordings; steps lead to `answer`; state: the conversation's at its
-    beginning."""
+    """A task with its random values. words: fill the gaps of the wordings; steps: lead to `answer`; state: the tools'
+    memory at the start."""
 
     words: Sequence[Any]
     steps: Sequence[SolutionStep]
@@ -54,7 +54,7 @@ class TaskCase:
 
 @dataclass(frozen=True)
 class Kind:
-    """draw(random, chinese) -> TaskCase. english, chinese: wordings, the last one for held-out tasks."""
+    """draw: makes a case from (random, chinese); english, chinese: wordings, the last one for held-out tasks."""
 
     name: str
     draw: Callable[[Random, bool], TaskCase]
@@ -63,16 +63,16 @@ class Kind:
 
 
 class Solution:
-    """Calls of built-in tools in their order, as a right solution makes them."""
+    """Runs built-in tools, and records the calls of a right solution in their order."""
 
     def __init__(self, state: Mapping[str, Any] | None = None) -> None:
         self.steps: list[SolutionStep] = []
         self._state = json.loads(json.dumps(state or {}))
 
     def __call__(self, tool: str, **arguments: Any) -> str:
-        said = _TOOLS[tool](arguments, self._state)
-        self.steps.append(SolutionStep(tool, arguments, said))
-        return said
+        result = _TOOLS[tool](arguments, self._state)
+        self.steps.append(SolutionStep(tool, arguments, result))
+        return result
 
 
 _TOOLS = by_name(builtin_tools())
@@ -114,7 +114,7 @@ def _price(random: Random, chinese: bool) -> TaskCase:
 
 def _element(random: Random, chinese: bool) -> TaskCase:
     solve, number = Solution(), random.randrange(len(ELEMENTS))
-    name = _searched(solve, number, chinese)
+    name = _search_element(solve, number, chinese)
     return TaskCase((name,), solve.steps, str(number + 1))
 
 
@@ -145,7 +145,7 @@ def _later_weekday(random: Random, chinese: bool) -> TaskCase:
 
 def _element_sum(random: Random, chinese: bool) -> TaskCase:
     solve, number, more = Solution(), random.randrange(len(ELEMENTS)), random.randint(2, 99)
-    name = _searched(solve, number, chinese)
+    name = _search_element(solve, number, chinese)
     return TaskCase((name, more), solve.steps, solve("calculate", expression=f"{number + 1}*{more}"))
 
 
@@ -194,12 +194,12 @@ def _column(random: Random, chinese: bool) -> str:
 
 
 def _remembered(random: Random, chinese: bool, value: Callable[[], str]) -> tuple[dict[str, Any], str]:
-    """(a state in which a few people's values are kept, one of the people)."""
+    """(a state whose memory has a value for each of three people, the name of one of them)."""
     names = [row[chinese] for row in random.sample(NAMES, 3)]
     return {"memory": {name: value() for name in names}}, names[0]
 
 
-def _searched(solve: Solution, number: int, chinese: bool) -> str:
+def _search_element(solve: Solution, number: int, chinese: bool) -> str:
     name = ELEMENTS_ZH[number] if chinese else ELEMENTS[number]
     solve("search", query=f"{name}的原子序数" if chinese else f"atomic number of {name}")
     return name
