@@ -123,10 +123,10 @@ class Scripted(EpisodeRunner):
         super().__init__(*args)
         self.script, self.free = [[*TOKENIZER.encode(text), TOKENIZER.eos_token_id] for text in script], free
 
-    def _ask(self, name, ids, samples, seed, used):
+    def _submit(self, name, ids, samples, seed, used):
         turn = int(name.split("/")[1]) - 1
         if self.free and turn >= len(self.script):
-            return super()._ask(name, ids, samples, seed, used)
+            return super()._submit(name, ids, samples, seed, used)
         words = self.script[min(turn, len(self.script) - 1)]
         room = min(self.limits.turn_tokens, self.limits.tokens - used)
         params = SamplingParams(room, seed=seed, n=samples)
