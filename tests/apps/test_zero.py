@@ -80,7 +80,11 @@ def test_a_finished_one_is_left_alone_and_other_flags_are_refused(place, unbroke
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(arguments, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def hear() -> None:  # a job of a shell's background ignores Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(arguments, env=ONE_THREAD, text=True, preexec_fn=hear, **streams)
 
 
 def wait_for(what, process: subprocess.Popen) -> None:
