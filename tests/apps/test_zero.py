@@ -103,6 +103,7 @@ def kill_when(what, arguments: list[str]) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
+@pytest.mark.slow
 def test_killed_anywhere_the_same_command_goes_on(place, unbroken):
     """Before the first stage, twice in it, between the two, in the second: the curves and the weights are those of one
     that was left alone. The stage of a killed one stops by itself."""

@@ -72,7 +72,7 @@ def test_killed_inside_a_rollout_and_started_again_the_run_is_the_same_to_the_bi
     assert_continues_to_the_bit(command(origin, prompts, out, "--show", "1"), out, unbroken, 3)
 
 
-@pytest.mark.heavy
+@pytest.mark.slow
 def test_rewards_teach_it_to_call(prompts, tmp_path):
     """A model that calls its tools half of the time, and guesses else, learns to call them. It would not with a wrong
     sign; and were the tools' words learnt too, it would learn to write results of its own."""
