@@ -39,7 +39,7 @@ Nobody has run this project on a GPU yet. On a machine that has one, with CUDA's
 pip install -e '.[gpu,serve,dev]' liger-kernel pytest-xdist     # builds csrc/ for sm_80, 86, 89 and 90
 python bench/card.py --rehearse --all --minutes 60              # every command on a CPU, with the smallest sizes
 python bench/card.py --all                                      # all of it; run it again after any interruption
-cp build/card/work/card.json build/card/work/rows/* bench/results/DEVICE        # DEVICE: a name of the GPU
+(cd build/card && cp work/card.json work/rows/* ../../bench/results/DEVICE)     # DEVICE: a name of the GPU
 python bench/performance.py                                     # these pages, with the new rows
 git add bench/results docs README.md README_zh.md && git commit
 ```

@@ -28,7 +28,15 @@ from minimind.modeling import Model
 from minimind.weights import save_weights
 from tests.inference.decode.cases import FP8, needs_native
 from tests.inference.decode.reference_step import linear_int8_ref
-from tests.inference.decode.test_step import CONFIGS, Decoder, feed, make_model, token_ids
+from tests.inference.decode.test_step import (
+    CONFIGS,
+    Decoder,
+    assert_empty_slots_are_left_alone,
+    assert_rows_are_the_same,
+    feed,
+    make_model,
+    token_ids,
+)
 from tests.inference.small import TEXT, VARIANTS, random_prompts, small_model, small_tokenizer
 from tests.inference.test_engine import engine_of, greedily, new_ids
 
@@ -115,31 +123,14 @@ def test_the_step_over_a_cache_is_the_whole_forward_with_rounded_weights(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_row_is_the_same_bit_for_bit_in_any_batch_and_on_any_number_of_threads(name, dtype):
-    model, threads = make_model(CONFIGS[name]), torch.get_num_threads()
-    ids = token_ids(model.config, 19, 5)
-    whole = feed(int8_decoder(model, 19, dtype), ids)
-    assert whole.isfinite().all()
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            assert torch.equal(feed(int8_decoder(model, 19, dtype), ids), whole)
-            for rows in ([4], [7, 0], [18, 1, 5], [3, 2, 9, 8, 11]):
-                decoder = int8_decoder(model, 19, dtype)
-                steps = [decoder.step(ids[rows, t], rows) for t in range(5)]
-                assert torch.equal(torch.stack(steps, dim=1), whole[rows])
-    finally:
-        torch.set_num_threads(threads)
+    model = make_model(CONFIGS[name])
+    assert_rows_are_the_same(lambda rows: int8_decoder(model, rows, dtype), token_ids(model.config, 19, 5))
 
 
 @needs_native
 def test_empty_slots_yield_zeros_and_touch_nothing():
     model = make_model(CONFIGS["moe"])
-    ids = token_ids(model.config, 4, 3)
-    expected, holes = feed(int8_decoder(model, 4), ids), int8_decoder(model, 4)
-    ids[1] = -1
-    logits = feed(holes, ids)
-    assert logits[1].abs().max() == 0 and torch.equal(logits[[0, 2, 3]], expected[[0, 2, 3]])
-    assert holes.key_cache[:, holes.table[1].long()].isnan().all()
+    assert_empty_slots_are_left_alone(lambda rows: int8_decoder(model, rows), token_ids(model.config, 4, 3))
 
 
 @needs_native

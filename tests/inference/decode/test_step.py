@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -152,37 +153,43 @@ def test_narrow_caches_agree_with_the_reference(cache_dtype):
     assert error < of_cache / 2  # both store the same numbers but for rare roundings to the other side
 
 
-@needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_row_is_the_same_bit_for_bit_in_any_batch_and_on_any_number_of_threads(name, dtype):
-    model, threads = make_model(CONFIGS[name]), torch.get_num_threads()
-    ids = token_ids(model.config, 19, 5)
-    whole = feed(Decoder.of(model, 19, dtype), ids)
+def assert_rows_are_the_same(make: Callable[[int], Decoder], ids: Tensor) -> None:
+    """Logits over `ids` [19, 5] are the same bits in any batch and on any number of threads. make(rows): a decoder."""
+    threads, whole = torch.get_num_threads(), feed(make(19), ids)
+    assert whole.isfinite().all()
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            again = feed(Decoder.of(model, 19, dtype), ids)
-            assert torch.equal(again, whole)
+            assert torch.equal(feed(make(19), ids), whole)
             for rows in ([4], [7, 0], [18, 1, 5], [3, 2, 9, 8, 11]):
-                decoder = Decoder.of(model, 19, dtype)
+                decoder = make(19)
                 steps = [decoder.step(ids[rows, t], rows) for t in range(5)]
                 assert torch.equal(torch.stack(steps, dim=1), whole[rows])
     finally:
         torch.set_num_threads(threads)
 
 
+def assert_empty_slots_are_left_alone(make: Callable[[int], Decoder], ids: Tensor) -> None:
+    """With the second of four rows empty its logits are zeros, its cache is untouched, and the others are as before."""
+    expected, holes = feed(make(4), ids), make(4)
+    ids[1] = -1
+    logits = feed(holes, ids)
+    assert logits[1].abs().max() == 0 and torch.equal(logits[[0, 2, 3]], expected[[0, 2, 3]])
+    assert holes.key_cache[:, holes.table[1].long()].isnan().all()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_row_is_the_same_bit_for_bit_in_any_batch_and_on_any_number_of_threads(name, dtype):
+    model = make_model(CONFIGS[name])
+    assert_rows_are_the_same(lambda rows: Decoder.of(model, rows, dtype), token_ids(model.config, 19, 5))
+
+
 @needs_native
 def test_empty_slots_yield_zeros_and_touch_nothing():
     model = make_model(CONFIGS["moe"])
-    ids = token_ids(model.config, 4, 3)
-    full, holes = Decoder.of(model, 4), Decoder.of(model, 4)
-    expected = feed(full, ids)
-    ids[1] = -1
-    logits = feed(holes, ids)
-    assert logits[1].abs().max() == 0
-    assert torch.equal(logits[[0, 2, 3]], expected[[0, 2, 3]])
-    assert holes.key_cache[:, holes.table[1].long()].isnan().all()
+    assert_empty_slots_are_left_alone(lambda rows: Decoder.of(model, rows), token_ids(model.config, 4, 3))
 
 
 @needs_native
