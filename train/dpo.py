@@ -65,7 +65,7 @@ class Args(PairArgs, AdapterArgs):
     """Tokens per optimizer step, padding included; a multiple of --seq-len. None: for the built-in pairs, which are
     short, one row per process; for others 65536 on a GPU for models larger than nano, else 4096."""
     eval_questions: int | None = None
-    """Held-out prompts that are answered during training and compared with the chosen answers to the letter; at the end
+    """Held-out prompts that are answered during training and compared exactly with the chosen answers; at the end
     all are. None: 64 of the built-in pairs, 0 of others."""
 
     @property

@@ -193,7 +193,7 @@ def evaluate(model: Model, split: DataSplit, kept: Corpus | None, job: Job, args
         return figures
     questions = chat_questions(kept, args, final)
     figures |= exact_figures(model, questions, job, "kept")
-    line = f"{figures['kept_exact']:.1%} of {figures['kept_questions']} other answers to the letter"
+    line = f"{figures['kept_exact']:.1%} of {figures['kept_questions']} other answers exact"
     if final:
         with adapters_off(model):
             figures["base_exact"] = exact_figures(model, questions, job, "base")["base_exact"]
@@ -209,7 +209,7 @@ def draw(run: Path) -> None:
         "kept_exact": "other questions",
         "base_exact": "other questions, without the adapter",
     }
-    plot_figures(run / "metrics.jsonl", run / "answers.png", run.name, "answered to the letter", labels)
+    plot_figures(run / "metrics.jsonl", run / "answers.png", run.name, "exact answers", labels)
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def evaluate(
             formatted, right = figures[f"{mode}_format"], figures[f"{mode}_exact"]
             say(job.console, f"reasoning {meaning}: {formatted:.1%} in the format, {right:.1%} right")
     if asked.plain:
-        say(job.console, f"without reasoning in the data: {figures['plain_exact']:.1%} to the letter")
+        say(job.console, f"without reasoning in the data: {figures['plain_exact']:.1%} exact")
     return figures
 
 

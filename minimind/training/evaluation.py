@@ -194,7 +194,7 @@ def figure_lines(values: Mapping[str, Any], unit: str, scope: str) -> list[str]:
     else:
         lines = loss_lines(values, unit, scope)
     if lines and "heldout_exact" in values:
-        lines[0] += f"; {values['heldout_exact']:.1%} of {values['heldout_questions']} answers to the letter"
+        lines[0] += f"; {values['heldout_exact']:.1%} of {values['heldout_questions']} answers exact"
     return lines
 
 

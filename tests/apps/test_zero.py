@@ -53,7 +53,7 @@ def finish(arguments: list[str]) -> subprocess.CompletedProcess:
 def unbroken(place) -> Path:
     answer = finish(command(place, "unbroken"))
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    for told in ("stage 1 of 2, pretrain", "stage 2 of 2, sft", "all stages", "answers right to the letter"):
+    for told in ("stage 1 of 2, pretrain", "stage 2 of 2, sft", "all stages", "exact answers"):
         assert told in answer.stdout, told
     return place / "unbroken"
 

@@ -83,7 +83,7 @@ def _tiles(state: State, begun: list[tuple[StagePlan, Results]], price: float | 
         for key in ("heldout_exact", "heldout_reward"):
             if key in figures:
                 text = f"{figures[key][1]:.1%}" if key == "heldout_exact" else f"{figures[key][1]:.2f}"
-                what = "answers right to the letter" if key == "heldout_exact" else "reward of sampled answers"
+                what = "exact answers" if key == "heldout_exact" else "reward of sampled answers"
                 tiles.append((text, f"held-out {what}, {plan.name}"))
         if plan.name == "pretrain" and "heldout_loss" in figures:
             tiles.append((f"{figures['heldout_loss'][1]:.3f}", "held-out loss of pretraining, nats a token"))

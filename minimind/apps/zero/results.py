@@ -14,7 +14,7 @@ from minimind.utils.files import read_json
 # Held-out figures by the ends of their names: what is a share of right answers, what a reward.
 _SHARE = re.compile(r"(.*?)_?(exact|format|accuracy|ranking)$")
 _SHARES = {
-    "exact": "answers right to the letter",
+    "exact": "exact answers",
     "format": "answers in the format",
     "accuracy": "chosen answer rewarded more",
     "ranking": "chosen answer likelier",
@@ -147,7 +147,7 @@ def is_share(key: str) -> bool:
 
 
 def share_name(key: str) -> str:
-    """'answers right to the letter' for heldout_exact; what stands before is named with it."""
+    """'exact answers' for heldout_exact; what stands before is named with it."""
     found = _SHARE.match(key)
     assert found is not None
     of = found[1].removeprefix("heldout").strip("_").replace("_", " ")

@@ -56,14 +56,14 @@ def answer(model: Model, tokenizer: Tokenizer, questions: Sequence[HeldOutQuesti
 
 
 def exact_match(model: Model, tokenizer: Tokenizer, questions: Sequence[HeldOutQuestion]) -> float:
-    """Share of the questions whose answer equals the expected one to the letter."""
+    """Share of the questions whose answer equals the expected one exactly."""
     longest = 1 + max(len(question.answer) for question in questions)
     answers = answer(model, tokenizer, questions, longest)
     return sum(ids == question.answer for ids, question in zip(answers, questions, strict=True)) / len(questions)
 
 
 def exact_figures(model: Model, questions: Sequence[HeldOutQuestion], job: Job, name: str) -> dict[str, Any]:
-    """NAME_exact, the share of questions answered to the letter, and NAME_questions, their number. All ranks call
+    """NAME_exact, the share of exact answers, and NAME_questions, their number. All ranks call
     it."""
     whole = job.parallel.whole(model)
     share = job.parallel.share(lambda: exact_match(cast(Model, whole), job.tokenizer, questions))

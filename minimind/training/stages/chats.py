@@ -37,7 +37,7 @@ class ChatArgs(StageArgs):
     """Tokens in a row; longer conversations lose their last turns. None: 512, or as many up to 4096 as leave at most
     one conversation in a hundred longer, where the tokens of a step and a GPU's memory allow."""
     eval_questions: int | None = None
-    """Held-out questions that are answered during training and compared with the expected answers to the letter; at
+    """Held-out questions that are answered during training and compared exactly with the expected answers; at
     the end all are. None: 64 of built-in conversations, 0 of others."""
 
     @property
@@ -75,7 +75,7 @@ def describe_chats(split: DataSplit, plan: TrainingPlan) -> list[str]:
 
 def chat_figures(model: Model, split: DataSplit, job: Job, args: ChatArgs, final: bool) -> dict[str, Any]:
     """Loss over the assistant's tokens of the held-out data and of every named set, and the share of held-out questions
-    answered to the letter."""
+    answered exactly."""
     figures = all_losses(model, split, job, final)
     if split.heldout is not None and args.questions:
         figures |= exact_figures(model, chat_questions(split.heldout, args, final), job, "heldout")

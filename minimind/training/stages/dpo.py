@@ -139,7 +139,7 @@ def draw_pairs(run: Path) -> None:
     shares = {
         "heldout_ranking": "chosen answer likelier",
         "heldout_accuracy": "chosen answer's reward higher",
-        "heldout_exact": "chosen answer given, to the letter",
+        "heldout_exact": "chosen answer given exactly",
     }
     rewards = {"heldout_chosen_reward": "chosen", "heldout_rejected_reward": "rejected", "heldout_margin": "margin"}
     plot_figures(run / "metrics.jsonl", run / "accuracy.png", run.name, "share of held-out pairs", shares)
