@@ -87,7 +87,7 @@ def test_markup_in_questions_and_results_is_text():
 def test_old_rounds_go_where_the_context_is_full_and_a_question_that_is_too_long_is_forgotten():
     chat = session(context=520)
     for _ in range(6):
-        list(chat.answer("2+3?"))
+        list(chat.answer("2+3? " * 16))
     assert chat.dropped and chat._rounds
     kept = len(chat._rounds)
     with pytest.raises(ValueError, match="shorten it"):

@@ -76,13 +76,13 @@ def taught(conversations: Sequence[Sequence[dict]]) -> Model:
     model = Model(ModelConfig(64, 2, 4, 2, 16, 128, TOKENIZER.vocab_size, qk_norm=True))
     rows = [ENCODER.encode([ENCODER.pieces(messages)])[0] for messages in conversations]
     ids = torch.from_numpy(np.concatenate([row.ids for row in rows]).astype(np.int64))
-    targets = torch.where(torch.from_numpy(np.concatenate([row.trained for row in rows])), ids, -100)
+    trained = torch.from_numpy(np.concatenate([row.trained for row in rows])).nonzero().flatten()
     bounds = torch.tensor(np.cumsum([0, *(len(row.ids) for row in rows)]), dtype=torch.int32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
-    for _ in range(150):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(100):
         optimizer.zero_grad()
-        logits = model(ids[None], cu_seqlens=bounds).logits[0, :-1]
-        torch.nn.functional.cross_entropy(logits, targets[1:], ignore_index=-100).backward()
+        states = model(ids[None], cu_seqlens=bounds, return_logits=False).hidden_states[0, trained - 1]
+        torch.nn.functional.cross_entropy(states @ model.head_weight.T, ids[trained]).backward()
         optimizer.step()
     return model.eval()
 
