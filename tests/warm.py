@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import io
 import json
 import os
 import runpy
@@ -29,6 +30,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from minimind.utils.display import caption, pyplot
 
 ROOT = Path(__file__).parents[1]
 PIPE = subprocess.PIPE
@@ -165,10 +168,18 @@ def _server(at_start: tuple[str | None, ...]) -> str:
 
 
 def preload() -> None:
-    """All that the scripts import, at their tops or later."""
+    """Import all that the scripts import, at their tops or later, and fill the caches that their first picture fills."""
+    import torch._dynamo  # by the first optimizer
 
     for script in sorted((ROOT / "train").glob("*.py")):
         runpy.run_path(str(script), run_name="warm")
+    plt = pyplot()
+    figure, axes = plt.subplots(layout="constrained")
+    axes.plot([1, 10], [1, 10], label=caption("0"))
+    axes.set_yscale("log")
+    axes.legend()
+    figure.savefig(io.BytesIO(), format="png")
+    plt.close(figure)
 
 
 def serve(listener: socket.socket) -> list[str]:
