@@ -263,7 +263,7 @@ def adapters_off(model: Model) -> Iterator[None]:
 
 def empty_copy(model: Model) -> Model:
     """A meta-device model of the same shape and with the same adapters, for load_state_dict(assign=True)."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):  # initialisation draws random numbers even on meta
+    with torch.device("meta"):
         copy = Model(model.config)
         for path, linear in lora_linears(model):
             other = _as_lora(copy, path, linear.parts)

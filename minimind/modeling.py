@@ -40,8 +40,20 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """An embedding. On the meta device nothing is drawn: PyTorch would import its compiler for that, in a second."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class RMSNorm(nn.Module):
@@ -225,7 +237,7 @@ class Model(nn.Module):
         self.compute_dtype: torch.dtype | None = None  # None: the dtype of the parameters
         self.recompute = False  # run each block again in the backward instead of keeping its activations
         self.dropout = False  # an adapter uses dropout: a block that runs again must draw the same numbers
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
@@ -251,7 +263,9 @@ class Model(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialise with N(0, 0.02); projections into the residual stream are divided by sqrt(2 layers), as in
-        GPT-2."""
+        GPT-2. On the meta device nothing is drawn."""
+        if self.device.type == "meta":
+            return
         residual_std = 0.02 / (2 * self.config.num_hidden_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:

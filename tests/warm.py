@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import importlib
 import io
 import json
 import os
@@ -168,8 +169,8 @@ def _server(at_start: tuple[str | None, ...]) -> str:
 
 
 def preload() -> None:
-    """Import all that the scripts import, at their tops or later, and fill the caches that their first picture fills."""
-    import torch._dynamo  # by the first optimizer
+    """Import all that the scripts import, at their tops or later, and fill the caches of the first picture."""
+    importlib.import_module("torch._dynamo")  # by the first optimizer
 
     for script in sorted((ROOT / "train").glob("*.py")):
         runpy.run_path(str(script), run_name="warm")

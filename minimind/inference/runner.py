@@ -70,7 +70,7 @@ class Replica:
     def __init__(self, source: Model, dtype: torch.dtype, config: ModelConfig | None = None) -> None:
         self.dtype = dtype
         self._get_source: Callable[[], Model | None] = lambda: source
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):  # initialisation draws from the RNG
+        with torch.device("meta"):
             self.model = Model(config or source.config)
         self.model.compute_dtype = dtype
         self.model.eval().requires_grad_(False)

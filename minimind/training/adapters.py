@@ -94,7 +94,7 @@ class AdapterSetup:
         if config is not None:
             if job.initial.weights is None and not args.plan:
                 raise ValueError("--lora-rank: the frozen model would be random; name one with --from")
-            with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            with torch.device("meta"):
                 add_adapter(Model(job.config), config)
         return AdapterSetup(job, config)
 

@@ -71,7 +71,9 @@ def test_a_run_keeps_long_sums_in_float32():
 def test_a_start_without_a_gpu_does_not_import_the_compiler():
     """It would add 1.5 s to every start, including `minimind chat` and --help."""
     code = (
-        "import sys, minimind.modeling, minimind.inference.engine, minimind.training.job\n"
+        "import sys, torch, minimind.inference.engine, minimind.training.job\n"
+        "from minimind import ModelConfig; from minimind.modeling import Model\n"
+        "with torch.device('meta'): Model(ModelConfig(64, 2, 4, 2, 16, 128, tie_word_embeddings=False))\n"
         "print([m for m in ('torch._dynamo', 'torch.nn.attention.varlen') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
