@@ -29,7 +29,7 @@ test: venv
 	$(PYTEST) tests/
 
 test-heavy: venv
-	$(PYTEST) -m 'heavy and not slow' tests/
+	MINIMIND_TEST_PICTURES=1 $(PYTEST) -m 'heavy and not slow' tests/
 
 test-all: test test-heavy
 

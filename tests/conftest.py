@@ -17,7 +17,10 @@ import torch._dynamo  # before memory is poisoned below: its table of functions 
 
 from minimind import ops
 from minimind.kernels.triton_support import triton
+from tests import pictures
 from tests import sum_order  # noqa: F401  asked for by an environment variable, it shuffles the sums of products
+
+pictures.skip_rendering()
 
 for _name in ("http_proxy", "https_proxy", "all_proxy"):  # tests talk to servers of this machine
     for _spelling in (_name, _name.upper()):
@@ -37,6 +40,12 @@ def _poisoned_empty(monkeypatch):
     """Memory that this package's own code takes without filling holds NaN, so that a forgotten write shows."""
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+
+
+@pytest.fixture
+def rendered(monkeypatch):
+    """The test's own process renders the pictures of training runs."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", pictures.render)
 
 
 def _poisoned(original):

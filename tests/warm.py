@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind.utils.display import caption, pyplot
+from tests.pictures import skip_rendering
 
 ROOT = Path(__file__).parents[1]
 PIPE = subprocess.PIPE
@@ -181,6 +182,7 @@ def preload() -> None:
     axes.legend()
     figure.savefig(io.BytesIO(), format="png")
     plt.close(figure)
+    skip_rendering()
 
 
 def serve(listener: socket.socket) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minimind.training.rl.agents import draw_conversations
 from minimind.weights import save_weights
 from tests.environments.agent import KNOWN, SYSTEM, TOKENIZER, agent, doubtful_agent
 from tests.training.runs import SCRIPT, assert_continues_to_the_bit, call, finish, rows_of
@@ -52,9 +53,11 @@ def unbroken(origin, prompts, tmp_path_factory) -> Path:
     return out
 
 
-def test_a_run_leaves_figures_and_pictures_of_its_conversations(unbroken):
+def test_a_run_leaves_figures_and_pictures_of_its_conversations(unbroken, tmp_path, rendered):
     for picture in ("loss.png", "rewards.png", "agents.png"):
         assert (unbroken / picture).read_bytes().startswith(b"\x89PNG")
+    draw_conversations(unbroken / "metrics.jsonl", tmp_path)
+    assert (tmp_path / "agents.png").stat().st_size > 5000
     assert "<tool_response>" in (unbroken / "samples.txt").read_text()
     rows = rows_of(unbroken, "rollout")
     assert len(rows) == 3

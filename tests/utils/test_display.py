@@ -16,18 +16,21 @@ from minimind.utils.display import caption, say
 ROOT_HOME = Path("~root").expanduser()
 
 
-def test_any_title_is_drawn_without_warnings(tmp_path, capsys):
+def test_any_title_is_drawn_without_warnings(tmp_path, capsys, rendered):
     """Titles with Chinese, emoji, dollars and invalid bytes, and gradients that are all zero."""
-    row = {"kind": "train", "tokens": 1, "loss": 2.0, "grad_norm": 0.0, "lr": 1e-3}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    train = {"kind": "train", "tokens": 1, "loss": 2.0, "grad_norm": 0.0, "lr": 1e-3}
+    heldout = {"kind": "eval", "tokens": 1, "heldout_all": True, "heldout_loss": 2.0, "heldout_gap": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(train) + "\n" + json.dumps(heldout) + "\n")
     titles = ["pretrain-nano-唐诗 🦜", "cost_$5_to_$9^", r"a\$b$^{_", "x" * 250, "लिपि ไทย\n\t", "\ud800", "", "$"]
     for title in (*titles, os.fsdecode(b"gbk_\xca\xfd")):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             plot_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png", title)
-        picture = tmp_path / "loss.png"
-        assert picture.read_bytes().startswith(b"\x89PNG") and not capsys.readouterr().err
-        picture.unlink()
+            plot_figures(tmp_path / "metrics.jsonl", tmp_path / "gap.png", title, "nats", {"heldout_gap": "the gap"})
+        assert not capsys.readouterr().err
+        for picture in (tmp_path / "loss.png", tmp_path / "gap.png"):
+            assert picture.stat().st_size > 5000
+            picture.unlink()
 
 
 def test_a_caption_can_be_drawn_by_matplotlib(monkeypatch):
@@ -40,7 +43,7 @@ def test_a_caption_can_be_drawn_by_matplotlib(monkeypatch):
     assert caption("唐诗 🦜") == "唐诗 …"
 
 
-def test_a_failed_picture_does_not_fail_the_run(tmp_path, capsys):
+def test_a_failed_picture_does_not_fail_the_run(tmp_path, capsys, rendered):
     """Neither a broken row nor a missing folder."""
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"kind": "eval"}\n{"kin')

@@ -58,7 +58,7 @@ def test_a_line_of_samples_says_what_was_cut_off():
 
 
 @pytest.mark.parametrize("reference", [True, False])
-def test_every_curve_is_drawn(reference, tmp_path, monkeypatch):
+def test_every_curve_is_drawn(reference, tmp_path, monkeypatch, rendered):
     rollout = {"reward": 0.5, "length": 3.0, "entropy": 0.7} | ({"kl": 0.01} if reference else {})
     rows = [{"kind": "rollout", "step": step, **rollout} for step in (1, 2, 3)]
     rows += [{"kind": "eval", "step": 0, "heldout_reward": 0.25, "heldout_greedy_reward": 0.75}]
@@ -72,6 +72,6 @@ def test_every_curve_is_drawn(reference, tmp_path, monkeypatch):
 
     monkeypatch.setattr(rl_view, "_line", record)
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "rewards.png", "a run")
-    assert (tmp_path / "rewards.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "rewards.png").stat().st_size > 5000
     expected = {"reward": [0.5] * 3, "length": [3.0] * 3, "entropy": [0.7] * 3, "kl": [0.01] * 3 if reference else []}
     assert {key: found[0] for key, found in drawn.items()} == expected
