@@ -115,6 +115,10 @@ def leads_to(page: Path, target: str) -> tuple[Path | str, str]:
     name, _, heading = target.partition("#")
     path = Path(os.path.normpath(page.parent / name))
     assert path.exists(), f"{page.relative_to(ROOT)}: no file {target}"
+    if heading:
+        titles = (block.text for block in blocks(path.read_text(encoding="utf-8")) if block.kind.startswith("#"))
+        known = [re.sub(r"[^\w\- ]", "", title.lstrip("# ").lower()).replace(" ", "-") for title in titles]
+        assert heading in known, f"{page.relative_to(ROOT)}: no heading {target}"
     return path, heading
 
 
@@ -147,10 +151,11 @@ def test_code_blocks_hold_the_same_commands(page):
 
 
 def test_formulas_differ_in_words_only(page):
-    """A Chinese formula has the same signs and numbers in the same order, line by line, and no name of its own."""
+    """A line without Chinese words is the same. In any other the signs and numbers are, and no name is added."""
     for pair in page.blocks:
         if pair[0].kind == FORMULA:
             for english, chinese in zip(*(block.text.splitlines() for block in pair), strict=True):
+                assert english == chinese or not chinese.isascii(), page.place(pair)
                 assert SIGN.findall(english) == SIGN.findall(chinese), page.place(pair)
                 assert set(NAME.findall(chinese)) <= set(NAME.findall(english)), page.place(pair)
 
