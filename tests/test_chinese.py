@@ -13,10 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TOUR = ROOT / "docs" / "tour"
-# Each English page and its Chinese page. Every page of the tour has one.
-CHINESE = {ROOT / "README.md": ROOT / "README_zh.md"} | {
-    page: TOUR / "zh" / page.name for page in sorted(TOUR.glob("*.md"))
-}
+# Each English page and its Chinese page. Every page of the tour has one, and the pages of docs/ that docs/zh repeats.
+CHINESE = {ROOT / "README.md": ROOT / "README_zh.md"}
+CHINESE |= {page: TOUR / "zh" / page.name for page in sorted(TOUR.glob("*.md"))}
+CHINESE |= {page.parents[1] / page.name: page for page in sorted((ROOT / "docs" / "zh").glob("*.md"))}
 OWN_LINE = re.compile(r"#+ |- |\d+\. |\|")  # a heading, a list item or a table row begins a block of its own
 FORMULA = "    "  # the mark of an indented block
 LINK = re.compile(r"(!?)\[[^\[\]]*\]\(([^()\s]+)\)")
