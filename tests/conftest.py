@@ -17,8 +17,10 @@ import torch._dynamo  # before memory is poisoned below: its table of functions 
 
 from minimind import ops
 from minimind.kernels.triton_support import triton
-from tests import pictures
-from tests import sum_order  # noqa: F401  asked for by an environment variable, it shuffles the sums of products
+from tests import (
+    pictures,
+    sum_order,  # noqa: F401  asked for by an environment variable, it shuffles the sums of products
+)
 
 pictures.skip_rendering()
 
