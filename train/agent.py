@@ -45,11 +45,10 @@ from typing import Any, Literal
 from rich.console import Console
 
 from minimind.data.prompts import PromptSet
-from minimind.environments.builtin.kit import named_tools
+from minimind.environments.builtin import named_tools
 from minimind.environments.builtin.tasks import NAME, agent_prompts
 from minimind.environments.episodes import EpisodeLimits
-from minimind.environments.prompts import check_tools
-from minimind.environments.rewards import WEIGHTS
+from minimind.environments.rewards import WEIGHTS, check_tools
 from minimind.environments.running import ToolLimits, ToolRunner
 from minimind.modeling import Model
 from minimind.objectives.policy import policy_loss
@@ -60,7 +59,7 @@ from minimind.training.rl.agents import (
     conversation_rewards,
     draw_conversations,
 )
-from minimind.training.rl.groups import GroupArgs, bundle, describe, steps
+from minimind.training.rl.arguments import GroupArgs, bundle, describe, steps
 from minimind.training.rl.rollouts import Answer
 from minimind.training.rl.stage import BuiltinTask, RolloutStage
 

@@ -41,7 +41,7 @@ from rich.console import Console
 
 from minimind.objectives.policy import policy_loss
 from minimind.training.job import run_script
-from minimind.training.rl.groups import GroupArgs, bundle, describe, steps
+from minimind.training.rl.arguments import GroupArgs, bundle, describe, steps
 from minimind.training.rl.stage import RolloutStage
 from minimind.utils.display import say
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TextIO
 
 from minimind.apps.chat import THINK, ChatSession, printable
-from minimind.environments.calls import ParsedCall, read_calls
 from minimind.environments.running import ToolResult, ToolRunner
-from minimind.environments.turns import ToolTurns
+from minimind.environments.turns import ParsedCall, ToolTurns, read_calls
 from minimind.inference.requests import Request
 
 TURNS = 8  # of the model to one question

@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from minimind.environments.calls import ParsedCall, read_calls, without_calls
 from minimind.environments.running import ToolResult, ToolRunner
-from minimind.environments.turns import ToolTurns
+from minimind.environments.turns import ParsedCall, ToolTurns, read_calls, without_calls
 from minimind.inference.engine import Engine
 from minimind.inference.request_state import derive_seed
 from minimind.inference.requests import Delta, EngineStats, Request, SamplingParams

@@ -18,8 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from minimind.environments.calls import ParsedCall, Problem
 from minimind.environments.tools import ToolFunction, by_name
+from minimind.environments.turns import ParsedCall, Problem
 from minimind.environments.worker import described
 
 _START = 60.0  # seconds in which a process must have imported the user's module

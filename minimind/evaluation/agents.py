@@ -20,11 +20,19 @@ from rich.console import Console
 from rich.table import Table
 
 from minimind.data.prompts import PromptSet, open_prompts
-from minimind.environments.builtin.kit import named_tools
+from minimind.environments.builtin import named_tools
 from minimind.environments.builtin.tasks import agent_prompts
 from minimind.environments.episodes import EpisodeLimits, EpisodeRunner, EpisodeSampling
-from minimind.environments.prompts import check_tools, figures, is_checked, is_done, sample_of, start_of
-from minimind.environments.rewards import EpisodeSample, needed_calls
+from minimind.environments.rewards import (
+    EpisodeSample,
+    check_tools,
+    figures,
+    is_checked,
+    is_done,
+    needed_calls,
+    sample_of,
+    start_of,
+)
 from minimind.environments.running import ToolRunner
 from minimind.environments.turns import ToolTurns
 from minimind.inference.engine import Engine

@@ -46,7 +46,7 @@ from minimind.training.metrics import make_tracker
 from minimind.training.optim import AVERAGE_FOLDER, Optimizers, build_optimizers
 from minimind.training.parallel import Parallel, leave, rank
 from minimind.training.plan import PlanOnly, survey
-from minimind.training.profiling.profiler import StepProfiler, mark_blocks
+from minimind.training.profiling import StepProfiler, mark_blocks
 from minimind.training.run_folder import RunFolder, find_run, open_run, record_versions
 from minimind.training.trainer import Stage, Trainer, TrainingPlan
 from minimind.utils.device import Precision, choose_precision, describe_device, keep_sums_float32

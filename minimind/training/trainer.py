@@ -34,7 +34,7 @@ from minimind.training.evaluation import BestFigure, Evaluation
 from minimind.training.metrics import Event, MetricsLog, Tracker, plot_losses
 from minimind.training.optim import AVERAGE_FOLDER, ClipGroup, Optimizers, RateSchedule, WeightAverage
 from minimind.training.parallel import Parallel
-from minimind.training.profiling.profiler import StepProfiler
+from minimind.training.profiling import StepProfiler
 from minimind.training.run_folder import RunFolder, truncate
 from minimind.utils.display import Display, duration, say
 from minimind.utils.files import sync, write_json

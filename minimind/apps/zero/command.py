@@ -22,10 +22,10 @@ from rich.console import Console
 
 from minimind.apps.zero.planning import MORE, BudgetName, Plan, make_plan
 from minimind.apps.zero.report import write_report
+from minimind.apps.zero.results import closing_lines
 from minimind.apps.zero.running import Clock, StageView, run_stage, was_stopped
 from minimind.apps.zero.stages import STAGES, Chain, StageName, shown
 from minimind.apps.zero.state import State, alone_in
-from minimind.apps.zero.story import closing_lines
 from minimind.utils.display import duration, say
 
 PresetName = Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "minimind3", "minimind3-moe"]

@@ -10,13 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from minimind.apps.zero.charts import line_chart
+from minimind.apps.zero.charts import STYLE, line_chart
 from minimind.apps.zero.planning import StagePlan
-from minimind.apps.zero.results import Curve, Results, SamplePair
+from minimind.apps.zero.results import Curve, Results, SamplePair, commands, name_of, results_text, spell
 from minimind.apps.zero.stages import STAGES, shown
 from minimind.apps.zero.state import State
-from minimind.apps.zero.story import commands, name_of, results_text, spell
-from minimind.apps.zero.style import STYLE
 from minimind.utils.display import duration
 from minimind.utils.files import write_atomically
 

@@ -1,12 +1,21 @@
-"""One stage from its start to its end: its script in a process of its own, its lines passed on, progress over all."""
+"""Run one stage of `minimind zero`: its script in a process of its own, its lines passed on, progress over all stages.
+
+    python -m minimind.apps.zero.running SCRIPT FLAGS
+
+is that process. It runs the script as `python SCRIPT FLAGS` does, and stops when its parent ends, however that happens:
+its standard input is a pipe that the parent holds, and the end of the pipe stops the stage as SIGTERM does. The stage
+then finishes its step and saves.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,7 +93,7 @@ def run_stage(
     time it takes. SIGINT and SIGTERM are passed on to it, and it saves."""
     await_free(out, console)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-    arguments = interpreter(["-m", "minimind.apps.zero.child", *command])
+    arguments = interpreter(["-m", "minimind.apps.zero.running", *command])
     own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == "win32" else {}  # type: ignore[attr-defined]
     process = subprocess.Popen(
         arguments,
@@ -149,3 +158,21 @@ def passed_on(process: subprocess.Popen[str]) -> Iterator[None]:
 def was_stopped(status: int) -> bool:
     """Whether the script ended because it was told to, rather than by an error of its own."""
     return status in (_STOPPED, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM)
+
+
+def stop_with_parent() -> None:
+    """Ends when the pipe does. Not by sys.stdin, whose lock a waiting thread would hold to the very end."""
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> None:
+    threading.Thread(target=stop_with_parent, daemon=True).start()
+    sys.argv = sys.argv[1:]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,8 +14,15 @@ import torch
 
 from minimind.data.prompts import Prompt, PromptSet
 from minimind.environments.episodes import Episode, EpisodeLimits, EpisodeRunner, EpisodeSampling
-from minimind.environments.prompts import figures, is_checked, sample_of, start_of
-from minimind.environments.rewards import WEIGHTS, EpisodeSample, agent_rewards
+from minimind.environments.rewards import (
+    WEIGHTS,
+    EpisodeSample,
+    agent_rewards,
+    figures,
+    is_checked,
+    sample_of,
+    start_of,
+)
 from minimind.environments.running import ToolRunner
 from minimind.environments.turns import ToolTurns
 from minimind.modeling import Model
