@@ -130,7 +130,7 @@ def _number(text: str) -> Fraction | None:
 
 
 class TaskPrompt(Protocol):
-    """What is needed of minimind.data.prompts.Prompt."""
+    """The attributes of minimind.data.prompts.Prompt that are used here."""
 
     @property
     def messages(self) -> Sequence[Mapping[str, Any]]: ...
@@ -145,14 +145,14 @@ class TaskPrompt(Protocol):
 
 
 def start_of(prompt: TaskPrompt, number: int, samples: int = 1) -> Start:
-    """`samples` conversations that begin with a prompt; its "state" is the tools' at their beginning."""
+    """The start of `samples` conversations from one prompt. The row's "state" is the tools' memory at the start."""
     state = prompt.metadata.get("state")
     known = state if isinstance(state, dict) else {}
     return Start(number, prompt.ids, samples, offered_tools(prompt.messages), known, prompt.thinking)
 
 
 def sample_of(prompt: TaskPrompt, episode: Episode) -> EpisodeSample:
-    """What rewards see of a conversation."""
+    """The conversation as rewards see it."""
     reason: Any = "stop" if episode.reason == "answer" else "length"
     return EpisodeSample(
         prompt.messages, episode.answer, episode.ids, reason, prompt.reference, prompt.metadata, prompt.thinking,
@@ -161,7 +161,7 @@ def sample_of(prompt: TaskPrompt, episode: Episode) -> EpisodeSample:
 
 
 def is_checked(prompt: TaskPrompt | EpisodeSample) -> bool:
-    """Whether there is something to check an answer against."""
+    """Whether the row has a reference or a list "gt", so that an answer can be checked."""
     return prompt.reference is not None or bool(prompt.metadata.get("gt"))
 
 
@@ -171,13 +171,14 @@ def is_done(sample: EpisodeSample) -> bool:
 
 
 def check_tools(prompts: Iterable[TaskPrompt], tools: ToolRunner) -> None:
-    """ValueError, one line, where a prompt offers a tool that there is none for, or with arguments that it has not."""
+    """Raise ValueError, one line, if a prompt offers a tool that no function implements, or one with arguments that its
+    function does not take."""
     for prompt in prompts:
         for name, schema in offered_tools(prompt.messages).items():
             if name not in tools.tools:
                 raise ValueError(
-                    f"--tools: a prompt of --data offers {name}, which there is no function for; name one, as "
-                    "package.module:name"
+                    f"--tools: a prompt of --data offers {name}, which no function implements; name one with --tools "
+                    "package.module:NAME"
                 )
             mine = tools.tools[name].parameters.get("properties", {})
             other = set(schema.get("properties", {})) - set(mine)
@@ -189,9 +190,15 @@ def check_tools(prompts: Iterable[TaskPrompt], tools: ToolRunner) -> None:
 
 
 def figures(samples: Sequence[EpisodeSample]) -> dict[str, float]:
-    """success, the share of tasks that were done, and of those of one, two, ... calls and of new wordings; calls and
-    turns of a conversation; malformed_calls, the share that could not be run; and how many calls failed by the way that
-    they did, how many conversations ended by the reason."""
+    """Figures of finished conversations, by name:
+
+    success             share of the tasks that were solved; success_N: of those that need N calls;
+                        success_new_wording: of those whose wording is in no training task
+    calls, turns        mean number per conversation
+    malformed_calls     share of the calls that could not be run
+    call_PROBLEM        number of calls that failed in this way
+    ended_by_REASON     number of conversations that ended for this reason
+    """
     done: dict[str, list[float]] = {}
     problems, reasons, calls, turns = Counter[str](), Counter[str](), 0, 0
     for sample in samples:

@@ -23,12 +23,13 @@ from minimind.tokenization import Tokenizer
 Problem = Literal["malformed", "unknown", "arguments", "raised", "timeout", "died"]
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _CALL = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
-_LONGEST = 60  # characters of what the model wrote that an error repeats
+_LONGEST = 60  # an error repeats at most this many characters of the model's text
 
 
 @dataclass(frozen=True)
 class ParsedCall:
-    """problem: why it cannot be run, and `error` that in words; None where it can."""
+    """A call that a model wrote. problem: the mistake that keeps it from being run, else None; error: the same in
+    words, for the model."""
 
     name: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -37,8 +38,8 @@ class ParsedCall:
 
 
 def read_calls(text: str, offered: Mapping[str, Mapping[str, Any]]) -> list[ParsedCall]:
-    """The calls behind a reply's reasoning, in their order. offered: the JSON schema of each tool's arguments by its
-    name. A mark that has no partner is a malformed call."""
+    """The calls of a reply in their order, without those inside its reasoning. offered: the JSON schema of each tool's
+    arguments, by tool name. An opening or closing mark without its partner counts as a malformed call."""
     said = text.rpartition("</think>")[2]
     calls = [_read(found, offered) for found in _CALL.findall(said)]
     rest = _CALL.sub("", said)
@@ -48,7 +49,7 @@ def read_calls(text: str, offered: Mapping[str, Mapping[str, Any]]) -> list[Pars
 
 
 def without_calls(text: str) -> str:
-    """What a reply says beside its calls."""
+    """The text of a reply without its calls."""
     return _CALL.sub("", text).strip()
 
 
@@ -83,8 +84,9 @@ _EXAMPLE_CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"
 
 
 class ToolTurns:
-    """Encodes tool turns. thinking: the template variable enable_thinking; None leaves it undefined. Raises ValueError,
-    one line, if the template is invalid or does not render a conversation message by message."""
+    """Encodes the messages between an assistant's turns. thinking: the template variable enable_thinking; None leaves
+    it undefined. Raises ValueError, one line, if the template is invalid or does not render a conversation message by
+    message."""
 
     def __init__(self, tokenizer: Tokenizer, thinking: bool | None = None) -> None:
         self.tokenizer = tokenizer

@@ -49,8 +49,9 @@ _FAILURES = 3  # failed conversations to print
 def evaluate_agent(
     loaded: LoadedModel, data: Sequence[str], tools: Sequence[str], limit: int | None, console: Console
 ) -> dict[str, Any]:
-    """Evaluate the first `limit` tasks. Return the values of `figures` and {"tasks": number, "kinds": {kind: {"tasks",
-    "success"}}, "failures": [transcript]}. Raises ValueError, one line, for unusable tasks or tools."""
+    """Evaluate the first `limit` tasks. Returns the figures of `minimind.environments.rewards.figures`, the number of
+    "tasks", "kinds" ({kind: {"tasks": number, "success": share}}) and "failures", a transcript of each. Raises
+    ValueError, one line, for unusable tasks or tools."""
     prompts = _open(loaded, data, limit, console)
     with ToolRunner(named_tools(tools)) as runner:
         check_tools(prompts.prompts, runner)
@@ -73,7 +74,7 @@ def report_agent(evaluation: dict[str, Any], folder: Path, console: Console) -> 
     names = sorted(name for name in evaluation if name.startswith("success_"))
     for name in names:
         group = name.removeprefix("success_").replace("_", " ")
-        table.add_row(f"of {group} calls" if group.isdigit() else group, "", f"{evaluation[name]:.3f}")
+        table.add_row(f"that need {group} calls" if group.isdigit() else group, "", f"{evaluation[name]:.3f}")
     table.add_row("all", f"{evaluation['tasks']:,}", f"{evaluation['success']:.3f}")
     console.print(table)
     say(

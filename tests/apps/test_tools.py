@@ -96,7 +96,7 @@ def test_old_rounds_go_where_the_context_is_full_and_a_question_that_is_too_long
 
 
 def test_a_model_that_continues_text_calls_nothing():
-    with pytest.raises(ValueError, match="--tools: this model continues text and calls nothing"):
+    with pytest.raises(ValueError, match="--tools: this model only continues text"):
         session(raw=True)
 
 

@@ -113,7 +113,7 @@ def test_two_do_not_work_in_one_folder(tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("")
-    with pytest.raises(ValueError, match="not empty and not of minimind zero"):
+    with pytest.raises(ValueError, match="not empty, and no folder of minimind zero"):
         State.open(tmp_path, {})
     (tmp_path / "zero.json").write_text("{")
     with pytest.raises(ValueError, match=r"zero\.json: damaged; put it back"):

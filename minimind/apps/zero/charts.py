@@ -11,11 +11,12 @@ from html import escape
 
 from minimind.apps.zero.results import Curve
 
-_WIDE, _HIGH = 1000, 400  # of the drawing, which the page stretches to its own
+_WIDE, _HIGH = 1000, 400  # units of the drawing, which the page stretches to the width that it has
 
 
 def line_chart(title: str, unit: str, x_unit: str, curves: Sequence[Curve], top: float | None = None) -> str:
-    """A figure. top: the upper end of the axis where it is known, such as 1 of shares, which are then in percent."""
+    """A chart as an HTML figure, "" without points. top: the upper end of the y axis, if it is known; 1 stands for
+    shares, which are shown in percent."""
     points = [point for curve in curves for point in curve.points if all(map(math.isfinite, point))]
     if not points:
         return ""
@@ -58,13 +59,14 @@ def _path(curve: Curve, colour: int, style: str, right: float, low: float, high:
     ]
     line = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
     drawn = f'<path class="{"line" if style == "dots" else style} c{colour}" d="{line}"/>'
-    if style == "dots" or len(places) == 1:  # a line of no length with round ends is a dot of the same size everywhere
+    if style == "dots" or len(places) == 1:  # a line of length 0 is a dot that keeps its shape
         drawn += f'<path class="dot c{colour}" d="{"".join(f"M{x:.1f} {y:.1f}h0" for x, y in places)}"/>'
     return drawn
 
 
 def bounds(values: Sequence[float]) -> tuple[float, float]:
-    """The ends of an axis: from 0 where no value is below it; without the few highest values of a noisy start."""
+    """The ends of an axis. It begins at 0 or at the lowest negative value, and leaves out the few highest values of a
+    noisy start."""
     ordered = sorted(values)
     high = ordered[-1] if len(ordered) < 50 else max(ordered[int(0.995 * len(ordered))], ordered[-1] * 0.5)
     low = min(0.0, ordered[0])
@@ -72,7 +74,7 @@ def bounds(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers between the two."""
+    """About `count` round numbers from `low` to `high`."""
     raw = (high - low) / count
     unit = 10 ** math.floor(math.log10(raw))
     step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= raw * 0.999)
@@ -81,7 +83,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def number(value: float) -> str:
-    """To three digits or so, with a letter for thousands and millions."""
+    """Format a number with three digits and k, M or G for thousands, millions and billions."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{letter}"

@@ -1,8 +1,8 @@
 """Train a chat model from random weights and write a report about it, in one command: `minimind zero`.
 
-    minimind zero --budget 5min                                  what `minimind demo` does: nothing is downloaded
+    minimind zero --budget 5min                                  the same as `minimind demo`; downloads nothing
     minimind zero --budget full --data pretrain=pretrain_hq.jsonl sft=sft_mini_512.jsonl
-    minimind zero --budget 2h --plan                             only prints what it would do
+    minimind zero --budget 2h --plan                             only prints the plan
 
 The stages run one after another, each by its script in train/ and in its own folder under --out. The report is
 index.html in --out/report. After an interruption the same command continues.
@@ -36,8 +36,8 @@ class Args:
     """Train a chat model from random weights. Every default works."""
 
     budget: BudgetName = "5min"
-    """Time for all stages on this device, whose speed is measured first; it decides preset, stages and tokens. full: no
-    limit and all of the data, like upstream's Zero run."""
+    """Time for all stages on this device, whose speed is measured first. It decides the preset, the stages and their
+    tokens. full: no limit and all of the data, like upstream's Zero run."""
     stages: tuple[StageName, ...] = ()
     """Stages to run. None: pretrain and sft, those that --data names, and more with a larger budget and built-in data
     (docs/zero.md)."""

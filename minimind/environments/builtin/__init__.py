@@ -27,7 +27,7 @@ from minimind.environments.builtin.tools import (
 )
 from minimind.environments.tools import ToolFunction, by_name, tool_of, user_tools
 
-BUILTIN, UPSTREAM = "builtin", "upstream"  # what --tools calls them
+BUILTIN, UPSTREAM = "builtin", "upstream"  # words of --tools
 
 
 @cache
@@ -53,8 +53,8 @@ _KITS = {BUILTIN: builtin_tools, UPSTREAM: upstream_tools}
 
 
 def named_tools(names: Iterable[str]) -> list[ToolFunction]:
-    """Those of --tools: "builtin", "upstream", and "package.module:name" of one's own. ValueError, one line, naming the
-    word."""
+    """The tools of --tools: "builtin", "upstream", or the user's at "package.module:name". Raises ValueError, one line
+    that names the word, if there are none or two have one name."""
     found: list[ToolFunction] = []
     for name in names:
         try:

@@ -19,7 +19,7 @@ from typing import Any
 from minimind.data.builtin.chat import CAPITALS, DAYS
 
 _LONGEST = 200  # characters of an expression, or of a name or value to remember
-_MOST_BITS = 256  # of a number on the way
+_MOST_BITS = 256  # of an intermediate result
 _SAME = str.maketrans({"×": "*", "÷": "/", "−": "-", "^": "**", "（": "(", "）": ")", ",": None})
 _TWO: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -44,7 +44,7 @@ def calculate(expression: str) -> str:
 
 
 def number_text(value: Fraction) -> str:
-    """A whole number as such, others with at most ten significant digits."""
+    """Write a whole number in full, any other with at most ten significant digits."""
     if value.denominator == 1:
         return str(value.numerator)
     return f"{float(value):.10g}"
