@@ -60,7 +60,7 @@ from minimind.training.rl.agents import (
     conversation_rewards,
     draw_conversations,
 )
-from minimind.training.rl.arguments import GroupArgs, bundle, describe, steps
+from minimind.training.rl.arguments import GroupArgs, chosen_algorithm, default_minibatches, describe_algorithm
 from minimind.training.rl.rollouts import Answer
 from minimind.training.rl.stage import BuiltinTask, RolloutStage
 
@@ -121,8 +121,8 @@ def main(args: Args, console: Console) -> bool:
     """Run the stage; returns False if it was interrupted. Raises ValueError, in one line, for bad input."""
     args.check()
     if args.minibatches is None:
-        args = dataclasses.replace(args, minibatches=steps(args))
-    algorithm, beta = bundle(args)
+        args = dataclasses.replace(args, minibatches=default_minibatches(args))
+    algorithm, beta = chosen_algorithm(args)
     bounds = ToolLimits(args.tool_seconds, args.tool_characters, args.tool_workers)
     with ToolRunner(named_tools(args.tools), bounds) as tools:
         run = RolloutStage.begin("agent", args, algorithm.aggregation, console, TASK, conversation_rewards)
@@ -135,7 +135,7 @@ def main(args: Args, console: Console) -> bool:
         run.build(**args.parts, make_sampler=sampler)
         run.figures_of, run.draw = partial(_figures, run), draw_conversations
         loss = partial(policy_loss, run.trained, objective=algorithm.objective, entropy=args.entropy != 0)
-        return run.fit(loss, NANO_LR, [describe(args, algorithm, beta), _described(args, tools)])
+        return run.fit(loss, NANO_LR, [describe_algorithm(args, algorithm, beta), _described(args, tools)])
 
 
 def _figures(run: RolloutStage, answers: Sequence[Answer], prompts: PromptSet) -> dict[str, float]:

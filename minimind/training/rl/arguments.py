@@ -1,4 +1,4 @@
-"""The flags of the reinforcement learning stages, and what GRPO and its relatives make of theirs."""
+"""The flags of the reinforcement learning stages, and the algorithms that those of GRPO and its relatives describe."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class RolloutArgs(AdapterArgs):
 
     @property
     def shared_rewards(self) -> tuple[str, ...]:
-        """The words of --reward that all stages know."""
+        """The words of --reward that `parse_rewards` knows; a stage may have words of its own."""
         return self.reward
 
     @property
@@ -168,19 +168,19 @@ class GroupArgs(RolloutArgs):
     """Aggregation of token losses: the mean over all tokens (token), over the means of answers (sample), or over the
     sums of answers divided by --max-new-tokens (constant). None: the algorithm's."""
     clip_low: float | None = None
-    """The ratio has no gradient below 1 - clip_low that would lower it. None: the algorithm's."""
+    """Below 1 - clip_low, an answer's probability ratio is not lowered further. None: the algorithm's."""
     clip_high: float | None = None
-    """The ratio has no gradient above 1 + clip_high that would raise it. None: the algorithm's."""
+    """Above 1 + clip_high, an answer's probability ratio is not raised further. None: the algorithm's."""
     beta: float | None = None
     """Weight of the KL to the initial model; 0 keeps no copy of it. None: the algorithm's."""
     entropy: float = 0.0
     """Weight of an entropy bonus, which keeps answers varied."""
     rescore: bool | None = None
-    """Compute the old log-probabilities with the trainer, by one more forward, instead of using the engine's. None: for
-    gspo, whose clip range is smaller than their difference in bf16."""
+    """Compute the old log-probabilities with the trainer, in one more forward pass, instead of using the engine's.
+    None: only for gspo, whose clip range is narrower than the difference of the two in bf16."""
     refills: int | None = None
-    """Replace prompts whose answers all have the same reward by others, up to this many times --prompts. None: 3 for
-    dapo, else 0."""
+    """Replace prompts whose answers all have the same reward by other prompts, at most this many times --prompts. None:
+    3 for dapo, else 0."""
 
     def check(self) -> None:
         super().check()
@@ -191,28 +191,28 @@ class GroupArgs(RolloutArgs):
 
     @property
     def std(self) -> Any:
-        """What `advantages` divides by."""
+        """How advantages are normalised: --advantage, or the algorithm's way."""
         return self.advantage or ALGORITHMS[self.loss].std
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What Rollouts.build needs to know of the algorithm."""
+        """The arguments of RolloutStage.build that depend on the algorithm."""
         return {
-            "advantages": partial(advantages, how=self.std),
-            "with_reference": bundle(self)[1] > 0,
+            "advantages": partial(set_advantages, how=self.std),
+            "with_reference": chosen_algorithm(self)[1] > 0,
             "refills": self.refills if self.refills is not None else 3 if self.loss == "dapo" else 0,
             "rescore": self.loss == "gspo" if self.rescore is None else self.rescore,
             "mask": self.loss == "dapo",
         }
 
 
-def steps(args: GroupArgs) -> int:
-    """Steps in each pass over a rollout: as many as the paper takes, with at least SMALLEST answers in each."""
+def default_minibatches(args: GroupArgs) -> int:
+    """Optimizer steps in each pass over a rollout: as many as in the paper, with at least SMALLEST answers each."""
     return max(1, min(ALGORITHMS[args.loss].minibatches, args.prompts * args.samples // SMALLEST))
 
 
-def bundle(args: GroupArgs) -> tuple[Algorithm, float]:
-    """(the algorithm, with the parts that flags replace; the weight of the KL)."""
+def chosen_algorithm(args: GroupArgs) -> tuple[Algorithm, float]:
+    """(the algorithm of --loss with the parts that other flags replace, the weight of the KL)."""
     paper = ALGORITHMS[args.loss]
     bounds: dict[str, Any] = {"low": args.clip_low, "high": args.clip_high}
     objective: PolicyObjective = partial(paper.objective, **{k: v for k, v in bounds.items() if v is not None})
@@ -223,8 +223,8 @@ def bundle(args: GroupArgs) -> tuple[Algorithm, float]:
     ), beta
 
 
-def advantages(answers: list[Answer], how: Any) -> dict[str, float]:
-    """Give every token of an answer the answer's advantage over its group."""
+def set_advantages(answers: list[Answer], how: Any) -> dict[str, float]:
+    """Set the advantages of all tokens of each answer to the answer's advantage over its group."""
     rewards = torch.tensor([a.score for a in answers], dtype=torch.float64)
     groups = torch.from_numpy(np.unique([a.number for a in answers], return_inverse=True)[1])
     count = int(groups.max()) + 1
@@ -235,7 +235,8 @@ def advantages(answers: list[Answer], how: Any) -> dict[str, float]:
     return {}
 
 
-def describe(args: GroupArgs, algorithm: Algorithm, beta: float) -> str:
+def describe_algorithm(args: GroupArgs, algorithm: Algorithm, beta: float) -> str:
+    """One line about the algorithm and its steps, printed at start."""
     parts = [f"{args.loss}: advantages over {args.std}, mean by {algorithm.aggregation}"]
     parts.append(f"KL {beta:g}" if beta else "no reference model")
     answers = args.prompts * args.samples // (args.minibatches or 1)
