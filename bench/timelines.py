@@ -33,8 +33,9 @@ from bench.common.record import ROOT, results_folder, stamp
 from minimind.config import PRESETS, ModelConfig
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams
-from minimind.training.profiling.profiler import PICTURE, StepProfiler, span
+from minimind.training.profiling import PICTURE, StepProfiler
 from minimind.utils.device import choose_device, choose_precision
+from minimind.utils.spans import span
 
 WHAT = ("train", "decode")
 # Parts of the engine's step: (object, method, name of the span). The rest is the engine's own bookkeeping.

@@ -5,9 +5,11 @@ Triton. A kernel's tile sizes come from a frozen table, with an entry for each a
 """
 
 import functools
+import hashlib
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -173,3 +175,12 @@ def check_tensors(**tensors: Tensor | None) -> None:
             check(reason is None, message, name, device, reason)
         message = "{} is on {} and {} on {}; move them to one device"
         check(device == first[1].device, message, name, device, first[0], first[1].device)
+
+
+def kernels_fingerprint() -> str:
+    """A hash of the kernels' source files, for the cache of torch.compile: it keeps kernels with their tile sizes, but
+    its own key covers the source of an operator's function only, not of those that it calls."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from minimind.utils.startup import leave_on_interrupt, prepare_output, started, with_home
 
 COMMANDS = {
-    "demo": ("minimind.apps.zero.demo", "from nothing to a model that answers, in minutes, on any machine"),
+    "demo": ("minimind.apps.zero.command", "from nothing to a model that answers, in minutes, on any machine"),
     "zero": ("minimind.apps.zero.command", "the same within a budget of time, with your data, further stages, a plan"),
     "chat": ("minimind.apps.chat", "chat with a model in the terminal"),
     "serve": ("minimind.serving.command", "serve a model over HTTP with OpenAI's API"),

@@ -561,10 +561,10 @@ MUTATIONS = (
     ),
     Mutation(
         "a plan begins to read in the middle of a row",
-        "minimind/data/sampling.py",
+        "minimind/training/plan.py",
         "        if begin:\n            file.readline()\n",
         "",
-        "tests/data/test_sampling.py",
+        "tests/training/test_plan_sample.py",
     ),
     Mutation(
         "a plan counts the tokens it has read for all there are",
@@ -638,7 +638,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a text is cut wherever it may be",
-        "minimind/tokenization/long_texts.py",
+        "minimind/tokenization/tokenizer.py",
         "        if np.concatenate(sides).tolist() == ids:\n",
         "        if sides:\n",
         "tests/tokenization/test_long_texts.py",

@@ -1,10 +1,10 @@
-"""Teach a chat model to use tools by rewards: `python train/agent.py` works as it is, on tasks made by the program.
+"""Teach a chat model to use tools, from rewards: `python train/agent.py` works as it is, on built-in tasks.
 
-A task is answered in a conversation: the model calls tools, reads what they say, calls others, and answers. Several
-conversations begin with each task, and the better ones become likelier: GRPO, CISPO and their relatives, as
-train/grpo.py has them, over all that the model wrote in all turns. What tools said has no weight. Run the same command
-again after any interruption and it continues where the last checkpoint was. Every run leaves a folder under runs/ with
-its metrics, curves, conversations and weights.
+Each task is answered in a conversation: the model calls tools, reads their results, calls others, and answers. Several
+conversations are sampled for each task, and training makes the better ones likelier, by GRPO, CISPO and their relatives
+as in train/grpo.py. The loss covers all tokens that the model wrote in all turns, and none of the tools' results. Run
+the same command again after any interruption, and it continues from the last checkpoint. Every run leaves a folder
+under runs/ with its metrics, curves, conversations and weights.
 
     python train/agent.py                                         built-in tools and tasks (docs/agents.md)
     python train/agent.py --data agent_rl.jsonl --tools upstream  upstream's rows: messages, tools, gt
@@ -12,21 +12,22 @@ its metrics, curves, conversations and weights.
 
 Departures from upstream's train_agent.py:
 
-- All conversations advance together in one engine and a turn goes on from the cached beginning of its conversation;
-  there each conversation is held alone, and every turn computes all of it again.
-- Tokens are appended. There the conversation is rendered anew after each turn and cut by its length, and the tokens
-  that end a turn are taken out, so that what is trained on is not what was sampled where the text, encoded again, gives
-  other tokens. Here a model also learns to end its turns.
-- A tool's words cannot spell special tokens; there they are rendered into the text that is encoded.
-- Tools are functions that run, in processes of their own where they are a user's, with a time limit; there a table of
-  lambdas, arithmetic by eval.
-- A malformed, unknown or ill-typed call is answered with what is wrong and counted; there a call that is no JSON is
-  passed over.
-- The reward's parts (answer, calls, frugal) lie in 0..1, are weighted by --reward and logged apart; there one number
-  between -3 and 3 with bonuses for length, and a reward model where no tool was called (here --reward model=FOLDER).
-- Sampling is at temperature 1 from the distribution that is trained; there at 0.8, trained as if at 1.
-- A conversation that reaches a limit ends with that reason and is learnt from as it stands; --mask-truncated leaves it
-  out.
+- All conversations advance together in one engine, and each turn reuses the cached beginning of its conversation.
+  Upstream runs one conversation at a time and computes all of it again at every turn.
+- Tokens are only appended. Upstream renders the conversation anew after each turn, cuts it to a length, and removes the
+  tokens that end a turn; so it trains on other tokens than it sampled wherever the text is encoded differently the
+  second time. Here a model also learns to end its turns.
+- A tool's output cannot contain special tokens. Upstream renders it into the text that it encodes.
+- Tools are functions. The user's run in processes of their own, with a time limit. Upstream has a table of lambdas, and
+  evaluates arithmetic with eval.
+- A malformed, unknown or ill-typed call is counted, and its result names the mistake. Upstream skips calls that are not
+  JSON.
+- The parts of the reward (answer, calls, frugal) are between 0 and 1, are weighted by --reward and logged separately.
+  Upstream has one number between -3 and 3 with bonuses for length, and uses a reward model where no tool was called
+  (here: --reward model=FOLDER).
+- Sampling is at temperature 1 from the distribution that is trained. Upstream samples at 0.8 and trains as if at 1.
+- A conversation that reaches a limit ends there, with the limit as its reason, and is learnt from all the same;
+  --mask-truncated leaves it out.
 """
 
 from __future__ import annotations
@@ -45,11 +46,10 @@ from typing import Any, Literal
 from rich.console import Console
 
 from minimind.data.prompts import PromptSet
-from minimind.environments.builtin.kit import named_tools
+from minimind.environments.builtin import named_tools
 from minimind.environments.builtin.tasks import NAME, agent_prompts
 from minimind.environments.episodes import EpisodeLimits
-from minimind.environments.prompts import check_tools
-from minimind.environments.rewards import WEIGHTS
+from minimind.environments.rewards import WEIGHTS, check_tools
 from minimind.environments.running import ToolLimits, ToolRunner
 from minimind.modeling import Model
 from minimind.objectives.policy import policy_loss
@@ -60,11 +60,11 @@ from minimind.training.rl.agents import (
     conversation_rewards,
     draw_conversations,
 )
-from minimind.training.rl.groups import GroupArgs, bundle, describe, steps
+from minimind.training.rl.arguments import GroupArgs, chosen_algorithm, default_minibatches, describe_algorithm
 from minimind.training.rl.rollouts import Answer
 from minimind.training.rl.stage import BuiltinTask, RolloutStage
 
-NANO_LR = 1e-4  # peak rate of nano; others' by rl.stage.peak_lr
+NANO_LR = 1e-4  # peak rate of nano; rl.stage.peak_lr derives that of other models
 TASK = BuiltinTask(NAME, agent_prompts, ("--epochs", "2", "--seq-len", "640", "--batch-tokens", "5120"))
 
 
@@ -74,33 +74,33 @@ class Args(GroupArgs):
 
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [..., {"role": "assistant",
-    "content": ""}]} rows whose system message carries the tools on offer. What is right is in "reference", or in "gt",
-    a list of values that the answer is to hold; "calls" is how many calls it takes, "state" what the tools' memory
-    begins with. None: tasks that come with the program."""
+    "content": ""}]} rows whose system message lists the tools on offer. "reference" is the right answer, or "gt" a list
+    of values that the answer must contain; "calls" is the number of calls needed, "state" the tools' memory at the
+    start. None: built-in tasks."""
     tools: tuple[str, ...] = ("builtin",)
-    """Functions behind the tools on offer: builtin; upstream, for its agent_rl.jsonl; or package.module:NAME of one
-    function or a list of them."""
+    """Functions that implement the tools on offer: builtin; upstream, for its agent_rl.jsonl; or package.module:NAME of
+    a function or a list of functions."""
     loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "cispo"
-    """Which algorithm; the flags below replace parts of it."""
+    """The algorithm; the flags below replace parts of it."""
     reward: tuple[str, ...] = ()
-    """Rewards to add up, each NAME[:WEIGHT]: answer, that the final answer is right (1); calls, that calls are
-    well-formed and fit their schemas (0.2); frugal, that right answers make no needless calls (0.1); and those of
-    train/grpo.py, which see the final answer. None: these three."""
+    """Rewards to sum, each NAME[:WEIGHT]: answer, whether the final answer is right (weight 1); calls, the share of
+    well-formed calls that fit their schemas (0.2); frugal, whether a right answer took no needless calls (0.1); and
+    those of train/grpo.py, which see the final answer. None: the first three."""
     max_new_tokens: int | None = None
-    """Tokens of the longest conversation behind its prompt, tools' results included. None: 224 for the built-in tasks,
-    else 1024."""
+    """Most tokens of a conversation after its prompt, tool results included. None: 224 for the built-in tasks, else
+    1024."""
     turn_tokens: int = 128
-    """Tokens of the longest turn of the model."""
+    """Most tokens of one turn of the model."""
     turns: int = 6
-    """Turns of the model in a conversation; one that then still calls ends without an answer."""
+    """Most turns of the model in a conversation; if the last one still calls a tool, there is no answer."""
     tool_seconds: float = 5.0
-    """Of one call of a tool of yours, which is then ended."""
+    """Seconds for one call of your tools, after which it is stopped."""
     all_tool_seconds: float = 20.0
-    """Of all calls of a conversation together."""
+    """Seconds for all calls of a conversation together."""
     tool_characters: int = 2048
-    """Of a tool's result; the rest is cut off."""
+    """Most characters of a tool's result; the rest is cut off."""
     tool_workers: int = 2
-    """Processes that run tools of yours."""
+    """Number of processes that run your tools."""
 
     @property
     def shared_rewards(self) -> tuple[str, ...]:
@@ -118,11 +118,11 @@ class Args(GroupArgs):
 
 
 def main(args: Args, console: Console) -> bool:
-    """Run the stage; False when it was interrupted. Bad input raises ValueError with one clear line."""
+    """Run the stage; returns False if it was interrupted. Raises ValueError, in one line, for bad input."""
     args.check()
     if args.minibatches is None:
-        args = dataclasses.replace(args, minibatches=steps(args))
-    algorithm, beta = bundle(args)
+        args = dataclasses.replace(args, minibatches=default_minibatches(args))
+    algorithm, beta = chosen_algorithm(args)
     bounds = ToolLimits(args.tool_seconds, args.tool_characters, args.tool_workers)
     with ToolRunner(named_tools(args.tools), bounds) as tools:
         run = RolloutStage.begin("agent", args, algorithm.aggregation, console, TASK, conversation_rewards)
@@ -135,7 +135,7 @@ def main(args: Args, console: Console) -> bool:
         run.build(**args.parts, make_sampler=sampler)
         run.figures_of, run.draw = partial(_figures, run), draw_conversations
         loss = partial(policy_loss, run.trained, objective=algorithm.objective, entropy=args.entropy != 0)
-        return run.fit(loss, NANO_LR, [describe(args, algorithm, beta), _described(args, tools)])
+        return run.fit(loss, NANO_LR, [describe_algorithm(args, algorithm, beta), _described(args, tools)])
 
 
 def _figures(run: RolloutStage, answers: Sequence[Answer], prompts: PromptSet) -> dict[str, float]:

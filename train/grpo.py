@@ -41,7 +41,7 @@ from rich.console import Console
 
 from minimind.objectives.policy import policy_loss
 from minimind.training.job import run_script
-from minimind.training.rl.groups import GroupArgs, bundle, describe, steps
+from minimind.training.rl.arguments import GroupArgs, chosen_algorithm, default_minibatches, describe_algorithm
 from minimind.training.rl.stage import RolloutStage
 from minimind.utils.display import say
 
@@ -57,14 +57,14 @@ def main(args: Args, console: Console) -> bool:
     """Run the stage; False when training was interrupted. Raises ValueError, in one line, for bad input."""
     args.check()
     if args.minibatches is None:
-        args = dataclasses.replace(args, minibatches=steps(args))
-    algorithm, beta = bundle(args)
+        args = dataclasses.replace(args, minibatches=default_minibatches(args))
+    algorithm, beta = chosen_algorithm(args)
     run = RolloutStage.begin("grpo", args, algorithm.aggregation, console)
     if args.reward_norm == "running" and args.std in ("group", "batch"):
         say(console, "--reward-norm running: has no effect, as advantages are divided by their own deviation")
     run.build(**args.parts)
     loss = partial(policy_loss, run.trained, objective=algorithm.objective, entropy=args.entropy != 0)
-    return run.fit(loss, NANO_LR, [describe(args, algorithm, beta)])
+    return run.fit(loss, NANO_LR, [describe_algorithm(args, algorithm, beta)])
 
 
 if __name__ == "__main__":

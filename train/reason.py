@@ -24,7 +24,7 @@ from typing import Any, cast
 from rich.console import Console
 
 from minimind.data import PackedLoader
-from minimind.data.builtin.reasoning import builtin_reasoning
+from minimind.data.builtin.problems import builtin_reasoning
 from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization.reasoning import ReasoningEncoder

@@ -20,8 +20,8 @@ from typing import Any, cast
 from rich.console import Console
 
 from minimind.data import PackedLoader, builtin_conversations
-from minimind.data.builtin.arithmetic import NAME as ARITHMETIC
-from minimind.data.builtin.arithmetic import weak_arithmetic
+from minimind.data.builtin.problems import NAME as ARITHMETIC
+from minimind.data.builtin.problems import weak_arithmetic
 from minimind.environments.builtin.tasks import NAME as AGENT
 from minimind.environments.builtin.tasks import weak_agent
 from minimind.objectives.next_token import next_token_loss

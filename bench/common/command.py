@@ -1,4 +1,4 @@
-"""What every benchmark's command line shares: checks of flags, error messages, exit status, output."""
+"""The command line of every benchmark: checks of flags, error messages, exit status, output."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def run(
 ) -> NoReturn:
     """Call `main` with the command line's flags, and exit.
 
-    A number that `main` returns is the exit status; a dict or a list is printed as one line of JSON. An error is one
-    line on stderr with the status 1, and so is the failure that a result reports; Ctrl-C gives the status 130.
+    If `main` returns a number, that is the exit status; a dict or a list is printed as one line of JSON. An error, or
+    failure(result) unless that is empty, is printed as one line on stderr, with status 1. Ctrl-C gives status 130.
     """
     try:
         result = main(command_line(flags, description))
@@ -40,7 +40,7 @@ def run(
 
 
 def check_choices(flag: str, values: Iterable[Any], choices: Iterable[Any]) -> None:
-    """ValueError names the first value that is not one of the choices."""
+    """Raise ValueError, which names the value, if a value is not one of the choices."""
     choices = tuple(choices)
     for value in values:
         if value not in choices:
@@ -48,7 +48,8 @@ def check_choices(flag: str, values: Iterable[Any], choices: Iterable[Any]) -> N
 
 
 def check_at_least(least: int, **flags: Any) -> None:
-    """ValueError names the first flag, a number, a tuple of numbers or None, that is below `least`."""
+    """Raise ValueError, which names the flag, if a flag is below `least`. A flag is a number, a tuple of numbers or
+    None."""
     for flag, value in flags.items():
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and number < least:
@@ -58,5 +59,5 @@ def check_at_least(least: int, **flags: Any) -> None:
 
 
 def table_console(width: int = 120) -> Console:
-    """Standard output, for a table: as wide as the terminal, or `width` characters in a file."""
+    """Standard output for tables: as wide as the terminal, or `width` characters if it is a file."""
     return Console(width=None if sys.stdout.isatty() else width)

@@ -11,8 +11,9 @@ from minimind.modeling import Model
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Model:
-    """Matrices are drawn from N(0, 1 / columns), so that every block changes the residual stream by about its own size.
-    With the small weights of a new model, the next token repeats the last, as it would in a broken decoder."""
+    """A model whose matrices are drawn from N(0, 1 / columns), so that every block changes the residual stream by about
+    its own size. With the small weights of a new model, each token would repeat the last one, as with a broken
+    decoder."""
     generator = torch.Generator().manual_seed(seed)
     model = Model(config).eval()
     with torch.no_grad():

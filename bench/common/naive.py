@@ -1,4 +1,4 @@
-"""Upstream MiniMind's way to generate, with this project's plain model: keys and values grown by torch.cat."""
+"""Generation as in upstream MiniMind, with this project's plain model: torch.cat appends keys and values."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def hidden_states(
     positions: Tensor,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """ids int64 [B, T] that follow the tokens in `past` -> normalised hidden states [B, T, C]. Their keys and values
-    are added to `past`. table: cos and sin of the rotation. positions int64 [1 or B, T]. bias [B, 1, T, S] is added to
+    """Normalised hidden states [B, T, C] of ids int64 [B, T], which follow the tokens in `past`; their keys and values
+    are appended to it. table: cos and sin of the rotation. positions int64 [1 or B, T]. bias [B, 1, T, S] is added to
     the scores; None for causal attention without padding."""
     x, delta = model.embed_tokens(ids), None
     for index, block in enumerate(model.layers):

@@ -1,4 +1,4 @@
-"""Parts of pictures that several benchmarks draw."""
+"""Drawing that several benchmarks share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def save(figure: Any, path: Path, title: str = "", dpi: int = 120) -> None:
 
 
 def hide_frame(axis: Any) -> None:
-    """Leave the left and the lower axis alone."""
+    """Hide the upper and the right line of the frame."""
     axis.spines[["top", "right"]].set_visible(False)
 
 

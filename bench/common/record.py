@@ -1,4 +1,4 @@
-"""Rows of measurements: a stamp of when and where, and tables under bench/results that only grow."""
+"""Rows of measurements, stamped with date, commit and device, in tables under bench/results that only grow."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESULTS = ROOT / "bench" / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """The first columns of every table: when, at which commit and on which device the row was measured."""
+    """The first columns of every table: the date, commit and device of a measurement."""
 
     date: str
     commit: str | None
@@ -36,7 +36,7 @@ def now() -> str:
 
 
 def stamp(device: torch.device, *packages: str) -> dict[str, Any]:
-    """The columns of `Row` for a row that is measured now, and the versions of `packages`."""
+    """The columns of `Row` for a measurement made now, and the versions of `packages`."""
     from minimind.training.run_folder import versions  # imports the operators, which bench/host_time.py does itself
 
     installed = versions(describe_device(device))
@@ -44,7 +44,7 @@ def stamp(device: torch.device, *packages: str) -> dict[str, Any]:
 
 
 def package_version(name: str) -> str | None:
-    """None if the package is not installed."""
+    """The installed version of a package, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -57,12 +57,12 @@ def slug(device: str) -> str:
 
 
 def results_folder(out: str | None, device: str) -> Path:
-    """`out`, the value of --out, or the folder of this device."""
+    """The folder that --out names, or the folder of this device."""
     return Path(out) if out else RESULTS / slug(device)
 
 
 def columns_of(kind: Any) -> list[str]:
-    """The columns of a table of such dataclasses."""
+    """The columns of a table whose rows are of the dataclass `kind`."""
     return [field.name for field in dataclasses.fields(kind)]
 
 
@@ -97,7 +97,7 @@ def append(path: Path, rows: Sequence[Any]) -> None:
 
 
 def as_dicts(rows: Sequence[Any]) -> list[dict[str, Any]]:
-    """Rows as JSON has them."""
+    """Rows as dicts, for JSON."""
     return [dataclasses.asdict(row) for row in rows]
 
 

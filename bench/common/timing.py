@@ -1,4 +1,4 @@
-"""Times of functions that take turns, peak memory, and how fast a device copies, multiplies and reads."""
+"""Times of functions that run alternately, peak memory, and a device's rates of copying, multiplying and reading."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PASSES: tuple[Pass, ...] = ("forward", "backward", "both")
 
 @dataclass(frozen=True)
 class Step:
-    """`prepare` is not timed; `run` is, and gets its result."""
+    """Something to time: run(prepare()), of which only `run` is timed."""
 
     prepare: Callable[[], Any]
     run: Callable[[Any], Any]
@@ -28,8 +28,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: the median and the 20th and 80th percentile of `runs` runs. peak_bytes: memory at the peak beyond what
-    was allocated before `prepare` (None on a CPU)."""
+    """Seconds of `runs` runs: the median and the 20th and 80th percentiles. peak_bytes: peak memory minus the memory
+    allocated before `prepare`; None on a CPU."""
 
     median: float
     p20: float
@@ -39,8 +39,8 @@ class Timing:
 
 
 def pass_step(which: Pass, function: Function, leaves: Sequence[Tensor]) -> Step:
-    """One pass of `function`. The forward pass builds the graph, as in training. Every backward pass has its own
-    forward pass, since some implementations allow no second one."""
+    """A Step of one pass of `function`. The forward pass builds the graph, as in training. Every backward pass has its
+    own forward pass, since some implementations cannot run backward twice."""
     seeds: list[Tensor] = []
 
     def forward(_: Any = None) -> list[Tensor]:
@@ -76,14 +76,14 @@ def spread(seconds: Sequence[float]) -> tuple[float, float, float]:
 
 
 def rotated(names: Sequence[str], turn: int) -> list[str]:
-    """The names in the order of this turn."""
+    """The names in the order of this turn, which begins one name later at each turn."""
     first = turn % max(1, len(names))
     return [*names[first:], *names[:first]]
 
 
 def time_in_turns(steps: dict[str, Step], device: torch.device, runs: int) -> dict[str, Timing | str]:
-    """The Timing of every step, or the first line of its exception. The steps take turns in rotating order, so that a
-    machine whose speed drifts slows all of them alike."""
+    """The Timing of every step, or the first line of its exception. The steps alternate in rotating order, so that a
+    drift of the machine's speed affects all of them alike."""
     warmup = 10 if device.type == "cuda" else 1
     clock = _CudaClock(device) if device.type == "cuda" else _CpuClock()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -120,8 +120,8 @@ class _CpuClock:
 
 
 class _CudaClock:
-    """Events around each run, which begins with a cold L2 cache. The host runs ahead within a round, as in training:
-    the time of a launch counts only if the device waits for it."""
+    """Times each run by events, from a cold L2 cache. The host runs ahead within a round, as in training, so the time
+    of a launch counts only if the device waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
@@ -173,7 +173,7 @@ def peak_mib(device: torch.device) -> float | None:
 
 
 def limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """The rates that this GPU reaches: GB/s of one large copy (read and written), TFLOP/s of one large product."""
+    """The rates that this GPU reaches: GB/s of one large copy (reads plus writes), TFLOP/s of one large product."""
     source = torch.ones(2**30, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device=device).to(dtype) for _ in range(2))
@@ -188,9 +188,9 @@ def limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def read_bandwidth(num_bytes: int, device: torch.device, seconds: float = 1.0) -> float:
-    """Bytes per second of reading a buffer of `num_bytes` again and again with torch's threads: the fastest of several
-    reductions, each timed for `seconds`. It limits decoding, which reads every weight for every token. A buffer that
-    fits a cache is read from the cache, as a small model's weights are."""
+    """Bytes per second at which torch's threads read a buffer of `num_bytes` repeatedly: the rate of the fastest of
+    several reductions, each timed for `seconds`. It limits decoding, which reads every weight for every token. A buffer
+    that fits into a cache is read from it, as a small model's weights are."""
     words = max(num_bytes // 4, 1)
     x = torch.ones(words, dtype=torch.float32, device=device)
     matrix, vector = x[: words // 512 * 512].view(-1, 512), torch.ones(512, device=device)
@@ -205,7 +205,7 @@ def read_bandwidth(num_bytes: int, device: torch.device, seconds: float = 1.0) -
 
 
 def _fastest(read: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """The 20th percentile of the times: one lucky run is no limit."""
+    """The 20th percentile of the times; the minimum could be one lucky run."""
     taken: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(taken) < 5:

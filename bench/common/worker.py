@@ -1,4 +1,4 @@
-"""A process of its own for each implementation that is compared, so that its memory and its threads are its own."""
+"""A separate process for each implementation that is compared, so that they share neither memory nor threads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ImplementationError(Exception):
 
 
 class Worker:
-    """A process that calls `make(*arguments)` once and passes every request to what that returns.
+    """A process that calls `make(*arguments)` once, and then the function that this returns for every request.
 
     `make` and `arguments` are pickled. A failed worker raises ImplementationError from every method but `close`.
     """
@@ -31,17 +31,17 @@ class Worker:
         self.pipe, childs = context.Pipe()
         self.process = context.Process(target=_serve, args=(make, arguments, childs), daemon=True)
         start_without_sigint(self.process)
-        childs.close()  # so that a dead child is an end of file here
+        childs.close()  # so that this process sees an end of file when the child dies
         self.is_ready = False
 
     def wait_until_ready(self) -> None:
-        """Return once `make` has returned."""
+        """Wait until `make` has returned."""
         if not self.is_ready:
             self._receive()
             self.is_ready = True
 
     def ask(self, request: Any) -> Any:
-        """The reply to one request."""
+        """Send one request and return the reply."""
         self.wait_until_ready()
         try:
             self.pipe.send(request)
@@ -91,8 +91,8 @@ def _serve(make: Callable[..., Handler], arguments: tuple[Any, ...], pipe: Conne
 def take_turn(
     workers: Mapping[str, Any], turn: int, step: Callable[[str], None], drop: Callable[[str, str], None]
 ) -> None:
-    """Call step(name) for every worker, in the order of this turn: taking turns, a machine whose speed drifts slows all
-    of them alike. drop(name, reason) is called for a worker that fails, and must take it out of `workers`."""
+    """Call step(name) for every worker in the order of this turn, which rotates, so that a drift of the machine's speed
+    affects all of them alike. If a worker fails, drop(name, reason) is called, which must remove it from `workers`."""
     for name in rotated(list(workers), turn):
         try:
             step(name)
@@ -101,10 +101,10 @@ def take_turn(
 
 
 def start_without_sigint(process: BaseProcess) -> None:
-    """Start a process that Ctrl-C does not reach, so that only this process reports it.
+    """Start a process that ignores Ctrl-C, so that only this process reports it.
 
-    The child inherits a blocked SIGINT. A Ctrl-C during the start is raised here afterwards: other threads do not block
-    the signal, and ignoring it would lose it.
+    The child inherits a blocked SIGINT. If Ctrl-C arrives during the start, it is raised here afterwards: other threads
+    do not block the signal, and ignoring it would lose it.
     """
     resource_tracker.ensure_running()  # starting it later would unblock the signal
     late: list[int] = []

@@ -1,4 +1,4 @@
-"""How the benchmarks are timed (the fixture `against`) and compared: see README.md in this folder."""
+"""Timing of the benchmarks (the fixture `against`) and their report; see README.md in this folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from bench.regression import ratios
 from minimind.utils.device import describe_device
 
-# CPU time: that other processes take turns on the same cores does not count.
+# CPU time, which does not count the time of other processes on the same cores.
 CLOCK = time.process_time
 WARMUP, LEAST, MOST, SECONDS = 3, 10, 200, 1.0  # rounds; seconds of timing for each benchmark
 
@@ -28,19 +28,19 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     if not pluginmanager.has_plugin("benchmark"):
         raise pytest.UsageError("bench/regression needs pytest-benchmark: pip install -e '.[dev]'")
     group = parser.getgroup("ratios of bench/regression")
-    group.addoption("--rewrite-baseline", action="store_true", help="put what is measured into baseline.json")
+    group.addoption("--rewrite-baseline", action="store_true", help="write the measured ratios to baseline.json")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Before pytest-benchmark's own, which would look for a saved run of this machine to compare with."""
-    # One thread: how long threads wait for each other depends on what else runs.
-    os.environ["RAYON_NUM_THREADS"] = "1"  # of the tokenizers library
+    """Runs before pytest-benchmark's own hook, which would look for a saved run of this machine to compare with."""
+    # One thread, since the time that threads wait for each other depends on the load.
+    os.environ["RAYON_NUM_THREADS"] = "1"  # for the tokenizers library
     torch.set_num_threads(1)
     held = config.getoption("benchmark_compare") is True
     if held:
         config.option.benchmark_compare = []
-    config.option.benchmark_quiet = True  # its table of times; --benchmark-verbose shows it
+    config.option.benchmark_quiet = True  # hides its table of times; --benchmark-verbose shows it
     rewrite = config.getoption("rewrite_baseline", False)
     config.pluginmanager.register(Report(held and not rewrite, rewrite), Report.__name__)
 
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Report:
-    """Collects what is measured; compares, prints and rewrites at the end."""
+    """Collects the measurements, and at the end compares, prints and rewrites them."""
 
     def __init__(self, held: bool, rewrite: bool) -> None:
         self.held, self.rewrite = held, rewrite
@@ -83,8 +83,8 @@ class Report:
 
 @pytest.fixture
 def against(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[ratios.Against]:
-    """against(name of the reference, subject, reference): the two take turns; pytest-benchmark times the subject.
-    variant: what else the ratio depends on; each has an entry of its own."""
+    """against(name of the reference, subject, reference) times the two alternately; pytest-benchmark times the subject.
+    variant: a condition that the ratio depends on; each variant has its own entry."""
     name = request.node.name.removeprefix("test_")
     report = request.config.pluginmanager.get_plugin(Report.__name__)
     assert isinstance(report, Report)
@@ -102,13 +102,13 @@ def against(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[ratios.A
         report.measured[f"{name} {variant}".strip()] = found
 
     gc.collect()
-    gc.disable()  # a collection in one of the two would count for that one alone
+    gc.disable()  # a collection would count for one of the two only
     yield run
     gc.enable()
 
 
 def _rounds(subject: Callable[[], Any], reference: Callable[[], Any]) -> int:
-    subject(), reference()  # what the first call sets up is not timed
+    subject(), reference()  # the first calls, which may set something up, are not timed
     return max(LEAST, min(MOST, int(SECONDS / (_seconds(subject) + _seconds(reference)))))
 
 

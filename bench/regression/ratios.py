@@ -1,7 +1,7 @@
-"""The time of a piece of MiniMind as a ratio to that of a reference workload, held against committed ratios.
+"""Times of parts of MiniMind as ratios to the times of reference workloads, compared with committed ratios.
 
-A time belongs to one processor. The ratio of two times that are taken in turns in one process holds across processors
-much better, and does not see a machine that is busy or clocks down for a while.
+A time depends on the processor. The ratio of two times, measured alternately in one process, depends on it much less,
+and hardly changes when the machine is busy or lowers its clock for a while.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 BASELINE = Path(__file__).parent / "baseline.json"
-ALLOWED = 1.5  # of a new entry; the README has the spread that it stands above
+ALLOWED = 1.5  # for a new entry: above the noise, which the README has
 
 Against = Callable[..., None]  # see the fixture in conftest.py
 Verdict = Literal["ok", "better", "WORSE", "NOT IN THE BASELINE", "not run"]
@@ -23,9 +23,9 @@ FAILURES: tuple[Verdict, ...] = ("WORSE", "NOT IN THE BASELINE")
 
 @dataclass(frozen=True)
 class Entry:
-    """A committed ratio: a run whose ratio is more than `allowed` times as large has become slower.
+    """A committed ratio. If a new ratio is more than `allowed` times as large, the part has become slower.
 
-    reference: what the subject is timed beside. processor: where the ratio was taken.
+    reference: the workload that the part is compared with. processor: the one on which the ratio was measured.
     """
 
     ratio: float
@@ -36,7 +36,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Medians in seconds, and the ratio."""
+    """Median seconds of the part and of its reference, and the median of their ratios."""
 
     reference: str
     subject_seconds: float
@@ -46,7 +46,8 @@ class Measurement:
 
 @dataclass(frozen=True)
 class RatioRow:
-    """What was measured, what is committed, and what follows. change: the new ratio over the committed one."""
+    """A line of the report: the new measurement, the committed entry, and the verdict. change: the new ratio over the
+    committed one."""
 
     name: str
     measured: Measurement | None
@@ -71,7 +72,7 @@ class RatioRow:
 
 
 def times(count: int, function: Callable[[], Any]) -> Callable[[], None]:
-    """`function` so often in a row: a round takes some milliseconds, whatever is timed."""
+    """A function that calls `function` `count` times, so that a round takes some milliseconds."""
 
     def run() -> None:
         for _ in range(count):
@@ -81,14 +82,14 @@ def times(count: int, function: Callable[[], Any]) -> Callable[[], None]:
 
 
 def measurement(reference: str, subject: Sequence[float], beside: Sequence[float]) -> Measurement:
-    """Of rounds in which reference and subject took turns: seconds of each in `beside` and `subject`."""
-    rounds = [mine / theirs for mine, theirs in zip(subject, beside, strict=True)]
+    """Summarise rounds in which the part (`subject`, seconds) and its reference (`beside`, seconds) alternated."""
+    rounds = [ours / theirs for ours, theirs in zip(subject, beside, strict=True)]
     times = statistics.median(subject), statistics.median(beside)
     return Measurement(reference, *times, statistics.median(rounds))
 
 
 def compare(measured: Mapping[str, Measurement], baseline: Mapping[str, Entry]) -> list[RatioRow]:
-    """A row for every name of either, sorted."""
+    """A row for every name that is measured or committed, sorted."""
     names = sorted({*measured, *baseline})
     return [RatioRow(name, measured.get(name), baseline.get(name)) for name in names]
 
@@ -98,7 +99,7 @@ def failures(rows: Sequence[RatioRow]) -> list[RatioRow]:
 
 
 def read(path: Path = BASELINE) -> dict[str, Entry]:
-    """Empty where there is no file. ValueError for one that is not a baseline."""
+    """The committed entries by name; none if there is no file. Raises ValueError if the file is no baseline."""
     if not path.exists():
         return {}
     try:
@@ -108,7 +109,7 @@ def read(path: Path = BASELINE) -> dict[str, Entry]:
 
 
 def rewrite(path: Path, measured: Mapping[str, Measurement], processor: str) -> None:
-    """Put the measured ratios into the file. What was not measured stays, and so does what an entry allows."""
+    """Write the measured ratios into the file. Entries that were not measured stay, and so does every `allowed`."""
     entries = read(path)
     for name, found in measured.items():
         allowed = entries[name].allowed if name in entries else ALLOWED
@@ -118,7 +119,7 @@ def rewrite(path: Path, measured: Mapping[str, Measurement], processor: str) -> 
 
 
 def table(rows: Sequence[RatioRow]) -> list[str]:
-    """Lines of text: a head, a line for each measured row, and the names of the others."""
+    """The report: a head, a line for each measured row, and the names of the others."""
     head = ("benchmark", "ms", "reference ms", "ratio", "baseline", "change", "allowed", "verdict")
     cells = [head, *(_cells(row, found) for row in rows if (found := row.measured))]
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
@@ -128,7 +129,7 @@ def table(rows: Sequence[RatioRow]) -> list[str]:
 
 
 def _benchmark(name: str) -> str:
-    """Without the variant: that of another processor's instructions is not missed."""
+    """The name without its variant, since a run measures the variant of one instruction set only."""
     return name.partition(" ")[0]
 
 

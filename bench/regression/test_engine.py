@@ -1,4 +1,4 @@
-"""What the engine does around the model: scheduler, pages, batch, deltas, text, stop strings."""
+"""The engine's work around the model: scheduler, pages, batch, deltas, text, stop strings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_engine_bookkeeping(against: Against, tokenizer: Tokenizer) -> None:
 
 
 def engine_without_compute(tokenizer: Tokenizer) -> Engine:
-    """The model's logits are one column of zeros, and the tokens those of TEXT."""
+    """An engine whose model returns one column of zeros as logits, and whose sampler returns the tokens of TEXT."""
     shape = ModelConfig(32, 1, 2, 1, 16, 48, tokenizer.vocab_size, max_position_embeddings=256)
     engine = Engine(Model(shape), tokenizer, max_batch=BATCH, max_context=256, backend="reference")
     logits, log_probs = torch.zeros(BATCH, 1), torch.zeros(BATCH)
@@ -56,7 +56,7 @@ def engine_without_compute(tokenizer: Tokenizer) -> Engine:
 
 
 def plain_python(operations: int) -> dict[int, int]:
-    """Updates of a dictionary and of a list, both short: taking memory would depend on what the process has."""
+    """Updates of a short dictionary and a short list, so that the time does not depend on the state of the memory."""
     counts: dict[int, int] = {}
     latest = [0] * 97
     for i in range(operations):

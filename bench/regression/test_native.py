@@ -1,6 +1,6 @@
-"""The native operators on a CPU, float32, beside PyTorch's own on the same shapes.
+"""The native operators on a CPU in float32, compared with PyTorch's own on the same shapes.
 
-Not bfloat16: how fast that is next to float32 depends on the processor's instructions more than on our code.
+bfloat16 is left out: its speed relative to float32 depends on the processor's instructions more than on our code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from minimind.ops.document_attention import document_attention
 from minimind.rope import rope_cos_sin
 
 MISSING = native.why_not(torch.device("cpu"))
-# "avx512", "avx2", "generic": what they gain on PyTorch differs. avx512_bf16 computes in float32 as avx512 does.
+# "avx512", "avx2" or "generic", whose gains over PyTorch differ. In float32, avx512_bf16 computes as avx512 does.
 KERNELS = native.build_info().cpu_kernels_in_use.partition("_")[0]
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"nothing native to time: {MISSING}")
 
@@ -52,7 +52,7 @@ def test_decode_step(against: Against) -> None:
     matrices = [t for t, role in zip(weights.tensors, weights.roles, strict=True) if role in ("matrix", "gate_up")]
     rows = {width: torch.randn(BATCH, width) for width in {m.shape[1] for m in matrices}}
     against(
-        "F.linear with every matrix of the model, no more",
+        "F.linear with every matrix of the model, nothing else",
         times(5, lambda: decode_step(weights, operands, *inputs)),
         times(5, lambda: [F.linear(rows[m.shape[1]], m) for m in matrices]),
         KERNELS,
@@ -98,7 +98,7 @@ def test_rope_append_kv(against: Against) -> None:
         return torch.ops.minimind.rope_append_kv(*inputs, None, None, 1e-6, None, None)
 
     assert torch.allclose(ours(), plain(), atol=1e-4)
-    against("the same in PyTorch's operators", times(100, ours), times(100, plain), KERNELS)
+    against("the same with PyTorch's operators", times(100, ours), times(100, plain), KERNELS)
 
 
 @torch.inference_mode()

@@ -1,1 +1,1 @@
-"""Programs for users: the chat in a terminal."""
+"""Programs for users: the chat in a terminal, with tools; zero/ trains a chat model in one command."""

@@ -97,7 +97,7 @@ def _tools(session: ChatSession, args: Args, notices: TextIO) -> Iterator[ChatSe
         yield session
         return
     from minimind.apps.tools import asks, with_tools
-    from minimind.environments.builtin.kit import named_tools
+    from minimind.environments.builtin import named_tools
     from minimind.environments.running import ToolRunner
 
     with ToolRunner(named_tools(args.tools)) as runner:

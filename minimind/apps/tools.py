@@ -1,7 +1,7 @@
-"""A chat in which the model's tools really run: `minimind chat --tools builtin`.
+"""A chat in which the model's tool calls are run: `minimind chat --tools builtin`.
 
-As in training (minimind/environments/episodes.py) the tokens of the conversation are only appended to, so that what
-the model wrote stays as it wrote it, and a tool's words never read as special tokens.
+As in training (minimind/environments/episodes.py), tokens are only appended to the conversation, so that the model sees
+exactly what it wrote, and a tool's output never turns into special tokens.
 """
 
 from __future__ import annotations
@@ -13,21 +13,20 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TextIO
 
 from minimind.apps.chat import THINK, ChatSession, printable
-from minimind.environments.calls import ParsedCall, read_calls
 from minimind.environments.running import ToolResult, ToolRunner
-from minimind.environments.turns import ToolTurns
+from minimind.environments.turns import ParsedCall, ToolTurns, read_calls
 from minimind.inference.requests import Request
 
-TURNS = 8  # of the model to one question
+TURNS = 8  # most turns of the model for one question
 
 
 @dataclass
 class ToolSession(ChatSession):
-    """runner: runs the tools, all of which are on offer. allow(call): whether one may run."""
+    """A chat session with tools. runner: runs them; all are on offer. allow(call): whether the call may run."""
 
     runner: ToolRunner = field(kw_only=True)
     allow: Callable[[ParsedCall], bool] = field(kw_only=True)
-    _rounds: list[list[int]] = field(default_factory=list)  # token ids of questions with all that followed
+    _rounds: list[list[int]] = field(default_factory=list)  # token ids of each question and all turns that followed
     _state: dict[str, Any] = field(default_factory=dict)
 
     def reset(self) -> None:
@@ -36,7 +35,7 @@ class ToolSession(ChatSession):
         self._state.clear()
 
     def answer(self, text: str) -> Generator[str]:
-        """As in ChatSession, over several turns; calls and results are among the pieces."""
+        """As ChatSession.answer, but over several turns; the pieces include calls and their results."""
         self.last, self.dropped, self.first_after = None, 0, 0.0
         start = time.perf_counter()
         turns = ToolTurns(self.tokenizer, self.thinking)
@@ -77,7 +76,7 @@ class ToolSession(ChatSession):
         return self.runner.run(call, self._state)
 
     def _turn(self, prompt: list[int], here: list[int], start: float) -> Generator[str]:
-        """Pieces of one turn, whose tokens are appended to `here`."""
+        """Yield the pieces of one turn, and append its tokens to `here`."""
         deltas = self.engine.stream([Request(self._check_fits(prompt), self.params)])
         try:
             for delta in deltas:
@@ -92,7 +91,8 @@ class ToolSession(ChatSession):
             deltas.close()  # type: ignore[attr-defined]
 
     def _before(self, turns: ToolTurns, question: int) -> list[int]:
-        """The system message and the rounds that fit beside a question of so many tokens and an answer."""
+        """Token ids of the system message and of the newest rounds that leave room for a question of `question` tokens
+        and an answer."""
         opening = turns.opening(self.system or "", [tool.schema for tool in self.runner.tools.values()])
         if self.rounds is not None:
             del self._rounds[: max(0, len(self._rounds) - self.rounds)]
@@ -104,15 +104,16 @@ class ToolSession(ChatSession):
 
 
 def with_tools(session: ChatSession, runner: ToolRunner, allow: Callable[[ParsedCall], bool]) -> ToolSession:
-    """The session, not begun yet, with tools. ValueError where it only continues text."""
+    """A session like `session`, which must not have begun, with tools. Raises ValueError if the model only continues
+    text."""
     if session.raw:
-        raise ValueError("--tools: this model continues text and calls nothing; name one that was taught to answer")
+        raise ValueError("--tools: this model only continues text; name a model that was trained on conversations")
     given = {each.name: getattr(session, each.name) for each in fields(ChatSession)}
     return ToolSession(**given, runner=runner, allow=allow)
 
 
 def asks(notices: TextIO) -> Callable[[ParsedCall], bool]:
-    """Whether a call may run, by what a person at the terminal says; where nobody can, it may not."""
+    """A function that asks at the terminal whether a call may run. Without a terminal the answer is no."""
 
     def ask(call: ParsedCall) -> bool:
         print(f"\nrun {printable(shown(call))}? [y/N] ", end="", file=notices, flush=True)
@@ -126,6 +127,6 @@ def asks(notices: TextIO) -> Callable[[ParsedCall], bool]:
 
 
 def shown(call: ParsedCall) -> str:
-    """A call as a person reads it."""
+    """A call in the form name(argument=value, ...)."""
     arguments = ", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in call.arguments.items())
     return f"{call.name}({arguments})"

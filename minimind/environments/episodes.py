@@ -4,8 +4,9 @@
 
 All conversations advance together: the engine decodes some while the tools of others run. Tokens are only appended to a
 conversation (turns.py), and each turn is a request that begins with all of them: the engine reuses the full pages of
-its cache (inference/cache.py) and computes only the new tokens and those of the last, partly filled page. Answers do
-not depend on what else runs: a turn's seed follows from the run's and the numbers of conversation, turn and sample.
+its cache (inference/scheduler.py) and computes only the new tokens and those of the last, partly filled page. Answers
+do not depend on the other conversations: a turn's seed follows from the run's seed and the numbers of the conversation,
+the turn and the sample.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from minimind.environments.calls import ParsedCall, read_calls, without_calls
 from minimind.environments.running import ToolResult, ToolRunner
-from minimind.environments.turns import ToolTurns
+from minimind.environments.turns import ParsedCall, ToolTurns, read_calls, without_calls
 from minimind.inference.engine import Engine
 from minimind.inference.request_state import derive_seed
 from minimind.inference.requests import Delta, EngineStats, Request, SamplingParams
@@ -103,7 +103,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class EpisodeSampling:
-    """seed: the run's; a conversation's samples depend on it and on the conversation's number."""
+    """How turns are sampled. seed: of the run; the samples depend on it and on the conversation's number."""
 
     temperature: float = 1.0
     seed: int = 0
@@ -134,8 +134,8 @@ _Key = tuple[str, int]  # (name of the engine's request, index of the sample)
 
 
 class EpisodeRunner:
-    """engine: used by nothing else during `run`; its max_batch limits how many conversations run at a time. turns: by
-    `Start.thinking`. tools: runs the calls."""
+    """Runs conversations. engine: only this runner uses it during `run`; its max_batch limits how many conversations
+    run at a time. turns: the encoder of turns for each value of `Start.thinking`. tools: runs the calls."""
 
     def __init__(
         self,

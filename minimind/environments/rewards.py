@@ -1,4 +1,6 @@
-"""Rewards of a conversation with tools, each from 0 to 1.
+"""A prompt's conversation with tools, what it is worth, and its figures.
+
+Each reward is from 0 to 1:
 
 answer     1 if the final answer matches the reference, else 0; for rows with a list "gt", as in upstream's
            agent_rl.jsonl, the share of these values that the final answer contains
@@ -10,18 +12,21 @@ frugal     the answer reward, times needed calls / calls made if more were made 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from minimind.environments.episodes import Episode
+from minimind.environments.episodes import Episode, Start
+from minimind.environments.running import ToolRunner
 from minimind.rewards import Reward, RewardTerm, Sample
-from minimind.rewards.rules import last_number
+from minimind.rewards.rules import last_number, offered_tools
 
 WEIGHTS = {"answer": 1.0, "calls": 0.2, "frugal": 0.1}
+_RIGHT = 1.0 - 1e-9  # the answer reward from which a task counts as done
 _MAX_EXTRA = 80  # characters besides a reference that is not a number; an answer must not list all candidates
 
 
@@ -122,3 +127,92 @@ def _number(text: str) -> Fraction | None:
         return Fraction(text.strip().replace(",", ""))
     except (ValueError, ZeroDivisionError):
         return None
+
+
+class TaskPrompt(Protocol):
+    """The attributes of minimind.data.prompts.Prompt that are used here."""
+
+    @property
+    def messages(self) -> Sequence[Mapping[str, Any]]: ...
+    @property
+    def ids(self) -> Sequence[int]: ...
+    @property
+    def reference(self) -> str | None: ...
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+    @property
+    def thinking(self) -> bool | None: ...
+
+
+def start_of(prompt: TaskPrompt, number: int, samples: int = 1) -> Start:
+    """The start of `samples` conversations from one prompt. The row's "state" is the tools' memory at the start."""
+    state = prompt.metadata.get("state")
+    known = state if isinstance(state, dict) else {}
+    return Start(number, prompt.ids, samples, offered_tools(prompt.messages), known, prompt.thinking)
+
+
+def sample_of(prompt: TaskPrompt, episode: Episode) -> EpisodeSample:
+    """The conversation as rewards see it."""
+    reason: Any = "stop" if episode.reason == "answer" else "length"
+    return EpisodeSample(
+        prompt.messages, episode.answer, episode.ids, reason, prompt.reference, prompt.metadata, prompt.thinking,
+        episode,
+    )  # fmt: skip
+
+
+def is_checked(prompt: TaskPrompt | EpisodeSample) -> bool:
+    """Whether the row has a reference or a list "gt", so that an answer can be checked."""
+    return prompt.reference is not None or bool(prompt.metadata.get("gt"))
+
+
+def is_done(sample: EpisodeSample) -> bool:
+    """Whether the final answer is right."""
+    return rightness(sample) > _RIGHT
+
+
+def check_tools(prompts: Iterable[TaskPrompt], tools: ToolRunner) -> None:
+    """Raise ValueError, one line, if a prompt offers a tool that no function implements, or one with arguments that its
+    function does not take."""
+    for prompt in prompts:
+        for name, schema in offered_tools(prompt.messages).items():
+            if name not in tools.tools:
+                raise ValueError(
+                    f"--tools: a prompt of --data offers {name}, which no function implements; name one with --tools "
+                    "package.module:NAME"
+                )
+            mine = tools.tools[name].parameters.get("properties", {})
+            other = set(schema.get("properties", {})) - set(mine)
+            if other:
+                raise ValueError(
+                    f"--tools: a prompt of --data offers {name} with {', '.join(sorted(other))}; the function takes "
+                    f"{', '.join(mine) or 'nothing'}"
+                )
+
+
+def figures(samples: Sequence[EpisodeSample]) -> dict[str, float]:
+    """Figures of finished conversations, by name:
+
+    success             share of the tasks that were solved; success_N: of those that need N calls;
+                        success_new_wording: of those whose wording is in no training task
+    calls, turns        mean number per conversation
+    malformed_calls     share of the calls that could not be run
+    call_PROBLEM        number of calls that failed in this way
+    ended_by_REASON     number of conversations that ended for this reason
+    """
+    done: dict[str, list[float]] = {}
+    problems, reasons, calls, turns = Counter[str](), Counter[str](), 0, 0
+    for sample in samples:
+        episode = sample.conversation
+        problems += episode.problems
+        reasons[episode.reason.replace(" ", "_")] += 1
+        calls, turns = calls + len(episode.calls), turns + len(episode.turns)
+        if is_checked(sample):
+            names = ["success", f"success_{needed_calls(sample)}"]
+            for name in names + ["success_new_wording"] * bool(sample.metadata.get("new_wording")):
+                done.setdefault(name, []).append(float(is_done(sample)))
+    bad = sum(problems[name] for name in ("malformed", "unknown", "arguments"))
+    found = {name: float(np.mean(values)) for name, values in sorted(done.items())}
+    found |= {"calls": calls / max(1, len(samples)), "turns": turns / max(1, len(samples))}
+    found |= {"malformed_calls": bad / max(1, calls)}
+    found |= {f"call_{name}": float(count) for name, count in sorted(problems.items())}
+    return found | {f"ended_by_{name}": float(count) for name, count in sorted(reasons.items())}

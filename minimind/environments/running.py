@@ -1,7 +1,7 @@
-"""Tools that run: ours here and at once, the user's in processes of their own, which are ended when they take too long.
+"""Run tools: built-in ones at once in this process, the user's in worker processes, each call with a time limit.
 
-Ours are bounded by what they accept. A call of the user's goes to the first process that is free; several run at a
-time, and meanwhile others go on.
+Built-in tools need no time limit, since they reject inputs that would take long. A call of a user's tool goes to the
+first free worker. Several calls run at a time, and conversations that wait for no tool go on meanwhile.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from minimind.environments.calls import ParsedCall, Problem
 from minimind.environments.tools import ToolFunction, by_name
+from minimind.environments.turns import ParsedCall, Problem
 from minimind.environments.worker import described
 
-_START = 60.0  # seconds in which a process must have imported the user's module
+_START = 60.0  # seconds that a worker may take to import the user's modules
 
 
 @dataclass(frozen=True)
 class ToolLimits:
-    """seconds: of one call; characters: of one result; workers: processes for the user's tools."""
+    """seconds: the time of one call; characters: the length of one result; workers: processes for the user's tools."""
 
     seconds: float = 5.0
     characters: int = 2048
@@ -41,8 +41,8 @@ class ToolLimits:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """text: what the model reads. problem: why there is no true result, None where there is one. cut: whether the
-    tool said more. seconds: how long it ran."""
+    """text: the result or the error, as the model reads it. problem: the kind of failure, None if the tool returned.
+    cut: whether the text was cut to its limit. seconds: how long the tool ran."""
 
     text: str
     problem: Problem | None = None
@@ -58,9 +58,9 @@ class _Task:
 
 
 class ToolRunner:
-    """Runs calls of `tools`. Close it, or use it in a `with`, to end its processes.
+    """Runs calls of `tools`. Close it, or use it in a `with` statement, to end its workers.
 
-    ValueError, one line, where two tools have one name or the user's cannot be imported.
+    Raises ValueError, one line, if two tools have one name or a user's tool cannot be imported.
     """
 
     def __init__(self, tools: Sequence[ToolFunction], limits: ToolLimits | None = None) -> None:
@@ -85,12 +85,12 @@ class ToolRunner:
 
     @property
     def busy(self) -> bool:
-        """Whether `poll` has something to wait for or to deliver."""
+        """Whether a call is unfinished, or has a result that `poll` has not returned yet."""
         return bool(self._done or self._waiting or any(worker.task for worker in self._workers))
 
     def submit(self, ticket: Hashable, call: ParsedCall, state: dict[str, Any]) -> None:
-        """Run a call; `poll` tells the result under its ticket. state: the conversation's, changed when it is told. One
-        that cannot be run has a result all the same: the error."""
+        """Start a call; `poll` returns its result with `ticket`. state: the conversation's memory, which the tool may
+        change until then. The result of a call that cannot be run is its error."""
         if call.problem is not None:
             self._done.append((ticket, ToolResult(call.error, call.problem)))
         elif self.tools[call.name].path is None:
@@ -100,7 +100,7 @@ class ToolRunner:
             self._hand_out()
 
     def poll(self, seconds: float = 0.0) -> list[tuple[Hashable, ToolResult]]:
-        """The calls that have ended; waits for one for at most `seconds`."""
+        """(ticket, result) of each call that has ended since the last poll; waits up to `seconds` for the first."""
         until = time.monotonic() + seconds
         while not self._done and self.busy:
             self._wait(max(0.0, until - time.monotonic()))
@@ -110,7 +110,7 @@ class ToolRunner:
         return done
 
     def stop(self) -> None:
-        """Forget the calls that have not been told; what runs is ended."""
+        """Kill running calls, and forget all results that `poll` has not returned."""
         self._done.clear()
         self._waiting.clear()
         for worker in self._workers:
@@ -119,7 +119,7 @@ class ToolRunner:
                 worker.restart()
 
     def run(self, call: ParsedCall, state: dict[str, Any]) -> ToolResult:
-        """One call to its end; nothing else may be running."""
+        """Run one call to its end. No other call may be running."""
         self.submit(None, call, state)
         while True:
             for _, result in self.poll(1.0):
@@ -129,7 +129,7 @@ class ToolRunner:
         start = time.perf_counter()
         try:
             text, problem = self.tools[call.name](call.arguments, state), None
-        except Exception as error:  # a row may offer a tool otherwise than it is
+        except Exception as error:  # a data row may describe the tool's arguments wrongly
             text, problem = described(error), "raised"
         most = self.limits.characters
         return ToolResult(text[:most], problem, len(text) > most, time.perf_counter() - start)  # type: ignore[arg-type]
@@ -140,7 +140,7 @@ class ToolRunner:
                 worker.take(self._waiting.popleft())
 
     def _wait(self, seconds: float) -> None:
-        """Until a process says something, one's time is over, or `seconds` have gone."""
+        """Wait until a worker answers, a worker's time is over, or `seconds` have passed."""
         now = time.monotonic()
         ends = [worker.deadline - now for worker in self._workers]
         with selectors.DefaultSelector() as selector:
@@ -162,7 +162,7 @@ class ToolRunner:
 
 @dataclass
 class _Worker:
-    """A process, and the call that it runs. ready: whether its tools are imported."""
+    """A worker process and the call that it runs. ready: whether it has imported its tools."""
 
     paths: list[str]
     limits: ToolLimits
@@ -187,7 +187,7 @@ class _Worker:
     def _start(self) -> None:
         command = [sys.executable, "-m", "minimind.environments.worker", str(self.limits.characters), *self.paths]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        # a session of its own: Ctrl-C is for us
+        # in a session of its own, so that Ctrl-C does not reach it
         self.process = subprocess.Popen(command, start_new_session=True, env=_environment(), **pipes)
         self.ready, self._heard, self.deadline = False, b"", time.monotonic() + _START
 
@@ -200,10 +200,10 @@ class _Worker:
             self.process.stdin.write(json.dumps(call).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # it died: `hear` finds out
+            pass  # the process died; `hear` will notice
 
     def hear(self) -> ToolResult | None:
-        """What the process said: the result of its call, if that is whole."""
+        """Read the process's output. Returns the result of its call once that is complete."""
         data = os.read(self.output.fileno(), 1 << 16)
         if not data:
             return self.stop("died")
@@ -223,7 +223,7 @@ class _Worker:
         return ToolResult(said["text"], said["problem"], said["cut"], time.monotonic() - self.began)
 
     def stop(self, problem: Problem) -> ToolResult | None:
-        """End the process and begin another; what its call has come to."""
+        """Kill the process and start another. Returns the result of the call that it ran, if any."""
         if not self.ready:
             self.end()
             raise ValueError(f"{' '.join(self.paths)}: the process that imports these tools {_ENDS[problem]}")
@@ -241,14 +241,14 @@ class _Worker:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                with suppress(BrokenPipeError):  # what was written last was not read
+                with suppress(BrokenPipeError):  # the process did not read all of its input
                     pipe.close()
 
 
-_ENDS = {"timeout": f"took more than {_START:g} s", "died": "ended at once; its last words are above"}
+_ENDS = {"timeout": f"took more than {_START:g} s", "died": "died; its output above says why"}
 
 
 def _environment() -> dict[str, str]:
-    """This process's, with the folders where it finds modules: a script's own among them."""
+    """This process's environment. PYTHONPATH gets all folders of sys.path, so that a worker finds the same modules."""
     folders = [os.getcwd(), *(folder for folder in sys.path if folder)]
     return os.environ | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(folders)), "OMP_NUM_THREADS": "1"}

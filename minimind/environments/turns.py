@@ -1,4 +1,6 @@
-"""Token ids that the chat template puts between an assistant's turn with tool calls and its next turn.
+"""Turns with tools: reading the calls of a reply, and the token ids between that turn and the next one.
+
+The chat template writes a call as <tool_call>{"name": ..., "arguments": {...}}</tool_call>.
 
 New ids are appended to those of a conversation, which is never encoded again from its text, so training sees exactly
 the sampled ids. Only the template's text after the token that ends the assistant's turn is needed: the tool messages
@@ -11,19 +13,80 @@ characters.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from minimind.rewards.rules import misfit, parse_json
 from minimind.tokenization import Tokenizer
+
+Problem = Literal["malformed", "unknown", "arguments", "raised", "timeout", "died"]
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_CALL = re.compile(f"{OPEN}(.*?){CLOSE}", re.DOTALL)
+_LONGEST = 60  # an error repeats at most this many characters of the model's text
+
+
+@dataclass(frozen=True)
+class ParsedCall:
+    """A call that a model wrote. problem: the mistake that keeps it from being run, else None; error: the same in
+    words, for the model."""
+
+    name: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    problem: Problem | None = None
+    error: str = ""
+
+
+def read_calls(text: str, offered: Mapping[str, Mapping[str, Any]]) -> list[ParsedCall]:
+    """The calls of a reply in their order, without those inside its reasoning. offered: the JSON schema of each tool's
+    arguments, by tool name. An opening or closing mark without its partner counts as a malformed call."""
+    said = text.rpartition("</think>")[2]
+    calls = [_read(found, offered) for found in _CALL.findall(said)]
+    rest = _CALL.sub("", said)
+    if OPEN in rest or CLOSE in rest:
+        calls.append(_wrong("malformed", "a call that is not closed, or not opened"))
+    return calls
+
+
+def without_calls(text: str) -> str:
+    """The text of a reply without its calls."""
+    return _CALL.sub("", text).strip()
+
+
+def _read(text: str, offered: Mapping[str, Mapping[str, Any]]) -> ParsedCall:
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return _wrong("malformed", f"the call is not JSON: {_shown(text)}")
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or set(value) - {"name", "arguments"}:
+        return _wrong("malformed", 'a call is {"name": ..., "arguments": {...}}')
+    name, arguments = value["name"], value.get("arguments", {})
+    if name not in offered:
+        return _wrong("unknown", f"there is no tool {_shown(name)}; choose from {', '.join(offered) or 'none'}", name)
+    wrong = misfit(arguments, {"type": "object"} | dict(offered[name]), "arguments")
+    if wrong is not None:
+        return _wrong("arguments", wrong, name)
+    return ParsedCall(name, arguments)
+
+
+def _wrong(problem: Problem, error: str, name: str = "") -> ParsedCall:
+    return ParsedCall(name, {}, problem, f"error: {error}")
+
+
+def _shown(text: str) -> str:
+    plain = " ".join(text.split())
+    return plain if len(plain) <= _LONGEST else f"{plain[:_LONGEST]}..."
+
 
 _GUARD = "\ufdd0"  # a noncharacter, inserted into names of special tokens in tool output
 _QUESTION = {"role": "user", "content": "?"}
-_CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+_EXAMPLE_CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
 
 
 class ToolTurns:
-    """Encodes tool turns. thinking: the template variable enable_thinking; None leaves it undefined. Raises ValueError,
-    one line, if the template is invalid or does not render a conversation message by message."""
+    """Encodes the messages between an assistant's turns. thinking: the template variable enable_thinking; None leaves
+    it undefined. Raises ValueError, one line, if the template is invalid or does not render a conversation message by
+    message."""
 
     def __init__(self, tokenizer: Tokenizer, thinking: bool | None = None) -> None:
         self.tokenizer = tokenizer
@@ -31,7 +94,7 @@ class ToolTurns:
         names = sorted(tokenizer.special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self._eos = tokenizer.token_of(tokenizer.eos_token_id)
-        text = self._render([_QUESTION, _CALL])
+        text = self._render([_QUESTION, _EXAMPLE_CALL])
         end = text.rfind(self._eos)
         if end < 0:
             raise ValueError(f"chat template: an assistant's turn with a call does not end with {self._eos!r}")
@@ -85,7 +148,7 @@ class ToolTurns:
         """As `text`, with the guard inserted into names of special tokens in the results."""
         guarded = [self._guarded(result) for result in results]
         messages = [{"role": "tool", "content": result} for result in guarded]
-        text = self._render([_QUESTION, _CALL, *messages], add_generation_prompt=True)
+        text = self._render([_QUESTION, _EXAMPLE_CALL, *messages], add_generation_prompt=True)
         if not text.startswith(self._before):
             raise ValueError("chat template: it renders an assistant's turn differently if tool results follow")
         following = text[len(self._before) :]

@@ -1,8 +1,8 @@
-"""A process that runs the user's tools, so that one that hangs or dies takes nothing with it.
+"""A worker process for the user's tools, so that a tool that hangs or crashes harms nothing else.
 
-`python -m minimind.environments.worker module:name ...` reads a call a line from standard input and writes a result a
-line, both JSON. The first line says that the tools are there, or why not. What a tool itself prints goes to standard
-error, and it finds standard input empty. The process ends with its parent.
+`python -m minimind.environments.worker CHARACTERS module:name ...` reads one call per line from standard input and
+writes one result per line, both as JSON. Its first line says that the tools are imported, or why they are not. A tool's
+own output goes to standard error, and its standard input is empty. The process ends with its parent.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ def main(paths: list[str], longest: int) -> None:
 
 
 def run(tool: Any, arguments: dict[str, Any], state: dict[str, Any], longest: int) -> dict[str, Any]:
-    """{"text", "cut", "problem", "state"}: what the model reads, at most `longest` characters; the state is as it was
-    where the tool raised."""
+    """Run one call. Returns {"text": at most `longest` characters for the model, "cut": whether it was longer,
+    "problem": "raised" or None, "state": the memory, unchanged if the tool raised}."""
     changed = json.loads(json.dumps(state))
     try:
         text, problem = tool(arguments, changed), None
         changed = json.loads(json.dumps(changed))
-    except BaseException as error:  # a tool may be anybody's code, and call sys.exit
+    except BaseException as error:  # user code may raise anything, SystemExit too
         text, problem, changed = described(error), "raised", state
     return {"text": text[:longest], "cut": len(text) > longest, "problem": problem, "state": changed}
 
 
 def described(error: BaseException) -> str:
-    """An exception in one line, as a model reads it."""
+    """An exception as one line for the model."""
     words = " ".join(str(error).split())
     plain = isinstance(error, ValueError) and bool(words)
     return f"error: {words}" if plain else f"error: {type(error).__name__}: {words}".rstrip(": ")

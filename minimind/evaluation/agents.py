@@ -20,11 +20,19 @@ from rich.console import Console
 from rich.table import Table
 
 from minimind.data.prompts import PromptSet, open_prompts
-from minimind.environments.builtin.kit import named_tools
+from minimind.environments.builtin import named_tools
 from minimind.environments.builtin.tasks import agent_prompts
 from minimind.environments.episodes import EpisodeLimits, EpisodeRunner, EpisodeSampling
-from minimind.environments.prompts import check_tools, figures, is_checked, is_done, sample_of, start_of
-from minimind.environments.rewards import EpisodeSample, needed_calls
+from minimind.environments.rewards import (
+    EpisodeSample,
+    check_tools,
+    figures,
+    is_checked,
+    is_done,
+    needed_calls,
+    sample_of,
+    start_of,
+)
 from minimind.environments.running import ToolRunner
 from minimind.environments.turns import ToolTurns
 from minimind.inference.engine import Engine
@@ -41,8 +49,9 @@ _FAILURES = 3  # failed conversations to print
 def evaluate_agent(
     loaded: LoadedModel, data: Sequence[str], tools: Sequence[str], limit: int | None, console: Console
 ) -> dict[str, Any]:
-    """Evaluate the first `limit` tasks. Return the values of `figures` and {"tasks": number, "kinds": {kind: {"tasks",
-    "success"}}, "failures": [transcript]}. Raises ValueError, one line, for unusable tasks or tools."""
+    """Evaluate the first `limit` tasks. Returns the figures of `minimind.environments.rewards.figures`, the number of
+    "tasks", "kinds" ({kind: {"tasks": number, "success": share}}) and "failures", a transcript of each. Raises
+    ValueError, one line, for unusable tasks or tools."""
     prompts = _open(loaded, data, limit, console)
     with ToolRunner(named_tools(tools)) as runner:
         check_tools(prompts.prompts, runner)
@@ -65,7 +74,7 @@ def report_agent(evaluation: dict[str, Any], folder: Path, console: Console) -> 
     names = sorted(name for name in evaluation if name.startswith("success_"))
     for name in names:
         group = name.removeprefix("success_").replace("_", " ")
-        table.add_row(f"of {group} calls" if group.isdigit() else group, "", f"{evaluation[name]:.3f}")
+        table.add_row(f"that need {group} calls" if group.isdigit() else group, "", f"{evaluation[name]:.3f}")
     table.add_row("all", f"{evaluation['tasks']:,}", f"{evaluation['success']:.3f}")
     console.print(table)
     say(

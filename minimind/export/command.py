@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from minimind.config import PRESETS
+from minimind.export import check_free, replacing
 from minimind.export.gguf import GgufType, quantize, quantizer, write_gguf
 from minimind.export.hf import export_hf
 from minimind.export.ollama import modelfile
-from minimind.export.output import check_free, replacing
 from minimind.inference.loading import LoadedModel, WeightArgs, open_weights
 from minimind.lora import adapter_names, remove_adapters
 from minimind.lora_files import adapter_config, save_adapter, write_base

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from minimind.config import ModelConfig, YarnScaling
-from minimind.export.output import replacing
+from minimind.export import replacing
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.tokenization.tokenizer import CONFIG_FILE, MODEL_FILE

@@ -24,7 +24,7 @@ from minimind.rewards.rules import (
     repetition_reward,
     tools_reward,
 )
-from minimind.utils.importing import named_object
+from minimind.utils.startup import named_object
 
 
 def function_reward(path: str) -> Reward:

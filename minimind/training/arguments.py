@@ -1,4 +1,4 @@
-"""The flags that all stages share, and the values of those that are left to the data and the weights.
+"""The flags that all stages share, and the rules for defaults that depend on the data or the weights.
 
 Every script adds its own flags in a dataclass derived from StageArgs. docs/training.md has the sources of the defaults.
 """
@@ -49,7 +49,7 @@ class StageArgs:
     tokenizer: str | None = None
     """Folder with tokenizer.json. None: that of --from, else the tokenizer that comes with the program."""
     new_tokenizer: bool = False
-    """Use --tokenizer even if --from was trained with another one: its ids then stand for other words."""
+    """Use --tokenizer even if --from was trained with another one, whose ids stood for other words."""
     tokens: int | None = None
     """Number of tokens to train on, padding (about 1%) included; overrides --epochs."""
     epochs: float | None = None
@@ -182,7 +182,7 @@ class StageArgs:
             raise ValueError(f"--warmup {self.warmup}: a share of the steps, from 0 to 1")
         self._check_optimizer()
         if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"--ema {self.ema}: a share of the average that stays, above 0 and below 1")
+            raise ValueError(f"--ema {self.ema}: must be above 0 and below 1")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"--seed {self.seed}: from 0 to {(1 << 63) - 1}")
         if self.new_tokenizer and self.tokenizer is None:
@@ -234,7 +234,7 @@ class StageArgs:
 
     @property
     def legacy(self) -> dict[str, Any]:
-        """What runs of earlier versions did where the data now decides; such runs continue with it."""
+        """The fixed values that earlier versions used where the data now decides; their runs continue with them."""
         return {"split": "tail", "fields": "dropped", "step": "usual", "epochs": 1.0, "optimizer": "muon"}
 
     def saved(self) -> dict[str, Any]:

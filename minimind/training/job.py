@@ -12,7 +12,6 @@ return job.fit(plan, model, stage, lines)          train to the last step
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from torch import nn
 
 from minimind import ops
 from minimind.config import ModelConfig
-from minimind.kernels import triton_support
+from minimind.kernels.triton_support import kernels_fingerprint
 from minimind.modeling import Model
 from minimind.ops import varlen
 from minimind.ops.attention import attention_name
@@ -46,7 +45,7 @@ from minimind.training.metrics import make_tracker
 from minimind.training.optim import AVERAGE_FOLDER, Optimizers, build_optimizers
 from minimind.training.parallel import Parallel, leave, rank
 from minimind.training.plan import PlanOnly, survey
-from minimind.training.profiling.profiler import StepProfiler, mark_blocks
+from minimind.training.profiling import StepProfiler, mark_blocks
 from minimind.training.run_folder import RunFolder, find_run, open_run, record_versions
 from minimind.training.trainer import Stage, Trainer, TrainingPlan
 from minimind.utils.device import Precision, choose_precision, describe_device, keep_sums_float32
@@ -100,7 +99,7 @@ class Job:
     """One process of one run of a stage."""
 
     stage: str
-    args: StageArgs  # the flags, completed by what the data decided
+    args: StageArgs  # the flags, with a value for each that was left open
     console: Console
     parallel: Parallel
     device: torch.device
@@ -108,13 +107,13 @@ class Job:
     initial: InitialModel
     attention: str  # one line about the attention kernel; empty where there is no choice
     flags: StageArgs = field(init=False)  # as given on the command line
-    notes: list[str] = field(default_factory=list)  # lines about what was decided
-    remembered: list[str] = field(default_factory=list)  # what an earlier start of this run decided
+    notes: list[str] = field(default_factory=list)  # a line for each value that was settled now
+    remembered: list[str] = field(default_factory=list)  # values that an earlier start of this run settled
     shortened: float = 0.0  # share of the documents that were cut before they reached the loader
     make_loader: Callable[..., EpochLoader] = field(init=False, repr=False)
     run: RunFolder = field(init=False)
     state: dict[str, Any] = field(init=False)  # the trainer's state in the checkpoint
-    legacy: dict[str, Any] = field(default_factory=dict)  # as StageArgs.legacy, what is known only with the model
+    legacy: dict[str, Any] = field(default_factory=dict)  # like StageArgs.legacy, for defaults that depend on the model
     references: dict[str, str] = field(default_factory=dict)  # fingerprints of other models that the run learns from
     count_steps: Callable[[dict[str, Any]], int] = field(init=False, repr=False)  # (flags of a run's length) -> steps
 
@@ -123,7 +122,8 @@ class Job:
 
     @staticmethod
     def begin(stage: str, args: StageArgs, console: Console) -> Job:
-        """Check the flags, choose device and precision, set the mode of the ops, find tokenizer and model shape."""
+        """Check the flags, choose the device and precision, set the mode of the ops, find the tokenizer and the model's
+        shape."""
         args.check()
         parallel = Parallel.from_env(args.parallel, args.replicas, args.reduce_dtype)
         device = parallel.choose_device(args.device)
@@ -165,7 +165,7 @@ class Job:
 
     @cached_property
     def chosen(self) -> dict[str, Any]:
-        """Decisions that are not in the flags but affect what is computed; a resumed run has those it began with."""
+        """The settled values by name. They change what a run computes, so a resumed run keeps those it began with."""
         if self.flags.plan:
             return {}
         flags = self.flags
@@ -176,10 +176,10 @@ class Job:
         )
 
     def settle(self, name: str, rule: Callable[[], tuple[Any, str]]) -> Any:
-        """The value of flag `name`, or of a choice without a flag, and set it in `args`.
+        """Return the value of flag `name`, or of a choice without a flag, and set the flag in `args`.
 
-        A flag that the user left open (None) gets its value from rule() -> (value, reason in one line) when the run
-        first starts, and from the run folder ever after.
+        If the user left the flag open (None), rule() -> (value, reason in one line) decides when the run first starts;
+        when the run resumes, the value comes from its folder.
         """
         is_flag = hasattr(self.args, name)
         if is_flag and getattr(self.flags, name) not in (None, self._defaults.flags.get(name)):
@@ -404,7 +404,7 @@ def compile_model(model: nn.Module, cuda_graph: bool = False, whole: bool = True
 
     whole: as one graph, in which a graph break is an error; DDP and FSDP act between the model's parts and need False.
     cuda_graph: also record forward and backward as CUDA graphs, which saves launch overhead of small models and costs
-    memory for a copy of the inputs. What cannot be recorded is an error.
+    memory for a copy of the inputs; an error if that is not possible.
     """
     import torch.compiler.config as settings
 
@@ -414,12 +414,3 @@ def compile_model(model: nn.Module, cuda_graph: bool = False, whole: bool = True
     graphs: dict[str, Any] = {"triton.cudagraphs": True, "triton.cudagraph_or_error": True}
     options = graphs if cuda_graph else None
     return cast(Model, torch.compile(model, fullgraph=whole, dynamic=False, options=options))
-
-
-def kernels_fingerprint() -> str:
-    """A hash of the kernels' sources. torch.compile caches them with their tile sizes, but sees only the source that
-    an operator names, not that of functions which it calls."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(triton_support.__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]

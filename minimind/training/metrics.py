@@ -17,6 +17,15 @@ from minimind.utils.display import caption, decoration, pyplot
 TrackerName = Literal["none", "tensorboard", "wandb", "swanlab"]
 
 
+# (title of a panel, {figure of rollouts: its label})
+_PANELS = (
+    ("reward", {"reward": "of the rollouts"}),
+    ("KL to the reference, per token", {"kl": ""}),
+    ("tokens of an answer", {"length": ""}),
+    ("entropy of a token, nats", {"entropy": ""}),
+)
+
+
 @dataclass(frozen=True)
 class Event:
     """Something that happened between steps, such as a rollout: a row of its own `kind` in metrics.jsonl, before the
@@ -135,6 +144,45 @@ def plot_figures(metrics: Path, picture: Path, title: str, unit: str, labels: Ma
         axes.legend()
     figure.savefig(picture, dpi=120)
     plt.close(figure)
+
+
+@decoration
+def plot_rollouts(metrics: Path, picture: Path, title: str) -> None:
+    """Draw reward (held-out too), KL, length and entropy of the answers over the run."""
+    plt = pyplot()
+    rows = read_metrics(metrics)
+    rollouts = [row for row in rows if row["kind"] == "rollout"]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    for panel, (name, figures) in zip(axes.flat, _PANELS, strict=True):
+        panel.set_title(name)
+        panel.set_xlabel("optimizer steps")
+        panel.grid(alpha=0.3)
+        for key, label in figures.items():
+            _plot_smoothed(panel, [row for row in rollouts if key in row], key, label)
+    _plot_heldout(axes.flat[0], [row for row in rows if row["kind"] == "eval" and "heldout_reward" in row])
+    if not any("kl" in row for row in rollouts):
+        axes.flat[1].text(0.5, 0.5, "no reference model", ha="center", transform=axes.flat[1].transAxes)
+    figure.suptitle(caption(title))
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
+
+
+def _plot_smoothed(panel: Any, rows: list[dict[str, Any]], key: str, label: str) -> None:
+    x, y = [row["step"] for row in rows], [row[key] for row in rows]
+    panel.plot(x, y, color="tab:blue", alpha=0.3, linewidth=0.8)
+    panel.plot(x, smooth(y), color="tab:blue", label=label or None)
+
+
+def _plot_heldout(panel: Any, rows: list[dict[str, Any]]) -> None:
+    for key, label, colour in (
+        ("heldout_reward", "held-out, sampled", "tab:red"),
+        ("heldout_greedy_reward", "held-out, likeliest", "tab:orange"),
+    ):
+        x, y = [row["step"] for row in rows], [row[key] for row in rows]
+        if rows:
+            panel.plot(x, y, "o-", color=colour, markersize=4, label=f"{label}: {y[-1]:.3f}")
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend()
 
 
 def smooth(values: list[float]) -> list[float]:

@@ -2,24 +2,30 @@
 
 The stage's own script runs on a few megabytes of sampled rows, with the size of all data beside them, up to the point
 where it would train; so the plan has exactly the choices that the run would make. There estimate.py counts.
+
+A file is divided into equal parts, and one stretch is read at a random place of each. The sample has the rows whose
+first byte lies in a stretch, so that every row is equally likely, long or short. A compressed file is sampled from its
+beginning only.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
+import zstandard
 from rich.console import Console
 
 from minimind.data.mixture import parse_part
 from minimind.data.paths import expand_paths
-from minimind.data.sampling import FileSample, sample_rows
 from minimind.training.arguments import StageArgs
 from minimind.training.data_split import NamedFiles
 from minimind.training.parallel import world_size
@@ -297,3 +303,73 @@ def spell_hours(hours: float) -> str:
     if hours >= 1:
         return f"{hours:,.1f} h"
     return f"{hours * 60:.1f} min" if hours * 60 >= 1 else f"{hours * 3600:.0f} s"
+
+
+_STRETCHES = 64
+_LEAST = 1 << 14  # bytes of a stretch
+_AHEAD = 1 << 14  # compressed bytes read at once: more would count as used
+
+
+@dataclass(frozen=True)
+class FileSample:
+    """total: bytes of the whole text, estimated if it is compressed; sizes: int64 [rows], the bytes of each sampled
+    row, in order; whole: whether the sample has all rows."""
+
+    total: float
+    sizes: np.ndarray
+    whole: bool
+
+
+def sample_rows(path: Path, out: Path, limit: int, seed: int = 0) -> FileSample:
+    """Write a sample of about `limit` bytes of the rows of `path` to `out`, uncompressed; all rows of a smaller
+    file."""
+    packed = path.name.endswith((".gz", ".zst"))
+    with open(path, "rb") as file, open(out, "wb") as target:
+        size = path.stat().st_size
+        rows = _first(file, path, limit) if packed else _stretches(file, size, limit, seed)
+        sizes = []
+        for row in rows:
+            target.write(row if row.endswith(b"\n") else row + b"\n")
+            sizes.append(len(row))
+        taken = sum(sizes)
+        if not packed:
+            return FileSample(size, np.array(sizes, np.int64), taken >= size)
+        whole = taken < limit
+        total = taken if whole else taken * size / max(1, file.tell())
+        return FileSample(total, np.array(sizes, np.int64), whole)
+
+
+def _first(file: IO[bytes], path: Path, limit: int) -> Iterator[bytes]:
+    """The first rows of a compressed file."""
+    if path.name.endswith(".gz"):
+        raw: Any = gzip.GzipFile(fileobj=file)
+    else:
+        unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        raw = unpacker.stream_reader(file, _AHEAD, read_across_frames=True, closefd=False)
+    stream = io.BufferedReader(raw)
+    taken = 0
+    while taken < limit and (row := stream.readline()):
+        taken += len(row)
+        yield row
+    stream.detach()
+
+
+def _stretches(file: IO[bytes], size: int, limit: int, seed: int) -> Iterator[bytes]:
+    if size <= limit:
+        yield from file
+        return
+    count = max(1, min(_STRETCHES, limit // _LEAST))
+    length, part = limit // count, size / count
+    places = np.random.default_rng(seed).random(count)
+    empty = True
+    for i, place in enumerate(places.tolist()):
+        begin = int(i * part + place * (part - length))
+        file.seek(max(0, begin - 1))
+        if begin:
+            file.readline()
+        while file.tell() < begin + length and (row := file.readline()):
+            empty = False
+            yield row
+    if empty:  # rows longer than the parts
+        file.seek(0)
+        yield file.readline()

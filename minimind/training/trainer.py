@@ -34,7 +34,7 @@ from minimind.training.evaluation import BestFigure, Evaluation
 from minimind.training.metrics import Event, MetricsLog, Tracker, plot_losses
 from minimind.training.optim import AVERAGE_FOLDER, ClipGroup, Optimizers, RateSchedule, WeightAverage
 from minimind.training.parallel import Parallel
-from minimind.training.profiling.profiler import StepProfiler
+from minimind.training.profiling import StepProfiler
 from minimind.training.run_folder import RunFolder, truncate
 from minimind.utils.display import Display, duration, say
 from minimind.utils.files import sync, write_json
@@ -58,7 +58,7 @@ class Stage:
     save_model(whole model, folder) on rank 0 and load_model(model, checkpoint, parallel) on all ranks: how checkpoints
       are written and read.
     place(batch, device, boundaries): moves a loader's batch to the device; see DeviceBatches.
-    event(): what happened while a step's batches were made, or None.
+    event(): the Event that occurred while a step's batches were made, or None.
     clip_groups: parameters with their own gradient clipping and learning rate.
     before_update(): called between the last backward and the optimizer step; may remove gradients.
     frozen_models, first_passes, estimate: for --plan: other models that every step runs forward, forward passes over
@@ -114,7 +114,7 @@ class _StepFigures:
 
 @dataclass
 class Trainer:
-    """Trains `model` by the functions of `stage`; `loader` gives the plan's batches on the device."""
+    """Trains `model` with the functions of `stage` on the batches of `loader`, which are on the device."""
 
     args: StageArgs
     plan: TrainingPlan
@@ -149,7 +149,7 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the last step and return True. Ctrl-C or SIGTERM saves after the current step (with several ranks
         after the next log step) and returns False."""
-        if self.step == 0:  # remove what a run that was killed before its first checkpoint had written
+        if self.step == 0:  # a start that was killed before its first checkpoint left lines there
             self._cut_logs(0, 0)
         with ExitStack() as cleanup:
             if self.parallel.main:
@@ -216,7 +216,7 @@ class Trainer:
                 with span("backward"):
                     ((loss + aux) * ranks).backward()
             if self.args.cuda_graph and i == 0 and len(batches) > 1:
-                self.optimizer.own_gradients()  # the graph's next backward overwrites those that it returned
+                self.optimizer.own_gradients()  # the graph's next backward would overwrite them in place
             metrics = more[0] if more else {}
             parts.append(torch.stack((loss.detach(), aux.detach(), *(v / weight for v in metrics.values()))))
         self.loader.fetch()  # while the device computes
@@ -236,7 +236,8 @@ class Trainer:
         self.pending.append(_StepFigures(self.step, figures, lr, targets, self.tokens, position, names, event))
 
     def _clip(self) -> list[Tensor]:
-        """Clip the gradients; their norms before that: of the parameters in no clip group, then of every group."""
+        """Clip the gradients. Returns their norms before clipping: of the parameters in no clip group, then of each
+        group."""
         groups = [list(group.parameters) for group in self.stage.clip_groups]
         grouped = {id(parameter) for group in groups for parameter in group}
         rest = [parameter for parameter in self.model.parameters() if id(parameter) not in grouped]
@@ -244,7 +245,7 @@ class Trainer:
         return [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
 
     def _after_step(self) -> None:
-        """Log, evaluate and save where this step asks for it."""
+        """Log, evaluate and save if they are due after this step."""
         last = self.step == self.plan.steps
         evaluate = self.step % math.ceil(self.plan.steps / max(1, self.args.evals)) == 0 and not last
         save_every = self.args.save_every or max(1, self.plan.steps // 20)
@@ -340,7 +341,7 @@ class Trainer:
         """Write a checkpoint. All ranks call it."""
         whole = self.parallel.whole(self.model)
         optimizer = self.optimizer.state_dict(self.model)
-        averaged = None  # a whole model with the averaged weights, where `whole` is a copy that does not follow them
+        averaged = None  # with FSDP `whole` is a copy, so the averaged weights need one too
         if self.average is not None and self.parallel.strategy == "fsdp":
             with self.average.in_place():
                 averaged = self.parallel.whole(self.model)
@@ -354,7 +355,7 @@ class Trainer:
                 f"step {self.step}: a weight is not finite after the update; lower --lr. Checkpoints are from before"
             )
         self.metrics.flush()
-        sync(self.run.metrics)  # the sizes in the checkpoint must not outlive the lines they count
+        sync(self.run.metrics)  # a crash must not lose lines that the checkpoint counts
         sync(self.run.samples)
         save_checkpoint(
             self.run.path,
@@ -375,7 +376,7 @@ class Trainer:
             self.tokenizer.save(folder / AVERAGE_FOLDER)
 
     def _state(self, optimizer: dict[str, Any]) -> dict[str, Any]:
-        """What trainer.pt holds; `resume` reads it."""
+        """The contents of trainer.pt, which `resume` reads."""
         return {
             "step": self.step,
             "targets_seen": self.targets_seen,
@@ -393,8 +394,8 @@ class Trainer:
         }
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Return to where `state`, the trainer's state in the run's checkpoint, was saved. Raises ValueError where the
-        data or the tokenizer changed."""
+        """Continue from `state`, the trainer.pt of the run's checkpoint. Raises ValueError if the data or the tokenizer
+        changed."""
         assert self.run.checkpoint is not None
         if _content_hashes(state["data"]) != _content_hashes(self.stage.data_fingerprint):
             raise ValueError(
@@ -450,6 +451,6 @@ class Trainer:
 
 
 def _content_hashes(fingerprint: str) -> tuple[str, str]:
-    """The hashes of the data and of a model named with them; without the model's name, which stands between."""
+    """(hash of the data, hash of the model that it was made with, if any). The model's name between them may change."""
     words = fingerprint.split() or [""]
     return words[0], words[-1]

@@ -9,10 +9,10 @@ import pytest
 
 from minimind.apps.chat import Args, ChatSession, main
 from minimind.apps.tools import asks, shown, with_tools
-from minimind.environments.builtin.kit import builtin_tools
-from minimind.environments.calls import ParsedCall
+from minimind.environments.builtin import builtin_tools
 from minimind.environments.running import ToolRunner
 from minimind.environments.tools import ToolFunction
+from minimind.environments.turns import ParsedCall
 from minimind.inference.engine import Engine
 from minimind.inference.requests import SamplingParams
 from minimind.weights import save_weights
@@ -96,7 +96,7 @@ def test_old_rounds_go_where_the_context_is_full_and_a_question_that_is_too_long
 
 
 def test_a_model_that_continues_text_calls_nothing():
-    with pytest.raises(ValueError, match="--tools: this model continues text and calls nothing"):
+    with pytest.raises(ValueError, match="--tools: this model only continues text"):
         session(raw=True)
 
 

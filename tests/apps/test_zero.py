@@ -135,7 +135,7 @@ def test_ctrl_c_saves_and_leaves_a_page_about_what_there_is(place):
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 130, text
-    assert "saved; the same command continues" in text and "interrupted; the same command goes on" in text
+    assert "saved; the same command continues" in text and "interrupted; the same command continues" in text
     assert "0 of 2 stages finished" in (out / "report" / "index.html").read_text(encoding="utf-8")
 
 

@@ -74,11 +74,11 @@ def test_a_model_of_the_users_is_gone_on_with(tmp_path):
     ("names", "more", "message"),
     [
         (["sft"], {}, r"--stages sft: sft needs a model; name it with --from"),
-        (["pretrain"], {"origin": "m"}, r"--from m: pretraining begins with nothing"),
+        (["pretrain"], {"origin": "m"}, r"--from m: pretraining starts from random weights"),
         (["pretrain"], {"data": ["dpo=f"]}, r"--data dpo=\.\.\.: dpo is not among the stages; add it with --stages"),
-        (["pretrain"], {"data": ["f.jsonl"]}, r"--data f.jsonl: say of which stage, as --data sft=FILE"),
+        (["pretrain"], {"data": ["f.jsonl"]}, r"--data f.jsonl: name the stage, as in --data sft=FILE"),
         (["pretrain"], {"extra": ["sft=--lr 1"]}, r"--flags sft=\.\.\.: sft is not among the stages"),
-        (["pretrain"], {"extra": ["pretrain=--lr '"]}, r"--flags pretrain=--lr ': not as a shell reads flags"),
+        (["pretrain"], {"extra": ["pretrain=--lr '"]}, r"--flags pretrain=--lr ': a shell could not read this"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(names, more, message):

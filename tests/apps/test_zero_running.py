@@ -72,7 +72,7 @@ time.sleep(60)
 @posix
 def test_a_stage_ends_with_the_process_that_started_it(tmp_path):
     (tmp_path / "stage.py").write_text(WAITS)
-    arguments = [sys.executable, "-m", "minimind.apps.zero.child", str(tmp_path / "stage.py")]
+    arguments = [sys.executable, "-m", "minimind.apps.zero.running", str(tmp_path / "stage.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(arguments, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdin is not None
@@ -113,7 +113,7 @@ def test_two_do_not_work_in_one_folder(tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("")
-    with pytest.raises(ValueError, match="not empty and not of minimind zero"):
+    with pytest.raises(ValueError, match="not empty, and no folder of minimind zero"):
         State.open(tmp_path, {})
     (tmp_path / "zero.json").write_text("{")
     with pytest.raises(ValueError, match=r"zero\.json: damaged; put it back"):

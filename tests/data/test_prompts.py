@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minimind import load_tokenizer
-from minimind.data.builtin.arithmetic import SLIPS, arithmetic_prompts, problems, weak_arithmetic
+from minimind.data.builtin.problems import SLIPS, arithmetic_prompts, problems, weak_arithmetic
 from minimind.data.prompts import open_prompts
 from minimind.tokenization.reasoning import ThinkingPrompts
 

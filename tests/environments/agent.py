@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from minimind import ModelConfig, load_tokenizer
-from minimind.environments.builtin.kit import builtin_tools
+from minimind.environments.builtin import builtin_tools
 from minimind.environments.episodes import EpisodeLimits, EpisodeRunner, Start
 from minimind.environments.running import ToolRunner
 from minimind.environments.tools import ToolFunction

@@ -6,11 +6,10 @@ import math
 
 import pytest
 
-from minimind.environments.calls import ParsedCall
 from minimind.environments.episodes import Episode, Start, Turn
-from minimind.environments.prompts import figures, is_done
-from minimind.environments.rewards import WEIGHTS, EpisodeSample, agent_rewards
+from minimind.environments.rewards import WEIGHTS, EpisodeSample, agent_rewards, figures, is_done
 from minimind.environments.running import ToolResult
+from minimind.environments.turns import ParsedCall
 
 RIGHT, WRONG = ParsedCall("f"), ParsedCall("", {}, "malformed", "error: no")
 

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from minimind.environments.builtin.kit import builtin_tools, named_tools
-from minimind.environments.calls import ParsedCall
+from minimind.environments.builtin import builtin_tools, named_tools
 from minimind.environments.running import ToolLimits, ToolRunner
 from minimind.environments.tools import user_tools
+from minimind.environments.turns import ParsedCall
 from tests.environments import hostile
 
 LIMITS = ToolLimits(seconds=0.5, characters=100)

@@ -8,13 +8,13 @@ from collections import Counter
 import pytest
 
 from minimind import load_tokenizer
+from minimind.environments.builtin import builtin_tools
 from minimind.environments.builtin.kinds import KINDS
-from minimind.environments.builtin.kit import builtin_tools
-from minimind.environments.builtin.library import ELEMENTS, ELEMENTS_ZH, facts, search
 from minimind.environments.builtin.tasks import SLIPS, agent_prompts, tasks, weak_agent
-from minimind.environments.calls import read_calls
+from minimind.environments.builtin.tools import ELEMENTS, ELEMENTS_ZH, facts, search
 from minimind.environments.running import ToolRunner
 from minimind.environments.tools import by_name
+from minimind.environments.turns import read_calls
 from minimind.tokenization import ChatEncoder
 
 TRAIN, HELDOUT = tasks()

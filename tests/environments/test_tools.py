@@ -7,8 +7,8 @@ from typing import Literal
 
 import pytest
 
-from minimind.environments.calls import read_calls, without_calls
 from minimind.environments.tools import as_text, by_name, tool_of, user_tools
+from minimind.environments.turns import read_calls, without_calls
 
 
 def sample(city: str, days: int = 1, unit: Literal["C", "F"] = "C", tags: list[str] | None = None) -> str:

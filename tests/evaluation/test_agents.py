@@ -55,7 +55,7 @@ def test_builtin_tasks_and_a_limit(folder, tmp_path):
     [
         ({"tasks": ("mmlu",)}, "--agent: goes with neither --ppl nor --tasks"),
         ({"limit": 0}, "--limit 0: must be at least 1"),
-        ({"tools": ("upstream",)}, "--tools: a prompt of --data offers calculate, which there is no function for"),
+        ({"tools": ("upstream",)}, "--tools: a prompt of --data offers calculate, which no function implements"),
         ({"tools": ("no.such:tool",)}, "--tools no.such:tool: cannot import no.such"),
     ],
 )

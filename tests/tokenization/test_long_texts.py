@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from minimind import load_tokenizer
-from minimind.tokenization import long_texts
+from minimind.tokenization import tokenizer
 from minimind.tokenization.tokenizer import Tokenizer
 
 TOKENIZER = load_tokenizer()
@@ -28,16 +28,16 @@ TEXTS = {
 
 @pytest.fixture
 def in_parts(monkeypatch):
-    monkeypatch.setattr(long_texts, "PART", 2000)
-    monkeypatch.setattr(long_texts, "LONG", 4000)
+    monkeypatch.setattr(tokenizer, "PART", 2000)
+    monkeypatch.setattr(tokenizer, "LONG", 4000)
 
 
 @pytest.mark.parametrize("special", [True, False, "markup"])
 @pytest.mark.parametrize("name", TEXTS)
 def test_cuts_change_no_token(monkeypatch, in_parts, name, special):
     text = TEXTS[name]
-    clean = long_texts.without_surrogates(text)
-    parts = list(long_texts._parts(TOKENIZER._by_special[special], clean))
+    clean = tokenizer.without_surrogates(text)
+    parts = list(tokenizer._parts(TOKENIZER._by_special[special], clean))
     assert "".join(parts) == clean and len(parts) > 4 and max(map(len, parts)) <= 12_000
     found = TOKENIZER.encode(text, special)
     places = TOKENIZER.offsets(text, special)
@@ -57,8 +57,8 @@ def test_a_tokenizer_that_sees_every_cut(monkeypatch, in_parts):
     text = TEXTS["prose"]
     found = marking.encode(text)
     with monkeypatch.context() as patched:
-        patched.setattr(long_texts, "LONG", 1 << 30)
+        patched.setattr(tokenizer, "LONG", 1 << 30)
         assert found == marking.encode(text)
-    monkeypatch.setattr(long_texts, "MOST_UNCUT", 10_000)
+    monkeypatch.setattr(tokenizer, "MOST_UNCUT", 10_000)
     with pytest.raises(ValueError, match="characters cannot be cut without changing its tokens; divide it"):
         marking.encode(text)

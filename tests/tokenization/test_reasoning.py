@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minimind.data.builtin.reasoning import reasoning
+from minimind.data.builtin.problems import reasoning
 from minimind.tokenization import ChatEncoder, load_tokenizer
 from minimind.tokenization.chat_encoder import MARKERS
 from minimind.tokenization.reasoning import (

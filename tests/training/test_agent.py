@@ -110,7 +110,7 @@ def written(path: Path, **row) -> Path:
         ({"samples": 1}, "--samples 1: an answer is compared with others to its prompt; take 2 or more"),
         ({"turns": 0}, "--turns 0: must be above 0"),
         ({"tools": ("gone.tools:ALL",)}, "--tools gone.tools:ALL: cannot import gone"),
-        ({"tools": ("upstream",)}, "--tools: a prompt of --data offers calculate, which there is no function for"),
+        ({"tools": ("upstream",)}, "--tools: a prompt of --data offers calculate, which no function implements"),
         ({"tools": ("tests.training.test_agent:calculate", "builtin")}, "--tools two tools are called calculate"),
         ({"tools": ("tests.training.test_agent:OTHERS",)}, "offers calculate with expression; the function takes x"),
         ({"reward": ("answer:none",)}, "--reward answer:none: the weight must be a finite number other than 0"),

@@ -138,4 +138,4 @@ def test_a_stage_averages_the_weights_it_saves(stage, file, origin, tmp_path):
 @pytest.mark.parametrize("decay", ["0", "1", "1.5"])
 def test_shares_without_meaning_are_refused(decay, data, tmp_path):
     answer = run(command(data, tmp_path / "no", "--ema", decay))
-    assert answer.returncode == 2 and "a share of the average that stays" in answer.stdout
+    assert answer.returncode == 2 and ": must be above 0 and below 1" in answer.stdout

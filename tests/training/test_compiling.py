@@ -8,7 +8,7 @@ import torch
 import torch._inductor.config
 
 from minimind.kernels import triton_support
-from minimind.training.job import compile_model, kernels_fingerprint
+from minimind.training.job import compile_model
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def test_another_tile_size_is_compiled_anew(tmp_path, monkeypatch):
     copy = tmp_path / "kernels"
     shutil.copytree(Path(triton_support.__file__).parent, copy)
     monkeypatch.setattr(triton_support, "__file__", str(copy / "triton_support.py"))
-    assert kernels_fingerprint() == before
+    assert triton_support.kernels_fingerprint() == before
     table = copy / "swiglu.py"
     table.write_text(table.read_text(encoding="utf-8").replace("num_warps=4", "num_warps=8"), encoding="utf-8")
     compile_model(torch.nn.Linear(2, 2))

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from minimind.training.metrics import plot_figures, plot_losses
-from minimind.training.rl.view import draw_curves
+from minimind.training.metrics import plot_figures, plot_losses, plot_rollouts
 from minimind.utils.display import caption, say
 
 ROOT_HOME = Path("~root").expanduser()
@@ -52,7 +51,7 @@ def test_a_failed_picture_does_not_fail_the_run(tmp_path, capsys, rendered):
         r"\S+loss\.png: not drawn \(\S+metrics\.jsonl:2: not a row of metrics .*\)\n", capsys.readouterr().err
     )
     metrics.write_text("")
-    for draw in (plot_losses, partial(plot_figures, unit="", labels={}), draw_curves):
+    for draw in (plot_losses, partial(plot_figures, unit="", labels={}), plot_rollouts):
         draw(metrics, picture=tmp_path / "absent" / "a.png", title="x")
         assert "a.png: not drawn (" in capsys.readouterr().err
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minimind.training.profiling.profiler import mark_blocks
+from minimind.training.profiling import mark_blocks
 from minimind.utils import spans
 
 

@@ -1,1 +1,1 @@
-"""`minimind zero`: one command from nothing to a chat model and a page that shows how it came about."""
+"""`minimind zero`: one command from random weights to a chat model, with a report about the training."""

@@ -1,8 +1,8 @@
 """Train a chat model from random weights and write a report about it, in one command: `minimind zero`.
 
-    minimind zero --budget 5min                                  what `minimind demo` does: nothing is downloaded
+    minimind zero --budget 5min                                  the same as `minimind demo`; downloads nothing
     minimind zero --budget full --data pretrain=pretrain_hq.jsonl sft=sft_mini_512.jsonl
-    minimind zero --budget 2h --plan                             only prints what it would do
+    minimind zero --budget 2h --plan                             only prints the plan
 
 The stages run one after another, each by its script in train/ and in its own folder under --out. The report is
 index.html in --out/report. After an interruption the same command continues.
@@ -22,10 +22,10 @@ from rich.console import Console
 
 from minimind.apps.zero.planning import MORE, BudgetName, Plan, make_plan
 from minimind.apps.zero.report import write_report
+from minimind.apps.zero.results import closing_lines
 from minimind.apps.zero.running import Clock, StageView, run_stage, was_stopped
 from minimind.apps.zero.stages import STAGES, Chain, StageName, shown
 from minimind.apps.zero.state import State, alone_in
-from minimind.apps.zero.story import closing_lines
 from minimind.utils.display import duration, say
 
 PresetName = Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "minimind3", "minimind3-moe"]
@@ -36,8 +36,8 @@ class Args:
     """Train a chat model from random weights. Every default works."""
 
     budget: BudgetName = "5min"
-    """Time for all stages on this device, whose speed is measured first; it decides preset, stages and tokens. full: no
-    limit and all of the data, like upstream's Zero run."""
+    """Time for all stages on this device, whose speed is measured first. It decides the preset, the stages and their
+    tokens. full: no limit and all of the data, like upstream's Zero run."""
     stages: tuple[StageName, ...] = ()
     """Stages to run. None: pretrain and sft, those that --data names, and more with a larger budget and built-in data
     (docs/zero.md)."""

@@ -1,7 +1,8 @@
-"""What a budget of time comes to: preset, stages, and the tokens of each, from a step of each stage on this device.
+"""From a budget of time to a plan: the preset, the stages, and the tokens of each.
 
-Every stage's script says by --plan what it would do and how long, measured here on a step or two. Where all of it does
-not fit, each stage gets its share of the time, but no less than what its built-in data need to show anything.
+Each stage's script is asked with --plan what it would do; it measures a step or two on this device. If all stages
+together take longer than the budget, each gets a share of the time, but at least as much as it needs to show an effect
+on built-in data.
 """
 
 from __future__ import annotations
@@ -24,24 +25,24 @@ from minimind.utils.display import duration, say
 
 BudgetName = Literal["5min", "30min", "2h", "full"]
 SECONDS = {"5min": 300.0, "30min": 1800.0, "2h": 7200.0, "full": math.inf}
-# What a budget adds to pretraining and SFT where neither --stages nor --data say, while there is time for it.
+# Stages that a budget adds to pretraining and SFT if there is time and neither --stages nor --data names stages.
 MORE = {"5min": (), "30min": ("dpo",), "2h": ("reason", "dpo", "grpo"), "full": ()}
-PASSES = 4  # over a text, up to which a repeated token is worth nearly a new one (arXiv 2305.16264)
-LEAST = 700_000  # tokens of built-in text, after which SFT came to 99% of its held-out questions (docs/LOG.md)
-# Presets by size. For one amount of compute 20 tokens a parameter are best (arXiv 2203.15556); of two presets the
-# larger is nearer to that, on a scale of ratios, where it gets more than 20 divided by how many times as large it is.
+PASSES = 4  # passes over a text up to which repeated tokens are worth nearly as much as new ones (arXiv 2305.16264)
+LEAST = 700_000  # tokens of built-in text; after these, SFT answered 99% of its held-out questions (docs/LOG.md)
+# Presets by size. 20 tokens per parameter use compute best (arXiv 2203.15556). Of two presets, the larger one is nearer
+# to 20 on a logarithmic scale if it gets more than 20 / r tokens per parameter, where r is the ratio of their sizes.
 LADDER = (("nano", 2.8e6), ("minimind2-small", 25.8e6), ("minimind2", 104e6))
 BEST_TOKENS = 20.0
-START = 6.0  # seconds until a script trains, and to save and draw at its end
-_EVAL_TOKENS = 65536  # of an evaluation on the way, as StageArgs has it
-_HELD_OUT = 0.05
+START = 6.0  # seconds of a script before its first step and after its last
+_EVAL_TOKENS = 65536  # in an evaluation during training, as in StageArgs
+_HELD_OUT = 0.05  # share of the tokens, as in StageArgs
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """flags: that set its length, none where its data do; tokens, steps, passes: of the run; seconds: on this device,
-    projected, with its start and its evaluations; memory: bytes of a step on a GPU, projected; cards: seconds on each,
-    projected; peaks: FLOP/s of each in bf16; shortened: whether it learns from less than it would."""
+    """The plan of one stage. flags: those that set its length, none if its data do; tokens, steps, passes: of the run.
+    Projected: seconds, on this device, with start-up and evaluations; memory, bytes of a step on a GPU; cards, seconds
+    on each GPU. peaks: bf16 FLOP/s of each GPU; shortened: whether the budget shortens the stage."""
 
     name: str
     flags: tuple[str, ...]
@@ -60,7 +61,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """budget: its name; device: what was measured; notes: why it is so, a line each."""
+    """The plan of all stages. budget: its name; device: that of the measurements; notes: reasons, a line each."""
 
     budget: str
     preset: str | None
@@ -70,7 +71,7 @@ class Plan:
 
     @staticmethod
     def of(found: Mapping[str, Any]) -> Plan:
-        """From the plain values of dataclasses.asdict, as JSON brings them back."""
+        """Rebuild a plan from dataclasses.asdict(plan) after a round trip through JSON."""
         stages = [StagePlan(**{**stage, "flags": tuple(stage["flags"])}) for stage in found["stages"]]
         return Plan(**{**found, "stages": tuple(stages), "notes": tuple(found["notes"])})
 
@@ -109,8 +110,8 @@ Ask = Callable[[str, str | None], dict[str, Any]]
 def make_plan(
     budget: BudgetName, chain: Chain, chosen: bool, preset: str | None, evals: int, console: Console
 ) -> tuple[Chain, Plan]:
-    """(what is run, its plan). chosen: whether the user named the stages; else those that do not fit are left out.
-    evals: measurements of each stage on the way. Raises ValueError with a script's own line."""
+    """(the stages to run, their plan). chosen: whether the user named the stages; if not, those that do not fit are
+    left out. evals: number of evaluations during each stage. Raises ValueError with the error line of a script."""
     began = time.monotonic()
     known: dict[tuple[str, str | None], dict[str, Any]] = {}
 
@@ -132,13 +133,11 @@ def make_plan(
         optional = [n for n in chain.names if n not in ("pretrain", "sft", "sums")]
         if chosen or least <= left or not optional:
             break
-        notes.append(f"{optional[-1]}: left out, as there is no time for it; --stages asks for it all the same")
+        notes.append(f"{optional[-1]}: left out, as there is no time for it; name it with --stages to run it anyway")
         names = [n for n in chain.names if n not in (optional[-1], "sums")]
         chain = dataclasses.replace(chain, names=tuple(names))
     if least > left:
-        notes.append(
-            f"this device needs about {duration(least)} for the least that is worth it: more than the budget, and taken"
-        )
+        notes.append(f"this device needs about {duration(least)} to learn anything; the run takes more than the budget")
     seconds = share_out(drafts, left)
     stages = tuple(d.cut(time_of) for d, time_of in zip(drafts, seconds, strict=True))
     device = str(ask(chain.names[0], preset)["device"])
@@ -146,7 +145,7 @@ def make_plan(
 
 
 def ask_script(chain: Chain, name: str, preset: str | None) -> dict[str, Any]:
-    """What the stage's script writes under --plan."""
+    """Run the stage's script with --plan. Returns the content of its --plan-json."""
     with TemporaryDirectory(prefix="minimind-zero-") as folder:
         file = Path(folder) / "plan.json"
         flags = [*chain.flags(name, preset, None), "--plan", "--plan-json", str(file)]
@@ -154,13 +153,13 @@ def ask_script(chain: Chain, name: str, preset: str | None) -> dict[str, Any]:
             interpreter(chain.command(name, flags)), stdin=subprocess.DEVNULL, capture_output=True, text=True
         )
         if answer.returncode or not file.exists():
-            told = (answer.stdout + answer.stderr).strip().splitlines() or ["it said nothing"]
+            told = (answer.stdout + answer.stderr).strip().splitlines() or ["it failed without a message"]
             raise ValueError(f"{name}: {told[-1].removeprefix('error: ')}")
         return json.loads(file.read_text(encoding="utf-8"))
 
 
 def choose_preset(budget: float, chain: Chain, ask: Ask) -> tuple[str, str]:
-    """(the largest preset that the time and the text are enough for, the reason in one line)."""
+    """(the largest preset for which time and text suffice, the reason in one line)."""
     if math.isinf(budget):
         if chain.builtin(chain.names[0]):
             return "nano", "preset nano: the built-in data are small; --preset sets another"
@@ -172,7 +171,7 @@ def choose_preset(budget: float, chain: Chain, ask: Ask) -> tuple[str, str]:
         smaller, wanted = ask(first, name), BEST_TOKENS / (parameters / size) * parameters
         text = PASSES * smaller["data"]["tokens"]
         affordable = share * budget / (_per_token(smaller) * parameters / size)
-        if min(text, affordable) >= wanted:  # by what is known so far; now by a step of its own
+        if min(text, affordable) >= wanted:  # extrapolated from the smaller preset; now measure the larger one
             affordable = share * budget / _per_token(ask(first, larger))
         if min(text, affordable) < wanted:
             what, enough = ("time", affordable) if affordable < text else ("text", text)
@@ -186,9 +185,9 @@ def choose_preset(budget: float, chain: Chain, ask: Ask) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Draft:
-    """A stage before its length is known. whole, least: seconds of training for all it could use, and for what it must
-    have; overhead: seconds beside that, whatever its length; most: as many times its own length as `whole` stands for;
-    rigid: its length is not touched."""
+    """A stage whose length is still open. whole, least: most and fewest seconds of training that are of use; most: the
+    length that `whole` pays for, as a multiple of the script's own; overhead: seconds besides training, at any length;
+    rigid: the length is fixed."""
 
     name: str
     found: dict[str, Any]
@@ -199,7 +198,7 @@ class Draft:
     rigid: bool
 
     def cut(self, seconds: float) -> StagePlan:
-        """With so many seconds to train for."""
+        """The plan of the stage if it trains for `seconds`."""
         found, stage = self.found, STAGES[self.name]
         part = self.most * min(1.0, seconds / self.whole) if self.whole else self.most
         usual = stage.usual or found["tokens"]
@@ -237,7 +236,7 @@ def draft(chain: Chain, name: str, found: dict[str, Any], budget: BudgetName, ev
     most = PASSES if name == "pretrain" and not rigid else 1.0
     least = 0.0
     if rigid or (chain.builtin(name) and name != "pretrain"):
-        least = own  # short, and with less of it there is nothing to see
+        least = own  # these data are small, and part of them teaches nothing visible
     elif chain.builtin(name):
         least = own * min(1.0, LEAST / found["tokens"])
     held = _HELD_OUT * found["data"]["tokens"]
@@ -246,8 +245,8 @@ def draft(chain: Chain, name: str, found: dict[str, Any], budget: BudgetName, ev
 
 
 def share_out(drafts: Sequence[Draft], seconds: float) -> list[float]:
-    """Seconds of training for each stage: all it can use where that fits, else in proportion to the stages' weights, no
-    less than the least of each and no more than it can use."""
+    """Seconds of training for each stage. If not all fit whole, the time is divided in proportion to the stages'
+    weights, within each stage's least and whole time."""
     room = seconds - sum(d.overhead for d in drafts)
 
     def given(level: float) -> list[float]:
@@ -263,7 +262,7 @@ def share_out(drafts: Sequence[Draft], seconds: float) -> list[float]:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, the others to the right."""
+    """Align the first column left and the others right; returns a line for each row."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
@@ -277,12 +276,12 @@ def _short(seconds: float) -> str:
 
 
 def _per_token(found: Mapping[str, Any]) -> float:
-    """Seconds, updates and all."""
+    """Seconds of training per token, optimizer steps included."""
     return found["measured_hours"] * 3600 / max(1, found["tokens"])
 
 
 def _round_down(number: float) -> int:
-    """To two digits."""
+    """Round down to two significant digits."""
     whole = max(1, int(number))
     unit = 10 ** max(0, len(str(whole)) - 2)
     return whole // unit * unit

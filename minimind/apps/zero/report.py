@@ -10,13 +10,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from minimind.apps.zero.charts import line_chart
+from minimind.apps.zero.charts import STYLE, line_chart
 from minimind.apps.zero.planning import StagePlan
-from minimind.apps.zero.results import Curve, Results, SamplePair
+from minimind.apps.zero.results import Curve, Results, SamplePair, commands, name_of, results_text, spell
 from minimind.apps.zero.stages import STAGES, shown
 from minimind.apps.zero.state import State
-from minimind.apps.zero.story import commands, name_of, results_text, spell
-from minimind.apps.zero.style import STYLE
 from minimind.utils.display import duration
 from minimind.utils.files import write_atomically
 
@@ -44,7 +42,7 @@ def html(state: State, price: float | None = None) -> str:
     stages = [(plan, Results.of(state.folder / plan.name)) for plan in state.plan.stages]
     begun = [(plan, results) for plan, results in stages if results is not None]
     first = state.plan.stages[0]
-    title = f"{first.preset}, {first.parameters / 1e6:.1f}M parameters, from nothing"
+    title = f"{first.preset}, {first.parameters / 1e6:.1f}M parameters, from random weights"
     if state.chain.origin is not None:
         title = f"{first.preset}, {first.parameters / 1e6:.1f}M parameters, from {state.chain.origin}"
     parts = [
@@ -86,7 +84,7 @@ def _tiles(state: State, begun: list[tuple[StagePlan, Results]], price: float | 
                 what = "exact answers" if key == "heldout_exact" else "reward of sampled answers"
                 tiles.append((text, f"held-out {what}, {plan.name}"))
         if plan.name == "pretrain" and "heldout_loss" in figures:
-            tiles.append((f"{figures['heldout_loss'][1]:.3f}", "held-out loss of pretraining, nats a token"))
+            tiles.append((f"{figures['heldout_loss'][1]:.3f}", "held-out loss of pretraining, nats per token"))
     if price is not None:
         tiles.append((f"{spent / 3600 * price:.2f}", f"cost, at {price:g} an hour"))
     cells = "".join(f'<div class="tile"><b>{escape(v)}</b><span>{escape(k)}</span></div>' for v, k in tiles)
@@ -139,13 +137,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _stage(state: State, plan: StagePlan, results: Results) -> str:
-    unit = "per pair" if plan.name == "dpo" else "nats a token"
+    unit = "per pair" if plan.name == "dpo" else "nats per token"
     speed = results.speed()
     charts = [
         line_chart("Loss", unit, "millions of tokens", results.losses()),
         line_chart("Held-out answers", "share", "millions of tokens", results.shares(), 1.0),
         line_chart("Reward", "of an answer", "steps", results.rewards()),
-        line_chart("Speed", "tokens a second", "minutes of training", [Curve("training", speed)] if speed else []),
+        line_chart("Speed", "tokens per second", "minutes of training", [Curve("training", speed)] if speed else []),
         _utilisation(plan, results, speed),
     ]
     figures = [[name_of(key), *spell(key, *values).split(" → ")] for key, values in results.figures().items()]
@@ -169,7 +167,7 @@ def _utilisation(plan: StagePlan, results: Results, speed: list[tuple[float, flo
         unit = f"share of the {plan.peaks[card] / 1e12:.0f} bf16 TFLOP/s of {card}"
         return line_chart("Utilisation", unit, "minutes of training", [Curve("model's operations", share)], 1.0)
     work = [(x, rate * plan.flops_per_token / 1e9) for x, rate in speed]
-    unit = "GFLOP a second (this device's peak is not known)"
+    unit = "GFLOP per second (this device's peak is not known)"
     return line_chart("Utilisation", unit, "minutes of training", [Curve("model's operations", work)])
 
 

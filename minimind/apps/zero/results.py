@@ -1,4 +1,7 @@
-"""What the stages' folders say: curves, figures, samples. All of it as it is, also of a run that was killed."""
+"""Results of the stages, read from their folders: curves, figures, samples, and the closing lines of the command.
+
+An interrupted stage has results up to that point.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minimind.apps.zero.stages import script, shown
+from minimind.apps.zero.state import State
+from minimind.utils.display import duration
 from minimind.utils.files import read_json
 
-# Held-out figures by the ends of their names: what is a share of right answers, what a reward.
+# Names of held-out figures that are shares of answers, by the end of the name.
 _SHARE = re.compile(r"(.*?)_?(exact|format|accuracy|ranking)$")
 _SHARES = {
     "exact": "exact answers",
@@ -19,8 +25,8 @@ _SHARES = {
     "accuracy": "chosen answer rewarded more",
     "ranking": "chosen answer likelier",
 }
-_POINTS = 400  # of a curve: more than a screen shows
-_LINES = 5  # that a chart keeps apart
+_POINTS = 400  # most points of a curve; a screen shows fewer
+_LINES = 5  # most lines of a chart that can be told apart
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class SamplePair:
-    """What the model makes of one prompt before and after; wanted: the answer of the data, empty where it has none."""
+    """The model's answers to one prompt before and after a stage; wanted: the answer in the data, "" if it has none."""
 
     prompt: str
     before: str
@@ -45,8 +51,8 @@ class SamplePair:
 
 @dataclass(frozen=True)
 class Results:
-    """Of one stage's folder. config: config.json; starts: versions.json; train, evals, rollouts: rows of metrics.jsonl
-    by kind."""
+    """The contents of a stage's folder. config: config.json; starts: of versions.json; train, evals, rollouts: rows of
+    metrics.jsonl by kind."""
 
     folder: Path
     config: dict[str, Any]
@@ -58,7 +64,7 @@ class Results:
 
     @staticmethod
     def of(folder: Path) -> Results | None:
-        """None where the stage has not begun."""
+        """Read a stage's folder. None if the stage has not begun."""
         config = read_json(folder / "config.json")
         if config is None:
             return None
@@ -78,7 +84,7 @@ class Results:
 
     @property
     def rate(self) -> float:
-        """Tokens a second over all of its training."""
+        """Tokens per second over the whole training."""
         seconds = self.train[-1]["time"]["seconds"] if self.train else 0.0
         return self.tokens / seconds if seconds else 0.0
 
@@ -86,7 +92,7 @@ class Results:
         """Training and held-out loss over millions of tokens."""
         train = [(row["tokens"] / 1e6, row["loss"]) for row in self.train]
         curves = [Curve("training", thinned(train), faint=True), Curve("training, smoothed", thinned(smoothed(train)))]
-        if self.rollouts:  # a policy's loss is no measure of anything
+        if self.rollouts:  # the loss of a policy measures no progress
             curves = []
         names = sorted(
             {key for row in self.evals for key in row if key.startswith("heldout") and key.endswith("_loss")}
@@ -97,21 +103,21 @@ class Results:
         return [curve for curve in curves if curve.points]
 
     def shares(self) -> list[Curve]:
-        """Shares of held-out answers that are right, in the format, preferred; where there are many, of right ones."""
+        """Shares of held-out answers that are exact, in the format, or preferred; of many curves, only exact ones."""
         keys = sorted({key for row in self.evals for key in row if is_share(key)})
         if len(keys) > _LINES:
             keys = [key for key in keys if key.endswith("exact")]
         return [Curve(share_name(key), self._measured(key), dots=True) for key in keys]
 
     def rewards(self) -> list[Curve]:
-        """Of rollouts, and held-out ones."""
+        """Rewards of rollouts and of held-out prompts."""
         curves = [Curve("of rollouts", thinned([(row["step"], row["reward"]) for row in self.rollouts]))]
         for key, name in (("heldout_reward", "held-out, sampled"), ("heldout_greedy_reward", "held-out, greedy")):
             curves.append(Curve(name, [(row["step"], row[key]) for row in self.evals if key in row], dots=True))
         return [curve for curve in curves if curve.points]
 
     def speed(self) -> list[tuple[float, float]]:
-        """(minutes of training, tokens a second), a point for each time that was measured."""
+        """(minutes of training, tokens per second) at each measurement."""
         found = {row["time"]["seconds"]: row["time"]["tokens_per_second"] for row in self.train}
         return thinned([(seconds / 60, rate) for seconds, rate in found.items()])
 
@@ -129,7 +135,7 @@ class Results:
 
 
 def rows_of(file: Path) -> Iterable[dict[str, Any]]:
-    """The whole rows: a process that was killed may have left a part of one."""
+    """The rows of a .jsonl file, without one that a killed process wrote in part."""
     if not file.exists():
         return
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -142,12 +148,12 @@ def rows_of(file: Path) -> Iterable[dict[str, Any]]:
 
 
 def is_share(key: str) -> bool:
-    """Whether a held-out figure of this name lies between 0 and 1, higher being better."""
+    """Whether the held-out figure `key` is a share, from 0 to 1, where more is better."""
     return _SHARE.match(key) is not None
 
 
 def share_name(key: str) -> str:
-    """'exact answers' for heldout_exact; what stands before is named with it."""
+    """The name of a share in words: "exact answers" for heldout_exact, "NAME: exact answers" for NAME_exact."""
     found = _SHARE.match(key)
     assert found is not None
     of = found[1].removeprefix("heldout").strip("_").replace("_", " ")
@@ -155,7 +161,7 @@ def share_name(key: str) -> str:
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A moving average over about 2% of the points, its start corrected."""
+    """A moving average over about 2% of the points, without bias at the start."""
     decay, mean, weight, found = 1 - 1 / max(2, len(points) / 50), 0.0, 0.0, []
     for x, y in points:
         if y == y and abs(y) != float("inf"):
@@ -165,14 +171,14 @@ def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = _POINTS) -> list[tuple[float, float]]:
-    """At most `most` of the points, evenly, with the last."""
+    """At most `most` of the points, evenly spaced, including the last."""
     if len(points) <= most:
         return list(points)
     return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
 
 
 def read_samples(file: Path) -> list[SamplePair]:
-    """The first and the newest block of a run's samples.txt, prompt by prompt."""
+    """The first and the newest samples of a run's samples.txt, paired by prompt."""
     if not file.exists():
         return []
     text = file.read_text(encoding="utf-8", errors="replace")
@@ -183,7 +189,7 @@ def read_samples(file: Path) -> list[SamplePair]:
 
 
 def _pair(before: str, after: str) -> SamplePair:
-    """Two lines of samples.txt about one prompt, taken apart where what both begin with ends."""
+    """Split two lines of samples.txt about one prompt into the prompt, which both begin with, and the answers."""
     same = 0
     for a, b in zip(before, after, strict=False):
         if a != b:
@@ -202,7 +208,8 @@ def _pair(before: str, after: str) -> SamplePair:
 
 
 def _answer(text: str) -> tuple[str, str]:
-    """(the answer, what the data say in brackets behind it; a reward there is the answer's own)."""
+    """(the model's answer, the answer in the data, which stands behind it in brackets). A reward in brackets stays with
+    the model's answer."""
     answer, mark, rest = text.rpartition("  [")
     known = mark and rest.endswith("]") and not rest.startswith("reward ")
     return (answer, rest.removesuffix("]")) if known else (text, "")
@@ -210,3 +217,77 @@ def _answer(text: str) -> tuple[str, str]:
 
 def unescaped(text: str) -> str:
     return text.replace("\\n", "\n")
+
+
+def closing_lines(state: State, page: Path | None, status: int) -> list[str]:
+    """The lines that the command prints at its end."""
+    assert state.plan is not None
+    lines = []
+    for stage in state.plan.stages:
+        found = Results.of(state.folder / stage.name)
+        if found is not None and found.finished:
+            told = "; ".join(f"{name_of(key)} {spell(key, *values)}" for key, values in found.figures().items())
+            lines.append(f"{stage.name}: {duration(state.seconds.get(stage.name, 0.0))}; {told}")
+    if status == 2:
+        lines.append(f"stopped by the error above; {state.folder / 'zero.log'} has the whole output. Once the cause is "
+                     "removed, the same command continues")  # fmt: skip
+    elif status:
+        lines.append("interrupted; the same command continues")
+    if page is not None:
+        lines.append(f"report: {page}")
+    if status == 0:
+        lines.append(f"chat with it: minimind chat --model {model_folder(state)}")
+    return lines
+
+
+def name_of(key: str) -> str:
+    """A held-out figure in words."""
+    return share_name(key) if is_share(key) else key.replace("heldout", "held-out").replace("_", " ")
+
+
+def spell(key: str, before: float, after: float) -> str:
+    """A held-out figure before and after a stage."""
+    return f"{before:.1%} → {after:.1%}" if is_share(key) else f"{before:.3f} → {after:.3f}"
+
+
+def model_folder(state: State) -> Path:
+    """The run folder of the last stage that leaves a chat model."""
+    assert state.chain is not None
+    return state.folder / state.chain.answers()
+
+
+def commands(state: State) -> list[tuple[str, str]]:
+    """(command, its purpose) for each next step."""
+    model = model_folder(state)
+    return [
+        (f"minimind chat --model {model}", "chat with the model in the terminal"),
+        (f"minimind web --model {model}", "chat with it in the browser"),
+        (f"minimind serve --model {model}", "serve it with OpenAI's API"),
+        (f"minimind export --model {model} --to gguf --out model.gguf", "export for llama.cpp, LM Studio and ollama"),
+        (f"minimind export --model {model} --to hf --out model", "export for transformers, vLLM and trl"),
+        (f"{shown([str(script('dpo'))])} --from {model} --data pairs.jsonl", "train it on your preferences"),
+        (f"{shown([str(script('grpo'))])} --from {model} --data prompts.jsonl --reward exact", "train it on rewards"),
+    ]
+
+
+def figures(state: State) -> dict[str, Any]:
+    """The content of results.json: figures of every stage that has begun."""
+    assert state.plan is not None
+    found: dict[str, Any] = {}
+    for stage in state.plan.stages:
+        results = Results.of(state.folder / stage.name)
+        if results is None:
+            continue
+        found[stage.name] = {
+            "finished": results.finished,
+            "seconds": round(state.seconds.get(stage.name, 0.0), 1),
+            "tokens": results.tokens,
+            "tokens_per_second": round(results.rate, 1),
+            "before": {key: values[0] for key, values in results.figures().items()},
+            "after": {key: values[1] for key, values in results.figures().items()},
+        }
+    return found
+
+
+def results_text(state: State) -> str:
+    return json.dumps(figures(state), indent=1) + "\n"

@@ -1,12 +1,21 @@
-"""One stage from its start to its end: its script in a process of its own, its lines passed on, progress over all."""
+"""Run one stage of `minimind zero`: its script in a process of its own, its lines passed on, progress over all stages.
+
+    python -m minimind.apps.zero.running SCRIPT FLAGS
+
+is that process. It runs the script as `python SCRIPT FLAGS` does, and stops when its parent ends, however that happens:
+its standard input is a pipe that the parent holds, and the end of the pipe stops the stage as SIGTERM does. The stage
+then finishes its step and saves.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +35,7 @@ _STOPPED = 130
 
 @dataclass
 class Clock:
-    """What is left of all stages. later: seconds of those after this one, projected; own: of this one."""
+    """The time that is left. own: projected seconds of the running stage; later: of the stages after it."""
 
     own: float
     later: float
@@ -34,8 +43,8 @@ class Clock:
     first: tuple[int, float] | None = None
 
     def left(self, step: int, steps: int) -> float:
-        """Seconds, from the steps of this start; the stages after this one are taken to be as fast or slow beside
-        their projection."""
+        """Seconds until all stages end, from the speed of this start. Later stages are assumed to differ from their
+        projection by the same factor as this one."""
         now = time.monotonic()
         if self.first is None:
             self.first = step, now
@@ -48,7 +57,8 @@ class Clock:
 
 
 class StageView:
-    """Passes a stage's lines on: its steps as a bar in a terminal, elsewhere as lines with the time that is left."""
+    """Shows a stage's output: steps as a progress bar in a terminal and as lines elsewhere, both with the time left;
+    other lines as they are."""
 
     def __init__(self, console: Console, title: str, clock: Clock) -> None:
         self.console, self.title, self.clock = console, title, clock
@@ -80,21 +90,21 @@ class StageView:
 def run_stage(
     command: Sequence[str], out: Path, log: Path, view: StageView, console: Console, spend: Callable[[float], None]
 ) -> int:
-    """The exit status of the script. Its lines go to `view` and to the file `log`; spend(seconds) is called with the
-    time it takes. SIGINT and SIGTERM are passed on to it, and it saves."""
+    """Run a stage's script and return its exit status. Its lines go to `view` and to the file `log`; spend(seconds) is
+    called as time passes. SIGINT and SIGTERM are passed on to the script, which then saves."""
     await_free(out, console)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-    arguments = interpreter(["-m", "minimind.apps.zero.child", *command])
+    arguments = interpreter(["-m", "minimind.apps.zero.running", *command])
     own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == "win32" else {}  # type: ignore[attr-defined]
     process = subprocess.Popen(
         arguments,
-        stdin=subprocess.PIPE,  # its end tells the child of ours
+        stdin=subprocess.PIPE,  # closed when this process ends, which stops the script
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=environment,
         encoding="utf-8",
         errors="replace",
-        start_new_session=os.name == "posix",  # Ctrl-C reaches it by us alone
+        start_new_session=os.name == "posix",  # so that Ctrl-C reaches it only through this process
         **own_group,
     )
     assert process.stdout is not None
@@ -117,7 +127,7 @@ def run_stage(
 
 
 def await_free(out: Path, console: Console) -> None:
-    """Wait for the process of an earlier start that was killed: its stage ends its step and saves."""
+    """Wait until the stage of an earlier start, which was killed, has finished its step and saved."""
     if not (out / ".lock").exists():
         return
     lock = FileLock(out / ".lock")
@@ -131,7 +141,7 @@ def await_free(out: Path, console: Console) -> None:
 
 @contextmanager
 def passed_on(process: subprocess.Popen[str]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to `process` as SIGTERM, and end us when it has ended."""
+    """Pass SIGINT and SIGTERM on to `process` as SIGTERM instead of ending this process."""
 
     def pass_on(number: int, _frame: object) -> None:
         if process.poll() is None:
@@ -147,5 +157,24 @@ def passed_on(process: subprocess.Popen[str]) -> Iterator[None]:
 
 
 def was_stopped(status: int) -> bool:
-    """Whether the script ended because it was told to, rather than by an error of its own."""
+    """Whether an exit status means that the script was stopped, rather than failed."""
     return status in (_STOPPED, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM)
+
+
+def stop_with_parent() -> None:
+    """Send SIGTERM to this process once standard input ends. It reads the file descriptor, since a thread that waits
+    in sys.stdin holds its lock, which the interpreter needs to exit."""
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> None:
+    threading.Thread(target=stop_with_parent, daemon=True).start()
+    sys.argv = sys.argv[1:]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""What a folder of `minimind zero` remembers between starts: zero.json, written whole or not at all."""
+"""The state of a folder of `minimind zero` between starts: zero.json, which is written atomically."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from minimind.apps.zero.stages import Chain
 from minimind.utils.files import read_json, write_json
 
 NAME = "zero.json"
-_HEARTBEAT = 5.0  # seconds between notes of the time that a stage has taken: what a kill can lose
+_HEARTBEAT = 5.0  # seconds between saves of a stage's time, which is how much a kill can lose
 
 
 @dataclass
 class State:
-    """asked: the flags that the folder stands for; chain, plan: what they came to at the first start, None before
-    that; seconds: spent on each stage so far, over all starts; starts: when each was, as Unix time."""
+    """asked: the flags that may not change; chain, plan: made from them at the first start, None before; seconds: time
+    spent on each stage over all starts; starts: the Unix time of each start."""
 
     folder: Path
     asked: dict[str, Any]
@@ -36,19 +36,22 @@ class State:
 
     @staticmethod
     def open(folder: Path, asked: dict[str, Any]) -> State:
-        """What was begun in `folder`, or a new state. ValueError where that was begun with other flags."""
+        """The state in `folder`, or a new one. Raises ValueError if the folder was begun with other flags, or holds
+        something else."""
         found = read_json(folder / NAME)
         if found is None:
             if (folder / NAME).exists():
                 raise ValueError(f"{folder / NAME}: damaged; put it back, or name another folder with --out")
             if folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir()):
-                raise ValueError(f"--out {folder}: not empty and not of minimind zero; name another folder")
+                raise ValueError(f"--out {folder}: not empty, and no folder of minimind zero; name another folder")
             return State(folder, asked)
         state = State.of(folder, found)
         differ = [name for name in asked if state.asked.get(name) != asked[name]]
         if differ:
-            told = ", ".join(f"--{name} {spelt(state.asked.get(name))} (now {spelt(asked[name])})" for name in differ)
-            raise ValueError(f"--out {folder}: begun with {told}; repeat that command or name another folder")
+            differences = ", ".join(
+                f"--{name} {spelt(state.asked.get(name))} (now {spelt(asked[name])})" for name in differ
+            )
+            raise ValueError(f"--out {folder}: begun with {differences}; repeat that command or name another folder")
         return state
 
     @staticmethod
@@ -74,13 +77,13 @@ class State:
         self._written = time.monotonic()
 
     def spend(self, stage: str, seconds: float) -> None:
-        """`stage` has taken so many seconds more."""
+        """Add to the time of `stage`."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
         if time.monotonic() - self._written > _HEARTBEAT:
             self.write()
 
     def command(self, stage: str) -> list[str]:
-        """The script of a stage with the flags that it is run with; it can be repeated by hand."""
+        """The script of a stage with all its flags, as it is run and can be run by hand."""
         assert self.chain is not None and self.plan is not None
         planned = self.plan.stage(stage)
         flags = [*self.chain.flags(stage, planned.preset, self.folder), *planned.flags]
@@ -96,7 +99,7 @@ def spelt(value: Any) -> str:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """ValueError where another process works in `folder`; the lock of a dead one is free."""
+    """Lock `folder`. Raises ValueError if another process has locked it; a dead process holds no lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".zero.lock")

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from minimind.data.builtin import Conversation, digest, exchange, shuffled, write_parts
-from minimind.data.builtin.facts import topics
+from minimind.data.builtin.chat import topics
 
 Row = dict[str, Conversation]
 # For each manner: the wordings of the question, and the reply.

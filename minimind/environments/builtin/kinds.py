@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from minimind.environments.builtin.kit import builtin_tools
-from minimind.environments.builtin.library import ELEMENTS, ELEMENTS_ZH, MOUNTAINS, RIVERS
-from minimind.environments.builtin.table import COLUMNS, GOODS
+from minimind.environments.builtin import builtin_tools
+from minimind.environments.builtin.tools import COLUMNS, ELEMENTS, ELEMENTS_ZH, GOODS, MOUNTAINS, RIVERS
 from minimind.environments.tools import by_name
 
 NAMES = (

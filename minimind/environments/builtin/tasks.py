@@ -21,8 +21,8 @@ from typing import Any
 
 from rich.console import Console
 
+from minimind.environments.builtin import builtin_tools
 from minimind.environments.builtin.kinds import KINDS, Kind, SolutionStep, TaskCase
-from minimind.environments.builtin.kit import builtin_tools
 from minimind.environments.tools import by_name
 from minimind.utils.display import say
 from minimind.utils.files import cache_root, make_folder, write_atomically

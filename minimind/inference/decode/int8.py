@@ -1,8 +1,8 @@
-"""8-bit weights for the decoding step on a CPU (csrc/cpu/int8.h), and their effect in plain PyTorch.
+"""8-bit weights for decoding on a CPU (csrc/cpu/int8.h), and their effect in plain PyTorch.
 
 A weight is an integer in -127..127 times the scale of its row, max |w| / 127. Before a product, activations are rounded
-to such integers too, with one scale for each group of 64 numbers of a row. The products of a group are summed as
-integers, the groups in float32. Norms, routers, the embedding, attention and the cache do not change.
+to such integers too, with one scale for each group of 64 numbers of a row. Products within a group are summed as
+integers, and the groups in float32. Norms, routers, the embedding, attention and the cache keep their dtype.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from minimind.modeling import Block, Linear, Model, MoE
 WeightsDTypeName = Literal["auto", "int8"]
 
 LARGEST = 127
-GROUP = 64  # activations of one scale
-BLOCK = 16  # rows of the packed form
-_NOTHING = 1e-30  # a row or group without larger numbers becomes zeros
+GROUP = 64  # activations that share a scale
+BLOCK = 16  # rows in a block of the packed form
+_NOTHING = 1e-30  # a row or group without a larger number becomes zeros
 
 
 def check_weights_dtype(dtype: torch.dtype | None, device: torch.device) -> None:
@@ -36,8 +36,8 @@ def check_weights_dtype(dtype: torch.dtype | None, device: torch.device) -> None
 
 
 def choose_weights_dtype(name: WeightsDTypeName, device: torch.device) -> torch.dtype | None:
-    """The dtype that --weights-dtype names; None: the compute dtype. ValueError, one line, if `device` has no such
-    decoding."""
+    """The dtype that --weights-dtype names; None: the compute dtype. ValueError, one line, if `device` cannot decode
+    with it."""
     if name == "auto":
         return None
     if device.type != "cpu":
@@ -46,7 +46,7 @@ def choose_weights_dtype(name: WeightsDTypeName, device: torch.device) -> torch.
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers [..., K], in x's dtype, and scales [..., 1] with integers * scales close to x [..., K]."""
+    """Round x [..., K] to (integers [..., K] in x's dtype, scales [..., 1]); integers * scales approximates x."""
     largest = x.abs().amax(dim=-1, keepdim=True)
     inverse = torch.where(largest > _NOTHING, LARGEST / largest, 0.0)
     return (x * inverse).round(), largest / LARGEST
@@ -82,7 +82,7 @@ def rounded_rows(weight: Tensor) -> Tensor:
 
 
 def rounded_activations(x: Tensor) -> Tensor:
-    """x [..., K] rounded as before a product, in its own dtype."""
+    """x [..., K] rounded as decoding rounds it before a product, in its own dtype."""
     k = x.shape[-1]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     integers, scales = quantize(F.pad(wide, (0, -k % GROUP)).unflatten(-1, (-1, GROUP)))
@@ -91,8 +91,8 @@ def rounded_activations(x: Tensor) -> Tensor:
 
 @contextmanager
 def rounded_weights(model: Model) -> Iterator[None]:
-    """Within, the model's forwards and its `head_weight` round matrices and activations as decoding with 8-bit weights
-    does, and compute in float32. The model is restored at the end."""
+    """A context in which the model rounds its matrices and activations as decoding with 8-bit weights does, and
+    computes in float32. This covers its forward passes and `head_weight`. The model is restored at the end."""
     with ExitStack() as stack, torch.no_grad():
         stack.callback(setattr, model, "compute_dtype", model.compute_dtype)
         model.compute_dtype = torch.float32

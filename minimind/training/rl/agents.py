@@ -1,4 +1,4 @@
-"""Conversations with tools as what a reinforcement learning stage samples, learns from and tells about."""
+"""Reinforcement learning on conversations with tools: sampling them, their rewards, their figures and their curves."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ import torch
 
 from minimind.data.prompts import Prompt, PromptSet
 from minimind.environments.episodes import Episode, EpisodeLimits, EpisodeRunner, EpisodeSampling
-from minimind.environments.prompts import figures, is_checked, sample_of, start_of
-from minimind.environments.rewards import WEIGHTS, EpisodeSample, agent_rewards
+from minimind.environments.rewards import (
+    WEIGHTS,
+    EpisodeSample,
+    agent_rewards,
+    figures,
+    is_checked,
+    sample_of,
+    start_of,
+)
 from minimind.environments.running import ToolRunner
 from minimind.environments.turns import ToolTurns
 from minimind.modeling import Model
@@ -29,7 +36,7 @@ from minimind.utils.display import caption, decoration, pyplot
 
 @dataclass(eq=False)
 class Conversation(Answer):
-    """An answer that took turns, tools' results between them. It has ended where it came to a final answer."""
+    """An answer of several turns with tool results between them. `ended`: whether it came to a final answer."""
 
     episode: Episode = field(kw_only=True)
 
@@ -38,7 +45,7 @@ class Conversation(Answer):
 
 
 class ConversationSampler:
-    """Holds conversations with `model` as it is at each call; arguments as of rollout_engine."""
+    """Samples conversations from the current weights of `model`; arguments as for `rollout_engine`."""
 
     def __init__(
         self,
@@ -59,7 +66,7 @@ class ConversationSampler:
         self._figures: dict[str, float] = {}
 
     def sample(self, prompts: PromptSet, drawn: Sequence[DrawnPrompt], options: RolloutOptions) -> list[Conversation]:
-        """`options.samples` conversations from each, in the order of `drawn`."""
+        """options.samples conversations from each prompt, in the order of `drawn`."""
         self.engine.refresh_weights()
         starts = [start_of(prompts[d.prompt], d.number, options.samples) for d in drawn]
         for start in starts:
@@ -78,8 +85,8 @@ class ConversationSampler:
         return [self._answer(number_of[episode.start.number], episode) for episode in episodes]
 
     def figures(self) -> dict[str, float]:
-        """Of the last call: prompt tokens that were computed and that were found in the cache; tokens that went through
-        the model for each that it wrote."""
+        """Figures of the last `sample`: computed_tokens and found_tokens, prompt tokens that the engine computed and
+        that it found in its cache; computed_per_written, tokens that went through the model per token that it wrote."""
         return dict(self._figures)
 
     def _answer(self, prompt: int, episode: Episode) -> Conversation:
@@ -98,8 +105,8 @@ class ConversationSampler:
 
 
 def conversation_rewards(args: RolloutArgs, prompts: PromptSet, device: torch.device) -> Rewards:
-    """Of --reward, where answer, calls and frugal are known beside what other stages know; all three where it names
-    nothing. ValueError where a word is wrong, or prompts have nothing to check an answer against."""
+    """The rewards of --reward: answer, calls and frugal, and those that other stages have. Without --reward: the first
+    three. Raises ValueError if a word is wrong, or if a prompt has nothing to check an answer against."""
     shared = args.shared_rewards
     weights = dict(map(_weight, (word for word in args.reward if word not in shared))) if args.reward else WEIGHTS
     if not all(map(is_checked, prompts.prompts)) and ({"answer", "frugal"} & set(weights)):
@@ -112,7 +119,7 @@ def conversation_rewards(args: RolloutArgs, prompts: PromptSet, device: torch.de
 
 
 def _weight(word: str) -> tuple[str, float]:
-    """(the name, its weight) of a word of ours."""
+    """(name, weight) of a word such as calls:0.2."""
     name, colon, weight = word.partition(":")
     try:
         found = float(weight) if colon else WEIGHTS[name]
@@ -124,13 +131,14 @@ def _weight(word: str) -> tuple[str, float]:
 
 
 def conversation_figures(answers: Sequence[Answer], prompts: PromptSet) -> dict[str, float]:
-    """What metrics.jsonl has of conversations beside what it has of answers."""
+    """Figures of conversations, for metrics.jsonl."""
     return figures([cast(Conversation, a).as_sample(prompts[a.prompt]) for a in answers])
 
 
 @decoration
 def draw_conversations(metrics: Path, folder: Path) -> None:
-    """agents.png: success by the calls that a task needs, held-out too; calls, malformed calls and turns."""
+    """Draw agents.png: success by the number of calls that a task needs, in rollouts and held-out; calls, malformed
+    calls and turns."""
     plt = pyplot()
     rows = read_metrics(metrics)
     rollouts = [row for row in rows if row["kind"] == "rollout"]
@@ -144,11 +152,11 @@ def draw_conversations(metrics: Path, folder: Path) -> None:
         x, y = [row["step"] for row in held], [row[f"heldout_{name}"] for row in held]
         axes.flat[0].plot(x, y, "o--", color=colour, markersize=4)
     if names:
-        axes.flat[0].legend(title="tasks of; dots: held-out")
+        axes.flat[0].legend(title="tasks that need (dots: held-out)")
     _line(axes.flat[1], rollouts, "calls", "C0", "")
     _line(axes.flat[2], rollouts, "malformed_calls", "C0", "")
     _line(axes.flat[3], rollouts, "turns", "C0", "")
-    titles = ("success", "calls of a conversation", "share of calls that could not be run", "turns of a conversation")
+    titles = ("success", "calls per conversation", "share of calls that could not be run", "turns per conversation")
     for panel, title in zip(axes.flat, titles, strict=True):
         panel.set_title(title)
         panel.set_xlabel("optimizer steps")

@@ -1,19 +1,26 @@
-"""The flags of the reinforcement learning stages."""
+"""The flags of the reinforcement learning stages, and the algorithms that those of GRPO and its relatives describe."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
+import numpy as np
+import torch
 import tyro
 
 from minimind.data.formats import FormatName
 from minimind.inference.decode.int8 import WeightsDTypeName
+from minimind.objectives.advantages import group_advantages, leave_one_out
+from minimind.objectives.surrogates import ALGORITHMS, Algorithm, PolicyObjective, with_terms
 from minimind.rewards import RewardScale
 from minimind.training.adapters import AdapterArgs
 from minimind.training.arguments import FromFlag
 from minimind.training.parallel import ParallelName, world_size
+from minimind.training.rl.rollouts import Answer
 
 NormName = Literal["none", "running"]
 
@@ -133,7 +140,7 @@ class RolloutArgs(AdapterArgs):
 
     @property
     def shared_rewards(self) -> tuple[str, ...]:
-        """The words of --reward that all stages know."""
+        """The words of --reward that `parse_rewards` knows; a stage may have words of its own."""
         return self.reward
 
     @property
@@ -143,3 +150,100 @@ class RolloutArgs(AdapterArgs):
     @property
     def longest_answer(self) -> int:
         return self.max_new_tokens or (256 if self.data else 8)
+
+
+SMALLEST = 32  # fewest answers of a step by default
+
+
+@dataclass(frozen=True)
+class GroupArgs(RolloutArgs):
+    """Flags of a stage that learns from groups of answers."""
+
+    loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
+    """The algorithm; the flags below replace parts of it."""
+    advantage: Literal["group", "batch", "none", "loo"] | None = None
+    """Divisor of an answer's reward minus its group's mean: the standard deviation of the group or the batch, or none;
+    loo: none, with the mean of the other answers (RLOO). None: the algorithm's."""
+    aggregation: Literal["token", "sample", "constant"] | None = None
+    """Aggregation of token losses: the mean over all tokens (token), over the means of answers (sample), or over the
+    sums of answers divided by --max-new-tokens (constant). None: the algorithm's."""
+    clip_low: float | None = None
+    """Below 1 - clip_low, an answer's probability ratio is not lowered further. None: the algorithm's."""
+    clip_high: float | None = None
+    """Above 1 + clip_high, an answer's probability ratio is not raised further. None: the algorithm's."""
+    beta: float | None = None
+    """Weight of the KL to the initial model; 0 keeps no copy of it. None: the algorithm's."""
+    entropy: float = 0.0
+    """Weight of an entropy bonus, which keeps answers varied."""
+    rescore: bool | None = None
+    """Compute the old log-probabilities with the trainer, in one more forward pass, instead of using the engine's.
+    None: only for gspo, whose clip range is narrower than the difference of the two in bf16."""
+    refills: int | None = None
+    """Replace prompts whose answers all have the same reward by other prompts, at most this many times --prompts. None:
+    3 for dapo, else 0."""
+
+    def check(self) -> None:
+        super().check()
+        if self.samples < 2:
+            raise ValueError(
+                f"--samples {self.samples}: an answer is compared with others to its prompt; take 2 or more"
+            )
+
+    @property
+    def std(self) -> Any:
+        """How advantages are normalised: --advantage, or the algorithm's way."""
+        return self.advantage or ALGORITHMS[self.loss].std
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The arguments of RolloutStage.build that depend on the algorithm."""
+        return {
+            "advantages": partial(set_advantages, how=self.std),
+            "with_reference": chosen_algorithm(self)[1] > 0,
+            "refills": self.refills if self.refills is not None else 3 if self.loss == "dapo" else 0,
+            "rescore": self.loss == "gspo" if self.rescore is None else self.rescore,
+            "mask": self.loss == "dapo",
+        }
+
+
+def default_minibatches(args: GroupArgs) -> int:
+    """Optimizer steps in each pass over a rollout: as many as in the paper, with at least SMALLEST answers each."""
+    return max(1, min(ALGORITHMS[args.loss].minibatches, args.prompts * args.samples // SMALLEST))
+
+
+def chosen_algorithm(args: GroupArgs) -> tuple[Algorithm, float]:
+    """(the algorithm of --loss with the parts that other flags replace, the weight of the KL)."""
+    paper = ALGORITHMS[args.loss]
+    bounds: dict[str, Any] = {"low": args.clip_low, "high": args.clip_high}
+    objective: PolicyObjective = partial(paper.objective, **{k: v for k, v in bounds.items() if v is not None})
+    beta = paper.kl if args.beta is None else args.beta
+    objective = with_terms(objective, beta, args.entropy)
+    return dataclasses.replace(
+        paper, objective=objective, aggregation=args.aggregation or paper.aggregation, kl=beta
+    ), beta
+
+
+def set_advantages(answers: list[Answer], how: Any) -> dict[str, float]:
+    """Set the advantages of all tokens of each answer to the answer's advantage over its group."""
+    rewards = torch.tensor([a.score for a in answers], dtype=torch.float64)
+    groups = torch.from_numpy(np.unique([a.number for a in answers], return_inverse=True)[1])
+    count = int(groups.max()) + 1
+    loo = how == "loo"
+    values = (leave_one_out if loo else partial(group_advantages, std=how))(rewards, groups, count)
+    for answer, value in zip(answers, values.tolist(), strict=True):
+        answer.advantages = np.full(answer.written, value, np.float32)
+    return {}
+
+
+def describe_algorithm(args: GroupArgs, algorithm: Algorithm, beta: float) -> str:
+    """One line about the algorithm and its steps, printed at start."""
+    parts = [f"{args.loss}: advantages over {args.std}, mean by {algorithm.aggregation}"]
+    parts.append(f"KL {beta:g}" if beta else "no reference model")
+    answers = args.prompts * args.samples // (args.minibatches or 1)
+    single = args.minibatches == args.inner_epochs == 1
+    acts = "which the clip does not act on" if single else "so that the clip acts"
+    parts.append(
+        f"{args.minibatches} steps on each pass, of {answers} answers each, {acts} "
+        f"(by default at most {algorithm.minibatches} steps, of {SMALLEST} answers or more)"
+    )
+    return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""Sampling of answers by the inference engine, on the live weights of the model in training.
+"""Answers sampled by the inference engine on the live weights of the model in training, and how they are shown.
 
 An answer depends only on the weights, the seed and its prompt's number in the stream: neither the number of processes
 nor an interruption changes it.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.text import Text
 
 from minimind.data.packing import Permutation
 from minimind.data.prompts import Prompt, PromptSet
@@ -21,6 +24,7 @@ from minimind.inference.requests import Completion, Request, SamplingParams
 from minimind.modeling import Model
 from minimind.rewards import Sample
 from minimind.tokenization import Tokenizer
+from minimind.training.stages.answers import turns
 
 
 class DrawnPrompt(NamedTuple):
@@ -186,3 +190,36 @@ class PromptStream:
             order = Permutation(self.size, self.seed, epoch)(in_epoch % self.size)
             drawn += [DrawnPrompt(int(n), int(p)) for n, p in zip(in_epoch, order, strict=True)]
         return drawn
+
+
+def transcript(tokenizer: Tokenizer, answer: Answer) -> str:
+    """One line: the prompt, the answer and its reward."""
+    prompt = turns(tokenizer, answer.prompt_ids.tolist())
+    cut = "" if answer.ended else " (cut off)"
+    return f"{prompt} {answer.text}{cut}  [reward {answer.reward:.3f}]".replace("\n", "\\n")
+
+
+def show_groups(console: Console, tokenizer: Tokenizer, answers: Sequence[Answer], count: int) -> None:
+    """Print the first `count` prompts with their answers: tokens with a positive advantage in green, with a negative
+    one in red, the brighter the larger the advantage is among those shown."""
+    shown: list[list[Answer]] = []
+    for _, group in islice(groupby(answers, key=lambda a: a.number), count):
+        shown.append(list(group))
+    largest = max(
+        (float(np.abs(a.advantages).max(initial=0)) for g in shown for a in g if a.advantages is not None), default=0.0
+    )
+    for same in shown:
+        console.print(Text(turns(tokenizer, same[0].prompt_ids.tolist()).replace("\n", "\\n"), style="bold"))
+        for answer in same:
+            console.print(_coloured(tokenizer, answer, largest), soft_wrap=True)
+
+
+def _coloured(tokenizer: Tokenizer, answer: Answer, largest: float) -> Text:
+    advantages = np.zeros(answer.written) if answer.advantages is None else answer.advantages
+    parts = "".join(f" {name} {value:.3g}" for name, value in answer.parts.items())
+    line = Text(f"  reward {answer.reward:7.3f} advantage {advantages.mean():+7.3f} ({parts.strip()}) ")
+    for token, advantage in zip(answer.ids.tolist(), answer.spread(advantages).tolist(), strict=True):
+        shade = round(55 + 200 * abs(advantage) / largest) if largest and advantage else 0
+        colour = "default" if not shade else f"rgb(0,{shade},0)" if advantage > 0 else f"rgb({shade},0,0)"
+        line.append(tokenizer.decode([token]).replace("\n", "\\n"), style=colour)
+    return line

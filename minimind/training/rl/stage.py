@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from minimind.config import ModelConfig
-from minimind.data.builtin.arithmetic import NAME, arithmetic_prompts
+from minimind.data.builtin.problems import NAME, arithmetic_prompts
 from minimind.data.prompts import PromptSet, open_prompts
 from minimind.inference.decode.int8 import choose_weights_dtype
 from minimind.inference.request_state import derive_seed
@@ -31,15 +31,22 @@ from minimind.training.adapters import AdapterSetup
 from minimind.training.data_split import named_form
 from minimind.training.initial_model import from_newest
 from minimind.training.job import Job
-from minimind.training.metrics import Event
+from minimind.training.metrics import Event, plot_rollouts
 from minimind.training.parallel import world_size
 from minimind.training.rl.actor_critic import CRITIC
 from minimind.training.rl.arguments import RolloutArgs
 from minimind.training.rl.collector import AnswerSource, Collector, Stream, log_probs_of, score
 from minimind.training.rl.estimate import estimate_rollouts
 from minimind.training.rl.loader import DriftStop, RolloutLoader, Shape, default_micro_batches
-from minimind.training.rl.rollouts import Answer, DrawnPrompt, PromptStream, RolloutOptions, Sampler
-from minimind.training.rl.view import draw_curves, show_groups, transcript
+from minimind.training.rl.rollouts import (
+    Answer,
+    DrawnPrompt,
+    PromptStream,
+    RolloutOptions,
+    Sampler,
+    show_groups,
+    transcript,
+)
 from minimind.training.run_folder import newest_finished
 from minimind.training.trainer import Stage, StageLoss, TrainingPlan
 from minimind.utils.display import say
@@ -228,7 +235,7 @@ class RolloutStage:
             for name, count in self.collector.failed.items():
                 say(job.console, f"reward {name} failed on {count:,} answers in all")
             if job.parallel.main and job.run.metrics.exists():
-                draw_curves(job.run.metrics, job.run.path / "rewards.png", job.run.path.name)
+                plot_rollouts(job.run.metrics, job.run.path / "rewards.png", job.run.path.name)
                 self.draw(job.run.metrics, job.run.path)
         return done
 

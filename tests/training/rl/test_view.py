@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from minimind import load_tokenizer
-from minimind.training.rl import view as rl_view
-from minimind.training.rl.rollouts import Answer
-from minimind.training.rl.view import draw_curves, show_groups, transcript
+from minimind.training import metrics
+from minimind.training.metrics import plot_rollouts
+from minimind.training.rl.rollouts import Answer, show_groups, transcript
 
 TOKENIZER = load_tokenizer()
 ASKED = TOKENIZER.encode("<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n")
@@ -64,14 +64,14 @@ def test_every_curve_is_drawn(reference, tmp_path, monkeypatch, rendered):
     rows += [{"kind": "eval", "step": 0, "heldout_reward": 0.25, "heldout_greedy_reward": 0.75}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     drawn: dict[str, list[list[float]]] = {}
-    lines = rl_view._line
+    lines = metrics._plot_smoothed
 
     def record(panel, rows, key, label):
         lines(panel, rows, key, label)
         drawn[key] = [list(line.get_ydata()) for line in panel.get_lines()]
 
-    monkeypatch.setattr(rl_view, "_line", record)
-    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "rewards.png", "a run")
+    monkeypatch.setattr(metrics, "_plot_smoothed", record)
+    plot_rollouts(tmp_path / "metrics.jsonl", tmp_path / "rewards.png", "a run")
     assert (tmp_path / "rewards.png").stat().st_size > 5000
     expected = {"reward": [0.5] * 3, "length": [3.0] * 3, "entropy": [0.7] * 3, "kl": [0.01] * 3 if reference else []}
     assert {key: found[0] for key, found in drawn.items()} == expected

@@ -6,7 +6,7 @@ import numpy as np
 
 from minimind.data import PackedLoader, open_conversations
 from minimind.data import loss_mask as weights
-from minimind.data.builtin.reasoning import builtin_reasoning, reasoning
+from minimind.data.builtin.problems import builtin_reasoning, reasoning
 from minimind.tokenization import load_tokenizer
 from minimind.tokenization.reasoning import ReasoningEncoder
 from tests.data.fake import QUIET

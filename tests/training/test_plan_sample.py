@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from minimind.data.sampling import sample_rows
+from minimind.training.plan import sample_rows
 
 
 def lines_of(sizes, path):
