@@ -15,6 +15,9 @@ if "OMP_NUM_THREADS" not in os.environ:  # small shapes gain nothing from a seco
 
 import torch._dynamo  # before memory is poisoned below: its table of functions must hold PyTorch's own
 
+with torch.device("meta"):  # and so must that of the functions which take the device of such a block
+    torch.empty(0)
+
 from minimind import ops
 from minimind.kernels.triton_support import triton
 from tests import (

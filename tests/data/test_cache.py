@@ -128,10 +128,10 @@ def test_compressed_files_equal_plain_ones(tmp_path, kind):
 def test_an_interrupted_build_resumes(tmp_path, ending, fail_at):
     path = tmp_path / f"a.{ending}"
     rows = [json.dumps({"text": text}) if i % 7 else "bad" for i, text in enumerate(TEXTS)]
-    data = "\n".join(rows).encode() * (1 if ending == "jsonl" else 400)
+    data = "\n".join(rows).encode() * (1 if ending == "jsonl" else 20)
     path.write_bytes(data if ending == "jsonl" else gzip.compress(data))
     fail_at = max(1, int(fail_at * len(list(read_documents(path, "skip")))))
-    part = 1000 if ending == "jsonl" else 40_000  # each is written to the disk: a hundred of them at most
+    part = 1000 if ending == "jsonl" else 8_000  # each is written to the disk: some dozens of them
     options: dict[str, Any] = {"on_bad_row": "skip", "part_bytes": part, "console": QUIET}
     open_corpus([path], ByteTokenizer(), tmp_path / "whole", **options)
     cut, rest = Counting(fail_at), Counting()

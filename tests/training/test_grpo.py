@@ -190,9 +190,9 @@ def test_default_minibatches_are_the_papers(loss, expected, few):
     """64 x 4 answers, at least 32 in each step; where there are 40 answers, all in one. dapo and cispo take their
     papers' 16 from 512 answers on."""
     names = runpy.run_path(str(GRPO))
-    assert names["steps"](names["Args"](loss=loss)) == expected
-    assert names["steps"](names["Args"](loss=loss, prompts=10)) == few
-    assert names["steps"](names["Args"](loss=loss, prompts=256)) == {"grpo": 4, "gspo": 4, "dr_grpo": 8}.get(loss, 16)
+    assert names["default_minibatches"](names["Args"](loss=loss)) == expected
+    assert names["default_minibatches"](names["Args"](loss=loss, prompts=10)) == few
+    assert names["default_minibatches"](names["Args"](loss=loss, prompts=256)) == {"grpo": 4, "gspo": 4, "dr_grpo": 8}.get(loss, 16)
 
 
 def test_the_rate_follows_the_width():
