@@ -15,8 +15,6 @@ from typing import Any, Literal, Protocol
 from minimind.utils.display import caption, decoration, pyplot
 
 TrackerName = Literal["none", "tensorboard", "wandb", "swanlab"]
-
-
 # (title of a panel, {figure of rollouts: its label})
 _PANELS = (
     ("reward", {"reward": "of the rollouts"}),
@@ -176,7 +174,7 @@ def _plot_smoothed(panel: Any, rows: list[dict[str, Any]], key: str, label: str)
 def _plot_heldout(panel: Any, rows: list[dict[str, Any]]) -> None:
     for key, label, colour in (
         ("heldout_reward", "held-out, sampled", "tab:red"),
-        ("heldout_greedy_reward", "held-out, likeliest", "tab:orange"),
+        ("heldout_greedy_reward", "held-out, greedy", "tab:orange"),
     ):
         x, y = [row["step"] for row in rows], [row[key] for row in rows]
         if rows:
