@@ -55,7 +55,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All rows of metrics.jsonl. Raises ValueError, naming the line, where one is not JSON."""
+    """All rows of metrics.jsonl. Raises ValueError, naming the line, if one is not JSON."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -234,7 +234,7 @@ class TensorBoardTracker:
 
 
 class HostedTracker:
-    """wandb or swanlab, which have the same interface. Raises ValueError where it cannot start."""
+    """wandb or swanlab, which have the same interface. Raises ValueError if it cannot start."""
 
     def __init__(self, package: TrackerName, folder: Path, config: dict[str, Any], run_id: str | None) -> None:
         self.name = package

@@ -1,7 +1,7 @@
-"""--plan: what a run would be, without training and without a run folder.
+"""--plan: the length, memory and hours of a run, without training and without a run folder.
 
-The stage's own script runs on a few megabytes of sampled rows, with the size of all data beside them, up to the point
-where it would train; so the plan has exactly the choices that the run would make. There estimate.py counts.
+The stage's own script runs on a few megabytes of sampled rows, knowing the size of all data, up to the point where it
+would train; so it makes exactly the choices that the run would make. Then estimate.py computes the cost.
 
 A file is divided into equal parts, and one stretch is read at a random place of each. The sample has the rows whose
 first byte lies in a stretch, so that every row is equally likely, long or short. A compressed file is sampled from its

@@ -98,9 +98,8 @@ def with_home(arguments: Sequence[str]) -> list[str]:
 
 
 def named_object(path: str, kind: str, word: str = "") -> Any:
-    """What stands at "package.module:name", found from the working directory or where Python looks for packages. kind:
-    what it is; word: what stands before `path` where it is named. Both are for the ValueError, one line, where there is
-    no such object."""
+    """The object at `path`, "package.module:name", imported from the working directory or from Python's search path.
+    Raises ValueError, one line, if there is none; the message calls the object a `kind`, and the path `word` + path."""
     module_name, colon, name = path.partition(":")
     if not colon or not module_name or not name:
         raise ValueError(f"{word}{path}: write {word}package.module:{kind}")
