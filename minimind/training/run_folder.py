@@ -227,7 +227,7 @@ def _next_free(
 
 
 def _nearest(others: Sequence[tuple[Path, Difference]]) -> tuple[str, ...]:
-    """A line about the most similar run: how it differs and how to continue it. Nothing where all differ and are
+    """A line about the most similar run: how it differs and how to continue it. Empty if all others differ and are
     finished."""
     candidates = [(path, diff) for path, diff in others if not diff.counts or not is_finished(path)]
     if not candidates:
