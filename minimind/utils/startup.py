@@ -56,7 +56,7 @@ def command_line(flags: type[Flags], description: str | None) -> Flags:
         sys.exit(2)
     import tyro  # slow to import, and `minimind` without arguments does not need it
 
-    _reflow_help(flags)
+    reflow_help(flags)
     try:
         return tyro.cli(flags, description=description, args=arguments)
     except BrokenPipeError:  # --help | head
@@ -64,8 +64,9 @@ def command_line(flags: type[Flags], description: str | None) -> Flags:
         sys.exit(0)
 
 
-def _reflow_help(flags: type) -> None:
-    """Join the lines of each flag's docstring into one paragraph. tyro does so only for lines without indentation."""
+def reflow_help(flags: type) -> None:
+    """Join the lines of each flag's docstring in the dataclass `flags` into one paragraph. tyro does so only for lines
+    without indentation."""
     import tyro
     from docstring_parser import parse_from_object
 
