@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from minimind.utils.startup import leave_on_interrupt, prepare_output, started, with_home
+from minimind.utils.startup import leave_on_interrupt, prepare_output, reflow_help, started, with_home
 
 COMMANDS = {
     "demo": ("minimind.apps.zero.command", "from nothing to a model that answers, in minutes, on any machine"),
@@ -49,6 +49,7 @@ def run(arguments: Sequence[str]) -> int:
         import tyro
 
         module = importlib.import_module(COMMANDS[name][0])
+        reflow_help(module.Args)
         args = tyro.cli(module.Args, prog=f"minimind {name}", description=module.__doc__, args=rest)
         started()
         return module.main(args)

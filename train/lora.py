@@ -166,7 +166,7 @@ def batch_tokens(job: Job, train: Corpus) -> tuple[int, str]:
 
 
 def check_adapter(job: Job, adapter: str, new_tokenizer: bool) -> None:
-    """Make the adapter's weights part of the run's identity. Raises ValueError where another tokenizer trained it."""
+    """Make the adapter's weights part of the run's identity. Raises ValueError if another tokenizer trained it."""
     folder = adapter_folder(Path(adapter))
     tokenizer = tokenizer_beside(folder)
     if tokenizer is not None:

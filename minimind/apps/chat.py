@@ -92,7 +92,7 @@ def main(args: Args) -> int:
 
 @contextmanager
 def _tools(session: ChatSession, args: Args, notices: TextIO) -> Iterator[ChatSession]:
-    """The session with the tools of --tools, where there are any."""
+    """The session, with the tools of --tools if there are any."""
     if not args.tools:
         yield session
         return

@@ -198,7 +198,7 @@ class PreferenceRecipe:
     def _shortened(
         self, pair: PairDocument, chosen: EncodedChat, rejected: EncodedChat, longest: int
     ) -> list[EncodedChat]:
-        """Both sides, with the prompt cut so that the pair has at most `longest` tokens where that is possible."""
+        """Both sides, with the prompt cut so that the pair has at most `longest` tokens if that is possible."""
         sides = [chosen, rejected]
         common = common_tokens(chosen.ids, rejected.ids, chosen.trained, rejected.trained)
         excess = row_tokens(len(chosen.ids), len(rejected.ids), common if self.share else 0) - longest

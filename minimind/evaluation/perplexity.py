@@ -2,9 +2,9 @@
 
 The text is one stream of tokens, cut into windows of each length. Every length scores the same tokens, each once, with
 the tokens before it in its window as context. Perplexity is exp of the mean of -log p; bits per byte do not depend on
-the tokenizer. The second half of every window is also reported alone, since only there the context is long. With
---kv-dtype fp8 every curve is measured again with keys and values rounded as in such a cache; with --weights-dtype int8
-again with matrices and activations rounded as in decoding with 8-bit weights.
+the tokenizer. The second half of every window is also reported alone, since only there the context is long. Every curve
+is measured again with keys and values rounded as in an fp8 cache if --kv-dtype is fp8, and with matrices and
+activations rounded as in decoding with 8-bit weights if --weights-dtype is int8.
 
 Memory grows with the longest window, not with the text. The command prints a table and writes perplexity.json and
 perplexity.png to the run folder or --out.
@@ -62,11 +62,11 @@ class Args(ModelArgs):
     chat: bool = False
     """With --tasks: put the questions into the chat template."""
     agent: bool = False
-    """Let the model do tasks by calling tools instead, and count what it does by kind and number of calls."""
+    """Evaluate on tasks that need tool calls instead; reports success by kind of task and number of calls."""
     agent_data: tuple[str, ...] = ()
     """With --agent: tasks as train/agent.py reads them. None: the held-out built-in ones."""
     tools: tuple[str, ...] = ("builtin",)
-    """With --agent: functions behind the tools: builtin, upstream, or package.module:NAME of your own."""
+    """With --agent: functions that implement the tools: builtin, upstream, or package.module:NAME of your own."""
     ppl: tuple[str, ...] = ()
     """Text that the model was not trained on: files, folders or globs of .txt and .jsonl, plain, .gz or .zst."""
     on_bad_row: Literal["error", "skip"] = "error"

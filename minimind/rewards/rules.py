@@ -281,9 +281,9 @@ def fits(value: Any, schema: Mapping[str, Any]) -> bool:
 
 
 def misfit(value: Any, schema: Mapping[str, Any], what: str = "it") -> str | None:
-    """How a JSON value, called `what`, misses a schema, as far as tools use schemas: type, enum, properties, required,
-    additionalProperties and items; None where it fits. Other keywords are ignored. A property that the schema does not
-    name is an error, unless the schema allows additional ones."""
+    """Why a JSON value does not fit a schema, None if it fits. what: the value's name in the message. The keywords
+    type, enum, properties, required, additionalProperties and items are checked, others ignored. A property that the
+    schema does not name is an error, unless the schema allows additional ones."""
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(_has_type(value, kind) for kind in kinds):

@@ -89,7 +89,7 @@ class AdapterSetup:
 
     @staticmethod
     def from_args(job: Job, args: AdapterArgs) -> AdapterSetup:
-        """Call it before the run folder is made. Raises ValueError where the model is random or has no such modules."""
+        """Call it before the run folder is made. Raises ValueError if the model is random or has no such modules."""
         config = args.lora()
         if config is not None:
             if job.initial.weights is None and not args.plan:

@@ -107,7 +107,7 @@ def tokens_that_fit(
 
 def choose_batch_shape(job: Job, loader: Callable[[int], EpochLoader]) -> tuple[int, int, EpochLoader]:
     """(rows of a micro-batch over all ranks, micro-batches of a step, the loader with these rows). loader(rows) makes
-    one. Raises ValueError, naming the flags, where the flags do not fit each other."""
+    one. Raises ValueError, naming the flags, if the flags do not fit each other."""
     shape = batch_shape(job)
     made = loader(shape[0])
     fitted = fit_to_data(job, made, *shape)

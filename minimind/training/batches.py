@@ -21,7 +21,7 @@ class Loader(Protocol):
 
     @property
     def host(self) -> Any:
-        """The newest batch as it was on the host."""
+        """The newest batch, on the host."""
 
     def next_batch(self) -> Any: ...
 
@@ -29,7 +29,7 @@ class Loader(Protocol):
         """Start preparing the next batch."""
 
     def state(self) -> dict[str, Any]:
-        """The position, and what else is needed to go on from it, as plain values and tensors."""
+        """The position and everything else that is needed to continue, as plain values and tensors."""
 
     def load_state(self, state: dict[str, Any]) -> None: ...
 

@@ -122,7 +122,7 @@ def remove_partial(run: Path) -> None:
 
 
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """The contents of trainer.pt. Raises ValueError where it is missing or damaged."""
+    """The contents of trainer.pt. Raises ValueError if it is missing or damaged."""
     try:
         state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not {"step", "optimizer", "loader"} <= state.keys():

@@ -129,7 +129,7 @@ def form_of(job: Job) -> RowFormat:
 
 
 def named_form(args: StageArgs) -> RowFormat:
-    """The form that --format and --ignore-fields name. Raises ValueError where there is no --data to apply them to."""
+    """The form that --format and --ignore-fields name. Raises ValueError if there is no --data to apply them to."""
     name: FormatName = getattr(args, "format", "auto")
     if name != "auto" and not args.data:
         raise ValueError(f"--format {name}: says how the rows of --data are read; name the files")

@@ -1,6 +1,6 @@
-"""Counts what a run over packed data takes, for --plan: from its loader, its model and a short step on this machine.
+"""Estimates the cost of a run over packed data, for --plan, from its loader, its model and a short step here.
 
-Operations are those of the model (Model.flops_per_token). Hours on known GPUs follow from them by an assumed
+The operations are the model's (Model.flops_per_token). Hours on known GPUs are computed from them with an assumed
 utilisation, and are marked as projected.
 """
 

@@ -1,6 +1,6 @@
-"""Held-out figures: how they are computed, reported and compared, so that the best weights are kept.
+"""Held-out figures: computing, reporting and comparing them, so that the best weights can be kept.
 
-`Evaluation` is what the trainer uses; the functions below it compute the losses that stages report.
+The trainer uses `Evaluation`; the functions below it compute the losses that stages report.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ class Evaluation:
 def warn_of_chance(
     evaluate: Callable[[bool], dict[str, Any]], vocab_size: int, weights: Path, say: Callable[[str], None]
 ) -> Callable[[bool], dict[str, Any]]:
-    """`evaluate`, which warns at its first call where the initial weights predict held-out tokens worse than chance:
-    a .pth file brings no tokenizer, and nothing else would reveal a wrong one."""
+    """Wrap `evaluate` to warn at its first call if the initial weights predict held-out tokens worse than chance. For a
+    .pth file, which brings no tokenizer, nothing else would reveal that the tokenizer is wrong."""
     chance = math.log(vocab_size)
     first = True
 

@@ -1,7 +1,7 @@
-"""Whether a run continues an earlier one: which flags make a run another one, and how --lengthen extends a run.
+"""Whether a run continues an earlier one: the flags that must be equal, and how --lengthen extends a run.
 
-A run may continue with other values of a flag that changes its steps by no more than rounding (_FREE). Flags that look
-alike but count:
+A run may continue with other values of a flag that changes its steps by no more than rounding (_FREE). These flags look
+similar but must be equal:
 
     --precision       bf16 rounds to eight bits, which visibly moves a loss, and runs are compared by it
     --keep-best, --patience           they decide where a run ends and which weights opening it uses
@@ -181,8 +181,8 @@ def _same(change: Change) -> bool:
 
 
 def _same_effect(change: Change, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether a flag on one side equals what the other side chose from the data; or whether the change is of a choice
-    that one side did not have to make, as a flag decided it or the stage has no such choice."""
+    """Whether a change has no effect: a flag of one side equals the other side's choice from the data, or one side
+    never made the choice, since a flag decided it or its stage has no such choice."""
     flag, chosen = f"args.{change.name}", f"chosen.{change.name}"
     if change.key == chosen:
         return None in (change.before, change.now)
@@ -221,7 +221,7 @@ class EarlierRun:
         return {"lengthens": str(self.run), "legs": [list(leg) for leg in self.legs]}
 
     def copy_into(self, folder: Path) -> None:
-        """Copy the checkpoint, the best weights and the logs. Raises ValueError, naming the folder, where they cannot
+        """Copy the checkpoint, the best weights and the logs. Raises ValueError, naming the folder, if they cannot
         be written or another process trains the run."""
         lock = FileLock(self.run / ".lock")
         try:
@@ -249,7 +249,7 @@ def find_source(
     count_steps: Callable[[dict[str, Any]], int],
     stable_steps: Callable[[int], int],
 ) -> EarlierRun:
-    """The start of a run of `config` that lengthens `run`. Raises ValueError, naming the flag, where anything but the
+    """The start of a run of `config` that lengthens `run`. Raises ValueError, naming the flag, if anything but the
     length differs.
 
     count_steps(flags): the steps that --tokens, --epochs or --rollouts amount to. stable_steps(steps planned): the last
@@ -278,7 +278,7 @@ def find_source(
 
 
 def source_of(run: str) -> Path:
-    """The folder that --lengthen names. Raises ValueError where it is not a run."""
+    """The folder that --lengthen names. Raises ValueError if it is not a run."""
     folder = Path(run).expanduser()
     if not (folder / "config.json").is_file() or "stage" not in read_config(folder):
         raise ValueError(f"--lengthen {run}: not a run folder; name one that a script of train/ left")
@@ -286,7 +286,7 @@ def source_of(run: str) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A run's config.json. Raises ValueError where it is damaged."""
+    """A run's config.json. Raises ValueError if it is damaged."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -301,7 +301,7 @@ def legs_of(config: dict[str, Any]) -> Legs:
 
 
 def _flags(config: dict[str, Any]) -> dict[str, Any]:
-    """The flags, completed by what was chosen from the data."""
+    """The flags, together with the values that were chosen from the data."""
     chosen = config.get("chosen", {})
     return {**config["args"], **{k: v for k, v in chosen.items() if config["args"].get(k) is None}}
 

@@ -15,8 +15,6 @@ from typing import Any, Literal, Protocol
 from minimind.utils.display import caption, decoration, pyplot
 
 TrackerName = Literal["none", "tensorboard", "wandb", "swanlab"]
-
-
 # (title of a panel, {figure of rollouts: its label})
 _PANELS = (
     ("reward", {"reward": "of the rollouts"}),
@@ -57,7 +55,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All rows of metrics.jsonl. Raises ValueError, naming the line, where one is not JSON."""
+    """All rows of metrics.jsonl. Raises ValueError, naming the line, if one is not JSON."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -176,7 +174,7 @@ def _plot_smoothed(panel: Any, rows: list[dict[str, Any]], key: str, label: str)
 def _plot_heldout(panel: Any, rows: list[dict[str, Any]]) -> None:
     for key, label, colour in (
         ("heldout_reward", "held-out, sampled", "tab:red"),
-        ("heldout_greedy_reward", "held-out, likeliest", "tab:orange"),
+        ("heldout_greedy_reward", "held-out, greedy", "tab:orange"),
     ):
         x, y = [row["step"] for row in rows], [row[key] for row in rows]
         if rows:
@@ -236,7 +234,7 @@ class TensorBoardTracker:
 
 
 class HostedTracker:
-    """wandb or swanlab, which have the same interface. Raises ValueError where it cannot start."""
+    """wandb or swanlab, which have the same interface. Raises ValueError if it cannot start."""
 
     def __init__(self, package: TrackerName, folder: Path, config: dict[str, Any], run_id: str | None) -> None:
         self.name = package

@@ -192,7 +192,7 @@ class MuonPlan:
         parameters: Sequence[Tensor], rows: Sequence[Sequence[int] | None], batch_elements: int
     ) -> MuonPlan:
         """rows: for each parameter, the rows of the matrices in it (in a stack, in every expert), or None for a single
-        matrix. Raises ValueError where a parameter cannot be divided that way."""
+        matrix. Raises ValueError if a parameter cannot be divided that way."""
         group, rank, world = _processes(parameters[0])
         matrices = [m for i, p in enumerate(parameters) for m in matrices_of(i, p.shape, rows[i])]
         cuts = [_Cut(p, world) for p in parameters]
@@ -256,7 +256,7 @@ def copy(to: list[Tensor], source: list[Tensor]) -> None:
 
 
 def matrices_of(number: int, shape: Sequence[int], rows: Sequence[int] | None = None) -> list[Matrix]:
-    """The matrices in parameter `number`, from top to bottom. Raises ValueError where `rows` do not add up."""
+    """The matrices in parameter `number`, from top to bottom. Raises ValueError if `rows` do not add up."""
     if len(shape) not in (2, 3):
         raise ValueError(f"Muon takes matrices and stacks of matrices, not a tensor of shape {tuple(shape)}")
     *experts, height, columns = shape

@@ -1,7 +1,7 @@
-"""--plan: what a run would be, without training and without a run folder.
+"""--plan: the length, memory and hours of a run, without training and without a run folder.
 
-The stage's own script runs on a few megabytes of sampled rows, with the size of all data beside them, up to the point
-where it would train; so the plan has exactly the choices that the run would make. There estimate.py counts.
+The stage's own script runs on a few megabytes of sampled rows, knowing the size of all data, up to the point where it
+would train; so it makes exactly the choices that the run would make. Then estimate.py computes the cost.
 
 A file is divided into equal parts, and one stretch is read at a random place of each. The sample has the rows whose
 first byte lies in a stretch, so that every row is equally likely, long or short. A compressed file is sampled from its
@@ -33,6 +33,9 @@ from minimind.training.parallel import world_size
 SAMPLE_BYTES = 16 << 20
 _LEAST_BYTES = 1 << 16  # of a file, whatever its share
 _GROUPS = 32  # groups of consecutive documents, whose variance gives a sample's error
+_STRETCHES = 64  # places of a large file to sample
+_LEAST_STRETCH = 1 << 14  # bytes of a stretch
+_AHEAD = 1 << 14  # compressed bytes read at once; all of them count as used
 Args = TypeVar("Args", bound=StageArgs)
 
 
@@ -305,11 +308,6 @@ def spell_hours(hours: float) -> str:
     return f"{hours * 60:.1f} min" if hours * 60 >= 1 else f"{hours * 3600:.0f} s"
 
 
-_STRETCHES = 64
-_LEAST = 1 << 14  # bytes of a stretch
-_AHEAD = 1 << 14  # compressed bytes read at once: more would count as used
-
-
 @dataclass(frozen=True)
 class FileSample:
     """total: bytes of the whole text, estimated if it is compressed; sizes: int64 [rows], the bytes of each sampled
@@ -358,7 +356,7 @@ def _stretches(file: IO[bytes], size: int, limit: int, seed: int) -> Iterator[by
     if size <= limit:
         yield from file
         return
-    count = max(1, min(_STRETCHES, limit // _LEAST))
+    count = max(1, min(_STRETCHES, limit // _LEAST_STRETCH))
     length, part = limit // count, size / count
     places = np.random.default_rng(seed).random(count)
     empty = True

@@ -98,7 +98,7 @@ def open_run(
     """Continue the unfinished run with this configuration, or make a new folder. Nothing is overwritten.
 
     out: the folder; None for runs/<default_name>, with a number if another run has that name. source: the run that a
-    new folder lengthens. Raises ValueError where `out` holds a finished run, a run with another configuration, or one
+    new folder lengthens. Raises ValueError if `out` holds a finished run, a run with another configuration, or one
     that another process is training.
     """
     if out is None:
@@ -132,7 +132,7 @@ def open_run(
 
 def newest_finished(stage: str, root: Path = Path("runs"), data: Sequence[str] | None = None) -> str:
     """The finished run of `stage` that ended last. data: its --data; None: any but a task such as builtin:arithmetic.
-    Raises ValueError where there is none."""
+    Raises ValueError if there is none."""
 
     def fits(config: dict[str, Any]) -> bool:
         trained_on = config.get("args", {}).get("data", [])
@@ -227,7 +227,7 @@ def _next_free(
 
 
 def _nearest(others: Sequence[tuple[Path, Difference]]) -> tuple[str, ...]:
-    """A line about the most similar run: how it differs and how to continue it. Nothing where all differ and are
+    """A line about the most similar run: how it differs and how to continue it. Empty if all others differ and are
     finished."""
     candidates = [(path, diff) for path, diff in others if not diff.counts or not is_finished(path)]
     if not candidates:
@@ -246,7 +246,7 @@ def _nearest(others: Sequence[tuple[Path, Difference]]) -> tuple[str, ...]:
 
 
 def _make(path: Path) -> bool:
-    """Make the folder; whether it is new. Raises ValueError where it cannot be made."""
+    """Make the folder; whether it is new. Raises ValueError if it cannot be made."""
     try:
         path.mkdir(parents=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Show what a run does: printed lines, progress bars (in a terminal) or progress lines (elsewhere), and pictures."""
+"""The output of a run: printed lines, progress bars (in a terminal) or progress lines (elsewhere), and pictures."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def command_line(flags: type[Flags], description: str | None) -> Flags:
         sys.exit(2)
     import tyro  # slow to import, and `minimind` without arguments does not need it
 
-    _reflow_help(flags)
+    reflow_help(flags)
     try:
         return tyro.cli(flags, description=description, args=arguments)
     except BrokenPipeError:  # --help | head
@@ -64,8 +64,9 @@ def command_line(flags: type[Flags], description: str | None) -> Flags:
         sys.exit(0)
 
 
-def _reflow_help(flags: type) -> None:
-    """Join the lines of each flag's docstring into one paragraph. tyro does so only for lines without indentation."""
+def reflow_help(flags: type) -> None:
+    """Join the lines of each flag's docstring in the dataclass `flags` into one paragraph. tyro does so only for lines
+    without indentation."""
     import tyro
     from docstring_parser import parse_from_object
 
@@ -98,9 +99,8 @@ def with_home(arguments: Sequence[str]) -> list[str]:
 
 
 def named_object(path: str, kind: str, word: str = "") -> Any:
-    """What stands at "package.module:name", found from the working directory or where Python looks for packages. kind:
-    what it is; word: what stands before `path` where it is named. Both are for the ValueError, one line, where there is
-    no such object."""
+    """The object at `path`, "package.module:name", imported from the working directory or from Python's search path.
+    Raises ValueError, one line, if there is none; the message calls the object a `kind`, and the path `word` + path."""
     module_name, colon, name = path.partition(":")
     if not colon or not module_name or not name:
         raise ValueError(f"{word}{path}: write {word}package.module:{kind}")

@@ -31,7 +31,7 @@ _LINES = 5  # most lines of a chart that can be told apart
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart. points: (x, y) in order; dots: whether each point is a measurement of its own."""
+    """A line of a chart. points: (x, y) in order; dots: whether to mark each point, as a separate measurement."""
 
     name: str
     points: list[tuple[float, float]]

@@ -82,7 +82,7 @@ class StepProfiler:
             self._stop()
 
     def close(self) -> None:
-        """Call it when training ends; shows what was recorded if that was cut short."""
+        """Call it when training ends. If the recording is still running, it ends here and is shown."""
         self._leave_step()
         if self._recording:
             self._stop()

@@ -41,7 +41,7 @@ class Stream(Protocol):
 
 
 class AnswerSource(Protocol):
-    """What answers prompts: Sampler, or a sampler of conversations with tools."""
+    """Answers prompts: a Sampler, or a sampler of conversations with tools."""
 
     engine: Engine
 

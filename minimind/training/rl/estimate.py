@@ -1,7 +1,7 @@
-"""Counts what a reinforcement learning run takes at most, for --plan.
+"""Upper bounds of the cost of a reinforcement learning run, for --plan.
 
-The model decides when an answer ends, so tokens, memory and hours are upper bounds for answers as long as
---max-new-tokens allows.
+The model decides when an answer ends, so tokens, memory and hours are those of answers as long as --max-new-tokens
+allows.
 """
 
 from __future__ import annotations

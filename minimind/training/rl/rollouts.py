@@ -147,7 +147,7 @@ class Sampler:
         self.engine = rollout_engine(model, tokenizer, longest, max_new_tokens, batch, samples, weights_dtype)
 
     def sample(self, prompts: PromptSet, drawn: Sequence[DrawnPrompt], options: RolloutOptions) -> list[Answer]:
-        """options.samples answers to each prompt, in the order of `drawn`. Raises ValueError where the model cannot
+        """options.samples answers to each prompt, in the order of `drawn`. Raises ValueError if the model cannot
         answer."""
         self.engine.refresh_weights()
         requests = [Request(prompts[d.prompt].ids, _params(options, d)) for d in drawn]

@@ -110,7 +110,7 @@ def check_same_tokens(teacher: InitialModel, student: InitialModel) -> None:
 
 
 def half(teacher: InitialModel, tokenizer: Tokenizer) -> InitialModel:
-    """A student with random weights and half the teacher's width and depth. Raises ValueError where the teacher's sizes
+    """A student with random weights and half the teacher's width and depth. Raises ValueError if the teacher's sizes
     are odd."""
     whole = teacher.config
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")

@@ -1,8 +1,8 @@
-"""DPO and its relatives: the reference's log-probabilities, held-out pairs, and what is reported of them.
+"""DPO and its relatives: the reference's log-probabilities, held-out pairs, and their figures.
 
-The log-probabilities under the model a run begins with are computed once for a whole data set and kept on disk, so that
-neither a second model nor a second forward per step is needed. Their key is the weights, the data, the row length and
-the precision, so that every later run over the same pairs uses them too.
+The log-probabilities under the initial model are computed once for a whole data set and kept on disk, so that training
+needs neither a second model nor a second forward pass per step. They are stored under a hash of the weights, the data,
+the row length and the precision, so every later run over the same pairs reuses them.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def reference_log_probs(
     """float64 [pairs of `view`, 2], memory-mapped: log p(chosen) and log p(rejected), 0 for pairs longer than a row.
 
     weights: the fingerprint of the model's weights. rows: of a batch over all ranks, which share the work; all call it
-    and return the same. share: as in PairLoader. Raises ValueError where the cache's folder cannot be written.
+    and return the same. share: as in PairLoader. Raises ValueError if the cache's folder cannot be written.
     """
     folder = make_folder(cache_root(cache_dir) / "reference")
     path = folder / f"{_key(model, weights, view, seq_len, share)}.npy"
