@@ -4,6 +4,8 @@ import os
 import sys
 from collections import Counter
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait take the other worker's core
+
 import pytest
 import torch
 
