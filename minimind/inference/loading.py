@@ -53,9 +53,9 @@ class ModelArgs(WeightArgs):
     """Flags that name a model, a device and data types."""
 
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:N."""
+    """Device: auto, cpu, cuda, cuda:N or mps."""
     dtype: DTypeName = "auto"
-    """Data type of the computation; auto: bf16 if the device supports it, else fp32."""
+    """Data type of the computation; auto: bf16 if the device supports it, else fp16 on a GPU, else fp32."""
     kv_dtype: KVDTypeName = "auto"
     """Data type of the key/value cache; auto: as --dtype; fp8 takes half of bf16's memory (docs/decoding.md)."""
     weights_dtype: WeightsDTypeName = "auto"

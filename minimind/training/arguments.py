@@ -122,7 +122,8 @@ class StageArgs:
     fused: bool = True
     """Use the fastest form of every operator on this device; --no-fused uses the plain reference."""
     precision: PrecisionName = "auto"
-    """Precision of matrix products; weights are always float32."""
+    """Precision of matrix products; weights are always float32. fp16 scales the loss (docs/training.md). auto: bf16
+    where the device has it, else fp16 on a GPU with tensor cores, else fp32."""
     attention: AttentionName = "auto"
     """Flash attention on a GPU: torch's, or that of an installed package: flash2, flash3, flash4 (docs/kernels.md).
     auto: the fastest that works on this GPU."""
@@ -139,7 +140,7 @@ class StageArgs:
     cache_dir: str | None = None
     """Folder of tokenized data. None: $MINIMIND_CACHE or ~/.cache/minimind."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps (an Apple GPU: plain PyTorch, which nobody has tried yet)."""
     parallel: ParallelName = "auto"
     """How the processes of torchrun share the work: ddp (each holds the whole model) or fsdp (each holds a shard).
     auto: ddp if there are several. A run may continue with another number of processes."""
