@@ -94,6 +94,7 @@ setup(
     entry_points={"console_scripts": ["minimind = minimind.cli:main"]},
     install_requires=[
         "filelock>=3.13",
+        "huggingface_hub>=0.26",
         "jinja2>=3.1.4",
         "matplotlib>=3.8",
         "numpy>=1.26",
@@ -113,7 +114,8 @@ setup(
         "web": ["minimind[serve]", "openai>=1.50", "streamlit>=1.40"],
         "export": ["gguf>=0.10", "transformers>=4.57"],
         "eval": ["lm-eval>=0.4.9"],
-        "track": ["tensorboard>=2.18", "wandb>=0.18", "swanlab>=0.10"],
+        "modelscope": ["modelscope>=1.20"],
+        "track": ["tensorboard>=2.18", "trackio>=0.5", "wandb>=0.18", "swanlab>=0.10"],
         "dev": [
             "fastapi>=0.115",
             "gguf>=0.10",

@@ -40,8 +40,9 @@ class StageArgs:
     """The flags of every stage. All defaults work."""
 
     from_: FromFlag = None
-    """Initial weights: the run folder of an earlier stage, a Hugging Face folder, or an upstream .pth (with --preset
-    and --tokenizer). None: random weights."""
+    """Initial weights: the run folder of an earlier stage, a Hugging Face folder, a name on a hub (OWNER/NAME,
+    OWNER/NAME@REVISION, modelscope:OWNER/NAME), or an upstream .pth (with --preset and --tokenizer). None: random
+    weights."""
     preset: PresetName | None = None
     """Model shape. None: that of --from, else nano, which trains on a CPU."""
     data: tuple[str, ...] = ()
