@@ -166,7 +166,7 @@ class StageArgs:
     """With --plan: also write its figures to this file."""
     scale: tyro.conf.Suppress[float] = 1.0
     track: TrackerName = "none"
-    """Also send the metrics to an experiment tracker."""
+    """Also send the metrics to an experiment tracker. tensorboard and trackio keep them on this machine."""
     out: str | None = None
     """Run folder. None: runs/STAGE-PRESET-DATA, with a number if that is taken."""
 
