@@ -138,7 +138,15 @@ setup(
             "triton>=3.6; platform_system == 'Linux'",
             "uvicorn>=0.32",
         ],
-        # what some slow tests need beside dev: other programs that take our models, and a browser's driver
-        "interop": ["llama-cpp-python>=0.3", "lm-eval>=0.4.9", "selenium>=4.25", "streamlit>=1.40", "trl>=0.24"],
+        # what some slow tests need beside dev: other programs that take our models, a browser's driver, notebooks
+        "interop": [
+            "ipykernel>=6.29",
+            "llama-cpp-python>=0.3",
+            "lm-eval>=0.4.9",
+            "nbclient>=0.10",
+            "selenium>=4.25",
+            "streamlit>=1.40",
+            "trl>=0.24",
+        ],
     },
 )
