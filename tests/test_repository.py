@@ -62,7 +62,7 @@ ARROWS = {
     "environments": "inference rewards tokenization utils",
     "environments/builtin": "data/builtin environments utils",
     "inference/decode": "config kernels modeling ops rope",
-    "inference": "config inference/decode lora lora_files modeling ops rope tokenization utils weights",
+    "inference": "config inference/decode kernels lora lora_files modeling ops rope tokenization utils weights",
     "evaluation": "config data environments environments/builtin inference inference/decode modeling ops tokenization "
     "utils",
     "apps": "environments environments/builtin inference tokenization",
