@@ -47,6 +47,7 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     assert "stage 2 of 2, sft" in "".join(said.values())
     assert any("Hi! What is 8 + 6?\n    " in text for text in said.values())
     assert any(
-        "<iframe" in data.get("text/html", "") and "parameters, from random weights" in data["text/html"] for data in shown
+        "<iframe" in data.get("text/html", "") and "parameters, from random weights" in data["text/html"]
+        for data in shown
     )
     assert (tmp_path / "runs/demo/report/index.html").is_file()

@@ -66,7 +66,7 @@ ARROWS = {
     "evaluation": "config data environments environments/builtin inference inference/decode modeling ops tokenization "
     "utils",
     "apps": "environments environments/builtin inference tokenization",
-    "apps/zero": "utils",
+    "apps/zero": "data utils",
     "serving": "inference tokenization",
     "export": "config inference lora lora_files modeling tokenization weights",
     "training/profiling": "utils",
