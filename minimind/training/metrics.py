@@ -246,11 +246,12 @@ class HostedTracker:
     def __init__(self, package: TrackerName, folder: Path, config: dict[str, Any], run_id: str | None) -> None:
         self.name = package
         module = _require(package, package)
-        own: dict[str, Any] = {
+        by_package: dict[str, dict[str, Any]] = {
             "trackio": {"name": run_id or f"{folder.name}-{secrets.token_hex(3)}"},
             "wandb": {"name": folder.name, "id": run_id, "dir": str(folder)},
             "swanlab": {"name": folder.name, "id": run_id, "log_dir": str(folder / "swanlab")},
-        }[package]
+        }
+        own = by_package[package]
         try:
             self.run = module.init(project="minimind", config=config, resume="allow", **own)
         except Exception as problem:

@@ -192,7 +192,11 @@ def test_default_minibatches_are_the_papers(loss, expected, few):
     names = runpy.run_path(str(GRPO))
     assert names["default_minibatches"](names["Args"](loss=loss)) == expected
     assert names["default_minibatches"](names["Args"](loss=loss, prompts=10)) == few
-    assert names["default_minibatches"](names["Args"](loss=loss, prompts=256)) == {"grpo": 4, "gspo": 4, "dr_grpo": 8}.get(loss, 16)
+    assert names["default_minibatches"](names["Args"](loss=loss, prompts=256)) == {
+        "grpo": 4,
+        "gspo": 4,
+        "dr_grpo": 8,
+    }.get(loss, 16)
 
 
 def test_the_rate_follows_the_width():

@@ -169,7 +169,9 @@ def _evaluation(found: FinalResults) -> str:
         head = ["context", "perplexity", "second half of window", "bits per byte", "tokens"]
         cells = [[f"{row['context']:,}", f"{row['perplexity']:.4g}", f"{row['second_half']:.4g}",
                   f"{row['bits_per_byte']:.3f}", f"{row['tokens']:,}"] for row in rows]  # fmt: skip
-        chart = line_chart("Perplexity by context length", "of held-out text", "tokens of context", curves)
+        chart = line_chart(
+            "Perplexity by context length", "of text that was not trained on", "tokens of context", curves
+        )
         parts.append(f'<div class="charts">{chart}</div>{table(head, cells)}')
     if found.tasks:
         cells = [[task, metric, f"{value:.4f}"] for (task, metric), value in found.tasks.items()]
