@@ -94,6 +94,7 @@ setup(
     entry_points={"console_scripts": ["minimind = minimind.cli:main"]},
     install_requires=[
         "filelock>=3.13",
+        "huggingface_hub>=0.26",
         "jinja2>=3.1.4",
         "matplotlib>=3.8",
         "numpy>=1.26",
@@ -113,7 +114,8 @@ setup(
         "web": ["minimind[serve]", "openai>=1.50", "streamlit>=1.40"],
         "export": ["gguf>=0.10", "transformers>=4.57"],
         "eval": ["lm-eval>=0.4.9"],
-        "track": ["tensorboard>=2.18", "wandb>=0.18", "swanlab>=0.10"],
+        "modelscope": ["modelscope>=1.20"],
+        "track": ["tensorboard>=2.18", "trackio>=0.5", "wandb>=0.18", "swanlab>=0.10"],
         "dev": [
             "fastapi>=0.115",
             "gguf>=0.10",
@@ -136,7 +138,15 @@ setup(
             "triton>=3.6; platform_system == 'Linux'",
             "uvicorn>=0.32",
         ],
-        # what some slow tests need beside dev: other programs that take our models, and a browser's driver
-        "interop": ["llama-cpp-python>=0.3", "lm-eval>=0.4.9", "selenium>=4.25", "streamlit>=1.40", "trl>=0.24"],
+        # what some slow tests need beside dev: other programs that take our models, a browser's driver, notebooks
+        "interop": [
+            "ipykernel>=6.29",
+            "llama-cpp-python>=0.3",
+            "lm-eval>=0.4.9",
+            "nbclient>=0.10",
+            "selenium>=4.25",
+            "streamlit>=1.40",
+            "trl>=0.24",
+        ],
     },
 )

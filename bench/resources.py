@@ -9,6 +9,9 @@ them (bench/compilation/compiling.py). The cases of runs, whose names begin with
 a kernel a run compiles (bench/compilation/run_cases.py). If nvcc is on PATH, the kernels of csrc/cuda are compiled too
 (bench/compilation/native_resources.py). Nothing is launched and no GPU is needed. The exit status is 1 if a kernel
 spills, needs more shared memory than the GPU has, multiplies 16-bit matrices without tensor cores, or does not compile.
+
+For GPUs before sm_80 (--arch 70 75 --dtype fp16 fp32) the ops are compiled one by one, without the products of experts
+and csrc/cuda, since PyTorch takes their place there (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -38,9 +41,10 @@ from bench.compilation import native_resources
 from bench.compilation.capture import Compilation, capture
 from bench.compilation.compiling import Resources, compile_one
 from bench.compilation.occupancy import CARDS
-from bench.compilation.op_cases import cases
+from bench.compilation.op_cases import Cases, cases
 from bench.compilation.run_cases import variants
 
+NEW = tuple(arch for arch in CARDS if arch >= 80)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -48,7 +52,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Args:
     """Compile every kernel for every GPU and report its resources."""
 
-    arch: tuple[int, ...] = tuple(CARDS)
+    arch: tuple[int, ...] = NEW
     """Compute capabilities, such as 86 for 8.6."""
     dtype: tuple[str, ...] = ("bf16", "fp32")
     """Types of the activations: bf16, fp16, fp32. Weights are float32."""
@@ -76,9 +80,14 @@ def capture_all(args: Args) -> list[Compilation]:
     compilations: dict[str, Compilation] = {}
     for arch in args.arch:
         for dtype in args.dtype:
-            for compilation in capture(selected[dtype], arch, dtype):
+            own = selected[dtype] if arch in NEW else _before_sm_80(selected[dtype])
+            for compilation in capture(own, arch, dtype):
                 compilations.setdefault(compilation.key, compilation)
     return list(compilations.values())
+
+
+def _before_sm_80(cases: Cases) -> Cases:
+    return {name: call for name, call in cases.items() if not name.startswith(("moe_experts", "run, "))}
 
 
 def compile_all(compilations: Sequence[Compilation], jobs: int) -> list[Resources | str]:
@@ -154,7 +163,7 @@ def compile_native(args: Args, console: Console) -> list[Resources]:
     check(args)
     reason = native_resources.why_not()
     if reason is None:
-        return native_resources.compile_all(args.arch, args.jobs)
+        return native_resources.compile_all([arch for arch in args.arch if arch in NEW], args.jobs)
     if args.native == "only":
         raise ValueError(f"--native only: {reason}")
     console.print(reason, highlight=False)

@@ -33,6 +33,7 @@ else:
 
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
+OLDEST = (7, 0)  # compute capability for which Triton compiles these kernels
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Config = TypeVar("Config")
@@ -49,21 +50,32 @@ def why_no_triton(device: torch.device) -> str | None:
         return "triton is not installed"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        if major >= 8:
+        if (major, minor) >= OLDEST:
             return None
-        return f"the kernels need compute capability 8.0, and this device has {major}.{minor}"
+        return f"the kernels need compute capability {OLDEST[0]}.{OLDEST[1]}, and this device has {major}.{minor}"
     if device.type == "cpu" and interpreting():
         return None
     return f"triton has no {device.type} backend"
 
 
+def before_sm_80() -> bool:
+    """Whether the current GPU is older than compute capability 8.0. It then lacks what FlashAttention needs, and for it
+    Triton multiplies 16-bit matrices without tensor cores, with spills (docs/kernels.md)."""
+    return torch.cuda.get_device_capability() < (8, 0)
+
+
+if torch.cuda.is_available():  # not needed elsewhere, and the decorator imports torch._dynamo, which takes 1.5 s
+    before_sm_80 = torch.compiler.assume_constant_result(before_sm_80)
+
+
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """The newest of ARCHITECTURES that `device` supports: 86 for compute capability 8.6, 80 for the interpreter."""
+    """The newest of ARCHITECTURES that `device` supports: 86 for compute capability 8.6, 80 for the interpreter and for
+    older GPUs, which have the tiles of 80."""
     if device.type != "cuda":
         return ARCHITECTURES[0]
     major, minor = torch.cuda.get_device_capability(device)
-    return max(a for a in ARCHITECTURES if a <= 10 * major + minor)
+    return max((a for a in ARCHITECTURES if a <= 10 * major + minor), default=ARCHITECTURES[0])
 
 
 @functools.cache
@@ -91,9 +103,9 @@ def kernel_op(name: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def config_for(table: Mapping[int, Config], device: torch.device) -> Config:
-    """The table's entry for the newest architecture that is not newer than the device's."""
+    """The table's entry for the newest architecture that is not newer than the device's, else the oldest entry."""
     arch = architecture(device)
-    return table[max(a for a in table if a <= arch)]
+    return table[max((a for a in table if a <= arch), default=min(table))]
 
 
 def launch(

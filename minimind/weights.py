@@ -34,7 +34,8 @@ def load_model(
 ) -> Model:
     """Load a trained model in eval mode; `model(input_ids).logits` is [B, T, V] in `dtype`.
 
-    path: a run folder, a checkpoint or HF folder (config.json + model.safetensors), or an upstream .pth file.
+    path: a run folder, a checkpoint or HF folder (config.json + model.safetensors or pytorch_model.bin), or an upstream
+      .pth file.
     config: needed for a .pth: a ModelConfig, a preset's name, or a dict with upstream's or HF's config keys.
     ValueError, naming the file, if something is missing or does not fit.
     """
@@ -74,7 +75,7 @@ def save_weights(model: Model, folder: Path) -> None:
 
 def checkpoint_folder(path: Path) -> Path:
     """The folder with the weights: `path` itself, or a run folder's best checkpoint, or else its newest."""
-    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+    if (path / "config.json").is_file() and _weight_files(path):
         return path
     steps = sorted(path.glob("checkpoints/step-*")) + sorted(path.glob("checkpoints/best-*"))
     if not steps:
@@ -82,11 +83,16 @@ def checkpoint_folder(path: Path) -> Path:
     return steps[-1]
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """The weights of a checkpoint or Hugging Face folder; upstream writes its own classes as .bin."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
 def fingerprint(path: Path) -> str:
     """Identify the weights in a folder or file, by its name and a hash of its bytes."""
     files = [path]
     if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+        files = _weight_files(path) or sorted(path.glob("*.bin"))
     digest = hashlib.blake2b(digest_size=8)
     for name in files:
         with name.open("rb") as file:
@@ -205,9 +211,9 @@ def _as_config(config: ModelConfig | Mapping[str, Any] | str) -> ModelConfig:
 
 
 def _read_folder(folder: Path) -> StateDict:
-    files = sorted(folder.glob("*.safetensors"))
+    files = _weight_files(folder)
     if not files:
-        raise ValueError(f"{folder}: it has no .safetensors file")
+        raise ValueError(f"{folder}: it has no .safetensors file and no pytorch_model.bin")
     state: StateDict = {}
     for file in files:
         state.update(_read_file(file))

@@ -817,9 +817,23 @@ MUTATIONS = (
     Mutation(
         "gradients of ranks are averaged, though each is a part of the sum",
         "minimind/training/trainer.py",
-        "((loss + aux) * ranks).backward()",
-        "(loss + aux).backward()",
+        "self.scaler.scaled((loss + aux) * ranks).backward()",
+        "self.scaler.scaled(loss + aux).backward()",
         "tests/training/test_grpo.py::test_curve_of_two_processes_is_that_of_one",
+    ),
+    Mutation(
+        "gradients are clipped before they are divided by the loss's scale",
+        "minimind/training/trainer.py",
+        "            self.scaler.unscale()\n            norm, *group_norms = self._clip()\n",
+        "            norm, *group_norms = self._clip()\n            self.scaler.unscale()\n",
+        "tests/training/test_loss_scaling.py",
+    ),
+    Mutation(
+        "a resumed run begins with the first scale again",
+        "minimind/training/trainer.py",
+        'self.scaler.load_state_dict(state.get("scaler", {}))',
+        "self.scaler.load_state_dict({})",
+        "tests/training/test_loss_scaling.py",
     ),
     Mutation(
         "the average of the weights is not kept up",

@@ -62,11 +62,11 @@ ARROWS = {
     "environments": "inference rewards tokenization utils",
     "environments/builtin": "data/builtin environments utils",
     "inference/decode": "config kernels modeling ops rope",
-    "inference": "config inference/decode lora lora_files modeling ops rope tokenization utils weights",
+    "inference": "config inference/decode kernels lora lora_files modeling ops rope tokenization utils weights",
     "evaluation": "config data environments environments/builtin inference inference/decode modeling ops tokenization "
     "utils",
     "apps": "environments environments/builtin inference tokenization",
-    "apps/zero": "utils",
+    "apps/zero": "data utils",
     "serving": "inference tokenization",
     "export": "config inference lora lora_files modeling tokenization weights",
     "training/profiling": "utils",

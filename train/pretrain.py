@@ -19,7 +19,7 @@ from rich.console import Console
 from minimind.data import PackedLoader, builtin_corpus
 from minimind.objectives.next_token import next_token_loss
 from minimind.training.arguments import StageArgs, pretraining_lr
-from minimind.training.data_split import NamedFiles, all_losses, open_split, read_texts
+from minimind.training.data_split import NamedFiles, all_losses, open_split, read_texts, save_heldout
 from minimind.training.evaluation import describe_batch
 from minimind.training.job import Job, run_script
 from minimind.training.stages.answers import continue_texts
@@ -54,6 +54,7 @@ def main(args: Args, console: Console) -> bool:
     plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=split.mixture))
     lr = job.settle("lr", lambda: pretraining_lr(job.args.optimizer, job.config, plan.steps, usual_lr))
     job.open_run()
+    save_heldout(job, heldout)
     model, trained = job.build_model()
     stage = Stage(
         loss=lambda batch: next_token_loss(trained, batch),

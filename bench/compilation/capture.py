@@ -21,8 +21,8 @@ from triton.runtime import driver
 
 from minimind.kernels import triton_support
 
-# A100, RTX 3090's chip, RTX 4090, H100, RTX 5090
-MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 120: 170}
+# V100, T4, A100, RTX 3090's chip, RTX 4090, H100, RTX 5090
+MULTIPROCESSORS = {70: 80, 75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 120: 170}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ class SMLimits:
 
 
 CARDS = {
+    70: SMLimits(warps=64, programs=32, shared=96 * KIB, shared_per_program=96 * KIB),
+    75: SMLimits(warps=32, programs=16, shared=64 * KIB, shared_per_program=64 * KIB),
     80: SMLimits(warps=64, programs=32, shared=164 * KIB, shared_per_program=163 * KIB),
     86: SMLimits(warps=48, programs=16, shared=100 * KIB, shared_per_program=99 * KIB),
     89: SMLimits(warps=48, programs=24, shared=100 * KIB, shared_per_program=99 * KIB),

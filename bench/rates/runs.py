@@ -140,7 +140,7 @@ def train(point: Point, rate: float, data: str, work: Path) -> TransferRow:
         "commit": start["commit"],
         "device": start["device"].partition(";")[0],
         "torch": start["torch"],
-        "precision": "bf16" if choose_precision(choose_device("auto")).compute_dtype == torch.bfloat16 else "fp32",
+        "precision": choose_precision(choose_device("auto")).name,
     }
     steps = math.ceil(point.tokens / point.batch_tokens)
     named = {key: figures[key] for key in ("heldout_loss", "heldout_bpb", "heldout_tokens")}

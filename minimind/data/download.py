@@ -20,7 +20,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -35,7 +35,15 @@ from minimind.utils.display import ByteProgress, say
 from minimind.utils.files import is_disk_full, locked, sync
 
 HubName = Literal["modelscope", "huggingface"]
-OTHER_HUB = {"modelscope": "huggingface", "huggingface": "modelscope"}
+OTHER_HUB: dict[HubName, HubName] = {"modelscope": "huggingface", "huggingface": "modelscope"}
+# Upstream's files by stage. The second names are those of 2026, which took the place of the first on the hubs.
+FOR_STAGES = {
+    "pretrain": ("pretrain_hq", "pretrain_t2t_mini"),
+    "sft": ("sft_mini_512", "sft_t2t_mini"),
+    "reason": ("r1_mix_1024",),
+    "dpo": ("dpo",),
+}
+UPSTREAM: dict[HubName, str] = {"modelscope": "gongjy/minimind_dataset", "huggingface": "jingyaogong/minimind_dataset"}
 TIMEOUT = 30.0  # seconds without an answer
 
 
@@ -130,8 +138,8 @@ class Args:
     lora_identity, lora_medical, rlaif-mini, ... Leave them out to list the files."""
     hub: HubName = "modelscope"
     """modelscope (faster in China) or huggingface."""
-    repo: str = "gongjy/minimind_dataset"
-    """The data set repository, owner/name."""
+    repo: str | None = None
+    """The data set repository, owner/name. None: upstream's."""
     endpoint: str | None = None
     """Another address of the hub, such as a mirror. None: the hub's own, or $HF_ENDPOINT for Hugging Face."""
     out: str = "dataset"
@@ -140,12 +148,13 @@ class Args:
 
 def main(args: Args) -> int:
     console = Console()
-    files = list_files(args.hub, args.repo, args.endpoint)
+    repo = args.repo or UPSTREAM[args.hub]
+    files = list_files(args.hub, repo, args.endpoint)
     if not args.names:
         for file in files.values():
             say(console, f"{file.name:<32} {_megabytes(file.size)}")
         return 0
-    chosen = [_choose(name, files, args) for name in dict.fromkeys(args.names)]
+    chosen = [_choose(name, files, args.hub, repo) for name in dict.fromkeys(args.names)]
     folder = Path(args.out).expanduser()
     for file in chosen:
         path = download(file, folder, console)
@@ -154,6 +163,32 @@ def main(args: Args) -> int:
         if stage is not None:
             say(console, f"next: python train/{stage}.py --data {path}")
     return 0
+
+
+def fetch_for_stages(stages: Sequence[str], folder: Path, hubs: Sequence[HubName], console: Console) -> dict[str, Path]:
+    """Upstream's file for each of `stages`, in `folder`. A file that is there is complete; others are downloaded from
+    the first of `hubs` that has them. Raises ValueError, in one line, as the last hub does."""
+    paths: dict[str, Path] = {}
+    for stage in stages:
+        there = [path for name in FOR_STAGES[stage] if (path := folder / f"{name}.jsonl").exists()]
+        paths[stage] = there[0] if there else _fetch_one(stage, folder, hubs, console)
+    return paths
+
+
+def _fetch_one(stage: str, folder: Path, hubs: Sequence[HubName], console: Console) -> Path:
+    for hub in hubs:
+        try:
+            files = list_files(hub, UPSTREAM[hub])
+            names = [name for name in FOR_STAGES[stage] if f"{name}.jsonl" in files] or FOR_STAGES[stage]
+            file = _choose(names[0], files, hub, UPSTREAM[hub])
+            say(console, f"downloading {file.name},{_megabytes(file.size)}, from {hub} into {folder}")
+            return download(file, folder, console)
+        except ValueError:
+            if hub == hubs[-1]:
+                raise
+    raise ValueError(
+        f"{folder / FOR_STAGES[stage][0]}.jsonl is not there: run `minimind data download {FOR_STAGES[stage][0]}`"
+    )
 
 
 def download(file: RemoteFile, folder: Path, console: Console) -> Path:
@@ -243,11 +278,11 @@ def _check(path: Path, file: RemoteFile, way_out: str) -> None:
             raise ValueError(f"{path}: SHA-256 {digest[:12]}..., the hub says {file.sha256[:12]}...; {way_out}")
 
 
-def _choose(name: str, files: dict[str, RemoteFile], args: Args) -> RemoteFile:
+def _choose(name: str, files: dict[str, RemoteFile], hub: HubName, repo: str) -> RemoteFile:
     for candidate in (name, f"{name}.jsonl"):
         if candidate in files:
             return files[candidate]
-    raise ValueError(f"{name}: {args.repo} on {args.hub} has no such file; it has {', '.join(sorted(files))}")
+    raise ValueError(f"{name}: {repo} on {hub} has no such file; it has {', '.join(sorted(files))}")
 
 
 @contextmanager

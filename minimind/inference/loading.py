@@ -19,6 +19,7 @@ from minimind.lora_files import CONFIG, adapter_folder, base_mismatch, find_base
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer, load_tokenizer, require_same_ids, tokenizer_beside
 from minimind.utils.device import choose_device, choose_precision
+from minimind.utils.hub import HubModel, local_path
 from minimind.weights import checkpoint_folder, load_model
 
 MAX_YARN = 1024  # tables of cosines grow with it: with 2,048 positions to two million
@@ -32,7 +33,8 @@ class WeightArgs:
     """Flags that name a model."""
 
     model: Annotated[str | None, tyro.conf.arg(aliases=["--load"])] = None
-    """A run folder, a checkpoint or Hugging Face folder, or an upstream .pth file (with --preset).
+    """A run folder, a checkpoint or Hugging Face folder, an upstream .pth file (with --preset), or a name on a hub:
+    OWNER/NAME, OWNER/NAME@REVISION, modelscope:OWNER/NAME.
     A run of train/lora.py stands for its base model with the adapter. None: the newest run under runs/."""
     preset: str | None = None
     """Shape of the model in a .pth file: nano, minimind2-small, minimind2, minimind2-moe, minimind3, minimind3-moe."""
@@ -53,9 +55,9 @@ class ModelArgs(WeightArgs):
     """Flags that name a model, a device and data types."""
 
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:N."""
+    """Device: auto, cpu, cuda, cuda:N or mps."""
     dtype: DTypeName = "auto"
-    """Data type of the computation; auto: bf16 if the device supports it, else fp32."""
+    """Data type of the computation; auto: bf16 if the device supports it, else fp16 on a GPU, else fp32."""
     kv_dtype: KVDTypeName = "auto"
     """Data type of the key/value cache; auto: as --dtype; fp8 takes half of bf16's memory (docs/decoding.md)."""
     weights_dtype: WeightsDTypeName = "auto"
@@ -66,7 +68,8 @@ class ModelArgs(WeightArgs):
 class LoadedModel:
     """A loaded model. model: float32, on its device. dtype: of the computation. kv_dtype: of the key/value cache.
     weights_dtype: of the weights when decoding, or None for dtype. stage: the training stage; None if its folder does
-    not say. folder: for results; None for a single file. notes: lines that the user should see. lora: folder of its
+    not say. folder: for results; None for a single file
+    or a hub's cache. notes: lines that the user should see. lora: folder of its
     adapter, or None."""
 
     model: Model
@@ -93,8 +96,9 @@ def open_weights(
     args: WeightArgs, device: torch.device, dtype: torch.dtype = torch.float32, merge: bool = True
 ) -> LoadedModel:
     """Like open_model, on a given device. merge: merge an adapter into the weights; otherwise it stays attached."""
-    source = _newest_run() if args.model is None else Path(args.model).expanduser()
-    notes = [] if args.model else [f"model: {source}"]
+    notes: list[str] = []
+    source = _newest_run() if args.model is None else local_path(args.model, "--model", notes.append)
+    notes += [] if args.model else [f"model: {source}"]
     path, lora = _base_and_adapter(source, args.lora)
     config = stretched(_config_of(path, args.preset), args)
     tokenizer = _tokenizer_of(path, lora, args, notes)
@@ -108,7 +112,8 @@ def open_weights(
         if other := base_mismatch(adapter_folder(lora), _weights_of(path)):
             notes.append(f"{lora}: {other}; right if that is the same model in another form")
         _adapt(model, lora, merge)
-    return LoadedModel(model, tokenizer, dtype, _stage_of(source), source if source.is_dir() else None, notes, lora)
+    own = source.is_dir() and (args.model is None or HubModel.parse(args.model) is None)  # not a hub's cache
+    return LoadedModel(model, tokenizer, dtype, _stage_of(source), source if own else None, notes, lora)
 
 
 def stretched(config: ModelConfig, args: WeightArgs) -> ModelConfig:

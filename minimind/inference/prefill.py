@@ -19,6 +19,7 @@ from torch import Tensor
 from minimind.inference.batch import on_device
 from minimind.inference.decode.kv_cache import LayerCache
 from minimind.inference.scheduler import Chunk
+from minimind.kernels.triton_support import before_sm_80
 from minimind.ops import varlen
 
 
@@ -154,7 +155,7 @@ class PagedLayout:
         prompts, cache, (q, k, v) = self.prompts, self.cache, (q[0], k[0], v[0])
         cache.write(prompts.slot, k, v)
         same_dtype = cache.k.dtype == q.dtype
-        flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+        flash = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not before_sm_80()
         if flash and same_dtype and prompts.page_table is not None and not prompts.fresh:
             return self.attention.paged_varlen(q, cache.k, cache.v).unsqueeze(0)
         if not (prompts.fresh and same_dtype):

@@ -26,7 +26,7 @@ from minimind.kernels import rms_norm as _norm
 from minimind.kernels import rope as _rope
 from minimind.kernels import swiglu as _swiglu
 from minimind.kernels.moe_routing import Routing
-from minimind.kernels.triton_support import interpreting, why_no_triton
+from minimind.kernels.triton_support import before_sm_80, interpreting, why_no_triton
 from minimind.ops import native
 from minimind.ops.attention import permute_rows
 from minimind.ops.expert_linear import expert_linear as _expert_linear
@@ -34,6 +34,7 @@ from minimind.ops.expert_linear import expert_linear as _expert_linear
 Mode = Literal["reference", "fused", "kernels"]
 MODES = ("reference", "fused", "kernels")
 _mode: Mode = "fused"
+_PLAIN_DEVICES = ("mps",)  # on these, reference and fused are the same: nobody has tried other forms there
 
 
 def set_mode(mode: Mode) -> None:
@@ -72,9 +73,13 @@ def describe(device: torch.device) -> str:
     """One line for the head of a run: what the switch resolves to on `device`, and why."""
     if _mode == "reference":
         return "ops: reference (plain PyTorch, full logits)"
+    if device.type in _PLAIN_DEVICES:
+        return f"ops: {_mode} = reference on {device.type}, where nobody has tried this program yet"
     reason = why_no_triton(device)
     if _mode == "kernels" or (device.type == "cuda" and reason is None):
-        return f"ops: {_mode} = Triton kernels"
+        old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+        experts = ", but grouped_mm for experts, which need compute capability 8.0" if old and _mode == "fused" else ""
+        return f"ops: {_mode} = Triton kernels{experts}"
     if device.type == "cpu":
         reason = "on a CPU they are faster than Triton, which would run in its interpreter"
     missing = native.why_not(device) if device.type == "cpu" else None
@@ -97,6 +102,11 @@ def _kernels(x: Tensor) -> bool:
     return _mode == "kernels" or (_mode == "fused" and x.is_cuda and _cuda_kernels())
 
 
+def _reference(x: Tensor) -> bool:
+    """Whether this tensor goes to the plain reference."""
+    return _mode == "reference" or x.device.type in _PLAIN_DEVICES
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension, reduced in float32.
 
@@ -104,7 +114,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if _kernels(x):
         return _norm.rms_norm(x, weight, eps)
-    if _mode == "reference" or x.device.type == "cpu":  # on a CPU F.rms_norm is no faster and keeps more memory
+    if _reference(x) or x.device.type == "cpu":  # on a CPU F.rms_norm is no faster and keeps more memory
         return _norm.rms_norm_ref(x, weight, eps)
     return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
 
@@ -136,7 +146,7 @@ def rope(
     """
     if _kernels(qkv):
         return _rope.rope(qkv, cos, sin, position_ids, heads, kv_heads, q_weight, k_weight, eps)
-    norm = _norm.rms_norm_ref if _mode == "reference" else rms_norm
+    norm = _norm.rms_norm_ref if _reference(qkv) else rms_norm
     return _rope.rope_ref(qkv, cos, sin, position_ids, heads, kv_heads, q_weight, k_weight, eps, norm)
 
 
@@ -159,7 +169,7 @@ def linear_cross_entropy(
     all 1. num_targets: the number of targets that are not -100, if the host knows it; ignored tokens then cost nothing.
     """
     inputs = (x, weight, targets, loss_weights)
-    if _mode == "reference":
+    if _reference(x):
         return _ce.linear_cross_entropy_ref(*inputs)
     return _ce.linear_cross_entropy(*inputs, num_targets=_round_up(num_targets), kernels=_kernels(x))
 
@@ -175,7 +185,7 @@ def linear_log_probs(
 ) -> tuple[Tensor, Tensor | None]:
     """(log softmax(x_t @ weight.T / temperature)[target_t], the entropy of that distribution or None): float32 [N]
     each, 0 where the target is -100. Arguments as in `linear_cross_entropy`."""
-    if _mode == "reference":
+    if _reference(x):
         return _log_probs.linear_log_probs_ref(x, weight, targets, temperature=temperature, entropy=entropy)
     return _log_probs.linear_log_probs(
         x, weight, targets,
@@ -200,7 +210,7 @@ def linear_distillation(
     Arguments as in `linear_cross_entropy`; the teacher may have another hidden size and gets no gradient.
     """
     inputs = (x, weight, teacher_x, teacher_weight, loss_weights)
-    if _mode == "reference":
+    if _reference(x):
         return _distillation.linear_distillation_ref(*inputs, temperature=temperature, beta=beta)
     return _distillation.linear_distillation(
         *inputs, temperature=temperature, beta=beta, num_targets=_round_up(num_targets), kernels=_kernels(x)
@@ -254,9 +264,9 @@ def moe_experts(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> T
 
     x [N, D]; gate_up [E, 2 I, D]; down [E, D, I] -> [N, D].
     """
-    if _kernels(x):
+    if _mode == "kernels" or (_kernels(x) and not before_sm_80()):
         return _experts.moe_experts(x, gate_up, down, routing.gates, routing.order, routing.offsets)
-    if _mode == "reference":
+    if _reference(x):
         return _experts.moe_experts_ref(x, gate_up, down, routing.gates, routing.expert_ids)
     return _moe_experts_grouped(x, gate_up, down, routing)
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minimind.kernels.triton_support import before_sm_80
 from minimind.ops import varlen
 from minimind.ops.document_attention import document_attention
 
@@ -206,7 +207,7 @@ def _document_layout(
     if fused and cu_seqlens is not None:
         if device.type == "cpu":
             return DocumentLayout(cu_seqlens)
-        if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and not before_sm_80():
             return VarlenLayout(cu_seqlens.to(device, torch.int32), longest)
     return None
 
@@ -218,7 +219,7 @@ def attention_name(device: torch.device, dtype: torch.dtype | None, fused: bool)
         return "masked"
     if device.type == "cpu":
         return "documents"
-    return varlen.chosen() if dtype in (torch.bfloat16, torch.float16) else "masked"
+    return varlen.chosen() if dtype in (torch.bfloat16, torch.float16) and not before_sm_80() else "masked"
 
 
 def _visible(shared_prefix: SharedPrefix, batch: int, length: int) -> Tensor:

@@ -142,6 +142,9 @@ def why_none(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"flash attention over documents needs a GPU, and this is {device}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"flash attention needs 16-bit numbers, and the run computes in {dtype}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"flash attention needs compute capability 8.0, and this GPU has {major}.{minor}"
     return None
 
 

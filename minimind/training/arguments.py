@@ -40,8 +40,9 @@ class StageArgs:
     """The flags of every stage. All defaults work."""
 
     from_: FromFlag = None
-    """Initial weights: the run folder of an earlier stage, a Hugging Face folder, or an upstream .pth (with --preset
-    and --tokenizer). None: random weights."""
+    """Initial weights: the run folder of an earlier stage, a Hugging Face folder, a name on a hub (OWNER/NAME,
+    OWNER/NAME@REVISION, modelscope:OWNER/NAME), or an upstream .pth (with --preset and --tokenizer). None: random
+    weights."""
     preset: PresetName | None = None
     """Model shape. None: that of --from, else nano, which trains on a CPU."""
     data: tuple[str, ...] = ()
@@ -122,7 +123,8 @@ class StageArgs:
     fused: bool = True
     """Use the fastest form of every operator on this device; --no-fused uses the plain reference."""
     precision: PrecisionName = "auto"
-    """Precision of matrix products; weights are always float32."""
+    """Precision of matrix products; weights are always float32. fp16 scales the loss (docs/training.md). auto: bf16
+    where the device has it, else fp16 on a GPU with tensor cores, else fp32."""
     attention: AttentionName = "auto"
     """Flash attention on a GPU: torch's, or that of an installed package: flash2, flash3, flash4 (docs/kernels.md).
     auto: the fastest that works on this GPU."""
@@ -139,7 +141,7 @@ class StageArgs:
     cache_dir: str | None = None
     """Folder of tokenized data. None: $MINIMIND_CACHE or ~/.cache/minimind."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps (an Apple GPU: plain PyTorch, which nobody has tried yet)."""
     parallel: ParallelName = "auto"
     """How the processes of torchrun share the work: ddp (each holds the whole model) or fsdp (each holds a shard).
     auto: ddp if there are several. A run may continue with another number of processes."""
@@ -164,7 +166,7 @@ class StageArgs:
     """With --plan: also write its figures to this file."""
     scale: tyro.conf.Suppress[float] = 1.0
     track: TrackerName = "none"
-    """Also send the metrics to an experiment tracker."""
+    """Also send the metrics to an experiment tracker. tensorboard and trackio keep them on this machine."""
     out: str | None = None
     """Run folder. None: runs/STAGE-PRESET-DATA, with a number if that is taken."""
 

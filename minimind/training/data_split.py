@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,11 +19,13 @@ from minimind.data.split import MAX_TOKENS, repeats, shared, split, split_tail
 from minimind.modeling import Model
 from minimind.training.arguments import StageArgs, default_epochs, default_optimizer
 from minimind.training.evaluation import heldout_loss, named_losses
+from minimind.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from minimind.training.job import Job
     from minimind.training.trainer import TrainingPlan
 
+HELDOUT_TOKENS = 1 << 16  # as many as `minimind evaluate` scores
 Read = Callable[[Sequence[str]], Corpus]
 _NAMED = re.compile(r"([A-Za-z]\w*)=(.+)")
 
@@ -134,6 +137,22 @@ def named_form(args: StageArgs) -> RowFormat:
     if name != "auto" and not args.data:
         raise ValueError(f"--format {name}: says how the rows of --data are read; name the files")
     return RowFormat(name, args.ignore_fields)
+
+
+def save_heldout(job: Job, heldout: Corpus | None) -> None:
+    """Write the first held-out texts, of about HELDOUT_TOKENS tokens, to heldout.jsonl in the run folder, for
+    `minimind evaluate --ppl`."""
+    path = job.run.path / "heldout.jsonl"
+    if heldout is None or not job.parallel.main or job.flags.plan or path.exists():
+        return
+    rows, tokens = [], 0
+    for i in range(heldout.num_documents):
+        ids = heldout.document(i)
+        rows.append(json.dumps({"text": job.tokenizer.decode(ids[1:-1])}, ensure_ascii=False) + "\n")
+        tokens += len(ids)
+        if tokens >= HELDOUT_TOKENS:
+            break
+    write_atomically(path, "".join(rows).encode())
 
 
 def all_losses(model: Model, split: DataSplit, job: Job, final: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from minimind.tokenization import Tokenizer, load_tokenizer, require_same_ids, t
 from minimind.training.arguments import StageArgs
 from minimind.training.run_folder import newest_finished
 from minimind.utils.display import say
+from minimind.utils.hub import local_path
 from minimind.weights import checkpoint_folder, fingerprint, load_model
 
 
@@ -30,7 +32,7 @@ class InitialModel:
     def from_args(args: StageArgs, console: Console) -> InitialModel:
         """The model that --from, --preset and --tokenizer name. Raises ValueError, naming the flag."""
         if args.from_ is not None:
-            earlier = _earlier(Path(args.from_).expanduser(), args)
+            earlier = _earlier(local_path(args.from_, "--from", partial(say, console)), args)
             if earlier.config.padding_note:
                 say(console, earlier.config.padding_note)
             return earlier

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import re
+import secrets
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from minimind.utils.display import caption, decoration, pyplot
 
-TrackerName = Literal["none", "tensorboard", "wandb", "swanlab"]
+TrackerName = Literal["none", "tensorboard", "trackio", "wandb", "swanlab"]
 # (title of a panel, {figure of rollouts: its label})
 _PANELS = (
     ("reward", {"reward": "of the rollouts"}),
@@ -234,19 +235,26 @@ class TensorBoardTracker:
 
 
 class HostedTracker:
-    """wandb or swanlab, which have the same interface. Raises ValueError if it cannot start."""
+    """trackio, wandb or swanlab, which have nearly the same interface. Raises ValueError where it cannot start.
+
+    trackio keeps its data on this machine (`trackio show --project minimind`) and knows a run by its name alone, which
+    therefore ends in a random number and is the id.
+    """
 
     def __init__(self, package: TrackerName, folder: Path, config: dict[str, Any], run_id: str | None) -> None:
         self.name = package
         module = _require(package, package)
-        place = {"wandb": {"dir": str(folder)}, "swanlab": {"log_dir": str(folder / "swanlab")}}[package]
+        by_package: dict[str, dict[str, Any]] = {
+            "trackio": {"name": run_id or f"{folder.name}-{secrets.token_hex(3)}"},
+            "wandb": {"name": folder.name, "id": run_id, "dir": str(folder)},
+            "swanlab": {"name": folder.name, "id": run_id, "log_dir": str(folder / "swanlab")},
+        }
+        own = by_package[package]
         try:
-            self.run = module.init(
-                project="minimind", name=folder.name, config=config, id=run_id, resume="allow", **place
-            )
+            self.run = module.init(project="minimind", config=config, resume="allow", **own)
         except Exception as problem:
             raise ValueError(f"--track {package}: {_line(problem)}; drop the flag, or mend that") from problem
-        self.run_id: str | None = str(self.run.id)
+        self.run_id: str | None = own["name"] if package == "trackio" else str(self.run.id)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)

@@ -12,6 +12,7 @@ per element cross the network.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -104,7 +105,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalise(updates: list[Tensor], plan: MuonPlan) -> None:
     """Replace each matrix in `updates`, float32 [rows, columns], by its orthogonal factor. All ranks call it."""
-    flat = updates[0].new_empty(sum(plan.sent), dtype=torch.bfloat16)
+    flat = updates[0].new_empty(sum(plan.sent), dtype=_working_dtype(updates[0].device))
     torch._foreach_copy_(cut(flat, plan.own_rows), take(updates, plan.own_rows))
     with exchange(flat, plan) as stacks:
         for stack in stacks:
@@ -112,8 +113,15 @@ def orthogonalise(updates: list[Tensor], plan: MuonPlan) -> None:
     torch._foreach_copy_(take(updates, plan.own_rows), cut(flat, plan.own_rows))
 
 
+@functools.cache
+def _working_dtype(device: torch.device) -> torch.dtype:
+    """bf16; float32 on GPUs without bf16 instructions. fp16 would lose small gradients before they are normalised."""
+    without = device.type == "mps" or (device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0))
+    return torch.float32 if without else torch.bfloat16
+
+
 def newton_schulz_(matrices: Tensor) -> None:
-    """Replace each matrix U S V^T in bf16 [m, n] or [K, m, n] by U S' V^T, with S' from about 0.7 to 1.2."""
+    """Replace each matrix U S V^T, [m, n] or [K, m, n] by U S' V^T, with S' from about 0.7 to 1.2."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     multiply_add = torch.addmm if matrices.ndim == 2 else torch.baddbmm
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPS)

@@ -62,6 +62,11 @@ class Optimizers:
         for part in self.parts:
             part.step()
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all parts, as a torch optimizer has them."""
+        return [group for part in self.parts for group in part.param_groups]
+
     def zero_grad(self) -> None:
         for part in self.parts:
             part.zero_grad()
@@ -89,6 +94,65 @@ class Optimizers:
         if not moved:
             return None
         return f"{len(moved)} stacks of experts were AdamW's and are Muon's now: their mean gradients become momentum"
+
+
+class LossScaler:
+    """Dynamic loss scaling (Micikevicius et al. 2018, arXiv 1710.03740) by torch.amp.GradScaler, for float16: the loss
+    is multiplied so that small gradients do not become 0, and the gradients are divided before they are clipped.
+
+    A gradient that overflows skips the whole step, of all optimizers and on all ranks, and halves the scale; `GROWTH`
+    steps without an overflow double it. `step` waits for the device. In other dtypes everything passes through.
+
+    overflows: steps skipped since the run began. enabled: whether losses are scaled.
+    """
+
+    FIRST, GROWTH = 2.0**16, 2000  # torch's defaults
+
+    def __init__(self, optimizer: Optimizers, device: torch.device, dtype: torch.dtype | None) -> None:
+        self.optimizer, self.enabled, self.overflows = optimizer, dtype == torch.float16, 0
+        self._scaler = torch.amp.GradScaler(
+            device.type, init_scale=self.FIRST, growth_interval=self.GROWTH, enabled=self.enabled
+        )
+
+    @property
+    def scale(self) -> float:
+        """The factor of the loss; 1 where losses are not scaled."""
+        return self._scaler.get_scale()
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """`loss` times the scale."""
+        return self._scaler.scale(loss)
+
+    def unscale(self) -> None:
+        """Divide the gradients by the scale, after the last backward of a step."""
+        self._scaler.unscale_(cast(torch.optim.Optimizer, self.optimizer))
+
+    def step(self) -> bool:
+        """Update the weights, or skip that where a gradient overflowed; whether they were updated."""
+        if not self.enabled:
+            self.optimizer.step()
+            return True
+        before = self.scale
+        self._scaler.step(cast(torch.optim.Optimizer, self.optimizer))
+        self._scaler.update()
+        overflowed = self.scale < before
+        self.overflows += overflowed
+        return not overflowed
+
+    def summary(self, steps: int) -> str:
+        """One line for the end of a run of `steps`."""
+        skipped = f"{self.overflows} of {steps} steps were skipped, as a gradient overflowed"
+        return f"fp16: {skipped}; the loss scale is {self.scale:g}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty where losses are not scaled."""
+        return {**self._scaler.state_dict(), "overflows": self.overflows} if self.enabled else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing happens where `state` is empty or losses are not scaled: a run may continue on another device."""
+        if self.enabled and state:
+            self._scaler.load_state_dict(state)
+        self.overflows = state.get("overflows", 0)
 
 
 def _experts_to_muon(state: dict[str, Any], names: Sequence[Sequence[str]]) -> tuple[dict[str, Any], list[str]]:

@@ -237,7 +237,7 @@ def _shard(model: Model, mesh: DeviceMesh, reduce_dtype: torch.dtype) -> None:
     come with the embedding, once a step. With DoRA the matrices are gathered in float32 too: the lengths of rows need
     unrounded weights. Frozen weights are sharded like the others, without gradients.
     """
-    dtype = model.compute_dtype if model.compute_dtype == torch.bfloat16 else None
+    dtype = model.compute_dtype if model.compute_dtype in (torch.bfloat16, torch.float16) else None
     # inputs are not cast: the model decides what runs in which precision
     exact = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     rounded = MixedPrecisionPolicy(dtype, reduce_dtype, cast_forward_inputs=False)

@@ -32,7 +32,7 @@ from minimind.training.batches import Loader, to_device
 from minimind.training.checkpoint import best_folder, load_weights_into, save_checkpoint
 from minimind.training.evaluation import BestFigure, Evaluation
 from minimind.training.metrics import Event, MetricsLog, Tracker, plot_losses
-from minimind.training.optim import AVERAGE_FOLDER, ClipGroup, Optimizers, RateSchedule, WeightAverage
+from minimind.training.optim import AVERAGE_FOLDER, ClipGroup, LossScaler, Optimizers, RateSchedule, WeightAverage
 from minimind.training.parallel import Parallel
 from minimind.training.profiling import StepProfiler
 from minimind.training.run_folder import RunFolder, truncate
@@ -100,7 +100,8 @@ class NonFiniteLossError(ValueError):
 
 @dataclass
 class _StepFigures:
-    """The figures of one step, still on the device."""
+    """The figures of one step, still on the device. scaling: figures of loss scaling; overflowed: whether the step was
+    skipped, as a gradient overflowed."""
 
     step: int
     figures: Tensor  # float32 [3 + n]: this rank's part of loss, auxiliary loss, gradient norm and of `names`
@@ -110,6 +111,8 @@ class _StepFigures:
     position: dict[str, Any]  # of the loader before the step
     names: tuple[str, ...] = ()
     event: Event | None = None
+    scaling: dict[str, float] = field(default_factory=dict)
+    overflowed: bool = False
 
 
 @dataclass
@@ -138,8 +141,10 @@ class Trainer:
     pending: list[_StepFigures] = field(default_factory=list)
     average: WeightAverage | None = field(init=False, default=None)
     evaluation: Evaluation = field(init=False)
+    scaler: LossScaler = field(init=False)
 
     def __post_init__(self) -> None:
+        self.scaler = LossScaler(self.optimizer, self.device, self.model.compute_dtype)
         if self.args.ema is not None:
             self.average = WeightAverage(self.model, self.args.ema)
         self.evaluation = Evaluation(
@@ -190,6 +195,8 @@ class Trainer:
             self.display.say(self.evaluation.best.summary())
         self._evaluate(final=True)
         self._sample()
+        if self.scaler.enabled:
+            self.display.say(self.scaler.summary(self.step))
         if self.parallel.main:
             self.run.mark_finished()
         return True
@@ -214,18 +221,20 @@ class Trainer:
                     loss, aux = loss / weight, aux * (batch.num_targets / targets)
                 # DDP and FSDP average gradients over ranks, but each rank's loss is a part of the sum, not a sample
                 with span("backward"):
-                    ((loss + aux) * ranks).backward()
+                    self.scaler.scaled((loss + aux) * ranks).backward()
             if self.args.cuda_graph and i == 0 and len(batches) > 1:
                 self.optimizer.own_gradients()  # the graph's next backward would overwrite them in place
             metrics = more[0] if more else {}
             parts.append(torch.stack((loss.detach(), aux.detach(), *(v / weight for v in metrics.values()))))
         self.loader.fetch()  # while the device computes
+        scale = self.scaler.scale
         with span("optimizer"):
+            self.scaler.unscale()
             norm, *group_norms = self._clip()
             stage.before_update()
-            self.optimizer.step()
+            updated = self.scaler.step()
             self.optimizer.zero_grad()
-            if self.average is not None:
+            if self.average is not None and updated:
                 self.average.update()
         sums = torch.stack(parts).sum(0)
         figures = torch.cat((sums[:2], norm[None] / ranks, sums[2:], *(n[None] / ranks for n in group_norms)))
@@ -233,7 +242,10 @@ class Trainer:
         self.targets_seen += targets
         names = (*metrics, *(f"{group.name}_grad_norm" for group in stage.clip_groups))
         lr = self.args.peak_lr(stage.peak_lr) * factor
-        self.pending.append(_StepFigures(self.step, figures, lr, targets, self.tokens, position, names, event))
+        scaling = {"loss_scale": scale, "overflows": self.scaler.overflows} if self.scaler.enabled else {}
+        self.pending.append(
+            _StepFigures(self.step, figures, lr, targets, self.tokens, position, names, event, scaling, not updated)
+        )
 
     def _clip(self) -> list[Tensor]:
         """Clip the gradients. Returns their norms before clipping: of the parameters in no clip group, then of each
@@ -300,10 +312,12 @@ class Trainer:
         )
 
     def _row(self, row: _StepFigures, loss: float, aux: float, norm: float, *more: float) -> dict[str, float]:
-        """The figures of a step by name. Raises NonFiniteLossError."""
-        if not all(math.isfinite(value) for value in (loss, aux, norm)):
+        """The figures of a step by name. Raises NonFiniteLossError; but a gradient may overflow because of the loss's
+        scale, in a step that was skipped."""
+        skipped = row.overflowed and row.scaling["loss_scale"] > 1
+        if not (math.isfinite(loss) and math.isfinite(aux) and (math.isfinite(norm) or skipped)):
             self._report_non_finite(row, loss, norm)
-        named = {"loss": loss, "aux_loss": aux, "grad_norm": norm, "lr": row.lr}
+        named = {"loss": loss, "aux_loss": aux, "grad_norm": norm, "lr": row.lr, **row.scaling}
         return named | dict(zip(row.names, more, strict=True))
 
     def _log_event(self, event: Event, step: int) -> None:
@@ -382,6 +396,7 @@ class Trainer:
             "targets_seen": self.targets_seen,
             "seconds": self.seconds,
             "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
             "loader": self.loader.state(),
             "data": self.stage.data_fingerprint,
             "best": asdict(self.evaluation.best),
@@ -404,6 +419,7 @@ class Trainer:
             )
         if note := self.optimizer.load_state_dict(self.model, state["optimizer"]):
             say(self.console, note)
+        self.scaler.load_state_dict(state.get("scaler", {}))  # earlier versions had none
         self.stage.load_model(self.model, self.run.checkpoint, self.parallel)
         if self.average is not None:
             self.average.updates = state["averaged"]
@@ -439,9 +455,10 @@ class Trainer:
             batches = [list(chain(*micro)) for micro in zip(*parts, strict=True)]
             figures = {"step": row.step, "loss": str(loss), "grad_norm": str(norm)}
             write_json(report, figures | {"position": position, "batches": batches})
+        other = ", or take --precision fp32: fp16 ends at 65,504" if self.scaler.enabled else ""
         raise NonFiniteLossError(
             f"step {row.step}: loss {loss}, gradient norm {norm}. The batch is described in {report}; look at its "
-            "documents or lower --lr. Checkpoints are from before this step"
+            f"documents or lower --lr{other}. Checkpoints are from before this step"
         )
 
     def _interrupt(self, number: int, _frame: Any) -> None:

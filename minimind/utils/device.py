@@ -9,32 +9,41 @@ from typing import Literal
 
 import torch
 
-PrecisionName = Literal["auto", "bf16", "fp32"]
+PrecisionName = Literal["auto", "bf16", "fp16", "fp32"]
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The precision policy: float32 master weights always, matrix products in `compute_dtype`."""
+    """The precision policy: float32 master weights always, matrix products in `compute_dtype`; with float16 the loss is
+    scaled (training.optim.LossScaler)."""
 
     compute_dtype: torch.dtype
     reason: str
 
+    @property
+    def name(self) -> str:
+        """bf16, fp16 or fp32."""
+        return next(name for name, dtype in _DTYPES.items() if dtype == self.compute_dtype)
+
     def __str__(self) -> str:
-        name = "bf16" if self.compute_dtype == torch.bfloat16 else "fp32"
-        return f"fp32 master weights, {name} compute ({self.reason})"
+        scaling = ", dynamic loss scaling" if self.compute_dtype == torch.float16 else ""
+        return f"fp32 master weights, {self.name} compute{scaling} ({self.reason})"
 
 
 def choose_device(requested: str) -> torch.device:
-    """The device for auto, cpu, cuda or cuda:N. "auto" is CUDA if there is a GPU, else the CPU. Raises ValueError if
-    the device does not exist."""
+    """The device for auto, cpu, cuda, cuda:N or mps. "auto" is CUDA if there is a GPU, else the CPU. Raises ValueError
+    if the device does not exist."""
     if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(requested)
     except RuntimeError:
         device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {requested}: choose auto, cpu, cuda or cuda:N")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {requested}: choose auto, cpu, cuda, cuda:N or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {requested}: PyTorch sees no Apple GPU here; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"--device {requested}: PyTorch sees {torch.cuda.device_count()} CUDA GPUs here; use --device cpu"
@@ -43,13 +52,21 @@ def choose_device(requested: str) -> torch.device:
 
 
 def choose_precision(device: torch.device, requested: PrecisionName = "auto") -> Precision:
-    """The precision to compute in: "auto" is bf16 if the device has instructions for it, else fp32."""
+    """The precision to compute in: "auto" is bf16 if the device has instructions for it, else fp16 on a GPU with tensor
+    cores (from compute capability 7.0), else fp32."""
     if requested == "fp32":
         return Precision(torch.float32, "set by --precision")
+    if requested == "fp16":
+        slow = "; slow on a CPU" if device.type == "cpu" else ""
+        return Precision(torch.float16, f"set by --precision{slow}")
     native, reason = _native_bf16(device)
     if requested == "bf16":
         return Precision(torch.bfloat16, "set by --precision" + ("" if native else f"; slow, {reason}"))
-    return Precision(torch.bfloat16 if native else torch.float32, reason)
+    if native:
+        return Precision(torch.bfloat16, reason)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0):
+        return Precision(torch.float16, f"{reason}, but has those for fp16")
+    return Precision(torch.float32, reason)
 
 
 def keep_sums_float32() -> None:
@@ -64,6 +81,8 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    if device.type == "mps":
+        return f"Apple GPU of {platform.processor() or platform.machine()}"
     return f"{_cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -89,6 +108,8 @@ def _native_bf16(device: torch.device) -> tuple[bool, str]:
                     return True, f"this CPU has {name}"
                 return False, f"this CPU has {name}, but ONEDNN_MAX_CPU_ISA keeps oneDNN from it"
         return False, "PyTorch reports no bf16 instructions on this CPU"
+    if device.type == "mps":
+        return False, "nobody has tried bf16 on mps yet"
     raise ValueError(f"no precision policy for {device}")
 
 

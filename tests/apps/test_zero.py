@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
+from minimind import load_model
 from minimind.training.checkpoint import list_checkpoints
 from tests.apps.test_zero_report import Page
 from tests.training.runs import ONE_THREAD, last_step, reproducible
@@ -51,9 +53,10 @@ def finish(arguments: list[str]) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def unbroken(place) -> Path:
-    answer = finish(command(place, "unbroken"))
+    answer = finish(command(place, "unbroken", "--ppl", str(place / "text.jsonl"), "--export", "hf"))
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    for told in ("stage 1 of 2, pretrain", "stage 2 of 2, sft", "all stages", "exact answers"):
+    for told in ("stage 1 of 2, pretrain", "stage 2 of 2, sft", "all stages", "exact answers", "perplexity by context",
+                 "exported: "):  # fmt: skip
         assert told in answer.stdout, told
     return place / "unbroken"
 
@@ -65,6 +68,14 @@ def test_it_ends_with_a_model_and_a_page(unbroken):
     page = Page((unbroken / "report" / "index.html").read_text(encoding="utf-8"))
     assert "What is after" in " ".join(page.text) and "svg" in page.tags and not page.addresses
     assert json.loads((unbroken / "sft" / "config.json").read_text())["weights"].startswith("step-")
+
+
+def test_it_is_evaluated_and_exported(unbroken):
+    scores = json.loads((unbroken / "evaluation" / "perplexity.json").read_text())["scores"]
+    assert [score["context"] for score in scores] == [128, 256, 512, 1024]
+    model, exported = (load_model(unbroken / name) for name in ("sft", "export/hf"))
+    assert torch.equal(exported.head_weight, model.head_weight)
+    assert "Evaluation and export" in (unbroken / "report" / "index.html").read_text(encoding="utf-8")
 
 
 def test_a_finished_one_is_left_alone_and_other_flags_are_refused(place, unbroken):

@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 
 from minimind import ModelConfig
-from minimind.apps.zero import planning
+from minimind.apps.zero import command, planning
 from minimind.apps.zero.command import Args
 from minimind.apps.zero.planning import LADDER, Plan, choose_preset, draft, make_plan, share_out
-from minimind.apps.zero.stages import STAGES, Chain, script
+from minimind.apps.zero.stages import STAGES, Chain, FinalFlags, script, shown
 from minimind.modeling import Model
 
 QUIET = Console(quiet=True)
@@ -97,6 +97,74 @@ def test_stages_by_budget_and_data():
     assert Args(budget="2h", data=("dpo=f",)).chain().names == ("pretrain", "sft", "dpo")
     assert Args(from_="mine").chain().names == ("sft",)
     assert Args(device="cpu", cache_dir="c").chain().common == ("--evals", "4", "--device", "cpu", "--cache-dir", "c")
+
+
+def test_a_whole_run_takes_upstreams_data(tmp_path, monkeypatch):
+    asked: list[tuple] = []
+
+    def fetch(stages, folder, hubs, console):
+        asked.append((stages, hubs))
+        if not hubs:
+            raise ValueError("dataset/sft_mini_512.jsonl is not there")
+        return {stage: folder / f"{stage}.jsonl" for stage in stages}
+
+    monkeypatch.setattr(command, "fetch_for_stages", fetch)
+    full = Args(budget="full")
+    assert command.with_upstream_data(full, full.chain(), QUIET).data == {
+        "pretrain": ("dataset/pretrain.jsonl",), "sft": ("dataset/sft.jsonl",)
+    }  # fmt: skip
+    mirror = Args(budget="full", from_="mine", hub="huggingface")
+    assert command.with_upstream_data(mirror, mirror.chain(), QUIET).data == {"sft": ("dataset/sft.jsonl",)}
+    assert asked == [(["pretrain", "sft"], ["modelscope", "huggingface"]), (["sft"], ["huggingface"])]
+    for other in (Args(budget="2h"), Args(budget="full", hub="none"), Args(budget="full", data=("sft=f",))):
+        assert command.with_upstream_data(other, other.chain(), QUIET) == other.chain()
+    plan = Args(budget="full", plan=True)
+    with pytest.raises(ValueError) as error:
+        command.with_upstream_data(plan, plan.chain(), QUIET)
+    assert str(error.value) == (
+        "--budget full: takes upstream's data, but dataset/sft_mini_512.jsonl is not there; name your files with "
+        "--data, or take the built-in data with --hub none"
+    )
+
+
+def test_what_follows_the_stages(tmp_path):
+    """Perplexity of the pretrained model on its held-out text, at the lengths that fit; what the flags name, of the
+    last model."""
+    asked = chain("pretrain", "sft", common=("--evals", "4", "--device", "cpu"))
+    assert FinalFlags().steps(asked, tmp_path) == []
+    (tmp_path / "pretrain").mkdir()
+    text = tmp_path / "pretrain" / "heldout.jsonl"
+    text.write_text("x" * 8 * 300)
+    (perplexity,) = FinalFlags().steps(asked, tmp_path)
+    assert shown(perplexity.command) == (
+        f"minimind evaluate --model {tmp_path / 'pretrain'} --ppl {text} --context 128,256 --tokens 32768 --device cpu "
+        f"--out {tmp_path / 'evaluation'}"
+    )
+    assert perplexity.optional and perplexity.product == tmp_path / "evaluation" / "perplexity.json"
+    flags = FinalFlags(("book.txt",), ("ceval", "mmlu*"), 5, ("hf", "gguf"))
+    steps = flags.steps(chain("sft", origin="m"), tmp_path)
+    last, out = tmp_path / "sft", tmp_path / "evaluation" / "ceval-mmlu_"
+    assert [shown(step.command) for step in steps] == [
+        f"minimind evaluate --model {last} --ppl book.txt --context 128,256,512,1024,2048 --tokens 32768 --out "
+        f"{tmp_path / 'evaluation'}",
+        f"minimind evaluate --model {last} --tasks ceval 'mmlu*' --limit 5 --out {out}",
+        f"minimind export --model {last} --to hf --out {tmp_path / 'export' / 'hf'}",
+        f"minimind export --model {last} --to gguf --out {tmp_path / 'export' / 'model.gguf'}",
+    ]
+    assert not any(step.optional for step in steps)
+
+
+def test_what_cannot_follow_is_said_before_the_training(monkeypatch):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    for args, message in (
+        (Args(tasks=("ceval",)), r"--tasks: needs the package lm_eval; run `pip install 'minimind\[eval\]'`"),
+        (Args(export=("hf", "gguf")), r"--export: needs the package gguf; run `pip install 'minimind\[export\]'`"),
+        (Args(limit=3), "--limit 3: at least 1, together with --tasks"),
+        (Args(price=-1.0), "--price -1: must be 0 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            args.check()
+    Args(export=("hf", "pth")).check()
 
 
 def test_flags_of_one_stage_reach_it_alone(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from minimind.apps.zero.charts import bounds, line_chart, number, ticks
 from minimind.apps.zero.planning import Plan, StagePlan
 from minimind.apps.zero.report import html, write_report
-from minimind.apps.zero.results import Curve, Results, read_samples, smoothed, thinned
+from minimind.apps.zero.results import Curve, Results, closing_lines, read_samples, results_text, smoothed, thinned
 from minimind.apps.zero.stages import Chain
 from minimind.apps.zero.state import State
 
@@ -99,6 +99,30 @@ def test_the_page_shows_every_stage_and_needs_nothing_else(tmp_path):
     assert not page.addresses and not page.tags & {"script", "link", "img", "iframe", "object"}
     whole = html(state(tmp_path, "pretrain", "sft"))
     assert "http" not in whole and "url(" not in whole and "@import" not in whole
+
+
+def test_evaluation_and_exports_are_on_the_page(tmp_path):
+    write_stage(tmp_path / "pretrain", "", rows())
+    scores = [
+        {"curve": "as it is", "context": n, "tokens": 4096, "perplexity": 900.0 / n, "bits_per_byte": 2.5,
+         "second_half": 800.0 / n, "seconds": 1.0} for n in (128, 256)
+    ]  # fmt: skip
+    results = {"ceval": {"alias": " - ceval", "acc,none": 0.25, "acc_stderr,none": 0.01, "sample_len": 3}}
+    for file, content in (("perplexity.json", {"scores": scores}), ("ceval/tasks.json", {"results": results})):
+        path = tmp_path / "evaluation" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    (tmp_path / "export" / "hf").mkdir(parents=True)
+    (tmp_path / "export" / "hf" / "model.safetensors").write_bytes(b"x" * 2_000_000)
+    text = " ".join(Page(html(state(tmp_path, "pretrain"))).text)
+    for told in ("Evaluation and export", "Perplexity by context length", "7.031", "0.2500", "2.0", "- ceval"):
+        assert told in text, told
+    assert "stderr" not in text and "sample_len" not in text
+    figures = json.loads(results_text(state(tmp_path, "pretrain")))["evaluation"]
+    assert figures["perplexity"] == scores and figures["tasks"] == {"- ceval": {"acc": 0.25}}
+    lines = closing_lines(state(tmp_path, "pretrain"), None, 0)
+    assert "perplexity by context length: 7.031 at 128, 3.516 at 256" in lines
+    assert f"exported: {tmp_path / 'export' / 'hf'}, 2.0 MB" in lines
 
 
 def test_a_page_about_what_there_is(tmp_path):

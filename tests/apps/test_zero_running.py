@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import minimind
 from minimind.apps.zero import running
 from minimind.apps.zero.running import Clock, StageView, run_stage, was_stopped
 from minimind.apps.zero.state import State, alone_in
@@ -70,6 +71,13 @@ time.sleep(60)
 
 
 @posix
+def test_a_program_runs_as_a_module(tmp_path):
+    mine, shown = view()
+    program = ["-m", "minimind", "--version"]
+    assert run_stage(program, tmp_path / "run", tmp_path / "log", mine, Console(quiet=True), lambda s: None) == 0
+    assert shown.getvalue().strip() == minimind.__version__
+
+
 def test_a_stage_ends_with_the_process_that_started_it(tmp_path):
     (tmp_path / "stage.py").write_text(WAITS)
     arguments = [sys.executable, "-m", "minimind.apps.zero.running", str(tmp_path / "stage.py")]

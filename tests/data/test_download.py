@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import re
 import threading
@@ -14,10 +15,11 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from rich.console import Console
 
 from minimind import cli
 from minimind.data import download
-from minimind.data.download import list_files
+from minimind.data.download import fetch_for_stages, list_files
 from minimind.data.paths import expand_paths
 from minimind.data.reader import iter_texts
 
@@ -64,7 +66,7 @@ class Hub:
                 for n, b in FILES.items()
             ]
             return self.send_json(http, {"Data": {"Files": files}})
-        if url.path == "/api/datasets/gongjy/minimind_dataset/tree/main":
+        if url.path == "/api/datasets/jingyaogong/minimind_dataset/tree/main":
             entries: list[dict[str, Any]] = [{"type": "directory", "path": "images"}]
             for name, body in FILES.items():
                 large = {"oid": self.sum(name), "size": len(body)} if name.endswith("l") else None
@@ -145,9 +147,34 @@ def test_files_are_downloaded_completely(name, hub, tmp_path, capsys):
 def test_files_are_listed(hub, tmp_path, capsys):
     assert fetch(hub, tmp_path) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(FILES)
-    found = list_files("huggingface", "gongjy/minimind_dataset", hub.address)
+    found = list_files("huggingface", "jingyaogong/minimind_dataset", hub.address)
     assert found["pretrain_hq.jsonl"].size == len(ROWS), "the size of the content, not of the pointer to it"
     assert found["README.md"].sha256 is None
+
+
+def test_files_for_stages_come_from_the_first_hub_that_has_them(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", hub.address)
+    hubs = ["modelscope", "huggingface"]
+
+    def silent(repo: str, endpoint: str) -> dict:
+        raise ValueError("modelscope does not answer (no route)")
+
+    monkeypatch.setattr(download, "_modelscope", silent)
+    shown = io.StringIO()
+    found = fetch_for_stages(["pretrain", "dpo"], tmp_path, hubs, Console(file=shown, width=200))
+    assert found == {"pretrain": tmp_path / "pretrain_hq.jsonl", "dpo": tmp_path / "dpo.jsonl"}
+    assert (tmp_path / "pretrain_hq.jsonl").read_bytes() == ROWS
+    assert "downloading pretrain_hq.jsonl," in shown.getvalue() and "from huggingface into" in shown.getvalue()
+    asked = len(hub.ranges)
+    quiet = Console(quiet=True)
+    assert fetch_for_stages(["dpo"], tmp_path, hubs, quiet) == {"dpo": tmp_path / "dpo.jsonl"}
+    assert len(hub.ranges) == asked, "what is there is not asked for"
+    with pytest.raises(ValueError, match="sft_mini_512: jingyaogong/minimind_dataset on huggingface has no such file"):
+        fetch_for_stages(["sft"], tmp_path, hubs, quiet)
+    monkeypatch.setitem(FILES, "sft_t2t_mini.jsonl", ROWS[:2000])
+    assert fetch_for_stages(["sft"], tmp_path, hubs, quiet) == {"sft": tmp_path / "sft_t2t_mini.jsonl"}
+    with pytest.raises(ValueError, match="modelscope does not answer"):
+        fetch_for_stages(["reason"], tmp_path, hubs[:1], quiet)
 
 
 def test_a_broken_connection_is_resumed(hub, tmp_path):

@@ -7,8 +7,8 @@ import torch._dynamo.testing
 
 from minimind import ModelConfig, ops
 from minimind.modeling import Model
+from minimind.ops import attention, native, varlen
 from minimind.ops import document_attention as operator
-from minimind.ops import native, varlen
 from minimind.ops.attention import (
     CausalLayout,
     DocumentLayout,
@@ -221,6 +221,7 @@ def test_which_form_runs():
     assert isinstance(make_layout(2, 8, CPU, torch.float32), CausalLayout)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)
+        patch.setattr(attention, "before_sm_80", lambda: False)
         assert isinstance(make_layout(2, 8, cuda, torch.bfloat16, cu), VarlenLayout)
 
 
@@ -229,6 +230,7 @@ def test_which_form_runs():
 def test_the_name_is_that_of_the_layout(monkeypatch, fused, dtype):
     """The name that benchmarks and a run's versions.json record."""
     monkeypatch.setattr(varlen, "_chosen", "flash3")
+    monkeypatch.setattr(attention, "before_sm_80", lambda: False)
     names = {MaskLayout: "masked", DocumentLayout: "documents", VarlenLayout: "flash3"}
     layout = make_layout(1, 8, torch.device("cpu"), dtype, torch.tensor([0, 3, 8]), fused=fused)
     assert attention_name(torch.device("cpu"), dtype, fused) == names[type(layout)]

@@ -10,6 +10,7 @@ from minimind.kernels.moe_experts import moe_experts_ref
 from minimind.kernels.rms_norm import add_rms_norm_ref, rms_norm_ref
 from minimind.kernels.rope import rope_ref
 from minimind.kernels.triton_support import triton
+from minimind.modeling import Model
 from minimind.ops.expert_linear import expert_linear
 from minimind.rope import rope_cos_sin
 from tests.conftest import routing_of
@@ -160,6 +161,51 @@ def test_the_switch_says_what_it_resolves_to():
     assert "PyTorch's fastest forms" in ops.describe(cpu)
     with ops.using("kernels"):
         assert "kernels = Triton kernels" in ops.describe(cpu)
+
+
+@pytest.mark.skipif(triton is None, reason="needs Triton")
+def test_an_old_gpu_takes_the_kernels_but_not_the_products_of_experts(monkeypatch):
+    gpu = torch.device("cuda")
+    described = []
+    for capability in ((6, 1), (7, 5), (8, 6)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+        described.append(ops.describe(gpu))
+    assert "the kernels need compute capability 7.0, and this device has 6.1" in described[0]
+    assert described[1:] == [
+        "ops: fused = Triton kernels, but grouped_mm for experts, which need compute capability 8.0",
+        "ops: fused = Triton kernels",
+    ]
+    x = rand(6, 8)
+    gate_up, down = rand(2, 32, 8, seed=1), rand(2, 8, 16, seed=2)
+    routing = ops.route(rand(6, 2, seed=3), 1, False)
+    expected = ops.moe_experts(x, gate_up, down, routing)
+    monkeypatch.setattr(ops, "_kernels", lambda x: True)
+    monkeypatch.setattr(ops._experts, "moe_experts", lambda *_: "kernels")
+    monkeypatch.setattr(ops, "swiglu", ops._swiglu.swiglu_ref)
+    for old, found in ((True, expected), (False, "kernels")):
+        monkeypatch.setattr(ops, "before_sm_80", lambda old=old: old)
+        out = ops.moe_experts(x, gate_up, down, routing)
+        assert out == found if isinstance(found, str) else torch.equal(out, found)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="this operator is the CPU's")
+def test_a_device_that_nobody_has_tried_runs_the_reference(monkeypatch):
+    model = Model(ModelConfig(32, 1, 2, 1, 16, 48, 50, num_experts=2, num_experts_per_tok=1, num_shared_experts=1,
+                              moe_intermediate_size=16))  # fmt: skip
+    ids, targets = torch.arange(16).view(1, 16), torch.arange(16)
+
+    def loss() -> torch.Tensor:
+        hidden = model(ids, return_logits=False).hidden_states.flatten(0, 1)
+        return ops.linear_cross_entropy(hidden, model.head_weight, targets)
+
+    with ops.using("reference"):
+        expected = loss()
+    monkeypatch.setattr(ops, "_PLAIN_DEVICES", ("cpu",))
+    for fast in (ops._ce, ops._experts):
+        name = "linear_cross_entropy" if fast is ops._ce else "moe_experts"
+        monkeypatch.setattr(fast, name, None)
+    monkeypatch.setattr(ops, "_moe_experts_grouped", None)
+    assert torch.equal(loss(), expected)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="this operator is the CPU's")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from minimind.ops import varlen
+from minimind.ops import attention, varlen
 from minimind.ops.varlen import PACKAGES, Bounds, Heads
 from minimind.training.arguments import StageArgs
 from minimind.training.job import Job
@@ -160,6 +160,28 @@ def test_float32_has_no_flash_attention(monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", SimpleNamespace())
     reason = varlen.why_none(torch.device("cuda"), torch.float32)
     assert reason == "flash attention needs 16-bit numbers, and the run computes in torch.float32"
+
+
+def test_an_old_gpu_has_no_flash_attention(monkeypatch):
+    """Before compute capability 8.0, packed documents take a mask, in 16 bits too."""
+    old, fp16 = torch.device("cuda"), torch.float16
+    monkeypatch.setattr(varlen, "varlen_attn", SimpleNamespace())
+    cu = torch.tensor([0, 3, 8])
+    for capability, name in (((7, 5), "masked"), ((8, 0), "torch")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+        monkeypatch.setattr(torch.Tensor, "to", lambda self, *_: self)
+        assert attention.attention_name(old, fp16, True) == name
+        layout = attention._document_layout(old, fp16, cu, 8, fused=True)
+        assert (layout is None) == (name == "masked")
+        reason = varlen.why_none(old, fp16)
+        assert (reason is None) == (name == "torch")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    heads = Heads(4, 2, 16, fp16)
+    assert varlen.choose("auto", old, heads) == ""
+    with pytest.raises(
+        ValueError, match=r"--attention torch: flash attention needs compute capability 8.0, and .* 7.5"
+    ):
+        varlen.choose("torch", old, heads)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")

@@ -1,5 +1,5 @@
 """Run by torchrun in test_parallel.py: two steps of the real loop on a tiny mixture of experts, on several ranks and
-on one; every rank compares. Plain SGD, so that a gradient of another size shows. Then what is rounded to bfloat16."""
+on one; every rank compares. Plain SGD, so that a gradient of another size shows. Then what is rounded to 16 bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss
 from minimind.training.arguments import StageArgs
 from minimind.training.metrics import NoTracker
-from minimind.training.optim import Optimizers, RateSchedule
+from minimind.training.optim import LossScaler, Optimizers, RateSchedule
 from minimind.training.parallel import Parallel, leave
 from minimind.training.run_folder import RunFolder
 from minimind.training.trainer import Stage, Trainer, TrainingPlan
@@ -103,9 +103,9 @@ def compare_sums(world: Parallel) -> None:
         assert (norms[0] / norms[1] - 1).abs().max() > 1e-6, strategy
 
 
-def check_rounding(world: Parallel) -> None:
-    """In bfloat16, from gains and weights that bfloat16 does not hold: loss and gradients are those of one process, to
-    the bit, where every rank has the same batch."""
+def check_rounding(world: Parallel, dtype: torch.dtype) -> None:
+    """In 16 bits, from gains and weights that these do not hold: loss and gradients are those of one process, to the
+    bit, where every rank has the same batch."""
     gradients = []
     for strategy in ("none", "ddp", "fsdp"):
         torch.manual_seed(0)
@@ -113,7 +113,7 @@ def check_rounding(world: Parallel) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 torch.nn.init.uniform_(parameter, 0.9, 1.1)
-        model.compute_dtype = torch.bfloat16
+        model.compute_dtype = dtype
         wrapped = Parallel(strategy, world.rank, 0, world.world_size).wrap(model)
         loss, _ = next_token_loss(wrapped, Rows(Parallel()).next_batch())
         loss.backward()
@@ -125,11 +125,44 @@ def check_rounding(world: Parallel) -> None:
             assert torch.equal(gradient, alone[name]), f"{name}: {strategy}"
 
 
+def check_overflow(world: Parallel) -> None:
+    """A gradient that overflows, under FSDP in one rank's shard only, skips the step on all ranks."""
+    for strategy in ("ddp", "fsdp"):
+        torch.manual_seed(0)
+        model = Model(ModelConfig(32, 1, 2, 1, 16, 48, VOCAB))
+        model.compute_dtype = torch.float16
+        wrapped = Parallel(strategy, world.rank, 0, world.world_size).wrap(model)
+        scaler = LossScaler(
+            Optimizers([torch.optim.SGD(model.parameters(), lr=0.5)]), torch.device("cpu"), torch.float16
+        )
+        weight = whole(model.head_weight).detach().clone()
+        for overflows in (True, False):
+            loss, _ = next_token_loss(wrapped, Rows(Parallel()).next_batch())
+            scaler.scaled(loss / 40).backward()
+            gradient = model.norm.weight.grad
+            assert gradient is not None
+            if overflows and isinstance(gradient, DTensor) and world.rank == 1:
+                gradient.to_local()[0] = torch.inf
+            elif overflows and not isinstance(gradient, DTensor):
+                gradient[0] = torch.inf
+            scaler.unscale()
+            assert scaler.step() == (not overflows), strategy
+            scaler.optimizer.zero_grad()
+            assert torch.equal(whole(model.head_weight).detach(), weight) == overflows, strategy
+        assert (scaler.scale, scaler.overflows) == (LossScaler.FIRST / 2, 1)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def main() -> None:
     world = Parallel.from_env("ddp", 1)
     world.join(torch.device("cpu"))
     compare_sums(world)
-    check_rounding(world)
+    for dtype in (torch.bfloat16, torch.float16):
+        check_rounding(world, dtype)
+    check_overflow(world)
     for level, experts in (("batch", 4), ("sequence", 3)):  # 3 are cut along another dimension than 4
         alone, expected = train(Parallel(), level, experts)
         for strategy in ("ddp", "fsdp"):

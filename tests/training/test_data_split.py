@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ import torch
 from rich.console import Console
 
 from minimind import load_tokenizer
-from minimind.data import open_conversations
+from minimind.data import open_conversations, open_corpus
 from minimind.data.split import split, split_tail
 from minimind.tokenization import ChatEncoder
+from minimind.training import data_split
 from minimind.training.arguments import StageArgs
-from minimind.training.data_split import NamedFiles, form_of, open_split, read_texts
+from minimind.training.data_split import NamedFiles, form_of, open_split, read_texts, save_heldout
 from tests.training.runs import (
     SCRIPT,
     TINY,
@@ -55,6 +57,27 @@ def command(origin: Path, out: Path, folder: Path, data: list[str], *extra: str)
              "--seq-len", "64", "--batch-tokens", "512", "--tokens", str(512 * 12), "--save-every", "4",
              "--log-every", "1", "--evals", "2", *extra]  # fmt: skip
     return [sys.executable, str(SFT), *flags]
+
+
+def test_held_out_text_is_kept_in_the_run_folder(tmp_path, monkeypatch):
+    """As it was, up to about so many tokens, and once."""
+    texts = [f"Line {i}\nof 文字 <|im_end|> {i * 7}" for i in range(200)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = load_tokenizer()
+    corpus = open_corpus([tmp_path / "text.jsonl"], tokenizer, tmp_path / "cache", console=Console(quiet=True))
+    held = split(corpus, 0.5)[1]
+    monkeypatch.setattr(data_split, "HELDOUT_TOKENS", held.num_tokens // 2)
+    job: Any = SimpleNamespace(
+        run=SimpleNamespace(path=tmp_path),
+        parallel=SimpleNamespace(main=True),
+        flags=SimpleNamespace(plan=False),
+        tokenizer=tokenizer,
+    )
+    save_heldout(job, held)
+    save_heldout(job, corpus)
+    kept = [json.loads(line)["text"] for line in (tmp_path / "heldout.jsonl").read_text().splitlines()]
+    places = [held.locate(i)[1] for i in range(held.num_documents)]
+    assert kept == [texts[i] for i in places[: len(kept)]] and 0.4 < len(kept) / len(places) < 0.6
 
 
 def test_a_mixture_with_named_sets_resumes_to_the_bit(origin, tmp_path):

@@ -234,7 +234,7 @@ def test_list_checkpoints_is_ordered(tmp_path):
 
 
 class FakeService:
-    """Stands for wandb or swanlab: remembers how it was called."""
+    """Stands for trackio, wandb or swanlab: remembers how it was called."""
 
     def __init__(self):
         self.calls = []
@@ -242,7 +242,7 @@ class FakeService:
 
     def init(self, **kwargs):
         self.calls.append(kwargs)
-        self.id = kwargs["id"] or self.id
+        self.id = kwargs.get("id") or self.id
         return self
 
     def log(self, values, step):
@@ -267,7 +267,18 @@ def test_tracker_id_is_made_once_and_used_again(name, tmp_path, monkeypatch):
     assert service.calls[3]["id"] is None
 
 
-@pytest.mark.parametrize("name", ["wandb", "swanlab", "tensorboard"])
+def test_trackio_knows_a_run_by_its_name(tmp_path, monkeypatch):
+    service = FakeService()
+    monkeypatch.setitem(sys.modules, "trackio", service)
+    folder = tmp_path / "pretrain-nano"
+    first, other = (metrics.make_tracker("trackio", folder, {"lr": 1}, {}, 0) for _ in range(2))
+    assert first.run_id != other.run_id and first.run_id.startswith("pretrain-nano-")
+    again = metrics.make_tracker("trackio", folder, {"lr": 1}, {"name": "trackio", "id": first.run_id}, 50)
+    assert again.run_id == first.run_id
+    assert service.calls[2] == {"project": "minimind", "config": {"lr": 1}, "resume": "allow", "name": first.run_id}
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb", "swanlab", "tensorboard"])
 def test_a_tracker_that_fails_is_left_behind(name, tmp_path, monkeypatch, capsys):
     """Its network, its disk: the run goes on. What fails at its start is an error, before anything is computed."""
     service = FakeService()

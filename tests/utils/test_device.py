@@ -7,6 +7,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from minimind import ops
+from minimind.ops import varlen
+from minimind.ops.attention import attention_name
 from minimind.training.arguments import StageArgs
 from minimind.training.job import Job
 from minimind.utils import device
@@ -31,6 +34,9 @@ def test_precision_says_why(monkeypatch):
     assert str(plain) == "fp32 master weights, fp32 compute (PyTorch reports no bf16 instructions on this CPU)"
     assert "slow" in str(choose_precision(cpu, "bf16"))
     assert choose_precision(cpu, "fp32").compute_dtype == torch.float32
+    half = choose_precision(cpu, "fp16")
+    assert half.compute_dtype == torch.float16 and half.name == "fp16"
+    assert str(half) == "fp32 master weights, fp16 compute, dynamic loss scaling (set by --precision; slow on a CPU)"
 
 
 def test_onednn_says_when_it_may_not_use_bf16():
@@ -40,7 +46,9 @@ def test_onednn_says_when_it_may_not_use_bf16():
     assert answer.stdout == "False\n", answer.stderr
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 6), torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((6, 1), torch.float32), ((7, 5), torch.float16), ((8, 6), torch.bfloat16)]
+)
 def test_precision_of_a_gpu(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_precision(torch.device("cuda")).compute_dtype == dtype
@@ -53,6 +61,20 @@ def test_auto_takes_a_gpu_when_there_is_one(monkeypatch):
     assert choose_device("auto").type == "cpu"
     with pytest.raises(ValueError, match="use --device cpu"):
         choose_device("cuda")
+
+
+def test_an_apple_gpu_is_taken_when_named(monkeypatch):
+    """It runs the reference in float32. Nobody has tried that on such a machine, and the run says so."""
+    with pytest.raises(ValueError, match="--device mps: PyTorch sees no Apple GPU here; use --device cpu"):
+        choose_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto").type == "cpu"
+    mps = choose_device("mps")
+    assert choose_precision(mps).compute_dtype == torch.float32
+    assert ops.describe(mps) == "ops: fused = reference on mps, where nobody has tried this program yet"
+    assert attention_name(mps, torch.float32, True) == "masked"
+    assert varlen.choose("auto", mps, varlen.Heads(4, 2, 16, torch.float32)) == ""
+    assert "Apple GPU" in device.describe_device(mps)
 
 
 def test_a_run_keeps_long_sums_in_float32():

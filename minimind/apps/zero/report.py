@@ -12,7 +12,7 @@ from typing import Any
 
 from minimind.apps.zero.charts import STYLE, line_chart
 from minimind.apps.zero.planning import StagePlan
-from minimind.apps.zero.results import Curve, Results, SamplePair, commands, name_of, results_text, spell
+from minimind.apps.zero.results import Curve, FinalResults, Results, SamplePair, commands, name_of, results_text, spell
 from minimind.apps.zero.stages import STAGES, shown
 from minimind.apps.zero.state import State
 from minimind.utils.display import duration
@@ -52,6 +52,7 @@ def html(state: State, price: float | None = None) -> str:
         _times(state, price),
         _table(state, stages, price),
         *(_stage(state, plan, results) for plan, results in begun),
+        _evaluation(FinalResults.of(state.folder)),
         _card(state, begun),
         _versions(begun),
         _go_on(state),
@@ -154,6 +155,30 @@ def _stage(state: State, plan: StagePlan, results: Results) -> str:
         + (table(["held out", "before", "after"], figures) if figures else "")
         + _samples(results.samples)
     )
+
+
+def _evaluation(found: FinalResults) -> str:
+    """Perplexity by context length, benchmarks and exports; "" without any."""
+    parts = []
+    if found.perplexity:
+        rows = found.perplexity
+        curves = [
+            Curve(label, [(row["context"], row[key]) for row in rows], dots=True)
+            for label, key in (("all tokens", "perplexity"), ("second halves of the windows", "second_half"))
+        ]
+        head = ["context", "perplexity", "second half of window", "bits per byte", "tokens"]
+        cells = [[f"{row['context']:,}", f"{row['perplexity']:.4g}", f"{row['second_half']:.4g}",
+                  f"{row['bits_per_byte']:.3f}", f"{row['tokens']:,}"] for row in rows]  # fmt: skip
+        chart = line_chart(
+            "Perplexity by context length", "of text that was not trained on", "tokens of context", curves
+        )
+        parts.append(f'<div class="charts">{chart}</div>{table(head, cells)}')
+    if found.tasks:
+        cells = [[task, metric, f"{value:.4f}"] for (task, metric), value in found.tasks.items()]
+        parts.append(table(["benchmark", "metric", "value"], cells))
+    if found.exports:
+        parts.append(table(["exported", "MB"], [[str(path), f"{size / 1e6:,.1f}"] for path, size in found.exports]))
+    return f"<h2>Evaluation and export</h2>{''.join(parts)}" if parts else ""
 
 
 def _utilisation(plan: StagePlan, results: Results, speed: list[tuple[float, float]]) -> str:

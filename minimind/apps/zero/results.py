@@ -219,6 +219,48 @@ def unescaped(text: str) -> str:
     return text.replace("\\n", "\n")
 
 
+@dataclass(frozen=True)
+class FinalResults:
+    """What `minimind evaluate` and `minimind export` left after the stages. perplexity: rows of perplexity.json; tasks:
+    (task, metric): value; exports: (path, bytes)."""
+
+    perplexity: list[dict[str, Any]]
+    tasks: dict[tuple[str, str], float]
+    exports: list[tuple[Path, int]]
+
+    @staticmethod
+    def of(folder: Path) -> FinalResults:
+        """The evaluation in the folder of all stages; empty where there is none yet."""
+        scores = (read_json(folder / "evaluation" / "perplexity.json") or {}).get("scores", [])
+        tasks: dict[tuple[str, str], float] = {}
+        for file in sorted(folder.glob("evaluation/*/tasks.json")):
+            for task, figures in (read_json(file) or {}).get("results", {}).items():
+                for metric, value in figures.items():
+                    if isinstance(value, int | float) and "stderr" not in metric and "sample" not in metric:
+                        tasks[figures.get("alias", task).strip(), metric.removesuffix(",none")] = value
+        exports = [(path, _size(path)) for path in sorted(folder.glob("export/*")) if not path.name.startswith(".")]
+        return FinalResults(scores, tasks, exports)
+
+    def lines(self) -> list[str]:
+        """For the command's end."""
+        found = [f"{score['perplexity']:.4g} at {score['context']:,}" for score in self.perplexity]
+        lines = [f"perplexity by context length: {', '.join(found)}"] if found else []
+        lines += [f"{task}: {metric} {value:.4f}" for (task, metric), value in self.tasks.items()]
+        return [*lines, *(f"exported: {path}, {size / 1e6:,.1f} MB" for path, size in self.exports)]
+
+    def figures(self) -> dict[str, Any]:
+        """For results.json."""
+        tasks: dict[str, dict[str, float]] = {}
+        for (task, metric), value in self.tasks.items():
+            tasks.setdefault(task, {})[metric] = value
+        return {"perplexity": self.perplexity, "tasks": tasks, "exports": [str(path) for path, _ in self.exports]}
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
 def closing_lines(state: State, page: Path | None, status: int) -> list[str]:
     """The lines that the command prints at its end."""
     assert state.plan is not None
@@ -228,6 +270,7 @@ def closing_lines(state: State, page: Path | None, status: int) -> list[str]:
         if found is not None and found.finished:
             told = "; ".join(f"{name_of(key)} {spell(key, *values)}" for key, values in found.figures().items())
             lines.append(f"{stage.name}: {duration(state.seconds.get(stage.name, 0.0))}; {told}")
+    lines += FinalResults.of(state.folder).lines()
     if status == 2:
         lines.append(f"stopped by the error above; {state.folder / 'zero.log'} has the whole output. Once the cause is "
                      "removed, the same command continues")  # fmt: skip
@@ -286,7 +329,7 @@ def figures(state: State) -> dict[str, Any]:
             "before": {key: values[0] for key, values in results.figures().items()},
             "after": {key: values[1] for key, values in results.figures().items()},
         }
-    return found
+    return found | {"evaluation": FinalResults.of(state.folder).figures()}
 
 
 def results_text(state: State) -> str:

@@ -172,6 +172,10 @@ def stop_with_parent() -> None:
 def main() -> None:
     threading.Thread(target=stop_with_parent, daemon=True).start()
     sys.argv = sys.argv[1:]
+    if sys.argv[0] == "-m":
+        sys.argv = sys.argv[1:]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        return
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
 

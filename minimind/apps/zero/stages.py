@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -115,10 +116,81 @@ class Chain:
         """The script with `flags`, as arguments for a Python interpreter."""
         return [str(script(STAGES[name].script)), *flags]
 
+    @property
+    def device_flags(self) -> tuple[str, ...]:
+        """--device as the stages get it; empty where it is left open."""
+        at = self.common.index("--device") if "--device" in self.common else len(self.common)
+        return self.common[at : at + 2]
+
     def answers(self) -> str:
         """The last stage that leaves a chat model."""
         own = [name for name in self.names if name != "sums" and not (name == "grpo" and "sums" in self.names)]
         return own[-1] if own else self.names[-1]
+
+
+@dataclass(frozen=True)
+class FinalStep:
+    """A command that runs when all stages are finished. command: for a Python interpreter; product: the file or folder
+    that exists once it has run; optional: whether the run goes on if it fails."""
+
+    what: str
+    command: tuple[str, ...]
+    product: Path
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class FinalFlags:
+    """What the user asks for after the stages: texts and benchmarks to evaluate on, and formats to export to."""
+
+    ppl: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    export: tuple[str, ...] = ()
+
+    def steps(self, chain: Chain, folder: Path) -> list[FinalStep]:
+        """Perplexity by context length of the pretrained model on its held-out text (or of the last model on the texts
+        of --ppl), benchmarks, and exports of the last model. folder: of all stages."""
+        last = folder / chain.answers()
+        device = chain.device_flags
+        steps = []
+        heldout = folder / "pretrain" / "heldout.jsonl"
+        texts = self.ppl or ((str(heldout),) if "pretrain" in chain.names and heldout.exists() else ())
+        lengths = _contexts(texts)
+        if lengths:
+            model, into = last if self.ppl else folder / "pretrain", folder / "evaluation"
+            flags = ("--ppl", *texts, "--context", ",".join(map(str, lengths)), "--tokens", "32768")
+            command = ("evaluate", "--model", str(model), *flags, *device, "--out", str(into))
+            product = into / "perplexity.json"
+            steps.append(FinalStep("perplexity by context length", _program(command), product, not self.ppl))
+        if self.tasks:
+            into = folder / "evaluation" / re.sub(r"[^\w.-]+", "_", "-".join(self.tasks))
+            limit = () if self.limit is None else ("--limit", str(self.limit))
+            command = ("evaluate", "--model", str(last), "--tasks", *self.tasks, *limit, *device, "--out", str(into))
+            steps.append(FinalStep("benchmarks", _program(command), into / "tasks.json"))
+        for name in self.export:
+            product = folder / "export" / EXPORTS[name]
+            command = ("export", "--model", str(last), "--to", name, "--out", str(product))
+            steps.append(FinalStep(f"export to {name}", _program(command), product))
+        return steps
+
+
+EXPORTS = {"hf": "hf", "gguf": "model.gguf", "ollama": "ollama", "pth": "model.pth"}  # what is in export/
+_CONTEXTS = (128, 256, 512, 1024, 2048)
+_BYTES_PER_TOKEN = 8  # more than any text here has, so that the longest context surely fits
+
+
+def _contexts(texts: Sequence[str]) -> list[int]:
+    """The context lengths for which these files have text; all where a text is no single file."""
+    paths = [Path(text).expanduser() for text in texts]
+    if not all(path.is_file() for path in paths):
+        return list(_CONTEXTS)
+    tokens = sum(path.stat().st_size for path in paths) // _BYTES_PER_TOKEN
+    return [length for length in _CONTEXTS if length < tokens]
+
+
+def _program(command: Sequence[str]) -> tuple[str, ...]:
+    return ("-m", "minimind", *command)
 
 
 def script(name: str) -> Path:
@@ -132,6 +204,8 @@ def script(name: str) -> Path:
 
 def shown(command: Sequence[str]) -> str:
     """The command line as a person would type it in the current folder."""
+    if tuple(command[:2]) == ("-m", "minimind"):
+        return shlex.join(command[1:])
     path = Path(command[0])
     name = f"train/{path.name}" if Path("train", path.name).is_file() else str(path)
     return shlex.join(["python", name, *command[1:]])
