@@ -27,7 +27,7 @@ from bench.report.projections import default_tiles, minimind_zero
 from bench.report.readme import blocks
 from bench.report.rows import Device, devices
 from bench.report.tables import sections
-from bench.report.targets import CPU, GPU, NEEDS_CARD, UNEXPLAINED, judged, table
+from bench.report.targets import CPU, GPU, NEEDS_CARD, UNEXPLAINED, Target, judged, table
 
 PAGE = "docs/PERFORMANCE.md"
 READMES = "README.md", "README_zh.md"
@@ -84,6 +84,17 @@ class Args:
     """Write nothing; fail if a page differs from the rows."""
 
 
+def _targets(targets: Sequence[Target], device: Device) -> list[str]:
+    """The targets that have rows of this device."""
+    results = judged(targets, device)
+    measured = [(target, value) for target, value in results if value is not None]
+    if not measured:
+        return []
+    missing = len(results) - len(measured)
+    note = [f"Targets that are not measured here: {missing} of {len(results)}."] if missing else []
+    return [f"On {device.name} (`bench/results/{device.folder.name}`):", table(measured, ""), *note]
+
+
 def page(every: Sequence[Device]) -> str:
     """docs/PERFORMANCE.md."""
     cpus, gpus = [d for d in every if d.is_cpu], [d for d in every if not d.is_cpu]
@@ -94,8 +105,8 @@ def page(every: Sequence[Device]) -> str:
         "the number of timed runs, p20 and p80 what 20 and 80 of a hundred of them stay below. **Projected** ones are "
         "in a section of their own.",
         "## Targets",
-        *(part for device in cpus for part in (f"On {device.name}:", table(judged(CPU, device), "not measured here"))),
-        *(part for device in gpus for part in (f"On {device.name}:", table(judged(GPU, device), "not measured here"))),
+        *(part for device in cpus for part in _targets(CPU, device)),
+        *(part for device in gpus for part in _targets(GPU, device)),
     ]
     if not gpus:
         parts += ["On a GPU:", table(judged(GPU, None), NEEDS_CARD)]
