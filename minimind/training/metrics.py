@@ -235,7 +235,7 @@ class TensorBoardTracker:
 
 
 class HostedTracker:
-    """trackio, wandb or swanlab, which have nearly the same interface. Raises ValueError where it cannot start.
+    """trackio, wandb or swanlab, which have nearly the same interface. Raises ValueError if it cannot start.
 
     trackio keeps its data on this machine (`trackio show --project minimind`) and knows a run by its name alone, which
     therefore ends in a random number and is the id.

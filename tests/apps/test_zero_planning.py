@@ -91,6 +91,12 @@ def test_a_shape_is_said_once():
         Args(from_="mine", preset="nano").chain()
 
 
+def test_a_path_is_told_from_a_name_on_a_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Args(from_="mine").asked()["from"] == str(tmp_path / "mine")
+    assert Args(from_="jingyaogong/MiniMind2@v1").asked()["from"] == "jingyaogong/MiniMind2@v1"
+
+
 def test_stages_by_budget_and_data():
     assert Args().chain().names == ("pretrain", "sft")
     assert Args(budget="2h").chain().names == ("pretrain", "sft", "reason", "dpo", "sums", "grpo")

@@ -32,6 +32,7 @@ from minimind.apps.zero.stages import STAGES, Chain, FinalFlags, StageName, show
 from minimind.apps.zero.state import State, alone_in
 from minimind.data.download import FOR_STAGES, HubName, fetch_for_stages
 from minimind.utils.display import duration, say
+from minimind.utils.hub import HubModel
 
 PresetName = Literal["nano", "minimind2-small", "minimind2", "minimind2-moe", "minimind3", "minimind3-moe"]
 
@@ -52,7 +53,8 @@ class Args:
     preset: PresetName | None = None
     """Model shape. None: the budget decides."""
     from_: Annotated[str | None, tyro.conf.arg(name="from")] = None
-    """Weights to start the first stage from, if that is not pretrain: a run or a Hugging Face folder."""
+    """Weights to start the first stage from, if that is not pretrain: a run, a Hugging Face folder, or a
+    name on a hub."""
     flags: tuple[str, ...] = ()
     """STAGE='--flag value ...', further flags of a stage's script."""
     hub: Literal["auto", "modelscope", "huggingface", "none"] = "auto"
@@ -124,7 +126,9 @@ class Args:
         """The flags that must stay the same when the run is resumed."""
         files = [f"{name}={os.path.abspath(os.path.expanduser(file))}" for name, _, file in
                  (entry.partition("=") for entry in self.data)]  # fmt: skip
-        origin = None if self.from_ is None else os.path.abspath(os.path.expanduser(self.from_))
+        origin = self.from_
+        if origin is not None and HubModel.parse(origin) is None:
+            origin = os.path.abspath(os.path.expanduser(origin))
         return {"budget": self.budget, "stages": list(self.stages), "data": files, "preset": self.preset,
                 "from": origin, "flags": list(self.flags)}  # fmt: skip
 
