@@ -1,6 +1,7 @@
-// Products of 8-bit integers: a block of sixteen weight rows with one scale each, times activations with a scale for each
-// group of kGroup numbers. An output is the sum over the groups, in float32, of (sum of integer products) * scale, times
-// the row's scale. A group's sum is exact, so every instruction set gets the same.
+// Products of 8-bit integers: a block of sixteen weight rows, each with one scale, times activations with one scale for
+// each group of kGroup numbers. For each group, the integer products are summed and multiplied by the scale of the
+// group; the groups are added in float32, and the sum is multiplied by the scale of the row. The integer sums are
+// exact, so all instruction sets give the same result.
 //
 //   block   [K / 4, 16, 4] integers of -127..127, then 16 scales, float32
 #pragma once
@@ -9,10 +10,11 @@
 
 namespace minimind::cpu::MINIMIND_ISA {
 
-constexpr int kWords = kGroup / 4;  // what one instruction takes of a row: four integers
-constexpr float kLargest = 127, kNothing = 1e-30f;  // whose inverse is still finite
+constexpr int kWords = kGroup / 4;  // one instruction multiplies a word of four integers of each row
+constexpr float kLargest = 127;
+constexpr float kNothing = 1e-30f;  // groups without a larger number become zeros; kLargest / kNothing is still finite
 
-// One group of an activation row. offset: what the group's sum starts from.
+// One group of an activation row. offset: the initial value of the group's sum.
 #if defined(__x86_64__) && (defined(__AVX2__) || defined(__AVX512BW__))
 struct ActivationGroup {
   int8_t values[kGroup];
@@ -21,7 +23,7 @@ struct ActivationGroup {
 };
 #else
 struct ActivationGroup {
-  float values[kGroup];  // integers too
+  float values[kGroup];  // integers, stored as float32
   float scale;
 };
 #endif
@@ -37,7 +39,7 @@ struct IntegerProduct {
   using Sum = __m512i;
   using Weight = __m512i;
   using Activation = __m512i;
-  // The instruction takes one factor unsigned: weights + 128. The offset is -128 times the sum of the activations.
+  // One factor must be unsigned, so the weights are shifted by 128; an offset of -128 * sum(activations) undoes that.
   static MINIMIND_INLINE Sum start(const ActivationGroup& x) { return _mm512_set1_epi32(x.offset); }
   static MINIMIND_INLINE Weight weight(const int32_t* from) {
     return _mm512_xor_si512(load_as<__m512i>(from), _mm512_set1_epi8(-128));
@@ -74,7 +76,7 @@ struct IntegerProduct {
   static MINIMIND_INLINE Floats floats(Sum sum) { return reinterpret_cast<Floats>(_mm512_cvtepi32_ps(sum)); }
 };
 #elif defined(__AVXVNNI__)
-struct IntegerProduct {  // see above
+struct IntegerProduct {  // as for AVX512VNNI
   using Sum = __m256i;
   using Weight = __m256i;
   using Activation = __m256i;
@@ -112,7 +114,7 @@ struct IntegerProduct {
   static MINIMIND_INLINE Floats floats(Sum sum) { return reinterpret_cast<Floats>(_mm256_cvtepi32_ps(sum)); }
 };
 #else
-struct IntegerProduct {  // float32 holds a group's sum, below 2^24, exactly
+struct IntegerProduct {  // a group's sum is below 2^24, so float32 holds it exactly
   using Sum = Floats;
   struct Weight {
     Floats parts[4];
@@ -136,7 +138,8 @@ struct IntegerProduct {  // float32 holds a group's sum, below 2^24, exactly
 };
 #endif
 
-// To nearest, halves to even; |x| below 2^22. A product that became part of a sum here would be rounded once less.
+// Round to the nearest integer, halves to even; |x| must be below 2^22. Not by adding and subtracting a large constant:
+// a compiler may fuse the product that gave x into that addition, which leaves out one rounding.
 MINIMIND_INLINE Ints nearest(Floats x) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Ints>(_mm512_cvtps_epi32(reinterpret_cast<__m512>(x)));
@@ -151,13 +154,13 @@ MINIMIND_INLINE Ints nearest(Floats x) {
 #endif
 }
 
-// A NaN wins, and stays: the scale of its group is NaN.
+// The larger of `largest` and |x| in each lane. A NaN is kept, so that the scale of its group becomes NaN.
 MINIMIND_INLINE Floats larger_magnitude(Floats largest, Floats x) {
   const Floats magnitude = as_floats(as_bits(x) & 0x7fffffffu);
   return select((magnitude > largest) | (magnitude != magnitude), magnitude, largest);
 }
 
-// The first n numbers of x, at most a group, as integers -127..127 with the scale max |x| / 127; zeros beyond.
+// Round the first n numbers of x, at most kGroup, to integers -127..127 with the scale max |x| / 127; zeros follow.
 inline void quantize(const float* x, int64_t n, ActivationGroup& to) {
   alignas(64) float numbers[kGroup] = {};
   const float* from = x;
@@ -170,7 +173,7 @@ inline void quantize(const float* x, int64_t n, ActivationGroup& to) {
   float largest = 0;
   for (int i = 0; i < kWidth; ++i)
     largest = lanes[i] > largest || lanes[i] != lanes[i] ? lanes[i] : largest;
-  to.scale = largest / kLargest;  // a NaN where a number is one: that is what becomes of the group
+  to.scale = largest / kLargest;  // NaN if any number is NaN, which makes all products with the group NaN
   const float inverse = largest > kNothing ? kLargest / largest : 0.0f;
   [[maybe_unused]] Bits total = {};
   for (int i = 0; i < kGroup; i += kWidth) {
@@ -191,12 +194,14 @@ inline void quantize(const float* x, int64_t n, ActivationGroup& to) {
 #endif
 }
 
-// One block times B rows, k_size integers of each: out[b] = its vectors of outputs. kStream: the block comes from memory.
+// Multiply one block by B rows of k_size integers each; out[b] holds the sixteen outputs of row b. kStream: prefetch
+// the block, which is in no cache.
 template <int B, bool kStream>
 MINIMIND_INLINE void multiply_integers(const q8* block, int64_t k_size, const ActivationGroup* const (&rows)[B],
                                        Floats (&out)[B][kVectors]) {
   using P = IntegerProduct;
-  constexpr int kChains = B * kVectors >= 8 ? 1 : B * kVectors >= 4 ? 2 : 4;  // enough sums to hide an instruction's time
+  // Independent sums, enough to hide the latency of an instruction.
+  constexpr int kChains = B * kVectors >= 8 ? 1 : B * kVectors >= 4 ? 2 : 4;
   const auto* words = reinterpret_cast<const int32_t*>(block);
   Floats sums[B][kVectors] = {};
   for (int64_t g = 0; g < k_size / kGroup; ++g) {
