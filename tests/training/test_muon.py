@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from minimind import ModelConfig
 from minimind.modeling import Model
+from minimind.training import muon
 from minimind.training.muon import Muon, batches_of, matrices_of, newton_schulz_, share_out
 from minimind.training.optim import Optimizers, build_optimizers
 from minimind.weights import to_stock
@@ -79,6 +80,19 @@ def launches(step) -> int:
         step()
     ours = [e for e in recorded.events() if e.name.startswith("aten::") and not e.name.startswith(VIEWS)]
     return sum(not (e.cpu_parent and e.cpu_parent.name.startswith("aten::")) for e in ours)
+
+
+def test_gpus_without_bf16_take_float32(monkeypatch):
+    """Not fp16: the norm of a small momentum would be 0 in it, and the update lost."""
+    for number, (capability, dtype) in enumerate((((7, 5), torch.float32), ((8, 0), torch.bfloat16))):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert muon._working_dtype.__wrapped__(torch.device("cuda", number)) == dtype
+    assert muon._working_dtype(torch.device("cpu")) == torch.bfloat16
+    small = [1e-6 * g for g in gradients([(16, 24)], 0)]
+    expected = [1e-3 * g for g in gradients([(16, 24)], 0)]
+    for matrices in (small, expected):
+        newton_schulz_(matrices[0])
+    torch.testing.assert_close(small[0], expected[0], rtol=1e-3, atol=1e-3)
 
 
 def test_an_eighth_of_the_launches_for_eight_blocks():
