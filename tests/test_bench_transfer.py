@@ -12,7 +12,7 @@ from rich.console import Console
 from bench import transfer
 from bench.common.record import RESULTS
 from bench.rates import plan as transfer_plan
-from bench.rates.fit import NOISE, Optimum, fit, next_rate, noise_of, optima_of, optimum
+from bench.rates.fit import NOISE, PRODUCT, Optimum, fit, next_rate, noise_of, optima_of, optimum
 from bench.rates.plan import OutOfTimeError, Sweep, planned, start_of
 from bench.rates.plot import plot
 from bench.rates.runs import Point, TransferRow, family, read, train, write
@@ -103,9 +103,21 @@ def test_rule_is_found_again():
     rule = fit([made(p, known_rule(p)) for p in POINTS])
     assert rule.rate == pytest.approx(5e-3) and rule.spread == pytest.approx(0, abs=1e-9)
     assert {t.name: pytest.approx(t.exponent) for t in rule.terms} == {"width": -0.5, "steps": -0.25}
-    assert {t.name for t in rule.dropped} == {"depth", "batch_tokens"}
+    assert {t.name for t in rule.dropped} == {"depth", "batch_tokens", PRODUCT}
     there = replace(POINT, width=512, tokens=819_200, corpus="another")
     assert rule(there) == pytest.approx(5e-3 * 2**-0.5 * 4**-0.25)
+
+
+def test_the_fall_over_steps_may_depend_on_the_width():
+    """steps^(-0.25 + 0.25 log2(width / 256)): the width stays, though it has no other effect."""
+
+    def log_rate(point: Point) -> float:
+        return -8 + 0.25 * math.log2(point.steps / 50) * (math.log2(point.width / 256) - 1)
+
+    rule = fit([made(p, log_rate(p)) for p in POINTS])
+    exponents = {t.name: pytest.approx(t.exponent, abs=1e-9) for t in rule.terms}
+    assert exponents == {"width": 0.0, "steps": -0.25, PRODUCT: 0.25}
+    assert rule(replace(POINT, width=512, tokens=819_200)) == pytest.approx(2**-8)
 
 
 def test_terms_within_the_noise_are_dropped_and_others_kept():

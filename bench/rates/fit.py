@@ -1,4 +1,5 @@
-"""Fit the best rate to held-out losses over rates, and a rule to best rates: c width^a depth^b steps^g batch^h.
+"""Fit the best rate to held-out losses over rates, and a rule to best rates: c width^a depth^b steps^g batch^h, where g
+may change with the width.
 
 Logarithms have base 2, so that an error of 1 is a factor of two.
 """
@@ -17,6 +18,7 @@ Losses = Mapping[float, float]  # rate -> held-out loss, infinite if the run div
 MAX_RATES = 9  # of a scan: a loss without a minimum within a factor of 2^8 has none
 NOISE = 0.01  # standard deviation of a loss in nats, unless two seeds show it
 REFERENCE = {"width": 256, "depth": 4, "steps": 50, "batch_tokens": 4096}
+PRODUCT = "width*steps"  # the term by which the exponent of the steps changes when the width doubles
 DRAWS = 400
 
 
@@ -39,7 +41,8 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Term:
-    """A factor of a rule. exponent: by how many powers of two the best rate moves if `name` doubles."""
+    """A factor of a rule. exponent: by how many powers of two the best rate moves if `name` doubles; of PRODUCT, by how
+    much the exponent of the steps grows if the width doubles."""
 
     name: str
     exponent: float
@@ -152,16 +155,18 @@ def optima_of(rows: Sequence[TransferRow]) -> list[Optimum]:
 
 def fit(optima: Sequence[Optimum]) -> Rule:
     """Least squares over the optima's logarithms. Terms less than two standard errors from 0 are dropped one after
-    another, the least certain first. The standard errors follow from the optima's spread about the rule, which contains
-    the errors of the scans. Raises ValueError if there are too few optima."""
-    names = [n for n in REFERENCE if len({getattr(o.point, n) for o in optima}) > 1]
+    another, the least certain first; width and steps stay as long as their product does. The standard errors follow
+    from the optima's spread about the rule, which contains the errors of the scans. Raises ValueError if there are too
+    few optima."""
+    names = [n for n in (*REFERENCE, PRODUCT) if len({_size(o.point, n) for o in optima}) > 1]
     dropped: list[Term] = []
     while True:
         if len(optima) < len(names) + 2:
             raise ValueError(f"{len(optima)} optima are too few for a rule of {', '.join(names) or 'a constant'}")
         values, errors, spread = _least_squares(optima, names)
         terms = [Term(n, float(values[i + 1]), float(errors[i + 1])) for i, n in enumerate(names)]
-        weakest = min(terms, key=lambda t: abs(t.exponent) / max(t.error, 1e-9), default=None)
+        loose = [t for t in terms if PRODUCT not in names or t.name not in PRODUCT.split("*")]
+        weakest = min(loose, key=lambda t: abs(t.exponent) / max(t.error, 1e-9), default=None)
         if weakest is None or abs(weakest.exponent) >= 2 * weakest.error:
             break
         names.remove(weakest.name)
@@ -170,7 +175,8 @@ def fit(optima: Sequence[Optimum]) -> Rule:
 
 
 def _size(point: Point, name: str) -> float:
-    return math.log2(getattr(point, name) / REFERENCE[name])
+    """log2 of a size over the reference's, of PRODUCT the product of the two."""
+    return math.prod(math.log2(getattr(point, part) / REFERENCE[part]) for part in name.split("*"))
 
 
 def _design(optima: Sequence[Optimum], names: Sequence[str]) -> np.ndarray:

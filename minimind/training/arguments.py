@@ -319,7 +319,8 @@ def default_epochs(stage: str, builtin: bool, tokens: int) -> tuple[float, str]:
 
 # The rule that bench/transfer.py fitted to pretraining with Muon (docs/rates.md). Outside the measured sizes it is
 # extrapolated to wider and deeper models only.
-_RULE_LR, _WIDTH, _DEPTH, _RULE_STEPS = 7.8e-3, (256, -1.07), (4, -0.40), (50, -0.52)
+_RULE_LR, _WIDTH, _DEPTH, _RULE_STEPS = 7.75e-3, (256, -1.07), (4, -0.40), (50, -0.34)  # (reference, exponent)
+_STEPS_BY_WIDTH = 0.19  # what the exponent of the steps gains when the width doubles
 _MIN_WIDTH, _MIN_DEPTH, _MIN_STEPS, _MAX_STEPS = 128, 2, 50, 250
 
 
@@ -329,14 +330,11 @@ def pretraining_lr(
     """(peak rate of pretraining, the reason in one line). otherwise: the rate for AdamW, which has no rule."""
     if optimizer != "muon":
         return otherwise, ""
-    rate = _RULE_LR
-    for size, least, (reference, exponent) in (
-        (config.hidden_size, _MIN_WIDTH, _WIDTH),
-        (config.num_hidden_layers, _MIN_DEPTH, _DEPTH),
-        (min(steps, _MAX_STEPS), _MIN_STEPS, _RULE_STEPS),
-    ):
-        rate *= (max(size, least) / reference) ** exponent
-    rate = float(f"{rate:.2g}")
+    width = max(config.hidden_size, _MIN_WIDTH) / _WIDTH[0]
+    depth = max(config.num_hidden_layers, _MIN_DEPTH) / _DEPTH[0]
+    length = min(max(steps, _MIN_STEPS), _MAX_STEPS) / _RULE_STEPS[0]
+    fall = min(0.0, _RULE_STEPS[1] + _STEPS_BY_WIDTH * math.log2(width))
+    rate = float(f"{_RULE_LR * width ** _WIDTH[1] * depth ** _DEPTH[1] * length**fall:.2g}")
     return rate, f"--lr {rate:g}: the rule for this width, depth and number of steps (docs/rates.md)"
 
 
