@@ -37,6 +37,13 @@ def test_kernels_import_as_part_of_minimind(cwd):
     assert python(code, cwd) == "True minimind.kernels"
 
 
+def test_every_package_is_installed():
+    listed = re.findall(r'^        "minimind\.?([\w.]*)",$', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    folders = {path.parent.relative_to(ROOT / "minimind") for path in (ROOT / "minimind").rglob("__init__.py")}
+    packages = {".".join(folder.parts) for folder in folders}
+    assert set(listed) == packages | {"kernels", "train"} and len(listed) == len(set(listed))
+
+
 def test_data_workers_need_no_torch():
     code = "import sys, minimind.data, minimind.data.cache, minimind.tokenization; print('torch' in sys.modules)"
     assert python(code) == "False"

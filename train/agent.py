@@ -78,8 +78,8 @@ class Args(GroupArgs):
     of values that the answer must contain; "calls" is the number of calls needed, "state" the tools' memory at the
     start. None: built-in tasks."""
     tools: tuple[str, ...] = ("builtin",)
-    """Functions that implement the tools on offer: builtin; upstream, for its agent_rl.jsonl; or package.module:NAME of
-    a function or a list of functions."""
+    """Functions that implement the tools on offer: builtin; upstream, for its agent_rl.jsonl; package.module:NAME of a
+    function or a list of functions; or mcp:COMMAND or mcp:http://... of an MCP server."""
     loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "cispo"
     """The algorithm; the flags below replace parts of it."""
     reward: tuple[str, ...] = ()

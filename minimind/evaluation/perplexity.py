@@ -66,7 +66,8 @@ class Args(ModelArgs):
     agent_data: tuple[str, ...] = ()
     """With --agent: tasks as train/agent.py reads them. None: the held-out built-in ones."""
     tools: tuple[str, ...] = ("builtin",)
-    """With --agent: functions that implement the tools: builtin, upstream, or package.module:NAME of your own."""
+    """With --agent: functions that implement the tools: builtin, upstream, package.module:NAME of your own, or
+    mcp:COMMAND or mcp:http://... of an MCP server."""
     ppl: tuple[str, ...] = ()
     """Text that the model was not trained on: files, folders or globs of .txt and .jsonl, plain, .gz or .zst."""
     on_bad_row: Literal["error", "skip"] = "error"
