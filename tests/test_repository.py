@@ -44,8 +44,9 @@ def test_every_package_is_installed():
     assert set(listed) == packages | {"kernels", "train"} and len(listed) == len(set(listed))
 
 
-def test_data_workers_need_no_torch():
-    code = "import sys, minimind.data, minimind.data.cache, minimind.tokenization; print('torch' in sys.modules)"
+def test_data_workers_and_the_chat_page_need_no_torch():
+    modules = "minimind.data, minimind.data.cache, minimind.tokenization, minimind.environments.builtin.kit"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert python(code) == "False"
 
 
@@ -74,7 +75,7 @@ ARROWS = {
     "utils",
     "apps": "environments environments/builtin inference tokenization",
     "apps/zero": "data utils",
-    "serving": "inference tokenization",
+    "serving": "environments environments/builtin inference tokenization",
     "export": "config inference lora lora_files modeling tokenization weights",
     "training/profiling": "utils",
     "training": "config data kernels lora lora_files modeling objectives ops tokenization training/profiling utils "

@@ -41,8 +41,8 @@ def main(words: list[str], longest: int, seconds: float) -> None:
 
 def run(tool: Any, arguments: dict[str, Any], state: dict[str, Any], longest: int, seconds: float) -> dict[str, Any]:
     """Run one call. Returns {"text": at most `longest` characters for the model, "cut": whether it was longer,
-    "problem": "raised", "timeout" or None, "state": the memory, unchanged if the tool failed}. seconds: the limit that an
-    error names."""
+    "problem": "raised", "timeout" or None, "state": the memory, unchanged if the tool failed}. seconds: the limit, for
+    an error."""
     changed = json.loads(json.dumps(state))
     try:
         text, problem = tool(arguments, changed), None
