@@ -71,8 +71,8 @@ ARROWS = {
     "environments/builtin": "data/builtin environments utils",
     "inference/decode": "config kernels modeling ops rope",
     "inference": "config inference/decode kernels lora lora_files modeling ops rope tokenization utils weights",
-    "evaluation": "config data environments environments/builtin inference inference/decode modeling ops tokenization "
-    "utils",
+    "evaluation": "config data environments environments/builtin inference inference/decode modeling ops serving "
+    "tokenization utils",
     "apps": "environments environments/builtin inference tokenization",
     "apps/zero": "data utils",
     "serving": "environments environments/builtin inference tokenization",
