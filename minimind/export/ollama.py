@@ -40,7 +40,7 @@ _MARKED: tuple[list[dict[str, Any]], ...] = (
 _GO_TEMPLATE = """\
 #{{- if .Tools }}@before_system@
 #{{- if .System }}{{ .System }}@joint@{{ end }}@before_tools@
-#{{- range $i, $tool := .Tools }}{{ if $i }}@between_tools@{{ end }}{{ $tool.Function }}{{ end }}@after_tools@@after_system@
+#{{- range $i, $t := .Tools }}{{ if $i }}@between_tools@{{ end }}{{ $t.Function }}{{ end }}@after_tools@@after_system@
 #{{- else }}
 {{- if .System }}@before_system@{{ .System }}@after_system@{{ else }}@default_system@{{ end }}
 #{{- end }}
