@@ -45,7 +45,7 @@ def test_every_package_is_installed():
 
 
 def test_data_workers_and_the_chat_page_need_no_torch():
-    modules = "minimind.data, minimind.data.cache, minimind.tokenization, minimind.environments.builtin.kit"
+    modules = "minimind.data, minimind.data.cache, minimind.tokenization, minimind.environments.builtin"
     code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert python(code) == "False"
 

@@ -72,7 +72,7 @@ def test_a_run_leaves_figures_and_pictures_of_its_conversations(unbroken, tmp_pa
     for row in rows:
         assert row["answers"] == 12 and row["turns"] > 1 and 0.5 < row["success"] <= 1
         parts = row["reward_answer"] + 0.2 * row["reward_calls"] + 0.1 * row["reward_frugal"]
-        assert row["reward"] == pytest.approx(parts) and row["drift_max"] < 2e-5
+        assert row["reward"] == pytest.approx(parts - 0.2 * (1 - row["ended"])) and row["drift_max"] < 2e-5
         assert row["computed_tokens"] < row["found_tokens"] and row["ended_by_answer"] <= 12
     (*_, last) = rows_of(unbroken, "eval")
     assert {"heldout_success_0", "heldout_success_1", "heldout_success_2", "heldout_calls"} <= last.keys()
