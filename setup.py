@@ -69,6 +69,8 @@ setup(
         "minimind.apps.zero",
         "minimind.data",
         "minimind.data.builtin",
+        "minimind.environments",
+        "minimind.environments.builtin",
         "minimind.evaluation",
         "minimind.export",
         "minimind.inference",
@@ -114,6 +116,7 @@ setup(
         "web": ["minimind[serve]", "openai>=1.50", "streamlit>=1.40"],
         "export": ["gguf>=0.10", "transformers>=4.57"],
         "eval": ["lm-eval>=0.4.9"],
+        "mcp": ["mcp>=2.0"],  # tools of MCP servers: docs/agents.md
         "modelscope": ["modelscope>=1.20"],
         "track": ["tensorboard>=2.18", "trackio>=0.5", "wandb>=0.18", "swanlab>=0.10"],
         "dev": [
@@ -122,6 +125,7 @@ setup(
             "httpx>=0.27",
             "hypothesis>=6.100",
             "llguidance>=1.0",
+            "mcp>=2.0",
             "mypy>=1.11",
             "nvtx>=0.2.11; platform_system == 'Linux'",
             "openai>=1.50",

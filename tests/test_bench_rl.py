@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import rl
+from bench import agents, rl
 from bench.common.models import random_model
 from bench.common.record import columns_of
 from bench.rl import PARTS, Args, RolloutRow, error_ratio, main, show, summary
@@ -31,6 +31,7 @@ from bench.training.grpo import (
 from minimind import ModelConfig, ops
 from minimind.config import PRESETS
 from minimind.weights import save_weights
+from tests.environments import agent
 
 SMALL = ModelConfig(32, 2, 4, 2, 16, 64, qk_norm=True)
 
@@ -154,3 +155,17 @@ def test_ctrl_c_is_no_traceback(tmp_path):
     while any(Path(f"/proc/{child}").exists() for child in children):
         assert time.monotonic() < end, "a worker outlives the benchmark"
         time.sleep(0.05)
+
+
+@pytest.mark.heavy
+def test_conversations_with_tools_are_the_same_and_cost_fewer_tokens(tmp_path):
+    """bench/agents.py; the model knows conversations with other tasks, so it says anything, but the same."""
+    agent.agent().compute_dtype = None
+    save_weights(agent.agent(), tmp_path / "model")
+    agent.TOKENIZER.save(tmp_path / "model")
+    flags = agents.Args(str(tmp_path / "model"), tasks=2, alone=2, rounds=1, threads=1, out=str(tmp_path))
+    result = agents.main(flags)
+    ours, ours_fp32, theirs = result["rows"]
+    assert ours_fp32["same"] == theirs["same"] == 1 and theirs["peer"] == agents.UPSTREAM
+    assert ours_fp32["computed_per_written"] <= theirs["computed_per_written"] and ours["conversations"] == 2
+    assert len((tmp_path / "agents.csv").read_text().splitlines()) == 4

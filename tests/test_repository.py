@@ -37,8 +37,16 @@ def test_kernels_import_as_part_of_minimind(cwd):
     assert python(code, cwd) == "True minimind.kernels"
 
 
-def test_data_workers_need_no_torch():
-    code = "import sys, minimind.data, minimind.data.cache, minimind.tokenization; print('torch' in sys.modules)"
+def test_every_package_is_installed():
+    listed = re.findall(r'^        "minimind\.?([\w.]*)",$', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    folders = {path.parent.relative_to(ROOT / "minimind") for path in (ROOT / "minimind").rglob("__init__.py")}
+    packages = {".".join(folder.parts) for folder in folders}
+    assert set(listed) == packages | {"kernels", "train"} and len(listed) == len(set(listed))
+
+
+def test_data_workers_and_the_chat_page_need_no_torch():
+    modules = "minimind.data, minimind.data.cache, minimind.tokenization, minimind.environments.builtin"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     assert python(code) == "False"
 
 
@@ -63,11 +71,11 @@ ARROWS = {
     "environments/builtin": "data/builtin environments utils",
     "inference/decode": "config kernels modeling ops rope",
     "inference": "config inference/decode kernels lora lora_files modeling ops rope tokenization utils weights",
-    "evaluation": "config data environments environments/builtin inference inference/decode modeling ops tokenization "
-    "utils",
+    "evaluation": "config data environments environments/builtin inference inference/decode modeling ops serving "
+    "tokenization utils",
     "apps": "environments environments/builtin inference tokenization",
     "apps/zero": "data utils",
-    "serving": "inference tokenization",
+    "serving": "environments environments/builtin inference tokenization",
     "export": "config inference lora lora_files modeling tokenization weights",
     "training/profiling": "utils",
     "training": "config data kernels lora lora_files modeling objectives ops tokenization training/profiling utils "

@@ -26,8 +26,13 @@ Departures from upstream's train_agent.py:
   Upstream has one number between -3 and 3 with bonuses for length, and uses a reward model where no tool was called
   (here: --reward model=FOLDER).
 - Sampling is at temperature 1 from the distribution that is trained. Upstream samples at 0.8 and trains as if at 1.
-- A conversation that reaches a limit ends there, with the limit as its reason, and is learnt from all the same;
+- A conversation that reaches a limit ends there, with the limit as its reason, and costs --truncation-penalty;
   --mask-truncated leaves it out.
+- The default is dr_grpo, in which a token counts the same in a short wrong answer as in a long row of needless calls
+  (docs/agents.md has runs of others).
+
+trl's GRPOTrainer leaves tool results out by its tool_mask; its losses and gradients on fixed conversations are ours
+(tests/objectives/test_surrogates.py).
 """
 
 from __future__ import annotations
@@ -65,7 +70,11 @@ from minimind.training.rl.rollouts import Answer
 from minimind.training.rl.stage import BuiltinTask, RolloutStage
 
 NANO_LR = 1e-4  # peak rate of nano; rl.stage.peak_lr derives that of other models
-TASK = BuiltinTask(NAME, agent_prompts, ("--epochs", "2", "--seq-len", "640", "--batch-tokens", "5120"))
+TASK = BuiltinTask(
+    NAME,
+    agent_prompts,
+    ("--epochs", "2", "--seq-len", "1280", "--batch-tokens", "2560", "--optimizer", "muon", "--evals", "2"),
+)
 
 
 @dataclass(frozen=True)
@@ -78,10 +87,20 @@ class Args(GroupArgs):
     of values that the answer must contain; "calls" is the number of calls needed, "state" the tools' memory at the
     start. None: built-in tasks."""
     tools: tuple[str, ...] = ("builtin",)
-    """Functions that implement the tools on offer: builtin; upstream, for its agent_rl.jsonl; or package.module:NAME of
-    a function or a list of functions."""
-    loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "cispo"
-    """The algorithm; the flags below replace parts of it."""
+    """Functions that implement the tools on offer: builtin; upstream, for its agent_rl.jsonl; package.module:NAME of a
+    function or a list of functions; or mcp:COMMAND or mcp:http://... of an MCP server."""
+    loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "dr_grpo"
+    """The algorithm; the flags below replace parts of it. dr_grpo gives every token the same weight, whatever the
+    length of its conversation and the spread of its group's rewards (docs/agents.md)."""
+    rollouts: int = 40
+    """Number of rollouts, each sampled from the current model."""
+    prompts: int = 32
+    """Tasks in a rollout."""
+    minibatches: int | None = 2
+    """Optimizer steps in each pass over a rollout, each on a part of its conversations. None: the algorithm's
+    number."""
+    truncation_penalty: float = 0.2
+    """Subtracted from the reward of a conversation that reached a limit."""
     reward: tuple[str, ...] = ()
     """Rewards to sum, each NAME[:WEIGHT]: answer, whether the final answer is right (weight 1); calls, the share of
     well-formed calls that fit their schemas (0.2); frugal, whether a right answer took no needless calls (0.1); and

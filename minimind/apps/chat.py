@@ -66,7 +66,8 @@ class Args(ModelArgs):
     seed: int | None = None
     """Seed of the sampling; the same seed gives the same answers. None: new answers each time."""
     tools: tuple[str, ...] = ()
-    """Functions that the model may call, which then run: builtin, upstream, or package.module:NAME of your own."""
+    """Functions that the model may call, which then run: builtin, upstream, package.module:NAME of your own, or
+    mcp:COMMAND or mcp:http://... of an MCP server."""
     yes: bool = False
     """With --tools: run calls without asking before each."""
     backend: Backend = "auto"

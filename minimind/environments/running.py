@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from minimind.environments.mcp import PREFIX
 from minimind.environments.tools import ToolFunction, by_name
 from minimind.environments.turns import ParsedCall, Problem
 from minimind.environments.worker import described
@@ -185,15 +186,21 @@ class _Worker:
         return self.ready and self.task is None
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "minimind.environments.worker", str(self.limits.characters), *self.paths]
+        command = [sys.executable, "-m", "minimind.environments.worker"]
+        command += [str(self.limits.characters), str(self.limits.seconds), *self.paths]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         # in a session of its own, so that Ctrl-C does not reach it
         self.process = subprocess.Popen(command, start_new_session=True, env=_environment(), **pipes)
         self.ready, self._heard, self.deadline = False, b"", time.monotonic() + _START
 
+    @property
+    def _grace(self) -> float:
+        """Seconds after its limit in which a call of an MCP server is cancelled there, which spares a new start."""
+        return 2.0 if any(path.startswith(PREFIX) for path in self.paths) else 0.0
+
     def take(self, task: _Task) -> None:
         self.task, self.began = task, time.monotonic()
-        self.deadline = self.began + self.limits.seconds
+        self.deadline = self.began + self.limits.seconds + self._grace
         call = {"name": task.call.name, "arguments": dict(task.call.arguments), "state": task.state}
         assert self.process.stdin is not None
         try:

@@ -33,6 +33,10 @@ _KINDS = {str: "string", int: "integer", float: "number", bool: "boolean", list:
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 
 
+class ToolTimeoutError(Exception):
+    """A tool ended itself because its time was over."""
+
+
 @dataclass(frozen=True)
 class ToolFunction:
     """parameters: a JSON schema of type object. stateful: whether the function takes `state`. path: the "module:name"

@@ -48,6 +48,15 @@ def read_calls(text: str, offered: Mapping[str, Mapping[str, Any]]) -> list[Pars
     return calls
 
 
+def read_call(name: str, arguments: str, offered: Mapping[str, Mapping[str, Any]]) -> ParsedCall:
+    """A call as an API has it, with its arguments as JSON text."""
+    try:
+        value = parse_json(arguments) if arguments.strip() else {}
+    except ValueError:
+        return _wrong("malformed", f"the arguments are not JSON: {_shown(arguments)}", name)
+    return _checked(name, value, offered)
+
+
 def without_calls(text: str) -> str:
     """The text of a reply without its calls."""
     return _CALL.sub("", text).strip()
@@ -60,7 +69,10 @@ def _read(text: str, offered: Mapping[str, Mapping[str, Any]]) -> ParsedCall:
         return _wrong("malformed", f"the call is not JSON: {_shown(text)}")
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or set(value) - {"name", "arguments"}:
         return _wrong("malformed", 'a call is {"name": ..., "arguments": {...}}')
-    name, arguments = value["name"], value.get("arguments", {})
+    return _checked(value["name"], value.get("arguments", {}), offered)
+
+
+def _checked(name: str, arguments: Any, offered: Mapping[str, Mapping[str, Any]]) -> ParsedCall:
     if name not in offered:
         return _wrong("unknown", f"there is no tool {_shown(name)}; choose from {', '.join(offered) or 'none'}", name)
     wrong = misfit(arguments, {"type": "object"} | dict(offered[name]), "arguments")

@@ -62,11 +62,13 @@ class Args(ModelArgs):
     chat: bool = False
     """With --tasks: put the questions into the chat template."""
     agent: bool = False
-    """Evaluate on tasks that need tool calls instead; reports success by kind of task and number of calls."""
+    """Evaluate on tasks that need tool calls instead; reports success by kind of task and number of calls. --model may
+    be the address of a server with OpenAI's API, http://HOST/v1 or http://HOST/v1#NAME."""
     agent_data: tuple[str, ...] = ()
     """With --agent: tasks as train/agent.py reads them. None: the held-out built-in ones."""
     tools: tuple[str, ...] = ("builtin",)
-    """With --agent: functions that implement the tools: builtin, upstream, or package.module:NAME of your own."""
+    """With --agent: functions that implement the tools: builtin, upstream, package.module:NAME of your own, or
+    mcp:COMMAND or mcp:http://... of an MCP server."""
     ppl: tuple[str, ...] = ()
     """Text that the model was not trained on: files, folders or globs of .txt and .jsonl, plain, .gz or .zst."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -151,13 +153,17 @@ def _agent(args: Args, console: Console) -> int:
         raise ValueError("--agent: goes with neither --ppl nor --tasks")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit {args.limit}: must be at least 1")
-    from minimind.evaluation.agents import evaluate_agent, report_agent
+    from minimind.evaluation.agents import RemoteModel, evaluate_agent, is_address, report_agent
 
-    loaded = open_model(args)
-    folder = _folder(args, loaded)
-    for note in loaded.notes:
-        say(console, note)
-    report_agent(evaluate_agent(loaded, args.agent_data, args.tools, args.limit, console), folder, console)
+    model: LoadedModel | RemoteModel
+    if is_address(args.model):
+        model, folder = RemoteModel.open(str(args.model)), _writable(Path(args.out or "."))
+    else:
+        model = open_model(args)
+        folder = _folder(args, model)
+        for note in model.notes:
+            say(console, note)
+    report_agent(evaluate_agent(model, args.agent_data, args.tools, args.limit, console), folder, console)
     return 0
 
 
@@ -189,7 +195,11 @@ def _tasks(args: Args, console: Console) -> int:
 def _folder(args: Args, loaded: LoadedModel) -> Path:
     """The folder for the results, made before the measurement. ValueError if it cannot be written to."""
     in_run = loaded.folder if loaded.stage is not None else None
-    folder = Path(args.out) if args.out else in_run or Path()
+    return _writable(Path(args.out) if args.out else in_run or Path())
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, made if it does not exist. ValueError if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

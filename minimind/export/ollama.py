@@ -26,7 +26,8 @@ _TOOLS = [{"type": "function", "function": {"name": f"%T{i}%"}} for i in "12"]
 _NONE_OR_SOME: tuple[list[Any], ...] = ([], _TOOLS)
 _CALL: dict[str, Any] = {"function": {"name": "%CAL%", "arguments": {"%KEY%": 1}}}
 _CALLED = {"role": "assistant", "content": "%SAY%", "tool_calls": [_CALL, _CALL]}
-_JSON = [json.dumps(x) for x in (*_TOOLS, _CALL["function"]["arguments"])]
+# OpenAI's wrapping of a function, where a template writes it, is part of the text around the function.
+_JSON = [json.dumps(x) for x in (*(tool["function"] for tool in _TOOLS), _CALL["function"]["arguments"])]
 _MARKED: tuple[list[dict[str, Any]], ...] = (
     [_USER],
     [_SYSTEM, _USER],
@@ -39,7 +40,7 @@ _MARKED: tuple[list[dict[str, Any]], ...] = (
 _GO_TEMPLATE = """\
 #{{- if .Tools }}@before_system@
 #{{- if .System }}{{ .System }}@joint@{{ end }}@before_tools@
-#{{- range $i, $tool := .Tools }}{{ if $i }}@between_tools@{{ end }}{{ $tool }}{{ end }}@after_tools@@after_system@
+#{{- range $i, $t := .Tools }}{{ if $i }}@between_tools@{{ end }}{{ $t.Function }}{{ end }}@after_tools@@after_system@
 #{{- else }}
 {{- if .System }}@before_system@{{ .System }}@after_system@{{ else }}@default_system@{{ end }}
 #{{- end }}
@@ -85,7 +86,7 @@ class Turns:
         system = "".join(m["content"] for m in messages if m["role"] == "system")
         parts = [self.system[0], system, self.system[1]] if system else [self.default_system]
         if tools and self.tools is not None:
-            offered = self.tools.between.join(map(json.dumps, tools))
+            offered = self.tools.between.join(json.dumps(tool["function"]) for tool in tools)
             before, after = self.tools.offered
             head = [self.system[0], system, self.tools.joint if system else ""]
             parts = [*head, before, offered, after, self.system[1]]

@@ -24,12 +24,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from minimind.rewards.compose import MODELS, RewardError, Rewards, RewardTerm, Scores, Spec, make_terms
 from minimind.rewards.rules import Reward, Sample, answer_only
 from minimind.rewards.statistics import RewardScale, SignalWatch, degenerate, summary
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "Reward",
@@ -55,6 +57,8 @@ def parse_rewards(
     on_error: the value of --on-reward-error; see Rewards. device: where reward models run.
     """
     specs = [Spec.parse(word) for word in words]
+    import torch  # here, so that the chat page starts without it
+
     device = device or torch.device("cpu")
     models = {folder: _open(folder, device, trust_remote_code) for folder in model_weights(words)}
     rewards = []

@@ -284,6 +284,8 @@ def misfit(value: Any, schema: Mapping[str, Any], what: str = "it") -> str | Non
     """Why a JSON value does not fit a schema, None if it fits. what: the value's name in the message. The keywords
     type, enum, properties, required, additionalProperties and items are checked, others ignored. A property that the
     schema does not name is an error, unless the schema allows additional ones."""
+    if not isinstance(schema, Mapping):
+        return None  # true: anything
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if kinds and not any(_has_type(value, kind) for kind in kinds):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
@@ -26,6 +27,7 @@ from minimind.serving.web_client import (
     parse_tools,
     text,
 )
+from minimind.serving.web_tools import REFUSED, PageTools, may_go_on
 
 URL = os.environ.get("MINIMIND_URL", "http://127.0.0.1:8998/v1")
 AVATARS = {"user": ":material/person:", "assistant": ":material/neurology:", "tool": ":material/build:"}
@@ -55,7 +57,7 @@ def main() -> None:
     st.html(STYLE)
     state = st.session_state
     if "turns" not in state:
-        state.turns = []
+        state.turns, state.memory = [], {}
         state.language = "zh" if (st.context.locale or "").startswith("zh") else "en"
     client = connect(URL, os.environ.get("MINIMIND_API_KEY"))
     settings = sidebar(client)
@@ -67,7 +69,7 @@ def main() -> None:
     for number, turn in enumerate(state.turns):
         show(turn)
         if turn.calls and number == len(state.turns) - 1 and not question:
-            ask_for_results(turn)
+            answer_calls(turn)
     if question:
         state.turns.append(ChatTurn("user", question))
         show(state.turns[-1])
@@ -88,7 +90,7 @@ def sidebar(client: openai.OpenAI) -> Settings | None:
             label_visibility="collapsed",
         )
         if st.button(t("new"), icon=":material/add_comment:", width="stretch"):
-            st.session_state.turns = []
+            st.session_state.turns, st.session_state.memory = [], {}
         models = available(client)
         if not models:
             return None
@@ -121,7 +123,19 @@ def available(client: openai.OpenAI) -> list[str]:
     return []
 
 
+@st.cache_resource
+def page_tools() -> PageTools:
+    return PageTools()
+
+
 def chosen_tools() -> list[dict[str, Any]]:
+    """Those that run here, and those whose results the user writes."""
+    here = page_tools()
+    label = t("tools_asked" if here.asks else "tools_unasked")
+    return here.schemas(st.multiselect(label, here.names, key="tools_here")) + written_tools()
+
+
+def written_tools() -> list[dict[str, Any]]:
     offered = st.toggle(t("tools_on"), key="tools_on")
     written = st.text_area(
         t("tools_json"), json.dumps(SAMPLE_TOOLS, indent=1, ensure_ascii=False), height=220, disabled=not offered
@@ -201,14 +215,30 @@ def figures(turn: ChatTurn) -> str:
     return " · ".join(notes)
 
 
-def ask_for_results(turn: ChatTurn) -> None:
-    """A form in which the user fills in the tools' results: this page runs no code that a model chose."""
+def answer_calls(turn: ChatTurn) -> None:
+    """Get the results of a turn's calls: run those of the tools that run here, once the user allows it, and ask for the
+    others."""
+    state = st.session_state
+    written = [call for call in turn.calls if call.name not in state.tools_here] if state.tools_on else []
+    unasked = not page_tools().asks and may_go_on(state.turns)
+    if not written and unasked:
+        return add_results(turn, {})
     with st.form("results", border=False):
-        results = [st.text_input(t("result_of", call.name), key=f"result-{call.id}") for call in turn.calls]
-        if st.form_submit_button(t("send_result"), icon=":material/send:"):
-            for call, result in zip(turn.calls, results, strict=True):
-                st.session_state.turns.append(ChatTurn("tool", result, call_id=call.id))
-            st.rerun()
+        values = {call.id: st.text_input(t("result_of", call.name), key=f"result-{call.id}") for call in written}
+        if st.form_submit_button(t("send_result" if written else "run"), icon=":material/send:"):
+            add_results(turn, values)
+        if not written and st.form_submit_button(t("refuse"), icon=":material/block:"):
+            add_results(turn, {call.id: REFUSED for call in turn.calls})
+
+
+def add_results(turn: ChatTurn, known: Mapping[str, str]) -> None:
+    """Add the results of a turn's calls, in their order. known: those that need not run, by the call's id."""
+    state = st.session_state
+    ran = page_tools().run([call for call in turn.calls if call.id not in known], state.tools_here, state.memory)
+    results = {result.call_id: result for result in ran}
+    for call in turn.calls:
+        state.turns.append(results.get(call.id) or ChatTurn("tool", known[call.id], call_id=call.id))
+    st.rerun()
 
 
 def answer(client: openai.OpenAI, settings: Settings) -> None:

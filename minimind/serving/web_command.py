@@ -2,6 +2,7 @@
 
     minimind web                                  serves the newest run under runs/ and opens a chat with it
     minimind web --model runs/sft-nano-builtin
+    minimind web --tools builtin my.module:TOOLS  tools that the page runs when the model calls them, after asking
     minimind web --url http://127.0.0.1:8998/v1   uses a running server; MINIMIND_API_KEY is its key
 
 Without --url, a server is started for the page and stops with it.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import secrets
@@ -20,7 +22,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from minimind.environments.builtin import named_tools
 from minimind.inference.loading import ModelArgs
+from minimind.serving.web_tools import TOOLS_VARIABLE, YES_VARIABLE
 
 PAGE = Path(__file__).with_name("web.py")
 # Streamlit's options: no usage reports, no prompt for an e-mail address, no button to publish the page, colours.
@@ -47,6 +51,11 @@ class Args(ModelArgs):
     """Port of the page."""
     browser: bool = True
     """Open the page in a browser, if there is one."""
+    tools: tuple[str, ...] = ("builtin",)
+    """Tools to choose from on the page, which runs what the model calls: builtin, upstream, package.module:NAME of your
+    own, or mcp:COMMAND or mcp:http://... of an MCP server."""
+    yes: bool = False
+    """Run calls without asking before each."""
 
 
 def main(args: Args) -> int:
@@ -60,6 +69,7 @@ def main(args: Args) -> int:
     for name in ("streamlit", "openai"):
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"{name} is missing: pip install 'minimind[web]'")
+    named_tools(args.tools)  # fails here, not in the page
     signal.signal(
         signal.SIGTERM, lambda number, _: sys.exit(128 + number)
     )  # also ends the processes that this one started
@@ -103,7 +113,8 @@ def _page(args: Args, url: str, environment: dict[str, str]) -> int:
     }
     command = [sys.executable, "-m", "streamlit", "run", str(PAGE)]
     command += [f"--{name}={value}" for name, value in options.items()]
-    page = subprocess.Popen(command, env={**environment, "MINIMIND_URL": url})
+    settings = {"MINIMIND_URL": url, TOOLS_VARIABLE: json.dumps(args.tools), YES_VARIABLE: "1" if args.yes else ""}
+    page = subprocess.Popen(command, env=environment | settings)
     try:
         return page.wait()
     except KeyboardInterrupt:

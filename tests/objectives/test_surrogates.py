@@ -40,6 +40,8 @@ def tokens(log_p=LOG_P, advantages=ADVANTAGES, old_log_probs=OLD, samples=SAMPLE
 
 
 # Of trl 1.16.0, GRPOTrainer._compute_loss in float64 on the three samples with tokens: (loss, its gradient by log p).
+# They are its numbers for conversations too: with two tokens of a tool's result behind each sample's first token, which
+# its tool_mask leaves out, loss and gradient are these, and the gradient of the tool's tokens is 0.
 TRL = {
     "grpo": (0.15178966263409896, [0.0004229448087290687, -0.14905748371582717, 0.0, 0.0029493228923812686,
              0.0795568473507596, 0.2206834036488179, 0.11118545485986447, -0.0003505697269188257]),

@@ -1,5 +1,6 @@
 """The web chat: its page without a browser, and with one (slow)."""
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from minimind.serving import web_command
+from minimind.serving import web_command, web_tools
 from minimind.serving.web_client import (
     LANGUAGES,
     SUGGESTIONS,
@@ -26,6 +27,7 @@ from minimind.serving.web_client import (
     parse_tools,
 )
 from minimind.serving.web_command import _OPTIONS, PAGE, Args, main, server_command
+from minimind.serving.web_tools import REFUSED, TOOLS_VARIABLE, YES_VARIABLE, may_go_on
 from minimind.weights import save_weights
 from tests.serving.service import ANSWERS, CALL, WEATHER, serving, taught
 
@@ -114,6 +116,56 @@ def test_a_tool_call_shows_a_form_for_its_result(page):
     assert len(page.chat_message) == 4 and page.chat_message[2].code[0].value == '{"degrees": 20}'
 
 
+@pytest.fixture
+def tooled(monkeypatch):
+    """A page whose weather tool runs here, described so that the model calls it."""
+    monkeypatch.setenv(TOOLS_VARIABLE, json.dumps(["builtin", "tests.serving.test_web:weather"]))
+    monkeypatch.delenv(YES_VARIABLE, raising=False)
+    st = pytest.importorskip("streamlit", reason="needs streamlit: pip install 'minimind[web]'")
+    st.cache_resource.clear()
+    monkeypatch.setattr(web_tools.PageTools, "schemas", lambda self, names: [WEATHER] if names else [])
+    yield
+    st.cache_resource.clear()
+
+
+@pytest.fixture
+def unasked(monkeypatch):
+    monkeypatch.setenv(YES_VARIABLE, "1")
+
+
+def weather(city: str) -> str:
+    """Weather in a city"""
+    return f"20 degrees in {city}"
+
+
+def test_a_tool_runs_after_the_user_allows_it(tooled, page):
+    page.multiselect[0].set_value(["weather"]).run()
+    for label, result in (("Run", f"20 degrees in {CALL['arguments']['city']}"), ("Do not run", REFUSED)):
+        ask(page, "go")
+        assert str(CALL["arguments"]["city"]) in page.chat_message[1].code[0].value and len(page.chat_message) == 2
+        (button,) = [button for button in page.button if button.label == label]
+        button.click().run()
+        assert not page.exception and len(page.chat_message) == 4
+        assert page.chat_message[2].code[0].value == result
+        page.sidebar.button[0].click().run()
+
+
+def test_a_tool_that_is_not_on_offer_does_not_run(tooled, unasked, page):
+    page.multiselect[0].set_value(["calculate"]).run()
+    ask(page, "go")
+    assert "there is no tool weather; choose from calculate" in page.chat_message[2].code[0].value
+
+
+def test_unasked_calls_end(tooled, unasked, page, monkeypatch):
+    """The model answers no result of a tool, so it may call on and on."""
+    monkeypatch.setattr(web_tools, "TURNS", 2)
+    page.multiselect[0].set_value(["weather"]).run()
+    ask(page, "go")
+    assert 4 <= len(page.chat_message) <= 5 and page.chat_message[2].code[0].value.startswith("20 degrees")
+    calls = [ChatTurn("user", "go"), *[ChatTurn("assistant"), ChatTurn("tool")] * 2]
+    assert may_go_on(calls[:3]) and not may_go_on(calls) and may_go_on([*calls, ChatTurn("user", "go")])
+
+
 def test_a_suggestion_is_a_question(page):
     (button,) = [button for button in page.button if button.label == SUGGESTIONS["en"][0]]
     button.click().run()
@@ -192,6 +244,7 @@ def test_the_server_gets_the_flags_of_the_model():
     for flags, message in (
         ({"model": "m", "url": "u"}, "--url and --model: give one of them"),
         ({"url": "127.0.0.1:8998"}, "--url 127.0.0.1:8998: must be an address such as http://"),
+        ({"tools": ("no.such:tool",)}, "--tools no.such:tool: cannot import no.such"),
         ({"model": "m", "port": 65536}, "--port 65536: must be between 1 and 65535"),
     ):
         with pytest.raises(ValueError, match=message):

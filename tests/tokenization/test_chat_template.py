@@ -85,14 +85,16 @@ def test_reasoning_written_inside_the_content_is_kept() -> None:
     assert SHIPPED.apply_chat_template(messages, enable_thinking=False).count("<think>") == 1
 
 
-def test_tools_from_argument_and_message_render_alike() -> None:
+def test_tools_from_argument_and_message_and_in_both_common_forms_render_alike() -> None:
+    """A model that is trained on bare descriptions meets OpenAI's form at a server."""
     question = {"role": "user", "content": "?"}
     system: dict[str, Any] = {"role": "system", "content": "Be brief."}
     given_apart = SHIPPED.apply_chat_template([system, question], tools=[WEATHER])
-    schema = json.dumps(WEATHER, ensure_ascii=False)
+    bare = WEATHER["function"]
+    schema = json.dumps(bare, ensure_ascii=False)
     assert "Be brief.\n\n" in given_apart
     assert f"<tools>\n{schema}\n</tools>" in given_apart
-    for own in ([WEATHER], json.dumps([WEATHER], ensure_ascii=False)):
+    for own in ([WEATHER], json.dumps([WEATHER], ensure_ascii=False), [bare]):
         assert SHIPPED.apply_chat_template([{**system, "tools": own}, question]) == given_apart
     without_system = SHIPPED.apply_chat_template([question], tools=[WEATHER])
     assert without_system == given_apart.replace("Be brief.\n\n", "")

@@ -25,6 +25,7 @@ from minimind.environments.builtin.tools import (
     search,
     weekday,
 )
+from minimind.environments.mcp import PREFIX, mcp_tools
 from minimind.environments.tools import ToolFunction, by_name, tool_of, user_tools
 
 BUILTIN, UPSTREAM = "builtin", "upstream"  # words of --tools
@@ -53,12 +54,12 @@ _KITS = {BUILTIN: builtin_tools, UPSTREAM: upstream_tools}
 
 
 def named_tools(names: Iterable[str]) -> list[ToolFunction]:
-    """The tools of --tools: "builtin", "upstream", or the user's at "package.module:name". Raises ValueError, one line
-    that names the word, if there are none or two have one name."""
+    """The tools of --tools: "builtin", "upstream", the user's at "package.module:name", or "mcp:COMMAND or URL" of an
+    MCP server. Raises ValueError, one line that names the word, if there are none or two have one name."""
     found: list[ToolFunction] = []
     for name in names:
         try:
-            found += _KITS[name]() if name in _KITS else user_tools(name)
+            found += _KITS[name]() if name in _KITS else (mcp_tools if name.startswith(PREFIX) else user_tools)(name)
             by_name(found)
         except ValueError as error:
             raise ValueError(f"--tools {error}") from None

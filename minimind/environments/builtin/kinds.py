@@ -91,12 +91,12 @@ def _conversion(random: Random, chinese: bool) -> TaskCase:
 
 
 def _later(random: Random, chinese: bool) -> TaskCase:
-    solve, day, days = Solution(), _day(random), random.randint(2, 90)
+    solve, day, days = Solution(), random_day(random), random.randint(2, 90)
     return TaskCase((day, days), solve.steps, solve("add_days", date=day, days=days))
 
 
 def _weekday(random: Random, chinese: bool) -> TaskCase:
-    solve, day = Solution(), _day(random)
+    solve, day = Solution(), random_day(random)
     return TaskCase((day,), solve.steps, solve("weekday", date=day))
 
 
@@ -137,7 +137,7 @@ def _recalled_sum(random: Random, chinese: bool) -> TaskCase:
 
 
 def _later_weekday(random: Random, chinese: bool) -> TaskCase:
-    solve, day, days = Solution(), _day(random), random.randint(2, 90)
+    solve, day, days = Solution(), random_day(random), random.randint(2, 90)
     later = solve("add_days", date=day, days=days)
     return TaskCase((day, days), solve.steps, solve("weekday", date=later))
 
@@ -179,7 +179,8 @@ def _wish(random: Random, chinese: bool) -> TaskCase:
 _PRICE = ("price", "价格")
 
 
-def _day(random: Random) -> str:
+def random_day(random: Random) -> str:
+    """A date of the years 2000 to 2029, YYYY-MM-DD."""
     return f"{random.randint(2000, 2029)}-{random.randint(1, 12):02d}-{random.randint(1, 28):02d}"
 
 

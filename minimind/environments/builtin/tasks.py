@@ -3,9 +3,11 @@
 Held-out tasks have values that no training task has; half of them also have a wording that no training task has. All
 random choices are seeded, so the tasks are the same on every machine.
 
-A third of the conversations are right; the others guess without a call, stop before the last call, repeat a call, or
-write a malformed call. A model trained on them is able to do the tasks but often fails; reinforcement learning is to
-improve it.
+In the conversations a third of the tasks are done, some with a needless call; for the others the model guesses without
+a call, stops before the last call, or writes a malformed call. A model trained on them is able to do the tasks but
+often fails; reinforcement learning is to improve it. A conversation has several tasks, because most of a single one's
+tokens are the description of its tools, which nothing is learnt from. Between them are lists of names and
+numbers to repeat: without these, a small model learns to copy names into its calls much later than the rest.
 """
 
 from __future__ import annotations
@@ -21,9 +23,12 @@ from typing import Any
 
 from rich.console import Console
 
+from minimind.data.builtin import exchange, shuffled
 from minimind.environments.builtin import builtin_tools
-from minimind.environments.builtin.kinds import KINDS, Kind, SolutionStep, TaskCase
+from minimind.environments.builtin.kinds import KINDS, NAMES, Kind, SolutionStep, TaskCase, random_day
+from minimind.environments.builtin.tools import ELEMENTS, ELEMENTS_ZH, GOODS, MOUNTAINS, RIVERS
 from minimind.environments.tools import by_name
+from minimind.environments.turns import CLOSE, OPEN, read_calls
 from minimind.utils.display import say
 from minimind.utils.files import cache_root, make_folder, write_atomically
 
@@ -31,7 +36,10 @@ NAME = "builtin:agent"  # the value of --data that selects these tasks
 _TASKS_PER_KIND = 320  # tasks drawn for each kind and language
 _HELD_OUT = 10  # one case in this many is held out
 _GUESS, _STOP, _REPEAT, _BROKEN = "guess", "stop", "repeat", "broken"
-SLIPS = (None, None, None, _GUESS, _GUESS, _STOP, _STOP, _BROKEN, _REPEAT)  # None: a correct conversation
+SLIPS = (None, None, _REPEAT, _GUESS, _GUESS, _GUESS, _STOP, _STOP, _BROKEN)  # None: no mistake
+_TOGETHER = 4  # most tasks of a weak agent's conversation
+_TOOLS_TOGETHER = 3  # most tools that they take
+_LISTS = 5000  # lists to repeat
 
 
 @dataclass(frozen=True)
@@ -49,9 +57,9 @@ class Task:
     @property
     def row(self) -> dict[str, Any]:
         """The task as a prompt row of a .jsonl file."""
-        messages = [self._system, {"role": "user", "content": self.question}, {"role": "assistant", "content": ""}]
+        question = {"role": "user", "content": self.question}
         return {
-            "conversations": messages,
+            "conversations": [_system(self.tools), question, {"role": "assistant", "content": ""}],
             "reference": self.case.answer,
             "calls": len(self.case.steps),
             "kind": self.kind,
@@ -59,28 +67,37 @@ class Task:
             "new_wording": self.new_wording,
         }
 
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The tools that it takes."""
+        return tuple(dict.fromkeys(step.tool for step in self.case.steps))
+
+    @property
+    def recalled(self) -> set[str]:
+        """The names that its calls look up in the memory."""
+        return {str(step.arguments["name"]) for step in self.case.steps if step.tool == "recall"}
+
     def conversation(self, slip: str | None = None) -> dict[str, Any]:
         """The task as a conversation row: solved, or with the mistake `slip`."""
-        messages = [self._system, {"role": "user", "content": self.question}]
+        return {"conversations": [_system(self.tools), *self.messages(slip)]}
+
+    def messages(self, slip: str | None = None) -> list[dict[str, Any]]:
+        """The question and what follows."""
+        messages: list[dict[str, Any]] = [{"role": "user", "content": self.question}]
         steps = list(self.case.steps)
         if slip == _GUESS:
-            return {"conversations": [*messages, self._answer(_shifted(self.case.answer))]}
-        if slip == _BROKEN:
-            call = f"<tool_call>\n{steps[0].tool} {json.dumps(dict(steps[0].arguments), ensure_ascii=False)}\n"
-            return {"conversations": [*messages, {"role": "assistant", "content": call + "</tool_call>"}]}
-        if slip == _STOP:
+            steps.clear()
+        elif slip == _BROKEN:
+            messages += _broken(steps[0])
+            steps.clear()
+        elif slip == _STOP:
             steps.pop()
-        if slip == _REPEAT:
+        elif slip == _REPEAT:
             steps.insert(0, steps[0])
         for step in steps:
             messages += [_called(step), {"role": "tool", "content": step.result}]
-        answer = self.case.answer if slip != _STOP else _shifted(self.case.answer)
-        return {"conversations": [*messages, self._answer(answer)]}
-
-    @property
-    def _system(self) -> dict[str, Any]:
-        schemas = by_name(builtin_tools())
-        return {"role": "system", "content": "", "tools": [schemas[name].schema for name in self.tools]}
+        answer = self.case.answer if slip in (None, _REPEAT) else _shifted(self.case.answer)
+        return [*messages, self._answer(answer)]
 
     def _answer(self, answer: str) -> dict[str, Any]:
         text = f"答案是{answer}。" if self.chinese else f"The answer is {answer}."
@@ -109,7 +126,8 @@ def agent_prompts(cache_dir: str | Path | None = None, console: Console | None =
 
 def weak_agent(cache_dir: str | Path | None = None, console: Console | None = None) -> tuple[Path, Path]:
     """Like `agent_prompts`, but for conversations of a weak agent."""
-    train, heldout = ([task.conversation(_slip(task)) for task in part] for part in tasks())
+    train, heldout = ([_together(group) for group in _groups(part)] for part in tasks())
+    train = shuffled(train + [_list_to_repeat(number) for number in range(_LISTS)])
     return (
         _written("weak-agent-train", train, cache_dir, console),
         _written("weak-agent-heldout", heldout, cache_dir, console),
@@ -124,11 +142,63 @@ def _add(
     new = held and number % 2 == 0
     wording = wordings[-1] if new else wordings[number % (len(wordings) - 1)]
     question = wording.format(*case.words)
-    used = list(dict.fromkeys(step.tool for step in case.steps))
-    others = [tool.name for tool in builtin_tools() if tool.name not in used]
-    offered = sorted([*used, others[_number(question) % len(others)]], key=lambda name: _number(question + name))
-    task = Task(kind.name, chinese, question, case, tuple(offered), new)
+    offered = _offered([step.tool for step in case.steps], question)
+    task = Task(kind.name, chinese, question, case, offered, new)
     (heldout if held else train).setdefault(f"{question} {case.answer}", task)
+
+
+def _offered(used: Sequence[str], key: str) -> tuple[str, ...]:
+    """The tools `used` and another one, in an order that depends on `key`."""
+    others = [tool.name for tool in builtin_tools() if tool.name not in used]
+    offered = [*dict.fromkeys(used), others[_number(key) % len(others)]]
+    return tuple(sorted(offered, key=lambda name: _number(key + name)))
+
+
+def _groups(part: Sequence[Task]) -> list[list[Task]]:
+    """The tasks in groups of at most _TOGETHER that take at most _TOOLS_TOGETHER tools, and recall each name once."""
+    groups: list[list[Task]] = []
+    unfilled: list[list[Task]] = []
+    for task in part:
+        for group in unfilled:
+            if len({*task.used}.union(*(other.used for other in group))) <= _TOOLS_TOGETHER and not any(
+                task.recalled & other.recalled for other in group
+            ):
+                break
+        else:
+            group = []
+            groups.append(group)
+            unfilled.append(group)
+        group.append(task)
+        if len(group) == _TOGETHER:
+            unfilled.remove(group)
+    return groups
+
+
+def _together(group: Sequence[Task]) -> dict[str, Any]:
+    """A conversation row of a weak agent, in which it is given all these tasks."""
+    tools = _offered([name for task in group for name in task.used], group[0].question)
+    messages = [message for task in group for message in task.messages(_slip(task))]
+    return {"conversations": [_system(tools), *messages]}
+
+
+def _list_to_repeat(number: int) -> dict[str, Any]:
+    """A conversation row in which names, numbers and dates are repeated as they are, or as JSON."""
+    random, chinese = Random(f"list {number}"), number % 2
+    names = [
+        str(row[chinese]) for row in (*zip(ELEMENTS, ELEMENTS_ZH, strict=True), *MOUNTAINS, *RIVERS, *GOODS, *NAMES)
+    ]
+    kinds = (lambda: random.choice(names), lambda: str(random.randint(1, 9999)), lambda: random_day(random))
+    items = [kinds[random.choice((0, 0, 1, 2))]() for _ in range(random.randint(3, 8))]
+    plain = ("、" if chinese else ", ").join(items)
+    if number % 4 < 2:
+        return {"conversations": exchange(("重复：" if chinese else "Repeat: ") + plain, plain)}
+    question = ("写成JSON列表：" if chinese else "Write as a JSON list: ") + plain
+    return {"conversations": exchange(question, json.dumps(items, ensure_ascii=False))}
+
+
+def _system(tools: Sequence[str]) -> dict[str, Any]:
+    schemas = by_name(builtin_tools())
+    return {"role": "system", "content": "", "tools": [schemas[name].schema for name in tools]}
 
 
 def _ordered(unordered: dict[str, Task]) -> tuple[Task, ...]:
@@ -138,6 +208,13 @@ def _ordered(unordered: dict[str, Task]) -> tuple[Task, ...]:
 def _slip(task: Task) -> str | None:
     slip = SLIPS[_number("slip " + task.question) % len(SLIPS)]
     return _GUESS if slip == _STOP and len(task.case.steps) == 1 else slip
+
+
+def _broken(step: SolutionStep) -> list[dict[str, Any]]:
+    """A call that is not JSON, and what the model is told."""
+    written = f"{OPEN}\n{step.tool} {json.dumps(dict(step.arguments), ensure_ascii=False)}\n{CLOSE}"
+    (call,) = read_calls(written, {})
+    return [{"role": "assistant", "content": written}, {"role": "tool", "content": call.error}]
 
 
 def _called(step: SolutionStep) -> dict[str, Any]:
