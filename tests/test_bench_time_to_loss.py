@@ -276,7 +276,9 @@ def test_upstreams_trainer_is_evaluated_by_what_it_saves(files, tmp_path, monkey
         (checkout / part).mkdir(parents=True)
     load_tokenizer().save(checkout / "model")
     (checkout / "trainer" / "train_pretrain.py").write_text(UPSTREAM)
-    theirs = replace(TINY, num_key_value_heads=2, intermediate_size=80, qk_norm=True)  # of another version
+    theirs = replace(
+        TINY, num_attention_heads=8, head_dim=4, num_key_value_heads=2, intermediate_size=80, qk_norm=True
+    )  # of another version
     state = to_stock(Model(theirs).state_dict(), theirs)
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     torch.save({name: tensor.half() for name, tensor in state.items()}, tmp_path / "weights.pth")

@@ -38,6 +38,7 @@ STEP = 4096  # tokens of a step on a CPU, for ours and for transformers
 MOST_HELDOUT = 0.2  # of a small file
 PADDED = 339  # inputs of upstream's row of 340 tokens
 SAVES = 4  # of upstream's trainer in a run
+UPSTREAM_HEADS = 8  # query heads in all of its versions
 
 
 def split_file(path: str, stage: str, work: Path, heldout_bytes: int) -> tuple[Path, Path]:
@@ -286,9 +287,9 @@ def upstream_config(file: Path, preset: str) -> ModelConfig:
     layer = "model.layers.0."
     q, k = (state[f"{layer}self_attn.{name}_proj.weight"].shape[0] for name in "qk")
     vocab_size, hidden = state["model.embed_tokens.weight"].shape
-    heads = ModelConfig.preset(preset).num_attention_heads
     return ModelConfig.preset(
-        preset, vocab_size=vocab_size, hidden_size=hidden, head_dim=q // heads, num_key_value_heads=k * heads // q,
+        preset, vocab_size=vocab_size, hidden_size=hidden, num_attention_heads=UPSTREAM_HEADS,
+        head_dim=q // UPSTREAM_HEADS, num_key_value_heads=k * UPSTREAM_HEADS // q,
         intermediate_size=state[f"{layer}mlp.gate_proj.weight"].shape[0],
         qk_norm=f"{layer}self_attn.q_norm.weight" in state,
     )  # fmt: skip

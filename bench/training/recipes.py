@@ -82,7 +82,7 @@ class RecipeSetting:
 
 
 @dataclass
-class Recipe:
+class RecipeSteps:
     """step(number from 0) trains; weights() is the trained model, to be evaluated and saved."""
 
     step: Callable[[int], None]
@@ -94,7 +94,7 @@ def upstream_rate(lr: float, step: int, steps: int) -> float:
     return lr * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
 
 
-def upstream_style(s: RecipeSetting, corpus: Corpus, vocab_size: int) -> Recipe:
+def upstream_style(s: RecipeSetting, corpus: Corpus, vocab_size: int) -> RecipeSteps:
     ops.set_mode("reference")
     device, kind = choose_device(s.device), STAGES[s.stage]
     model = _initial(s, vocab_size).to(device)
@@ -113,10 +113,10 @@ def upstream_style(s: RecipeSetting, corpus: Corpus, vocab_size: int) -> Recipe:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Recipe(step, lambda: model)
+    return RecipeSteps(step, lambda: model)
 
 
-def hf(s: RecipeSetting, corpus: Corpus, vocab_size: int) -> Recipe:
+def hf(s: RecipeSetting, corpus: Corpus, vocab_size: int) -> RecipeSteps:
     device = choose_device(s.device)
     dtype = choose_precision(device).compute_dtype
     initial = _initial(s, vocab_size)
@@ -150,10 +150,10 @@ def hf(s: RecipeSetting, corpus: Corpus, vocab_size: int) -> Recipe:
         own.compute_dtype = dtype
         return own
 
-    return Recipe(step, weights)
+    return RecipeSteps(step, weights)
 
 
-RECIPES: dict[str, Callable[[RecipeSetting, Corpus, int], Recipe]] = {"upstream-style": upstream_style, "hf": hf}
+RECIPES: dict[str, Callable[[RecipeSetting, Corpus, int], RecipeSteps]] = {"upstream-style": upstream_style, "hf": hf}
 
 
 def _initial(s: RecipeSetting, vocab_size: int) -> Model:

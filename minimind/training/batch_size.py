@@ -9,6 +9,7 @@ recomputes some of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 CONTEXT_BYTES = 1 << 29  # CUDA's context and libraries, about
 MOST_TOKENS = 1 << 16  # of a forward and backward, even if more fit
+SMALLEST = 4  # with --batch-warmup, the first steps are this many times smaller
 GPU_BATCH = 1 << 16  # tokens of a step on a GPU by default
+Growth = tuple[tuple[int, int], ...]  # (number, tokens) of smaller steps at the beginning of a run
 _HEAD_CHUNK = 2048  # tokens whose logits exist at once
 _PER_BOUNDARY = 64  # tokens of a document, on average; the built-in corpus has 93, with the quarter that a loader adds
 
@@ -119,6 +122,11 @@ def batch_shape(job: Job, batch_tokens: int | None = None) -> tuple[int, int]:
     args, ranks = job.args, job.parallel.world_size
     batch_tokens = batch_tokens or job.settle("batch_tokens", lambda: (usual_batch(job), ""))
     micro = args.micro_tokens or micro_tokens(job, batch_tokens)
+    if args.batch_warmup and (batch_tokens // micro) % SMALLEST:
+        raise ValueError(
+            f"--batch-warmup {args.batch_warmup}: the first steps take a quarter of {batch_tokens} tokens, and that is "
+            f"no multiple of the micro-batch of {micro}; set --batch-tokens and --micro-tokens so that it is"
+        )
     if batch_tokens % micro or micro % args.row:
         raise ValueError(
             f"--batch-tokens {batch_tokens} must be a multiple of --micro-tokens {micro}, "
@@ -154,6 +162,16 @@ def fit_to_data(job: Job, loader: EpochLoader, rows: int, micro_batches: int) ->
     return (rows, micro_batches) if taken == step else batch_shape(job, taken * row)
 
 
+def growing_steps(tokens: float, step_tokens: int, share: float) -> tuple[int, Growth]:
+    """(steps of a run over `tokens`; number and tokens of the smaller ones), where `share` of the tokens is trained on
+    in steps that are a quarter and then half as large."""
+    growth = tuple(
+        (math.ceil(tokens * share / 2 / size), size) for size in (step_tokens // SMALLEST, 2 * step_tokens // SMALLEST)
+    )
+    left = tokens - sum(steps * size for steps, size in growth)
+    return sum(steps for steps, _ in growth) + max(1, math.ceil(left / step_tokens)), growth
+
+
 def usual_batch(job: Job) -> int:
     """Tokens of an optimizer step where neither a flag nor the data decide."""
     return GPU_BATCH if job.default_device == "cuda" and job.initial.preset != "nano" else 4096
@@ -175,6 +193,7 @@ def micro_tokens(job: Job, batch_tokens: int) -> int:
     """Tokens of a micro-batch: the step's, halved until they fit into a GPU's memory."""
     ranks = job.parallel.world_size
     limit = min(MOST_TOKENS, ranks * _fitting(job.config, job.device, job.args.recompute))
+    limit = min(limit, batch_tokens // SMALLEST) if job.args.batch_warmup else limit
     return halved(batch_tokens, limit, job.args.row, ranks)
 
 

@@ -90,7 +90,7 @@ class DataSplit:
         ]
         if self.mixture is not None:
             sizes = [_tokens(self.train, *part) for part in self.mixture.ranges]
-            filled = plan.steps * plan.step_tokens * plan.loader.fill
+            filled = plan.tokens_before(plan.steps) * plan.loader.fill
             lines.append(describe_mixture(self.mixture, sizes, filled))
         return lines
 

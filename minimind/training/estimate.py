@@ -71,7 +71,7 @@ def estimate(job: Job, plan: TrainingPlan, model: Model, stage: Stage, lines: Se
     args, loader = job.args, plan.loader
     data, context = _packed_data(job, loader)
     training = cost(model, context, args.recompute, stage.frozen_models)
-    tokens = plan.steps * plan.step_tokens
+    tokens = plan.tokens_before(plan.steps)
     positions = data.tokens / loader.fill
     first = stage.first_passes * positions * model.flops_per_token(context, training=False)
     flops = tokens * training + first
