@@ -2,8 +2,8 @@
 
     python bench/recipe.py --data tang.jsonl web.jsonl                    # hours; the same command continues later
     python bench/recipe.py --data tang.jsonl --shapes nano --only zero-outputs normuon --minutes 20
-    python bench/recipe.py --page                                         # docs/recipe.md from the existing rows
 
+docs/recipe.md is made from the rows by bench/performance.py.
 A run is a call of train/pretrain.py's own function in this process, with the flags of one try (bench/training/tries.py)
 and otherwise its defaults. For every seed, corpus and shape the recipe as it is comes first, then all tries, then the
 recipe with twice the tokens, from which follows what the time of a slower or faster step is worth. Rows are added to
@@ -18,9 +18,11 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
@@ -28,14 +30,14 @@ if __name__ == "__main__":
 from rich.console import Console
 
 from bench.common.command import check_at_least, check_choices, run
-from bench.common.record import ROOT, append, check_columns, now, results_folder
-from bench.report.recipe import PAGE, page
+from bench.common.record import append, check_columns, now, results_folder
 from bench.report.rows import rows_of
 from bench.training.tries import BASE, TRIES, RecipeRow
 from minimind.config import PRESETS
 from minimind.data import builtin_corpus, open_corpus
 from minimind.tokenization import load_tokenizer
 from minimind.training.metrics import read_metrics
+from minimind.training.trainer import Trainer
 from minimind.utils.device import choose_device, describe_device
 from minimind.utils.display import duration
 from minimind.utils.files import cache_root, make_folder
@@ -60,8 +62,6 @@ class Args:
     """Names of tries; None: all of them."""
     minutes: float | None = None
     """Begin no run after this time."""
-    page: bool = False
-    """Write docs/recipe.md from the rows of bench/results; run nothing."""
     work: str | None = None
     """Folder of unfinished runs; None: recipe under $MINIMIND_CACHE or ~/.cache/minimind."""
     out: str | None = None
@@ -102,8 +102,9 @@ def train(one: RecipeRun, data: str, heldout: float, folder: Path) -> RecipeRow:
              "data": (data,), "preset": one.shape, "tokens": one.tokens, "seed": one.seed, "heldout": heldout,
              "evals": 1, "eval_tokens": 4096, "keep_checkpoints": 1, "out": str(folder)}  # fmt: skip
     changes = TRIES[one.attempt].flags if one.attempt else {}
-    if not pretrain.main(pretrain.Args(**(flags | changes)), Console(quiet=True)):
-        raise KeyboardInterrupt
+    with busy_steps() as busy:
+        if not pretrain.main(pretrain.Args(**(flags | changes)), Console(quiet=True)):
+            raise KeyboardInterrupt
     rows = read_metrics(folder / "metrics.jsonl")
     last = [row for row in rows if row["kind"] == "eval"][-1]
     steps = [row for row in rows if row["kind"] == "train"]
@@ -114,8 +115,24 @@ def train(one: RecipeRun, data: str, heldout: float, folder: Path) -> RecipeRow:
         date=now(), commit=start["commit"], device=start["device"].partition(";")[0], torch=start["torch"],
         attempt=one.attempt, flags=json.dumps(changes) if changes else "", corpus=one.corpus, shape=one.shape,
         tokens=one.tokens, seed=one.seed, lr=lr, steps=len(steps), seconds=steps[-1]["time"]["seconds"],
+        busy_seconds=sum(busy) if len(busy) == len(steps) else None,  # None after an interruption
         heldout_tokens=last["heldout_tokens"], heldout_loss=last["heldout_loss"], heldout_bpb=last["heldout_bpb"],
     )  # fmt: skip
+
+
+@contextmanager
+def busy_steps() -> Iterator[list[float]]:
+    """Collects the processor seconds of every training step within the context."""
+    seconds: list[float] = []
+    step = Trainer._train_step
+
+    def timed(trainer: Trainer) -> None:
+        began = time.process_time()
+        step(trainer)
+        seconds.append(time.process_time() - began)
+
+    with mock.patch.object(Trainer, "_train_step", timed):
+        yield seconds
 
 
 def done(table: Path) -> set[RecipeRun]:
@@ -148,10 +165,6 @@ def run_all(args: Args, table: Path, console: Console) -> int:
 
 
 def main(args: Args) -> dict[str, Any]:
-    if args.page:
-        path = ROOT / PAGE
-        path.write_text(page(), encoding="utf-8")
-        return {"page": str(path)}
     check_at_least(1, tokens=args.tokens, seeds=args.seeds)
     check_choices("shapes", args.shapes, PRESETS)
     check_choices("only", args.only, TRIES)

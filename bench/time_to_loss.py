@@ -20,7 +20,6 @@ that the command can be interrupted and started again. The last line of stdout i
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import sys
@@ -35,9 +34,9 @@ if __name__ == "__main__":
 from rich.console import Console
 
 from bench.common.command import check_at_least, run, table_console
-from bench.common.record import append, as_dicts, check_columns, now, package_version, results_folder, stamp
+from bench.common.record import append, as_dicts, now, package_version, results_folder, stamp
 from bench.training.commands import RunPlan, Speed, execute, split_file
-from bench.training.loss_curves import TimeToLossRow, curve_text, plot, table_of
+from bench.training.loss_curves import TimeToLossRow, curve_text, plot, read, table_of
 from minimind.data import builtin_conversations, builtin_corpus
 from minimind.training.arguments import PresetName
 from minimind.utils.device import choose_device, describe_device
@@ -216,26 +215,6 @@ class Campaign:
             known[key] = dataclasses.asdict(Speed.measure(plan))
             path.write_text(json.dumps(known, indent=1), encoding="utf-8")
         return Speed(**known[key])
-
-
-def read(table: Path) -> list[TimeToLossRow]:
-    """The rows of a file; none if it does not exist. Raises ValueError for columns of another version."""
-    check_columns(table, TimeToLossRow)
-    if not table.exists():
-        return []
-    with table.open(encoding="utf-8", newline="") as file:
-        return [_typed(row) for row in csv.DictReader(file)]
-
-
-def _typed(row: dict[str, str]) -> TimeToLossRow:
-    kinds = {field.name: str(field.type) for field in dataclasses.fields(TimeToLossRow)}
-    values: dict[str, Any] = dict(row)
-    for name, kind in kinds.items():
-        if "None" in kind and not row[name]:
-            values[name] = None
-        elif kind.startswith(("int", "float")):
-            values[name] = (int if kind.startswith("int") else float)(row[name])
-    return TimeToLossRow(**values)
 
 
 def show(rows: Sequence[TimeToLossRow], picture: Path) -> None:

@@ -1,5 +1,6 @@
 """bench/time_to_loss.py: times and targets by hand, the recipes on a tiny model, and a campaign of replayed runs."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from bench import time_to_loss
 from bench.common.models import transformers_model
+from bench.report.rows import Device
+from bench.report.tables import time_to_loss as time_to_loss_table
 from bench.time_to_loss import Args, Campaign, check, main
 from bench.training import commands, recipes
 from bench.training.commands import PROBE, RunPlan, Speed, ours, recipe, split_file, step_tokens
@@ -27,6 +31,7 @@ from bench.training.loss_curves import (
     run_and_poll,
     seconds_to,
     targets_of,
+    typed,
     watch,
 )
 from bench.training.recipes import RecipeSetting, train, upstream_rate
@@ -64,6 +69,15 @@ def test_targets_are_what_others_reach_and_every_seed_must_reach_them():
     assert reach(own, 4.1) == pytest.approx((15 + 30) / 2)
     assert reach_text(own, *targets["upstream-style"]) == "22.5, 26.7x"
     assert reach(own, 3.1) is None and reach_text(own, *targets["hf"]) == "1 of 2 seeds"
+
+
+def test_the_performance_page_has_the_times():
+    cells = [{k: "" if v is None else str(v) for k, v in dataclasses.asdict(one).items()} for one in ROWS]
+    page = time_to_loss_table(Device(Path(), {"time_to_loss": cells}, {}))
+    assert [typed(one) for one in cells] == ROWS
+    assert "pretrain, poems, nano:" in page and "| s to upstream-style's 4.100 | s to hf's 3.100 |" in page
+    assert "| ours |  | 10 | 2 | 10 | 600 | 2.750 |  | 22.5, 26.7x | 1 of 2 seeds |" in page
+    assert time_to_loss_table(Device(Path(), {"time_to_loss": []}, {})) == ""
 
 
 def test_a_command_is_timed_without_its_evaluations(tmp_path):
@@ -252,7 +266,8 @@ def test_a_campaign_takes_turns_and_continues_where_it_was_cut(tmp_path, monkeyp
     table = tmp_path / "out" / "time_to_loss.csv"
     table.write_text("".join(f"{line}\n" for line in table.read_text().splitlines()[:-1]))  # a row is lost
     done = len(replay.plans)
-    assert len(main(args)["rows"]) == 16 and len(replay.plans) == done + 1
+    work = tmp_path / "work"
+    assert len(Campaign(args, table, work, Console(quiet=True)).run()) == 16 and len(replay.plans) == done + 1
     again = main(replace(args, plot=True))["rows"]
     assert len(again) == 16 and len(replay.plans) == done + 1
 

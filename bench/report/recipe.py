@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common.record import RESULTS
-from bench.report.rows import Row, markdown, rows_of
+from bench.report.rows import Row, markdown, number, ratio, rows_of, text
 from bench.training.tries import BASE, TRIES
 
 PAGE = "docs/recipe.md"
@@ -20,9 +20,9 @@ HEAD = """\
 Written by `python bench/performance.py` from the rows of `bench/recipe.py`: no figure here is typed. Each try changes
 some flags of `train/pretrain.py` and keeps all else; the peak rate follows its usual rule. Gains are in nats per
 held-out token: above zero, the try is better. "Equal tokens" compares runs of one seed that saw the same tokens. "Equal
-time" also counts how long the steps took: a try whose steps take r times as long is compared with what the recipe as it
-is reaches with r times the tokens, by the slope between its runs with once and twice the tokens. Ranges are over
-seeds."""
+time" also counts how long the steps took, on a CPU in processor seconds: a try whose steps take r times as long is
+compared with what the recipe as it is reaches with r times the tokens, by the slope between its runs with once and
+twice the tokens. Ranges are over seeds."""
 
 
 def page(results: Path = RESULTS) -> str:
@@ -65,7 +65,7 @@ def table(rows: Sequence[Row], key: Key) -> str:
             one["flags"],
             str(one["seeds"]),
             _range(one["tokens"]),
-            f"{one['ratio']:.2f}x",
+            text(one["ratio"], ".2f", "x"),
             _range(one["time"]),
         )
         for one in body
@@ -82,16 +82,23 @@ def figures(own: Sequence[Row], base: dict[str, Row], more: dict[str, Row]) -> d
     """The gains of a try: mean, lowest and highest over seeds."""
     gains, ratios, timed = [], [], []
     for row in own:
-        reference, ratio = base[row["seed"]], float(row["seconds"]) / float(base[row["seed"]]["seconds"])
+        reference = base[row["seed"]]
+        share = time_ratio(row, reference)
         gains.append(float(reference["heldout_loss"]) - float(row["heldout_loss"]))
-        ratios.append(ratio)
-        if row["seed"] in more:
+        ratios += [share] if share else []
+        if share and row["seed"] in more:
             slope = float(more[row["seed"]]["heldout_loss"]) - float(reference["heldout_loss"])  # for twice the tokens
-            timed.append(gains[-1] + slope * math.log2(ratio))
+            timed.append(gains[-1] + slope * math.log2(share))
     return {
         "name": own[0]["attempt"], "flags": f"`{own[0]['flags']}`", "seeds": len(own), "tokens": _spread(gains),
-        "ratio": statistics.fmean(ratios), "time": _spread(timed),
+        "ratio": statistics.fmean(ratios) if ratios else None, "time": _spread(timed),
     }  # fmt: skip
+
+
+def time_ratio(row: Row, reference: Row) -> float | None:
+    """The time of one run's steps over the other's: on a CPU the processor's, on a GPU the clock's."""
+    column = "busy_seconds" if "threads" in row["device"] else "seconds"
+    return ratio(number(row, column), number(reference, column))
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float, float]:

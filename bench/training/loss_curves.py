@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -15,7 +16,8 @@ from typing import Any
 from rich.table import Table
 
 from bench.common.plots import hide_frame, plt, save
-from bench.common.record import Row
+from bench.common.record import Row, check_columns
+from bench.report.rows import rows_of
 from minimind.utils.display import caption as plain
 
 POLL = 0.05  # seconds
@@ -59,6 +61,24 @@ class TimeToLossRow(Row):
     heldout_bpb: float
     exact: float | None
     curve: str
+
+
+def read(table: Path) -> list[TimeToLossRow]:
+    """The rows of a file; none if it does not exist. Raises ValueError for columns of another version."""
+    check_columns(table, TimeToLossRow)
+    return [typed(row) for row in rows_of(table)]
+
+
+def typed(row: dict[str, str]) -> TimeToLossRow:
+    """A row as it was before it was written."""
+    values: dict[str, Any] = dict(row)
+    for field in dataclasses.fields(TimeToLossRow):
+        kind = str(field.type)
+        if "None" in kind and not row[field.name]:
+            values[field.name] = None
+        elif kind.startswith(("int", "float")):
+            values[field.name] = (int if kind.startswith("int") else float)(row[field.name])
+    return TimeToLossRow(**values)
 
 
 def curve_text(points: Sequence[CurvePoint]) -> str:

@@ -21,7 +21,8 @@ class Try:
 @dataclass(frozen=True)
 class RecipeRow(Row):
     """One run. attempt: the name of its try, empty for the recipe as it is; flags: its flags as JSON. lr: the peak
-    rate; seconds: of the training steps alone; heldout_loss: nats per token at the end."""
+    rate; seconds, busy_seconds: of the training steps alone, by the clock and of the processor, which other work on the
+    machine does not lengthen; heldout_loss: nats per token at the end."""
 
     torch: str
     attempt: str
@@ -33,6 +34,7 @@ class RecipeRow(Row):
     lr: float
     steps: int
     seconds: float
+    busy_seconds: float | None
     heldout_tokens: int
     heldout_loss: float
     heldout_bpb: float
@@ -47,7 +49,8 @@ TRIES: dict[str, Try] = {
                   "warm-up (2502.15938)"),
     "wsd-0.5": Try({"schedule": "wsd", "cooldown": 0.5, "final_lr": 0.0}, "flat, then linearly to zero in the last "
                    "half of the steps"),
-    "small-steps": Try({"batch_tokens": 2048}, "steps of 2,048 tokens"),
+    "steps-2048": Try({"batch_tokens": 2048}, "steps of 2,048 tokens instead of 4,096"),
+    "steps-1024": Try({"batch_tokens": 1024}, "steps of 1,024 tokens"),
     "short-rows": Try({"seq_len": 256}, "rows of 256 tokens: bounds what short rows at first could gain"),
     "embedding-2": Try({"embedding_lr": 2.0}, "twice the rate for the embedding"),
     "zero-outputs": Try({"output_init": 0.0}, "projections into the residual stream begin at zero (modded-nanogpt)"),
