@@ -81,7 +81,7 @@ def test_the_performance_page_has_the_times():
 
 
 def test_a_command_is_timed_without_its_evaluations(tmp_path):
-    rows = [{"kind": "eval", "tokens": n, "heldout_loss": 4.0, "heldout_bpb": 2.0, "time": {"seconds": 0.5}}
+    rows = [{"kind": "eval", "tokens": n, "heldout_loss": 4.0, "heldout_bpb": 2.0, "time": {"seconds": 1e4}}
             for n in (0, 7)]  # fmt: skip
     first, second = (json.dumps(r) for r in rows)
     metrics = tmp_path / "metrics.jsonl"
@@ -89,8 +89,8 @@ def test_a_command_is_timed_without_its_evaluations(tmp_path):
         f"printf '%s\\n%s' '{first}' '{second[:9]}' > {metrics}; sleep 0.3; printf '%s\\n' '{second[9:]}' >> {metrics}"
     )
     watched = watch(["sh", "-c", script], metrics, tmp_path / "log", {}, tmp_path)
-    assert [p.tokens for p in watched.points] == [0, 7] and watched.evaluating == 1.0
-    assert watched.points[0].seconds < -0.2 and watched.points[1].seconds > watched.points[0].seconds - 0.3
+    assert [p.tokens for p in watched.points] == [0, 7] and watched.evaluating == 2e4
+    assert -1e4 < watched.points[0].seconds < -9e3 and -2e4 < watched.points[1].seconds < -19e3
     with pytest.raises(ValueError, match=r"sh -c exit 3 ended with status 3; see the end of .*log"):
         run_and_poll(["sh", "-c", "exit 3"], tmp_path / "log", {}, tmp_path, lambda seconds: None)
 
@@ -279,6 +279,7 @@ assert open(flags["--data_path"]).read().count("\\n") == int(flags["--batch_size
 os.makedirs("../checkpoints")
 for step in range(int(flags["--save_interval"]), 7, int(flags["--save_interval"])):
     time.sleep(0.12)
+    print(f"Epoch:[{1 + step // 4}/2]({step % 4 + step // 4}/3), loss: 1", flush=True)
     shutil.copy(os.environ["WEIGHTS"], "../checkpoints/pretrain_32.pth")
     open("../checkpoints/resume", "w").write(str(step))
     os.replace("../checkpoints/resume", "../checkpoints/pretrain_32_resume.pth")
@@ -301,7 +302,8 @@ def test_upstreams_trainer_is_evaluated_by_what_it_saves(files, tmp_path, monkey
     one = plan(name="upstream", lr=5e-4, rows=2, parts=files, work=tmp_path / "work", device="cpu",
                upstream=str(checkout), python=sys.executable)  # fmt: skip
     watched = commands.execute(one, PROBE)
-    assert [p.tokens for p in watched.points] == [n * 2 * 339 for n in range(1, 7)]
+    steps = [p.tokens / (2 * 339) for p in watched.points]  # a busy machine may see the newer of two saves alone
+    assert steps == sorted(set(steps)) and set(steps) <= {1, 2, 3, 4, 5, 6} and steps[-1] == 6
     assert all(abs(p.nats - math.log(6400)) < 0.2 for p in watched.points)
     seconds = [p.seconds for p in watched.points]
     assert seconds == sorted(seconds) and seconds[0] > 0.1 and not list(one.folder.glob("*.pth"))

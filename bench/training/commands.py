@@ -39,6 +39,7 @@ MOST_HELDOUT = 0.2  # of a small file
 PADDED = 339  # inputs of upstream's row of 340 tokens
 SAVES = 4  # of upstream's trainer in a run
 UPSTREAM_HEADS = 8  # query heads in all of its versions
+_LOGGED = re.compile(r"Epoch:\[(\d+)/\d+\]\((\d+)/\d+\)")
 
 
 def split_file(path: str, stage: str, work: Path, heldout_bytes: int) -> tuple[Path, Path]:
@@ -223,7 +224,7 @@ def run_upstream(plan: RunPlan, steps: int, log: Path, env: dict[str, str]) -> W
     for part in ("model", "trainer", "dataset"):
         shutil.copytree(Path(plan.upstream) / part, copy / part, ignore=shutil.ignore_patterns("*.jsonl"))
     config = ModelConfig.preset(plan.preset)
-    interval = 1 if steps == PROBE else math.ceil(steps / SAVES)
+    interval = plan.accumulation * (1 if steps == PROBE else math.ceil(steps / SAVES))
     rows = plan.parts[0].read_text(encoding="utf-8").splitlines()
     needed = steps * plan.rows * plan.accumulation
     epochs = math.ceil(needed / len(rows))
@@ -232,23 +233,23 @@ def run_upstream(plan: RunPlan, steps: int, log: Path, env: dict[str, str]) -> W
     flags: dict[str, Any] = {
         "epochs": epochs, "batch_size": plan.rows, "accumulation_steps": plan.accumulation, "learning_rate": plan.lr,
         "hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers, "max_seq_len": PADDED + 1,
-        "data_path": data, "save_interval": interval * plan.accumulation, "use_moe": int(config.num_experts > 0),
+        "data_path": data, "save_interval": interval, "log_interval": interval, "use_moe": int(config.num_experts > 0),
         "save_dir": "../out",
     }  # fmt: skip
     command = [plan.python, "train_pretrain.py"]
     command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    saves = _Saves(copy, plan.folder)
-    run_and_poll(command, log, env, copy / "trainer", saves.look)
-    return _evaluated(plan, saves, interval, steps)
+    saves = _Saves(copy, plan.folder, log)
+    run_and_poll(command, log, env | {"PYTHONUNBUFFERED": "1"}, copy / "trainer", saves.look)
+    return _evaluated(plan, saves)
 
 
 class _Saves:
-    """The weights that upstream's trainer saves, copied as they appear. seconds: since its start, one for each file."""
+    """The weights that upstream's trainer saves, copied as they appear: (file, batches so far, seconds since its
+    start)."""
 
-    def __init__(self, copy: Path, folder: Path) -> None:
-        self.copy, self.folder = copy, folder
-        self.files: list[Path] = []
-        self.seconds: list[float] = []
+    def __init__(self, copy: Path, folder: Path, log: Path) -> None:
+        self.copy, self.folder, self.log = copy, folder, log
+        self.found: list[tuple[Path, int, float]] = []
         self._newest = 0
 
     def look(self, elapsed: float) -> None:
@@ -257,20 +258,20 @@ class _Saves:
         if resume is None or (changed := resume.stat().st_mtime_ns) == self._newest:
             return
         self._newest = changed
-        kept = self.folder / f"save-{len(self.files) + 1}.pth"
+        kept = self.folder / f"save-{len(self.found) + 1}.pth"
         shutil.copyfile(resume.with_name(resume.name.replace("_resume", "")), kept)
-        self.files.append(kept)
-        self.seconds.append(elapsed)
+        epochs = _LOGGED.findall(self.log.read_text(encoding="utf-8"))  # a line is logged before each save
+        self.found.append((kept, sum(int(done) for done in dict(epochs).values()), elapsed))
 
 
-def _evaluated(plan: RunPlan, saves: _Saves, interval: int, steps: int) -> Watched:
+def _evaluated(plan: RunPlan, saves: _Saves) -> Watched:
     """Points of the saved weights, evaluated now with upstream's tokenizer."""
     assert plan.upstream is not None
     tokenizer = load_tokenizer(Path(plan.upstream) / "model")
     heldout = open_data("pretrain", str(plan.parts[1]), tokenizer)
     points: list[CurvePoint] = []
-    for number, (file, seconds) in enumerate(zip(saves.files, saves.seconds, strict=True), 1):
-        tokens = min(number * interval, steps) * plan.rows * plan.accumulation * PADDED
+    for file, batches, seconds in saves.found:
+        tokens = batches * plan.rows * PADDED
         model = load_model(file, upstream_config(file, plan.preset)).to(choose_device(plan.device))
         points.append(point_of({"tokens": tokens, **heldout_figures(model, heldout, tokenizer, 0)}, seconds))
         file.unlink()
