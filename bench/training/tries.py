@@ -51,6 +51,7 @@ TRIES: dict[str, Try] = {
                    "half of the steps"),
     "steps-2048": Try({"batch_tokens": 2048}, "steps of 2,048 tokens instead of 4,096"),
     "steps-1024": Try({"batch_tokens": 1024}, "steps of 1,024 tokens"),
+    "micro-2048": Try({"micro_tokens": 2048}, "two micro-batches of 2,048 tokens in a step: changes its time alone"),
     "short-rows": Try({"seq_len": 256}, "rows of 256 tokens: bounds what short rows at first could gain"),
     "embedding-2": Try({"embedding_lr": 2.0}, "twice the rate for the embedding"),
     "zero-outputs": Try({"output_init": 0.0}, "projections into the residual stream begin at zero (modded-nanogpt)"),
