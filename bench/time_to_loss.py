@@ -44,6 +44,7 @@ from minimind.utils.files import cache_root, make_folder
 
 StageName = Literal["pretrain", "sft"]
 Parts = tuple[Path, Path]  # training and held-out file
+LEAST = 5  # steps of a run that is planned for a share of the time
 OURS, HF = ("ours", "ours-eager"), ("hf", "hf-eager")
 
 
@@ -183,6 +184,14 @@ class Campaign:
         return [row for row in self.rows if plan.is_of(row)]
 
     def _run(self, plan: RunPlan) -> None:
+        speed = self._speed(plan)
+        is_short = plan.stage == "pretrain" and plan.minutes < self.args.minutes
+        if is_short and speed.steps_in(60 * plan.minutes) < LEAST:
+            self.console.print(
+                f"{plan}: left out, its start-up takes {speed.startup:.0f} s and a step {speed.step:.2f} s",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+            return
         row = self._execute(plan)
         append(self.table, [row])
         self.rows.append(row)

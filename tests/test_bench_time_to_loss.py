@@ -245,6 +245,15 @@ def replay(monkeypatch) -> Replay:
     return runs
 
 
+def test_a_short_run_that_would_be_all_start_up_is_left_out(tmp_path, monkeypatch, replay):
+    monkeypatch.setattr(Speed, "measure", staticmethod(lambda one: Speed(50.0, 1.0)))
+    args = Args(preset="nano", minutes=1.0, device="cpu")
+    campaign = Campaign(args, tmp_path / "rows.csv", tmp_path, Console(quiet=True))
+    for minutes in (1.0, 0.9, 0.1):
+        campaign._run(plan(name="ours-eager", minutes=minutes, work=tmp_path))
+    assert [one.minutes for one in replay.plans] == [1.0]  # 10 steps, 4 and none
+
+
 def test_a_campaign_takes_turns_and_continues_where_it_was_cut(tmp_path, monkeypatch, replay, capsys):
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MINIMIND_COMMIT", "abc")

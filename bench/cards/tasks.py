@@ -286,9 +286,9 @@ def _whole_runs(s: CardSetting) -> list[BenchmarkTask]:
     limits = (*(() if s.data else ("--tokens", tokens)), *(() if s.chats else ("--chat-tokens", chat_tokens)))
     load = ("--seconds", "2", "--clients", "4", "--new", "16") if s.rehearse else ("--seconds", "30")
     models = ("nano",) if s.rehearse else ("nano", "minimind2-small")
-    to_loss = ("upstream-style", "hf", "ours", "--hf-lr", "2e-3", "--minutes", "0.7", "--shares", "1", "0.2")
+    to_loss = ["upstream-style", "hf", "ours", "--hf-lr", "2e-3", "--minutes", "0.7", "--shares", "1", "0.2"]
     if s.rehearse:
-        to_loss = ("upstream-style", "ours-eager", "--minutes", "0.02", "--shares", "1", "--evals", "1")
+        to_loss = ["upstream-style", "ours-eager", "--minutes", "0.02", "--shares", "1", "--evals", "1"]
     runs = str(s.work / "time-to-loss")
     one_seed = ("--seeds", "1", "--sft-minutes", "0", "--work", runs)
     return [

@@ -61,6 +61,9 @@ TRIES: dict[str, Try] = {
     "momentum-warmup": Try({"momentum_warmup": 0.3}, "Muon's momentum rises from 0.85 over 30% of the steps"),
     "batch-warmup-0.25": Try({"batch_warmup": 0.25}, "a quarter of the tokens in steps of 1,024 and 2,048 tokens"),
     "batch-warmup-0.5": Try({"batch_warmup": 0.5}, "half of the tokens in steps of 1,024 and 2,048 tokens"),
+    "zero-outputs-2048": Try({"output_init": 0.0, "batch_tokens": 2048}, "zero-outputs and steps-2048 together"),
+    "zero-outputs-batch-warmup": Try({"output_init": 0.0, "batch_warmup": 0.5}, "zero-outputs and batch-warmup-0.5 "
+                                     "together"),
     "wsd-sqrt": Try({"schedule": "wsd-sqrt", "cooldown": 0.5, "final_lr": 0.0}, "as wsd-0.5, falling by 1 - sqrt "
                     "(2405.18392)"),
     "betas-0.99": Try({"betas": (0.9, 0.99)}, "AdamW's second moment over a hundred steps"),
