@@ -107,4 +107,6 @@ def _spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 def _range(values: tuple[float, float, float]) -> str:
     mean, low, high = values
-    return "" if math.isnan(mean) else f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"
+    if math.isnan(mean):
+        return ""
+    return f"{mean:+.4f}" if low == high else f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -45,6 +46,43 @@ class EpochLoader(Protocol):
     @property
     def view(self) -> Corpus:
         """The documents."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The loader and the number of steps. step_tokens: tokens of a step, padding included; 0 where they vary, which
+    makes targets the unit of progress. growth: (steps, tokens of each) of the first ones, where these are smaller."""
+
+    loader: Any
+    steps: int
+    micro_batches: int = 1
+    step_tokens: int = 0
+    growth: Growth = ()
+
+    def micro_batches_of(self, step: int) -> int:
+        """Micro-batches of `step`, from 0."""
+        for steps, tokens in self.growth:
+            if step < steps:
+                return self.micro_batches * tokens // self.step_tokens
+            step -= steps
+        return self.micro_batches
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens of the first `step` steps."""
+        total = 0
+        for steps, tokens in self.growth:
+            total += min(step, steps) * tokens
+            step -= min(step, steps)
+        return total + step * self.step_tokens
+
+    @property
+    def whole_steps(self) -> int:
+        """The number of steps that the run would have if all were of `step_tokens`: that of the rate's schedule."""
+        return math.ceil(self.tokens_before(self.steps) / self.step_tokens) if self.growth else self.steps
+
+    def place_in_schedule(self, step: int) -> float:
+        """`step`, counted in steps of `step_tokens`."""
+        return self.tokens_before(step) / self.step_tokens if self.growth else step
 
 
 def activation_bytes(config: ModelConfig, recompute: bool = False) -> int:

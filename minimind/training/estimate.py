@@ -24,8 +24,9 @@ from minimind.training.plan import CardFigures, DataFigures, Estimate
 from minimind.utils.device import describe_device
 
 if TYPE_CHECKING:
+    from minimind.training.batch_size import TrainingPlan
     from minimind.training.job import Job
-    from minimind.training.trainer import Stage, TrainingPlan
+    from minimind.training.trainer import Stage
 
 _MEASURED_TOKENS = 1024  # of a forward and backward on a CPU
 _MEASURED_SECONDS = 2.0

@@ -34,7 +34,7 @@ from minimind.ops import varlen
 from minimind.ops.attention import attention_name
 from minimind.tokenization import Tokenizer
 from minimind.training.arguments import StageArgs
-from minimind.training.batch_size import EpochLoader, Growth, choose_batch_shape, growing_steps
+from minimind.training.batch_size import EpochLoader, Growth, TrainingPlan, choose_batch_shape, growing_steps
 from minimind.training.batches import DeviceBatches
 from minimind.training.checkpoint import list_checkpoints, share_trainer_state
 from minimind.training.estimate import estimate
@@ -47,7 +47,7 @@ from minimind.training.parallel import Parallel, leave, rank
 from minimind.training.plan import PlanOnly, survey
 from minimind.training.profiling import StepProfiler, mark_blocks
 from minimind.training.run_folder import RunFolder, find_run, open_run, record_versions
-from minimind.training.trainer import Stage, Trainer, TrainingPlan
+from minimind.training.trainer import Stage, Trainer
 from minimind.utils.device import Precision, choose_precision, describe_device, keep_sums_float32
 from minimind.utils.display import say
 from minimind.utils.files import cache_root, is_disk_full

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.training.arguments import StageArgs
-from minimind.training.batch_size import Growth
+from minimind.training.batch_size import TrainingPlan
 from minimind.training.batches import Loader, to_device
 from minimind.training.checkpoint import best_folder, load_weights_into, save_checkpoint
 from minimind.training.evaluation import BestFigure, Evaluation
@@ -82,43 +82,6 @@ class Stage:
     frozen_models: Sequence[Model] = ()
     first_passes: float = 0.0
     estimate: Callable[..., Any] | None = None
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """The loader and the number of steps. step_tokens: tokens of a step, padding included; 0 where they vary, which
-    makes targets the unit of progress. growth: (steps, tokens of each) of the first ones, where these are smaller."""
-
-    loader: Any
-    steps: int
-    micro_batches: int = 1
-    step_tokens: int = 0
-    growth: Growth = ()
-
-    def micro_batches_of(self, step: int) -> int:
-        """Micro-batches of `step`, from 0."""
-        for steps, tokens in self.growth:
-            if step < steps:
-                return self.micro_batches * tokens // self.step_tokens
-            step -= steps
-        return self.micro_batches
-
-    def tokens_before(self, step: int) -> int:
-        """Tokens of the first `step` steps."""
-        total = 0
-        for steps, tokens in self.growth:
-            total += min(step, steps) * tokens
-            step -= min(step, steps)
-        return total + step * self.step_tokens
-
-    @property
-    def whole_steps(self) -> int:
-        """The number of steps that the run would have if all were of `step_tokens`: that of the rate's schedule."""
-        return math.ceil(self.tokens_before(self.steps) / self.step_tokens) if self.growth else self.steps
-
-    def place_in_schedule(self, step: int) -> float:
-        """`step`, counted in steps of `step_tokens`."""
-        return self.tokens_before(step) / self.step_tokens if self.growth else step
 
 
 class NonFiniteLossError(ValueError):

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from minimind.modeling import Model
-from minimind.training.batch_size import growing_steps
+from minimind.training.batch_size import TrainingPlan, growing_steps
 from minimind.training.checkpoint import list_checkpoints
 from minimind.training.initial_model import scale_outputs
-from minimind.training.trainer import TrainingPlan
 from tests.training.runs import TINY, as_killed, command, finish, reproducible, rows_of
 
 FLAGS = ["--tokens", str(512 * 4), "--save-every", "3", "--batch-warmup", "0.5", "--momentum-warmup", "0.5",
