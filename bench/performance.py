@@ -1,4 +1,4 @@
-"""Write docs/PERFORMANCE.md and the tables of README.md and README_zh.md from the committed rows of bench/results.
+"""Write docs/PERFORMANCE.md, docs/recipe.md and the READMEs' tables from the committed rows of bench/results.
 
     python bench/performance.py [--check]
 
@@ -25,6 +25,8 @@ from bench.common.command import run
 from bench.common.record import RESULTS, ROOT
 from bench.report.projections import default_tiles, minimind_zero
 from bench.report.readme import blocks
+from bench.report.recipe import PAGE as RECIPE_PAGE
+from bench.report.recipe import page as recipe_page
 from bench.report.rows import Device, devices
 from bench.report.tables import sections
 from bench.report.targets import CPU, GPU, NEEDS_CARD, UNEXPLAINED, Target, judged, table
@@ -168,7 +170,7 @@ def with_blocks(text: str, texts: dict[str, str], name: str) -> str:
 def pages(root: Path = ROOT) -> dict[Path, str]:
     """Path -> text of every page."""
     every = devices()
-    texts_of = {root / PAGE: page(every)}
+    texts_of = {root / PAGE: page(every), root / RECIPE_PAGE: recipe_page()}
     texts = blocks(every)
     for language, name in enumerate(READMES):
         path = root / name

@@ -22,6 +22,9 @@ from minimind.config import ModelConfig
 from minimind.ops.attention import Layout, SharedPrefix, document_ids, make_layout
 from minimind.rope import rope_cos_sin
 
+# Ends of the names of projections into the residual stream.
+OUTPUTS = ("o_proj.weight", "down_proj.weight", "down_proj")
+
 
 @dataclass
 class ModelOutput:
@@ -271,7 +274,7 @@ class Model(nn.Module):
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
+                residual = name.endswith(OUTPUTS)
                 parameter.normal_(0.0, residual_std if residual else 0.02)
 
     def forward(

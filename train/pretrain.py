@@ -21,6 +21,7 @@ from minimind.objectives.next_token import next_token_loss
 from minimind.training.arguments import StageArgs, pretraining_lr
 from minimind.training.data_split import NamedFiles, all_losses, open_split, read_texts, save_heldout
 from minimind.training.evaluation import describe_batch
+from minimind.training.initial_model import scale_outputs
 from minimind.training.job import Job, run_script
 from minimind.training.stages.answers import continue_texts
 from minimind.training.trainer import Stage
@@ -39,6 +40,9 @@ class Args(StageArgs):
     installed Python packages."""
     seq_len: int = 512
     """Tokens in a row; longer documents are cut into pieces, all of which are trained on."""
+    output_init: float = 1.0
+    """Initial projections into the residual stream, as a multiple of their usual ones; 0: every block begins as the
+    identity."""
     heldout_data: tuple[str, ...] = ()
     """Text to evaluate on, instead of --heldout; NAME=FILE is evaluated as well, with its own figures."""
 
@@ -46,6 +50,8 @@ class Args(StageArgs):
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when training was interrupted. Raises ValueError, in one line, for bad input."""
     job = Job.begin("pretrain", args, console)
+    if args.output_init != 1 and job.initial.weights is not None:
+        raise ValueError(f"--output-init {args.output_init}: --from has its weights; drop one of the flags")
     usual_lr = job.legacy["lr"] = PEAK_LR.get(job.initial.preset, 1e-3)
     builtin = () if args.data else (builtin_corpus(args.cache_dir, console),)
     files = NamedFiles.from_flags(args.data, args.heldout_data, builtin)
@@ -55,7 +61,7 @@ def main(args: Args, console: Console) -> bool:
     lr = job.settle("lr", lambda: pretraining_lr(job.args.optimizer, job.config, plan.steps, usual_lr))
     job.open_run()
     save_heldout(job, heldout)
-    model, trained = job.build_model()
+    model, trained = job.build_model(partial(scale_outputs, factor=args.output_init))
     stage = Stage(
         loss=lambda batch: next_token_loss(trained, batch),
         evaluate=lambda final: all_losses(model, split, job, final),

@@ -286,10 +286,18 @@ def _whole_runs(s: CardSetting) -> list[BenchmarkTask]:
     limits = (*(() if s.data else ("--tokens", tokens)), *(() if s.chats else ("--chat-tokens", chat_tokens)))
     load = ("--seconds", "2", "--clients", "4", "--new", "16") if s.rehearse else ("--seconds", "30")
     models = ("nano",) if s.rehearse else ("nano", "minimind2-small")
+    to_loss = ["upstream-style", "hf", "ours", "--hf-lr", "2e-3", "--minutes", "0.7", "--shares", "1", "0.2"]
+    if s.rehearse:
+        to_loss = ["upstream-style", "ours-eager", "--minutes", "0.02", "--shares", "1", "--evals", "1"]
+    runs = str(s.work / "time-to-loss")
+    one_seed = ("--seeds", "1", "--sft-minutes", "0", "--work", runs)
     return [
         *(_grpo(s, 17, f"grpo of {name}", name, "1" if s.rehearse else "3") for name in models),
         _bench(17, "serving", 2, "serving", "--preset", s.preset, *load, *s.rows),
         _bench(17, "end to end", 5, "end_to_end", "--preset", s.preset, *limits, *s.text, *chats, *s.rows),
+        _bench(
+            17, "time to loss", 5, "time_to_loss", "--preset", s.preset, *one_seed, *s.text, *s.rows, "--only", *to_loss
+        ),
         _bench(17, "timeline of training", 1, "timelines", "--what", "train", "--preset", s.preset, *s.rows),
         _bench(17, "loader", 1, "loader", "--seconds", "0.1" if s.rehearse else "3", *s.rows),
     ]

@@ -12,8 +12,8 @@ from typing import Any
 
 from bench.common.record import RESULTS
 
-TABLES = ("throughput", "rl", "decode", "decode_attention", "serving", "end_to_end", "kernels", "optimizers", "loader",
-          "memory", "tuning")  # fmt: skip
+TABLES = ("throughput", "rl", "decode", "decode_attention", "serving", "end_to_end", "time_to_loss", "kernels",
+          "optimizers", "loader", "memory", "tuning")  # fmt: skip
 RUN = {  # columns that are equal in two rows of one implementation if the newer replaces the older
     "throughput": ("stage", "preset", "data", "rows", "seq_len"),
     "rl": ("model", "prompts", "samples", "prompt", "new"),

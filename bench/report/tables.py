@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
 from bench.report.rows import Device, Row, markdown, number, ratio, text
+from bench.training.loss_curves import groups_of, mean_bpb, reach_text, targets_of, typed
 
 
 def sections(device: Device, mark: str) -> list[str]:
@@ -134,6 +136,33 @@ def end_to_end(device: Device) -> str:
     return _noted(head, body, "Whole commands, one after the other (bench/end_to_end.py).")
 
 
+def time_to_loss(device: Device) -> str:
+    rows = [typed(row) for row in device.tables["time_to_loss"]]
+    parts = []
+    for kind in dict.fromkeys((row.stage, row.data, row.preset) for row in rows):
+        own = [row for row in rows if (row.stage, row.data, row.preset) == kind]
+        targets = targets_of(own)
+        body = [
+            (
+                one.implementation, text(one.lr, "g"), f"{one.minutes:g}", str(len(group)), str(one.steps),
+                f"{fmean(row.seconds for row in group):.0f}", f"{mean_bpb(group):.3f}",
+                text(one.exact and fmean(row.exact or 0.0 for row in group), ".1%"),
+                *(reach_text(group, *target) for target in targets.values()), one.commit or "",
+            )
+            for group in groups_of(own)
+            for one in group[:1]
+        ]  # fmt: skip
+        reached = (f"s to {name}'s {bpb:.3f}" for name, (bpb, _) in targets.items())
+        head = ("implementation", "rate", "planned minutes", "seeds", "steps", "s in all", "bits per byte", "exact",
+                *reached, "commit")  # fmt: skip
+        parts.append(f"{', '.join(kind)}:\n\n{markdown(head, body)}")
+    note = (
+        "Whole commands with empty caches, evaluations left out (bench/time_to_loss.py). The last columns: seconds "
+        "until the held-out loss is what that implementation ends with, and its own time over these seconds."
+    )
+    return "\n\n".join([*parts, note]) if parts else ""
+
+
 def optimizers(device: Device) -> str:
     body = [
         (
@@ -174,7 +203,8 @@ def tuned(device: Device) -> str:
 SECTIONS: tuple[tuple[str, Callable[[Device], str]], ...] = (
     ("Tasks of bench/card.py", tasks), ("Training steps", training), ("GRPO steps", rl), ("Decoding", decoding),
     ("Attention of a decoding step", attention), ("Server", serving), ("Pretraining and SFT to their end", end_to_end),
-    ("Ops", kernels), ("Tuning", tuned), ("Optimizers", optimizers), ("Data", data),
+    ("Time to a held-out loss", time_to_loss), ("Ops", kernels), ("Tuning", tuned), ("Optimizers", optimizers),
+    ("Data", data),
 )  # fmt: skip
 
 

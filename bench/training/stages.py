@@ -60,11 +60,11 @@ class StageBenchmark:
     pairs: bool = False
     teacher: str | None = None
 
-    def loader(self, corpus: Corpus, rows: int, seq_len: int) -> PackedLoader:
+    def loader(self, corpus: Corpus, rows: int, seq_len: int, seed: int = 0) -> PackedLoader:
         """Packed batches with as many positions as `rows` x `seq_len`."""
         if self.pairs:
-            return PairLoader(corpus, 2 * seq_len, rows // 2, seed=0, share=True)
-        return PackedLoader(corpus, seq_len, rows, seed=0, marker_weight=self.marker_weight)
+            return PairLoader(corpus, 2 * seq_len, rows // 2, seed=seed, share=True)
+        return PackedLoader(corpus, seq_len, rows, seed=seed, marker_weight=self.marker_weight)
 
     def prepare(self, model: Model) -> Model:
         if self.adapter is not None:
@@ -113,10 +113,10 @@ class PaddedBatch:
 
 
 def padded_batches(
-    stage: StageBenchmark, corpus: Corpus, rows: int, seq_len: int, device: torch.device
+    stage: StageBenchmark, corpus: Corpus, rows: int, seq_len: int, device: torch.device, seed: int = 0
 ) -> Iterator[PaddedBatch]:
     """Upstream's batches, endlessly."""
-    source = _sequences(stage, corpus)
+    source = _sequences(stage, corpus, seed)
     while True:
         ids = np.zeros((rows, seq_len + 1), np.int64)
         weights = np.zeros((rows, seq_len + 1), np.float32)
@@ -132,9 +132,9 @@ def padded_batches(
         yield PaddedBatch(inputs, targets, kept, real)
 
 
-def _sequences(stage: StageBenchmark, corpus: Corpus) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _sequences(stage: StageBenchmark, corpus: Corpus, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Endlessly, the tokens of a document and their weights in the loss, in random order; for pairs, of each side."""
-    order = np.random.default_rng(0).permutation(corpus.num_documents)
+    order = np.random.default_rng(seed).permutation(corpus.num_documents)
     while True:
         for i in order.tolist():
             tokens = corpus.document(i)

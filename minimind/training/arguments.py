@@ -31,6 +31,9 @@ FromFlag = Annotated[str | None, tyro.conf.arg(name="from")]  # `from` is a Pyth
 _PLAN = {"plan": False, "plan_gb": None, "plan_gpu": False, "plan_measure": True, "plan_json": None}
 # Flags that do not change what a run computes.
 _NOT_SAVED = {*_PLAN, "resume", "lengthen", "new_tokenizer", "out", "track", "profile", "scale"}
+# Flags that only Muon has, and their defaults.
+_OF_MUON = {"muon_momentum": None, "momentum_warmup": 0.0, "muon_row_beta": None, "cautious_decay": False}
+_FIRST_MOMENTUM = 0.85  # Jordan's
 _POSITIVE = ("tokens", "epochs", "seq_len", "batch_tokens", "micro_tokens", "lr", "grad_clip", "eval_tokens",
              "evals", "save_every", "keep_checkpoints", "log_every", "patience", "plan_gb")  # fmt: skip
 
@@ -70,7 +73,8 @@ class StageArgs:
     lr: float | None = None
     """Peak learning rate. None: the stage's (docs/rates.md)."""
     schedule: ScheduleName = "cosine"
-    """Learning rate after the warm-up: cosine, wsd (flat, then a cooldown) or constant."""
+    """Learning rate after the warm-up: cosine, wsd (flat, then a linear cooldown), wsd-sqrt (flat, then a cooldown
+    that is fast at first: 1 - sqrt(progress)) or constant."""
     warmup: float = 0.02
     """Share of the steps over which the learning rate rises."""
     cooldown: float | None = None
@@ -85,6 +89,16 @@ class StageArgs:
     """AdamW's decay rates for the means of gradients and of squared gradients."""
     muon_momentum: float | None = None
     """With --optimizer muon: its momentum. None: 0.95."""
+    momentum_warmup: float = 0.0
+    """With --optimizer muon: share of the steps over which its momentum rises from 0.85."""
+    muon_row_beta: float | None = None
+    """With --optimizer muon: divide each row of an update by its running root mean square, which retains this share at
+    every step (NorMuon). None: rows are not scaled."""
+    cautious_decay: bool = False
+    """With --optimizer muon: decay a weight of a matrix only where the update moves it towards zero too."""
+    batch_warmup: float = 0.0
+    """Share of the tokens that is trained on in smaller steps: the first half of it in quarters of --batch-tokens, the
+    second in halves."""
     grad_clip: float = 1.0
     """Largest norm of the gradients; larger ones are scaled down."""
     heldout: float = 0.05
@@ -194,19 +208,25 @@ class StageArgs:
             raise ValueError(f"--{plan_flags[0].replace('_', '-')}: goes with --plan")
         if self.cuda_graph and not self.compile:
             raise ValueError("--cuda-graph: goes with --compile")
+        if self.batch_warmup and self.lengthen is not None:
+            raise ValueError(f"--batch-warmup {self.batch_warmup}: a run whose steps grow cannot be lengthened")
 
     def _check_optimizer(self) -> None:
-        if self.cooldown is not None and self.schedule != "wsd":
+        if self.cooldown is not None and not self.schedule.startswith("wsd"):
             raise ValueError(f"--cooldown {self.cooldown}: goes with --schedule wsd, not {self.schedule}")
         if self.final_lr is not None and self.schedule == "constant":
             raise ValueError(f"--final-lr {self.final_lr}: the rate of --schedule constant does not fall")
-        if self.muon_momentum is not None and self.optimizer not in ("muon", None):
-            raise ValueError(f"--muon-momentum {self.muon_momentum}: goes with --optimizer muon, not {self.optimizer}")
-        for name in ("cooldown", "final_lr"):
+        if self.optimizer not in ("muon", None):
+            for name, default in _OF_MUON.items():
+                if (value := getattr(self, name)) != default:
+                    flag = f"--{name.replace('_', '-')} {value}"
+                    raise ValueError(f"{flag}: goes with --optimizer muon, not {self.optimizer}")
+        for name in ("cooldown", "final_lr", "momentum_warmup", "batch_warmup"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: a share, from 0 to 1")
-        for name, values in (("betas", self.betas), ("muon-momentum", (self.muon_momentum or 0.0,))):
+        row_beta = ("muon-row-beta", (self.muon_row_beta or 0.0,))
+        for name, values in (("betas", self.betas), ("muon-momentum", (self.muon_momentum or 0.0,)), row_beta):
             if not all(0 <= value < 1 for value in values):
                 raise ValueError(f"--{name} {' '.join(map(str, values))}: from 0 to less than 1")
         if not 0 <= self.embedding_lr < math.inf:
@@ -217,6 +237,12 @@ class StageArgs:
     def peak_lr(self, default: float) -> float:
         """--lr, or `default` without it."""
         return default if self.lr is None else self.lr
+
+    def momentum(self, step: int, steps: int) -> float:
+        """Muon's momentum at `step` in 0..steps-1."""
+        momentum = 0.95 if self.muon_momentum is None else self.muon_momentum
+        share = min(1.0, step / (self.momentum_warmup * steps)) if self.momentum_warmup else 1.0
+        return momentum + (1 - share) * min(0.0, _FIRST_MOMENTUM - momentum)
 
     def lr_multiples(self) -> dict[str, float]:
         """Multiples of --lr, by the end of a parameter's name."""

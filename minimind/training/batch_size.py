@@ -9,8 +9,10 @@ recomputes some of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 
 CONTEXT_BYTES = 1 << 29  # CUDA's context and libraries, about
 MOST_TOKENS = 1 << 16  # of a forward and backward, even if more fit
+SMALLEST = 4  # with --batch-warmup, the first steps are this many times smaller
 GPU_BATCH = 1 << 16  # tokens of a step on a GPU by default
+Growth = tuple[tuple[int, int], ...]  # (number, tokens) of smaller steps at the beginning of a run
 _HEAD_CHUNK = 2048  # tokens whose logits exist at once
 _PER_BOUNDARY = 64  # tokens of a document, on average; the built-in corpus has 93, with the quarter that a loader adds
 
@@ -42,6 +46,43 @@ class EpochLoader(Protocol):
     @property
     def view(self) -> Corpus:
         """The documents."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The loader and the number of steps. step_tokens: tokens of a step, padding included; 0 where they vary, which
+    makes targets the unit of progress. growth: (steps, tokens of each) of the first ones, where these are smaller."""
+
+    loader: Any
+    steps: int
+    micro_batches: int = 1
+    step_tokens: int = 0
+    growth: Growth = ()
+
+    def micro_batches_of(self, step: int) -> int:
+        """Micro-batches of `step`, from 0."""
+        for steps, tokens in self.growth:
+            if step < steps:
+                return self.micro_batches * tokens // self.step_tokens
+            step -= steps
+        return self.micro_batches
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens of the first `step` steps."""
+        total = 0
+        for steps, tokens in self.growth:
+            total += min(step, steps) * tokens
+            step -= min(step, steps)
+        return total + step * self.step_tokens
+
+    @property
+    def whole_steps(self) -> int:
+        """The number of steps that the run would have if all were of `step_tokens`: that of the rate's schedule."""
+        return math.ceil(self.tokens_before(self.steps) / self.step_tokens) if self.growth else self.steps
+
+    def place_in_schedule(self, step: int) -> float:
+        """`step`, counted in steps of `step_tokens`."""
+        return self.tokens_before(step) / self.step_tokens if self.growth else step
 
 
 def activation_bytes(config: ModelConfig, recompute: bool = False) -> int:
@@ -119,6 +160,11 @@ def batch_shape(job: Job, batch_tokens: int | None = None) -> tuple[int, int]:
     args, ranks = job.args, job.parallel.world_size
     batch_tokens = batch_tokens or job.settle("batch_tokens", lambda: (usual_batch(job), ""))
     micro = args.micro_tokens or micro_tokens(job, batch_tokens)
+    if args.batch_warmup and (batch_tokens // micro) % SMALLEST:
+        raise ValueError(
+            f"--batch-warmup {args.batch_warmup}: the first steps take a quarter of {batch_tokens} tokens, and that is "
+            f"no multiple of the micro-batch of {micro}; set --batch-tokens and --micro-tokens so that it is"
+        )
     if batch_tokens % micro or micro % args.row:
         raise ValueError(
             f"--batch-tokens {batch_tokens} must be a multiple of --micro-tokens {micro}, "
@@ -154,6 +200,16 @@ def fit_to_data(job: Job, loader: EpochLoader, rows: int, micro_batches: int) ->
     return (rows, micro_batches) if taken == step else batch_shape(job, taken * row)
 
 
+def growing_steps(tokens: float, step_tokens: int, share: float) -> tuple[int, Growth]:
+    """(steps of a run over `tokens`; number and tokens of the smaller ones), where `share` of the tokens is trained on
+    in steps that are a quarter and then half as large."""
+    growth = tuple(
+        (math.ceil(tokens * share / 2 / size), size) for size in (step_tokens // SMALLEST, 2 * step_tokens // SMALLEST)
+    )
+    left = tokens - sum(steps * size for steps, size in growth)
+    return sum(steps for steps, _ in growth) + max(1, math.ceil(left / step_tokens)), growth
+
+
 def usual_batch(job: Job) -> int:
     """Tokens of an optimizer step where neither a flag nor the data decide."""
     return GPU_BATCH if job.default_device == "cuda" and job.initial.preset != "nano" else 4096
@@ -175,6 +231,7 @@ def micro_tokens(job: Job, batch_tokens: int) -> int:
     """Tokens of a micro-batch: the step's, halved until they fit into a GPU's memory."""
     ranks = job.parallel.world_size
     limit = min(MOST_TOKENS, ranks * _fitting(job.config, job.device, job.args.recompute))
+    limit = min(limit, batch_tokens // SMALLEST) if job.args.batch_warmup else limit
     return halved(batch_tokens, limit, job.args.row, ranks)
 
 

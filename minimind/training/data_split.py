@@ -22,8 +22,8 @@ from minimind.training.evaluation import heldout_loss, named_losses
 from minimind.utils.files import write_atomically
 
 if TYPE_CHECKING:
+    from minimind.training.batch_size import TrainingPlan
     from minimind.training.job import Job
-    from minimind.training.trainer import TrainingPlan
 
 HELDOUT_TOKENS = 1 << 16  # as many as `minimind evaluate` scores
 Read = Callable[[Sequence[str]], Corpus]
@@ -90,7 +90,7 @@ class DataSplit:
         ]
         if self.mixture is not None:
             sizes = [_tokens(self.train, *part) for part in self.mixture.ranges]
-            filled = plan.steps * plan.step_tokens * plan.loader.fill
+            filled = plan.tokens_before(plan.steps) * plan.loader.fill
             lines.append(describe_mixture(self.mixture, sizes, filled))
         return lines
 

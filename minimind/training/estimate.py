@@ -24,8 +24,9 @@ from minimind.training.plan import CardFigures, DataFigures, Estimate
 from minimind.utils.device import describe_device
 
 if TYPE_CHECKING:
+    from minimind.training.batch_size import TrainingPlan
     from minimind.training.job import Job
-    from minimind.training.trainer import Stage, TrainingPlan
+    from minimind.training.trainer import Stage
 
 _MEASURED_TOKENS = 1024  # of a forward and backward on a CPU
 _MEASURED_SECONDS = 2.0
@@ -71,7 +72,7 @@ def estimate(job: Job, plan: TrainingPlan, model: Model, stage: Stage, lines: Se
     args, loader = job.args, plan.loader
     data, context = _packed_data(job, loader)
     training = cost(model, context, args.recompute, stage.frozen_models)
-    tokens = plan.steps * plan.step_tokens
+    tokens = plan.tokens_before(plan.steps)
     positions = data.tokens / loader.fill
     first = stage.first_passes * positions * model.flops_per_token(context, training=False)
     flops = tokens * training + first

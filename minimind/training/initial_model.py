@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from minimind.config import PRESETS, ModelConfig
-from minimind.modeling import Model
+from minimind.modeling import OUTPUTS, Model
 from minimind.tokenization import Tokenizer, load_tokenizer, require_same_ids, tokenizer_beside
 from minimind.training.arguments import StageArgs
 from minimind.training.run_folder import newest_finished
@@ -54,6 +55,15 @@ class InitialModel:
     def fingerprint(self) -> str | None:
         """The fingerprint of the weights; None for random ones."""
         return None if self.weights is None else fingerprint(self.weights)
+
+
+@torch.no_grad()
+def scale_outputs(model: Model, factor: float) -> None:
+    """Multiply the projections into the residual stream by `factor`. With 0 every block begins as the identity (Fixup,
+    Zhang et al. 2019, arXiv 1901.09321)."""
+    for name, parameter in model.named_parameters():
+        if factor != 1 and name.endswith(OUTPUTS):
+            parameter.mul_(factor)
 
 
 def from_newest(args: StageArgs, stage: str) -> str | None:

@@ -34,7 +34,7 @@ from minimind.ops import varlen
 from minimind.ops.attention import attention_name
 from minimind.tokenization import Tokenizer
 from minimind.training.arguments import StageArgs
-from minimind.training.batch_size import EpochLoader, choose_batch_shape
+from minimind.training.batch_size import EpochLoader, Growth, TrainingPlan, choose_batch_shape, growing_steps
 from minimind.training.batches import DeviceBatches
 from minimind.training.checkpoint import list_checkpoints, share_trainer_state
 from minimind.training.estimate import estimate
@@ -47,7 +47,7 @@ from minimind.training.parallel import Parallel, leave, rank
 from minimind.training.plan import PlanOnly, survey
 from minimind.training.profiling import StepProfiler, mark_blocks
 from minimind.training.run_folder import RunFolder, find_run, open_run, record_versions
-from minimind.training.trainer import Stage, Trainer, TrainingPlan
+from minimind.training.trainer import Stage, Trainer
 from minimind.utils.device import Precision, choose_precision, describe_device, keep_sums_float32
 from minimind.utils.display import say
 from minimind.utils.files import cache_root, is_disk_full
@@ -205,16 +205,18 @@ class Job:
         rows, micro_batches, loader = choose_batch_shape(self, lambda rows: own(rows=rows))
         step_tokens = rows * args.row * micro_batches
 
-        def count_steps(flags: dict[str, Any]) -> int:
+        def budget(flags: dict[str, Any]) -> float:
             tokens, epochs = flags["tokens"], flags["epochs"]
-            budget = tokens if tokens is not None else epochs * args.scale * loader.tokens_per_epoch / loader.fill
-            return max(1, math.ceil(budget / step_tokens))
+            return tokens if tokens is not None else epochs * args.scale * loader.tokens_per_epoch / loader.fill
 
-        self.count_steps = count_steps
-        steps = count_steps(vars(self.args))
+        self.count_steps = lambda flags: max(1, math.ceil(budget(flags) / step_tokens))
+        steps, growth = self.count_steps(vars(self.args)), Growth()
+        if args.batch_warmup:
+            steps, growth = growing_steps(budget(vars(self.args)), step_tokens, args.batch_warmup)
+        plan = TrainingPlan(loader, steps, micro_batches, step_tokens, growth)
         if getattr(loader, "mixture", None):
-            loader.horizon = steps * micro_batches * rows  # type: ignore[attr-defined]
-        return TrainingPlan(loader, steps, micro_batches, step_tokens)
+            loader.horizon = plan.tokens_before(steps) // args.row  # type: ignore[attr-defined]
+        return plan
 
     def open_run(self) -> None:
         """Continue the unfinished run of these flags and weights, or make a new folder."""
@@ -278,7 +280,7 @@ class Job:
         if self.flags.plan:
             raise PlanOnly((stage.estimate or estimate)(self, plan, model, stage, lines))
         self._print_setup(plan, model, lines)
-        schedule = self.args.rate_schedule(plan.steps, self.run.legs)
+        schedule = self.args.rate_schedule(plan.whole_steps, self.run.legs)
         if schedule.legs:
             say(self.console, schedule.describe())
         trainer = Trainer(
@@ -319,9 +321,16 @@ class Job:
         """The optimizer that the flags name, with the stage's own multiples of the learning rate."""
         args = self.args
         assert args.optimizer is not None
-        momentum = 0.95 if args.muon_momentum is None else args.muon_momentum
-        peak = args.peak_lr(stage.peak_lr)
-        optimizer = build_optimizers(model, args.optimizer, peak, args.weight_decay, args.betas, momentum)
+        optimizer = build_optimizers(
+            model,
+            args.optimizer,
+            args.peak_lr(stage.peak_lr),
+            args.weight_decay,
+            args.betas,
+            args.momentum(0, 1),
+            args.muon_row_beta,
+            args.cautious_decay,
+        )
         for end, rate in args.lr_multiples().items():
             if rate != 1:
                 optimizer.set_rate([p for name, p in model.named_parameters() if name.endswith(end)], rate)
@@ -342,7 +351,8 @@ class Job:
         return warn_of_chance(stage.evaluate, self.tokenizer.vocab_size, weights, partial(say, self.console))
 
     def _print_setup(self, plan: TrainingPlan, model: Model, lines: Sequence[str]) -> None:
-        size = f" of {plan.step_tokens:,} tokens" if plan.step_tokens else ""
+        sizes = [f"{tokens:,}" for tokens in (*(tokens for _, tokens in plan.growth), plan.step_tokens)]
+        size = f" of {', then '.join(sizes)} tokens" if plan.step_tokens else ""
         resumed = f", continuing after step {self.state['step']}" if self.run.checkpoint else ""
         for line in (
             f"device: {describe_device(self.device)}; {self.parallel}",

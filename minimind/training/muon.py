@@ -5,6 +5,11 @@
 The factor gives an update the size of AdamW's, so that one `lr` serves both (Moonlight, arXiv 2502.16982). This is what
 torch.optim.Muon computes with adjust_lr_fn="match_rms_adamw", and their state dicts are compatible.
 
+Two variants are off by default. `row_beta`: each row of the orthogonal factor is divided by the running root mean
+square of its elements, and the factor becomes 0.2 lr, so that all rows move alike (NorMuon, arXiv 2510.05491; there the
+whole update is scaled to that size afterwards). `cautious`: a weight decays only where the update also moves it towards
+zero (arXiv 2510.12402).
+
 Matrices of one shape are batched. Under FSDP each matrix has one owner: the ranks send it their rows, of all matrices
 in one exchange, and get them back in a second one (section 2.3 there). So a rank computes only its share, and 4 bytes
 per element cross the network.
@@ -29,6 +34,7 @@ from minimind.utils.spans import span
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan's quintic: steep at 0, and bounded
 _ITERATIONS, _EPS = 5, 1e-7
+RMS = 0.2  # root mean square of an update at rate 1: about AdamW's
 
 # Elements of a batch. On a GPU 64 MB of bf16, small beside the model. On a CPU what a core's cache holds: larger
 # matrices took a fifth less time one by one than in a batch (docs/LOG.md).
@@ -41,6 +47,8 @@ class Muon(torch.optim.Optimizer):
     rows: for parameters that pack several matrices, such as q, k and v, the rows of each; they add up to m, also in
       every matrix of a stack. By default [m, n] is one matrix, and a stack has E.
     batch_elements: elements of a batch; a larger matrix is a batch of its own. None: what suits the device.
+    row_beta: decay of the mean squares of rows, from 0 to below 1. None: rows are not scaled.
+    cautious: decay a weight only where the update moves it towards zero.
     """
 
     def __init__(
@@ -51,7 +59,10 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         rows: Mapping[nn.Parameter, Sequence[int]] | None = None,
         batch_elements: int | None = None,
+        row_beta: float | None = None,
+        cautious: bool = False,
     ) -> None:
+        self.row_beta, self.cautious = row_beta, cautious
         # the keys of torch.optim.Muon: checkpoints of either load into the other
         fixed = {"nesterov": True, "ns_coefficients": (_A, _B, _C), "eps": _EPS, "ns_steps": _ITERATIONS,
                  "adjust_lr_fn": "match_rms_adamw"}  # fmt: skip
@@ -91,9 +102,29 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(means, gradients, 1 - momentum)
         updates = list(torch._foreach_lerp(gradients, means, momentum))
         orthogonalise(updates, plan)
-        torch._foreach_mul_(weights, 1 - lr * decay)
+        if self.row_beta is not None:
+            self._scale_rows(parameters, updates, self.row_beta)
+        if self.cautious:
+            for weight, update in zip(weights, updates, strict=True):
+                weight.addcmul_(weight, (weight * update > 0).to(weight.dtype), value=-lr * decay)
+        else:
+            torch._foreach_mul_(weights, 1 - lr * decay)
+        if self.row_beta is not None:
+            torch._foreach_add_(weights, updates, alpha=-lr * RMS)
+            return
         for scale, pieces in plan.by_scale.items():
             torch._foreach_add_(take(weights, pieces), take(updates, pieces), alpha=-lr * scale)
+
+    def _scale_rows(self, parameters: list[nn.Parameter], updates: list[Tensor], beta: float) -> None:
+        """Divide each row of the updates by the running root mean square of its elements, which begins with the first
+        update's. A row lies on one rank."""
+        for parameter, update in zip(parameters, updates, strict=True):
+            squares, state = update.square().mean(1, keepdim=True), self.state[parameter]
+            if "row_squares" not in state:
+                state["row_squares"] = torch.zeros_like(parameter[..., :1])
+                _rows(_local(state["row_squares"])).copy_(squares)
+            means = _rows(_local(state["row_squares"])).lerp_(squares, 1 - beta)
+            update.div_(means.sqrt().clamp_(min=_EPS))
 
     def _plan(self, parameters: list[nn.Parameter]) -> MuonPlan:
         key = tuple(id(p) for p in parameters)
@@ -153,7 +184,7 @@ class Matrix:
     @property
     def scale(self) -> float:
         """Factor that gives the update the root mean square of AdamW's, about 0.2."""
-        return 0.2 * math.sqrt(max(self.rows, self.columns))
+        return RMS * math.sqrt(max(self.rows, self.columns))
 
     @property
     def cost(self) -> int:

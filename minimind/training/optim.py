@@ -19,7 +19,7 @@ from minimind.training.muon import Muon
 from minimind.training.parallel import from_rank_0, to_rank_0
 
 OptimizerName = Literal["muon", "adamw"]
-ScheduleName = Literal["cosine", "wsd", "constant"]
+ScheduleName = Literal["cosine", "wsd", "wsd-sqrt", "constant"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,13 @@ class Optimizers:
         for part, peaks in zip(self.parts, self.peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
+
+    def set_momentum(self, momentum: float) -> None:
+        """Set the momentum of Muon's matrices."""
+        for part in self.parts:
+            if isinstance(part, Muon):
+                for group in part.param_groups:
+                    group["momentum"] = momentum
 
     def set_rate(self, parameters: Iterable[nn.Parameter], rate: float) -> None:
         """Multiply the peak learning rate of these parameters by `rate`, in new groups. Call it before the first
@@ -178,6 +185,8 @@ def build_optimizers(
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.95),
     momentum: float = 0.95,
+    row_beta: float | None = None,
+    cautious: bool = False,
 ) -> Optimizers:
     """The optimizer of a run. Weight decay applies to matrices and embeddings, not to norm gains.
 
@@ -185,7 +194,7 @@ def build_optimizers(
     muon: momentum orthogonalised by Newton-Schulz for the matrices inside the blocks (Jordan et al. 2024), with
       `momentum`; every expert's and packed q, k, v, gate and up are separate matrices. The update is scaled to the size
       of AdamW's, so that one `lr` serves both (Moonlight, arXiv 2502.16982). AdamW for the embedding, the head, the
-      router, the norm gains and adapters.
+      router, the norm gains and adapters. row_beta, cautious: as `Muon` takes them.
     """
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward without a backward leaves whole parameters in place of the shards
@@ -199,7 +208,8 @@ def build_optimizers(
     ]
     parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
     if muon:
-        parts.append(Muon(muon, lr=lr, weight_decay=weight_decay, momentum=momentum, rows=packed_rows(model)))
+        rows = packed_rows(model)
+        parts.append(Muon(muon, lr, weight_decay, momentum, rows, row_beta=row_beta, cautious=cautious))
     return Optimizers(parts)
 
 
@@ -229,24 +239,26 @@ def cooldown_steps(steps: int, cooldown: float) -> int:
 
 
 def lr_factor(
-    schedule: ScheduleName, step: int, steps: int, warmup: int, final: float = 0.1, cooldown: float = 0.2
+    schedule: ScheduleName, step: float, steps: int, warmup: int, final: float = 0.1, cooldown: float = 0.2
 ) -> float:
     """Share of the peak rate at `step` in 0..steps-1: a linear warm-up, then the schedule down to `final`.
 
     cosine: half a period. wsd: flat, then linear down over the last `cooldown` of the steps (warm-up-stable-decay, Hu
-    et al. 2024, arXiv 2404.06395). constant: flat.
+    et al. 2024, arXiv 2404.06395). wsd-sqrt: the same with 1 - sqrt(progress), which falls fast at first (Hägele et al.
+    2024, arXiv 2405.18392). constant: flat.
     """
     if step < warmup:
-        return (step + 1) / warmup
+        return min(1.0, (step + 1) / warmup)
     if schedule == "constant":
         return 1.0
-    if schedule == "wsd":
+    if schedule in ("wsd", "wsd-sqrt"):
         decay = cooldown_steps(steps, cooldown)
-        return 1.0 - (1.0 - final) * max(0, step - (steps - decay) + 1) / decay
+        progress = max(0.0, step - (steps - decay) + 1) / decay
+        return 1.0 - (1.0 - final) * (progress if schedule == "wsd" else math.sqrt(progress))
     if schedule == "cosine":
         progress = (step - warmup + 1) / max(1, steps - warmup)
         return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
-    raise ValueError(f"unknown schedule {schedule!r}; choose cosine, wsd or constant")
+    raise ValueError(f"unknown schedule {schedule!r}; choose cosine, wsd, wsd-sqrt or constant")
 
 
 # (steps planned, step at which a longer plan took over) of every earlier length of a run, in order
@@ -273,8 +285,8 @@ class RateSchedule:
     cooldown: float = 0.2
     legs: Legs = ()
 
-    def factor(self, step: int) -> float:
-        """Share of the peak rate at `step` in 0..steps-1."""
+    def factor(self, step: float) -> float:
+        """Share of the peak rate at `step` in 0..steps-1; between whole steps where steps grow."""
         goal = lr_factor(self.name, step, self.steps, self.warmup, self.final, self.cooldown)
         if not self.legs:
             return goal
@@ -288,7 +300,7 @@ class RateSchedule:
     @property
     def stable_steps(self) -> int:
         """Steps after which a longer run can continue at the same rate: with wsd up to the cooldown, else all."""
-        return self.steps - cooldown_steps(self.steps, self.cooldown) if self.name == "wsd" else self.steps
+        return self.steps - cooldown_steps(self.steps, self.cooldown) if self.name.startswith("wsd") else self.steps
 
     def describe(self) -> str:
         """One line about how the rate of a lengthened run continues."""

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.training.arguments import StageArgs
+from minimind.training.batch_size import TrainingPlan
 from minimind.training.batches import Loader, to_device
 from minimind.training.checkpoint import best_folder, load_weights_into, save_checkpoint
 from minimind.training.evaluation import BestFigure, Evaluation
@@ -81,17 +82,6 @@ class Stage:
     frozen_models: Sequence[Model] = ()
     first_passes: float = 0.0
     estimate: Callable[..., Any] | None = None
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """The loader and the number of steps. step_tokens: tokens of a step, padding included; 0 where they vary, which
-    makes targets the unit of progress."""
-
-    loader: Any
-    steps: int
-    micro_batches: int = 1
-    step_tokens: int = 0
 
 
 class NonFiniteLossError(ValueError):
@@ -206,12 +196,14 @@ class Trainer:
         stage, ranks = self.stage, self.parallel.world_size
         position = self.loader.state()
         with span("data"):
-            batches = [self.loader.next_batch() for _ in range(self.plan.micro_batches)]
+            batches = [self.loader.next_batch() for _ in range(self.plan.micro_batches_of(self.step))]
             event = stage.event()
         targets = sum(batch.global_num_targets for batch in batches)
         weight = sum(batch.global_weight for batch in batches)
-        factor = self.schedule.factor(self.step)
+        factor = self.schedule.factor(self.plan.place_in_schedule(self.step))
         self.optimizer.set_lr_factor(factor)
+        if self.args.momentum_warmup:
+            self.optimizer.set_momentum(self.args.momentum(self.step, self.plan.steps))
         self.model.train()
         parts, metrics = [], {}
         for i, batch in enumerate(batches):
@@ -279,7 +271,7 @@ class Trainer:
     @property
     def tokens(self) -> int:
         """Tokens trained on so far, or targets where the plan has no step_tokens."""
-        return self.step * self.plan.step_tokens or self.targets_seen
+        return self.plan.tokens_before(self.step) or self.targets_seen
 
     def _log(self) -> None:
         """Sum the pending figures over ranks, read them back in one copy, write them, and show the newest."""
@@ -446,7 +438,7 @@ class Trainer:
         report = self.run.path / "nonfinite.json"
         self.loader.load_state(row.position)
         descriptions = []
-        for _ in range(self.plan.micro_batches):
+        for _ in range(self.plan.micro_batches_of(row.step - 1)):
             self.loader.next_batch()
             descriptions.append(self.stage.describe(self.loader.host))
         parts = self.parallel.gather(descriptions)

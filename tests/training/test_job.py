@@ -31,9 +31,11 @@ def test_micro_tokens_fit_the_card(monkeypatch, preset, gib, ranks, recompute, s
         parallel=SimpleNamespace(world_size=ranks),
         device=torch.device("cuda"),
         config=ModelConfig.preset(preset),
-        args=SimpleNamespace(row=512, recompute=recompute),
+        args=SimpleNamespace(row=512, recompute=recompute, batch_warmup=0.0),
     )
     assert micro_tokens(job, step) == expected
+    job.args.batch_warmup = 0.5  # the first steps are a quarter
+    assert micro_tokens(job, step) == min(expected, max(step // 4, 512 * ranks))
 
 
 def test_cuda_graphs_refuse_fsdp(monkeypatch):
@@ -100,7 +102,12 @@ class NanoJob(SimpleNamespace):
 )
 def test_a_step_is_no_larger_than_the_data(rows, ranks, flags, chosen, shape, told):
     args = SimpleNamespace(
-        row=512, seq_len=512, recompute=False, scale=1.0, **{"batch_tokens": None, "micro_tokens": None} | flags
+        row=512,
+        seq_len=512,
+        recompute=False,
+        scale=1.0,
+        batch_warmup=0.0,
+        **{"batch_tokens": None, "micro_tokens": None} | flags,
     )
     job = NanoJob(
         args=args, flags=args, parallel=SimpleNamespace(world_size=ranks), device=torch.device("cpu"),

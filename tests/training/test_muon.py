@@ -58,6 +58,37 @@ def iterated(matrix: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def test_scaled_rows_move_alike():
+    """By hand: rows of the orthogonal factor over the root of their mean squares, which begin with the first."""
+    parameter = nn.Parameter(torch.zeros(2, 20, 12))  # two matrices
+    muon = Muon([parameter], lr=0.5, weight_decay=0.0, momentum=0.0, row_beta=0.75)
+    means, expected = None, torch.zeros(2, 20, 12)
+    for step in range(3):
+        (parameter.grad,) = gradients([(2, 20, 12)], step)
+        factor = parameter.grad.bfloat16()
+        newton_schulz_(factor)
+        squares = factor.float().square().mean(-1, keepdim=True)
+        means = squares if means is None else 0.75 * means + 0.25 * squares
+        expected -= 0.5 * 0.2 * factor.float() / means.sqrt()
+        muon.step()
+        torch.testing.assert_close(parameter.detach(), expected)
+        if step == 0:
+            assert parameter.detach().square().mean(-1).sqrt().flatten().tolist() == pytest.approx([0.1] * 40)
+    assert muon.state[parameter]["row_squares"].shape == (2, 20, 1)
+
+
+def test_cautious_decay_only_where_the_update_agrees():
+    def step(decay: float, cautious: bool) -> torch.Tensor:
+        (weights,) = after(lambda p: Muon(p, lr=0.1, weight_decay=decay, cautious=cautious), [(24, 16)], 1)
+        return weights
+
+    (start,) = gradients([(24, 16)], 0)
+    moved, decayed = step(0.0, False), step(0.5, True)
+    agrees = (moved - start) * start < 0
+    assert agrees.any() and not agrees.all()
+    torch.testing.assert_close(decayed, torch.where(agrees, moved - 0.1 * 0.5 * start, moved))
+
+
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32), (1, 9), (123, 63)])
 def test_rounding_is_no_larger_than_torchs(shape):
     given = torch.stack(gradients([shape] * 8, 0))

@@ -3,6 +3,7 @@ import torch
 
 from minimind import ModelConfig
 from minimind.modeling import Model
+from minimind.training.arguments import StageArgs
 from minimind.training.optim import build_optimizers, lr_factor
 from minimind.training.rl.actor_critic import ActorCritic
 
@@ -31,6 +32,22 @@ def test_the_cooldown_begins_and_ends_at_the_right_steps():
     assert factors[49] == 1.0 > factors[50] and factors[-1] == 0.0
     assert factors[74] == pytest.approx(0.5)
     assert lr_factor("cosine", 99, 100, 1, final=0.3) == pytest.approx(0.3)
+
+
+def test_a_root_cooldown_falls_fast_at_first():
+    factors = [lr_factor("wsd-sqrt", step, 100, 1, final=0.2, cooldown=0.5) for step in range(100)]
+    assert factors[49] == 1.0 and factors[-1] == pytest.approx(0.2)
+    assert factors[61] == pytest.approx(1 - 0.8 * 0.24**0.5) and factors[1:] == sorted(factors[1:], reverse=True)
+
+
+def test_momentum_rises_from_jordans():
+    args = StageArgs(momentum_warmup=0.5)
+    assert [args.momentum(step, 100) for step in (0, 25, 50, 99)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    assert StageArgs(momentum_warmup=0.5, muon_momentum=0.8).momentum(0, 100) == 0.8
+    assert StageArgs().momentum(0, 100) == 0.95
+    optimizers = build_optimizers(Model(CONFIG), "muon", 1e-2, 0.1)
+    optimizers.set_momentum(0.9)
+    assert optimizers.parts[1].param_groups[0]["momentum"] == 0.9
 
 
 def test_rates_and_means_reach_their_parameters():

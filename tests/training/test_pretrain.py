@@ -232,6 +232,7 @@ BAD = {
     "more than the model knows": (["--seq-len", "8192"], "--seq-len 8192: the model knows 4096 positions"),
     "zero rows": (["--seq-len", "0"], "--seq-len 0: must be above 0"),
     "zero log": (["--log-every", "0"], "--log-every 0: must be above 0"),
+    "no quarter": (["--batch-warmup", "0.5", "--batch-tokens", "128"], "take a quarter of 128 tokens"),
     "graph of nothing": (["--cuda-graph"], "--cuda-graph: goes with --compile"),
     "graph on a CPU": (["--cuda-graph", "--compile", "--device", "cpu"], "--cuda-graph: there is none on cpu"),
 }
@@ -260,6 +261,9 @@ def test_bad_flags_are_one_clear_line(case, data, tmp_path):
         ("betas", (0.9, 1.0), "--betas 0.9 1.0: from 0 to less than 1"),
         ("muon_momentum", 1.0, "--muon-momentum 1.0: from 0 to less than 1"),
         ("embedding_lr", -1.0, "--embedding-lr -1.0: must be 0 or more"),
+        ("muon_row_beta", 1.0, "--muon-row-beta 1.0: from 0 to less than 1"),
+        ("batch_warmup", 1.5, "--batch-warmup 1.5: a share, from 0 to 1"),
+        ("momentum_warmup", -0.1, "--momentum-warmup -0.1: a share, from 0 to 1"),
     ],
 )
 def test_impossible_numbers_are_refused(flag, value, message):
@@ -273,6 +277,8 @@ def test_impossible_numbers_are_refused(flag, value, message):
         ({"cooldown": 0.3}, "--cooldown 0.3: goes with --schedule wsd, not cosine"),
         ({"final_lr": 0.0, "schedule": "constant"}, "--final-lr 0.0: the rate of --schedule constant does not fall"),
         ({"muon_momentum": 0.9, "optimizer": "adamw"}, "--muon-momentum 0.9: goes with --optimizer muon, not adamw"),
+        ({"cautious_decay": True, "optimizer": "adamw"}, "--cautious-decay True: goes with --optimizer muon"),
+        ({"batch_warmup": 0.5, "lengthen": "runs/x"}, "a run whose steps grow cannot be lengthened"),
     ],
 )
 def test_a_flag_without_effect_is_refused(flags, message):

@@ -12,12 +12,13 @@ from minimind import ModelConfig, load_model, load_tokenizer
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss
 from minimind.training.arguments import StageArgs
+from minimind.training.batch_size import TrainingPlan
 from minimind.training.checkpoint import list_checkpoints, load_trainer_state
 from minimind.training.evaluation import BestFigure, Evaluation
 from minimind.training.metrics import NoTracker
 from minimind.training.optim import ClipGroup, Optimizers, RateSchedule, build_optimizers
 from minimind.training.run_folder import RunFolder, is_finished
-from minimind.training.trainer import Stage, StageLoss, Trainer, TrainingPlan
+from minimind.training.trainer import Stage, StageLoss, Trainer
 
 TINY = ModelConfig(32, 1, 2, 1, 16, 48, 50)
 

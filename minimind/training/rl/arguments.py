@@ -118,6 +118,8 @@ class RolloutArgs(AdapterArgs):
 
     def check(self) -> None:
         super().check()
+        if self.batch_warmup:
+            raise ValueError(f"--batch-warmup {self.batch_warmup}: steps after rollouts have one size; drop the flag")
         for name in ("rollouts", "prompts", "samples", "max_prompt", "max_new_tokens", "temperature", "minibatches",
                      "inner_epochs", "micro_batches", "eval_prompts", "target_kl"):  # fmt: skip
             value = getattr(self, name)

@@ -23,8 +23,9 @@ from minimind.training.rl.collector import Collector
 from minimind.training.rl.loader import RolloutLoader
 
 if TYPE_CHECKING:
+    from minimind.training.batch_size import TrainingPlan
     from minimind.training.job import Job
-    from minimind.training.trainer import Stage, TrainingPlan
+    from minimind.training.trainer import Stage
 
 _PROMPTS, _TOKENS = 4, 16  # of the rollout that is measured
 

@@ -28,6 +28,7 @@ from minimind.rewards import Rewards, RewardScale, model_weights, parse_rewards
 from minimind.tokenization import Tokenizer
 from minimind.tokenization.reasoning import ThinkingPrompts
 from minimind.training.adapters import AdapterSetup
+from minimind.training.batch_size import TrainingPlan
 from minimind.training.data_split import named_form
 from minimind.training.initial_model import from_newest
 from minimind.training.job import Job
@@ -48,7 +49,7 @@ from minimind.training.rl.rollouts import (
     transcript,
 )
 from minimind.training.run_folder import newest_finished
-from minimind.training.trainer import Stage, StageLoss, TrainingPlan
+from minimind.training.trainer import Stage, StageLoss
 from minimind.utils.display import say
 
 _DECODE_BATCH = 256  # maximum number of answers decoded together

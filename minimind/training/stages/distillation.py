@@ -15,6 +15,7 @@ from minimind.data import Corpus, PackedLoader, builtin_conversations, builtin_c
 from minimind.modeling import Model
 from minimind.objectives.next_token import Distillation, distillation_loss
 from minimind.tokenization import ChatEncoder, Tokenizer
+from minimind.training.batch_size import TrainingPlan
 from minimind.training.batches import to_device
 from minimind.training.data_split import DataSplit, NamedFiles, all_losses, open_split, read_texts
 from minimind.training.evaluation import heldout_loss
@@ -24,7 +25,6 @@ from minimind.training.metrics import plot_figures
 from minimind.training.run_folder import newest_finished
 from minimind.training.stages.answers import continue_texts
 from minimind.training.stages.chats import ChatArgs, chat_figures, chat_sample, describe_chats, open_chats
-from minimind.training.trainer import TrainingPlan
 from minimind.utils.display import say
 from minimind.utils.files import read_json
 

@@ -1,0 +1,112 @@
+"""docs/recipe.md, from the rows of bench/recipe.py."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.common.record import RESULTS
+from bench.report.rows import Row, markdown, number, ratio, rows_of, text
+from bench.training.tries import BASE, TRIES
+
+PAGE = "docs/recipe.md"
+Key = tuple[str, str, str, int]  # device, corpus, shape, tokens
+HEAD = """\
+# Tries with the recipe of pretraining
+
+Written by `python bench/performance.py` from the rows of `bench/recipe.py`: no figure here is typed. Each try changes
+some flags of `train/pretrain.py` and keeps all else; the peak rate follows its usual rule. Gains are in nats per
+held-out token: above zero, the try is better. "Equal tokens" compares runs of one seed that saw the same tokens. "Equal
+time" also counts how long the steps took, on a CPU in processor seconds: a try whose steps take r times as long is
+compared with what the recipe as it is reaches with r times the tokens, by the slope between its runs with once and
+twice the tokens. Ranges are over seeds."""
+
+
+def page(results: Path = RESULTS) -> str:
+    """The whole page."""
+    rows = [row for folder in sorted(results.iterdir()) for row in rows_of(folder / "recipe.csv")]
+    keys = list(dict.fromkeys(key_of(row) for row in rows if row["attempt"] != BASE))
+    parts = [HEAD, _list()]
+    for key in keys:
+        device, corpus, shape, tokens = key
+        parts += [f"## {shape}, {corpus}, {tokens:,} tokens", f"{device}", table(rows, key)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _list() -> str:
+    lines = [f"- **{name}**: {one.about}." for name, one in TRIES.items()]
+    return "\n".join(["## The tries", "", *lines])
+
+
+def key_of(row: Row) -> Key:
+    return row["device"], row["corpus"], row["shape"], int(row["tokens"])
+
+
+def table(rows: Sequence[Row], key: Key) -> str:
+    """A row for every try of one device, corpus, shape and number of tokens, the best first."""
+    base = {row["seed"]: row for row in rows if key_of(row) == key and row["attempt"] == BASE}
+    device, corpus, shape, tokens = key
+    doubled = (device, corpus, shape, 2 * tokens)
+    more = {row["seed"]: row for row in rows if key_of(row) == doubled and row["attempt"] == BASE}
+    names = dict.fromkeys(row["attempt"] for row in rows if key_of(row) == key and row["attempt"] != BASE)
+    body = []
+    for name in names:
+        own = [row for row in rows if key_of(row) == key and row["attempt"] == name and row["seed"] in base]
+        if own:
+            body.append(figures(own, base, more))
+    body.sort(key=lambda one: -one["tokens"][0])
+    head = ("try", "flags", "seeds", "gain at equal tokens", "time of a run", "gain at equal time")
+    lines = [
+        (
+            one["name"],
+            one["flags"],
+            str(one["seeds"]),
+            _range(one["tokens"]),
+            text(one["ratio"], ".2f", "x"),
+            _range(one["time"]),
+        )
+        for one in body
+    ]
+    losses = ", ".join(f"{float(row['heldout_loss']):.4f}" for row in base.values())
+    note = f"The recipe as it is: {losses} nats per token"
+    if more:
+        doubled_losses = ", ".join(f"{float(row['heldout_loss']):.4f}" for row in more.values())
+        note += f"; with twice the tokens {doubled_losses}"
+    return f"{markdown(head, lines)}\n\n{note}."
+
+
+def figures(own: Sequence[Row], base: dict[str, Row], more: dict[str, Row]) -> dict[str, Any]:
+    """The gains of a try: mean, lowest and highest over seeds."""
+    gains, ratios, timed = [], [], []
+    for row in own:
+        reference = base[row["seed"]]
+        share = time_ratio(row, reference)
+        gains.append(float(reference["heldout_loss"]) - float(row["heldout_loss"]))
+        ratios += [share] if share else []
+        if share and row["seed"] in more:
+            slope = float(more[row["seed"]]["heldout_loss"]) - float(reference["heldout_loss"])  # for twice the tokens
+            timed.append(gains[-1] + slope * math.log2(share))
+    return {
+        "name": own[0]["attempt"], "flags": f"`{own[0]['flags']}`", "seeds": len(own), "tokens": _spread(gains),
+        "ratio": statistics.fmean(ratios) if ratios else None, "time": _spread(timed),
+    }  # fmt: skip
+
+
+def time_ratio(row: Row, reference: Row) -> float | None:
+    """The time of one run's steps over the other's: on a CPU the processor's, on a GPU the clock's."""
+    column = "busy_seconds" if "threads" in row["device"] else "seconds"
+    return ratio(number(row, column), number(reference, column))
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float, float]:
+    return (statistics.fmean(values), min(values), max(values)) if values else (math.nan,) * 3
+
+
+def _range(values: tuple[float, float, float]) -> str:
+    mean, low, high = values
+    if math.isnan(mean):
+        return ""
+    return f"{mean:+.4f}" if low == high else f"{mean:+.4f} ({low:+.4f} to {high:+.4f})"

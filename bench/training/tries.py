@@ -1,0 +1,70 @@
+"""The tries of bench/recipe.py: what is changed, by which flags of train/pretrain.py, and where the idea is from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from bench.common.record import Row
+
+BASE = ""  # the name of the recipe as it is
+
+
+@dataclass(frozen=True)
+class Try:
+    """flags: of train/pretrain.py; about: what they change, and the source."""
+
+    flags: dict[str, Any]
+    about: str
+
+
+@dataclass(frozen=True)
+class RecipeRow(Row):
+    """One run. attempt: the name of its try, empty for the recipe as it is; flags: its flags as JSON. lr: the peak
+    rate; seconds, busy_seconds: of the training steps alone, by the clock and of the processor, which other work on the
+    machine does not lengthen; heldout_loss: nats per token at the end."""
+
+    torch: str
+    attempt: str
+    flags: str
+    corpus: str
+    shape: str
+    tokens: int
+    seed: int
+    lr: float
+    steps: int
+    seconds: float
+    busy_seconds: float | None
+    heldout_tokens: int
+    heldout_loss: float
+    heldout_bpb: float
+
+
+TRIES: dict[str, Try] = {
+    "decay-0": Try({"weight_decay": 0.0}, "no weight decay: bounds what cautious decay (2510.12402) could change"),
+    "decay-0.3": Try({"weight_decay": 0.3}, "three times the weight decay"),
+    "momentum-0.9": Try({"muon_momentum": 0.9}, "Muon's momentum 0.9 instead of 0.95"),
+    "to-zero": Try({"final_lr": 0.0}, "the cosine ends at zero instead of a tenth"),
+    "linear": Try({"schedule": "wsd", "cooldown": 0.98, "final_lr": 0.0}, "the rate falls linearly to zero after the "
+                  "warm-up (2502.15938)"),
+    "wsd-0.5": Try({"schedule": "wsd", "cooldown": 0.5, "final_lr": 0.0}, "flat, then linearly to zero in the last "
+                   "half of the steps"),
+    "steps-2048": Try({"batch_tokens": 2048}, "steps of 2,048 tokens instead of 4,096"),
+    "steps-1024": Try({"batch_tokens": 1024}, "steps of 1,024 tokens"),
+    "micro-2048": Try({"micro_tokens": 2048}, "two micro-batches of 2,048 tokens in a step: changes its time alone"),
+    "short-rows": Try({"seq_len": 256}, "rows of 256 tokens: bounds what short rows at first could gain"),
+    "embedding-2": Try({"embedding_lr": 2.0}, "twice the rate for the embedding"),
+    "zero-outputs": Try({"output_init": 0.0}, "projections into the residual stream begin at zero (modded-nanogpt)"),
+    "normuon": Try({"muon_row_beta": 0.95}, "rows of Muon's updates scaled alike (NorMuon, 2510.05491)"),
+    "cautious-decay": Try({"cautious_decay": True, "weight_decay": 0.3}, "three times the decay, only where the update "
+                          "agrees (2510.12402)"),
+    "momentum-warmup": Try({"momentum_warmup": 0.3}, "Muon's momentum rises from 0.85 over 30% of the steps"),
+    "batch-warmup-0.25": Try({"batch_warmup": 0.25}, "a quarter of the tokens in steps of 1,024 and 2,048 tokens"),
+    "batch-warmup-0.5": Try({"batch_warmup": 0.5}, "half of the tokens in steps of 1,024 and 2,048 tokens"),
+    "zero-outputs-2048": Try({"output_init": 0.0, "batch_tokens": 2048}, "zero-outputs and steps-2048 together"),
+    "zero-outputs-batch-warmup": Try({"output_init": 0.0, "batch_warmup": 0.5}, "zero-outputs and batch-warmup-0.5 "
+                                     "together"),
+    "wsd-sqrt": Try({"schedule": "wsd-sqrt", "cooldown": 0.5, "final_lr": 0.0}, "as wsd-0.5, falling by 1 - sqrt "
+                    "(2405.18392)"),
+    "betas-0.99": Try({"betas": (0.9, 0.99)}, "AdamW's second moment over a hundred steps"),
+}  # fmt: skip
