@@ -2,14 +2,18 @@
 // of this processor run on as many threads as torch uses.
 #include "../ops.h"
 
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <new>
+#include <tuple>
 
 #include "args.h"
 #include "chosen.h"
 #include "sample.h"
+#include "thread_choice.h"
 #include "threads.h"
 
 namespace minimind::cpu {
@@ -264,6 +268,15 @@ struct WeightReader {
   }
 };
 
+// That of a model, for batches of about this size.
+ThreadChoice& thread_choice(const void* model, int64_t batch, int most) {
+  int size = 0;
+  while (batch >>= 1) ++size;
+  thread_local std::map<std::tuple<const void*, int, int>, ThreadChoice> choices;
+  if (choices.size() > 256) choices.clear();  // models come and go
+  return choices.try_emplace({model, size, most}, most).first->second;
+}
+
 Tensor decode_step(const Tensor& tokens, const Tensor& positions, const Tensor& slots, const Tensor& block_table,
                    const Tensor& lengths, const Tensor& cos, const Tensor& sin, const TensorList& weights,
                    const Tensor& key_cache, const Tensor& value_cache, int64_t heads, bool qk_norm, int64_t experts,
@@ -341,8 +354,12 @@ Tensor decode_step(const Tensor& tokens, const Tensor& positions, const Tensor& 
   step.attention_scale = 1.0f / std::sqrt(static_cast<float>(cache.head_dim));
   step.logits = logits.data<float>();
   if (batch == 0) return logits;
+  ThreadChoice& choice = thread_choice(head, batch, step.threads);
+  step.threads = choice.threads();
   step.scratch = scratch(kernels().step_scratch(step));
+  const auto start = std::chrono::steady_clock::now();
   kernels().decode_step(step);
+  choice.took(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
   return logits;
 }
 
