@@ -28,7 +28,7 @@ class ThreadChoice {
 
  private:
   static constexpr int kFirst = 8, kLongest = 4096;  // steps between two trials
-  static constexpr int kTrial = 2;                   // the first step of a trial may have to start threads
+  static constexpr int kTrial = 2;  // the first step of a trial may have to start threads
   static constexpr double kFaster = 0.8, kSlower = 3.0, kShare = 0.05;
 
   struct Arm {
@@ -44,7 +44,7 @@ class ThreadChoice {
       arm.seconds = seconds;
     else if (!slow)
       arm.seconds += (seconds - arm.seconds) / 8;
-    if (slow_ == 2) interval_ = kFirst, until_trial_ = 1;  // something has changed
+    if (slow_ == 2) interval_ = kFirst, until_trial_ = 1, survey_ = static_cast<int>(arms_.size()) - 1;  // try all others
     if (--until_trial_ > 0 || arms_.size() == 1) return;
     do tried_ = (tried_ + 1) % arms_.size();
     while (tried_ == best_);
@@ -61,12 +61,12 @@ class ThreadChoice {
       const double worth = kTrial * arm.seconds / best.seconds / kShare;
       interval_ = std::min(kLongest, std::max(2 * interval_, worth < kLongest ? static_cast<int>(worth) : kLongest));
     }
-    until_trial_ = interval_;
+    until_trial_ = --survey_ > 0 ? 1 : interval_;
   }
 
   std::vector<Arm> arms_;  // most threads first
   size_t best_ = 0, tried_ = 0;
-  int steps_left_ = 0, until_trial_ = kFirst, interval_ = kFirst, slow_ = 0;
+  int steps_left_ = 0, until_trial_ = kFirst, interval_ = kFirst, slow_ = 0, survey_ = 0;
 };
 
 }  // namespace minimind::cpu
