@@ -318,8 +318,9 @@ def test_noise_is_assumed_without_two_seeds():
 def test_the_rule_of_pretraining_is_that_of_the_committed_rows():
     rows = [row for file in RESULTS.glob("*/transfer.jsonl") for row in read(file)]
     rule = transfer.rules_of(optima_of(rows))["pretrain muon"]
-    for point in (POINT, replace(POINT, width=512), replace(POINT, depth=8), replace(POINT, tokens=819_200)):
+    wide = replace(POINT, width=512)
+    for point in (POINT, wide, replace(POINT, depth=8), *(replace(p, tokens=819_200) for p in (POINT, wide))):
         rate, _ = pretraining_lr("muon", point.config, point.steps, 0.0)
         assert rate == pytest.approx(rule(point), rel=0.06), point  # the rate has two digits
-    assert {term.name for term in rule.terms} == {"width", "depth", "steps"}
+    assert {term.name for term in rule.terms} == {"width", "depth", "steps", PRODUCT}
     assert 2**rule.spread < 1.2
