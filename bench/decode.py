@@ -32,7 +32,7 @@ from torch import Tensor
 from bench.common.command import check_at_least, check_choices, run, table_console
 from bench.common.models import random_model
 from bench.common.record import append, as_dicts, check_columns, package_version, results_folder, stamp
-from bench.common.timing import read_bandwidth, spread
+from bench.common.timing import busy_programs, read_bandwidth, spread
 from bench.common.worker import ImplementationError, Worker, take_turn
 from bench.decoding.implementations import IMPLEMENTATIONS, DecodeSetting, Generation, start, why_not
 from bench.decoding.judge import Judge, Verdict
@@ -67,6 +67,8 @@ class Args:
     max_context: int | None = None
     """Longest sequence that our engine is prepared for; None: --prompt plus --new. A longer one should cost nothing;
     its rows are marked."""
+    busy: int = 0
+    """Other programs that keep a processor busy each, as on a machine in use; their rows are marked."""
     turns: int = 3
     """Timed batches of each decoder."""
     threads: int | None = None
@@ -102,12 +104,13 @@ def main(args: Args) -> dict[str, Any]:
         for batch in args.batch:
             setting = DecodeSetting(Path(place), batch, args.prompt, args.new, threads, device, args.max_context)
             comparison = DecodeComparison(setting, judge, console)
-            comparison.run(names, args.turns)
+            with busy_programs(args.busy):
+                comparison.run(names, args.turns)
             new = comparison.rows(names, bandwidths, columns)
             append(folder / "decode.csv", new)
             show(new, table_console(150))
             rows += new
-    suffix = f"-batch-{args.batch[0]}" if len(args.batch) == 1 else ""
+    suffix = (f"-batch-{args.batch[0]}" if len(args.batch) == 1 else "") + ("-busy" if args.busy else "")
     picture = folder / f"decode{suffix}-{columns['commit'] or 'unknown'}.png"
     plot(rows, picture)
     return {"csv": str(folder / "decode.csv"), "png": str(picture), "bandwidth": bandwidths, "rows": as_dicts(rows)}
@@ -244,7 +247,8 @@ def _save(model: Model, folder: Path, names: Sequence[str]) -> None:
 
 def _title(args: Args) -> str:
     name = Path(args.model).name if args.model else args.preset
-    return name if args.max_context is None else f"{name}, context up to {args.max_context}"
+    context = "" if args.max_context is None else f", context up to {args.max_context}"
+    return f"{name}{context}{f', beside {args.busy} busy' if args.busy else ''}"
 
 
 def _runnable(names: Sequence[str], config: ModelConfig, device: torch.device, console: Console) -> list[str]:
@@ -265,6 +269,7 @@ def _check(args: Args) -> torch.device:
     check_choices("preset", [args.preset], PRESETS)
     check_choices("peer", args.peer, IMPLEMENTATIONS)
     check_at_least(1, batch=args.batch, prompt=args.prompt, turns=args.turns, threads=args.threads)
+    check_at_least(0, busy=args.busy)
     if args.new < 2:
         raise ValueError(f"--new {args.new}: must be at least 2, since the time between tokens is measured")
     if args.max_context is not None and args.max_context < args.prompt + args.new:

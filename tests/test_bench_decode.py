@@ -213,6 +213,7 @@ def test_table_and_picture(tmp_path):
         ({"batch": (0,)}, "--batch 0: must be at least 1"),
         ({"prompt": 0}, "--prompt 0: must be at least 1"),
         ({"turns": 0}, "--turns 0: must be at least 1"),
+        ({"busy": -1}, "--busy -1: must be at least 0"),
         ({"new": 1}, "--new 1: must be at least 2"),
         ({"max_context": 255}, "--max-context 255: --prompt and --new need 256"),
         ({"device": "abacus"}, "--device abacus"),
@@ -245,7 +246,8 @@ def test_a_run_of_the_script(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "bench/decode.py", "--preset", "nano", "--peer", "ours-reference", "naive",
-               "--batch", "1", "3", "--prompt", "9", "--new", "6", "--turns", "1", "--out", str(tmp_path)]  # fmt: skip
+               "--batch", "1", "3", "--prompt", "9", "--new", "6", "--turns", "1", "--busy", "1", "--out",
+               str(tmp_path)]  # fmt: skip
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert answer.returncode == 0, answer.stderr[-3000:]
     result = json.loads(answer.stdout.splitlines()[-1])
@@ -253,6 +255,7 @@ def test_a_run_of_the_script(tmp_path):
     assert [(r["peer"], r["batch"]) for r in rows] == [
         (peer, batch) for batch in (1, 3) for peer in ("ours-reference", "naive")
     ]
+    assert {r["model"] for r in rows} == {"nano, beside 1 busy"}
     for r in rows:
         assert r["status"] == "ok" and r["error_ratio"] <= 2 and r["peak_mib"] > 50 and r["threads"] == 1
         assert r["tokens_per_second"] == pytest.approx(r["batch"] / r["tpot"]) and r["ttft"] > 0

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gc
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -185,6 +188,18 @@ def limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     if isinstance(copy, str) or isinstance(product, str):
         raise ValueError(f"{device} cannot copy and multiply: {copy}, {product}")
     return {"GB/s": 2 * source.numel() / copy.median / 1e9, "TFLOP/s": 2 * 8192**3 / product.median / 1e12}
+
+
+@contextmanager
+def busy_programs(count: int) -> Iterator[None]:
+    """Run so many endless loops meanwhile."""
+    loops = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
 
 
 def read_bandwidth(num_bytes: int, device: torch.device, seconds: float = 1.0) -> float:

@@ -113,6 +113,8 @@ def _best(axis: Any, optima: Sequence[Optimum], size: str, rule: Rule | None) ->
     axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
     if shown:
         axis.legend(fontsize=6, frameon=False)
+    else:
+        axis.set_visible(False)
 
 
 def _resized(point: Point, size: str, value: float) -> Point:
