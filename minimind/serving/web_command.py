@@ -66,10 +66,10 @@ def main(args: Args) -> int:
         raise ValueError(f"--port {args.port}: must be between 1 and 65535")
     if args.url is not None and not args.url.startswith(("http://", "https://")):
         raise ValueError(f"--url {args.url}: must be an address such as http://127.0.0.1:8998/v1")
+    named_tools(args.tools)  # fails here, not in the page
     for name in ("streamlit", "openai"):
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"{name} is missing: pip install 'minimind[web]'")
-    named_tools(args.tools)  # fails here, not in the page
     signal.signal(
         signal.SIGTERM, lambda number, _: sys.exit(128 + number)
     )  # also ends the processes that this one started

@@ -452,7 +452,7 @@ def test_sampling_asks_for_all_of_its_shared_memory(ops, library, vocabulary):
     assert (shared > 48 * 1024) == (11_699 <= vocabulary < 24_000)
 
 
-@pytest.mark.parametrize("arch", CARDS)
+@pytest.mark.parametrize("arch", [arch for arch in CARDS if arch >= 80])  # older ones decode in plain PyTorch
 def test_every_launch_fits_every_card(arch):
     limit = CARDS[arch].shared_per_program
     for kernel, arguments in native_resources.VARIANTS:
