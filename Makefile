@@ -5,8 +5,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
-# a process for each core; whole files, since tests of a file share what is made once. Timing is bench/regression's.
-PYTEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile -p no:benchmark
+# a process for each core; whole files, since tests of a file share what is made once. Timing is bench/regression's;
+# schemathesis is used as a library, and its plugin costs each process seconds.
+PYTEST := $(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile -p no:benchmark -p no:schemathesis
 
 .PHONY: demo zero test test-heavy test-all test-processors lint venv clean
 

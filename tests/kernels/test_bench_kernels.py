@@ -261,6 +261,7 @@ def test_a_picture_of_refusals_alone(tmp_path):
     assert (tmp_path / "kernels.png").stat().st_size > 1000
 
 
+@pytest.mark.heavy
 def test_last_line_is_json(tmp_path):
     flags = ("--ops", "swiglu", "--presets", "nano", "--tokens", "16", "--repeat", "1", "--device", "cpu")
     result = subprocess.run(

@@ -256,6 +256,7 @@ def test_dpo_on_two_processes_is_that_on_one(strategy, preferred, origin, pairs,
     assert_same_curve(reproducible(out), reproducible(preferred), rel=1e-3, abs=2e-5)
 
 
+@pytest.mark.heavy
 def test_a_sharded_run_resumes_on_one_process(preferred, origin, pairs, tmp_path):
     out = tmp_path / "out"
     finish(dpo(origin, pairs, out, "--parallel", "fsdp"), 2)

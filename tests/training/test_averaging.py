@@ -119,6 +119,7 @@ def origin(tmp_path_factory) -> Path:
     return save_origin(TINY, tmp_path_factory.mktemp("origin"))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("stage", "file"), [("reward", "model.safetensors"), ("lora", "adapter_model.safetensors")])
 def test_a_stage_averages_the_weights_it_saves(stage, file, origin, tmp_path):
     arguments = [sys.executable, str(SCRIPT.with_name(f"{stage}.py")), "--from", str(origin), "--out",

@@ -63,7 +63,10 @@ STAGES = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
+# sft and reason have pretraining's loss, with the weights of their masks
+@pytest.mark.parametrize(
+    "stage", [pytest.param(s, marks=pytest.mark.heavy if s in ("sft", "reason") else ()) for s in STAGES]
+)
 def test_reference_and_fused_train_alike(stage, place, tmp_path, monkeypatch):
     """The loss of every step, against the same run in float64: with the fused ops it is off by no more than twice what
     the reference is off by, or a float64 run whose first weights were moved by what float32 sums are off by, and some

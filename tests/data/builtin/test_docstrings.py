@@ -66,6 +66,7 @@ def test_an_installation_without_sources(tmp_path, monkeypatch):
         builtin_corpus(tmp_path / "cache", QUIET)
 
 
+@pytest.mark.heavy
 def test_two_processes_at_once_build_one_real_corpus(tmp_path):
     code = (
         "import sys; from minimind.data.builtin import docstrings; docstrings.PACKAGES = ('numpy',); "
