@@ -1,5 +1,5 @@
 // The operators on a CPU: arguments are checked, indices too, since a wrong one would read foreign memory; then the kernels
-// of this processor run on as many threads as torch uses.
+// of this processor run on at most as many threads as torch uses.
 #include "../ops.h"
 
 #include <chrono>
@@ -268,7 +268,7 @@ struct WeightReader {
   }
 };
 
-// That of a model, for batches of about this size.
+// The choice for this model (its head's address) and batches of about this size.
 ThreadChoice& thread_choice(const void* model, int64_t batch, int most) {
   int size = 0;
   while (batch >>= 1) ++size;
