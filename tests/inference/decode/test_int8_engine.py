@@ -13,10 +13,9 @@ from minimind.apps import chat
 from minimind.inference.decode.int8 import choose_weights_dtype
 from minimind.inference.decode.step import DecodeWeights
 from minimind.modeling import Model
-from minimind.weights import save_weights
 from tests.inference.decode.cases import needs_native
 from tests.inference.decode.test_step import Decoder
-from tests.inference.small import TEXT, VARIANTS, random_prompts, small_model, small_tokenizer
+from tests.inference.small import VARIANTS, random_prompts, small_model
 from tests.inference.test_engine import engine_of, greedily, new_ids
 
 
@@ -73,16 +72,12 @@ def test_a_copy_takes_a_quarter_of_float32s_memory():
 def test_8_bits_without_native_decoding_are_refused():
     with pytest.raises(ValueError, match="8-bit weights need native decoding: the backend is 'reference'; decode with"):
         engine_of(small_model(), backend="reference", weights_dtype=torch.int8)
+
+
+@needs_native
+def test_8_bits_in_float16_are_refused():
     with pytest.raises(ValueError, match=r"8-bit weights need native decoding: .*not float16"):
         engine_of(small_model(), backend="auto", weights_dtype=torch.int8, dtype=torch.float16)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    save_weights(small_model(), tmp_path / "m")
-    small_tokenizer().save(tmp_path / "m")
-    (tmp_path / "book.txt").write_text(TEXT * 40)
-    return tmp_path
 
 
 @needs_native

@@ -26,8 +26,7 @@ from minimind.inference.scheduler import Chunk
 from minimind.lora import LoRAConfig, add_adapter
 from minimind.modeling import Rotation
 from minimind.rope import rope_cos_sin
-from minimind.weights import save_weights
-from tests.inference.small import TEXT, VARIANTS, is_greedy, random_prompts, small_model, small_tokenizer
+from tests.inference.small import VARIANTS, is_greedy, random_prompts, small_model
 from tests.inference.test_engine import BACKENDS, engine_of, greedily, new_ids
 from tests.inference.test_prefill import TOKENS, runner_of, sequence_of
 
@@ -205,14 +204,6 @@ def test_invalid_kv_dtypes_are_one_line():
     with pytest.raises(ValueError, match="needs a CPU or a CUDA GPU, not mps: use"):
         check_kv_dtype(FLOAT8, torch.device("mps"))
     check_kv_dtype(torch.bfloat16, torch.device("mps"))
-
-
-@pytest.fixture
-def folder(tmp_path):
-    save_weights(small_model(), tmp_path / "m")
-    small_tokenizer().save(tmp_path / "m")
-    (tmp_path / "book.txt").write_text(TEXT * 40)
-    return tmp_path
 
 
 def test_the_flag_reaches_chat_serve_and_evaluate(folder, capsys):
