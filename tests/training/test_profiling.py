@@ -175,14 +175,14 @@ def test_a_trace_of_a_gpu(tmp_path):
         row("gpu_user_annotation", "forward", 0, 7, 2000, 4000),
         row("kernel", "void gemm<long>", 0, 7, 2000, 3000),
         row("gpu_memcpy", "Memcpy HtoD", 0, 9, 4000, 2000),
-        row("kernel", "triton_poi_0", 0, 7, 7000, 1000),
+        row("kernel", "triton_poi_0" + 80 * "x", 0, 7, 7000, 1000),
         {"ph": "i", "name": "[memory]", "ts": 1e9, "args": {"Device Type": 1, "Total Allocated": 1 << 20}},
         {"ph": "i", "name": "[memory]", "ts": 1e9, "args": {"Device Type": 0, "Total Allocated": 5}},
     ]
     with gzip.open(tmp_path / "trace.json.gz", "wt") as file:
         json.dump({"traceEvents": rows}, file)
     trace = read_trace(tmp_path / "trace.json.gz")
-    assert [name for name, _ in ranked(trace.work)] == ["void gemm<long>", "Memcpy HtoD", "triton_poi_0"]
+    assert [name for name, _ in ranked(trace.work)] == ["void gemm<long>", "Memcpy HtoD", "triton_poi_0" + 80 * "x"]
     assert busy_ms(trace.work) == pytest.approx(5.0)  # of 8: the copy is half hidden behind the product
     assert trace.memory == [(0.0, 1.0)]
     text = io.StringIO()
@@ -196,6 +196,8 @@ def test_a_trace_of_a_gpu(tmp_path):
     assert spans_shown["forward"][1] == "2.00" and spans_shown["forward"][-1] == "4.00"  # on the host, on the GPU
     assert spans_shown["communication"][1] == "0.90"  # the collective lies within our own span
     assert "nccl" not in text.getvalue()
+    show(trace, Console(file=(narrow := io.StringIO()), width=80))
+    assert "ms a step │ of a step │ calls a step" in narrow.getvalue().replace("┃", "│")
     assert "FSDP::all_gather" in spans_shown, "without its layer"
     draw(trace, tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").stat().st_size > 10_000

@@ -145,9 +145,10 @@ def show(trace: Trace, console: Console, top: int = 15) -> None:
     table = Table(title=f"{steps} steps of {wall / steps:,.1f} ms, recorded")
     for column in (noun, "ms a step", "of a step", "calls a step"):
         table.add_column(column, justify="left" if column == noun else "right", no_wrap=True)
+    width = max(16, min(60, console.width - 46))  # the numbers of a narrow terminal stay whole
     for name, events in ranked(trace.work)[:top]:
         own = sum(e.self_ms for e in events)
-        table.add_row(short(name, 60), f"{own / steps:,.2f}", f"{own / wall:.1%}", f"{len(events) / steps:,.0f}")
+        table.add_row(short(name, width), f"{own / steps:,.2f}", f"{own / wall:.1%}", f"{len(events) / steps:,.0f}")
     idle = max(0.0, wall - busy_ms(trace.work))
     table.add_row(f"no {noun} running", f"{idle / steps:,.2f}", f"{idle / wall:.1%}", "", style="bold")
     console.print(table)
