@@ -58,6 +58,8 @@ TRIES: dict[str, Try] = {
     "normuon": Try({"muon_row_beta": 0.95}, "rows of Muon's updates scaled alike (NorMuon, 2510.05491)"),
     "cautious-decay": Try({"cautious_decay": True, "weight_decay": 0.3}, "three times the decay, only where the update "
                           "agrees (2510.12402)"),
+    "iterations-3": Try({"muon_iterations": 3}, "three iterations of Newton-Schulz instead of five"),
+    "iterations-2": Try({"muon_iterations": 2}, "two iterations of Newton-Schulz"),
     "momentum-warmup": Try({"momentum_warmup": 0.3}, "Muon's momentum rises from 0.85 over 30% of the steps"),
     "batch-warmup-0.25": Try({"batch_warmup": 0.25}, "a quarter of the tokens in steps of 1,024 and 2,048 tokens"),
     "batch-warmup-0.5": Try({"batch_warmup": 0.5}, "half of the tokens in steps of 1,024 and 2,048 tokens"),

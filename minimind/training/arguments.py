@@ -32,10 +32,11 @@ _PLAN = {"plan": False, "plan_gb": None, "plan_gpu": False, "plan_measure": True
 # Flags that do not change what a run computes.
 _NOT_SAVED = {*_PLAN, "resume", "lengthen", "new_tokenizer", "out", "track", "profile", "scale"}
 # Flags that only Muon has, and their defaults.
-_OF_MUON = {"muon_momentum": None, "momentum_warmup": 0.0, "muon_row_beta": None, "cautious_decay": False}
+_OF_MUON = {"muon_momentum": None, "momentum_warmup": 0.0, "muon_row_beta": None, "muon_iterations": 5,
+            "cautious_decay": False}  # fmt: skip
 _FIRST_MOMENTUM = 0.85  # Jordan's
-_POSITIVE = ("tokens", "epochs", "seq_len", "batch_tokens", "micro_tokens", "lr", "grad_clip", "eval_tokens",
-             "evals", "save_every", "keep_checkpoints", "log_every", "patience", "plan_gb")  # fmt: skip
+_POSITIVE = ("tokens", "epochs", "seq_len", "batch_tokens", "micro_tokens", "lr", "muon_iterations", "grad_clip",
+             "eval_tokens", "evals", "save_every", "keep_checkpoints", "log_every", "patience", "plan_gb")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,9 @@ class StageArgs:
     muon_row_beta: float | None = None
     """With --optimizer muon: divide each row of an update by its running root mean square, which retains this share at
     every step (NorMuon). None: rows are not scaled."""
+    muon_iterations: int = 5
+    """With --optimizer muon: iterations that bring the singular values of an update near 1. Each costs the same; with
+    fewer, small ones stay smaller."""
     cautious_decay: bool = False
     """With --optimizer muon: decay a weight of a matrix only where the update moves it towards zero too."""
     batch_warmup: float = 0.0

@@ -330,6 +330,7 @@ class Job:
             args.momentum(0, 1),
             args.muon_row_beta,
             args.cautious_decay,
+            args.muon_iterations,
         )
         for end, rate in args.lr_multiples().items():
             if rate != 1:

@@ -187,6 +187,7 @@ def build_optimizers(
     momentum: float = 0.95,
     row_beta: float | None = None,
     cautious: bool = False,
+    iterations: int = 5,
 ) -> Optimizers:
     """The optimizer of a run. Weight decay applies to matrices and embeddings, not to norm gains.
 
@@ -194,7 +195,7 @@ def build_optimizers(
     muon: momentum orthogonalised by Newton-Schulz for the matrices inside the blocks (Jordan et al. 2024), with
       `momentum`; every expert's and packed q, k, v, gate and up are separate matrices. The update is scaled to the size
       of AdamW's, so that one `lr` serves both (Moonlight, arXiv 2502.16982). AdamW for the embedding, the head, the
-      router, the norm gains and adapters. row_beta, cautious: as `Muon` takes them.
+      router, the norm gains and adapters. row_beta, cautious, iterations: as `Muon` takes them.
     """
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward without a backward leaves whole parameters in place of the shards
@@ -209,7 +210,7 @@ def build_optimizers(
     parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
     if muon:
         rows = packed_rows(model)
-        parts.append(Muon(muon, lr, weight_decay, momentum, rows, row_beta=row_beta, cautious=cautious))
+        parts.append(Muon(muon, lr, weight_decay, momentum, rows, None, row_beta, cautious, iterations))
     return Optimizers(parts)
 
 

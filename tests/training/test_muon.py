@@ -49,10 +49,11 @@ def test_steps_are_those_of_torch(elements):
         torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02)  # bf16 factors times 0.02 to 0.2
 
 
-def iterated(matrix: torch.Tensor) -> torch.Tensor:
-    """Newton-Schulz in float64."""
-    x = matrix.double() / matrix.double().norm()
-    for _ in range(5):
+def iterated(matrix: torch.Tensor, iterations: int) -> torch.Tensor:
+    """Newton-Schulz in float64; the sum of the fourth powers of the singular values is the Gram matrix's square."""
+    x = matrix.double()
+    x = x / (x.norm() if iterations == 5 else torch.linalg.svdvals(x).pow(4).sum().pow(0.25))
+    for _ in range(iterations):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return x
@@ -61,12 +62,12 @@ def iterated(matrix: torch.Tensor) -> torch.Tensor:
 def test_scaled_rows_move_alike():
     """By hand: rows of the orthogonal factor over the root of their mean squares, which begin with the first."""
     parameter = nn.Parameter(torch.zeros(2, 20, 12))  # two matrices
-    muon = Muon([parameter], lr=0.5, weight_decay=0.0, momentum=0.0, row_beta=0.75)
+    muon = Muon([parameter], lr=0.5, weight_decay=0.0, momentum=0.0, row_beta=0.75, iterations=3)
     means, expected = None, torch.zeros(2, 20, 12)
     for step in range(3):
         (parameter.grad,) = gradients([(2, 20, 12)], step)
         factor = parameter.grad.bfloat16()
-        newton_schulz_(factor)
+        newton_schulz_(factor, 3)
         squares = factor.float().square().mean(-1, keepdim=True)
         means = squares if means is None else 0.75 * means + 0.25 * squares
         expected -= 0.5 * 0.2 * factor.float() / means.sqrt()
@@ -91,10 +92,12 @@ def test_cautious_decay_only_where_the_update_agrees():
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32), (1, 9), (123, 63)])
 def test_rounding_is_no_larger_than_torchs(shape):
+    """Nor with three iterations, which round less often."""
     given = torch.stack(gradients([shape] * 8, 0))
-    truth = torch.stack([iterated(matrix) for matrix in given])
-    batch = given.bfloat16()
-    newton_schulz_(batch)
+    truth, after_three = (torch.stack([iterated(matrix, k) for matrix in given]) for k in (5, 3))
+    batch, three = given.bfloat16(), given.bfloat16()
+    newton_schulz_(batch, 5)
+    newton_schulz_(three, 3)
     alone = [nn.Parameter(torch.zeros(shape)) for _ in given]
     for parameter, gradient in zip(alone, given, strict=True):
         parameter.grad = gradient
@@ -102,6 +105,10 @@ def test_rounding_is_no_larger_than_torchs(shape):
     scale = 0.2 * max(shape) ** 0.5
     theirs = torch.stack([-p.detach() / scale for p in alone])
     assert (batch - truth).norm() <= 2 * (theirs - truth).norm()
+    assert (three - after_three).norm() <= 2 * (theirs - truth).norm()
+    zero = torch.zeros(shape, dtype=torch.bfloat16)
+    newton_schulz_(zero, 3)
+    assert not zero.any()
 
 
 def launches(step) -> int:
@@ -122,7 +129,7 @@ def test_gpus_without_bf16_take_float32(monkeypatch):
     small = [1e-6 * g for g in gradients([(16, 24)], 0)]
     expected = [1e-3 * g for g in gradients([(16, 24)], 0)]
     for matrices in (small, expected):
-        newton_schulz_(matrices[0])
+        newton_schulz_(matrices[0], 5)
     torch.testing.assert_close(small[0], expected[0], rtol=1e-3, atol=1e-3)
 
 
@@ -182,7 +189,7 @@ def test_every_stored_matrix_is_orthogonalised_by_itself(config):
     build_optimizers(model, "muon", 0.1, 0.1).step()
     after_ours = to_stock(model.state_dict(), config)
     for name, theirs in matrices.items():
-        truth = 0.99 * before[name] - 0.1 * 0.2 * max(theirs.shape) ** 0.5 * iterated(grads[name])
+        truth = 0.99 * before[name] - 0.1 * 0.2 * max(theirs.shape) ** 0.5 * iterated(grads[name], 5)
         assert (after_ours[name] - truth).norm() <= 2 * (theirs - truth).norm(), name
 
 
