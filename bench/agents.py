@@ -70,8 +70,9 @@ class AgentRow(Row):
     """One implementation.
 
     seconds: of a round, with the 20th and 80th percentile. conversations_per_second, written_per_second: conversations,
-    and tokens that the model wrote, over the median of the seconds. computed_per_written: tokens that went through the
-    model for each that it wrote. same: the share of conversations whose text is that of the other implementation.
+    and tokens that the model wrote, per second: their number divided by the median of the seconds.
+    computed_per_written: tokens that went through the model for each that it wrote. same: the share of conversations
+    whose text is that of the other implementation.
     """
 
     threads: int

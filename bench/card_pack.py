@@ -3,10 +3,10 @@
     python bench/card_pack.py [--out build/card-pack] [--data FILE] [--check PYTHON]
     bash build/card-pack/start.sh --minutes 9 --out DIR           on that machine
 
-The machine must have Python 3.12 on x86-64 and the packages of PRESENT, PyTorch among them. The folder has wheels of
-the other packages, the committed source with the native operators built here, the name of the commit, and text to train
-on with its tokens. --check rehearses in a fresh environment that has only the packages of PRESENT, taken from PYTHON,
-and no package index.
+The machine must have Python 3.12 on x86-64, PyTorch, transformers, pytest and a few more packages (PRESENT in this file
+lists them). The folder has wheels of all other packages, the committed source with the native operators built here, the
+commit's name, and text to train on, already tokenized. --check rehearses in a fresh environment without a package
+index, which has only the packages of that list, taken from PYTHON.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Args:
     data: str | None = None
     """A file of text, as in train/pretrain.py; None: the built-in corpus."""
     megabytes: float = 12.0
-    """Megabytes of text to take, its first documents."""
+    """Megabytes of text to take, from its beginning."""
     check: str | None = None
     """A Python 3.12 with PyTorch, to rehearse from the folder in a fresh environment, which takes minutes."""
 
@@ -179,7 +179,7 @@ def write_text(args: Args, out: Path, console: Console) -> None:
 
 
 def check(pack: Path, python: str) -> int:
-    """Rehearse in a fresh environment; the exit status."""
+    """Rehearse in a fresh environment. Returns the exit status."""
     with tempfile.TemporaryDirectory(prefix="minimind-card-check-") as folder:
         place = Path(folder)
         subprocess.run([python, "-m", "venv", str(place / "env")], check=True)

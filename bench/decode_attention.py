@@ -186,7 +186,7 @@ def why_not(name: str, device: torch.device) -> str | None:
 
 
 def error_ratio(name: str, case: AttentionCase) -> float:
-    """The largest error against float64, over eager's in the same dtype plus rounding."""
+    """The largest error against float64, divided by that of eager in the same dtype plus rounding."""
     truth = eager(case.to(torch.float64), 0)
     plain = (eager(case, 0).double() - truth).abs().max()
     result = IMPLEMENTATIONS[name](case, 0)

@@ -5,8 +5,8 @@
 
 docs/recipe.md is made from the rows by bench/performance.py.
 A run is a call of train/pretrain.py's own function in this process, with the flags of one try (bench/training/tries.py)
-and otherwise its defaults. For every seed, corpus and shape the recipe as it is comes first, then all tries, then the
-recipe with twice the tokens, from which follows what the time of a slower or faster step is worth. Rows are added to
+and otherwise its defaults. For every seed, corpus and shape the unchanged recipe comes first, then all tries, then the
+unchanged recipe with twice the tokens, which shows how much a longer training lowers the loss. Rows are added to
 recipe.csv in --out after each run; a run with a row is not repeated, so that the command can be stopped anywhere. The
 last line of stdout is JSON.
 """
@@ -55,7 +55,7 @@ class Args:
     shapes: tuple[str, ...] = ("nano", "minimind2-small")
     """Presets: small, and of width 512."""
     tokens: tuple[int, ...] = (409_600,)
-    """Tokens of a run; the recipe as it is also takes twice as many."""
+    """Tokens of a run; the unchanged recipe is also run with twice as many."""
     seeds: tuple[int, ...] = (1, 2)
     """Seeds of the initial weights and the data order."""
     only: tuple[str, ...] = ()
@@ -70,7 +70,7 @@ class Args:
 
 @dataclass(frozen=True)
 class RecipeRun:
-    """One run. attempt: the name of the try, "" for the recipe as it is."""
+    """One run. attempt: the name of the try, "" for the unchanged recipe."""
 
     attempt: str
     corpus: str
@@ -142,7 +142,7 @@ def done(table: Path) -> set[RecipeRun]:
 
 
 def run_all(args: Args, table: Path, console: Console) -> int:
-    """Train what has no row, as far as --minutes allows; the number of runs."""
+    """Train every run that has no row, until --minutes are over. Returns the number of runs trained."""
     files = {
         Path(p).name.split(".")[0]: p if p != "builtin" else str(builtin_corpus(console=console)) for p in args.data
     }

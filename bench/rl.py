@@ -75,7 +75,7 @@ class RolloutRow(Row):
 
     status: ok; refused (its log-probabilities are not the model's) or failed, with the reason. seconds: of a step, with
     the 20th and 80th percentile; rollout, reward, train: of its parts; all are medians over the turns.
-    tokens_per_second: tokens of the answers over the whole step's time. error_ratio: 2 or less passes.
+    tokens_per_second: tokens of the answers / seconds of the whole step. error_ratio: 2 or less passes.
     """
 
     threads: int
@@ -165,7 +165,8 @@ def summary(steps: Sequence[RolloutStep], setting: RolloutSetting) -> dict[str, 
 
 
 def error_ratio(setting: RolloutSetting, step: RolloutStep, name: str) -> float:
-    """The largest error of the implementation's log-probabilities over that of plain PyTorch in its precision."""
+    """The largest error of the implementation's log-probabilities, divided by that of plain PyTorch in its
+    precision."""
     dtype = torch.float32 if name != "ours" else choose_precision(setting.device).compute_dtype
     model = load_model(setting.folder)
     error = plain_error = 0.0

@@ -6,8 +6,8 @@
 
 Every implementation trains on the same file in a process of its own, with empty caches, so that start-up, tokenization
 and compilation count; evaluations do not. They take turns, seed by seed. All are evaluated on the same text, in bits
-per byte. A short run of each first measures its speed, from which follows how many steps fit into --minutes; its
-learning rate falls over these steps. Ours also gets runs planned for --shares of the time.
+per byte. A short run of each first measures its speed and so how many steps fit into --minutes; its learning rate falls
+over these steps. Ours also gets runs planned for --shares of the time.
 
 upstream-style  upstream's recipe with this project's plain model; with --upstream, `upstream` is its own trainer
 hf, hf-eager    transformers with AdamW on packed rows, with and without torch.compile (bench/training/recipes.py)
@@ -66,9 +66,9 @@ class Args:
     upstream_python: str = sys.executable
     """The Python that has what upstream needs: datasets, transformers and torch."""
     minutes: float = 10.0
-    """Minutes for which a run of pretraining is planned."""
+    """Minutes that a run of pretraining is planned to take."""
     sft_minutes: float = 3.0
-    """Minutes for which a run of SFT is planned; 0: no SFT."""
+    """Minutes that a run of SFT is planned to take; 0: no SFT."""
     shares: tuple[float, ...] = (1.0, 0.2, 0.1, 0.05)
     """Ours is also planned for these shares of --minutes, each with its own schedule."""
     seeds: tuple[int, ...] = (1, 2, 3)

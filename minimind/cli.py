@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from minimind.utils.startup import leave_on_interrupt, prepare_output, reflow_help, started, with_home
 
 COMMANDS = {
-    "demo": ("minimind.apps.zero.command", "from nothing to a model that answers, in minutes, on any machine"),
-    "zero": ("minimind.apps.zero.command", "the same within a budget of time, with your data, further stages, a plan"),
+    "demo": ("minimind.apps.zero.command", "train a small chat model from nothing, in minutes, on any machine"),
+    "zero": ("minimind.apps.zero.command", "the same with a time budget, your own data and further stages"),
     "chat": ("minimind.apps.chat", "chat with a model in the terminal"),
     "serve": ("minimind.serving.command", "serve a model over HTTP with OpenAI's API"),
     "web": ("minimind.serving.web_command", "chat with a model in the browser"),
-    "evaluate": ("minimind.evaluation.perplexity", "measure perplexity by context length, or run benchmarks"),
+    "evaluate": ("minimind.evaluation.perplexity", "measure perplexity, run benchmarks, or test the use of tools"),
     "export": ("minimind.export.command", "write a model for transformers, vLLM, llama.cpp, ollama or upstream"),
     "data": ("minimind.data.download", "download upstream's data sets"),
 }

@@ -93,7 +93,7 @@ def test_met_missed_and_not_measured(card):
     assert lines[3].endswith(f"|  | {NEEDS_CARD} |")
     values = {target.what: value for target, value in judged(GPU, card)}
     assert values["minimind2-small, model FLOP utilisation"] == pytest.approx(0.41)
-    assert values["decoding, 64 sequences over one"] is None
+    assert values["decoding, 64 sequences against one"] is None
 
 
 def test_rows_of_a_gpu_change_the_pages(card):

@@ -2,9 +2,9 @@
 
 Each task is answered in a conversation: the model calls tools, reads their results, calls others, and answers. Several
 conversations are sampled for each task, and training makes the better ones likelier, by GRPO, CISPO and their relatives
-as in train/grpo.py. The loss covers all tokens that the model wrote in all turns, and none of the tools' results. Run
-the same command again after any interruption, and it continues from the last checkpoint. Every run leaves a folder
-under runs/ with its metrics, curves, conversations and weights.
+as in train/grpo.py. The loss covers all tokens that the model wrote in all turns, and none of the tools' results. After
+an interruption the same command continues from the last checkpoint. A run leaves its metrics, curves, conversations and
+weights in a folder under runs/.
 
     python train/agent.py                                         built-in tools and tasks (docs/agents.md)
     python train/agent.py --data agent_rl.jsonl --tools upstream  upstream's rows: messages, tools, gt
@@ -18,8 +18,8 @@ Departures from upstream's train_agent.py:
   tokens that end a turn; so it trains on other tokens than it sampled wherever the text is encoded differently the
   second time. Here a model also learns to end its turns.
 - A tool's output cannot contain special tokens. Upstream renders it into the text that it encodes.
-- Tools are functions. The user's run in processes of their own, with a time limit. Upstream has a table of lambdas, and
-  evaluates arithmetic with eval.
+- Tools are functions. Those of the user run in separate processes, with a time limit. Upstream has a table of lambdas,
+  and evaluates arithmetic with eval.
 - A malformed, unknown or ill-typed call is counted, and its result names the mistake. Upstream skips calls that are not
   JSON.
 - The parts of the reward (answer, calls, frugal) are between 0 and 1, are weighted by --reward and logged separately.
@@ -29,9 +29,9 @@ Departures from upstream's train_agent.py:
 - A conversation that reaches a limit ends there, with the limit as its reason, and costs --truncation-penalty;
   --mask-truncated leaves it out.
 - The default is dr_grpo, in which a token counts the same in a short wrong answer as in a long row of needless calls
-  (docs/agents.md has runs of others).
+  (docs/agents.md describes runs with other losses).
 
-trl's GRPOTrainer leaves tool results out by its tool_mask; its losses and gradients on fixed conversations are ours
+trl's GRPOTrainer leaves tool results out by its tool_mask; its losses and gradients on fixed conversations equal ours
 (tests/objectives/test_surrogates.py).
 """
 

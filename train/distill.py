@@ -1,6 +1,6 @@
 """Train a small model with a larger one as its teacher: `python train/distill.py` uses the newest pretraining run.
 
-White-box distillation (minimind/objectives/distillation.py): the student learns the next token and the teacher's whole
+White-box distillation (minimind/objectives/next_token.py): the student learns the next token and the teacher's whole
 distribution over it. A pretrained teacher teaches packed text; a chat model teaches packed conversations, of which the
 assistant's tokens are learnt. After an interruption the same command continues from the last checkpoint. A run leaves
 its metrics, plots, samples and weights in a folder under runs/.

@@ -7,8 +7,8 @@ A run leaves its metrics, curves, answers and weights in a folder under runs/.
 
 The parts of each --loss, which flags of their own can replace:
 
-    grpo      PPO's clip; advantages over the group's standard deviation; mean of every answer's mean; KL to the model
-              the run began with in the loss (k3, per token)                                       arXiv 2402.03300
+    grpo      PPO's clip; advantages divided by the group's standard deviation; mean of every answer's mean; KL to the
+              initial model in the loss (k3, per token)                                       arXiv 2402.03300
     dapo      a higher upper clip; mean over all tokens; no KL; prompts whose answers all have one reward are replaced
               by others (--refills); answers that were cut off are not learnt from                 arXiv 2503.14476
     dr_grpo   no standard deviation and no division by an answer's length; no KL                   arXiv 2503.20783

@@ -89,7 +89,7 @@ class Args(RolloutArgs):
     """own: a second model that starts with the policy's weights, or with --lora-rank a second adapter on them; shared:
     a head on the policy."""
     clip_range: float = 0.2
-    """The ratio has no gradient outside 1 +- clip_range that would move it further out."""
+    """Outside 1 +- clip_range, an answer's probability ratio is not moved further away from 1."""
     critic_lr: float | None = None
     """Peak learning rate of the critic, or of its head with --critic shared. None: that of the policy."""
     value_clip: float | None = 0.2

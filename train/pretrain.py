@@ -26,7 +26,7 @@ from minimind.training.job import Job, run_script
 from minimind.training.stages.answers import continue_texts
 from minimind.training.trainer import Stage
 
-# Peak rates with AdamW, and of earlier versions with Muon; by preset.
+# Peak rates by preset: of AdamW, and of Muon in runs that an earlier version began.
 PEAK_LR = {"nano": 4e-3, "minimind2-small": 2e-3}
 
 
@@ -35,23 +35,23 @@ class Args(StageArgs):
     """Pretrain a language model. All defaults work."""
 
     data: tuple[str, ...] = ()
-    """Files, folders or globs of .jsonl ({"text": ...} rows) and .txt, plain, .gz or .zst. FILE:2 draws twice as many
-    of its rows as FILE:1, FILE:0..3 more and more of them over the run (docs/data.md). None: the docstrings of the
-    installed Python packages."""
+    """Files, folders or globs of .jsonl ({"text": ...} rows) and .txt, plain, .gz or .zst. FILE:2 draws rows of this
+    file twice as often as FILE:1; FILE:0..3 raises its weight from 0 to 3 over the run (docs/data.md). Empty: the
+    docstrings of the installed Python packages."""
     seq_len: int = 512
     """Tokens in a row; longer documents are cut into pieces, all of which are trained on."""
     output_init: float = 1.0
-    """Initial projections into the residual stream, as a multiple of their usual ones; 0: every block begins as the
-    identity."""
+    """Factor of the initial projections into the residual stream; 0 makes every block the identity at first."""
     heldout_data: tuple[str, ...] = ()
-    """Text to evaluate on, instead of --heldout; NAME=FILE is evaluated as well, with its own figures."""
+    """Files of text to evaluate on instead of --heldout. NAME=FILE adds a further held-out set with figures of its
+    own."""
 
 
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when training was interrupted. Raises ValueError, in one line, for bad input."""
     job = Job.begin("pretrain", args, console)
     if args.output_init != 1 and job.initial.weights is not None:
-        raise ValueError(f"--output-init {args.output_init}: --from has its weights; drop one of the flags")
+        raise ValueError(f"--output-init {args.output_init}: scales random weights, not those of --from; drop one flag")
     usual_lr = job.legacy["lr"] = PEAK_LR.get(job.initial.preset, 1e-3)
     builtin = () if args.data else (builtin_corpus(args.cache_dir, console),)
     files = NamedFiles.from_flags(args.data, args.heldout_data, builtin)

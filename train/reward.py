@@ -1,10 +1,10 @@
 """Train a model that scores answers: `python train/reward.py` continues from the newest SFT run.
 
 The score is read off the last token of an answer (minimind/value_head.py) and learnt from pairs of a preferred and a
-rejected answer (minimind/objectives/reward_model.py). The run's folder is a reward for reinforcement learning: --reward
-model=runs/reward-...:1 of train/grpo.py, ppo.py and spo.py; transformers opens the checkpoints of dense models as
-sequence classifiers. After an interruption the same command continues from the last checkpoint. A run leaves its
-metrics, plots, scored samples and weights in a folder under runs/.
+rejected answer (minimind/objectives/preference.py). The run's folder can then be a reward of train/grpo.py, ppo.py and
+spo.py: --reward model=runs/reward-...:1. transformers opens the checkpoints of dense models as sequence classifiers.
+After an interruption the same command continues from the last checkpoint. A run leaves its metrics, plots, scored
+samples and weights in a folder under runs/.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from minimind.training.trainer import Stage
 from minimind.utils.display import say
 from minimind.value_head import ValueModel
 
-# Peak rates by preset. Nano's ranks all built-in held-out pairs right; the others are not tuned yet.
+# Peak rates by preset. At nano's rate, nano ranks all built-in held-out pairs right; the others are not tuned yet.
 PEAK_LR = {"nano": 1e-3}
 
 

@@ -1,9 +1,9 @@
 """Teach a chat model by rewards, one answer to each prompt: `python train/spo.py` works as it is, on built-in sums.
 
-Single-stream policy optimisation (Xu & Ding 2025, arXiv 2509.13232; minimind/objectives/value_tracker.py). Every prompt
-has a running estimate of the model's success on it, kept between rollouts; an answer's advantage is its reward over
-that estimate, and advantages are normalised over the whole rollout. No prompt needs a group of answers, no rollout is
-lost to groups that agree, and prompts of uncertain outcome are drawn most often. After an interruption the same command
+Single-stream policy optimisation (Xu & Ding 2025, arXiv 2509.13232; minimind/objectives/advantages.py). Every prompt
+has a running estimate of the model's success on it, kept between rollouts. An answer's advantage is its reward minus
+that estimate, normalised over the whole rollout. No prompt needs a group of answers, no answer is wasted because its
+group got equal rewards, and prompts of uncertain outcome are drawn most often. After an interruption the same command
 continues from the last checkpoint. A run leaves its metrics, curves, answers and weights in a folder under runs/.
 
 Departures from the paper, besides those of the tracker: the policy's drift between two rollouts is measured on up to 64
@@ -65,9 +65,9 @@ class Args(RolloutArgs):
     and counted. None: --reward-clip, or the bounds of the rewards, or -3 to 3 with normalised rewards if one has no
     bounds."""
     clip_low: float = 0.2
-    """The ratio has no gradient below 1 - clip_low that would lower it."""
+    """Below 1 - clip_low, an answer's probability ratio is not lowered further."""
     clip_high: float = 0.28
-    """The ratio has no gradient above 1 + clip_high that would raise it."""
+    """Above 1 + clip_high, an answer's probability ratio is not raised further."""
     beta: float = 0.0
     """Weight of the KL (k3, per token) to the initial model; 0 keeps no copy of it."""
     entropy: float = 0.0
@@ -119,7 +119,7 @@ def range_of(args: Args, rewards: Rewards) -> tuple[tuple[float, float], NormNam
 
 
 def advantages(tracker: ValueTracker, console: Console, answers: list[Answer]) -> dict[str, float]:
-    """Set every token's advantage to the answer's score over the tracked value, normalised; update the tracker."""
+    """Set every token's advantage to the answer's score minus the tracked value, normalised; update the tracker."""
     prompts = np.array([a.prompt for a in answers])
     scores = np.array([a.score for a in answers])
     values, clamped = tracker.values(prompts), tracker.clamped

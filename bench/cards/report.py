@@ -45,7 +45,7 @@ def left_out(lines: Sequence[str]) -> list[str]:
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> str:
-    """For kernels, the time of each implementation over ours, forward and backward; for others, the rate."""
+    """For kernels, the time of each implementation divided by ours, forward and backward; for others, the rate."""
     parts = []
     for row in rows:
         name = row.get("peer") or row.get("contender") or row.get("stage") or row.get("model") or ""

@@ -1,4 +1,5 @@
-"""Generation as in upstream MiniMind, with this project's plain model: torch.cat appends keys and values."""
+"""The forward pass of upstream MiniMind's generation, with this project's plain model: torch.cat appends keys and
+values."""
 
 from __future__ import annotations
 

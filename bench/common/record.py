@@ -1,4 +1,4 @@
-"""Rows of measurements, stamped with date, commit and device, in tables under bench/results that only grow."""
+"""Rows of measurements with their date, commit and device, appended to the tables under bench/results."""
 
 from __future__ import annotations
 

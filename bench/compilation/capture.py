@@ -91,7 +91,8 @@ def _bind(kernel, grid, args, constants, num_warps, num_stages) -> None:
 
 @contextlib.contextmanager
 def pretending(arch: int, run: Callable[..., None]) -> Iterator[None]:
-    """To the imported modules, CPU tensors look like those of an `arch` GPU, and `run` gets the launches."""
+    """A context in which CPU tensors look like those of an `arch` GPU to all imported modules; `run` gets the
+    launches."""
     answers: dict[str, Callable[..., Any]] = {
         "why_no_triton": lambda device: None,
         "on_host": lambda tensor: False,  # as on a GPU; the results of the ops are undefined

@@ -1,8 +1,8 @@
 """Run the code that torch.compile generates for a GPU on a machine without one, with kernels that do nothing.
 
 For CPU tensors, Inductor generates the code that it would for a GPU: Triton kernels and the Python that launches them.
-That Python runs. Compiled kernels, Inductor's and ours, are replaced by a Python function that does nothing, and so are
-matrix products and both directions of flash attention; their Python operators stay.
+Only that Python runs. All compiled kernels, Inductor's and ours, are replaced by a Python function that does nothing.
+So are matrix products and flash attention, forward and backward, but PyTorch's Python operators around them stay.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from minimind.kernels import triton_support
 
 
 def import_ops(visible: bool) -> None:
-    """Import the operators, registered so that torch.compile can look into them (visible) or not. Once in a process."""
+    """Import the operators, registered so that torch.compile can look into them (visible) or not. Call it once,
+    first."""
     assert "minimind.kernels.rms_norm" not in sys.modules, "imported too early"
     with mock.patch.object(triton_support, "seen_by_compiler", lambda: visible):
         importlib.import_module("minimind.modeling")
@@ -42,7 +43,7 @@ class LaunchCounts:
 
 @contextlib.contextmanager
 def stubbed(arch: int) -> Iterator[LaunchCounts]:
-    """Inside, torch.compile and our operators work as if on an `arch` GPU."""
+    """A context in which torch.compile and our operators work as if on an `arch` GPU."""
     import torch._inductor.config as settings
     from torch._dynamo.device_interface import CpuInterface
     from torch._inductor.async_compile import AsyncCompile
@@ -133,7 +134,7 @@ def requested_compilations(counts: LaunchCounts, arch: int, dtype: str) -> list[
             continue
         kernel = getattr(PyCodeCache.load(source), name)
         (config,), meta = kernel.configs, kernel.triton_meta
-        function = kernel.fn.__name__  # of the same source as ours
+        function = kernel.fn.__name__  # the name of our kernel, whose source Inductor copied
         compilations.append(
             Compilation(
                 name, dtype, arch, _home(function), function,

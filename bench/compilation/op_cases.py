@@ -27,8 +27,8 @@ MANY_EXPERTS = ModelConfig(hidden_size=768, num_experts=64, num_experts_per_tok=
 
 
 def cases(dtype: torch.dtype, only: Sequence[str] = ("",)) -> Cases:
-    """Name -> a call of one op with activations of `dtype` and float32 weights. only: parts of names; a case whose name
-    contains one of them is kept."""
+    """{name: a call of one op with activations of `dtype` and float32 weights}. Only cases whose name contains a word
+    of `only`."""
     calls = run_cases.cases(dtype)  # first, so that a compilation of a run carries the run's name
     for name, config in PRESETS.items():
         calls |= _dense(name, config, dtype)

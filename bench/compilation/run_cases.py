@@ -39,8 +39,8 @@ MIXTURE = replace(
 
 @dataclass(frozen=True)
 class Lengths:
-    """prompts: tokens of a prefill step. rows: tokens of a row with an answer to train on. batches: sequences decoded
-    at once."""
+    """prompts: lengths of prompts in a prefill step. rows: lengths of rows with an answer to train on. batches: numbers
+    of sequences decoded at once."""
 
     prompts: Sequence[int]
     rows: Sequence[int]
@@ -56,7 +56,7 @@ MANY = Lengths(
 
 
 def cases(dtype: torch.dtype, lengths: Lengths = FEW) -> dict[str, Callable[[], None]]:
-    """Name, which begins with "run, " -> a part of a run with activations of `dtype`."""
+    """{name: a part of a run with activations of `dtype`}; every name begins with "run, "."""
     parts: dict[str, Callable[[], None]] = {}
     for name, config in (("dense", DENSE), ("experts", MIXTURE)):
         parts |= _cases_of(name, config, dtype, lengths)

@@ -15,7 +15,7 @@ llama.cpp-f16, llama.cpp-bf16, llama.cpp-q8_0, llama.cpp-f32
                 llama.cpp through llama-cpp-python's low-level interface, a sequence for each row, the matrices in that
                 type, key/value cache in f16 (for f32 in f32)
 
-A decoder continues prompts of one length and reports when the host knew its tokens.
+A decoder continues prompts of one length and reports the times at which the host knew its tokens.
 """
 
 from __future__ import annotations
@@ -247,7 +247,8 @@ IMPLEMENTATIONS: dict[str, DecoderImplementation] = {
 
 
 def start(name: str, setting: DecodeSetting) -> Handler:
-    """In a process of its own: prompts [B][P] -> their Generation; None -> the peak memory in MiB."""
+    """The function that a worker process answers with: prompts [B][P] -> their Generation; None -> the peak memory in
+    MiB."""
     torch.set_num_threads(setting.threads)
     with torch.inference_mode():
         decode = IMPLEMENTATIONS[name].make(setting)

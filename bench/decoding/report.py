@@ -17,11 +17,11 @@ from bench.common.record import Row
 class DecodeRow(Row):
     """One decoder at one batch size.
 
-    status: ok; refused (its tokens are not the greedy continuation) or failed, with the reason. ttft: seconds to the
-    first token, mean over rows, median over turns. tpot: seconds between tokens of a row, median of the steps with
-    their 20th and 80th percentile. tokens_per_second: batch / tpot. overall_per_second: new tokens over the whole time,
-    prompt included. step_bytes: bytes of weights, keys and values that a step reads. bandwidth: bytes per second of
-    reading a buffer of the weights' size. share: the time that step_bytes takes at this bandwidth, over tpot.
+    status: ok, refused (its tokens are not the greedy continuation) or failed; reason says why. ttft: seconds to the
+    first token, the mean of the rows and the median of the turns. tpot: seconds between tokens of a row: the median of
+    the steps, with the 20th and 80th percentile. tokens_per_second: batch / tpot. overall_per_second: new tokens /
+    seconds of the whole call, prompt included. step_bytes: bytes of weights, keys and values that a step reads.
+    bandwidth: bytes per second when a buffer of the weights' size is read. share: (step_bytes / bandwidth) / tpot.
     error_ratio: 2 or less passes (bench/decoding/judge.py). equal: share of the tokens that the float64 model would
     choose.
     """
@@ -62,7 +62,7 @@ def show(rows: Sequence[DecodeRow], console: Console) -> None:
     table = Table(
         title=f"{first.model} ({first.weights}), batch {first.batch}, {first.prompt} + {first.new} tokens, "
         f"{first.threads} threads, {first.device}",
-        caption=f"ratios against {base.peer if base else 'none'}; share: time to read the memory, over the step's time",
+        caption=f"ratios against {base.peer if base else 'none'}; share: time to read the memory / time of a step",
     )
     for column in ("", "width", "tokens/s", "ratio", "TPOT ms", "p20-p80", "TTFT ms", "share", "KV B/token", "MiB",
                    "error", "equal"):  # fmt: skip

@@ -15,8 +15,8 @@ PARITY_TOKENS = 256
 
 
 def worst_ratio(function: Function, reference: Function, leaves: Sequence[Tensor]) -> float:
-    """The largest error of any output or gradient of `function`, over plain PyTorch's error plus rounding. At most
-    ALLOWED passes. inf if a number is not finite or a shape differs from the reference's."""
+    """The largest error of any output or gradient of `function`, divided by plain PyTorch's error plus rounding. At
+    most ALLOWED passes. inf if a number is not finite or a shape differs from the reference's."""
     truths = _results(reference, leaves, torch.float64)
     plains = _results(reference, leaves, None)
     values = _results(function, leaves, None)

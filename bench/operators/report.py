@@ -22,8 +22,8 @@ class KernelRow(Row):
     """One implementation (the column `contender`) in one pass of one case.
 
     status: ok; refused (its error is too large) or failed, with the reason. milliseconds: the median, with its 20th and
-    80th percentile. rate: in `unit`; share: of the rate that this device reaches. ratio: time over ours. error_ratio: 2
-    or less passes (bench/operators/parity.py).
+    80th percentile. rate: in `unit`; share: of the rate that this device reaches. ratio: time / our time. error_ratio:
+    2 or less passes (bench/operators/parity.py).
     """
 
     torch: str | None

@@ -41,7 +41,7 @@ LONGEST = 180.0  # seconds of a table's search, in which every candidate is comp
 
 @dataclass(frozen=True)
 class TuningRow(Row):
-    """The best entry found for one table. ratio: its time over that of the current entry."""
+    """The best entry found for one table. ratio: its time divided by that of the current entry."""
 
     torch: str | None
     triton: str | None
@@ -126,7 +126,7 @@ class _Search:
     console: Console
 
     def run(self, table: dict[int, Any]) -> tuple[Any, float]:
-        """(the best entry found within LONGEST, its time over the current entry's)"""
+        """(the best entry found within LONGEST, its time divided by the current entry's)"""
         end = time.monotonic() + LONGEST
         best = table[max(a for a in table if a <= self.arch)]
         first = self.seconds(table, best)

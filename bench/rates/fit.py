@@ -175,7 +175,7 @@ def fit(optima: Sequence[Optimum]) -> Rule:
 
 
 def _size(point: Point, name: str) -> float:
-    """log2 of a size over the reference's, of PRODUCT the product of the two."""
+    """log2(size / reference size); for PRODUCT, the product of the logarithms of width and steps."""
     return math.prod(math.log2(getattr(point, part) / REFERENCE[part]) for part in name.split("*"))
 
 

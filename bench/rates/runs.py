@@ -39,7 +39,8 @@ BASE_RATE = 4e-3  # peak rate of the pretraining before SFT
 @dataclass(frozen=True)
 class Point:
     """The settings of a run, except its peak rate. tokens: of the run; batch_tokens: of a step; embedding: the
-    embedding's rate over the others'; warmup: share of the steps; preset: a shape outside the family, or ""."""
+    embedding's rate as a multiple of the others'; warmup: share of the steps; preset: a shape outside the family, or
+    ""."""
 
     corpus: str
     width: int

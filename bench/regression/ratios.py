@@ -46,8 +46,8 @@ class Measurement:
 
 @dataclass(frozen=True)
 class RatioRow:
-    """A line of the report: the new measurement, the committed entry, and the verdict. change: the new ratio over the
-    committed one."""
+    """A line of the report: the new measurement, the committed entry, and the verdict. change: the new ratio divided by
+    the committed one."""
 
     name: str
     measured: Measurement | None

@@ -67,7 +67,7 @@ def test_packing(against: Against) -> None:
 
 
 def next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The row of each length, longest first, in the last row or a new one."""
+    """The row of each length. Lengths are placed longest first, each into the newest row or a new one."""
     order = np.argsort(-lengths, kind="stable")
     room, row, placed = 0, -1, []
     for length in lengths[order].tolist():

@@ -28,7 +28,7 @@ HEADS, GROUPS, HEAD_DIM = 8, 2, 64
 
 
 def pages() -> tuple[Tensor, Tensor]:
-    """(block table int32 [B, pages], lengths int32 [B]): pages lie scattered, every sequence fills its own."""
+    """(block table int32 [B, pages], lengths int32 [B]): the pages of a sequence lie scattered, and all are full."""
     generator = torch.Generator().manual_seed(0)
     count = CONTEXT // PAGE
     table = torch.randperm(BATCH * count, generator=generator).view(BATCH, count).int()

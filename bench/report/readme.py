@@ -30,7 +30,7 @@ LLAMA_CPP = ("llama.cpp", "llama.cpp")
 RESULTS = (
     Result(("pretraining, tokens/s", "预训练，token/s"),
            "throughput", POEMS, "tokens_per_second", "upstream-style", UPSTREAM),
-    Result(("the same, positions/s, padding counted", "同上，位置/s（计入填充）"),
+    Result(("the same, positions/s, padding included", "同上，位置/s（计入填充）"),
            "throughput", POEMS, "positions_per_second", "upstream-style", UPSTREAM),
     Result(("the same, peak memory in MiB", "同上，峰值内存（MiB）"),
            "throughput", POEMS, "peak_mib", "upstream-style", UPSTREAM),

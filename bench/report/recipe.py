@@ -21,8 +21,8 @@ Written by `python bench/performance.py` from the rows of `bench/recipe.py`: no 
 some flags of `train/pretrain.py` and keeps all else; the peak rate follows its usual rule. Gains are in nats per
 held-out token: above zero, the try is better. "Equal tokens" compares runs of one seed that saw the same tokens. "Equal
 time" also counts how long the steps took, on a CPU in processor seconds: a try whose steps take r times as long is
-compared with what the recipe as it is reaches with r times the tokens, by the slope between its runs with once and
-twice the tokens. Ranges are over seeds."""
+compared with the unchanged recipe after r times the tokens, whose loss is estimated from its runs with once and twice
+the tokens. Ranges are over seeds."""
 
 
 def page(results: Path = RESULTS) -> str:
@@ -71,7 +71,7 @@ def table(rows: Sequence[Row], key: Key) -> str:
         for one in body
     ]
     losses = ", ".join(f"{float(row['heldout_loss']):.4f}" for row in base.values())
-    note = f"The recipe as it is: {losses} nats per token"
+    note = f"The unchanged recipe: {losses} nats per token"
     if more:
         doubled_losses = ", ".join(f"{float(row['heldout_loss']):.4f}" for row in more.values())
         note += f"; with twice the tokens {doubled_losses}"
@@ -96,7 +96,7 @@ def figures(own: Sequence[Row], base: dict[str, Row], more: dict[str, Row]) -> d
 
 
 def time_ratio(row: Row, reference: Row) -> float | None:
-    """The time of one run's steps over the other's: on a CPU the processor's, on a GPU the clock's."""
+    """The time of one run's steps divided by the other's: on a CPU processor time, on a GPU wall time."""
     column = "busy_seconds" if "threads" in row["device"] else "seconds"
     return ratio(number(row, column), number(reference, column))
 

@@ -38,7 +38,7 @@ class Target:
 
 
 def step(column: str, ours: str, theirs: str, preset: str = "minimind2-small", stage: str = "pretrain") -> Measure:
-    """`column` of one implementation over that of another, in the newest run of both."""
+    """`column` of one implementation divided by that of another, in the newest run of both."""
 
     def measure(device: Device) -> float | None:
         rows = [r for r in device.tables["throughput"] if r["stage"] == stage and r["preset"] == preset]
@@ -48,7 +48,7 @@ def step(column: str, ours: str, theirs: str, preset: str = "minimind2-small", s
 
 
 def one_pass(device: Device) -> float | None:
-    """DPO's real tokens/s over upstream's, including the reference's single pass."""
+    """DPO's real tokens/s divided by upstream's, including the reference's single pass."""
     rows = [r for r in device.tables["throughput"] if r["stage"] == "dpo"]
     ours = find(rows, peer="ours")
     faster = _in_one_run(rows, "tokens_per_second", "ours", "upstream-style")
@@ -57,7 +57,8 @@ def one_pass(device: Device) -> float | None:
 
 
 def decoding(ours: str, theirs: str, batch: int) -> Measure:
-    """Tokens/s of ours over theirs at one batch size. theirs may end in *, for the fastest with this beginning."""
+    """Tokens/s of ours divided by theirs at one batch size. theirs may end in *, for the fastest with this
+    beginning."""
 
     def measure(device: Device) -> float | None:
         rows = [r for r in device.tables["decode"] if r["batch"] == str(batch) and r["model"] == "minimind2-small"]
@@ -72,7 +73,7 @@ def decoding(ours: str, theirs: str, batch: int) -> Measure:
 
 
 def batched(peer: str, batch: int) -> Measure:
-    """Tokens/s of `batch` sequences over those of one."""
+    """Tokens/s of `batch` sequences divided by those of one."""
 
     def measure(device: Device) -> float | None:
         rows = [r for r in device.tables["decode"] if r["peer"] == peer and r["model"] == "minimind2-small"]
@@ -122,7 +123,7 @@ def utilisation(preset: str) -> Measure:
 
 
 def loader_lead(device: Device) -> float | None:
-    """The loader's rate over that of the fastest training step."""
+    """The loader's rate divided by that of the fastest training step."""
     loaded = [number(r, "tokens_per_second") or 0.0 for r in device.tables["loader"]]
     trained = [number(r, "tokens_per_second") or 0.0 for r in device.tables["throughput"] if r["peer"] == "ours"]
     return ratio(max(loaded, default=None), max(trained, default=None))
@@ -177,7 +178,7 @@ CPU = (
     Target("decoding, one sequence in bf16 against llama.cpp in bf16", 1.0, decoding("ours", "llama.cpp-bf16", 1)),
     Target("decoding, one sequence in float32 against llama.cpp in float32", 1.0,
            decoding("ours-fp32", "llama.cpp-f32", 1)),
-    Target("decoding in bf16, sixteen sequences over one", 5.0, batched("ours", 16),
+    Target("decoding in bf16, sixteen sequences against one", 5.0, batched("ours", 16),
            reason="in one of two runs on the Zen 5 processor, whose speed varies from minute to minute; the other had "
            "6.4x (1,309 and 8,329 tokens/s). Next: repeat it on a machine that nobody shares"),
     Target("GRPO step of nano, tokens/s against upstream's way", 3.0, grpo(TOKENS, "nano")),
@@ -211,10 +212,10 @@ GPU = (
       for p in _HALF[:2]),
     Target("minimind2-small, model FLOP utilisation", 0.4, utilisation("minimind2-small"), form=".0%", unit=""),
     Target("minimind2, model FLOP utilisation", 0.5, utilisation("minimind2"), form=".0%", unit=""),
-    Target("loader's rate over the step's need", 10, loader_lead, form=".0f"),
+    Target("loader's rate against what a step needs", 10, loader_lead, form=".0f"),
     Target("decoding, one sequence against the naive loop", 15, decoding("ours", "naive", 1), form=".1f"),
     Target("decoding, one sequence, tokens/s (of an H100)", 3000, decode_rate, form=",.0f", unit=""),
-    Target("decoding, 64 sequences over one", 30, batched("ours", 64), form=".1f"),
+    Target("decoding, 64 sequences against one", 30, batched("ours", 64), form=".1f"),
     Target("attention of decoding at 32,768 tokens, share of a copy's bandwidth", 0.8, attention_share, form=".0%",
            unit=""),
     Target("GRPO step of nano, tokens/s against upstream's way", 8.0, grpo(TOKENS, "nano")),

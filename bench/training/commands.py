@@ -82,10 +82,10 @@ def _write(path: Path, rows: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run. name: the implementation; data: the name of its file; parts: (training, held-out) files; minutes: for
-    which its steps are planned; lr: the peak rate, None where the command chooses; rows, accumulation: of upstream's
-    steps; init: the weights that SFT begins with; questions: answered in an evaluation; upstream, python: its checkout
-    and the Python that runs it."""
+    """One run. name: the implementation; data: the name of its file; parts: (training, held-out) files; minutes: the
+    time that its steps are planned to fill; lr: the peak rate, None where the command chooses; rows, accumulation: of
+    upstream's steps; init: the weights that SFT begins with; questions: answered in an evaluation; upstream, python:
+    its checkout and the Python that runs it."""
 
     stage: str
     name: str
@@ -204,7 +204,7 @@ class Speed:
 
     @staticmethod
     def measure(plan: RunPlan) -> Speed:
-        """Of the implementation of `plan`, by a run of a few steps."""
+        """Measure the speed of the implementation of `plan` in a run of a few steps."""
         probe = replace(plan, evals=1, questions=min(plan.questions, 1), minutes=0.0)
         watched = execute(probe, PROBE)
         if plan.name == "upstream":

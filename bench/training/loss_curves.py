@@ -40,9 +40,9 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class TimeToLossRow(Row):
-    """One run. minutes: for which its number of steps was planned; lr: the peak rate, None where the command chooses.
-    The figures are those at the end of the run; exact: the share of held-out questions answered exactly, of SFT. curve:
-    seconds/tokens/bits-per-byte of every evaluation, separated by spaces."""
+    """One run. minutes: the time that its steps were planned to fill; lr: the peak rate, None where the command
+    chooses. The figures are those at the end of the run; exact: the share of held-out questions answered exactly, of
+    SFT. curve: seconds/tokens/bits-per-byte of every evaluation, separated by spaces."""
 
     torch: str
     transformers: str | None

@@ -21,9 +21,9 @@ class ThroughputRow(Row):
 
     rows, seq_len: size of upstream's batch. tokens_per_second: without padding; positions_per_second: with it; padding:
     its share. step_seconds: the median, with its 20th and 80th percentile. peak_mib: allocated on a GPU, resident on a
-    CPU, compilation included. utilisation: the model's operations per second over those of one large product on this
-    device. loader_share: share of the time spent waiting for data. once_seconds: time for a step's batch of work that
-    is done once for the data set, before the first step, and is not part of the step's time. attention: the
+    CPU, compilation included. utilisation: the model's operations per second, as a share of those of one large product
+    on this device. loader_share: share of the time spent waiting for data. once_seconds: time for a step's batch of
+    work that is done once for the data set, before the first step, and is not part of the step's time. attention: the
     implementation, as minimind.ops.attention.attention_name names it, or sdpa, PyTorch's own choice for rows of one
     sequence; empty in rows from before it was recorded.
     """
@@ -131,7 +131,7 @@ def plot(rows: Sequence[ThroughputRow], path: Path) -> None:
     )
     panels = (
         ("real tokens/s", lambda r: r.tokens_per_second, "#1b6ca8"),
-        ("positions/s, padding counted", lambda r: r.positions_per_second, "#5aa469"),
+        ("positions/s, padding included", lambda r: r.positions_per_second, "#5aa469"),
         ("peak memory, MiB", lambda r: r.peak_mib or 0.0, "#8c8c8c"),
     )
     for (stage, preset), line in zip(groups, axes, strict=True):

@@ -133,7 +133,8 @@ def padded_batches(
 
 
 def _sequences(stage: StageBenchmark, corpus: Corpus, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Endlessly, the tokens of a document and their weights in the loss, in random order; for pairs, of each side."""
+    """Yield, endlessly and in random order, the tokens of a document and their loss weights; for pairs, those of each
+    side."""
     order = np.random.default_rng(seed).permutation(corpus.num_documents)
     while True:
         for i in order.tolist():

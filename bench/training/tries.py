@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.common.record import Row
 
-BASE = ""  # the name of the recipe as it is
+BASE = ""  # the name of the unchanged recipe
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Try:
 
 @dataclass(frozen=True)
 class RecipeRow(Row):
-    """One run. attempt: the name of its try, empty for the recipe as it is; flags: its flags as JSON. lr: the peak
-    rate; seconds, busy_seconds: of the training steps alone, by the clock and of the processor, which other work on the
-    machine does not lengthen; heldout_loss: nats per token at the end."""
+    """One run. attempt: the name of its try, empty for the unchanged recipe; flags: its flags as JSON. lr: the peak
+    rate; seconds, busy_seconds: wall time and processor time of the training steps alone (other work on the machine
+    does not lengthen the latter); heldout_loss: nats per token at the end."""
 
     torch: str
     attempt: str

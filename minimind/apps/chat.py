@@ -271,7 +271,7 @@ class Terminal:
                 with _errors_as_notices(self):
                     try:
                         self.say(line)
-                    except KeyboardInterrupt:  # before or after the answer, or the second one during it
+                    except KeyboardInterrupt:  # outside the answer, or pressed twice during it
                         self.notice("[stopped]")
 
     def command(self, line: str) -> None:
@@ -342,7 +342,8 @@ def printable(text: str) -> str:
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Within, Ctrl-C fills the list instead of raising in the middle of a step. A second Ctrl-C raises as usual."""
+    """A context in which Ctrl-C fills the list instead of raising in the middle of a step; a second one raises as
+    usual."""
     caught: list[int] = []
 
     def note(number: int, frame: object) -> None:

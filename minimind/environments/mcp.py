@@ -40,8 +40,8 @@ def mcp_tools(word: str) -> list[ToolFunction]:
 
 @contextmanager
 def connected(word: str, seconds: float) -> Iterator[list[ToolFunction]]:
-    """Connect to the server that `word` names; within, its tools can be called. seconds: limit of a call. Raises as
-    `mcp_tools`."""
+    """A context connected to the server that `word` names, in which its tools can be called. seconds: limit of a call.
+    Raises as `mcp_tools`."""
     try:
         from anyio.from_thread import start_blocking_portal
         from mcp import Client  # noqa: F401  in version 1 there is none

@@ -208,7 +208,7 @@ class DecodeBatch:
 
     @contextlib.contextmanager
     def blank(self) -> Iterator[None]:
-        """Within, no row of the mirror is in use, so that steps can run for warm-up; afterwards it is restored."""
+        """A context in which no row of the mirror is in use, for warm-up steps; afterwards the mirror is restored."""
         assert self._mirror is not None
         before = self._sampled.device.clone()
         self._mirror.zero_()

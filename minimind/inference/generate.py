@@ -48,7 +48,7 @@ class _EngineSize:
 
 
 _kept: WeakKeyDictionary[Model, tuple[_EngineSize, Engine]] = WeakKeyDictionary()
-_first_seen: WeakKeyDictionary[Model, int] = WeakKeyDictionary()  # how often its weights had been written then
+_first_seen: WeakKeyDictionary[Model, int] = WeakKeyDictionary()  # its weights' versions, summed, at the first call
 
 
 def generate(

@@ -22,7 +22,7 @@ from minimind.utils.device import choose_device, choose_precision
 from minimind.utils.hub import HubModel, local_path
 from minimind.weights import checkpoint_folder, load_model
 
-MAX_YARN = 1024  # tables of cosines grow with it: with 2,048 positions to two million
+MAX_YARN = 1024  # the tables of cosines grow with the factor: 2,048 positions become two million
 
 DTypeName = Literal["auto", "fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FLOAT8}

@@ -83,7 +83,7 @@ def expert_load(out: ModelOutput) -> dict[str, Tensor]:
 
     max_violation: (max - mean) / mean of the tokens per expert, averaged over layers (MaxVio of Wang et al. 2024, arXiv
     2408.15664). 0 is even; experts / top_k - 1 means that all tokens go to the same experts. min_load: tokens of the
-    least loaded expert over the mean, in the worst layer; 0 means that an expert learns nothing.
+    least loaded expert divided by the mean, in the worst layer; 0 means that an expert learns nothing.
     """
     assert out.tokens_per_expert is not None
     load = out.tokens_per_expert.float()

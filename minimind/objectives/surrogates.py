@@ -12,7 +12,7 @@ its advantage.
 answers of each answer's token mean; "constant" divides each answer's sum by the longest allowed length and takes the
 mean over answers. ALGORITHMS lists the combinations that papers use:
 
-    grpo      clip, sample mean, advantages over the group's standard deviation, k3 KL in the loss   2402.03300
+    grpo      clip, sample mean, advantages / the group's standard deviation, k3 KL in the loss      2402.03300
     dapo      clip with high > low, token mean, no KL                                                2503.14476
     dr_grpo   clip, constant, no standard deviation, no KL                                           2503.20783
     gspo      gspo, sample mean, no KL

@@ -117,7 +117,8 @@ def overlong_penalty(bounds: str) -> Reward:
 
 
 def repetition_reward(size: str = "3") -> Reward:
-    """Distinct token n-grams over all n-grams of an answer: 1 if none repeats, or if the answer is shorter than n."""
+    """Number of distinct token n-grams / number of all in an answer: 1 if none repeats or the answer is shorter than
+    n."""
     if not size.isdigit() or int(size) < 1:
         raise ValueError(f"repetition={size}: give the length of the n-grams, a whole number above 0")
     n = int(size)

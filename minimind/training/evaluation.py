@@ -98,7 +98,7 @@ class Evaluation:
         if not self.keeps_best:
             return False
         if not values:
-            raise ValueError("--keep-best and --patience go by held-out data; hold some out with --heldout")
+            raise ValueError("--keep-best and --patience need held-out data; hold some out with --heldout")
         return self.best.update(step, values)
 
     def save_best(
@@ -190,7 +190,7 @@ def rename(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
 def figure_lines(values: Mapping[str, Any], unit: str, scope: str) -> list[str]:
     """Lines that report held-out figures: the reward, or every loss; the first with the share of exact answers."""
     if "heldout_reward" in values:
-        lines = [f"held-out reward {values['heldout_reward']:.4f} a prompt ({scope})"]
+        lines = [f"held-out reward {values['heldout_reward']:.4f} per prompt ({scope})"]
     else:
         lines = loss_lines(values, unit, scope)
     if lines and "heldout_exact" in values:

@@ -350,7 +350,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within the context the model has the averaged weights; afterwards its own again, bit for bit."""
+        """A context in which the model has the averaged weights; afterwards it has its own again, bit for bit."""
         self._swap()
         try:
             yield

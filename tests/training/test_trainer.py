@@ -187,7 +187,7 @@ def test_an_interrupted_run_knows_its_best(stop_after, tmp_path):
 
 
 def test_without_held_out_data_nothing_is_best(tmp_path):
-    with pytest.raises(ValueError, match="--keep-best and --patience go by held-out data"):
+    with pytest.raises(ValueError, match="--keep-best and --patience need held-out data"):
         Evaluation(lambda final: {}, keeps_best=True).is_best(1, {})
 
 

@@ -176,11 +176,11 @@ def choose_preset(budget: float, chain: Chain, ask: Ask) -> tuple[str, str]:
         if min(text, affordable) < wanted:
             what, enough = ("time", affordable) if affordable < text else ("text", text)
             return name, (
-                f"preset {name}: for {larger} there is {what} for {enough / 1e6:,.1f}M tokens, and below "
-                f"{wanted / 1e6:,.0f}M the smaller one learns more; --preset sets another"
+                f"preset {name}: the {what} is enough for {enough / 1e6:,.1f}M tokens of {larger}; with fewer than "
+                f"{wanted / 1e6:,.0f}M the smaller preset learns more; --preset sets another"
             )
         name, size = larger, parameters
-    return name, f"preset {name}: the largest that a budget takes; --preset sets another"
+    return name, f"preset {name}: the largest one that --budget considers; --preset sets another"
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ STAGES = {
         ScriptStage("reason", "reason", "learns to think before it answers", ("pretrain", "sft"), 2),
         ScriptStage("dpo", "dpo", "learns which of two answers is preferred", ("pretrain", "sft", "reason"), 1),
         # a chat model has never seen the built-in sums, so GRPO starts from a model that learnt to do them badly
-        ScriptStage("sums", "sft", "learns sums, most of them wrong, for GRPO to mend", (), 1, flags=_WEAK),
+        ScriptStage("sums", "sft", "learns to answer sums, mostly wrongly, as a start for GRPO", (), 1, flags=_WEAK),
         ScriptStage("grpo", "grpo", "learns from rewards for its answers",
                     ("pretrain", "sft", "reason", "dpo", "sums"), 2, "--rollouts", 120),
     )
@@ -175,13 +175,13 @@ class FinalFlags:
         return steps
 
 
-EXPORTS = {"hf": "hf", "gguf": "model.gguf", "ollama": "ollama", "pth": "model.pth"}  # what is in export/
+EXPORTS = {"hf": "hf", "gguf": "model.gguf", "ollama": "ollama", "pth": "model.pth"}  # names in export/
 _CONTEXTS = (128, 256, 512, 1024, 2048)
 _BYTES_PER_TOKEN = 8  # more than any text here has, so that the longest context surely fits
 
 
 def _contexts(texts: Sequence[str]) -> list[int]:
-    """The context lengths for which these files have text; all where a text is no single file."""
+    """The context lengths for which these files have enough text; all lengths if one of them is not a plain file."""
     paths = [Path(text).expanduser() for text in texts]
     if not all(path.is_file() for path in paths):
         return list(_CONTEXTS)

@@ -105,8 +105,8 @@ class _RoundedLayout:
 
 @contextmanager
 def rounded_cache(model: Model, dtype: torch.dtype) -> Iterator[None]:
-    """Within, the model's forwards round keys and values as a cache of `dtype` does, so they compute what an engine
-    with that kv_dtype computes."""
+    """A context in which the model's forwards round keys and values as a cache of `dtype` does, and so compute what an
+    engine with that kv_dtype computes."""
     check_kv_dtype(dtype, model.device)
     scales = zip(*float8_scales(model), strict=True) if dtype == FLOAT8 else [(None, None)] * len(model.layers)
     with ExitStack() as hooks:

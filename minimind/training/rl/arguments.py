@@ -31,8 +31,8 @@ class RolloutArgs(AdapterArgs):
 
     from_: FromFlag = None
     """The initial model: a run folder, a Hugging Face folder, or an upstream .pth (with --preset and --tokenizer).
-    None: the newest finished run of train/sft.py; with the built-in --data, one on the weak version of that task, which
-    is trained first if there is none (a minute or two)."""
+    None: the newest finished run of train/sft.py. With the built-in --data: a model that was taught a weak version of
+    that task; if there is none, it is trained first (a minute or two)."""
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [..., {"role": "assistant",
     "content": ""}]} rows; the model writes the last turn. Its content, or "reference" beside it, is the answer that
@@ -226,7 +226,7 @@ def chosen_algorithm(args: GroupArgs) -> tuple[Algorithm, float]:
 
 
 def set_advantages(answers: list[Answer], how: Any) -> dict[str, float]:
-    """Set the advantages of all tokens of each answer to the answer's advantage over its group."""
+    """Set the advantage of every token to that of its answer within its group."""
     rewards = torch.tensor([a.score for a in answers], dtype=torch.float64)
     groups = torch.from_numpy(np.unique([a.number for a in answers], return_inverse=True)[1])
     count = int(groups.max()) + 1
@@ -239,7 +239,7 @@ def set_advantages(answers: list[Answer], how: Any) -> dict[str, float]:
 
 def describe_algorithm(args: GroupArgs, algorithm: Algorithm, beta: float) -> str:
     """One line about the algorithm and its steps, printed at start."""
-    parts = [f"{args.loss}: advantages over {args.std}, mean by {algorithm.aggregation}"]
+    parts = [f"{args.loss}: advantages normalised by {args.std}, losses averaged by {algorithm.aggregation}"]
     parts.append(f"KL {beta:g}" if beta else "no reference model")
     answers = args.prompts * args.samples // (args.minibatches or 1)
     single = args.minibatches == args.inner_epochs == 1

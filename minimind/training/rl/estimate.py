@@ -92,7 +92,7 @@ def estimate_rollouts(job: Job, plan: TrainingPlan, model: Model, stage: Stage, 
 
 
 def _policy(model: Model, context: int) -> float:
-    """Operations per token of a forward of the policy, without a critic of its own."""
+    """Operations per token of a forward of the policy, without those of a separate critic."""
     whole = model.flops_per_token(context, training=False)
     if not isinstance(model, ActorCritic):
         return whole
