@@ -45,7 +45,7 @@ class Args:
     """Compare weights with their averages. Every default works."""
 
     data: tuple[str, ...] = ()
-    """Files as in train/pretrain.py; None: the built-in corpus."""
+    """Files as in train/pretrain.py; empty: the built-in corpus."""
     preset: str = "nano"
     """Model shape."""
     tokens: int = 600_000

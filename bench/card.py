@@ -57,7 +57,7 @@ class Args:
     all: bool = False
     """Also run the tasks that do not fit a quarter of an hour."""
     part: tuple[int, ...] = ()
-    """Groups of tasks to run, counted from 1. None: all of them."""
+    """Groups of tasks to run, counted from 1. Empty: all of them."""
     only: tuple[str, ...] = ("",)
     """Run only the tasks whose name contains one of these."""
     again: bool = False
@@ -65,9 +65,9 @@ class Args:
     rehearse: bool = False
     """Run everything on a CPU with the smallest sizes; tasks that need a GPU are only listed."""
     data: tuple[str, ...] = ()
-    """Text to train on, as in train/pretrain.py; None: the built-in corpus."""
+    """Text to train on, as in train/pretrain.py; empty: the built-in corpus."""
     chats: tuple[str, ...] = ()
-    """Conversations to train on, as in train/sft.py; None: the built-in conversations."""
+    """Conversations to train on, as in train/sft.py; empty: the built-in conversations."""
     before: str | None = None
     """The archive of an earlier call, if its --work folder no longer exists."""
     out: str = "build/card"

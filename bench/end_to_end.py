@@ -37,9 +37,9 @@ class Args:
     preset: str = "minimind2-small"
     """Shape of the model."""
     data: tuple[str, ...] = ()
-    """Files for pretraining; None: the built-in corpus."""
+    """Files for pretraining; empty: the built-in corpus."""
     chats: tuple[str, ...] = ()
-    """Files for SFT; None: the built-in conversations."""
+    """Files for SFT; empty: the built-in conversations."""
     tokens: int | None = None
     """Tokens of pretraining; None: one pass over the data."""
     chat_tokens: int | None = None

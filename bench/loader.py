@@ -41,7 +41,7 @@ class Args:
     """Measure the loader's speed, or with --grow its memory."""
 
     data: tuple[str, ...] = ()
-    """Files as in train/pretrain.py; None: the built-in corpus. --grow takes its sentences from them."""
+    """Files as in train/pretrain.py; empty: the built-in corpus. --grow takes its sentences from them."""
     seconds: float = 5.0
     """Seconds of loading, for every shape or for each size of --grow."""
     grow: float | None = None

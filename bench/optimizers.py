@@ -49,7 +49,7 @@ class Args:
     """Compare optimizers on real data. Every default works."""
 
     data: tuple[str, ...] = ()
-    """Files as in train/pretrain.py, each compared by itself; None: the built-in corpus."""
+    """Files as in train/pretrain.py, each compared by itself; empty: the built-in corpus."""
     preset: str = "nano"
     """Model shape."""
     tokens: int = 600_000

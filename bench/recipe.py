@@ -59,7 +59,7 @@ class Args:
     seeds: tuple[int, ...] = (1, 2)
     """Seeds of the initial weights and the data order."""
     only: tuple[str, ...] = ()
-    """Names of tries; None: all of them."""
+    """Names of tries; empty: all of them."""
     minutes: float | None = None
     """Begin no run after this time."""
     work: str | None = None

@@ -57,7 +57,7 @@ class Args:
     stage: tuple[str, ...] = ("pretrain",)
     """Any of pretrain, sft, lora, distill, reason, dpo, separated by commas or spaces."""
     data: tuple[str, ...] = ()
-    """Files as the stage's script takes them; STAGE=FILE if there are several stages. None: the built-in data."""
+    """Files as the stage's script takes them; STAGE=FILE if there are several stages. Empty: the built-in data."""
     preset: tuple[str, ...] = ("minimind2-small",)
     """Model shapes."""
     peer: tuple[str, ...] = ("ours", "ours-muon", "upstream-style")

@@ -53,7 +53,7 @@ class Args:
     """Measure the time to a loss. Every default works."""
 
     data: tuple[str, ...] = ()
-    """Files of text, each trained on by itself; None: the built-in corpus."""
+    """Files of text, each trained on by itself; empty: the built-in corpus."""
     chats: str | None = None
     """File of conversations for SFT; None: the built-in ones."""
     preset: PresetName = "minimind2-small"

@@ -55,7 +55,7 @@ class Args:
     preset: str = "minimind2-small"
     """Shape of the model, with random weights."""
     data: tuple[str, ...] = ()
-    """Files to train on; None: the built-in corpus."""
+    """Files to train on; empty: the built-in corpus."""
     rows: int | None = None
     """Rows of 512 tokens in a training step; None: 8 on a CPU, 64 on a GPU."""
     batch: int = 1

@@ -85,7 +85,7 @@ class Args(GroupArgs):
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [..., {"role": "assistant",
     "content": ""}]} rows whose system message lists the tools on offer. "reference" is the right answer, or "gt" a list
     of values that the answer must contain; "calls" is the number of calls needed, "state" the tools' memory at the
-    start. None: built-in tasks."""
+    start. Empty: built-in tasks."""
     tools: tuple[str, ...] = ("builtin",)
     """Functions that implement the tools on offer: builtin; upstream, for its agent_rl.jsonl; package.module:NAME of a
     function or a list of functions; or mcp:COMMAND or mcp:http://... of an MCP server."""
@@ -104,7 +104,7 @@ class Args(GroupArgs):
     reward: tuple[str, ...] = ()
     """Rewards to sum, each NAME[:WEIGHT]: answer, whether the final answer is right (weight 1); calls, the share of
     well-formed calls that fit their schemas (0.2); frugal, whether a right answer took no needless calls (0.1); and
-    those of train/grpo.py, which see the final answer. None: the first three."""
+    those of train/grpo.py, which see the final answer. Empty: the first three."""
     max_new_tokens: int | None = None
     """Most tokens of a conversation after its prompt, tool results included. None: 224 for the built-in tasks, else
     1024."""

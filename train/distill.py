@@ -52,11 +52,11 @@ class Args(ChatArgs, AdapterArgs):
     teacher: str | None = None
     """The teacher: a run folder or a Hugging Face folder. None: the newest finished run of train/pretrain.py."""
     data: tuple[str, ...] = ()
-    """Files, folders or globs. With a teacher from train/pretrain.py: text as that script takes it, None for its
-    built-in corpus. Otherwise conversations as train/sft.py takes them, None for the built-in ones."""
+    """Files, folders or globs. With a teacher from train/pretrain.py: text as that script takes it, or empty for its
+    built-in corpus. Otherwise conversations as train/sft.py takes them, or empty for the built-in ones."""
     alpha: float = 0.2
     """Share of the data's own next token in the loss; the rest is the teacher's distribution. For half of nano on the
-    built-in text 0.2 was better than 0.5, and 0.5 better than 1, with each of two seeds."""
+    built-in text, 0.2 was better than 0.5 and 0.5 better than 1, for both seeds tried."""
     temperature: float = 1.0
     """Softens both distributions; the loss is multiplied by its square."""
     divergence: DivergenceName = "forward_kl"

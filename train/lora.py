@@ -65,11 +65,11 @@ class Args(ChatArgs):
     None: the newest finished run of train/sft.py under runs/."""
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [{"role": ..., "content": ...},
-    ...]} rows. None: a few hundred built-in short conversations, in some of which the assistant has another name.
-    FILE:2 draws twice as many of its rows as FILE:1 (docs/data.md)."""
+    ...]} rows. Empty: a few hundred built-in short conversations, in some of which the assistant has another name.
+    FILE:2 draws rows of this file twice as often as FILE:1 (docs/data.md)."""
     kept_data: tuple[str, ...] = ()
-    """Conversations that are not trained on and whose answers should not change; the share that did not is measured.
-    None: with the built-in --data, held-out ones of train/sft.py; else nothing."""
+    """Conversations that are not trained on and whose answers should not change; the share of unchanged answers is
+    measured. Empty: with the built-in --data, held-out ones of train/sft.py; else nothing."""
     rank: int = 8
     """Rank of the adapter's matrices."""
     alpha: float = 16.0
@@ -83,7 +83,7 @@ class Args(ChatArgs):
     dropout: float = 0.0
     """Dropout of the adapter's inputs."""
     targets: tuple[str, ...] = ()
-    """Ends of the names of the modules to adapt, such as q_proj v_proj. None: all projections except routed experts."""
+    """Ends of the names of modules to adapt, such as q_proj v_proj. Empty: all projections except routed experts."""
     adapter: str | None = None
     """Continue training this adapter, ours or peft's, with its rank, alpha, dropout, targets, rslora and dora."""
     epochs: float | None = None

@@ -54,8 +54,8 @@ class Args(ChatArgs, AdapterArgs):
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [{"role": ..., "content": ...},
     ...]} rows; the assistant's messages have "reasoning_content", or <think>...</think> in front of the answer, which
-    may stand in <answer>...</answer>. None: a few thousand built-in short questions.
-    FILE:2 draws twice as many of its rows as FILE:1 (docs/data.md)."""
+    may stand in <answer>...</answer>. Empty: a few thousand built-in short questions.
+    FILE:2 draws rows of this file twice as often as FILE:1 (docs/data.md)."""
     seq_len: int | None = None
     """Tokens in a row; longer conversations lose their last turns. One whose first answer does not fit is left out: cut
     off, it would teach reasoning without an end. None: 512, or as many up to 4096 as leave at most one conversation in

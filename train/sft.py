@@ -49,10 +49,10 @@ class Args(ChatArgs):
     builtin:agent random weights."""
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [{"role": ..., "content": ...},
-    ...]} rows. None: a few thousand built-in short conversations. builtin:arithmetic: sums whose answers are mostly
+    ...]} rows. Empty: a few thousand built-in short conversations. builtin:arithmetic: sums whose answers are mostly
     wrong, as a start for train/grpo.py, ppo.py and spo.py; builtin:agent: tasks with tools, a third of them solved,
     as a start for train/agent.py.
-    FILE:2 draws twice as many of its rows as FILE:1 (docs/data.md)."""
+    FILE:2 draws rows of this file twice as often as FILE:1 (docs/data.md)."""
     epochs: float | None = None
     """Passes over the training data. None: 3 over the built-in conversations, 2 over others, more where they are few
     (docs/training.md)."""

@@ -1,10 +1,14 @@
-"""Perplexity by context length: `minimind evaluate --ppl book.txt --context 512,...,8192 --yarn 16`.
+"""Measure a model: `minimind evaluate`.
 
-The text is one stream of tokens, cut into windows of each length. Every length scores the same tokens, each once, with
-the tokens before it in its window as context. Perplexity is exp of the mean of -log p; bits per byte do not depend on
-the tokenizer. The second half of every window is also reported alone, since only there the context is long. Every curve
-is measured again with keys and values rounded as in an fp8 cache if --kv-dtype is fp8, and with matrices and
-activations rounded as in decoding with 8-bit weights if --weights-dtype is int8.
+    minimind evaluate --ppl book.txt --context 512,...,8192 --yarn 16     perplexity by context length
+    minimind evaluate --tasks ceval,cmmlu                                 benchmarks (harness.py)
+    minimind evaluate --agent                                             tasks with tools (agents.py)
+
+The text of --ppl is one stream of tokens, cut into windows of each length. Every length scores the same tokens, each
+once, with the tokens before it in its window as context. Perplexity is exp of the mean of -log p; bits per byte do not
+depend on the tokenizer. The second half of every window is also reported alone, since only there the context is long.
+Every curve is measured again with keys and values rounded as in an fp8 cache if --kv-dtype is fp8, and with matrices
+and activations rounded as in decoding with 8-bit weights if --weights-dtype is int8.
 
 Memory grows with the longest window, not with the text. The command prints a table and writes perplexity.json and
 perplexity.png to the run folder or --out.
@@ -49,7 +53,7 @@ BATCH_TOKENS = 8192  # tokens of windows that are scored together; a longer wind
 
 @dataclass(frozen=True)
 class Args(ModelArgs):
-    """Perplexity of a model by context length, benchmarks, or tasks with tools."""
+    """Measure perplexity by context length, run benchmarks, or test the use of tools."""
 
     tasks: tuple[str, ...] = ()
     """Run these benchmarks of lm-evaluation-harness instead; names separated by commas or spaces: ceval,cmmlu,mmlu."""
@@ -65,7 +69,7 @@ class Args(ModelArgs):
     """Evaluate on tasks that need tool calls instead; reports success by kind of task and number of calls. --model may
     be the address of a server with OpenAI's API, http://HOST/v1 or http://HOST/v1#NAME."""
     agent_data: tuple[str, ...] = ()
-    """With --agent: tasks as train/agent.py reads them. None: the held-out built-in ones."""
+    """With --agent: tasks as train/agent.py reads them. Empty: the held-out built-in ones."""
     tools: tuple[str, ...] = ("builtin",)
     """With --agent: functions that implement the tools: builtin, upstream, package.module:NAME of your own, or
     mcp:COMMAND or mcp:http://... of an MCP server."""

@@ -50,7 +50,7 @@ class AdapterArgs(StageArgs):
     lora_dropout: float = 0.0
     """With --lora-rank: dropout of the adapter's inputs."""
     lora_targets: tuple[str, ...] = ()
-    """With --lora-rank: ends of the names of the modules to adapt, such as q_proj v_proj. None: all projections except
+    """With --lora-rank: ends of the names of the modules to adapt, such as q_proj v_proj. Empty: all projections except
     routed experts."""
 
     def check(self) -> None:

@@ -45,7 +45,7 @@ class Args:
     """Time for all stages on this device, whose speed is measured first. It decides the preset, the stages and their
     tokens. full: no limit and all of the data, like upstream's Zero run."""
     stages: tuple[StageName, ...] = ()
-    """Stages to run. None: pretrain and sft, those that --data names, and more with a larger budget and built-in data
+    """Stages to run. Empty: pretrain and sft, those that --data names, and more with a larger budget and built-in data
     (docs/zero.md)."""
     data: tuple[str, ...] = ()
     """STAGE=FILE ..., training data of a stage: a file, a folder or a glob, as its script takes them; repeat a stage to
@@ -61,7 +61,7 @@ class Args:
     """Where --budget full downloads upstream's data to dataset/, if --data is empty. auto: ModelScope, or else Hugging
     Face. none: it takes the built-in data instead."""
     ppl: tuple[str, ...] = ()
-    """Texts for the perplexity by context length of the last model, as minimind evaluate takes them. None: that of the
+    """Texts for the perplexity by context length of the last model, as minimind evaluate takes them. Empty: that of the
     pretrained model on its held-out text."""
     tasks: tuple[str, ...] = ()
     """Benchmarks of lm-evaluation-harness to run on the last model: ceval, cmmlu, ..."""

@@ -36,7 +36,7 @@ class RolloutArgs(AdapterArgs):
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"conversations": [..., {"role": "assistant",
     "content": ""}]} rows; the model writes the last turn. Its content, or "reference" beside it, is the answer that
-    some rewards compare with. None: built-in sums and differences."""
+    some rewards compare with. Empty: built-in sums and differences."""
     format: FormatName = "auto"
     """Form of the rows of --data: auto (ours and upstream's), messages (OpenAI's and trl's), sharegpt or alpaca (as
     LLaMA-Factory has them; docs/data.md)."""
@@ -45,7 +45,7 @@ class RolloutArgs(AdapterArgs):
     reward: tuple[str, ...] = ()
     """Rewards to sum, each NAME[=ARGUMENT][:WEIGHT]: number exact json[=KEY,KEY] tools format[=think|answer]
     length=LOW..HIGH overlong=LOW..HIGH repetition[=N] regex=PATTERN function=PACKAGE.MODULE:FUNCTION model=FOLDER
-    answer_model=FOLDER (minimind/rewards/__init__.py explains them). None: number, whether the answer's last number is
+    answer_model=FOLDER (minimind/rewards/__init__.py explains them). Empty: number, whether the answer's last number is
     the reference's."""
     on_reward_error: str = "drop"
     """For an answer that a reward cannot score: drop leaves the answer out, stop ends the run, a number is used as that

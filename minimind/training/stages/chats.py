@@ -31,7 +31,8 @@ class ChatArgs(StageArgs):
     """Form of the rows of --data: auto (ours and upstream's), messages (OpenAI's and trl's), sharegpt or alpaca (as
     LLaMA-Factory has them; docs/data.md)."""
     heldout_data: tuple[str, ...] = ()
-    """Conversations to evaluate on, instead of --heldout; NAME=FILE is evaluated as well, with its own figures."""
+    """Files of conversations to evaluate on instead of --heldout. NAME=FILE adds a further held-out set with figures of
+    its own."""
     seq_len: int | None = None
     """Tokens in a row; longer conversations lose their last turns. None: 512, or as many up to 4096 as leave at most
     one conversation in a hundred longer, where the tokens of a step and a GPU's memory allow."""

@@ -34,13 +34,14 @@ class PairArgs(StageArgs):
 
     data: tuple[str, ...] = ()
     """Files, folders or globs of .jsonl, plain, .gz or .zst, with {"chosen": [{"role": ..., "content": ...}, ...],
-    "rejected": [...]} rows. None: a thousand built-in pairs about manners.
-    FILE:2 draws twice as many of its rows as FILE:1 (docs/data.md)."""
+    "rejected": [...]} rows. Empty: a thousand built-in pairs about manners.
+    FILE:2 draws rows of this file twice as often as FILE:1 (docs/data.md)."""
     format: FormatName = "auto"
     """Form of the rows of --data: auto (ours and upstream's), messages (OpenAI's and trl's), sharegpt or alpaca (as
     LLaMA-Factory has them; docs/data.md)."""
     heldout_data: tuple[str, ...] = ()
-    """Pairs to evaluate on, instead of --heldout; NAME=FILE is evaluated as well, with its own figures."""
+    """Files of pairs to evaluate on instead of --heldout. NAME=FILE adds a further held-out set with figures of its
+    own."""
     epochs: float | None = None
     """Passes over the training data. None: 6 over the built-in pairs, 1 over others, more where they are few
     (docs/training.md)."""
