@@ -94,7 +94,7 @@ def routing_of(expert_ids: torch.Tensor, gates: torch.Tensor, experts: int) -> o
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What was skipped and why, a line for each reason."""
+    """Print the skipped tests, a line for each reason."""
     reasons = Counter(
         report.longrepr[2].removeprefix("Skipped: ")
         for report in terminalreporter.stats.get("skipped", [])
@@ -107,5 +107,5 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_collection_modifyitems(items):
-    """The folder with the longest tests first, so that no worker begins one when the others are done."""
+    """Run the folder with the longest tests first, so that no worker begins a long test when the others are done."""
     items.sort(key=lambda item: "tests/training/" not in item.nodeid)

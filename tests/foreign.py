@@ -1,6 +1,6 @@
-"""Native programs of others, each call in a process of its own: where one crashes, one test fails and says how.
-
-The rest are the calls of llama.cpp that tests make there. This file imports no torch: it is read at every call.
+"""Call native programs of other projects in separate processes, so that a crash fails one test with a clear message.
+The other functions are the calls of llama.cpp that tests make in this way. This file imports no torch, as every call
+imports it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def call(program: str, function: Callable[..., Any], *args: Any, timeout: float = 300) -> Any:
-    """function(*args), of a module's top level, in a fresh Python: arguments and answer travel as JSON.
-
-    AssertionError where `program`, whose code the function runs, dies of a signal, raises or does not come back.
+    """Call function(*args), a top-level function of a module, in a new Python process; arguments and result are sent as
+    JSON. AssertionError if `program`, whose code the function runs, dies of a signal, raises an exception or does not
+    return in time.
     """
     __tracebackhide__ = True
     command = [sys.executable, "-X", "faulthandler", "-m", "tests.foreign"]
@@ -47,7 +47,7 @@ def _end(status: int) -> str:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what native code prints is no answer
+    os.dup2(2, 1)  # native code may print, too
     module, function, args = json.load(sys.stdin)
     answer = getattr(importlib.import_module(module), function)(*args)
     with answers:

@@ -245,7 +245,7 @@ def _become(order: dict[str, Any], streams: list[int]) -> list[str]:
 
 def main() -> None:
     preload()
-    gc.freeze()  # what was imported is nobody's garbage: a child does not touch, and so copy, its pages
+    gc.freeze()  # a child's garbage collection then does not touch imported objects, and so does not copy their pages
     arguments = serve(socket.socket(fileno=int(sys.argv[1])))
     status = 1
     try:

@@ -30,8 +30,8 @@ class Moved:
 
 
 def traffic(function: Callable[..., Any], *tensors: Tensor) -> Moved:
-    """Of function(*tensors) and the gradients of all its outputs. tensors: of any device; only their shapes, dtypes and
-    requires_grad are used."""
+    """Count the traffic of function(*tensors) and of the gradients of all its outputs. tensors: of any device; only
+    their shapes, dtypes and requires_grad are used."""
     inputs = [t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors]
     with _Counter() as forward:
         outputs = [out for out in tree_leaves(function(*inputs)) if isinstance(out, Tensor)]
@@ -89,7 +89,7 @@ class _Counter(TorchDispatchMode):
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of its distinct numbers: a dimension of stride 0 is one number read again and again."""
+    """Bytes of the tensor's distinct numbers: a dimension of stride 0 repeats one number."""
     numbers = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         numbers *= size if stride or not size else 1

@@ -1,4 +1,4 @@
-"""`minimind zero` as a user runs it, on a toy: to its end, killed on the way, refused."""
+"""`minimind zero` as a user runs it, on toy data: to its end, killed on the way, and refused."""
 
 from __future__ import annotations
 
@@ -116,8 +116,8 @@ def kill_when(what, arguments: list[str]) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
 @pytest.mark.slow
 def test_killed_anywhere_the_same_command_goes_on(place, unbroken):
-    """Before the first stage, twice in it, between the two, in the second: the curves and the weights are those of one
-    that was left alone. The stage of a killed one stops by itself."""
+    """Killed before the first stage, twice in it, between both stages and in the second, the command still ends with
+    the curves and weights of an uninterrupted one. The stage of a killed command stops by itself."""
     out, arguments = place / "killed", command(place, "killed")
     kill_when(lambda: (out / "zero.json").exists(), arguments)
     kill_when(lambda: last_step(out / "pretrain") >= 3, arguments)

@@ -1,4 +1,4 @@
-"""The stages of `minimind zero` lie one folder deeper than other runs, and are found like these."""
+"""The stages of `minimind zero` lie one folder deeper than other runs, and are found all the same."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def chain(*names: str, **more) -> Chain:
 
 
 def found(tokens: int, seconds: float, preset: str = "nano", a_pass: int | None = None) -> dict:
-    """What a stage says under --plan, as far as it is read."""
+    """The fields of a stage's --plan-json that the command reads."""
     return {
         "preset": preset,
         "parameters": 2_800_000,
@@ -134,8 +134,8 @@ def test_a_whole_run_takes_upstreams_data(tmp_path, monkeypatch):
 
 
 def test_what_follows_the_stages(tmp_path):
-    """Perplexity of the pretrained model on its held-out text, at the lengths that fit; what the flags name, of the
-    last model."""
+    """Perplexity is that of the pretrained model on its held-out text, at the lengths that fit. Everything that flags
+    name is done with the last model."""
     asked = chain("pretrain", "sft", common=("--evals", "4", "--device", "cpu"))
     assert FinalFlags().steps(asked, tmp_path) == []
     (tmp_path / "pretrain").mkdir()
@@ -180,7 +180,7 @@ def test_flags_of_one_stage_reach_it_alone(tmp_path):
 
 
 def test_a_slow_device_trains_the_least_that_is_worth_it(monkeypatch):
-    """On such a one the demo is what it always was: 700,000 tokens of text, all conversations."""
+    """Its demo has the minimum: 700,000 tokens of text, and all conversations."""
     of = {"pretrain": found(2_700_000, 2700), "sft": found(900_000, 900)}
     plan = planned(monkeypatch, "5min", of, chain("pretrain", "sft"))
     assert plan.stage("pretrain").flags == ("--tokens", "700000") and plan.stage("pretrain").tokens == 700_000

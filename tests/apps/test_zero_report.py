@@ -1,4 +1,4 @@
-"""The report of `minimind zero`: a page of its own, from whatever the stages' folders hold."""
+"""The report of `minimind zero`: one page from whatever the stages' folders hold."""
 
 from __future__ import annotations
 
@@ -126,7 +126,8 @@ def test_evaluation_and_exports_are_on_the_page(tmp_path):
 
 
 def test_a_page_about_what_there_is(tmp_path):
-    """Nothing yet; a stage that was killed while it wrote a row; one that has not begun."""
+    """The page before the first result, and with one stage that was killed while it wrote a row and one that has not
+    begun."""
     Page(html(state(tmp_path, "pretrain", "sft")))
     write_stage(tmp_path / "pretrain", "", rows(), finished=False)
     with (tmp_path / "pretrain" / "metrics.jsonl").open("a") as file:

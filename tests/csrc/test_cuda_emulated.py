@@ -80,7 +80,7 @@ def decoding(
     rows = torch.zeros(num_pages, page, dtype=torch.bool)
     for b, length in enumerate(lengths):
         used = -(-length // page)
-        table[b, used:] = 2**30  # read, it leads far outside
+        table[b, used:] = 2**30  # an index far outside, in case it is read
         for i in range(length):
             rows[table[b, i // page], i % page] = True
     scales = (rand(groups, seed=5).abs() + 0.5, rand(groups, seed=6).abs() + 0.5)
@@ -196,8 +196,8 @@ def widened(case: Decoding, pages: int) -> Decoding:
 
 
 def test_cost_follows_the_lengths_and_not_the_longest_context(ops, library, monkeypatch):
-    """Of an H100, which holds 528 blocks at once: 64 sequences of 200 tokens in tables of 32,768 are 256 units of work.
-    One block for each split that could be was 16,384, and a second kernel."""
+    """An H100 holds 528 blocks at once. 64 sequences of 200 tokens in tables of 32,768 are 256 units of work; one block
+    for each possible split would be 16,384 blocks and a second kernel."""
     monkeypatch.setenv("EMULATOR_RESIDENT", "528")
     case = widened(decoding([200] * 64, 4, 2, 64, page=64), 32_768 // 64)
     arrivals, before = torch.zeros(64 * 8, dtype=torch.int32), library.emulator_launches()
@@ -206,7 +206,7 @@ def test_cost_follows_the_lengths_and_not_the_longest_context(ops, library, monk
     assert library.emulator_last_blocks() == 528
     assert (out == case.run(decode_attention_ref)).float().mean() > 0.98
     widths = {length: 0 for length in (128, 256, 384, 512)}
-    for length in widths:  # and where no sequence can be longer, no more than they are
+    for length in widths:  # no more blocks than units if no sequence can be longer
         decoding([length] * 2, 4, 2, 64, page=64).run(ops.decode_attention)
         widths[length] = library.emulator_last_blocks()
     assert widths == {128: 4, 256: 8, 384: 12, 512: 16}
@@ -289,7 +289,7 @@ def test_rope_append_kv(ops, dim, dtype, cache_dtype, norm):
     cos, sin = angles(50, dim)
     positions = torch.tensor([0, 49, 7, 2**30, -5, 1, 12], dtype=torch.int32)
     slots = torch.tensor([0, 39, -1, 17, 8, -1, 7])
-    positions[2] = 2**31 - 1  # of an empty slot: anything
+    positions[2] = 2**31 - 1  # an empty slot may hold anything
     weights = [rand(dim, seed=i) + 1 for i in (1, 2)] if norm else [None, None]
     scales = [torch.tensor([0.01, 0.5]), torch.tensor([0.02, 2.0])] if cache_dtype == FP8 else [None, None]
 

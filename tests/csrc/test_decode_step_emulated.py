@@ -104,7 +104,7 @@ def make_case(model: Model, dtype: torch.dtype, cache_dtype: torch.dtype, length
         rows = table[b, places // PAGE].long() * PAGE + places % PAGE
         older.view(-1)[rows[:-1]] = True
         slots[b] = rows[-1] if length else -1
-        table[b, -(-length // PAGE) :] = 2**30  # read, it leads far outside
+        table[b, -(-length // PAGE) :] = 2**30  # an index far outside, in case it is read
     shape = (cfg.num_hidden_layers, len(order), PAGE, cfg.num_key_value_heads, cfg.head_dim)
     noise = [torch.where(older[None, :, :, None, None], rand(*shape, seed=i), torch.nan) for i in (3, 4)]
     scale = torch.rand(shape[0], shape[3], generator=torch.Generator().manual_seed(5)) / 10 + 0.02
@@ -165,7 +165,7 @@ def test_a_step_in_float32_is_the_models(ops, name):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_sixteen_bit_weights_lose_nothing_more(ops, dtype):
-    """Over a float32 cache all arithmetic is float32: as plain PyTorch's on the same weights in float32."""
+    """With a float32 cache all arithmetic is float32, as exact as plain PyTorch's on the same weights in float32."""
     case = make_case(make_model(CONFIGS["64"]), dtype, FP32)
     wide = replace(case.weights, tensors=tuple(t.float() for t in case.weights.tensors))
     check(ops, case, replace(case, weights=wide))
@@ -181,7 +181,7 @@ def test_a_step_over_every_cache(ops, name, dtype, cache_dtype):
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_rows_longer_than_what_is_under_way_at_once(ops, dtype):
-    """1,672 columns: seven loads of a lane and row where six, or three, are in flight."""
+    """With 1,672 columns each lane makes seven loads per row, more than the six or three that are in flight at once."""
     model = make_model(config(1, 1, 64, num_hidden_layers=1, intermediate_size=1672, hidden_size=40))
     wide = DecodeWeights.from_model(model, FP32)
     for lengths in ([3], [3, 1, 5]):
@@ -232,8 +232,8 @@ def test_a_row_without_a_slot_writes_nothing(ops, dtype):
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("batch, context", [(1, 5), (1, 200), (8, 140)])
 def test_five_launches_a_layer_and_one_for_the_logits(ops, library, layers, batch, context):
-    """41 for the 8 layers of minimind2-small, and one that samples. Layer by layer it was ten each and 4 more: norm,
-    qkv, rotation, attention, merge, o, norm, gate and up, SwiGLU, down; embedding, norm, head and its float32."""
+    """41 for the 8 layers of minimind2-small, and one that samples. Layer by layer there were ten per layer and 4 more:
+    norm, qkv, rotation, attention, merge, o, norm, gate and up, SwiGLU, down; embedding, norm, head and its float32."""
     case = make_case(make_model(config(2, 1, 32, num_hidden_layers=layers)), BF16, BF16, [context] * batch)
     before = library.emulator_launches()
     case.run(native(ops))

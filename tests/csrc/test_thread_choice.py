@@ -23,11 +23,12 @@ def program(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("most", [2, 3, 8])
 def test_all_threads_on_an_idle_machine_and_one_beside_another_program(program, most):
-    """Phases: all threads are faster by 1.6; another program makes them a hundred times slower; it ends."""
+    """Three phases: all threads are 1.6 times as fast as one; another program makes them a hundred times slower; that
+    program has ended."""
     lines = subprocess.run([program, str(most)], check=True, capture_output=True, text=True).stdout.splitlines()
     idle, busy, again = ([float(figure) for figure in line.split()] for line in lines)
     assert idle[0] < 0.02 * 2000 and idle[2] < 1.02
-    # two slow steps, then two of each number that is slow too, with one between
+    # two slow steps, then two with each further number of threads that is slow, and one in between
     assert busy[1] <= 2 + 3 * 3 and busy[0] > 0.98 * 20_000 and busy[2] < 1.1
     assert again[0] < 0.6 * 20_000 and again[2] < 1.4
 

@@ -28,9 +28,9 @@ FILES = {"pretrain_hq.jsonl": ROWS, "dpo.jsonl": ROWS[:1000], "README.md": b"# d
 
 
 class Hub:
-    """A server that speaks both hubs' APIs. cut: the bytes after which each of the next answers breaks off.
-    ranges: what was asked for. ignore_range: answer with the whole file. lie: name another SHA-256. no_sums: none.
-    short: name sizes smaller by so much."""
+    """A server that speaks both hubs' APIs. cut: the bytes after which each of the next answers breaks off. ranges: the
+    ranges that were requested. ignore_range: answer with the whole file. lie: report a wrong SHA-256. no_sums: report
+    none. short: the number of bytes by which reported sizes are too small."""
 
     def __init__(self) -> None:
         self.cut: list[int] = []

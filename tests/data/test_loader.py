@@ -142,7 +142,7 @@ def test_a_resumed_loader_gives_the_same_batches(corpus, steps, rows, shuffle):
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_step_has_the_same_rows_in_other_micro_batches(corpus, mixed):
-    """Also if the run was divided into other micro-batches before."""
+    """This also holds if the run used other micro-batches before."""
     half = corpus.num_documents // 2
     parts = Mixture(("a", "b"), (Weight(), Weight((0.0, 1.0), (0.0, 3.0))), ((0, half), (half, 2 * half)))
 

@@ -76,7 +76,7 @@ def test_a_permutation_looks_random():
     order = Permutation(n, 0, 0)(np.arange(n))
     assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.02
     assert abs(np.corrcoef(order, np.arange(n))[0, 1]) < 0.02
-    counts = np.histogram(order[: n // 10], bins=20)[0]  # a window takes from everywhere
+    counts = np.histogram(order[: n // 10], bins=20)[0]  # a window draws documents from the whole corpus
     assert np.abs(counts / counts.mean() - 1).max() < 0.2
     firsts = [int(Permutation(5, seed)(np.array([0]))[0]) for seed in range(400)]
     assert np.bincount(firsts, minlength=5).min() > 50

@@ -244,7 +244,7 @@ def test_built_in_manners_favour_no_reply_and_hold_out_wordings(tmp_path):
             better, worse = (_manner_of(row[side][1]["content"], asked) for side in ("chosen", "rejected"))
             assert better == manner != worse
             won[better, worse] += 1
-        # whoever does not look at the question is right in half of the pairs, whatever manner it likes
+        # a model that ignores the question is right in half of the pairs, whichever manner it prefers
         assert len(won) == 6 and all(abs(n - won[b, a]) <= 1 for (a, b), n in won.items()), won
     asked = [{row["chosen"][0]["content"] for row in rows} for rows in (train, heldout)]
     assert not asked[0] & asked[1]

@@ -41,7 +41,7 @@ def answered(content: str) -> dict:
     return {"role": "tool", "content": content}
 
 
-# Of no call, of one, of two, and of two calls in one turn.
+# Conversations with no call, one, two, and two calls in one turn.
 KNOWN = [
     [SYSTEM, {"role": "user", "content": "Hello!"}, said("Hello.")],
     [SYSTEM, {"role": "user", "content": "2+3?"}, called("calculate", expression="2+3"), answered("5"),
@@ -61,13 +61,13 @@ GUESSED = [[*messages[:2], said("It is 9.")] for messages in KNOWN[1:3]]
 
 @functools.cache
 def agent() -> Model:
-    """float32; sampled at temperature 1 it says what it knows nine times in ten or so."""
+    """A float32 model that, sampled at temperature 1, gives a memorised answer about nine times in ten."""
     return taught(KNOWN)
 
 
 @functools.cache
 def doubtful_agent() -> Model:
-    """It calls its tools half of the time, and guesses else."""
+    """A model that calls its tools half of the time and guesses otherwise."""
     return taught([*KNOWN[1:3], *GUESSED])
 
 
@@ -101,7 +101,7 @@ def runner(batch: int = 16, limits: EpisodeLimits | None = None, kind: type = Ep
 
 
 class Forced:
-    """A constraint: these tokens, one after the other."""
+    """A constraint that allows only these tokens, one after the other."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids = list(ids)
@@ -116,8 +116,8 @@ class Forced:
 
 
 class Scripted(EpisodeRunner):
-    """Says in every conversation what a script says, turn by turn, its last turn again and again; free: that turn as
-    the model has it instead."""
+    """Follows a script in every conversation, turn by turn, and then repeats the last turn; free: then lets the model
+    write its own turns instead."""
 
     def __init__(self, *args, script: Sequence[str], free: bool = False) -> None:
         super().__init__(*args)

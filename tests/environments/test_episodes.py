@@ -32,7 +32,7 @@ def call(name: str, **arguments: object) -> str:
 
 
 def test_conversations_are_those_that_the_template_renders():
-    """Token for token what SFT would encode of them, though no text was ever encoded again."""
+    """Their tokens are those that SFT would encode, although no text is ever encoded a second time."""
     episodes = runner().run([start(i, messages) for i, messages in enumerate(KNOWN)], GREEDY)
     for messages, episode in zip(KNOWN, episodes, strict=True):
         whole = TOKENIZER.encode(TOKENIZER.apply_chat_template(messages).removesuffix("\n"))
@@ -45,7 +45,7 @@ def test_conversations_are_those_that_the_template_renders():
 
 
 def test_log_probabilities_are_the_trainers_over_whole_conversations():
-    """float32: what each of the two forwards may be off by, by the derivation of the GRPO runs' bound."""
+    """In float32. The bound is the rounding of both forwards, derived as for the GRPO runs."""
     starts = [start(i, messages, 4) for i, messages in enumerate(KNOWN)]
     answers = [as_answer(episode) for episode in runner().run(starts)]
     assert sum(len(a.episode.turns) > 1 for a in answers) >= 8
@@ -70,7 +70,7 @@ def test_results_of_tools_are_no_targets_and_get_no_gradient():
 def test_no_token_is_computed_twice_but_for_a_page_that_was_not_full():
     running = runner()
     episodes = running.run([start(i, messages, 3) for i, messages in enumerate(KNOWN)], GREEDY)
-    asked, new = 0, 0  # tokens of all prompts of all turns; of them those that no turn before had
+    asked, new = 0, 0  # prompt tokens of all turns, and those among them that no earlier turn had
     prompts = {episode.start.number: len(episode.start.prompt) for episode in episodes}
     for episode in episodes:
         place, length = 0, len(episode.start.prompt)
@@ -85,7 +85,7 @@ def test_no_token_is_computed_twice_but_for_a_page_that_was_not_full():
     later = sum(len(episode.turns) - 1 for episode in episodes)
     counts = running.counts
     assert counts.found + counts.computed == asked + sum(prompts.values())
-    # beside what is new, of each later turn at most a page, in which the last token of the turn before lies
+    # besides the new tokens, each later turn computes at most the page with the last token of the turn before
     assert counts.computed <= sum(prompts.values()) + new + later * PAGE
     assert counts.computed < (asked + sum(prompts.values())) / 2
     assert counts.sampled == sum(sum(episode.sampled) for episode in episodes)
@@ -102,7 +102,7 @@ def test_what_runs_beside_a_conversation_does_not_change_it():
 
 
 def test_the_samples_of_a_prompt_draw_their_own_turns():
-    """At a temperature at which a turn says anything: no two second turns are alike."""
+    """At a temperature so high that turns are random, no two second turns are alike."""
     first = call("calculate", expression="2+3")
     one = runner(4, EpisodeLimits(turn_tokens=40), Scripted, script=[first], free=True)
     episodes = one.run([start(0, KNOWN[1], 4)], EpisodeSampling(30.0))
@@ -166,7 +166,7 @@ def test_limits_end_a_conversation_with_a_reason(strangers, limits, reason, turn
 
 
 def test_others_decode_while_a_tool_runs(strangers):
-    """A slow tool's conversation costs its own time alone."""
+    """A slow tool delays only its own conversation."""
     running, episodes = scripted(strangers, [call("slow", seconds=0.1), "Done."], count=4)
     assert [e.answer for e in episodes] == ["Done."] * 4 and running.engine.stats().running == 0
 

@@ -24,7 +24,7 @@ WORD = f"mcp:{shlex.quote(sys.executable)} {shlex.quote(mcp_server.__file__)}"
 
 @pytest.fixture(scope="module")
 def tools():
-    """Of a server in this process."""
+    """The tools of a server in this process."""
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mcp, "_server", lambda word: mcp_server.server)

@@ -1,4 +1,4 @@
-"""What a conversation is worth, and what is told of many."""
+"""Rewards of a conversation, and figures of many."""
 
 from __future__ import annotations
 

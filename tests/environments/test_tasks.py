@@ -1,4 +1,5 @@
-"""Generated tasks: right, apart, and of one to three calls whose later ones need the earlier results."""
+"""Generated tasks: their solutions are right, held-out tasks differ from training tasks, and later calls need the
+results of earlier ones."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def test_held_out_values_and_wordings_are_apart():
 
 
 def test_solutions_are_right_calls_that_lead_to_the_answer():
-    """Made again through the text that a model would write, and from the state that the task begins with."""
+    """The calls are read from the text that a model would write, and run from the task's initial state."""
     runner = ToolRunner(builtin_tools())
     for task in (*TRAIN[::9], *HELDOUT):
         offered = {name: TOOLS[name].parameters for name in task.tools}

@@ -1,4 +1,4 @@
-"""What is appended behind a turn with calls: the template's own tokens, and a tool's words as words."""
+"""Tokens appended after a turn with calls: those of the template, and a tool's output as ordinary text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ CALLED = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "argu
 @pytest.mark.parametrize("thinking", [None, True, False])
 @pytest.mark.parametrize("results", [["79"], ["It is 3.", '{"名": "a\\n"}'], ["", "\ufdd0"]])
 def test_appended_ids_are_those_of_the_whole_conversation(results, thinking):
-    """Rendered and encoded as one text, as SFT does, where no result spells a special token."""
+    """They equal the conversation rendered and encoded as one text, as SFT does, if no result spells a special
+    token."""
     turns = ToolTurns(TOKENIZER, thinking)
     variables = {} if thinking is None else {"enable_thinking": thinking}
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Now?"}, CALLED]

@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def tasks(tmp_path):
-    """Of each length, and one that the model does not know."""
+    """A task of each length, and one that the model does not know."""
     rows = []
     for known, answer, calls in zip(KNOWN[:3], ("Hello", "5", "12"), (0, 1, 2), strict=True):
         rows.append({"conversations": known[:2], "reference": answer, "calls": calls, "kind": f"kind {calls}"})
@@ -106,7 +106,7 @@ class Answers:
 
 
 def conversation(*messages, **limits):
-    """The episode of a conversation with that server, and what it was last asked."""
+    """(the episode of a conversation with that server, the last request that the server got)."""
     client, offered = Answers(*messages), {"calculate": {"type": "object", "properties": {"expression": {}}}}
     with ToolRunner(named_tools(["builtin"])) as tools:
         runner = RemoteRunner(client, "m", tools, EpisodeLimits(**limits))

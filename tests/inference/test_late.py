@@ -232,7 +232,7 @@ def test_a_steady_step_launches_before_it_waits_and_copies_nothing_to_the_device
     for step in range(2, 42):
         with Calls() as calls:
             assert len(engine.step()) == 3
-        assert calls.names == ["copy_"]  # that to the host, and nothing else beside the graph
+        assert calls.names == ["copy_"]  # the copy to the host, and nothing else besides the graph
         assert log == [("launch", step), ("copy to the host", step), ("wait", step - 1)]
         log.clear()
 
@@ -266,7 +266,7 @@ def test_a_launched_step_keeps_its_pages_until_it_is_read():
     assert engine.stats().pages_used == 0 and not engine.has_work
     engine.submit(Request([5, 6], SamplingParams(3, temperature=0)))
     given = [token for _ in range(4) for delta in engine.step() for token in delta.token_ids]
-    assert is_greedy(model(), [5, 6], given) and len(given) == 3  # what that row drew is nobody's
+    assert is_greedy(model(), [5, 6], given) and len(given) == 3  # the token that this row drew belongs to no sequence
 
 
 def test_a_sequence_at_its_limit_runs_no_extra_step():

@@ -31,8 +31,8 @@ def prompts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def taught(tmp_path_factory) -> Path:
-    """A folder in which a nano was pretrained and taught to answer, as `minimind demo` does, with less text; what the
-    slow tests of the later stages go on from."""
+    """A folder in which a nano was pretrained and taught to answer, as `minimind demo` does, but with less text. The
+    slow tests of later stages start from it."""
     place = tmp_path_factory.mktemp("taught")
     learn("pretrain", place, "--tokens", "300_000", "--evals", "1")
     learn("sft", place, "--evals", "2")

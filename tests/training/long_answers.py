@@ -1,5 +1,5 @@
-"""A policy whose answers are long, made without training: at every token it stops with one chance, the same everywhere,
-and takes any other token alike. What is learnt about when to stop then shows in a few rollouts."""
+"""A policy with long answers, made without training: at every token it stops with the same probability, and all other
+tokens are equally likely. So a few rollouts show what training teaches about when to stop."""
 
 from __future__ import annotations
 

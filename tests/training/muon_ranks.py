@@ -1,5 +1,5 @@
-"""Run by torchrun in test_parallel.py: Muon on shards takes the steps that it takes on whole parameters, with two
-exchanges a step, and their states fit each other; every rank compares. Argument: --replicas of the mesh."""
+"""Run by torchrun in test_parallel.py: on shards, Muon takes the same steps as on whole parameters, with two exchanges
+per step, and either can load the other's state. Every rank compares. Argument: --replicas of the mesh."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Run by torchrun in test_parallel.py: two steps of the real loop on a tiny mixture of experts, on several ranks and
-on one; every rank compares. Plain SGD, so that a gradient of another size shows. Then what is rounded to 16 bits."""
+on one; every rank compares. The optimizer is plain SGD, so that a wrongly scaled gradient shows. Then come the cases
+with 16-bit rounding."""
 
 from __future__ import annotations
 
@@ -105,8 +106,8 @@ def compare_sums(world: Parallel) -> None:
 
 
 def check_rounding(world: Parallel, dtype: torch.dtype) -> None:
-    """In 16 bits, from gains and weights that these do not hold: loss and gradients are those of one process, to the
-    bit, where every rank has the same batch."""
+    """In 16 bits, with gains and weights that 16 bits cannot hold exactly: if every rank has the same batch, loss and
+    gradients equal those of one process bit for bit."""
     gradients = []
     for strategy in ("none", "ddp", "fsdp"):
         torch.manual_seed(0)

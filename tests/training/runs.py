@@ -63,7 +63,8 @@ def finish(arguments: list[str], processes: int = 1) -> str:
 
 
 def run_ranks(processes: int, arguments: list[str]) -> subprocess.CompletedProcess:
-    """As torchrun does: one process for each rank, told of the others by the environment; one that fails ends all."""
+    """Run one process per rank, as torchrun does; the environment tells each about the others, and a failure ends
+    all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -119,7 +120,7 @@ def rows_of(folder: Path, kind: str) -> list[dict]:
 
 
 def as_killed(run: Path, step: int, out: Path) -> Path:
-    """A copy of a finished run as it would be, had it been killed behind its checkpoint of `step`."""
+    """A copy of a finished run in the state that a kill after its checkpoint of `step` would have left."""
     shutil.copytree(run, out)
     (out / "finished").unlink()
     for checkpoint in list_checkpoints(out):

@@ -1,5 +1,5 @@
-"""--lora-rank of the stages as a user runs them: what is trained and kept, the base as the reference, on several
-processes, and the programs that open what it left."""
+"""--lora-rank of the stages as a user runs them: what is trained and saved, the base as the reference model, several
+processes, and the programs that open the result."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ def test_checkpoints_hold_the_adapter_alone_and_rollouts_are_of_the_policy(name,
 
 @some
 def test_answers_were_compared_with_the_base(name, unbroken, origin):
-    """The reference of a rollout that an adapter had been trained before is what the model says that the run began
-    with, to the bit: the same operators on the same weights."""
+    """When an adapter has been trained already, a rollout's reference log-probabilities still equal those of the
+    initial model bit for bit, as the same operators run on the same weights."""
     state = load_trainer_state(list_checkpoints(unbroken(name))[0])["loader"]
     assert state["rollout"] == 3
     answers = [_restored(saved) for saved in state["answers"]]

@@ -96,8 +96,8 @@ def test_conversations_of_two_processes_are_those_of_one(origin, prompts, unbrok
 
 @pytest.mark.slow
 def test_rewards_teach_it_to_call(prompts, tmp_path):
-    """A model that calls its tools half of the time, and guesses else, learns to call them. It would not with a wrong
-    sign; and were the tools' words learnt too, it would learn to write results of its own."""
+    """A model that calls its tools half of the time and guesses otherwise learns to call them. With a wrong sign it
+    would not; and if tool results were trained on, it would learn to write results itself."""
     origin, questions, out = tmp_path / "origin", tmp_path / "prompts.jsonl", tmp_path / "out"
     save_weights(doubtful_agent(), origin)
     TOKENIZER.save(origin)

@@ -9,7 +9,7 @@ from minimind.config import PRESETS, ModelConfig
 from minimind.training.arguments import MOST, PASSES, StageArgs, default_epochs, default_optimizer, pretraining_lr
 from tests.training.runs import SCRIPT
 
-# What the flags' defaults were before the data decided: unfinished runs go on with them.
+# The flags' defaults before the data decided them; unfinished runs continue with these.
 BEFORE = {"pretrain": 1.0, "distill": 1.0, "sft": 3.0, "reason": 4.0, "lora": 6.0, "dpo": 6.0, "reward": 6.0}
 
 

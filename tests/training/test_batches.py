@@ -52,7 +52,8 @@ def test_the_bound_holds_for_the_first_pass(loader, rank, world_size):
 
 
 def test_the_bound_is_what_batches_hold_and_not_the_sum_of_the_fullest_rows(loader):
-    """A row of 32 tiny documents for every nine of one: eight shuffled rows seldom have more than three of those."""
+    """One row in ten has 32 tiny documents, the others have one: eight shuffled rows seldom have more than three of the
+    former."""
     lengths = [32] * 720 + [2] * 80 * 16
     for world_size in (1, 2):
         it = loader(lengths, 8 * world_size, world_size=world_size)

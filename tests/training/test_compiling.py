@@ -21,7 +21,7 @@ def _cache(tmp_path, monkeypatch):
 
 
 def test_another_tile_size_is_compiled_anew(tmp_path, monkeypatch):
-    """Its entry in a table is in no graph that torch.compile looks up in its cache."""
+    """The graphs that torch.compile looks up in its cache do not contain the table of tile sizes."""
     import torch.compiler.config as settings
 
     compile_model(torch.nn.Linear(2, 2))

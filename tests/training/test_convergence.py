@@ -28,7 +28,8 @@ WIDE = ModelConfig(96, 2, 4, 2, 24, 192)
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Sums: as conversations with and without reasoning, as pairs and as text; two models of random weights."""
+    """A folder with sums as conversations with and without reasoning, as pairs and as text, and two models with random
+    weights."""
     folder = tmp_path_factory.mktemp("pair")
     rng = random.Random(0)
     rows: dict[str, list[dict]] = {"text": [], "chats": [], "reasoned": [], "pairs": []}
@@ -68,9 +69,9 @@ STAGES = {
     "stage", [pytest.param(s, marks=pytest.mark.heavy if s in ("sft", "reason") else ()) for s in STAGES]
 )
 def test_reference_and_fused_train_alike(stage, place, tmp_path, monkeypatch):
-    """The loss of every step, against the same run in float64: with the fused ops it is off by no more than twice what
-    the reference is off by, or a float64 run whose first weights were moved by what float32 sums are off by, and some
-    units in the last place."""
+    """At every step, the fused run's loss is compared with a float64 run. It may differ by twice as much as the
+    reference run's does, or as that of a float64 run whose initial weights were moved by the rounding of float32 sums,
+    plus some units in the last place."""
     name = stage.partition(",")[0]
     data, flags = STAGES[stage]
     script = runpy.run_path(str(SCRIPT.with_name(f"{name}.py")))
@@ -104,7 +105,7 @@ BUILD = Job.build_model
 
 
 def in_float64(job: Job, prepare: Callable[[Model], None] | None = None, move: bool = False) -> tuple[Model, Model]:
-    """Job.build_model, after which all of the run is float64, the teacher too; what is random is drawn as ever."""
+    """Job.build_model, after which the whole run computes in float64, the teacher too; random draws stay the same."""
 
     def place(model: Model) -> Model:
         model.double().compute_dtype = torch.float64

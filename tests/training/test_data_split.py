@@ -60,7 +60,7 @@ def command(origin: Path, out: Path, folder: Path, data: list[str], *extra: str)
 
 
 def test_held_out_text_is_kept_in_the_run_folder(tmp_path, monkeypatch):
-    """As it was, up to about so many tokens, and once."""
+    """The text is unchanged, is cut to about that many tokens, and is written once."""
     texts = [f"Line {i}\nof 文字 <|im_end|> {i * 7}" for i in range(200)]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer = load_tokenizer()
@@ -81,7 +81,7 @@ def test_held_out_text_is_kept_in_the_run_folder(tmp_path, monkeypatch):
 
 
 def test_a_mixture_with_named_sets_resumes_to_the_bit(origin, tmp_path):
-    """Through a change of the weights; every set has its line, its figures and its curve."""
+    """It resumes while the mixture's weights change; every set has its line, its figures and its curve."""
     data = [f"{rows(tmp_path, 'old', 90)}:3..1", f"{rows(tmp_path, 'new', 40)}:0..2"]
     sets = ["--heldout-data", f"first={rows(tmp_path, 'first', 9)}", f"other={rows(tmp_path, 'other', 12)}"]
     whole, out = tmp_path / "whole", tmp_path / "killed"
@@ -207,7 +207,7 @@ def test_a_run_of_an_earlier_version_still_drops_unknown_fields(origin, tmp_path
 
 
 def test_choices_stay_when_the_data_change(origin, tmp_path):
-    """A row length is not chosen again: the folder says which it was."""
+    """The row length is not chosen again, since the run's folder records it."""
     data = rows(tmp_path, "data", 60)
     flags = {
         "from_": str(origin),

@@ -116,7 +116,7 @@ def assert_gap(row: dict, student: Model, teacher: Model, held_out: Corpus) -> N
 
 
 def test_a_pretrained_teacher_teaches_text(data, tmp_path):
-    """To a student of half its size, which is what it gets where none is named."""
+    """The student has half the teacher's size, which is the default."""
     shape = ModelConfig(96, 2, 4, 2, 24, 192, qk_norm=True)
     teacher = save_origin(shape, tmp_path / "teacher" / "checkpoints" / "step-00000001")
     (tmp_path / "teacher" / "config.json").write_text(json.dumps({"stage": "pretrain"}))

@@ -49,7 +49,7 @@ def origin(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory) -> Path:
-    """Sums with right and wrong answers; of one pair the prompt is too long for a row, of one an answer."""
+    """Sums with right and wrong answers. One pair's prompt is too long for a row, and another pair's answer."""
     rng = random.Random(0)
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
     with path.open("w", encoding="utf-8") as file:
@@ -217,8 +217,8 @@ def test_errors_are_one_line(flags, message, origin, pairs, tmp_path):
 
 @pytest.mark.slow
 def test_a_nano_learns_manners_and_keeps_its_facts(taught):
-    """The form of the question decides between two answers: from half of the held-out pairs to most of them,
-    and whole answers as they were chosen, facts included."""
+    """The form of the question decides between two answers. The model is right in half of the held-out pairs before and
+    in most of them after, and gives whole answers like the chosen ones, facts included."""
     first, *_, last = rows_of(learn("dpo", taught, "--evals", "1"), "eval")
     assert 0.4 <= first["heldout_ranking"] <= 0.6 and last["heldout_ranking"] >= 0.9, (first, last)
     # a third of the answers are in the plain manner, as the model gave them before

@@ -144,7 +144,7 @@ def test_an_engine_that_failed_is_not_kept(engines, monkeypatch):
 
 
 def test_kept_figures(monkeypatch):
-    """Nothing on a CPU, on a full card, or before a step has shown what training takes."""
+    """No engine is kept on a CPU, on a full GPU, or before a step has shown how much memory training takes."""
     model = small_model()
     engine = Engine(model, None, kv_tokens=64, max_batch=1)
     assert not module._worth_keeping(model, engine)

@@ -110,7 +110,7 @@ def test_a_finished_run_is_lengthened_to_the_bit(unbroken, origin, prompts, tmp_
 
 
 def assert_same_rollouts(out: Path, truth: Path) -> None:
-    """The same curves, but for how far engine and trainer are apart: that is rounding."""
+    """The curves are the same, except for the difference between engine and trainer, which is rounding."""
 
     def compared(folder: Path) -> list[dict]:
         rounding = {"drift_mean", "drift_max", "ratio_drift", "behaviour_kl"}
@@ -205,7 +205,7 @@ def test_the_rate_follows_the_width():
 
 
 def test_clips_act_with_the_defaults(origin, prompts, tmp_path):
-    """With one step on a rollout, as it was, no ratio leaves 1."""
+    """With a single step per rollout, the former default, every ratio would stay 1."""
     settings = {"samples": 16, "rollouts": 2, "lr": 0.01, "warmup": 0.0, "loss": "gspo"}
     attempt(origin, prompts, tmp_path / "out", **settings)
     trained = rows_of(tmp_path / "out", "train")

@@ -23,7 +23,7 @@ def origin(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def place(origin, data) -> tuple[Path, Path]:
-    """(what a run begins with, its data)."""
+    """(the initial model, the data)."""
     return origin, data
 
 
@@ -54,8 +54,8 @@ def test_a_checkpoint_before_the_cooldown_is_kept(stable):
 
 
 def test_a_lengthened_run_with_a_stable_phase_is_the_longer_run(stable, place, tmp_path):
-    """To the bit: its rate has not fallen yet where it begins. The earlier run stays as it is, and an interrupted one
-    goes on by the same command."""
+    """They are equal bit for bit, since the longer run begins before the rate falls. The earlier run is not changed,
+    and the same command continues an interrupted longer run."""
     before = files(stable)
     out = train(place, tmp_path / "out", LONGER, lengthen=str(stable), keep_checkpoints=9, **WSD)
     planned = train(place, tmp_path / "planned", LONGER, **WSD)

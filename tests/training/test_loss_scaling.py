@@ -87,7 +87,7 @@ def test_the_curve_is_that_of_float32(config, tmp_path, monkeypatch):
 
 
 def test_small_gradients_survive():
-    """Of gradients this small fp16 keeps next to nothing, and with a scaled loss all but its rounding: see above."""
+    """Without scaling, fp16 loses gradients this small; with a scaled loss it loses only its rounding, as above."""
     torch.manual_seed(0)
     model, batch = Model(DENSE), Rows().next_batch()
 

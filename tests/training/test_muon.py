@@ -28,7 +28,7 @@ def gradients(shapes, seed: int) -> list[torch.Tensor]:
 
 
 def after(make, shapes=SHAPES, steps: int = 3) -> list[torch.Tensor]:
-    """Parameters after steps of the optimizer that `make` makes of them."""
+    """The parameters after some steps of the optimizer make(parameters)."""
     parameters = [nn.Parameter(value) for value in gradients(shapes, 0)]
     optimizer = make(parameters)
     for step in range(steps):
@@ -151,7 +151,7 @@ def test_parts_are_orthogonalised_apart():
         return Muon(parameters, lr=0.1, rows={parameters[0]: (12, 4, 4), parameters[1]: (8, 8)})
 
     def apart(parameters):
-        """The same numbers in parameters of their own, whose storage is that of the whole."""
+        """The parts of a tensor as separate parameters, which share its storage."""
         views = [*parameters[0].data.split((12, 4, 4)), *parameters[1].data.view(-1, 12).split(8)]
         parts = [nn.Parameter(view) for view in views]
         optimizer = Muon(parts, lr=0.1, batch_elements=1)
@@ -172,8 +172,8 @@ def test_parts_are_orthogonalised_apart():
 
 @pytest.mark.parametrize("config", [SMALL, MOE], ids=["dense", "moe"])
 def test_every_stored_matrix_is_orthogonalised_by_itself(config):
-    """q, k and v, gate and up, and each expert apart, as torch's Muon does it with what a file holds; the router is
-    AdamW's."""
+    """q, k, v, gate, up and each expert are separate matrices, as in torch's Muon on the tensors of a file. AdamW
+    updates the router."""
     torch.manual_seed(0)
     model = Model(config)
     for parameter in model.parameters():
@@ -241,7 +241,8 @@ def test_a_vector_is_refused(shape, rows, message):
 
 
 def test_checkpoints_of_torchs_muon_load():
-    """bf16 iterations differ between the forms, and between processors; momentum that is not there differs far more."""
+    """bf16 iterations differ between the forms and between processors, but missing momentum would make a far larger
+    difference."""
 
     def take_steps(steps, theirs, state=None, weights=None):
         torch.manual_seed(0)

@@ -84,7 +84,7 @@ def test_curve_is_that_of_one_process(processes, flags, data, alone, tmp_path):
 
 @pytest.mark.heavy
 def test_one_killed_rank_then_another_count_and_strategy(data, alone, tmp_path):
-    """kill -9 of one rank ends the run; the checkpoint goes on elsewhere, no line is written twice."""
+    """kill -9 of one rank ends the run. Other processes continue from its checkpoint, and no line is written twice."""
     out = tmp_path / "out"
     process, worker = start_until(6, command(data, out, *FLAGS, *FSDP), out)
     os.kill(worker, signal.SIGKILL)

@@ -115,7 +115,7 @@ def test_every_stage_plans_and_leaves_nothing(stage, origin, tmp_path):
 
 @pytest.mark.heavy
 def test_the_run_is_as_planned(origin, tmp_path):
-    """Rows that leave much open: passes, length of a row, optimizer."""
+    """Data for which the run must choose the passes, the row length and the optimizer."""
     data = rows("chats", tmp_path / "mine.jsonl", 150, 300)
     flags = {"batch_tokens": 8192, "seed": 3}
     where = {"from_": str(origin), "data": (str(data),), "cache_dir": str(tmp_path / "cache")}
@@ -141,7 +141,7 @@ def test_the_run_is_as_planned(origin, tmp_path):
     ("stage", "kind"), [("pretrain", "text"), ("sft", "chats"), pytest.param("dpo", "pairs", marks=pytest.mark.heavy)]
 )
 def test_a_sample_of_the_data_gives_the_plan_of_all_of_it(stage, kind, origin, tmp_path, monkeypatch):
-    """Four standard errors: once in 16,000."""
+    """Four standard errors are allowed, which chance exceeds once in 16,000."""
     data = rows(kind, tmp_path / "mine.jsonl", 6000)
     where = {"from_": str(origin), "data": (str(data),), "cache_dir": str(tmp_path / "cache")}
     truth = plan(stage, **where)
@@ -234,7 +234,8 @@ def test_bad_rows_are_named_by_the_users_file(origin, tmp_path):
 
 
 def test_two_standard_errors_hold_the_truth_nineteen_times_in_twenty():
-    """400 samples of rows whose tokens follow their bytes loosely: binomial, four deviations from 95%."""
+    """400 samples of rows whose tokens are loosely proportional to their bytes. The count is binomial, and four
+    deviations from 95% are allowed."""
     rng = np.random.default_rng(0)
     within = 0
     for _ in range(400):
@@ -257,7 +258,7 @@ def test_step_bytes_agree_with_tokens_that_fit():
 
 
 def test_operations_are_those_of_what_is_trained():
-    """A third each for forward, what the backward passes on, and the gradients of what learns."""
+    """A third each for the forward, the gradients of activations, and the gradients of trained weights."""
     torch.manual_seed(0)
     model = Model(TINY)
     whole = model.flops_per_token(64)

@@ -26,8 +26,8 @@ def rollouts_of(folder: Path, mean_length: float, seed: int = 0, **flags) -> lis
 
 
 def test_the_critic_of_a_constant_reward_finds_it(tmp_path):
-    """Every answer is worth 1. With the value of the end added to what a cut-off answer is worth, the critic rose by
-    0.2 a rollout without end, to 4.8, and no answer ended any more (0.56 -> 0.00)."""
+    """Every answer has reward 1. When the value of its last state was added to the reward of a cut-off answer, the
+    critic's values rose by 0.2 per rollout, up to 4.8, and no answer ended any more (0.56 -> 0.00)."""
     rollouts = rollouts_of(
         tmp_path, 12, 1, rollouts=20, prompts=32, max_new_tokens=10, critic_lr=3e-3, reward=(REWARD + "one",)
     )
@@ -37,7 +37,7 @@ def test_the_critic_of_a_constant_reward_finds_it(tmp_path):
 
 
 def rewards_of(folder: Path, seed: int) -> list[float]:
-    """1 and half of the share of 128 tokens that an answer has: 60 tokens on average before training."""
+    """1 + tokens / 256 for each answer; answers have 60 tokens on average before training."""
     rollouts = rollouts_of(folder, 60, seed, rollouts=6, prompts=48, max_new_tokens=128, reward=(REWARD + "longer",))
     return [row["reward"] for row in rollouts]
 

@@ -121,7 +121,7 @@ def test_the_range_of_success_is_that_of_the_rewards(reward, flags, expected):
 
 
 def test_a_reward_model_needs_no_range(origin, prompts, tmp_path):
-    """Rewards that may be anything: normalised, and success is three deviations wide."""
+    """Rewards without bounds are normalised, and success spans three deviations to either side."""
     flags = ["--rollouts", "2", "--save-every", "9", "--thinking", "0.5", "--mask-truncated", "True"]
     arguments = command("spo", origin, prompts, tmp_path / "out", *flags)
     at = arguments.index("--reward-range")
@@ -133,7 +133,7 @@ def test_a_reward_model_needs_no_range(origin, prompts, tmp_path):
 
 
 def test_a_stopped_rollout_leaves_the_policy_and_not_the_critic(origin, prompts, tmp_path):
-    """The first step on a rollout has a KL of rounding alone; behind it every step is above so low a target."""
+    """The KL of the first step on a rollout is rounding only; every later step exceeds so low a target."""
     flags = ["--target-kl", "1e-7", "--minibatches", "3", "--rollouts", "2", "--critic-lr", "0.01"]
     flags += ["--reward-norm", "running", "--truncation-penalty", "0.5", "--save-every", "1"]
     out = tmp_path / "out"

@@ -202,11 +202,11 @@ def test_accumulated_micro_batches_give_the_same_figures(data, accumulated_whole
 
 
 def test_a_run_resumes_with_other_micro_batches(data, accumulated_whole, tmp_path):
-    """As after running out of memory. What it was told of is on record."""
+    """As a user does after running out of memory. versions.json records the changed flags."""
     out = accumulated(data, as_killed(accumulated_whole, 4, tmp_path / "cut"), 128, recompute=True)
     assert_same_but_for_rounding(out, accumulated_whole)
     assert rows_of(out, "train")[:4] == rows_of(accumulated_whole, "train")[:4]
-    assert rows_of(out, "train")[4:] != rows_of(accumulated_whole, "train")[4:]  # in other parts indeed
+    assert rows_of(out, "train")[4:] != rows_of(accumulated_whole, "train")[4:]  # the micro-batches did change
     starts = json.loads((out / "versions.json").read_text())["starts"]
     assert starts[-1]["changed"] == {"micro_tokens": 128, "recompute": True} and "changed" not in starts[0]
 

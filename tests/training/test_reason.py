@@ -187,7 +187,8 @@ def test_the_format(mode, text, answer):
 
 
 def test_figures_are_those_of_what_was_written(monkeypatch):
-    """Written replies in place of a model's: shares of the format and of right answers, and the prompts asked."""
+    """Prepared replies replace those of a model: the shares in the format, of right answers, and the prompts are
+    checked."""
     tokenizer = load_tokenizer()
     right, wrong, broken = "<think>\nso\n</think>\n\n4", "<think>\nso\n</think>\n\n5", "4"
     asked = [HeldOutQuestion([7 + i], tokenizer.encode(right)) for i in range(4)]

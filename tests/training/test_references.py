@@ -198,7 +198,7 @@ def chats(folder: Path) -> Path:
 
 
 def teacher(folder: Path) -> None:
-    """Random weights, others each time."""
+    """A model with new random weights at each call."""
     save_weights(Model(TINY), folder)
     load_tokenizer().save(folder)
 
@@ -228,7 +228,7 @@ RL = {"rollouts": 1, "prompts": 2, "minibatches": 1, "max_new_tokens": 2, "evals
     ],
 )
 def test_references_of_a_run_are_identified_by_their_weights(stage, make, flags, named, origin, tmp_path):
-    """Trained anew at the same place, it makes another run."""
+    """A reference that was trained anew at the same path makes another run."""
     folder, out = tmp_path / "reference", tmp_path / "out"
     given = {"from_": str(origin), "data": (str(chats(tmp_path)),), "out": str(out), "cache_dir": str(tmp_path / "c")}
     for start in range(3):

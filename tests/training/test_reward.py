@@ -152,8 +152,8 @@ def test_errors_are_one_line(flags, message, origin, pairs, tmp_path):
 
 @pytest.mark.slow
 def test_a_nano_learns_to_tell_manners(tmp_path):
-    """From nothing, on questions that are worded as no training question is: the answer's manner alone is right in half
-    of the pairs, and so is a coin; four in five of 234 are nine standard deviations from that."""
+    """Tested on questions worded unlike any training question. A model that looks at the answer alone is right in half
+    of the pairs, as is a coin; four in five of 234 pairs are nine standard deviations from that."""
     first, out = save_origin(ModelConfig.preset("nano"), tmp_path / "origin"), tmp_path / "reward"
     arguments = [
         sys.executable,

@@ -121,7 +121,7 @@ def test_a_missing_choice_is_no_difference(tmp_path):
 
 @pytest.mark.parametrize("out", [True, False])
 def test_a_run_of_an_earlier_version_resumes_unchanged(tmp_path, out):
-    """Without flags that came later, and with what stood where the data decides by now."""
+    """Its configuration lacks newer flags, and has fixed values where the data decides now."""
     place = (str(tmp_path / "x") if out else None, "x")
     old = {"stage": "sft", "args": {"lr": None, "seq_len": 512}, "model": {}}
     first = opened(*place, old, "auto", tmp_path)
@@ -139,7 +139,7 @@ def test_a_run_of_an_earlier_version_resumes_unchanged(tmp_path, out):
 
 
 def test_a_run_with_required_epochs_and_optimizer_resumes(tmp_path):
-    """It has chosen other things already, and says what these two were then."""
+    """Its folder records other choices, and these two as flags with values."""
     defaults = Defaults(
         {"epochs": None, "optimizer": None, "seq_len": None}, {"epochs": 3.0, "optimizer": "muon", "seq_len": 512}
     )
@@ -170,7 +170,7 @@ def test_choices_are_found_again(tmp_path):
 
 
 def test_equal_choices_and_flags_make_the_same_run(tmp_path, monkeypatch):
-    """Flags that come to what the data decided, paths from elsewhere, a model that was moved."""
+    """Flags equal to what the data decided, paths from another working directory, and a model that was moved."""
     monkeypatch.chdir(tmp_path)
     chosen = {"seq_len": 1024, "split": "hash", "batch_tokens": 4096}
     known = {"weights": "step-00000100 abc"}
@@ -280,7 +280,7 @@ def test_trackio_knows_a_run_by_its_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["trackio", "wandb", "swanlab", "tensorboard"])
 def test_a_tracker_that_fails_is_left_behind(name, tmp_path, monkeypatch, capsys):
-    """Its network, its disk: the run goes on. What fails at its start is an error, before anything is computed."""
+    """If its network or disk fails, the run goes on. A failure at its start is an error before anything is computed."""
     service = FakeService()
     monkeypatch.setitem(sys.modules, name, service)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", service)

@@ -292,6 +292,6 @@ def test_other_weights_make_another_run(unbroken, origin, chats, tmp_path):
 
 @pytest.mark.slow
 def test_a_pretrained_nano_learns_to_answer(taught):
-    """From none to most of the questions that no training conversation words so."""
+    """It answers none before and most after, of questions worded unlike any training conversation."""
     exact = [row["heldout_exact"] for row in rows_of(taught / "runs" / "sft-nano-builtin", "eval")]
     assert exact[0] < 0.02 and exact[-1] > 0.9, exact

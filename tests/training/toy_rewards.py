@@ -8,12 +8,12 @@ from minimind.rewards import Sample
 
 
 def vowels(samples: Sequence[Sample]) -> list[float]:
-    """Something that answers of random weights differ in."""
+    """A tenth of the number of vowels, which differs between the answers of a random model."""
     return [sum(letter in "aeiou" for letter in sample.text) / 10 for sample in samples]
 
 
 def no_z(samples: Sequence[Sample]) -> list[float]:
-    """Raises where an answer holds a z."""
+    """As vowels, but raises if an answer has a z."""
     if any("z" in sample.text for sample in samples):
         raise RuntimeError("an answer holds a z")
     return vowels(samples)
@@ -32,10 +32,10 @@ def all_equal(samples: Sequence[Sample]) -> list[float]:
 
 
 def one(samples: Sequence[Sample]) -> list[float]:
-    """Every answer is worth 1, however long: there is nothing to learn."""
+    """1 for every answer, so that there is nothing to learn."""
     return [1.0] * len(samples)
 
 
 def longer(samples: Sequence[Sample]) -> list[float]:
-    """1 and half of the share of 128 tokens that an answer has."""
+    """1 + tokens / 256."""
     return [1 + 0.5 * len(sample.token_ids) / 128 for sample in samples]

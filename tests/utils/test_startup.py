@@ -146,7 +146,7 @@ def test_the_command_without_arguments_imports_nothing_heavy():
 
 
 def test_help_fills_its_lines(monkeypatch, capsys):
-    """It does not break them where the docstrings in the source do; in scripts and in commands."""
+    """Its lines do not break where those of the source's docstrings do, in scripts and in commands."""
     from train.pretrain import Args
 
     monkeypatch.setenv("COLUMNS", "200")

@@ -1,4 +1,5 @@
-"""Decoding of minimind2-small: the pages that sequences hold, and what a step reads, beside measured steps."""
+"""Decoding of minimind2-small: the pages that sequences hold, and the bytes that a step reads, beside measured
+steps."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def draw() -> Figure:
 
 @torch.no_grad()
 def _route(model: Model, ids: torch.Tensor) -> ops.Routing:
-    """By the router of the first block, of the embeddings alone; the weights are random."""
+    """Route the tokens' embeddings with the first block's router; its weights are random."""
     x, _ = model.layers[0].post_attention_layernorm(model.embed_tokens(ids))
     return ops.route(model.layers[0].mlp.router(x), 2, True)
 

@@ -40,7 +40,7 @@ def full_bytes(tokens: int) -> int:
 
 
 def rows_at_once(tokens: int) -> int:
-    """Of bf16 logits on a GPU."""
+    """The number of rows whose bf16 logits a GPU holds at once."""
     return min(tokens, chunk_rows(torch.device("cuda"), 2 * CONFIG.vocab_size))
 
 

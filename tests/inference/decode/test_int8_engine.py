@@ -22,7 +22,7 @@ from tests.inference.test_engine import engine_of, greedily, new_ids
 
 
 def continued(model: Model, prompt: list[int], new: list[int], weights_dtype) -> torch.Tensor:
-    """log p of the new tokens, float64, decoded with 8 bits or without, after a prompt that was computed without."""
+    """log p of the new tokens, float64, decoded with 8-bit weights or without, after a prompt computed without them."""
     decoder = Decoder.of(model, 1)
     logits = [decoder.step(torch.tensor([token])) for token in prompt][-1:]
     decoder.weights = DecodeWeights.from_model(model, None, weights_dtype)

@@ -171,7 +171,7 @@ def test_every_number_is_stored_as_torch_rounds_it(dtype):
 @needs_native
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, FP8])
 def test_native_equals_the_reference_on_what_it_writes(cache_dtype):
-    """q, and a later attention over the cache, agree: what one writes the other can read."""
+    """q agrees, and so does later attention over the cache: each can read what the other wrote."""
     results = []
     for backend in ("reference", "native"):
         args = rope_inputs(torch.float32, cache_dtype, (8, 2, 64), False)

@@ -16,8 +16,8 @@ STEPS = {"grpo": (4, 1), "ppo": (4, 2), "spo": (4, 1)}  # (steps, passes) on eac
 
 
 def assert_learnt(run: Path, steps: int, passes: int) -> None:
-    """From below 0.4 to above 0.7 of the maximum on held-out prompts, rising in each third; trained on sampled tokens
-    alone, and clipped as the algorithm says."""
+    """The held-out reward rises from below 0.4 to above 0.7 of its maximum, in each third of the run. Only sampled
+    tokens are trained on, and the clip acts as the algorithm says."""
     held = [row["heldout_reward"] for row in rows_of(run, "eval")]
     assert 0.2 < held[0] < 0.4 and held[-1] > 0.7, held
     rollouts, trained = rows_of(run, "rollout"), rows_of(run, "train")
@@ -28,7 +28,7 @@ def assert_learnt(run: Path, steps: int, passes: int) -> None:
         mine = trained[i * steps : (i + 1) * steps]
         learnt = sum(row["targets"] for row in mine) / (rollout["answers"] * rollout["length"])
         assert learnt == pytest.approx(passes)
-        first = mine[0]  # the policy is still what the answers are of, to bf16's rounding
+        first = mine[0]  # the policy still equals the one that sampled the answers, to bf16's rounding
         assert first["clipped"] < 0.02 and first["ratio"] == pytest.approx(1, abs=0.02)
     later = [row["clipped"] for i, row in enumerate(trained) if i % steps]
     assert 0.001 < np.mean(later) < 0.3, np.mean(later)

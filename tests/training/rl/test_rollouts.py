@@ -50,7 +50,7 @@ def truth(model, answers: list[Answer], dtype: torch.dtype) -> np.ndarray:
 
 
 def test_engine_and_trainer_agree_to_rounding():
-    """Both within twice what plain float32 is off, of the float64 truth: so the ratio is 1 before an update."""
+    """Both are within twice plain float32's error of the float64 truth, so the ratio is 1 before an update."""
     model = small_model()
     answers = sampled(model, RolloutOptions(3, 9))
     exact = truth(model, answers, torch.float64)
@@ -285,8 +285,8 @@ def cut_off(number: int) -> tuple[str, str]:
 
 
 def test_cut_off_answers_are_penalised_and_masked_on_request():
-    """The second answer to each prompt was cut off: its reward is less by the penalty, and the mask leaves it out of
-    the loss, not out of what the others are compared with."""
+    """The second answer to each prompt was cut off: its reward is reduced by the penalty. The mask leaves it out of the
+    loss, but other answers are still compared with it."""
 
     class CutOff(Scripted):
         def sample(self, prompts, drawn, options):
@@ -350,7 +350,7 @@ def test_policy_and_critic_load_from_a_checkpoint(shared, tmp_path):
 
 
 def test_the_rest_of_a_rollout_is_skipped_after_too_much_drift():
-    """Two micro-batches of 10 and 30 tokens: their mean KL, and not one of them, is held against the target."""
+    """Two micro-batches of 10 and 30 tokens: the mean KL of all 40 tokens is compared with the target."""
     policy, critic = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
     stop = DriftStop(0.1, [policy], Parallel())
     light, heavy = (replace(pack([], torch.device("cpu"), n, 1, SHAPE)) for n in (10, 30))
