@@ -97,9 +97,9 @@ def against(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[ratios.A
         )
         if benchmark.disabled:
             return
-        found = ratios.measurement(said, benchmark.stats.stats.data, beside[-rounds:])
-        benchmark.extra_info |= {"reference": said, "ratio": found.ratio}
-        report.measured[f"{name} {variant}".strip()] = found
+        new = ratios.measurement(said, benchmark.stats.stats.data, beside[-rounds:])
+        benchmark.extra_info |= {"reference": said, "ratio": new.ratio}
+        report.measured[f"{name} {variant}".strip()] = new
 
     gc.collect()
     gc.disable()  # a collection would count for one of the two only

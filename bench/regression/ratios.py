@@ -111,9 +111,9 @@ def read(path: Path = BASELINE) -> dict[str, Entry]:
 def rewrite(path: Path, measured: Mapping[str, Measurement], processor: str) -> None:
     """Write the measured ratios into the file. Entries that were not measured stay, and so does every `allowed`."""
     entries = read(path)
-    for name, found in measured.items():
+    for name, new in measured.items():
         allowed = entries[name].allowed if name in entries else ALLOWED
-        entries[name] = Entry(float(f"{found.ratio:.3g}"), allowed, found.reference, processor)
+        entries[name] = Entry(float(f"{new.ratio:.3g}"), allowed, new.reference, processor)
     content = {name: asdict(entries[name]) for name in sorted(entries)}
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -121,7 +121,7 @@ def rewrite(path: Path, measured: Mapping[str, Measurement], processor: str) -> 
 def table(rows: Sequence[RatioRow]) -> list[str]:
     """The report: a head, a line for each measured row, and the names of the others."""
     head = ("benchmark", "ms", "reference ms", "ratio", "baseline", "change", "allowed", "verdict")
-    cells = [head, *(_cells(row, found) for row in rows if (found := row.measured))]
+    cells = [head, *(_cells(row, new) for row in rows if (new := row.measured))]
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
     run = {_benchmark(row.name) for row in rows if row.measured}
     missing = ", ".join(row.name for row in rows if _benchmark(row.name) not in run)
@@ -133,13 +133,13 @@ def _benchmark(name: str) -> str:
     return name.partition(" ")[0]
 
 
-def _cells(row: RatioRow, found: Measurement) -> tuple[str, ...]:
+def _cells(row: RatioRow, new: Measurement) -> tuple[str, ...]:
     entry, change = row.entry, row.change
-    times = [f"{seconds * 1e3:.2f}" for seconds in (found.subject_seconds, found.reference_seconds)]
+    times = [f"{seconds * 1e3:.2f}" for seconds in (new.subject_seconds, new.reference_seconds)]
     committed = ["", "", ""]
     if entry is not None and change is not None:
         committed = [f"{entry.ratio:.3g}", f"{change:.2f}x", f"{entry.allowed:g}x"]
-    return (row.name, *times, f"{found.ratio:.3g}", *committed, row.verdict)
+    return (row.name, *times, f"{new.ratio:.3g}", *committed, row.verdict)
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

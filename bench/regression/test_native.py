@@ -111,8 +111,8 @@ def test_sample(against: Against) -> None:
     inputs = (logits, one, *filters, one, 0 * one, history, seeds, torch.zeros(BATCH, dtype=torch.int64))
 
     def plain() -> Tensor:
-        found, ids = logits.log_softmax(-1).topk(50)
-        p = found.softmax(-1)
+        top, ids = logits.log_softmax(-1).topk(50)
+        p = top.softmax(-1)
         p = p.masked_fill(p.cumsum(-1) - p >= 0.9, 0)
         return ids.gather(1, torch.multinomial(p, 1))
 

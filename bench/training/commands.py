@@ -126,8 +126,8 @@ class RunPlan:
 
     def is_of(self, row: TimeToLossRow) -> bool:
         """Whether this is the row of this run."""
-        mine = (self.stage, self.name, self.data, self.preset, self.seed, self.lr, round(self.minutes, 6))
-        return mine == (row.stage, row.implementation, row.data, row.preset, row.seed, row.lr, round(row.minutes, 6))
+        own = (self.stage, self.name, self.data, self.preset, self.seed, self.lr, round(self.minutes, 6))
+        return own == (row.stage, row.implementation, row.data, row.preset, row.seed, row.lr, round(row.minutes, 6))
 
     def __str__(self) -> str:
         rate = "" if self.lr is None else f", rate {self.lr:g}"
@@ -249,7 +249,7 @@ class _Saves:
 
     def __init__(self, copy: Path, folder: Path, log: Path) -> None:
         self.copy, self.folder, self.log = copy, folder, log
-        self.found: list[tuple[Path, int, float]] = []
+        self.saved: list[tuple[Path, int, float]] = []
         self._newest = 0
 
     def look(self, elapsed: float) -> None:
@@ -258,10 +258,10 @@ class _Saves:
         if resume is None or (changed := resume.stat().st_mtime_ns) == self._newest:
             return
         self._newest = changed
-        kept = self.folder / f"save-{len(self.found) + 1}.pth"
+        kept = self.folder / f"save-{len(self.saved) + 1}.pth"
         shutil.copyfile(resume.with_name(resume.name.replace("_resume", "")), kept)
         epochs = _LOGGED.findall(self.log.read_text(encoding="utf-8"))  # a line is logged before each save
-        self.found.append((kept, sum(int(done) for done in dict(epochs).values()), elapsed))
+        self.saved.append((kept, sum(int(done) for done in dict(epochs).values()), elapsed))
 
 
 def _evaluated(plan: RunPlan, saves: _Saves) -> Watched:
@@ -270,7 +270,7 @@ def _evaluated(plan: RunPlan, saves: _Saves) -> Watched:
     tokenizer = load_tokenizer(Path(plan.upstream) / "model")
     heldout = open_data("pretrain", str(plan.parts[1]), tokenizer)
     points: list[CurvePoint] = []
-    for file, batches, seconds in saves.found:
+    for file, batches, seconds in saves.saved:
         tokens = batches * plan.rows * PADDED
         model = load_model(file, upstream_config(file, plan.preset)).to(choose_device(plan.device))
         points.append(point_of({"tokens": tokens, **heldout_figures(model, heldout, tokenizer, 0)}, seconds))

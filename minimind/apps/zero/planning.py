@@ -70,10 +70,10 @@ class Plan:
     notes: tuple[str, ...]
 
     @staticmethod
-    def of(found: Mapping[str, Any]) -> Plan:
+    def of(fields: Mapping[str, Any]) -> Plan:
         """Rebuild a plan from dataclasses.asdict(plan) after a round trip through JSON."""
-        stages = [StagePlan(**{**stage, "flags": tuple(stage["flags"])}) for stage in found["stages"]]
-        return Plan(**{**found, "stages": tuple(stages), "notes": tuple(found["notes"])})
+        stages = [StagePlan(**{**stage, "flags": tuple(stage["flags"])}) for stage in fields["stages"]]
+        return Plan(**{**fields, "stages": tuple(stages), "notes": tuple(fields["notes"])})
 
     @property
     def seconds(self) -> float:
@@ -153,8 +153,8 @@ def ask_script(chain: Chain, name: str, preset: str | None) -> dict[str, Any]:
             interpreter(chain.command(name, flags)), stdin=subprocess.DEVNULL, capture_output=True, text=True
         )
         if answer.returncode or not file.exists():
-            told = (answer.stdout + answer.stderr).strip().splitlines() or ["it failed without a message"]
-            raise ValueError(f"{name}: {told[-1].removeprefix('error: ')}")
+            lines = (answer.stdout + answer.stderr).strip().splitlines() or ["it failed without a message"]
+            raise ValueError(f"{name}: {lines[-1].removeprefix('error: ')}")
         return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -190,7 +190,7 @@ class Draft:
     rigid: the length is fixed."""
 
     name: str
-    found: dict[str, Any]
+    estimate: dict[str, Any]
     whole: float
     least: float
     overhead: float
@@ -199,9 +199,9 @@ class Draft:
 
     def cut(self, seconds: float) -> StagePlan:
         """The plan of the stage if it trains for `seconds`."""
-        found, stage = self.found, STAGES[self.name]
+        estimate, stage = self.estimate, STAGES[self.name]
         part = self.most * min(1.0, seconds / self.whole) if self.whole else self.most
-        usual = stage.usual or found["tokens"]
+        usual = stage.usual or estimate["tokens"]
         length = _round_down(part * usual)
         flags: tuple[str, ...] = ()
         if not self.rigid and length != usual and part != 1.0:
@@ -209,28 +209,28 @@ class Draft:
         else:
             part = 1.0
         own = self.whole / self.most
-        card = {c["name"]: c["hours"] * 3600 * part for c in found["cards"]}
-        peaks = {c["name"]: found["flops"] / (c["utilisation"] * c["hours"] * 3600) for c in found["cards"]}
-        like_here = min(found["cards"], key=lambda c: abs(c["micro_tokens"] - found["micro_tokens"]))
+        card = {c["name"]: c["hours"] * 3600 * part for c in estimate["cards"]}
+        peaks = {c["name"]: estimate["flops"] / (c["utilisation"] * c["hours"] * 3600) for c in estimate["cards"]}
+        like_here = min(estimate["cards"], key=lambda c: abs(c["micro_tokens"] - estimate["micro_tokens"]))
         return StagePlan(
             name=self.name,
             flags=flags,
-            preset=found["preset"],
-            parameters=found["parameters"],
-            tokens=round(found["tokens"] * part),
-            steps=max(1, math.ceil(found["steps"] * part)),
-            passes=found["epochs"] * part,
+            preset=estimate["preset"],
+            parameters=estimate["parameters"],
+            tokens=round(estimate["tokens"] * part),
+            steps=max(1, math.ceil(estimate["steps"] * part)),
+            passes=estimate["epochs"] * part,
             seconds=self.overhead + own * part,
             memory=like_here["bytes"],
             cards=card,
             peaks=peaks,
-            flops_per_token=found["flops_per_token"],
+            flops_per_token=estimate["flops_per_token"],
             shortened=part < 1,
         )
 
 
-def draft(chain: Chain, name: str, found: dict[str, Any], budget: BudgetName, evals: int) -> Draft:
-    own = found["measured_hours"] * 3600
+def draft(chain: Chain, name: str, estimate: dict[str, Any], budget: BudgetName, evals: int) -> Draft:
+    own = estimate["measured_hours"] * 3600
     length = {STAGES[name].length, "--epochs", "--tokens", "--rollouts"}
     rigid = bool(length & set(chain.extra.get(name, ()))) or name == "sums" or budget == "full"
     most = PASSES if name == "pretrain" and not rigid else 1.0
@@ -238,10 +238,10 @@ def draft(chain: Chain, name: str, found: dict[str, Any], budget: BudgetName, ev
     if rigid or (chain.builtin(name) and name != "pretrain"):
         least = own  # these data are small, and part of them teaches nothing visible
     elif chain.builtin(name):
-        least = own * min(1.0, LEAST / found["tokens"])
-    held = _HELD_OUT * found["data"]["tokens"]
+        least = own * min(1.0, LEAST / estimate["tokens"])
+    held = _HELD_OUT * estimate["data"]["tokens"]
     scored = (evals + 1) * min(held, _EVAL_TOKENS) + min(held, 1e6)
-    return Draft(name, found, own * most, least, START + scored * _per_token(found) / 3, most, rigid)
+    return Draft(name, estimate, own * most, least, START + scored * _per_token(estimate) / 3, most, rigid)
 
 
 def share_out(drafts: Sequence[Draft], seconds: float) -> list[float]:
@@ -275,9 +275,9 @@ def _short(seconds: float) -> str:
     return duration(seconds) if seconds >= 1 else "<1s"
 
 
-def _per_token(found: Mapping[str, Any]) -> float:
+def _per_token(estimate: Mapping[str, Any]) -> float:
     """Seconds of training per token, optimizer steps included."""
-    return found["measured_hours"] * 3600 / max(1, found["tokens"])
+    return estimate["measured_hours"] * 3600 / max(1, estimate["tokens"])
 
 
 def _round_down(number: float) -> int:

@@ -157,11 +157,11 @@ def _stage(state: State, plan: StagePlan, results: Results) -> str:
     )
 
 
-def _evaluation(found: FinalResults) -> str:
+def _evaluation(results: FinalResults) -> str:
     """Perplexity by context length, benchmarks and exports; "" without any."""
     parts = []
-    if found.perplexity:
-        rows = found.perplexity
+    if results.perplexity:
+        rows = results.perplexity
         curves = [
             Curve(label, [(row["context"], row[key]) for row in rows], dots=True)
             for label, key in (("all tokens", "perplexity"), ("second halves of the windows", "second_half"))
@@ -173,11 +173,11 @@ def _evaluation(found: FinalResults) -> str:
             "Perplexity by context length", "of text that was not trained on", "tokens of context", curves
         )
         parts.append(f'<div class="charts">{chart}</div>{table(head, cells)}')
-    if found.tasks:
-        cells = [[task, metric, f"{value:.4f}"] for (task, metric), value in found.tasks.items()]
+    if results.tasks:
+        cells = [[task, metric, f"{value:.4f}"] for (task, metric), value in results.tasks.items()]
         parts.append(table(["benchmark", "metric", "value"], cells))
-    if found.exports:
-        parts.append(table(["exported", "MB"], [[str(path), f"{size / 1e6:,.1f}"] for path, size in found.exports]))
+    if results.exports:
+        parts.append(table(["exported", "MB"], [[str(path), f"{size / 1e6:,.1f}"] for path, size in results.exports]))
     return f"<h2>Evaluation and export</h2>{''.join(parts)}" if parts else ""
 
 

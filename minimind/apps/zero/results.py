@@ -118,20 +118,20 @@ class Results:
 
     def speed(self) -> list[tuple[float, float]]:
         """(minutes of training, tokens per second) at each measurement."""
-        found = {row["time"]["seconds"]: row["time"]["tokens_per_second"] for row in self.train}
-        return thinned([(seconds / 60, rate) for seconds, rate in found.items()])
+        rates = {row["time"]["seconds"]: row["time"]["tokens_per_second"] for row in self.train}
+        return thinned([(seconds / 60, rate) for seconds, rate in rates.items()])
 
     def _measured(self, key: str) -> list[tuple[float, float]]:
         return [(row["tokens"] / 1e6, row[key]) for row in self.evals if key in row]
 
     def figures(self) -> dict[str, tuple[float, float]]:
         """(before, after) of every held-out loss, share and reward."""
-        found: dict[str, tuple[float, float]] = {}
+        figures: dict[str, tuple[float, float]] = {}
         for key in dict.fromkeys(key for row in self.evals for key in row):
             if is_share(key) or key in ("heldout_reward", "heldout_greedy_reward") or key.endswith("heldout_loss"):
                 values = [row[key] for row in self.evals if key in row]
-                found[key] = values[0], values[-1]
-        return found
+                figures[key] = values[0], values[-1]
+        return figures
 
 
 def rows_of(file: Path) -> Iterable[dict[str, Any]]:
@@ -154,20 +154,20 @@ def is_share(key: str) -> bool:
 
 def share_name(key: str) -> str:
     """The name of a share in words: "exact answers" for heldout_exact, "NAME: exact answers" for NAME_exact."""
-    found = _SHARE.match(key)
-    assert found is not None
-    of = found[1].removeprefix("heldout").strip("_").replace("_", " ")
-    return f"{of}: {_SHARES[found[2]]}" if of else _SHARES[found[2]]
+    match = _SHARE.match(key)
+    assert match is not None
+    of = match[1].removeprefix("heldout").strip("_").replace("_", " ")
+    return f"{of}: {_SHARES[match[2]]}" if of else _SHARES[match[2]]
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """A moving average over about 2% of the points, without bias at the start."""
-    decay, mean, weight, found = 1 - 1 / max(2, len(points) / 50), 0.0, 0.0, []
+    decay, mean, weight, averages = 1 - 1 / max(2, len(points) / 50), 0.0, 0.0, []
     for x, y in points:
         if y == y and abs(y) != float("inf"):
             mean, weight = decay * mean + (1 - decay) * y, decay * weight + (1 - decay)
-            found.append((x, mean / weight))
-    return found
+            averages.append((x, mean / weight))
+    return averages
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = _POINTS) -> list[tuple[float, float]]:
@@ -243,8 +243,8 @@ class FinalResults:
 
     def lines(self) -> list[str]:
         """For the command's end."""
-        found = [f"{score['perplexity']:.4g} at {score['context']:,}" for score in self.perplexity]
-        lines = [f"perplexity by context length: {', '.join(found)}"] if found else []
+        scores = [f"{score['perplexity']:.4g} at {score['context']:,}" for score in self.perplexity]
+        lines = [f"perplexity by context length: {', '.join(scores)}"] if scores else []
         lines += [f"{task}: {metric} {value:.4f}" for (task, metric), value in self.tasks.items()]
         return [*lines, *(f"exported: {path}, {size / 1e6:,.1f} MB" for path, size in self.exports)]
 
@@ -266,10 +266,10 @@ def closing_lines(state: State, page: Path | None, status: int) -> list[str]:
     assert state.plan is not None
     lines = []
     for stage in state.plan.stages:
-        found = Results.of(state.folder / stage.name)
-        if found is not None and found.finished:
-            told = "; ".join(f"{name_of(key)} {spell(key, *values)}" for key, values in found.figures().items())
-            lines.append(f"{stage.name}: {duration(state.seconds.get(stage.name, 0.0))}; {told}")
+        results = Results.of(state.folder / stage.name)
+        if results is not None and results.finished:
+            figures = "; ".join(f"{name_of(key)} {spell(key, *values)}" for key, values in results.figures().items())
+            lines.append(f"{stage.name}: {duration(state.seconds.get(stage.name, 0.0))}; {figures}")
     lines += FinalResults.of(state.folder).lines()
     if status == 2:
         lines.append(f"stopped by the error above; {state.folder / 'zero.log'} has the whole output. Once the cause is "
@@ -316,12 +316,12 @@ def commands(state: State) -> list[tuple[str, str]]:
 def figures(state: State) -> dict[str, Any]:
     """The content of results.json: figures of every stage that has begun."""
     assert state.plan is not None
-    found: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     for stage in state.plan.stages:
         results = Results.of(state.folder / stage.name)
         if results is None:
             continue
-        found[stage.name] = {
+        content[stage.name] = {
             "finished": results.finished,
             "seconds": round(state.seconds.get(stage.name, 0.0), 1),
             "tokens": results.tokens,
@@ -329,7 +329,7 @@ def figures(state: State) -> dict[str, Any]:
             "before": {key: values[0] for key, values in results.figures().items()},
             "after": {key: values[1] for key, values in results.figures().items()},
         }
-    return found | {"evaluation": FinalResults.of(state.folder).figures()}
+    return content | {"evaluation": FinalResults.of(state.folder).figures()}
 
 
 def results_text(state: State) -> str:

@@ -71,16 +71,16 @@ class StageView:
             self.bar.start()
 
     def line(self, text: str) -> None:
-        found = _STEP.fullmatch(text)
-        if found is None:
+        match = _STEP.fullmatch(text)
+        if match is None:
             say(self.console, text)
             return
-        step, steps = (int(number.replace(",", "")) for number in found.group(1, 2))
-        told = f"{found[3]}; all stages {duration(self.clock.left(step, steps))}"
+        step, steps = (int(number.replace(",", "")) for number in match.group(1, 2))
+        text = f"{match[3]}; all stages {duration(self.clock.left(step, steps))}"
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, total=steps, description=f"{step:,}/{steps:,}  {told}")
+            self.bar.update(self.task, completed=step, total=steps, description=f"{step:,}/{steps:,}  {text}")
         else:
-            say(self.console, f"{self.title}: step {step:,}/{steps:,}  {told}")
+            say(self.console, f"{self.title}: step {step:,}/{steps:,}  {text}")
 
     def close(self) -> None:
         if self.bar is not None:

@@ -100,17 +100,17 @@ class Chain:
     def flags(self, name: str, preset: str | None, out: Path | None) -> list[str]:
         """The flags of the stage's script, without its length. out: the folder of all stages; None in a plan, which
         uses random weights of the same shape in place of an earlier stage's."""
-        found: list[str] = []
+        flags: list[str] = []
         before = self.before(name)
         if before is not None and out is not None:
-            found += ["--from", str(out / before)]
+            flags += ["--from", str(out / before)]
         elif self.origin is not None and "sums" not in (name, before):
-            found += ["--from", self.origin]
+            flags += ["--from", self.origin]
         elif preset is not None:
-            found += ["--preset", preset]
+            flags += ["--preset", preset]
         if files := self.data.get(name):
-            found += ["--data", *files]
-        return [*found, *STAGES[name].flags, *self.common, *self.extra.get(name, ())]
+            flags += ["--data", *files]
+        return [*flags, *STAGES[name].flags, *self.common, *self.extra.get(name, ())]
 
     def command(self, name: str, flags: Sequence[str]) -> list[str]:
         """The script with `flags`, as arguments for a Python interpreter."""

@@ -38,14 +38,14 @@ class State:
     def open(folder: Path, asked: dict[str, Any]) -> State:
         """The state in `folder`, or a new one. Raises ValueError if the folder was begun with other flags, or holds
         something else."""
-        found = read_json(folder / NAME)
-        if found is None:
+        fields = read_json(folder / NAME)
+        if fields is None:
             if (folder / NAME).exists():
                 raise ValueError(f"{folder / NAME}: damaged; put it back, or name another folder with --out")
             if folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir()):
                 raise ValueError(f"--out {folder}: not empty, and no folder of minimind zero; name another folder")
             return State(folder, asked)
-        state = State.of(folder, found)
+        state = State.of(folder, fields)
         differ = [name for name in asked if state.asked.get(name) != asked[name]]
         if differ:
             differences = ", ".join(
@@ -55,12 +55,12 @@ class State:
         return state
 
     @staticmethod
-    def of(folder: Path, found: Mapping[str, Any]) -> State:
-        chain = found["chain"]
+    def of(folder: Path, fields: Mapping[str, Any]) -> State:
+        chain = fields["chain"]
         for part in ("data", "extra"):
             chain[part] = {name: tuple(values) for name, values in chain[part].items()}
         made = Chain(**{**chain, "names": tuple(chain["names"]), "common": tuple(chain["common"])})
-        return State(folder, found["asked"], made, Plan.of(found["plan"]), found["seconds"], found["starts"])
+        return State(folder, fields["asked"], made, Plan.of(fields["plan"]), fields["seconds"], fields["starts"])
 
     def write(self) -> None:
         assert self.chain is not None and self.plan is not None
@@ -107,8 +107,8 @@ def alone_in(folder: Path) -> Iterator[None]:
     except Timeout:
         raise ValueError(f"--out {folder}: another minimind zero works in it; wait, or name another folder") from None
     except OSError as error:
-        told = error.strerror or os.strerror(error.errno or 0)
-        raise ValueError(f"--out {folder}: cannot be written ({told}); name another folder") from None
+        reason = error.strerror or os.strerror(error.errno or 0)
+        raise ValueError(f"--out {folder}: cannot be written ({reason}); name another folder") from None
     try:
         yield
     finally:
