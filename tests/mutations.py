@@ -844,7 +844,7 @@ MUTATIONS = (
     ),
     Mutation(
         "all steps have the micro-batches of a whole one",
-        "minimind/training/batch_size.py",
+        "minimind/training/batches.py",
         "                return self.micro_batches * tokens // self.step_tokens",
         "                return self.micro_batches",
         "tests/training/test_recipe.py::test_a_run_with_growing_steps_logs_its_tokens_and_its_rate",
@@ -1047,7 +1047,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a step takes more than the data has",
-        "minimind/training/batch_size.py",
+        "minimind/training/batches.py",
         'taken = step if kept == "usual" else kept // row',
         "taken = step",
         "tests/training/test_job.py",

@@ -32,7 +32,7 @@ from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder, require_same_ids, tokenizer_beside
 from minimind.training.adapters import PEAK_LR, adapter_saver, describe_adapter, load_adapter_weights
 from minimind.training.arguments import FromFlag
-from minimind.training.batch_size import usual_batch
+from minimind.training.batches import usual_batch
 from minimind.training.data_split import DataSplit
 from minimind.training.evaluation import describe_batch
 from minimind.training.initial_model import from_newest

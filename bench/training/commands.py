@@ -28,7 +28,7 @@ from minimind.config import ModelConfig
 from minimind.data import read_documents
 from minimind.data.split import hash_texts
 from minimind.tokenization import load_tokenizer
-from minimind.training.batch_size import GPU_BATCH
+from minimind.training.batches import GPU_BATCH
 from minimind.training.metrics import read_metrics
 from minimind.utils.device import choose_device
 from minimind.weights import load_model

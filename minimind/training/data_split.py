@@ -22,7 +22,7 @@ from minimind.training.evaluation import heldout_loss, named_losses
 from minimind.utils.files import write_atomically
 
 if TYPE_CHECKING:
-    from minimind.training.batch_size import TrainingPlan
+    from minimind.training.batches import TrainingPlan
     from minimind.training.job import Job
 
 HELDOUT_TOKENS = 1 << 16  # as many as `minimind evaluate` scores

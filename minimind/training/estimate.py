@@ -19,12 +19,12 @@ from minimind.data import PackedLoader
 from minimind.data.packing import tokens_in_rows
 from minimind.data.pair_loader import PairLoader
 from minimind.modeling import Model
-from minimind.training.batch_size import GPU_BATCH, MOST_TOKENS, halved, step_bytes, tokens_that_fit
+from minimind.training.batches import GPU_BATCH, MOST_TOKENS, halved, step_bytes, tokens_that_fit
 from minimind.training.plan import CardFigures, DataFigures, Estimate
 from minimind.utils.device import describe_device
 
 if TYPE_CHECKING:
-    from minimind.training.batch_size import TrainingPlan
+    from minimind.training.batches import TrainingPlan
     from minimind.training.job import Job
     from minimind.training.trainer import Stage
 

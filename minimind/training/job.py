@@ -34,8 +34,14 @@ from minimind.ops import varlen
 from minimind.ops.attention import attention_name
 from minimind.tokenization import Tokenizer
 from minimind.training.arguments import StageArgs
-from minimind.training.batch_size import EpochLoader, Growth, TrainingPlan, choose_batch_shape, growing_steps
-from minimind.training.batches import DeviceBatches
+from minimind.training.batches import (
+    DeviceBatches,
+    EpochLoader,
+    Growth,
+    TrainingPlan,
+    choose_batch_shape,
+    growing_steps,
+)
 from minimind.training.checkpoint import list_checkpoints, share_trainer_state
 from minimind.training.estimate import estimate
 from minimind.training.evaluation import warn_of_chance

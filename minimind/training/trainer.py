@@ -28,8 +28,7 @@ from torch.distributed.tensor import DTensor
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.training.arguments import StageArgs
-from minimind.training.batch_size import TrainingPlan
-from minimind.training.batches import Loader, to_device
+from minimind.training.batches import Loader, TrainingPlan, to_device
 from minimind.training.checkpoint import best_folder, load_weights_into, save_checkpoint
 from minimind.training.evaluation import BestFigure, Evaluation
 from minimind.training.metrics import Event, MetricsLog, Tracker, plot_losses

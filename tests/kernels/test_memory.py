@@ -5,7 +5,7 @@ import torch
 
 from minimind import ModelConfig, ops
 from minimind.modeling import Model
-from minimind.training.batch_size import activation_bytes, attention_scratch_bytes, tokens_that_fit
+from minimind.training.batches import activation_bytes, attention_scratch_bytes, tokens_that_fit
 from tests.kernels.contract import DEVICE
 from tests.kernels.test_model import SHAPES
 

@@ -14,7 +14,7 @@ from minimind import ModelConfig, load_tokenizer
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss
 from minimind.training.arguments import StageArgs
-from minimind.training.batch_size import TrainingPlan
+from minimind.training.batches import TrainingPlan
 from minimind.training.metrics import NoTracker
 from minimind.training.optim import LossScaler, Optimizers, RateSchedule
 from minimind.training.parallel import Parallel, leave

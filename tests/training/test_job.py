@@ -8,7 +8,7 @@ from rich.console import Console
 
 from minimind import ModelConfig
 from minimind.training.arguments import StageArgs
-from minimind.training.batch_size import batch_shape, fit_to_data, longest_row, micro_tokens
+from minimind.training.batches import batch_shape, fit_to_data, longest_row, micro_tokens
 from minimind.training.job import Job
 
 

@@ -18,7 +18,7 @@ from minimind.lora import LoRAConfig, add_adapter
 from minimind.modeling import Model
 from minimind.training import estimate
 from minimind.training import plan as plan_module
-from minimind.training.batch_size import CONTEXT_BYTES, step_bytes, tokens_that_fit
+from minimind.training.batches import CONTEXT_BYTES, step_bytes, tokens_that_fit
 from minimind.training.estimate import CARDS, Card, cost
 from minimind.training.plan import Estimate, relative_error, survey
 from tests.training.runs import ONE_THREAD, SCRIPT, TINY, finish, rows_of, run, save_origin

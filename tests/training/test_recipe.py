@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from minimind.modeling import Model
-from minimind.training.batch_size import TrainingPlan, growing_steps
+from minimind.training.batches import TrainingPlan, growing_steps
 from minimind.training.checkpoint import list_checkpoints
 from minimind.training.initial_model import scale_outputs
 from tests.training.runs import TINY, as_killed, command, finish, reproducible, rows_of

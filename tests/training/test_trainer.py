@@ -12,7 +12,7 @@ from minimind import ModelConfig, load_model, load_tokenizer
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss
 from minimind.training.arguments import StageArgs
-from minimind.training.batch_size import TrainingPlan
+from minimind.training.batches import TrainingPlan
 from minimind.training.checkpoint import list_checkpoints, load_trainer_state
 from minimind.training.evaluation import BestFigure, Evaluation
 from minimind.training.metrics import NoTracker

@@ -11,8 +11,7 @@ from minimind.data import PackedLoader, builtin_corpus, open_corpus
 from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import load_tokenizer
-from minimind.training.batch_size import activation_bytes
-from minimind.training.batches import to_device
+from minimind.training.batches import activation_bytes, to_device
 from minimind.training.optim import lr_factor
 
 STEPS, WARMUP = 1000, 50

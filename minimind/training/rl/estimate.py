@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from minimind.modeling import Model
-from minimind.training.batch_size import step_bytes
+from minimind.training.batches import step_bytes
 from minimind.training.estimate import CARDS, Card, common_fields, cost, now
 from minimind.training.parallel import Parallel
 from minimind.training.plan import CardFigures, DataFigures, Estimate
@@ -23,7 +23,7 @@ from minimind.training.rl.collector import Collector
 from minimind.training.rl.loader import RolloutLoader
 
 if TYPE_CHECKING:
-    from minimind.training.batch_size import TrainingPlan
+    from minimind.training.batches import TrainingPlan
     from minimind.training.job import Job
     from minimind.training.trainer import Stage
 

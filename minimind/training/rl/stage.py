@@ -28,7 +28,7 @@ from minimind.rewards import Rewards, RewardScale, model_weights, parse_rewards
 from minimind.tokenization import Tokenizer
 from minimind.tokenization.reasoning import ThinkingPrompts
 from minimind.training.adapters import AdapterSetup
-from minimind.training.batch_size import TrainingPlan
+from minimind.training.batches import TrainingPlan
 from minimind.training.data_split import named_form
 from minimind.training.initial_model import from_newest
 from minimind.training.job import Job

@@ -14,7 +14,7 @@ from minimind.data.packing import row_rule
 from minimind.modeling import Model
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import StageArgs
-from minimind.training.batch_size import TrainingPlan, longest_row
+from minimind.training.batches import TrainingPlan, longest_row
 from minimind.training.data_split import DataSplit, NamedFiles, all_losses, form_of, open_split
 from minimind.training.job import Job
 from minimind.training.stages.answers import HeldOutQuestion, exact_figures, read_questions, show_answers

@@ -15,8 +15,7 @@ from minimind.data import Corpus, PackedLoader, builtin_conversations, builtin_c
 from minimind.modeling import Model
 from minimind.objectives.next_token import Distillation, distillation_loss
 from minimind.tokenization import ChatEncoder, Tokenizer
-from minimind.training.batch_size import TrainingPlan
-from minimind.training.batches import to_device
+from minimind.training.batches import TrainingPlan, to_device
 from minimind.training.data_split import DataSplit, NamedFiles, all_losses, open_split, read_texts
 from minimind.training.evaluation import heldout_loss
 from minimind.training.initial_model import InitialModel

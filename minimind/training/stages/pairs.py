@@ -20,7 +20,7 @@ from minimind.data.packing import row_length
 from minimind.data.pair_loader import PairBatch, PairLoader, sides
 from minimind.tokenization import ChatEncoder
 from minimind.training.arguments import StageArgs
-from minimind.training.batch_size import TrainingPlan, longest_row
+from minimind.training.batches import TrainingPlan, longest_row
 from minimind.training.data_split import DataSplit, NamedFiles, form_of, open_split
 from minimind.training.job import Job
 from minimind.training.parallel import Parallel
