@@ -1,10 +1,12 @@
-"""The sizes of rows, micro-batches and steps: as large as the data and a GPU's memory allow.
+"""Batches: the sizes of rows, micro-batches and steps, and the way of a batch to the training device.
 
-The memory is computed from the model's shape. Counted are the tensors that the Triton path keeps for the backward in
+Sizes are as large as the data and a GPU's memory allow.
+
+The memory is computed from the model's shape. It counts the tensors that the Triton path keeps for the backward in
 16-bit compute, float32 master weights with gradient and AdamW state, a 16-bit copy of the weights, the head's gradient
 and chunk of logits, and the scratch of attention's backward. Fragmentation and CUDA's own half gigabyte are left to
-`share`. tests/kernels/test_memory.py compares the first with what autograd saves; `torch.compile` may keep less, as it
-recomputes some of it.
+`share`. tests/kernels/test_memory.py compares the kept tensors with those that autograd saves; `torch.compile` may keep
+fewer, as it recomputes some.
 """
 
 from __future__ import annotations
@@ -289,9 +291,9 @@ class DeviceBatches:
     wait if it is called while the device computes.
 
     cu_seqlens is padded with empty documents to the same length in all batches, so that a compiled step fits them all.
-    An empty document costs FlashAttention a block and 128 rows of scratch, so the length is only a
-    quarter above that of the loader's first window; where a later batch needs more, it grows by half, and a compiled
-    step is compiled again.
+    An empty document costs FlashAttention a block and 128 rows of scratch, so the length is only a quarter above that
+    of the loader's first window; where a later batch needs more, it grows by half, and a compiled step is compiled
+    again.
 
     place(batch, device, boundaries): makes the loss's input from a loader's batch; `to_device` by default.
     """
