@@ -1153,7 +1153,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the running deviation forgets that the mean moved",
-        "minimind/rewards/statistics.py",
+        "minimind/rewards/compose.py",
         "self.squares += shift * shift * self.count * len(rewards) / total",
         "self.squares += 0.0",
         "tests/rewards/test_statistics.py",

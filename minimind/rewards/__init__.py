@@ -26,9 +26,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minimind.rewards.compose import MODELS, RewardError, Rewards, RewardTerm, Scores, Spec, make_terms
+from minimind.rewards.compose import (
+    MODELS,
+    RewardError,
+    Rewards,
+    RewardScale,
+    RewardTerm,
+    Scores,
+    SignalWatch,
+    Spec,
+    degenerate,
+    make_terms,
+    summary,
+)
 from minimind.rewards.rules import Reward, Sample, answer_only
-from minimind.rewards.statistics import RewardScale, SignalWatch, degenerate, summary
 
 if TYPE_CHECKING:
     import torch
