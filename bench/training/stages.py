@@ -28,8 +28,7 @@ from torch import Tensor
 
 from minimind.config import ModelConfig
 from minimind.data import builtin_conversations, builtin_corpus, open_conversations
-from minimind.data.builtin.chat import builtin_identity
-from minimind.data.builtin.preferences import builtin_preferences
+from minimind.data.builtin.chat import builtin_identity, builtin_preferences
 from minimind.data.builtin.problems import builtin_reasoning
 from minimind.data.cache import open_corpus, open_preferences
 from minimind.data.corpus import Corpus

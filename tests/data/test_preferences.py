@@ -12,7 +12,7 @@ import pytest
 
 from minimind.data import Corpus
 from minimind.data import loss_mask as weights
-from minimind.data.builtin.preferences import MANNERS, MANNERS_ZH, builtin_preferences, preferences
+from minimind.data.builtin.chat import MANNERS, MANNERS_ZH, builtin_preferences, preferences
 from minimind.data.cache import open_preferences
 from minimind.data.pair_loader import PairBatch, PairLoader
 from tests.data.fake import QUIET

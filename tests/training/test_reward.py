@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from minimind import ModelConfig, load_tokenizer
-from minimind.data.builtin.preferences import preferences
+from minimind.data.builtin.chat import preferences
 from minimind.data.cache import open_preferences
 from minimind.data.pair_loader import PairLoader
 from minimind.data.split import split

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minimind.data import Corpus
-from minimind.data.builtin.preferences import builtin_preferences
+from minimind.data.builtin.chat import builtin_preferences
 from minimind.data.cache import open_preferences
 from minimind.data.encoding import row_tokens
 from minimind.data.formats import FormatName
