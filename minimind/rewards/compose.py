@@ -1,4 +1,7 @@
-"""A weighted sum of rewards: parsing the words of --reward, evaluating each part, and handling parts that fail."""
+"""A weighted sum of rewards: parsing the words of --reward, evaluating each part, and handling parts that fail.
+
+Then its use: figures for metrics.jsonl, a warning when rewards teach nothing, clipping and normalisation.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,15 @@
-"""Built-in conversations: a few thousand short ones about small facts, in English and Chinese, and a new name to learn.
+"""Built-in conversations and preference pairs about small facts, in English and Chinese, and a new name to learn.
 
-A tiny model can learn them on a laptop. No held-out question occurs in training, but its fact occurs there in other
-wordings, and its wording with other facts. Every topic has one form of answer and one set of wordings, in one language,
-so that an answer is either right or wrong.
+A tiny model can learn the few thousand short conversations on a laptop. No held-out question occurs in training, but
+its fact occurs there in other wordings, and its wording with other facts. Every topic has one form of answer and one
+set of wordings, in one language, so that an answer is either right or wrong.
+
+The preference pairs for train/dpo.py and train/reward.py are about manners. Both answers of a pair have the same, right
+content. A greeting calls for "nice to meet you", thanks call for "you are welcome", any other question for the answer
+alone; the chosen answer follows the wording of the question. Of any two manners, each is chosen equally often, so that
+a model that ignores the question is right in half of the pairs. The manner comes after the content: the content then
+has the same prefix in both answers, and no objective can win by making it unlikely in one of them (docs/LOG.md). Each
+held-out question has a wording that no training question has.
 """
 
 from __future__ import annotations
@@ -168,7 +175,7 @@ _OPENINGS = ("{}", "{}", "Hi! {}", "Hello. {}", "Please help me: {}", "Quick que
 _OPENINGS_ZH = ("{}", "{}", "你好！{}", "请问，{}", "想问一下：{}", "我忘了。{}", "{}谢谢！")
 _WORDINGS = 16  # training conversations of each fact
 _TOOL_SHARE = 4  # keep one tool conversation in this many, since they are long
-_PAIRS = 4  # questions for each added conversation of two exchanges
+_PER_DIALOGUE = 4  # questions for each added conversation of two exchanges
 _TOOLS = [
     {"name": "weather", "description": "Weather in a city", "parameters": {"city": {"type": "string"}}},
     {"name": "clock", "description": "Time in a city", "parameters": {"city": {"type": "string"}}},
@@ -218,7 +225,7 @@ def conversations() -> tuple[list[Conversation], list[Conversation]]:
             heldout += [exchange(*pair) for pair in pairs[:1]]
     for rows in (train, heldout):
         ordered = shuffled(rows)
-        rows += [a + b for a, b in zip(ordered[0::_PAIRS], ordered[1::_PAIRS], strict=False)]
+        rows += [a + b for a, b in zip(ordered[0::_PER_DIALOGUE], ordered[1::_PER_DIALOGUE], strict=False)]
     tools = shuffled(list(_tool_conversations()))
     return shuffled(train + tools[0::_TOOL_SHARE]), shuffled(heldout + tools[1 :: 16 * _TOOL_SHARE])
 
@@ -288,7 +295,7 @@ MANNERS_ZH = (
     (("{}谢谢！", "{}多谢。", "先谢谢你。{}", "{}非常感谢。"), "{}不客气。"),
     (("{}", "请问，{}", "想问一下：{}", "我忘了。{}"), "{}"),
 )
-_HELD_OUT = 4  # one fact of so many has a held-out question
+_HELD_OUT_PAIRS = 4  # one fact of so many has a held-out question
 
 
 def builtin_preferences(cache_dir: str | Path | None = None, console: Console | None = None) -> tuple[Path, Path]:
@@ -308,7 +315,7 @@ def preferences() -> tuple[list[Row], list[Row]]:
             questions = shuffled([question.format(*fact) for question in topic.questions])
             answer = topic.answer.format(*fact)
             train += _pairs(questions[0], answer, manners, turn=len(train))
-            if digest([topic.name, *fact]) % _HELD_OUT == 0:
+            if digest([topic.name, *fact]) % _HELD_OUT_PAIRS == 0:
                 heldout += _pairs(questions[1], answer, manners, turn=len(heldout))
     return shuffled(train), shuffled(heldout)
 
