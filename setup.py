@@ -83,7 +83,6 @@ setup(
         "minimind.tokenization",
         "minimind.train",
         "minimind.training",
-        "minimind.training.profiling",
         "minimind.training.rl",
         "minimind.training.stages",
         "minimind.utils",

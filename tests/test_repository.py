@@ -77,9 +77,7 @@ ARROWS = {
     "apps/zero": "data utils",
     "serving": "environments environments/builtin inference tokenization",
     "export": "config inference lora lora_files modeling tokenization weights",
-    "training/profiling": "utils",
-    "training": "config data kernels lora lora_files modeling objectives ops tokenization training/profiling utils "
-    "value_head weights",
+    "training": "config data kernels lora lora_files modeling objectives ops tokenization utils value_head weights",
     "training/stages": "data data/builtin inference lora lora_files modeling objectives ops tokenization training "
     "utils value_head",
     "training/rl": "config data data/builtin environments inference inference/decode lora lora_files modeling "

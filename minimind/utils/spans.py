@@ -1,6 +1,6 @@
 """Name spans of a step (data, forward, block N, loss, backward, optimizer, communication) for profilers.
 
-Spans are off unless a StepProfiler (training/profiling/) records or MINIMIND_NVTX=1 is set, for `nsys profile` and
+Spans are off unless a StepProfiler (training/profiling.py) records or MINIMIND_NVTX=1 is set, for `nsys profile` and
 `ncu` without PyTorch's profiler. The nvtx package gives their NVTX ranges the domain "minimind" and a category for each
 phase, also before CUDA starts. If it is not installed, the ranges are those of torch.cuda.nvtx.
 """

@@ -12,8 +12,7 @@ from rich.console import Console
 from minimind.config import ModelConfig
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss
-from minimind.training.profiling import StepProfiler, mark_blocks
-from minimind.training.profiling.trace import busy_ms, draw, ranked, read_trace, show
+from minimind.training.profiling import StepProfiler, busy_ms, draw, mark_blocks, ranked, read_trace, show
 from minimind.utils.spans import _OFF, _state, record, span
 
 TINY = ModelConfig(
