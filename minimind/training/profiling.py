@@ -1,4 +1,4 @@
-"""Record a few training steps with torch.profiler, marking the blocks of the model; trace.py reads and draws them."""
+"""Record a few training steps with torch.profiler, and show where their time went, as a table and as a picture."""
 
 from __future__ import annotations
 

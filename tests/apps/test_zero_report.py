@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from minimind.apps.zero.charts import bounds, line_chart, number, ticks
-from minimind.apps.zero.planning import Plan, StagePlan
+from minimind.apps.zero.planning import Plan, StagePlan, State
 from minimind.apps.zero.report import html, write_report
 from minimind.apps.zero.results import Curve, Results, closing_lines, read_samples, results_text, smoothed, thinned
 from minimind.apps.zero.stages import Chain
-from minimind.apps.zero.state import State
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "path"}
 

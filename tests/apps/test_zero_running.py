@@ -14,8 +14,8 @@ from rich.console import Console
 
 import minimind
 from minimind.apps.zero import running
+from minimind.apps.zero.planning import State, alone_in
 from minimind.apps.zero.running import Clock, StageView, run_stage, was_stopped
-from minimind.apps.zero.state import State, alone_in
 
 ROOT = Path(__file__).parents[2]
 posix = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")

@@ -24,12 +24,11 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from minimind.apps.zero.planning import MORE, BudgetName, Plan, make_plan
+from minimind.apps.zero.planning import MORE, BudgetName, Plan, State, alone_in, make_plan
 from minimind.apps.zero.report import write_report
 from minimind.apps.zero.results import closing_lines
 from minimind.apps.zero.running import Clock, StageView, run_stage, was_stopped
 from minimind.apps.zero.stages import STAGES, Chain, FinalFlags, StageName, shown
-from minimind.apps.zero.state import State, alone_in
 from minimind.data.download import FOR_STAGES, HubName, fetch_for_stages
 from minimind.utils.display import duration, say
 from minimind.utils.hub import HubModel

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from minimind.apps.zero.charts import STYLE, line_chart
-from minimind.apps.zero.planning import StagePlan
+from minimind.apps.zero.planning import StagePlan, State
 from minimind.apps.zero.results import Curve, FinalResults, Results, SamplePair, commands, name_of, results_text, spell
 from minimind.apps.zero.stages import STAGES, shown
-from minimind.apps.zero.state import State
 from minimind.utils.display import duration
 from minimind.utils.files import write_atomically
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minimind.apps.zero.planning import State
 from minimind.apps.zero.stages import script, shown
-from minimind.apps.zero.state import State
 from minimind.utils.display import duration
 from minimind.utils.files import read_json
 
