@@ -1,4 +1,4 @@
-"""From a budget of time to a plan: the preset, the stages, and the tokens of each.
+"""From a budget of time to a plan (the preset, the stages, and the tokens of each), and the plan's record in the folder.
 
 Each stage's script is asked with --plan what it would do; it measures a step or two on this device. If all stages
 together take longer than the budget, each gets a share of the time, but at least as much as it needs to show an effect
@@ -291,7 +291,7 @@ def _round_down(number: float) -> int:
     return whole // unit * unit
 
 
-NAME = "zero.json"
+_STATE = "zero.json"
 _HEARTBEAT = 5.0  # seconds between saves of a stage's time, which is how much a kill can lose
 
 
@@ -312,10 +312,10 @@ class State:
     def open(folder: Path, asked: dict[str, Any]) -> State:
         """The state in `folder`, or a new one. Raises ValueError if the folder was begun with other flags, or holds
         something else."""
-        fields = read_json(folder / NAME)
+        fields = read_json(folder / _STATE)
         if fields is None:
-            if (folder / NAME).exists():
-                raise ValueError(f"{folder / NAME}: damaged; put it back, or name another folder with --out")
+            if (folder / _STATE).exists():
+                raise ValueError(f"{folder / _STATE}: damaged; put it back, or name another folder with --out")
             if folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir()):
                 raise ValueError(f"--out {folder}: not empty, and no folder of minimind zero; name another folder")
             return State(folder, asked)
@@ -339,7 +339,7 @@ class State:
     def write(self) -> None:
         assert self.chain is not None and self.plan is not None
         write_json(
-            self.folder / NAME,
+            self.folder / _STATE,
             {
                 "asked": self.asked,
                 "chain": dataclasses.asdict(self.chain),
