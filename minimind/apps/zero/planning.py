@@ -1,4 +1,4 @@
-"""From a budget of time to a plan (the preset, the stages, and the tokens of each), and the plan's record in the folder.
+"""From a budget of time to a plan (the preset, the stages, the tokens of each), and the plan's record in the folder.
 
 Each stage's script is asked with --plan what it would do; it measures a step or two on this device. If all stages
 together take longer than the budget, each gets a share of the time, but at least as much as it needs to show an effect
