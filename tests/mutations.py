@@ -456,7 +456,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a conversation is cut before the token that ends its turn",
-        "minimind/data/loss_mask.py",
+        "minimind/data/loader.py",
         "kept = int(turns[-1]) + 1 if len(turns) else seq_len",
         "kept = int(turns[-1]) if len(turns) else seq_len",
         "tests/data/test_conversations.py",
@@ -540,7 +540,7 @@ MUTATIONS = (
     ),
     Mutation(
         "an answer that was cut is learnt without its end",
-        "minimind/data/loss_mask.py",
+        "minimind/data/loader.py",
         "if len(turns) or not whole_answers else 0",
         "if len(turns) or whole_answers else 0",
         "tests/data/test_conversations.py",

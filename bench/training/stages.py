@@ -32,8 +32,8 @@ from minimind.data.builtin.chat import builtin_identity, builtin_preferences
 from minimind.data.builtin.problems import builtin_reasoning
 from minimind.data.cache import open_corpus, open_preferences
 from minimind.data.corpus import Corpus
+from minimind.data.encoding import SIDE, class_of
 from minimind.data.loader import PackedLoader
-from minimind.data.loss_mask import SIDE, class_of
 from minimind.data.pair_loader import PairLoader
 from minimind.lora import LoRAConfig, add_adapter
 from minimind.modeling import Model

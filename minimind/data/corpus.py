@@ -4,7 +4,7 @@ The folder of a tokenized file holds
     tokens.bin      uint16 [num_tokens], its documents one after the other
     documents.bin   int64 [num_documents + 1, 2], the token and UTF-8 byte offset of each document, and the two totals
     hashes.bin      uint64 [num_documents], a hash of each document's text, by which copies are found (split.py)
-    codes.bin       uint8 [num_tokens], the loss code of each token (loss_mask.py); only of conversations and pairs
+    codes.bin       uint8 [num_tokens], the loss code of each token (encoding.py); only of conversations and pairs
     meta.json       written last; marks the folder as complete
 """
 
@@ -157,7 +157,7 @@ class Corpus:
 
     @property
     def weighted(self) -> bool:
-        """Whether the tokens have loss codes (loss_mask.py)."""
+        """Whether the tokens have loss codes (encoding.py)."""
         return any(piece.source.codes is not None for piece in self._slices)
 
     @property

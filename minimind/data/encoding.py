@@ -2,6 +2,11 @@
 
 `TextRecipe` is for pretraining, `ConversationRecipe` for chats and `PreferenceRecipe` for pairs of answers. The cache
 (cache.py) runs them.
+
+The loss code of a token in a conversation is one byte in the token cache that says whether it is a target. The low two
+bits are a class: NONE is no target, TARGET has weight 1, MARKER has a weight that is chosen when the data is loaded.
+The bit TURN_END marks the last token of an assistant turn, after which a conversation may be cut. The bit SIDE marks
+the first token of the second conversation of a preference pair.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,19 +18,30 @@ import numpy as np
 
 from minimind.data.fields import Messages
 from minimind.data.formats import AUTO, RowFormat
-from minimind.data.loss_mask import NONE, SIDE, loss_codes
 from minimind.data.reader import BadRows, Document, Position, iter_rows, read_documents, reason_of, reporter
 from minimind.tokenization import ChatEncoder, Tokenizer
 from minimind.tokenization.chat_encoder import EncodedChat, Message, TemplatePiece
 
 DocumentT = TypeVar("DocumentT", bound=Document)
 SIDES = ("chosen", "rejected")
+NONE, TARGET, MARKER, SIDE, TURN_END = 0, 1, 2, 0x40, 0x80
+_CLASS = 3
+
+
+def loss_codes(trained: np.ndarray, markers: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """uint8 [tokens], from three bool [tokens]: the targets, the markers among them, and the ends of turns."""
+    return (trained.astype(np.uint8) + (trained & markers)) | np.where(ends, TURN_END, 0).astype(np.uint8)
+
+
+def class_of(code: np.ndarray) -> np.ndarray:
+    """NONE, TARGET or MARKER of each code."""
+    return code & _CLASS
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
     """Documents one after the other: tokens uint16 [tokens], lengths int64 [documents], and codes uint8 [tokens], the
-    loss code of each token (loss_mask.py), or None where every token is a target."""
+    loss code of each token, or None where every token is a target."""
 
     tokens: np.ndarray
     lengths: np.ndarray

@@ -17,9 +17,8 @@ from typing import Any, cast
 import numpy as np
 
 from minimind.data.corpus import Corpus
-from minimind.data.encoding import common_tokens, row_tokens
-from minimind.data.loader import Batch, PackedLoader
-from minimind.data.loss_mask import SIDE, CutCounts, class_of
+from minimind.data.encoding import SIDE, class_of, common_tokens, row_tokens
+from minimind.data.loader import Batch, CutCounts, PackedLoader
 from minimind.data.mixture import Mixture
 from minimind.data.packing import Pieces, segments
 

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minimind.data import Corpus, PackedLoader, open_conversations
+from minimind.data import Corpus, PackedLoader, encoding, open_conversations
 from minimind.data import build as build_module
-from minimind.data import loss_mask as weights
 from minimind.data.builtin.chat import builtin_conversations, conversations
 from minimind.tokenization import ChatEncoder, load_tokenizer
 from tests.data.fake import QUIET
@@ -63,8 +62,8 @@ def test_tokens_codes_and_bytes(tmp_path):
     for i, row in enumerate(ROWS):
         (expected,) = ENCODER.encode([ENCODER.pieces(row)])
         assert corpus.document(i).tolist() == expected.ids.tolist()
-        assert ((weights.class_of(corpus.codes(i)) > weights.NONE) == expected.trained).all()
-        assert ((corpus.codes(i) & weights.TURN_END > 0) == expected.ends).all()
+        assert ((encoding.class_of(corpus.codes(i)) > encoding.NONE) == expected.trained).all()
+        assert ((corpus.codes(i) & encoding.TURN_END > 0) == expected.ends).all()
     answers = [m["content"] + "<|im_end|>" for row in ROWS for m in row if m["role"] == "assistant"]
     assert corpus.num_bytes == len("".join(answers).encode())
 

@@ -11,9 +11,9 @@ import pytest
 from minimind import load_tokenizer
 from minimind.data import Corpus, open_conversations, open_corpus
 from minimind.data.cache import open_preferences
+from minimind.data.encoding import NONE, class_of
 from minimind.data.fields import FLAGS, HARMLESS
 from minimind.data.formats import AUTO, RowFormat
-from minimind.data.loss_mask import NONE, class_of
 from minimind.data.prompts import open_prompts
 from minimind.data.reader import iter_texts
 from minimind.tokenization import ChatEncoder

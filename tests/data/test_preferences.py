@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from minimind.data import Corpus
-from minimind.data import loss_mask as weights
+from minimind.data import Corpus, encoding
 from minimind.data.builtin.chat import MANNERS, MANNERS_ZH, builtin_preferences, preferences
 from minimind.data.cache import open_preferences
 from minimind.data.pair_loader import PairBatch, PairLoader
@@ -59,8 +58,8 @@ def test_a_pair_is_both_conversations_and_marks_the_second(tmp_path):
         sides = encoded(row)
         assert corpus.document(i).tolist() == [token for side in sides for token in side.ids]
         codes = corpus.codes(i)
-        assert ((weights.class_of(codes) > weights.NONE) == np.concatenate([s.trained for s in sides])).all()
-        assert np.flatnonzero(codes & weights.SIDE).tolist() == [len(sides[0].ids)]
+        assert ((encoding.class_of(codes) > encoding.NONE) == np.concatenate([s.trained for s in sides])).all()
+        assert np.flatnonzero(codes & encoding.SIDE).tolist() == [len(sides[0].ids)]
     answers = [m["content"] + "<|im_end|>" for row in ROWS for side in row.values() for m in side[1::2]]
     assert corpus.num_bytes == len("".join(answers).encode())
 
@@ -167,14 +166,14 @@ def test_a_long_prompt_loses_its_beginning_and_stays_a_conversation(tmp_path, lo
     trimmed = 0
     for i, row in enumerate(LONG):
         ids, codes, kept = cut.document(i), cut.codes(i), []
-        middle = int(np.flatnonzero(codes & weights.SIDE)[0])
+        middle = int(np.flatnonzero(codes & encoding.SIDE)[0])
         for side, part in (("chosen", slice(middle)), ("rejected", slice(middle, None))):
             text = ENCODER.tokenizer.decode(ids[part].tolist())
             messages = [{"role": role, "content": content} for role, content in TURN.findall(text)]
             kept.append(messages)
             (expected,) = ENCODER.encode([ENCODER.pieces(messages)])
             assert "".join(p.text for p in ENCODER.pieces(messages)) == text
-            trained = weights.class_of(codes[part]) > weights.NONE
+            trained = encoding.class_of(codes[part]) > encoding.NONE
             assert trained.sum() == expected.trained.sum()
             system = row[side][0]["role"] == "system"
             assert not system or messages[0] == row[side][0]

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 
 from minimind.data import Corpus
-from minimind.data.loss_mask import MARKER, NONE, TURN_END, class_of
+from minimind.data.encoding import MARKER, NONE, TURN_END, class_of
 from minimind.inference.generate import generate
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from minimind import ops
 from minimind.data import Corpus
-from minimind.data.loss_mask import NONE, SIDE, class_of
+from minimind.data.encoding import NONE, SIDE, class_of
 from minimind.data.pair_loader import PairBatch, PairLoader
 from minimind.lora import adapters_off
 from minimind.modeling import Model

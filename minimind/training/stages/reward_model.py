@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
 from minimind.data import Corpus
-from minimind.data.loss_mask import NONE, SIDE, class_of
+from minimind.data.encoding import NONE, SIDE, class_of
 from minimind.data.pair_loader import PairBatch, PairLoader
 from minimind.lora_files import read_adapter
 from minimind.modeling import Model

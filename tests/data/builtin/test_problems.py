@@ -4,8 +4,7 @@ import re
 
 import numpy as np
 
-from minimind.data import PackedLoader, open_conversations
-from minimind.data import loss_mask as weights
+from minimind.data import PackedLoader, encoding, open_conversations
 from minimind.data.builtin.problems import builtin_reasoning, reasoning
 from minimind.tokenization import load_tokenizer
 from minimind.tokenization.reasoning import ReasoningEncoder
@@ -61,8 +60,8 @@ def test_markers_alone_weigh_more(tmp_path):
     assert corpus.num_documents == len(reasoning()[0])
     markers = [TOKENIZER.special_tokens[name] for name in ("<think>", "</think>")]
     for i in range(0, corpus.num_documents, 37):
-        ids, found = corpus.document(i), weights.class_of(corpus.codes(i))
-        assert ((found == weights.MARKER) == (np.isin(ids, markers) & (found > weights.NONE))).all()
+        ids, found = corpus.document(i), encoding.class_of(corpus.codes(i))
+        assert ((found == encoding.MARKER) == (np.isin(ids, markers) & (found > encoding.NONE))).all()
     loader = PackedLoader(corpus, 512, 8, marker_weight=2.5)
     assert not str(loader.cuts)
     batch = loader.next_batch()
