@@ -129,6 +129,17 @@ def test_no_two_classes_have_one_name():
     assert [name for name, count in names.items() if count > 1] == []
 
 
+def test_files_that_texts_name_exist():
+    """Paths from the root, such as minimind/data/cache.py, in sources and pages. docs/LOG.md tells of the past."""
+    path = re.compile(r"(?<![\w/.-])(?:minimind|train|bench|tests)/[a-z0-9_./-]+\.(?:py|md|sh)\b")
+    folders = ("minimind", "kernels", "train", "bench", "tests", "csrc", "docs")
+    files = [*ROOT.glob("*.*"), *(file for folder in folders for file in (ROOT / folder).rglob("*.*"))]
+    suffixes = (".py", ".md", ".h", ".cuh", ".cu", ".cpp", ".toml")
+    texts = [file for file in files if file.suffix in suffixes and file.name != "LOG.md"]
+    named = {(f.name, name) for f in texts for name in path.findall(f.read_text(encoding="utf-8"))}
+    assert len(named) > 100 and [pair for pair in sorted(named) if not (ROOT / pair[1]).exists()] == []
+
+
 def test_readme_names_commands_that_exist():
     text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
