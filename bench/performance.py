@@ -104,7 +104,7 @@ def page(every: Sequence[Device]) -> str:
         "# Performance",
         "Written by `python bench/performance.py` from the rows under bench/results/: no figure here is typed. "
         "**Measured** ones stand under the name of the device that gave them, each with the commit of its row; n is "
-        "the number of timed runs, p20 and p80 what 20 and 80 of a hundred of them stay below. **Projected** ones are "
+        "the number of timed runs, p20 and p80 are their 20th and 80th percentiles. **Projected** ones are "
         "in a section of their own.",
         "## Targets",
         *(part for device in cpus for part in _targets(CPU, device)),
