@@ -32,7 +32,7 @@ from minimind.training.evaluation import describe_batch
 from minimind.training.initial_model import from_newest
 from minimind.training.job import Job, run_script
 from minimind.training.parallel import world_size
-from minimind.training.stages.answers import show_answers
+from minimind.training.stages.chats import show_answers
 from minimind.training.stages.dpo import draw_pairs, evaluate_pairs, find_reference, open_heldout, prompts, to_device
 from minimind.training.stages.pairs import PairArgs, describe_pairs, open_pairs, pair_loader
 from minimind.training.trainer import Stage

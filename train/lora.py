@@ -39,13 +39,13 @@ from minimind.training.initial_model import from_newest
 from minimind.training.job import Job, run_script
 from minimind.training.metrics import plot_figures
 from minimind.training.optim import OptimizerName
-from minimind.training.stages.answers import exact_figures
 from minimind.training.stages.chats import (
     ChatArgs,
     chat_figures,
     chat_questions,
     chat_sample,
     describe_chats,
+    exact_figures,
     open_chats,
     read_chats,
 )

@@ -23,7 +23,7 @@ from minimind.training.data_split import NamedFiles, all_losses, open_split, rea
 from minimind.training.evaluation import describe_batch
 from minimind.training.initial_model import scale_outputs
 from minimind.training.job import Job, run_script
-from minimind.training.stages.answers import continue_texts
+from minimind.training.stages.chats import continue_texts
 from minimind.training.trainer import Stage
 
 # Peak rates by preset: of AdamW, and of Muon in runs that an earlier version began.

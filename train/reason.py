@@ -35,8 +35,16 @@ from minimind.training.evaluation import describe_batch
 from minimind.training.initial_model import from_newest
 from minimind.training.job import Job, run_script
 from minimind.training.metrics import plot_figures
-from minimind.training.stages.answers import MODES, ReasoningQuestions, has_reasoning, reasoning_figures
-from minimind.training.stages.chats import ChatArgs, chat_sample, describe_chats, open_chats
+from minimind.training.stages.chats import (
+    MODES,
+    ChatArgs,
+    ReasoningQuestions,
+    chat_sample,
+    describe_chats,
+    has_reasoning,
+    open_chats,
+    reasoning_figures,
+)
 from minimind.training.trainer import Stage
 from minimind.utils.display import say
 

@@ -41,7 +41,7 @@ from minimind.training.evaluation import heldout_loss
 from minimind.training.metrics import MetricsLog
 from minimind.training.optim import lr_factor
 from minimind.training.parallel import Parallel
-from minimind.training.stages.answers import exact_match, read_questions
+from minimind.training.stages.chats import exact_match, read_questions
 from minimind.utils.device import choose_device, choose_precision
 from minimind.weights import from_stock, load_model, save_weights, to_stock
 

@@ -18,7 +18,7 @@ from minimind import load_model, load_tokenizer
 from minimind.data import PackedLoader, open_conversations
 from minimind.modeling import Model
 from minimind.tokenization.reasoning import ReasoningEncoder, prompt_endings
-from minimind.training.stages.answers import HeldOutQuestion, ReasoningQuestions, reasoning_figures, reply_of
+from minimind.training.stages.chats import HeldOutQuestion, ReasoningQuestions, reasoning_figures, reply_of
 from tests.training.runs import (
     SCRIPT,
     TINY,
@@ -204,7 +204,7 @@ def test_figures_are_those_of_what_was_written(monkeypatch):
         replies[0] += tokenizer.encode("!") * (longest - len(replies[0])) if mode == "on" else []
         return replies
 
-    monkeypatch.setattr("minimind.training.stages.answers.answer", answer)
+    monkeypatch.setattr("minimind.training.stages.chats.answer", answer)
     figures = reasoning_figures(Model(TINY), tokenizer, ReasoningQuestions(asked, []))
     assert figures == {
         "auto_format": 0.75,

@@ -24,7 +24,7 @@ from minimind.modeling import Model
 from minimind.objectives.next_token import next_token_loss
 from minimind.tokenization import ChatEncoder
 from minimind.training.batches import to_device
-from minimind.training.stages.answers import read_questions
+from minimind.training.stages.chats import read_questions
 from minimind.weights import save_weights
 from tests import warm
 from tests.training.runs import (

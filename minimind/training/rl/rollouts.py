@@ -24,7 +24,7 @@ from minimind.inference.requests import Completion, Request, SamplingParams
 from minimind.modeling import Model
 from minimind.rewards import Sample
 from minimind.tokenization import Tokenizer
-from minimind.training.stages.answers import turns
+from minimind.training.stages.chats import turns
 
 
 class DrawnPrompt(NamedTuple):

@@ -22,8 +22,14 @@ from minimind.training.initial_model import InitialModel
 from minimind.training.job import Job
 from minimind.training.metrics import plot_figures
 from minimind.training.run_folder import newest_finished
-from minimind.training.stages.answers import continue_texts
-from minimind.training.stages.chats import ChatArgs, chat_figures, chat_sample, describe_chats, open_chats
+from minimind.training.stages.chats import (
+    ChatArgs,
+    chat_figures,
+    chat_sample,
+    continue_texts,
+    describe_chats,
+    open_chats,
+)
 from minimind.utils.display import say
 from minimind.utils.files import read_json
 

@@ -33,7 +33,7 @@ from minimind.training.evaluation import rename
 from minimind.training.job import Job
 from minimind.training.metrics import plot_figures
 from minimind.training.parallel import Parallel
-from minimind.training.stages.answers import HeldOutQuestion, exact_figures
+from minimind.training.stages.chats import HeldOutQuestion, exact_figures
 from minimind.training.stages.pairs import PairArgs, PairSplit, heldout_loader, pair_means, unfold
 from minimind.utils.display import Display, duration, say
 from minimind.utils.files import cache_root, disk_full, is_disk_full, make_folder, write_atomically

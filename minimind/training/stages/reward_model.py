@@ -25,7 +25,7 @@ from minimind.training.initial_model import InitialModel
 from minimind.training.job import Job
 from minimind.training.metrics import plot_figures
 from minimind.training.parallel import Parallel, from_rank_0
-from minimind.training.stages.answers import turns
+from minimind.training.stages.chats import turns
 from minimind.training.stages.pairs import PairArgs, heldout_loader, pair_means, unfold
 from minimind.utils.display import say
 from minimind.value_head import ValueModel, load_value_model, read_head, save_head, save_value_model
