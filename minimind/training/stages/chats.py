@@ -1,4 +1,7 @@
-"""Conversations as training data: flags, reading, held-out figures and samples of the stages that learn from them."""
+"""Conversations as training data, and the answers that a model in training gives to held-out questions.
+
+First the flags, the reading and the figures of a chat stage; then exact answers, samples, and replies with reasoning.
+"""
 
 from __future__ import annotations
 
