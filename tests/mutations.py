@@ -957,8 +957,8 @@ MUTATIONS = (
     Mutation(
         "an update of Muon is as large as its shorter side asks",
         "minimind/training/muon.py",
-        "0.2 * math.sqrt(max(self.rows, self.columns))",
-        "0.2 * math.sqrt(min(self.rows, self.columns))",
+        "RMS * math.sqrt(max(self.rows, self.columns))",
+        "RMS * math.sqrt(min(self.rows, self.columns))",
         "tests/training/test_optim.py",
     ),
     Mutation(
@@ -999,8 +999,8 @@ MUTATIONS = (
     Mutation(
         "Muon's matrices do not decay",
         "minimind/training/optim.py",
-        "Muon(muon, lr=lr, weight_decay=weight_decay,",
-        "Muon(muon, lr=lr, weight_decay=0.0,",
+        "Muon(muon, lr, weight_decay, momentum",
+        "Muon(muon, lr, 0.0, momentum",
         "tests/training/test_optim.py",
     ),
     Mutation(
