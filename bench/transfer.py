@@ -53,8 +53,8 @@ class Args:
     tokens: int = 204_800
     """Tokens of a run; the scan over tokens also takes two, four and eight times as many."""
     only: tuple[str, ...] = ()
-    """Names of scans to run: tokens, width, seed, batch, depth, adamw, sft, sft-adamw, corpus, adamw-more,
-    embedding, tokens-wide, warmup, seed-more. Empty: all of them, in this order."""
+    """Names of scans to run: tokens, width, seed, batch, depth, adamw, sft, sft-adamw, corpus, tokens-wide,
+    adamw-more, embedding, warmup. Empty: all of them, in this order."""
     minutes: float | None = None
     """Begin no run after this time."""
     fit: bool = False

@@ -44,21 +44,23 @@ def planned(
         "adamw": [replace(adamw, width=w) for w in some],
         "sft": [replace(chats, width=w) for w in some],
         "sft-adamw": [replace(chats, width=w, optimizer="adamw") for w in (narrow, wide)],
-        "corpus": [replace(base, corpus=second, width=w) for w in some] if second != first else [],
+        "corpus": [replace(base, corpus=second, width=w) for w in (narrow, wide)] if second != first else [],
+        "tokens-wide": [
+            *[replace(base, width=wide, tokens=t) for t in (2 * n, 4 * n)],
+            replace(base, width=widest, tokens=4 * n),
+            replace(base, tokens=8 * n),
+        ],
         "adamw-more": [
             *[replace(adamw, tokens=t) for t in (2 * n, 4 * n)],
-            *[replace(adamw, batch_tokens=b, tokens=t) for b, t in ((1024, n), (8192, 4 * n))],
-            *[replace(adamw, width=wide, depth=d) for d in (2, 8)],
+            replace(adamw, batch_tokens=1024),
+            replace(adamw, width=wide, tokens=4 * n),
+            replace(adamw, width=wide, depth=8),
         ],
-        "embedding": [replace(base, width=w, embedding=e) for w in (narrow, widest) for e in (2.0, 4.0, 0.5)],
-        "tokens-wide": [replace(base, width=wide, tokens=t) for t in (2 * n, 4 * n)] + [replace(base, tokens=8 * n)],
+        "embedding": [
+            *[replace(base, embedding=e) for e in (2.0, 4.0, 0.5)],
+            replace(base, width=widest, embedding=2.0),
+        ],
         "warmup": [replace(base, warmup=w) for w in (0.0, 0.1)],
-        "seed-more": [
-            replace(base, width=widest, seed=2),
-            replace(base, tokens=4 * n, seed=2),
-            replace(adamw, seed=2),
-            replace(chats, seed=2),
-        ],
     }
     unknown = sorted(set(only) - set(groups))
     if unknown:

@@ -349,9 +349,9 @@ def default_epochs(stage: str, builtin: bool, tokens: int) -> tuple[float, str]:
 
 # The rule that bench/transfer.py fitted to pretraining with Muon (docs/rates.md). Outside the measured sizes it is
 # extrapolated to wider and deeper models only.
-_RULE_LR, _WIDTH, _DEPTH, _RULE_STEPS = 7.75e-3, (256, -1.07), (4, -0.40), (50, -0.34)  # (reference, exponent)
-_STEPS_BY_WIDTH = 0.19  # what the exponent of the steps gains when the width doubles
-_MIN_WIDTH, _MIN_DEPTH, _MIN_STEPS, _MAX_STEPS = 128, 2, 50, 250
+_RULE_LR, _WIDTH, _DEPTH, _RULE_STEPS = 7.83e-3, (256, -1.05), (4, -0.40), (50, -0.32)  # (reference, exponent)
+_STEPS_BY_WIDTH = 0.16  # what the exponent of the steps gains when the width doubles
+_MIN_WIDTH, _MIN_DEPTH, _MIN_STEPS, _MAX_STEPS = 128, 2, 50, 400
 
 
 def pretraining_lr(
