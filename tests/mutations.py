@@ -857,6 +857,20 @@ MUTATIONS = (
         "tests/training/test_muon.py::test_scaled_rows_move_alike",
     ),
     Mutation(
+        "fewer iterations begin at the Frobenius norm",
+        "minimind/training/muon.py",
+        "if i == 0 and iterations < _TORCHS_ITERATIONS:",
+        "if i == 0 and iterations < 0:",
+        "tests/training/test_muon.py::test_rounding_is_no_larger_than_torchs",
+    ),
+    Mutation(
+        "Muon ignores its number of iterations",
+        "minimind/training/muon.py",
+        'orthogonalise(updates, plan, group["ns_steps"])',
+        "orthogonalise(updates, plan, 5)",
+        "tests/training/test_muon.py::test_scaled_rows_move_alike",
+    ),
+    Mutation(
         "cautious decay is plain decay",
         "minimind/training/muon.py",
         "        if self.cautious:",
