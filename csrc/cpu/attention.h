@@ -9,7 +9,7 @@
 
 namespace minimind::cpu::MINIMIND_ISA {
 
-constexpr int kValueVectors = kWidth == 16 ? 4 : 2;  // of a row at once, for 4 query heads: sums fill half the registers
+constexpr int kValueVectors = kRegisters / 8;  // of a row at once, for 4 query heads: sums fill half the registers
 
 struct Attention {
   Cache cache;

@@ -22,17 +22,14 @@ struct Factor {
   static MINIMIND_INLINE Floats add(Floats sum, float a, Units b) { return sum + a * b; }
   static MINIMIND_INLINE Units load_units(const float* from) { return load(from); }
 };
-#if defined(__AVX512BF16__)
+#if defined(MINIMIND_HAS_PAIRS)
 template <>
 struct Factor<bf16> {
   static constexpr int kPair = 2;
   using Unit = uint32_t;
-  using Units = __m512bh;
-  static MINIMIND_INLINE Floats add(Floats sum, uint32_t a, Units b) {
-    const __m512bh twice = (__m512bh)_mm512_set1_epi32(static_cast<int>(a));
-    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), twice, b));
-  }
-  static MINIMIND_INLINE Units load_units(const uint32_t* from) { return load_as<__m512bh>(from); }
+  using Units = Pairs;
+  static MINIMIND_INLINE Floats add(Floats sum, uint32_t a, Units b) { return add_products(sum, broadcast_pair(a), b); }
+  static MINIMIND_INLINE Units load_units(const uint32_t* from) { return load_as<Pairs>(from); }
 };
 #endif
 template <class E>
@@ -55,11 +52,8 @@ MINIMIND_INLINE Ints first_lanes(int64_t n) {
 }
 
 constexpr int kPanel = 16;  // columns of a packed operand that lie together; D is a multiple of it
-#if defined(__AVX512F__)
-constexpr int kTileRows = 6, kTileVectors = 4;  // 24 sums, 4 columns and a broadcast: 29 of 32 registers
-#else
-constexpr int kTileRows = 4, kTileVectors = 2;  // 8 sums of 16 registers
-#endif
+constexpr int kTileRows = kRegisters == 32 ? 6 : 4;  // 24 sums, 4 columns and a broadcast: 29 of 32 registers
+constexpr int kTileVectors = kRegisters == 32 ? 4 : 2;  // 8 sums of 16
 constexpr int kPanelVectors = kPanel / kWidth;
 
 // c[ROWS, VECTORS * kWidth] = (add ? c : 0) + a b. Unit (m, s) of a is a[m * a_row + s * a_step]; vector n of b's step s

@@ -23,7 +23,7 @@ template <class T>
 constexpr int kBatch = kIs8Bit<T> ? 4 : 2;  // 8 of 16
 #elif defined(__aarch64__)
 template <class T>
-constexpr int kBatch = 2;  // 16 of 32
+constexpr int kBatch = kIs8Bit<T> && sizeof(IntegerProduct::Sum) == sizeof(Floats) ? 4 : 2;  // 16 of 32
 #else
 template <class T>
 constexpr int kBatch = 1;
@@ -57,19 +57,17 @@ struct Packed<bf16, A> : Packed<float, A> {  // k in the lower halves of 32 bits
     return as_floats(chain == 0 ? pairs << 16 : pairs & 0xffff0000u);
   }
 };
-#if defined(__AVX512BF16__)
+#if defined(MINIMIND_HAS_PAIRS)
 template <>
 struct Packed<bf16, bf16> {  // pairs k, k + 1 and k + 2, k + 3
   static constexpr int kStep = 4;
-  static MINIMIND_INLINE __m512bh weight(const bf16* block, int64_t k, int chain, int) {
-    return load_as<__m512bh>(block + (k + 2 * chain) * kBlock);
+  static MINIMIND_INLINE Pairs weight(const bf16* block, int64_t k, int chain, int v) {
+    return load_as<Pairs>(block + (k + 2 * chain) * kBlock + 2 * v * kWidth);
   }
-  static MINIMIND_INLINE __m512bh activation(const bf16* x, int64_t k, int chain) {
-    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(load_as<int>(x + k + 2 * chain)));
+  static MINIMIND_INLINE Pairs activation(const bf16* x, int64_t k, int chain) {
+    return broadcast_pair(load_as<uint32_t>(x + k + 2 * chain));
   }
-  static MINIMIND_INLINE Floats add(Floats sum, __m512bh w, __m512bh x) {
-    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), w, x));
-  }
+  static MINIMIND_INLINE Floats add(Floats sum, Pairs w, Pairs x) { return add_products(sum, w, x); }
 };
 #endif
 

@@ -99,7 +99,7 @@ int64_t index_at(double drawn, const std::vector<float>& masses, const std::vect
   double before = 0;
   size_t block = 0;
   while (block < sums.size() && before + sums[block] <= drawn) before += sums[block++];
-  const size_t end = std::min(masses.size(), (block + 1) * kSumOver);
+  const size_t end = std::min<size_t>(masses.size(), (block + 1) * kSumOver);
   for (size_t i = block * kSumOver; i < end; ++i) {
     before += masses[i];
     if (before > drawn) return static_cast<int64_t>(i);

@@ -4,12 +4,13 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(MINIMIND_USE_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "args.h"
 
 #define MINIMIND_INLINE inline __attribute__((always_inline))
-
 
 namespace minimind::cpu::MINIMIND_ISA {
 
@@ -19,6 +20,12 @@ constexpr int kWidth = 16;
 constexpr int kWidth = 8;
 #else
 constexpr int kWidth = 4;
+#endif
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
 #endif
 
 constexpr int kVectors = kBlock / kWidth;  // of a block of packed weights
@@ -64,7 +71,13 @@ MINIMIND_INLINE Floats select(Mask mask, Floats yes, Floats no) {  // mask: the 
 
 MINIMIND_INLINE Bits widen(const bf16* from) { return __builtin_convertvector(load_as<Halves>(from), Bits); }
 MINIMIND_INLINE Bits widen(const fp16* from) { return __builtin_convertvector(load_as<Halves>(from), Bits); }
-MINIMIND_INLINE Bits widen(const fp8* from) { return __builtin_convertvector(load_as<Bytes>(from), Bits); }
+MINIMIND_INLINE Bits widen(const fp8* from) {
+#if defined(MINIMIND_USE_NEON)  // g++ takes four bytes one by one
+  return reinterpret_cast<Bits>(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(load_as<uint32_t>(from))))));
+#else
+  return __builtin_convertvector(load_as<Bytes>(from), Bits);
+#endif
+}
 
 MINIMIND_INLINE Floats load(const float* from) { return load_as<Floats>(from); }
 MINIMIND_INLINE Floats load(const bf16* from) { return as_floats(widen(from) << 16); }
@@ -128,7 +141,12 @@ MINIMIND_INLINE Four quarter_sums(Floats x) {
 }
 MINIMIND_INLINE float sum(Floats x) {
   const Four q = quarter_sums(x);
+#if defined(MINIMIND_USE_NEON)
+  const auto v = reinterpret_cast<float32x4_t>(q);
+  return vpadds_f32(vadd_f32(vget_low_f32(v), vget_high_f32(v)));
+#else
   return (q[0] + q[2]) + (q[1] + q[3]);
+#endif
 }
 MINIMIND_INLINE Four sums(Floats a, Floats b, Floats c, Floats d) {  // of four vectors
   const Four qa = quarter_sums(a), qb = quarter_sums(b), qc = quarter_sums(c), qd = quarter_sums(d);
@@ -136,6 +154,14 @@ MINIMIND_INLINE Four sums(Floats a, Floats b, Floats c, Floats d) {  // of four 
   const __m128 ab = _mm_unpacklo_ps(qa, qb) + _mm_unpackhi_ps(qa, qb);  // a0+a2 b0+b2 a1+a3 b1+b3
   const __m128 cd = _mm_unpacklo_ps(qc, qd) + _mm_unpackhi_ps(qc, qd);
   return reinterpret_cast<Four>(_mm_movelh_ps(ab, cd) + _mm_movehl_ps(cd, ab));
+#elif defined(MINIMIND_USE_NEON)
+  const auto halves = [](Four x, Four y) {  // x0+x2 y0+y2 x1+x3 y1+y3
+    const auto a = reinterpret_cast<float32x4_t>(x), b = reinterpret_cast<float32x4_t>(y);
+    return vaddq_f32(vzip1q_f32(a, b), vzip2q_f32(a, b));
+  };
+  const float32x4_t ab = halves(qa, qb), cd = halves(qc, qd);
+  return reinterpret_cast<Four>(vaddq_f32(vcombine_f32(vget_low_f32(ab), vget_low_f32(cd)),
+                                          vcombine_f32(vget_high_f32(ab), vget_high_f32(cd))));
 #else
   return Four{(qa[0] + qa[2]) + (qa[1] + qa[3]), (qb[0] + qb[2]) + (qb[1] + qb[3]),
               (qc[0] + qc[2]) + (qc[1] + qc[3]), (qd[0] + qd[2]) + (qd[1] + qd[3])};
@@ -192,18 +218,21 @@ struct Product {
   static MINIMIND_INLINE Floats add(Floats sum, Weight w, Activation x) { return sum + w * x; }
 };
 
+// Pairs of bfloat16 that one instruction multiplies, adding both products to a float32.
 #if defined(__AVX512BF16__)
-template <>
-struct Product<bf16, bf16> {
-  static constexpr int kStep = 2 * kWidth;
-  using Weight = __m512bh;
-  using Activation = __m512bh;
-  static MINIMIND_INLINE Weight weight(const bf16* from) { return load_as<__m512bh>(from); }
-  static MINIMIND_INLINE Activation activation(const bf16* from) { return load_as<__m512bh>(from); }
-  static MINIMIND_INLINE Floats add(Floats sum, Weight w, Activation x) {
-    return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), w, x));
-  }
-};
+#define MINIMIND_HAS_PAIRS
+using Pairs = __m512bh;
+MINIMIND_INLINE Pairs broadcast_pair(uint32_t x) { return reinterpret_cast<Pairs>(_mm512_set1_epi32(static_cast<int>(x))); }
+MINIMIND_INLINE Floats add_products(Floats sum, Pairs a, Pairs b) {
+  return reinterpret_cast<Floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), a, b));
+}
+#elif defined(MINIMIND_USE_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define MINIMIND_HAS_PAIRS
+using Pairs = bfloat16x8_t;
+MINIMIND_INLINE Pairs broadcast_pair(uint32_t x) { return vreinterpretq_bf16_u32(vdupq_n_u32(x)); }
+MINIMIND_INLINE Floats add_products(Floats sum, Pairs a, Pairs b) {
+  return reinterpret_cast<Floats>(vbfdotq_f32(reinterpret_cast<float32x4_t>(sum), a, b));
+}
 #endif
 
 // A core has more misses under way when it is told what comes next. Into L2, which can wait for more lines than L1.
@@ -217,7 +246,7 @@ struct ActivationOf {
 };
 template <>
 struct ActivationOf<bf16> {
-#if defined(__AVX512BF16__)
+#if defined(MINIMIND_HAS_PAIRS)
   using Type = bf16;
 #else
   using Type = float;

@@ -13,27 +13,24 @@ from torch import Tensor
 from minimind.inference.decode.int8 import GROUP, LARGEST, pack_int8, packed_int8_shape, quantize
 from minimind.ops import native
 from minimind.ops.native_build import cxx
+from tests.csrc import forms
 
 HERE = Path(__file__).parent
-_AVX512 = "-mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-FLAGS = {
-    "generic": "", "avx2": "-mavx2 -mfma", "avx2_vnni": "-mavx2 -mfma -mavxvnni", "avx512": _AVX512,
-    "avx512_vnni": f"{_AVX512} -mavx512vnni", "avx512_bf16": f"{_AVX512} -mavx512bf16 -mavx512vnni",
-}  # fmt: skip
-FORMS = [name for name in FLAGS if name in native.build_info().cpu_kernels] or ["generic"]
+FLAGS = forms.flags(forms.X86) | forms.flags(forms.ARM)
+NAMES = [name for name in FLAGS if name in native.build_info().cpu_kernels] or ["generic"]
 EPS = torch.finfo(torch.float32).eps
 
 
-@pytest.fixture(scope="session")
-def forms(tmp_path_factory):
+@pytest.fixture(scope="session", name="forms")
+def compiled(tmp_path_factory):
     """The library of each instruction set."""
     compiler = cxx()
     if compiler is None:
         pytest.skip("no C++ compiler")
     folder, libraries = tmp_path_factory.mktemp("int8"), {}
-    for name in FORMS:
+    for name in NAMES:
         command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=fast", f"-DMINIMIND_ISA={name}"]
-        command += [*FLAGS[name].split(), str(HERE / "int8_forms.cpp"), "-o", str(folder / f"{name}.so")]
+        command += [*FLAGS[name], str(HERE / "int8_forms.cpp"), "-o", str(folder / f"{name}.so")]
         subprocess.run(command, check=True)
         libraries[name] = ctypes.CDLL(str(folder / f"{name}.so"))
     return libraries
