@@ -1,5 +1,5 @@
-"""The CPU kernels of every instruction set beside float64, in a program without torch (parity/main.cpp). So those of ARM
-can run in an emulator of its processors; for macOS they are at least compiled."""
+"""The CPU kernels of every instruction set beside float64, in a program without torch (parity/main.cpp). So an emulator
+can run those of ARM; those of macOS are at least compiled."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from tests.csrc import forms
 
 PROGRAM, CPU = Path(__file__).parent / "parity", forms.ROOT / "csrc/cpu"
 HERE = forms.ARM if platform.machine() in ("aarch64", "arm64") else forms.X86
-# GCC 12 finds its own headers' undefined registers uninitialised.
-WARNINGS = "-Wall -Wextra -Werror -Wno-uninitialized -Wno-unknown-warning-option -Wno-maybe-uninitialized".split()
+# GCC 12 finds its own headers' undefined registers uninitialised; Clang has one of these names.
+UNINITIALIZED = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", *UNINITIALIZED]
 QEMU = shutil.which("qemu-aarch64")
 
 
