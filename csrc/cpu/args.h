@@ -74,7 +74,7 @@ struct AttentionCall {
 constexpr int64_t kBlock = 16, kPackedK = 4;
 constexpr int64_t blocks_of(int64_t rows) { return (rows + kBlock - 1) / kBlock; }
 constexpr int64_t packed_k(int64_t k) { return (k + kPackedK - 1) / kPackedK * kPackedK; }
-// Of 8-bit weights, K is padded to whole groups of the activations' (int8.h).
+// For 8-bit weights, K is padded to whole groups of activations (int8.h).
 constexpr int kGroup = 64;
 constexpr int64_t packed_k8(int64_t k) { return (k + kGroup - 1) / kGroup * kGroup; }
 

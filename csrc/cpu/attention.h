@@ -74,7 +74,7 @@ inline void score(const Attention& a, const T* const* keys, const T* const* valu
   }
 }
 
-// A NaN wins, and stays.
+// A NaN is the maximum, and stays it.
 inline float larger(float a, float b) { return b > a || b != b ? b : a; }
 inline Floats larger(Floats a, Floats b) { return select((b > a) | (b != b), b, a); }
 
@@ -204,8 +204,8 @@ struct Tasks {
   }
 };
 
-// All of it, by the whole team: finish(b, head, row [D]) once for each, zeros where a length is 0. counter: 0 on entry,
-// shared. The team meets at the end.
+// The whole team computes the attention of the batch: finish(b, head, row [D]) is called once for each head, with zeros
+// where a length is 0. counter: 0 on entry, shared. The team meets at the end.
 template <class Finish>
 inline void attend(const Attention& a, const Team& team, int64_t* counter, Finish finish) {
   int64_t all = 0;

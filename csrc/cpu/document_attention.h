@@ -13,7 +13,7 @@
 
 namespace minimind::cpu::MINIMIND_ISA {
 
-// What a product multiplies: numbers of one kind, `kPair` neighbours along the summed dimension in a unit.
+// The operands of a product: numbers of one type. A unit is `kPair` neighbours along the summed dimension.
 template <class E>
 struct Factor {
   static constexpr int kPair = 1;

@@ -71,7 +71,7 @@ struct Packed<bf16, bf16> {  // pairs k, k + 1 and k + 2, k + 3
 };
 #endif
 
-// Of a matrix [N, K] of type T: K with its padding; numbers of a block; how many Activation<T> a row of activations has.
+// For a matrix [N, K] of type T: the padded K; the numbers of a block; the number of Activation<T> in a row of activations.
 template <class T>
 constexpr int64_t padded(int64_t k) {
   return kIs8Bit<T> ? packed_k8(k) : packed_k(k);
@@ -85,7 +85,8 @@ constexpr int64_t row_size(int64_t k_size) {
   return kIs8Bit<T> ? k_size / kGroup : k_size;
 }
 
-// How results wait for the product that they are factors of: 8 bits come from whole groups, so from float32.
+// The type in which results are kept until the next product: float32 for 8-bit weights, whose activations are rounded
+// in whole groups.
 template <class T>
 struct WaitingOf {
   using Type = Activation<T>;

@@ -52,7 +52,7 @@ inline void widen_row(const T* from, float* to, int n) {
   if (i < n) store_some(to + i, load_some(from + i, n - i), n - i);
 }
 
-// f(pointer of the type that `type` names)
+// Call f with a pointer of the type `type`.
 template <class F>
 inline void with_type(Type type, const void* from, F f) {
   switch (type) {

@@ -157,7 +157,7 @@ struct StepRunner {
     choose_experts(logits, s.experts, s.experts_per_token, s.normalize_gates, m.gates + at, m.chosen + at);
   }
 
-  // What the team has made of rows, `from` [rows, from_row] with n numbers in each, as factors of the next product.
+  // Rows `from` [rows, from_row] that the team has computed, n numbers in each, become operands of the next product.
   void finish_rows(const Waiting<T>* from, int64_t from_row, int64_t rows, int64_t n, Activation<T>* to,
                    int64_t to_row) const {
     if constexpr (kIs8Bit<T>) {

@@ -126,7 +126,8 @@ MINIMIND_INLINE void store_some(bf16* to, Floats x, int64_t n) {
   __builtin_memcpy(to, some, static_cast<size_t>(n) * 2);
 }
 
-// Sum of the lanes. The order of additions is that of `sums` below: which one computes an output must not show.
+// Sum of the lanes. The order of additions is that of `sums` below, so that an output does not depend on which of them
+// computes it.
 MINIMIND_INLINE Four quarter_sums(Floats x) {
 #if defined(__AVX512F__)
   const __m512 v = reinterpret_cast<__m512>(x);

@@ -1,5 +1,5 @@
-// The end of a unit of decode_attention: the results of the block's warps put together, and, by the last block of a
-// sequence's tile of heads, those of its splits.
+// The end of a unit of decode_attention: the block merges the results of its warps, and the last block of a sequence's
+// tile of heads merges those of its splits.
 #pragma once
 
 #include "attention_split.cuh"

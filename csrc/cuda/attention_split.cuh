@@ -51,13 +51,13 @@ __host__ __device__ __forceinline__ int split_tokens(int length) {
   return even > kMinSplitTokens ? even : kMinSplitTokens;
 }
 
-// Of any sequence of at most `tokens`.
+// The most splits of a sequence of at most `tokens`.
 __host__ __device__ __forceinline__ int max_splits(int64_t tokens) {
   const int64_t smallest = (tokens + kMinSplitTokens - 1) / kMinSplitTokens;
   return static_cast<int>(smallest < kMaxSplits ? smallest : kMaxSplits);
 }
 
-// Of a sequence; one of length 0 has a split that writes zeros.
+// The number of splits of a sequence; a sequence of length 0 has one, which writes zeros.
 __device__ __forceinline__ int splits_of(int length) { return max(ceil_div(length, split_tokens(length)), 1); }
 
 __host__ __device__ __forceinline__ int tiles_of_group(const DecodeAttention& p) {
@@ -116,7 +116,7 @@ class Walk {
   int unit_ = blockIdx.x, first_ = 0, before_ = 0;  // before_: splits of the sequences before first_
 };
 
-// Of the longest lengths; less than 2^30.
+// The most units of work, for the longest lengths; below 2^30.
 inline int64_t max_units(const DecodeAttention& p) {
   return static_cast<int64_t>(p.batch) * p.splits * p.groups * tiles_of_group(p);
 }

@@ -101,7 +101,7 @@ __device__ __forceinline__ void load_values(uint32_t (&a)[4], const unsigned cha
   }
 }
 
-// Of row g (second: g + 8) of the product with the values.
+// The dimension of row g (second: of row g + 8) of the product with the values.
 template <class KV>
 __device__ __forceinline__ int dimension_of(int step, int g, int second) {
   return sizeof(KV) == 2 ? 16 * step + g + 8 * second : 16 * step + 2 * g + second;

@@ -107,7 +107,7 @@ __device__ __forceinline__ void rotate(Head<kVector>& x, const RopeAppend& p, in
   }
 }
 
-// A head of a token, of queries first, then keys, then values: what comes of it. False where its slot is empty: zeros.
+// Load, norm and rotate a head of a token (queries, then keys, then values). False, with zeros, where its slot is empty.
 template <class T, int kVector>
 __device__ __forceinline__ bool load_head(Head<kVector>& x, const RopeAppend& p, int64_t token, int head, int lane) {
   x = {};

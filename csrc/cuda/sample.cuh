@@ -167,7 +167,8 @@ __device__ __forceinline__ void search(Bounds& bounds, const Row& row, Exchange&
   }
 }
 
-// For one warp: the first lane with something whose running sum exceeds the goal, or else the last with something.
+// For one warp: the first lane with a positive value whose running sum exceeds the goal, else the last lane with a
+// positive value.
 __device__ __forceinline__ int first_above(float mine, float running, float goal) {
   const unsigned positive = __ballot_sync(kAll, mine > 0), above = __ballot_sync(kAll, mine > 0 && running > goal);
   return above != 0 ? __ffs(above) - 1 : positive != 0 ? kWarp - 1 - __clz(positive) : 0;

@@ -101,8 +101,8 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Of each of n numbers, a power of two up to 32; a lane receives the sum of x[lane * n / 32]. In 31 shuffles or fewer: lanes
-// that exchange keep half of the numbers each. The bits are those of warp_sum.
+// Sum each of n numbers, a power of two up to 32, over the warp; a lane receives the sum of x[lane * n / 32]. In 31
+// shuffles or fewer: lanes that exchange keep half of the numbers each. The bits are those of warp_sum.
 template <int n>
 __device__ __forceinline__ float warp_sums(float (&x)[n], int lane) {
   int kept = n;
@@ -130,7 +130,7 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// Of the values of the lanes up to this one.
+// The sum of the values of the lanes up to this one.
 template <class T>
 __device__ __forceinline__ T warp_inclusive_sum(T x, int lane) {
 #pragma unroll
