@@ -22,7 +22,8 @@ some flags of `train/pretrain.py` and keeps all else; the peak rate follows its 
 held-out token: above zero, the try is better. "Equal tokens" compares runs of one seed that saw the same tokens. "Equal
 time" also counts how long the steps took, on a CPU in processor seconds: a try whose steps take r times as long is
 compared with the unchanged recipe after r times the tokens, whose loss is estimated from its runs with once and twice
-the tokens. Ranges are over seeds."""
+the tokens. Ranges are over seeds. Processor seconds grow when other programs share the caches, as they did in most of
+these runs, so that a run may take half as much again: small differences of time mean nothing."""
 
 
 def page(results: Path = RESULTS) -> str:
