@@ -18,13 +18,15 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-def call(program: str, function: Callable[..., Any], *args: Any, timeout: float = 300) -> Any:
+def call(
+    program: str, function: Callable[..., Any], *args: Any, timeout: float = 300, python: str = sys.executable
+) -> Any:
     """Call function(*args), a top-level function of a module, in a new Python process; arguments and result are sent as
-    JSON. AssertionError if `program`, whose code the function runs, dies of a signal, raises an exception or does not
-    return in time.
+    JSON. python: the interpreter. AssertionError if `program`, whose code the function runs, dies of a signal, raises an
+    exception or does not return in time.
     """
     __tracebackhide__ = True
-    command = [sys.executable, "-X", "faulthandler", "-m", "tests.foreign"]
+    command = [python, "-X", "faulthandler", "-m", "tests.foreign"]
     options: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "errors": "replace"}
     request = json.dumps([function.__module__, function.__qualname__, args])
     try:

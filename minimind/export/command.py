@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from minimind.config import PRESETS
 from minimind.export import check_free, replacing
-from minimind.export.gguf import GgufType, quantize, quantizer, write_gguf
+from minimind.export.gguf import GgufType, quantize, quantizer, write_gguf, write_gguf_adapter
 from minimind.export.hf import export_hf
 from minimind.export.ollama import modelfile
 from minimind.inference.loading import LoadedModel, WeightArgs, open_weights
@@ -49,7 +50,8 @@ class Args(WeightArgs):
     """Data type of the weights; auto: fp32 for hf and pth, fp16 for gguf and ollama.
     q8_0 (8 bits) and q4_k_m (about 5 bits, by llama.cpp's quantizer) are for gguf and ollama."""
     merge_lora: bool = False
-    """Merge the adapter into the weights. Without this, hf writes the adapter to OUT/adapter."""
+    """Merge the adapter into the weights. Without this, hf writes it to OUT/adapter, gguf to NAME-lora.gguf beside
+    NAME.gguf."""
 
 
 def main(args: Args) -> int:
@@ -99,11 +101,11 @@ def check_adapter(loaded: LoadedModel, target: str, merge: bool) -> None:
         raise ValueError("--merge-lora: there is no adapter; name one with --lora, or a LoRA run with --model")
     if loaded.lora is None or merge:
         return
-    if target != "hf":
+    if target not in ("hf", "gguf"):
         raise ValueError(f"--to {target} cannot keep the adapter {loaded.lora} separate; add --merge-lora")
     if any("shared_experts" in name for name in adapter_config(loaded.model).targets or ()):
         raise ValueError(
-            f"--to hf: {loaded.lora} adapts shared experts, which this format stores differently; add --merge-lora"
+            f"--to {target}: {loaded.lora} adapts shared experts, which this format stores differently; add --merge-lora"
         )
 
 
@@ -128,9 +130,19 @@ def write_hf(loaded: LoadedModel, out: Path, dtype: str) -> list[str]:
 
 
 def write_one_gguf(loaded: LoadedModel, out: Path, dtype: str) -> list[str]:
-    with replacing(out) as file:
+    beside = out.with_name(f"{out.stem}-lora.gguf")
+    adapted = bool(adapter_names(loaded.model))
+    if adapted:
+        check_free(beside)
+    with replacing(out) as file, replacing(beside) if adapted else nullcontext() as adapter:
+        if adapter is not None:
+            write_gguf_adapter(loaded.model, adapter)
+            remove_adapters(loaded.model)
         _gguf(loaded, file, dtype)
-    return [f"{out}: {_size(out)}, {dtype}, for llama.cpp and LM Studio", f"next: llama-cli -m {_quoted(out)}"]
+    line = f"{out}: {_size(out)}, {dtype}, for llama.cpp and LM Studio"
+    if not adapted:
+        return [line, f"next: llama-cli -m {_quoted(out)}"]
+    return [line, f"{beside}: its adapter", f"next: llama-cli -m {_quoted(out)} --lora {_quoted(beside)}"]
 
 
 def write_ollama(loaded: LoadedModel, out: Path, dtype: str) -> list[str]:

@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from minimind.config import ModelConfig, YarnScaling
 from minimind.export import replacing
+from minimind.lora_files import adapter_config, adapter_state
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
 from minimind.tokenization.tokenizer import CONFIG_FILE, MODEL_FILE
@@ -83,6 +85,34 @@ def write_gguf(model: Model, tokenizer: Tokenizer, path: Path, dtype: GgufType, 
         tensor = unlikely_beyond(tensor, config.num_tokens) if stock == head else tensor
         data = gguf.quants.quantize(tensor.float().numpy(), kind)
         writer.add_tensor(f"{names.get_name(stock)}.weight", data, raw_dtype=kind)
+    _write(writer, path)
+
+
+def write_gguf_adapter(model: Model, path: Path) -> None:
+    """Write the model's adapter alone into `path`, for llama.cpp's --lora beside the GGUF file of the base model.
+
+    ValueError for DoRA and for shared experts, which llama.cpp has in other forms. Format: llama.cpp's
+    convert_lora_to_gguf.py; its scale is alpha over the rank.
+    """
+    config, settings = model.config, adapter_config(model)
+    if settings.dora:
+        raise ValueError("--to gguf: llama.cpp knows no DoRA; add --merge-lora")
+    architecture = architecture_of(config)
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[architecture])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, settings.alpha * (settings.rank**0.5 if settings.rslora else 1.0))
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    heads = _heads(config) if architecture in _neighbours() else {}
+    for key, tensor in adapter_state(model).items():
+        stock, kind, _ = key.removeprefix("base_model.model.").rsplit(".", 2)
+        part = stock.rpartition(".")[2]
+        rows = permute_pairs(tensor, heads[part]) if kind == "lora_B" and part in heads else tensor
+        writer.add_tensor(f"{names.get_name(stock)}.weight.{kind.lower()}", rows.float().cpu().numpy())
+    _write(writer, path)
+
+
+def _write(writer: Any, path: Path) -> None:
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
@@ -173,7 +203,7 @@ def _tensors(model: Model, permuted: bool) -> Iterator[tuple[str, Tensor]]:
     """(upstream's name without '.weight', tensor on the CPU), with experts stacked and shared experts concatenated."""
     config = model.config
     state = {k.removesuffix(".weight"): v.detach().cpu() for k, v in to_stock(model.state_dict(), config).items()}
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    heads = _heads(config) if permuted else {}
     for layer in range(config.num_hidden_layers):
         mlp = f"model.layers.{layer}.mlp"
         for kind in ("gate_proj", "up_proj", "down_proj"):
@@ -185,7 +215,12 @@ def _tensors(model: Model, permuted: bool) -> Iterator[tuple[str, Tensor]]:
                 state[f"{mlp}.shared_experts.{kind}"] = torch.cat(shared, dim=int(kind == "down_proj"))
     for name, tensor in state.items():
         leaf = name.rpartition(".")[2]
-        yield name, permute_pairs(tensor, heads[leaf]) if permuted and leaf in heads else tensor
+        yield name, permute_pairs(tensor, heads[leaf]) if leaf in heads else tensor
+
+
+def _heads(config: ModelConfig) -> dict[str, int]:
+    """Number of heads of the projections whose rows a rotation of neighbouring pairs reorders."""
+    return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 
 
 def _type_of(name: str, tensor: Tensor, dtype: GgufType) -> Any:
@@ -225,7 +260,15 @@ def add_vocabulary(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     writer.add_add_eos_token(bool(config.get("add_eos_token", False)))
     writer.add_add_space_prefix(False)
     if tokenizer.chat_template is not None:
-        writer.add_chat_template(tokenizer.chat_template)
+        writer.add_chat_template(chat_template_of(tokenizer.chat_template))
+
+
+def chat_template_of(template: str) -> str:
+    """The template for llama.cpp's programs. They set enable_thinking to true where nobody asked, which would open a
+    thought before every answer, and the model should decide: so a template that knows both names of the switch gets
+    `open_thinking` alone. Others are as their models were trained."""
+    both = all(re.search(rf"\b{name}\b", template) for name in ("enable_thinking", "open_thinking"))
+    return "{%- set enable_thinking = open_thinking -%}\n" + template if both else template
 
 
 def pre_tokenizer_of(content: dict[str, Any]) -> str:

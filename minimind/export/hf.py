@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from minimind.config import ModelConfig, YarnScaling
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
+from minimind.tokenization.tokenizer import CONFIG_FILE
 from minimind.weights import to_granite, to_stock
 
 # The sampling of `minimind chat`; transformers' pipeline and vLLM read it from generation_config.json.
@@ -41,6 +43,9 @@ def export_hf(model: Model, tokenizer: Tokenizer, folder: str | Path, dtype: tor
     state = to_granite(stock, config) if description["model_type"] == "granitemoeshared" else stock
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
+    if (answers := response_template(tokenizer)) is not None:
+        file = folder / CONFIG_FILE
+        _write(file, {"response_template": answers, **json.loads(file.read_text(encoding="utf-8"))})
     _write(folder / "config.json", description)
     _write(folder / "generation_config.json", _generation(config, tokenizer))
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()}
@@ -48,6 +53,32 @@ def export_hf(model: Model, tokenizer: Tokenizer, folder: str | Path, dtype: tor
     shutil.copymode(
         folder / "config.json", folder / "model.safetensors"
     )  # safetensors creates files that only the owner may read
+
+
+def response_template(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """How to read an answer's thought, tool calls and text, in the form of transformers >= 5.19; vLLM's parser `hf` takes
+    it too. None for a chat template without <think> and <tool_call>.
+    Source: transformers/utils/chat_parsing/response_templates.py"""
+    template = tokenizer.chat_template or ""
+    if "<think>" not in template or "<tool_call>" not in template:
+        return None
+    question = [{"role": "user", "content": "?"}]
+    asked = tokenizer.apply_chat_template(question)
+    header = tokenizer.apply_chat_template(question, add_generation_prompt=True).removeprefix(asked)
+    ends = [tokenizer.decode([end]) for end in dict.fromkeys((tokenizer.eos_token_id, tokenizer.pad_token_id))]
+    return {
+        "defaults": {"role": "assistant"},
+        "start_anchor": header.partition("<think>")[0],
+        "fields": {
+            "thinking": {"open": "<think>", "close": ["</think>", *ends], "content": "text"},
+            "tool_calls": {  # space before a mark would be text, and replace the text before it
+                "open_pattern": r"\s*<tool_call>", "close": "</tool_call>", "repeats": True, "content": "json",
+                "content_args": {"allow_non_json": True},  # a call that is no JSON stays text instead of an exception
+                "transform": {"type": "function", "function": "{content}"},
+            },
+            "content": {"close_pattern": rf"\s*(?:{'|'.join(map(re.escape, ends))})", "content": "text"},
+        },
+    }  # fmt: skip
 
 
 def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:

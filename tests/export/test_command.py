@@ -194,8 +194,12 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys):
 def test_adapters_that_do_not_fit(folder, tmp_path, capsys):
     base = ("--model", folder, "--lora")
     own = adapter(tmp_path / "own", CONFIGS["qwen3"])
-    error = refused(capsys, tmp_path, *base, own, "--out", tmp_path / "m.gguf")
-    assert f"--to gguf cannot keep the adapter {own} separate; add --merge-lora" in error
+    error = refused(capsys, tmp_path, *base, own, "--out", tmp_path / "m.pth")
+    assert f"--to pth cannot keep the adapter {own} separate; add --merge-lora" in error
+    lengths = adapter(tmp_path / "dora", CONFIGS["qwen3"], dora=True)
+    assert "no DoRA; add --merge" in refused(capsys, tmp_path, *base, lengths, "--out", tmp_path / "m.gguf")
+    (tmp_path / "full-lora.gguf").write_text("mine")
+    assert "full-lora.gguf: exists" in refused(capsys, tmp_path, *base, own, "--out", tmp_path / "full.gguf")
     other = adapter(tmp_path / "other", ModelConfig.preset("nano"))
     error = refused(capsys, tmp_path, *base, other, "--to", "hf", "--out", tmp_path / "hf")
     assert "the adapter was made for another model" in error
@@ -204,6 +208,8 @@ def test_adapters_that_do_not_fit(folder, tmp_path, capsys):
     assert f"its base model ({tmp_path / 'gone'}) is not here; give --model BASE --lora {lost}" in error
     shared = saved(tmp_path / "granite", CONFIGS["granitemoe"])
     lora = adapter(tmp_path / "g", CONFIGS["granitemoe"])
+    to_gguf = ("--model", shared, "--lora", lora, "--out", tmp_path / "g.gguf")
+    assert "adapts shared experts" in refused(capsys, tmp_path, *to_gguf)
     to_hf = ("--model", shared, "--lora", lora, "--to", "hf", "--out", tmp_path / "hf")
     assert "shared experts" in refused(capsys, tmp_path, *to_hf)
     assert run(capsys, *to_hf, "--merge-lora")[0] == 0
@@ -219,6 +225,34 @@ def test_an_adapter_of_grouped_attention_works_on_granite(tmp_path, capsys):
     transformers = pytest.importorskip("transformers", reason="install minimind[export]")
     model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(out), out / "adapter")
     assert sum("lora_B" in name for name, _ in model.named_parameters()) == 4  # q and v of two layers
+
+
+@pytest.mark.parametrize("name, rslora", [("llama", True), ("qwen3", False)])
+def test_a_gguf_adapter_lies_beside_its_base(name, rslora, tmp_path, capsys):
+    """llama.cpp's names, W + alpha / rank * B A, and for Llama its order of the rows of q and k."""
+    gguf = pytest.importorskip("gguf", reason="install minimind[export]: needs gguf")
+    folder = saved(tmp_path / "run", CONFIGS[name])
+    lora = adapter(tmp_path / "lora", CONFIGS[name], rslora=rslora)
+    out, beside = tmp_path / "m.gguf", tmp_path / "m-lora.gguf"
+    status, lines, _ = run(capsys, "--model", folder, "--lora", lora, "--out", out, "--dtype", "fp32")
+    assert status == 0 and lines[-1] == f"next: llama-cli -m {out} --lora {beside}"
+    merged = tmp_path / "merged.gguf"
+    assert run(capsys, "--model", folder, "--lora", lora, "--merge-lora", "--out", merged, "--dtype", "fp32")[0] == 0
+    read = gguf.GGUFReader(beside)
+    fields = {key: field.contents() for key, field in read.fields.items()}
+    assert (fields["general.type"], fields["adapter.type"]) == ("adapter", "lora")
+    assert fields["general.architecture"] == name
+    assert fields["adapter.lora.alpha"] == pytest.approx(16 * (2**0.5 if rslora else 1), rel=1e-6)
+    base, wanted, found = (
+        {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in gguf.GGUFReader(file).tensors}
+        for file in (out, merged, beside)
+    )
+    changed = {key for key in base if not torch.equal(base[key], wanted[key])}
+    assert {f"{key}.lora_{part}" for key in changed for part in "ab"} == found.keys() and len(changed) == 14
+    for key in changed:
+        change = found[f"{key}.lora_b"].double() @ found[f"{key}.lora_a"].double() * fields["adapter.lora.alpha"] / 2
+        error = (base[key] + change - wanted[key]).abs().max()
+        assert error <= 4 * torch.finfo(torch.float32).eps * wanted[key].abs().max() < change.abs().max()
 
 
 def test_an_assumed_base_model_is_reported(folder, tmp_path, capsys, monkeypatch):

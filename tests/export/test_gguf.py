@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from minimind import ModelConfig, load_tokenizer
-from minimind.export.gguf import architecture_of, export_gguf, permute_pairs, pre_tokenizer_of
+from minimind.export.gguf import architecture_of, chat_template_of, export_gguf, permute_pairs, pre_tokenizer_of
+from minimind.tokenization.chat_template import render_chat
 from minimind.tokenization.tokenizer import DEFAULT_FOLDER
 from minimind.weights import to_stock
 from tests.export.small import CONFIGS, EXPERTS, SMALL, model_of
@@ -158,7 +159,21 @@ def test_the_vocabulary(tmp_path):
     ids = [fields[f"tokenizer.ggml.{n}_token_id"] for n in ("bos", "eos", "padding")]
     assert ids == [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     assert fields["tokenizer.ggml.add_bos_token"] is False
-    assert fields["tokenizer.chat_template"] == tokenizer.chat_template
+    assert fields["tokenizer.chat_template"] == chat_template_of(tokenizer.chat_template)
+
+
+def test_llama_cpp_does_not_open_thoughts_by_itself():
+    """Its programs always set enable_thinking, to true unless told otherwise; in GGUF files only open_thinking counts."""
+    template, question = load_tokenizer().require_chat_template(), [{"role": "user", "content": "?"}]
+    written = chat_template_of(template)
+    for thinking in (None, True, False):
+        asked = {} if thinking is None else {"open_thinking": thinking}
+        wanted = render_chat(template, question, None, True, **asked)
+        assert wanted.endswith(("<think>\n", "<think>\n\n</think>\n\n")) == (thinking is not None)
+        for default in (True, False):
+            assert render_chat(written, question, None, True, enable_thinking=default, **asked) == wanted
+    for other in ("{{ messages }}", "{% if enable_thinking %}", "{% if open_thinking %}"):
+        assert chat_template_of(other) == other  # models of others were trained with these
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama, untied"])

@@ -156,6 +156,35 @@ def test_conversations_render_alike(name, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", [None, "minimind2", "minimind3"])
+def test_answers_are_taken_apart(name, tmp_path):
+    """transformers (and vLLM's parser `hf`, by the same rules) finds the thought, the calls and the text of an answer."""
+    golden = json.loads(GOLDEN_CHAT.read_text(encoding="utf-8"))
+    tokenizer = folder_with_template(tmp_path / "t", golden[name]["template"] if name else None)
+    export_hf(model_of(CONFIGS["llama"]), tokenizer, tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    if not hasattr(theirs, "response_template"):
+        pytest.skip("transformers without response templates: pip install -U transformers")
+    asked = [{"role": "user", "content": "?"}]
+    call = {"name": "w", "arguments": {"c": 1}}
+    calls = "".join(f"\n<tool_call>\n{json.dumps(call)}\n</tool_call>" for _ in range(2))
+    parsed = [{"type": "function", "function": call}] * 2
+    for opened in (None, True, False):
+        variables = {} if opened is None else {"enable_thinking": opened, "open_thinking": opened}
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, **variables)
+        thinks = prompt.endswith("<think>\n")
+        for text, wanted in (
+            ("A\n</think>\n\nB", {"thinking": "A", "content": "B"}),
+            (f"A\n\nb\n</think>\n\nB{calls}", {"thinking": "A\n\nb", "content": "B", "tool_calls": parsed}),
+            ("B", {"thinking": "B"} if thinks else {"content": "B"}),
+        ):
+            written = text if thinks or "</think>" not in text else f"<think>\n{text}"
+            found = theirs.parse_response(f"{written}<|im_end|>", prefix=prompt)
+            assert found == {"role": "assistant", **wanted}
+    broken = theirs.parse_response("<tool_call>\n{oh\n</tool_call><|im_end|>", prefix="")
+    assert broken["tool_calls"] == [{"type": "function", "function": "{oh"}]
+
+
 def test_texts_get_the_same_ids(tmp_path):
     tokenizer = load_tokenizer()
     export_hf(model_of(CONFIGS["qwen3"]), tokenizer, tmp_path)

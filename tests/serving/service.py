@@ -102,18 +102,24 @@ def serving(
 @functools.cache
 def taught() -> tuple[Model, Tokenizer]:
     """A model that has memorised ANSWERS, trained in a second or two."""
-    texts = [str(CALL), *(str(answer) for answer in ANSWERS.values())]
-    tokenizer = load_tokenizer().with_model(train_bpe(texts, 320))
-    encoder = ChatEncoder(tokenizer)
     conversations = []
     for question, answer in ANSWERS.items():
         head = [{"role": "system", "content": "", "tools": [WEATHER]}] if answer.get("tool_calls") else []
-        user = {"role": "user", "content": question}
-        conversations.append(encoder.pieces([*head, user, {"role": "assistant", **answer}]))
+        conversations.append([*head, {"role": "user", "content": question}, {"role": "assistant", **answer}])
+    return teach(conversations, [str(CALL), *(str(answer) for answer in ANSWERS.values())])
+
+
+def teach(
+    conversations: list[list[dict[str, Any]]], texts: list[str], positions: int = 1024, head_dim: int = 16
+) -> tuple[Model, Tokenizer]:
+    """A model that has memorised the answers of these conversations, and a tokenizer trained on `texts`."""
+    tokenizer = load_tokenizer().with_model(train_bpe(texts, 320))
+    encoder = ChatEncoder(tokenizer)
     torch.manual_seed(0)
-    model = Model(ModelConfig(64, 2, 4, 2, 16, 128, tokenizer.vocab_size, max_position_embeddings=1024))
+    model = Model(ModelConfig(64, 2, 4, 2, head_dim, 128, tokenizer.vocab_size, max_position_embeddings=positions))
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
-    rows = [(torch.from_numpy(c.ids.astype("int64")), c.trained) for c in encoder.encode(conversations)]
+    encoded = encoder.encode([encoder.pieces(conversation) for conversation in conversations])
+    rows = [(torch.from_numpy(c.ids.astype("int64")), c.trained) for c in encoded]
     worst = 1.0
     while worst > 0.05:
         losses = torch.cat(

@@ -1,0 +1,68 @@
+"""vLLM with the exported folders: the same greedy tokens, adapters, and its server with the chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.decoding.judge import Judge
+from minimind import cli
+from minimind.inference.generate import generate
+from minimind.lora import LoRAConfig, adapter_names
+from minimind.lora_files import save_adapter
+from minimind.modeling import Model
+from tests import foreign
+from tests.adapted import with_adapter
+from tests.export.small import CONFIGS, model_of
+from tests.interop import programs
+from tests.interop.neighbours import NEW, PROMPTS, interpreter, shapes, write
+
+pytestmark = pytest.mark.interop
+
+# the adapter's targets; vLLM has none for routed experts, and shared ones only in a form of their own
+ADAPTED = {"llama": None, "qwen3": None, "qwen3moe": ("q_proj", "v_proj"), "granitemoe": ("q_proj", "v_proj")}
+MERGED = {"llama": None, "granitemoe": None}
+NAMES = [*shapes(), *(f"{name}, adapter" for name in ADAPTED), *(f"{name}, merged" for name in MERGED)]
+
+
+def model_named(name: str) -> Model:
+    base, _, way = name.rpartition(", ")
+    if way not in ("adapter", "merged"):
+        return model_of(shapes()[name])
+    targets = ADAPTED[base] if way == "adapter" else MERGED[base]
+    return with_adapter(model_of(CONFIGS[base]), LoRAConfig(rank=4, alpha=8.0, targets=targets))
+
+
+def job_of(name: str, folder: Path) -> dict[str, str]:
+    """The model as `minimind export` writes it: plain, as a base with an adapter beside it, or merged."""
+    model = model_named(name)
+    if name.endswith(", adapter") or name.endswith(", merged"):
+        write(model_of(model.config), folder / "base")
+        save_adapter(model, folder / "lora", base_model=str(folder / "base"))
+        merge = ["--merge-lora"] if name.endswith(", merged") else []
+        command = ["export", "--model", str(folder / "lora"), "--to", "hf", "--out", str(folder / "out"), *merge]
+        assert cli.run(command) == 0
+    else:
+        write(model, folder / "out")
+    adapter = {"adapter": str(folder / "out" / "adapter")} if name.endswith(", adapter") else {}
+    return {"name": name, "folder": str(folder / "out"), **adapter}
+
+
+@pytest.fixture(scope="module")
+def greedy(tmp_path_factory):
+    python, place = interpreter("VLLM"), tmp_path_factory.mktemp("vllm")
+    jobs = [job_of(name, place / str(number)) for number, name in enumerate(NAMES)]
+    return foreign.call("vLLM", programs.vllm_greedy, jobs, PROMPTS, NEW, python=python, timeout=3600)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_vllm_writes_the_same_tokens(name, greedy):
+    """Greedy in float32, one for one; an adapter that is not merged is applied at run time."""
+    model = model_named(name)
+    assert greedy[name] == generate(model, PROMPTS, NEW, temperature=0.0)
+    if adapter_names(model):
+        assert greedy[name] != greedy[name.rpartition(", ")[0]]
+    else:
+        assert Judge(model).judge(torch.tensor(PROMPTS), greedy[name], "fp32").passed
