@@ -105,7 +105,7 @@ def check_adapter(loaded: LoadedModel, target: str, merge: bool) -> None:
         raise ValueError(f"--to {target} cannot keep the adapter {loaded.lora} separate; add --merge-lora")
     if any("shared_experts" in name for name in adapter_config(loaded.model).targets or ()):
         raise ValueError(
-            f"--to {target}: {loaded.lora} adapts shared experts, which this format stores differently; add --merge-lora"
+            f"--to {target}: {loaded.lora} adapts shared experts, stored differently in this format; add --merge-lora"
         )
 
 

@@ -56,8 +56,8 @@ def export_hf(model: Model, tokenizer: Tokenizer, folder: str | Path, dtype: tor
 
 
 def response_template(tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """How to read an answer's thought, tool calls and text, in the form of transformers >= 5.19; vLLM's parser `hf` takes
-    it too. None for a chat template without <think> and <tool_call>.
+    """How to read an answer's thought, tool calls and text, in the form of transformers 5; vLLM's parser `hf` takes it
+    too. None for a chat template without <think> and <tool_call>.
     Source: transformers/utils/chat_parsing/response_templates.py"""
     template = tokenizer.chat_template or ""
     if "<think>" not in template or "<tool_call>" not in template:

@@ -163,7 +163,7 @@ def test_the_vocabulary(tmp_path):
 
 
 def test_llama_cpp_does_not_open_thoughts_by_itself():
-    """Its programs always set enable_thinking, to true unless told otherwise; in GGUF files only open_thinking counts."""
+    """Its programs set enable_thinking, to true unless told otherwise; in GGUF files only open_thinking counts."""
     template, question = load_tokenizer().require_chat_template(), [{"role": "user", "content": "?"}]
     written = chat_template_of(template)
     for thinking in (None, True, False):

@@ -158,7 +158,7 @@ def test_conversations_render_alike(name, tmp_path):
 
 @pytest.mark.parametrize("name", [None, "minimind2", "minimind3"])
 def test_answers_are_taken_apart(name, tmp_path):
-    """transformers (and vLLM's parser `hf`, by the same rules) finds the thought, the calls and the text of an answer."""
+    """transformers, and by the same rules vLLM's parser `hf`, finds the thought, calls and text of an answer."""
     golden = json.loads(GOLDEN_CHAT.read_text(encoding="utf-8"))
     tokenizer = folder_with_template(tmp_path / "t", golden[name]["template"] if name else None)
     export_hf(model_of(CONFIGS["llama"]), tokenizer, tmp_path / "hf")

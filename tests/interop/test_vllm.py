@@ -15,9 +15,9 @@ from minimind.lora_files import save_adapter
 from minimind.modeling import Model
 from tests import foreign
 from tests.adapted import with_adapter
-from tests.export.small import CONFIGS, model_of
+from tests.export.small import model_of
 from tests.interop import programs
-from tests.interop.neighbours import NEW, PROMPTS, interpreter, shapes, write
+from tests.interop.neighbours import NEW, PROMPTS, program, shapes, write
 
 pytestmark = pytest.mark.interop
 
@@ -32,7 +32,7 @@ def model_named(name: str) -> Model:
     if way not in ("adapter", "merged"):
         return model_of(shapes()[name])
     targets = ADAPTED[base] if way == "adapter" else MERGED[base]
-    return with_adapter(model_of(CONFIGS[base]), LoRAConfig(rank=4, alpha=8.0, targets=targets))
+    return with_adapter(model_of(shapes()[base]), LoRAConfig(rank=4, alpha=8.0, targets=targets))
 
 
 def job_of(name: str, folder: Path) -> dict[str, str]:
@@ -52,7 +52,7 @@ def job_of(name: str, folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def greedy(tmp_path_factory):
-    python, place = interpreter("VLLM"), tmp_path_factory.mktemp("vllm")
+    python, place = program("VLLM"), tmp_path_factory.mktemp("vllm")
     jobs = [job_of(name, place / str(number)) for number, name in enumerate(NAMES)]
     return foreign.call("vLLM", programs.vllm_greedy, jobs, PROMPTS, NEW, python=python, timeout=3600)
 
@@ -61,6 +61,7 @@ def greedy(tmp_path_factory):
 def test_vllm_writes_the_same_tokens(name, greedy):
     """Greedy in float32, one for one; an adapter that is not merged is applied at run time."""
     model = model_named(name)
+    assert isinstance(greedy[name], list), greedy[name]
     assert greedy[name] == generate(model, PROMPTS, NEW, temperature=0.0)
     if adapter_names(model):
         assert greedy[name] != greedy[name.rpartition(", ")[0]]
