@@ -16,6 +16,7 @@ from minimind.export.hf import export_hf
 from minimind.inference.engine import Engine
 from minimind.inference.generate import generate
 from minimind.weights import save_weights
+from tests.evaluation.tasks import MULTIPLE_CHOICE, STOP, write_tasks
 from tests.inference.small import VARIANTS, small_model, small_tokenizer
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install lm-eval")
@@ -23,40 +24,6 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 CHOICES = ["世界", " there", "café", "Hello", "!"]
 QUESTIONS = [f"Hello {'there ' * (i % 4)}naïve {i}:" for i in range(12)]
-STOP = "e"
-MULTIPLE_CHOICE = """
-task: known_choice
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/choice.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: answer
-target_delimiter: ""
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
-GENERATION = """
-task: known_text
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/text.jsonl}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: answer
-generation_kwargs: {until: ["STOP"], max_gen_toks: 6, do_sample: false}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-"""
-ROLLING = """
-task: known_perplexity
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/rolling.jsonl}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{text}}"
-metric_list: [{metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]
-"""
 
 
 def log_prob(model, context: list[int], continuation: list[int]) -> float:
@@ -87,12 +54,7 @@ def tasks(tmp_path_factory) -> Path:
         own = tokenizer.decode(ids, skip_special_tokens=True).split(STOP)[0]
         texts.append({"question": question, "answer": own if i % 2 else own + "?"})
     rolling = [{"text": "Hello there, 世界! " * (3 * i + 1)} for i in range(3)]
-    for name, lines in (("choice", rows), ("text", texts), ("rolling", rolling)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines), encoding="utf-8")
-    for name, text in (("choice", MULTIPLE_CHOICE), ("text", GENERATION), ("rolling", ROLLING)):
-        filled = text.replace("FOLDER", str(folder)).replace("STOP", STOP)
-        (folder / f"{name}.yaml").write_text(filled, encoding="utf-8")
-    return folder
+    return write_tasks(folder, {"choice": rows, "text": texts, "rolling": rolling})
 
 
 @pytest.fixture(scope="module")

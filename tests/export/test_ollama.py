@@ -6,6 +6,7 @@ over as compact JSON, without the spaces that training saw.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,22 @@ def with_template(folder: Path, template: str) -> Tokenizer:
 def test_the_shipped_templates_modelfile():
     text = modelfile(ModelConfig.preset("minimind3"), load_tokenizer())
     assert text == (HERE / "Modelfile").read_text(encoding="utf-8")
+
+
+def test_it_follows_the_documented_grammar():
+    """INSTRUCTION arguments, of which one is in triple quotes where it has lines. ollama's client has no parser.
+    https://docs.ollama.com/modelfile"""
+    text = modelfile(ModelConfig.preset("minimind3"), load_tokenizer())
+    found, rest = {}, text
+    while rest:
+        match = re.match(r'(PARAMETER \w+|[A-Z]+) (?:"""(.*?)"""|([^\n]*))\n', rest, re.S)
+        assert match, rest[:80]
+        found[match[1]], rest = match[2] or match[3], rest[match.end() :]
+    kinds = {"FROM": str, "TEMPLATE": str, "PARAMETER stop": json.loads, "PARAMETER num_ctx": int}
+    kinds |= {f"PARAMETER {name}": float for name in ("temperature", "top_p")}
+    assert found.keys() == kinds.keys()
+    values = {name: kinds[name](value) for name, value in found.items()}
+    assert values["FROM"] == "./model.gguf" and values["PARAMETER stop"] == "<|im_end|>"
 
 
 @pytest.mark.parametrize("name", [None, "minimind2", "minimind3"])

@@ -44,7 +44,7 @@ def greedy(model: Any, prompts: list[list[int]], new: int) -> list[list[int]]:
 
 
 def trl_train(jobs: list[dict[str, Any]], prompts: list[list[int]], new: int) -> list[dict[str, Any]]:
-    """Train each job's `folder` by its `way` (sft, lora, dpo or grpo) for `steps` into `out`, and give the logged figures
+    """Train each job's `folder` by its `way` (sft, lora, dpo or grpo) for `steps` into `out`; gives the logged figures
     and the greedy tokens of the model that was saved. The way "peft" only reads a folder's adapter."""
     import peft
     import transformers
@@ -110,4 +110,25 @@ def llama_factory_encode(folder: str, conversations: list[list[dict[str, str]]])
     for system, *messages in conversations:
         turns = template.encode_multiturn(tokenizer, messages, system["content"] or None, None)
         found.append([token for turn in turns for part in turn for token in part])
+    return found
+
+
+def mnn_chat(folder: str, questions: list[str]) -> list[dict[str, Any]]:
+    """For each question the prompt's text, its token ids, and the greedy answer in float32 arithmetic."""
+    import json
+
+    import MNN.llm
+
+    with open(f"{folder}/config.json", encoding="utf-8") as file:
+        config = json.load(file)
+    config |= {"sampler_type": "greedy", "precision": "high", "memory": "normal", "thread_num": 1}
+    with open(f"{folder}/exact.json", "w", encoding="utf-8") as file:
+        json.dump(config, file)
+    model = MNN.llm.create(f"{folder}/exact.json")
+    model.load()
+    found = []
+    for question in questions:
+        prompt = model.apply_chat_template(question)
+        found.append({"prompt": prompt, "ids": model.tokenizer_encode(prompt), "text": model.response(question)})
+        model.reset()
     return found

@@ -29,13 +29,14 @@ def test_its_template_writes_our_tokens(tmp_path):
         [{"role": "system", "content": text}, *ASKED, *more] for text in ("", "Be brief.") for more in ([], ASKED)
     ]
     python = program("LLAMA_FACTORY")
-    found = foreign.call("LLaMA-Factory", programs.llama_factory_encode, folder, conversations, python=python)
+    encode = programs.llama_factory_encode
+    found = foreign.call("LLaMA-Factory", encode, folder, conversations, python=python, timeout=1800)
     for conversation, ids in zip(conversations, found, strict=True):
         assert tokenizer.decode(ids) == tokenizer.apply_chat_template(conversation)
         assert ids == tokenizer.encode(tokenizer.apply_chat_template(conversation))
 
 
-WAYS = [("qwen3", "lora"), ("llama", "full"), ("qwen3moe", "full"), ("granitemoe", "lora")]
+WAYS = [("qwen3", "lora"), ("granitemoe", "full")]
 
 
 @pytest.mark.parametrize("name, way", WAYS)
@@ -53,7 +54,7 @@ def test_sft_and_back(name, way, tmp_path):
     for file, text in files.items():
         (tmp_path / file).write_text(text, encoding="utf-8")
     done = subprocess.run(
-        [command, "train", "my-sft.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=1200
+        [command, "train", "my-sft.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=1800
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     log = [json.loads(line) for line in (tmp_path / "my-adapter" / "trainer_log.jsonl").read_text().splitlines()]

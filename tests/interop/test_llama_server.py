@@ -48,7 +48,7 @@ def test_chat_thoughts_and_tool_calls(chatting):
 
 
 def plain(model: Model) -> Model:
-    """The model with logits of 0 for all tokens but those of ASCII text: the server refuses an answer that is no UTF-8."""
+    """The model with logits of 0 for all tokens but ASCII text: the server refuses an answer that is no UTF-8."""
     tokenizer = load_tokenizer()
     texts = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
     with torch.no_grad():

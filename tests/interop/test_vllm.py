@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from bench.decoding.judge import Judge
 from minimind import cli
+from minimind.export.hf import export_hf
 from minimind.inference.generate import generate
 from minimind.lora import LoRAConfig, adapter_names
 from minimind.lora_files import save_adapter
@@ -17,9 +19,24 @@ from tests import foreign
 from tests.adapted import with_adapter
 from tests.export.small import model_of
 from tests.interop import programs
-from tests.interop.neighbours import NEW, PROMPTS, program, shapes, write
+from tests.interop.neighbours import (
+    NEW,
+    PROMPTS,
+    QUESTION,
+    TOOLED,
+    check_chat,
+    openai_form,
+    post,
+    program,
+    running,
+    shapes,
+    taught,
+    write,
+)
+from tests.serving.service import WEATHER
 
 pytestmark = pytest.mark.interop
+PAGE = Path(__file__).parents[2] / "docs" / "export" / "vllm.md"
 
 # the adapter's targets; vLLM has none for routed experts, and shared ones only in a form of their own
 ADAPTED = {"llama": None, "qwen3": None, "qwen3moe": ("q_proj", "v_proj"), "granitemoe": ("q_proj", "v_proj")}
@@ -67,3 +84,31 @@ def test_vllm_writes_the_same_tokens(name, greedy):
         assert greedy[name] != greedy[name.rpartition(", ")[0]]
     else:
         assert Judge(model).judge(torch.tensor(PROMPTS), greedy[name], "fp32").passed
+
+
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory):
+    """`vllm serve` as its guide page starts it, with a model that knows a few answers."""
+    place = tmp_path_factory.mktemp("serve")
+    model, tokenizer = taught()
+    export_hf(model, tokenizer, place / "my-model")
+    (command,) = re.findall(r"^vllm (serve my-model .*--tool-call-parser.*)$", PAGE.read_text(encoding="utf-8"), re.M)
+    vllm = Path(program("VLLM")).with_name("vllm")
+    exact = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "2")
+    words = command.replace("my-model", str(place / "my-model"), 1).replace("8000", "PORT").split()
+    with running([str(vllm), *words, *exact], place / "log", seconds=1500, VLLM_CPU_KVCACHE_SPACE="1") as address:
+        yield address
+
+
+def test_prompts_are_those_of_the_template(chatting):
+    _, tokenizer = taught()
+    for messages, tools in ((QUESTION, None), (openai_form(TOOLED), [WEATHER])):
+        for thinking in (None, True, False):
+            asked = {} if thinking is None else {"enable_thinking": thinking}
+            wanted = tokenizer.apply_chat_template(messages, tools, add_generation_prompt=True, **asked)
+            body = {"model": "minimind", "messages": messages, "tools": tools, "chat_template_kwargs": asked}
+            assert post(f"{chatting}/tokenize", body)["tokens"] == tokenizer.encode(wanted)
+
+
+def test_chat_thoughts_and_tool_calls(chatting):
+    check_chat(chatting, reasoning="reasoning")
