@@ -26,9 +26,11 @@ import torch
 
 from minimind import ModelConfig, load_tokenizer
 from minimind.export.hf import export_hf
+from minimind.lora import LoRAConfig
 from minimind.modeling import Model
 from minimind.tokenization import Tokenizer
-from tests.export.small import CONFIGS
+from tests.adapted import with_adapter
+from tests.export.small import CONFIGS, model_of
 from tests.serving.service import ANSWERS, CALL, WEATHER, teach
 
 PROMPTS = torch.randint(16, 6400, (2, 100), generator=torch.Generator().manual_seed(1)).tolist()
@@ -53,6 +55,13 @@ def shapes() -> dict[str, ModelConfig]:
     }
     cut = {name: dataclasses.replace(ModelConfig.preset(name), num_hidden_layers=2) for name in PRESETS}
     return {**small, **cut}
+
+
+def adapted(name: str, targets: tuple[str, ...] | None = None, **settings: Any) -> Model:
+    """The model of shapes()[name] with an adapter, the same at every call. targets: None for all that take one."""
+    torch.manual_seed(0)  # for A
+    model = model_of(shapes()[name])
+    return with_adapter(model, LoRAConfig(rank=4, alpha=8.0, targets=targets, **settings))
 
 
 def write(model: Model, folder: Path) -> str:
@@ -117,7 +126,9 @@ def openai_form(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     sent = []
     for message in messages:
         calls = message.get("tool_calls", ())
-        functions = [{**c["function"], "arguments": json.dumps(c["function"]["arguments"])} for c in calls]
+        functions = [
+            {**c["function"], "arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)} for c in calls
+        ]
         called = [{"id": "call-1", "type": "function", "function": function} for function in functions]
         sent.append({**message, **({"tool_calls": called} if called else {})})
     return sent

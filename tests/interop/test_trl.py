@@ -10,13 +10,12 @@ import pytest
 
 from minimind import load_model
 from minimind.inference.generate import generate
-from minimind.lora import LoRAConfig
 from minimind.lora_files import load_adapter, save_adapter
+from minimind.modeling import Model
 from tests import foreign
-from tests.adapted import with_adapter
 from tests.export.small import CONFIGS, model_of
 from tests.interop import programs
-from tests.interop.neighbours import PROMPTS, program, write
+from tests.interop.neighbours import PROMPTS, adapted, program, shapes, write
 
 pytestmark = pytest.mark.interop
 FAMILIES = ("llama", "qwen3", "qwen3moe", "granitemoe")
@@ -30,33 +29,35 @@ JOBS = [
 NEW = 24
 
 
-def adapted(name: str) -> Any:
-    targets = ("q_proj", "v_proj") if CONFIGS[name].num_experts else None
-    return with_adapter(model_of(CONFIGS[name]), LoRAConfig(rank=4, alpha=8.0, targets=targets))
+def adapted_family(name: str) -> Model:
+    return adapted(name, ("q_proj", "v_proj") if CONFIGS[name].num_experts else None)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> dict[tuple[str, str], dict[str, Any]]:
+def trained(request, tmp_path_factory) -> dict[tuple[str, str], dict[str, Any]]:
     python, place, jobs = program("TRL"), tmp_path_factory.mktemp("trl"), []
-    for way, name in JOBS:
+    own = [item for item in request.session.items if "trained" in item.fixturenames]
+    selected = {tuple(item.callspec.params[key] for key in ("way", "name")) for item in own}
+    chosen = [job for job in JOBS if job in selected]
+    for way, name in chosen:
         folder = place / f"{way}-{name}"
-        job: dict[str, Any] = {"way": way, "folder": write(model_of(CONFIGS[name]), folder)}
+        job: dict[str, Any] = {"way": way, "folder": write(model_of(shapes()[name]), folder)}
         if way == "peft":
-            save_adapter(adapted(name), folder / "adapter", base_model=folder)
+            save_adapter(adapted_family(name), folder / "adapter", base_model=folder)
         else:
             steps, rate = STEPS[way]
             job |= {"out": str(place / f"{way}-{name}-out"), "steps": steps, "rate": rate}
         jobs.append(job)
     found = foreign.call("trl", programs.trl_train, jobs, PROMPTS, NEW, python=python, timeout=3600)
-    return {key: {**job, **result} for key, job, result in zip(JOBS, jobs, found, strict=True)}
+    return {key: {**job, **result} for key, job, result in zip(chosen, jobs, found, strict=True)}
 
 
 @pytest.mark.parametrize("way, name", JOBS)
 def test_what_they_train_or_read_writes_the_same_tokens(way, name, trained):
     result = trained[way, name]
-    base = generate(model_of(CONFIGS[name]), PROMPTS, NEW, temperature=0.0)
+    base = generate(model_of(shapes()[name]), PROMPTS, NEW, temperature=0.0)
     if way == "peft":
-        model = adapted(name)
+        model = adapted_family(name)
     elif way == "lora":
         model = load_model(Path(result["folder"]))
         assert load_adapter(model, result["out"]).rank == 4

@@ -12,11 +12,10 @@ from bench.decoding.judge import Judge
 from minimind import cli
 from minimind.export.hf import export_hf
 from minimind.inference.generate import generate
-from minimind.lora import LoRAConfig, adapter_names
+from minimind.lora import adapter_names
 from minimind.lora_files import save_adapter
 from minimind.modeling import Model
 from tests import foreign
-from tests.adapted import with_adapter
 from tests.export.small import model_of
 from tests.interop import programs
 from tests.interop.neighbours import (
@@ -24,6 +23,7 @@ from tests.interop.neighbours import (
     PROMPTS,
     QUESTION,
     TOOLED,
+    adapted,
     check_chat,
     openai_form,
     post,
@@ -38,18 +38,15 @@ from tests.serving.service import WEATHER
 pytestmark = pytest.mark.interop
 PAGE = Path(__file__).parents[2] / "docs" / "export" / "vllm.md"
 
-# the adapter's targets; vLLM has none for routed experts, and shared ones only in a form of their own
-ADAPTED = {"llama": None, "qwen3": None, "qwen3moe": ("q_proj", "v_proj"), "granitemoe": ("q_proj", "v_proj")}
-MERGED = {"llama": None, "granitemoe": None}
+# On a CPU vLLM applies no adapter to a model with experts: its kernels for that are Triton's.
+ADAPTED = ("llama", "qwen3")
+MERGED = ("llama", "granitemoe")
 NAMES = [*shapes(), *(f"{name}, adapter" for name in ADAPTED), *(f"{name}, merged" for name in MERGED)]
 
 
 def model_named(name: str) -> Model:
     base, _, way = name.rpartition(", ")
-    if way not in ("adapter", "merged"):
-        return model_of(shapes()[name])
-    targets = ADAPTED[base] if way == "adapter" else MERGED[base]
-    return with_adapter(model_of(shapes()[base]), LoRAConfig(rank=4, alpha=8.0, targets=targets))
+    return adapted(base) if way in ("adapter", "merged") else model_of(shapes()[name])
 
 
 def job_of(name: str, folder: Path) -> dict[str, str]:
@@ -68,10 +65,13 @@ def job_of(name: str, folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def greedy(tmp_path_factory):
+def greedy(request, tmp_path_factory):
+    """The tokens of the models whose tests were selected, from one process: its imports take longest."""
     python, place = program("VLLM"), tmp_path_factory.mktemp("vllm")
-    jobs = [job_of(name, place / str(number)) for number, name in enumerate(NAMES)]
-    return foreign.call("vLLM", programs.vllm_greedy, jobs, PROMPTS, NEW, python=python, timeout=3600)
+    selected = {item.callspec.params["name"] for item in request.session.items if "greedy" in item.fixturenames}
+    selected |= {name.removesuffix(", adapter") for name in selected}
+    jobs = [job_of(name, place / str(number)) for number, name in enumerate(NAMES) if name in selected]
+    return foreign.call("vLLM", programs.vllm_greedy, jobs, PROMPTS, NEW, python=python, timeout=7200)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,15 +88,14 @@ def test_vllm_writes_the_same_tokens(name, greedy):
 
 @pytest.fixture(scope="module")
 def chatting(tmp_path_factory):
-    """`vllm serve` as its guide page starts it, with a model that knows a few answers."""
+    """vLLM's server as its guide page starts it, with a model that knows a few answers."""
     place = tmp_path_factory.mktemp("serve")
     model, tokenizer = taught()
     export_hf(model, tokenizer, place / "my-model")
-    (command,) = re.findall(r"^vllm (serve my-model .*--tool-call-parser.*)$", PAGE.read_text(encoding="utf-8"), re.M)
-    vllm = Path(program("VLLM")).with_name("vllm")
+    (command,) = re.findall(r"^python (-m vllm\S+ (?:.*\\\n)*.*)$", PAGE.read_text(encoding="utf-8"), re.M)
+    words = command.replace("my-model", str(place / "my-model"), 1).replace("8000", "PORT").replace("\\\n", "").split()
     exact = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "2")
-    words = command.replace("my-model", str(place / "my-model"), 1).replace("8000", "PORT").split()
-    with running([str(vllm), *words, *exact], place / "log", seconds=1500, VLLM_CPU_KVCACHE_SPACE="1") as address:
+    with running([program("VLLM"), *words, *exact], place / "log", seconds=1500, VLLM_CPU_KVCACHE_SPACE="1") as address:
         yield address
 
 
