@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from minimind import load_tokenizer
-from tests.evaluation.tasks import write_tasks
+from minimind.inference.generate import generate
+from tests.evaluation.tasks import STOP, write_tasks
 from tests.export.small import CONFIGS, model_of
 from tests.interop.neighbours import program, write
 
@@ -31,7 +32,7 @@ def test_the_same_numbers(name, tmp_path):
     words = ["世界", " there", " café", " Hello", "!"]
     questions = [f"Hello {'there ' * (i % 4)}naïve {i}:" for i in range(40)]
     choices = [{"question": q, "choices": words, "answer": i % len(words)} for i, q in enumerate(questions)]
-    texts = [{"question": q, "answer": load_tokenizer().decode([300 + i])} for i, q in enumerate(questions[:8])]
+    texts = [{"question": q, "answer": written(name, q) + "?" * (i % 2)} for i, q in enumerate(questions[:8])]
     rolling = [{"text": "Hello there, 世界! " * (3 * i + 1)} for i in range(4)]
     write_tasks(tmp_path / "tasks", {"choice": choices, "text": texts, "rolling": rolling})
     files = ["--tasks", ",".join(TASKS)]
@@ -53,4 +54,11 @@ def test_the_same_numbers(name, tmp_path):
             if isinstance(value, float) and "stderr" not in metric:
                 assert value == pytest.approx(other[task][metric], rel=1e-5), (task, metric)
                 compared += 1
-    assert compared >= 5
+    assert compared >= 3 and 0 < own["known_text"]["exact_match,none"] < 1
+
+
+def written(name: str, question: str) -> str:
+    """What the model writes after the question, up to the task's stop string: an answer that matches."""
+    tokenizer = load_tokenizer()
+    (ids,) = generate(model_of(CONFIGS[name]), [tokenizer.encode(question)], 6, temperature=0.0)
+    return tokenizer.decode(ids, skip_special_tokens=True).split(STOP)[0]
