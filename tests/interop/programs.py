@@ -98,21 +98,6 @@ def low_ids(completions: list[Any], completion_ids: list[list[int]], **_: Any) -
     return [sum(token < 3200 for token in ids) / max(1, len(ids)) for ids in completion_ids]
 
 
-def llama_factory_encode(folder: str, conversations: list[list[dict[str, str]]]) -> list[list[int]]:
-    """Token ids of the conversations, the first message of each being a system message, with the template `qwen`."""
-    import transformers
-    from llamafactory.data.template import get_template_and_fix_tokenizer
-    from llamafactory.hparams import DataArguments
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    template = get_template_and_fix_tokenizer(tokenizer, DataArguments(template="qwen", default_system=""))
-    found = []
-    for system, *messages in conversations:
-        turns = template.encode_multiturn(tokenizer, messages, system["content"] or None, None)
-        found.append([token for turn in turns for part in turn for token in part])
-    return found
-
-
 def mnn_chat(folder: str, questions: list[str]) -> list[dict[str, Any]]:
     """For each question the prompt's text, its token ids, and the greedy answer in float32 arithmetic."""
     import json
