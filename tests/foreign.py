@@ -22,8 +22,8 @@ def call(
     program: str, function: Callable[..., Any], *args: Any, timeout: float = 300, python: str = sys.executable
 ) -> Any:
     """Call function(*args), a top-level function of a module, in a new Python process; arguments and result are sent as
-    JSON. python: the interpreter. AssertionError if `program`, whose code the function runs, dies of a signal, raises an
-    exception or does not return in time.
+    JSON. python: the interpreter. AssertionError if `program`, whose code the function runs, dies of a signal, raises
+    an exception or does not return in time.
     """
     __tracebackhide__ = True
     command = [python, "-X", "faulthandler", "-m", "tests.foreign"]
