@@ -18,6 +18,8 @@ from minimind.tokenization.chat_encoder import END_THINK
 # The layout of Python's json.dumps, which chat templates use. With free white space a weak model may write only that.
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+ANY_OBJECT = {"type": "object"}
+
 
 class Grammars:
     """Makes constraints for the tokens of one tokenizer."""
@@ -28,16 +30,15 @@ class Grammars:
         self._tokenizer = tokenizer
         self._tokens = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)))
 
-    def json_object(self, reasoning: bool) -> Callable[[], Constraint]:
-        return self.json_schema({"type": "object"}, reasoning)
-
     def json_schema(self, schema: dict[str, Any], reasoning: bool) -> Callable[[], Constraint]:
         """reasoning: the answer begins after </think>. ApiError 400 for a schema that cannot be met or enforced."""
         return self._constraint(_lark("start: json", json=schema), "response_format", reasoning)
 
-    def tool_calls(self, tools: Sequence[dict[str, Any]], several: bool, reasoning: bool) -> Callable[[], Constraint]:
+    def tool_calls(
+        self, tools: Sequence[dict[str, Any]], several: bool, reasoning: bool, form: dict[str, Any] | None = None
+    ) -> Callable[[], Constraint]:
         """At least one call of one of these functions ({"name", "parameters"}), with arguments that match its schema.
-        several: allow more than one call."""
+        several: allow more than one call. form: a schema; the answer may be JSON that matches it instead of calls."""
         calls = [
             {
                 "type": "object",
@@ -51,8 +52,12 @@ class Grammars:
             for tool in tools
         ]
         more = ' ("\\n" call)*' if several else ""
-        rules = f'start: call{more}\ncall: "{CALL}\\n" json "\\n{END_CALL}"'
-        return self._constraint(_lark(rules, json={"anyOf": calls}), "tools", reasoning)
+        rules = f'calls: call{more}\ncall: "{CALL}\\n" one_call "\\n{END_CALL}"'
+        schema = {"anyOf": calls}
+        if form is None:
+            return self._constraint(_lark(f"start: calls\n{rules}", one_call=schema), "tools", reasoning)
+        grammar = _lark(f"start: calls | json\n{rules}", one_call=schema, json=form)
+        return self._constraint(grammar, "tools and response_format", reasoning)
 
     def _constraint(self, grammar: str, param: str, reasoning: bool) -> Callable[[], Constraint]:
         from llguidance import LLMatcher

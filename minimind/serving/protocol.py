@@ -334,13 +334,22 @@ async def _invalid(request: Request, problem: Exception) -> JSONResponse:
     return JSONResponse(error_body(422, message, param), 422)
 
 
+# Routes of OpenAI's API that clients call by themselves or by default, and that this server does not have.
+MISSING = ("assistants", "audio", "batches", "embeddings", "files", "images", "moderations", "rerank", "responses")
+
+
 async def _http(request: Request, problem: Exception) -> JSONResponse:
     if isinstance(problem, ApiError):
         return problem.response()
     assert isinstance(problem, HTTPException)
-    path = request.url.path
-    hint = "" if path.startswith("/v1/") or problem.status_code != 404 else "; the API is below /v1"
-    message = f"{request.method} {path}: {problem.detail}{hint}"
+    path, told = request.url.path, problem.detail
+    if problem.status_code == 404:
+        kind = path.removeprefix("/v1/").split("/")[0]
+        if not path.startswith("/v1/"):
+            told = f"{told}; the API is below /v1"
+        elif kind in MISSING:
+            told = f"this server has no {kind}, only /v1/chat/completions, /v1/completions and /v1/models"
+    message = f"{request.method} {path}: {told}"
     return JSONResponse(error_body(problem.status_code, message), problem.status_code, problem.headers)
 
 

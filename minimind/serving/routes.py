@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from minimind.inference.requests import Constraint, Delta
 from minimind.serving.chat_format import END_CALL, Reply, ReplyParser, ReplyPart, selected_tools
+from minimind.serving.grammar import ANY_OBJECT
 from minimind.serving.protocol import (
     ApiError,
     ChatRequest,
@@ -164,19 +165,23 @@ class ChatAnswer:
 
 
 def answer_constraint(service: Service, body: ChatRequest, reasoning: bool) -> Callable[[], Constraint] | None:
-    """The grammar that response_format or tool_choice requires, or None. ApiError 400 if both require one."""
-    form, choice = body.response_format, body.tool_choice
-    if isinstance(form, JsonFormat | JsonSchemaFormat):
-        if body.tools and choice != "none":
-            raise ApiError(400, f"response_format {form.type} and tools: give one of them, or tool_choice none")
-        if isinstance(form, JsonFormat):
-            return service.grammars.json_object(reasoning)
-        return service.grammars.json_schema(form.json_schema.schema_, reasoning)
-    if choice == "required" or isinstance(choice, NamedTool):
-        functions = [tool["function"] for tool in selected_tools(body)]
-        several = choice == "required" and body.parallel_tool_calls is not False
-        return service.grammars.tool_calls(functions, several, reasoning)
-    return None
+    """The grammar that response_format and tool_choice require, or None. With both, calls that are not required may
+    take the place of the JSON; calls that are required leave no room for it."""
+    schema = answer_schema(body)
+    tools = [tool["function"] for tool in selected_tools(body)]
+    required = body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
+    if tools and (required or schema is not None):
+        several = not isinstance(body.tool_choice, NamedTool) and body.parallel_tool_calls is not False
+        return service.grammars.tool_calls(tools, several, reasoning, None if required else schema)
+    return None if schema is None else service.grammars.json_schema(schema, reasoning)
+
+
+def answer_schema(body: ChatRequest) -> dict[str, Any] | None:
+    """The JSON schema of response_format; None: free text."""
+    form = body.response_format
+    if isinstance(form, JsonSchemaFormat):
+        return form.json_schema.schema_
+    return ANY_OBJECT if isinstance(form, JsonFormat) else None
 
 
 def _call_id() -> str:

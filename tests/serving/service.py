@@ -110,10 +110,14 @@ def taught() -> tuple[Model, Tokenizer]:
 
 
 def teach(
-    conversations: list[list[dict[str, Any]]], texts: list[str], positions: int = 1024, head_dim: int = 16
+    conversations: list[list[dict[str, Any]]],
+    texts: list[str],
+    vocabulary: int = 320,
+    positions: int = 1024,
+    head_dim: int = 16,
 ) -> tuple[Model, Tokenizer]:
     """A model that has memorised the answers of these conversations, and a tokenizer trained on `texts`."""
-    tokenizer = load_tokenizer().with_model(train_bpe(texts, 320))
+    tokenizer = load_tokenizer().with_model(train_bpe(texts, vocabulary))
     encoder = ChatEncoder(tokenizer)
     torch.manual_seed(0)
     model = Model(ModelConfig(64, 2, 4, 2, head_dim, 128, tokenizer.vocab_size, max_position_embeddings=positions))

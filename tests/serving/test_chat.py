@@ -216,6 +216,27 @@ def test_json_answers(server):
     assert list(json.loads(thought.message.content)) == ["city"]
 
 
+def test_json_answers_with_tools(server):
+    """Agents with a typed answer send both; the model may call a tool first."""
+    other = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}, "required": ["n"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {**other, "additionalProperties": False}}}
+    for question, finish in (("go", "tool_calls"), ("what?", "stop")):
+        answer = server.chat(
+            question, response_format=form, tools=[WEATHER], n=3, temperature=1, seed=1, max_tokens=200
+        )
+        for choice in answer.choices:
+            assert choice.finish_reason == finish
+            if finish == "stop":
+                assert list(json.loads(choice.message.content)) == ["n"] and not choice.message.tool_calls
+            else:
+                (call, *_) = choice.message.tool_calls
+                assert list(json.loads(call.function.arguments)) == ["city"] and choice.message.content is None
+    forced = server.chat("hi", response_format=form, tools=[WEATHER], tool_choice="required", max_tokens=200)
+    assert forced.choices[0].message.tool_calls
+    unseen = server.chat("go", response_format=form, tools=[WEATHER], tool_choice="none", max_tokens=200)
+    assert list(json.loads(unseen.choices[0].message.content)) == ["n"]
+
+
 def test_content_in_parts_and_roles(server):
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     answer = server.chat(messages=[{"role": "user", "content": parts}])

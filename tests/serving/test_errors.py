@@ -19,7 +19,6 @@ HI = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tok
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 LONGEST = max(load_tokenizer().special_tokens, key=len)
 NAMED = {"type": "function", "function": {"name": "clock"}}
-FORMAT = {"type": "json_object"}
 DEEP = {}
 for _ in range(MAX_DEPTH):
     DEEP = {"a": DEEP}
@@ -43,7 +42,6 @@ def error_of(response, status):
         ({"tools": [WEATHER], "tool_choice": NAMED}, 400, "no tool 'clock'"),
         ({"tool_choice": "required"}, 400, "there are no tools"),
         ({"tools": [WEATHER, WEATHER]}, 400, "same name"),
-        ({"tools": [WEATHER], "response_format": FORMAT}, 400, "give one of them"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, 400, "enforced"),
         ({"messages": [{"role": "user", "content": "word " * 2000}]}, 400, "a context of 1,024"),
         ({"messages": [{"role": "user", "content": "x" * 99_000}]}, 400, "characters, too many for a context of 1,024"),
@@ -110,6 +108,15 @@ def test_malformed_bodies(server):
     assert server.http.post(CHAT, content=tools, headers=json_type).status_code in (200, 400)
     error_of(server.http.get(CHAT), 405)
     error_of(server.http.get("/v1/poems"), 404)
+
+
+@pytest.mark.parametrize("route", ["embeddings", "responses", "moderations", "images/generations", "audio/speech"])
+def test_what_openai_has_and_this_server_does_not_is_said(server, route):
+    message = error_of(server.http.post(f"/v1/{route}", json={"model": "tiny", "input": "hi"}), 404)["message"]
+    assert message == (
+        f"POST /v1/{route}: this server has no {route.split('/')[0]}, only /v1/chat/completions, /v1/completions and "
+        "/v1/models"
+    )
 
 
 def call_of(arguments):

@@ -7,7 +7,7 @@ import pytest
 
 from minimind.inference.engine import Engine
 from minimind.inference.requests import Request, SamplingParams
-from minimind.serving.grammar import Grammars
+from minimind.serving.grammar import ANY_OBJECT, Grammars
 from minimind.serving.protocol import ApiError
 from tests.inference.small import small_model, small_tokenizer
 from tests.serving.service import WEATHER
@@ -62,7 +62,7 @@ def test_a_grammar_without_an_end_fails_only_its_answer(backend):
 
 
 def test_the_grammar_begins_after_the_reasoning():
-    constraint = Grammars(small_tokenizer()).json_object(reasoning=True)()
+    constraint = Grammars(small_tokenizer()).json_schema(ANY_OBJECT, reasoning=True)()
     assert constraint.allowed() is None
     constraint.advance(300)
     assert constraint.allowed() is None
@@ -79,6 +79,20 @@ def test_a_complete_value_can_only_end():
         assert constraint.allowed()[token]
         constraint.advance(token)
     assert np.flatnonzero(constraint.allowed()).tolist() == [tokenizer.eos_token_id]
+
+
+def test_a_call_may_take_the_place_of_json_and_nothing_else():
+    tokenizer = small_tokenizer()
+    grammar = Grammars(tokenizer).tool_calls([WEATHER["function"]], several=True, reasoning=False, form=SCHEMA)
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "a"}}\n</tool_call>'
+    for text in (call, f"{call}\n{call}", '{"city": "a", "warm": true}'):
+        constraint = grammar()
+        starts = {tokenizer.decode([i])[:1] for i in np.flatnonzero(constraint.allowed())}
+        assert starts == {"{", "<"}
+        for token in tokenizer.encode(text):
+            assert constraint.allowed()[token]
+            constraint.advance(token)
+        assert constraint.allowed()[tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize(
