@@ -1609,6 +1609,20 @@ MUTATIONS = (
         "tests/serving/test_errors.py::test_invalid_chat_requests_name_the_error",
     ),
     Mutation(
+        "beside a JSON format the model cannot call its tools",
+        "minimind/serving/grammar.py",
+        "start: calls | json",
+        "start: json",
+        "tests/serving/test_grammar.py::test_a_call_may_take_the_place_of_json_and_nothing_else",
+    ),
+    Mutation(
+        "a route that only OpenAI has is not told from a wrong path",
+        "minimind/serving/protocol.py",
+        "elif kind in MISSING:",
+        "elif kind in ():",
+        "tests/serving/test_errors.py::test_what_openai_has_and_this_server_does_not_is_said",
+    ),
+    Mutation(
         "a web page need not say that it sends JSON",
         "minimind/serving/app.py",
         'if "origin" in headers:',
