@@ -59,6 +59,7 @@ from minimind.environments.running import ToolLimits, ToolRunner
 from minimind.modeling import Model
 from minimind.objectives.policy import policy_loss
 from minimind.training.job import run_script
+from minimind.training.optim import Legs, RateSchedule
 from minimind.training.rl.agents import (
     ConversationSampler,
     conversation_figures,
@@ -92,10 +93,19 @@ class Args(GroupArgs):
     loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "dr_grpo"
     """The algorithm; the flags below replace parts of it. dr_grpo gives every token the same weight, whatever the
     length of its conversation and the spread of its group's rewards (docs/agents.md)."""
-    rollouts: int = 40
-    """Number of rollouts, each sampled from the current model."""
+    rollouts: int = 50
+    """Number of rollouts, each sampled from the current model. 50 is made for the built-in tasks and nano."""
     prompts: int = 32
     """Tasks in a rollout."""
+    schedule: Literal["cosine", "wsd", "constant"] = "wsd"
+    """Learning rate after the warm-up: cosine, wsd (flat, then a cooldown) or constant."""
+    cooldown: float | None = None
+    """With --schedule wsd: share of the steps over which the rate falls. None: 0.5."""
+    final_lr: float | None = None
+    """With cosine and wsd: final learning rate as a share of the peak. None: 0."""
+    refills: int | None = 1
+    """Replace tasks whose conversations all have the same reward by other tasks, at most this many times --prompts.
+    Nothing is learnt from them, and late in a run they are half of all; sampling costs less than training."""
     minibatches: int | None = 2
     """Optimizer steps in each pass over a rollout, each on a part of its conversations. None: the algorithm's
     number."""
@@ -103,7 +113,7 @@ class Args(GroupArgs):
     """Subtracted from the reward of a conversation that reached a limit."""
     reward: tuple[str, ...] = ()
     """Rewards to sum, each NAME[:WEIGHT]: answer, whether the final answer is right (weight 1); calls, the share of
-    well-formed calls that fit their schemas (0.2); frugal, whether a right answer took no needless calls (0.1); and
+    well-formed calls that fit their schemas (0.2); frugal, whether a right answer took no needless calls (0.3); and
     those of train/grpo.py, which see the final answer. Empty: the first three."""
     max_new_tokens: int | None = None
     """Most tokens of a conversation after its prompt, tool results included. None: 224 for the built-in tasks, else
@@ -128,6 +138,11 @@ class Args(GroupArgs):
     @property
     def longest_answer(self) -> int:
         return self.max_new_tokens or (1024 if self.data else 224)
+
+    def rate_schedule(self, steps: int, legs: Legs = ()) -> RateSchedule:
+        schedule = super().rate_schedule(steps, legs)
+        cooldown = 0.5 if self.cooldown is None else self.cooldown
+        return dataclasses.replace(schedule, final=self.final_lr or 0.0, cooldown=cooldown)
 
     def check(self) -> None:
         super().check()

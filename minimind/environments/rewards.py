@@ -25,7 +25,7 @@ from minimind.environments.running import ToolRunner
 from minimind.rewards import Reward, RewardTerm, Sample
 from minimind.rewards.rules import last_number, offered_tools
 
-WEIGHTS = {"answer": 1.0, "calls": 0.2, "frugal": 0.1}
+WEIGHTS = {"answer": 1.0, "calls": 0.2, "frugal": 0.3}
 _RIGHT = 1.0 - 1e-9  # the answer reward from which a task counts as done
 _MAX_EXTRA = 80  # characters besides a reference that is not a number; an answer must not list all candidates
 

@@ -298,6 +298,7 @@ class RolloutStage:
             "heldout_dropped": int(sum(np.isnan(a.reward) for a in sampled)),
             "heldout_all": final,
             **{f"heldout_{name}": value for name, value in self.figures_of(sampled, self.heldout).items()},
+            **{f"heldout_greedy_{name}": value for name, value in self.figures_of(greedy, self.heldout).items()},
         }
         say(self.job.console, f"held-out reward with greedy decoding: {figures['heldout_greedy_reward']:.4f}")
         return figures
