@@ -26,7 +26,8 @@ from tests.training.runs import (
 
 AGENT = SCRIPT.with_name("agent.py")
 FLAGS = ["--rollouts", "3", "--prompts", "3", "--samples", "4", "--minibatches", "2", "--evals", "1", "--eval-prompts",
-         "3", "--save-every", "2", "--lr", "0.0003", "--precision", "fp32", "--max-new-tokens", "160", "--refills", "0"]  # fmt: skip
+         "3", "--save-every", "2", "--lr", "0.0003", "--precision", "fp32", "--max-new-tokens", "160",
+         "--refills", "0"]  # fmt: skip
 ANSWERS = ("Hello", "5", "12", ["3", "1"])  # the last one as upstream's rows have it
 
 

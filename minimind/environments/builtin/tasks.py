@@ -3,11 +3,11 @@
 Held-out tasks have values that no training task has; half of them also have a wording that no training task has. All
 random choices are seeded, so the tasks are the same on every machine.
 
-In the conversations a third of the tasks are done, some with a needless call; for the others the model guesses without
-a call, stops before the last call, or writes a malformed call. A model trained on them is able to do the tasks but
-often fails; reinforcement learning is to improve it. A conversation has several tasks, because most of a single one's
-tokens are the description of its tools, which nothing is learnt from. Between them are lists of names and
-numbers to repeat: without these, a small model learns to copy names into its calls much later than the rest.
+In the conversations a third of the tasks are done; for the others the model guesses without a call, stops before the
+last call, or writes a malformed call. A model trained on them is able to do the tasks but often fails; reinforcement
+learning is to improve it. A conversation has several tasks, because most of a single one's tokens are the description
+of its tools, which nothing is learnt from. Between them are names and numbers to repeat, and to write into calls of
+made-up tools: without these, a small model learns to copy names into its calls much later than the rest.
 """
 
 from __future__ import annotations
@@ -35,11 +35,17 @@ from minimind.utils.files import cache_root, make_folder, write_atomically
 NAME = "builtin:agent"  # the value of --data that selects these tasks
 _TASKS_PER_KIND = 320  # tasks drawn for each kind and language
 _HELD_OUT = 10  # one case in this many is held out
-_GUESS, _STOP, _REPEAT, _BROKEN = "guess", "stop", "repeat", "broken"
-SLIPS = (None, None, _REPEAT, _GUESS, _GUESS, _GUESS, _STOP, _STOP, _BROKEN)  # None: no mistake
+_GUESS, _STOP, _BROKEN = "guess", "stop", "broken"
+SLIPS = (None, None, None, _GUESS, _GUESS, _GUESS, _STOP, _STOP, _BROKEN)  # None: no mistake
 _TOGETHER = 4  # most tasks of a weak agent's conversation
 _TOOLS_TOGETHER = 3  # most tools that they take
-_LISTS = 5000  # lists to repeat
+_COPIES = 6000  # conversations in which names and numbers are copied
+_DICTATED = 3  # calls in one of them
+_MADE_UP = {  # tools and their parameters
+    "find": ("what", "place"), "order": ("thing", "amount"), "note": ("text", "day"), "send": ("to", "message"),
+    "compare": ("first", "second"), "plan": ("start", "steps", "goal"),
+}  # fmt: skip
+_OF = (("colour", "age", "owner"), ("颜色", "年龄", "主人"))
 
 
 @dataclass(frozen=True)
@@ -92,11 +98,9 @@ class Task:
             steps.clear()
         elif slip == _STOP:
             steps.pop()
-        elif slip == _REPEAT:
-            steps.insert(0, steps[0])
         for step in steps:
             messages += [_called(step), {"role": "tool", "content": step.result}]
-        answer = self.case.answer if slip in (None, _REPEAT) else _shifted(self.case.answer)
+        answer = self.case.answer if slip is None else _shifted(self.case.answer)
         return [*messages, self._answer(answer)]
 
     def _answer(self, answer: str) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def agent_prompts(cache_dir: str | Path | None = None, console: Console | None =
 def weak_agent(cache_dir: str | Path | None = None, console: Console | None = None) -> tuple[Path, Path]:
     """Like `agent_prompts`, but for conversations of a weak agent."""
     train, heldout = ([_together(group) for group in _groups(part)] for part in tasks())
-    train = shuffled(train + [_list_to_repeat(number) for number in range(_LISTS)])
+    train = shuffled(train + [_copying(number) for number in range(_COPIES)])
     return (
         _written("weak-agent-train", train, cache_dir, console),
         _written("weak-agent-heldout", heldout, cache_dir, console),
@@ -181,19 +185,48 @@ def _together(group: Sequence[Task]) -> dict[str, Any]:
     return {"conversations": [_system(tools), *messages]}
 
 
-def _list_to_repeat(number: int) -> dict[str, Any]:
-    """A conversation row in which names, numbers and dates are repeated as they are, or as JSON."""
-    random, chinese = Random(f"list {number}"), number % 2
-    names = [
-        str(row[chinese]) for row in (*zip(ELEMENTS, ELEMENTS_ZH, strict=True), *MOUNTAINS, *RIVERS, *GOODS, *NAMES)
-    ]
-    kinds = (lambda: random.choice(names), lambda: str(random.randint(1, 9999)), lambda: random_day(random))
-    items = [kinds[random.choice((0, 0, 1, 2))]() for _ in range(random.randint(3, 8))]
+def _copying(number: int) -> dict[str, Any]:
+    """A conversation row in which names, numbers and dates are repeated as they are, as JSON, or in calls."""
+    random, chinese = Random(f"copy {number}"), number % 2
+    form = number // 2 % 3
+    if form == 2:
+        return {"conversations": [m for _ in range(_DICTATED) for m in _dictated(random, chinese)]}
+    items = [_anything(random, chinese) for _ in range(random.randint(3, 8))]
     plain = ("、" if chinese else ", ").join(items)
-    if number % 4 < 2:
+    if form == 0:
         return {"conversations": exchange(("重复：" if chinese else "Repeat: ") + plain, plain)}
     question = ("写成JSON列表：" if chinese else "Write as a JSON list: ") + plain
     return {"conversations": exchange(question, json.dumps(items, ensure_ascii=False))}
+
+
+def _dictated(random: Random, chinese: int) -> list[dict[str, Any]]:
+    """A call of a made-up tool that the user dictates, and the call."""
+    tool = random.choice(list(_MADE_UP))
+    arguments = {name: _argument(random, chinese) for name in _MADE_UP[tool]}
+    words = ("，" if chinese else ", ").join(f"{name} {value}" for name, value in arguments.items())
+    question = f"调用{tool}：{words}" if chinese else f"Call {tool}: {words}"
+    call = {"name": tool, "arguments": arguments}
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+
+
+def _argument(random: Random, chinese: int) -> Any:
+    """A number, two numbers with a sign between them, a date, or a name, which may stand in a phrase."""
+    name = random.choice(_names(chinese))
+    phrase = f"{name}的{random.choice(_OF[1])}" if chinese else f"{random.choice(_OF[0])} of {name}"
+    term = f"{random.randint(1, 999)}{random.choice('+-*')}{random.randint(1, 99)}"
+    return random.choice((random.randint(1, 999), term, random_day(random), name, name, phrase, phrase))
+
+
+def _anything(random: Random, chinese: int) -> str:
+    """A name, twice as often as a number or a date."""
+    kinds = (lambda: random.choice(_names(chinese)), lambda: str(random.randint(1, 9999)), lambda: random_day(random))
+    return kinds[random.choice((0, 0, 1, 2))]()
+
+
+@cache
+def _names(chinese: int) -> tuple[str, ...]:
+    rows = (*zip(ELEMENTS, ELEMENTS_ZH, strict=True), *MOUNTAINS, *RIVERS, *GOODS, *NAMES)
+    return tuple(str(row[chinese]) for row in rows)
 
 
 def _system(tools: Sequence[str]) -> dict[str, Any]:
