@@ -342,14 +342,14 @@ async def _http(request: Request, problem: Exception) -> JSONResponse:
     if isinstance(problem, ApiError):
         return problem.response()
     assert isinstance(problem, HTTPException)
-    path, told = request.url.path, problem.detail
+    path, detail = request.url.path, problem.detail
     if problem.status_code == 404:
         kind = path.removeprefix("/v1/").split("/")[0]
         if not path.startswith("/v1/"):
-            told = f"{told}; the API is below /v1"
+            detail = f"{detail}; the API is below /v1"
         elif kind in MISSING:
-            told = f"this server has no {kind}, only /v1/chat/completions, /v1/completions and /v1/models"
-    message = f"{request.method} {path}: {told}"
+            detail = f"this server has no {kind}, only /v1/chat/completions, /v1/completions and /v1/models"
+    message = f"{request.method} {path}: {detail}"
     return JSONResponse(error_body(problem.status_code, message), problem.status_code, problem.headers)
 
 
