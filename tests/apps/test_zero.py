@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -53,7 +55,9 @@ def finish(arguments: list[str]) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def unbroken(place) -> Path:
+    began = time.monotonic()
     answer = finish(command(place, "unbroken", "--ppl", str(place / "text.jsonl"), "--export", "hf"))
+    (place / "seconds").write_text(str(time.monotonic() - began))
     assert answer.returncode == 0, answer.stdout + answer.stderr
     for told in ("stage 1 of 2, pretrain", "stage 2 of 2, sft", "all stages", "exact answers", "perplexity by context",
                  "exported: "):  # fmt: skip
@@ -113,6 +117,14 @@ def kill_when(what, arguments: list[str]) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
+def assert_same(out: Path, unbroken: Path) -> None:
+    """Both left the same curves and weights."""
+    for name in STAGES:
+        assert reproducible(out / name) == reproducible(unbroken / name)
+        ours, theirs = (list_checkpoints(folder / name)[-1] for folder in (out, unbroken))
+        assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")
 @pytest.mark.slow
 def test_killed_anywhere_the_same_command_goes_on(place, unbroken):
@@ -129,11 +141,36 @@ def test_killed_anywhere_the_same_command_goes_on(place, unbroken):
     answer = finish(arguments)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "pretrain: finished before" in answer.stdout and "continuing after step" in answer.stdout
-    for name in STAGES:
-        assert reproducible(out / name) == reproducible(unbroken / name)
-        ours, theirs = (list_checkpoints(folder / name)[-1] for folder in (out, unbroken))
-        assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+    assert_same(out, unbroken)
     assert len(json.loads((out / "zero.json").read_text())["starts"]) == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it finds the stage in /proc")
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_the_same_command_goes_on(place, unbroken):
+    """Moments of the clock: in an import, a measurement, a step or a save. Half of the kills end the stage as well. One
+    that ends before its moment is compared, and another begins."""
+    seconds = float((place / "seconds").read_text())
+    choose, kills, runs = random.Random(24), 0, 0
+    while kills < 10:
+        runs += 1
+        out = place / f"random-{runs}"
+        process = start(command(place, out.name))
+        while kills < 10:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=choose.uniform(0.0, seconds))
+                break
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            process.kill()
+            for child in children if kills % 2 else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(child), signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            process = start(command(place, out.name))
+        text, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, text
+        assert_same(out, unbroken)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
