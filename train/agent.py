@@ -93,8 +93,8 @@ class Args(GroupArgs):
     loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "dr_grpo"
     """The algorithm; the flags below replace parts of it. dr_grpo gives every token the same weight, whatever the
     length of its conversation and the spread of its group's rewards (docs/agents.md)."""
-    rollouts: int = 40
-    """Number of rollouts, each sampled from the current model. 40 is made for the built-in tasks and nano."""
+    rollouts: int = 60
+    """Number of rollouts, each sampled from the current model. 60 is made for the built-in tasks and nano."""
     prompts: int = 32
     """Tasks in a rollout."""
     schedule: Literal["cosine", "wsd", "constant"] = "wsd"
