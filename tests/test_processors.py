@@ -38,18 +38,24 @@ NUMERIC = [
     ),
 ]
 NOT_NUMERIC = [  # files, names and processes: the same on every processor
-    f"tests/training/test_{name}.py"
-    for name in (
-        "arguments",
-        "checkpoint",
-        "data_split",
-        "job",
-        "lengthen",
-        "plan",
-        "profiling",
-        "references",
-        "run_folder",
-    )
+    *(f"tests/inference/test_{name}.py" for name in ("detokenizer", "requests", "scheduler")),
+    *(
+        f"tests/training/test_{name}.py"
+        for name in (
+            "arguments",
+            "averaging",
+            "batches",
+            "checkpoint",
+            "data_split",
+            "job",
+            "lengthen",
+            "plan",
+            "plan_sample",
+            "profiling",
+            "references",
+            "run_folder",
+        )
+    ),
 ]
 # What stands for a whole processor, then one thing at a time. CI runs the first two beside the plain suite.
 CONFIGURATIONS = {
