@@ -179,8 +179,8 @@ CPU = (
     Target("decoding, one sequence in float32 against llama.cpp in float32", 1.0,
            decoding("ours-fp32", "llama.cpp-f32", 1)),
     Target("decoding in bf16, sixteen sequences against one", 5.0, batched("ours", 16),
-           reason="in two of three runs on the Zen 5 processor: one sequence became faster there, while attention is half "
-           "of a step of sixteen; the third run had 6.4x (1,309 and 8,329 tokens/s). Next: attention of a batch"),
+           reason="in two of three runs on the Zen 5 processor: one sequence became faster there, while attention is "
+           "half of a step of sixteen; the third run had 6.4x (1,309 and 8,329 tokens/s). Next: attention of a batch"),
     Target("GRPO step of nano, tokens/s against upstream's way", 3.0, grpo(TOKENS, "nano")),
     Target("GRPO step of minimind2-small, tokens/s against upstream's way", 3.0, grpo(TOKENS, "minimind2-small")),
     Target("GRPO step of nano, peak memory against upstream's way", 0.5, grpo(MEMORY, "nano"), True),
