@@ -6,7 +6,7 @@ answer     1 if the final answer matches the reference, else 0; for rows with a 
            agent_rl.jsonl, the share of these values that the final answer contains
 calls      the share of calls that are well-formed, name a tool on offer and have arguments that fit the schema;
            without any call, 1 if none is needed, else 0
-frugal    the answer reward; if more calls were made than needed, multiplied by needed calls / calls made
+frugal     the answer reward; if more calls were made than needed, multiplied by needed calls / calls made
 """
 
 from __future__ import annotations

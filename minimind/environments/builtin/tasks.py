@@ -45,7 +45,7 @@ _MADE_UP = {  # tools and their parameters
     "find": ("what", "place"), "order": ("thing", "amount"), "note": ("text", "day"), "send": ("to", "message"),
     "compare": ("first", "second"), "plan": ("start", "steps", "goal"),
 }  # fmt: skip
-_OF = (("colour", "age", "owner"), ("颜色", "年龄", "主人"))
+_ATTRIBUTES = (("colour", "age", "owner"), ("颜色", "年龄", "主人"))
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _dictated(random: Random, chinese: int) -> list[dict[str, Any]]:
 def _argument(random: Random, chinese: int) -> Any:
     """A number, two numbers with a sign between them, a date, or a name, which may stand in a phrase."""
     name = random.choice(_names(chinese))
-    phrase = f"{name}的{random.choice(_OF[1])}" if chinese else f"{random.choice(_OF[0])} of {name}"
+    phrase = f"{name}的{random.choice(_ATTRIBUTES[1])}" if chinese else f"{random.choice(_ATTRIBUTES[0])} of {name}"
     term = f"{random.randint(1, 999)}{random.choice('+-*')}{random.randint(1, 99)}"
     return random.choice((random.randint(1, 999), term, random_day(random), name, name, phrase, phrase))
 
