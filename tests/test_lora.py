@@ -175,6 +175,7 @@ def test_bf16_computes_over_float32_adapters_as_the_dense_weights_do():
     assert {p.dtype for p in trained} == {p.grad.dtype for p in trained} == {torch.float32}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("shape", "recompute"), [("dense", False), ("moe", True)])
 def test_compiled_whole_and_recomputed_it_draws_the_same_dropout(shape, recompute):
     """A recomputed block must draw the same random numbers as the first time."""

@@ -50,6 +50,7 @@ def test_float16():
     assert_experts(*case(63, 4, 2, 50, 37, torch.float16))
 
 
+@pytest.mark.heavy
 def test_64_experts():
     assert_experts(*case(3, 64, 8, 24, 16, torch.bfloat16))
 

@@ -53,6 +53,7 @@ def test_a_checkpoint_before_the_cooldown_is_kept(stable):
     assert [step_of(path) for path in list_checkpoints(stable)] == [10, 20]
 
 
+@pytest.mark.heavy
 def test_a_lengthened_run_with_a_stable_phase_is_the_longer_run(stable, place, tmp_path):
     """They are equal bit for bit, since the longer run begins before the rate falls. The earlier run is not changed,
     and the same command continues an interrupted longer run."""
