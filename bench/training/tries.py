@@ -63,6 +63,8 @@ TRIES: dict[str, Try] = {
     "momentum-warmup": Try({"momentum_warmup": 0.3}, "Muon's momentum rises from 0.85 over 30% of the steps"),
     "batch-warmup-0.25": Try({"batch_warmup": 0.25}, "a quarter of the tokens in steps of 1,024 and 2,048 tokens"),
     "batch-warmup-0.5": Try({"batch_warmup": 0.5}, "half of the tokens in steps of 1,024 and 2,048 tokens"),
+    "steps-2048-iterations-3": Try({"batch_tokens": 2048, "muon_iterations": 3}, "steps-2048 and iterations-3 "
+                                   "together"),
     "zero-outputs-2048": Try({"output_init": 0.0, "batch_tokens": 2048}, "zero-outputs and steps-2048 together"),
     "zero-outputs-batch-warmup": Try({"output_init": 0.0, "batch_warmup": 0.5}, "zero-outputs and batch-warmup-0.5 "
                                      "together"),
