@@ -42,7 +42,7 @@ def test_the_page_has_the_best_try_first():
     lines = table(ROWS, KEY).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| to-zero", "| linear"]
     assert "| 2 | +0.0500 (+0.0000 to +0.1000) | 2.00x | -0.2000 (-0.2000 to -0.2000) |" in lines[3]
-    assert lines[-1].startswith("The unchanged recipe: 4.0000, 4.2000 nats per token; with twice the tokens 3.7000")
+    assert lines[-1].startswith("The reference recipe: 4.0000, 4.2000 nats per token; with twice the tokens 3.7000")
 
 
 def test_the_page_is_made_from_rows(tmp_path):

@@ -212,8 +212,9 @@ def test_a_run_fills_the_planned_time():
 def test_speed_is_measured_without_the_first_steps(tmp_path, monkeypatch):
     def execute(one: RunPlan, steps: int) -> Watched:
         one.metrics.parent.mkdir(parents=True)
-        seconds = [20.0, 20.5, 21.0, 21.5, 22.0, 22.5]
-        rows = [{"kind": "train", "time": {"seconds": s}} for s in seconds]
+        seconds = [20.0, 20.25, 20.5, 20.75, 21.0, 21.25]  # of steps that have half the tokens
+        half = step_tokens(one) // 2
+        rows = [{"kind": "train", "tokens": i * half, "time": {"seconds": s}} for i, s in enumerate(seconds, 1)]
         one.metrics.write_text("".join(json.dumps(r) + "\n" for r in rows))
         return Watched([CurvePoint(30.0, 1, 2.0, 4.0)], 1.0)
 

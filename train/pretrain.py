@@ -19,10 +19,12 @@ from rich.console import Console
 from minimind.data import PackedLoader, builtin_corpus
 from minimind.objectives.next_token import next_token_loss
 from minimind.training.arguments import StageArgs, pretraining_lr
+from minimind.training.batches import pretraining_batch, usual_batch
 from minimind.training.data_split import NamedFiles, all_losses, open_split, read_texts, save_heldout
 from minimind.training.evaluation import describe_batch
 from minimind.training.initial_model import scale_outputs
 from minimind.training.job import Job, run_script
+from minimind.training.muon import CPU_ITERATIONS, TORCHS_ITERATIONS
 from minimind.training.stages.chats import continue_texts
 from minimind.training.trainer import Stage
 
@@ -40,6 +42,9 @@ class Args(StageArgs):
     docstrings of the installed Python packages."""
     seq_len: int = 512
     """Tokens in a row; longer documents are cut into pieces, all of which are trained on."""
+    muon_iterations: int | None = None
+    """With --optimizer muon: iterations that bring the singular values of an update near 1. Each costs the same; with
+    fewer, small ones stay smaller. None: 3 on a CPU (docs/recipe.md), else 5."""
     output_init: float = 1.0
     """Factor of the initial projections into the residual stream; 0 makes every block the identity at first."""
     heldout_data: tuple[str, ...] = ()
@@ -53,10 +58,15 @@ def main(args: Args, console: Console) -> bool:
     if args.output_init != 1 and job.initial.weights is not None:
         raise ValueError(f"--output-init {args.output_init}: scales random weights, not those of --from; drop one flag")
     usual_lr = job.legacy["lr"] = PEAK_LR.get(job.initial.preset, 1e-3)
+    job.legacy |= {"batch_tokens": usual_batch(job), "muon_iterations": TORCHS_ITERATIONS}
     builtin = () if args.data else (builtin_corpus(args.cache_dir, console),)
     files = NamedFiles.from_flags(args.data, args.heldout_data, builtin)
     split = open_split(job, files, partial(read_texts, job))
     train, heldout = split.train, split.heldout
+    tokens = args.tokens or job.args.passes * job.args.scaled(train.num_tokens)
+    job.settle("batch_tokens", lambda: pretraining_batch(job, tokens))
+    on_cpu = job.default_device == "cpu"
+    job.settle("muon_iterations", lambda: (CPU_ITERATIONS if on_cpu else TORCHS_ITERATIONS, ""))
     plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=split.mixture))
     lr = job.settle("lr", lambda: pretraining_lr(job.args.optimizer, job.config, plan.steps, usual_lr))
     job.open_run()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.report.rows import Device, Row, find, number, ratio
+from bench.training.loss_curves import groups_of, reach, targets_of, typed
 
 SHOWN = "amd-epyc-2-threads-avx512"  # the machine whose figures the README shows
 POEMS = {"stage": "pretrain", "data": "pretrain_zh_tang.jsonl", "rows": "8", "seq_len": "512"}
@@ -41,6 +42,12 @@ RESULTS = (
     Result(("decoding sixteen, tokens/s", "解码十六条序列，token/s"),
            "decode", {"batch": "16"}, "tokens_per_second", "llama.cpp-bf16", LLAMA_CPP),
 )  # fmt: skip
+ENDS = {
+    "upstream-style": (("seconds until {bpb:.2f} bits per byte, from the start of the command",
+                        "从命令启动到 {bpb:.2f} bit/字节的秒数"), UPSTREAM),
+    "hf": (("seconds until {bpb:.2f} bits per byte", "到 {bpb:.2f} bit/字节的秒数"),
+           ("transformers, AdamW at the best of three rates", "transformers，AdamW，三种学习率中最好的")),
+}  # fmt: skip
 MODEL_COLUMN = {"throughput": "preset", "rl": "model", "decode": "model"}
 
 
@@ -68,7 +75,21 @@ def results(device: Device, language: int) -> str:
         value, base = float(ours[result.column]), float(other[result.column])
         times = f"{value / base:{'.2f' if value < 10 * base else '.1f'}}x"
         lines.append(f"| {result.words[language]} | {value:,.0f} | {times} | {base:,.0f}, {result.against[language]} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *times_to_loss(device, language)])
+
+
+def times_to_loss(device: Device, language: int) -> list[str]:
+    """A line for each of ENDS: seconds until ours has the held-out loss that it ends with, in bits per byte."""
+    rows = [typed(row) for row in device.tables["time_to_loss"]]
+    rows = [row for row in rows if (row.stage, row.preset, row.data) == ("pretrain", "minimind2-small", POEMS["data"])]
+    ours = [group for group in groups_of(rows) if group[0].implementation in ("ours", "ours-eager")]
+    lines = []
+    for name, (bpb, seconds) in targets_of(rows).items():
+        words, against = ENDS[name]
+        best = min(taken for group in ours if (taken := reach(group, bpb)) is not None)
+        label = words[language].format(bpb=bpb)
+        lines.append(f"| {label} | {best:,.0f} | {seconds / best:.1f}x | {seconds:,.0f}, {against[language]} |")
+    return lines
 
 
 def cards(gpus: Sequence[Device], language: int) -> str:

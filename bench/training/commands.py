@@ -34,7 +34,7 @@ from minimind.utils.device import choose_device
 from minimind.weights import load_model
 
 PROBE = 6  # steps of the run that measures the speed
-STEP = 4096  # tokens of a step on a CPU, for ours and for transformers
+STEP = 4096  # tokens of a step on a CPU for transformers; ours are counted in such steps, and takes its own
 MOST_HELDOUT = 0.2  # of a small file
 PADDED = 339  # inputs of upstream's row of 340 tokens
 SAVES = 4  # of upstream's trainer in a run
@@ -208,11 +208,15 @@ class Speed:
         probe = replace(plan, evals=1, questions=min(plan.questions, 1), minutes=0.0)
         watched = execute(probe, PROBE)
         if plan.name == "upstream":
-            seconds = [point.seconds for point in watched.points]
+            places = [(point.seconds, point.tokens) for point in watched.points]
         else:
-            seconds = [row["time"]["seconds"] for row in read_metrics(probe.metrics) if row["kind"] == "train"]
+            rows = [row for row in read_metrics(probe.metrics) if row["kind"] == "train"]
+            places = [(row["time"]["seconds"], row["tokens"]) for row in rows]
         shutil.rmtree(probe.folder)
-        step = statistics.median(after - before for before, after in pairwise(seconds[1:]))
+        step = statistics.median(
+            (after - before) * (step_tokens(plan) / (end - begin) if plan.is_ours else 1)
+            for (before, begin), (after, end) in pairwise(places[1:])
+        )
         return Speed(watched.points[-1].seconds - PROBE * step, step)
 
 

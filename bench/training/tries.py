@@ -7,7 +7,8 @@ from typing import Any
 
 from bench.common.record import Row
 
-BASE = ""  # the name of the unchanged recipe
+BASE = ""  # the name of the reference recipe
+REFERENCE = {"batch_tokens": 4096, "muon_iterations": 5}  # its flags on a CPU; all others have their defaults
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Try:
 
 @dataclass(frozen=True)
 class RecipeRow(Row):
-    """One run. attempt: the name of its try, empty for the unchanged recipe; flags: its flags as JSON. lr: the peak
+    """One run. attempt: the name of its try, empty for the reference recipe; flags: its flags as JSON. lr: the peak
     rate; seconds, busy_seconds: wall time and processor time of the training steps alone (other work on the machine
     does not lengthen the latter); heldout_loss: nats per token at the end."""
 

@@ -18,6 +18,7 @@ from minimind.config import ModelConfig
 from minimind.data.mixture import parse_part
 from minimind.ops.varlen import AttentionName
 from minimind.training.metrics import TrackerName
+from minimind.training.muon import TORCHS_ITERATIONS
 from minimind.training.optim import Legs, OptimizerName, RateSchedule, ScheduleName
 from minimind.training.parallel import ParallelName, ReduceDtypeName
 from minimind.training.run_folder import ResumeMode
@@ -31,9 +32,7 @@ FromFlag = Annotated[str | None, tyro.conf.arg(name="from")]  # `from` is a Pyth
 _PLAN = {"plan": False, "plan_gb": None, "plan_gpu": False, "plan_measure": True, "plan_json": None}
 # Flags that do not change what a run computes.
 _NOT_SAVED = {*_PLAN, "resume", "lengthen", "new_tokenizer", "out", "track", "profile", "scale"}
-# Flags that only Muon has, and their defaults.
-_OF_MUON = {"muon_momentum": None, "momentum_warmup": 0.0, "muon_row_beta": None, "muon_iterations": 5,
-            "cautious_decay": False}  # fmt: skip
+_OF_MUON = ("muon_momentum", "momentum_warmup", "muon_row_beta", "muon_iterations", "cautious_decay")
 _FIRST_MOMENTUM = 0.85  # Jordan's
 _POSITIVE = ("tokens", "epochs", "seq_len", "batch_tokens", "micro_tokens", "lr", "muon_iterations", "grad_clip",
              "eval_tokens", "evals", "save_every", "keep_checkpoints", "log_every", "patience", "plan_gb")  # fmt: skip
@@ -63,7 +62,7 @@ class StageArgs:
     """Tokens in a row; longer documents are cut."""
     batch_tokens: int | None = None
     """Tokens per optimizer step, padding included; a multiple of --seq-len. None: 65536 on a GPU for models larger
-    than nano, else 4096; fewer if the data has fewer."""
+    than nano, else 4096, and 2048 in pretraining on less than 819,200 tokens on a CPU; fewer if the data has fewer."""
     micro_tokens: int | None = None
     """Tokens per forward and backward over all processes; a step accumulates batch_tokens / micro_tokens of them.
     None: the whole step, at most 65536, and no more than fit on the GPU (docs/scaling.md)."""
@@ -95,7 +94,7 @@ class StageArgs:
     muon_row_beta: float | None = None
     """With --optimizer muon: divide each row of an update by its running root mean square, which retains this share at
     every step (NorMuon). None: rows are not scaled."""
-    muon_iterations: int = 5
+    muon_iterations: int | None = TORCHS_ITERATIONS
     """With --optimizer muon: iterations that bring the singular values of an update near 1. Each costs the same; with
     fewer, small ones stay smaller."""
     cautious_decay: bool = False
@@ -221,8 +220,8 @@ class StageArgs:
         if self.final_lr is not None and self.schedule == "constant":
             raise ValueError(f"--final-lr {self.final_lr}: the rate of --schedule constant does not fall")
         if self.optimizer not in ("muon", None):
-            for name, default in _OF_MUON.items():
-                if (value := getattr(self, name)) != default:
+            for name in _OF_MUON:
+                if (value := getattr(self, name)) != getattr(type(self)(), name):
                     flag = f"--{name.replace('_', '-')} {value}"
                     raise ValueError(f"{flag}: goes with --optimizer muon, not {self.optimizer}")
         for name in ("cooldown", "final_lr", "momentum_warmup", "batch_warmup"):

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 CONTEXT_BYTES = 1 << 29  # CUDA's context and libraries, about
 MOST_TOKENS = 1 << 16  # of a forward and backward, even if more fit
 SMALLEST = 4  # with --batch-warmup, the first steps are this many times smaller
-GPU_BATCH = 1 << 16  # tokens of a step on a GPU by default
+GPU_BATCH, CPU_BATCH = 1 << 16, 1 << 12  # tokens of a step by default
+SHORT_RUN = 200  # steps of CPU_BATCH; shorter runs on a CPU take smaller steps (docs/recipe.md)
 Growth = tuple[tuple[int, int], ...]  # (number, tokens) of smaller steps at the beginning of a run
 _HEAD_CHUNK = 2048  # tokens whose logits exist at once
 _PER_BOUNDARY = 64  # tokens of a document, on average; the built-in corpus has 93, with the quarter that a loader adds
@@ -216,7 +217,17 @@ def growing_steps(tokens: float, step_tokens: int, share: float) -> tuple[int, G
 
 def usual_batch(job: Job) -> int:
     """Tokens of an optimizer step where neither a flag nor the data decide."""
-    return GPU_BATCH if job.default_device == "cuda" and job.initial.preset != "nano" else 4096
+    return GPU_BATCH if job.default_device == "cuda" and job.initial.preset != "nano" else CPU_BATCH
+
+
+def pretraining_batch(job: Job, tokens: float) -> tuple[int, str]:
+    """(tokens of a step, the reason) of a pretraining run over `tokens` where no flag decides."""
+    usual = usual_batch(job)
+    small = usual // 2
+    unit = job.args.micro_tokens or job.parallel.world_size * job.args.row
+    if job.default_device != "cpu" or tokens >= SHORT_RUN * usual or small % unit:
+        return usual, ""
+    return small, f"--batch-tokens {small}: a run of few steps learns more in smaller ones (docs/recipe.md)"
 
 
 def longest_row(job: Job) -> int:

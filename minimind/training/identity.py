@@ -39,7 +39,7 @@ _FREE = {
 _MEASURES_BEST = {"eval_prompts", "eval_tokens"}
 _LENGTH = {"tokens", "epochs", "rollouts"}
 # Flags that became optional later than others: runs with a "chosen" part may still give them a value.
-_LATER = {"epochs", "lr", "optimizer"}
+_LATER = {"epochs", "lr", "optimizer", "muon_iterations"}
 _HISTORY = {"legs", "lengthens"}  # keys of config.json about how a run began, which no flag repeats
 # Flags that name contents, and the keys in config.json that identify these.
 _NAMES: dict[str, tuple[str, ...]] = {

@@ -326,7 +326,7 @@ class Job:
     def optimizers(self, model: Model, stage: Stage) -> Optimizers:
         """The optimizer that the flags name, with the stage's own multiples of the learning rate."""
         args = self.args
-        assert args.optimizer is not None
+        assert args.optimizer is not None and args.muon_iterations is not None
         optimizer = build_optimizers(
             model,
             args.optimizer,

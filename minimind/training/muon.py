@@ -33,7 +33,8 @@ from torch.distributed.tensor import DTensor, Shard
 from minimind.utils.spans import span
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan's quintic: steep at 0, and bounded
-_TORCHS_ITERATIONS, _EPS = 5, 1e-7
+TORCHS_ITERATIONS, _EPS = 5, 1e-7
+CPU_ITERATIONS = 3  # of pretraining on a CPU, where five are a quarter of a step (docs/recipe.md)
 RMS = 0.2  # root mean square of an update at rate 1: about AdamW's
 
 # Elements of a batch. On a GPU 64 MB of bf16, small beside the model. On a CPU what a core's cache holds: larger
@@ -62,7 +63,7 @@ class Muon(torch.optim.Optimizer):
         batch_elements: int | None = None,
         row_beta: float | None = None,
         cautious: bool = False,
-        iterations: int = _TORCHS_ITERATIONS,
+        iterations: int = TORCHS_ITERATIONS,
     ) -> None:
         self.row_beta, self.cautious = row_beta, cautious
         # the keys of torch.optim.Muon: checkpoints of either load into the other
@@ -164,7 +165,7 @@ def newton_schulz_(matrices: Tensor, iterations: int) -> None:
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPS)
     for i in range(iterations):
         gram = x.mT @ x if tall else x @ x.mT  # of the shorter side
-        if i == 0 and iterations < _TORCHS_ITERATIONS:
+        if i == 0 and iterations < TORCHS_ITERATIONS:
             square = gram.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPS)
             x, gram = x / square.sqrt(), gram / square
         polynomial = multiply_add(gram, gram, gram, beta=_B, alpha=_C)

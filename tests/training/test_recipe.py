@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from minimind.modeling import Model
-from minimind.training.batches import TrainingPlan, growing_steps
+from minimind.training.batches import TrainingPlan, growing_steps, pretraining_batch
 from minimind.training.checkpoint import list_checkpoints
 from minimind.training.initial_model import scale_outputs
+from minimind.training.job import Job
+from minimind.training.muon import CPU_ITERATIONS
 from tests.training.runs import TINY, as_killed, command, finish, reproducible, rows_of
 
 FLAGS = ["--tokens", str(512 * 4), "--save-every", "3", "--batch-warmup", "0.5", "--momentum-warmup", "0.5",
@@ -25,6 +30,30 @@ def test_growing_steps_see_all_tokens():
     assert plan.whole_steps == 8 and [plan.place_in_schedule(step) for step in (0, 8, 12, 15)] == [0, 2, 4, 7]
     equal = TrainingPlan(None, 8, 1, 512)
     assert equal.tokens_before(3) == 1536 and equal.whole_steps == 8 and equal.place_in_schedule(5) == 5
+
+
+def test_short_runs_on_a_cpu_take_smaller_steps():
+    def batch(tokens: float, device: str = "cpu", preset: str = "minimind2-small", ranks: int = 1, **flags) -> int:
+        args = SimpleNamespace(**{"micro_tokens": None, "row": 512} | flags)
+        job = SimpleNamespace(default_device=device, initial=SimpleNamespace(preset=preset), args=args,
+                              parallel=SimpleNamespace(world_size=ranks))  # fmt: skip
+        size, reason = pretraining_batch(cast(Job, job), tokens)
+        assert (str(size) in reason) == (size == 2048)
+        return size
+
+    assert [batch(tokens) for tokens in (1e5, 819_199, 819_200)] == [2048, 2048, 4096]
+    assert batch(1e5, "cuda") == 65_536 and batch(1e5, "cuda", "nano") == 4096
+    assert batch(1e5, ranks=4) == 2048 and batch(1e5, ranks=8) == 4096  # no rank without a row
+    assert batch(1e5, micro_tokens=4096) == batch(1e5, row=4096) == 4096
+
+
+def test_a_short_run_keeps_its_choices_in_its_folder(data, tmp_path):
+    line = command(data, tmp_path / "run", "--tokens", "4096", "--device", "cpu")
+    batch = line.index("--batch-tokens")
+    finish([*line[:batch], *line[batch + 2 :]])
+    chosen = json.loads((tmp_path / "run" / "config.json").read_text())["chosen"]
+    assert chosen["batch_tokens"] == 2048 and chosen["muon_iterations"] == CPU_ITERATIONS
+    assert rows_of(tmp_path / "run", "train")[-1]["tokens"] == 4096
 
 
 def test_scaled_outputs_leave_the_stream_alone():
