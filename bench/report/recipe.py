@@ -26,8 +26,8 @@ whose loss is estimated from its runs with once and twice the tokens. Ranges are
 other programs share the caches, as they did in most of these runs, so that a run may take half as much again: small
 differences of time mean nothing.
 
-Two tries won at equal time for both shapes and corpora and are the defaults on a CPU: `steps-2048` for runs of less
-than 819,200 tokens, and `iterations-3`."""
+Two tries won at equal time for both shapes and corpora and are the defaults on a CPU: `steps-2048` for runs of up to
+819,200 tokens, and `iterations-3`."""
 
 
 def page(results: Path = RESULTS) -> str:

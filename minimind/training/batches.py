@@ -225,7 +225,7 @@ def pretraining_batch(job: Job, tokens: float) -> tuple[int, str]:
     usual = usual_batch(job)
     small = usual // 2
     unit = job.args.micro_tokens or job.parallel.world_size * job.args.row
-    if job.default_device != "cpu" or tokens >= SHORT_RUN * usual or small % unit:
+    if job.default_device != "cpu" or tokens > SHORT_RUN * usual or small % unit:
         return usual, ""
     return small, f"--batch-tokens {small}: a run of few steps learns more in smaller ones (docs/recipe.md)"
 
