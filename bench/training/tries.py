@@ -66,6 +66,8 @@ TRIES: dict[str, Try] = {
     "batch-warmup-0.5": Try({"batch_warmup": 0.5}, "half of the tokens in steps of 1,024 and 2,048 tokens"),
     "steps-2048-iterations-3": Try({"batch_tokens": 2048, "muon_iterations": 3}, "steps-2048 and iterations-3 "
                                    "together"),
+    "steps-1024-iterations-3": Try({"batch_tokens": 1024, "muon_iterations": 3}, "steps-1024 and iterations-3 "
+                                   "together"),
     "zero-outputs-2048": Try({"output_init": 0.0, "batch_tokens": 2048}, "zero-outputs and steps-2048 together"),
     "zero-outputs-batch-warmup": Try({"output_init": 0.0, "batch_warmup": 0.5}, "zero-outputs and batch-warmup-0.5 "
                                      "together"),
