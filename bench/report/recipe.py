@@ -33,7 +33,8 @@ Two tries won at equal time for both shapes and corpora and are the defaults on 
 def page(results: Path = RESULTS) -> str:
     """The whole page."""
     rows = [row for folder in sorted(results.iterdir()) for row in rows_of(folder / "recipe.csv")]
-    keys = list(dict.fromkeys(key_of(row) for row in rows if row["attempt"] != BASE))
+    compared = {key_of(row) for row in rows if row["attempt"] == BASE}
+    keys = [key for key in dict.fromkeys(key_of(row) for row in rows if row["attempt"] != BASE) if key in compared]
     parts = [HEAD, _list()]
     for key in keys:
         device, corpus, shape, tokens = key
