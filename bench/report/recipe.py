@@ -27,7 +27,7 @@ other programs share the caches, as they did in most of these runs, so that a ru
 differences of time mean nothing.
 
 Two tries won at equal time for both shapes and corpora and are the defaults on a CPU: `steps-2048` for runs of up to
-819,200 tokens, and `iterations-3`."""
+1,638,400 tokens, and `iterations-3`."""
 
 
 def page(results: Path = RESULTS) -> str:

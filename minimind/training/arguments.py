@@ -62,7 +62,7 @@ class StageArgs:
     """Tokens in a row; longer documents are cut."""
     batch_tokens: int | None = None
     """Tokens per optimizer step, padding included; a multiple of --seq-len. None: 65536 on a GPU for models larger
-    than nano, else 4096, and 2048 in pretraining on up to 819,200 tokens on a CPU; fewer if the data has fewer."""
+    than nano, else 4096, and 2048 in pretraining on up to 1,638,400 tokens on a CPU; fewer if the data has fewer."""
     micro_tokens: int | None = None
     """Tokens per forward and backward over all processes; a step accumulates batch_tokens / micro_tokens of them.
     None: the whole step, at most 65536, and no more than fit on the GPU (docs/scaling.md)."""
