@@ -4,13 +4,15 @@ results of earlier ones."""
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
+from difflib import SequenceMatcher
 
 import pytest
 
 from minimind import load_tokenizer
 from minimind.environments.builtin import builtin_tools
-from minimind.environments.builtin.kinds import KINDS
+from minimind.environments.builtin.kinds import KINDS, SHARED, Kind
 from minimind.environments.builtin.tasks import SLIPS, agent_prompts, tasks, weak_agent
 from minimind.environments.builtin.tools import ELEMENTS, ELEMENTS_ZH, facts, search
 from minimind.environments.running import ToolRunner
@@ -43,6 +45,26 @@ def test_held_out_values_and_wordings_are_apart():
     for task in (*TRAIN, *HELDOUT):
         wordings = kinds[task.kind].chinese if task.chinese else kinds[task.kind].english
         assert (task.question == wordings[-1].format(*task.case.words)) == task.new_wording
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_many_wordings_and_none_near_the_held_out_one(kind: Kind):
+    """Of the training wordings, the nearest to the held-out one are among those that held-out tasks have as well: the
+    held-out wording cannot be learnt from the others."""
+    for wordings in (kind.english, kind.chinese):
+        assert len(set(wordings)) == len(wordings) >= 10
+        *known, held_out = (re.findall(r"\{\d\}|[a-z']+|[\u4e00-\u9fff]", wording.lower()) for wording in wordings)
+        likeness = [SequenceMatcher(None, words, held_out, autojunk=False).ratio() for words in known]
+        assert max(likeness) in likeness[:SHARED], wordings[likeness.index(max(likeness))]
+
+
+def test_held_out_tasks_have_shared_wordings_or_the_new_one():
+    for task in HELDOUT:
+        (kind,) = (kind for kind in KINDS if kind.name == task.kind)
+        wordings = kind.chinese if task.chinese else kind.english
+        assert task.question in {wording.format(*task.case.words) for wording in (*wordings[:SHARED], wordings[-1])}
+    everything = [wording for kind in KINDS for wording in (*kind.english, *kind.chinese)]
+    assert len(set(everything)) == len(everything)  # no question is of two kinds
 
 
 def test_solutions_are_right_calls_that_lead_to_the_answer():

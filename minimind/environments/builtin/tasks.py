@@ -25,7 +25,7 @@ from rich.console import Console
 
 from minimind.data.builtin import exchange, shuffled
 from minimind.environments.builtin import builtin_tools
-from minimind.environments.builtin.kinds import KINDS, NAMES, Kind, SolutionStep, TaskCase, random_day
+from minimind.environments.builtin.kinds import KINDS, NAMES, SHARED, Kind, SolutionStep, TaskCase, random_day
 from minimind.environments.builtin.tools import ELEMENTS, ELEMENTS_ZH, GOODS, MOUNTAINS, RIVERS
 from minimind.environments.tools import by_name
 from minimind.environments.turns import CLOSE, OPEN, read_calls
@@ -144,7 +144,7 @@ def _add(
     wordings = kind.chinese if chinese else kind.english
     held = _number(f"{kind.name} {case.words} {case.answer}") % _HELD_OUT == 0
     new = held and number % 2 == 0
-    wording = wordings[-1] if new else wordings[number % (len(wordings) - 1)]
+    wording = wordings[-1] if new else wordings[number % (SHARED if held else len(wordings) - 1)]
     question = wording.format(*case.words)
     offered = _offered([step.tool for step in case.steps], question)
     task = Task(kind.name, chinese, question, case, offered, new)
