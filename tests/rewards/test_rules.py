@@ -104,7 +104,9 @@ def test_last_number(text, number):
     assert last_number(text) == (None if number is None else Fraction(number))
 
 
-@given(st.integers(-(10**9), 10**9), st.sampled_from(["{}", "The answer is {}.", "= {}\n", "${}", "({})", "答案是{}。"]))
+@given(
+    st.integers(-(10**9), 10**9), st.sampled_from(["{}", "The answer is {}.", "= {}\n", "${}", "({})", "答案是{}。"])
+)
 def test_any_whole_number_is_found_as_it_is_printed(number, wording):
     assert last_number(wording.format(number)) == last_number(wording.format(f"{number:,}")) == number
 
