@@ -1209,6 +1209,13 @@ MUTATIONS = (
         "tests/rewards/test_rules.py",
     ),
     Mutation(
+        "a minus after a Chinese character is a hyphen",
+        "minimind/rewards/rules.py",
+        r"(?<![^\W\u4e00-\u9fff])",
+        r"(?<!\w)",
+        "tests/rewards/test_rules.py",
+    ),
+    Mutation(
         "made-up arguments of a tool are right",
         "minimind/rewards/rules.py",
         'not schema.get("additionalProperties", False)',
@@ -1285,6 +1292,13 @@ MUTATIONS = (
         "wording = wordings[-1] if new else",
         "wording = wordings[0] if new else",
         "tests/environments/test_tasks.py::test_held_out_values_and_wordings_are_apart",
+    ),
+    Mutation(
+        "the weak agent has all wordings",
+        "minimind/environments/builtin/tasks.py",
+        "tasks(few_wordings=True))",
+        "tasks())",
+        "tests/environments/test_tasks.py::test_weak_conversations_do_a_third_of_their_tasks",
     ),
     # inference
     Mutation(

@@ -141,7 +141,10 @@ def regex_reward(pattern: str) -> Reward:
 
 
 # A minus after a digit or letter is not a sign: "7-3" ends in 3. Commas separate thousands: "1,234.5".
-_NUMBER = re.compile(r"(?<![\d.])(?:(?<!\w)[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?%?")
+# A minus after a letter or a digit is a hyphen or a difference; after a Chinese character it is a sign.
+_NUMBER = re.compile(
+    r"(?<![\d.])(?:(?<![^\W\u4e00-\u9fff])[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:\s*/\s*\d+)?%?"
+)
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _TYPES: dict[str, Any] = {
     "string": str,

@@ -4,13 +4,15 @@ results of earlier ones."""
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
+from difflib import SequenceMatcher
 
 import pytest
 
 from minimind import load_tokenizer
 from minimind.environments.builtin import builtin_tools
-from minimind.environments.builtin.kinds import KINDS
+from minimind.environments.builtin.kinds import KINDS, SHARED, Kind
 from minimind.environments.builtin.tasks import SLIPS, agent_prompts, tasks, weak_agent
 from minimind.environments.builtin.tools import ELEMENTS, ELEMENTS_ZH, facts, search
 from minimind.environments.running import ToolRunner
@@ -45,6 +47,26 @@ def test_held_out_values_and_wordings_are_apart():
         assert (task.question == wordings[-1].format(*task.case.words)) == task.new_wording
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_many_wordings_and_none_near_the_held_out_one(kind: Kind):
+    """Of the training wordings, the nearest to the held-out one are among those that held-out tasks have as well: the
+    held-out wording cannot be learnt from the others."""
+    for wordings in (kind.english, kind.chinese):
+        assert len(set(wordings)) == len(wordings) >= 10
+        *known, held_out = (re.findall(r"\{\d\}|[a-z']+|[\u4e00-\u9fff]", wording.lower()) for wording in wordings)
+        likeness = [SequenceMatcher(None, words, held_out, autojunk=False).ratio() for words in known]
+        assert max(likeness) in likeness[:SHARED], wordings[likeness.index(max(likeness))]
+
+
+def test_held_out_tasks_have_shared_wordings_or_the_new_one():
+    for task in HELDOUT:
+        (kind,) = (kind for kind in KINDS if kind.name == task.kind)
+        wordings = kind.chinese if task.chinese else kind.english
+        assert task.question in {wording.format(*task.case.words) for wording in (*wordings[:SHARED], wordings[-1])}
+    everything = [wording for kind in KINDS for wording in (*kind.english, *kind.chinese)]
+    assert len(set(everything)) == len(everything)  # no question is of two kinds
+
+
 def test_solutions_are_right_calls_that_lead_to_the_answer():
     """The calls are read from the text that a model would write, and run from the task's initial state."""
     runner = ToolRunner(builtin_tools())
@@ -76,7 +98,9 @@ def _numbers(text: str) -> list[str]:
 def test_weak_conversations_do_a_third_of_their_tasks():
     rows = [json.loads(line)["conversations"] for line in weak_agent()[0].read_text(encoding="utf-8").splitlines()]
     tasks_of = defaultdict(list)  # one question has several answers where the memory holds others
-    for task in TRAIN:
+    known, heldout = tasks(few_wordings=True)
+    assert heldout == HELDOUT
+    for task in known:
         tasks_of[task.question].append(task)
     right = done = 0
     for row in rows:
@@ -89,7 +113,7 @@ def test_weak_conversations_do_a_third_of_their_tasks():
             done, used = done + 1, used | set(alike[0].used)
             right += any(task.case.answer in row[first:end][-1]["content"] for task in alike)
         assert used < offered and len(offered) <= 4
-    assert done == len(TRAIN)
+    assert done == len(known)
     assert right / done == pytest.approx(SLIPS.count(None) / len(SLIPS), abs=0.02)
 
 

@@ -97,14 +97,16 @@ def test_errors_are_one_line(word, message):
         ("It is 42.", 42), ("-7", -7), ("x = −7", -7), ("7-3", 3), ("7 - 3", 3), ("5 minus -3", -3), ("+4", 4),
         ("1,234.50", "1234.5"), ("$1,000,000", 1000000), ("12,34", 34), ("3/4", "3/4"), ("3 / 4 of it", "3/4"),
         ("-1/2", "-1/2"), ("50%", "1/2"), ("0.1", "1/10"), ("x2", 2), ("2 and 3", 3), ("3.", 3), ("007", 7),
-        ("1/0", None), ("none", None), ("", None),
+        ("1/0", None), ("none", None), ("", None), ("答案是-31。", -31), ("等于−7", -7), ("一-二3-5", 5), ("km-4", 4),
     ],
 )  # fmt: skip
 def test_last_number(text, number):
     assert last_number(text) == (None if number is None else Fraction(number))
 
 
-@given(st.integers(-(10**9), 10**9), st.sampled_from(["{}", "The answer is {}.", "= {}\n", "${}", "({})"]))
+@given(
+    st.integers(-(10**9), 10**9), st.sampled_from(["{}", "The answer is {}.", "= {}\n", "${}", "({})", "答案是{}。"])
+)
 def test_any_whole_number_is_found_as_it_is_printed(number, wording):
     assert last_number(wording.format(number)) == last_number(wording.format(f"{number:,}")) == number
 

@@ -1,20 +1,21 @@
 """Built-in tasks for agents, and conversations that train a weak agent on them.
 
-Held-out tasks have values that no training task has; half of them also have a wording that no training task has. All
-random choices are seeded, so the tasks are the same on every machine.
+Held-out tasks have values that no training task has; half of them also have a wording that no training task has, the
+others one of the first SHARED wordings. All random choices are seeded, so the tasks are the same on every machine.
 
 In the conversations a third of the tasks are done; for the others the model guesses without a call, stops before the
-last call, or writes a malformed call. A model trained on them is able to do the tasks but often fails; reinforcement
-learning is to improve it. A conversation has several tasks, because most of a single one's tokens are the description
-of its tools, which nothing is learnt from. Between them are names and numbers to repeat, and to write into calls of
-made-up tools: without these, a small model learns to copy names into its calls much later than the rest.
+last call, or writes a malformed call. They have the SHARED wordings alone. A model trained on them is able to do the
+tasks but often fails; reinforcement learning is to improve it. A conversation has several tasks, because most of a
+single one's tokens are the description of its tools, which nothing is learnt from. Between them are names and numbers
+to repeat, and to write into calls of made-up tools: without these, a small model learns to copy names into its calls
+much later than the rest.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -25,7 +26,7 @@ from rich.console import Console
 
 from minimind.data.builtin import exchange, shuffled
 from minimind.environments.builtin import builtin_tools
-from minimind.environments.builtin.kinds import KINDS, NAMES, Kind, SolutionStep, TaskCase, random_day
+from minimind.environments.builtin.kinds import KINDS, NAMES, SHARED, Kind, SolutionStep, TaskCase, random_day
 from minimind.environments.builtin.tools import ELEMENTS, ELEMENTS_ZH, GOODS, MOUNTAINS, RIVERS
 from minimind.environments.tools import by_name
 from minimind.environments.turns import CLOSE, OPEN, read_calls
@@ -109,11 +110,12 @@ class Task:
 
 
 @cache
-def tasks() -> tuple[tuple[Task, ...], tuple[Task, ...]]:
-    """(training, held-out), each sorted by a hash of the question."""
+def tasks(few_wordings: bool = False) -> tuple[tuple[Task, ...], tuple[Task, ...]]:
+    """(training, held-out), each sorted by a hash of the question. few_wordings: training tasks have the SHARED
+    wordings alone."""
     train: dict[str, Task] = {}
     heldout: dict[str, Task] = {}
-    for kind in KINDS:
+    for kind in map(_with_few_wordings, KINDS) if few_wordings else KINDS:
         for chinese in (False, True):
             random = Random(f"{kind.name} {chinese}")
             for number in range(_TASKS_PER_KIND):
@@ -130,12 +132,17 @@ def agent_prompts(cache_dir: str | Path | None = None, console: Console | None =
 
 def weak_agent(cache_dir: str | Path | None = None, console: Console | None = None) -> tuple[Path, Path]:
     """Like `agent_prompts`, but for conversations of a weak agent."""
-    train, heldout = ([_together(group) for group in _groups(part)] for part in tasks())
+    train, heldout = ([_together(group) for group in _groups(part)] for part in tasks(few_wordings=True))
     train = shuffled(train + [_copying(number) for number in range(_COPIES)])
     return (
         _written("weak-agent-train", train, cache_dir, console),
         _written("weak-agent-heldout", heldout, cache_dir, console),
     )
+
+
+def _with_few_wordings(kind: Kind) -> Kind:
+    english, chinese = ((*wordings[:SHARED], wordings[-1]) for wordings in (kind.english, kind.chinese))
+    return replace(kind, english=english, chinese=chinese)
 
 
 def _add(
@@ -144,7 +151,7 @@ def _add(
     wordings = kind.chinese if chinese else kind.english
     held = _number(f"{kind.name} {case.words} {case.answer}") % _HELD_OUT == 0
     new = held and number % 2 == 0
-    wording = wordings[-1] if new else wordings[number % (len(wordings) - 1)]
+    wording = wordings[-1] if new else wordings[number % (SHARED if held else len(wordings) - 1)]
     question = wording.format(*case.words)
     offered = _offered([step.tool for step in case.steps], question)
     task = Task(kind.name, chinese, question, case, offered, new)
