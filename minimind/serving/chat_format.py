@@ -171,14 +171,15 @@ class Reply:
 class ReplyParser:
     """Splits the model's text into reasoning, content and tool calls while it is generated.
 
-    reasoning: the prompt has already opened the reasoning. tools: <tool_call> is markup, not text.
+    reasoning: the prompt has already opened the reasoning. tools: <tool_call> is markup, not text. enforced: a grammar
+    made the answer either JSON or calls, so markers inside JSON are text.
 
     A call that is not JSON with a name and arguments is passed on unchanged as content. A call that is cut short is
     passed on as far as it goes. Newlines next to a marker belong to the marker.
     """
 
-    def __init__(self, *, reasoning: bool = False, tools: bool = False) -> None:
-        self._tools, self._reasoned = tools, reasoning
+    def __init__(self, *, reasoning: bool = False, tools: bool = False, enforced: bool = False) -> None:
+        self._tools, self._reasoned, self._enforced = tools, reasoning, enforced
         self._state = self._reasoning if reasoning else self._start
         self._held = ""
         self._fresh = True  # the current section is still empty, so newlines belong to its marker
@@ -225,12 +226,23 @@ class ReplyParser:
         return False
 
     def _content(self, last: bool) -> bool:
+        if self._enforced:
+            text = self._held.lstrip()
+            if not last and CALL.startswith(text):
+                return False
+            if not (self._tools and text.startswith(CALL)):
+                self._state = self._json
+                return True
         tags = ((CALL,) if self._tools else ()) + ((ANSWER, END_ANSWER) if self._reasoned else ())
         before, tag, after = self._until(tags, last)
         self._emit("content", before, trim=bool(tag), hold=bool(tags) and not tag and not last)
         if tag:
             self._held = after
             return self._enter(self._call_head if tag == CALL else self._content)
+        return False
+
+    def _json(self, last: bool) -> bool:
+        self._emit("content", self._until((), last)[0], trim=False, hold=False)
         return False
 
     def _call_head(self, last: bool) -> bool:
@@ -251,13 +263,22 @@ class ReplyParser:
         return self._enter(self._content)
 
     def _arguments(self, last: bool) -> bool:
+        if self._enforced and not self._scan.complete:
+            self._held = self._held[self._pass_arguments(self._held) :]
+            if not self._scan.complete:
+                return False
         before, tag, after = self._until((END_CALL,), last)
-        if text := self._scan.take(before):
-            self._parts.append(ReplyPart("arguments", text, self._calls - 1))
+        self._pass_arguments(before)
         if tag:
             self._held = after
             return self._enter(self._content)
         return False
+
+    def _pass_arguments(self, text: str) -> int:
+        """Pass on the beginning of `text` that belongs to the arguments; returns its number of characters."""
+        if text := self._scan.take(text):
+            self._parts.append(ReplyPart("arguments", text, self._calls - 1))
+        return len(text)
 
     def _whole_call(self, body: str, closed: bool) -> None:
         call = _parsed(body)
@@ -307,9 +328,13 @@ class _JsonScan:
         self._depth, self._in_string, self._escaped = 0, False, False
         self._begun = False
 
+    @property
+    def complete(self) -> bool:
+        return self._begun and not self._depth
+
     def take(self, text: str) -> str:
         """The beginning of `text` that belongs to the object."""
-        if self._begun and not self._depth:
+        if self.complete:
             return ""
         for place, character in enumerate(text):
             if self._in_string:

@@ -75,13 +75,16 @@ class Choice:
 class ChatAnswer:
     """The answer to a chat request, sent whole or as a stream of chunks."""
 
-    def __init__(self, service: Service, body: ChatRequest, generation: DeltaStream, reasoning: bool) -> None:
+    def __init__(
+        self, service: Service, body: ChatRequest, generation: DeltaStream, reasoning: bool, enforced: bool
+    ) -> None:
         self.generation = generation
         self._service, self._body = service, body
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._usage = Usage()
         tools = bool(body.tools) and body.tool_choice != "none"
-        self._choices = [Choice(ReplyParser(reasoning=reasoning, tools=tools)) for _ in range(body.n or 1)]
+        options = {"reasoning": reasoning, "tools": tools, "enforced": enforced}
+        self._choices = [Choice(ReplyParser(**options)) for _ in range(body.n or 1)]
 
     @classmethod
     async def start(cls, service: Service, body: ChatRequest) -> ChatAnswer:
@@ -92,12 +95,12 @@ class ChatAnswer:
             raise ApiError(400, "top_logprobs: needs logprobs: true", param="top_logprobs")
         limit = next(iter(limits), None)
         params = service.params(body, limit, (body.top_logprobs or 0) if body.logprobs else None)
-        if body.parallel_tool_calls is False and body.tools:
-            params = replace(params, stop=(*params.stop, END_CALL))
         ids, reasoning = await asyncio.to_thread(service.prompts.prompt, body)
         constraint = await asyncio.to_thread(answer_constraint, service, body, reasoning)
+        if body.parallel_tool_calls is False and body.tools and constraint is None:
+            params = replace(params, stop=(*params.stop, END_CALL))
         generation = await service.submit("chat", ids, params, constraint)
-        return cls(service, body, generation, reasoning)
+        return cls(service, body, generation, reasoning, constraint is not None)
 
     async def complete(self) -> dict[str, Any]:
         """The whole answer in OpenAI's form, once all n choices are complete."""

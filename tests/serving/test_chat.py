@@ -237,6 +237,20 @@ def test_json_answers_with_tools(server):
     assert list(json.loads(unseen.choices[0].message.content)) == ["n"]
 
 
+def test_markers_inside_json_are_text(server):
+    """Markers of calls that the grammar leads into JSON strings, of an answer and of a call's arguments."""
+    schema = {"type": "object", "properties": {"n": {"const": f"<tool_call>{json.dumps(CALL)}</tool_call>"}}}
+    schema |= {"required": ["n"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    for more in ({}, {"parallel_tool_calls": False}):
+        choice = server.chat("what?", response_format=form, tools=[WEATHER], max_tokens=200, **more).choices[0]
+        assert choice.finish_reason == "stop" and not choice.message.tool_calls
+        assert json.loads(choice.message.content) == {"n": schema["properties"]["n"]["const"]}
+        named = {"type": "function", "function": {"name": "quote", "parameters": schema}}
+        calls = server.chat("hi", tools=[named], tool_choice="required", max_tokens=200, **more).choices[0].message
+        assert json.loads(calls.tool_calls[0].function.arguments) == {"n": schema["properties"]["n"]["const"]}
+
+
 def test_content_in_parts_and_roles(server):
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     answer = server.chat(messages=[{"role": "user", "content": parts}])

@@ -11,6 +11,8 @@ from minimind.serving.chat_format import Reply, ReplyParser
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "a}\\"b", "n": [1, {"x": "]"}]}}\n</tool_call>'
 ARGUMENTS = '{"city": "a}\\"b", "n": [1, {"x": "]"}]}'
+JSON = '{"a": "<tool_call>\\n{\\"name\\": \\"f\\", \\"arguments\\": {}}</tool_call><answer>"}'
+QUOTING = '<tool_call>\n{"name": "f", "arguments": {"a": "</tool_call>"}}\n</tool_call>'
 CASES = [
     ("Hello\n\nthere\n", {}, ("", "Hello\n\nthere\n", [])),
     ("<think>\nA\n\nB\n</think>\n\nC\n", {}, ("A\n\nB", "C\n", [])),
@@ -36,6 +38,13 @@ CASES = [
     ('<tool_call>{"name": "f", "arguments": {"a": "b', {"tools": True}, ("", None, [["f", '{"a": "b']])),
     ('<tool_call>{"name": "f", "arguments": {"a</tool_call>b', {"tools": True}, ("", "b", [["f", '{"a']])),
     ('<tool_call>{"name": "f", "arguments": {}, "more": 1}</tool_call>', {"tools": True}, ("", None, [["f", "{}"]])),
+    (JSON, {"tools": True, "enforced": True}, ("", JSON, [])),
+    (f"<think>\nA\n</think>{JSON}", {"enforced": True}, ("A", JSON, [])),
+    (JSON[:-20], {"tools": True, "enforced": True}, ("", JSON[:-20], [])),
+    (f"{QUOTING}\n{CALL}", {"tools": True, "enforced": True},
+     ("", None, [["f", '{"a": "</tool_call>"}'], ["weather", ARGUMENTS]])),
+    (QUOTING[:-22], {"tools": True, "enforced": True}, ("", None, [["f", '{"a": "</tool']])),
+    ("<tool_c", {"tools": True, "enforced": True}, ("", "<tool_c", [])),
     ("1 < 2 <", {"tools": True}, ("", "1 < 2 <", [])),
     ("<tool_call>" + "[" * 100_000 + "</tool_call>", {"tools": True},
      ("", "<tool_call>" + "[" * 100_000 + "</tool_call>", [])),
@@ -83,6 +92,7 @@ def test_parts_do_not_depend_on_the_cuts(words, cuts, reasoning, tools):
 @given(st.dictionaries(st.text(max_size=5), st.text(max_size=9) | st.integers() | st.lists(st.none(), max_size=3)))
 def test_arguments_come_through_as_they_are(arguments):
     written = json.dumps(arguments, ensure_ascii=False)
+    text = f'<tool_call>\n{{"name": "f", "arguments": {written}}}\n</tool_call>'
+    assert parse(text, tools=True, enforced=True) == ("", None, [["f", written]])
     if "</tool_call>" not in written:
-        text = f'<tool_call>\n{{"name": "f", "arguments": {written}}}\n</tool_call>'
         assert parse(text, tools=True) == ("", None, [["f", written]])
