@@ -86,10 +86,14 @@ class LoadedModel:
 def open_model(args: ModelArgs) -> LoadedModel:
     """Load the model that the flags name. ValueError, one line, that names the file or the flag."""
     device = choose_device(args.device)
-    dtype = choose_precision(device).compute_dtype if args.dtype == "auto" else _DTYPES[args.dtype]
+    precision = choose_precision(device, args.dtype)
+    dtype = precision.compute_dtype
     kv_dtype = dtype if args.kv_dtype == "auto" else _DTYPES[args.kv_dtype]
     weights_dtype = choose_weights_dtype(args.weights_dtype, device)
-    return dataclasses.replace(open_weights(args, device, dtype), kv_dtype=kv_dtype, weights_dtype=weights_dtype)
+    loaded = open_weights(args, device, dtype)
+    slow = args.dtype == "auto" and dtype == torch.float32
+    notes = [*loaded.notes, *([f"--dtype fp32: {precision.reason}"] if slow else [])]
+    return dataclasses.replace(loaded, kv_dtype=kv_dtype, weights_dtype=weights_dtype, notes=notes)
 
 
 def open_weights(

@@ -88,12 +88,16 @@ def describe_device(device: torch.device) -> str:
 
 def _cpu_name() -> str:
     """The system's name, such as 'AMD Ryzen 7 7700X 8-Core Processor', or 'CPU' if it has none."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
     return (names[0] if names else platform.processor()) or "CPU"
+
+
+def _cpuinfo() -> list[str]:
+    """The lines of Linux's /proc/cpuinfo; none elsewhere."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
 
 
 def _native_bf16(device: torch.device) -> tuple[bool, str]:
@@ -101,19 +105,43 @@ def _native_bf16(device: torch.device) -> tuple[bool, str]:
         major, minor = torch.cuda.get_device_capability(device)
         return major >= 8, f"sm_{major}{minor} {'has' if major >= 8 else 'lacks'} bf16 tensor cores"
     if device.type == "cpu":
-        for probe, name in (("_is_amx_tile_supported", "AMX"), ("_is_avx512_bf16_supported", "AVX512-BF16")):
-            supported = getattr(torch.cpu, probe, None)
-            if supported is not None and supported():
-                if _onednn_takes_bf16():
-                    return True, f"this CPU has {name}"
-                return False, f"this CPU has {name}, but ONEDNN_MAX_CPU_ISA keeps oneDNN from it"
-        return False, "PyTorch reports no bf16 instructions on this CPU"
+        name = _bf16_instructions()
+        if name is None:
+            return False, "PyTorch reports no bf16 instructions on this CPU"
+        if _onednn_takes_bf16():
+            return True, f"this CPU has {name}"
+        kept = "PyTorch's oneDNN does not use them" if _is_arm() else "ONEDNN_MAX_CPU_ISA keeps oneDNN from it"
+        return False, f"this CPU has {name}, but {kept}"
     if device.type == "mps":
         return False, "nobody has tried bf16 on mps yet"
     raise ValueError(f"no precision policy for {device}")
 
 
+def _is_arm() -> bool:
+    return platform.machine().lower() in ("aarch64", "arm64")
+
+
+def _bf16_instructions() -> str | None:
+    """The processor's instructions for products of bf16 matrices; None without any."""
+    if _is_arm():
+        return "ARM's bf16 instructions" if _arm_has_bf16() else None
+    for probe, name in (("_is_amx_tile_supported", "AMX"), ("_is_avx512_bf16_supported", "AVX512-BF16")):
+        supported = getattr(torch.cpu, probe, None)
+        if supported is not None and supported():
+            return name
+    return None
+
+
+def _arm_has_bf16() -> bool:
+    """As PyTorch says, or where an older one does not say, as Linux lists it."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    if "bf16" in capabilities:
+        return bool(capabilities["bf16"])
+    return any("bf16" in line.split() for line in _cpuinfo() if line.startswith("Features"))
+
+
 def _onednn_takes_bf16() -> bool:
-    """Whether oneDNN, which computes matrix products, may use the instructions; ONEDNN_MAX_CPU_ISA can forbid it."""
+    """Whether oneDNN, which computes matrix products, may use the instructions. ONEDNN_MAX_CPU_ISA can forbid it, and
+    PyTorch for ARM may come without oneDNN."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return supported is None or supported()
+    return supported() if supported is not None else not _is_arm()

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_precision_says_why(monkeypatch):
     cpu = torch.device("cpu")
+    monkeypatch.setattr(device.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
     monkeypatch.setattr(device, "_onednn_takes_bf16", lambda: True)
@@ -37,6 +38,27 @@ def test_precision_says_why(monkeypatch):
     half = choose_precision(cpu, "fp16")
     assert half.compute_dtype == torch.float16 and half.name == "fp16"
     assert str(half) == "fp32 master weights, fp16 compute, dynamic loss scaling (set by --precision; slow on a CPU)"
+
+
+def test_precision_on_arm(monkeypatch):
+    """bf16 where the processor has the instructions and oneDNN uses them, as PyTorch or an older one's Linux says."""
+    cpu = torch.device("cpu")
+    features = ["processor : 0", "Features : fp asimd bf16 i8mm"]
+    monkeypatch.setattr(device.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(device, "_cpuinfo", lambda: features)
+    for found in ({"architecture": "arm64", "bf16": True}, {}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        native = choose_precision(cpu)
+        assert native.compute_dtype == torch.bfloat16 and "this CPU has ARM's bf16 instructions" in str(native)
+    monkeypatch.setattr(device.torch.ops, "mkldnn", object())  # as in a PyTorch without oneDNN
+    without = choose_precision(cpu)
+    assert without.compute_dtype == torch.float32 and "PyTorch's oneDNN does not use them" in str(without)
+    monkeypatch.undo()
+    monkeypatch.setattr(device.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(device, "_cpuinfo", lambda: features)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"bf16": False}, raising=False)
+    old = choose_precision(cpu)
+    assert old.compute_dtype == torch.float32 and "no bf16 instructions" in str(old)
 
 
 def test_onednn_says_when_it_may_not_use_bf16():
