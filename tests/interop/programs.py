@@ -117,3 +117,25 @@ def mnn_chat(folder: str, questions: list[str]) -> list[dict[str, Any]]:
         found.append({"prompt": prompt, "ids": model.tokenizer_encode(prompt), "text": model.response(question)})
         model.reset()
     return found
+
+
+def llama_factory(
+    folder: str, adapter: str, conversations: list[list[dict[str, str]]], prompts: list[list[int]], new: int
+) -> dict[str, Any]:
+    """The ids of each conversation with the settings of LLaMA-Factory's guide page, and the greedy tokens of the model
+    with the adapter."""
+    import peft
+    import transformers
+    from llamafactory.data.template import get_template_and_fix_tokenizer
+    from llamafactory.hparams import DataArguments
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    template = get_template_and_fix_tokenizer(tokenizer, DataArguments(template="qwen", default_system=""))
+    ids = []
+    for turns in conversations:
+        system = turns[0]["content"] if turns[0]["role"] == "system" else None
+        pairs = template.encode_multiturn(tokenizer, turns[1:] if system else turns, system)
+        ids.append([token for pair in pairs for part in pair for token in part])
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model = peft.PeftModel.from_pretrained(model, adapter)
+    return {"ids": ids, "tokens": greedy(model.eval(), prompts, new)}
