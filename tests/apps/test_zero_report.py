@@ -96,6 +96,7 @@ def test_the_page_shows_every_stage_and_needs_nothing_else(tmp_path):
                  "minimind chat --model", "1m01s", "preset nano: as a test says", "0.07"):  # fmt: skip
         assert told in text, told
     assert not page.addresses and not page.tags & {"script", "link", "img", "iframe", "object"}
+    assert "after, right" in text and "pretrain, sft" in page.text, "one row for the versions that stages share"
     whole = html(state(tmp_path, "pretrain", "sft"))
     assert "http" not in whole and "url(" not in whole and "@import" not in whole
 
@@ -175,6 +176,16 @@ def test_samples_are_paired_by_prompt(tmp_path):
     (sample,) = read_samples(file)
     assert sample.prompt == "user: Hi! What is 8 + 6?"
     assert (sample.before, sample.after, sample.wanted) == ("<b>the the</b>", "8 plus\n6", "8 plus 6 is 14.")
+
+
+def test_the_question_of_a_sample_is_set_apart_from_what_comes_before(tmp_path):
+    turns = "system: <tools> {...} | user: Weather in Cairo? | assistant: "
+    write_stage(tmp_path / "pretrain", f"=== step 0\n{turns}a  [c]\n\n=== step 5\n{turns}b  [c]\n\n", rows())
+    page = html(state(tmp_path, "pretrain"))
+    assert (
+        '<p class="earlier text">system: &lt;tools&gt; {...}</p><p class="prompt text">user: Weather in Cairo?' in page
+    )
+    assert "<dt>after</dt>" in page and "<dt>wanted</dt>" in page
 
 
 def test_samples_that_begin_alike_are_cut_behind_the_prompt(tmp_path):

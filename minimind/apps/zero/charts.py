@@ -117,11 +117,16 @@ color:var(--soft)}
 ul.legend b{color:var(--text);font-weight:600;font-variant-numeric:tabular-nums}
 ul.legend i{display:inline-block;width:10px;height:10px;border-radius:5px;margin-right:6px}
 .scroll{overflow-x:auto;margin:12px 0}
+.scroll th:first-child,.scroll td:first-child{position:sticky;left:0;background:var(--bg)}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th{font-weight:600;color:var(--soft);text-align:left;font-size:.8125rem}
 th,td{padding:7px 12px 7px 0;border-bottom:1px solid var(--rule);vertical-align:top}
 td.n,th.n{text-align:right;white-space:nowrap}
+.short table{width:auto}
+.short td.n,.short th.n{padding-left:28px}
+.facts th{width:7.5em}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:16px;margin:12px 0}
+.chart:first-child:nth-last-child(odd){grid-column:1/-1}
 figure.chart{margin:0;background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:12px 14px 8px;
 min-width:0;display:flex;flex-direction:column}
 figcaption{font-weight:600;font-size:.9375rem;margin-bottom:4px}
@@ -142,17 +147,21 @@ path.c0{stroke:var(--c0)}path.c1{stroke:var(--c1)}path.c2{stroke:var(--c2)}
 path.c3{stroke:var(--c3)}path.c4{stroke:var(--c4)}path.c5{stroke:var(--c5)}
 i.c0{background:var(--c0)}i.c1{background:var(--c1)}i.c2{background:var(--c2)}
 i.c3{background:var(--c3)}i.c4{background:var(--c4)}i.c5{background:var(--c5)}
-.samples{display:grid;gap:12px}
+.samples{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,460px),1fr));gap:12px;
+align-items:start}
+.sample:last-child:nth-child(odd){grid-column:1/-1}
 .sample{background:var(--card);border:1px solid var(--rule);border-radius:8px;padding:12px 14px;min-width:0}
 .sample .prompt{font-weight:600;margin:0 0 8px}
-.sample dl{display:grid;grid-template-columns:5.2em 1fr;gap:4px 10px;margin:0}
+.sample .earlier{font-size:.8125rem;color:var(--soft);margin:0 0 8px}
+.sample dl{display:grid;grid-template-columns:6.4rem 1fr;gap:4px 10px;margin:0}
 .sample dt{color:var(--soft);font-size:.8125rem;padding-top:2px}
 .sample dd{margin:0;min-width:0}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;max-height:7.5em;overflow-y:auto}
 .right{color:var(--good);font-weight:600}
-pre{background:var(--code);border-radius:6px;padding:10px 12px;margin:6px 0;overflow-x:auto;font:.8125rem/1.5
+pre{background:var(--code);border-radius:6px;padding:10px 12px;margin:6px 0;white-space:pre-wrap;
+overflow-wrap:anywhere;font:.8125rem/1.5
 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-details{margin:12px 0}summary{cursor:pointer;color:var(--soft)}
 @media(max-width:520px){main{padding:20px 14px 40px}h1{font-size:1.4rem}.plot{grid-template-rows:170px 22px}
-.tiles{grid-template-columns:1fr 1fr}.sample dl{grid-template-columns:1fr}.sample dt{margin-top:4px}}
+.tiles{grid-template-columns:1fr 1fr}.facts th{width:6em}
+.sample dl{grid-template-columns:1fr}.sample dt{margin-top:4px}}
 """

@@ -108,32 +108,34 @@ def _times(state: State, price: float | None) -> str:
 
 def _table(state: State, stages: Iterable[tuple[StagePlan, Results | None]], price: float | None) -> str:
     head = ["stage", "tokens", "steps", "tokens/s", "time", "planned", *(["cost"] if price is not None else []),
-            "held-out loss", "exact answers or reward", ""]  # fmt: skip
+            "held-out loss", "exact answers or reward"]  # fmt: skip
     rows = []
     for plan, results in stages:
         spent = state.seconds.get(plan.name, 0.0)
         money = [f"{spent / 3600 * price:.2f}"] if price is not None else []
         if results is None:
-            rows.append([plan.name, "", "", "", "", duration(plan.seconds), *money, "", "", "not begun"])
+            rows.append([f"{plan.name} (not begun)", "", "", "", "", duration(plan.seconds), *money, "", ""])
             continue
         steps = results.train[-1]["step"] if results.train else 0
         figures = results.figures()
         right = "heldout_exact" if "heldout_exact" in figures else "heldout_reward"
         main = [spell(key, *figures[key]) if key in figures else "" for key in ("heldout_loss", right)]
         numbers = [f"{results.tokens:,}", f"{steps:,}", f"{results.rate:,.0f}", duration(spent), duration(plan.seconds)]
-        rows.append([plan.name, *numbers, *money, *main, "" if results.finished else "not finished"])
+        rows.append([plan.name if results.finished else f"{plan.name} (not finished)", *numbers, *money, *main])
     return table(head, rows)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """An HTML table. The first column is aligned left, the others, which are numbers, right."""
+    """An HTML table. The first column is aligned left, the others, which are numbers, right. Up to three columns do
+    not fill the width of the page, so that the numbers stay near their names."""
     kinds = ["", *(' class="n"' for _ in head[1:])]
     cells = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, head, strict=True))
     body = "".join(
         "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True)) + "</tr>"
         for row in rows
     )
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+    kind = "scroll short" if len(head) <= 3 else "scroll"
+    return f'<div class="{kind}"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _stage(state: State, plan: StagePlan, results: Results) -> str:
@@ -202,13 +204,17 @@ def _samples(samples: list[SamplePair]) -> str:
 
 
 def _sample(sample: SamplePair) -> str:
-    right = sample.wanted and sample.after.strip() == sample.wanted.strip()
-    rows = [("before", sample.before, ""), ("after", sample.after, " right" if right else "")]
-    if sample.wanted:
-        rows.append(("wanted", sample.wanted, ""))
-    body = "".join(f'<dt>{k}</dt><dd class="text{c}">{escape(v.strip()) or "&nbsp;"}</dd>' for k, v, c in rows)
-    prompt = f'<p class="prompt text">{escape(sample.prompt)}</p>' if sample.prompt else ""
-    return f'<div class="sample">{prompt}<dl>{body}</dl></div>'
+    rows = [("before", sample.before, ""), ("after", sample.after, ""), ("wanted", sample.wanted, "")]
+    if sample.wanted and sample.after.strip() == sample.wanted.strip():
+        rows[1:] = [("after, right", sample.after, " right")]
+    rows = [(name, text.strip(), kind) for name, text, kind in rows if text.strip() or name != "wanted"]
+    body = "".join(
+        f'<dt>{name}</dt><dd class="text{kind}">{escape(text) or "&nbsp;"}</dd>' for name, text, kind in rows
+    )
+    earlier, _, last = sample.prompt.rpartition(" | ")
+    prompts = [("earlier", earlier), ("prompt", last)]
+    head = "".join(f'<p class="{kind} text">{escape(text)}</p>' for kind, text in prompts if text)
+    return f'<div class="sample">{head}<dl>{body}</dl></div>'
 
 
 def _card(state: State, begun: list[tuple[StagePlan, Results]]) -> str:
@@ -237,8 +243,12 @@ def _card(state: State, begun: list[tuple[StagePlan, Results]]) -> str:
         ("limits", "a model of this size repeats its training data, knows little else and checks nothing; held-out "
          "figures are of data like the training data")
     )  # fmt: skip
+    return f"<h2>Model card</h2>{_facts(rows)}"
+
+
+def _facts(rows: Iterable[tuple[str, str]]) -> str:
     body = "".join(f'<tr><th>{escape(k)}</th><td class="text">{escape(v)}</td></tr>' for k, v in rows if v)
-    return f"<h2>Model card</h2><table>{body}</table>"
+    return f'<table class="facts">{body}</table>'
 
 
 def _seed(results: Results) -> Any:
@@ -246,16 +256,18 @@ def _seed(results: Results) -> Any:
 
 
 def _versions(begun: list[tuple[StagePlan, Results]]) -> str:
-    """Device and versions of each stage's newest start, and its number of starts."""
-    rows = []
+    """Device and versions of each stage's newest start, once for stages where they are the same, and the number of
+    starts."""
+    stages: dict[str, list[str]] = {}
+    starts = []
     for plan, results in begun:
-        if not results.starts:
-            continue
-        newest = results.starts[-1]
-        versions = ", ".join(f"{name} {newest[name]}" for name in _VERSIONS if newest.get(name))
-        rows.append((plan.name, f"{newest.get('device', '')}; {versions}; starts: {len(results.starts)}"))
-    body = "".join(f'<tr><th>{escape(k)}</th><td class="text">{escape(v)}</td></tr>' for k, v in rows)
-    return f"<h2>Versions</h2><table>{body}</table>" if rows else ""
+        if results.starts:
+            newest = results.starts[-1]
+            versions = [f"{name} {newest[name]}" for name in _VERSIONS if newest.get(name)]
+            stages.setdefault("; ".join([newest.get("device", ""), ", ".join(versions)]), []).append(plan.name)
+            starts.append(f"{plan.name} {len(results.starts)}")
+    rows = [(", ".join(names), versions) for versions, names in stages.items()]
+    return f"<h2>Versions</h2>{_facts([*rows, ('starts', ', '.join(starts))])}" if rows else ""
 
 
 def _go_on(state: State) -> str:
