@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -134,7 +135,7 @@ def _bf16_instructions() -> str | None:
 
 def _arm_has_bf16() -> bool:
     """As PyTorch says, or where an older one does not say, as Linux lists it."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if "bf16" in capabilities:
         return bool(capabilities["bf16"])
     return any("bf16" in line.split() for line in _cpuinfo() if line.startswith("Features"))
