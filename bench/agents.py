@@ -60,7 +60,7 @@ class Args:
     rounds: int = 3
     """Timed rounds of each implementation, after one that is not timed."""
     threads: int | None = None
-    """None: PyTorch's default."""
+    """Threads of each implementation; None: PyTorch's default."""
     out: str | None = None
     """Folder of the rows; None: bench/results/DEVICE."""
 

@@ -58,7 +58,7 @@ class Args:
     repeat: int = 50
     """Timed runs of each implementation."""
     device: str = "auto"
-    """auto, cpu, cuda."""
+    """Device: cpu, cuda, or auto, which takes a GPU if there is one."""
     out: str | None = None
     """Folder of the rows; None: bench/results/DEVICE."""
 

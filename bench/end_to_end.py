@@ -47,7 +47,7 @@ class Args:
     compile: bool = True
     """Train with --compile."""
     device: str = "auto"
-    """auto, cpu, cuda."""
+    """Device: cpu, cuda, or auto, which takes a GPU if there is one."""
     out: str | None = None
     """Folder of the rows and the pictures; None: bench/results/DEVICE."""
 

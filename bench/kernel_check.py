@@ -36,7 +36,7 @@ class Args:
     ops: tuple[str, ...] = tuple(BUILDERS)
     """Ops to check."""
     device: str = "auto"
-    """auto, cpu, cuda."""
+    """Device: cpu, cuda, or auto, which takes a GPU if there is one."""
 
 
 def cases(args: Args, device: torch.device) -> Iterator[Case]:

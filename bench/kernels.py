@@ -52,7 +52,7 @@ class Args:
     dtype: str = "auto"
     """Type of the activations: bf16, fp16, fp32; auto: the one in which this device trains. Weights are float32."""
     device: str = "auto"
-    """auto, cpu, cuda."""
+    """Device: cpu, cuda, or auto, which takes a GPU if there is one."""
     repeat: int | None = None
     """Timed runs of each implementation in each pass; None: 100, or on a CPU 3 of matrix products and 15 of others."""
     out: str | None = None

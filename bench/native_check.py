@@ -72,7 +72,7 @@ class Args:
     """Check every native operator."""
 
     device: str = "auto"
-    """auto, cpu, cuda."""
+    """Device: cpu, cuda, or auto, which takes a GPU if there is one."""
 
 
 def both(case: NativeCase, device: torch.device) -> list[tuple[Tensor, Tensor]]:

@@ -64,7 +64,7 @@ class Args:
     threads: int | None = None
     """Threads of each implementation; None: PyTorch's default."""
     device: str = "auto"
-    """auto, cpu, cuda."""
+    """Device: cpu, cuda, or auto, which takes a GPU if there is one."""
     out: str | None = None
     """Folder of the rows; None: bench/results/DEVICE."""
 

@@ -77,7 +77,7 @@ class Args:
     optimizer: OptimizerName = "adamw"
     """Optimizer of ours and ours-eager; ours-muon has Muon, the others have AdamW."""
     device: str = "auto"
-    """auto, cpu, cuda."""
+    """Device: cpu, cuda, or auto, which takes a GPU if there is one."""
     out: str | None = None
     """Folder of the rows and the picture; None: bench/results/DEVICE."""
     project: bool = False

@@ -88,7 +88,7 @@ class Args:
     questions: int = 64
     """Held-out questions that are answered in an evaluation of SFT; the last one answers all."""
     device: str = "auto"
-    """auto, cpu, cuda."""
+    """Device: cpu, cuda, or auto, which takes a GPU if there is one."""
     work: str | None = None
     """Folder of the runs; None: time-to-loss under $MINIMIND_CACHE or ~/.cache/minimind."""
     plot: bool = False

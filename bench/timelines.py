@@ -61,7 +61,7 @@ class Args:
     batch: int = 1
     """Sequences decoded together."""
     device: str = "auto"
-    """auto, cpu, cuda."""
+    """Device: cpu, cuda, or auto, which takes a GPU if there is one."""
     out: str | None = None
     """Folder of the pictures and tables; None: bench/results/DEVICE."""
 

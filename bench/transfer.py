@@ -3,7 +3,7 @@
     python bench/transfer.py --data poems.jsonl builtin      # hours on two cores; the same command continues later
     python bench/transfer.py --data poems.jsonl builtin --only width tokens --minutes 30
     python bench/transfer.py --fit                           # the best rates and the rule, from the existing rows
-    python bench/transfer.py --plot                          # the picture of docs/training.md
+    python bench/transfer.py --plot                          # the picture of docs/rates.md
     python bench/transfer.py --data poems.jsonl --check      # minimind2-small at half, once and twice the rule's rate
 
 A run is one training with the project's own loop, in this process. Rates lie on a grid of factors of two. A scan begins

@@ -58,7 +58,8 @@ class Args(ChatArgs, AdapterArgs):
     """Share of the data's own next token in the loss; the rest is the teacher's distribution. For half of nano on the
     built-in text, 0.2 was better than 0.5 and 0.5 better than 1, for both seeds tried."""
     temperature: float = 1.0
-    """Softens both distributions; the loss is multiplied by its square."""
+    """Divisor of the logits of teacher and student: above 1 it softens both distributions. The loss is multiplied by
+    its square."""
     divergence: DivergenceName = "forward_kl"
     """forward_kl: cover everything the teacher may say; reverse_kl: keep to what it finds likely; jsd: in between."""
     beta: float = 0.5

@@ -89,7 +89,7 @@ class Args(RolloutArgs):
     """own: a second model that starts with the policy's weights, or with --lora-rank a second adapter on them; shared:
     a head on the policy."""
     clip_range: float = 0.2
-    """Outside 1 +- clip_range, an answer's probability ratio is not moved further away from 1."""
+    """Outside 1 +- clip_range, a token's probability ratio is not moved further away from 1."""
     critic_lr: float | None = None
     """Peak learning rate of the critic, or of its head with --critic shared. None: that of the policy."""
     value_clip: float | None = 0.2
@@ -97,7 +97,7 @@ class Args(RolloutArgs):
     value_weight: float = 0.5
     """Weight of the critic's loss; with --critic own it has no effect where its gradients are clipped."""
     gamma: float = 1.0
-    """Discount of later rewards."""
+    """Factor by which a reward counts less for each token before it; 1: no discount."""
     lam: float = 0.95
     """GAE's lambda: 1 trusts the rewards alone, 0 the critic."""
     beta: float = 0.02
@@ -105,7 +105,7 @@ class Args(RolloutArgs):
     kl_in: Literal["reward", "loss"] = "reward"
     """Subtract the KL from the reward, or add it to the loss."""
     entropy: float = 0.0
-    """Weight of an entropy bonus, which keeps answers varied."""
+    """Weight of an entropy bonus, which keeps answers varied; 0: none."""
 
     def check(self) -> None:
         super().check()

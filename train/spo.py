@@ -65,15 +65,16 @@ class Args(RolloutArgs):
     and counted. None: --reward-clip, or the bounds of the rewards, or -3 to 3 with normalised rewards if one has no
     bounds."""
     clip_low: float = 0.2
-    """Below 1 - clip_low, an answer's probability ratio is not lowered further."""
+    """Below 1 - clip_low, a token's probability ratio is not lowered further."""
     clip_high: float = 0.28
-    """Above 1 + clip_high, an answer's probability ratio is not raised further."""
+    """Above 1 + clip_high, a token's probability ratio is not raised further."""
     beta: float = 0.0
     """Weight of the KL (k3, per token) to the initial model; 0 keeps no copy of it."""
     entropy: float = 0.0
-    """Weight of an entropy bonus, which keeps answers varied."""
+    """Weight of an entropy bonus, which keeps answers varied; 0: none."""
     half: float = 0.06
-    """Drift of the policy at which half of a prompt's history is forgotten."""
+    """Drift of the policy, in nats per token since it last answered a prompt, at which half of that prompt's history is
+    forgotten."""
 
     def check(self) -> None:
         super().check()

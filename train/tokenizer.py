@@ -54,7 +54,7 @@ class Config:
     eval_data: tuple[str, ...] = ()
     """Data to measure on instead of a sample of --data. Its texts are not trained on."""
     min_frequency: int = 2
-    """Rarer pairs are never merged."""
+    """Pairs of tokens that occur fewer times than this in the texts are never merged."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Stop at a row that cannot be read, or skip it."""
     format: FormatName = "auto"

@@ -129,7 +129,7 @@ def page_tools() -> PageTools:
 
 
 def chosen_tools() -> list[dict[str, Any]]:
-    """Those that run here, and those whose results the user writes."""
+    """Schemas of the tools that were chosen: those that run here, and those whose results the user types in."""
     here = page_tools()
     label = t("tools_asked" if here.asks else "tools_unasked")
     return here.schemas(st.multiselect(label, here.names, key="tools_here")) + written_tools()

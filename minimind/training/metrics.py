@@ -122,8 +122,8 @@ def _plot_named(axes: Any, evals: list[dict[str, Any]]) -> None:
 
 @decoration
 def plot_figures(metrics: Path, picture: Path, title: str, unit: str, labels: Mapping[str, str]) -> None:
-    """Draw held-out figures over the tokens trained on. labels: (figure: its name in the legend). Lines join figures
-    of the same part of the held-out data; stars are figures of all of it."""
+    """Draw held-out figures over the tokens trained on. labels: {figure: its name in the legend}. Lines join figures
+    that were measured on the same part of the held-out data; stars are figures of all of it."""
     plt = pyplot()
     rows = [row for row in read_metrics(metrics) if row["kind"] == "eval"]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -237,8 +237,8 @@ class TensorBoardTracker:
 class HostedTracker:
     """trackio, wandb or swanlab, which have nearly the same interface. Raises ValueError if it cannot start.
 
-    trackio keeps its data on this machine (`trackio show --project minimind`) and knows a run by its name alone, which
-    therefore ends in a random number and is the id.
+    trackio keeps its data on this machine (`trackio show --project minimind`). It identifies a run by its name alone,
+    so the name ends in a random number and serves as the id.
     """
 
     def __init__(self, package: TrackerName, folder: Path, config: dict[str, Any], run_id: str | None) -> None:

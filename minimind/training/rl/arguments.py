@@ -53,7 +53,8 @@ class RolloutArgs(AdapterArgs):
     reward_clip: tuple[float, float] | None = None
     """Lowest and highest reward; those outside are clipped. None: no bounds."""
     reward_norm: NormName = "none"
-    """running: subtract the mean of all rewards so far and divide by their standard deviation, after --reward-clip."""
+    """none: rewards as they are. running: subtract the mean of all rewards so far and divide by their standard
+    deviation, after --reward-clip."""
     truncation_penalty: float = 0.0
     """Subtracted from the reward of an answer that was cut off at --max-new-tokens."""
     mask_truncated: bool | None = None
@@ -170,13 +171,15 @@ class GroupArgs(RolloutArgs):
     """Aggregation of token losses: the mean over all tokens (token), over the means of answers (sample), or over the
     sums of answers divided by --max-new-tokens (constant). None: the algorithm's."""
     clip_low: float | None = None
-    """Below 1 - clip_low, an answer's probability ratio is not lowered further. None: the algorithm's."""
+    """Below 1 - clip_low, the probability ratio of a token, with gspo of an answer, is not lowered further. None: the
+    algorithm's."""
     clip_high: float | None = None
-    """Above 1 + clip_high, an answer's probability ratio is not raised further. None: the algorithm's."""
+    """Above 1 + clip_high, the probability ratio of a token, with gspo of an answer, is not raised further. None: the
+    algorithm's."""
     beta: float | None = None
     """Weight of the KL to the initial model; 0 keeps no copy of it. None: the algorithm's."""
     entropy: float = 0.0
-    """Weight of an entropy bonus, which keeps answers varied."""
+    """Weight of an entropy bonus, which keeps answers varied; 0: none."""
     rescore: bool | None = None
     """Compute the old log-probabilities with the trainer, in one more forward pass, instead of using the engine's.
     None: only for gspo, whose clip range is narrower than the difference of the two in bf16."""
