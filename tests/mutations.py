@@ -4,6 +4,7 @@ beside it must fail because of it:
     python tests/mutations.py --list
     python tests/mutations.py --check-clean          the named tests as they are first, then every mutation
     python tests/mutations.py --only packing         those whose file, defect or tests contain the word
+    python tests/mutations.py --slow --only arm      also those that only slow tests notice, a minute or two each
 
 Everything happens in a temporary copy of the files that git does not ignore. When a test moves, change the name here;
 a file is as good as a single test while it takes seconds. The exit status is 1 unless every mutation was caught.
@@ -36,18 +37,21 @@ LIMIT = 900.0  # seconds for the named tests, far above what any takes: a mutati
 @dataclass(frozen=True)
 class Mutation:
     """defect: what is wrong after `old`, which stands in `file` once, has become `new`. tests: files or node ids,
-    with spaces between."""
+    with spaces between. slow: they are slow tests, and need the flag --slow."""
 
     defect: str
     file: str
     old: str
     new: str
     tests: str
+    slow: bool = False
 
     def __str__(self) -> str:
         return f"{self.file}: {self.defect}"
 
 
+_ARM = "tests/csrc/test_kernel_parity.py::test_kernels_of_arm_in_an_emulator"
+_AGENTS = "tests/training/test_agent.py::test_rewards_teach_it_to_call"
 MUTATIONS = (
     # kernels/
     Mutation(
@@ -317,6 +321,31 @@ MUTATIONS = (
         "gates[k] /= sum_chosen + 1e-20f;",
         "gates[k] /= total;",
         "tests/inference/decode/test_step.py::test_decoding_step_by_step_equals_the_models_forward",
+    ),
+    # the same on ARM, in an emulator
+    Mutation(
+        "products of bfloat16 pairs on ARM are squares of the first factor",
+        "csrc/cpu/vec.h",
+        "vbfdotq_f32(reinterpret_cast<float32x4_t>(sum), a, b)",
+        "vbfdotq_f32(reinterpret_cast<float32x4_t>(sum), a, (static_cast<void>(b), a))",
+        _ARM,
+        slow=True,
+    ),
+    Mutation(
+        "on ARM with i8mm one half of a tile adds to the other half's sum",
+        "csrc/cpu/int8.h",
+        "vmmlaq_s32(tiles[v][1][p], high, pairs[p])",
+        "vmmlaq_s32(tiles[v][0][p], high, pairs[p])",
+        _ARM,
+        slow=True,
+    ),
+    Mutation(
+        "8-bit dot products on ARM start anew at every word",
+        "csrc/cpu/int8.h",
+        "return vdotq_s32(sum, w, x);",
+        "return vdotq_s32(vandq_s32(sum, vdupq_n_s32(0)), w, x);",
+        _ARM,
+        slow=True,
     ),
     # the model
     Mutation(
@@ -1245,6 +1274,22 @@ MUTATIONS = (
         "tests/environments/test_episodes.py::test_results_of_tools_are_no_targets_and_get_no_gradient",
     ),
     Mutation(
+        "what tools said is trained on, as a long run shows",
+        "minimind/training/rl/loader.py",
+        "targets[first : first + len(a.ids)] = a.targets",
+        "targets[first : first + len(a.ids)] = a.ids",
+        _AGENTS,
+        slow=True,
+    ),
+    Mutation(
+        "the worse conversations of a group are learnt",
+        "minimind/objectives/advantages.py",
+        "    return centred / ((squares / (sizes - 1)",
+        "    return -centred / ((squares / (sizes - 1)",
+        _AGENTS,
+        slow=True,
+    ),
+    Mutation(
         "every token of a conversation counts as written",
         "minimind/environments/episodes.py",
         "episode.sampled += [False] * len(ids)",
@@ -1630,6 +1675,13 @@ MUTATIONS = (
         "tests/serving/test_grammar.py::test_a_call_may_take_the_place_of_json_and_nothing_else",
     ),
     Mutation(
+        "a call's marker inside an enforced JSON answer begins a call",
+        "minimind/serving/routes.py",
+        '"enforced": enforced}',
+        '"enforced": False}',
+        "tests/serving/test_chat.py::test_markers_inside_json_are_text",
+    ),
+    Mutation(
         "a route that only OpenAI has is not told from a wrong path",
         "minimind/serving/protocol.py",
         "elif kind in MISSING:",
@@ -1729,12 +1781,14 @@ class Result:
 
 def main() -> int:
     args = arguments()
-    chosen = [m for m in MUTATIONS if args.only in f"{m} {m.tests}"]
+    chosen = [m for m in MUTATIONS if args.only in f"{m} {m.tests}" and (args.slow or not m.slow)]
     if args.list:
         print("\n".join(f"{m}\n    {m.tests}" for m in chosen))
         return 0
     if not chosen:
-        raise SystemExit(f"--only {args.only}: no mutation's file, defect or tests contain it")
+        raise SystemExit(
+            f"--only {args.only}: no mutation's file, defect or tests contain it, or only slow ones (--slow)"
+        )
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         copy = Path(folder) / "copy"
         copy_tree(copy)
@@ -1756,6 +1810,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", metavar="PATTERN", default="", help="a part of a file, defect or test")
     parser.add_argument("--list", action="store_true", help="print the mutations and run nothing")
     parser.add_argument("--check-clean", action="store_true", help="first see the named tests pass, unmutated")
+    parser.add_argument("--slow", action="store_true", help="also mutations that only slow tests notice")
     parser.add_argument("--tests-all", action="store_true", help="the whole suite each time: hours")
     return parser.parse_args()
 
@@ -1798,14 +1853,23 @@ def check_imports(copy: Path) -> None:
 
 def is_clean(copy: Path, mutations: Sequence[Mutation]) -> bool:
     """Whether all named tests, each once, pass as they are."""
-    names = dict.fromkeys(name for m in mutations for name in m.tests.split())
-    once = [name for name in names if "::" not in name or name.split("::")[0] not in names]
-    start = time.monotonic()
-    code, failed = run_tests(copy, once, len(mutations) * LIMIT, "--maxfail=20")
-    print(f"unmutated: {'passed' if code == 0 else 'FAILED'} in {clock(time.monotonic() - start)}", flush=True)
-    for kind, test, reason in failed:
-        print(f"    {kind} {test}: {reason}")
-    return code == 0
+    passed = True
+    for slow in sorted({mutation.slow for mutation in mutations}):
+        chosen = [mutation for mutation in mutations if mutation.slow == slow]
+        names = dict.fromkeys(name for m in chosen for name in m.tests.split())
+        once = [name for name in names if "::" not in name or name.split("::")[0] not in names]
+        start = time.monotonic()
+        code, failed = run_tests(copy, once, len(chosen) * LIMIT, "--maxfail=20", *marked(slow))
+        print(f"unmutated: {'passed' if code == 0 else 'FAILED'} in {clock(time.monotonic() - start)}", flush=True)
+        for kind, test, reason in failed:
+            print(f"    {kind} {test}: {reason}")
+        passed &= code == 0
+    return passed
+
+
+def marked(slow: bool) -> tuple[str, ...]:
+    """pytest's flags for slow tests, which it leaves out otherwise."""
+    return ("-m", "slow") if slow else ()
 
 
 def run_all(copy: Path, mutations: Sequence[Mutation], tests_all: bool) -> list[Result]:
@@ -1833,15 +1897,15 @@ def run_one(copy: Path, mutation: Mutation, tests_all: bool) -> Result:
         if problem:
             return Result(mutation, f"broken mutation ({problem})", time.monotonic() - start)
         tests, limit = (["tests/"], 10 * LIMIT) if tests_all else (mutation.tests.split(), LIMIT)
-        code, failed = run_tests(copy, tests, limit, "-x")
+        code, failed = run_tests(copy, tests, limit, "-x", *marked(mutation.slow and not tests_all))
     outcome, test, reason = judged(code, failed)
     return Result(mutation, outcome, time.monotonic() - start, test, reason)
 
 
 @contextlib.contextmanager
 def mutated(copy: Path, mutation: Mutation) -> Iterator[str | None]:
-    """The copy with the mutation in it; yields why it cannot be built, or None."""
-    file, native = copy / mutation.file, mutation.file.startswith("csrc/cpu/")
+    """The copy with the mutation in it; yields why it cannot be built, or None. Slow tests of csrc/cpu compile it."""
+    file, native = copy / mutation.file, mutation.file.startswith("csrc/cpu/") and not mutation.slow
     before = file.read_bytes()
     file.write_text(before.decode().replace(mutation.old, mutation.new), encoding="utf-8")
     try:
@@ -1889,13 +1953,16 @@ def run_tests(
 
 
 def failures(report: Path) -> list[tuple[str, str, str]]:
-    found = []
-    for case in ElementTree.parse(report).iter("testcase"):
-        for kind in ("failure", "error"):
+    """What went wrong; where every test was skipped, the first of them."""
+    found, skipped = [], []
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    for case in cases:
+        for kind in ("failure", "error", "skipped"):
             for problem in case.findall(kind):
                 reason = problem.get("message", "").partition("\n")[0]
-                found.append((kind, f"{case.get('classname')}::{case.get('name')}", reason[:160]))
-    return found
+                row = (kind, f"{case.get('classname')}::{case.get('name')}", reason[:160])
+                (skipped if kind == "skipped" else found).append(row)
+    return found or (skipped[:1] if len(skipped) == len(cases) else [])
 
 
 def judged(code: int | None, failed: Sequence[tuple[str, str, str]]) -> tuple[str, str, str]:
@@ -1904,7 +1971,7 @@ def judged(code: int | None, failed: Sequence[tuple[str, str, str]]) -> tuple[st
         return "NOT CAUGHT (the tests did not end)", "", ""
     kind, test, reason = failed[0] if failed else ("", "", "")
     if code == 0:
-        return "NOT CAUGHT", test, reason
+        return "not tried (the tests were skipped)" if kind == "skipped" else "NOT CAUGHT", test, reason
     if kind != "failure" or any(stumble in reason for stumble in STUMBLES):
         return f"broken mutation (pytest ended with {code})", test, reason
     return "caught", test, reason

@@ -1,11 +1,7 @@
 """Promises about the repository itself."""
 
 import ast
-import contextlib
-import importlib
-import io
 import re
-import shlex
 import subprocess
 import sys
 import textwrap
@@ -15,8 +11,6 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-
-from minimind.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = [*sorted(f"train/{path.name}" for path in (ROOT / "train").glob("*.py")), "bench/throughput.py"]
@@ -154,42 +148,6 @@ def test_readme_names_commands_that_exist():
         assert f"make {target}" in text and f"\n{target}:" in makefile
     for script in SCRIPTS:
         assert script in text and (ROOT / script).exists()
-
-
-PAGES = [ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-CODE = re.compile(r"^```(\w*)\n(.*?)^```|((?:^ {4}.*\n)+)", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(
-    r"(?:[A-Z_]+=\S+ +)*(?:minimind ([a-z]+)|(?:python|torchrun .*?) ((?:train|bench)/\w+\.py))(?= |$)(.*)"
-)
-
-
-def commands_of(page: Path) -> Iterator[tuple[str, str]]:
-    """(subcommand or script, its flags) of the commands in the code of a page."""
-    for kind, fenced, indented in CODE.findall(page.read_text(encoding="utf-8")):
-        if kind not in ("", "bash"):
-            continue
-        for line in re.sub(r"\\\n *", "", fenced or indented).splitlines():
-            if (found := COMMAND.match(line.strip())) and "COMMAND" not in line:
-                yield found[1] or found[2], found[3].split(" #")[0].strip()
-
-
-def test_commands_of_the_guide_pages_have_the_flags_that_the_pages_say():
-    """Each is read by its own parser, for every page but the log of old commands. Nothing is run."""
-    import tyro
-
-    asked = {command: page for page in PAGES if page.name != "LOG.md" for command in commands_of(page)}
-    names = {program for program, _ in asked}
-    assert {"serve", "zero", "train/agent.py", "bench/serving.py"} <= names and len(asked) > 60
-    scripts = {name: importlib.import_module(name[:-3].replace("/", ".")) for name in names if name.endswith(".py")}
-    flags = {name: getattr(found, "Args", None) or found.Config for name, found in scripts.items()}
-    flags |= {name: importlib.import_module(COMMANDS[name][0]).Args for name in names - set(flags)}
-    for (name, rest), page in asked.items():
-        told = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(told), contextlib.redirect_stdout(told):
-                tyro.cli(flags[name], args=shlex.split(rest))
-        except SystemExit:
-            pytest.fail(f"{page.relative_to(ROOT)}: {name} {rest}: {told.getvalue()}")
 
 
 def test_help_works():

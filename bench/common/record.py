@@ -17,7 +17,7 @@ import torch
 
 from minimind.utils.device import describe_device
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 
 
