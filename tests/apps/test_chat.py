@@ -22,6 +22,7 @@ from minimind.inference.requests import Request, SamplingParams
 from minimind.lora import LoRAConfig, add_adapter, lora_linears
 from minimind.lora_files import save_adapter
 from minimind.modeling import Model
+from minimind.utils.device import Precision
 from minimind.weights import save_weights, to_stock
 from tests.inference.small import small_model, small_tokenizer
 
@@ -178,7 +179,7 @@ def test_pretrained_models_continue_the_text(folder, tmp_path):
     (run / "checkpoints" / "step-00000001").symlink_to(folder)
     (run / "config.json").write_text(json.dumps({"stage": "pretrain", "args": {}, "model": {}}))
     talk, notes = open_session(Args(model=str(run)))
-    assert talk.raw and "continues your text instead of answering it: it was only pretrained" in notes[0]
+    assert talk.raw and "continues your text instead of answering it: it was only pretrained" in "".join(notes)
     assert not open_session(Args(model=str(run), force_chat=True))[0].raw
     (run / "config.json").write_text(json.dumps({"stage": "sft"}))
     assert not open_session(Args(model=str(run)))[0].raw
@@ -192,7 +193,7 @@ def test_a_tokenizer_without_template_continues_the_text(folder, tmp_path):
     del config["chat_template"]
     (bare / "tokenizer_config.json").write_text(json.dumps(config))
     talk, notes = open_session(Args(model=str(bare)))
-    assert talk.raw and "its tokenizer has no chat template" in notes[0]
+    assert talk.raw and "its tokenizer has no chat template" in "".join(notes)
     with pytest.raises(ValueError, match="--force-chat: its tokenizer has no chat template"):
         main(Args(model=str(bare), force_chat=True, prompt="x"))
 
@@ -207,6 +208,14 @@ def test_upstream_files_open_with_a_preset(tmp_path):
     assert "has no tokenizer: the shipped one is used" in opened.notes[0] and opened.folder is None
     with pytest.raises(ValueError, match="name it with --preset"):
         open_model(ModelArgs(model=str(path)))
+
+
+def test_an_engine_in_float32_says_why(folder, monkeypatch):
+    found = Precision(torch.float32, "PyTorch reports no bf16 instructions on this CPU")
+    monkeypatch.setattr("minimind.inference.loading.choose_precision", lambda *_: found)
+    said = "--dtype fp32: PyTorch reports no bf16 instructions on this CPU"
+    assert said in open_model(ModelArgs(model=str(folder))).notes
+    assert said not in open_model(ModelArgs(model=str(folder), dtype="fp32")).notes
 
 
 def test_an_adapter_is_merged(folder, tmp_path):
