@@ -888,7 +888,7 @@ MUTATIONS = (
     Mutation(
         "fewer iterations begin at the Frobenius norm",
         "minimind/training/muon.py",
-        "if i == 0 and iterations < _TORCHS_ITERATIONS:",
+        "if i == 0 and iterations < TORCHS_ITERATIONS:",
         "if i == 0 and iterations < 0:",
         "tests/training/test_muon.py::test_rounding_is_no_larger_than_torchs",
     ),
@@ -1272,14 +1272,6 @@ MUTATIONS = (
         "targets[first : first + len(a.ids)] = a.targets",
         "targets[first : first + len(a.ids)] = a.ids",
         "tests/environments/test_episodes.py::test_results_of_tools_are_no_targets_and_get_no_gradient",
-    ),
-    Mutation(
-        "what tools said counts as written, which a long run learns",
-        "minimind/environments/episodes.py",
-        "episode.sampled += [False] * len(ids)",
-        "episode.sampled += [True] * len(ids)",
-        _AGENTS,
-        slow=True,
     ),
     Mutation(
         "the worse conversations of a group are learnt",
