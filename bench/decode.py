@@ -37,8 +37,10 @@ from bench.common.worker import ImplementationError, Worker, take_turn
 from bench.decoding.implementations import IMPLEMENTATIONS, DecodeSetting, Generation, start, why_not
 from bench.decoding.judge import Judge, Verdict
 from bench.decoding.report import DecodeRow, plot, show
+from bench.decoding.vllm_peer import version as vllm_version
 from minimind.config import PRESETS, ModelConfig
 from minimind.export.gguf import export_gguf
+from minimind.export.hf import export_hf
 from minimind.modeling import Model
 from minimind.tokenization import load_tokenizer
 from minimind.utils.device import choose_device
@@ -61,7 +63,7 @@ class Args:
     batch: tuple[int, ...] = (1, 16, 64)
     """Sequences decoded together."""
     prompt: int = 128
-    """Tokens of each prompt."""
+    """Tokens of each prompt; the rows of another number than this, or of another --new, are marked."""
     new: int = 128
     """Tokens to decode after it."""
     max_context: int | None = None
@@ -87,7 +89,8 @@ def main(args: Args) -> dict[str, Any]:
     model = load_model(args.model) if args.model else random_model(ModelConfig.preset(args.preset))
     columns = stamp(device, "torch") | {
         "threads": threads, "transformers": package_version("transformers"),
-        "llama_cpp": package_version("llama_cpp_python"), "model": _title(args),
+        "llama_cpp": package_version("llama_cpp_python"),
+        "vllm": vllm_version() if "vllm" in args.peer else None, "model": _title(args),
         "weights": "trained" if args.model else "random weights", "prompt": args.prompt, "new": args.new,
     }  # fmt: skip
     folder = results_folder(args.out, columns["device"])
@@ -243,12 +246,15 @@ def _save(model: Model, folder: Path, names: Sequence[str]) -> None:
         if name.startswith("llama.cpp"):
             kind: Any = name.removeprefix("llama.cpp-")
             export_gguf(model, tokenizer, folder / f"model-{kind}.gguf", kind)
+        elif name == "vllm":
+            export_hf(model, tokenizer, folder / "hf", torch.bfloat16)
 
 
 def _title(args: Args) -> str:
     name = Path(args.model).name if args.model else args.preset
+    tokens = "" if (args.prompt, args.new) == (Args.prompt, Args.new) else f", {args.prompt} + {args.new} tokens"
     context = "" if args.max_context is None else f", context up to {args.max_context}"
-    return f"{name}{context}{f', beside {args.busy} busy' if args.busy else ''}"
+    return f"{name}{tokens}{context}{f', beside {args.busy} busy' if args.busy else ''}"
 
 
 def _runnable(names: Sequence[str], config: ModelConfig, device: torch.device, console: Console) -> list[str]:

@@ -35,6 +35,13 @@ const Library schema(nullptr, [](Library& m) {
       "Tensor sin, Tensor[] weights, Tensor(a!) key_cache, Tensor(b!) value_cache, int heads, bool qk_norm, int experts, "
       "int experts_per_token, int shared_experts, bool normalize_gates, float eps, Tensor? k_scale, Tensor? v_scale) "
       "-> Tensor");
+  // The same for N successive tokens of prompts, on a CPU: a row of every argument for each token, of which lengths counts
+  // the tokens up to itself. last: int32 [n], the tokens whose logits are wanted -> float32 [n, V].
+  m.def(
+      "prefill_step(Tensor tokens, Tensor last, Tensor positions, Tensor slots, Tensor block_table, Tensor lengths, "
+      "Tensor cos, Tensor sin, Tensor[] weights, Tensor(a!) key_cache, Tensor(b!) value_cache, int heads, bool qk_norm, "
+      "int experts, int experts_per_token, int shared_experts, bool normalize_gates, float eps, Tensor? k_scale, "
+      "Tensor? v_scale) -> Tensor");
   // Training on a CPU, what minimind/ops/document_attention.py runs: q [N, H, D], k, v [N, G, D], cu_seqlens int32 [n + 1].
   m.def("native_document_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens) -> Tensor");
   m.def(

@@ -1465,6 +1465,13 @@ MUTATIONS = (
         "tests/inference/test_prefill.py",
     ),
     Mutation(
+        "a prompt's token sees the one behind it",
+        "minimind/inference/prefill.py",
+        "page * page_size + position % page_size, table, position + 1)",
+        "page * page_size + position % page_size, table, position + 2)",
+        "tests/inference/test_prefill.py",
+    ),
+    Mutation(
         "a penalty makes unlikely tokens likelier",
         "minimind/inference/decode/reference.py",
         "torch.where(logits > 0, logits / factor, logits * factor)",

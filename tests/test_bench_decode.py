@@ -24,6 +24,7 @@ from bench.decoding import implementations
 from bench.decoding.implementations import IMPLEMENTATIONS, DecodeSetting, Generation, naive, naive_forward, why_not
 from bench.decoding.judge import Judge, round_q8, rounded_logits
 from bench.decoding.report import DecodeRow, plot, show
+from bench.decoding.vllm_peer import VARIABLE, version
 from minimind import ModelConfig, ops
 from minimind.inference.decode.kv_cache import FLOAT8
 from minimind.modeling import Model
@@ -235,6 +236,37 @@ def test_an_implementation_that_cannot_run_has_a_reason():
     )
 
 
+FAKE_VLLM = """#!{python}
+import json, sys
+if sys.argv[2].endswith("broken/hf"):
+    print("no model\\nKeyError: 'vocab'", file=sys.stderr)
+    sys.exit(1)
+print('"ready"', flush=True)
+for line in sys.stdin:
+    rows = json.loads(line)
+    tokens = [[row[-1] + int(n) for n in range(int(sys.argv[6]))] for row in rows]
+    print(json.dumps({{"tokens": tokens, "stamps": [[0.5, len(rows)]], "first": [0.5] * len(rows)}}), flush=True)
+"""
+
+
+def test_vllm_runs_in_a_python_of_its_own(tmp_path, monkeypatch):
+    """Without it: a program stands in that speaks the same lines."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert why_not("vllm", SMALL, CPU) == "MINIMIND_BENCH_VLLM names no Python that has it" and version() is None
+    program = tmp_path / "python"
+    program.write_text(FAKE_VLLM.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv(VARIABLE, str(program))
+    assert why_not("vllm", SMALL, CPU) is None and why_not("vllm", SMALL, torch.device("cuda")) is not None
+    decode = implementations.Vllm(DecodeSetting(tmp_path, 2, 3, 2, 1, CPU))
+    for _ in range(2):
+        found = decode(torch.tensor([[1, 2, 3], [4, 5, 6]]))
+        assert found == Generation([[3, 4], [6, 7]], [(0.5, 2)], [0.5, 0.5])
+    assert (decode.process.peak_mib() or 1) > 0
+    with pytest.raises(ValueError, match=r"^vLLM: KeyError: 'vocab'$"):
+        implementations.Vllm(DecodeSetting(tmp_path / "broken", 2, 3, 2, 1, CPU))
+
+
 def test_every_peer_is_described():
     text = inspect.cleandoc(implementations.__doc__ or "")
     for name in IMPLEMENTATIONS:
@@ -255,7 +287,7 @@ def test_a_run_of_the_script(tmp_path):
     assert [(r["peer"], r["batch"]) for r in rows] == [
         (peer, batch) for batch in (1, 3) for peer in ("ours-reference", "naive")
     ]
-    assert {r["model"] for r in rows} == {"nano, beside 1 busy"}
+    assert {r["model"] for r in rows} == {"nano, 9 + 6 tokens, beside 1 busy"}
     for r in rows:
         assert r["status"] == "ok" and r["error_ratio"] <= 2 and r["peak_mib"] > 50 and r["threads"] == 1
         assert r["tokens_per_second"] == pytest.approx(r["batch"] / r["tpot"]) and r["ttft"] > 0

@@ -14,6 +14,7 @@ hf-static-fp32  the same in float32
 llama.cpp-f16, llama.cpp-bf16, llama.cpp-q8_0, llama.cpp-f32
                 llama.cpp through llama-cpp-python's low-level interface, a sequence for each row, the matrices in that
                 type, key/value cache in f16 (for f32 in f32)
+vllm            vLLM in bf16, in the Python that MINIMIND_BENCH_VLLM names, without its prefix cache
 
 A decoder continues prompts of one length and reports the times at which the host knew its tokens.
 """
@@ -21,6 +22,7 @@ A decoder continues prompts of one length and reports the times at which the hos
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ from bench.common.naive import KeyValues, hidden_states
 from bench.common.timing import peak_mib, synchronize
 from bench.common.worker import Handler
 from bench.decoding.llama_cpp import LlamaCpp
+from bench.decoding.vllm_peer import VARIABLE, VllmProcess
 from minimind import ops
 from minimind.config import ModelConfig
 from minimind.inference.decode.kv_cache import FLOAT8
@@ -218,6 +221,17 @@ def llama_cpp(s: DecodeSetting, width: str) -> Decoder:
     return run
 
 
+class Vllm:
+    """vLLM's engine, which admits and computes the rows as its scheduler likes."""
+
+    def __init__(self, s: DecodeSetting) -> None:
+        self.process = VllmProcess(s.folder / "hf", s.batch, s.prompt + s.new, s.threads, s.new)
+
+    def __call__(self, prompts: Tensor) -> Generation:
+        answer = self.process.decode(prompts.tolist())
+        return Generation(answer["tokens"], [(time, rows) for time, rows in answer["stamps"]], answer["first"])
+
+
 @dataclass(frozen=True)
 class DecoderImplementation:
     """make: called once, in a process of its own. width: type of the matrices. kv_bytes: bytes of a number in the
@@ -242,6 +256,7 @@ IMPLEMENTATIONS: dict[str, DecoderImplementation] = {
     "llama.cpp-bf16": DecoderImplementation(lambda s: llama_cpp(s, "bf16"), "bf16", 2),
     "llama.cpp-q8_0": DecoderImplementation(lambda s: llama_cpp(s, "q8_0"), "q8_0", 2),
     "llama.cpp-f32": DecoderImplementation(lambda s: llama_cpp(s, "f32"), "fp32", 4),
+    "vllm": DecoderImplementation(Vllm, "bf16", 2),
     "naive": DecoderImplementation(naive, "fp32", 4),
 }
 
@@ -255,7 +270,7 @@ def start(name: str, setting: DecodeSetting) -> Handler:
 
     def answer(prompts: list[list[int]] | None) -> Any:
         if prompts is None:
-            return peak_mib(setting.device)
+            return decode.process.peak_mib() if isinstance(decode, Vllm) else peak_mib(setting.device)
         with torch.inference_mode():
             return decode(torch.tensor(prompts))
 
@@ -276,6 +291,11 @@ def why_not(name: str, config: ModelConfig, device: torch.device) -> str | None:
             return "llama-cpp-python is not installed"
         if device.type != "cpu":
             return "built for the CPU only"
+    if name == "vllm":
+        if not os.environ.get(VARIABLE):
+            return f"{VARIABLE} names no Python that has it"
+        if device.type != "cpu":
+            return "its CPU package is compared"
     if name == "ours-int8" and device.type != "cpu":
         return "8-bit weights need a CPU"
     if name in ("ours", "ours-int8", "ours-fp8", "ours-fp32"):

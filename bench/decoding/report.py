@@ -30,6 +30,7 @@ class DecodeRow(Row):
     torch: str | None
     transformers: str | None
     llama_cpp: str | None
+    vllm: str | None
     model: str
     weights: str
     peer: str

@@ -99,7 +99,9 @@ struct Step {
   int num_layers, experts, experts_per_token, shared_experts, threads;
   bool normalize_gates;
   float eps, attention_scale;
-  float* logits;  // [B, V]
+  float* logits;  // [B, V], or a row for each of `last`
+  const int32_t* last;  // null, or the num_last rows whose logits are wanted
+  int64_t num_last;
   char* scratch;  // step_scratch() bytes, at 64
 };
 

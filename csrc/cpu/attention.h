@@ -74,6 +74,12 @@ inline void score(const Attention& a, const T* const* keys, const T* const* valu
   }
 }
 
+template <class T>
+struct Soon {  // the first keys of the likely next task
+  const T* keys[kRowsAhead];
+  int count = 0;
+};
+
 // A NaN is the maximum, and stays it.
 inline float larger(float a, float b) { return b > a || b != b ? b : a; }
 inline Floats larger(Floats a, Floats b) { return select((b > a) | (b != b), b, a); }
@@ -104,12 +110,14 @@ inline float softmax_numerators(float* s, int tokens, float* maximum_out) {
   return sum(total);
 }
 
-// out[h][d] = sum over t of p[h][t] v[t][d] for kN vectors of d from `d` on; `left`: numbers of the last vector.
+// out[h][d] = sum over t of p[h][t] v[t][d] for kN vectors of d from `d` on; `left`: numbers of the last vector. Meanwhile
+// the keys `soon` [soon_count], of `dim` numbers, are brought nearer.
 template <class T, int H, int kN>
 MINIMIND_INLINE void weigh(const T* const* values, int tokens, const float (*p)[kChunk], int64_t d, int64_t left,
-                           float* const* out) {
+                           float* const* out, const T* const* soon, int soon_count, int64_t dim) {
   Floats acc[H][kN] = {};
   for (int t = 0; t < tokens; ++t) {
+    if (t < soon_count) prefetch(soon[t], dim);
     Floats v[kN];
 #pragma GCC unroll 4
     for (int i = 0; i < kN; ++i)
@@ -130,7 +138,7 @@ MINIMIND_INLINE void weigh(const T* const* values, int tokens, const float (*p)[
 // H query heads from `head` on, which share key/value head g, over one chunk. finish(b, head, row [D]) takes a result.
 template <class T, int H, class Finish>
 inline void attend_heads(const Attention& a, const Task& task, const T* const* keys, const T* const* values, int tokens,
-                         int64_t g, int64_t head, Finish finish) {
+                         int64_t g, int64_t head, const Soon<T>& soon, Finish finish) {
   const Cache& c = a.cache;
   alignas(64) float p[H][kChunk], numbers[H][kMaxHeadDim];
   float maximum[H], total[H], *out[H];
@@ -142,10 +150,13 @@ inline void attend_heads(const Attention& a, const Task& task, const T* const* k
   score<T, H>(a, keys, values, tokens, q, a.scale * (c.k_scale == nullptr ? 1.0f : c.k_scale[g]), p);
   for (int h = 0; h < H; ++h) total[h] = softmax_numerators(p[h], tokens, &maximum[h]);
   int64_t d = 0;
+  const auto soon_count = [&] { return d == 0 ? soon.count : 0; };
   for (; d + kValueVectors * kWidth <= c.head_dim; d += kValueVectors * kWidth)
-    weigh<T, H, kValueVectors>(values, tokens, p, d, kWidth, out);
-  for (; d + kWidth <= c.head_dim; d += kWidth) weigh<T, H, 1>(values, tokens, p, d, kWidth, out);
-  if (d < c.head_dim) weigh<T, H, 1>(values, tokens, p, d, c.head_dim - d, out);
+    weigh<T, H, kValueVectors>(values, tokens, p, d, kWidth, out, soon.keys, soon_count(), c.head_dim);
+  for (; d + kWidth <= c.head_dim; d += kWidth)
+    weigh<T, H, 1>(values, tokens, p, d, kWidth, out, soon.keys, soon_count(), c.head_dim);
+  if (d < c.head_dim)
+    weigh<T, H, 1>(values, tokens, p, d, c.head_dim - d, out, soon.keys, soon_count(), c.head_dim);
 
   const float v_scale = c.v_scale == nullptr ? 1.0f : c.v_scale[g];
   for (int h = 0; h < H; ++h) {
@@ -158,18 +169,31 @@ inline void attend_heads(const Attention& a, const Task& task, const T* const* k
   }
 }
 
+// Tokens of a task, at most `most`.
+inline int tokens_of(const Attention& a, const Task& task, int64_t most) {
+  const int64_t left = a.tables.lengths[task.b] - task.chunk * kChunk;
+  return static_cast<int>(left < most ? left : most);
+}
+
+// next: the likely task after this one, of head next_g; null if there is none.
 template <class T, class Finish>
-inline void attend_chunk(const Attention& a, const Task& task, int64_t g, Finish finish) {
-  const int64_t first = task.chunk * kChunk, left = a.tables.lengths[task.b] - first;
-  const int tokens = static_cast<int>(left < kChunk ? left : kChunk);
+inline void attend_chunk(const Attention& a, const Task& task, int64_t g, const Task* next, int64_t next_g,
+                         Finish finish) {
+  const int64_t first = task.chunk * kChunk;
+  const int tokens = tokens_of(a, task, kChunk);
+  Soon<T> soon;
+  if (next != nullptr) {
+    soon.count = tokens_of(a, *next, kRowsAhead);
+    find_rows<T>(a, a.cache.keys, next->b, next->chunk * kChunk, soon.count, next_g, soon.keys);
+  }
   const T *keys[kChunk], *values[kChunk];
   find_rows<T>(a, a.cache.keys, task.b, first, tokens, g, keys);
   find_rows<T>(a, a.cache.values, task.b, first, tokens, g, values);
   const int64_t shared = a.heads / a.cache.groups, end = (g + 1) * shared;
   int64_t head = g * shared;
-  for (; head + 4 <= end; head += 4) attend_heads<T, 4>(a, task, keys, values, tokens, g, head, finish);
-  for (; head + 2 <= end; head += 2) attend_heads<T, 2>(a, task, keys, values, tokens, g, head, finish);
-  for (; head < end; ++head) attend_heads<T, 1>(a, task, keys, values, tokens, g, head, finish);
+  for (; head + 4 <= end; head += 4) attend_heads<T, 4>(a, task, keys, values, tokens, g, head, soon, finish);
+  for (; head + 2 <= end; head += 2) attend_heads<T, 2>(a, task, keys, values, tokens, g, head, soon, finish);
+  for (; head < end; ++head) attend_heads<T, 1>(a, task, keys, values, tokens, g, head, soon, finish);
 }
 
 template <class Finish>
@@ -219,11 +243,14 @@ inline void attend(const Attention& a, const Team& team, int64_t* counter, Finis
     for (int64_t head = 0; head < a.heads; ++head) finish(b, head, zeros);
   }
   const int64_t groups = a.cache.groups;
-  Tasks tasks{a};
+  Tasks tasks{a}, coming{a};
   for (int64_t i = Team::next(counter); i < all * groups; i = Team::next(counter)) {
     const Task task = tasks.find(i / groups);
+    const int64_t then = i + team.size;  // likely the next one of this thread
+    const bool more = then < all * groups;
+    const Task next = more ? coming.find(then / groups) : Task{};
     with_type(a.cache.type, a.cache.keys, [&](const auto* p) {
-      attend_chunk<Bare<decltype(*p)>>(a, task, i % groups, finish);
+      attend_chunk<Bare<decltype(*p)>>(a, task, i % groups, more ? &next : nullptr, then % groups, finish);
     });
   }
   team.sync();

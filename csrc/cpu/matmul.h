@@ -12,21 +12,34 @@
 
 namespace minimind::cpu::MINIMIND_ISA {
 
-// Activation rows of a tile, for weights of type T.
 template <class T>
 constexpr bool kIs8Bit = sizeof(T) == 1;
+
+// A tile is a block times as many activation rows as the registers hold accumulators for; with many rows, which no longer
+// wait for memory, two adjacent blocks times fewer rows, since that takes fewer loads.
+constexpr int kMany = 1 << 30;
 #if defined(__AVX512F__)
 template <class T>
 constexpr int kBatch = 8;  // 16 accumulators of 32 registers
+template <class T>
+constexpr int kPairBatch = 6;  // 24
+template <class T>
+constexpr int kPairsFrom = kIs8Bit<T> ? kMany : sizeof(T) == 2 ? 12 : 24;  // rows; 8-bit sums take too many registers
 #elif defined(__AVX2__)
 template <class T>
-constexpr int kBatch = kIs8Bit<T> ? 4 : 2;  // 8 of 16
+constexpr int kBatch = kIs8Bit<T> ? 4 : 3;  // 8 or 12 of 16
 #elif defined(__aarch64__)
 template <class T>
 constexpr int kBatch = kIs8Bit<T> && sizeof(IntegerProduct::Sum) == sizeof(Floats) ? 4 : 2;  // 16 of 32
 #else
 template <class T>
 constexpr int kBatch = 1;
+#endif
+#if !defined(__AVX512F__)
+template <class T>
+constexpr int kPairBatch = 1;
+template <class T>
+constexpr int kPairsFrom = kMany;
 #endif
 
 // Rows of numbers in memory, `stride` apart; index: which of them, or null for all in order.
@@ -98,83 +111,102 @@ struct WaitingOf<q8> {
 template <class T>
 using Waiting = typename WaitingOf<T>::Type;
 
-// The sums of one block times B rows: emit(b, its kVectors vectors).
-template <int B, bool kStream, class T, class A, class Emit>
-MINIMIND_INLINE void multiply_floats(const T* block, int64_t k_size, const A* const (&rows)[B], Emit emit) {
+template <int N>
+struct Number {
+  static constexpr int kValue = N;
+};
+
+// The sums of N adjacent blocks times B rows: emit(b, the kVectors vectors of each block). kStream: `ahead` says what to
+// bring nearer meanwhile.
+template <int N, int B, bool kStream, class T, class A, class Emit>
+MINIMIND_INLINE void multiply_floats(const T* blocks, int64_t k_size, const A* const (&rows)[B], Ahead ahead, Emit emit) {
   using P = Packed<T, A>;
-  constexpr int kBytes = P::kStep * kBlock * static_cast<int>(sizeof(T));
-  Floats sums[2][kVectors][B] = {};
+  const int64_t size = block_size<T>(k_size);
+  const int lines = ahead.lines_for(N * P::kStep * kBlock * sizeof(T));
+  Floats sums[2][N][kVectors][B] = {};
   for (int64_t k = 0; k < k_size; k += P::kStep) {
-    if constexpr (kStream)
-      for (int at = 0; at < kBytes; at += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(block + k * kBlock) + kAhead + at, 0, 2);
+    if constexpr (kStream) ahead.fetch(lines);
 #pragma GCC unroll 2
     for (int chain = 0; chain < 2; ++chain)
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        const auto weight = P::weight(block, k, chain, v);
+        for (int v = 0; v < kVectors; ++v) {
+          const auto weight = P::weight(blocks + n * size, k, chain, v);
 #pragma GCC unroll 8
-        for (int b = 0; b < B; ++b)
-          sums[chain][v][b] = P::add(sums[chain][v][b], weight, P::activation(rows[b], k, chain));
-      }
+          for (int b = 0; b < B; ++b)
+            sums[chain][n][v][b] = P::add(sums[chain][n][v][b], weight, P::activation(rows[b], k, chain));
+        }
   }
 #pragma GCC unroll 8
   for (int b = 0; b < B; ++b) {
-    Floats out[kVectors];
+    Floats out[N * kVectors];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) out[v] = sums[0][v][b] + sums[1][v][b];
+      for (int v = 0; v < kVectors; ++v) out[n * kVectors + v] = sums[0][n][v][b] + sums[1][n][v][b];
     emit(b, out);
   }
 }
 
-// One block times rows x[0..B): emit(b, its kVectors vectors of sums). k_size: with its padding. kStream: the block comes
-// from memory, not from a cache.
-template <int B, bool kStream, class T, class A, class Emit>
-MINIMIND_INLINE void tile_of_block(const T* block, int64_t k_size, Rows<const A> x, int64_t first, Emit emit) {
-  const A* rows[B];
-  for (int b = 0; b < B; ++b) rows[b] = x[first + b];
-  if constexpr (kIs8Bit<T>) {
-    Floats out[B][kVectors];
-    multiply_integers<B, kStream>(block, k_size, rows, out);
-    for (int b = 0; b < B; ++b) emit(first + b, out[b]);
-  } else {
-    multiply_floats<B, kStream>(block, k_size, rows, [&](int b, const Floats* out) { emit(first + b, out); });
-  }
+// N adjacent blocks times rows x[first..first + rows), at most B: emit(row, sums).
+template <int N, int B, bool kStream, class T, class A, class Emit>
+MINIMIND_INLINE void tile_of_blocks(const T* blocks, int64_t k_size, Rows<const A> x, int64_t first, int64_t rows,
+                                    Ahead ahead, Emit emit) {
+  if constexpr (B > 1)
+    if (rows < B) return tile_of_blocks<N, B - 1, kStream>(blocks, k_size, x, first, rows, ahead, emit);
+  const A* from[B];
+  for (int b = 0; b < B; ++b) from[b] = x[first + b];
+  const auto numbered = [&](int b, const Floats* sums) { emit(first + b, sums, Number<N>{}); };
+  if constexpr (kIs8Bit<T>)
+    multiply_integers<N, B, kStream>(blocks, k_size, block_size<T>(k_size), from, ahead, numbered);
+  else
+    multiply_floats<N, B, kStream>(blocks, k_size, from, ahead, numbered);
 }
 
-// The rows that are left, fewer than a full tile.
-template <int B, bool kStream, class T, class A, class Emit>
-MINIMIND_INLINE void last_tile(const T* block, int64_t k_size, Rows<const A> x, int64_t first, int64_t left, Emit emit) {
-  if constexpr (B > 0) {
-    if (left == B) return tile_of_block<B, kStream>(block, k_size, x, first, emit);
-    last_tile<B - 1, kStream>(block, k_size, x, first, left, emit);
+// N adjacent blocks times all `batch` rows of x, in tiles of nearly equal size. The first tiles bring nearer what follows.
+template <int N, class T, class A, class Emit>
+MINIMIND_INLINE void multiply_blocks(const T* blocks, int64_t k_size, Rows<const A> x, int64_t batch, Emit emit) {
+  constexpr int kMost = N == 1 ? kBatch<T> : kPairBatch<T>;
+  const int64_t tiles = (batch + kMost - 1) / kMost;
+  const size_t bytes = N * static_cast<size_t>(block_size<T>(k_size)) * sizeof(T);
+  const size_t streaming = static_cast<size_t>(tiles < kStreamingTiles ? tiles : kStreamingTiles);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = batch * t / tiles, rows = batch * (t + 1) / tiles - first;
+    if (const auto turn = static_cast<size_t>(t); turn < streaming) {
+      // one tile alone runs after what it prefetches; several find it there and prefetch what comes after the blocks
+      const char* from = reinterpret_cast<const char*>(blocks) + (streaming == 1 ? kAhead : bytes);
+      const Ahead ahead{from + bytes * turn / streaming, from + bytes * (turn + 1) / streaming, static_cast<int>(streaming)};
+      tile_of_blocks<N, kMost, true>(blocks, k_size, x, first, rows, ahead, emit);
+    } else {
+      tile_of_blocks<N, kMost, false>(blocks, k_size, x, first, rows, Ahead{}, emit);
+    }
   }
-}
-
-// One block times all `batch` rows of x.
-template <class T, class A, class Emit>
-MINIMIND_INLINE void multiply_block(const T* block, int64_t k_size, Rows<const A> x, int64_t batch, Emit emit) {
-  constexpr int kRows = kBatch<T>;
-  if (batch < kRows) return last_tile<kRows - 1, true>(block, k_size, x, 0, batch, emit);
-  tile_of_block<kRows, true>(block, k_size, x, 0, emit);
-  int64_t b = kRows;
-  for (; b + kRows <= batch; b += kRows) tile_of_block<kRows, false>(block, k_size, x, b, emit);
-  last_tile<kRows - 1, false>(block, k_size, x, b, batch - b, emit);
 }
 
 // out[b][n] = w[n] . x[b] for the blocks of rows in [begin, end) of w, which has n_size rows.
 template <class T, class A>
 inline void matmul(const T* w, int64_t k_size, int64_t n_size, int64_t begin, int64_t end, Rows<const A> x, int64_t batch,
                    Rows<float> out) {
-  for (int64_t i = begin; i < end; ++i) {
+  for (int64_t i = begin; i < end;) {
     const int64_t n = i * kBlock, count = n_size - n;
-    multiply_block(w + i * block_size<T>(k_size), k_size, x, batch, [&](int64_t b, const Floats* sums) {
+    const T* blocks = w + i * block_size<T>(k_size);
+    const auto emit = [&](int64_t b, const Floats* sums, auto number) {
+      constexpr int kN = decltype(number)::kValue;
       float* to = out[b] + n;
-      if (count >= kBlock)
-        for (int v = 0; v < kVectors; ++v) store(to + v * kWidth, sums[v]);
+      if (count >= kN * kBlock)
+        for (int v = 0; v < kN * kVectors; ++v) store(to + v * kWidth, sums[v]);
       else
         __builtin_memcpy(to, sums, static_cast<size_t>(count) * sizeof(float));
-    });
+    };
+    if constexpr (kPairsFrom<T> != kMany)
+      if (batch >= kPairsFrom<T> && i + 1 < end) {
+        multiply_blocks<2>(blocks, k_size, x, batch, emit);
+        i += 2;
+        continue;
+      }
+    multiply_blocks<1>(blocks, k_size, x, batch, emit);
+    ++i;
   }
 }
 

@@ -268,20 +268,33 @@ struct WeightReader {
   }
 };
 
-// The choice for this model (its head's address) and batches of about this size.
+// The choice for this model (its head's address) and batches of about this size; -1: for prompts, which are too long to
+// try other numbers without a reason.
 ThreadChoice& thread_choice(const void* model, int64_t batch, int most) {
-  int size = 0;
-  while (batch >>= 1) ++size;
+  int size = batch < 0 ? -1 : 0;
+  while (batch > 0 && (batch >>= 1)) ++size;
   thread_local std::map<std::tuple<const void*, int, int>, ThreadChoice> choices;
   if (choices.size() > 256) choices.clear();  // models come and go
-  return choices.try_emplace({model, size, most}, most).first->second;
+  const int first = size < 0 ? ThreadChoice::kLongest : ThreadChoice::kFirst;
+  return choices.try_emplace({model, size, most}, most, first).first->second;
 }
 
-Tensor decode_step(const Tensor& tokens, const Tensor& positions, const Tensor& slots, const Tensor& block_table,
-                   const Tensor& lengths, const Tensor& cos, const Tensor& sin, const TensorList& weights,
-                   const Tensor& key_cache, const Tensor& value_cache, int64_t heads, bool qk_norm, int64_t experts,
-                   int64_t experts_per_token, int64_t shared_experts, bool normalize_gates, double eps,
-                   const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+// Millions of multiplications in a prompt's layers, about; a few tokens take as long as sixteen, since weights are read.
+double work_of(const Step& s) {
+  const double inner = static_cast<double>(s.expert_inner * s.experts_per_token + s.shared_inner * s.shared_experts);
+  const double inside = static_cast<double>(s.rope.heads) * s.cache.head_dim;
+  const double row = static_cast<double>(s.hidden) * (3 * inner + 4 * inside);
+  double keys = 0;
+  for (int64_t b = 0; b < s.batch; ++b) keys += s.tables.lengths[b];
+  return 1e-6 * s.num_layers * (static_cast<double>(std::max<int64_t>(s.batch, 16)) * row + 2 * inside * keys);
+}
+
+// last: null, or the rows whose logits are wanted.
+Tensor run_step(const Tensor& tokens, const Tensor* last, const Tensor& positions, const Tensor& slots,
+                const Tensor& block_table, const Tensor& lengths, const Tensor& cos, const Tensor& sin,
+                const TensorList& weights, const Tensor& key_cache, const Tensor& value_cache, int64_t heads, bool qk_norm,
+                int64_t experts, int64_t experts_per_token, int64_t shared_experts, bool normalize_gates, double eps,
+                const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
   check("tokens", tokens, Dtype::int64, {-1});
   MINIMIND_CHECK(weights.size() > 2, "weights: ", weights.size(), " tensors, but head is still to come");
   const Dtype matrix = weights[0].dtype();
@@ -330,8 +343,20 @@ Tensor decode_step(const Tensor& tokens, const Tensor& positions, const Tensor& 
   }
   MINIMIND_CHECK(reader.at == weights.size(), "weights: ", weights.size(), " tensors, but the model has ", reader.at);
 
-  Tensor logits = Tensor::empty({batch, vocab}, Dtype::float32, tokens);
+  if (last != nullptr) {
+    check("last", *last, Dtype::int32, {-1});
+    for (int64_t i = 0; i < last->size(0); ++i) {
+      const int32_t row = last->data<const int32_t>()[i];
+      MINIMIND_CHECK(row >= 0 && row < batch, "last[", i, "] = ", row, " is none of ", batch, " rows");
+    }
+  }
+  Tensor logits = Tensor::empty({last == nullptr ? batch : last->size(0), vocab}, Dtype::float32, tokens);
   Step step{};
+  static const int32_t kNone = 0;  // an empty tensor has no address
+  if (last != nullptr) {
+    step.num_last = last->size(0);
+    step.last = step.num_last > 0 ? last->data<const int32_t>() : &kNone;
+  }
   step.tokens = tokens.data<const int64_t>();
   step.rope = rope;
   step.tables = tables;
@@ -354,13 +379,32 @@ Tensor decode_step(const Tensor& tokens, const Tensor& positions, const Tensor& 
   step.attention_scale = 1.0f / std::sqrt(static_cast<float>(cache.head_dim));
   step.logits = logits.data<float>();
   if (batch == 0) return logits;
-  ThreadChoice& choice = thread_choice(head, batch, step.threads);
+  ThreadChoice& choice = thread_choice(head, last == nullptr ? batch : -1, step.threads);
   step.threads = choice.threads();
   step.scratch = scratch(kernels().step_scratch(step));
   const auto start = std::chrono::steady_clock::now();
   kernels().decode_step(step);
-  choice.took(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  choice.took(last == nullptr ? seconds : seconds / work_of(step));
   return logits;
+}
+
+Tensor decode_step(const Tensor& tokens, const Tensor& positions, const Tensor& slots, const Tensor& block_table,
+                   const Tensor& lengths, const Tensor& cos, const Tensor& sin, const TensorList& weights,
+                   const Tensor& key_cache, const Tensor& value_cache, int64_t heads, bool qk_norm, int64_t experts,
+                   int64_t experts_per_token, int64_t shared_experts, bool normalize_gates, double eps,
+                   const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+  return run_step(tokens, nullptr, positions, slots, block_table, lengths, cos, sin, weights, key_cache, value_cache, heads,
+                  qk_norm, experts, experts_per_token, shared_experts, normalize_gates, eps, k_scale, v_scale);
+}
+
+Tensor prefill_step(const Tensor& tokens, const Tensor& last, const Tensor& positions, const Tensor& slots,
+                    const Tensor& block_table, const Tensor& lengths, const Tensor& cos, const Tensor& sin,
+                    const TensorList& weights, const Tensor& key_cache, const Tensor& value_cache, int64_t heads,
+                    bool qk_norm, int64_t experts, int64_t experts_per_token, int64_t shared_experts, bool normalize_gates,
+                    double eps, const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+  return run_step(tokens, &last, positions, slots, block_table, lengths, cos, sin, weights, key_cache, value_cache, heads,
+                  qk_norm, experts, experts_per_token, shared_experts, normalize_gates, eps, k_scale, v_scale);
 }
 
 const Library cpu("CPU", [](Library& m) {
@@ -368,6 +412,7 @@ const Library cpu("CPU", [](Library& m) {
   m.impl("decode_attention", boxed<decode_attention>);
   m.impl("sample", boxed<sample>);
   m.impl("decode_step", boxed<decode_step>);
+  m.impl("prefill_step", boxed<prefill_step>);
 });
 
 }  // namespace

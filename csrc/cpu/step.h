@@ -1,4 +1,5 @@
-// One decoding step of the whole model, by one team of threads in one parallel region. A layer is
+// One step of the whole model, by one team of threads in one parallel region: rows are the newest tokens of different
+// sequences, or successive tokens of prompts. All keys and values of a layer are written before any are read. A layer is
 //
 //   x += what the layer before made; norm | qkv | rotate, write to the cache | attend | o | x += o; norm; route |
 //   gate and up, SwiGLU | down |
@@ -88,9 +89,10 @@ struct StepRunner {
     }
     add_and_norm(s.final_norm, [&](int64_t b, float* x) { add_made(b, x); });
     team.sync();
-    const Range mine = project(s.head, m.normed, m.normed_k, s.vocab, s.logits);
-    for (int64_t b = 0; b < s.batch; ++b)
-      if (s.tables.lengths[b] <= 0) zero(s.logits + b * s.vocab, mine);
+    const int64_t rows = s.last == nullptr ? s.batch : s.num_last;
+    const Range mine = project(s.head, m.normed, m.normed_k, s.vocab, s.logits, rows, s.last);
+    for (int64_t i = 0; i < rows; ++i)
+      if (s.tables.lengths[s.last == nullptr ? i : s.last[i]] <= 0) zero(s.logits + i * s.vocab, mine);
   }
 
   template <class N>
@@ -170,11 +172,15 @@ struct StepRunner {
     }
   }
 
-  // out [B, N] = x [B, K] . w [N, K], by the whole team; returns this thread's share of N.
+  // out [B, N] = x [B, K] . w [N, K], by the whole team; returns this thread's share of N. index: which rows of x.
   Range project(const void* w, const Activation<T>* x, int64_t k_size, int64_t n, float* out) const {
+    return project(w, x, k_size, n, out, s.batch, nullptr);
+  }
+  Range project(const void* w, const Activation<T>* x, int64_t k_size, int64_t n, float* out, int64_t count,
+                const int32_t* index) const {
     const Range mine = team.share(blocks_of(n));
-    const Rows<const Activation<T>> rows{x, row_size<T>(k_size)};
-    matmul(static_cast<const T*>(w), k_size, n, mine.begin, mine.end, rows, s.batch, Rows<float>{out, n});
+    const Rows<const Activation<T>> rows{x, row_size<T>(k_size), index};
+    matmul(static_cast<const T*>(w), k_size, n, mine.begin, mine.end, rows, count, Rows<float>{out, n});
     return {mine.begin * kBlock, mine.end * kBlock < n ? mine.end * kBlock : n};
   }
 

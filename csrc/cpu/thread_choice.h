@@ -1,4 +1,4 @@
-// The number of threads of a decode step. On an idle machine all of torch's are best, or nearly. Once another program has
+// The number of threads of a step. On an idle machine all of torch's are best, or nearly. Once another program has
 // one of the processors, every barrier of a step waits for the thread that shares it: two threads then take a hundred times
 // as long as one. So the fastest number is kept, and another is tried now and then. The logits are the same bits with any.
 #pragma once
@@ -11,7 +11,10 @@ namespace minimind::cpu {
 
 class ThreadChoice {
  public:
-  explicit ThreadChoice(int most) {
+  static constexpr int kFirst = 8, kLongest = 4096;  // steps between two trials
+
+  // first: steps before the first trial, which slow steps bring forward.
+  explicit ThreadChoice(int most, int first = kFirst) : until_trial_(first), interval_(first) {
     for (int threads : {most, most - 1, most / 2, 1})
       if (threads >= 1 && (arms_.empty() || threads < arms_.back().threads)) arms_.push_back({threads, 0.0});
   }
@@ -27,7 +30,6 @@ class ThreadChoice {
   }
 
  private:
-  static constexpr int kFirst = 8, kLongest = 4096;  // steps between two trials
   static constexpr int kTrial = 2;  // the first step of a trial may have to start threads
   static constexpr double kFaster = 0.8, kSlower = 3.0, kShare = 0.05;
 
@@ -66,7 +68,7 @@ class ThreadChoice {
 
   std::vector<Arm> arms_;  // most threads first
   size_t best_ = 0, tried_ = 0;
-  int steps_left_ = 0, until_trial_ = kFirst, interval_ = kFirst, slow_ = 0, survey_ = 0;
+  int until_trial_, interval_, steps_left_ = 0, slow_ = 0, survey_ = 0;
 };
 
 }  // namespace minimind::cpu

@@ -238,6 +238,18 @@ MINIMIND_INLINE Floats add_products(Floats sum, Pairs a, Pairs b) {
 
 // A core has more misses under way when it is told what comes next. Into L2, which can wait for more lines than L1.
 constexpr int kAhead = 8192;  // bytes
+constexpr int kStreamingTiles = 4;  // of some blocks: requests spread over them leave memory no pause
+
+// The lines [at, end) that one of `share` tiles prefetches while it runs.
+struct Ahead {
+  const char *at = nullptr, *end = nullptr;
+  int share = 1;
+
+  MINIMIND_INLINE int lines_for(size_t bytes) const { return (static_cast<int>(bytes / 64) + share - 1) / share; }
+  MINIMIND_INLINE void fetch(int lines) {
+    for (int i = 0; i < lines && at < end; ++i, at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
 
 // How activations are kept for products with weights of type T: rounded to bfloat16 if the weights are, in 16 bits where
 // the processor multiplies those, else in float32; of 8-bit weights see int8.h.

@@ -1,15 +1,19 @@
-"""Computes prompts over the paged cache: packed chunks of several sequences, through the model's own layers.
+"""Computes prompts over the paged cache: packed chunks of several sequences, natively or by the model's own layers.
 
-The layers are those of training. Only the attention layout differs: it writes the chunks' keys and values into their
-pages, and lets every token attend to all tokens of its sequence up to itself, including those of earlier chunks and
-shared pages.
+The native step of an x86 processor (decode/step.py) takes a row for each token of the chunks, as it does for each
+sequence that decodes, so that a token's keys and values are the same bits whether it was decoded or part of a prompt.
+
+Elsewhere the layers are those of training. Only the attention layout differs: it writes the chunks' keys and values
+into their pages, and lets every token attend to all tokens of its sequence up to itself, including those of earlier
+chunks and shared pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +25,8 @@ from minimind.inference.decode.kv_cache import LayerCache
 from minimind.inference.scheduler import Chunk
 from minimind.kernels.triton_support import before_sm_80
 from minimind.ops import varlen
+
+ROWS_TIMES_CONTEXT = 1 << 20  # 66 numbers for each head and 256 tokens, with heads of 64 numbers
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,39 @@ def _page_table(chunks: Sequence[Chunk]) -> np.ndarray:
     for row, chunk in zip(table, chunks, strict=True):
         row[: len(chunk.sequence.pages)] = chunk.sequence.pages
     return table
+
+
+class PromptRows(NamedTuple):
+    """The N tokens of the chunks as rows of `prefill_step`. token, slot: int64 [N]; position, length: int32 [N];
+    page_table: int32 [N, pages]; last: int32 [n], the rows that end a prompt."""
+
+    token: Tensor
+    last: Tensor
+    position: Tensor
+    slot: Tensor
+    page_table: Tensor
+    length: Tensor
+
+    def parts(self) -> Iterator[PromptRows]:
+        """The rows in order, in parts for which attention's partial results take at most some 16 MiB of memory."""
+        size = max(64, ROWS_TIMES_CONTEXT // int(self.length.max()))
+        for first in range(0, len(self.token), size):
+            part = PromptRows(*(t[first : first + size] for t in self))
+            last = self.last[(self.last >= first) & (self.last < first + size)] - first
+            yield part._replace(last=last)
+
+
+def pack_rows(chunks: Sequence[Chunk], page_size: int) -> PromptRows:
+    """The chunks of one step on a CPU, in their order."""
+    counts = [chunk.end - chunk.start for chunk in chunks]
+    position = np.concatenate([np.arange(chunk.start, chunk.end, dtype=np.int32) for chunk in chunks])
+    tokens = [np.array(chunk.sequence.tokens[chunk.start : chunk.end], np.int64) for chunk in chunks]
+    table = np.repeat(_page_table(chunks), counts, axis=0)
+    page = table[np.arange(len(position)), position // page_size].astype(np.int64)
+    ends = zip(np.cumsum(counts, dtype=np.int32), chunks, strict=True)
+    last = np.array([end - 1 for end, chunk in ends if chunk.last], np.int32)
+    arrays = (np.concatenate(tokens), last, position, page * page_size + position % page_size, table, position + 1)
+    return PromptRows(*map(torch.from_numpy, arrays))
 
 
 class ChunkAttention:

@@ -1,6 +1,7 @@
 """Runs the model over the paged cache: chunks of prompts, and one token for every row of the decode batch.
 
-    prompts    the model's own layers under PagedLayout (prefill.py)
+    prompts    native: one call for all chunks on an x86 processor (decode/step.py); otherwise the model's own layers
+               under PagedLayout (prefill.py)
     decoding   native: one call for the whole model (decode/step.py), on a CPU always, on a GPU for as many rows as it
                takes; otherwise the model's projections around rope_append_kv and decode_attention
     sampling   the operator `sample`, and DecodeBatch.append, which prepares the rows for the next step
@@ -13,6 +14,7 @@ they write nothing and attend to nothing. On a CPU, where tests run them, a grap
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, Literal, TypeVar, cast
@@ -25,14 +27,15 @@ from minimind.config import ModelConfig
 from minimind.inference.batch import DecodeBatch
 from minimind.inference.decode.kv_cache import LayerCache, PagedCache
 from minimind.inference.decode.reference import decode_attention_ref, penalised, rope_append_kv_ref, sample_ref
-from minimind.inference.decode.step import DecodeWeights, decode_step
-from minimind.inference.prefill import ChunkAttention, PagedLayout, pack_chunks
+from minimind.inference.decode.step import DecodeWeights, decode_step, prefill_step
+from minimind.inference.prefill import ChunkAttention, PagedLayout, pack_chunks, pack_rows
 from minimind.inference.requests import TopLogProbs
 from minimind.inference.scheduler import Chunk
 from minimind.lora import LoRALinear
 from minimind.modeling import Attention, Block, Model, Rotation
 from minimind.ops import native, varlen
 from minimind.rope import rope_cos_sin
+from minimind.utils.device import has_amx
 
 Backend = Literal["auto", "reference", "native"]
 BACKENDS = ("auto", "reference", "native")
@@ -40,6 +43,7 @@ T = TypeVar("T")
 _SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "history", "seed", "offset"
 )  # fmt: skip
+AMX_ROWS = 256  # PyTorch uses AMX, which the step does not: beyond these its faster products should win (not measured)
 _REFERENCE: tuple[Callable, Callable, Callable] = (rope_append_kv_ref, decode_attention_ref, sample_ref)
 
 
@@ -54,6 +58,13 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cpu" and dtype not in (torch.float32, torch.bfloat16):
         return f"on a CPU the native operators compute in float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     return native.why_not(device)
+
+
+def native_prompt_rows(device: torch.device, dtype: torch.dtype) -> int:
+    """The most tokens of prompts that the native step computes in one call; the model's own layers compute more."""
+    if device.type != "cpu" or not native.build_info().cpu_kernels_in_use.startswith("avx"):
+        return 0  # PyTorch's products may be faster than NEON's: not measured
+    return AMX_ROWS if dtype == torch.bfloat16 and has_amx() else sys.maxsize
 
 
 class Replica:
@@ -169,6 +180,7 @@ class Runner:
         self._weights: DecodeWeights | None = None
         self._operands: list[Tensor] = []  # the weights as decode_step takes them
         self._step_rows = 0  # the most rows that decode_step takes
+        self._prompt_rows = native_prompt_rows(self._device, self._dtype) if self._native else 0
         self._graphed = late and (self._native or self._device.type == "cpu")
         self._graphs: dict[str, DecodeGraphs[Any]] = {}
         self.weights_changed(moved=True)
@@ -199,6 +211,8 @@ class Runner:
 
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
         """Compute the chunks; returns the next token's logits of those that end a prompt, float32 [n, V]."""
+        if self._weights is not None and sum(chunk.end - chunk.start for chunk in chunks) <= self._prompt_rows:
+            return self._prefill_natively(self._weights, chunks)
         model = self._model
         prompts = pack_chunks(chunks, self._cache.page_size, self._device)
         rotation = Rotation(self._cos, self._sin, prompts.position.unsqueeze(0))
@@ -210,6 +224,14 @@ class Runner:
             x, delta, _ = layer(x, delta, rotation, layout, None)
         assert delta is not None
         return self._logits(x[0].index_select(0, prompts.last), delta[0].index_select(0, prompts.last))
+
+    def _prefill_natively(self, weights: DecodeWeights, chunks: Sequence[Chunk]) -> Tensor:
+        cache = self._cache
+        caches, scales = (cache.k, cache.v), (cache.k_scale, cache.v_scale)
+        parts = pack_rows(chunks, cache.page_size).parts()
+        return torch.cat(
+            [prefill_step(weights, self._operands, rows, self._cos, self._sin, caches, scales) for rows in parts]
+        )
 
     def step(self) -> None:
         """Decode one token for every row of the batch, sample the next ones and append them to the batch."""

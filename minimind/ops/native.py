@@ -164,6 +164,10 @@ def _register_fakes() -> None:
     def _(logits: Tensor, *_) -> tuple[Tensor, Tensor]:
         return logits.new_empty(logits.shape[0], dtype=torch.int64), logits.new_empty(logits.shape[0])
 
+    @torch.library.register_fake("minimind::prefill_step")
+    def _(tokens: Tensor, last: Tensor, p, s, b, lengths, cos, sin, weights: list[Tensor], *_) -> Tensor:
+        return tokens.new_empty(last.shape[0], weights[0].shape[0], dtype=torch.float32)
+
     @torch.library.register_fake("minimind::decode_step")
     def _(tokens: Tensor, positions, slots, block_table, lengths, cos, sin, weights: list[Tensor], *_) -> Tensor:
         return tokens.new_empty(tokens.shape[0], weights[0].shape[0], dtype=torch.float32)

@@ -33,6 +33,14 @@ def test_all_threads_on_an_idle_machine_and_one_beside_another_program(program, 
     assert again[0] < 0.6 * 20_000 and again[2] < 1.4
 
 
+def test_prompts_try_other_numbers_only_when_they_become_slow(program):
+    lines = subprocess.run([program, "2", "4096"], check=True, capture_output=True, text=True).stdout.splitlines()
+    idle, busy, again = ([float(figure) for figure in line.split()] for line in lines)
+    assert idle == [0, -1, 1.0]
+    assert busy[1] <= 2 + 3 and busy[0] > 0.98 * 20_000 and busy[2] < 1.1
+    assert again[0] < 0.6 * 20_000 and again[2] < 1.4
+
+
 def test_one_thread_is_never_left(program):
     lines = subprocess.run([program, "1"], check=True, capture_output=True, text=True).stdout.splitlines()
     assert [line.split()[:2] for line in lines] == [["2000", "0"], ["20000", "0"], ["20000", "0"]]

@@ -1,11 +1,13 @@
-// Steps with a pretended clock: what two threads and one take in each phase -> how they were chosen.
+// Steps with a pretended clock: what two threads and one take in each phase -> how they were chosen. A second argument is
+// the number of steps before the first trial.
 #include "../../csrc/cpu/thread_choice.h"
 
 #include <cstdio>
 #include <cstdlib>
 
-int main(int, char** arguments) {
-  minimind::cpu::ThreadChoice choice(std::atoi(arguments[1]));
+int main(int count, char** arguments) {
+  using minimind::cpu::ThreadChoice;
+  ThreadChoice choice(std::atoi(arguments[1]), count > 2 ? std::atoi(arguments[2]) : ThreadChoice::kFirst);
   struct Phase {
     int steps;
     double one, all;

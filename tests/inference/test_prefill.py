@@ -1,16 +1,21 @@
 import dataclasses
+import itertools
+import sys
 
 import pytest
 import torch
 
 from minimind import modeling
+from minimind.inference import prefill
+from minimind.inference import runner as runner_module
 from minimind.inference.batch import DecodeBatch
-from minimind.inference.decode.kv_cache import PagedCache
-from minimind.inference.prefill import ChunkAttention, pack_chunks
+from minimind.inference.decode.kv_cache import FLOAT8, PagedCache
+from minimind.inference.prefill import ChunkAttention, pack_chunks, pack_rows
 from minimind.inference.requests import SamplingParams
 from minimind.inference.runner import Replica, Runner, graph_sizes
 from minimind.inference.scheduler import Chunk, SequenceState
-from minimind.ops import varlen
+from minimind.ops import native, varlen
+from tests.inference.decode.cases import needs_native
 from tests.inference.small import small_model
 
 CPU = torch.device("cpu")
@@ -23,18 +28,26 @@ def sequence_of(tokens, pages):
     return out
 
 
-def runner_of(model, dtype=torch.float32, page_size=4, kv_dtype=None):
+def runner_of(model, dtype=torch.float32, page_size=4, kv_dtype=None, backend="reference", weights_dtype=None):
     config = model.config  # NaN in tests: what is not written shows
     cache = PagedCache.allocate(config, 32, page_size, kv_dtype or dtype, CPU)
     batch = DecodeBatch(4, 16, page_size, config.vocab_size, CPU)
-    return Runner(Replica(model, dtype), cache, batch, 128, "reference"), cache
+    return Runner(Replica(model, dtype), cache, batch, 128, backend, weights_dtype=weights_dtype), cache
 
 
+@pytest.fixture
+def native_prompts(monkeypatch):
+    """Prompts go through the native step on any processor."""
+    monkeypatch.setattr(runner_module, "native_prompt_rows", lambda *_: 1 << 20)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
 @pytest.mark.parametrize("variant", ["dense", "moe", "yarn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunks_of_several_prompts_give_the_logits_of_whole_forwards(variant, dtype):
+@pytest.mark.usefixtures("native_prompts")
+def test_chunks_of_several_prompts_give_the_logits_of_whole_forwards(backend, variant, dtype):
     model = small_model(variant, vocab_size=50)
-    runner, cache = runner_of(model, dtype)
+    runner, cache = runner_of(model, dtype, backend=backend)
     a, b, c = (
         sequence_of(TOKENS[0][:17], [9, 3, 20, 5, 0]),
         sequence_of(TOKENS[1][:6], [7, 1]),
@@ -61,6 +74,77 @@ def test_chunks_of_several_prompts_give_the_logits_of_whole_forwards(variant, dt
         eps = 16 * torch.finfo(dtype).eps * truth.abs().max()
         assert (row - truth).abs().max() <= 2 * (plain - truth).abs().max() + eps
     model.float()
+
+
+@needs_native
+@pytest.mark.usefixtures("native_prompts")
+@pytest.mark.parametrize("weights_dtype", [None, torch.int8])
+@pytest.mark.parametrize("variant", ["qk_norm, untied", "moe"])
+def test_a_prompt_is_the_same_bit_for_bit_however_it_is_cut(variant, weights_dtype):
+    """In chunks, beside other prompts, and token by token as if it were decoded."""
+    model = small_model(variant, vocab_size=50)
+    tokens, pages = TOKENS[0][:23], [9, 3, 20, 5, 0, 6]
+    other = sequence_of(TOKENS[1][:6], [7, 1])
+    found = []
+    for cuts in ([0, 23], [0, 9, 22, 23], range(24)):
+        runner, cache = runner_of(model, torch.bfloat16, kv_dtype=FLOAT8, backend="native", weights_dtype=weights_dtype)
+        s = sequence_of(tokens, pages)
+        for start, end in itertools.pairwise(cuts):
+            others = [Chunk(other, 0, 6, True)] if start == 9 else []
+            logits = runner.prefill([*others, Chunk(s, start, end, end == 23)])
+            assert len(logits) == len(others) + (end == 23)
+        written = cache.k[:, pages].flatten(1, 2)[:, :23]
+        found.append((logits[-1], written.view(torch.uint8)))
+    assert found[0][0].isfinite().all()
+    for logits, written in found[1:]:
+        assert torch.equal(logits, found[0][0]) and torch.equal(written, found[0][1])
+    s = sequence_of(tokens, pages)
+    s.computed = 23
+    runner._batch.join(s, SamplingParams(), seed=0)
+    runner._batch.append(0, torch.tensor([tokens[-1]]), torch.zeros(1))
+    assert torch.equal(runner.decode()[0], found[0][0])
+
+
+@needs_native
+def test_long_chunks_stay_in_pytorch_where_it_has_amx(monkeypatch):
+    kernels = native.build_info().cpu_kernels_in_use
+    monkeypatch.setattr(runner_module, "has_amx", lambda: True)
+    on_x86 = kernels.startswith("avx")
+    assert runner_module.native_prompt_rows(CPU, torch.bfloat16) == (256 if on_x86 else 0)
+    assert runner_module.native_prompt_rows(CPU, torch.float32) == (sys.maxsize if on_x86 else 0)
+    monkeypatch.setattr(runner_module, "native_prompt_rows", lambda *_: 8)
+    runner, _ = runner_of(small_model(vocab_size=50), backend="native")
+    calls = []
+    step = runner_module.prefill_step
+    monkeypatch.setattr(runner_module, "prefill_step", lambda *a: calls.append(len(a[2].token)) or step(*a))
+    s = sequence_of(TOKENS[0][:17], [9, 3, 20, 5, 0])
+    runner.prefill([Chunk(s, 0, 9, False)])
+    runner.prefill([Chunk(s, 9, 17, True)])
+    assert calls == [8]
+
+
+def test_pack_rows():
+    a, b = sequence_of(list(range(10, 19)), [5, 2, 7]), sequence_of([30, 31], [1])
+    rows = pack_rows([Chunk(a, 3, 7, False), Chunk(b, 0, 2, True)], 4)
+    assert rows.token.tolist() == [13, 14, 15, 16, 30, 31]
+    assert rows.position.tolist() == [3, 4, 5, 6, 0, 1] and rows.length.tolist() == [4, 5, 6, 7, 1, 2]
+    assert rows.slot.tolist() == [23, 8, 9, 10, 4, 5]
+    assert rows.page_table.tolist() == [[5, 2, 7]] * 4 + [[1, 0, 0]] * 2
+    assert rows.last.tolist() == [5]
+    assert [t.dtype for t in rows] == [torch.int64, *[torch.int32] * 2, torch.int64, *[torch.int32] * 2]
+
+
+def test_rows_with_a_long_context_are_computed_in_parts(monkeypatch):
+    monkeypatch.setattr(prefill, "ROWS_TIMES_CONTEXT", 1)
+    a, b = sequence_of(list(range(100)), list(range(25))), sequence_of(list(range(50)), list(range(25, 38)))
+    rows = pack_rows([Chunk(a, 0, 64, False), Chunk(b, 0, 50, True), Chunk(a, 64, 100, True)], 4)
+    parts = list(rows.parts())
+    assert [len(part.token) for part in parts] == [64, 64, 22]
+    assert [part.last.tolist() for part in parts] == [[], [49], [21]]
+    for whole, *cut in zip(rows, *parts, strict=True):
+        assert torch.equal(torch.cat(cut), whole) or whole is rows.last
+    monkeypatch.undo()
+    assert len(list(rows.parts())) == 1
 
 
 def test_pack_chunks():

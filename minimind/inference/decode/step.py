@@ -1,6 +1,6 @@
-"""One decoding step of the whole model as one native call, and the model's weights in the order that it reads.
+"""One step of the whole model as one native call, and the model's weights in the order that it reads.
 
-    CPU    one parallel region for any batch, dense models and mixtures of experts; matrices are packed
+    CPU    one parallel region for any batch, dense models and mixtures of experts; matrices are packed; prompts too
     CUDA   five kernels per layer for up to `cuda_rows` sequences of a dense model; matrices as the model stores them
 
 A packed matrix [N, K] consists of blocks of sixteen rows. In a block, the numbers that one instruction reads are
@@ -189,6 +189,23 @@ def decode_step(
         tokens, positions, slots, page_table, lengths, cos, sin, operands, key_cache, value_cache,
         *weights.settings, k_scale, v_scale,
     )  # fmt: skip
+
+
+def prefill_step(
+    weights: DecodeWeights,
+    operands: list[Tensor],
+    rows: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    caches: Sequence[Tensor],
+    scales: Sequence[Tensor | None],
+) -> Tensor:
+    """Logits after the `last` of N tokens of prompts, float32 [n, V]; writes all keys and values. On a CPU only.
+
+    rows: a PromptRows. caches, scales: those of keys and of values. Each token is a row as in `decode_step`, which may
+    follow other tokens of the call, and its bits are those that `decode_step` gives.
+    """
+    return torch.ops.minimind.prefill_step.default(*rows, cos, sin, operands, *caches, *weights.settings, *scales)
 
 
 def packed_shape(shape: torch.Size, dtype: torch.dtype, gate_up: bool = False) -> tuple[int, ...]:

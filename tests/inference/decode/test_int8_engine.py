@@ -13,6 +13,7 @@ from minimind import cli
 from minimind.apps import chat
 from minimind.inference.decode.int8 import choose_weights_dtype
 from minimind.inference.decode.step import DecodeWeights
+from minimind.inference.runner import native_prompt_rows
 from minimind.modeling import Model
 from minimind.ops import native
 from tests.inference.decode.cases import needs_native
@@ -22,18 +23,22 @@ from tests.inference.test_engine import engine_of, greedily, new_ids
 
 
 def continued(model: Model, prompt: list[int], new: list[int], weights_dtype) -> torch.Tensor:
-    """log p of the new tokens, float64, decoded with 8-bit weights or without, after a prompt computed without them."""
+    """log p of the new tokens, float64, with 8-bit weights or without; prompts too where they run natively."""
     decoder = Decoder.of(model, 1)
-    logits = [decoder.step(torch.tensor([token])) for token in prompt][-1:]
+    prompts_too = native_prompt_rows(torch.device("cpu"), torch.float32) > 0
+    if not prompts_too:
+        logits = [decoder.step(torch.tensor([token])) for token in prompt][-1:]
     decoder.weights = DecodeWeights.from_model(model, None, weights_dtype)
     decoder.operands = decoder.weights.operands()
+    if prompts_too:
+        logits = [decoder.step(torch.tensor([token])) for token in prompt][-1:]
     logits += [decoder.step(torch.tensor([token])) for token in new[:-1]]
     return torch.cat(logits).double().log_softmax(-1).gather(1, torch.tensor(new)[:, None])[:, 0]
 
 
 @needs_native
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_engine_decodes_with_8_bits_behind_exact_prompts(variant):
+def test_the_engine_decodes_with_8_bits(variant):
     model = small_model(variant)
     prompts = random_prompts(6, 40, model.config.vocab_size)
     options = {"backend": "native", "weights_dtype": torch.int8}

@@ -251,3 +251,8 @@ def test_opcheck():
     args = (*inputs, d.operands, d.key_cache.zero_(), d.value_cache.zero_(), *w.settings, None, None)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.minimind.decode_step.default, args, test_utils=tests)
+    last = torch.tensor([1], dtype=torch.int32)
+    prefill = torch.ops.minimind.prefill_step.default
+    torch.library.opcheck(prefill, (args[0], last, *args[1:]), test_utils=tests)
+    with pytest.raises(RuntimeError, match=r"last\[0\] = 2 is none of 2 rows"):
+        prefill(args[0], last + 1, *args[1:])
