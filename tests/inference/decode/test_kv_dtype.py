@@ -1,6 +1,7 @@
 """A cache of another dtype than the model's, float8 above all: the engine against whole forwards that round keys and
 values the same way (`rounded_cache`), and the bound that float8's scales stand on."""
 
+import copy
 import json
 import re
 from itertools import pairwise
@@ -29,6 +30,7 @@ from minimind.rope import rope_cos_sin
 from tests.inference.small import VARIANTS, is_greedy, random_prompts, small_model
 from tests.inference.test_engine import BACKENDS, engine_of, greedily, new_ids
 from tests.inference.test_prefill import TOKENS, runner_of, sequence_of
+from tests.kernels.contract import move_by_rounding
 
 DTYPES = [FLOAT8, torch.bfloat16, torch.float16]
 
@@ -46,6 +48,16 @@ def log_probs(model, prompt, new, dtype=None):
     return logits.log_softmax(-1).gather(1, torch.tensor(new)[:, None])[:, 0]
 
 
+@torch.no_grad()
+def effect_of_rounding(model, prompts, outputs, dtype):
+    """The largest change of a log-probability behind a rounded cache by the rounding of float32 sums before it."""
+    exact = copy.deepcopy(model).double()
+    moved = copy.deepcopy(exact)
+    move_by_rounding(moved, terms=48)
+    both = [[log_probs(m, p, new, dtype) for p, new in zip(prompts, outputs, strict=True)] for m in (exact, moved)]
+    return float((torch.cat(both[0]) - torch.cat(both[1])).abs().max())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -60,7 +72,8 @@ def test_the_engine_computes_what_whole_forwards_with_a_rounded_cache_do(variant
         rounded = log_probs(model, prompt, output.token_ids, dtype)
         error = max(error, float((torch.tensor(output.log_probs) - rounded).abs().max()))
         effect = max(effect, float((log_probs(model, prompt, output.token_ids) - rounded).abs().max()))
-    assert error < effect / 8  # now and then a number of the cache is rounded to the other side
+    # now and then a number of the cache is rounded to the other side, as sums in another order do it
+    assert error < effect / 8 or error < 2 * effect_of_rounding(model, prompts, together, dtype)
     with rounded_cache(model, dtype):
         assert all(is_greedy(model, p, ids) for p, ids in zip(prompts, together, strict=True))
     alone = engine_of(model, backend=backend, max_batch=1, prefix_cache=False, kv_dtype=dtype)
