@@ -73,11 +73,12 @@ def decoding(device: Device) -> str:
             body.append((
                 r["model"], r["batch"], r["peer"],
                 *(_with_ratio(r, base, "tokens_per_second") if r["status"] == "ok" else (r["status"], "")),
-                _spread(r, "tpot", 1e3, ".3g"), text(_scaled(r, "ttft", 1e3), ",.0f"),
+                text(number(r, "overall_per_second")), _spread(r, "tpot", 1e3, ".3g"),
+                text(_scaled(r, "ttft", 1e3), ",.0f"),
                 text(number(r, "share"), ".0%"), text(number(r, "peak_mib")), r["turns"], r["commit"],
             ))  # fmt: skip
-    head = ("model", "batch", "decoder", "tokens/s", "x", "ms a token (p20-p80)", "first token ms",
-            "of read bandwidth", "peak MiB", "n", "commit")  # fmt: skip
+    head = ("model", "batch", "decoder", "tokens/s", "x", "prompts included", "ms a token (p20-p80)",
+            "first token ms", "of read bandwidth", "peak MiB", "n", "commit")  # fmt: skip
     note = "x: against `naive` in the same run; bench/decoding/implementations.py says what each is."
     return _noted(head, body, note)
 

@@ -45,8 +45,11 @@ inline void find_rows(const Attention& a, const void* cache, int64_t b, int64_t 
 // Rows of a cache lie scattered over its pages, where the hardware sees no pattern to run ahead of.
 template <class T>
 MINIMIND_INLINE void prefetch(const T* row, int64_t dim) {
-  for (int64_t at = 0; at < dim * static_cast<int64_t>(sizeof(T)); at += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(row) + at, 0, 2);
+  const auto* bytes = reinterpret_cast<const char*>(row);
+  const int64_t size = dim * static_cast<int64_t>(sizeof(T));
+  __builtin_prefetch(bytes, 0, 2);
+  if (size > 64) __builtin_prefetch(bytes + 64, 0, 2);
+  for (int64_t at = 128; at < size; at += 64) __builtin_prefetch(bytes + at, 0, 2);
 }
 
 constexpr int kRowsAhead = 32;  // keys that are on their way while one is multiplied
@@ -65,8 +68,10 @@ inline void score(const Attention& a, const T* const* keys, const T* const* valu
       prefetch(values[t + r], dim);
     }
     tile<kRows, H>(keys + t, q, dim, out);
-    for (int h = 0; h < H; ++h)
-      for (int r = 0; r < kRows; ++r) scores[h][t + r] = out[h][r] * scale;
+    for (int h = 0; h < H; ++h) {
+      const Four four = load_as<Four>(out[h]) * scale;
+      __builtin_memcpy(scores[h] + t, &four, sizeof(four));
+    }
   }
   for (; t < tokens; ++t) {
     tile<1, H>(keys + t, q, dim, out);

@@ -261,19 +261,18 @@ inline void quantize(const float* x, int64_t n, ActivationGroup& to) {
 #endif
 }
 
-// The exact sums of the products of one group, `words` of N blocks' weights, block_words apart, and activations x[0..B),
-// times the activations' scales are added to `sums`.
-template <int N, int B>
-MINIMIND_INLINE void add_group(const int32_t* words, int64_t block_words, const ActivationGroup* const (&x)[B],
-                               Floats (&sums)[B][N * kVectors]) {
+// The exact sums of the products of one group, `words` of the block's weights and activations x[0..B), times the
+// activations' scales are added to `sums`. kStream: prefetch the block, which is in no cache.
+template <int B, bool kStream>
+MINIMIND_INLINE void add_group(const int32_t* words, const ActivationGroup* const (&x)[B], Floats (&sums)[B][kVectors]) {
   using P = IntegerProduct;
   // Independent sums, enough to hide the latency of an instruction.
-  constexpr int kLanes = N * kVectors, kChains = B * kLanes >= 8 ? 1 : B * kLanes >= 4 ? 2 : 4;
-  typename P::Sum chains[kChains][kLanes][B];
+  constexpr int kChains = B * kVectors >= 8 ? 1 : B * kVectors >= 4 ? 2 : 4;
+  typename P::Sum chains[kChains][kVectors][B];
 #pragma GCC unroll 4
   for (int c = 0; c < kChains; ++c)
 #pragma GCC unroll 4
-    for (int v = 0; v < kLanes; ++v)
+    for (int v = 0; v < kVectors; ++v)
 #pragma GCC unroll 8
       for (int b = 0; b < B; ++b) chains[c][v][b] = c == 0 ? P::start(*x[b]) : typename P::Sum{};
 #pragma GCC unroll 4
@@ -281,9 +280,12 @@ MINIMIND_INLINE void add_group(const int32_t* words, int64_t block_words, const 
 #pragma GCC unroll 4
     for (int c = 0; c < kChains; ++c) {
       const int32_t* at = words + (word + c * P::kStep) * kBlock;
+      if constexpr (kStream)
+        for (int step = 0; step < P::kStep; ++step)
+          __builtin_prefetch(reinterpret_cast<const char*>(at + step * kBlock) + kAhead, 0, 2);
 #pragma GCC unroll 4
-      for (int v = 0; v < kLanes; ++v) {
-        const typename P::Weight weight = P::weight(at + v / kVectors * block_words + v % kVectors * kWidth);
+      for (int v = 0; v < kVectors; ++v) {
+        const typename P::Weight weight = P::weight(at + v * kWidth);
 #pragma GCC unroll 8
         for (int b = 0; b < B; ++b)
           chains[c][v][b] = P::add(chains[c][v][b], weight, P::activation(*x[b], word + c * P::kStep));
@@ -293,7 +295,7 @@ MINIMIND_INLINE void add_group(const int32_t* words, int64_t block_words, const 
 #pragma GCC unroll 8
   for (int b = 0; b < B; ++b)
 #pragma GCC unroll 4
-    for (int v = 0; v < kLanes; ++v) {
+    for (int v = 0; v < kVectors; ++v) {
       typename P::Sum sum = chains[0][v][b];
 #pragma GCC unroll 4
       for (int c = 1; c < kChains; ++c) sum = P::plus(sum, chains[c][v][b]);
@@ -303,7 +305,7 @@ MINIMIND_INLINE void add_group(const int32_t* words, int64_t block_words, const 
 
 #if defined(MINIMIND_USE_NEON) && defined(__ARM_FEATURE_MATMUL_INT8)
 // The same with an instruction that multiplies two weight rows with two activation rows, eight integers of each.
-template <int B>
+template <int B, bool kStream>
 MINIMIND_INLINE void add_group_in_pairs(const int32_t* words, const ActivationGroup* const (&x)[B],
                                         Floats (&sums)[B][kVectors]) {
   constexpr int kPairs = (B + 1) / 2;  // a last row that is alone is multiplied twice
@@ -311,6 +313,9 @@ MINIMIND_INLINE void add_group_in_pairs(const int32_t* words, const ActivationGr
 #pragma GCC unroll 8
   for (int word = 0; word < kWords; word += 2) {
     const int32_t* at = words + word * kBlock;
+    if constexpr (kStream)
+      for (int step = 0; step < 2; ++step)
+        __builtin_prefetch(reinterpret_cast<const char*>(at + step * kBlock) + kAhead, 0, 2);
     int8x16_t pairs[kPairs];
 #pragma GCC unroll 2
     for (int p = 0; p < kPairs; ++p) {
@@ -340,33 +345,26 @@ MINIMIND_INLINE void add_group_in_pairs(const int32_t* words, const ActivationGr
 }
 #endif
 
-// Multiply N blocks, block_size bytes apart, by B rows of k_size integers each: emit(b, the sixteen outputs of each block).
-template <int N, int B, bool kStream, class Emit>
-MINIMIND_INLINE void multiply_integers(const q8* blocks, int64_t k_size, int64_t block_size,
-                                       const ActivationGroup* const (&rows)[B], Ahead ahead, Emit emit) {
-  const auto* words = reinterpret_cast<const int32_t*>(blocks);
-  const int64_t block_words = block_size / static_cast<int64_t>(sizeof(int32_t));
-  const int lines = ahead.lines_for(N * kWords * kBlock * sizeof(int32_t));
-  Floats sums[B][N * kVectors] = {};
+// Multiply one block by B rows of k_size integers each; out[b] holds the sixteen outputs of row b.
+template <int B, bool kStream>
+MINIMIND_INLINE void multiply_integers(const q8* block, int64_t k_size, const ActivationGroup* const (&rows)[B],
+                                       Floats (&out)[B][kVectors]) {
+  const auto* words = reinterpret_cast<const int32_t*>(block);
+  Floats sums[B][kVectors] = {};
   for (int64_t g = 0; g < k_size / kGroup; ++g) {
     const ActivationGroup* x[B];
     for (int b = 0; b < B; ++b) x[b] = rows[b] + g;
-    if constexpr (kStream) ahead.fetch(lines);
 #if defined(MINIMIND_USE_NEON) && defined(__ARM_FEATURE_MATMUL_INT8)
     if constexpr (B > 1) {
-      add_group_in_pairs<B>(words + g * kWords * kBlock, x, sums);
+      add_group_in_pairs<B, kStream>(words + g * kWords * kBlock, x, sums);
       continue;
     }
 #endif
-    add_group<N, B>(words + g * kWords * kBlock, block_words, x, sums);
+    add_group<B, kStream>(words + g * kWords * kBlock, x, sums);
   }
   const auto* scales = reinterpret_cast<const float*>(words + k_size / 4 * kBlock);
-  for (int b = 0; b < B; ++b) {
-    Floats out[N * kVectors];
-    for (int v = 0; v < N * kVectors; ++v)
-      out[v] = sums[b][v] * load(scales + v / kVectors * block_words + v % kVectors * kWidth);
-    emit(b, out);
-  }
+  for (int b = 0; b < B; ++b)
+    for (int v = 0; v < kVectors; ++v) out[b][v] = sums[b][v] * load(scales + v * kWidth);
 }
 
 }  // namespace minimind::cpu::MINIMIND_ISA

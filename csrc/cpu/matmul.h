@@ -24,7 +24,7 @@ constexpr int kBatch = 8;  // 16 accumulators of 32 registers
 template <class T>
 constexpr int kPairBatch = 6;  // 24
 template <class T>
-constexpr int kPairsFrom = kIs8Bit<T> ? kMany : sizeof(T) == 2 ? 12 : 24;  // rows; 8-bit sums take too many registers
+constexpr int kPairsFrom = kIs8Bit<T> ? kMany : 32;  // rows; sums of 8-bit products take too many registers
 #elif defined(__AVX2__)
 template <class T>
 constexpr int kBatch = kIs8Bit<T> ? 4 : 3;  // 8 or 12 of 16
@@ -116,16 +116,20 @@ struct Number {
   static constexpr int kValue = N;
 };
 
-// The sums of N adjacent blocks times B rows: emit(b, the kVectors vectors of each block). kStream: `ahead` says what to
-// bring nearer meanwhile.
+constexpr int kPairStreams = 4;  // tiles of a pair that prefetch the next pair, a part of it each
+
+// The sums of N adjacent blocks times B rows: emit(b, the kVectors vectors of each block). kStream: memory from `ahead` on
+// is brought nearer meanwhile.
 template <int N, int B, bool kStream, class T, class A, class Emit>
-MINIMIND_INLINE void multiply_floats(const T* blocks, int64_t k_size, const A* const (&rows)[B], Ahead ahead, Emit emit) {
+MINIMIND_INLINE void multiply_floats(const T* blocks, int64_t k_size, const A* const (&rows)[B], const char* ahead,
+                                     Emit emit) {
   using P = Packed<T, A>;
+  constexpr int kLines = N * P::kStep * kBlock * static_cast<int>(sizeof(T)) / 64 / (N == 1 ? 1 : kPairStreams);
   const int64_t size = block_size<T>(k_size);
-  const int lines = ahead.lines_for(N * P::kStep * kBlock * sizeof(T));
   Floats sums[2][N][kVectors][B] = {};
   for (int64_t k = 0; k < k_size; k += P::kStep) {
-    if constexpr (kStream) ahead.fetch(lines);
+    if constexpr (kStream)
+      for (int line = 0; line < kLines; ++line, ahead += 64) __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 2
     for (int chain = 0; chain < 2; ++chain)
 #pragma GCC unroll 2
@@ -149,37 +153,38 @@ MINIMIND_INLINE void multiply_floats(const T* blocks, int64_t k_size, const A* c
   }
 }
 
-// N adjacent blocks times rows x[first..first + rows), at most B: emit(row, sums).
+// N adjacent blocks times rows x[first..first + rows), at most B: emit(row, sums, Number<N>). kStream, ahead: as above.
 template <int N, int B, bool kStream, class T, class A, class Emit>
 MINIMIND_INLINE void tile_of_blocks(const T* blocks, int64_t k_size, Rows<const A> x, int64_t first, int64_t rows,
-                                    Ahead ahead, Emit emit) {
+                                    const char* ahead, Emit emit) {
   if constexpr (B > 1)
     if (rows < B) return tile_of_blocks<N, B - 1, kStream>(blocks, k_size, x, first, rows, ahead, emit);
   const A* from[B];
   for (int b = 0; b < B; ++b) from[b] = x[first + b];
-  const auto numbered = [&](int b, const Floats* sums) { emit(first + b, sums, Number<N>{}); };
-  if constexpr (kIs8Bit<T>)
-    multiply_integers<N, B, kStream>(blocks, k_size, block_size<T>(k_size), from, ahead, numbered);
-  else
-    multiply_floats<N, B, kStream>(blocks, k_size, from, ahead, numbered);
+  if constexpr (kIs8Bit<T>) {
+    static_assert(N == 1);
+    Floats out[B][kVectors];
+    multiply_integers<B, kStream>(blocks, k_size, from, out);
+    for (int b = 0; b < B; ++b) emit(first + b, out[b], Number<1>{});
+  } else {
+    multiply_floats<N, B, kStream>(blocks, k_size, from, ahead,
+                                   [&](int b, const Floats* sums) { emit(first + b, sums, Number<N>{}); });
+  }
 }
 
-// N adjacent blocks times all `batch` rows of x, in tiles of nearly equal size. The first tiles bring nearer what follows.
+// One block, or N = 2 adjacent ones, times all `batch` rows of x, in tiles of nearly equal size.
 template <int N, class T, class A, class Emit>
 MINIMIND_INLINE void multiply_blocks(const T* blocks, int64_t k_size, Rows<const A> x, int64_t batch, Emit emit) {
-  constexpr int kMost = N == 1 ? kBatch<T> : kPairBatch<T>;
-  const int64_t tiles = (batch + kMost - 1) / kMost;
-  const size_t bytes = N * static_cast<size_t>(block_size<T>(k_size)) * sizeof(T);
-  const size_t streaming = static_cast<size_t>(tiles < kStreamingTiles ? tiles : kStreamingTiles);
+  constexpr int kMost = N == 1 ? kBatch<T> : kPairBatch<T>, kStreams = N == 1 ? 1 : kPairStreams;
+  const int64_t tiles = (batch + kMost - 1) / kMost, size = block_size<T>(k_size) * static_cast<int64_t>(sizeof(T));
+  const auto* bytes = reinterpret_cast<const char*>(blocks);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t first = batch * t / tiles, rows = batch * (t + 1) / tiles - first;
-    if (const auto turn = static_cast<size_t>(t); turn < streaming) {
-      // one tile alone runs after what it prefetches; several find it there and prefetch what comes after the blocks
-      const char* from = reinterpret_cast<const char*>(blocks) + (streaming == 1 ? kAhead : bytes);
-      const Ahead ahead{from + bytes * turn / streaming, from + bytes * (turn + 1) / streaming, static_cast<int>(streaming)};
+    if (t < kStreams) {  // one block is read behind its own prefetches; a pair finds what the one before fetched
+      const char* ahead = N == 1 ? bytes + kAhead : bytes + N * size + t * (N * size / kStreams);
       tile_of_blocks<N, kMost, true>(blocks, k_size, x, first, rows, ahead, emit);
     } else {
-      tile_of_blocks<N, kMost, false>(blocks, k_size, x, first, rows, Ahead{}, emit);
+      tile_of_blocks<N, kMost, false>(blocks, k_size, x, first, rows, nullptr, emit);
     }
   }
 }

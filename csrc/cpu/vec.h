@@ -69,10 +69,22 @@ MINIMIND_INLINE Floats select(Mask mask, Floats yes, Floats no) {  // mask: the 
   return as_floats(((Bits)mask & as_bits(yes)) | (~(Bits)mask & as_bits(no)));
 }
 
-MINIMIND_INLINE Bits widen(const bf16* from) { return __builtin_convertvector(load_as<Halves>(from), Bits); }
-MINIMIND_INLINE Bits widen(const fp16* from) { return __builtin_convertvector(load_as<Halves>(from), Bits); }
+MINIMIND_INLINE Bits widen_halves(const void* from) {
+  const auto halves = load_as<Halves>(from);
+#if defined(__AVX512F__)  // g++ widens each half and puts them together
+  return reinterpret_cast<Bits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(halves)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Bits>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(halves)));
+#else
+  return __builtin_convertvector(halves, Bits);
+#endif
+}
+MINIMIND_INLINE Bits widen(const bf16* from) { return widen_halves(from); }
+MINIMIND_INLINE Bits widen(const fp16* from) { return widen_halves(from); }
 MINIMIND_INLINE Bits widen(const fp8* from) {
-#if defined(MINIMIND_USE_NEON)  // g++ takes four bytes one by one
+#if defined(__AVX512F__)
+  return reinterpret_cast<Bits>(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(load_as<Bytes>(from))));
+#elif defined(MINIMIND_USE_NEON)  // g++ takes four bytes one by one
   return reinterpret_cast<Bits>(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(load_as<uint32_t>(from))))));
 #else
   return __builtin_convertvector(load_as<Bytes>(from), Bits);
@@ -238,18 +250,6 @@ MINIMIND_INLINE Floats add_products(Floats sum, Pairs a, Pairs b) {
 
 // A core has more misses under way when it is told what comes next. Into L2, which can wait for more lines than L1.
 constexpr int kAhead = 8192;  // bytes
-constexpr int kStreamingTiles = 4;  // of some blocks: requests spread over them leave memory no pause
-
-// The lines [at, end) that one of `share` tiles prefetches while it runs.
-struct Ahead {
-  const char *at = nullptr, *end = nullptr;
-  int share = 1;
-
-  MINIMIND_INLINE int lines_for(size_t bytes) const { return (static_cast<int>(bytes / 64) + share - 1) / share; }
-  MINIMIND_INLINE void fetch(int lines) {
-    for (int i = 0; i < lines && at < end; ++i, at += 64) __builtin_prefetch(at, 0, 2);
-  }
-};
 
 // How activations are kept for products with weights of type T: rounded to bfloat16 if the weights are, in 16 bits where
 // the processor multiplies those, else in float32; of 8-bit weights see int8.h.

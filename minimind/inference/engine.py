@@ -49,8 +49,8 @@ class Engine:
     dtype: of activations: float32, bfloat16 or float16; None: the model's compute dtype.
     kv_dtype: of the cache: one of these or float8_e4m3fn, which halves bfloat16's memory (docs/decoding.md); None:
         dtype. The rounding of the cache affects prompts too.
-    weights_dtype: torch.int8 decodes with 8-bit weights, on a CPU with native operators (docs/decoding.md); None:
-        dtype. Prompts are computed in dtype in either case.
+    weights_dtype: torch.int8 computes with 8-bit weights, on a CPU with native operators (docs/decoding.md); None:
+        dtype. Prompts are computed in dtype where the native step does not compute them.
     kv_bytes, kv_tokens: the cache's size; give at most one. Neither: max_batch full contexts, but at most 512 MiB on a
         CPU and half of the free memory on a GPU. The cache is allocated at once and never grows.
     max_batch: most sequences that decode together.
@@ -58,7 +58,8 @@ class Engine:
     page_size: tokens per page; None: 16 on a CPU, 64 on a GPU.
     prefill_chunk: most prompt tokens per step, so that a long prompt does not delay the other requests; None: 512 on a
         CPU, 2,048 on a GPU (docs/decoding.md).
-    prefix_cache: reuse the pages of equal prefixes. Reused and recomputed pages may differ in the last bits.
+    prefix_cache: reuse the pages of equal prefixes. Where the model's layers compute prompts, reused and recomputed
+        pages may differ in the last bits.
     backend: of decoding: "native" (the C++ and CUDA extension), "reference" (plain PyTorch), or "auto" (native if it is
         built).
     seed: the seeds of requests without one are derived from it.
