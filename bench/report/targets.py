@@ -185,8 +185,8 @@ CPU = (
            decoding("ours-int8", "llama.cpp-q8_0", 16)),
     *(Target(f"decoding, {n} sequences in bf16 against vLLM, prompts included", 1.5,
              decoding("ours", "vllm", n, OVERALL),
-             reason="a step of 64 takes 7.5 ms, of which its products need 3.5 at their full rate; 8 bits have 1.61x "
-             "and 1.54x. Attention takes a fifth less since (not measured in a whole run). Next: where threads wait")
+             reason="in two runs 1.37x and 1.30x, 8 bits 1.54x and 1.49x. A step of 128 takes 13 to 15 ms, of which "
+             "its products need 7 at their full rate. Next: where threads wait")
       for n in (64, 128)),
     Target("decoding in bf16, sixteen sequences against one", 5.0, batched("ours", 16),
            reason="in two of three runs on the Zen 5 processor: one sequence became faster there, while attention is "
