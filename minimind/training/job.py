@@ -119,6 +119,7 @@ class Job:
     make_loader: Callable[..., EpochLoader] = field(init=False, repr=False)
     run: RunFolder = field(init=False)
     state: dict[str, Any] = field(init=False)  # the trainer's state in the checkpoint
+    decided: set[str] = field(default_factory=set)  # what `settle` decided in this process
     legacy: dict[str, Any] = field(default_factory=dict)  # like StageArgs.legacy, for defaults that depend on the model
     references: dict[str, str] = field(default_factory=dict)  # fingerprints of other models that the run learns from
     count_steps: Callable[[dict[str, Any]], int] = field(init=False, repr=False)  # (flags of a run's length) -> steps
@@ -193,8 +194,10 @@ class Job:
         if name in self.chosen:
             label = f"--{name.replace('_', '-')}" if is_flag else name.replace("_", " ")
             line = f"{label} {self.chosen[name]}"
-            self.remembered += [] if line in self.remembered else [line]
+            known = name in self.decided or line in self.remembered
+            self.remembered += [] if known else [line]
         else:
+            self.decided.add(name)
             self.chosen[name], reason = rule()
             if reason:
                 self.notes.append(reason)

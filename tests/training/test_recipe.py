@@ -50,7 +50,7 @@ def test_short_runs_on_a_cpu_take_smaller_steps():
 def test_a_short_run_keeps_its_choices_in_its_folder(data, tmp_path):
     line = command(data, tmp_path / "run", "--tokens", "4096", "--device", "cpu")
     batch = line.index("--batch-tokens")
-    finish([*line[:batch], *line[batch + 2 :]])
+    assert "as this run began" not in finish([*line[:batch], *line[batch + 2 :]])
     chosen = json.loads((tmp_path / "run" / "config.json").read_text())["chosen"]
     assert chosen["batch_tokens"] == 2048 and chosen["muon_iterations"] == CPU_ITERATIONS
     assert rows_of(tmp_path / "run", "train")[-1]["tokens"] == 4096
