@@ -53,13 +53,10 @@ def test_the_committed_pages_follow_from_the_rows():
         assert UNEXPLAINED not in text
 
 
-def test_every_cpu_target_has_a_figure_and_the_readmes_machine_has_most():
+def test_every_cpu_target_has_a_figure_on_some_machine():
     every = [[value is not None for _, value in judged(CPU, d)] for d in devices() if d.is_cpu]
     assert all(any(column) for column in zip(*every, strict=True))
-    device = device_of(RESULTS / SHOWN)
-    missing = [target.what for target, value in judged(CPU, device) if value is None]
-    assert all("8 bits" in what or "vLLM" in what for what in missing), "these came later"
-    assert device.is_cpu and not any(d.is_cpu for d in devices() if "nvidia" in d.folder.name)
+    assert device_of(RESULTS / SHOWN).is_cpu and not any(d.is_cpu for d in devices() if "nvidia" in d.folder.name)
 
 
 def test_ratios_compare_rows_of_one_run(card):

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from bench.report.rows import Device, Row, find, number, ratio
 from bench.training.loss_curves import groups_of, reach, targets_of, typed
 
-SHOWN = "amd-epyc-2-threads-avx512"  # the machine whose figures the README shows
+SHOWN = "cpu-epyc-zen5-2core"  # the machine whose figures the README shows
 POEMS = {"stage": "pretrain", "data": "pretrain_zh_tang.jsonl", "rows": "8", "seq_len": "512"}
 Words = tuple[str, str]  # English, Chinese
 
 
 @dataclass(frozen=True)
 class Result:
-    """A line of the table: `column` of ours and of a peer, in the newest run of `table` with the cells `wanted`."""
+    """A line of the table: `column` of `ours` and of a peer, in the newest run of `table` with the cells `wanted`."""
 
     words: Words
     table: str
@@ -23,6 +23,7 @@ class Result:
     column: str
     peer: str
     against: Words
+    ours: str = "ours"
 
 
 UPSTREAM = ("upstream's way", "上游的做法")
@@ -31,21 +32,19 @@ LLAMA_CPP = ("llama.cpp", "llama.cpp")
 RESULTS = (
     Result(("pretraining, tokens/s", "预训练，token/s"),
            "throughput", POEMS, "tokens_per_second", "upstream-style", UPSTREAM),
-    Result(("the same, positions/s, padding included", "同上，位置/s（计入填充）"),
-           "throughput", POEMS, "positions_per_second", "upstream-style", UPSTREAM),
     Result(("the same, peak memory in MiB", "同上，峰值内存（MiB）"),
            "throughput", POEMS, "peak_mib", "upstream-style", UPSTREAM),
     Result(("GRPO with its rollouts, tokens/s", "GRPO（含采样），token/s"),
            "rl", {}, "tokens_per_second", "naive", UPSTREAM),
-    Result(("decoding one sequence in bf16, tokens/s", "bf16 解码，单序列，token/s"),
-           "decode", {"batch": "1"}, "tokens_per_second", "llama.cpp-bf16", LLAMA_CPP),
-    Result(("decoding sixteen, tokens/s", "解码十六条序列，token/s"),
+    Result(("decoding one sequence with 8-bit weights, tokens/s", "8 位权重解码，单序列，token/s"),
+           "decode", {"batch": "1"}, "tokens_per_second", "llama.cpp-q8_0", LLAMA_CPP, "ours-int8"),
+    Result(("decoding sixteen in bf16, tokens/s", "bf16 解码，十六条序列，token/s"),
            "decode", {"batch": "16"}, "tokens_per_second", "llama.cpp-bf16", LLAMA_CPP),
 )  # fmt: skip
 ENDS = {
-    "upstream-style": (("seconds until {bpb:.2f} bits per byte, from the start of the command",
-                        "从命令启动到 {bpb:.2f} bit/字节的秒数"), UPSTREAM),
-    "hf": (("seconds until {bpb:.2f} bits per byte", "到 {bpb:.2f} bit/字节的秒数"),
+    "upstream-style": (("seconds from the command to {bpb:.2f} bits per byte, held out",
+                        "从启动命令到留出文本 {bpb:.2f} bit/字节，秒"), UPSTREAM),
+    "hf": (("the same, to {bpb:.2f}", "同上，到 {bpb:.2f}"),
            ("transformers, AdamW at the best of three rates", "transformers，AdamW，三种学习率中最好的")),
 }  # fmt: skip
 MODEL_COLUMN = {"throughput": "preset", "rl": "model", "decode": "model"}
@@ -65,13 +64,13 @@ def blocks(devices: Sequence[Device]) -> dict[str, Words]:
 
 def results(device: Device, language: int) -> str:
     head = (
-        "| `minimind2-small` on two cores of an AMD EPYC (Zen 4) | ours | | other |",
-        "| `minimind2-small`，AMD EPYC（Zen 4）的两个核心 | 本项目 | | 对照 |",
+        "| `minimind2-small` on two cores of an AMD EPYC (Zen 5) | ours | | other |",
+        "| `minimind2-small`，AMD EPYC（Zen 5）的两个核心 | 本项目 | | 对照 |",
     )
     lines = [head[language], "|---|---|---|---|"]
     for result in RESULTS:
         run = _run(device, result)
-        ours, other = _one(run, "ours"), _one(run, result.peer)
+        ours, other = _one(run, result.ours), _one(run, result.peer)
         value, base = float(ours[result.column]), float(other[result.column])
         times = f"{value / base:{'.2f' if value < 10 * base else '.1f'}}x"
         lines.append(f"| {result.words[language]} | {value:,.0f} | {times} | {base:,.0f}, {result.against[language]} |")
@@ -97,10 +96,8 @@ def cards(gpus: Sequence[Device], language: int) -> str:
     page = "[docs/PERFORMANCE.md](docs/PERFORMANCE.md)"
     if not gpus:
         return (
-            f"No GPU has been measured yet. {page} has every row, the missed targets and reasons,\nprojections "
-            "(marked as such), and the commands still to be run on a GPU.",
-            f"尚未在任何 GPU 上测量。{page} 列出每一行测量结果、未达到的目标与原因、推算（均已注明），"
-            "以及仍需在显卡上运行的命令。",
+            f"No GPU has been measured yet. {page} has every row, missed targets with reasons, and projections.",
+            f"尚未在任何 GPU 上测量。{page} 列出每一行测量结果、未达到的目标与原因，以及推算。",
         )[language]
     head = (
         "| card | pretraining, tokens/s | | decoding, tokens/s | |",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import subprocess
 import time
@@ -254,8 +255,9 @@ def plot(rows: Sequence[TimeToLossRow], path: Path) -> None:
             axis.set_xscale("log")
             axis.set_xlabel(unit, fontsize=9)
             hide_frame(axis)
-        axes[0, column].set_title(plain(", ".join(kind)), fontsize=10)
-        axes[0, column].legend(fontsize=7, frameon=False)
+        lines = math.ceil(len(groups_of(own)) / 2)
+        axes[0, column].set_title(plain(", ".join(kind)), fontsize=10, pad=12 + 11 * lines)
+        axes[0, column].legend(fontsize=7, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     for row_axes in axes:
         row_axes[0].set_ylabel("held-out bits per byte", fontsize=9)
     save(figure, path)
