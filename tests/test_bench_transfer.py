@@ -275,7 +275,7 @@ def test_check_takes_the_rule_and_its_neighbours(sweep, tmp_path):
 
 
 def test_a_run_is_that_of_the_script(tmp_path, monkeypatch):
-    """The same held-out loss as train/pretrain.py with these flags, to the last digit."""
+    """The same held-out loss as train/pretrain.py with these flags, to the last digit: five iterations of Muon."""
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "poems.jsonl"
     texts = (f"Line {i} of {i * i % 89} lines, and {i % 7} more of them. " * (1 + i % 9) for i in range(300))
@@ -284,7 +284,14 @@ def test_a_run_is_that_of_the_script(tmp_path, monkeypatch):
     row = train(point, 3e-3, str(data), tmp_path / "work")
     assert list((tmp_path / "work").iterdir()) == [] and row.steps == 2 and row.about["precision"] in ("bf16", "fp32")
     flags = pretrain.Args(
-        data=(str(data),), tokens=2048, batch_tokens=1024, lr=3e-3, seed=5, evals=1, out=str(tmp_path / "run")
+        data=(str(data),),
+        tokens=2048,
+        batch_tokens=1024,
+        lr=3e-3,
+        seed=5,
+        evals=1,
+        muon_iterations=5,
+        out=str(tmp_path / "run"),
     )
     monkeypatch.setattr(pretrain, "continue_texts", lambda *_: "")
     assert pretrain.main(flags, Console(quiet=True))
