@@ -82,7 +82,8 @@ def test_every_tensor_is_there_and_equal(name, tmp_path):
 def test_the_shape_is_written_under_the_keys_of_each_architecture(tmp_path):
     for name, config in CONFIGS.items():
         path = export_gguf(model_of(config), load_tokenizer(), tmp_path / "m.gguf", "f32", "Name")
-        fields = {k: v.contents() for k, v in gguf.GGUFReader(path).fields.items()}
+        read = gguf.GGUFReader(path).fields
+        fields = {k: v.contents() for k, v in read.items() if not k.startswith("tokenizer.")}  # its lists are long
         kind = name.split(",")[0]
         assert fields["general.architecture"] == kind and fields["general.name"] == "Name"
         here = {k.removeprefix(f"{kind}."): v for k, v in fields.items() if k.startswith(f"{kind}.")}

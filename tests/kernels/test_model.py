@@ -67,7 +67,13 @@ def test_losses_and_gradients_are_the_references(shape):
         assert error(mine[name], value) <= 4 * error(plain[name], value) + eps, name
 
 
-@pytest.mark.parametrize(("shape", "kind"), [*((s, "packed") for s in SHAPES), ("moe_sequence", "padded")])
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        *(pytest.param(s, "packed", marks=pytest.mark.heavy if s == "moe_sequence" else ()) for s in SHAPES),
+        ("moe_sequence", "padded"),
+    ],
+)
 def test_the_compiled_model_has_no_graph_break(shape, kind):
     """fullgraph=True raises at a break. On a CPU the traced graph runs the interpreted kernels, uncompiled."""
     torch.compiler.reset()
