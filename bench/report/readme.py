@@ -85,7 +85,9 @@ def times_to_loss(device: Device, language: int) -> list[str]:
     lines = []
     for name, (bpb, seconds) in targets_of(rows).items():
         words, against = ENDS[name]
-        best = min(taken for group in ours if (taken := reach(group, bpb)) is not None)
+        best = min((taken for group in ours if (taken := reach(group, bpb)) is not None), default=None)
+        if best is None:
+            continue
         label = words[language].format(bpb=bpb)
         lines.append(f"| {label} | {best:,.0f} | {seconds / best:.1f}x | {seconds:,.0f}, {against[language]} |")
     return lines
