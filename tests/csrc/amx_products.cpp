@@ -1,5 +1,8 @@
-// csrc/cpu/matmul.h for one instruction set, to be called by test_amx.py: products of 8 bits and of bfloat16.
-#include "int8_forms.cpp"
+// csrc/cpu/matmul.h for one instruction set, to be called by test_amx.py.
+#include "../../csrc/cpu/matmul.h"
+
+using namespace minimind::cpu;
+using namespace minimind::cpu::MINIMIND_ISA;
 
 // out [B, N] = x [B, K] . w [N, K], packed; x, bits of bfloat16, has rows `stride` apart; index [B]: which, or null.
 extern "C" void multiply_bf16(const void* w, int64_t k_size, int64_t n, const void* x, int64_t stride, const int32_t* index,
@@ -8,8 +11,8 @@ extern "C" void multiply_bf16(const void* w, int64_t k_size, int64_t n, const vo
   matmul(static_cast<const bf16*>(w), k_size, n, 0, blocks_of(n), rows, batch, Rows<float>{out, n});
 }
 
-// The same of 8 bits with rows chosen by index [B] out of x [rows, K].
-extern "C" void multiply_some(const void* w, int64_t k_size, int64_t n, const float* x, int64_t k, int64_t rows,
+// The same of 8 bits, of rows of x [rows, K] in float32; index [B]: which, or null.
+extern "C" void multiply_int8(const void* w, int64_t k_size, int64_t n, const float* x, int64_t k, int64_t rows,
                               const int32_t* index, int64_t batch, float* out) {
   const int64_t groups = k_size / kGroup;
   auto* all = new ActivationGroup[static_cast<size_t>(rows * groups)];

@@ -1,5 +1,5 @@
-"""Kernels of Intel AMX (csrc/cpu/tiles.h) beside the pseudo-code of its instructions, in an emulator where the processor has
-none."""
+"""Kernels of Intel AMX (csrc/cpu/tiles.h) beside the pseudo-code of its instructions, which are emulated where the
+processor has none."""
 
 from __future__ import annotations
 
@@ -29,15 +29,13 @@ COUNTS = ("loads", "stores", "bf16", "int8", "configured", "released")
 
 @pytest.fixture(scope="module")
 def products(tmp_path_factory):
-    """The products with AMX and with vectors, as libraries."""
-    folder, libraries = tmp_path_factory.mktemp("amx"), {}
+    """amx_products.cpp as a library, and the emulator or None."""
+    folder = tmp_path_factory.mktemp("amx")
     emulator = None if amx.HERE else ctypes.CDLL(str(amx.build_emulator(folder)))
-    for name in ("amx", "avx512_bf16"):
-        command = [str(cxx()), "-std=c++17", "-O1", "-shared", "-fPIC", *forms.COMMON, f"-DMINIMIND_ISA={name}"]
-        target = folder / f"{name}.so"
-        subprocess.run([*command, *forms.flags(forms.X86)[name], str(PRODUCTS), "-o", str(target)], check=True)
-        libraries[name] = ctypes.CDLL(str(target))
-    yield libraries, emulator
+    command = [str(cxx()), "-std=c++17", "-O1", "-shared", "-fPIC", *forms.COMMON, "-DMINIMIND_ISA=amx"]
+    target = folder / "products.so"
+    subprocess.run([*command, *forms.flags(forms.X86)["amx"], str(PRODUCTS), "-o", str(target)], check=True)
+    yield ctypes.CDLL(str(target)), emulator
     if emulator is not None:
         emulator.amx_emulator_stop()
 
@@ -98,14 +96,14 @@ BF16 = [(1, 16, 32), (1, 40, 512), (16, 48, 64), (17, 33, 130), (32, 32, 160), (
 
 @pytest.mark.parametrize("batch, n, k", BF16)
 def test_bfloat16_products_are_the_manuals(products, batch, n, k):
-    (libraries, emulator), w, x = products, normals(n, k, seed=1), normals(batch, k)
+    (library, emulator), w, x = products, normals(n, k, seed=1), normals(batch, k)
     before = counts(emulator) if emulator else {}
-    out = product(libraries["amx"], w, x)
+    out = product(library, w, x)
     assert torch.equal(out, after_the_manual(w, x))
     for row in {0, batch // 2, batch - 1}:
-        assert torch.equal(product(libraries["amx"], w, x[row : row + 1].contiguous())[0], out[row])
+        assert torch.equal(product(library, w, x[row : row + 1].contiguous())[0], out[row])
     index = [(7 * i) % batch for i in range(batch + 1)]
-    assert torch.equal(product(libraries["amx"], w, x, index), out[index])
+    assert torch.equal(product(library, w, x, index), out[index])
     if emulator:
         done = {name: number - before[name] for name, number in counts(emulator).items()}
         assert done["bf16"] >= -(-k // STEP) * -(-n // 16) and done["int8"] == 0
@@ -118,44 +116,42 @@ def test_bfloat16_products_are_the_manuals(products, batch, n, k):
 
 
 def test_denormal_numbers_are_zeros(products):
-    (libraries, _), w, x = products, torch.ones(16, 32).bfloat16(), torch.zeros(3, 32).bfloat16()
+    (library, _), w, x = products, torch.ones(16, 32).bfloat16(), torch.zeros(3, 32).bfloat16()
     x[0, :2] = 2.0**-130  # a denormal bfloat16
     x[1, 0], x[1, 2], w[:, 2] = 2.0**-126, -(2.0**-126), 1.5  # whose sum is one
     x[2, 0], x[2, 4] = 1.0, 2.0**-130
     expected = torch.tensor([0.0, 0.0, 1.0])[:, None].expand(3, 16)
-    assert torch.equal(product(libraries["amx"], w, x), expected) and torch.equal(after_the_manual(w, x), expected)
+    assert torch.equal(product(library, w, x), expected) and torch.equal(after_the_manual(w, x), expected)
 
 
-@pytest.mark.parametrize("batch", [1, 7, 8, 16, 17, 40])
-def test_products_of_8_bits_are_the_same_bits_without_amx(products, batch):
-    (libraries, emulator), n, k = products, 33, 200
-    w, x = normals(n, k, seed=1).float(), normals(batch, k).float()
+def product_of_8_bits(library: ctypes.CDLL, w: Tensor, x: Tensor, index: list[int] | None = None) -> Tensor:
+    """The same of w and x in float32, both rounded to 8 bits."""
     packed = pack_int8(w, torch.zeros(packed_int8_shape(w.shape), dtype=torch.int32))
-    index = torch.tensor([(5 * i) % batch for i in range(batch)], dtype=torch.int32)
-    for which in (torch.arange(batch, dtype=torch.int32), index, None):
-        found = []
-        for library in libraries.values():
-            before = counts(emulator)["int8"] if emulator else 0
-            out = torch.full((batch, n), float("nan"))
-            library.multiply_some(
-                address(packed), size(-(-k // GROUP) * GROUP), size(n), address(x), size(k), size(batch), address(which),
-                size(batch), address(out),
-            )  # fmt: skip
-            found.append(out)
-            if emulator:
-                tiles = library is libraries["amx"] and batch >= 8
-                assert (counts(emulator)["int8"] > before) == tiles
-        assert found[0].isfinite().all() and torch.equal(*found)
+    which = None if index is None else torch.tensor(index, dtype=torch.int32)
+    out = torch.full((len(x) if index is None else len(index), len(w)), float("nan"))
+    library.multiply_int8(
+        address(packed), size(-(-w.shape[1] // GROUP) * GROUP), size(len(w)), address(x), size(x.shape[1]), size(len(x)),
+        address(which), size(len(out)), address(out),
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("batch", [7, 8, 16, 17, 40])
+def test_products_of_8_bits_are_the_same_bits_with_tiles_and_without(products, batch):
+    (library, emulator), w, x = products, normals(33, 200, seed=1).float(), normals(batch, 200).float()
+    alone = torch.cat([product_of_8_bits(library, w, row.contiguous()) for row in x.split(1)])
+    before = counts(emulator)["int8"] if emulator else 0
+    assert alone.isfinite().all() and torch.equal(product_of_8_bits(library, w, x), alone)
+    if emulator:
+        assert (counts(emulator)["int8"] - before) == (0 if batch < 8 else 3 * 4 * -(-batch // 16))
+        assert emulator.amx_emulator_configured() == 0
+    index = [(5 * i) % batch for i in range(batch)]
+    assert torch.equal(product_of_8_bits(library, w, x, index), alone[index])
 
 
 def test_the_largest_sums_of_8_bits(products):
-    (libraries, _), w, x = products, torch.full((16, 128), 127.0), torch.full((9, 128), -127.0)
-    packed = pack_int8(w, torch.zeros(packed_int8_shape(w.shape), dtype=torch.int32))
-    out = torch.full((9, 16), float("nan"))
-    libraries["amx"].multiply(
-        address(packed), size(128), size(16), address(x), size(128), size(9), address(out)
-    )  # fmt: skip
-    assert (out == -128.0 * 127**2).all()
+    w, x = torch.full((16, 128), 127.0), torch.full((9, 128), -127.0)
+    assert (product_of_8_bits(products[0], w, x) == -128.0 * 127**2).all()
 
 
 def child(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
