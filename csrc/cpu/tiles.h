@@ -127,7 +127,8 @@ inline void multiply_tiles(Tiles& tiles, const bf16* blocks, int64_t size, int64
   if (lower > 0 && N > 1) MINIMIND_STORE_TILE(3, &out[upper][N - 1], N * kAmxBytes);
 }
 
-// The same for a block of integers and at most 16 rows. A group is one tile; its sums become float32 as in int8.h.
+// The same for a block of integers and at most 16 rows; `out` has sixteen. A group is one tile; its sums become float32 as in
+// int8.h.
 template <int N>
 inline void multiply_tiles(Tiles& tiles, const q8* block, int64_t, int64_t k_size, Rows<const ActivationGroup> x,
                            int64_t first, int rows, const char* ahead, Floats (*out)[N]) {
@@ -136,7 +137,7 @@ inline void multiply_tiles(Tiles& tiles, const q8* block, int64_t, int64_t k_siz
   alignas(64) int8_t gathered[kAmxRows][kGroup];
   __m512i products[kAmxRows] = {};
   Floats sums[kAmxRows] = {};
-  const ActivationGroup* groups[kAmxRows];  // sixteen, so that their sums stay in registers; those of no row are not read
+  const ActivationGroup* groups[kAmxRows];  // sixteen, so that sums stay in registers; those beyond `rows` are not used
   for (int b = 0; b < kAmxRows; ++b) groups[b] = x[first + (b < rows ? b : rows - 1)];
   for (int64_t g = 0; g < k_size / kGroup; ++g) {
     const int8_t *weights = &block[g * kGroup * kBlock].value, *values = groups[0][g].values;
@@ -156,7 +157,8 @@ inline void multiply_tiles(Tiles& tiles, const q8* block, int64_t, int64_t k_siz
     for (int b = 0; b < kAmxRows; ++b) sums[b] += IntegerProduct::floats(products[b]) * groups[b][g].scale;
   }
   const Floats scales = load(reinterpret_cast<const float*>(block + k_size * kBlock));
-  for (int b = 0; b < rows; ++b) out[b][0] = sums[b] * scales;
+#pragma GCC unroll 16
+  for (int b = 0; b < kAmxRows; ++b) out[b][0] = sums[b] * scales;
 }
 #endif
 

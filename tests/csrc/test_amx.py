@@ -130,8 +130,8 @@ def product_of_8_bits(library: ctypes.CDLL, w: Tensor, x: Tensor, index: list[in
     which = None if index is None else torch.tensor(index, dtype=torch.int32)
     out = torch.full((len(x) if index is None else len(index), len(w)), float("nan"))
     library.multiply_int8(
-        address(packed), size(-(-w.shape[1] // GROUP) * GROUP), size(len(w)), address(x), size(x.shape[1]), size(len(x)),
-        address(which), size(len(out)), address(out),
+        address(packed), size(-(-w.shape[1] // GROUP) * GROUP), size(len(w)), address(x), size(x.shape[1]),
+        size(len(x)), address(which), size(len(out)), address(out),
     )  # fmt: skip
     return out
 
@@ -189,7 +189,8 @@ def test_the_library_has_no_instruction_of_amx_that_is_not_tested():
 @pytest.mark.parametrize("threads", [1, 2])
 def test_decoding_and_prompts_with_amx(tmp_path, threads):
     """The tests of the operators themselves, in a process where they take AMX."""
-    tests = [f"tests/inference/{name}" for name in ("decode", "test_prefill.py", "test_engine.py")]
+    tests = ["tests/csrc/test_int8_forms.py"]
+    tests += [f"tests/inference/{name}" for name in ("decode", "test_prefill.py", "test_engine.py")]
     options = ["-m", "pytest", "-p", "no:faulthandler", "-p", "no:cacheprovider", "-x"]  # faulthandler takes the signal
     result = child(tmp_path, *options, *tests, OMP_NUM_THREADS=str(threads), PYTEST_ADDOPTS="")
     assert result.returncode == 0 and re.search(r"\d+ passed", result.stdout), result.stdout[-4000:] + result.stderr
