@@ -81,6 +81,7 @@ CONFIGURATIONS = {
     "kernels_avx512": {"MINIMIND_CPU_KERNELS": "avx512"},
     "kernels_avx512_vnni": {"MINIMIND_CPU_KERNELS": "avx512_vnni"},
     "kernels_avx512_bf16": {"MINIMIND_CPU_KERNELS": "avx512_bf16"},
+    "kernels_amx": {"MINIMIND_CPU_KERNELS": "amx"},  # emulated: tests/csrc/test_amx.py
     "kernels_neon": {"MINIMIND_CPU_KERNELS": "neon"},
     "kernels_neon_dotprod": {"MINIMIND_CPU_KERNELS": "neon_dotprod"},
     "kernels_neon_bf16": {"MINIMIND_CPU_KERNELS": "neon_bf16"},

@@ -19,8 +19,8 @@ from minimind.ops.document_attention import document_attention
 from minimind.rope import rope_cos_sin
 
 MISSING = native.why_not(torch.device("cpu"))
-# "avx512", "avx2" or "generic", whose gains over PyTorch differ. In float32, avx512_bf16 computes as avx512 does.
-KERNELS = native.build_info().cpu_kernels_in_use.partition("_")[0]
+# "avx512", "avx2" or "generic", whose gains over PyTorch differ. In float32, avx512_bf16 and amx compute as avx512.
+KERNELS = native.build_info().cpu_kernels_in_use.partition("_")[0].replace("amx", "avx512")
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"nothing native to time: {MISSING}")
 
 BATCH, CONTEXT, PAGE = 8, 256, 16

@@ -7,6 +7,7 @@
 #include <sys/sysctl.h>
 #endif
 
+#include "amx.h"
 #include "args.h"
 
 namespace minimind::cpu {
@@ -30,6 +31,9 @@ MINIMIND_DECLARE(avx512_vnni)
 #endif
 #ifdef MINIMIND_AVX512_BF16
 MINIMIND_DECLARE(avx512_bf16)
+#endif
+#ifdef MINIMIND_AMX
+MINIMIND_DECLARE(amx)
 #endif
 #ifdef MINIMIND_NEON
 MINIMIND_DECLARE(neon)
@@ -71,7 +75,7 @@ struct Arm {  // NEON itself belongs to the architecture
 #endif
 
 struct Usable {
-  const Kernels* tables[7] = {};
+  const Kernels* tables[8] = {};
 
   Usable() {
     int count = 0;
@@ -81,8 +85,12 @@ struct Usable {
     [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     [[maybe_unused]] const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    [[maybe_unused]] const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+#ifdef MINIMIND_AMX
+    if (bf16 && amx_state() == Amx::usable) tables[count++] = &amx::table;
+#endif
 #ifdef MINIMIND_AVX512_BF16
-    if (vnni && __builtin_cpu_supports("avx512bf16")) tables[count++] = &avx512_bf16::table;
+    if (bf16) tables[count++] = &avx512_bf16::table;
 #endif
 #ifdef MINIMIND_AVX512_VNNI
     if (vnni) tables[count++] = &avx512_vnni::table;

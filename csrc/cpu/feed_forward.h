@@ -12,21 +12,22 @@ template <class T>
 inline void gate_up(const T* w, int64_t k_size, int64_t begin, int64_t end, Rows<const Activation<T>> x, int64_t batch,
                     Rows<Waiting<T>> out, float* work) {
   const int64_t size = block_size<T>(k_size);
+  Tiles amx;
   for (int64_t i = begin; i < end; ++i) {
     const auto finish = [&](int64_t b, int v, Floats gate, Floats up) {
       store(out[b] + i * kBlock + v * kWidth, as_factor<T>(gate / (1.0f + exponential(-gate)) * up));
     };
     if constexpr (kPairsFrom<T> != kMany)
       if (batch >= kPairsFrom<T>) {
-        multiply_blocks<2>(w + 2 * i * size, k_size, x, batch, [&](int64_t b, const Floats* sums, auto) {
+        multiply_blocks<2>(w + 2 * i * size, k_size, x, batch, amx, [&](int64_t b, const Floats* sums, auto) {
           for (int v = 0; v < kVectors; ++v) finish(b, v, sums[v], sums[kVectors + v]);
         });
         continue;
       }
-    multiply_blocks<1>(w + 2 * i * size, k_size, x, batch, [&](int64_t b, const Floats* gates, auto) {
+    multiply_blocks<1>(w + 2 * i * size, k_size, x, batch, amx, [&](int64_t b, const Floats* gates, auto) {
       for (int v = 0; v < kVectors; ++v) store(work + b * kBlock + v * kWidth, gates[v]);
     });
-    multiply_blocks<1>(w + (2 * i + 1) * size, k_size, x, batch, [&](int64_t b, const Floats* ups, auto) {
+    multiply_blocks<1>(w + (2 * i + 1) * size, k_size, x, batch, amx, [&](int64_t b, const Floats* ups, auto) {
       for (int v = 0; v < kVectors; ++v) finish(b, v, load(work + b * kBlock + v * kWidth), ups[v]);
     });
   }

@@ -4,11 +4,12 @@
 //
 //   float32   [N / 16, K, 16]          bfloat16   [N / 16, K / 2, 16, 2]          8 bits   int8.h
 //
-// N and K are padded with zeros, to 16 and to 4, K of 8 bits to 64. An output is the sum of two accumulators, each filled along K in one
-// order, so it does not depend on the tile that computes it: not on the batch, not on the number of threads.
+// N and K are padded with zeros, to 16 and to 4, K of 8 bits to 64. An output is the sum of two accumulators (of one with
+// AMX, tiles.h), each filled along K in one order, so it does not depend on the tile that computes it: not on the batch, not
+// on the number of threads.
 #pragma once
 
-#include "int8.h"
+#include "tiles.h"
 
 namespace minimind::cpu::MINIMIND_ISA {
 
@@ -25,6 +26,10 @@ template <class T>
 constexpr int kPairBatch = 6;  // 24
 template <class T>
 constexpr int kPairsFrom = kIs8Bit<T> ? kMany : 32;  // rows; sums of 8-bit products take too many registers
+#if defined(__AMX_TILE__)
+template <>
+constexpr int kPairsFrom<bf16> = 1;
+#endif
 #elif defined(__AVX2__)
 template <class T>
 constexpr int kBatch = kIs8Bit<T> ? 4 : 3;  // 8 or 12 of 16
@@ -41,16 +46,6 @@ constexpr int kPairBatch = 1;
 template <class T>
 constexpr int kPairsFrom = kMany;
 #endif
-
-// Rows of numbers in memory, `stride` apart; index: which of them, or null for all in order.
-template <class A>
-struct Rows {
-  A* base;
-  int64_t stride;
-  const int32_t* index = nullptr;
-
-  MINIMIND_INLINE A* operator[](int64_t i) const { return base + (index == nullptr ? i : index[i]) * stride; }
-};
 
 // What accumulator `chain` of two takes, from number k of the rows on: weights of vector v of the block, an activation in
 // every lane, and their product.
@@ -172,9 +167,30 @@ MINIMIND_INLINE void tile_of_blocks(const T* blocks, int64_t k_size, Rows<const 
   }
 }
 
+#if defined(__AMX_TILE__)
+// multiply_blocks with AMX.
+template <int N, class T, class A, class Emit>
+MINIMIND_INLINE void multiply_with_amx(const T* blocks, int64_t k_size, Rows<const A> x, int64_t batch, Tiles& tiles,
+                                       Emit emit) {
+  Floats sums[kAmxMost<T>][N];
+  const int64_t parts = (batch + kAmxMost<T> - 1) / kAmxMost<T>, size = block_size<T>(k_size);
+  const char* ahead = reinterpret_cast<const char*>(blocks) + (kIs8Bit<T> ? kAhead : N * size * int64_t{sizeof(T)});
+  for (int64_t t = 0; t < parts; ++t) {
+    const int64_t first = batch * t / parts, rows = batch * (t + 1) / parts - first;
+    multiply_tiles<N>(tiles, blocks, size, k_size, x, first, static_cast<int>(rows), t == 0 ? ahead : nullptr, sums);
+    for (int64_t b = 0; b < rows; ++b) emit(first + b, sums[b], Number<N>{});
+  }
+}
+#endif
+
 // One block, or N = 2 adjacent ones, times all `batch` rows of x, in tiles of nearly equal size.
 template <int N, class T, class A, class Emit>
-MINIMIND_INLINE void multiply_blocks(const T* blocks, int64_t k_size, Rows<const A> x, int64_t batch, Emit emit) {
+MINIMIND_INLINE void multiply_blocks(const T* blocks, int64_t k_size, Rows<const A> x, int64_t batch,
+                                     [[maybe_unused]] Tiles& amx, Emit emit) {
+#if defined(__AMX_TILE__)
+  if constexpr (kAmxFrom<T> < kMany)
+    if (batch >= kAmxFrom<T>) return multiply_with_amx<N>(blocks, k_size, x, batch, amx, emit);
+#endif
   constexpr int kMost = N == 1 ? kBatch<T> : kPairBatch<T>, kStreams = N == 1 ? 1 : kPairStreams;
   const int64_t tiles = (batch + kMost - 1) / kMost, size = block_size<T>(k_size) * static_cast<int64_t>(sizeof(T));
   const auto* bytes = reinterpret_cast<const char*>(blocks);
@@ -193,6 +209,7 @@ MINIMIND_INLINE void multiply_blocks(const T* blocks, int64_t k_size, Rows<const
 template <class T, class A>
 inline void matmul(const T* w, int64_t k_size, int64_t n_size, int64_t begin, int64_t end, Rows<const A> x, int64_t batch,
                    Rows<float> out) {
+  Tiles amx;
   for (int64_t i = begin; i < end;) {
     const int64_t n = i * kBlock, count = n_size - n;
     const T* blocks = w + i * block_size<T>(k_size);
@@ -206,11 +223,11 @@ inline void matmul(const T* w, int64_t k_size, int64_t n_size, int64_t begin, in
     };
     if constexpr (kPairsFrom<T> != kMany)
       if (batch >= kPairsFrom<T> && i + 1 < end) {
-        multiply_blocks<2>(blocks, k_size, x, batch, emit);
+        multiply_blocks<2>(blocks, k_size, x, batch, amx, emit);
         i += 2;
         continue;
       }
-    multiply_blocks<1>(blocks, k_size, x, batch, emit);
+    multiply_blocks<1>(blocks, k_size, x, batch, amx, emit);
     ++i;
   }
 }

@@ -10,6 +10,7 @@
 #include <new>
 #include <tuple>
 
+#include "amx.h"
 #include "args.h"
 #include "chosen.h"
 #include "sample.h"
@@ -17,6 +18,18 @@
 #include "threads.h"
 
 namespace minimind::cpu {
+
+namespace {
+
+// Why kernels that were built for this processor do not run, or "".
+const char* why_no_amx() {
+#ifdef MINIMIND_AMX
+  if (amx_state() == Amx::refused) return "no amx: the system does not let this process use it (arch_prctl)";
+#endif
+  return "";
+}
+
+}  // namespace
 
 const Kernels& kernels() {
   static const Kernels& chosen = [&]() -> const Kernels& {
@@ -28,6 +41,7 @@ const Kernels& kernels() {
       if (std::strcmp((*tables)->name, wanted) == 0) return **tables;
       names += std::string(" ") + (*tables)->name;
     }
+    if (*why_no_amx() != 0) names += std::string("; ") + why_no_amx();
     fail("MINIMIND_CPU_KERNELS=", wanted, ": this processor and build have", names);
   }();
   return chosen;
@@ -417,14 +431,15 @@ const Library cpu("CPU", [](Library& m) {
 
 }  // namespace
 
-// What was built, for minimind/ops/native.py: "compiler|kernels this processor runs, best first|the one in use|threads".
+// What was built, for minimind/ops/native.py: "compiler|kernels this processor runs, best first|the one in use|threads|
+// why others do not run".
 extern "C" __attribute__((visibility("default"))) const char* minimind_build_info() {
   thread_local std::string info;
   info = [] {
     std::string text = MINIMIND_COMPILER "|";
     for (const Kernels* const* table = all_kernels(); *table != nullptr; ++table) text += std::string((*table)->name) + " ";
     text += std::string("|") + kernels().name;
-    return text + "|" + std::to_string(max_threads());
+    return text + "|" + std::to_string(max_threads()) + "|" + why_no_amx();
   }();
   return info.c_str();
 }

@@ -248,6 +248,16 @@ MINIMIND_INLINE Floats add_products(Floats sum, Pairs a, Pairs b) {
 }
 #endif
 
+// Rows of numbers in memory, `stride` apart; index: which of them, or null for all in order.
+template <class A>
+struct Rows {
+  A* base;
+  int64_t stride;
+  const int32_t* index = nullptr;
+
+  MINIMIND_INLINE A* operator[](int64_t i) const { return base + (index == nullptr ? i : index[i]) * stride; }
+};
+
 // A core has more misses under way when it is told what comes next. Into L2, which can wait for more lines than L1.
 constexpr int kAhead = 8192;  // bytes
 

@@ -35,7 +35,6 @@ from minimind.lora import LoRALinear
 from minimind.modeling import Attention, Block, Model, Rotation
 from minimind.ops import native, varlen
 from minimind.rope import rope_cos_sin
-from minimind.utils.device import has_amx
 
 Backend = Literal["auto", "reference", "native"]
 BACKENDS = ("auto", "reference", "native")
@@ -43,7 +42,6 @@ T = TypeVar("T")
 _SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "history", "seed", "offset"
 )  # fmt: skip
-AMX_ROWS = 256  # PyTorch uses AMX, which the step does not: beyond these its faster products should win (not measured)
 _REFERENCE: tuple[Callable, Callable, Callable] = (rope_append_kv_ref, decode_attention_ref, sample_ref)
 
 
@@ -60,11 +58,10 @@ def why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     return native.why_not(device)
 
 
-def native_prompt_rows(device: torch.device, dtype: torch.dtype) -> int:
+def native_prompt_rows(device: torch.device) -> int:
     """The most tokens of prompts that the native step computes in one call; the model's own layers compute more."""
-    if device.type != "cpu" or not native.build_info().cpu_kernels_in_use.startswith("avx"):
-        return 0  # PyTorch's products may be faster than NEON's: not measured
-    return AMX_ROWS if dtype == torch.bfloat16 and has_amx() else sys.maxsize
+    on_x86 = device.type == "cpu" and native.build_info().cpu_kernels_in_use.startswith(("avx", "amx"))
+    return sys.maxsize if on_x86 else 0  # PyTorch's products may be faster than NEON's: not measured
 
 
 class Replica:
@@ -180,7 +177,7 @@ class Runner:
         self._weights: DecodeWeights | None = None
         self._operands: list[Tensor] = []  # the weights as decode_step takes them
         self._step_rows = 0  # the most rows that decode_step takes
-        self._prompt_rows = native_prompt_rows(self._device, self._dtype) if self._native else 0
+        self._prompt_rows = native_prompt_rows(self._device) if self._native else 0
         self._graphed = late and (self._native or self._device.type == "cpu")
         self._graphs: dict[str, DecodeGraphs[Any]] = {}
         self.weights_changed(moved=True)

@@ -30,6 +30,7 @@ class BuildInfo:
     cpu_kernels: tuple[str, ...]  # those that this processor runs, best first
     cpu_kernels_in_use: str
     threads: int
+    cpu_kernels_refused: str  # why the system does not let kernels run that the processor has, or ""
     cuda_version: str
     cuda_architectures: tuple[int, ...]
     missing: dict[str, str]
@@ -57,7 +58,8 @@ def report() -> str:
     info, cpu, cuda = build_info(), None, None
     if info.compiler:
         kernels = ", ".join(info.cpu_kernels)
-        cpu = f"{info.compiler}; {info.cpu_kernels_in_use} of {kernels}; {info.threads} threads"
+        used = f"{info.cpu_kernels_in_use} of {kernels}"
+        cpu = "; ".join(filter(None, (info.compiler, used, info.cpu_kernels_refused, f"{info.threads} threads")))
     if _library("cuda").exists():
         version, architectures = _cuda_info()
         cuda = f"CUDA {version}; {_names(architectures)}"
@@ -81,7 +83,7 @@ def load() -> BuildInfo:
     """Load the libraries that work here, once."""
     missing = {part: reason for part in ("cpu", "cuda") if (reason := _why_not_loadable(part)) is not None}
     if "cpu" in missing:
-        return BuildInfo("", (), "", 0, "", (), missing)
+        return BuildInfo("", (), "", 0, "", "", (), missing)
     torch.ops.load_library(str(_library("cpu")))
     _register_fakes()
     if "cuda" in missing:
@@ -115,8 +117,9 @@ def _report(part: str) -> dict[str, str | None]:
 def _read_info(version: str, architectures: tuple[int, ...], missing: dict[str, str]) -> BuildInfo:
     function = ctypes.CDLL(str(_library("cpu"))).minimind_build_info
     function.restype = ctypes.c_char_p
-    compiler, kernels, in_use, threads = function().decode().split("|")
-    return BuildInfo(compiler, tuple(kernels.split()), in_use, int(threads), version, architectures, missing)
+    compiler, kernels, in_use, threads, refused = function().decode().split("|")
+    names = tuple(kernels.split())
+    return BuildInfo(compiler, names, in_use, int(threads), refused, version, architectures, missing)
 
 
 def _cuda_info() -> tuple[str, tuple[int, ...]]:

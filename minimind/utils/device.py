@@ -141,12 +141,6 @@ def _arm_has_bf16() -> bool:
     return any("bf16" in line.split() for line in _cpuinfo() if line.startswith("Features"))
 
 
-def has_amx() -> bool:
-    """Whether PyTorch's bfloat16 products use AMX."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return supported is not None and supported() and _onednn_takes_bf16()
-
-
 def _onednn_takes_bf16() -> bool:
     """Whether oneDNN, which computes matrix products, may use the instructions. ONEDNN_MAX_CPU_ISA can forbid it, and
     PyTorch for ARM may come without oneDNN."""

@@ -17,7 +17,7 @@ COMMON = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 def flags(processor: str) -> dict[str, list[str]]:
     """The instruction sets in CMakeLists.txt for X86 or ARM, and flags of each; generic comes last."""
     text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
-    part = text.split(f'CMAKE_SYSTEM_PROCESSOR MATCHES "{processor}")')[1].split("if(")[0]
+    part = re.split(r"\n  (?:else|end)if", text.split(f'CMAKE_SYSTEM_PROCESSOR MATCHES "{processor}")')[1])[0]
     variables = {f"${{{name}}}": value for name, value in re.findall(r"set\((\w+) ([^)]*)\)", part)}
     found = {}
     for name, given in re.findall(r"minimind_kernels\((\w+) ([^)]*)\)", part):

@@ -14,7 +14,7 @@ import pytest
 
 from minimind.ops import native
 from minimind.ops.native_build import cxx
-from tests.csrc import forms
+from tests.csrc import amx, forms
 
 PROGRAM, CPU = Path(__file__).parent / "parity", forms.ROOT / "csrc/cpu"
 HERE = forms.ARM if platform.machine() in ("aarch64", "arm64") else forms.X86
@@ -37,12 +37,14 @@ def compile_files(command: list[str], files: Sequence[Path], target: Path, *opti
     assert result.returncode == 0, f"{' '.join(full)}\n{result.stderr[-4000:]}"
 
 
-def build(command: list[str], flags: dict[str, list[str]], folder: Path, *options: str) -> Path:
+def build(
+    command: list[str], flags: dict[str, list[str]], folder: Path, *options: str, may_use_amx: Path = CPU / "amx.cpp"
+) -> Path:
     """The program with the kernels of these instruction sets, linked statically if `options` say so."""
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda form: compile_form(command, *form, folder), flags.items()))
     sources = [file for file in PROGRAM.glob("*.cpp") if file.name != "form.cpp"]
-    sources += [CPU / f"{name}.cpp" for name in ("dispatch", "threads", "sample")]
+    sources += [CPU / f"{name}.cpp" for name in ("dispatch", "threads", "sample")] + [may_use_amx]
     defined = [f"-DMINIMIND_{name.upper()}" for name in flags]
     compile_files(command, [*sources, *objects], folder / "parity", *defined, *options)
     return folder / "parity"
@@ -71,6 +73,15 @@ def test_the_best_kernels_of_this_processor_and_generic(tmp_path):
 @pytest.mark.slow
 def test_all_kernels_of_this_processor(tmp_path):
     assert_parity_here(tmp_path, *native.build_info().cpu_kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(amx.why_not() is not None, reason=str(amx.why_not()))
+def test_kernels_of_amx(tmp_path):
+    names, flags = ["amx", "avx512_bf16", "generic"], forms.flags(HERE)
+    replaced = {} if amx.HERE else {"may_use_amx": amx.build_emulator(tmp_path)}
+    program = build([str(cxx())], {name: flags[name] for name in names}, tmp_path, **replaced)
+    assert_parity([str(program)], *names)
 
 
 @pytest.fixture(scope="module")

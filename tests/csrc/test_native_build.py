@@ -71,7 +71,7 @@ def test_the_report_says_what_was_built_and_what_is_missing(tmp_path, monkeypatc
     (tmp_path / native_build.library_name("cuda")).write_bytes(library)
     missing = {"cpu": "there is no C++ compiler", "cuda": "this PyTorch sees no CUDA GPU"}
     monkeypatch.setattr(native, "PACKAGE", tmp_path)
-    monkeypatch.setattr(native, "load", lambda: native.BuildInfo("", (), "", 0, "", (), missing))
+    monkeypatch.setattr(native, "load", lambda: native.BuildInfo("", (), "", 0, "", "", (), missing))
     assert native.report().splitlines() == [
         "C++: there is no C++ compiler",
         "CUDA: CUDA 13.0.88; sm_80, sm_86, sm_90; not used: this PyTorch sees no CUDA GPU",
@@ -193,7 +193,7 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch):
 
 
 def test_a_gpu_runs_code_of_its_architecture_or_ptx(monkeypatch):
-    info = native.BuildInfo("", (), "", 1, "13.0", (80, 86, 89, 90), {})
+    info = native.BuildInfo("", (), "", 1, "", "13.0", (80, 86, 89, 90), {})
     monkeypatch.setattr(native, "load", lambda: info)
     for capability in ((8, 0), (8, 7), (8, 9), (9, 0), (12, 0)):
         assert native._why_no_kernel(capability) is None

@@ -25,7 +25,7 @@ from tests.inference.test_engine import engine_of, greedily, new_ids
 def continued(model: Model, prompt: list[int], new: list[int], weights_dtype) -> torch.Tensor:
     """log p of the new tokens, float64, with 8-bit weights or without; prompts too where they run natively."""
     decoder = Decoder.of(model, 1)
-    prompts_too = native_prompt_rows(torch.device("cpu"), torch.float32) > 0
+    prompts_too = native_prompt_rows(torch.device("cpu")) > 0
     if not prompts_too:
         logits = [decoder.step(torch.tensor([token])) for token in prompt][-1:]
     decoder.weights = DecodeWeights.from_model(model, None, weights_dtype)
