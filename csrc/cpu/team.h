@@ -33,6 +33,11 @@ struct Range {
   int64_t begin, end;
 };
 
+// Items of a thread's share that are given out, in a cache line of its own.
+struct alignas(64) GivenOut {
+  int64_t items;
+};
+
 struct Team {
   int rank, size;
   Barrier* barrier;
@@ -41,9 +46,34 @@ struct Team {
     if (size > 1) barrier->wait(static_cast<uint32_t>(size));
   }
   // This thread's share of n.
-  Range share(int64_t n) const { return {n * rank / size, n * (rank + 1) / size}; }
+  Range share(int64_t n) const { return share_of(rank, n); }
+  Range share_of(int thread, int64_t n) const { return {n * thread / size, n * (thread + 1) / size}; }
+  // Calls f(range) for all of [0, n), which threads of different speed finish at about the same time: a thread takes its own
+  // share in pieces, in order, and then pieces of the shares of the threads 1, 2, 4, ... after it, so that a thread that is
+  // done looks at few others. given: one for each thread, 0 before the first.
+  template <class F>
+  void divide(int64_t n, int64_t piece, GivenOut* given, F f) const {
+    if (size == 1 || n <= 2 * piece * size) {  // hardly anything would be left for another thread
+      const Range mine = share(n);
+      if (mine.begin < mine.end) f(mine);
+      return;
+    }
+    take_from(rank, n, piece, given, f);
+    for (int step = 1; step < size; step *= 2) take_from((rank + step) % size, n, piece, given, f);
+  }
   // The next task that nobody has taken; counter: shared, 0 before the first.
   static int64_t next(int64_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+
+ private:
+  template <class F>
+  void take_from(int thread, int64_t n, int64_t piece, GivenOut* given, F f) const {
+    const Range all = share_of(thread, n);
+    int64_t* items = &given[thread].items;
+    while (__atomic_load_n(items, __ATOMIC_RELAXED) < all.end - all.begin) {
+      const int64_t begin = all.begin + __atomic_fetch_add(items, piece, __ATOMIC_RELAXED);
+      if (begin < all.end) f(Range{begin, begin + piece < all.end ? begin + piece : all.end});
+    }
+  }
 };
 
 // f(team) on `threads` threads.
