@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 4 ? 3 : 1) matvec_kernel(Ma
   }
   float y = warp_sums(sums, lane);
   if constexpr (std::is_same_v<W, q8>) {
-    // one rounding, written out: the compiler would fuse the product and the sum for some batches only
+    // one rounding, written out: the compiler may fuse product and sum in the kernel of one batch and not of another
     y = p.swiglu ? y * scale : fmaf(y, scale, before);
   } else if (!p.swiglu) {
     y = before + y;

@@ -126,9 +126,7 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(bits), b.view(bits))
 
 
-def check(
-    ops, case: Case, reference: Case | None = None, exact: Case | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def check(ops, case: Case, reference: Case | None = None, exact: Case | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """reference: what plain PyTorch computes in, if not as the case says. exact: the step in float64, if its weights
     have other values than the case's."""
     results = case.run(native(ops))

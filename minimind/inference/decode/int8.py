@@ -78,8 +78,8 @@ def pack_int8(weight: Tensor, out: Tensor, gate_up: bool = False) -> Tensor:
 
 
 def int8_rows(weight: Tensor, into: Sequence[Tensor] = ()) -> list[Tensor]:
-    """Weight [N, K], of any float dtype, as a GPU's step reads it: integers int8 [N, K padded with zeros to a multiple of
-    16] and scales float32 [N]. into: an earlier result for the same shape, whose memory is reused."""
+    """Weight [N, K], of any float dtype, as a GPU's step reads it: integers int8 [N, K padded with zeros to a multiple
+    of 16] and scales float32 [N]. into: an earlier result for the same shape, whose memory is reused."""
     n, k = weight.shape
     integers, scales = quantize(weight.float())
     out = list(into) or [

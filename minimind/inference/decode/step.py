@@ -1,8 +1,8 @@
 """One step of the whole model as one native call, and the model's weights in the order that it reads.
 
     CPU    one parallel region for any batch, dense models and mixtures of experts; matrices are packed; prompts too
-    CUDA   five kernels per layer for up to `cuda_rows` sequences of a dense model; matrices as the model stores them, or
-           in rows of 8-bit integers (int8.py)
+    CUDA   five kernels per layer for up to `cuda_rows` sequences of a dense model; matrices as the model stores them,
+           or in rows of 8-bit integers (int8.py)
 
 A packed matrix [N, K] consists of blocks of sixteen rows. In a block, the numbers that one instruction reads are
 adjacent (csrc/cpu/matmul.h):
@@ -29,13 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.inference.decode.int8 import (
-    check_weights_dtype,
-    int8_rows,
-    pack_int8,
-    packed_int8_shape,
-    rounded_rows,
-)
+from minimind.inference.decode.int8 import check_weights_dtype, int8_rows, pack_int8, packed_int8_shape, rounded_rows
 from minimind.modeling import MLP, Block, Model, MoE, RMSNorm
 
 CUDA_SHARED = 96 << 10  # bytes, as in csrc/cuda/matvec.cuh
@@ -104,7 +98,7 @@ class DecodeWeights:
     @property
     def cuda_rows(self) -> int:
         """The most sequences of a step on a GPU; 0 if this model has no such step: mixtures of experts, and matrices
-        whose rows do not begin at multiples of 16 bytes; of 8 bits, whose rows are no multiples of 4 numbers. The batch's
+        whose rows do not begin at multiples of 16 bytes, or with 8 bits are not multiples of 4 numbers. The batch's
         activations must fit shared memory."""
         matrices = [t for t, role in zip(self.tensors, self.roles, strict=True) if role != "small"]
         columns = max(t.shape[-1] for t in matrices)
