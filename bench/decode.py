@@ -34,7 +34,7 @@ from bench.common.models import random_model
 from bench.common.record import append, as_dicts, check_columns, package_version, results_folder, stamp
 from bench.common.timing import busy_programs, read_bandwidth, spread
 from bench.common.worker import ImplementationError, Worker, take_turn
-from bench.decoding.implementations import IMPLEMENTATIONS, DecodeSetting, Generation, start, why_not
+from bench.decoding.implementations import IMPLEMENTATIONS, DecodeSetting, Generation, Width, start, why_not
 from bench.decoding.judge import Judge, Verdict
 from bench.decoding.report import DecodeRow, plot, show
 from bench.decoding.vllm_peer import version as vllm_version
@@ -157,7 +157,8 @@ class DecodeComparison:
                 fields |= {"error_ratio": self.verdicts[name].ratio, "equal": self.verdicts[name].equal}
             bandwidth = bandwidths[implementation.width]
             kv_bytes = int(self.judge.model.kv_bytes_per_token(torch.int8) * implementation.kv_bytes)
-            read = step_bytes(self.judge.model, self.setting, BYTES[implementation.width], kv_bytes)
+            per_weight = bytes_per_weight(implementation.width, self.judge.model, self.setting)
+            read = step_bytes(self.judge.model, self.setting, per_weight, kv_bytes)
             fields |= {"step_bytes": read, "kv_bytes_per_token": kv_bytes, "bandwidth": bandwidth}
             if fields.get("tpot"):
                 fields["share"] = read / bandwidth / fields["tpot"]
@@ -225,6 +226,13 @@ def summary(turns: Sequence[Generation], setting: DecodeSetting) -> dict[str, An
         "tokens_per_second": setting.batch / tpot,
         "overall_per_second": len(turns) * setting.batch * setting.new / seconds,
     }
+
+
+def bytes_per_weight(width: Width, model: Model, setting: DecodeSetting) -> float:
+    """Of a step. On a GPU the layers read weights rounded to 8 bits in bf16: those of mixtures of experts, and of more
+    than eight sequences."""
+    by_layers = setting.device.type == "cuda" and (model.config.num_experts > 0 or setting.batch > 8)
+    return BYTES["bf16" if width == "int8" and by_layers else width]
 
 
 def step_bytes(model: Model, setting: DecodeSetting, per_weight: float, kv_bytes_per_token: int) -> int:

@@ -47,11 +47,16 @@ ATTENTION = (
     (torch.bfloat16, torch.bfloat16, 6, LENGTHS),
 )
 APPEND = ((torch.bfloat16, torch.bfloat16, 96), (torch.float32, FP8, 64), (torch.float16, FP8, 6))
-STEPS: tuple[tuple[torch.dtype, torch.dtype, int, bool, tuple[int, ...]], ...] = (  # the bool: QK norm
-    (torch.bfloat16, torch.bfloat16, 64, False, (200,)),
-    (torch.bfloat16, torch.bfloat16, 96, True, LENGTHS),
-    (torch.float32, torch.bfloat16, 80, False, (1, 130)),
-    (torch.bfloat16, torch.bfloat16, 20, False, (3,) * 8),
+# dtype, of the matrices if not int8, of the cache; head size, QK norm, lengths
+STEPS: tuple[tuple[torch.dtype, torch.dtype | None, torch.dtype, int, bool, tuple[int, ...]], ...] = (
+    (torch.bfloat16, None, torch.bfloat16, 64, False, (200,)),
+    (torch.bfloat16, None, torch.bfloat16, 96, True, LENGTHS),
+    (torch.float32, None, torch.bfloat16, 80, False, (1, 130)),
+    (torch.bfloat16, None, torch.bfloat16, 20, False, (3,) * 8),
+    (torch.bfloat16, torch.int8, torch.bfloat16, 64, False, (200,)),
+    (torch.bfloat16, torch.int8, torch.bfloat16, 96, True, LENGTHS),
+    (torch.float32, torch.int8, torch.bfloat16, 80, False, (1, 130)),
+    (torch.bfloat16, torch.int8, torch.bfloat16, 20, False, (3,) * 8),
 )
 VOCABULARIES = (33, 6400, 30_000)  # the last does not fit the shared memory of a GPU
 
@@ -146,13 +151,14 @@ def whole_step(
     return (model, dtype, *rows, *angles, *caches)
 
 
-def native_step(model: Model, dtype: torch.dtype, *inputs: Tensor) -> Tensor:
-    weights = DecodeWeights.from_model(model, dtype)
+def native_step(weights_dtype: torch.dtype | None, model: Model, dtype: torch.dtype, *inputs: Tensor) -> Tensor:
+    weights = DecodeWeights.from_model(model, dtype, weights_dtype)
     return decode_step(weights, weights.operands(), *inputs)
 
 
-def step_by_layers(model: Model, dtype: torch.dtype, *inputs: Tensor) -> Tensor:
-    """The same step as the engine runs it without native operators, in float32 with weights rounded to `dtype`."""
+def step_by_layers(weights_dtype: torch.dtype | None, model: Model, dtype: torch.dtype, *inputs: Tensor) -> Tensor:
+    """The same step as the engine runs it without native operators, in float32 with weights rounded to `dtype`, and
+    then to `weights_dtype` unless it is None."""
     names = ("token", "position", "slot", "page_table", "length")
     tensors, caches = dict(zip(names, inputs, strict=False)), inputs[-2:]
     rows, pages = tensors["page_table"].shape
@@ -160,7 +166,11 @@ def step_by_layers(model: Model, dtype: torch.dtype, *inputs: Tensor) -> Tensor:
         if parameter.ndim > 1:
             parameter.data = parameter.data.to(dtype).float()
     batch = DecodeBatch(rows, pages, PAGE, model.config.vocab_size, model.device)
-    runner = Runner(Replica(model, torch.float32), PagedCache(*caches), batch, pages * PAGE, "reference")
+    replica = Replica(model, torch.float32)
+    if weights_dtype is not None:
+        replica.own_matrices()
+        DecodeWeights.from_model(replica.model).round_matrices()
+    runner = Runner(replica, PagedCache(*caches), batch, pages * PAGE, "reference")
     for name, tensor in tensors.items():
         batch.tensor[name].copy_(tensor)
     return runner._decode_layers(rows) * (tensors["length"] > 0)[:, None]
@@ -188,10 +198,11 @@ def cases() -> Iterator[NativeCase]:
         name = f"rope_append_kv, {dtype} to {cache}, heads of {dim}"
         make = functools.partial(append, dtype, cache, dim)
         yield NativeCase(name, dtype, ops.rope_append_kv, rope_append_kv_ref, make)
-    for weights, cache, dim, qk_norm, rows in STEPS:
-        name = f"decode_step, {weights} over {cache}, heads of {dim}, {len(rows)} rows"
-        make = functools.partial(whole_step, weights, cache, dim, qk_norm, rows)
-        yield NativeCase(name, torch.bfloat16, native_step, step_by_layers, make)
+    for dtype, weights, cache, dim, qk_norm, rows in STEPS:
+        name = f"decode_step, {weights or dtype} over {cache}, heads of {dim}, {len(rows)} rows"
+        make = functools.partial(whole_step, dtype, cache, dim, qk_norm, rows)
+        native_form, reference = (functools.partial(step, weights) for step in (native_step, step_by_layers))
+        yield NativeCase(name, torch.bfloat16, native_form, reference, make)
     for vocabulary in VOCABULARIES:
         make = functools.partial(choices, vocabulary)
         yield NativeCase(f"sample from {vocabulary} tokens", torch.float32, ops.sample, sample_ref, make)

@@ -25,9 +25,10 @@ namespace minimind {
 
 constexpr uint64_t kTorchVersion = uint64_t{2} << 56 | uint64_t{11} << 48;  // the ABI that torch_abi.h declares
 
-enum class Dtype { float32, bfloat16, float16, float8_e4m3fn, int32, int64, other };
+enum class Dtype { float32, bfloat16, float16, float8_e4m3fn, int8, int32, int64, other };
 inline const char* name(Dtype dtype) {
-  constexpr const char* names[] = {"float32", "bfloat16", "float16", "float8_e4m3fn", "int32", "int64", "another dtype"};
+  constexpr const char* names[] = {"float32", "bfloat16", "float16", "float8_e4m3fn",
+                                   "int8",    "int32",    "int64",   "another dtype"};
   return names[static_cast<int>(dtype)];
 }
 
@@ -107,7 +108,8 @@ class Tensor {
  private:
   static int32_t torch_dtype(Dtype dtype) {
     static const int32_t table[] = {aoti_torch_dtype_float32(),       aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16(),
-                                    aoti_torch_dtype_float8_e4m3fn(), aoti_torch_dtype_int32(),    aoti_torch_dtype_int64()};
+                                    aoti_torch_dtype_float8_e4m3fn(), aoti_torch_dtype_int8(),     aoti_torch_dtype_int32(),
+                                    aoti_torch_dtype_int64()};
     return table[static_cast<int>(dtype)];
   }
   static Dtype known_dtype(int32_t dtype) {

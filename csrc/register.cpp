@@ -26,7 +26,8 @@ const Library schema(nullptr, [](Library& m) {
       "Tensor presence_penalty, Tensor history, Tensor seeds, Tensor offsets) -> (Tensor tokens, Tensor log_probs)");
   // A whole step of the whole model: tokens int64 [B] -> logits float32 [B, V]; caches [L, P, S, G, D]. CUDA: of a dense
   // model, B up to 8. weights: embedding [V, C], final norm [C], head [V, C], then for each layer (on a CPU matrices but
-  // the embedding packed, as minimind/inference/decode/step.py does it)
+  // the embedding packed, as minimind/inference/decode/step.py does it; on a GPU these may be int8, with rows padded to
+  // multiples of 16 numbers, each matrix followed by a float32 scale for every row)
   //   input norm [C], qkv [(H + 2 G) D, C], q norm [D], k norm [D] (with qk_norm), o [C, H D], post-attention norm [C],
   //   gate_up [2 I, C], down [C, I]                                                        (experts == 0)
   //   router [E, C], gate_up [E, 2 J, C], down [E, C, J], (gate_up, down) per shared expert  (experts > 0)

@@ -279,6 +279,20 @@ MUTATIONS = (
         "y = up / (1.0f + expf(-up)) * y;",
         "tests/csrc/test_decode_step_emulated.py::test_a_step_in_float32_is_the_models",
     ),
+    Mutation(
+        "rows of the up projection take the scales of the gate",
+        "csrc/cuda/matvec.cuh",
+        "scale = p.scales[row_of_weight<kRows>(p, first, i)];",
+        "scale = p.scales[min(first + i, p.n - 1)];",
+        "tests/csrc/test_int8_step_emulated.py::test_a_step_is_that_of_the_rounded_weights",
+    ),
+    Mutation(
+        "on a GPU the layers compute with weights that are not rounded",
+        "minimind/inference/runner.py",
+        "self._weights.round_matrices()",
+        "pass",
+        "tests/csrc/test_int8_engine_emulated.py::test_few_and_many_sequences_are_of_the_same_model",
+    ),
     # csrc/cpu
     Mutation(
         "a group's sum of 8-bit products forgets that its weights were moved by 128",

@@ -19,7 +19,7 @@ from bench.common.models import random_model
 from bench.common.record import columns_of
 from bench.common.timing import read_bandwidth
 from bench.common.worker import ImplementationError
-from bench.decode import Args, main, step_bytes, summary
+from bench.decode import Args, bytes_per_weight, main, step_bytes, summary
 from bench.decoding import implementations
 from bench.decoding.implementations import IMPLEMENTATIONS, DecodeSetting, Generation, naive, naive_forward, why_not
 from bench.decoding.judge import Judge, round_q8, rounded_logits
@@ -103,7 +103,17 @@ def test_the_judge_allows_8_bit_weights_their_rounding(tmp_path):
     verdict = judge.judge(prompts, tokens, "int8")
     assert verdict.passed and verdict.error > 1e-3
     assert not judge.judge(prompts, greedy(random_model(SMALL, seed=1), prompts, 40), "int8").passed
-    assert why_not("ours-int8", model.config, torch.device("cuda")) == "8-bit weights need a CPU"
+
+
+@pytest.mark.parametrize(
+    "device, batch, variant, expected",
+    [("cpu", 64, "moe", 1), ("cuda", 8, "dense", 1), ("cuda", 9, "dense", 2), ("cuda", 1, "moe", 2)],
+)
+def test_bytes_of_a_weight_of_8_bits(tmp_path, device, batch, variant, expected):
+    model = random_model(ModelConfig(32, 2, 4, 2, 16, 64, 200, **VARIANTS[variant]))
+    setting = DecodeSetting(tmp_path, batch, 9, 40, 1, torch.device(device))
+    assert bytes_per_weight("int8", model, setting) == expected
+    assert bytes_per_weight("fp32", model, setting) == 4
 
 
 def test_q8_rounding_equals_the_file_formats():

@@ -23,7 +23,8 @@ ATTENTION_WARPS, MAX_SPLITS = 4, 128
 MATVEC_WARPS, MATVEC_SHARED, COLUMNS = (4, 96 * 1024, 2432)  # of csrc/cuda/matvec.cuh; the longest rows of the presets
 SAMPLE_WARPS, EXCHANGE, SAMPLE_SHARED = 16, 896, 96 * 1024  # of csrc/cuda/sample.cuh
 VOCABULARY = 6400
-BYTES = {"float": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+CACHES = ("float", "bf16", "fp16", "fp8")
+BYTES = {"float": 4, "bf16": 2, "fp16": 2, "fp8": 1, "q8": 1}
 NAMES = {"float": "fp32"}
 VARIANTS = (  # every kernel that uses shared memory, by its name in C++
     *(
@@ -32,8 +33,8 @@ VARIANTS = (  # every kernel that uses shared memory, by its name in C++
         for cache in (query, "fp8")
         for dim in (32, 64, 80, 96, 128)
     ),
-    *(("cuda_core_kernel", (cache, chunks)) for cache in BYTES for chunks in "124"),
-    *(("matvec_kernel", (weight, rows)) for weight in ("float", "bf16", "fp16") for rows in "1248"),
+    *(("cuda_core_kernel", (cache, chunks)) for cache in CACHES for chunks in "124"),
+    *(("matvec_kernel", (weight, rows)) for weight in ("float", "bf16", "fp16", "q8") for rows in "1248"),
     ("sample_kernel", ()),
 )
 

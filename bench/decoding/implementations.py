@@ -296,8 +296,6 @@ def why_not(name: str, config: ModelConfig, device: torch.device) -> str | None:
             return f"{VARIABLE} names no Python that has it"
         if device.type != "cpu":
             return "its CPU package is compared"
-    if name == "ours-int8" and device.type != "cpu":
-        return "8-bit weights need a CPU"
     if name in ("ours", "ours-int8", "ours-fp8", "ours-fp32"):
         return native.why_not(device)
     return None

@@ -8,7 +8,7 @@ ties in the last digits.
 
 With a float8 cache, e is measured with keys and values rounded as the engine's cache rounds them; for q8_0, with the
 weights and the inputs of every product in blocks of 32 integers with one scale, as in llama.cpp; for int8, with both
-rounded as in our decoding with 8-bit weights, and a bfloat16 cache.
+rounded as in our decoding with 8-bit weights on a CPU (a GPU rounds activations less), and a bfloat16 cache.
 """
 
 from __future__ import annotations

@@ -11,19 +11,24 @@ class WeightReader {
   explicit WeightReader(const TensorList& list) : list_(list) {
     MINIMIND_CHECK(!list.empty(), "weights: empty");
     matrix_ = list[0].dtype();
+    scaled_ = list.size() > 2 && list[2].dtype() == Dtype::int8;  // the head
     wide_number_of("weights[0]", list[0]);
   }
-  Dtype matrix_dtype() const { return matrix_; }
+  bool scaled() const { return scaled_; }
 
   const Tensor& next(const char* what) {
     MINIMIND_CHECK(at_ < list_.size(), "weights: ", list_.size(), " tensors, but ", what, " is still to come");
     return list_[at_++];
   }
-  const void* matrix(const char* what, int64_t n, int64_t k) {
-    const Tensor& tensor = next(what);
-    check_tensor(what, tensor, matrix_, {n, k}, list_[0]);
-    MINIMIND_CHECK(aligned(tensor, 16), what, ": does not begin at a multiple of 16 bytes");
-    return tensor.data();
+  int64_t rows_of_next() const { return at_ < list_.size() && list_[at_].dim() == 2 ? list_[at_].size(0) : 0; }
+  const void* embedding(int64_t n, int64_t k) { return rows("embedding", matrix_, n, k); }
+  Matrix matrix(const char* what, int64_t n, int64_t k) {
+    if (!scaled_) return {rows(what, matrix_, n, k), nullptr};
+    constexpr int64_t kEach = matvec::kEach<q8>;
+    const void* const integers = rows(what, Dtype::int8, n, (k + kEach - 1) / kEach * kEach);
+    const Tensor& scales = next(what);
+    check_tensor((std::string(what) + " scales").c_str(), scales, Dtype::float32, {n}, list_[0]);
+    return {integers, scales.data<float>()};
   }
   const void* norm(const char* what, int64_t n) {
     const Tensor& tensor = next(what);
@@ -37,15 +42,25 @@ class WeightReader {
   }
 
  private:
+  const void* rows(const char* what, Dtype dtype, int64_t n, int64_t k) {
+    const Tensor& tensor = next(what);
+    check_tensor(what, tensor, dtype, {n, k}, list_[0]);
+    MINIMIND_CHECK(aligned(tensor, 16), what, ": does not begin at a multiple of 16 bytes");
+    return tensor.data();
+  }
+
   const TensorList& list_;
   size_t at_ = 0;
+  bool scaled_ = false;
   Dtype matrix_, norm_ = Dtype::other;
 };
 
 struct Weights {
   int64_t vocabulary, width, inner = 0;
-  const void *embedding, *final_norm, *head;
+  const void *embedding, *final_norm;
+  Matrix head;
   std::vector<StepLayer> layers;
+  bool scaled;
   Number dtype, norm_dtype;
 
   Weights(const TensorList& list, const Caches& caches, int64_t heads, bool qk_norm) {
@@ -54,7 +69,7 @@ struct Weights {
     MINIMIND_CHECK(first.dim() == 2 && first.size(0) > 0, "embedding: not of size [vocabulary, width]");
     vocabulary = first.size(0), width = first.size(1);
     const int64_t dim = caches.head_dim, inside = heads * dim;
-    embedding = reader.matrix("embedding", vocabulary, width);
+    embedding = reader.embedding(vocabulary, width);
     final_norm = reader.norm("final norm", width);
     head = reader.matrix("head", vocabulary, width);
     for (int64_t i = 0; i < caches.layers; ++i) {
@@ -64,15 +79,13 @@ struct Weights {
       if (qk_norm) layer.q_norm = reader.norm("q norm", dim), layer.k_norm = reader.norm("k norm", dim);
       layer.o = reader.matrix("o", width, inside);
       layer.post_norm = reader.norm("post-attention norm", width);
-      const Tensor& gate_up = reader.next("gate_up");
-      if (i == 0) inner = gate_up.dim() == 2 ? gate_up.size(0) / 2 : 0;
-      check_tensor("gate_up", gate_up, reader.matrix_dtype(), {2 * inner, width}, first);
-      MINIMIND_CHECK(aligned(gate_up, 16), "gate_up: does not begin at a multiple of 16 bytes");
-      layer.gate_up = gate_up.data();
+      if (i == 0) inner = reader.rows_of_next() / 2;
+      layer.gate_up = reader.matrix("gate_up", 2 * inner, width);
       layer.down = reader.matrix("down", width, inner);
       layers.push_back(layer);
     }
     reader.finish();
+    scaled = reader.scaled();
     dtype = number_of("weights", first);
     norm_dtype = number_of("final norm", list[1]);
   }
@@ -82,9 +95,9 @@ void check_sizes(const Weights& w, int64_t batch, int64_t inside) {
   MINIMIND_CHECK(batch <= matvec::kMaxRows, "tokens: ", batch, " of them; at most ", matvec::kMaxRows, " on a GPU");
   for (const auto& [what, k] : {std::pair("width", w.width), std::pair("heads times head size", inside),
                                 std::pair("inner width", w.inner)}) {
-    MINIMIND_CHECK(k > 0 && k * bytes_of(w.dtype) % 16 == 0, "weights: rows of ", k, " (", what,
-                   ") do not begin at multiples of 16 bytes");
-    MINIMIND_CHECK(k < (int64_t{1} << 24) && multiply_fits(w.dtype, static_cast<int>(batch), static_cast<int>(k)),
+    MINIMIND_CHECK(k > 0 && (w.scaled ? k % 4 == 0 : k * bytes_of(w.dtype) % 16 == 0), "weights: rows of ", k, " (", what,
+                   ") do not begin at multiples of ", w.scaled ? "4 numbers" : "16 bytes");
+    MINIMIND_CHECK(k < (int64_t{1} << 24) && multiply_fits(w.dtype, w.scaled, static_cast<int>(batch), static_cast<int>(k)),
                    "weights: ", batch, " rows of ", k, " (", what, ") do not fit shared memory");
   }
 }

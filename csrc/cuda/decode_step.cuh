@@ -7,7 +7,7 @@
 //   x        += W_down hidden
 //   logits    = W_head norm(x)
 //
-// Activations are float32 throughout; so is all arithmetic, but that queries are rounded to the dtype of 16-bit weights
+// Activations are float32 throughout; so is all arithmetic, but that queries are rounded to the 16-bit dtype of the model
 // where tensor cores multiply them with keys of the same dtype or of float8. All kernels but the first may overlap the
 // one ahead: whatever was enqueued before the step is done when the first one starts.
 #pragma once
@@ -17,14 +17,25 @@
 
 namespace minimind {
 
+struct Matrix {
+  const void* weight;
+  const float* scales;  // of each row, of weights of 8 bits (matvec.cuh), or null
+};
+
 struct StepLayer {
-  const void *input_norm, *qkv, *q_norm, *k_norm, *o, *post_norm, *gate_up, *down;
+  const void* input_norm;
+  Matrix qkv;
+  const void *q_norm, *k_norm;
+  Matrix o;
+  const void* post_norm;
+  Matrix gate_up, down;
 };
 
 struct DecodeStep {
   const int64_t* tokens;
   const StepLayer* layers;
-  const void *embedding, *final_norm, *head;
+  const void *embedding, *final_norm;
+  Matrix head;
   float *x, *qkv, *attended, *hidden, *logits;  // [B, C], [B, (H + 2 G) D], [B, H D], [B, I], [B, V]
   int64_t vocabulary, layer_stride;             // layer_stride: of the caches, in numbers
   int num_layers, width, inner;
@@ -40,9 +51,9 @@ inline void decode_step(const DecodeStep& s, void* stream) {
   MatVec of_all = {};
   of_all.batch = attention.batch, of_all.dtype = attention.dtype, of_all.norm_dtype = s.norm_dtype;
   of_all.eps = attention.fresh.eps, of_all.overlap = true;
-  const auto product = [&](const void* weight, const float* x, int k, const void* norm, float* out, int n) {
+  const auto product = [&](const Matrix& matrix, const float* x, int k, const void* norm, float* out, int n) {
     MatVec p = of_all;
-    p.weight = weight, p.x = x, p.k = k, p.norm = norm, p.out = out, p.n = n;
+    p.weight = matrix.weight, p.scales = matrix.scales, p.x = x, p.k = k, p.norm = norm, p.out = out, p.n = n;
     return p;
   };
   for (int i = 0; i < s.num_layers; ++i) {

@@ -12,17 +12,23 @@
 // long; on an H100 that is twice the rate at which the memory delivers. Registers hold weights as they are stored; they
 // become float32 four at a time, and all arithmetic is in it.
 //
+// Weights of 8 bits are integers with one scale per row, which multiplies the finished sum. Half of the bytes of bf16 meet
+// the same arithmetic, so with eight rows an H100 computes as long as it reads.
+//
 // An output is a sum in one order, whatever else is computed: a row gives the same bits in any batch of up to eight.
 #pragma once
+
+#include <type_traits>
 
 #include "warp.cuh"
 
 namespace minimind {
 
 struct MatVec {
-  const void* weight;      // [N, K]; with swiglu [2 N, K]
+  const void* weight;      // [N, K]; with swiglu [2 N, K]; q8 if there are scales, K padded to a multiple of 16
+  const float* scales;     // [N], with swiglu [2 N]; null: weight is of dtype
   const float* x;          // [B, K]; null: rows `tokens` of `embedding`
-  const void* embedding;   // [V, K], as W
+  const void* embedding;   // [V, K] of dtype
   const int64_t* tokens;   // [B]; one that V does not have takes the nearest
   float* embedded;         // [B, K]: receives them
   const void* norm;        // [K] of norm_dtype; null: no norm
@@ -61,11 +67,20 @@ constexpr size_t shared_bytes(int rows, int k) {
   return sizeof(float) * (static_cast<size_t>(rows + 1) * padded<W>(k) + kWarps * rows);
 }
 
-// Where x[k] lies, k a multiple of 4: what the lanes of a warp read at once are neighbours.
+// Where four numbers of x lie that a lane multiplies with the `part`-th four of its weights: what lanes read at once are
+// neighbours. Of q8, what they write at once are four parts for two lanes; without the turn all parts were in the same
+// banks.
+template <class W>
+__device__ __forceinline__ int place(int lane, int part) {
+  constexpr int kTurn = std::is_same_v<W, q8> ? 2 : 0;
+  return (part * kWarp + (lane ^ part * kTurn)) * 4;
+}
+
+// Where x[k] lies, k a multiple of 4.
 template <class W>
 __device__ __forceinline__ int position(int k) {
-  const int in_chunk = k % kChunk<W>, lane = in_chunk / kEach<W>, part = in_chunk % kEach<W> / 4;
-  return k - in_chunk + part * 4 * kWarp + lane * 4;
+  const int in_chunk = k % kChunk<W>;
+  return k - in_chunk + place<W>(in_chunk / kEach<W>, in_chunk % kEach<W> / 4);
 }
 
 struct Shared {
@@ -89,11 +104,22 @@ __device__ __forceinline__ void load_gains(const MatVec& p, const Shared& s) {
 }
 
 template <class W>
+__device__ __forceinline__ Four load_embedding(const MatVec& p, int64_t at) {
+  if constexpr (std::is_same_v<W, q8>) {
+    if (p.dtype == Number::bf16) return load_four(static_cast<const bf16*>(p.embedding) + at);
+    if (p.dtype == Number::fp16) return load_four(static_cast<const fp16*>(p.embedding) + at);
+    return load_four(static_cast<const float*>(p.embedding) + at);
+  } else {
+    return load_four(static_cast<const W*>(p.embedding) + at);
+  }
+}
+
+template <class W>
 __device__ __forceinline__ Four load_x(const MatVec& p, int row, int k) {
   if (k >= p.k || row >= p.batch) return {};
   if (p.x != nullptr) return *reinterpret_cast<const Four*>(p.x + static_cast<int64_t>(row) * p.k + k);
   const int64_t token = min(max(p.tokens[row], int64_t{0}), p.vocabulary - 1);
-  const Four x = load_four(static_cast<const W*>(p.embedding) + token * p.k + k);
+  const Four x = load_embedding<W>(p, token * p.k + k);
   if (blockIdx.x == 0) *reinterpret_cast<Four*>(p.embedded + static_cast<int64_t>(row) * p.k + k) = x;
   return x;
 }
@@ -138,21 +164,25 @@ __device__ __forceinline__ void fill(const MatVec& p, const Shared& s) {
   });
 }
 
-// The rows of W that a warp takes, and what is under way of them.
+// The i-th row of W that a warp takes whose first output is `first`; of rows beyond the last one, the last.
+template <int kRows>
+__device__ __forceinline__ int64_t row_of_weight(const MatVec& p, int first, int i) {
+  constexpr int kHalf = kOf<kRows> / 2;
+  const int n = p.swiglu && i >= kHalf ? first + i - kHalf : first + i;
+  return min(n, p.n - 1) + (p.swiglu && i >= kHalf ? p.n : 0);
+}
+
+// These rows, and what is under way of them.
 template <class W, int kRows>
 struct Rows {
   const W* row[kOf<kRows>];
   Words ring[kDepth<kRows>][kOf<kRows>];
 
-  // first: an output; of rows beyond the last one, the last.
   __device__ __forceinline__ Rows(const MatVec& p, int first) {
-    constexpr int kHalf = kOf<kRows> / 2;
+    const int stride = std::is_same_v<W, q8> ? (p.k + kEach<W> - 1) / kEach<W> * kEach<W> : p.k;
 #pragma unroll
-    for (int i = 0; i < kOf<kRows>; ++i) {
-      const int n = p.swiglu && i >= kHalf ? first + i - kHalf : first + i;
-      const int64_t index = min(n, p.n - 1) + (p.swiglu && i >= kHalf ? p.n : 0);
-      row[i] = static_cast<const W*>(p.weight) + index * p.k;
-    }
+    for (int i = 0; i < kOf<kRows>; ++i)
+      row[i] = static_cast<const W*>(p.weight) + row_of_weight<kRows>(p, first, i) * stride;
   }
 
   __device__ __forceinline__ void load(int slot, int chunk, int lane, int k) {
@@ -171,7 +201,7 @@ struct Rows {
       for (int i = 0; i < kOf<kRows>; ++i) weights[i] = unpack_four<W>(ring[slot][i], part);
 #pragma unroll
       for (int b = 0; b < kRows; ++b) {
-        const Four mine = *reinterpret_cast<const Four*>(x + b * stride + (part * kWarp + lane) * 4);
+        const Four mine = *reinterpret_cast<const Four*>(x + b * stride + place<W>(lane, part));
 #pragma unroll
         for (int i = 0; i < kOf<kRows>; ++i)
 #pragma unroll
@@ -199,9 +229,11 @@ __global__ void __launch_bounds__(kThreads, kRows == 4 ? 3 : 1) matvec_kernel(Ma
   s.gain = s.x + kRows * s.stride;
   s.sums = s.gain + s.stride;
   if (p.norm != nullptr) load_gains(p, s);
+  const int b = lane / kLanes / kOf<kRows>, i = lane / kLanes % kOf<kRows>;
+  float scale = 1.0f;
+  if constexpr (std::is_same_v<W, q8>) scale = p.scales[row_of_weight<kRows>(p, first, i)];
   wait_for_previous();
 
-  const int b = lane / kLanes / kOf<kRows>, i = lane / kLanes % kOf<kRows>;
   const bool writes = lane % kLanes == 0 && i < of_warp && first + i < p.n && b < p.batch;
   float* const to = p.out + static_cast<int64_t>(b) * p.n + first + i;
   const float before = writes && p.accumulate ? *to : 0.0f;
@@ -220,11 +252,17 @@ __global__ void __launch_bounds__(kThreads, kRows == 4 ? 3 : 1) matvec_kernel(Ma
     }
   }
   float y = warp_sums(sums, lane);
+  if constexpr (std::is_same_v<W, q8>) {
+    // one rounding, written out: the compiler may fuse product and sum in the kernel of one batch and not of another
+    y = p.swiglu ? y * scale : fmaf(y, scale, before);
+  } else if (!p.swiglu) {
+    y = before + y;
+  }
   if (p.swiglu) {
     const float up = __shfl_sync(kAll, y, (lane + kOf<kRows> / 2 * kLanes) % kWarp);
     y = y / (1.0f + expf(-y)) * up;
   }
-  if (writes) *to = p.lengths != nullptr && p.lengths[b] <= 0 ? 0.0f : before + y;
+  if (writes) *to = p.lengths != nullptr && p.lengths[b] <= 0 ? 0.0f : y;
 }
 
 template <class W, int kRows>
@@ -246,16 +284,19 @@ void launch_matvec(const MatVec& p, void* stream) {
 
 // The batch from 1 to 8; rows of weight, x, embedding, out and embedded begin at multiples of 16 bytes.
 inline void multiply(const MatVec& p, void* stream) {
+  if (p.scales != nullptr) return matvec::launch_matvec<q8>(p, stream);
   if (p.dtype == Number::bf16) return matvec::launch_matvec<bf16>(p, stream);
   if (p.dtype == Number::fp16) return matvec::launch_matvec<fp16>(p, stream);
   matvec::launch_matvec<float>(p, stream);
 }
 
-// Whether a batch's activations of k columns fit the shared memory of a block.
-inline bool multiply_fits(Number dtype, int batch, int k) {
+// Whether a batch's activations of k columns fit the shared memory of a block. scaled: of weights of 8 bits.
+inline bool multiply_fits(Number dtype, bool scaled, int batch, int k) {
   int rows = 1;
   while (rows < batch) rows *= 2;
-  const size_t shared = dtype == Number::fp32 ? matvec::shared_bytes<float>(rows, k) : matvec::shared_bytes<bf16>(rows, k);
+  const size_t shared = scaled                    ? matvec::shared_bytes<q8>(rows, k)
+                        : dtype == Number::fp32 ? matvec::shared_bytes<float>(rows, k)
+                                                : matvec::shared_bytes<bf16>(rows, k);
   return batch <= matvec::kMaxRows && shared <= matvec::kMaxShared;
 }
 

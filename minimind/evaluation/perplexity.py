@@ -7,8 +7,8 @@
 The text of --ppl is one stream of tokens, cut into windows of each length. Every length scores the same tokens, each
 once, with the tokens before it in its window as context. Perplexity is exp of the mean of -log p; bits per byte do not
 depend on the tokenizer. The second half of every window is also reported alone, since only there the context is long.
-Every curve is measured again with keys and values rounded as in an fp8 cache if --kv-dtype is fp8, and with matrices
-and activations rounded as in decoding with 8-bit weights if --weights-dtype is int8.
+Every curve is measured again with keys and values rounded as in an fp8 cache if --kv-dtype is fp8, and with matrices,
+on a CPU activations too, rounded as in decoding with 8-bit weights if --weights-dtype is int8.
 
 Memory grows with the longest window, not with the text. The command prints a table and writes perplexity.json and
 perplexity.png to the run folder or --out.

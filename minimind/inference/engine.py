@@ -49,8 +49,9 @@ class Engine:
     dtype: of activations: float32, bfloat16 or float16; None: the model's compute dtype.
     kv_dtype: of the cache: one of these or float8_e4m3fn, which halves bfloat16's memory (docs/decoding.md); None:
         dtype. The rounding of the cache affects prompts too.
-    weights_dtype: torch.int8 computes with 8-bit weights, on a CPU with native operators (docs/decoding.md); None:
-        dtype. Prompts are computed in dtype where the native step does not compute them.
+    weights_dtype: torch.int8 computes with 8-bit weights, with native operators (docs/decoding.md); None: dtype. Where
+        the native step does not compute prompts, a CPU computes them in dtype, and a GPU in dtype with the same rounded
+        weights, of which it holds a copy; so also larger batches than the step takes, and mixtures of experts.
     kv_bytes, kv_tokens: the cache's size; give at most one. Neither: max_batch full contexts, but at most 512 MiB on a
         CPU and half of the free memory on a GPU. The cache is allocated at once and never grows.
     max_batch: most sequences that decode together.

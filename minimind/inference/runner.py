@@ -27,12 +27,12 @@ from minimind.config import ModelConfig
 from minimind.inference.batch import DecodeBatch
 from minimind.inference.decode.kv_cache import LayerCache, PagedCache
 from minimind.inference.decode.reference import decode_attention_ref, penalised, rope_append_kv_ref, sample_ref
-from minimind.inference.decode.step import DecodeWeights, decode_step, prefill_step
+from minimind.inference.decode.step import DecodeWeights, decode_step, packs, prefill_step
 from minimind.inference.prefill import ChunkAttention, PagedLayout, pack_chunks, pack_rows
 from minimind.inference.requests import TopLogProbs
 from minimind.inference.scheduler import Chunk
 from minimind.lora import LoRALinear
-from minimind.modeling import Attention, Block, Model, Rotation
+from minimind.modeling import Attention, Block, Linear, Model, Rotation
 from minimind.ops import native, varlen
 from minimind.rope import rope_cos_sin
 
@@ -83,6 +83,16 @@ class Replica:
         self.model.compute_dtype = dtype
         self.model.eval().requires_grad_(False)
         self._copies: dict[str, Tensor] = {}
+        self._owns_matrices = False
+        self.refresh()
+
+    def own_matrices(self) -> None:
+        """Copy all matrices but the embedding and the routers, even those that could be shared, and give a model with
+        tied embeddings a head of its own: then they can be rounded in place after each `refresh`."""
+        self._owns_matrices = True
+        if self.model.lm_head is None:
+            with torch.device("meta"):
+                self.model.lm_head = Linear(self.model.config.hidden_size, self.model.config.vocab_size)
         self.refresh()
 
     @property
@@ -112,7 +122,7 @@ class Replica:
 
     def _allocate_copies(self, names: list[str]) -> None:
         """Keep the copies of `names` that are on their weights' device, and allocate the missing ones."""
-        weights = {name: self._source.get_parameter(name) for name in names}
+        weights = {name: self._source_weight(name) for name in names}
         old = self._copies
         self._copies = {n: old[n] for n, w in weights.items() if n in old and old[n].device == w.device}
         for name in names:
@@ -120,18 +130,26 @@ class Replica:
                 self._copies[name] = torch.empty_like(weights[name], dtype=self.dtype)
 
     def _is_shared(self, name: str) -> bool:
-        weight, path = self._source.get_parameter(name), name.rpartition(".")[0]
+        weight, path = self._source_weight(name), name.rpartition(".")[0]
         if self._adapted(path) is not None:
+            return False
+        if self._owns_matrices and weight.ndim > 1 and not path.endswith(("router", "embed_tokens")):
             return False
         return weight.ndim == 1 or path.endswith("router") or weight.dtype == self.dtype
 
     def _adapted(self, path: str) -> LoRALinear | None:
         """The module at `path` if it is a projection with active, unmerged adapters, else None."""
+        if path == "lm_head" and self._source.lm_head is None:
+            return None
         module = self._source.get_submodule(path)
         return module if isinstance(module, LoRALinear) and module.active and module.base is None else None
 
+    def _source_weight(self, name: str) -> Tensor:
+        tied = name == "lm_head.weight" and self._source.lm_head is None
+        return self._source.get_parameter("embed_tokens.weight" if tied else name)
+
     def _weight(self, name: str) -> Tensor:
-        weight = self._source.get_parameter(name).detach()
+        weight = self._source_weight(name).detach()
         if name not in self._copies:
             return weight
         adapted = self._adapted(name.rpartition(".")[0])
@@ -169,6 +187,10 @@ class Runner:
             reason = missing or "the backend is 'reference'"
             raise ValueError(f"8-bit weights need native decoding: {reason}; decode without them")
         self._weights_dtype = weights_dtype
+        # the layers compute prompts, larger batches and mixtures of experts, with the same rounded matrices as the step
+        self._layers_rounded = weights_dtype is not None and not packs(self._device)
+        if self._layers_rounded:
+            replica.own_matrices()
         self._rope, self._attention, self._sample = _native_ops() if self._native else _REFERENCE
         counters = torch.zeros(batch.max_batch * heads[0], dtype=torch.int32, device=self._device)
         self._arrivals = (counters,) if self._native else ()  # an argument of the native decode_attention
@@ -185,24 +207,34 @@ class Runner:
     def describe(self) -> str:
         """One line: which operators decode, and why."""
         if self._native:
-            weights = "" if self._weights_dtype is None else ", 8-bit weights"
-            return f"decoding: native ({native.build_info().summary(self._device)}{weights})"
+            return f"decoding: native ({native.build_info().summary(self._device)}{self._describe_weights()})"
         return f"decoding: reference (plain PyTorch){'' if self._reason is None else f': {self._reason}'}"
+
+    def _describe_weights(self) -> str:
+        if self._weights_dtype is None:
+            return ""
+        if self._step_rows >= self._batch.max_batch:
+            return ", 8-bit weights"
+        name = str(self._dtype).removeprefix("torch.")
+        if self._step_rows == 0:
+            return f", weights rounded to 8 bits, but read in {name}: the step does not take this model"
+        return f", 8-bit weights; more than {self._step_rows} sequences read the same in {name}"
 
     @property
     def packed_bytes(self) -> int:
-        """Size of the packed weights that decoding reads on a CPU; 0 on a GPU."""
+        """Size of the weights that only decoding reads: packed ones on a CPU, 8-bit ones on a GPU."""
         shared = {p.data_ptr() for p in self._replica.model.parameters()}
         return sum(t.nbytes for t in self._operands if t.data_ptr() not in shared)
 
     def weights_changed(self, moved: bool) -> None:
         """Follow Replica.refresh, which returned `moved`. New scales invalidate the content of a float8 cache."""
-        self._cache.set_scales(self._model)
         if self._native:
             self._weights = DecodeWeights.from_model(self._model, self._dtype, self._weights_dtype)
-            self._operands = self._weights.operands(into=self._operands)
-            on_cpu = self._device.type == "cpu"
-            self._step_rows = self._batch.max_batch if on_cpu else self._weights.cuda_rows
+            self._step_rows = self._batch.max_batch if packs(self._device) else self._weights.cuda_rows
+            self._operands = self._weights.operands(into=self._operands) if self._step_rows else []
+            if self._layers_rounded:
+                self._weights.round_matrices()
+        self._cache.set_scales(self._model)
         if moved:
             self._graphs.clear()
 

@@ -86,7 +86,7 @@ def plain(inputs, caches, case: Case) -> Tensor:
 def native(ops):
     def step(inputs, caches, case: Case) -> Tensor:
         w = case.weights
-        return ops.decode_step(*inputs, list(w.tensors), *caches, *w.settings, *case.scales)
+        return ops.decode_step(*inputs, w.operands_in_rows(), *caches, *w.settings, *case.scales)
 
     return step
 
@@ -126,11 +126,12 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(bits), b.view(bits))
 
 
-def check(ops, case: Case, reference: Case | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """reference: what plain PyTorch computes in, if not as the case says."""
+def check(ops, case: Case, reference: Case | None = None, exact: Case | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """reference: what plain PyTorch computes in, if not as the case says. exact: the step in float64, if its weights
+    have other values than the case's."""
     results = case.run(native(ops))
     theirs = (reference or case).run(plain)
-    wide = case.wide()
+    wide = exact or case.wide()
     truths = wide.run(plain)
     moved = replace(wide, weights=replace(wide.weights, tensors=_moved(wide.weights.tensors))).run(plain)
     pages, places = case.new_rows

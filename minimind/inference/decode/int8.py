@@ -1,13 +1,14 @@
-"""8-bit weights for decoding on a CPU (csrc/cpu/int8.h), and their effect in plain PyTorch.
+"""8-bit weights for decoding (csrc/cpu/int8.h, csrc/cuda/matvec.cuh), and their effect in plain PyTorch.
 
-A weight is an integer in -127..127 times the scale of its row, max |w| / 127. Before a product, activations are rounded
-to such integers too, with one scale for each group of 64 numbers of a row. Products within a group are summed as
-integers, and the groups in float32. Norms, routers, the embedding, attention and the cache keep their dtype.
+A weight is an integer in -127..127 times the scale of its row, max |w| / 127. On a CPU, activations are rounded to such
+integers too before a product, with one scale for each group of 64 numbers of a row. Products within a group are summed
+as integers, and the groups in float32. On a GPU activations are float32 and not rounded. Norms, routers, the embedding,
+attention and the cache keep their dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import Any, Literal, cast
@@ -24,6 +25,7 @@ WeightsDTypeName = Literal["auto", "int8"]
 LARGEST = 127
 GROUP = 64  # activations that share a scale
 BLOCK = 16  # rows in a block of the packed form
+ROW_UNIT = 16  # rows of the form for GPUs are padded to multiples of these numbers
 _NOTHING = 1e-30  # a row or group without a larger number becomes zeros
 
 
@@ -31,8 +33,8 @@ def check_weights_dtype(dtype: torch.dtype | None, device: torch.device) -> None
     """ValueError, one line, if decoding on `device` cannot use weights of this dtype. None: the compute dtype."""
     if dtype not in (None, torch.int8):
         raise ValueError(f"weights_dtype={dtype} must be None or torch.int8")
-    if dtype is not None and device.type != "cpu":
-        raise ValueError(f"weights_dtype={dtype} needs a CPU, not {device.type}: use weights_dtype=None")
+    if dtype is not None and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"weights_dtype={dtype} needs a CPU or a CUDA GPU, not {device.type}: use weights_dtype=None")
 
 
 def choose_weights_dtype(name: WeightsDTypeName, device: torch.device) -> torch.dtype | None:
@@ -40,8 +42,8 @@ def choose_weights_dtype(name: WeightsDTypeName, device: torch.device) -> torch.
     with it."""
     if name == "auto":
         return None
-    if device.type != "cpu":
-        raise ValueError(f"--weights-dtype {name}: 8-bit weights need a CPU, not {device}; drop the flag")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--weights-dtype {name}: 8-bit weights need a CPU or a CUDA GPU, not {device}; drop the flag")
     return torch.int8
 
 
@@ -75,6 +77,20 @@ def pack_int8(weight: Tensor, out: Tensor, gate_up: bool = False) -> Tensor:
     return out
 
 
+def int8_rows(weight: Tensor, into: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Weight [N, K], of any float dtype, as a GPU's step reads it: integers int8 [N, K padded with zeros to a multiple
+    of 16] and scales float32 [N]. into: an earlier result for the same shape, whose memory is reused."""
+    n, k = weight.shape
+    integers, scales = quantize(weight.float())
+    out = list(into) or [
+        torch.zeros(n, -(-k // ROW_UNIT) * ROW_UNIT, dtype=torch.int8, device=weight.device),
+        torch.empty(n, device=weight.device),
+    ]
+    out[0][:, :k].copy_(integers)
+    out[1].copy_(scales.squeeze(-1))
+    return out
+
+
 def rounded_rows(weight: Tensor) -> Tensor:
     """weight [..., N, K] rounded to 8 bits, in its own dtype."""
     integers, scales = quantize(weight.float())
@@ -90,9 +106,11 @@ def rounded_activations(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def rounded_weights(model: Model) -> Iterator[None]:
-    """A context in which the model rounds its matrices and activations as decoding with 8-bit weights does, and
-    computes in float32. This covers its forward passes and `head_weight`. The model is restored at the end."""
+def rounded_weights(model: Model, activations: bool | None = None) -> Iterator[None]:
+    """A context in which the model rounds its matrices as decoding with 8-bit weights does, and computes in float32.
+    This covers its forward passes and `head_weight`. The model is restored at the end. activations: round them too;
+    None: on a CPU, where decoding does."""
+    activations = model.device.type == "cpu" if activations is None else activations
     with ExitStack() as stack, torch.no_grad():
         stack.callback(setattr, model, "compute_dtype", model.compute_dtype)
         model.compute_dtype = torch.float32
@@ -101,15 +119,17 @@ def rounded_weights(model: Model) -> Iterator[None]:
         for moe in experts:
             _replace(moe.gate_up_proj, stack)
             _replace(moe.down_proj, stack)
-            moe.forward = MethodType(_experts_forward, moe)  # type: ignore[method-assign]
-            stack.callback(moe.__dict__.pop, "forward")
+            if activations:
+                moe.forward = MethodType(_experts_forward, moe)  # type: ignore[method-assign]
+                stack.callback(moe.__dict__.pop, "forward")
         routers = [moe.router for moe in experts]
         for module in model.modules():
             if isinstance(module, Linear) and not any(module is router for router in routers):
                 _replace(module.weight, stack)
-                if module is not model.lm_head:
+                if activations and module is not model.lm_head:
                     stack.callback(module.register_forward_pre_hook(_round_input).remove)
-        stack.callback(model.norm.register_forward_hook(_round_output).remove)
+        if activations:
+            stack.callback(model.norm.register_forward_hook(_round_output).remove)
         yield
 
 

@@ -1,7 +1,8 @@
 """One step of the whole model as one native call, and the model's weights in the order that it reads.
 
     CPU    one parallel region for any batch, dense models and mixtures of experts; matrices are packed; prompts too
-    CUDA   five kernels per layer for up to `cuda_rows` sequences of a dense model; matrices as the model stores them
+    CUDA   five kernels per layer for up to `cuda_rows` sequences of a dense model; matrices as the model stores them,
+           or in rows of 8-bit integers (int8.py)
 
 A packed matrix [N, K] consists of blocks of sixteen rows. In a block, the numbers that one instruction reads are
 adjacent (csrc/cpu/matmul.h):
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind.inference.decode.int8 import check_weights_dtype, pack_int8, packed_int8_shape
+from minimind.inference.decode.int8 import check_weights_dtype, int8_rows, pack_int8, packed_int8_shape, rounded_rows
 from minimind.modeling import MLP, Block, Model, MoE, RMSNorm
 
 CUDA_SHARED = 96 << 10  # bytes, as in csrc/cuda/matvec.cuh
@@ -36,6 +37,11 @@ PACKED_ROWS, PACKED_COLUMNS = 16, 4  # packed matrices are padded to multiples o
 Role = Literal["embedding", "matrix", "gate_up", "small"]  # small: norms and routers, which compute in float32
 _HUGE_PAGE = 2 << 20
 _ALIGNMENT = 64
+
+
+def packs(device: torch.device) -> bool:
+    """Whether the step on this device takes packed matrices, any model and any batch."""
+    return device.type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,9 @@ class DecodeWeights:
         model: Model, dtype: torch.dtype | None = None, weights_dtype: torch.dtype | None = None
     ) -> DecodeWeights:
         """dtype: of the matrices, float32 or bfloat16, on a GPU also float16; None: the model's. weights_dtype:
-        torch.int8 for 8-bit products on a CPU; None: dtype. ValueError for another dtype on a CPU, and for 8-bit
-        products on a GPU."""
+        torch.int8 for matrices of 8 bits; None: dtype. ValueError for another dtype on a CPU."""
         check_weights_dtype(weights_dtype, model.device)
-        config, on_cpu = model.config, model.device.type == "cpu"
+        config, on_cpu = model.config, packs(model.device)
         dtype = dtype or model.dtype
         if on_cpu and dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"decode_step takes float32 or bfloat16 weights, not {dtype}; pass dtype=torch.bfloat16")
@@ -93,11 +98,12 @@ class DecodeWeights:
     @property
     def cuda_rows(self) -> int:
         """The most sequences of a step on a GPU; 0 if this model has no such step: mixtures of experts, and matrices
-        whose rows do not begin at multiples of 16 bytes. The batch's activations must fit shared memory."""
+        whose rows do not begin at multiples of 16 bytes, or with 8 bits are not multiples of 4 numbers. The batch's
+        activations must fit shared memory."""
         matrices = [t for t, role in zip(self.tensors, self.roles, strict=True) if role != "small"]
         columns = max(t.shape[-1] for t in matrices)
-        size, chunk = self.dtype.itemsize, 512 // self.dtype.itemsize
-        if self.experts or any(t.shape[-1] * size % 16 or t.data_ptr() % 16 for t in matrices):
+        unit, chunk = (4, 512) if self.int8 else (16 // self.dtype.itemsize, 512 // self.dtype.itemsize)
+        if self.experts or any(t.shape[-1] % unit or t.data_ptr() % 16 for t in matrices):
             return 0
         padded = -(-columns // chunk) * chunk
         fits = (n for n in (8, 4, 2, 1) if 4 * ((n + 1) * padded + 4 * n) <= CUDA_SHARED)
@@ -112,12 +118,13 @@ class DecodeWeights:
         )  # fmt: skip
 
     def operands(self, into: Sequence[Tensor] = ()) -> list[Tensor]:
-        """The weights as the operator takes them on their device: on a CPU, all matrices except the embedding packed.
+        """The weights as the operator takes them on their device: on a CPU, all matrices except the embedding packed;
+        on a GPU as they are, but 8-bit matrices as integers, each followed by its scales.
 
-        into: an earlier result for this model, whose memory is reused for the packed matrices.
+        into: an earlier result for this model, whose memory is reused for the packed and the 8-bit matrices.
         """
-        if self.tensors[0].device.type != "cpu":
-            return list(self.tensors)
+        if not packs(self.tensors[0].device):
+            return self.operands_in_rows(into)
         matrices = [i for i, role in enumerate(self.roles) if role in ("matrix", "gate_up")]
         if into:
             room = [into[i] for i in matrices]
@@ -129,6 +136,22 @@ class DecodeWeights:
         for i, out in zip(matrices, room, strict=True):
             operands[i] = pack_matrix(self.tensors[i], out, self.roles[i] == "gate_up")
         return operands
+
+    def operands_in_rows(self, into: Sequence[Tensor] = ()) -> list[Tensor]:
+        """`operands` of a GPU, on any device."""
+        if not self.int8:
+            return list(self.tensors)
+        operands: list[Tensor] = []
+        for tensor, role in zip(self.tensors, self.roles, strict=True):
+            matrix = role in ("matrix", "gate_up")
+            operands += int8_rows(tensor, into[len(operands) : len(operands) + 2]) if matrix else [tensor]
+        return operands
+
+    def round_matrices(self) -> None:
+        """Round all matrices but the embedding to 8 bits, in place: `tensors` must not be shared with another model."""
+        for tensor, role in zip(self.tensors, self.roles, strict=True):
+            if role in ("matrix", "gate_up"):
+                tensor.copy_(rounded_rows(tensor))
 
 
 def _weights(model: Model) -> Iterator[tuple[Role, Tensor]]:
@@ -182,7 +205,7 @@ def decode_step(
     bit-identical in any batch. RuntimeError, which names the argument, for what the operator does not take.
 
     The arithmetic is float32, with two exceptions: on a CPU with bfloat16 or 8-bit weights, activations are rounded to
-    bfloat16 or 8 bits before each product; on a GPU with 16-bit weights, queries are rounded to that dtype before
+    bfloat16 or 8 bits before each product; on a GPU with a 16-bit dtype, queries are rounded to that dtype before
     attention over a cache of that dtype or float8.
     """
     return torch.ops.minimind.decode_step.default(

@@ -78,7 +78,8 @@ class RolloutArgs(AdapterArgs):
     temperature: float = 1.0
     """Temperature of sampling and of the trained distribution."""
     weights_dtype: WeightsDTypeName = "auto"
-    """Data type of the weights when a CPU decodes answers; auto: that of the computation; int8 is faster. The answers'
+    """Data type of the weights when answers are decoded; auto: that of the computation; int8 is faster on a CPU. A GPU
+    computes more than eight answers at a time from rounded weights in the wider type, which gains nothing. The answers'
     probabilities are then those of the rounded weights; the metric drift_mean shows the difference."""
     minibatches: int | None = None
     """Optimizer steps in each pass over a rollout, each on a part of its answers. None: the algorithm's number."""

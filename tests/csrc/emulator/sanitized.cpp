@@ -19,7 +19,12 @@ float noise() {  // in [-1, 1)
 template <class T>
 std::vector<T> noises(size_t n) {
   std::vector<T> x(n);
-  for (auto& each : x) each = from_float<T>(noise());
+  for (auto& each : x) {
+    if constexpr (std::is_same_v<T, q8>)
+      each.bits = static_cast<int8_t>(127 * noise());
+    else
+      each = from_float<T>(noise());
+  }
   return x;
 }
 
@@ -77,15 +82,23 @@ void append(int dim) {
   rope_append_kv(p, nullptr);
 }
 
-template <class T, class KV>
+// W: of the matrices; q8 have scales, and rows of a multiple of 16 numbers.
+template <class T, class KV, class W = T>
 void step(int dim, std::vector<int32_t> lengths) {
   constexpr int kPage = 16, kGroups = 2, kHeads = 4, kWidth = 40, kInner = 72, kVocabulary = 19, kLayers = 2, kOwn = 9;
+  constexpr bool kScaled = sizeof(W) == 1;
   const int batch = static_cast<int>(lengths.size()), pages = batch * kOwn;
   const int inside = kHeads * dim, projected = inside + 2 * kGroups * dim;
-  const auto weights = [](size_t n) { return noises<T>(n); };
-  const auto embedding = weights(kVocabulary * kWidth), qkv = weights(static_cast<size_t>(projected) * kWidth);
-  const auto o = weights(static_cast<size_t>(inside) * kWidth), gate_up = weights(2 * kInner * kWidth);
-  const auto down = weights(kInner * kWidth);
+  const auto weights = [](size_t n, size_t k) { return noises<W>(n * (kScaled ? (k + 15) / 16 * 16 : k)); };
+  const auto embedding = noises<T>(kVocabulary * kWidth);
+  const auto head = weights(kVocabulary, kWidth), qkv = weights(projected, kWidth), o = weights(kWidth, inside);
+  const auto gate_up = weights(2 * kInner, kWidth), down = weights(kWidth, kInner);
+  const auto row_scales = [](size_t n) { return std::vector<float>(kScaled ? n : 0, 0.01f); };
+  const auto head_scales = row_scales(kVocabulary), qkv_scales = row_scales(projected), scales_c = row_scales(kWidth);
+  const auto gate_up_scales = row_scales(2 * kInner);
+  const auto matrix = [](const std::vector<W>& w, const std::vector<float>& scale) {
+    return Matrix{w.data(), kScaled ? scale.data() : nullptr};
+  };
   const auto norm = noises<float>(kWidth), head_norm = noises<float>(dim);
   const auto cos = noises<float>(10 * dim / 2), sin = noises<float>(10 * dim / 2);
   const std::vector<float> scales(kLayers * kGroups, 0.5f);
@@ -98,8 +111,9 @@ void step(int dim, std::vector<int32_t> lengths) {
       slots[b] = table[b * kOwn + (lengths[b] - 1) / kPage] * kPage + (lengths[b] - 1) % kPage;
   std::vector<float> x(batch * kWidth), projections(batch * projected), attended(batch * inside), hidden(batch * kInner);
   std::vector<float> logits(batch * kVocabulary);
-  const StepLayer layer = {norm.data(), qkv.data(),  head_norm.data(), head_norm.data(),
-                           o.data(),    norm.data(), gate_up.data(),   down.data()};
+  const StepLayer layer = {norm.data(),         matrix(qkv, qkv_scales), head_norm.data(),
+                           head_norm.data(),    matrix(o, scales_c),     norm.data(),
+                           matrix(gate_up, gate_up_scales), matrix(down, scales_c)};
   const std::vector<StepLayer> layers(kLayers, layer);
 
   DecodeStep s = {};
@@ -120,7 +134,7 @@ void step(int dim, std::vector<int32_t> lengths) {
   std::vector<float> partial(decode_attention_scratch(p));
   std::vector<uint32_t> arrivals(decode_attention_arrivals(p), 77);
   p.partial = partial.data(), p.arrivals = arrivals.data();
-  s.tokens = tokens.data(), s.layers = layers.data(), s.embedding = s.head = embedding.data();
+  s.tokens = tokens.data(), s.layers = layers.data(), s.embedding = embedding.data(), s.head = matrix(head, head_scales);
   s.final_norm = norm.data(), s.x = x.data(), s.qkv = projections.data(), s.attended = attended.data();
   s.hidden = hidden.data(), s.logits = logits.data(), s.vocabulary = kVocabulary;
   s.layer_stride = static_cast<int64_t>(pages) * kPage * kGroups * dim, s.num_layers = kLayers;
@@ -174,6 +188,7 @@ int main() {
   step<bf16, fp8>(96, {1, 0, 129, 20});
   step<fp16, fp16>(80, {3, 144, 1, 17, 0});
   step<float, float>(64, {130, 2});
+  step<bf16, bf16, q8>(64, {130, 2, 0});
   choose(33);
   choose(1000);
   choose(25'000);

@@ -161,8 +161,9 @@ def test_native_refuses_wrong_sizes():
 
 
 def test_what_cannot_be_met_is_one_line():
-    with pytest.raises(ValueError, match=r"weights_dtype=torch\.int8 needs a CPU, not cuda: use weights_dtype=None"):
-        check_weights_dtype(torch.int8, torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"weights_dtype=torch\.int8 needs a CPU or a CUDA GPU, not mps: use .*=None"):
+        check_weights_dtype(torch.int8, torch.device("mps"))
     with pytest.raises(ValueError, match=r"weights_dtype=torch\.float16 must be None or torch\.int8"):
         DecodeWeights.from_model(make_model(CONFIGS["dense"]), None, torch.float16)
-    check_weights_dtype(None, torch.device("cuda"))
+    check_weights_dtype(None, torch.device("mps"))
+    check_weights_dtype(torch.int8, torch.device("cuda"))

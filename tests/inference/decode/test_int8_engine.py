@@ -112,5 +112,6 @@ def test_evaluate_measures_what_8_bits_cost(folder, capsys):
     capsys.readouterr()
     assert cli.run(["evaluate", *model, "--tasks", "arc_easy", "--weights-dtype", "int8"]) == 2
     assert "--weights-dtype int8: --tasks does not use it" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="--weights-dtype int8: 8-bit weights need a CPU, not cuda:0; drop the flag"):
-        choose_weights_dtype("int8", torch.device("cuda:0"))
+    with pytest.raises(ValueError, match="--weights-dtype int8: 8-bit weights need a CPU or a CUDA GPU, not mps; drop"):
+        choose_weights_dtype("int8", torch.device("mps"))
+    assert choose_weights_dtype("int8", torch.device("cuda:0")) == torch.int8
