@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from minimind import ModelConfig
 from minimind.modeling import Model
-from minimind.training.batches import PARAMETERS_PER_TOKEN, pretraining_depth
+from minimind.training.batches import pretraining_depth
 from minimind.training.checkpoint import list_checkpoints, step_of
 from minimind.training.depth import WHOLE, DepthWarmup, close_upper_layers
 from minimind.training.job import Job
@@ -70,8 +70,8 @@ def test_short_runs_on_a_cpu_begin_shallow():
                               initial=SimpleNamespace(weights=weights))  # fmt: skip
         return pretraining_depth(cast(Job, job), tokens)[0]
 
-    longest = Model(DENSE).num_parameters() // PARAMETERS_PER_TOKEN
-    assert share(longest) > 0 and share(longest + 1) == 0
+    parameters = Model(DENSE).num_parameters()
+    assert [share(parameters / each) for each in (1000, 128, 127, 64, 63)] == [0.75, 0.75, 0.5, 0.5, 0]
     assert share(1, device="cuda") == share(1, ranks=2) == share(1, weights=Path("a")) == 0
 
 
