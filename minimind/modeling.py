@@ -239,6 +239,7 @@ class Model(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # None: the dtype of the parameters
         self.recompute = False  # run each block again in the backward instead of keeping its activations
+        self.depth: int | None = None  # layers in use, the lowest ones; None: all
         self.dropout = False  # an adapter uses dropout: a block that runs again must draw the same numbers
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -314,7 +315,7 @@ class Model(nn.Module):
         x = self.embed_tokens(input_ids)
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
         reports, delta = [], None
-        for layer in self.layers:
+        for layer in self.layers if self.depth is None else self.layers[: self.depth]:
             inputs = (x, delta, rotation, layout, sequences)
             if self.recompute and self.training:
                 x, delta, report = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=self.dropout)

@@ -19,12 +19,14 @@ from rich.console import Console
 from minimind.data import PackedLoader, builtin_corpus
 from minimind.objectives.next_token import next_token_loss
 from minimind.training.arguments import StageArgs, pretraining_lr
-from minimind.training.batches import pretraining_batch, usual_batch
+from minimind.training.batches import pretraining_batch, pretraining_depth, usual_batch
 from minimind.training.data_split import NamedFiles, all_losses, open_split, read_texts, save_heldout
+from minimind.training.depth import close_upper_layers
 from minimind.training.evaluation import describe_batch
 from minimind.training.initial_model import scale_outputs
 from minimind.training.job import Job, run_script
 from minimind.training.muon import CPU_ITERATIONS, TORCHS_ITERATIONS
+from minimind.training.parallel import world_size
 from minimind.training.stages.chats import continue_texts
 from minimind.training.trainer import Stage
 
@@ -47,18 +49,33 @@ class Args(StageArgs):
     fewer, small ones stay smaller. None: 3 on a CPU (docs/recipe.md), else 5."""
     output_init: float = 1.0
     """Factor of the initial projections into the residual stream; 0 makes every block the identity at first."""
+    depth_warmup: float | None = None
+    """Share of the steps that trains the lowest quarter of the layers alone; the others are the identity until then.
+    None: 0.5 for short runs on a CPU (docs/recipe.md), else 0."""
     heldout_data: tuple[str, ...] = ()
     """Files of text to evaluate on instead of --heldout. NAME=FILE adds a further held-out set with figures of its
     own."""
+
+    def check(self) -> None:
+        super().check()
+        if self.output_init != 1 and self.from_ is not None:
+            raise ValueError(f"--output-init {self.output_init}: scales random weights, not those of --from; drop it")
+        if not self.depth_warmup:
+            return
+        flag = f"--depth-warmup {self.depth_warmup}"
+        if not 0 < self.depth_warmup <= 1:
+            raise ValueError(f"{flag}: a share of the steps, from 0 to 1")
+        if self.from_ is not None:
+            raise ValueError(f"{flag}: is for random weights, not those of --from; drop it")
+        if world_size() > 1 or self.cuda_graph:
+            raise ValueError(f"{flag}: goes with one process and without --cuda-graph")
 
 
 def main(args: Args, console: Console) -> bool:
     """Run the stage; False when training was interrupted. Raises ValueError, in one line, for bad input."""
     job = Job.begin("pretrain", args, console)
-    if args.output_init != 1 and job.initial.weights is not None:
-        raise ValueError(f"--output-init {args.output_init}: scales random weights, not those of --from; drop one flag")
     usual_lr = job.legacy["lr"] = PEAK_LR.get(job.initial.preset, 1e-3)
-    job.legacy |= {"batch_tokens": usual_batch(job), "muon_iterations": TORCHS_ITERATIONS}
+    job.legacy |= {"batch_tokens": usual_batch(job), "muon_iterations": TORCHS_ITERATIONS, "depth_warmup": 0.0}
     builtin = () if args.data else (builtin_corpus(args.cache_dir, console),)
     files = NamedFiles.from_flags(args.data, args.heldout_data, builtin)
     split = open_split(job, files, partial(read_texts, job))
@@ -67,11 +84,15 @@ def main(args: Args, console: Console) -> bool:
     job.settle("batch_tokens", lambda: pretraining_batch(job, tokens))
     on_cpu = job.default_device == "cpu"
     job.settle("muon_iterations", lambda: (CPU_ITERATIONS if on_cpu else TORCHS_ITERATIONS, ""))
+    shallow = job.settle("depth_warmup", lambda: pretraining_depth(job, tokens))
     plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=split.mixture))
     lr = job.settle("lr", lambda: pretraining_lr(job.args.optimizer, job.config, plan.steps, usual_lr))
     job.open_run()
     save_heldout(job, heldout)
     model, trained = job.build_model(partial(scale_outputs, factor=args.output_init))
+    if shallow and job.initial.weights is None:
+        close_upper_layers(model)
+        plan = job.with_shallow_steps(plan, model, shallow)
     stage = Stage(
         loss=lambda batch: next_token_loss(trained, batch),
         evaluate=lambda final: all_losses(model, split, job, final),

@@ -23,6 +23,7 @@ from minimind.config import ModelConfig
 from minimind.data import Batch, Corpus, PackedLoader
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch
+from minimind.training.depth import WHOLE, DepthWarmup
 
 if TYPE_CHECKING:
     from minimind.training.job import Job
@@ -31,6 +32,7 @@ CONTEXT_BYTES = 1 << 29  # CUDA's context and libraries, about
 MOST_TOKENS = 1 << 16  # of a forward and backward, even if more fit
 SMALLEST = 4  # with --batch-warmup, the first steps are this many times smaller
 GPU_BATCH, CPU_BATCH = 1 << 16, 1 << 12  # tokens of a step by default
+DEPTH_WARMUP = 0.5  # of the steps of a short run on a CPU (docs/recipe.md)
 SHORT_RUN = 400  # steps of CPU_BATCH; shorter runs on a CPU take smaller steps (docs/recipe.md)
 Growth = tuple[tuple[int, int], ...]  # (number, tokens) of smaller steps at the beginning of a run
 _HEAD_CHUNK = 2048  # tokens whose logits exist at once
@@ -56,13 +58,15 @@ class EpochLoader(Protocol):
 @dataclass(frozen=True)
 class TrainingPlan:
     """The loader and the number of steps. step_tokens: tokens of a step, padding included; 0 where they vary, which
-    makes targets the unit of progress. growth: (steps, tokens of each) of the first ones, where these are smaller."""
+    makes targets the unit of progress. growth: (steps, tokens of each) of the first ones, where these are smaller.
+    depth: the first ones that train the lowest layers alone."""
 
     loader: Any
     steps: int
     micro_batches: int = 1
     step_tokens: int = 0
     growth: Growth = ()
+    depth: DepthWarmup = WHOLE
 
     def micro_batches_of(self, step: int) -> int:
         """Micro-batches of `step`, from 0."""
@@ -228,6 +232,13 @@ def pretraining_batch(job: Job, tokens: float) -> tuple[int, str]:
     if job.default_device != "cpu" or tokens > SHORT_RUN * usual or small % unit:
         return usual, ""
     return small, f"--batch-tokens {small}: a run of few steps learns more in smaller ones (docs/recipe.md)"
+
+
+def pretraining_depth(job: Job, tokens: float) -> tuple[float, str]:
+    """(--depth-warmup, the reason) of a pretraining run over `tokens` where no flag decides."""
+    alone = job.parallel.world_size == 1 and job.initial.weights is None
+    short = job.default_device == "cpu" and tokens <= SHORT_RUN * CPU_BATCH
+    return (DEPTH_WARMUP if alone and short else 0.0), ""
 
 
 def longest_row(job: Job) -> int:

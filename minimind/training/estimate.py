@@ -71,7 +71,8 @@ def estimate(job: Job, plan: TrainingPlan, model: Model, stage: Stage, lines: Se
     """The plan of a stage that trains on packed data. lines: about the data, as `Job.fit` would print them."""
     args, loader = job.args, plan.loader
     data, context = _packed_data(job, loader)
-    training = cost(model, context, args.recompute, stage.frozen_models)
+    shallow = plan.depth.work(0, plan.steps) / plan.steps  # share of the cost that the first, shallower steps leave
+    training = shallow * cost(model, context, args.recompute, stage.frozen_models)
     tokens = plan.tokens_before(plan.steps)
     positions = data.tokens / loader.fill
     first = stage.first_passes * positions * model.flops_per_token(context, training=False)
@@ -93,7 +94,7 @@ def estimate(job: Job, plan: TrainingPlan, model: Model, stage: Stage, lines: Se
         flops_per_token=training,
         flops=flops,
         measured=measured,
-        measured_hours=(tokens * share * per_token + plan.steps * per_update) / 3600,
+        measured_hours=(tokens * share * per_token + plan.steps * per_update) * shallow / 3600,
         cards=tuple(_on_card(card, job, plan, model, stage.frozen_models, flops) for card in CARDS),
     )
 

@@ -43,6 +43,7 @@ from minimind.training.batches import (
     growing_steps,
 )
 from minimind.training.checkpoint import list_checkpoints, share_trainer_state
+from minimind.training.depth import DepthWarmup
 from minimind.training.estimate import estimate
 from minimind.training.evaluation import warn_of_chance
 from minimind.training.identity import Defaults, find_source
@@ -226,6 +227,13 @@ class Job:
         if getattr(loader, "mixture", None):
             loader.horizon = plan.tokens_before(steps) // args.row  # type: ignore[attr-defined]
         return plan
+
+    def with_shallow_steps(self, plan: TrainingPlan, model: Model, share: float) -> TrainingPlan:
+        """`plan` with `share` of its steps, in a lengthened run of its first length, at a smaller depth."""
+        legs = self.run.legs
+        depth = DepthWarmup.of(model, round(share * (legs[0][0] if legs else plan.steps)))
+        self.notes.append(depth.describe(model))
+        return dataclasses.replace(plan, depth=depth)
 
     def open_run(self) -> None:
         """Continue the unfinished run of these flags and weights, or make a new folder."""

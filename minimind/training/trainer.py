@@ -204,6 +204,7 @@ class Trainer:
         if self.args.momentum_warmup:
             self.optimizer.set_momentum(self.args.momentum(self.step, self.plan.steps))
         self.model.train()
+        self.model.depth = self.plan.depth.layers_at(self.step)
         parts, metrics = [], {}
         for i, batch in enumerate(batches):
             with self.parallel.exchange(last=i == len(batches) - 1):
@@ -281,7 +282,8 @@ class Trainer:
         now = time.perf_counter()
         elapsed = now - self.clock
         self.seconds += elapsed
-        per_step = elapsed / max(1, self.step - self.clock_step)
+        done = self.plan.depth.work(self.clock_step, self.step)
+        left = self.plan.depth.work(self.step, self.plan.steps) / max(done, 1e-9)
         rate = (self.tokens - self.clock_tokens) / max(elapsed, 1e-9)
         self.clock, self.clock_step, self.clock_tokens = now, self.step, self.tokens
         newest: dict[str, float] = {}
@@ -299,7 +301,7 @@ class Trainer:
             self.step,
             f"loss {newest['loss']:.3f}  {self.event_line}{self.evaluation.line}lr {newest['lr']:.1e}  "
             f"grad {newest['grad_norm']:.2f}  {rate:,.0f} tokens/s  "
-            f"ETA {duration(per_step * (self.plan.steps - self.step))}",
+            f"ETA {duration(elapsed * left)}",
         )
 
     def _row(self, row: _StepFigures, loss: float, aux: float, norm: float, *more: float) -> dict[str, float]:
