@@ -33,9 +33,14 @@ class DepthWarmup:
         inside = sum(p.numel() for p in model.layers[0].parameters())
         return DepthWarmup(steps, layers, 1 - (count - layers) * inside / model.num_parameters())
 
-    def layers_at(self, step: int) -> int | None:
-        """The number of layers that `step`, from 0, trains; None for all."""
-        return self.layers if step < self.steps else None
+    def apply(self, model: Model, step: int) -> None:
+        """Let `model` run and train the layers of `step`, from 0. The others have no gradients and no optimizer state
+        until then."""
+        depth = self.layers if step < self.steps else None
+        if self.steps and model.depth != depth:
+            model.depth = depth
+            for layer in model.layers[self.layers :]:
+                layer.requires_grad_(depth is None)
 
     def work(self, first: int, last: int) -> float:
         """The cost of the steps from `first` to before `last`, in steps of the whole model."""

@@ -204,7 +204,7 @@ class Trainer:
         if self.args.momentum_warmup:
             self.optimizer.set_momentum(self.args.momentum(self.step, self.plan.steps))
         self.model.train()
-        self.model.depth = self.plan.depth.layers_at(self.step)
+        self.plan.depth.apply(self.model, self.step)
         parts, metrics = [], {}
         for i, batch in enumerate(batches):
             with self.parallel.exchange(last=i == len(batches) - 1):
@@ -410,6 +410,7 @@ class Trainer:
                 f"{self.run.path}: the data or the tokenizer changed since this run began; "
                 "put them back or start anew with --resume never"
             )
+        self.plan.depth.apply(self.model, state["step"] - 1)
         if note := self.optimizer.load_state_dict(self.model, state["optimizer"]):
             say(self.console, note)
         self.scaler.load_state_dict(state.get("scaler", {}))  # earlier versions had none
