@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -209,17 +210,24 @@ def test_a_run_fills_the_planned_time():
     assert Speed(10.0, 0.5).steps_in(60) == 100 and Speed(10.0, 0.5).steps_in(5) == 2
 
 
-def test_speed_is_measured_without_the_first_steps(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("paces", "step"),
+    [([0.25] * 12, 0.5), ([0.125] * 6 + [9.0] + [0.375] * 5, 0.5)],
+    ids=["even", "shallow first, then compiled again"],
+)
+def test_speed_is_measured_without_the_first_steps(paces, step, tmp_path, monkeypatch):
+    """paces: seconds of steps that have half the tokens."""
+
     def execute(one: RunPlan, steps: int) -> Watched:
         one.metrics.parent.mkdir(parents=True)
-        seconds = [20.0, 20.25, 20.5, 20.75, 21.0, 21.25]  # of steps that have half the tokens
+        seconds = list(accumulate(paces, initial=20.0))
         half = step_tokens(one) // 2
         rows = [{"kind": "train", "tokens": i * half, "time": {"seconds": s}} for i, s in enumerate(seconds, 1)]
         one.metrics.write_text("".join(json.dumps(r) + "\n" for r in rows))
         return Watched([CurvePoint(30.0, 1, 2.0, 4.0)], 1.0)
 
     monkeypatch.setattr(commands, "execute", execute)
-    assert Speed.measure(plan(work=tmp_path)) == Speed(30.0 - PROBE * 0.5, 0.5)
+    assert Speed.measure(plan(work=tmp_path)) == Speed(30.0 - PROBE * step, step)
     assert not list(tmp_path.iterdir())
 
 
