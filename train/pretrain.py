@@ -51,7 +51,7 @@ class Args(StageArgs):
     """Factor of the initial projections into the residual stream; 0 makes every block the identity at first."""
     depth_warmup: float | None = None
     """Share of the steps that trains the lowest quarter of the layers alone; the others are the identity until then.
-    None: 0.5 for short runs on a CPU (docs/recipe.md), else 0."""
+    None: 0.5 for runs on a CPU with at most one token for 64 parameters (docs/recipe.md), else 0."""
     heldout_data: tuple[str, ...] = ()
     """Files of text to evaluate on instead of --heldout. NAME=FILE adds a further held-out set with figures of its
     own."""

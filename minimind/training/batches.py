@@ -32,7 +32,8 @@ CONTEXT_BYTES = 1 << 29  # CUDA's context and libraries, about
 MOST_TOKENS = 1 << 16  # of a forward and backward, even if more fit
 SMALLEST = 4  # with --batch-warmup, the first steps are this many times smaller
 GPU_BATCH, CPU_BATCH = 1 << 16, 1 << 12  # tokens of a step by default
-DEPTH_WARMUP = 0.5  # of the steps of a short run on a CPU (docs/recipe.md)
+DEPTH_WARMUP = 0.5  # share of the steps of runs on a CPU with at most a token for this many parameters (docs/recipe.md)
+PARAMETERS_PER_TOKEN = 64
 SHORT_RUN = 400  # steps of CPU_BATCH; shorter runs on a CPU take smaller steps (docs/recipe.md)
 Growth = tuple[tuple[int, int], ...]  # (number, tokens) of smaller steps at the beginning of a run
 _HEAD_CHUNK = 2048  # tokens whose logits exist at once
@@ -237,8 +238,9 @@ def pretraining_batch(job: Job, tokens: float) -> tuple[int, str]:
 def pretraining_depth(job: Job, tokens: float) -> tuple[float, str]:
     """(--depth-warmup, the reason) of a pretraining run over `tokens` where no flag decides."""
     alone = job.parallel.world_size == 1 and job.initial.weights is None
-    short = job.default_device == "cpu" and tokens <= SHORT_RUN * CPU_BATCH
-    return (DEPTH_WARMUP if alone and short else 0.0), ""
+    with torch.device("meta"):
+        most = Model(job.config).num_parameters() / PARAMETERS_PER_TOKEN
+    return (DEPTH_WARMUP if alone and job.default_device == "cpu" and tokens <= most else 0.0), ""
 
 
 def longest_row(job: Job) -> int:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from minimind import ModelConfig
 from minimind.modeling import Model
-from minimind.training.batches import CPU_BATCH, SHORT_RUN, pretraining_depth
+from minimind.training.batches import PARAMETERS_PER_TOKEN, pretraining_depth
 from minimind.training.checkpoint import list_checkpoints, step_of
 from minimind.training.depth import WHOLE, DepthWarmup, close_upper_layers
 from minimind.training.job import Job
@@ -66,13 +66,13 @@ def test_work_counts_shallow_steps_by_their_cost():
 
 def test_short_runs_on_a_cpu_begin_shallow():
     def share(tokens: float, device: str = "cpu", ranks: int = 1, weights: Path | None = None) -> float:
-        job = SimpleNamespace(default_device=device, parallel=SimpleNamespace(world_size=ranks),
+        job = SimpleNamespace(default_device=device, parallel=SimpleNamespace(world_size=ranks), config=DENSE,
                               initial=SimpleNamespace(weights=weights))  # fmt: skip
         return pretraining_depth(cast(Job, job), tokens)[0]
 
-    longest = SHORT_RUN * CPU_BATCH
+    longest = Model(DENSE).num_parameters() // PARAMETERS_PER_TOKEN
     assert share(longest) > 0 and share(longest + 1) == 0
-    assert share(1e5, device="cuda") == share(1e5, ranks=2) == share(1e5, weights=Path("a")) == 0
+    assert share(1, device="cuda") == share(1, ranks=2) == share(1, weights=Path("a")) == 0
 
 
 @pytest.fixture(scope="module")
