@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,10 @@ from bench.training.tries import TRIES, RecipeRow
 from minimind import ModelConfig
 from train import pretrain
 
-KEY = ("A CPU, 1 threads", "poems", "nano", 1000)
+DEVICE, KEY = "A CPU, 1 threads", ("poems", "nano", 1000)
 
 
-def row(attempt: str, seed: int, loss: float, busy: float | None, tokens: int = 1000, device: str = KEY[0]) -> dict:
+def row(attempt: str, seed: int, loss: float, busy: float | None, tokens: int = 1000, device: str = DEVICE) -> dict:
     one = RecipeRow("", "abc", device, "2", attempt, "", "poems", "nano", tokens, seed, 1e-2, 10, 99.0, busy, 500, loss,
                     loss / 2)  # fmt: skip
     return {name: "" if value is None else str(value) for name, value in dataclasses.asdict(one).items()}
@@ -28,14 +29,24 @@ ROWS = [row("", 1, 4.0, 10.0), row("", 2, 4.2, 10.0), row("linear", 1, 3.9, 20.0
 
 
 def test_gains_at_equal_tokens_and_at_equal_time():
-    base, more = ({r["seed"]: r for r in part} for part in (ROWS[:2], ROWS[5:]))
+    base, more = ROWS[:2], {r["seed"]: r for r in ROWS[5:]}
     found = figures(ROWS[2:4], base, more)
     assert found["tokens"] == pytest.approx((0.05, 0.0, 0.1)) and found["ratio"] == 2
     assert found["time"] == pytest.approx((0.05 - 0.25, -0.2, -0.2))  # twice the tokens would have gained 0.3 and 0.2
     assert figures(ROWS[2:4], base, {})["time"][0] != figures(ROWS[2:4], base, more)["time"][0]
     assert figures(ROWS[4:5], base, more)["ratio"] is None
     on_gpu = [row(a, 1, 4.0, busy, device="A GPU, 24 GiB") for a, busy in (("", 1.0), ("linear", 9.0))]
-    assert figures(on_gpu[1:], {"1": on_gpu[0]}, {})["ratio"] == 1  # by the clock
+    assert figures(on_gpu[1:], on_gpu[:1], {})["ratio"] == 1  # by the clock
+
+
+def test_losses_are_compared_between_processors_and_times_are_not(page_of):
+    other = row("linear", 1, 3.9, 5.0, device="Another CPU, 1 threads")
+    found = figures([other], ROWS[:2], {})
+    assert found["tokens"][0] == pytest.approx(0.1) and found["ratio"] is None
+    own = row("", 1, 4.4, 10.0, device=other["device"])
+    assert figures([other], [*ROWS[:2], own], {})["ratio"] == 0.5  # a reference of its own comes first
+    assert figures([other], [own], {})["tokens"][0] == pytest.approx(0.5)
+    assert "\n\nA CPU, 1 threads; Another CPU, 1 threads\n\n" in page_of([*ROWS, other])
 
 
 def test_the_page_has_the_best_try_first():
@@ -45,13 +56,21 @@ def test_the_page_has_the_best_try_first():
     assert lines[-1].startswith("The reference recipe: 4.0000, 4.2000 nats per token; with twice the tokens 3.7000")
 
 
-def test_the_page_is_made_from_rows(tmp_path):
-    (tmp_path / "device").mkdir()
-    with (tmp_path / "device" / "recipe.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ROWS[0])
-        writer.writeheader()
-        writer.writerows(ROWS)
-    text = page(tmp_path)
+@pytest.fixture
+def page_of(tmp_path) -> Callable[[list[dict]], str]:
+    def make(rows: list[dict]) -> str:
+        (tmp_path / "device").mkdir()
+        with (tmp_path / "device" / "recipe.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        return page(tmp_path)
+
+    return make
+
+
+def test_the_page_is_made_from_rows(page_of, tmp_path):
+    text = page_of(ROWS)
     assert "## nano, poems, 1,000 tokens" in text and all(f"- **{name}**: " in text for name in TRIES)
     assert page(tmp_path / "device").count("## nano") == 0
 

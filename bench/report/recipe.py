@@ -13,18 +13,18 @@ from bench.report.rows import Row, markdown, number, ratio, rows_of, text
 from bench.training.tries import BASE, TRIES
 
 PAGE = "docs/recipe.md"
-Key = tuple[str, str, str, int]  # device, corpus, shape, tokens
+Key = tuple[str, str, int]  # corpus, shape, tokens
 HEAD = """\
 # Tries with the recipe of pretraining
 
 Written by `python bench/performance.py` from the rows of `bench/recipe.py`: no figure here is typed. Each try changes
 some flags of the reference recipe, which is `train/pretrain.py` with steps of 4,096 tokens and five iterations of Muon;
 the peak rate follows its usual rule. Gains are in nats per held-out token: above zero, the try is better. "Equal
-tokens" compares runs of one seed that saw the same tokens. "Equal time" also counts how long the steps took, on a CPU
-in processor seconds: a try whose steps take r times as long is compared with the reference after r times the tokens,
-whose loss is estimated from its runs with once and twice the tokens. Ranges are over seeds. Processor seconds grow when
-other programs share the caches, as they did in most of these runs, so that a run may take half as much again: small
-differences of time mean nothing.
+tokens" compares runs of one seed that saw the same tokens, on any processor. "Equal time" also counts how long the
+steps took, on a CPU in processor seconds, where one processor ran both: a try whose steps take r times as long is
+compared with the reference after r times the tokens, whose loss is estimated from its runs with once and twice the
+tokens. Ranges are over seeds. Processor seconds grow when other programs share the caches, as they did in most of these
+runs, so that a run may take half as much again: small differences of time mean nothing.
 
 Three tries won at equal time for both shapes and corpora and are the defaults on a CPU: `steps-2048` for runs of up to
 1,638,400 tokens, `iterations-3`, and `depth-warmup-0.5` for runs with at most one token for 64 parameters
@@ -39,8 +39,9 @@ def page(results: Path = RESULTS) -> str:
     keys = [key for key in dict.fromkeys(key_of(row) for row in rows if row["attempt"] != BASE) if key in compared]
     parts = [HEAD, _list()]
     for key in keys:
-        device, corpus, shape, tokens = key
-        parts += [f"## {shape}, {corpus}, {tokens:,} tokens", f"{device}", table(rows, key)]
+        corpus, shape, tokens = key
+        devices = dict.fromkeys(row["device"] for row in rows if key_of(row) == key)
+        parts += [f"## {shape}, {corpus}, {tokens:,} tokens", "; ".join(devices), table(rows, key)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -50,19 +51,19 @@ def _list() -> str:
 
 
 def key_of(row: Row) -> Key:
-    return row["device"], row["corpus"], row["shape"], int(row["tokens"])
+    return row["corpus"], row["shape"], int(row["tokens"])
 
 
 def table(rows: Sequence[Row], key: Key) -> str:
-    """A row for every try of one device, corpus, shape and number of tokens, the best first."""
-    base = {row["seed"]: row for row in rows if key_of(row) == key and row["attempt"] == BASE}
-    device, corpus, shape, tokens = key
-    doubled = (device, corpus, shape, 2 * tokens)
+    """A row for every try of one corpus, shape and number of tokens, the best first."""
+    base = [row for row in rows if key_of(row) == key and row["attempt"] == BASE]
+    corpus, shape, tokens = key
+    doubled = (corpus, shape, 2 * tokens)
     more = {row["seed"]: row for row in rows if key_of(row) == doubled and row["attempt"] == BASE}
     names = dict.fromkeys(row["attempt"] for row in rows if key_of(row) == key and row["attempt"] != BASE)
     body = []
     for name in names:
-        own = [row for row in rows if key_of(row) == key and row["attempt"] == name and row["seed"] in base]
+        own = [row for row in rows if key_of(row) == key and row["attempt"] == name and _reference(row, base)]
         if own:
             body.append(figures(own, base, more))
     body.sort(key=lambda one: -one["tokens"][0])
@@ -78,7 +79,7 @@ def table(rows: Sequence[Row], key: Key) -> str:
         )
         for one in body
     ]
-    losses = ", ".join(f"{float(row['heldout_loss']):.4f}" for row in base.values())
+    losses = ", ".join(f"{float(row['heldout_loss']):.4f}" for row in base)
     note = f"The reference recipe: {losses} nats per token"
     if more:
         doubled_losses = ", ".join(f"{float(row['heldout_loss']):.4f}" for row in more.values())
@@ -86,12 +87,19 @@ def table(rows: Sequence[Row], key: Key) -> str:
     return f"{markdown(head, lines)}\n\n{note}."
 
 
-def figures(own: Sequence[Row], base: dict[str, Row], more: dict[str, Row]) -> dict[str, Any]:
+def _reference(row: Row, base: Sequence[Row]) -> Row | None:
+    """The reference run of the same seed, on the same device if there is one."""
+    same_seed = [one for one in base if one["seed"] == row["seed"]]
+    return min(same_seed, key=lambda one: one["device"] != row["device"], default=None)
+
+
+def figures(own: Sequence[Row], base: Sequence[Row], more: dict[str, Row]) -> dict[str, Any]:
     """The gains of a try: mean, lowest and highest over seeds."""
     gains, ratios, timed = [], [], []
     for row in own:
-        reference = base[row["seed"]]
-        share = time_ratio(row, reference)
+        reference = _reference(row, base)
+        assert reference is not None
+        share = time_ratio(row, reference) if reference["device"] == row["device"] else None
         gains.append(float(reference["heldout_loss"]) - float(row["heldout_loss"]))
         ratios += [share] if share else []
         if share and row["seed"] in more:

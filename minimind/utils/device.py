@@ -88,9 +88,14 @@ def describe_device(device: torch.device) -> str:
 
 
 def _cpu_name() -> str:
-    """The system's name, such as 'AMD Ryzen 7 7700X 8-Core Processor', or 'CPU' if it has none."""
-    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return (names[0] if names else platform.processor()) or "CPU"
+    """The system's name, such as 'AMD Ryzen 7 7700X 8-Core Processor', or 'CPU' if it has none. Virtual machines may
+    hide the number, 'AMD EPYC'; then family and model follow, which tell the generations apart."""
+    parts = [line.partition(":") for line in _cpuinfo()]
+    values = {name.strip(): value.strip() for name, _, value in reversed(parts)}
+    name = values.get("model name") or platform.processor() or "CPU"
+    if any(c.isdigit() for c in name) or not {"cpu family", "model"} <= values.keys():
+        return name
+    return f"{name} family {values['cpu family']} model {values['model']}"
 
 
 def _cpuinfo() -> list[str]:

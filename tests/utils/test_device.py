@@ -99,6 +99,17 @@ def test_an_apple_gpu_is_taken_when_named(monkeypatch):
     assert "Apple GPU" in device.describe_device(mps)
 
 
+def test_a_hidden_processor_is_named_by_its_family(monkeypatch):
+    """As /proc/cpuinfo has it for two processors, the second of which would say something else."""
+    lines = ["processor\t: 0", "cpu family\t: 25", "model\t\t: 17", "model name\t: AMD EPYC",
+             "processor\t: 1", "cpu family\t: 26", "model\t\t: 2", "model name\t: B"]  # fmt: skip
+    monkeypatch.setattr(device, "_cpuinfo", lambda: lines)
+    cpu = torch.device("cpu")
+    assert device.describe_device(cpu).startswith("AMD EPYC family 25 model 17, ")
+    monkeypatch.setattr(device, "_cpuinfo", lambda: [line.replace("EPYC", "EPYC 9654") for line in lines])
+    assert device.describe_device(cpu).startswith("AMD EPYC 9654, ")
+
+
 def test_a_run_keeps_long_sums_in_float32():
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
