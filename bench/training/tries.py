@@ -69,12 +69,12 @@ TRIES: dict[str, Try] = {
                                    "together"),
     "steps-1024-iterations-3": Try({"batch_tokens": 1024, "muon_iterations": 3}, "steps-1024 and iterations-3 "
                                    "together"),
-    "depth-warmup-0.5": Try({"batch_tokens": 2048, "muon_iterations": 3, "depth_warmup": 0.5}, "the same, and half of "
-                            "the steps train a quarter of the layers (1511.05641)"),
-    "depth-warmup-0.2": Try({"batch_tokens": 2048, "muon_iterations": 3, "depth_warmup": 0.2}, "the same, but a fifth "
-                            "of the steps"),
-    "depth-warmup-0.75": Try({"batch_tokens": 2048, "muon_iterations": 3, "depth_warmup": 0.75}, "the same, but "
-                             "three quarters of the steps"),
+    "depth-warmup-0.5": Try({"batch_tokens": 2048, "muon_iterations": 3, "depth_warmup": 0.5}, "in "
+                            "steps-2048-iterations-3 half of the steps train a quarter of the layers (1511.05641)"),
+    "depth-warmup-0.2": Try({"batch_tokens": 2048, "muon_iterations": 3, "depth_warmup": 0.2}, "the same in a fifth of "
+                            "the steps"),
+    "depth-warmup-0.75": Try({"batch_tokens": 2048, "muon_iterations": 3, "depth_warmup": 0.75}, "the same in three "
+                             "quarters of the steps"),
     "zero-outputs-2048": Try({"output_init": 0.0, "batch_tokens": 2048}, "zero-outputs and steps-2048 together"),
     "zero-outputs-batch-warmup": Try({"output_init": 0.0, "batch_warmup": 0.5}, "zero-outputs and batch-warmup-0.5 "
                                      "together"),
