@@ -114,7 +114,8 @@ class StageArgs:
     evals: int = 10
     """Number of evaluations in a run, each with samples."""
     save_every: int | None = None
-    """Steps between checkpoints. None: a twentieth of the run."""
+    """Steps between checkpoints. None: a twentieth of the run, or more where that would cost a twentieth of its
+    time."""
     keep_checkpoints: int = 2
     """Number of newest checkpoints to keep."""
     keep_best: bool = False

@@ -41,6 +41,8 @@ from minimind.utils.files import sync, write_json
 from minimind.utils.spans import span
 from minimind.weights import save_weights
 
+SAVES = 20  # checkpoints of a run by default
+SAVE_SHARE = 20  # they take at most one part in so many of its time
 StageLoss = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
@@ -126,6 +128,8 @@ class Trainer:
     seconds: float = 0.0
     interrupted: str | None = None  # name of the signal
     stopping: bool = False  # all ranks know that one of them was interrupted
+    saved_at: float = 0.0  # on time.perf_counter's clock
+    save_seconds: float = 0.0  # that the newest checkpoint took
     event_line: str = ""  # the newest event's part of the progress line
     pending: list[_StepFigures] = field(default_factory=list)
     average: WeightAverage | None = field(init=False, default=None)
@@ -252,8 +256,8 @@ class Trainer:
         """Log, evaluate and save if they are due after this step."""
         last = self.step == self.plan.steps
         evaluate = self.step % math.ceil(self.plan.steps / max(1, self.args.evals)) == 0 and not last
-        save_every = self.args.save_every or max(1, self.plan.steps // 20)
-        save = (self.step % save_every == 0 or self.step == self.schedule.stable_steps) and not last
+        save_every = self.args.save_every or max(1, self.plan.steps // SAVES)
+        save = not last and (self.step == self.schedule.stable_steps or (self.step % save_every == 0 and self._pays()))
         # several ranks learn of an interrupt on log steps: a check at every step would make every step wait
         stop = self.interrupted is not None and self.parallel.world_size == 1
         if last or stop or evaluate or save or self.step % self.args.log_every == 0:
@@ -263,6 +267,14 @@ class Trainer:
             self._sample()
         if save:
             self._save()
+
+    def _pays(self) -> bool:
+        """Whether the time since the last checkpoint is long enough for another one. In a short run a twentieth of the
+        steps may take less time than a checkpoint. --save-every is always followed. All ranks call it."""
+        if self.args.save_every is not None:
+            return True
+        since = time.perf_counter() - self.saved_at
+        return self.parallel.share(lambda: since >= SAVE_SHARE * self.save_seconds)
 
     @property
     def device(self) -> torch.device:
@@ -346,6 +358,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint. All ranks call it."""
+        began = time.perf_counter()
         whole = self.parallel.whole(self.model)
         optimizer = self.optimizer.state_dict(self.model)
         averaged = None  # with FSDP `whole` is a copy, so the averaged weights need one too
@@ -353,7 +366,8 @@ class Trainer:
             with self.average.in_place():
                 averaged = self.parallel.whole(self.model)
         self.parallel.share(lambda: self._write(whole, optimizer, averaged))
-        self.clock = time.perf_counter()
+        self.clock = self.saved_at = time.perf_counter()
+        self.save_seconds = self.saved_at - began
 
     def _write(self, whole: Model | None, optimizer: dict[str, Any], averaged: Model | None) -> None:
         assert whole is not None

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from minimind import ModelConfig, load_model, load_tokenizer
 from minimind.modeling import Model
 from minimind.objectives.next_token import TokenBatch, next_token_loss
+from minimind.training import trainer as trainer_module
 from minimind.training.arguments import StageArgs
 from minimind.training.batches import TrainingPlan
 from minimind.training.checkpoint import list_checkpoints, load_trainer_state
@@ -171,6 +173,35 @@ def test_the_best_weights_are_kept_and_a_run_without_better_ones_ends(patience, 
 def test_the_highest_reward_is_best(tmp_path):
     trainer, _ = fit(tmp_path, LOSSES, 2, key="heldout_reward")
     assert (trainer.step, trainer.evaluation.best.step) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("cost", "flags", "saved"),
+    [(0.01, {}, [2, 4, 6, 8, 10, 12]), (0.19, {}, [2, 6, 10, 12]), (9.0, {}, [2, 12]),
+     (9.0, {"save_every": 3}, [3, 6, 9, 12])],
+)  # fmt: skip
+def test_checkpoints_take_a_twentieth_of_the_time(cost, flags, saved, tmp_path, monkeypatch):
+    """Steps of a second, and checkpoints that take `cost` seconds."""
+    clock, steps = SimpleNamespace(now=0.0), list[int]()
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(trainer_module, "SAVES", 6)
+    run = RunFolder(tmp_path, None, None)
+    run.metrics.touch()
+    run.samples.touch()
+    model = Model(TINY)
+
+    def loss(batch: TokenBatch) -> StageLoss:
+        clock.now += 1.0
+        return next_token_loss(model, batch)
+
+    def write(*_: object) -> None:
+        clock.now += cost
+        steps.append(trainer.step)
+
+    trainer = trainer_of(model, loss, 12, run=run, evals=0, **flags)
+    monkeypatch.setattr(trainer, "_write", write)
+    trainer.fit()
+    assert steps == saved
 
 
 @pytest.mark.parametrize("stop_after", [3, 5, 6])
