@@ -11,7 +11,7 @@ import pytest
 from bench import performance, projection
 from bench.performance import with_blocks
 from bench.report.projections import default_tiles, minimind_zero
-from bench.report.readme import SHOWN, blocks
+from bench.report.readme import SHOWN, TIMED, blocks
 from bench.report.rows import RESULTS, Device, device_of, devices, find
 from bench.report.tables import sections
 from bench.report.targets import CPU, GPU, NEEDS_CARD, UNEXPLAINED, Target, failed, judged, step, table
@@ -97,7 +97,7 @@ def test_met_missed_and_not_measured(card):
 
 
 def test_rows_of_a_gpu_change_the_pages(card):
-    every = [card, device_of(RESULTS / SHOWN)]
+    every = [card, *(device_of(RESULTS / name) for name in (SHOWN, TIMED))]
     page = performance.page(every)
     assert "On NVIDIA H100, 80 GiB (" in page and "Targets that are not measured here: " in page
     assert UNEXPLAINED not in page
@@ -161,7 +161,8 @@ def test_the_tasks_of_a_gpu(card):
 
 
 def test_missing_rows_are_named(tmp_path):
-    shutil.copytree(RESULTS / SHOWN, tmp_path / SHOWN)
+    for name in (SHOWN, TIMED):
+        shutil.copytree(RESULTS / name, tmp_path / name)
     rows = [row for row in device_of(tmp_path / SHOWN).tables["rl"] if row["model"] != "minimind2-small"]
     write(tmp_path / SHOWN, "rl", rows)
     with pytest.raises(ValueError, match=r"rl\.csv: no row with minimind2-small, which the README shows"):
