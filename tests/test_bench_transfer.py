@@ -275,7 +275,7 @@ def test_check_takes_the_rule_and_its_neighbours(sweep, tmp_path):
 
 
 def test_a_run_is_that_of_the_script(tmp_path, monkeypatch):
-    """The same held-out loss as train/pretrain.py with these flags, to the last digit: five iterations of Muon."""
+    """The same held-out loss as train/pretrain.py with these flags, to the last digit: five iterations, all layers."""
     monkeypatch.setenv("MINIMIND_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "poems.jsonl"
     texts = (f"Line {i} of {i * i % 89} lines, and {i % 7} more of them. " * (1 + i % 9) for i in range(300))
@@ -291,6 +291,7 @@ def test_a_run_is_that_of_the_script(tmp_path, monkeypatch):
         seed=5,
         evals=1,
         muon_iterations=5,
+        depth_warmup=0.0,
         out=str(tmp_path / "run"),
     )
     monkeypatch.setattr(pretrain, "continue_texts", lambda *_: "")

@@ -51,7 +51,8 @@ class Args(StageArgs):
     """Factor of the initial projections into the residual stream; 0 makes every block the identity at first."""
     depth_warmup: float | None = None
     """Share of the steps that trains the lowest quarter of the layers alone; the others are the identity until then.
-    None: on a CPU 0.75 for runs with at most one token for 128 parameters, 0.5 for 64 (docs/recipe.md), else 0."""
+    None: on a CPU, in one process, 0.75 for runs with at most one token for 128 parameters, 0.5 for 64
+    (docs/recipe.md); else 0."""
     heldout_data: tuple[str, ...] = ()
     """Files of text to evaluate on instead of --heldout. NAME=FILE adds a further held-out set with figures of its
     own."""

@@ -337,10 +337,20 @@ def sample_rows(path: Path, out: Path, limit: int, seed: int = 0) -> FileSample:
         return FileSample(total, np.array(sizes, np.int64), whole)
 
 
+class _SmallReads:
+    """A file that is read `_AHEAD` bytes at a time: since Python 3.12 gzip asks for 128 KiB."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(min(size, _AHEAD))
+
+
 def _first(file: IO[bytes], path: Path, limit: int) -> Iterator[bytes]:
     """The first rows of a compressed file."""
     if path.name.endswith(".gz"):
-        raw: Any = gzip.GzipFile(fileobj=file)
+        raw: Any = gzip.GzipFile(fileobj=_SmallReads(file), mode="rb")  # type: ignore[call-overload]
     else:
         unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         raw = unpacker.stream_reader(file, _AHEAD, read_across_frames=True, closefd=False)

@@ -36,7 +36,7 @@ def steps(ops, monkeypatch) -> list[int]:
     monkeypatch.setattr(runner, "decode_step", decode_step)
     monkeypatch.setattr(runner, "_native_ops", lambda: (ops.rope_append_kv, ops.decode_attention, ops.sample))
     monkeypatch.setattr(runner, "why_not_native", lambda device, dtype: None)
-    monkeypatch.setattr(runner, "native_prompt_rows", lambda device, dtype: 0)
+    monkeypatch.setattr(runner, "native_prompt_rows", lambda device: 0)
     monkeypatch.setattr(runner.native, "build_info", lambda: SimpleNamespace(summary=lambda device: "emulated"))
     return rows
 
