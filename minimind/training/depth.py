@@ -13,7 +13,10 @@ import torch
 
 from minimind.modeling import OUTPUTS, Model
 
-SHARE_OF_LAYERS = 4  # a quarter of the layers is trained first, at least one
+
+def first_layers(model: Model) -> int:
+    """The number of layers that are trained first: a quarter, at least one."""
+    return max(1, len(model.layers) // 4)
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,9 @@ class DepthWarmup:
     @staticmethod
     def of(model: Model, steps: int) -> DepthWarmup:
         """The warm-up of `model` over `steps` steps. The cost is that of matrix products."""
-        count = len(model.layers)
-        layers = max(1, count // SHARE_OF_LAYERS)
-        inside = sum(p.numel() for p in model.layers[0].parameters())
-        return DepthWarmup(steps, layers, 1 - (count - layers) * inside / model.num_parameters())
+        layers = first_layers(model)
+        waiting = sum(p.numel() for layer in model.layers[layers:] for p in layer.parameters())
+        return DepthWarmup(steps, layers, 1 - waiting / model.num_parameters())
 
     def apply(self, model: Model, step: int) -> None:
         """Let `model` run and train the layers of `step`, from 0. The others have no gradients and no optimizer state
@@ -57,9 +59,8 @@ WHOLE = DepthWarmup()  # every step trains all layers
 
 @torch.no_grad()
 def close_upper_layers(model: Model) -> None:
-    """Make all layers but the first to be trained the identity: their projections into the residual stream become
-    zero."""
-    for layer in model.layers[max(1, len(model.layers) // SHARE_OF_LAYERS) :]:
+    """Make the layers that wait the identity: their projections into the residual stream become zero."""
+    for layer in model.layers[first_layers(model) :]:
         for name, parameter in layer.named_parameters():
             if name.endswith(OUTPUTS):
                 parameter.zero_()
