@@ -30,7 +30,7 @@ class DepthWarmup:
 
     @staticmethod
     def of(model: Model, steps: int) -> DepthWarmup:
-        """The warm-up of `model` over `steps` steps. The cost is that of matrix products."""
+        """The warm-up of `model` over `steps` steps. The cost is in proportion to parameters."""
         layers = first_layers(model)
         waiting = sum(p.numel() for layer in model.layers[layers:] for p in layer.parameters())
         return DepthWarmup(steps, layers, 1 - waiting / model.num_parameters())
