@@ -35,7 +35,7 @@ from tests.training.runs import (
 )
 
 FLAGS = ["--tokens", str(512 * 12), "--save-every", "5", "--ema", "0.5", "--precision", "fp32", "--optimizer", "adamw",
-         "--grad-clip", "1000"]  # fmt: skip
+         "--grad-clip", "1000", "--depth-warmup", "0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
