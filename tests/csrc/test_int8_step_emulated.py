@@ -15,13 +15,14 @@ from tests.csrc import emulated
 from tests.csrc.test_decode_step_emulated import (
     BF16,
     CONFIGS,
+    EIGHT,
     FP8,
     FP16,
     FP32,
     LENGTHS,
-    PAGE,
     Case,
     check,
+    check_rows,
     config,
     make_case,
     native,
@@ -31,7 +32,6 @@ from tests.inference.decode.test_step import make_model
 
 pytestmark = pytest.mark.skipif(emulated.COMPILER is None, reason="g++ is not on PATH")
 
-BATCH = [140, 0, 3, 129, 1, 17, 2, 130]
 ODD = config(3, 1, 20, hidden_size=68, intermediate_size=268)  # rows of 68, 60 and 268 numbers
 
 
@@ -89,7 +89,7 @@ def test_a_step_is_that_of_the_rounded_weights(ops, name, dtype):
 
 @pytest.mark.parametrize("batch", range(1, 9))
 def test_every_batch(ops, batch):
-    check_int8(ops, make_int8_case(make_model(ODD), BF16, FP32, BATCH[-batch:]))
+    check_int8(ops, make_int8_case(make_model(ODD), BF16, FP32, EIGHT[-batch:]))
 
 
 @pytest.mark.parametrize("dtype, cache_dtype", [(BF16, BF16), (FP16, FP16), (BF16, FP8), (FP32, FP8)])
@@ -107,15 +107,7 @@ def test_rows_longer_than_what_is_under_way_at_once(ops, lengths):
 
 @pytest.mark.parametrize("dtype, cache_dtype", [(BF16, BF16), (FP32, FP32), (BF16, FP8)])
 def test_a_row_is_the_same_bit_for_bit_in_any_batch(ops, dtype, cache_dtype):
-    case = make_int8_case(make_model(CONFIGS["64"]), dtype, cache_dtype, BATCH)
-    whole = case.run(native(ops))
-    for rows in (slice(0, 1), slice(2, 3), slice(3, 5), slice(0, 4), slice(2, 8)):
-        logits, *caches = case.run(native(ops), rows)
-        assert torch.equal(logits, whole[0][rows])
-        places = case.slots[rows][case.lengths[rows] > 0]
-        for mine, theirs in zip(caches, whole[1:], strict=True):
-            index = (slice(None), places // PAGE, places % PAGE)
-            assert same(mine[index], theirs[index])
+    check_rows(ops, make_int8_case(make_model(CONFIGS["64"]), dtype, cache_dtype, EIGHT))
 
 
 def test_the_order_of_threads_and_blocks_does_not_matter(ops, monkeypatch):
