@@ -47,6 +47,9 @@ class Args(StageArgs):
     muon_iterations: int | None = None
     """With --optimizer muon: iterations that bring the singular values of an update near 1. Each costs the same; with
     fewer, small ones stay smaller. None: 3 on a CPU (docs/recipe.md), else 5."""
+    muon_block: int | None = None
+    """With --optimizer muon: cut the shorter side of each matrix into equal blocks of at least this size, and bring the
+    singular values of each block near 1 instead of the whole matrix's, which takes less time. 0: whole matrices."""
     output_init: float = 1.0
     """Factor of the initial projections into the residual stream; 0 makes every block the identity at first."""
     depth_warmup: float | None = None
@@ -76,7 +79,8 @@ def main(args: Args, console: Console) -> bool:
     """Run the stage; False when training was interrupted. Raises ValueError, in one line, for bad input."""
     job = Job.begin("pretrain", args, console)
     usual_lr = job.legacy["lr"] = PEAK_LR.get(job.initial.preset, 1e-3)
-    job.legacy |= {"batch_tokens": usual_batch(job), "muon_iterations": TORCHS_ITERATIONS, "depth_warmup": 0.0}
+    job.legacy |= {"batch_tokens": usual_batch(job), "muon_iterations": TORCHS_ITERATIONS, "muon_block": 0,
+                   "depth_warmup": 0.0}  # fmt: skip
     builtin = () if args.data else (builtin_corpus(args.cache_dir, console),)
     files = NamedFiles.from_flags(args.data, args.heldout_data, builtin)
     split = open_split(job, files, partial(read_texts, job))
@@ -85,6 +89,7 @@ def main(args: Args, console: Console) -> bool:
     job.settle("batch_tokens", lambda: pretraining_batch(job, tokens))
     on_cpu = job.default_device == "cpu"
     job.settle("muon_iterations", lambda: (CPU_ITERATIONS if on_cpu else TORCHS_ITERATIONS, ""))
+    job.settle("muon_block", lambda: (0, ""))
     shallow = job.settle("depth_warmup", lambda: pretraining_depth(job, tokens))
     plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=split.mixture))
     lr = job.settle("lr", lambda: pretraining_lr(job.args.optimizer, job.config, plan.steps, usual_lr))

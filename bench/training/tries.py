@@ -9,7 +9,7 @@ from bench.common.record import Row
 
 BASE = ""  # the name of the reference recipe
 # its flags on a CPU; all others have their defaults
-REFERENCE = {"batch_tokens": 4096, "muon_iterations": 5, "depth_warmup": 0.0}
+REFERENCE = {"batch_tokens": 4096, "muon_iterations": 5, "muon_block": 0, "depth_warmup": 0.0}
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,16 @@ TRIES: dict[str, Try] = {
                             "the steps"),
     "depth-warmup-0.75": Try({"batch_tokens": 2048, "muon_iterations": 3, "depth_warmup": 0.75}, "the same in three "
                              "quarters of the steps"),
+    "block-128": Try({"batch_tokens": 2048, "muon_iterations": 3, "muon_block": 128}, "in steps-2048-iterations-3 Muon "
+                     "takes blocks of 128 rows or columns instead of whole matrices (2510.16981)"),
+    "steps-1024-block-128": Try({"batch_tokens": 1024, "muon_iterations": 3, "muon_block": 128}, "the same in steps of "
+                                "1,024 tokens"),
+    "short-run-0.5": Try({"batch_tokens": 1024, "muon_iterations": 3, "muon_block": 128, "depth_warmup": 0.5},
+                         "steps-1024-block-128 and depth-warmup-0.5 together"),
+    "short-run-0.75": Try({"batch_tokens": 1024, "muon_iterations": 3, "muon_block": 128, "depth_warmup": 0.75},
+                          "the same with three quarters of the steps"),
+    "short-run-0.875": Try({"batch_tokens": 1024, "muon_iterations": 3, "muon_block": 128, "depth_warmup": 0.875},
+                           "the same with seven eighths of the steps"),
     "zero-outputs-2048": Try({"output_init": 0.0, "batch_tokens": 2048}, "zero-outputs and steps-2048 together"),
     "zero-outputs-batch-warmup": Try({"output_init": 0.0, "batch_warmup": 0.5}, "zero-outputs and batch-warmup-0.5 "
                                      "together"),

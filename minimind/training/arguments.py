@@ -32,7 +32,8 @@ FromFlag = Annotated[str | None, tyro.conf.arg(name="from")]  # `from` is a Pyth
 _PLAN = {"plan": False, "plan_gb": None, "plan_gpu": False, "plan_measure": True, "plan_json": None}
 # Flags that do not change what a run computes.
 _NOT_SAVED = {*_PLAN, "resume", "lengthen", "new_tokenizer", "out", "track", "profile", "scale"}
-_OF_MUON = ("muon_momentum", "momentum_warmup", "muon_row_beta", "muon_iterations", "cautious_decay")
+_OF_MUON = ("muon_momentum", "momentum_warmup", "muon_row_beta", "muon_iterations", "muon_block",
+            "cautious_decay")  # fmt: skip
 _FIRST_MOMENTUM = 0.85  # Jordan's
 _POSITIVE = ("tokens", "epochs", "seq_len", "batch_tokens", "micro_tokens", "lr", "muon_iterations", "grad_clip",
              "eval_tokens", "evals", "save_every", "keep_checkpoints", "log_every", "patience", "plan_gb")  # fmt: skip
@@ -97,6 +98,9 @@ class StageArgs:
     muon_iterations: int | None = TORCHS_ITERATIONS
     """With --optimizer muon: iterations that bring the singular values of an update near 1. Each costs the same; with
     fewer, small ones stay smaller."""
+    muon_block: int | None = 0
+    """With --optimizer muon: cut the shorter side of each matrix into equal blocks of at least this size, and bring the
+    singular values of each block near 1 instead of the whole matrix's, which takes less time. 0: whole matrices."""
     cautious_decay: bool = False
     """With --optimizer muon: decay a weight of a matrix only where the update moves it towards zero too."""
     batch_warmup: float = 0.0
@@ -233,6 +237,8 @@ class StageArgs:
         for name, values in (("betas", self.betas), ("muon-momentum", (self.muon_momentum or 0.0,)), row_beta):
             if not all(0 <= value < 1 for value in values):
                 raise ValueError(f"--{name} {' '.join(map(str, values))}: from 0 to less than 1")
+        if (self.muon_block or 0) < 0:
+            raise ValueError(f"--muon-block {self.muon_block}: must be 0, for whole matrices, or more")
         if not 0 <= self.embedding_lr < math.inf:
             raise ValueError(f"--embedding-lr {self.embedding_lr}: must be 0 or more")
         if not 0 <= self.weight_decay < math.inf:

@@ -337,7 +337,7 @@ class Job:
     def optimizers(self, model: Model, stage: Stage) -> Optimizers:
         """The optimizer that the flags name, with the stage's own multiples of the learning rate."""
         args = self.args
-        assert args.optimizer is not None and args.muon_iterations is not None
+        assert args.optimizer is not None and args.muon_iterations is not None and args.muon_block is not None
         optimizer = build_optimizers(
             model,
             args.optimizer,
@@ -348,6 +348,7 @@ class Job:
             args.muon_row_beta,
             args.cautious_decay,
             args.muon_iterations,
+            args.muon_block,
         )
         for end, rate in args.lr_multiples().items():
             if rate != 1:

@@ -5,10 +5,11 @@
 The factor gives an update the size of AdamW's, so that one `lr` serves both (Moonlight, arXiv 2502.16982). This is what
 torch.optim.Muon computes with adjust_lr_fn="match_rms_adamw", and their state dicts are compatible.
 
-Two variants are off by default. `row_beta`: each row of the orthogonal factor is divided by the running root mean
+Three variants are off by default. `row_beta`: each row of the orthogonal factor is divided by the running root mean
 square of its elements, and the factor becomes 0.2 lr, so that all rows move alike (NorMuon, arXiv 2510.05491; there the
 whole update is scaled to that size afterwards). `cautious`: a weight decays only where the update also moves it towards
-zero (arXiv 2510.12402).
+zero (arXiv 2510.12402). `block`: the shorter side of a matrix is cut into blocks, and each is
+orthogonalised by itself, which takes a share of the time (docs/recipe.md). The update keeps its Frobenius norm.
 
 Matrices of one shape are batched. Under FSDP each matrix has one owner: the ranks send it their rows, of all matrices
 in one exchange, and get them back in a second one (section 2.3 there). So a rank computes only its share, and 4 bytes
@@ -34,7 +35,8 @@ from minimind.utils.spans import span
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan's quintic: steep at 0, and bounded
 TORCHS_ITERATIONS, _EPS = 5, 1e-7
-CPU_ITERATIONS = 3  # of pretraining on a CPU, where five are a quarter of a step (docs/recipe.md)
+# Of pretraining on a CPU, where five iterations over whole matrices are a quarter of a step (docs/recipe.md)
+CPU_ITERATIONS = 3
 RMS = 0.2  # root mean square of an update at rate 1: about AdamW's
 
 # Elements of a batch. On a GPU 64 MB of bf16, small beside the model. On a CPU what a core's cache holds: larger
@@ -51,6 +53,8 @@ class Muon(torch.optim.Optimizer):
     row_beta: decay of the mean squares of rows, from 0 to below 1. None: rows are not scaled.
     cautious: decay a weight only where the update moves it towards zero.
     iterations: of Newton-Schulz.
+    block: cut the shorter side of each matrix into as many equal blocks as have at least this many rows or columns; 0:
+      whole matrices.
     """
 
     def __init__(
@@ -64,8 +68,9 @@ class Muon(torch.optim.Optimizer):
         row_beta: float | None = None,
         cautious: bool = False,
         iterations: int = TORCHS_ITERATIONS,
+        block: int = 0,
     ) -> None:
-        self.row_beta, self.cautious = row_beta, cautious
+        self.row_beta, self.cautious, self.block = row_beta, cautious, block
         # the keys of torch.optim.Muon: checkpoints of either load into the other
         fixed = {"nesterov": True, "ns_coefficients": (_A, _B, _C), "eps": _EPS, "ns_steps": iterations,
                  "adjust_lr_fn": "match_rms_adamw"}  # fmt: skip
@@ -105,7 +110,7 @@ class Muon(torch.optim.Optimizer):
         means = [_rows(_local(self.state[p]["momentum_buffer"])) for p in parameters]
         torch._foreach_lerp_(means, gradients, 1 - momentum)
         updates = list(torch._foreach_lerp(gradients, means, momentum))
-        orthogonalise(updates, plan, group["ns_steps"])
+        orthogonalise(updates, plan, group["ns_steps"], self.block)
         if self.row_beta is not None:
             self._scale_rows(parameters, updates, self.row_beta)
         if self.cautious:
@@ -138,14 +143,32 @@ class Muon(torch.optim.Optimizer):
         return self._plans[key]
 
 
-def orthogonalise(updates: list[Tensor], plan: MuonPlan, iterations: int) -> None:
-    """Replace each matrix in `updates`, float32 [rows, columns], by its orthogonal factor. All ranks call it."""
+def orthogonalise(updates: list[Tensor], plan: MuonPlan, iterations: int, block: int = 0) -> None:
+    """Replace each matrix in `updates`, float32 [rows, columns], or each of its blocks by its orthogonal factor. All
+    ranks call it."""
     flat = updates[0].new_empty(sum(plan.sent), dtype=_working_dtype(updates[0].device))
     torch._foreach_copy_(cut(flat, plan.own_rows), take(updates, plan.own_rows))
     with exchange(flat, plan) as stacks:
         for stack in stacks:
-            newton_schulz_(stack, iterations)
+            blocks = blocks_of(stack, block)
+            packed = blocks.contiguous()  # a copy where columns are cut
+            newton_schulz_(packed.flatten(0, -3) if packed.ndim > 2 else packed, iterations)
+            if packed is not blocks:
+                blocks.copy_(packed)
     torch._foreach_copy_(take(updates, plan.own_rows), cut(flat, plan.own_rows))
+
+
+def blocks_of(matrices: Tensor, block: int) -> Tensor:
+    """A view [..., blocks, p, q] of matrices [..., m, n] whose shorter side is cut into as many equal blocks as have at
+    least `block` rows or columns; the matrices themselves where that is one or `block` is 0."""
+    m, n = matrices.shape[-2:]
+    short = min(m, n)
+    count = next((k for k in range(short // block, 1, -1) if short % k == 0), 1) if block else 1
+    if count == 1:
+        return matrices
+    if m <= n:
+        return matrices.unflatten(-2, (count, m // count))
+    return matrices.unflatten(-1, (count, n // count)).movedim(-2, -3)
 
 
 @functools.cache

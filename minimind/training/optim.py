@@ -188,6 +188,7 @@ def build_optimizers(
     row_beta: float | None = None,
     cautious: bool = False,
     iterations: int = 5,
+    block: int = 0,
 ) -> Optimizers:
     """The optimizer of a run. Weight decay applies to matrices and embeddings, not to norm gains.
 
@@ -195,7 +196,7 @@ def build_optimizers(
     muon: momentum orthogonalised by Newton-Schulz for the matrices inside the blocks (Jordan et al. 2024), with
       `momentum`; every expert's and packed q, k, v, gate and up are separate matrices. The update is scaled to the size
       of AdamW's, so that one `lr` serves both (Moonlight, arXiv 2502.16982). AdamW for the embedding, the head, the
-      router, the norm gains and adapters. row_beta, cautious, iterations: as `Muon` takes them.
+      router, the norm gains and adapters. row_beta, cautious, iterations, block: as `Muon` takes them.
     """
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward without a backward leaves whole parameters in place of the shards
@@ -210,7 +211,7 @@ def build_optimizers(
     parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)]
     if muon:
         rows = packed_rows(model)
-        parts.append(Muon(muon, lr, weight_decay, momentum, rows, None, row_beta, cautious, iterations))
+        parts.append(Muon(muon, lr, weight_decay, momentum, rows, None, row_beta, cautious, iterations, block))
     return Optimizers(parts)
 
 

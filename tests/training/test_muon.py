@@ -59,6 +59,26 @@ def iterated(matrix: torch.Tensor, iterations: int) -> torch.Tensor:
     return x
 
 
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [((48, 64), lambda m: m.split(16)), ((2, 64, 32), lambda m: [b for one in m for b in one.split(16, 1)]),
+     ((30, 64), lambda m: [m]), ((35, 64), lambda m: [m])],
+    ids=["rows", "columns of a stack", "too few rows", "no equal blocks"],
+)  # fmt: skip
+def test_blocks_are_orthogonalised_by_themselves(shape, parts):
+    parameter = nn.Parameter(torch.zeros(shape))
+    muon = Muon([parameter], lr=0.5, weight_decay=0.0, momentum=0.0, iterations=3, block=16)
+    (parameter.grad,) = gradients([shape], 0)
+    expected = parameter.grad.bfloat16()
+    for block in parts(expected):
+        factor = block.contiguous()
+        newton_schulz_(factor, 3)
+        block.copy_(factor)
+    muon.step()
+    scale = 0.5 * 0.2 * max(shape[-2:]) ** 0.5
+    torch.testing.assert_close(parameter.detach(), -scale * expected.float(), rtol=0.02, atol=0.002)
+
+
 def test_scaled_rows_move_alike():
     """By hand: rows of the orthogonal factor over the root of their mean squares, which begin with the first."""
     parameter = nn.Parameter(torch.zeros(2, 20, 12))  # two matrices

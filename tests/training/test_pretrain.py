@@ -262,6 +262,7 @@ def test_bad_flags_are_one_clear_line(case, data, tmp_path):
         ("muon_momentum", 1.0, "--muon-momentum 1.0: from 0 to less than 1"),
         ("embedding_lr", -1.0, "--embedding-lr -1.0: must be 0 or more"),
         ("muon_iterations", 0, "--muon-iterations 0: must be above 0"),
+        ("muon_block", -1, "--muon-block -1: must be 0, for whole matrices, or more"),
         ("muon_row_beta", 1.0, "--muon-row-beta 1.0: from 0 to less than 1"),
         ("batch_warmup", 1.5, "--batch-warmup 1.5: a share, from 0 to 1"),
         ("momentum_warmup", -0.1, "--momentum-warmup -0.1: a share, from 0 to 1"),
