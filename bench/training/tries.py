@@ -77,7 +77,11 @@ TRIES: dict[str, Try] = {
                              "quarters of the steps"),
     "block-128": Try({"batch_tokens": 2048, "muon_iterations": 3, "muon_block": 128}, "in steps-2048-iterations-3 Muon "
                      "takes blocks of 128 rows or columns instead of whole matrices (2510.16981)"),
-    "steps-1024-block-128": Try({"batch_tokens": 1024, "muon_iterations": 3, "muon_block": 128}, "the same in steps of "
+    "block-128-depth-0.75": Try({"batch_tokens": 2048, "muon_iterations": 3, "muon_block": 128, "depth_warmup": 0.75},
+                                "block-128 and depth-warmup-0.75 together"),
+    "block-128-depth-0.875": Try({"batch_tokens": 2048, "muon_iterations": 3, "muon_block": 128,
+                                  "depth_warmup": 0.875}, "the same with seven eighths of the steps"),
+    "steps-1024-block-128": Try({"batch_tokens": 1024, "muon_iterations": 3, "muon_block": 128}, "block-128 in steps of "
                                 "1,024 tokens"),
     "short-run-0.5": Try({"batch_tokens": 1024, "muon_iterations": 3, "muon_block": 128, "depth_warmup": 0.5},
                          "steps-1024-block-128 and depth-warmup-0.5 together"),
