@@ -81,8 +81,13 @@ TRIES: dict[str, Try] = {
                                 "block-128 and depth-warmup-0.75 together"),
     "block-128-depth-0.875": Try({"batch_tokens": 2048, "muon_iterations": 3, "muon_block": 128,
                                   "depth_warmup": 0.875}, "the same with seven eighths of the steps"),
-    "steps-1024-block-128": Try({"batch_tokens": 1024, "muon_iterations": 3, "muon_block": 128}, "block-128 in steps of "
-                                "1,024 tokens"),
+    "block-256": Try({"batch_tokens": 2048, "muon_iterations": 3, "muon_block": 256}, "block-128 with larger blocks"),
+    "block-256-depth-0.75": Try({"batch_tokens": 2048, "muon_iterations": 3, "muon_block": 256, "depth_warmup": 0.75},
+                                "block-256 and depth-warmup-0.75 together"),
+    "block-256-depth-0.875": Try({"batch_tokens": 2048, "muon_iterations": 3, "muon_block": 256,
+                                  "depth_warmup": 0.875}, "the same with seven eighths of the steps"),
+    "steps-1024-block-128": Try({"batch_tokens": 1024, "muon_iterations": 3, "muon_block": 128}, "block-128 in steps "
+                                "of 1,024 tokens"),
     "short-run-0.5": Try({"batch_tokens": 1024, "muon_iterations": 3, "muon_block": 128, "depth_warmup": 0.5},
                          "steps-1024-block-128 and depth-warmup-0.5 together"),
     "short-run-0.75": Try({"batch_tokens": 1024, "muon_iterations": 3, "muon_block": 128, "depth_warmup": 0.75},
