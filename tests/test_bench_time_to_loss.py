@@ -212,8 +212,8 @@ def test_a_run_fills_the_planned_time():
 
 @pytest.mark.parametrize(
     ("paces", "step"),
-    [([0.25] * 12, 0.5), ([0.125] * 6 + [9.0] + [0.375] * 5, 0.5)],
-    ids=["even", "shallow first, then compiled again"],
+    [([0.25] * 12, 0.5), ([0.125] * 6 + [9.0] + [0.375] * 5, 0.5), ([0.25] * 9 + [1.625] * 3, 1.25)],
+    ids=["even", "shallow first, then compiled again", "shallow for longer"],
 )
 def test_speed_is_measured_without_the_first_steps(paces, step, tmp_path, monkeypatch):
     """paces: seconds of steps that have half the tokens."""

@@ -25,7 +25,7 @@ from minimind.training.depth import close_upper_layers
 from minimind.training.evaluation import describe_batch
 from minimind.training.initial_model import scale_outputs
 from minimind.training.job import Job, run_script
-from minimind.training.muon import CPU_ITERATIONS, TORCHS_ITERATIONS
+from minimind.training.muon import CPU_BLOCK, CPU_ITERATIONS, TORCHS_ITERATIONS
 from minimind.training.parallel import world_size
 from minimind.training.stages.chats import continue_texts
 from minimind.training.trainer import Stage
@@ -49,12 +49,13 @@ class Args(StageArgs):
     fewer, small ones stay smaller. None: 3 on a CPU (docs/recipe.md), else 5."""
     muon_block: int | None = None
     """With --optimizer muon: cut the shorter side of each matrix into equal blocks of at least this size, and bring the
-    singular values of each block near 1 instead of the whole matrix's, which takes less time. 0: whole matrices."""
+    singular values of each block near 1 instead of the whole matrix's, which takes less time. 0: whole matrices. None:
+    256 on a CPU (docs/recipe.md), else 0."""
     output_init: float = 1.0
     """Factor of the initial projections into the residual stream; 0 makes every block the identity at first."""
     depth_warmup: float | None = None
     """Share of the steps that trains the lowest quarter of the layers alone; the others are the identity until then.
-    None: on a CPU, in one process, 0.75 for runs with at most one token for 128 parameters, 0.5 for 64
+    None: on a CPU, in one process, 0.875 for runs with at most one token for 192 parameters, 0.75 for 128, 0.5 for 64
     (docs/recipe.md); else 0."""
     heldout_data: tuple[str, ...] = ()
     """Files of text to evaluate on instead of --heldout. NAME=FILE adds a further held-out set with figures of its
@@ -89,7 +90,7 @@ def main(args: Args, console: Console) -> bool:
     job.settle("batch_tokens", lambda: pretraining_batch(job, tokens))
     on_cpu = job.default_device == "cpu"
     job.settle("muon_iterations", lambda: (CPU_ITERATIONS if on_cpu else TORCHS_ITERATIONS, ""))
-    job.settle("muon_block", lambda: (0, ""))
+    job.settle("muon_block", lambda: (CPU_BLOCK if on_cpu else 0, ""))
     shallow = job.settle("depth_warmup", lambda: pretraining_depth(job, tokens))
     plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=split.mixture))
     lr = job.settle("lr", lambda: pretraining_lr(job.args.optimizer, job.config, plan.steps, usual_lr))

@@ -33,7 +33,7 @@ from minimind.training.metrics import read_metrics
 from minimind.utils.device import choose_device
 from minimind.weights import load_model
 
-QUARTERS = 4
+COMPILED = 10  # times the median: a step that compiled something took at least this long
 PROBE = 6  # steps of the run that measures the speed
 STEP = 4096  # tokens of a step on a CPU for transformers; ours are counted in such steps, and takes its own
 MOST_HELDOUT = 0.2  # of a small file
@@ -218,9 +218,8 @@ class Speed:
             (after - before) * (step_tokens(plan) / (end - begin) if plan.is_ours else 1)
             for (before, begin), (after, end) in pairwise(places[1:])
         ]
-        parts = QUARTERS if plan.is_ours else 1  # the first steps of ours may train fewer layers
-        ends = [round(len(steps) * i / parts) for i in range(parts + 1)]
-        step = statistics.mean(statistics.median(steps[begin:end]) for begin, end in pairwise(ends))
+        usual = statistics.median(steps)  # a step with a compilation takes far longer, one of all layers a few times
+        step = statistics.mean(seconds for seconds in steps if seconds < COMPILED * usual)
         return Speed(watched.points[-1].seconds - PROBE * step, step)
 
 

@@ -33,7 +33,7 @@ MOST_TOKENS = 1 << 16  # of a forward and backward, even if more fit
 SMALLEST = 4  # with --batch-warmup, the first steps are this many times smaller
 GPU_BATCH, CPU_BATCH = 1 << 16, 1 << 12  # tokens of a step by default
 # --depth-warmup on a CPU, for runs with at most one token for this many parameters (docs/recipe.md).
-DEPTH_WARMUPS = {128: 0.75, 64: 0.5}
+DEPTH_WARMUPS = {192: 0.875, 128: 0.75, 64: 0.5}
 SHORT_RUN = 400  # steps of CPU_BATCH; shorter runs on a CPU take smaller steps (docs/recipe.md)
 Growth = tuple[tuple[int, int], ...]  # (number, tokens) of smaller steps at the beginning of a run
 _HEAD_CHUNK = 2048  # tokens whose logits exist at once

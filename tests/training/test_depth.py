@@ -71,7 +71,8 @@ def test_short_runs_on_a_cpu_begin_shallow():
         return pretraining_depth(cast(Job, job), tokens)[0]
 
     parameters = Model(DENSE).num_parameters()
-    assert [share(parameters / each) for each in (1000, 128, 127, 64, 63)] == [0.75, 0.75, 0.5, 0.5, 0]
+    shares = [share(parameters / each) for each in (1000, 192, 191, 128, 127, 64, 63)]
+    assert shares == [0.875, 0.875, 0.75, 0.75, 0.5, 0.5, 0]
     assert share(1, device="cuda") == share(1, ranks=2) == share(1, weights=Path("a")) == 0
 
 

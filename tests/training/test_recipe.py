@@ -14,7 +14,7 @@ from minimind.training.batches import TrainingPlan, growing_steps, pretraining_b
 from minimind.training.checkpoint import list_checkpoints
 from minimind.training.initial_model import scale_outputs
 from minimind.training.job import Job
-from minimind.training.muon import CPU_ITERATIONS
+from minimind.training.muon import CPU_BLOCK, CPU_ITERATIONS
 from tests.training.runs import TINY, as_killed, command, finish, reproducible, rows_of
 
 FLAGS = ["--tokens", str(512 * 4), "--save-every", "3", "--batch-warmup", "0.5", "--momentum-warmup", "0.5",
@@ -52,7 +52,8 @@ def test_a_short_run_keeps_its_choices_in_its_folder(data, tmp_path):
     batch = line.index("--batch-tokens")
     assert "as this run began" not in finish([*line[:batch], *line[batch + 2 :]])
     chosen = json.loads((tmp_path / "run" / "config.json").read_text())["chosen"]
-    assert chosen["batch_tokens"] == 2048 and chosen["muon_iterations"] == CPU_ITERATIONS
+    assert chosen["batch_tokens"] == 2048
+    assert (chosen["muon_iterations"], chosen["muon_block"]) == (CPU_ITERATIONS, CPU_BLOCK)
     assert rows_of(tmp_path / "run", "train")[-1]["tokens"] == 4096
 
 
