@@ -57,9 +57,9 @@ NOT_NUMERIC = [  # files, names and processes: the same on every processor
         )
     ),
 ]
-# What CI runs: the tests whose results come from the native operators or from products of PyTorch. The others of NUMERIC
-# compute with numpy (kernels in Triton's interpreter), with code compiled once for any processor (csrc/cuda emulated), or
-# are about schedules, files and whole scripts.
+# What CI runs: the tests whose results come from the native operators or from products of PyTorch. The others of
+# NUMERIC compute with numpy (kernels in Triton's interpreter), with code compiled once for any processor (csrc/cuda
+# emulated), or are about schedules, files and whole scripts.
 ARITHMETIC = [
     "tests/inference",
     "tests/kernels/test_linear_cross_entropy.py",

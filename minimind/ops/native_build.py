@@ -4,8 +4,8 @@
 
 Neither this module nor csrc/ needs torch, since pip builds before it installs torch. A part that cannot be built is
 left out, and the reason is written to _native_build.json for minimind/ops/native.py. MINIMIND_CUDA=0 skips the CUDA
-part; MINIMIND_CUDA=1 makes it an error if the CUDA part cannot be built; MINIMIND_CUDA_ARCHS="86;90" builds it for these
-architectures alone, in less time.
+part; MINIMIND_CUDA=1 makes it an error if the CUDA part cannot be built; MINIMIND_CUDA_ARCHS="86;90" builds it for
+these architectures alone, in less time.
 """
 
 from __future__ import annotations
