@@ -57,7 +57,25 @@ NOT_NUMERIC = [  # files, names and processes: the same on every processor
         )
     ),
 ]
-# What stands for a whole processor, then one thing at a time. CI runs the first two beside the plain suite.
+# What CI runs: the tests whose results come from the native operators or from products of PyTorch. The others of
+# NUMERIC compute with numpy (kernels in Triton's interpreter), with code compiled once for any processor (csrc/cuda
+# emulated), or are about schedules, files and whole scripts.
+ARITHMETIC = [
+    "tests/inference",
+    "tests/kernels/test_linear_cross_entropy.py",
+    "tests/kernels/test_linear_distillation.py",
+    "tests/kernels/test_linear_log_probs.py",
+    "tests/objectives",
+    "tests/ops",
+    "tests/training/rl",
+    *(
+        f"tests/training/test_{name}.py"
+        for name in ("convergence", "depth", "muon", "optim", "padded", "pairs", "ppo_spo", "reason")
+    ),
+    *(f"tests/test_{name}.py" for name in ("golden", "lora", "modeling", "value_head", "weights")),
+]
+NOT_ARITHMETIC = [f"tests/inference/test_{name}.py" for name in ("engine_service", "late")]
+# What stands for a whole processor, then one thing at a time.
 CONFIGURATIONS = {
     "before_avx": {
         "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
@@ -103,10 +121,12 @@ def why_not(environment: dict[str, str]) -> str | None:
     return missing
 
 
-def assert_green(root: Path, environment: dict[str, str], python: str = sys.executable) -> None:
-    """Run the numeric tests in `root`, showing their output as they run, since they take minutes."""
-    ignored = [f"--ignore={path}" for path in NOT_NUMERIC]
-    command = [python, "-m", "pytest", "-p", "no:cacheprovider", *workers(python), *ignored, *NUMERIC]
+def assert_green(root: Path, environment: dict[str, str], python: str = sys.executable, some: bool = False) -> None:
+    """Run the numeric tests in `root`, or those of arithmetic alone, showing their output as they run, since they take
+    minutes."""
+    ignored = [f"--ignore={path}" for path in NOT_NUMERIC + NOT_ARITHMETIC * some]
+    tests = [*ARITHMETIC, "-k", "not triton"] if some else NUMERIC
+    command = [python, "-m", "pytest", "-p", "no:cacheprovider", *workers(python), *ignored, *tests]
     process = subprocess.Popen(
         command,
         cwd=root,
@@ -137,6 +157,22 @@ def test_numbers_of_another_processor(name):
     if reason is not None:
         pytest.skip(reason)
     assert_green(ROOT, CONFIGURATIONS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["before_avx", "with_avx2"])
+def test_arithmetic_of_another_processor(name):
+    """What CI runs beside the plain suite."""
+    reason = why_not(CONFIGURATIONS[name])
+    if reason is not None:
+        pytest.skip(reason)
+    assert_green(ROOT, CONFIGURATIONS[name], some=True)
+
+
+def test_every_named_test_is_there():
+    """pytest itself refuses a missing path, but not one that is to be ignored."""
+    for path in NUMERIC + NOT_NUMERIC + ARITHMETIC + NOT_ARITHMETIC:
+        assert (ROOT / path).exists(), path
 
 
 @pytest.mark.slow

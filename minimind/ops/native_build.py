@@ -4,7 +4,8 @@
 
 Neither this module nor csrc/ needs torch, since pip builds before it installs torch. A part that cannot be built is
 left out, and the reason is written to _native_build.json for minimind/ops/native.py. MINIMIND_CUDA=0 skips the CUDA
-part; MINIMIND_CUDA=1 makes it an error if the CUDA part cannot be built.
+part; MINIMIND_CUDA=1 makes it an error if the CUDA part cannot be built; MINIMIND_CUDA_ARCHS="86;90" builds it for
+these architectures alone, in less time.
 """
 
 from __future__ import annotations
@@ -124,6 +125,8 @@ def _compile(part: str, target: Path) -> str | None:
     folder = ROOT / "build" / f"native-{part}"
     options = [f"-DMINIMIND_PARTS={part}", "-DCMAKE_BUILD_TYPE=Release"]
     if part == "cuda":
+        archs = os.environ.get("MINIMIND_CUDA_ARCHS")  # without it, forget those of an earlier build
+        options.append(f"-DMINIMIND_CUDA_ARCHS={archs}" if archs else "-UMINIMIND_CUDA_ARCHS")
         options.append(f"-DCMAKE_CUDA_COMPILER={nvcc()}")
     ninja = shutil.which("ninja")
     if ninja is not None:

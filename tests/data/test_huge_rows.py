@@ -43,9 +43,9 @@ def row(kind: str, text: str) -> str:
     ("kind", "name"), [("text", "English"), ("text", "Chinese"), ("chat", "Chinese"), ("chat", "an emoji among")]
 )
 def test_a_byte_of_a_row_takes_at_most_twenty_bytes_of_memory(tmp_path, kind, name):
-    """For 32 MB, from the file to the token cache, compared with a row of a few words."""
+    """For 16 MB, from the file to the token cache, compared with a row of a few words."""
     paths = [tmp_path / f"{size}-{kind}.jsonl" for size in ("small", "huge")]
-    text = TEXTS[name] * (32_000_000 // len(TEXTS[name].encode())) + "😀" * (name == "an emoji among")
+    text = TEXTS[name] * (16_000_000 // len(TEXTS[name].encode())) + "😀" * (name == "an emoji among")
     for path, said in zip(paths, (WORDS, text), strict=True):
         path.write_text(row(kind, said), encoding="utf-8")
     places = [str(part) for path in paths for part in (path, tmp_path / path.stem)]
