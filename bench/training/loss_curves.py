@@ -170,10 +170,10 @@ def seconds_to(row: TimeToLossRow, target: float) -> float | None:
 
 
 def groups_of(rows: Sequence[TimeToLossRow]) -> list[list[TimeToLossRow]]:
-    """The rows that differ in the seed alone, in order of their first."""
+    """The rows of one commit that differ in the seed alone, in order of their first."""
     groups: dict[Any, list[TimeToLossRow]] = {}
     for row in rows:
-        groups.setdefault((row.implementation, row.lr, row.minutes), []).append(row)
+        groups.setdefault((row.implementation, row.lr, row.minutes, row.commit), []).append(row)
     return list(groups.values())
 
 

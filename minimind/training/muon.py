@@ -5,11 +5,12 @@
 The factor gives an update the size of AdamW's, so that one `lr` serves both (Moonlight, arXiv 2502.16982). This is what
 torch.optim.Muon computes with adjust_lr_fn="match_rms_adamw", and their state dicts are compatible.
 
-Three variants are off by default. `row_beta`: each row of the orthogonal factor is divided by the running root mean
-square of its elements, and the factor becomes 0.2 lr, so that all rows move alike (NorMuon, arXiv 2510.05491; there the
-whole update is scaled to that size afterwards). `cautious`: a weight decays only where the update also moves it towards
-zero (arXiv 2510.12402). `block`: the shorter side of a matrix is cut into blocks, and each is
-orthogonalised by itself, which takes a share of the time (docs/recipe.md). The update keeps its Frobenius norm.
+Three variants are off by default here. `row_beta`: each row of the orthogonal factor is divided by the running root
+mean square of its elements, and the factor becomes 0.2 lr, so that all rows move alike (NorMuon, arXiv 2510.05491;
+there the whole update is scaled to that size afterwards). `cautious`: a weight decays only where the update also moves
+it towards zero (arXiv 2510.12402). `block`: the shorter side of a matrix is cut into blocks, each of which is
+orthogonalised by itself in a share of the time; the update's Frobenius norm stays the same (as MuonBP's blocks, arXiv
+2510.16981, but at every step).
 
 Matrices of one shape are batched. Under FSDP each matrix has one owner: the ranks send it their rows, of all matrices
 in one exchange, and get them back in a second one (section 2.3 there). So a rank computes only its share, and 4 bytes

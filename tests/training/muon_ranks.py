@@ -22,7 +22,8 @@ QKV, GATE_UP = (32, 16, 16), (24, 24)
 
 
 def build(parallel: Parallel, experts: int, apart: bool) -> tuple[Model, Optimizers]:
-    """apart: q, k, v, gate and up each a matrix, with scaled rows and cautious decay; else packed ones are one."""
+    """apart: q, k, v, gate and up each a matrix, in blocks of 8, with scaled rows and cautious decay; else packed ones
+    are one."""
     torch.manual_seed(0)
     model = Model(ModelConfig(32, 2, 2, 1, 16, 24, 50, num_experts=experts, num_experts_per_tok=1,
                               num_shared_experts=1, moe_intermediate_size=24))  # fmt: skip
@@ -30,7 +31,8 @@ def build(parallel: Parallel, experts: int, apart: bool) -> tuple[Model, Optimiz
     named = {n: p for n, p in model.named_parameters() if p.ndim > 1 and "layers." in n}
     parts = {"qkv_proj": QKV, "gate_up_proj": GATE_UP}
     rows = {p: r for n, p in named.items() for part, r in parts.items() if part in n and apart}
-    muon = Muon(named.values(), lr=0.1, rows=rows, row_beta=0.9 if apart else None, cautious=apart)
+    row_beta, block = (0.9, 8) if apart else (None, 0)
+    muon = Muon(named.values(), lr=0.1, rows=rows, row_beta=row_beta, cautious=apart, block=block)
     rest = [p for p in model.parameters() if all(p is not q for q in named.values())]
     return model, Optimizers([torch.optim.AdamW(rest), muon])
 
