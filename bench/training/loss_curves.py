@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import NullFormatter
 from rich.table import Table
 
 from bench.common.plots import hide_frame, plt, save
@@ -233,7 +234,9 @@ def reach_text(group: Sequence[TimeToLossRow], bpb: float, seconds: float) -> st
 
 def plot(rows: Sequence[TimeToLossRow], path: Path) -> None:
     """Bits per byte over seconds, and below over positions: a column for each stage and file, a colour for each
-    implementation, a line for each seed."""
+    implementation, a line for each seed. Of each stage and file the newest commit's rows are drawn."""
+    newest = {(row.stage, row.data, row.preset): row.commit for row in rows}
+    rows = [row for row in rows if row.commit == newest[row.stage, row.data, row.preset]]
     kinds = list(dict.fromkeys((row.stage, row.data, row.preset) for row in rows))
     figure, axes = plt.subplots(2, len(kinds), figsize=(5.6 * len(kinds), 7.6), squeeze=False, layout="constrained")
     for column, kind in enumerate(kinds):
@@ -253,6 +256,7 @@ def plot(rows: Sequence[TimeToLossRow], path: Path) -> None:
             for bpb, _ in targets_of(own).values():
                 axis.axhline(bpb, color="gray", linewidth=0.8, linestyle=":")
             axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())  # the labels would run into each other
             axis.set_xlabel(unit, fontsize=9)
             hide_frame(axis)
         lines = math.ceil(len(groups_of(own)) / 2)
