@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.table import Table
 
 from bench.common.plots import hide_frame, plt, save
@@ -256,7 +256,10 @@ def plot(rows: Sequence[TimeToLossRow], path: Path) -> None:
             for bpb, _ in targets_of(own).values():
                 axis.axhline(bpb, color="gray", linewidth=0.8, linestyle=":")
             axis.set_xscale("log")
-            axis.xaxis.set_minor_formatter(NullFormatter())  # the labels would run into each other
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:,.0f}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.tick_params(axis="x", labelsize=8)
             axis.set_xlabel(unit, fontsize=9)
             hide_frame(axis)
         lines = math.ceil(len(groups_of(own)) / 2)
