@@ -50,7 +50,7 @@ class Args(StageArgs):
     muon_block: int | None = None
     """With --optimizer muon: cut the shorter side of each matrix into equal blocks of at least this size, and bring the
     singular values of each block near 1 instead of the whole matrix's, which takes less time. 0: whole matrices. None:
-    256 on a CPU (docs/recipe.md), else 0."""
+    256 on a CPU in runs with --depth-warmup (docs/recipe.md), else 0."""
     output_init: float = 1.0
     """Factor of the initial projections into the residual stream; 0 makes every block the identity at first."""
     depth_warmup: float | None = None
@@ -90,8 +90,8 @@ def main(args: Args, console: Console) -> bool:
     job.settle("batch_tokens", lambda: pretraining_batch(job, tokens))
     on_cpu = job.default_device == "cpu"
     job.settle("muon_iterations", lambda: (CPU_ITERATIONS if on_cpu else TORCHS_ITERATIONS, ""))
-    job.settle("muon_block", lambda: (CPU_BLOCK if on_cpu else 0, ""))
     shallow = job.settle("depth_warmup", lambda: pretraining_depth(job, tokens))
+    job.settle("muon_block", lambda: (CPU_BLOCK if on_cpu and shallow else 0, ""))
     plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=split.mixture))
     lr = job.settle("lr", lambda: pretraining_lr(job.args.optimizer, job.config, plan.steps, usual_lr))
     job.open_run()

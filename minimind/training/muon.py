@@ -36,7 +36,8 @@ from minimind.utils.spans import span
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan's quintic: steep at 0, and bounded
 TORCHS_ITERATIONS, _EPS = 5, 1e-7
-# Of pretraining on a CPU, where five iterations over whole matrices are a quarter of a step (docs/recipe.md)
+# Of pretraining on a CPU, where five iterations over whole matrices are a quarter of a step; blocks where they were
+# measured, in runs with a depth warm-up (docs/recipe.md).
 CPU_ITERATIONS, CPU_BLOCK = 3, 256
 RMS = 0.2  # root mean square of an update at rate 1: about AdamW's
 

@@ -54,6 +54,8 @@ def test_a_short_run_keeps_its_choices_in_its_folder(data, tmp_path):
     chosen = json.loads((tmp_path / "run" / "config.json").read_text())["chosen"]
     assert chosen["batch_tokens"] == 2048
     assert (chosen["muon_iterations"], chosen["muon_block"]) == (CPU_ITERATIONS, CPU_BLOCK)
+    finish(command(data, tmp_path / "whole", "--tokens", "4096", "--device", "cpu", "--depth-warmup", "0"))
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["chosen"]["muon_block"] == 0
     assert rows_of(tmp_path / "run", "train")[-1]["tokens"] == 4096
 
 
