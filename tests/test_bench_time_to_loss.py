@@ -343,6 +343,13 @@ def test_unusable_flags_are_refused(changes, words):
         check(Args(**changes))
 
 
+def test_a_group_is_of_one_commit():
+    first, second = row("ours", 1, "1.0/10/3.0"), row("ours", 2, "1.0/10/3.0")
+    assert groups_of([first, second]) == [[first, second]]
+    later = replace(second, commit="another")
+    assert groups_of([first, later]) == [[first], [later]]
+
+
 def test_a_picture_needs_rows(tmp_path):
     with pytest.raises(ValueError, match="has no rows of nano"):
         main(Args(plot=True, preset="nano", device="cpu", out=str(tmp_path)))
