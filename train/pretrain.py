@@ -54,9 +54,10 @@ class Args(StageArgs):
     output_init: float = 1.0
     """Factor of the initial projections into the residual stream; 0 makes every block the identity at first."""
     depth_warmup: float | None = None
-    """Share of the steps that trains the lowest quarter of the layers alone; the others are the identity until then.
-    None: on a CPU, in one process, 0.875 for runs with at most one token for 192 parameters, 0.75 for 128, 0.5 for 64
-    (docs/recipe.md); else 0."""
+    """Share of the steps that trains the lowest layers alone; the others are the identity until then. None: on a CPU,
+    in one process, 0.9375 for runs with at most one token for 112 parameters (docs/recipe.md); else 0."""
+    depth_layers: float | None = None
+    """With --depth-warmup: share of the layers that its steps train, at least one layer. None: an eighth."""
     heldout_data: tuple[str, ...] = ()
     """Files of text to evaluate on instead of --heldout. NAME=FILE adds a further held-out set with figures of its
     own."""
@@ -65,6 +66,8 @@ class Args(StageArgs):
         super().check()
         if self.output_init != 1 and self.from_ is not None:
             raise ValueError(f"--output-init {self.output_init}: scales random weights, not those of --from; drop it")
+        if self.depth_layers is not None and not 0 < self.depth_layers <= 1:
+            raise ValueError(f"--depth-layers {self.depth_layers}: a share of the layers, from 0 to 1")
         if not self.depth_warmup:
             return
         flag = f"--depth-warmup {self.depth_warmup}"
@@ -81,7 +84,7 @@ def main(args: Args, console: Console) -> bool:
     job = Job.begin("pretrain", args, console)
     usual_lr = job.legacy["lr"] = PEAK_LR.get(job.initial.preset, 1e-3)
     job.legacy |= {"batch_tokens": usual_batch(job), "muon_iterations": TORCHS_ITERATIONS, "muon_block": 0,
-                   "depth_warmup": 0.0}  # fmt: skip
+                   "depth_warmup": 0.0, "depth_layers": 0.25}  # fmt: skip
     builtin = () if args.data else (builtin_corpus(args.cache_dir, console),)
     files = NamedFiles.from_flags(args.data, args.heldout_data, builtin)
     split = open_split(job, files, partial(read_texts, job))
@@ -90,16 +93,19 @@ def main(args: Args, console: Console) -> bool:
     job.settle("batch_tokens", lambda: pretraining_batch(job, tokens))
     on_cpu = job.default_device == "cpu"
     job.settle("muon_iterations", lambda: (CPU_ITERATIONS if on_cpu else TORCHS_ITERATIONS, ""))
-    shallow = job.settle("depth_warmup", lambda: pretraining_depth(job, tokens))
+    shallow, layers = pretraining_depth(job, tokens)
+    if args.depth_layers is not None and not shallow:
+        raise ValueError(f"--depth-layers {args.depth_layers}: this run has no --depth-warmup; give one, or drop it")
     job.settle("muon_block", lambda: (CPU_BLOCK if on_cpu and shallow else 0, ""))
     plan = job.plan(partial(PackedLoader, train, args.row, seed=args.seed, mixture=split.mixture))
-    lr = job.settle("lr", lambda: pretraining_lr(job.args.optimizer, job.config, plan.steps, usual_lr))
+    most = layers if shallow > 0.5 else None
+    lr = job.settle("lr", lambda: pretraining_lr(job.args.optimizer, job.config, plan.steps, usual_lr, most))
     job.open_run()
     save_heldout(job, heldout)
     model, trained = job.build_model(partial(scale_outputs, factor=args.output_init))
     if shallow and job.initial.weights is None:
-        close_upper_layers(model)
-        plan = job.with_shallow_steps(plan, model, shallow)
+        close_upper_layers(model, layers)
+        plan = job.with_shallow_steps(plan, model, shallow, layers)
     stage = Stage(
         loss=lambda batch: next_token_loss(trained, batch),
         evaluate=lambda final: all_losses(model, split, job, final),

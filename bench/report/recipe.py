@@ -27,12 +27,13 @@ tokens. Ranges are over seeds. Processor seconds grow when other programs share 
 runs, so that a run may take half as much again: small differences of time mean nothing.
 
 Changes that won at equal time on both corpora are the defaults on a CPU: `steps-2048` for runs of up to 1,638,400
-tokens, `iterations-3`, and depth warm-up: half of the steps in runs with at most one token for 64 parameters, three
-quarters for 128, seven eighths for 192, with Muon in blocks of 256 (`block-256-depth-0.875`). In longer runs of nano
-depth warm-up loses; its matrices are too narrow for two blocks. Blocks without depth warm-up were not measured and are
-not the default. Tries with blocks or depth warm-up contain `steps-2048-iterations-3`: compare them with it.
-Steps of 1,024 tokens win on Tang poems and lose on English, whose documents are longer, so that a step sees few of
-them; blocks of 128 take less time than blocks of 256 and cost more loss on English."""
+tokens, `iterations-3`, and depth warm-up with Muon in blocks of 256: `eighth-0.9375` in runs with at most one token for
+112 parameters, `eighth-0.875` for 56, with steps of 1,024 tokens up to 51,200 tokens (`steps-1024-eighth-0.9375`). In
+longer runs of nano depth warm-up loses; its matrices are too narrow for two blocks. Blocks without depth warm-up were
+not measured and are not the default. Tries with blocks or depth warm-up contain `steps-2048-iterations-3`: compare them
+with it. In runs of 102,400 tokens steps of 1,024 tokens win on Tang poems and lose on English, whose documents are
+longer, so that a step sees few of them; blocks of 128 take less time than blocks of 256 and cost more loss on
+English."""
 
 
 def page(results: Path = RESULTS) -> str:

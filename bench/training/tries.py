@@ -20,6 +20,11 @@ class Try:
     about: str
 
 
+def shallow(share: float, **changes: float) -> dict[str, Any]:
+    """Flags of a run in steps of 2,048 tokens, of which `share` train a quarter of the layers, with `changes`."""
+    return {"batch_tokens": 2048, "muon_iterations": 3, "depth_warmup": share, "depth_layers": 0.25} | changes
+
+
 @dataclass(frozen=True)
 class RecipeRow(Row):
     """One run. attempt: the name of its try, empty for the reference recipe; flags: its flags as JSON. lr: the peak
@@ -69,31 +74,31 @@ TRIES: dict[str, Try] = {
                                    "together"),
     "steps-1024-iterations-3": Try({"batch_tokens": 1024, "muon_iterations": 3}, "steps-1024 and iterations-3 "
                                    "together"),
-    "depth-warmup-0.5": Try({"batch_tokens": 2048, "muon_iterations": 3, "depth_warmup": 0.5}, "in "
-                            "steps-2048-iterations-3 half of the steps train a quarter of the layers (1511.05641)"),
-    "depth-warmup-0.2": Try({"batch_tokens": 2048, "muon_iterations": 3, "depth_warmup": 0.2}, "the same in a fifth of "
-                            "the steps"),
-    "depth-warmup-0.75": Try({"batch_tokens": 2048, "muon_iterations": 3, "depth_warmup": 0.75}, "the same in three "
-                             "quarters of the steps"),
+    "depth-warmup-0.5": Try(shallow(0.5), "in steps-2048-iterations-3 half of the steps train a quarter of the layers "
+                            "(1511.05641)"),
+    "depth-warmup-0.2": Try(shallow(0.2), "the same in a fifth of the steps"),
+    "depth-warmup-0.75": Try(shallow(0.75), "the same in three quarters of the steps"),
     "block-128": Try({"batch_tokens": 2048, "muon_iterations": 3, "muon_block": 128}, "in steps-2048-iterations-3 Muon "
                      "takes blocks of 128 rows or columns instead of whole matrices (2510.16981)"),
-    "block-128-depth-0.75": Try({"batch_tokens": 2048, "muon_iterations": 3, "muon_block": 128, "depth_warmup": 0.75},
-                                "block-128 and depth-warmup-0.75 together"),
-    "block-128-depth-0.875": Try({"batch_tokens": 2048, "muon_iterations": 3, "muon_block": 128,
-                                  "depth_warmup": 0.875}, "the same with seven eighths of the steps"),
+    "block-128-depth-0.75": Try(shallow(0.75, muon_block=128), "block-128 and depth-warmup-0.75 together"),
+    "block-128-depth-0.875": Try(shallow(0.875, muon_block=128), "the same with seven eighths of the steps"),
     "block-256": Try({"batch_tokens": 2048, "muon_iterations": 3, "muon_block": 256}, "block-128 with larger blocks"),
-    "block-256-depth-0.75": Try({"batch_tokens": 2048, "muon_iterations": 3, "muon_block": 256, "depth_warmup": 0.75},
-                                "block-256 and depth-warmup-0.75 together"),
-    "block-256-depth-0.875": Try({"batch_tokens": 2048, "muon_iterations": 3, "muon_block": 256,
-                                  "depth_warmup": 0.875}, "the same with seven eighths of the steps"),
+    "block-256-depth-0.75": Try(shallow(0.75, muon_block=256), "block-256 and depth-warmup-0.75 together"),
+    "block-256-depth-0.875": Try(shallow(0.875, muon_block=256), "the same with seven eighths of the steps"),
+    "eighth-0.875": Try(shallow(0.875, muon_block=256, depth_layers=0.125), "the same with an eighth of the layers at "
+                        "first, at least one, and the peak rate of at most four layers"),
+    "eighth-0.9375": Try(shallow(0.9375, muon_block=256, depth_layers=0.125), "the same with fifteen sixteenths of the "
+                         "steps"),
+    "steps-1024-eighth-0.9375": Try(shallow(0.9375, muon_block=256, depth_layers=0.125, batch_tokens=1024),
+                                    "eighth-0.9375 in steps of 1,024 tokens"),
     "steps-1024-block-128": Try({"batch_tokens": 1024, "muon_iterations": 3, "muon_block": 128}, "block-128 in steps "
                                 "of 1,024 tokens"),
-    "short-run-0.5": Try({"batch_tokens": 1024, "muon_iterations": 3, "muon_block": 128, "depth_warmup": 0.5},
-                         "steps-1024-block-128 and depth-warmup-0.5 together"),
-    "short-run-0.75": Try({"batch_tokens": 1024, "muon_iterations": 3, "muon_block": 128, "depth_warmup": 0.75},
-                          "the same with three quarters of the steps"),
-    "short-run-0.875": Try({"batch_tokens": 1024, "muon_iterations": 3, "muon_block": 128, "depth_warmup": 0.875},
-                           "the same with seven eighths of the steps"),
+    "short-run-0.5": Try(shallow(0.5, muon_block=128, batch_tokens=1024), "steps-1024-block-128 and depth-warmup-0.5 "
+                         "together"),
+    "short-run-0.75": Try(shallow(0.75, muon_block=128, batch_tokens=1024), "the same with three quarters of the "
+                          "steps"),
+    "short-run-0.875": Try(shallow(0.875, muon_block=128, batch_tokens=1024), "the same with seven eighths of the "
+                           "steps"),
     "zero-outputs-2048": Try({"output_init": 0.0, "batch_tokens": 2048}, "zero-outputs and steps-2048 together"),
     "zero-outputs-batch-warmup": Try({"output_init": 0.0, "batch_warmup": 0.5}, "zero-outputs and batch-warmup-0.5 "
                                      "together"),

@@ -358,16 +358,19 @@ def default_epochs(stage: str, builtin: bool, tokens: int) -> tuple[float, str]:
 _RULE_LR, _WIDTH, _DEPTH, _RULE_STEPS = 7.83e-3, (256, -1.05), (4, -0.40), (50, -0.32)  # (reference, exponent)
 _STEPS_BY_WIDTH = 0.16  # what the exponent of the steps gains when the width doubles
 _MIN_WIDTH, _MIN_DEPTH, _MIN_STEPS, _MAX_STEPS = 128, 2, 50, 400
+_LEAST_SHALLOW = 4  # layers that the rate of a depth warm-up is for; fewer did not learn more at higher rates
 
 
 def pretraining_lr(
-    optimizer: OptimizerName | None, config: ModelConfig, steps: int, otherwise: float
+    optimizer: OptimizerName | None, config: ModelConfig, steps: int, otherwise: float, layers: int | None = None
 ) -> tuple[float, str]:
-    """(peak rate of pretraining, the reason in one line). otherwise: the rate for AdamW, which has no rule."""
+    """(peak rate of pretraining, the reason in one line). otherwise: the rate for AdamW, which has no rule. layers:
+    that most steps train; None: all of them."""
     if optimizer != "muon":
         return otherwise, ""
     width = max(config.hidden_size, _MIN_WIDTH) / _WIDTH[0]
-    depth = max(config.num_hidden_layers, _MIN_DEPTH) / _DEPTH[0]
+    layers = min(config.num_hidden_layers, max(layers or config.num_hidden_layers, _LEAST_SHALLOW))
+    depth = max(layers, _MIN_DEPTH) / _DEPTH[0]
     length = min(max(steps, _MIN_STEPS), _MAX_STEPS) / _RULE_STEPS[0]
     fall = min(0.0, _RULE_STEPS[1] + _STEPS_BY_WIDTH * math.log2(width))
     rate = float(f"{_RULE_LR * width ** _WIDTH[1] * depth ** _DEPTH[1] * length**fall:.2g}")

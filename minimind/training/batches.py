@@ -32,9 +32,10 @@ CONTEXT_BYTES = 1 << 29  # CUDA's context and libraries, about
 MOST_TOKENS = 1 << 16  # of a forward and backward, even if more fit
 SMALLEST = 4  # with --batch-warmup, the first steps are this many times smaller
 GPU_BATCH, CPU_BATCH = 1 << 16, 1 << 12  # tokens of a step by default
-# --depth-warmup on a CPU, for runs with at most one token for this many parameters (docs/recipe.md).
-DEPTH_WARMUPS = {192: 0.875, 128: 0.75, 64: 0.5}
-SHORT_RUN = 400  # steps of CPU_BATCH; shorter runs on a CPU take smaller steps (docs/recipe.md)
+# Short runs of pretraining on a CPU (docs/recipe.md): a run of at most so many tokens takes steps of so many, and a run
+# with at most one token for so many parameters trains DEPTH_LAYERS of the layers in this share of its steps.
+SHORT_RUNS = {51_200: 1024, 1_638_400: 2048}
+DEPTH_WARMUPS, DEPTH_LAYERS = {112: 0.9375, 56: 0.875}, 0.125
 Growth = tuple[tuple[int, int], ...]  # (number, tokens) of smaller steps at the beginning of a run
 _HEAD_CHUNK = 2048  # tokens whose logits exist at once
 _PER_BOUNDARY = 64  # tokens of a document, on average; the built-in corpus has 93, with the quarter that a loader adds
@@ -228,20 +229,29 @@ def usual_batch(job: Job) -> int:
 def pretraining_batch(job: Job, tokens: float) -> tuple[int, str]:
     """(tokens of a step, the reason) of a pretraining run over `tokens` where no flag decides."""
     usual = usual_batch(job)
-    small = usual // 2
     unit = job.args.micro_tokens or job.parallel.world_size * job.args.row
-    if job.default_device != "cpu" or tokens > SHORT_RUN * usual or small % unit:
+    small = next((size for most, size in SHORT_RUNS.items() if tokens <= most and not size % unit), usual)
+    if job.default_device != "cpu" or small == usual:
         return usual, ""
     return small, f"--batch-tokens {small}: a run of few steps learns more in smaller ones (docs/recipe.md)"
 
 
-def pretraining_depth(job: Job, tokens: float) -> tuple[float, str]:
-    """(--depth-warmup, the reason) of a pretraining run over `tokens` where no flag decides."""
-    if job.parallel.world_size > 1 or job.initial.weights is not None or job.default_device != "cpu":
-        return 0.0, ""
-    with torch.device("meta"):
-        parameters = Model(job.config).num_parameters()
-    return next((share for each, share in DEPTH_WARMUPS.items() if tokens * each <= parameters), 0.0), ""
+def pretraining_depth(job: Job, tokens: float) -> tuple[float, int]:
+    """Settle --depth-warmup and --depth-layers of a pretraining run over `tokens`: (share of the steps, the number
+    of layers that they train)."""
+    depth = job.config.num_hidden_layers
+
+    def usual() -> float:
+        if job.parallel.world_size > 1 or job.initial.weights is not None or job.default_device != "cpu":
+            return 0.0
+        with torch.device("meta"):
+            parameters = Model(job.config).num_parameters()
+        return next((share for each, share in DEPTH_WARMUPS.items() if tokens * each <= parameters), 0.0)
+
+    share = job.settle("depth_warmup", lambda: (usual(), ""))
+    if not share:
+        return 0.0, depth
+    return share, max(1, int(depth * job.settle("depth_layers", lambda: (DEPTH_LAYERS, ""))))
 
 
 def longest_row(job: Job) -> int:

@@ -14,11 +14,6 @@ import torch
 from minimind.modeling import OUTPUTS, Model
 
 
-def first_layers(model: Model) -> int:
-    """The number of layers that are trained first: a quarter, at least one."""
-    return max(1, len(model.layers) // 4)
-
-
 @dataclass(frozen=True)
 class DepthWarmup:
     """The first `steps` steps train `layers` layers, and then all are trained. cost: of such a step, as a share of that
@@ -29,9 +24,8 @@ class DepthWarmup:
     cost: float = 1.0
 
     @staticmethod
-    def of(model: Model, steps: int) -> DepthWarmup:
+    def of(model: Model, steps: int, layers: int) -> DepthWarmup:
         """The warm-up of `model` over `steps` steps. The cost is in proportion to parameters."""
-        layers = first_layers(model)
         waiting = sum(p.numel() for layer in model.layers[layers:] for p in layer.parameters())
         return DepthWarmup(steps, layers, 1 - waiting / model.num_parameters())
 
@@ -58,9 +52,9 @@ WHOLE = DepthWarmup()  # every step trains all layers
 
 
 @torch.no_grad()
-def close_upper_layers(model: Model) -> None:
-    """Make the layers that wait the identity: their projections into the residual stream become zero."""
-    for layer in model.layers[first_layers(model) :]:
+def close_upper_layers(model: Model, layers: int) -> None:
+    """Make all but the lowest `layers` layers the identity: their projections into the residual stream become zero."""
+    for layer in model.layers[layers:]:
         for name, parameter in layer.named_parameters():
             if name.endswith(OUTPUTS):
                 parameter.zero_()

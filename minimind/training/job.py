@@ -228,10 +228,11 @@ class Job:
             loader.horizon = plan.tokens_before(steps) // args.row  # type: ignore[attr-defined]
         return plan
 
-    def with_shallow_steps(self, plan: TrainingPlan, model: Model, share: float) -> TrainingPlan:
-        """`plan` with `share` of its steps, in a lengthened run of its first length, at a smaller depth."""
-        legs = self.run.legs
-        depth = DepthWarmup.of(model, round(share * (legs[0][0] if legs else plan.steps)))
+    def with_shallow_steps(self, plan: TrainingPlan, model: Model, share: float, layers: int) -> TrainingPlan:
+        """`plan` with `share` of its steps, in a lengthened run of its first length, training `layers` layers. Unless
+        `share` is 1, the last step trains all."""
+        steps = self.run.legs[0][0] if self.run.legs else plan.steps
+        depth = DepthWarmup.of(model, min(round(share * steps), steps if share == 1 else steps - 1), layers)
         self.notes.append(depth.describe(model))
         return dataclasses.replace(plan, depth=depth)
 

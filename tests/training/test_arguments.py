@@ -51,6 +51,8 @@ def test_the_rate_of_pretraining_follows_the_size_of_model_and_run():
     )
     rates = [pretraining_lr("muon", PRESETS["nano"], steps, 1.0)[0] for steps in (1, 50, 150, 400, 10**6)]
     assert rates == [1.1e-2, 1.1e-2, 6.9e-3, 4.7e-3, 4.7e-3]
+    shallow = [pretraining_lr("muon", PRESETS[name], 50, 1.0, layers=1)[0] for name in ("minimind2-small", "nano")]
+    assert shallow == [3.8e-3, 1.1e-2]
     tiny = ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
     least = ModelConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     assert pretraining_lr("muon", tiny, 50, 1.0) == pretraining_lr("muon", least, 50, 1.0)

@@ -33,17 +33,16 @@ def test_closed_layers_are_the_identity(config):
     model = Model(config)
     ids = torch.randint(config.vocab_size, (1, 20))
     open_logits = model(ids).logits
-    close_upper_layers(model)
+    close_upper_layers(model, 1)
     whole = model(ids).logits
-    model.depth = DepthWarmup.of(model, 1).layers
-    assert model.depth == config.num_hidden_layers // 4
+    model.depth = 1
     assert model(ids).logits.equal(whole) and not whole.equal(open_logits)
 
 
 def test_a_layer_learns_when_its_steps_come():
     model = Model(DENSE)
-    close_upper_layers(model)
-    depth = DepthWarmup.of(model, 3)
+    close_upper_layers(model, 2)
+    depth = DepthWarmup.of(model, 3, 2)
     for step, trained in ((0, 2), (2, 2), (3, 8)):
         depth.apply(model, step)
         model.zero_grad()
@@ -61,19 +60,20 @@ def test_work_counts_shallow_steps_by_their_cost():
     assert depth.work(3, 5) == 1.25 and depth.work(4, 8) == WHOLE.work(4, 8) == 4
     model = Model(DENSE)
     layer = sum(p.numel() for p in model.layers[0].parameters())
-    assert DepthWarmup.of(model, 4).cost == pytest.approx(1 - 6 * layer / model.num_parameters())
+    assert DepthWarmup.of(model, 4, 2).cost == pytest.approx(1 - 6 * layer / model.num_parameters())
 
 
 def test_short_runs_on_a_cpu_begin_shallow():
-    def share(tokens: float, device: str = "cpu", ranks: int = 1, weights: Path | None = None) -> float:
+    def chosen(tokens: float, device: str = "cpu", ranks: int = 1, weights: Path | None = None, **flags: float):
         job = SimpleNamespace(default_device=device, parallel=SimpleNamespace(world_size=ranks), config=DENSE,
-                              initial=SimpleNamespace(weights=weights))  # fmt: skip
-        return pretraining_depth(cast(Job, job), tokens)[0]
+                              initial=SimpleNamespace(weights=weights),
+                              settle=lambda name, rule: flags.get(name, rule()[0]))  # fmt: skip
+        return pretraining_depth(cast(Job, job), tokens)
 
     parameters = Model(DENSE).num_parameters()
-    shares = [share(parameters / each) for each in (1000, 192, 191, 128, 127, 64, 63)]
-    assert shares == [0.875, 0.875, 0.75, 0.75, 0.5, 0.5, 0]
-    assert share(1, device="cuda") == share(1, ranks=2) == share(1, weights=Path("a")) == 0
+    assert [chosen(parameters / each)[0] for each in (1000, 112, 111, 56, 55)] == [0.9375, 0.9375, 0.875, 0.875, 0]
+    assert chosen(1) == (0.9375, 1) and chosen(1, depth_layers=0.25) == (0.9375, 2)
+    assert chosen(1, device="cuda") == chosen(1, ranks=2) == chosen(1, weights=Path("a")) == (0, 8)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,14 @@ def test_killed_and_started_again_it_continues_to_the_bit(step, unbroken, data, 
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_a_run_of_an_earlier_version_keeps_its_quarter_of_the_layers(unbroken, data, tmp_path):
+    out = as_killed(unbroken, SHALLOW - 2, tmp_path / "killed")
+    config = json.loads((out / "config.json").read_text())
+    del config["chosen"]["depth_layers"], config["args"]["depth_layers"]
+    (out / "config.json").write_text(json.dumps(config))
+    assert "--depth-layers 0.25" in " ".join(finish(command(data, out, *FLAGS)).split())
+
+
 def test_a_longer_run_keeps_its_shallow_steps(unbroken, data, tmp_path):
     line = [flag for flag in FLAGS if flag != str(512 * STEPS)]
     longer = ["--tokens", str(512 * 12), *line[1:], "--lengthen", str(unbroken)]
@@ -125,6 +133,8 @@ def test_a_plan_counts_the_shallow_steps(data, tmp_path):
     [
         (["--depth-warmup", "1.5"], "--depth-warmup 1.5: a share of the steps, from 0 to 1"),
         (["--depth-warmup", "0.5", "--from", "runs/x"], "is for random weights"),
+        (["--depth-layers", "0.5", "--depth-warmup", "0"], "--depth-layers 0.5: this run has no --depth-warmup"),
+        (["--depth-layers", "8", "--depth-warmup", "0.5"], "--depth-layers 8.0: a share of the layers, from 0 to 1"),
         (["--depth-warmup", "0.5", "--compile", "--cuda-graph"], "without --cuda-graph"),
     ],
 )

@@ -38,13 +38,14 @@ def test_short_runs_on_a_cpu_take_smaller_steps():
         job = SimpleNamespace(default_device=device, initial=SimpleNamespace(preset=preset), args=args,
                               parallel=SimpleNamespace(world_size=ranks))  # fmt: skip
         size, reason = pretraining_batch(cast(Job, job), tokens)
-        assert (str(size) in reason) == (size == 2048)
+        assert (str(size) in reason) == (size in (1024, 2048))
         return size
 
-    assert [batch(tokens) for tokens in (1e5, 1_638_400, 1_638_401)] == [2048, 2048, 4096]
+    assert [batch(tokens) for tokens in (51_200, 51_201, 1_638_400, 1_638_401)] == [1024, 2048, 2048, 4096]
     assert batch(1e5, "cuda") == 65_536 and batch(1e5, "cuda", "nano") == 4096
     assert batch(1e5, ranks=4) == 2048 and batch(1e5, ranks=8) == 4096  # no rank without a row
     assert batch(1e5, micro_tokens=4096) == batch(1e5, row=4096) == 4096
+    assert batch(1e4, row=2048) == 2048
 
 
 def test_a_short_run_keeps_its_choices_in_its_folder(data, tmp_path):
@@ -52,7 +53,7 @@ def test_a_short_run_keeps_its_choices_in_its_folder(data, tmp_path):
     batch = line.index("--batch-tokens")
     assert "as this run began" not in finish([*line[:batch], *line[batch + 2 :]])
     chosen = json.loads((tmp_path / "run" / "config.json").read_text())["chosen"]
-    assert chosen["batch_tokens"] == 2048
+    assert (chosen["batch_tokens"], chosen["depth_warmup"], chosen["depth_layers"]) == (1024, 0.9375, 0.125)
     assert (chosen["muon_iterations"], chosen["muon_block"]) == (CPU_ITERATIONS, CPU_BLOCK)
     finish(command(data, tmp_path / "whole", "--tokens", "4096", "--device", "cpu", "--depth-warmup", "0"))
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["chosen"]["muon_block"] == 0
